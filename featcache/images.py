@@ -1,0 +1,381 @@
+"""Find the images of a source and decode one of them, or say why not.
+
+In: a folder or CSV. Out: an ``ImageList`` (paths, labels, splits, in a stable order) and, per image, an upright 8-bit
+RGB picture or a ``RefusedImage`` with the reason. The user's files are only ever read.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import os
+import stat
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from featcache.errors import SourceError, UsageError
+
+SPLITS = ("none", "train", "val", "test")  # position = the number stored in a cache
+_SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
+_EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif .ico".split()
+)
+# A list of its own, not "whatever Pillow opens": EPS, for one, would start another program.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
+
+
+class RefusedImage(Exception):  # noqa: N818 - a state of an image, not an error of the program
+    """One image cannot be embedded; ``str()`` is the reason, fit to be stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """An image that was not embedded: its path relative to the root, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageList:
+    """The images of a source, sorted by path (CSV: in the order of its rows).
+
+    Attributes:
+        root: what ``paths`` are relative to.
+        paths: N relative paths, POSIX separators; bytes that are not UTF-8 appear as surrogate escapes.
+        labels: (N,) int32, index into ``classes``; -1 when unknown.
+        classes: sorted class names over all splits, empty class folders included.
+        splits: (N,) uint8, index into ``SPLITS``.
+        sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed.
+        refused: entries that were skipped without opening them, and why.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: npt.NDArray[np.int32]
+    classes: tuple[str, ...]
+    splits: npt.NDArray[np.uint8]
+    sizes: npt.NDArray[np.int64]
+    mtimes: npt.NDArray[np.int64]
+    refused: tuple[Refusal, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, rows: npt.NDArray[np.intp]) -> "ImageList":
+        """Return the list restricted to ``rows``, same classes and refusals."""
+        picked = {name: getattr(self, name)[rows] for name in ("labels", "splits", "sizes", "mtimes")}
+        return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), **picked)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    path: str
+    size: int
+    mtime: int
+    label: str | None = None
+    split: int = 0
+
+
+def list_images(source: Path) -> ImageList:
+    """List the images of ``source`` without decoding any.
+
+    Args:
+        source: a folder of class folders; a folder with ``train`` and ``val``/``valid``/``validation``/``test`` on top of
+            that; a flat folder (no labels); or a CSV file with the header ``path[,label[,split]]``.
+
+    Raises:
+        SourceError: missing, ambiguous, or without a single image.
+        UsageError: the CSV's header or a split name is not understood.
+    """
+    if source.is_dir():
+        root, found, names, refused = _list_folder(source)
+    elif source.is_file() and source.suffix.lower() == ".csv":
+        root, found, names, refused = _list_csv(source)
+    elif source.exists():
+        raise SourceError(f"{source} is neither a folder of images nor a .csv file")
+    else:
+        raise SourceError(f"{source} does not exist; give a folder of images or a CSV with the header path,label,split")
+    if not found and not refused:
+        raise SourceError(f"no image found in {source}; expected files such as {source}/CLASS/photo.jpg")
+    return _image_list(root, found, names, refused)
+
+
+def list_files(paths: list[Path], *, root: Path) -> ImageList:
+    """List single image files, in the order given, as paths relative to ``root``. Unreadable ones are kept: reading
+    them gives the reason, in their place."""
+    entries = [_Entry(os.path.relpath(path, root), -1, -1) for path in paths]
+    return _image_list(root, entries, set(), [])
+
+
+def _image_list(root: Path, found: list[_Entry], names: set[str], refused: list[Refusal]) -> ImageList:
+    classes = tuple(sorted(names | {entry.label for entry in found if entry.label is not None}))
+    index = {name: number for number, name in enumerate(classes)}
+    return ImageList(
+        root=root,
+        paths=tuple(entry.path for entry in found),
+        labels=np.array([-1 if entry.label is None else index[entry.label] for entry in found], np.int32),
+        classes=classes,
+        splits=np.array([entry.split for entry in found], np.uint8),
+        sizes=np.array([entry.size for entry in found], np.int64),
+        mtimes=np.array([entry.mtime for entry in found], np.int64),
+        refused=tuple(refused),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+
+def _list_folder(root: Path) -> tuple[Path, list[_Entry], set[str], list[Refusal]]:
+    refused: list[Refusal] = []
+    files = sorted(_walk(root, refused), key=lambda entry: entry.path)
+    top_folders = _subfolders(root)
+    names: set[str] = set()
+    if _is_split_layout(root, top_folders):
+        for folder in top_folders:
+            names.update(_subfolders(root / folder))
+        depth = 1
+    else:
+        names.update(top_folders)
+        depth = 0
+    found = []
+    for entry in files:
+        folders = entry.path.split("/")[:-1]
+        split = _SPLIT_FOLDERS[folders[0].lower()] if depth and folders else 0
+        label = folders[depth] if len(folders) > depth else None
+        found.append(dataclasses.replace(entry, label=label, split=split))
+    return root, found, names, refused
+
+
+def _is_split_layout(root: Path, folders: list[str]) -> bool:
+    """``train`` beside another split, each holding class folders, and nothing else: anything mixed is refused."""
+    splits = [folder for folder in folders if folder.lower() in _SPLIT_FOLDERS]
+    if "train" not in (folder.lower() for folder in splits) or len(splits) < 2:
+        return False
+    if not any(_subfolders(root / folder) for folder in splits):
+        return False
+    others = sorted(set(folders) - set(splits))
+    if others:
+        raise SourceError(
+            f"{root} holds the splits {', '.join(splits)} beside other folders ({', '.join(others[:3])}); "
+            "move those out, or list the images in a CSV with the header path,label,split"
+        )
+    return True
+
+
+def _subfolders(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _walk(root: Path, refused: list[Refusal]) -> Iterator[_Entry]:
+    """Yield every image below ``root``; what cannot be followed safely is appended to ``refused``, unopened."""
+    real_root = os.path.realpath(root)
+    pending: list[tuple[str, tuple[str, ...]]] = [("", (real_root,))]
+    while pending:
+        prefix, ancestors = pending.pop()
+        try:
+            entries = os.scandir(os.path.join(root, prefix))  # noqa: PTH118 - names may be any bytes, speed matters
+        except OSError as error:
+            refused.append(Refusal(prefix.rstrip("/"), f"folder cannot be read: {error.strerror}"))
+            continue
+        with entries:
+            for entry in entries:
+                if _is_hidden(entry.name):
+                    continue
+                path = prefix + entry.name
+                if entry.is_symlink() and (reason := _why_not_follow(entry, real_root, ancestors)):
+                    refused.append(Refusal(path, reason))
+                elif entry.is_dir():
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else f"{ancestors[-1]}/{entry.name}"
+                    pending.append((path + "/", (*ancestors, real)))
+                elif not entry.is_file():
+                    refused.append(Refusal(path, "not a regular file (pipe, socket or device)"))
+                elif os.path.splitext(entry.name)[1].lower() in _EXTENSIONS or _looks_like_image(entry.path):  # noqa: PTH122
+                    status = entry.stat()
+                    yield _Entry(path, status.st_size, status.st_mtime_ns)
+
+
+def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[str, ...]) -> str | None:
+    try:
+        target = os.path.realpath(entry.path, strict=True)
+    except OSError as error:
+        return "dangling link" if isinstance(error, FileNotFoundError) else "link loop"
+    if os.path.commonpath([real_root, target]) != real_root:
+        return "link that leaves the source folder"
+    return "link loop" if target in ancestors else None
+
+
+def _looks_like_image(path: str) -> bool:
+    """Whether a regular file without an image's extension starts like one: content counts, not the name."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            head = file.read(16)
+    except OSError:
+        return False
+    return head.startswith(_SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif"
+
+
+# -------------------------------------------------------------------------------------------------------- CSV
+
+
+def _list_csv(source: Path) -> tuple[Path, list[_Entry], set[str], list[Refusal]]:
+    root = source.parent
+    real_root = os.path.realpath(root)
+    found: list[_Entry] = []
+    refused: list[Refusal] = []
+    seen: dict[str, _Entry] = {}
+    with source.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file, strict=True)
+        columns = reader.fieldnames or []
+        if "path" not in columns or not set(columns) <= {"path", "label", "split"}:
+            raise UsageError(f"{source} has the columns {columns}, expected the header path[,label[,split]]")
+        try:
+            for row in reader:
+                entry = _csv_entry(row, f"{source}, line {reader.line_num}")
+                if (known := seen.get(entry.path)) is not None:
+                    if known != entry:
+                        raise SourceError(
+                            f"{source}, line {reader.line_num}: {entry.path} is listed twice, with different labels or splits"
+                        )
+                    continue
+                seen[entry.path] = entry
+                try:
+                    found.append(_with_status(entry, root, real_root))
+                except RefusedImage as reason:
+                    refused.append(Refusal(entry.path, str(reason)))
+        except csv.Error as error:
+            raise SourceError(f"{source}, line {reader.line_num}: not a CSV row ({error})") from error
+    return root, found, {entry.label for entry in seen.values() if entry.label is not None}, refused
+
+
+def _csv_entry(row: dict[str, str | None], where: str) -> _Entry:
+    path, label, split = row.get("path"), row.get("label") or None, (row.get("split") or "none").lower()
+    if not path or None in row:
+        raise SourceError(f"{where}: found {len(row)} fields with path {path!r}, expected the header's columns")
+    if split not in SPLITS and split not in _SPLIT_FOLDERS:
+        raise UsageError(f"{where}: split {split!r} is not one of train, val, test or empty")
+    number = _SPLIT_FOLDERS.get(split, 0)
+    return _Entry(PurePosixPath(path.replace(os.sep, "/")).as_posix(), 0, 0, label, number)
+
+
+def _with_status(entry: _Entry, root: Path, real_root: str) -> _Entry:
+    try:
+        target = os.path.realpath(root / entry.path, strict=True)
+        if os.path.commonpath([real_root, target]) != real_root:
+            raise RefusedImage(f"lies outside {root}, the folder of the CSV")
+        status = os.stat(target)  # noqa: PTH116
+    except (OSError, ValueError) as error:  # ValueError: another drive, or a NUL in the name
+        raise RefusedImage(f"cannot be found: {getattr(error, 'strerror', None) or error}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise RefusedImage("not a regular file")
+    relative = os.path.relpath(root / entry.path, root).replace(os.sep, "/")  # an absolute path inside root is fine
+    return dataclasses.replace(entry, path=relative, size=status.st_size, mtime=status.st_mtime_ns)
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read_image(path: Path) -> tuple[bytes, int, int]:
+    """Read one file whole.
+
+    Returns:
+        Its bytes, its size and its modification time (ns; -1 if it is so recent that a later change could carry the
+        same time stamp, which makes the next run read the file again instead of trusting the stamp).
+
+    Raises:
+        RefusedImage: it cannot be read, is no regular file, or changed meanwhile.
+    """
+    try:
+        # Not blocking: a pipe that took a file's place must not hang the run.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise RefusedImage("not a regular file")
+            data = file.read()
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise RefusedImage(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RefusedImage(f"cannot be read: {error}") from error
+    if len(data) != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
+        raise RefusedImage("changed while it was read")
+    settled = time.time_ns() - after.st_mtime_ns > 2_000_000_000  # FAT, the coarsest in use, counts in 2 s
+    return data, len(data), after.st_mtime_ns if settled else -1
+
+
+@contextlib.contextmanager
+def ignore_size_warnings() -> Iterator[None]:
+    """Silence Pillow's warning about images it considers large: ``MAX_PIXELS`` is the limit here.
+
+    Python's warning filters are global, so this belongs around a whole run, never around one image on one thread.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``_FORMATS`` that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode a file's bytes into an upright 8-bit RGB image.
+
+    Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
+    scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
+
+    Raises:
+        RefusedImage: not an image, truncated, too large, or of a kind without a defined conversion.
+    """
+    if not data:
+        raise RefusedImage("empty file")
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+            image.load()
+            upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+            return _to_rgb(upright, image.format)
+    except RefusedImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise RefusedImage("not an image, or of an unsupported format") from error
+    except Image.DecompressionBombError as error:
+        raise RefusedImage(f"too large: more than {MAX_PIXELS} pixels") from error
+    except MemoryError as error:
+        raise RefusedImage("too large for the memory at hand") from error
+    except Exception as error:  # decoders raise nearly anything on damaged files; one image must not end a run
+        raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
+
+
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise RefusedImage(f"32-bit pixels (mode {image.mode}) have no defined range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layers).convert("RGB")
+    return image.convert("RGB")

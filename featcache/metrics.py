@@ -1,0 +1,63 @@
+"""Labels and probabilities in, a dictionary of scores out. numpy only.
+
+All functions take ``y`` (N,) integer labels in 0..C-1 and ``probabilities`` (N, C), rows summing to 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+def accuracy(y: Array, probabilities: Array) -> float:
+    """Share of rows whose most probable class is ``y``; 0..1."""
+    return float((probabilities.argmax(axis=1) == y).mean())
+
+
+def log_loss(y: Array, probabilities: Array) -> float:
+    """Mean negative log-probability of the true class, in nats; probabilities are clipped at 1e-12."""
+    return float(-np.log(np.clip(probabilities[np.arange(len(y)), y], 1e-12, 1.0)).mean())
+
+
+def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width confidence bins (Guo et al. 2017); 0..1."""
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
+    bucket = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(bucket, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(y))
+
+
+def confusion_matrix(y: Array, probabilities: Array) -> npt.NDArray[np.int64]:
+    """(C, C) counts; row = true class, column = predicted class."""
+    c = probabilities.shape[1]
+    return np.bincount(y * c + probabilities.argmax(axis=1), minlength=c * c).reshape(c, c)
+
+
+def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str]) -> dict[str, Any]:
+    """All scores of the module as plain JSON values.
+
+    Returns:
+        n, accuracy, log_loss, ece, confusion (list of rows), and per_class: name -> n, precision, recall (None where
+        undefined).
+    """
+    confusion = confusion_matrix(y, probabilities)
+    true, predicted, hit = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
+    per_class = {
+        name: {
+            "n": int(true[k]),
+            "precision": float(hit[k] / predicted[k]) if predicted[k] else None,
+            "recall": float(hit[k] / true[k]) if true[k] else None,
+        }
+        for k, name in enumerate(classes)
+    }
+    return {
+        "n": len(y),
+        "accuracy": accuracy(y, probabilities),
+        "per_class": per_class,
+        "log_loss": log_loss(y, probabilities),
+        "ece": expected_calibration_error(y, probabilities),
+        "confusion": confusion.tolist(),
+    }

@@ -1,0 +1,113 @@
+"""Finished work of a running extraction: small complete caches in ``features.h5.parts/``, published one by one.
+
+In: embedded rows as they come. Out: files that survive any interruption, until the final cache is packed from them.
+"""
+
+import contextlib
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+
+from featcache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.errors import CacheError, StorageError
+
+if TYPE_CHECKING:
+    from featcache.embedding import Chunk
+
+log = logging.getLogger("featcache")
+MAX_ROWS = 4096
+MAX_SECONDS = 15.0  # what an interruption can cost at most, plus the images in flight
+
+
+def parts_folder(cache: Path) -> Path:
+    """Where the parts of ``cache`` lie."""
+    return cache.with_name(cache.name + ".parts")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the right to write into ``folder`` (made if missing), so that two runs never write one cache.
+
+    The operating system frees the lock of a process that died. An empty folder is removed at the end.
+
+    Raises:
+        StorageError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = filelock.FileLock(folder / "lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise StorageError(f"another featcache is writing {folder.with_suffix('')}; wait for it, or choose another -o") from error
+    except OSError as error:
+        raise StorageError(f"cannot write in {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            (folder / "lock").unlink(missing_ok=True)
+            folder.rmdir()  # fails, as it should, while parts remain
+
+
+def open_parts(folder: Path) -> list[FeatureCache]:
+    """Open every intact part. A damaged one is removed: its images are simply embedded again."""
+    parts = []
+    for path in sorted(folder.glob("*.h5")):
+        try:
+            part = FeatureCache.open(path)
+            part.X  # noqa: B018 - verifies
+            parts.append(part)
+        except CacheError as error:
+            log.warning("part %s is damaged and will be made again (%s)", path.name, error)
+            path.unlink(missing_ok=True)
+    return parts
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what the packed cache has made superfluous. The lock stays, it is still held."""
+    for path in folder.iterdir():
+        if path.name != "lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class PartWriter:
+    """Collects embedded rows and publishes them as a part when there are enough, or when it has been long enough."""
+
+    def __init__(self, folder: Path, spec: dict[str, Any], provenance: dict[str, Any], dim: int) -> None:
+        self._folder, self._spec, self._provenance, self._dim = folder, spec, provenance, dim
+        self._chunks: list["Chunk"] = []
+        self._paths: list[str] = []
+        self._since = time.monotonic()
+        self.written: list[FeatureCache] = []
+
+    def add(self, chunk: "Chunk", paths: list[str]) -> None:
+        """Take a chunk and its rows' paths. Raises StorageError when publishing fails."""
+        self._chunks.append(chunk)
+        self._paths += paths
+        if len(self._paths) >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish what has been collected. Raises StorageError."""
+        if self._paths:
+            path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
+            rows = Rows(
+                paths=encode_names(self._paths),
+                labels=np.full(len(self._paths), -1, np.int32),
+                splits=np.zeros(len(self._paths), np.uint8),
+                digests=np.concatenate([chunk.digests for chunk in self._chunks]),
+                sizes=np.concatenate([chunk.sizes for chunk in self._chunks]),
+                mtimes=np.concatenate([chunk.mtimes for chunk in self._chunks]),
+            )
+            blocks = (chunk.features for chunk in self._chunks)
+            write_cache(path, rows, blocks, dim=self._dim, spec=self._spec, provenance=self._provenance)
+            self.written.append(FeatureCache.open(path))
+        self._chunks, self._paths, self._since = [], [], time.monotonic()

@@ -1,0 +1,124 @@
+"""Atomic publishing: a file or folder appears under its name complete and on disk, or not at all.
+
+In: a target path and the code that fills it. Out: the target, replaced in one step. Every byte that featcache keeps
+goes through here, so this is the one place to look at (or to break) when asking what survives a power cut.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from featcache.errors import StorageError
+
+_SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file system's own bookkeeping, need some
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse early, before any work, if ``path`` could not be created in its folder.
+
+    Raises:
+        StorageError: the folder is missing or not writable.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise StorageError(f"cannot write {path}: the folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write {path}: no permission to write in {folder}")
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raise StorageError unless ``folder``'s file system has ``needed`` bytes and a little to spare."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise StorageError(
+            f"not enough space in {folder}: {free / 1e6:,.0f} MB free, {(needed + _SPARE_BYTES) / 1e6:,.0f} MB needed; "
+            "free some space and run the same command again, finished work is kept"
+        )
+
+
+@contextlib.contextmanager
+def publish_file(path: Path, *, staging: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a temporary file; on success fsync it, rename it over ``path`` and fsync the folder.
+
+    Args:
+        path: what the file is called once it is complete.
+        staging: folder for the temporary file, on the same file system; beside ``path`` when not given.
+
+    Raises:
+        StorageError: the operating system refused a step (disk full, no permission). ``path`` is then unchanged.
+    """
+    temporary = _temporary_name(path, staging or path.parent)
+    try:
+        with temporary.open("x+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; run the same command again once that is mended, "
+            "finished work is kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Publish ``data`` as the whole content of ``path``. Raises StorageError."""
+    with publish_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; on success it becomes ``path``, replacing what was there.
+
+    Raises:
+        StorageError: the operating system refused a step. ``path`` is then unchanged.
+    """
+    temporary = _temporary_name(path, path.parent)
+    replaced: Path | None = None
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _sync_file(file)
+        _sync_folder(temporary)
+        if path.exists():  # a folder cannot be renamed over a full one: step aside, step in, then delete
+            replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+            path.rename(replaced)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if replaced is not None and not path.exists():
+            replaced.rename(path)
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced is not None and path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable. Windows has no such call and its rename needs none."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary_name(path: Path, folder: Path) -> Path:
+    return folder / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"

@@ -1,0 +1,100 @@
+"""What this process computes with: device, workers, allocator. Decided once, each choice with its reason.
+
+In: what the user asked for. Out: a frozen ``Runtime``. Nothing in here changes the numbers' meaning, only the speed.
+"""
+
+import ctypes
+import dataclasses
+import os
+import sys
+
+import torch
+
+from featcache.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Where to compute.
+
+    Attributes:
+        device: torch device.
+        workers: threads that read and decode images; on a CPU each also runs the backbone, on one core.
+        batch_size: images per forward pass, always exactly this many.
+        reason: why, in words, for the user.
+    """
+
+    device: torch.device
+    workers: int
+    batch_size: int
+    reason: str
+
+
+def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_size: int | None = None) -> Runtime:
+    """Decide where to compute.
+
+    Args:
+        device: auto, cpu, cuda, cuda:N or mps.
+        workers: threads; the number of usable cores when not given.
+        batch_size: 8 on a CPU (activations stay in the cache of one core), 64 on a GPU, when not given.
+
+    Raises:
+        UsageError: no such device here, or a count below 1.
+    """
+    if (workers is not None and workers < 1) or (batch_size is not None and batch_size < 1):
+        raise UsageError(f"workers and batch size must be at least 1, found {workers} and {batch_size}")
+    cores = usable_cores()
+    chosen, reason = _choose_device(device)
+    if workers is None:
+        workers = cores if chosen.type == "cpu" else min(cores, 32)
+    reason += f"; {workers} worker{'s' if workers > 1 else ''} for {cores} usable core{'s' if cores > 1 else ''}"
+    return Runtime(chosen, workers, batch_size or (8 if chosen.type == "cpu" else 64), reason)
+
+
+def _choose_device(name: str) -> tuple[torch.device, str]:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"device cuda: {torch.cuda.get_device_name()}"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "device mps: Apple GPU, no CUDA GPU found"
+        return torch.device("cpu"), "device cpu: no GPU found"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps") from error
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in found or (device.index or 0) >= found[device.type]:
+        there = [kind for kind, count in found.items() if count]
+        raise UsageError(f"device {name!r} is not on this machine, which has: {', '.join(there)}")
+    return device, f"device {name}: as asked"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed activation buffers instead of returning and faulting them in again at every layer.
+
+    The usual loop spends half its CPU time on that. Affects the whole process, so only commands call it, and before
+    their first large allocation; ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("FEATCACHE_KEEP_MEMORY") == "0":
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
+    options = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
+    return all([mallopt(option, value) == 1 for option, value in options])
+
+
+def has_bf16_arithmetic() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -27,7 +27,10 @@ _OFFLINE_HELP = (
     f"pip install 'featcache[offline]' and --backbone {OFFLINE_BACKBONE}"
 )
 # Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
-_BUILD = {name: {"aux_logits": False, "transform_input": True, "init_weights": False} for name in ("googlenet", "inception_v3")}
+_BUILD = {
+    name: {"aux_logits": False, "transform_input": True, "init_weights": False}
+    for name in ("googlenet", "inception_v3")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,16 @@ def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
     if name.startswith("timm/"):
         return _load_timm(name, weights)
     return _load_torchvision(name, weights)
+
+
+def load_provided(name: str, weights: str) -> Backbone:
+    """``load_backbone`` for a request read from a file: never takes ``weights`` for a path. Raises BackboneError."""
+    provided = {"auto"}
+    if not name.startswith("timm/") and name in torchvision.models.list_models(module=torchvision.models):
+        provided |= {member.name for member in torchvision.models.get_model_weights(name)}
+    if weights not in provided:
+        raise BackboneError(f"no library provides weights called {weights!r} for {name}")
+    return load_backbone(name, weights)
 
 
 def save_weights(backbone: Backbone, path: Path) -> None:
@@ -146,10 +159,8 @@ def _load_torchvision(name: str, weights: str | Path) -> Backbone:
     layer = _classifier(model, name)
     classifier = model.get_submodule(layer)
     model.set_submodule(layer, nn.Identity())
-    if isinstance(classifier, nn.Conv2d):  # SqueezeNet: the pooling after the convolution is the network's own
-        dim = classifier.in_channels
-    else:
-        dim = int(classifier.in_features)  # type: ignore[arg-type]
+    # SqueezeNet classifies with a convolution; the pooling after it is the network's own.
+    dim = int(classifier.in_channels if isinstance(classifier, nn.Conv2d) else classifier.in_features)
     if state is not None:
         _load_state(model, state, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
     return _finish(name, model, dim, layer, _preset_spec(preset), source, reload)
@@ -161,7 +172,10 @@ def _prefer(names: list[str]) -> tuple[str, str]:
         others = [name for name in names if name != "IMAGENET1K_V1"]
         if "IMAGENET1K_V2" in others:
             # Kornblith et al. 2021, "Why do better loss functions lead to less transferable features?"
-            return "IMAGENET1K_V1", " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)"
+            return (
+                "IMAGENET1K_V1",
+                " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)",
+            )
         if others:
             return "IMAGENET1K_V1", f" (also there, under a non-commercial licence: {', '.join(others)})"
         return "IMAGENET1K_V1", ""
@@ -181,10 +195,10 @@ def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
 
 def _classifier(model: nn.Module, name: str) -> str:
     """Name of the final classification layer: the last linear or convolutional layer, in order of registration."""
-    layers = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if not layers:
         raise BackboneError(f"{name} has no classification layer to take the input of")
-    return layers[-1]
+    return str(layers[-1])
 
 
 def _preset_spec(preset: Any) -> PreprocessSpec:

@@ -138,7 +138,7 @@ def write_cache(
                 raise ValueError(f"block of shape {block.shape}, expected (n, {dim})")
             data = np.ascontiguousarray(block, dtype)
             _update_checksums(checksums, data, written, per_checksum)
-            file.write(data.view(np.uint8))
+            file.write(_bytes(data))
             written += len(data)
         if written != len(rows):
             raise ValueError(f"{written} feature rows for {len(rows)} images")
@@ -150,9 +150,7 @@ def write_cache(
         file.write(image[file.tell() :])
 
 
-def _columns(
-    rows: Rows, classes: tuple[str, ...], refused: tuple[tuple[str, str], ...]
-) -> dict[str, npt.NDArray[Any]]:
+def _columns(rows: Rows, classes: tuple[str, ...], refused: tuple[tuple[str, str], ...]) -> dict[str, npt.NDArray[Any]]:
     """The datasets other than ``features``, in the order in which they are laid out and checksummed."""
     return {
         "paths": rows.paths,
@@ -208,11 +206,16 @@ def _layout(
     return image, offset or len(image)  # HDF5 gives no offset to an empty dataset
 
 
+def _bytes(values: npt.NDArray[Any]) -> memoryview:
+    """The memory of an array, for what takes bytes; without a copy if it is contiguous."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
 def _metadata_checksum(columns: dict[str, npt.NDArray[Any]], texts: tuple[str, str]) -> int:
     value = zlib.crc32("\0".join(texts).encode())
     for name, values in columns.items():
         value = zlib.crc32(f"{name}{values.dtype.str}{values.shape}".encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(values), value)
+        value = zlib.crc32(_bytes(values), value)
     return value
 
 
@@ -222,7 +225,7 @@ def _update_checksums(sums: npt.NDArray[np.uint32], data: Features, start: int, 
     while position < len(data):
         number = (start + position) // per_checksum
         stop = min(len(data), (number + 1) * per_checksum - start)
-        sums[number] = zlib.crc32(data[position:stop], int(sums[number]))
+        sums[number] = zlib.crc32(_bytes(data[position:stop]), int(sums[number]))
         position = stop
 
 
@@ -317,7 +320,7 @@ class FeatureCache:
         return [
             (start, min(start + step, len(self)))
             for number, start in enumerate(range(0, len(self), step))
-            if zlib.crc32(self._features[start : start + step]) != self._checksums[number]
+            if zlib.crc32(_bytes(self._features[start : start + step])) != self._checksums[number]
         ]
 
     def where(self, split: str) -> npt.NDArray[np.intp]:
@@ -349,7 +352,9 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
         raise CacheError(f"{path} is an HDF5 file of another program; expected a cache written by `featcache extract`")
     version = int(file.attrs["format_version"])
     if version != FORMAT_VERSION:
-        raise CacheError(f"{path} has format version {version}, this featcache reads {FORMAT_VERSION}; upgrade featcache")
+        raise CacheError(
+            f"{path} has format version {version}, this featcache reads {FORMAT_VERSION}; upgrade featcache"
+        )
     texts = (str(file.attrs["spec"]), str(file.attrs["provenance"]))
     fingerprint = hashlib.sha256(texts[0].encode()).hexdigest()
     if file.attrs["fingerprint"] != fingerprint:
@@ -368,7 +373,7 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
         raise damaged("checksum mismatch in its metadata")
     classes = decode_names(columns["classes"])
     labels = columns["labels"]
-    if len(labels) and not (-1 <= labels.min() and labels.max() < len(classes) and columns["splits"].max() <= 3):
+    if len(labels) and not (labels.min() >= -1 and labels.max() < len(classes) and columns["splits"].max() <= 3):
         raise damaged("labels or splits out of range")
 
     offset, size = features.id.get_offset(), n * dim * features.dtype.itemsize

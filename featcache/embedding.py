@@ -11,7 +11,7 @@ import hashlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -65,7 +65,7 @@ class Timings:
         return max(self.seconds, key=lambda stage: self.seconds[stage])
 
 
-def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Timings | None = None) -> Iterator[Chunk]:
+def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Timings | None = None) -> Generator[Chunk]:
     """Embed ``images``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
 
     An image that cannot be embedded is reported in its chunk's ``refused``; it never ends the run. Memory is bounded by

@@ -71,7 +71,9 @@ class Encoder:
                     return self._embed_cuda(torch.from_numpy(pixels))
                 return self._forward(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
         except torch.OutOfMemoryError as error:
-            raise UsageError(f"a batch of {len(pixels)} does not fit into {self.device}'s memory; halve --batch-size") from error
+            raise UsageError(
+                f"a batch of {len(pixels)} does not fit into {self.device}'s memory; halve --batch-size"
+            ) from error
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._module(normalise(pixels, self.preprocess).to(self._dtype))  # type: ignore[no-any-return]
@@ -82,7 +84,7 @@ class Encoder:
             result = self._forward(pixels.to(self.device, non_blocking=True)).float()
             host = torch.empty(result.shape, pin_memory=True)
             host.copy_(result, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         done.synchronize()
         return host.numpy().copy()  # pinned memory is scarce: hand it back
@@ -135,7 +137,9 @@ def build_encoder(
     if not passed and "fp32" in candidates:  # folding did harm (a batch norm with tiny variance, say): do without
         return plain, PrecisionChoice("fp32", "reference", f"fp32, plain: {_figures(tried)} did not pass", tried)
     if not passed:
-        return encoders[precision], PrecisionChoice(precision, precision, f"{precision} as asked: {_figures(tried)}, below the bar", tried)
+        return encoders[precision], PrecisionChoice(
+            precision, precision, f"{precision} as asked: {_figures(tried)}, below the bar", tried
+        )
     best = max(passed, key=lambda name: tried[name].get("images_per_second", 0.0))
     return encoders[best], PrecisionChoice(best, "reference", _reason(best, precision, runtime, tried), tried)
 
@@ -157,7 +161,9 @@ def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, dict[str, 
 
 
 def _figures(tried: dict[str, dict[str, float]]) -> str:
-    return "; ".join(f"{name} cosine mean {t['mean_cosine']:.6f} min {t['min_cosine']:.6f}" for name, t in tried.items())
+    return "; ".join(
+        f"{name} cosine mean {t['mean_cosine']:.6f} min {t['min_cosine']:.6f}" for name, t in tried.items()
+    )
 
 
 def _passes(figures: dict[str, float]) -> bool:

@@ -91,7 +91,7 @@ class ExtractReport:
         embedded, reused, refused: computed now; taken over; without an embedding (the cache says why).
         added, changed, removed: paths, compared with the cache that was there before.
         dim: D.
-        seconds: of the whole call. images_per_second: embedded / seconds.
+        seconds: of the whole call. images_per_second: embedded / seconds of the embedding loop, start-up left out.
         fingerprint: of the cache's spec.
     """
 
@@ -192,7 +192,7 @@ def extract(
         refused=len(images) + len(images.refused) - len(rows),
         dim=FeatureCache.open(output).dim,
         seconds=seconds,
-        images_per_second=embedded / seconds,
+        images_per_second=embedded / job.embedding_seconds if embedded else 0.0,
         fingerprint=fingerprint_of(spec),
     )
 
@@ -216,6 +216,7 @@ class _Job:
         self._choose_runtime = choose_runtime
         self._record = request.record()
         self._kept_class: str | None = None
+        self.embedding_seconds = 0.0
 
     def spec_of_same_request(self, caches: list[FeatureCache]) -> dict[str, Any] | None:
         """The spec, if one of ``caches`` was made by this very request with these very libraries."""
@@ -243,7 +244,10 @@ class _Job:
         precision = cast("Precision", self.request.precision)
         encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
         log.info("precision %s", choice.reason)
-        spec = backbone.spec() | {"precision": self._kept_class or choice.precision_class, "storage": self.request.dtype}
+        spec = backbone.spec() | {
+            "precision": self._kept_class or choice.precision_class,
+            "storage": self.request.dtype,
+        }
         provenance = {
             "request": self._record,
             "weights": {"source": backbone.weights, "reload": backbone.reload},
@@ -256,7 +260,11 @@ class _Job:
         return _Prepared(backbone, encoder, runtime, spec, provenance)
 
     def embed(
-        self, todo: "np.ndarray[Any, np.dtype[np.intp]]", known: Known, caches: list[FeatureCache], progress: Progress | None
+        self,
+        todo: "np.ndarray[Any, np.dtype[np.intp]]",
+        known: Known,
+        caches: list[FeatureCache],
+        progress: Progress | None,
     ) -> dict[int, str]:
         """Embed the images ``todo`` into new parts, appended to ``caches`` and entered into ``known``.
 
@@ -278,6 +286,7 @@ class _Job:
         refused: dict[int, str] = {}
         embedded: list[int] = []
         done = 0
+        started = time.perf_counter()
         chunks = embed(images, at.encoder, at.runtime, timings=timings)
         try:
             for chunk in chunks:
@@ -293,6 +302,7 @@ class _Job:
         finally:
             chunks.close()
             writer.flush()  # also when interrupted: what is finished is kept
+            self.embedding_seconds = time.perf_counter() - started
         start = 0
         for part in writer.written:
             known.set(np.array(embedded[start : start + len(part)]), len(caches), np.arange(len(part)))
@@ -423,9 +433,7 @@ def _all_refused(images: ImageList) -> str:
     return f"all {len(images) + len(images.refused)} images of {images.root} were refused, the first because {reason}"
 
 
-def _pack(
-    job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int, str], spec: dict[str, Any]
-) -> Rows:
+def _pack(job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int, str], spec: dict[str, Any]) -> Rows:
     """Publish the final file, unless it would be what is there already. Returns its rows."""
     images = job.images
     order = np.flatnonzero(known.source >= 0)
@@ -447,7 +455,12 @@ def _pack(
     reasons += [(images.paths[index], reason) for index, reason in refused.items()]
     final = tuple(sorted(reasons))
     first = caches[0]
-    if first.path == job.output and first.rows.equals(rows) and first.classes == images.classes and first.refused == final:
+    if (
+        first.path == job.output
+        and first.rows.equals(rows)
+        and first.classes == images.classes
+        and first.refused == final
+    ):
         return rows
     write_cache(
         job.output,

@@ -24,9 +24,12 @@ from featcache.errors import SourceError, UsageError
 
 SPLITS = ("none", "train", "val", "test")  # position = the number stored in a cache
 _SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
-_EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .tga .jp2 .j2k .avif .ico".split()
-)
+# fmt: off
+_EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico",
+))
+# fmt: on
 # A list of its own, not "whatever Pillow opens": EPS, for one, would start another program.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")

@@ -45,7 +45,9 @@ def locked(folder: Path) -> Iterator[None]:
         lock = filelock.FileLock(folder / "lock", timeout=0)
         lock.acquire()
     except filelock.Timeout as error:
-        raise StorageError(f"another featcache is writing {folder.with_suffix('')}; wait for it, or choose another -o") from error
+        raise StorageError(
+            f"another featcache is writing {folder.with_suffix('')}; wait for it, or choose another -o"
+        ) from error
     except OSError as error:
         raise StorageError(f"cannot write in {folder}: {error.strerror or error}") from error
     try:
@@ -83,7 +85,7 @@ class PartWriter:
 
     def __init__(self, folder: Path, spec: dict[str, Any], provenance: dict[str, Any], dim: int) -> None:
         self._folder, self._spec, self._provenance, self._dim = folder, spec, provenance, dim
-        self._chunks: list["Chunk"] = []
+        self._chunks: list[Chunk] = []
         self._paths: list[str] = []
         self._since = time.monotonic()
         self.written: list[FeatureCache] = []

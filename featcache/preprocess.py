@@ -59,7 +59,9 @@ class PreprocessSpec:
         if min(*edges, *self.crop) < 1 or max(*edges, *self.crop) > 8192:
             raise UsageError(f"resize {self.resize} and crop {self.crop} must lie between 1 and 8192 pixels")
         if edges[0] < self.crop[0] or edges[1] < self.crop[1]:
-            raise UsageError(f"resize {self.resize} is smaller than crop {self.crop}; make the resize at least as large")
+            raise UsageError(
+                f"resize {self.resize} is smaller than crop {self.crop}; make the resize at least as large"
+            )
         if self.interpolation not in _RESAMPLING:
             raise UsageError(f"unknown interpolation {self.interpolation!r}; choose one of {', '.join(_RESAMPLING)}")
         if not all(value > 0 for value in self.std):
@@ -73,7 +75,8 @@ class PreprocessSpec:
     def from_json(cls, values: dict[str, Any]) -> "PreprocessSpec":
         """Rebuild a spec. Raises UsageError for unknown, missing or impossible fields."""
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fields)
         except (TypeError, AttributeError) as error:
             raise UsageError(f"not a preprocessing spec of this version: {error}") from error
 

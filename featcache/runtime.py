@@ -91,7 +91,8 @@ def keep_freed_memory() -> bool:
         return False
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
     options = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
-    return all([mallopt(option, value) == 1 for option, value in options])
+    taken = [mallopt(option, value) == 1 for option, value in options]  # every one of them, whatever the first says
+    return all(taken)
 
 
 def has_bf16_arithmetic() -> bool:

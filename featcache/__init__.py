@@ -1,0 +1,68 @@
+"""featcache: embed images once, cache the embeddings with proof of origin, train classifiers on them in seconds.
+
+The functions behind the commands, importable without loading torch until one of them needs it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featcache.backbones import backbone_names, load_backbone
+    from featcache.cache import FeatureCache
+    from featcache.errors import FeatcacheError
+    from featcache.extraction import ExtractReport, ExtractRequest, extract
+    from featcache.images import ImageList, list_images
+    from featcache.model import Model, load_model
+    from featcache.prediction import Prediction, evaluate, predict
+    from featcache.preprocess import PreprocessSpec
+    from featcache.training import FitReport, fit_head
+
+__version__ = "0.1.0"
+_HOME = {
+    "ExtractReport": "extraction",
+    "ExtractRequest": "extraction",
+    "FeatcacheError": "errors",
+    "FeatureCache": "cache",
+    "FitReport": "training",
+    "ImageList": "images",
+    "Model": "model",
+    "Prediction": "prediction",
+    "PreprocessSpec": "preprocess",
+    "backbone_names": "backbones",
+    "evaluate": "prediction",
+    "extract": "extraction",
+    "fit_head": "training",
+    "list_images": "images",
+    "load_backbone": "backbones",
+    "load_model": "model",
+    "predict": "prediction",
+}
+__all__ = [
+    "ExtractReport",
+    "ExtractRequest",
+    "FeatcacheError",
+    "FeatureCache",
+    "FitReport",
+    "ImageList",
+    "Model",
+    "Prediction",
+    "PreprocessSpec",
+    "backbone_names",
+    "evaluate",
+    "extract",
+    "fit_head",
+    "list_images",
+    "load_backbone",
+    "load_model",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'featcache' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"featcache.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

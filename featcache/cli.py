@@ -1,0 +1,474 @@
+"""The command line: parse, call a plain function, print. Messages go to stderr, results to stdout.
+
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but more images were refused than --max-bad allows.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from featcache.errors import FeatcacheError, UsageError
+
+app = typer.Typer(
+    name="featcache",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Embed images once, cache the embeddings with proof of origin, train classifiers on them in seconds.",
+    epilog="[bold]Three commands:[/]  featcache extract photos/ -o features.h5  ·  "
+    "featcache fit-head features.h5 -o model/  ·  featcache predict model/ new_photos/",
+)
+_EXAMPLES = "[bold]Examples:[/]  "
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Workers = Annotated[str, typer.Option(help="Threads that read and decode (on a CPU: that do everything), or auto.")]
+BatchSize = Annotated[str, typer.Option(help="Images per forward pass, or auto. Never changes what is computed.")]
+MaxBad = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of refused images above which to exit with 3.")]
+
+
+@app.command(
+    epilog=_EXAMPLES + "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100"
+)
+def extract(
+    source: Annotated[Path, typer.Argument(help="Folder of class folders, of splits of these, of images; or a CSV.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
+    backbone: Annotated[
+        str, typer.Option(help="A torchvision name or timm/NAME; see `featcache backbones`.")
+    ] = "resnet50",
+    weights: Annotated[
+        str, typer.Option(help="auto, none, a torchvision weights name, or a .pth / .safetensors file.")
+    ] = "auto",
+    batch_size: BatchSize = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto (fastest that passes the self-check), fp32, bf16 or fp16.")
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="How embeddings are stored: float16 or float32.")] = "float16",
+    resize: Annotated[
+        str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH; auto: the weights' own.")
+    ] = "auto",
+    crop: Annotated[str, typer.Option(help="Edge of the centre crop in pixels; auto: the weights' own.")] = "auto",
+    interpolation: Annotated[
+        str, typer.Option(help="nearest, bilinear, bicubic, lanczos; auto: the weights' own.")
+    ] = "auto",
+    device: Device = "auto",
+    workers: Workers = "auto",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many images, evenly spread over the source.")
+    ] = None,
+    max_bad: MaxBad = 0.05,
+    force: Annotated[bool, typer.Option("--force", help="Replace a cache made with another spec, or damaged.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed images into a cache file, or bring it up to date: only new content is embedded, an interrupted run resumes."""
+    from featcache.extraction import ExtractRequest
+    from featcache.extraction import extract as run
+
+    request = ExtractRequest(
+        backbone=backbone,
+        weights=weights,
+        resize=_size(resize),
+        crop=_count(crop, "crop"),
+        interpolation=None if interpolation == "auto" else interpolation,
+        precision=precision,
+        dtype=dtype,
+    )
+    with _progress("embedding") as progress:
+        report = run(
+            source,
+            output,
+            request,
+            device=device,
+            workers=_count(workers, "workers"),
+            batch_size=_count(batch_size, "batch size"),
+            limit=limit,
+            force=force,
+            progress=progress,
+        )
+    rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
+    _say(
+        f"{report.cache}: {report.embedded + report.reused} embeddings of {report.dim} dimensions; embedded {report.embedded}, "
+        f"reused {report.reused}, refused {report.refused} (added {report.added}, changed {report.changed}, "
+        f"removed {report.removed}) in {report.seconds:.1f} s{rate}"
+    )
+    if report.refused:
+        _say(f"why images were refused: featcache info {report.cache}")
+    _print_json(dataclasses.asdict(report), as_json)
+    _exit_if_bad(report.refused, report.images, max_bad)
+
+
+@app.command(
+    epilog=_EXAMPLES + "featcache fit-head features.h5 -o model/  ·  featcache fit-head features.h5 -o mlp/ --clf mlp"
+)
+def fit_head(
+    cache: Annotated[Path, typer.Argument(help="A cache file written by extract.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The model folder.")],
+    clf: Annotated[str, typer.Option(help="logreg, linear or mlp.")] = "logreg",
+    c: Annotated[
+        str, typer.Option("--C", help="Inverse regularisation strength of logreg; auto: cross-validated.")
+    ] = "auto",
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation on training rows; 0 for none.")] = 5,
+    class_weight: Annotated[str, typer.Option(help="none, or balanced: rare classes weigh more.")] = "none",
+    seed: Annotated[int, typer.Option(help="Of folds, initial weights and batches.")] = 0,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a classifier on cached embeddings; everything is chosen on training rows, val and test stay untouched."""
+    from featcache.training import fit_head as run
+
+    report = run(
+        cache,
+        output,
+        clf=clf,  # type: ignore[arg-type]
+        C=_number(c),
+        folds=folds,
+        class_weight=class_weight,  # type: ignore[arg-type]
+        seed=seed,
+        self_contained=self_contained,
+    )
+    chosen = f"C {report.C:g}, " if report.C is not None else ""
+    _say(
+        f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
+    )
+    if report.cv_accuracy is not None:
+        _say(f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})")
+    for name, value in (("val", report.val_accuracy), ("test", report.test_accuracy)):
+        if value is not None:
+            _say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
+    _say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
+    _print_json(dataclasses.asdict(report), as_json)
+
+
+@app.command(
+    epilog=_EXAMPLES + "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3"
+)
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    inputs: Annotated[list[Path], typer.Argument(help="Images, folders, CSV files; or cache files.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file; stdout if not given.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
+    probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
+    batch_size: BatchSize = "auto",
+    device: Device = "auto",
+    workers: Workers = "auto",
+    max_bad: MaxBad = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Label images: one row per input image, in order, refused ones included."""
+    from featcache.errors import SourceError
+    from featcache.model import load_model
+    from featcache.prediction import predict as run
+    from featcache.publish import check_output_folder, publish_file
+    from featcache.tables import prediction_rows, write_rows
+
+    kind: Literal["csv", "jsonl"] = "jsonl" if output is not None and output.suffix == ".jsonl" else "csv"
+    if output is not None:
+        if output.suffix not in (".csv", ".jsonl"):
+            raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
+        check_output_folder(output)
+    started = time.perf_counter()
+    loaded = load_model(model)
+    with _progress("predicting", show=output is not None) as progress:
+        predictions = run(
+            loaded,
+            inputs,
+            device=device,
+            workers=_count(workers, "workers"),
+            batch_size=_count(batch_size, "batch size"),
+            progress=progress,
+        )
+        rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
+        if output is None:
+            written, refused = write_rows(rows, sys.stdout.buffer, kind)
+            sys.stdout.flush()
+        else:
+            with publish_file(output) as file:
+                written, refused = write_rows(rows, file, kind)
+    seconds = time.perf_counter() - started
+    _say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
+    facts = {"model": model, "output": output, "images": written, "labelled": written - refused, "refused": refused}
+    _print_json(facts | {"seconds": seconds}, as_json)
+    if written == refused:
+        raise SourceError("not one image could be labelled; each row says why in its reason column")
+    _exit_if_bad(refused, written, max_bad)
+
+
+@app.command(
+    epilog=_EXAMPLES + "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 --split val"
+)
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    source: Annotated[Path, typer.Argument(help="Labelled images (folder or CSV), or a cache file.")],
+    split: Annotated[
+        str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
+    ] = "auto",
+    batch_size: BatchSize = "auto",
+    device: Device = "auto",
+    workers: Workers = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a model on labelled images or on a cache."""
+    from featcache.prediction import evaluate as run
+
+    with _progress("evaluating") as progress:
+        scores = run(
+            model,
+            source,
+            split=None if split == "auto" else split,
+            device=device,
+            workers=_count(workers, "workers"),
+            batch_size=_count(batch_size, "batch size"),
+            progress=progress,
+        )
+    _say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
+    _say(
+        f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"
+    )
+    for name, entry in scores["per_class"].items():
+        if entry["n"]:
+            precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
+            _say(f"  {_printable(name)}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+    _print_json(scores, as_json)
+
+
+@app.command(epilog=_EXAMPLES + "featcache info features.h5  ·  featcache info model/")
+def info(
+    path: Annotated[Path, typer.Argument(help="A cache file or a model folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a cache or a model holds and where it came from."""
+    from featcache.inspection import describe
+
+    facts = describe(path)
+    if as_json:
+        _print_json(facts, as_json)
+        return
+    for key, value in facts.items():
+        for line in _lines(key, value, ""):
+            print(line)
+
+
+@app.command(epilog=_EXAMPLES + "featcache verify features.h5")
+def verify(
+    cache: Annotated[Path, typer.Argument(help="A cache file.")],
+    as_json: Json = False,
+) -> None:
+    """Read every byte of a cache and compare it with the checksums."""
+    from featcache.cache import FeatureCache
+    from featcache.errors import CacheError
+
+    opened = FeatureCache.open(cache)
+    damaged = opened.verify()
+    _print_json({"cache": cache, "rows": len(opened), "damaged": damaged}, as_json)
+    if damaged:
+        rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:20])
+        raise CacheError(
+            f"{cache} is damaged: checksum mismatch in rows {rows}; `featcache extract --force` makes it anew"
+        )
+    _say(f"{cache}: {len(opened)} rows, all intact")
+
+
+@app.command(epilog=_EXAMPLES + "featcache backbones convnext")
+def backbones(
+    pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List the backbones that extract knows."""
+    from featcache.backbones import backbone_names
+
+    names = backbone_names(pattern)
+    if as_json:
+        _print_json({"backbones": names}, as_json)
+    else:
+        print("\n".join(names))
+    _say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine and installation can do."""
+    from featcache.inspection import machine
+
+    facts = machine()
+    if as_json:
+        _print_json(facts, as_json)
+        return
+    for key, value in facts.items():
+        for line in _lines(key, value, ""):
+            print(line)
+
+
+@app.command(epilog=_EXAMPLES + "featcache demo")
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
+) -> None:
+    """Do the whole job on handwritten digits, without any download."""
+    from featcache.demo import run_demo
+
+    run_demo(folder, lambda line: print(line, flush=True))
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    _log_to_stderr()
+    try:
+        code = app(standalone_mode=False)
+    except FeatcacheError as error:
+        _say(f"error: {_printable(str(error))}")
+        code = error.exit_code
+    except typer.Exit as error:
+        code = error.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        _say("interrupted; finished work is kept, the same command goes on from there")
+        code = 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        code = _usage_error(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_error(error: Exception) -> int:
+    """Print a click error the way click does; anything else is a bug and keeps its traceback."""
+    show = getattr(error, "show", None)
+    if show is None:
+        raise error
+    show()
+    return int(getattr(error, "exit_code", 2))
+
+
+def _interrupt(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        return prefix + _printable(record.getMessage())
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter())
+    logger = logging.getLogger("featcache")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def _progress(what: str, *, show: bool = True) -> Iterator[Any]:
+    """Yield a ``Progress`` callback: a live bar on a terminal, a line now and then elsewhere."""
+    if not show or not sys.stderr.isatty():
+        yield _progress_lines(what) if show else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:,.0f} images/s, limited by {task.fields[bottleneck]}, left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, rate=0.0, bottleneck="start-up")
+        started = time.perf_counter()
+
+        def update(done: int, total: int, bottleneck: str) -> None:
+            rate = done / (time.perf_counter() - started)
+            bar.update(task, completed=done, total=total, rate=rate, bottleneck=bottleneck)
+
+        yield update
+
+
+def _progress_lines(what: str, every: float = 10.0) -> Any:
+    started = last = time.perf_counter()
+
+    def update(done: int, total: int, bottleneck: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= every:
+            last = now
+            rate = done / (now - started)
+            left = (total - done) / rate
+            _say(f"{what} {done}/{total}, {rate:,.0f} images/s, limited by {bottleneck}, {left:,.0f} s left")
+
+    return update
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _printable(text: str) -> str:
+    """Names may hold anything; a terminal gets it on one line, with nothing that it would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _lines(key: str, value: Any, indent: str) -> Iterable[str]:
+    if isinstance(value, dict) and value:
+        yield f"{indent}{_printable(str(key))}:"
+        for name, entry in value.items():
+            yield from _lines(name, entry, indent + "  ")
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield f"{indent}{_printable(str(key))}:"
+        for entry in value:
+            yield f"{indent}  " + ", ".join(_printable(f"{name}: {text}") for name, text in entry.items())
+    else:
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield f"{indent}{_printable(str(key))}: {_printable(text)}"
+
+
+def _print_json(facts: dict[str, Any], wanted: bool) -> None:
+    if wanted:
+        print(json.dumps(facts, default=str), flush=True)
+
+
+def _exit_if_bad(refused: int, images: int, max_bad: float) -> None:
+    if refused > max_bad * images:
+        _say(f"{refused} of {images} images were refused, more than --max-bad {max_bad:g} allows")
+        raise typer.Exit(3)
+
+
+def _count(text: str, name: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{name} must be auto or a whole number from 1, found {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"C must be auto or a positive number, found {text!r}") from None
+
+
+def _size(text: str) -> int | tuple[int, int] | None:
+    height, cross, width = text.partition("x")
+    first = _count(height, "resize")
+    if not cross or first is None:
+        return first
+    return first, _count(width, "resize") or first

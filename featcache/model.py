@@ -1,0 +1,200 @@
+"""The saved model, version 1: a folder with everything needed to label images, and nothing that runs when loaded.
+
+``model.json`` (what it is, classes, spec, training, metrics), ``head.safetensors``, ``metrics.json``; with weights that no
+library provides, ``backbone.safetensors``; for logistic regression ``head.joblib``, the scikit-learn pipeline for
+notebooks, written and never read: loading a pickle runs code.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.cache import FeatureCache, fingerprint_of
+from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
+from featcache.heads import FittedHead, Head
+from featcache.preprocess import PreprocessSpec
+from featcache.publish import check_output_folder, publish_folder
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone
+
+log = logging.getLogger("featcache")
+FORMAT = "featcache-model"
+FORMAT_VERSION = 1
+_HEAD, _BACKBONE, _MANIFEST = "head.safetensors", "backbone.safetensors", "model.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model.
+
+    Attributes:
+        path: its folder.
+        classes: C names, in the order of the head's outputs.
+        head: (N, D) embeddings -> (N, C) probabilities.
+        spec: what the embeddings must have been made with. fingerprint: its sha256.
+        manifest: all of ``model.json``.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    head: Head
+    spec: dict[str, Any]
+    fingerprint: str
+    manifest: dict[str, Any]
+
+    def check_cache(self, cache: FeatureCache) -> None:
+        """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
+        if cache.fingerprint != self.fingerprint:
+            from featcache.extraction import spec_difference
+
+            raise SpecMismatchError(
+                f"{cache.path} and the model {self.path} do not belong together (cache -> model: "
+                f"{'; '.join(spec_difference(cache.spec, self.spec))}); predict from the images instead"
+            )
+
+    def load_backbone(self) -> "Backbone":
+        """The backbone this model was trained on.
+
+        Raises:
+            ModelError: its weights are missing, or are not those the model was trained on.
+            BackboneError: the library cannot provide them here.
+        """
+        from featcache.backbones import load_backbone, load_provided
+
+        wanted = self.spec["backbone"]
+        copy, reload = self.path / _BACKBONE, self.manifest["weights"].get("reload")
+        if copy.is_file():
+            backbone = load_backbone(wanted["name"], copy)
+        elif isinstance(reload, str):
+            backbone = load_provided(wanted["name"], reload)
+        else:
+            raise ModelError(
+                f"{self.path} has no {_BACKBONE}, and no library provides its weights ({self.manifest['weights'].get('source')}); "
+                "it can label caches, not images"
+            )
+        if backbone.weights_sha256 != wanted["weights_sha256"]:
+            raise ModelError(
+                f"{self.path} was trained on other weights of {wanted['name']}: found {backbone.weights_sha256[:12]} "
+                f"({backbone.weights}), expected {wanted['weights_sha256'][:12]}; train it again, or copy the original "
+                f"weights to {copy}"
+            )
+        return dataclasses.replace(backbone, preprocess=PreprocessSpec.from_json(self.spec["preprocess"]))
+
+
+def check_replaceable(path: Path, *, force: bool = False) -> None:
+    """Refuse, before any work, to write a model where something precious lies.
+
+    Heads are trained again in seconds from their cache, so a head-only model may be replaced; anything else is kept.
+
+    Raises:
+        ModelError: ``path`` exists and is not a head-only model (with ``force``: not a model).
+        StorageError: its folder is missing or not writable.
+    """
+    check_output_folder(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text()) if path.is_dir() else {}
+    except (OSError, ValueError):
+        manifest = {}
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ModelError(f"{path} exists and is not a featcache model; choose another -o")
+    if manifest.get("finetuned") and not force:
+        raise ModelError(f"{path} holds a fine-tuned model, which took long to make; choose another -o")
+
+
+def save_model(
+    path: Path,
+    fitted: FittedHead,
+    *,
+    classes: tuple[str, ...],
+    spec: dict[str, Any],
+    weights: dict[str, Any],
+    training: dict[str, Any],
+    metrics: dict[str, Any],
+    versions: dict[str, Any],
+    backbone_file: Path | None = None,
+) -> None:
+    """Publish a model folder atomically, replacing an earlier one.
+
+    Args:
+        path: the folder; see ``check_replaceable``.
+        fitted: the head, and for logreg its pipeline.
+        classes: C names. spec: of the cache it was trained on. weights: ``source`` and ``reload`` of the backbone.
+        training: settings. metrics: scores, as JSON values. versions: of the libraries.
+        backbone_file: safetensors to copy in, if the weights must travel along.
+
+    Raises:
+        StorageError: it cannot be written; ``path`` is then unchanged.
+    """
+    import joblib
+    from safetensors.numpy import save
+
+    with publish_folder(path) as folder:
+        (folder / _HEAD).write_bytes(save(fitted.head.to_tensors()))
+        if fitted.pipeline is not None:
+            joblib.dump(fitted.pipeline, folder / "head.joblib")
+        if backbone_file is not None:
+            shutil.copyfile(backbone_file, folder / _BACKBONE)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        manifest = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "classes": list(classes),
+            "head": {"kind": fitted.head.kind, "scaling": fitted.head.scaling, "sha256": _sha256(folder / _HEAD)},
+            "spec": spec,
+            "fingerprint": fingerprint_of(spec),
+            "weights": weights,
+            "training": training,
+            "metrics": {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))},
+            "versions": versions,
+        }
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def load_model(path: str | Path) -> Model:
+    """Load a model folder. Nothing in it is executed.
+
+    Raises:
+        ModelError: missing, not a model, written by a newer version, or damaged.
+    """
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    if not (path / _MANIFEST).is_file():
+        raise ModelError(
+            f"{path} is not a model: no {_MANIFEST} in it; make one with `featcache fit-head features.h5 -o {path}`"
+        )
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ModelError(f"{path}/{_MANIFEST} is not a featcache model's")
+        if manifest["version"] != FORMAT_VERSION:
+            raise ModelError(
+                f"{path} has format version {manifest['version']}, this featcache reads {FORMAT_VERSION}; upgrade featcache"
+            )
+        spec = manifest["spec"]
+        if fingerprint_of(spec) != manifest["fingerprint"] or not isinstance(manifest["weights"], dict):
+            raise ModelError(f"{path} is damaged: its spec does not match its fingerprint; train it again")
+        PreprocessSpec.from_json(spec["preprocess"])
+        if _sha256(path / _HEAD) != manifest["head"]["sha256"]:
+            raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
+        head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load_file(path / _HEAD))
+        classes = tuple(str(name) for name in manifest["classes"])
+        if len(classes) != len(head.layers[-1][1]):
+            raise ModelError(f"{path} is damaged: {len(classes)} classes for {len(head.layers[-1][1])} outputs")
+        return Model(path, classes, head, spec, manifest["fingerprint"], manifest)
+    except FeatcacheError as error:
+        raise error if isinstance(error, ModelError) else ModelError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # damaged JSON or safetensors raise many kinds
+        raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}); train it again") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

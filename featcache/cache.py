@@ -18,7 +18,6 @@ libhdf5 takes the process down when it meets a full disk. When read, nothing in 
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
 import zlib
@@ -32,6 +31,7 @@ import numpy.typing as npt
 
 from featcache.errors import CacheError, SourceError
 from featcache.publish import check_free_space, publish_file
+from featcache.sparsefile import SparseFile
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
@@ -128,10 +128,10 @@ def write_cache(
     layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
 
     checksums = np.zeros(-(-len(rows) // per_checksum), np.uint32)
-    image, offset = layout(checksums)
-    check_free_space(path.parent, offset + len(rows) * dim * dtype.itemsize)
+    _, region = layout(checksums)
+    check_free_space(path.parent, region.stop)
     with publish_file(path, staging=staging) as file:
-        file.seek(offset)
+        file.seek(region.start)
         written = 0
         for block in blocks:
             if block.ndim != 2 or block.shape[1] != dim:
@@ -142,12 +142,12 @@ def write_cache(
             written += len(data)
         if written != len(rows):
             raise ValueError(f"{written} feature rows for {len(rows)} images")
-        # The first layout gave the offset; this one, of the same size, carries the checksums of what was written.
-        image, _ = layout(checksums)
-        file.seek(0)
-        file.write(image[:offset])
-        file.seek(offset + len(rows) * dim * dtype.itemsize)
-        file.write(image[file.tell() :])
+        # The first layout told where the features go; this one, alike, carries the checksums of what was written.
+        frame, _ = layout(checksums)
+        for offset, data in frame.segments(region):
+            file.seek(offset)
+            file.write(data)
+        file.truncate(frame.size)
 
 
 def _columns(rows: Rows, classes: tuple[str, ...], refused: tuple[tuple[str, str], ...]) -> dict[str, npt.NDArray[Any]]:
@@ -172,17 +172,10 @@ def _layout(
     dtype: np.dtype[Any],
     per_checksum: int,
     checksums: npt.NDArray[np.uint32],
-) -> tuple[bytes, int]:
-    """Build in memory the file without its feature bytes; return it and their offset.
-
-    Features beyond a few KiB come last in the file, so that the image stays small however many there are.
-    """
-    buffer = io.BytesIO()
-    # One block for all metadata, at the front: HDF5 would else put what does not fit behind the features.
-    room = 2**16 + 2 * (len(texts[0]) + len(texts[1]) + checksums.nbytes)
-    with h5py.File(
-        buffer, "w", meta_block_size=room, alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
-    ) as file:
+) -> tuple[SparseFile, range]:
+    """Lay out the whole file in memory, except for the feature bytes; also return the byte range where they go."""
+    frame = SparseFile()
+    with h5py.File(frame, "w", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT) as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["spec"], file.attrs["provenance"] = texts
@@ -200,10 +193,9 @@ def _layout(
         creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         space = h5py.h5s.create_simple(shape)
         dataset = h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype), space, creation)
-        offset = dataset.get_offset()
+        start = dataset.get_offset() or 0  # HDF5 gives no offset to an empty dataset
         del dataset
-    image = buffer.getvalue()
-    return image, offset or len(image)  # HDF5 gives no offset to an empty dataset
+    return frame, range(start, start + shape[0] * shape[1] * dtype.itemsize)
 
 
 def _bytes(values: npt.NDArray[Any]) -> memoryview:

@@ -177,7 +177,7 @@ def _is_split_layout(root: Path, folders: list[str]) -> bool:
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if not _is_hidden(entry.name) and entry.is_dir())
+        return sorted(e.name for e in entries if not _is_hidden(e.name) and e.is_dir(follow_symlinks=False))
 
 
 def _is_hidden(name: str) -> bool:

@@ -90,10 +90,10 @@ class PreprocessSpec:
 
 
 def to_pixels(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
-    """Resize and centre-crop in one resampling call.
+    """Resize and centre-crop, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images, in one resampling call.
 
-    Pillow's ``box`` argument samples only what the crop keeps, on the grid of the full resize, so this equals
-    torchvision's ``Resize`` followed by ``CenterCrop`` on PIL images (a test holds it to that) at less cost.
+    Pillow's ``box`` samples only what the crop keeps, on the grid of the full resize. It is held in single precision, so
+    that about one value in a hundred is rounded to the neighbouring one of the 256 levels.
 
     Args:
         image: upright RGB image, as ``images.decode`` returns it.
@@ -105,10 +105,15 @@ def to_pixels(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]
     height, width = spec.resized(image.height, image.width)
     crop_height, crop_width = spec.crop
     top, left = round((height - crop_height) / 2.0), round((width - crop_width) / 2.0)
+    resampling = _RESAMPLING[spec.interpolation]
+    if spec.interpolation == "nearest":  # rounding would pick another pixel, not a neighbouring level
+        image = image.resize((width, height), resampling)
+        return np.asarray(image.crop((left, top, left + crop_width, top + crop_height)))
     scale_y, scale_x = image.height / height, image.width / width
-    box = (left * scale_x, top * scale_y, (left + crop_width) * scale_x, (top + crop_height) * scale_y)
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))  # rounding may pass the edge by 1e-13
-    return np.asarray(image.resize((crop_width, crop_height), _RESAMPLING[spec.interpolation], box=box))
+    right, bottom = (left + crop_width) * scale_x, (top + crop_height) * scale_y
+    # Rounding may pass the edge by a hair, which Pillow refuses.
+    box = (left * scale_x, top * scale_y, min(right, image.width), min(bottom, image.height))
+    return np.asarray(image.resize((crop_width, crop_height), resampling, box=box))
 
 
 def normalise(pixels: "torch.Tensor", spec: PreprocessSpec) -> "torch.Tensor":

@@ -1,0 +1,67 @@
+"""Shared by all tests: small image folders, a small backbone, and no network."""
+
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache import cli
+from featcache.extraction import ExtractRequest
+
+# Random weights, but a real network with batch norm to fold; small inputs keep it fast.
+TINY = ExtractRequest(backbone="mobilenet_v3_small", weights="none", resize=40, crop=32)
+TINY_FLAGS = ["--backbone", "mobilenet_v3_small", "--weights", "none", "--resize", "40", "--crop", "32"]
+COLOURS = {"blue": (30, 40, 200), "green": (40, 190, 60), "red": (210, 40, 30)}
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("the tests run without a network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def write_photo(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (61, 47)) -> Path:
+    """A noisy picture of one colour; JPEG or PNG by its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
+    Image.fromarray(np.clip(noise + colour, 0, 255).astype(np.uint8)).save(path)
+    return path
+
+
+def make_photos(root: Path, *, each: int = 6, splits: tuple[str, ...] = ()) -> Path:
+    """``each`` photos of every class, below every split if any are given."""
+    seed = 0
+    for split in splits or ("",):
+        for name, colour in COLOURS.items():
+            for number in range(each):
+                seed += 1
+                write_photo(root / split / name / f"{number:02d}.jpg", colour, seed)
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["featcache", *map(str, arguments)])
+        monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call

@@ -144,9 +144,9 @@ def write_cache(
             raise ValueError(f"{written} feature rows for {len(rows)} images")
         # The first layout told where the features go; this one, alike, carries the checksums of what was written.
         frame, _ = layout(checksums)
-        for offset, data in frame.segments(region):
+        for offset, segment in frame.segments(region):
             file.seek(offset)
-            file.write(data)
+            file.write(segment)
         file.truncate(frame.size)
 
 

@@ -54,7 +54,9 @@ def extract(
     precision: Annotated[
         str, typer.Option(help="auto (fastest that passes the self-check), fp32, bf16 or fp16.")
     ] = "auto",
-    dtype: Annotated[str, typer.Option(help="How embeddings are stored: float16 or float32.")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help="How embeddings are stored: auto (float16 if they fit), float16, float32.")
+    ] = "auto",
     resize: Annotated[
         str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH; auto: the weights' own.")
     ] = "auto",

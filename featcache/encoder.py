@@ -173,10 +173,19 @@ def _passes(figures: dict[str, float]) -> bool:
 def cosine(reference: npt.NDArray[Any], other: npt.NDArray[Any]) -> tuple[float, float]:
     """Mean and minimum over rows of the cosine between two (N, D) arrays; NaN if a value is not finite."""
     a, b = reference.astype(np.float64), other.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)  # inf or nan where a value is
     same = np.all(a == b, axis=1)  # also covers rows of zeros, which have no direction
-    values = np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms == 0, np.nan, norms))
+    with np.errstate(all="ignore"):
+        values = np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms == 0, np.nan, norms))
     return float(values.mean()), float(values.min())
+
+
+def fits_float16(features: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """(N,) whether each row of (N, D) survives rounding to float16: no overflow, no underflow, cosine as in the check."""
+    with np.errstate(all="ignore"):
+        a, b = features.astype(np.float64), features.astype(np.float16).astype(np.float64)
+        cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+    return np.asarray((cosines >= MIN_COSINE) | (a == 0).all(axis=1))
 
 
 def fold_batchnorm(module: nn.Module) -> nn.Module:

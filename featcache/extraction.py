@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -46,7 +46,8 @@ class ExtractRequest:
         crop: edge of the square centre crop in pixels; the weights' own when None.
         interpolation: resampling filter; the weights' own when None.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        dtype: how features are stored, ``float16`` or ``float32``.
+        dtype: how features are stored: ``float16``, ``float32``, or ``auto``, which is float16 unless the embeddings are
+            too large or too small for it.
 
     Raises:
         UsageError: unknown dtype.
@@ -58,11 +59,11 @@ class ExtractRequest:
     crop: int | None = None
     interpolation: str | None = None
     precision: str = "auto"
-    dtype: str = "float16"
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in FEATURE_TYPES:
-            raise UsageError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(FEATURE_TYPES)}")
+        if self.dtype not in ("auto", *FEATURE_TYPES):
+            raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(FEATURE_TYPES)}")
 
     def record(self) -> dict[str, Any]:
         """The request and all that could make it mean something else: library versions, a weights file's content.
@@ -215,14 +216,13 @@ class _Job:
         self.request, self.images, self.output = request, images, output
         self._choose_runtime = choose_runtime
         self._record = request.record()
-        self._kept_class: str | None = None
+        self._before: dict[str, Any] = {}
         self.embedding_seconds = 0.0
 
     def spec_of_same_request(self, caches: list[FeatureCache]) -> dict[str, Any] | None:
         """The spec, if one of ``caches`` was made by this very request with these very libraries."""
         for cache in caches:
-            if cache.spec["precision"] == self.request.precision:
-                self._kept_class = self.request.precision  # asked for, did not pass then, is asked for again
+            self._before = self._before or cache.spec
             if cache.provenance.get("request") == self._record:
                 return cache.spec
         return None
@@ -240,13 +240,15 @@ class _Job:
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
         sample = sample_pixels(self.images, backbone.preprocess, min(runtime.batch_size, 32))
         if not len(sample):
-            raise SourceError(_all_refused(self.images))
+            raise SourceError(_all_refused(self.images, _refusals(self.images, range(len(self.images)))))
         precision = cast("Precision", self.request.precision)
         encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
         log.info("precision %s", choice.reason)
+        # What an earlier run settled by measuring stays settled, also if today's sample would just pass or fail.
+        again = self._before.get("precision") == self.request.precision
         spec = backbone.spec() | {
-            "precision": self._kept_class or choice.precision_class,
-            "storage": self.request.dtype,
+            "precision": self.request.precision if again else choice.precision_class,
+            "storage": self._storage(encoder(sample)),
         }
         provenance = {
             "request": self._record,
@@ -258,6 +260,18 @@ class _Job:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return _Prepared(backbone, encoder, runtime, spec, provenance)
+
+    def _storage(self, features: "np.ndarray[Any, np.dtype[np.float32]]") -> str:
+        from featcache.encoder import fits_float16
+
+        if self.request.dtype != "auto":
+            return self.request.dtype
+        if before := self._before.get("storage"):
+            return str(before)
+        fits = bool(fits_float16(features).all())
+        reason = "half the size of float32, and these embeddings fit" if fits else "these embeddings do not fit float16"
+        log.info("storage %s: %s", "float16" if fits else "float32", reason)
+        return "float16" if fits else "float32"
 
     def embed(
         self,
@@ -276,7 +290,7 @@ class _Job:
         from featcache.parts import PartWriter, parts_folder
 
         at, folder = self.prepared, parts_folder(self.output)
-        itemsize = np.dtype(self.request.dtype).itemsize
+        itemsize = np.dtype(at.spec["storage"]).itemsize
         check_free_space(self.output.parent, (len(todo) + len(self.images)) * at.backbone.dim * itemsize)
         if at.backbone.reload is None:
             save_weights(at.backbone, weights_copy(self.output))
@@ -290,7 +304,7 @@ class _Job:
         chunks = embed(images, at.encoder, at.runtime, timings=timings)
         try:
             for chunk in chunks:
-                chunk = _storable(chunk, self.request.dtype)
+                chunk = _storable(chunk, at.spec["storage"])
                 refused |= {int(todo[index]): reason for index, reason in chunk.refused}
                 embedded += todo[chunk.indices].tolist()
                 known.sizes[todo[chunk.indices]], known.mtimes[todo[chunk.indices]] = chunk.sizes, chunk.mtimes
@@ -396,25 +410,28 @@ def _spread(known: Known, limit: int) -> "np.ndarray[Any, np.dtype[np.intp]]":
 def _refuse_again(images: ImageList, known: Known, old: FeatureCache | None) -> dict[int, str]:
     """Images refused before, and still not decodable, need no backbone to be refused again."""
     before = {path for path, _ in old.refused} if old else set()
+    return _refusals(images, (index for index in known.missing.tolist() if images.paths[index] in before))
+
+
+def _refusals(images: ImageList, indices: Iterable[int]) -> dict[int, str]:
+    """index -> reason, for those of ``indices`` that cannot be decoded."""
     refused = {}
     with ignore_size_warnings():
-        for index in known.missing.tolist():
-            if images.paths[index] in before:
-                try:
-                    decode(read_image(images.root / images.paths[index])[0])
-                except RefusedImage as reason:
-                    refused[index] = str(reason)
+        for index in indices:
+            try:
+                decode(read_image(images.root / images.paths[index])[0])
+            except RefusedImage as reason:
+                refused[index] = str(reason)
     return refused
 
 
 def _storable(chunk: "Chunk", dtype: str) -> "Chunk":
-    """Refuse embeddings that ``dtype`` cannot hold, instead of storing infinity."""
-    if dtype == "float32" or not len(chunk.indices):
+    """Refuse embeddings that ``dtype`` cannot hold, instead of storing infinity or zero."""
+    from featcache.encoder import fits_float16
+
+    if dtype == "float32" or (fits := fits_float16(chunk.features)).all():
         return chunk
-    fits = np.abs(chunk.features).max(axis=1) <= np.finfo(np.float16).max
-    if fits.all():
-        return chunk
-    reason = "its embedding exceeds float16; use --dtype float32"
+    reason = "its embedding does not fit float16; use --dtype float32"
     return dataclasses.replace(
         chunk,
         **{name: getattr(chunk, name)[fits] for name in ("indices", "features", "digests", "sizes", "mtimes")},
@@ -422,15 +439,11 @@ def _storable(chunk: "Chunk", dtype: str) -> "Chunk":
     )
 
 
-def _all_refused(images: ImageList) -> str:
-    first = images.refused[0] if images.refused else None
-    reason = f"{first.path}: {first.reason}" if first else ""
-    for path in images.paths[:1]:
-        try:
-            decode(read_image(images.root / path)[0])
-        except RefusedImage as error:
-            reason = f"{path}: {error}"
-    return f"all {len(images) + len(images.refused)} images of {images.root} were refused, the first because {reason}"
+def _all_refused(images: ImageList, refused: dict[int, str]) -> str:
+    reasons = [(images.paths[index], reason) for index, reason in refused.items()]
+    reasons += [(refusal.path, refusal.reason) for refusal in images.refused]
+    path, reason = reasons[0]
+    return f"all {len(reasons)} images of {images.root} were refused, the first, {path}: {reason}"
 
 
 def _pack(job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int, str], spec: dict[str, Any]) -> Rows:
@@ -438,7 +451,7 @@ def _pack(job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int
     images = job.images
     order = np.flatnonzero(known.source >= 0)
     if not len(order):
-        raise SourceError(_all_refused(images))
+        raise SourceError(_all_refused(images, refused))
     digests = np.empty((len(order), 32), np.uint8)
     for number, cache in enumerate(caches):
         here = known.source[order] == number

@@ -93,7 +93,7 @@ def to_pixels(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]
     """Resize and centre-crop, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images, in one resampling call.
 
     Pillow's ``box`` samples only what the crop keeps, on the grid of the full resize. It is held in single precision, so
-    that about one value in a hundred is rounded to the neighbouring one of the 256 levels.
+    that a few values in a hundred are rounded to the neighbouring one of the 256 levels.
 
     Args:
         image: upright RGB image, as ``images.decode`` returns it.

@@ -126,7 +126,14 @@ def outcome(path: Path) -> tuple[Any, ...] | None:
     try:
         cache = FeatureCache.open(path)
         rows = tuple(getattr(cache.rows, name).tobytes() for name in vars(cache.rows))
-        return (np.asarray(cache.X).tobytes(), rows, cache.classes, cache.refused, cache.fingerprint, str(cache.provenance))
+        return (
+            np.asarray(cache.X).tobytes(),
+            rows,
+            cache.classes,
+            cache.refused,
+            cache.fingerprint,
+            str(cache.provenance),
+        )
     except CacheError:
         return None
 
@@ -227,7 +234,18 @@ def replace_features(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    ["external link", "soft link", "virtual", "external storage", "compressed", "wrong type", "wrong shape", "group", "huge", "none"],
+    [
+        "external link",
+        "soft link",
+        "virtual",
+        "external storage",
+        "compressed",
+        "wrong type",
+        "wrong shape",
+        "group",
+        "huge",
+        "none",
+    ],
 )
 def test_storage_outside_the_file_is_never_followed(tmp_path: Path, kind: str) -> None:
     make_cache(tmp_path / "f.h5")

@@ -50,7 +50,10 @@ def test_split_folders_and_a_class_missing_from_one_split(tmp_path: Path) -> Non
     write_photo(root / "test" / "unlabelled.png", (1, 2, 3), 9)
     images = list_images(root)
     assert images.classes == ("amber", "blue", "green", "red")
-    found = {path: (int(label), int(split)) for path, label, split in zip(images.paths, images.labels, images.splits, strict=True)}
+    found = {
+        path: (int(label), int(split))
+        for path, label, split in zip(images.paths, images.labels, images.splits, strict=True)
+    }
     assert found["train/blue/00.jpg"] == (1, 1)
     assert found["validation/green/00.jpg"] == (2, 2)
     assert found["test/red/00.jpg"] == (3, 3)
@@ -116,7 +119,9 @@ def test_csv(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         write_photo(tmp_path / "x" / f"{name}.png", (1, 2, 3), 1)
     listing = tmp_path / "list.csv"
-    listing.write_text("path,label,split\nx/b.png,cat,train\nx/a.png,dog,val\nx/c.png,,test\nx/gone.png,cat,\n../out.png,cat,\n")
+    listing.write_text(
+        "path,label,split\nx/b.png,cat,train\nx/a.png,dog,val\nx/c.png,,test\nx/gone.png,cat,\n../out.png,cat,\n"
+    )
     images = list_images(listing)
     assert images.paths == ("x/b.png", "x/a.png", "x/c.png")  # its own order
     assert images.classes == ("cat", "dog")
@@ -217,7 +222,12 @@ def bomb() -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_unusable_files_are_refused_with_a_reason() -> None:
@@ -240,7 +250,11 @@ def test_unusable_files_are_refused_with_a_reason() -> None:
 @posix
 def test_reading_never_hangs_and_says_why(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in (("pipe", "not a regular file"), ("gone", "cannot be read"), ("", "not a regular|cannot be read")):
+    for name, reason in (
+        ("pipe", "not a regular file"),
+        ("gone", "cannot be read"),
+        ("", "not a regular|cannot be read"),
+    ):
         with pytest.raises(RefusedImage, match=reason):
             read_image(tmp_path / name)
 

@@ -1,0 +1,121 @@
+"""Embeddings are the network's own: compared with the eager float32 model, and bit for bit with themselves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photos
+from torch import nn
+from torchvision.transforms import functional
+
+from featcache.backbones import OFFLINE_BACKBONE, Backbone, load_backbone
+from featcache.embedding import embed, sample_pixels
+from featcache.encoder import build_encoder, cosine, fold_batchnorm
+from featcache.errors import UsageError
+from featcache.images import ImageList, decode, list_images
+from featcache.runtime import Runtime, choose_runtime
+
+
+def features(images: ImageList, backbone: Backbone, runtime: Runtime) -> np.ndarray:
+    encoder, _ = build_encoder(backbone, runtime, sample_pixels(images, backbone.preprocess, 8))
+    return np.concatenate([chunk.features for chunk in embed(images, encoder, runtime)])
+
+
+def test_features_equal_eager_torchvision_style_inference(tmp_path: Path) -> None:
+    """Real weights; the oracle resizes, crops and normalises by torchvision and runs the plain float32 network."""
+    images = list_images(make_photos(tmp_path, each=8))
+    backbone = load_backbone(OFFLINE_BACKBONE)
+    spec = backbone.preprocess
+    assert (spec.resize, spec.crop, spec.interpolation) == (256, (224, 224), "bicubic")
+    batch = []
+    for path in images.paths:
+        picture = functional.resize(decode((tmp_path / path).read_bytes()), 256, functional.InterpolationMode.BICUBIC)
+        tensor = functional.to_tensor(functional.center_crop(picture, [224, 224]))
+        batch.append(functional.normalize(tensor, list(spec.mean), list(spec.std)))
+    with torch.inference_mode():
+        expected = backbone.module(torch.stack(batch)).numpy()
+    mean, minimum = cosine(expected, features(images, backbone, choose_runtime("cpu")).astype(np.float16))
+    assert minimum >= 0.9999
+    assert mean >= 0.99999
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "vit_b_32"])
+def test_an_embedding_does_not_depend_on_neighbours_or_workers(tmp_path: Path, name: str) -> None:
+    images = list_images(make_photos(tmp_path, each=3))
+    backbone = load_backbone(name, "none")
+    one = features(images, backbone, choose_runtime("cpu", workers=1, batch_size=8))
+    two = features(images, backbone, choose_runtime("cpu", workers=3, batch_size=8))
+    np.testing.assert_array_equal(one, two)
+    order = np.random.default_rng(0).permutation(len(images))[:7]
+    np.testing.assert_array_equal(
+        features(images.take(order), backbone, choose_runtime("cpu", batch_size=8)), one[order]
+    )
+
+
+def tiny(module: nn.Module) -> tuple[Backbone, np.ndarray]:
+    backbone = load_backbone("squeezenet1_1", "none")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8)
+    return Backbone(**(vars(backbone) | {"module": module.eval(), "dim": 4})), pixels
+
+
+class Pooled(nn.Module):
+    """Mean colour, magnified until low precision shows (or overflows)."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 4)
+        self.gain = gain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean((2, 3))
+        return self.mix((pooled - pooled.mean(0)) * self.gain)
+
+
+def test_precision_that_passes_is_the_reference_class() -> None:
+    backbone, pixels = tiny(Pooled(1.0))
+    runtime = choose_runtime("cpu")
+    for asked in ("auto", "fp32"):
+        encoder, choice = build_encoder(backbone, runtime, pixels, precision=asked)  # type: ignore[arg-type]
+        assert choice.precision_class == "reference"
+        assert choice.tried[choice.precision]["min_cosine"] >= 0.995
+        assert encoder(pixels).shape == (8, 4)
+
+
+def test_precision_that_fails_is_obeyed_and_named() -> None:
+    backbone, pixels = tiny(Pooled(1e8))  # float16 overflows
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp16")
+    assert (choice.precision, choice.precision_class) == ("fp16", "fp16")
+    assert "below the bar" in choice.reason
+    with pytest.raises(UsageError, match="unknown precision"):
+        build_encoder(backbone, choose_runtime("cpu"), pixels, precision="int8")  # type: ignore[arg-type]
+
+
+def test_folding_that_does_harm_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, pixels = tiny(Pooled(1.0))
+    expected = build_encoder(backbone, choose_runtime("cpu"), pixels)[0](pixels)
+    monkeypatch.setattr("featcache.encoder.fold_batchnorm", lambda module: Pooled(-1.0).eval())
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels)
+    assert choice.precision_class == "reference"
+    assert "plain" in choice.reason
+    np.testing.assert_array_equal(encoder(pixels), expected)
+
+
+def test_folding_removes_batch_norms_and_keeps_the_original() -> None:
+    module = load_backbone("resnet18", "none").module
+    folded = fold_batchnorm(module)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 0
+
+
+def test_cosine() -> None:
+    a = np.array([[1.0, 0], [1, 1], [0, 0]])
+    assert cosine(a, a) == (1.0, 1.0)
+    assert cosine(a[:2], np.array([[0.0, 1], [1, 1]]))[1] == 0
+    assert np.isnan(cosine(a, np.array([[1, 0], [1, np.inf], [0, 0]]))[0])
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:77", "gpu"])
+def test_devices_that_are_not_there(device: str) -> None:
+    with pytest.raises(UsageError):
+        choose_runtime(device)

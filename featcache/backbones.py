@@ -4,12 +4,17 @@
 classification models by name, timm's as ``timm/NAME``.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import math
+import re
+import sys
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from torch import nn
 
 from featcache.errors import BackboneError, MissingDependencyError
 from featcache.preprocess import PreprocessSpec
-from featcache.publish import publish_bytes
+from featcache.publish import publish_file
 
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
 _OFFLINE_HELP = (
@@ -57,19 +62,6 @@ class Backbone:
     weights_sha256: str
     reload: str | None
 
-    def spec(self) -> dict[str, Any]:
-        """The part of a cache's spec that this backbone decides."""
-        return {
-            "backbone": {
-                "name": self.name,
-                "weights_sha256": self.weights_sha256,
-                "layer": f"input of {self.layer}",
-                "pooling": "the network's own",
-            },
-            "preprocess": self.preprocess.to_json(),
-            "views": 1,
-        }
-
 
 def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
     """Load a backbone.
@@ -99,12 +91,14 @@ def load_provided(name: str, weights: str) -> Backbone:
     return load_backbone(name, weights)
 
 
-def save_weights(backbone: Backbone, path: Path) -> None:
+def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
     """Publish the backbone's tensors as safetensors; ``load_backbone(name, path)`` reads them. Raises StorageError."""
     from safetensors.torch import save
 
     # clones: safetensors refuses tensors that share memory
-    publish_bytes(path, save({key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()}))
+    tensors = {key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()}
+    with publish_file(path, staging=staging) as file:
+        file.write(save(tensors))
 
 
 def backbone_names(pattern: str = "") -> list[str]:
@@ -149,9 +143,12 @@ def _load_torchvision(name: str, weights: str | Path) -> Backbone:
         state = _download(name, available[chosen])
     else:
         state, source = _read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
-    preset = available[preferred].transforms()
-    # SWAG weights come in other input sizes than the builder's default.
-    sized = {"image_size": preset.crop_size[0]} if name.startswith("vit_") else {}
+    preprocess = _preset_spec(available[preferred].transforms())
+    sized = {}
+    if name.startswith("vit_"):  # its input size is fixed by the weights
+        sized["image_size"] = edge = _vit_input_size(name, state) or preprocess.crop[0]
+        if edge != preprocess.crop[0]:
+            preprocess = dataclasses.replace(preprocess, resize=edge, crop=(edge, edge))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision announces slow initialisation of weights we replace
         torch.manual_seed(0)
@@ -163,7 +160,14 @@ def _load_torchvision(name: str, weights: str | Path) -> Backbone:
     dim = int(classifier.in_channels if isinstance(classifier, nn.Conv2d) else classifier.in_features)
     if state is not None:
         _load_state(model, state, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
-    return _finish(name, model, dim, layer, _preset_spec(preset), source, reload)
+    return _finish(name, model, dim, layer, preprocess, source, reload)
+
+
+def _vit_input_size(name: str, state: Mapping[str, torch.Tensor] | None) -> int | None:
+    """Pixels per edge that a ViT's position embeddings were made for."""
+    position = (state or {}).get("encoder.pos_embedding")
+    patch = int(name.rsplit("_", 1)[1])
+    return None if position is None or position.ndim != 3 else math.isqrt(position.shape[1] - 1) * patch
 
 
 def _prefer(names: list[str]) -> tuple[str, str]:
@@ -186,7 +190,10 @@ def _prefer(names: list[str]) -> tuple[str, str]:
 
 def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
     try:
-        return dict(member.get_state_dict(progress=False, check_hash=True))
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            state = member.get_state_dict(progress=False, check_hash=True)
+        # DenseNet's published files still carry names from before dots were forbidden in module names.
+        return _rename(state, lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key))
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise BackboneError(
             f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {_OFFLINE_HELP}"
@@ -235,7 +242,11 @@ def _load_timm(name: str, weights: str | Path) -> Backbone:
     layers = model.pretrained_cfg.get("classifier") or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     expected = model.state_dict()
-    model.reset_classifier(0)
+    dim = int(model.num_features)
+    for layer in layers:  # not reset_classifier(0): in some families that drops layers before the classifier, too
+        classifier = model.get_submodule(layer)
+        dim = int(getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None) or dim)
+        model.set_submodule(layer, nn.Identity())
     ignore = tuple(f"{layer}." for layer in layers)
     source, reload = "random, seed 0", "auto" if weights == "auto" else None
     if pretrained:
@@ -247,7 +258,6 @@ def _load_timm(name: str, weights: str | Path) -> Backbone:
         source = f"file {Path(weights).name}"
         _load_state(model, _read_weights(Path(weights), []), ignore=ignore, source=source)
     spec = _timm_spec(name, timm.data.resolve_model_data_config(model))
-    dim = int(getattr(model, "head_hidden_size", None) or model.num_features)
     return _finish(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
 
 
@@ -279,7 +289,7 @@ def _timm_spec(name: str, config: dict[str, Any]) -> PreprocessSpec:
     if mode == "squash":
         resize = (int(height / percent), int(width / percent))
     elif mode == "center" and height == width:
-        resize = int(height / percent)
+        resize = max(int(height / percent), height)  # a crop share above 1 would pad
     else:
         raise BackboneError(f"{name} crops its input in a way featcache does not know ({mode}, {height}x{width})")
     return PreprocessSpec(
@@ -330,22 +340,38 @@ def _read_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BackboneError(f"{path} holds no table of tensors; save it with torch.save(model.state_dict(), ...)")
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    return _rename(state, lambda key: key.removeprefix("module."))
+
+
+def _rename(state: Mapping[str, torch.Tensor], new_name: Callable[[str], str]) -> dict[str, torch.Tensor]:
+    """Rename tensors; the versions of modules, which old checkpoints are migrated by, come along."""
+    renamed = OrderedDict((new_name(str(key)), value) for key, value in state.items())
+    if (versions := getattr(state, "_metadata", None)) is not None:
+        renamed._metadata = OrderedDict((new_name(key), value) for key, value in versions.items())  # type: ignore[attr-defined]
+    return renamed
 
 
 def _load_state(model: nn.Module, state: dict[str, torch.Tensor], *, ignore: tuple[str, ...], source: str) -> None:
-    """Load ``state`` strictly, except for keys under ``ignore`` and counters that no embedding depends on."""
-    state = {key: value for key, value in state.items() if not (ignore and key.startswith(ignore))}
+    """Load ``state`` strictly, except for keys under ``ignore`` and counters that no embedding depends on.
+
+    Which keys fit is judged after the model's own migration of older checkpoints.
+    """
     expected = model.state_dict()
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    problems = [
+    kept = OrderedDict((key, value) for key, value in state.items() if not (ignore and key.startswith(ignore)))
+    kept._metadata = getattr(state, "_metadata", None) or expected._metadata  # type: ignore[attr-defined]
+    wrong = [key for key in expected if key in kept and kept[key].shape != expected[key].shape]
+    problems = [f"{key} is {tuple(kept[key].shape)}, expected {tuple(expected[key].shape)}" for key in wrong[:3]]
+    for key in wrong:
+        kept[key] = expected[key]  # so that the other problems are found, too
+    try:
+        missing, unexpected = model.load_state_dict(kept, strict=False)
+    except (RuntimeError, ValueError) as error:
+        raise BackboneError(f"the weights ({source}) do not fit this backbone: {error}") from error
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    problems += [
         f"{kind} {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         for kind, keys in (("missing", missing), ("unexpected", unexpected))
         if keys
     ]
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    problems += [f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}" for key in wrong[:3]]
     if problems:
         raise BackboneError(f"the weights ({source}) do not fit this backbone: {'; '.join(problems)}")
-    model.load_state_dict(state, strict=False)

@@ -29,13 +29,13 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import CacheError, SourceError
+from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, SourceError
 from featcache.publish import check_free_space, publish_file
 from featcache.sparsefile import SparseFile
+from featcache.spec import canonical_json, check_spec
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
-FEATURE_TYPES = ("float16", "float32")
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
@@ -66,16 +66,6 @@ class Rows:
         """Whether all columns are the same."""
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
         return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
-
-
-def canonical_json(value: dict[str, Any]) -> str:
-    """One text for one value: sorted keys, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def fingerprint_of(spec: dict[str, Any]) -> str:
-    """sha256 (hex) of the spec's canonical JSON: equal exactly when two embeddings may be mixed."""
-    return hashlib.sha256(canonical_json(spec).encode()).hexdigest()
 
 
 def encode_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
@@ -234,6 +224,7 @@ class FeatureCache:
         classes: C class names.
         rows: the columns beside the features.
         refused: (path, reason) of each image without an embedding.
+        dtype: of the features. dim: D, the number of values per embedding.
     """
 
     path: Path
@@ -243,7 +234,9 @@ class FeatureCache:
     classes: tuple[str, ...]
     rows: Rows
     refused: tuple[tuple[str, str], ...]
-    _features: Features
+    dtype: np.dtype[Any]
+    dim: int
+    _offset: int
     _checksums: npt.NDArray[np.uint32]
     _rows_per_checksum: int
 
@@ -255,32 +248,27 @@ class FeatureCache:
             CacheError: missing, not a featcache file, written by a newer version, or damaged.
         """
         path = Path(path)
+        if not os.path.lexists(path):
+            raise CacheError(f"{path} does not exist; make it with `featcache extract SOURCE -o {path}`")
+        if not path.is_file():
+            raise CacheError(f"{path} is no regular file; expected a cache written by `featcache extract`")
         try:
             with path.open("rb") as file:
                 if file.read(len(_SIGNATURE)) != _SIGNATURE:
                     raise CacheError(f"{path} is not an HDF5 file; expected a cache written by `featcache extract`")
             with h5py.File(path, "r", locking=False) as file:
                 return cls(path, **_read(path, file))
-        except CacheError:
+        except FeatcacheError:
             raise
-        except FileNotFoundError as error:
-            raise CacheError(f"{path} does not exist; make it with `featcache extract SOURCE -o {path}`") from error
-        except IsADirectoryError as error:
-            raise CacheError(f"{path} is a folder; expected a cache written by `featcache extract`") from error
-        except PermissionError as error:
-            raise CacheError(f"{path} cannot be read: no permission") from error
         except Exception as error:  # a damaged HDF5 file makes h5py raise nearly anything
-            raise CacheError(
-                f"{path} is damaged ({type(error).__name__} while reading it); restore it, or move it away and extract again"
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):  # not the file's fault
+                raise CacheError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            raise DamagedCacheError(
+                f"{path} is damaged ({type(error).__name__} while reading it); restore it, or make it anew with --force"
             ) from error
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def dim(self) -> int:
-        """D, the number of values per embedding."""
-        return int(self._features.shape[1])
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
@@ -299,21 +287,40 @@ class FeatureCache:
         Raises:
             CacheError: a checksum does not match; the damaged rows are named.
         """
-        if damaged := self.verify():
-            rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
-            raise CacheError(
+        self.check_features()
+        return self._map()
+
+    @functools.cached_property
+    def _damaged(self) -> list[tuple[int, int]]:
+        return self.verify()
+
+    def check_features(self) -> None:
+        """Verify all features, once. Raises CacheError with the damaged rows."""
+        if self._damaged:
+            rows = ", ".join(f"{start}-{stop - 1}" for start, stop in self._damaged[:5])
+            raise DamagedCacheError(
                 f"{self.path} is damaged: checksum mismatch in rows {rows}; `featcache extract --force` makes it anew"
             )
-        return self._features
 
     def verify(self) -> list[tuple[int, int]]:
         """Read every feature byte; return the (start, stop) row ranges whose checksum does not match."""
-        step = self._rows_per_checksum
+        step, features = self._rows_per_checksum, self._map()
         return [
             (start, min(start + step, len(self)))
             for number, start in enumerate(range(0, len(self), step))
-            if zlib.crc32(_bytes(self._features[start : start + step])) != self._checksums[number]
+            if zlib.crc32(_bytes(features[start : start + step])) != self._checksums[number]
         ]
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Features:
+        """Verified features of ``rows``, copied; unlike ``X`` it leaves no file open. Raises CacheError."""
+        self.check_features()
+        return self._map()[rows]
+
+    def _map(self) -> Features:
+        if not len(self):
+            return np.empty((0, self.dim), self.dtype)
+        mapped = np.asarray(np.memmap(self.path, self.dtype, "r", self._offset, (len(self), self.dim)))
+        return mapped if mapped.flags.aligned else mapped.copy()  # HDF5 packs features below a few KiB anywhere
 
     def where(self, split: str) -> npt.NDArray[np.intp]:
         """Row numbers of a split: "train", "val", "test" or "none". Raises SourceError for another name."""
@@ -338,7 +345,7 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
     """Everything in the file, checked. Raises CacheError with the reason, or whatever h5py raises on damage."""
 
     def damaged(what: str) -> CacheError:
-        return CacheError(f"{path} is damaged: {what}; restore it, or move it away and extract again")
+        return DamagedCacheError(f"{path} is damaged: {what}; restore it, or make it anew with --force")
 
     if file.attrs.get("format") != FORMAT:
         raise CacheError(f"{path} is an HDF5 file of another program; expected a cache written by `featcache extract`")
@@ -375,16 +382,27 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
     checksums = np.asarray(file.attrs["features_crc32"], np.uint32)
     if per_checksum < 1 or checksums.shape != (-(-n // per_checksum),):
         raise damaged("its checksums are incomplete")
+    try:
+        spec = check_spec(json.loads(texts[0]))
+    except FeatcacheError as error:
+        raise CacheError(f"{path} cannot be used: {error}") from error
+    if spec["storage"] != features.dtype.name:
+        raise damaged(f"features are {features.dtype}, its spec says {spec['storage']}")
+    provenance = json.loads(texts[1])
+    if not isinstance(provenance, dict):
+        raise damaged("its provenance is no JSON object")
     return {
-        "spec": json.loads(texts[0]),
+        "spec": spec,
         "fingerprint": fingerprint,
-        "provenance": json.loads(texts[1]),
+        "provenance": provenance,
         "classes": classes,
         "rows": Rows(**{name: columns[name] for name in _ROW_COLUMNS}),
         "refused": tuple(
             zip(decode_names(columns["refused/paths"]), decode_names(columns["refused/reasons"]), strict=True)
         ),
-        "_features": _map(path, features.dtype, offset, (n, dim)),
+        "dtype": features.dtype,
+        "dim": dim,
+        "_offset": offset or 0,
         "_checksums": checksums,
         "_rows_per_checksum": per_checksum,
     }
@@ -424,10 +442,3 @@ def _dataset(file: h5py.File, name: str, kind: str, ndim: int) -> h5py.Dataset:
     if group.size * group.dtype.itemsize > os.stat(file.filename).st_size:  # noqa: PTH116
         raise CacheError(f"{file.filename} is damaged: {name} is larger than the file")
     return group
-
-
-def _map(path: Path, dtype: np.dtype[Any], offset: int | None, shape: tuple[int, int]) -> Features:
-    if not offset or not shape[0]:
-        return np.empty(shape, dtype)
-    mapped = np.asarray(np.memmap(path, dtype, "r", offset, shape))
-    return mapped if mapped.flags.aligned else mapped.copy()  # HDF5 packs features below a few KiB anywhere

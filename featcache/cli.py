@@ -8,7 +8,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -42,7 +41,9 @@ MaxBad = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of refused 
     epilog=_EXAMPLES + "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100"
 )
 def extract(
-    source: Annotated[Path, typer.Argument(help="Folder of class folders, of splits of these, of images; or a CSV.")],
+    source: Annotated[
+        Path, typer.Argument(readable=False, help="Folder of class folders, of splits of these, of images; or a CSV.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
     backbone: Annotated[
         str, typer.Option(help="A torchvision name or timm/NAME; see `featcache backbones`.")
@@ -86,7 +87,7 @@ def extract(
         precision=precision,
         dtype=dtype,
     )
-    with _progress("embedding") as progress:
+    with _interruptible(output), _progress("embedding") as progress:
         report = run(
             source,
             output,
@@ -114,7 +115,7 @@ def extract(
     epilog=_EXAMPLES + "featcache fit-head features.h5 -o model/  ·  featcache fit-head features.h5 -o mlp/ --clf mlp"
 )
 def fit_head(
-    cache: Annotated[Path, typer.Argument(help="A cache file written by extract.")],
+    cache: Annotated[Path, typer.Argument(readable=False, help="A cache file written by extract.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The model folder.")],
     clf: Annotated[str, typer.Option(help="logreg, linear or mlp.")] = "logreg",
     c: Annotated[
@@ -122,7 +123,7 @@ def fit_head(
     ] = "auto",
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation on training rows; 0 for none.")] = 5,
     class_weight: Annotated[str, typer.Option(help="none, or balanced: rare classes weigh more.")] = "none",
-    seed: Annotated[int, typer.Option(help="Of folds, initial weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds, initial weights and batches.")] = 0,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
     ] = False,
@@ -158,8 +159,8 @@ def fit_head(
     epilog=_EXAMPLES + "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3"
 )
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
-    inputs: Annotated[list[Path], typer.Argument(help="Images, folders, CSV files; or cache files.")],
+    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
+    inputs: Annotated[list[Path], typer.Argument(readable=False, help="Images, folders, CSV files; or cache files.")],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file; stdout if not given.")
     ] = None,
@@ -175,14 +176,14 @@ def predict(
     from featcache.errors import SourceError
     from featcache.model import load_model
     from featcache.prediction import predict as run
-    from featcache.publish import check_output_folder, publish_file
+    from featcache.publish import check_output, publish_file
     from featcache.tables import prediction_rows, write_rows
 
     kind: Literal["csv", "jsonl"] = "jsonl" if output is not None and output.suffix == ".jsonl" else "csv"
     if output is not None:
         if output.suffix not in (".csv", ".jsonl"):
             raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
-        check_output_folder(output)
+        check_output(output)
     started = time.perf_counter()
     loaded = load_model(model)
     with _progress("predicting", show=output is not None) as progress:
@@ -214,8 +215,8 @@ def predict(
     epilog=_EXAMPLES + "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 --split val"
 )
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model folder.")],
-    source: Annotated[Path, typer.Argument(help="Labelled images (folder or CSV), or a cache file.")],
+    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
+    source: Annotated[Path, typer.Argument(readable=False, help="Labelled images (folder or CSV), or a cache file.")],
     split: Annotated[
         str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
     ] = "auto",
@@ -250,7 +251,7 @@ def evaluate(
 
 @app.command(epilog=_EXAMPLES + "featcache info features.h5  ·  featcache info model/")
 def info(
-    path: Annotated[Path, typer.Argument(help="A cache file or a model folder.")],
+    path: Annotated[Path, typer.Argument(readable=False, help="A cache file or a model folder.")],
     as_json: Json = False,
 ) -> None:
     """Show what a cache or a model holds and where it came from."""
@@ -267,7 +268,7 @@ def info(
 
 @app.command(epilog=_EXAMPLES + "featcache verify features.h5")
 def verify(
-    cache: Annotated[Path, typer.Argument(help="A cache file.")],
+    cache: Annotated[Path, typer.Argument(readable=False, help="A cache file.")],
     as_json: Json = False,
 ) -> None:
     """Read every byte of a cache and compare it with the checksums."""
@@ -318,16 +319,17 @@ def doctor(as_json: Json = False) -> None:
 @app.command(epilog=_EXAMPLES + "featcache demo")
 def demo(
     folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
+    as_json: Json = False,
 ) -> None:
     """Do the whole job on handwritten digits, without any download."""
     from featcache.demo import run_demo
 
-    run_demo(folder, lambda line: print(line, flush=True))
+    facts = run_demo(folder, lambda line: print(line, flush=True))
+    _print_json(facts, as_json)
 
 
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
-    signal.signal(signal.SIGTERM, _interrupt)
     _log_to_stderr()
     try:
         code = app(standalone_mode=False)
@@ -337,10 +339,13 @@ def main() -> None:
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _say("interrupted; finished work is kept, the same command goes on from there")
+        _say("interrupted")
         code = 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        _say(f"error: {_printable(str(error))}")
         code = 1
     except Exception as error:
         code = _usage_error(error)
@@ -356,10 +361,6 @@ def _usage_error(error: Exception) -> int:
     return int(getattr(error, "exit_code", 2))
 
 
-def _interrupt(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -372,6 +373,15 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("featcache")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def _interruptible(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(f"finished work is kept in {output}.parts; the same command goes on from there")
+        raise
 
 
 @contextlib.contextmanager

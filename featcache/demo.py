@@ -4,10 +4,12 @@ In: a folder to work in. Out: handwritten digits (scikit-learn's, 1,797 of 8x8 p
 and predictions, in that folder; each command is shown before it runs.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +18,15 @@ from featcache.errors import FeatcacheError, MissingDependencyError, StorageErro
 _EDGE = 64  # pixels; the backbone's own resize does the rest
 
 
-def run_demo(folder: Path, show: Callable[[str], None]) -> None:
+def run_demo(folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
     """Write the digits, then extract, fit-head and predict in child processes.
 
     Args:
         folder: is made if missing; what is there is reused.
         show: called with each line for the user.
+
+    Returns:
+        The paths that were written, and the model's test accuracy.
 
     Raises:
         MissingDependencyError: the offline extra is not installed.
@@ -57,6 +62,8 @@ def run_demo(folder: Path, show: Callable[[str], None]) -> None:
         "  featcache predict model/ new_photos/ -o labels.csv\n"
         "(extract downloads ResNet-50's weights once; without a network add --backbone timm/tf_efficientnet_lite0)"
     )
+    accuracy = json.loads((model / "metrics.json").read_text())["test_accuracy"]
+    return {"images": str(folder / "digits"), "cache": str(cache), "model": str(model), "test_accuracy": accuracy}
 
 
 def write_digits(folder: Path) -> int:

@@ -13,12 +13,13 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.encoder import Encoder
+from featcache.encoder import Encoder, fits_float16
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
 from featcache.preprocess import PreprocessSpec, to_pixels
 from featcache.runtime import Runtime
@@ -87,6 +88,17 @@ def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Tim
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads_before)
+
+
+def storable(chunk: Chunk, dtype: str) -> Chunk:
+    """``chunk`` with those embeddings refused that ``dtype`` cannot hold, instead of storing infinity or zero."""
+    if dtype == "float32" or (fits := fits_float16(chunk.features)).all():
+        return chunk
+    reason = "its embedding does not fit float16; use --dtype float32"
+    columns = ("indices", "features", "digests", "sizes", "mtimes")
+    refused = [*chunk.refused, *((int(index), reason) for index in chunk.indices[~fits])]
+    kept: dict[str, Any] = {name: getattr(chunk, name)[fits] for name in columns}
+    return dataclasses.replace(chunk, **kept, refused=tuple(sorted(refused)))
 
 
 def _one_core() -> None:

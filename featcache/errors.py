@@ -28,6 +28,10 @@ class CacheError(FeatcacheError):
     """A cache file cannot be read: not ours, newer, or damaged."""
 
 
+class DamagedCacheError(CacheError):
+    """A cache file that is ours, and broken: what ``--force`` may replace."""
+
+
 class SpecMismatchError(FeatcacheError):
     """Two things made with different specs were about to be mixed."""
 

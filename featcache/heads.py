@@ -53,6 +53,11 @@ class Head:
         """(N, D) embeddings -> (N, C) probabilities, rows summing to 1."""
         return softmax(self.logits(X))
 
+    def score(self, features: Array, rows: Array, *, block: int = 8192) -> Array:
+        """(n, C) probabilities of some ``rows`` of (M, D) features, read block by block."""
+        blocks = [self.probabilities(features[rows[start : start + block]]) for start in range(0, len(rows), block)]
+        return np.concatenate(blocks) if blocks else np.empty((0, len(self.layers[-1][1])))
+
     def to_tensors(self) -> dict[str, Array]:
         """Named arrays from which ``from_tensors`` makes the same head again."""
         tensors: dict[str, Array] = {}

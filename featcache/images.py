@@ -4,6 +4,7 @@ In: a folder or CSV. Out: an ``ImageList`` (paths, labels, splits, in a stable o
 RGB picture or a ``RefusedImage`` with the reason. The user's files are only ever read.
 """
 
+import bisect
 import contextlib
 import csv
 import dataclasses
@@ -14,7 +15,7 @@ import stat
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +29,14 @@ _SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
 _EXTENSIONS = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico",
+    # images that nothing here decodes: refused with that reason, not passed over in silence
+    ".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
 ))
 # fmt: on
 # A list of its own, not "whatever Pillow opens": EPS, for one, would start another program.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
+MAX_FILE_BYTES = 2**30
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
@@ -42,10 +46,14 @@ class RefusedImage(Exception):  # noqa: N818 - a state of an image, not an error
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """An image that was not embedded: its path relative to the root, and why."""
+    """An image that was not embedded: its path relative to the root, and why.
+
+    ``position`` is how many images are listed before it.
+    """
 
     path: str
     reason: str
+    position: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +97,11 @@ class _Entry:
     split: int = 0
 
 
-def list_images(source: Path) -> ImageList:
+def list_images(source: Path, *, labelled: bool = True) -> ImageList:
     """List the images of ``source`` without decoding any.
 
     Args:
+        labelled: whether folders mean classes and splits; if not, any tree of folders will do.
         source: a folder of class folders; a folder with ``train`` and ``val``/``valid``/``validation``/``test`` on top of
             that; a flat folder (no labels); or a CSV file with the header ``path[,label[,split]]``.
 
@@ -101,7 +110,7 @@ def list_images(source: Path) -> ImageList:
         UsageError: the CSV's header or a split name is not understood.
     """
     if source.is_dir():
-        root, found, names, refused = _list_folder(source)
+        root, found, names, refused = _list_folder(source, labelled)
     elif source.is_file() and source.suffix.lower() == ".csv":
         root, found, names, refused = _list_csv(source)
     elif source.exists():
@@ -109,15 +118,9 @@ def list_images(source: Path) -> ImageList:
     else:
         raise SourceError(f"{source} does not exist; give a folder of images or a CSV with the header path,label,split")
     if not found and not refused:
-        raise SourceError(f"no image found in {source}; expected files such as {source}/CLASS/photo.jpg")
+        expected = "rows below its header" if source.is_file() else f"files such as {source / 'CLASS' / 'photo.jpg'}"
+        raise SourceError(f"no image found in {source}; expected {expected}")
     return _image_list(root, found, names, refused)
-
-
-def list_files(paths: list[Path], *, root: Path) -> ImageList:
-    """List single image files, in the order given, as paths relative to ``root``. Unreadable ones are kept: reading
-    them gives the reason, in their place."""
-    entries = [_Entry(os.path.relpath(path, root), -1, -1) for path in paths]
-    return _image_list(root, entries, set(), [])
 
 
 def _image_list(root: Path, found: list[_Entry], names: set[str], refused: list[Refusal]) -> ImageList:
@@ -138,9 +141,13 @@ def _image_list(root: Path, found: list[_Entry], names: set[str], refused: list[
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def _list_folder(root: Path) -> tuple[Path, list[_Entry], set[str], list[Refusal]]:
-    refused: list[Refusal] = []
-    files = sorted(_walk(root, refused), key=lambda entry: entry.path)
+def _list_folder(root: Path, labelled: bool) -> tuple[Path, list[_Entry], set[str], list[Refusal]]:
+    unordered: list[Refusal] = []
+    files = sorted(_walk(root, unordered), key=lambda entry: entry.path)
+    order = [entry.path for entry in files]
+    refused = [Refusal(r.path, r.reason, bisect.bisect(order, r.path)) for r in sorted(unordered, key=lambda r: r.path)]
+    if not labelled:
+        return root, files, set(), refused
     top_folders = _subfolders(root)
     names: set[str] = set()
     if _is_split_layout(root, top_folders):
@@ -160,24 +167,36 @@ def _list_folder(root: Path) -> tuple[Path, list[_Entry], set[str], list[Refusal
 
 
 def _is_split_layout(root: Path, folders: list[str]) -> bool:
-    """``train`` beside another split, each holding class folders, and nothing else: anything mixed is refused."""
+    """Whether the top folders are splits; a mixture of splits and others is refused.
+
+    One folder called like a split may be a class (train, bus, ship); several and nothing else, or one that holds class
+    folders, are splits.
+    """
     splits = [folder for folder in folders if folder.lower() in _SPLIT_FOLDERS]
-    if "train" not in (folder.lower() for folder in splits) or len(splits) < 2:
-        return False
-    if not any(_subfolders(root / folder) for folder in splits):
-        return False
     others = sorted(set(folders) - set(splits))
-    if others:
+    if not others:
+        return len(splits) > 1 or any(_subfolders(root / folder) for folder in splits)
+    if len(splits) > 1 and any(_subfolders(root / folder) for folder in splits):
         raise SourceError(
             f"{root} holds the splits {', '.join(splits)} beside other folders ({', '.join(others[:3])}); "
             "move those out, or list the images in a CSV with the header path,label,split"
         )
-    return True
+    return False
 
 
 def _subfolders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if not _is_hidden(e.name) and e.is_dir(follow_symlinks=False))
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(e.name for e in entries if not _is_passed_over(e) and e.is_dir(follow_symlinks=False))
+    except OSError:
+        return []  # walking it gives the reason
+
+
+def _is_passed_over(entry: "os.DirEntry[str]") -> bool:
+    """Hidden entries, and what featcache itself writes: a cache's parts and model folders."""
+    if _is_hidden(entry.name) or entry.name.endswith(".h5.parts"):
+        return True
+    return entry.is_dir(follow_symlinks=False) and os.path.lexists(f"{entry.path}/model.json")
 
 
 def _is_hidden(name: str) -> bool:
@@ -197,7 +216,7 @@ def _walk(root: Path, refused: list[Refusal]) -> Iterator[_Entry]:
             continue
         with entries:
             for entry in entries:
-                if _is_hidden(entry.name):
+                if _is_passed_over(entry):
                     continue
                 path = prefix + entry.name
                 if entry.is_symlink() and (reason := _why_not_follow(entry, real_root, ancestors)):
@@ -241,52 +260,66 @@ def _list_csv(source: Path) -> tuple[Path, list[_Entry], set[str], list[Refusal]
     found: list[_Entry] = []
     refused: list[Refusal] = []
     seen: dict[str, _Entry] = {}
+    for row, where in _csv_rows(source):
+        entry = _csv_entry(row, where)
+        try:
+            entry = _resolved(entry, real_root)
+        except RefusedImage as reason:
+            refused.append(Refusal(entry.path, str(reason), len(found)))
+            continue
+        known = seen.setdefault(entry.path, entry)
+        if known != entry:
+            raise SourceError(f"{where}: {entry.path} is listed twice, with different labels or splits")
+        if known is entry:
+            found.append(entry)
+    return root, found, {entry.label for entry in found if entry.label is not None}, refused
+
+
+def _csv_rows(source: Path) -> Iterator[tuple[dict[str, str | None], str]]:
+    """Each row, and where it stands."""
     with source.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file, strict=True)
-        columns = reader.fieldnames or []
-        if "path" not in columns or not set(columns) <= {"path", "label", "split"}:
-            raise UsageError(f"{source} has the columns {columns}, expected the header path[,label[,split]]")
         try:
+            columns = [column.strip() for column in reader.fieldnames or []]
+            if (
+                "path" not in columns
+                or not set(columns) <= {"path", "label", "split"}
+                or len(set(columns)) < len(columns)
+            ):
+                raise UsageError(f"{source} has the columns {columns}, expected the header path[,label[,split]]")
+            reader.fieldnames = columns
             for row in reader:
-                entry = _csv_entry(row, f"{source}, line {reader.line_num}")
-                if (known := seen.get(entry.path)) is not None:
-                    if known != entry:
-                        raise SourceError(
-                            f"{source}, line {reader.line_num}: {entry.path} is listed twice, with different labels or splits"
-                        )
-                    continue
-                seen[entry.path] = entry
-                try:
-                    found.append(_with_status(entry, root, real_root))
-                except RefusedImage as reason:
-                    refused.append(Refusal(entry.path, str(reason)))
+                yield row, f"{source}, line {reader.line_num}"
         except csv.Error as error:
-            raise SourceError(f"{source}, line {reader.line_num}: not a CSV row ({error})") from error
-    return root, found, {entry.label for entry in seen.values() if entry.label is not None}, refused
+            raise SourceError(f"{source}, after line {reader.line_num}: not a CSV row ({error})") from error
 
 
 def _csv_entry(row: dict[str, str | None], where: str) -> _Entry:
-    path, label, split = row.get("path"), row.get("label") or None, (row.get("split") or "none").lower()
+    path, label, split = row.get("path"), (row.get("label") or "").strip() or None, (row.get("split") or "none").strip()
     if not path or None in row:
         raise SourceError(f"{where}: found {len(row)} fields with path {path!r}, expected the header's columns")
-    if split not in SPLITS and split not in _SPLIT_FOLDERS:
+    if split.lower() not in (*SPLITS, *_SPLIT_FOLDERS):
         raise UsageError(f"{where}: split {split!r} is not one of train, val, test or empty")
-    number = _SPLIT_FOLDERS.get(split, 0)
-    return _Entry(PurePosixPath(path.replace(os.sep, "/")).as_posix(), 0, 0, label, number)
+    return _Entry(path, -1, -1, label, _SPLIT_FOLDERS.get(split.lower(), 0))
 
 
-def _with_status(entry: _Entry, root: Path, real_root: str) -> _Entry:
+def _resolved(entry: _Entry, real_root: str) -> _Entry:
+    """The entry under its one real path, so that no spelling of it counts twice; refused if that lies elsewhere.
+
+    A missing file stays in the list: reading it gives the reason, in its place.
+    """
     try:
-        target = os.path.realpath(root / entry.path, strict=True)
+        target = os.path.realpath(os.path.join(real_root, entry.path))  # noqa: PTH118 - an absolute path may replace it
         if os.path.commonpath([real_root, target]) != real_root:
-            raise RefusedImage(f"lies outside {root}, the folder of the CSV")
+            raise RefusedImage("lies outside the folder of the CSV")
+    except ValueError as error:  # another drive, or a NUL in the name
+        raise RefusedImage(f"cannot be found: {error}") from error
+    path = os.path.relpath(target, real_root).replace(os.sep, "/")
+    try:
         status = os.stat(target)  # noqa: PTH116
-    except (OSError, ValueError) as error:  # ValueError: another drive, or a NUL in the name
-        raise RefusedImage(f"cannot be found: {getattr(error, 'strerror', None) or error}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise RefusedImage("not a regular file")
-    relative = os.path.relpath(root / entry.path, root).replace(os.sep, "/")  # an absolute path inside root is fine
-    return dataclasses.replace(entry, path=relative, size=status.st_size, mtime=status.st_mtime_ns)
+    except OSError:
+        return dataclasses.replace(entry, path=path)
+    return dataclasses.replace(entry, path=path, size=status.st_size, mtime=status.st_mtime_ns)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -309,12 +342,14 @@ def read_image(path: Path) -> tuple[bytes, int, int]:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode):
                 raise RefusedImage("not a regular file")
+            if before.st_size > MAX_FILE_BYTES:
+                raise RefusedImage(f"too large: {before.st_size} bytes, at most {MAX_FILE_BYTES} are read")
             data = file.read()
             after = os.fstat(file.fileno())
     except OSError as error:
         raise RefusedImage(f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise RefusedImage(f"cannot be read: {error}") from error
+    except (ValueError, MemoryError) as error:
+        raise RefusedImage(f"cannot be read: {error or 'not enough memory'}") from error
     if len(data) != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
         raise RefusedImage("changed while it was read")
     settled = time.time_ns() - after.st_mtime_ns > 2_000_000_000  # FAT, the coarsest in use, counts in 2 s

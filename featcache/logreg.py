@@ -30,7 +30,6 @@ def fit_logreg(
     rows: npt.NDArray[np.intp],
     y: Array,
     *,
-    n_classes: int,
     C: float | None = None,
     folds: int = 5,
     balanced: bool = False,
@@ -41,9 +40,8 @@ def fit_logreg(
     The setting with the best mean out-of-fold accuracy wins; of equals, the one with the lowest log loss.
 
     Args:
-        features: (M, D), possibly memory-mapped. rows: the N training rows of it. y: (N,) labels in 0..n_classes-1,
+        features: (M, D), possibly memory-mapped. rows: the N training rows of it. y: (N,) labels from 0,
             each occurring.
-        n_classes: C classes.
         C: inverse regularisation strength as in scikit-learn; chosen from ``C_GRID`` when None.
         folds: of the cross-validation; 0 for none (needs ``C``; the scaling is then "standardise").
         balanced: weigh classes inversely to their frequency.
@@ -52,7 +50,7 @@ def fit_logreg(
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
     grid = C_GRID if C is None else (C,)
-    curve = _cross_validate(X, y, grid, folds, n_classes, balanced, seed) if folds else []
+    curve = _cross_validate(X, y, grid, folds, balanced, seed) if folds else []
     if curve:
         best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
     else:
@@ -105,7 +103,7 @@ def _classifier(C: float, balanced: bool, **options: Any) -> LogisticRegression:
 
 
 def _cross_validate(
-    X: Array, y: Array, grid: tuple[float, ...], folds: int, n_classes: int, balanced: bool, seed: int
+    X: Array, y: Array, grid: tuple[float, ...], folds: int, balanced: bool, seed: int
 ) -> list[dict[str, Any]]:
     """Mean out-of-fold scores of every (scaling, C)."""
     splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y))
@@ -114,8 +112,7 @@ def _cross_validate(
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         results = Parallel(n_jobs=-1, prefer="threads")(
-            delayed(_path)(X, y, scaling, train, held_out, grid, n_classes, balanced)
-            for scaling, (train, held_out) in jobs
+            delayed(_path)(X, y, scaling, train, held_out, grid, balanced) for scaling, (train, held_out) in jobs
         )
     curve = []
     for s, scaling in enumerate(SCALINGS):
@@ -141,7 +138,6 @@ def _path(
     train: Array,
     held_out: Array,
     grid: tuple[float, ...],
-    n_classes: int,
     balanced: bool,
 ) -> list[tuple[float, float]]:
     """(accuracy, log loss) on one held-out fold along the grid of C, each fit starting where the one before ended."""

@@ -9,15 +9,17 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.cache import FeatureCache, fingerprint_of
+from featcache.cache import FeatureCache
 from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
 from featcache.heads import FittedHead, Head
 from featcache.preprocess import PreprocessSpec
-from featcache.publish import check_output_folder, publish_folder
+from featcache.publish import check_output, publish_folder, recover_folder
+from featcache.spec import check_spec, fingerprint_of, spec_difference
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("featcache")
 FORMAT = "featcache-model"
 FORMAT_VERSION = 1
-_HEAD, _BACKBONE, _MANIFEST = "head.safetensors", "backbone.safetensors", "model.json"
+_HEAD, _BACKBONE, _MANIFEST, _METRICS = "head.safetensors", "backbone.safetensors", "model.json", "metrics.json"
+_PIPELINE = "head.joblib"
+_FILES = (_HEAD, _BACKBONE, _MANIFEST, _METRICS, _PIPELINE)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,8 +54,6 @@ class Model:
     def check_cache(self, cache: FeatureCache) -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
         if cache.fingerprint != self.fingerprint:
-            from featcache.extraction import spec_difference
-
             raise SpecMismatchError(
                 f"{cache.path} and the model {self.path} do not belong together (cache -> model: "
                 f"{'; '.join(spec_difference(cache.spec, self.spec))}); predict from the images instead"
@@ -86,25 +88,30 @@ class Model:
         return dataclasses.replace(backbone, preprocess=PreprocessSpec.from_json(self.spec["preprocess"]))
 
 
-def check_replaceable(path: Path, *, force: bool = False) -> None:
+def check_replaceable(path: Path) -> None:
     """Refuse, before any work, to write a model where something precious lies.
 
     Heads are trained again in seconds from their cache, so a head-only model may be replaced; anything else is kept.
 
     Raises:
-        ModelError: ``path`` exists and is not a head-only model (with ``force``: not a model).
+        ModelError: ``path`` exists and is not a head-only model, or holds files of somebody else.
         StorageError: its folder is missing or not writable.
     """
-    check_output_folder(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    recover_folder(path)
+    check_output(path, folder_allowed=True)
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        manifest = json.loads((path / _MANIFEST).read_text()) if path.is_dir() else {}
+        manifest = json.loads((path / _MANIFEST).read_text()) if path.is_dir() else None
     except (OSError, ValueError):
-        manifest = {}
+        manifest = None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ModelError(f"{path} exists and is not a featcache model; choose another -o")
-    if manifest.get("finetuned") and not force:
+    if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in _FILES):
+        raise ModelError(
+            f"{path} also holds {', '.join(foreign[:3])}, not part of a model; choose another -o or move that out"
+        )
+    if manifest.get("finetuned"):
         raise ModelError(f"{path} holds a fine-tuned model, which took long to make; choose another -o")
 
 
@@ -135,13 +142,13 @@ def save_model(
     import joblib
     from safetensors.numpy import save
 
-    with publish_folder(path) as folder:
+    with publish_folder(path.resolve()) as folder:  # a link to a folder keeps being one
         (folder / _HEAD).write_bytes(save(fitted.head.to_tensors()))
         if fitted.pipeline is not None:
-            joblib.dump(fitted.pipeline, folder / "head.joblib")
+            joblib.dump(fitted.pipeline, folder / _PIPELINE)
         if backbone_file is not None:
             shutil.copyfile(backbone_file, folder / _BACKBONE)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
         manifest = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -154,6 +161,7 @@ def save_model(
             "metrics": {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))},
             "versions": versions,
         }
+        manifest["sha256"] = fingerprint_of(manifest)
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -166,6 +174,7 @@ def load_model(path: str | Path) -> Model:
     from safetensors.numpy import load_file
 
     path = Path(path)
+    recover_folder(path)
     if not (path / _MANIFEST).is_file():
         raise ModelError(
             f"{path} is not a model: no {_MANIFEST} in it; make one with `featcache fit-head features.h5 -o {path}`"
@@ -173,24 +182,27 @@ def load_model(path: str | Path) -> Model:
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ModelError(f"{path}/{_MANIFEST} is not a featcache model's")
+            raise ModelError(f"{path / _MANIFEST} is not a featcache model's")
         if manifest["version"] != FORMAT_VERSION:
             raise ModelError(
                 f"{path} has format version {manifest['version']}, this featcache reads {FORMAT_VERSION}; upgrade featcache"
             )
-        spec = manifest["spec"]
-        if fingerprint_of(spec) != manifest["fingerprint"] or not isinstance(manifest["weights"], dict):
-            raise ModelError(f"{path} is damaged: its spec does not match its fingerprint; train it again")
-        PreprocessSpec.from_json(spec["preprocess"])
-        if _sha256(path / _HEAD) != manifest["head"]["sha256"]:
+        if manifest.pop("sha256") != fingerprint_of(manifest):
+            raise ModelError(f"{path} is damaged: {_MANIFEST} is not what was saved; train it again")
+        if not (path / _HEAD).is_file() or _sha256(path / _HEAD) != manifest["head"]["sha256"]:
             raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
+        spec = check_spec(manifest["spec"])
         head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load_file(path / _HEAD))
-        classes = tuple(str(name) for name in manifest["classes"])
-        if len(classes) != len(head.layers[-1][1]):
-            raise ModelError(f"{path} is damaged: {len(classes)} classes for {len(head.layers[-1][1])} outputs")
-        return Model(path, classes, head, spec, manifest["fingerprint"], manifest)
+        classes = tuple(manifest["classes"])
+        if len(set(classes)) != len(head.layers[-1][1]) or not all(isinstance(name, str) for name in classes):
+            raise ModelError(f"{path} is damaged: {len(set(classes))} classes for {len(head.layers[-1][1])} outputs")
+        return Model(path, classes, head, spec, fingerprint_of(spec), manifest)
+    except ModelError:
+        raise
     except FeatcacheError as error:
-        raise error if isinstance(error, ModelError) else ModelError(f"{path} is damaged: {error}") from error
+        raise ModelError(f"{path} cannot be used: {error}") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged JSON or safetensors raise many kinds
         raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}); train it again") from error
 

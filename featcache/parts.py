@@ -6,7 +6,6 @@ In: embedded rows as they come. Out: files that survive any interruption, until 
 import contextlib
 import logging
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import filelock
 import numpy as np
 
 from featcache.cache import FeatureCache, Rows, encode_names, write_cache
-from featcache.errors import CacheError, StorageError
+from featcache.errors import DamagedCacheError, StorageError
 
 if TYPE_CHECKING:
     from featcache.embedding import Chunk
@@ -53,31 +52,32 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
         with contextlib.suppress(OSError):
+            # Before releasing: whoever waits then holds a lock on a file that is gone, which filelock notices.
             (folder / "lock").unlink(missing_ok=True)
             folder.rmdir()  # fails, as it should, while parts remain
+        lock.release()
 
 
 def open_parts(folder: Path) -> list[FeatureCache]:
-    """Open every intact part. A damaged one is removed: its images are simply embedded again."""
+    """Open every intact part. A damaged one is removed: its images are simply embedded again. Raises CacheError."""
     parts = []
     for path in sorted(folder.glob("*.h5")):
         try:
             part = FeatureCache.open(path)
-            part.X  # noqa: B018 - verifies
+            part.check_features()
             parts.append(part)
-        except CacheError as error:
+        except DamagedCacheError as error:
             log.warning("part %s is damaged and will be made again (%s)", path.name, error)
             path.unlink(missing_ok=True)
     return parts
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what the packed cache has made superfluous. The lock stays, it is still held."""
-    for path in folder.iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Delete what the packed cache has made superfluous: parts, and temporary files of a run that died."""
+    for pattern in ("*.h5", ".*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 class PartWriter:
@@ -85,31 +85,34 @@ class PartWriter:
 
     def __init__(self, folder: Path, spec: dict[str, Any], provenance: dict[str, Any], dim: int) -> None:
         self._folder, self._spec, self._provenance, self._dim = folder, spec, provenance, dim
-        self._chunks: list[Chunk] = []
-        self._paths: list[str] = []
+        self._pending: list[tuple[Chunk, list[str]]] = []
+        self._rows = 0
         self._since = time.monotonic()
         self.written: list[FeatureCache] = []
 
     def add(self, chunk: "Chunk", paths: list[str]) -> None:
         """Take a chunk and its rows' paths. Raises StorageError when publishing fails."""
-        self._chunks.append(chunk)
-        self._paths += paths
-        if len(self._paths) >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
+        if paths:
+            self._pending.append((chunk, paths))
+            self._rows += len(paths)
+        if self._rows >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Publish what has been collected. Raises StorageError."""
-        if self._paths:
-            path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
+        if self._pending:
+            chunks = [chunk for chunk, _ in self._pending]
+            paths = [path for _, paths in self._pending for path in paths]
             rows = Rows(
-                paths=encode_names(self._paths),
-                labels=np.full(len(self._paths), -1, np.int32),
-                splits=np.zeros(len(self._paths), np.uint8),
-                digests=np.concatenate([chunk.digests for chunk in self._chunks]),
-                sizes=np.concatenate([chunk.sizes for chunk in self._chunks]),
-                mtimes=np.concatenate([chunk.mtimes for chunk in self._chunks]),
+                paths=encode_names(paths),
+                labels=np.full(len(paths), -1, np.int32),
+                splits=np.zeros(len(paths), np.uint8),
+                digests=np.concatenate([chunk.digests for chunk in chunks]),
+                sizes=np.concatenate([chunk.sizes for chunk in chunks]),
+                mtimes=np.concatenate([chunk.mtimes for chunk in chunks]),
             )
-            blocks = (chunk.features for chunk in self._chunks)
+            path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
+            blocks = (chunk.features for chunk in chunks)
             write_cache(path, rows, blocks, dim=self._dim, spec=self._spec, provenance=self._provenance)
             self.written.append(FeatureCache.open(path))
-        self._chunks, self._paths, self._since = [], [], time.monotonic()
+        self._pending, self._rows, self._since = [], 0, time.monotonic()

@@ -6,6 +6,7 @@ In: a model folder and images, folders, CSV files or caches. Out: one ``Predicti
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -65,24 +66,28 @@ def predict(
     """
     model = model if isinstance(model, Model) else load_model(model)
     paths = [Path(entry) for entry in inputs]
-    if missing := [path for path in paths if not path.exists() and not path.is_symlink()]:
+    if missing := [path for path in paths if not os.path.lexists(path)]:
         raise SourceError(f"{missing[0]} does not exist; give image files, folders, a CSV or a cache")
     caches = [path.suffix == ".h5" for path in paths]
     if any(caches):
         if not all(caches):
             raise UsageError("caches and images cannot be mixed in one prediction; run it once for each")
-        return _predict_caches(model, paths)
+        opened = [FeatureCache.open(path) for path in paths]
+        for cache in opened:
+            model.check_cache(cache)
+        return _predict_caches(model, opened)
     return _predict_images(model, _list_inputs(paths), device, workers, batch_size, progress)
 
 
-def _predict_caches(model: Model, paths: list[Path]) -> Iterator[Prediction]:
-    for path in paths:
-        cache = FeatureCache.open(path)
-        model.check_cache(cache)
-        rows = np.arange(len(cache))
-        for number, block in enumerate(cache.blocks(rows, size=_BLOCK)):
+def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Prediction]:
+    """The rows of each cache in their order, then the images it has no embedding of."""
+    for cache in caches:
+        for number, block in enumerate(cache.blocks(np.arange(len(cache)), size=_BLOCK)):
             names = cache.paths[number * _BLOCK : (number + 1) * _BLOCK]
-            yield from map(Prediction, names, model.head.probabilities(block))
+            finite = np.asarray(np.isfinite(block).all(axis=1))
+            scores = model.head.probabilities(np.where(finite[:, None], block, 0))
+            for name, row, usable in zip(names, scores, finite, strict=True):
+                yield Prediction(name, row) if usable else Prediction(name, None, "its embedding is not finite")
         for name, reason in cache.refused:
             yield Prediction(name, None, reason)
 
@@ -94,10 +99,11 @@ def _list_inputs(paths: list[Path]) -> list[_Entry]:
     entries: list[_Entry] = []
     for path in paths:
         if path.is_dir() or path.suffix.lower() == ".csv":
-            images = list_images(path)
-            found = [(str(images.root / name), "") for name in images.paths]
-            refused = [(str(images.root / refusal.path), refusal.reason) for refusal in images.refused]
-            entries += sorted(found + refused) if path.is_dir() else found + refused
+            images = list_images(path, labelled=path.is_file())
+            here = [(str(images.root / name), "") for name in images.paths]
+            for refusal in reversed(images.refused):  # from the end, so that positions stay true
+                here.insert(refusal.position, (str(images.root / refusal.path), refusal.reason))
+            entries += here
         else:
             entries.append((str(path), ""))
     return entries
@@ -137,7 +143,7 @@ def _embed_and_score(
     progress: Progress | None,
 ) -> Iterator[tuple[Array | None, str]]:
     """(probabilities or None, reason) per image, in order."""
-    from featcache.embedding import Timings, embed, sample_pixels
+    from featcache.embedding import Timings, embed, sample_pixels, storable
     from featcache.encoder import Precision, build_encoder
     from featcache.runtime import choose_runtime, keep_freed_memory
 
@@ -158,6 +164,7 @@ def _embed_and_score(
     done = 0
     with contextlib.closing(embed(images, encoder, runtime, timings=timings)) as chunks:
         for chunk in chunks:
+            chunk = storable(chunk, model.spec["storage"])
             results: dict[int, tuple[Array | None, str]] = {index: (None, reason) for index, reason in chunk.refused}
             if len(chunk.indices):
                 stored = chunk.features.astype(model.spec["storage"])  # what the head saw in training
@@ -199,15 +206,16 @@ def evaluate(
     model = model if isinstance(model, Model) else load_model(model)
     source = Path(source)
     if source.suffix == ".h5":
-        from featcache.training import score_rows
+        from featcache.training import check_finite
 
         cache = FeatureCache.open(source)
         model.check_cache(cache)
         split, rows = _choose_split(cache.rows.splits, split, source)
         rows = rows[cache.y[rows] >= 0]
         y = _labels_of_model(model, cache.classes, cache.y[rows], source, split)
-        refused = 0
-        probabilities = score_rows(cache, model.head, rows)
+        check_finite(cache, rows)
+        refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
+        probabilities = model.head.score(cache.X, rows)
     else:
         images = list_images(source)
         split, rows = _choose_split(images.splits, split, source)
@@ -215,7 +223,7 @@ def evaluate(
         y = _labels_of_model(model, images.classes, images.labels, source, split)
         results = list(_embed_and_score(model, images, device, workers, batch_size, progress))
         kept = np.array([probabilities is not None for probabilities, _ in results], bool)
-        y, refused = y[kept], int((~kept).sum())
+        y, refused = y[kept], int((~kept).sum()) + (len(images.refused) if split == "all" else 0)
         if not kept.any():
             raise SourceError(
                 f"all {len(images)} images of {source} ({split}) were refused, the first because {results[0][1]}"

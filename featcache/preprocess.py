@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+_MAX_EDGE = 2048
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -56,16 +57,19 @@ class PreprocessSpec:
 
     def __post_init__(self) -> None:
         edges = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
-        if min(*edges, *self.crop) < 1 or max(*edges, *self.crop) > 8192:
-            raise UsageError(f"resize {self.resize} and crop {self.crop} must lie between 1 and 8192 pixels")
+        if min(*edges, *self.crop) < 1 or max(*edges, *self.crop) > _MAX_EDGE:
+            raise UsageError(f"resize {self.resize} and crop {self.crop} must lie between 1 and {_MAX_EDGE} pixels")
         if edges[0] < self.crop[0] or edges[1] < self.crop[1]:
             raise UsageError(
                 f"resize {self.resize} is smaller than crop {self.crop}; make the resize at least as large"
             )
         if self.interpolation not in _RESAMPLING:
             raise UsageError(f"unknown interpolation {self.interpolation!r}; choose one of {', '.join(_RESAMPLING)}")
-        if not all(value > 0 for value in self.std):
-            raise UsageError(f"std must be positive, found {self.std}")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+            raise UsageError(f"mean and std must be three numbers, std positive; found {self.mean} and {self.std}")
+        for field in dataclasses.fields(self):
+            if field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default:
+                raise UsageError(f"{field.name} {getattr(self, field.name)!r} is not known, only {field.default!r} is")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` gives back an equal spec."""
@@ -116,22 +120,24 @@ def to_pixels(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]
     return np.asarray(image.resize((crop_width, crop_height), resampling, box=box))
 
 
-def normalise(pixels: "torch.Tensor", spec: PreprocessSpec) -> "torch.Tensor":
+def channel_constants(spec: PreprocessSpec, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:
+    """Mean and std as float32 tensors (1, 3, 1, 1) on ``device``."""
+    import torch  # here, so that reading a spec or a cache needs no torch (seconds of import)
+
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1).to(device) for values in (spec.mean, spec.std)
+    )
+    return mean, std
+
+
+def normalise(pixels: "torch.Tensor", mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":
     """Scale uint8 pixels to 0..1 and normalise per channel, on the device they are on.
 
     Args:
         pixels: uint8 tensor (N, H, W, 3).
-        spec: mean and std.
+        mean, std: as ``channel_constants`` returns them.
 
     Returns:
         float32 tensor (N, 3, H, W), channels_last in memory.
     """
-    mean = pixels.new_tensor(spec.mean, dtype=_float32()).view(1, 3, 1, 1)
-    std = pixels.new_tensor(spec.std, dtype=_float32()).view(1, 3, 1, 1)
-    return pixels.permute(0, 3, 1, 2).to(_float32()).div_(255).sub_(mean).div_(std)
-
-
-def _float32() -> "torch.dtype":
-    import torch  # here, so that reading a spec or a cache needs no torch (seconds of import)
-
-    return torch.float32
+    return pixels.permute(0, 3, 1, 2).to(mean.dtype).div_(255).sub_(mean).div_(std)

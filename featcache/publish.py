@@ -14,16 +14,19 @@ from typing import BinaryIO
 
 from featcache.errors import StorageError
 
+_REPLACED = ".replaced"
 _SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file system's own bookkeeping, need some
 
 
-def check_output_folder(path: Path) -> None:
+def check_output(path: Path, *, folder_allowed: bool = False) -> None:
     """Refuse early, before any work, if ``path`` could not be created in its folder.
 
     Raises:
-        StorageError: the folder is missing or not writable.
+        StorageError: the folder is missing or not writable, or a folder is where a file is to be.
     """
     folder = path.parent
+    if path.is_dir() and not folder_allowed:
+        raise StorageError(f"cannot write {path}: it is a folder; give the name of a file")
     if not folder.is_dir():
         raise StorageError(f"cannot write {path}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -36,7 +39,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     if free < needed + _SPARE_BYTES:
         raise StorageError(
             f"not enough space in {folder}: {free / 1e6:,.0f} MB free, {(needed + _SPARE_BYTES) / 1e6:,.0f} MB needed; "
-            "free some space and run the same command again, finished work is kept"
+            "free some space and run the same command again"
         )
 
 
@@ -61,17 +64,10 @@ def publish_file(path: Path, *, staging: Path | None = None) -> Iterator[BinaryI
         _sync_folder(path.parent)
     except OSError as error:
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; run the same command again once that is mended, "
-            "finished work is kept"
+            f"cannot write {path}: {error.strerror or error}; mend that and run the same command again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def publish_bytes(path: Path, data: bytes) -> None:
-    """Publish ``data`` as the whole content of ``path``. Raises StorageError."""
-    with publish_file(path) as file:
-        file.write(data)
 
 
 @contextlib.contextmanager
@@ -82,7 +78,6 @@ def publish_folder(path: Path) -> Iterator[Path]:
         StorageError: the operating system refused a step. ``path`` is then unchanged.
     """
     temporary = _temporary_name(path, path.parent)
-    replaced: Path | None = None
     try:
         temporary.mkdir()
         yield temporary
@@ -90,18 +85,25 @@ def publish_folder(path: Path) -> Iterator[Path]:
             _sync_file(file)
         _sync_folder(temporary)
         if path.exists():  # a folder cannot be renamed over a full one: step aside, step in, then delete
-            replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+            replaced = path.with_name(f".{path.name}{_REPLACED}")
             path.rename(replaced)
         temporary.rename(path)
         _sync_folder(path.parent)
     except OSError as error:
-        if replaced is not None and not path.exists():
-            replaced.rename(path)
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if replaced is not None and path.exists():
+        recover_folder(path)
+
+
+def recover_folder(path: Path) -> None:
+    """Finish or undo a replacement of ``path`` that was cut off between its two renames."""
+    replaced = path.with_name(f".{path.name}{_REPLACED}")
+    if replaced.is_dir():
+        if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(path)
 
 
 def _sync_file(path: Path) -> None:

@@ -41,8 +41,9 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     Raises:
         UsageError: no such device here, or a count below 1.
     """
-    if (workers is not None and workers < 1) or (batch_size is not None and batch_size < 1):
-        raise UsageError(f"workers and batch size must be at least 1, found {workers} and {batch_size}")
+    for name, value, most in (("workers", workers, 1024), ("batch size", batch_size, 8192)):
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"{name} must lie between 1 and {most}, found {value}")
     cores = usable_cores()
     chosen, reason = _choose_device(device)
     if workers is None:
@@ -80,8 +81,8 @@ def usable_cores() -> int:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed activation buffers instead of returning and faulting them in again at every layer.
 
-    The usual loop spends half its CPU time on that. Affects the whole process, so only commands call it, and before
-    their first large allocation; ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect.
+    The usual loop spends half its CPU time on that. Affects the whole process, so ``extract`` and ``predict`` call
+    it, before their first large allocation; ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect.
     """
     if not sys.platform.startswith("linux") or os.environ.get("FEATCACHE_KEEP_MEMORY") == "0":
         return False

@@ -71,5 +71,5 @@ def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat
 def _csv_line(cells: list[Any]) -> bytes:
     text = io.StringIO()
     escaped = [f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in cells]
-    csv.writer(text, lineterminator="\n").writerow(escaped)
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    csv.writer(text, lineterminator="\r\n").writerow(escaped)  # with both, cells holding either are quoted
+    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"

@@ -53,11 +53,11 @@ def fit_torch_head(
     if folds:
         for train, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(y)), y):
             head, _ = _train(data, train, kind, seed)
-            accuracies.append(accuracy(y[held_out], head.probabilities(features[rows[held_out]])))
+            accuracies.append(accuracy(y[held_out], head.score(features, rows[held_out])))
     head, epochs = _train(data, np.arange(len(rows)), kind, seed)
     notes: tuple[str, ...] = ()
     if epochs == MAX_EPOCHS:
-        notes = (f"still improving after {MAX_EPOCHS} epochs, where training stops",)
+        notes = (f"trained for {MAX_EPOCHS} epochs, the most there are: more data or logreg may do better",)
     return FittedHead(head, tuple(accuracies), {"scaling": "standardise", "epochs": epochs}, [], notes)
 
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from featcache.cache import FeatureCache
 from featcache.errors import SourceError, UsageError
-from featcache.extraction import weights_copy
-from featcache.heads import KINDS, Array, FittedHead, Head, Kind
+from featcache.extraction import weights_copy, weights_source
+from featcache.heads import KINDS, Array, FittedHead, Kind
 from featcache.metrics import evaluate_probabilities
 from featcache.model import check_replaceable, save_model
 
@@ -78,19 +78,19 @@ def fit_head(
         that are not finite. ModelError, StorageError: the model cannot be written. UsageError: impossible values.
     """
     started = time.perf_counter()
-    _check_options(clf, C, folds, class_weight)
+    _check_options(clf, C, folds, class_weight, seed)
     cache, output = Path(cache), Path(output)
     check_replaceable(output)
     features = FeatureCache.open(cache)
     rows, labels = _training_rows(features)
     present, y = np.unique(labels, return_inverse=True)
     folds = _possible_folds(features, y, present, folds)
-    _check_finite(features, rows)
+    check_finite(features, np.arange(len(features)))
     balanced = class_weight == "balanced"
     if clf == "logreg":
         from featcache.logreg import fit_logreg
 
-        fitted = fit_logreg(features.X, rows, y, n_classes=len(present), C=C, folds=folds, balanced=balanced, seed=seed)
+        fitted = fit_logreg(features.X, rows, y, C=C, folds=folds, balanced=balanced, seed=seed)
     else:
         from featcache.torchheads import fit_torch_head
 
@@ -118,7 +118,7 @@ def fit_head(
     )
 
 
-def _check_options(clf: str, C: float | None, folds: int, class_weight: str) -> None:
+def _check_options(clf: str, C: float | None, folds: int, class_weight: str, seed: int) -> None:
     if clf not in KINDS:
         raise UsageError(f"unknown clf {clf!r}; choose one of {', '.join(KINDS)}")
     if class_weight not in ("none", "balanced"):
@@ -127,6 +127,8 @@ def _check_options(clf: str, C: float | None, folds: int, class_weight: str) -> 
         raise UsageError(f"C belongs to logreg, not to {clf}; leave it out")
     if C is not None and not 0 < C < float("inf"):
         raise UsageError(f"C must be a positive number, found {C}")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed must lie between 0 and {2**32 - 1}, found {seed}")
     if folds < 0 or folds == 1:
         raise UsageError(f"folds must be 0 (none) or at least 2, found {folds}")
     if folds == 0 and clf == "logreg" and C is None:
@@ -173,7 +175,8 @@ def _possible_folds(cache: FeatureCache, y: Array, present: Array, folds: int) -
     return folds
 
 
-def _check_finite(cache: FeatureCache, rows: npt.NDArray[np.intp], size: int = 8192) -> None:
+def check_finite(cache: FeatureCache, rows: npt.NDArray[np.intp], size: int = 8192) -> None:
+    """Raise SourceError, naming the first, if features of ``rows`` are not finite."""
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         if not (finite := np.isfinite(cache.X[block]).all(axis=1)).all():
@@ -182,12 +185,6 @@ def _check_finite(cache: FeatureCache, rows: npt.NDArray[np.intp], size: int = 8
                 f"{cache.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
                 f"({cache.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
             )
-
-
-def score_rows(cache: FeatureCache, head: Head, rows: Array, size: int = 8192) -> Array:
-    """(n, C) probabilities of some of the cache's rows, read block by block."""
-    blocks = [head.probabilities(cache.X[rows[start : start + size]]) for start in range(0, len(rows), size)]
-    return np.concatenate(blocks) if blocks else np.empty((0, len(head.layers[-1][1])))
 
 
 def _metrics(cache: FeatureCache, fitted: FittedHead, present: Array, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -207,7 +204,7 @@ def _metrics(cache: FeatureCache, fitted: FittedHead, present: Array, classes: t
                 "%d of %d %s images have no label that training knows and are not scored", unknown, len(rows), split
             )
         rows, y = rows[y >= 0], y[y >= 0]
-        scores = evaluate_probabilities(y, score_rows(cache, fitted.head, rows), classes) if len(rows) else None
+        scores = evaluate_probabilities(y, fitted.head.score(cache.X, rows), classes) if len(rows) else None
         metrics[split] = scores
         metrics[f"{split}_accuracy"] = scores["accuracy"] if scores else None
     return metrics | {"curve": fitted.curve}
@@ -223,28 +220,29 @@ def _save(
     metrics: dict[str, Any],
     self_contained: bool,
 ) -> None:
-    weights = cache.provenance.get("weights", {"source": "unknown", "reload": None})
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("featcache", "numpy", "scikit-learn", "torch", "torchvision")
-    }
+    source, reload = weights_source(cache)
+    packages = ("featcache", "numpy", "scikit-learn", "torch", "torchvision")
+    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
     with tempfile.TemporaryDirectory() as temporary:
-        backbone_file: Path | None = weights_copy(cache_path)
-        if weights["reload"] is not None:
-            backbone_file = _provided_weights(cache, weights["reload"], Path(temporary)) if self_contained else None
-        elif not weights_copy(cache_path).is_file():
-            log.warning("%s is missing: the model will label caches, not images", weights_copy(cache_path))
-            backbone_file = None
+        copy: Path | None = weights_copy(cache_path, cache.spec)
+        if reload is not None:
+            copy = _provided_weights(cache, reload, Path(temporary)) if self_contained else None
+        elif not weights_copy(cache_path, cache.spec).is_file():
+            log.warning(
+                "%s is missing: the model will label caches, not images; run the same extract command again to restore it",
+                weights_copy(cache_path, cache.spec),
+            )
+            copy = None
         save_model(
             output,
             fitted,
             classes=classes,
             spec=cache.spec,
-            weights=weights,
+            weights={"source": source, "reload": reload},
             training=training,
             metrics=metrics,
-            versions=versions | {"python": platform.python_version()},
-            backbone_file=backbone_file,
+            versions=versions,
+            backbone_file=copy,
         )
 
 

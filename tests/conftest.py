@@ -11,11 +11,23 @@ from PIL import Image
 
 from featcache import cli
 from featcache.extraction import ExtractRequest
+from featcache.preprocess import PreprocessSpec
+from featcache.spec import make_spec
 
 # Random weights, but a real network; small inputs keep it fast. Its random embeddings are of a sane size, too: those of
 # random MobileNets are about 1e-10.
 TINY = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=40, crop=32)
 TINY_FLAGS = ["--backbone", "squeezenet1_1", "--weights", "none", "--resize", "40", "--crop", "32"]
+SPEC = make_spec(  # of caches that tests write by hand
+    name="squeezenet1_1",
+    weights_sha256="0" * 64,
+    layer="classifier.1",
+    preprocess=PreprocessSpec(
+        resize=40, crop=(32, 32), interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    ),
+    precision="reference",
+    storage="float16",
+)
 COLOURS = {"blue": (30, 40, 200), "green": (40, 190, 60), "red": (210, 40, 30)}
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from conftest import SPEC
 
-from featcache.cache import FeatureCache, Rows, encode_names, fingerprint_of, write_cache
+from featcache import cache as cache_module
+from featcache.cache import FeatureCache, Rows, encode_names, write_cache
 from featcache.errors import CacheError, StorageError
+from featcache.spec import canonical_json, fingerprint_of
 
 GOLDEN = Path(__file__).with_name("golden-v1.h5")
-SPEC = {"backbone": {"name": "tiny"}, "precision": "reference", "storage": "float16", "views": 1}
 
 
 def make_rows(n: int) -> Rows:
@@ -85,7 +87,7 @@ def test_golden_file_of_version_1() -> None:
     assert cache.classes == ("cat", "dog")
     assert cache.refused == (("dog/e.jpg", "empty file"),)
     assert cache.spec == SPEC
-    assert cache.fingerprint == "0f86cad58902ded91676c12d7984c1c235e37329b1211472a122cfe79297afb1"
+    assert cache.fingerprint == "6ba49cf65b4e03fa46a0bdb104ab43ff8c0fb18f8b9e85c8fa38e36be6a9e763"
 
 
 def test_wrong_number_of_rows_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
@@ -179,6 +181,37 @@ def test_verify_names_the_damaged_rows(tmp_path: Path) -> None:
         cache.X  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "int4"},
+        {"storage": "object"},
+        {"views": 2},
+        {"backbone": "x"},
+        {"preprocess": {}},
+        {"zoom": 1},
+        {"backbone": {}},
+    ],
+)
+def test_a_spec_this_version_cannot_honour_is_refused(tmp_path: Path, change: dict) -> None:
+    make_cache(tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "r+") as file:  # a well-formed file, every checksum right
+        text = canonical_json(SPEC | change)
+        columns = {name: file[name][()] for name, _, _ in cache_module._COLUMNS}
+        file.attrs["spec"] = text
+        file.attrs["fingerprint"] = fingerprint_of(SPEC | change)
+        file.attrs["metadata_crc32"] = cache_module._metadata_checksum(columns, (text, file.attrs["provenance"]))
+    with pytest.raises(CacheError, match="spec"):
+        FeatureCache.open(tmp_path / "f.h5")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_the_place_of_a_cache_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "f.h5")
+    with pytest.raises(CacheError, match="no regular file"):
+        FeatureCache.open(tmp_path / "f.h5")
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89HDF\r\n\x1a\n", b"\x89HDF\r\n\x1a\n" + b"\0" * 5000])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f.h5").write_bytes(content)
@@ -189,7 +222,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_missing_folder_and_foreign_hdf5(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["features"] = np.zeros((2, 2))
-    for name, words in (("gone.h5", "does not exist"), ("", "is a folder"), ("foreign.h5", "another program")):
+    for name, words in (("gone.h5", "does not exist"), ("", "no regular file"), ("foreign.h5", "another program")):
         with pytest.raises(CacheError, match=words):
             FeatureCache.open(tmp_path / name)
 

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, make_photos, write_photo
 from PIL import Image
 
-from featcache import extraction, parts
+from featcache import embedding, parts
 from featcache.backbones import load_backbone
 from featcache.cache import FeatureCache
 from featcache.errors import (
@@ -29,7 +29,9 @@ from featcache.errors import (
 )
 from featcache.extraction import ExtractReport, customise, extract, weights_copy
 from featcache.images import decode
-from featcache.preprocess import normalise, to_pixels
+from featcache.preprocess import channel_constants, normalise, to_pixels
+
+WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
 
 
 def counts(report: ExtractReport) -> tuple[int, ...]:
@@ -46,7 +48,8 @@ def oracle(path: Path) -> np.ndarray:
     backbone = customise(load_backbone(TINY.backbone, TINY.weights), TINY)
     pixels = to_pixels(decode(path.read_bytes()), backbone.preprocess)
     with torch.inference_mode():
-        return backbone.module(normalise(torch.from_numpy(pixels.copy())[None], backbone.preprocess))[0].numpy()
+        constants = channel_constants(backbone.preprocess, torch.device("cpu"))
+        return backbone.module(normalise(torch.from_numpy(pixels.copy())[None], *constants))[0].numpy()
 
 
 @pytest.fixture
@@ -86,7 +89,7 @@ def test_unchanged_folder_is_left_alone_without_a_model(
     assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)
     assert (tmp_path / "f.h5").stat().st_mtime_ns == settled.st_mtime_ns
     assert len(before) == settled.st_size
-    assert sorted(os.listdir(tmp_path)) == ["f.h5", "f.h5.backbone.safetensors", "photos"]
+    assert sorted(os.listdir(tmp_path)) == ["f.h5", WEIGHTS, "photos"]
 
 
 def test_add_change_rename_relabel_remove(photos: Path, tmp_path: Path) -> None:
@@ -205,14 +208,14 @@ def test_storage_auto_takes_float32_when_float16_would_lose_the_embeddings(photo
 
 
 def test_features_too_large_for_float16_are_refused_not_infinite(photos: Path, tmp_path: Path, monkeypatch) -> None:
-    original = extraction._storable
+    original = embedding.storable
 
     def magnify(chunk, dtype):
         features = chunk.features.copy()
         features[chunk.indices == 4] = 1e6
         return original(dataclasses.replace(chunk, features=features), dtype)
 
-    monkeypatch.setattr(extraction, "_storable", magnify)
+    monkeypatch.setattr(embedding, "storable", magnify)
     report = extract(photos, tmp_path / "f.h5", TINY)
     assert report.refused == 1
     assert FeatureCache.open(tmp_path / "f.h5").refused == (
@@ -261,9 +264,7 @@ def test_killed_at_a_commit_and_resumed_is_bit_for_bit_the_same(
     resumed, uninterrupted = FeatureCache.open(cache), FeatureCache.open(whole)
     np.testing.assert_array_equal(resumed.X, uninterrupted.X)
     assert resumed.paths == uninterrupted.paths
-    assert sorted(os.listdir(tmp_path)) == [
-        "f.h5", "f.h5.backbone.safetensors", "photos", "whole.h5", "whole.h5.backbone.safetensors",
-    ]  # fmt: skip
+    assert sorted(os.listdir(tmp_path)) == ["f.h5", WEIGHTS, "photos", "whole.h5", f"whole.h5{WEIGHTS[4:]}"]
 
 
 def test_ctrl_c_keeps_what_is_finished(photos: Path, tmp_path: Path) -> None:
@@ -387,8 +388,68 @@ def test_useless_requests(photos: Path, tmp_path: Path) -> None:
 
 def test_weights_no_library_provides_lie_beside_the_cache(photos: Path, tmp_path: Path) -> None:
     extract(photos, tmp_path / "f.h5", TINY)
-    copy = load_backbone(TINY.backbone, weights_copy(tmp_path / "f.h5"))
-    assert copy.weights_sha256 == FeatureCache.open(tmp_path / "f.h5").spec["backbone"]["weights_sha256"]
+    spec = FeatureCache.open(tmp_path / "f.h5").spec
+    copy = weights_copy(tmp_path / "f.h5", spec)
+    assert load_backbone(TINY.backbone, copy).weights_sha256 == spec["backbone"]["weights_sha256"]
+    copy.unlink()
+    assert counts(extract(photos, tmp_path / "f.h5", TINY))[:2] == (0, 18)  # restored, nothing else done
+    assert copy.is_file()
+    extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, backbone="squeezenet1_0"), force=True)
+    assert not copy.exists()
+
+
+def test_a_batch_of_refused_images_only(photos: Path, tmp_path: Path) -> None:
+    for number in range(20):  # sorts last: at least one whole chunk without a single image
+        (photos / "red" / f"zz{number}.jpg").touch()
+    assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (18, 0, 18, 0, 0, 20)
+
+
+def test_force_never_replaces_a_file_that_is_not_ours(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.h5").write_text("ten years of work")
+    with pytest.raises(CacheError, match="not an HDF5 file"):
+        extract(photos, tmp_path / "thesis.h5", TINY, force=True)
+    assert (tmp_path / "thesis.h5").read_text() == "ten years of work"
+    (tmp_path / "g.h5.parts").mkdir()
+    (tmp_path / "g.h5.parts" / "thesis.txt").write_text("another one")
+    extract(photos, tmp_path / "g.h5", TINY)
+    assert (tmp_path / "g.h5.parts" / "thesis.txt").exists()
+
+
+def test_outputs_inside_the_source_are_no_images_and_no_classes(photos: Path) -> None:
+    extract(photos, photos / "f.h5", TINY)
+    (photos / "model").mkdir()
+    (photos / "model" / "model.json").touch()
+    (photos / "f.h5.parts").mkdir()
+    assert counts(extract(photos, photos / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)
+
+
+def test_many_parts_need_few_file_descriptors(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    import resource
+
+    make_photos(photos, each=30)
+    monkeypatch.setattr(parts, "MAX_ROWS", 1)
+
+    def stop(done: int, _total: int, _bottleneck: str) -> None:
+        if done >= 80:
+            raise KeyboardInterrupt
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, hard))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            extract(photos, tmp_path / "f.h5", TINY, batch_size=1, progress=stop)
+        report = extract(photos, tmp_path / "f.h5", TINY, batch_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert report.reused >= 80
+    assert report.reused + report.embedded == 90
+
+
+def test_an_input_size_the_network_does_not_take(photos: Path, tmp_path: Path) -> None:
+    request = dataclasses.replace(TINY, backbone="vit_b_32", resize=192, crop=192)
+    with pytest.raises(UsageError, match="does not take inputs of 192x192"):
+        extract(photos, tmp_path / "f.h5", request)
 
 
 def test_modes_share_one_cache(tmp_path: Path) -> None:

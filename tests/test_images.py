@@ -72,6 +72,19 @@ def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
     assert list_images(tmp_path).classes == ("bus", "train")
 
 
+@pytest.mark.parametrize("splits", [("val", "test"), ("train",), ("train", "test")])
+def test_folders_all_called_like_splits_are_splits(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    images = list_images(make_photos(tmp_path, each=1, splits=splits))
+    assert images.classes == ("blue", "green", "red")
+
+
+def test_splits_without_class_folders_have_no_labels(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_photo(tmp_path / split / "a.png", (1, 2, 3), 1)
+    images = list_images(tmp_path)
+    assert (images.classes, images.splits.tolist()) == ((), [3, 1])
+
+
 def test_splits_beside_other_folders_are_ambiguous(tmp_path: Path) -> None:
     make_photos(tmp_path, each=1, splits=("train", "val", "extra"))
     with pytest.raises(SourceError, match="extra"):
@@ -83,7 +96,8 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("not an image, and not claiming to be one")
     (tmp_path / "text.jpg").write_text("claims to be one")
     (tmp_path / ".hidden.jpg").write_bytes(b"\xff\xd8\xff")
-    assert list_images(tmp_path).paths == ("picture", "text.jpg")
+    (tmp_path / "phone.heic").write_bytes(b"not decodable here, but an image")
+    assert list_images(tmp_path).paths == ("phone.heic", "picture", "text.jpg")
 
 
 @posix
@@ -123,11 +137,20 @@ def test_csv(tmp_path: Path) -> None:
         "path,label,split\nx/b.png,cat,train\nx/a.png,dog,val\nx/c.png,,test\nx/gone.png,cat,\n../out.png,cat,\n"
     )
     images = list_images(listing)
-    assert images.paths == ("x/b.png", "x/a.png", "x/c.png")  # its own order
+    assert images.paths == ("x/b.png", "x/a.png", "x/c.png", "x/gone.png")  # its own order; reading the last says why
     assert images.classes == ("cat", "dog")
-    assert images.labels.tolist() == [0, 1, -1]
-    assert images.splits.tolist() == [1, 2, 3]
-    assert [refusal.path for refusal in images.refused] == ["x/gone.png", "../out.png"]
+    assert images.labels.tolist() == [0, 1, -1, 0]
+    assert images.splits.tolist() == [1, 2, 3, 0]
+    assert [(refusal.path, refusal.position) for refusal in images.refused] == [("../out.png", 4)]
+
+
+def test_one_file_under_several_spellings_is_one_image(tmp_path: Path) -> None:
+    write_photo(tmp_path / "x" / "a.png", (1, 2, 3), 1)
+    (tmp_path / "list.csv").write_text(f"path,label\nx/a.png,cat\n./x/../x/a.png,cat \n{tmp_path}/x/a.png,cat\n")
+    assert list_images(tmp_path / "list.csv").paths == ("x/a.png",)
+    (tmp_path / "list.csv").write_text("path,label\nx/a.png,cat\n./x/a.png,dog\n")
+    with pytest.raises(SourceError, match="listed twice"):
+        list_images(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +161,8 @@ def test_csv(tmp_path: Path) -> None:
         ("path,split\na.png,training\n", UsageError),
         ("path,label\na.png,x\na.png,y\n", SourceError),
         ("path\na.png,x\n", SourceError),
+        ("path,path\na.png,a.png\n", UsageError),
+        ('"path"x,label\na.png,x\n', SourceError),
         ("path,label\n", SourceError),
     ],
 )

@@ -8,9 +8,10 @@ from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
 from featcache.errors import UsageError
-from featcache.preprocess import PreprocessSpec, normalise, to_pixels
+from featcache.preprocess import PreprocessSpec, channel_constants, normalise, to_pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
 SIZES = [
     (500, 375),
     (375, 500),
@@ -59,12 +60,12 @@ def test_resize_to_both_edges_distorts_as_torchvision_does() -> None:
 def test_whole_path_equals_the_preset_bit_for_bit_where_nothing_is_resampled(size: tuple[int, int]) -> None:
     image = picture(*size)
     expected = ImageClassification(crop_size=224, resize_size=256)(image)
-    ours = normalise(torch.from_numpy(to_pixels(image, spec()).copy())[None], spec())[0]
+    ours = normalise(torch.from_numpy(to_pixels(image, spec()).copy())[None], *channel_constants(spec(), CPU))[0]
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
 def test_normalised_batch_is_channels_last() -> None:
-    batch = normalise(torch.zeros(2, 5, 4, 3, dtype=torch.uint8), spec())
+    batch = normalise(torch.zeros(2, 5, 4, 3, dtype=torch.uint8), *channel_constants(spec(), CPU))
     assert batch.shape == (2, 3, 5, 4)
     assert batch.is_contiguous(memory_format=torch.channels_last)
 
@@ -76,7 +77,14 @@ def test_spec_survives_json() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"resize": 200}, {"resize": 0}, {"crop": (224, 9000)}, {"interpolation": "cubic"}, {"std": (0.1, 0.0, 0.1)}],
+    [
+        {"resize": 200},
+        {"resize": 0},
+        {"crop": (224, 9000)},
+        {"interpolation": "cubic"},
+        {"std": (0.1, 0.0, 0.1)},
+        {"alpha": "on black"},
+    ],
 )
 def test_impossible_specs_are_refused(changes: dict) -> None:
     with pytest.raises(UsageError):

@@ -1,0 +1,203 @@
+"""One contract for every kind of head, and oracles for what each adds."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn import metrics as sklearn_metrics
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from featcache import metrics
+from featcache.errors import ModelError
+from featcache.heads import KINDS, FittedHead, Head, class_weights, softmax
+from featcache.logreg import C_GRID, fit_logreg
+from featcache.torchheads import fit_torch_head
+
+D = 12
+
+
+def blobs(n: int = 240, classes: int = 3, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping Gaussian classes, as float16 like a cache's."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(1).normal(0, 2, (classes, D))
+    y = rng.permutation(np.arange(n) % classes)
+    return (centres[y] + rng.normal(0, spread, (n, D)) + 3).astype(np.float16), y
+
+
+def fit(kind: str, X: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None, **options: Any) -> FittedHead:
+    rows = np.arange(len(X)) if rows is None else rows
+    options = {"n_classes": int(y.max()) + 1, "folds": 3} | options
+    if kind == "logreg":
+        return fit_logreg(X, rows, y, **options)
+    return fit_torch_head(X, rows, y, kind=kind, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryHead:
+    def test_learns_and_generalises(self, kind: str, classes: int) -> None:
+        X, y = blobs(classes=classes)
+        fitted = fit(kind, X, y)
+        unseen, truth = blobs(classes=classes, seed=5)
+        probabilities = fitted.head.probabilities(unseen)
+        assert probabilities.shape == (240, classes)
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+        score = metrics.accuracy(truth, probabilities)
+        assert score > 0.95
+        assert len(fitted.fold_accuracies) == 3
+        assert abs(np.mean(fitted.fold_accuracies) - score) < 0.05  # the estimate estimates
+
+    def test_sees_only_its_rows(self, kind: str, classes: int) -> None:
+        X, y = blobs(classes=classes)
+        rows = np.arange(0, 240, 2)
+        poisoned = X.copy()
+        poisoned[1::2] = 1000
+        clean, other = fit(kind, X[rows], y[rows]).head, fit(kind, poisoned, y[rows], rows).head
+        np.testing.assert_allclose(clean.logits(X), other.logits(X), rtol=1e-6, atol=1e-6)
+
+    def test_same_seed_same_head(self, kind: str, classes: int) -> None:
+        X, y = blobs(classes=classes)
+        one, two = fit(kind, X, y, seed=3), fit(kind, X, y, seed=3)
+        assert one.fold_accuracies == two.fold_accuracies
+        for a, b in zip(one.head.to_tensors().values(), two.head.to_tensors().values(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_survives_its_tensors(self, kind: str, classes: int) -> None:
+        X, y = blobs(classes=classes)
+        head = fit(kind, X, y).head
+        again = Head.from_tensors(head.kind, head.scaling, head.to_tensors())
+        np.testing.assert_array_equal(head.logits(X), again.logits(X))
+
+    def test_balanced_weights_find_the_rare_class(self, kind: str, classes: int) -> None:
+        X, y = blobs(600, classes, spread=4.0)
+        keep = (y != 0) | (np.arange(600) % 15 == 0)
+        X, y = X[keep], y[keep]
+        test_X, test_y = blobs(600, classes, spread=4.0, seed=9)
+
+        def recall(head: Head) -> float:
+            return float((head.probabilities(test_X).argmax(axis=1) == 0)[test_y == 0].mean())
+
+        assert recall(fit(kind, X, y, balanced=True).head) > recall(fit(kind, X, y).head) + 0.1
+
+    def test_pure_noise_is_estimated_as_chance(self, kind: str, classes: int) -> None:
+        X = np.random.default_rng(0).normal(size=(300, D)).astype(np.float16)
+        y = np.arange(300) % classes
+        assert abs(np.mean(fit(kind, X, y).fold_accuracies) - 1 / classes) < 0.15
+
+
+# ---------------------------------------------------------------------------------------------------- logreg
+
+
+def test_cross_validation_equals_scikit_learn() -> None:
+    X, y = blobs(spread=3.0)
+    fitted = fit("logreg", X, y)
+    assert len(fitted.curve) == 3 * len(C_GRID)
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    for scaling, scaler in (("standardise", StandardScaler()), ("unit", Normalizer())):
+        for entry in (entry for entry in fitted.curve if entry["scaling"] == scaling and 1e-3 <= entry["C"] <= 10):
+            pipeline = make_pipeline(scaler, LogisticRegression(C=entry["C"], max_iter=1000))
+            expected = cross_val_score(pipeline, X.astype(np.float64), y, cv=folds)
+            np.testing.assert_allclose(entry["fold_accuracies"], expected, atol=0.013)  # one image in a fold of 80
+    best = max(entry["accuracy"] for entry in fitted.curve)
+    chosen = next(e for e in fitted.curve if (e["C"], e["scaling"]) == (fitted.chosen["C"], fitted.chosen["scaling"]))
+    assert chosen["accuracy"] == best
+    assert chosen["log_loss"] == min(e["log_loss"] for e in fitted.curve if e["accuracy"] == best)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_head_computes_what_the_pipeline_computes(classes: int) -> None:
+    X, y = blobs(classes=classes)
+    fitted = fit("logreg", X, y)
+    unseen = blobs(classes=classes, seed=5)[0].astype(np.float64)
+    np.testing.assert_allclose(fitted.head.probabilities(unseen), fitted.pipeline.predict_proba(unseen), atol=1e-9)
+
+
+def test_given_c_is_used_and_edges_are_reported() -> None:
+    X, y = blobs()
+    assert fit("logreg", X, y, C=0.3).chosen["C"] == 0.3
+    assert fit("logreg", X, y, C=0.3, folds=0).fold_accuracies == ()
+    pure = np.zeros_like(X)
+    assert "edge of the grid" in " ".join(fit("logreg", pure, y).notes)
+
+
+# ------------------------------------------------------------------------------------------------ torch heads
+
+
+def test_reads_from_disk_without_taking_everything(tmp_path: Any) -> None:
+    X, y = blobs(600)
+    stored = np.memmap(tmp_path / "x", np.float16, "w+", shape=X.shape)
+    stored[:] = X
+    in_memory, from_disk = fit("linear", X, y, folds=0).head, fit("linear", stored, y, folds=0).head
+    np.testing.assert_array_equal(in_memory.logits(X), from_disk.logits(X))
+
+
+def test_linear_head_comes_close_to_the_convex_optimum() -> None:
+    X, y = blobs(600, spread=2.5)
+    unseen, truth = blobs(600, spread=2.5, seed=5)
+    exact, ours = fit("logreg", X, y).head, fit("linear", X, y).head
+    assert (
+        metrics.log_loss(truth, ours.probabilities(unseen))
+        < metrics.log_loss(truth, exact.probabilities(unseen)) * 1.15
+    )
+
+
+# --------------------------------------------------------------------------------------------------- pieces
+
+
+def test_class_weights_equal_scikit_learn() -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    y = np.array([0, 0, 0, 1, 2, 2])
+    np.testing.assert_allclose(class_weights(y, 3, True), compute_class_weight("balanced", classes=np.arange(3), y=y))
+    np.testing.assert_array_equal(class_weights(y, 3, False), np.ones(3))
+
+
+def test_softmax_does_not_overflow() -> None:
+    np.testing.assert_allclose(softmax(np.array([[1e4, 1e4], [-1e4, 0]])), [[0.5, 0.5], [0, 1]])
+
+
+@pytest.mark.parametrize(
+    "broken", ["missing bias", "wrong shape", "not finite", "no layers", "foreign kind", "mean without need"]
+)
+def test_tensors_that_make_no_head_are_refused(broken: str) -> None:
+    kind, scaling = "linear", "none"
+    tensors = {"layers.0.weight": np.ones((3, D)), "layers.0.bias": np.ones(3)}
+    if broken == "missing bias":
+        del tensors["layers.0.bias"]
+    elif broken == "wrong shape":
+        tensors["layers.0.bias"] = np.ones(4)
+    elif broken == "not finite":
+        tensors["layers.0.bias"] = np.array([1, np.nan, 1])
+    elif broken == "no layers":
+        tensors = {}
+    elif broken == "foreign kind":
+        kind = "forest"
+    else:
+        tensors["mean"] = np.zeros(D)
+    with pytest.raises(ModelError):
+        Head.from_tensors(kind, scaling, tensors)
+
+
+def test_metrics_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    y, probabilities = rng.integers(0, 4, 500), softmax(rng.normal(size=(500, 5)))  # class 4 never occurs
+    scores = metrics.evaluate_probabilities(y, probabilities, list("abcde"))
+    predicted = probabilities.argmax(axis=1)
+    labels = np.arange(5)
+    assert scores["n"] == 500
+    assert scores["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(y, predicted))
+    assert scores["log_loss"] == pytest.approx(sklearn_metrics.log_loss(y, probabilities, labels=labels))
+    assert scores["confusion"] == sklearn_metrics.confusion_matrix(y, predicted, labels=labels).tolist()
+    recall = sklearn_metrics.recall_score(y, predicted, labels=labels, average=None, zero_division=np.nan)
+    for k, name in enumerate("abcd"):
+        assert scores["per_class"][name]["recall"] == pytest.approx(recall[k])
+    assert scores["per_class"]["e"]["recall"] is None
+
+
+def test_calibration_error_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
+    # bin of 0.9: accuracy 1/2, gap 0.4, two rows; bin of 0.6: accuracy 1, gap 0.4, two rows
+    assert metrics.expected_calibration_error(np.array([0, 1, 0, 1]), probabilities) == pytest.approx(0.4)

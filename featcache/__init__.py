@@ -10,17 +10,18 @@ if TYPE_CHECKING:
     from featcache.backbones import backbone_names, load_backbone
     from featcache.cache import FeatureCache
     from featcache.errors import FeatcacheError
-    from featcache.extraction import ExtractReport, ExtractRequest, extract
+    from featcache.extraction import ExtractReport, extract
     from featcache.images import ImageList, list_images
     from featcache.model import Model, load_model
     from featcache.prediction import Prediction, evaluate, predict
     from featcache.preprocess import PreprocessSpec
+    from featcache.request import ExtractRequest
     from featcache.training import FitReport, fit_head
 
 __version__ = "0.1.0"
 _HOME = {
     "ExtractReport": "extraction",
-    "ExtractRequest": "extraction",
+    "ExtractRequest": "request",
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
     "FitReport": "training",

@@ -159,6 +159,8 @@ def _load_torchvision(name: str, weights: str | Path) -> Backbone:
     # SqueezeNet classifies with a convolution; the pooling after it is the network's own.
     dim = int(classifier.in_channels if isinstance(classifier, nn.Conv2d) else classifier.in_features)
     if state is not None:
+        if name.startswith("densenet"):  # its published files carry names from before modules could not have dots
+            state = _rename(state, lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key))
         _load_state(model, state, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
     return _finish(name, model, dim, layer, preprocess, source, reload)
 
@@ -192,8 +194,7 @@ def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             state = member.get_state_dict(progress=False, check_hash=True)
-        # DenseNet's published files still carry names from before dots were forbidden in module names.
-        return _rename(state, lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key))
+        return _rename(state, str)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise BackboneError(
             f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {_OFFLINE_HELP}"

@@ -36,6 +36,7 @@ from featcache.spec import canonical_json, check_spec
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
+SPLITS = ("none", "train", "val", "test")  # position = the number stored
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
@@ -324,8 +325,6 @@ class FeatureCache:
 
     def where(self, split: str) -> npt.NDArray[np.intp]:
         """Row numbers of a split: "train", "val", "test" or "none". Raises SourceError for another name."""
-        from featcache.images import SPLITS
-
         if split not in SPLITS:
             raise SourceError(f"no split is called {split!r}; choose one of {', '.join(SPLITS)}")
         return np.flatnonzero(self.rows.splits == SPLITS.index(split))
@@ -334,6 +333,17 @@ class FeatureCache:
         """(X, y) of one split's rows, copied into memory. Raises SourceError, CacheError."""
         rows = self.where(name)
         return self.X[rows], self.y[rows]
+
+    def check_finite(self, rows: npt.NDArray[np.intp], *, size: int = 8192) -> None:
+        """Raise SourceError, naming the first, if features of ``rows`` are not finite."""
+        for start in range(0, len(rows), size):
+            block = rows[start : start + size]
+            bad = block[~np.isfinite(self.X[block]).all(axis=1)]
+            if len(bad):
+                raise SourceError(
+                    f"{self.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
+                    f"({self.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
+                )
 
     def blocks(self, rows: npt.NDArray[np.intp], *, size: int = 4096) -> Iterator[Features]:
         """Yield the features of ``rows`` in order, ``size`` rows at a time."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from featcache import __version__
 from featcache.errors import FeatcacheError, UsageError
 
 app = typer.Typer(
@@ -35,6 +36,21 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Workers = Annotated[str, typer.Option(help="Threads that read and decode (on a CPU: that do everything), or auto.")]
 BatchSize = Annotated[str, typer.Option(help="Images per forward pass, or auto. Never changes what is computed.")]
 MaxBad = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of refused images above which to exit with 3.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"featcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(
@@ -75,8 +91,8 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Embed images into a cache file, or bring it up to date: only new content is embedded, an interrupted run resumes."""
-    from featcache.extraction import ExtractRequest
     from featcache.extraction import extract as run
+    from featcache.request import ExtractRequest
 
     request = ExtractRequest(
         backbone=backbone,
@@ -332,7 +348,7 @@ def main() -> None:
     """Entry point: errors become one line and an exit code."""
     _log_to_stderr()
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="featcache", standalone_mode=False)
     except FeatcacheError as error:
         _say(f"error: {_printable(str(error))}")
         code = error.exit_code

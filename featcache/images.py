@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from featcache.cache import SPLITS
 from featcache.errors import SourceError, UsageError
 
-SPLITS = ("none", "train", "val", "test")  # position = the number stored in a cache
 _SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
 # fmt: off
 _EXTENSIONS = frozenset((
@@ -65,7 +65,7 @@ class ImageList:
         paths: N relative paths, POSIX separators; bytes that are not UTF-8 appear as surrogate escapes.
         labels: (N,) int32, index into ``classes``; -1 when unknown.
         classes: sorted class names over all splits, empty class folders included.
-        splits: (N,) uint8, index into ``SPLITS``.
+        splits: (N,) uint8, index into ``cache.SPLITS``.
         sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed.
         refused: entries that were skipped without opening them, and why.
     """

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from featcache.cache import FeatureCache
-from featcache.images import SPLITS
+from featcache.cache import SPLITS, FeatureCache
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from featcache.cache import FeatureCache
+from featcache.cache import SPLITS, FeatureCache
 from featcache.errors import SourceError, UsageError
 from featcache.extraction import Progress
 from featcache.heads import Array
-from featcache.images import SPLITS, ImageList, list_images
+from featcache.images import ImageList, list_images
 from featcache.metrics import evaluate_probabilities
 from featcache.model import Model, load_model
 
@@ -206,14 +206,12 @@ def evaluate(
     model = model if isinstance(model, Model) else load_model(model)
     source = Path(source)
     if source.suffix == ".h5":
-        from featcache.training import check_finite
-
         cache = FeatureCache.open(source)
         model.check_cache(cache)
         split, rows = _choose_split(cache.rows.splits, split, source)
         rows = rows[cache.y[rows] >= 0]
         y = _labels_of_model(model, cache.classes, cache.y[rows], source, split)
-        check_finite(cache, rows)
+        cache.check_finite(rows)
         refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
         probabilities = model.head.score(cache.X, rows)
     else:

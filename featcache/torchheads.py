@@ -18,9 +18,9 @@ from featcache.metrics import accuracy
 
 TorchKind = Literal["linear", "mlp"]
 Indices = npt.NDArray[np.intp]
-MAX_EPOCHS, PATIENCE = 200, 10
+MAX_EPOCHS, PATIENCE = 100, 10
 HIDDEN, DROPOUT = 512, 0.25  # of the MLP
-_LEARNING_RATE, _WEIGHT_DECAY = 1e-3, 1e-2
+_LEARNING_RATE, _WEIGHT_DECAY = 3e-3, 1e-2
 _BLOCK = 8192
 
 
@@ -119,7 +119,7 @@ def _run(
         network = _network(kind, len(mean), data.n_classes)
         optimizer = torch.optim.AdamW(network.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         loss_function = nn.CrossEntropyLoss(weight=data.weights)
-        size = int(np.clip(2 ** round(np.log2(max(len(picked), 1) / 32)), 8, 4096))
+        size = int(np.clip(2 ** round(np.log2(max(len(picked), 1) / 32)), 32, 4096))
         shuffle = np.random.default_rng(seed)
         best: tuple[float, int, dict[str, Any]] = (np.inf, epochs, {})
         for epoch in range(1, epochs + 1):

@@ -85,7 +85,7 @@ def fit_head(
     rows, labels = _training_rows(features)
     present, y = np.unique(labels, return_inverse=True)
     folds = _possible_folds(features, y, present, folds)
-    check_finite(features, np.arange(len(features)))
+    features.check_finite(np.arange(len(features)))
     balanced = class_weight == "balanced"
     if clf == "logreg":
         from featcache.logreg import fit_logreg
@@ -173,18 +173,6 @@ def _possible_folds(cache: FeatureCache, y: Array, present: Array, folds: int) -
         log.info("folds: %d instead of %d, the smallest class has that many training images", counts.min(), folds)
         return int(counts.min())
     return folds
-
-
-def check_finite(cache: FeatureCache, rows: npt.NDArray[np.intp], size: int = 8192) -> None:
-    """Raise SourceError, naming the first, if features of ``rows`` are not finite."""
-    for start in range(0, len(rows), size):
-        block = rows[start : start + size]
-        if not (finite := np.isfinite(cache.X[block]).all(axis=1)).all():
-            bad = block[~finite]
-            raise SourceError(
-                f"{cache.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
-                f"({cache.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
-            )
 
 
 def _metrics(cache: FeatureCache, fitted: FittedHead, present: Array, classes: tuple[str, ...]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from featcache import cli
-from featcache.extraction import ExtractRequest
 from featcache.preprocess import PreprocessSpec
+from featcache.request import ExtractRequest
 from featcache.spec import make_spec
 
 # Random weights, but a real network; small inputs keep it fast. Its random embeddings are of a sane size, too: those of
@@ -70,7 +70,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["featcache", *map(str, arguments)])
         monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
-        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
             cli.main()

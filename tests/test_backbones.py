@@ -90,6 +90,36 @@ def test_weights_files(tmp_path: Path, checkpoint: dict[str, torch.Tensor], form
     assert load_backbone("resnet18", tmp_path / "copy.safetensors").weights_sha256 == expected
 
 
+def test_checkpoints_of_older_torchvision_are_migrated(tmp_path: Path) -> None:
+    """The published files of these families carry older names; the networks' own migration has to see them."""
+    import re
+
+    older = {
+        "densenet121": lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key),
+        "vit_b_32": lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."),
+        "mnasnet0_5": lambda key: key,
+    }
+    for name, rename in older.items():
+        network = torchvision.models.get_model(name, weights=None)
+        state = network.state_dict()
+        renamed = type(state)((rename(key), value) for key, value in state.items())
+        if name == "vit_b_32":
+            assert renamed.keys() != state.keys()
+            renamed._metadata = type(state)((key, {"version": 1}) for key in state._metadata)
+        elif name == "densenet121":
+            assert renamed.keys() != state.keys()
+        torch.save(renamed, tmp_path / "w.pth")
+        ours = load_backbone(name, tmp_path / "w.pth").module.state_dict()
+        for key, value in ours.items():
+            assert torch.equal(value, state[key]), (name, key)
+
+
+def test_vit_takes_its_input_size_from_the_weights(tmp_path: Path) -> None:
+    torch.save(torchvision.models.vit_b_32(image_size=384).state_dict(), tmp_path / "w.pth")
+    backbone = load_backbone("vit_b_32", tmp_path / "w.pth")
+    assert (backbone.preprocess.resize, backbone.preprocess.crop) == (384, (384, 384))
+
+
 def test_keys_that_do_not_fit_are_named(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:
     del checkpoint["layer1.0.conv1.weight"]
     checkpoint["extra.weight"] = torch.zeros(1)

@@ -27,9 +27,10 @@ from featcache.errors import (
     StorageError,
     UsageError,
 )
-from featcache.extraction import ExtractReport, customise, extract, weights_copy
+from featcache.extraction import ExtractReport, extract, weights_copy
 from featcache.images import decode
 from featcache.preprocess import channel_constants, normalise, to_pixels
+from featcache.request import customise
 
 WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
 

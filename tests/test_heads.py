@@ -29,10 +29,10 @@ def blobs(n: int = 240, classes: int = 3, spread: float = 1.0, seed: int = 0) ->
 
 def fit(kind: str, X: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None, **options: Any) -> FittedHead:
     rows = np.arange(len(X)) if rows is None else rows
-    options = {"n_classes": int(y.max()) + 1, "folds": 3} | options
+    options = {"folds": 3} | options
     if kind == "logreg":
         return fit_logreg(X, rows, y, **options)
-    return fit_torch_head(X, rows, y, kind=kind, **options)  # type: ignore[arg-type]
+    return fit_torch_head(X, rows, y, kind=kind, n_classes=int(y.max()) + 1, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("classes", [2, 3])

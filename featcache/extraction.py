@@ -170,7 +170,7 @@ class _Job:
     ) -> None:
         self.request, self.images, self.output = request, images, output
         self._choose_runtime = choose_runtime
-        self._record = request.record()
+        self.record = request.record()
         self._before: dict[str, Any] = {}
         self.embedding_seconds = 0.0
 
@@ -178,7 +178,7 @@ class _Job:
         """The spec, if one of ``caches`` was made by this very request with these very libraries."""
         for cache in caches:
             self._before = self._before or cache.spec
-            if cache.provenance.get("request") == self._record:
+            if cache.provenance.get("request") == self.record:
                 return cache.spec
         return None
 
@@ -210,7 +210,7 @@ class _Job:
             storage=self._storage(encoder(sample)),
         )
         provenance = {
-            "request": self._record,
+            "request": self.record,
             "weights": {"source": backbone.weights, "reload": backbone.reload},
             "runtime": runtime.reason,
             "precision": dataclasses.asdict(choice),
@@ -409,6 +409,7 @@ def _pack(job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int
         and first.rows.equals(rows)
         and first.classes == images.classes
         and first.refused == final
+        and first.provenance.get("request") == job.record
     ):
         return rows
     write_cache(
@@ -419,7 +420,7 @@ def _pack(job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int
         spec=spec,
         classes=images.classes,
         refused=final,
-        provenance=caches[-1].provenance,
+        provenance=caches[-1].provenance | {"request": job.record},  # so that the next run recognises itself
         staging=job.output.with_name(job.output.name + ".parts"),
     )
     return rows

@@ -190,6 +190,16 @@ def test_other_weights_in_the_same_file_are_refused(photos: Path, tmp_path: Path
         extract(photos, tmp_path / "f.h5", request)
 
 
+def test_the_same_spec_asked_for_in_other_words_is_recognised_from_then_on(
+    photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    extract(photos, tmp_path / "f.h5", TINY)
+    other = dataclasses.replace(TINY, interpolation="bilinear")  # which it is by default
+    assert counts(extract(photos, tmp_path / "f.h5", other)) == (0, 18, 0, 0, 0, 0)
+    monkeypatch.setattr("featcache.backbones.load_backbone", None)
+    assert counts(extract(photos, tmp_path / "f.h5", other)) == (0, 18, 0, 0, 0, 0)
+
+
 def test_limit_spreads_and_never_drops(photos: Path, tmp_path: Path) -> None:
     cache = tmp_path / "f.h5"
     assert counts(extract(photos, cache, TINY, limit=3)) == (3, 0, 3, 0, 0, 0)

@@ -10,13 +10,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from featcache import __version__
+from featcache.display import facts_as_lines, printable, say, show_progress
 from featcache.errors import FeatcacheError, UsageError
 
 app = typer.Typer(
@@ -103,7 +104,7 @@ def extract(
         precision=precision,
         dtype=dtype,
     )
-    with _interruptible(output), _progress("embedding") as progress:
+    with _interruptible(output), show_progress("embedding") as progress:
         report = run(
             source,
             output,
@@ -116,13 +117,13 @@ def extract(
             progress=progress,
         )
     rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
-    _say(
+    say(
         f"{report.cache}: {report.embedded + report.reused} embeddings of {report.dim} dimensions; embedded {report.embedded}, "
         f"reused {report.reused}, refused {report.refused} (added {report.added}, changed {report.changed}, "
         f"removed {report.removed}) in {report.seconds:.1f} s{rate}"
     )
     if report.refused:
-        _say(f"why images were refused: featcache info {report.cache}")
+        say(f"why images were refused: featcache info {report.cache}")
     _print_json(dataclasses.asdict(report), as_json)
     _exit_if_bad(report.refused, report.images, max_bad)
 
@@ -159,15 +160,15 @@ def fit_head(
         self_contained=self_contained,
     )
     chosen = f"C {report.C:g}, " if report.C is not None else ""
-    _say(
+    say(
         f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
     )
     if report.cv_accuracy is not None:
-        _say(f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})")
+        say(f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})")
     for name, value in (("val", report.val_accuracy), ("test", report.test_accuracy)):
         if value is not None:
-            _say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
-    _say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
+            say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
+    say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
     _print_json(dataclasses.asdict(report), as_json)
 
 
@@ -202,7 +203,7 @@ def predict(
         check_output(output)
     started = time.perf_counter()
     loaded = load_model(model)
-    with _progress("predicting", show=output is not None) as progress:
+    with show_progress("predicting", show=output is not None) as progress:
         predictions = run(
             loaded,
             inputs,
@@ -219,7 +220,7 @@ def predict(
             with publish_file(output) as file:
                 written, refused = write_rows(rows, file, kind)
     seconds = time.perf_counter() - started
-    _say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
+    say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
     facts = {"model": model, "output": output, "images": written, "labelled": written - refused, "refused": refused}
     _print_json(facts | {"seconds": seconds}, as_json)
     if written == refused:
@@ -244,7 +245,7 @@ def evaluate(
     """Score a model on labelled images or on a cache."""
     from featcache.prediction import evaluate as run
 
-    with _progress("evaluating") as progress:
+    with show_progress("evaluating") as progress:
         scores = run(
             model,
             source,
@@ -254,14 +255,14 @@ def evaluate(
             batch_size=_count(batch_size, "batch size"),
             progress=progress,
         )
-    _say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
-    _say(
+    say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
+    say(
         f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"
     )
     for name, entry in scores["per_class"].items():
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
-            _say(f"  {_printable(name)}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+            say(f"  {printable(name)}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
     _print_json(scores, as_json)
 
 
@@ -274,12 +275,7 @@ def info(
     from featcache.inspection import describe
 
     facts = describe(path)
-    if as_json:
-        _print_json(facts, as_json)
-        return
-    for key, value in facts.items():
-        for line in _lines(key, value, ""):
-            print(line)
+    _print_facts(facts, as_json)
 
 
 @app.command(epilog=_EXAMPLES + "featcache verify features.h5")
@@ -299,7 +295,7 @@ def verify(
         raise CacheError(
             f"{cache} is damaged: checksum mismatch in rows {rows}; `featcache extract --force` makes it anew"
         )
-    _say(f"{cache}: {len(opened)} rows, all intact")
+    say(f"{cache}: {len(opened)} rows, all intact")
 
 
 @app.command(epilog=_EXAMPLES + "featcache backbones convnext")
@@ -315,7 +311,7 @@ def backbones(
         _print_json({"backbones": names}, as_json)
     else:
         print("\n".join(names))
-    _say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
+    say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
 
 
 @app.command()
@@ -324,12 +320,7 @@ def doctor(as_json: Json = False) -> None:
     from featcache.inspection import machine
 
     facts = machine()
-    if as_json:
-        _print_json(facts, as_json)
-        return
-    for key, value in facts.items():
-        for line in _lines(key, value, ""):
-            print(line)
+    _print_facts(facts, as_json)
 
 
 @app.command(epilog=_EXAMPLES + "featcache demo")
@@ -350,18 +341,18 @@ def main() -> None:
     try:
         code = app(prog_name="featcache", standalone_mode=False)
     except FeatcacheError as error:
-        _say(f"error: {_printable(str(error))}")
+        say(f"error: {printable(str(error))}")
         code = error.exit_code
     except typer.Exit as error:
         code = error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        _say("interrupted")
+        say("interrupted")
         code = 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        _say(f"error: {_printable(str(error))}")
+        say(f"error: {printable(str(error))}")
         code = 1
     except Exception as error:
         code = _usage_error(error)
@@ -380,7 +371,7 @@ def _usage_error(error: Exception) -> int:
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        return prefix + _printable(record.getMessage())
+        return prefix + printable(record.getMessage())
 
 
 def _log_to_stderr() -> None:
@@ -396,74 +387,17 @@ def _interruptible(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _say(f"finished work is kept in {output}.parts; the same command goes on from there")
+        say(f"finished work is kept in {output}.parts; the same command goes on from there")
         raise
 
 
-@contextlib.contextmanager
-def _progress(what: str, *, show: bool = True) -> Iterator[Any]:
-    """Yield a ``Progress`` callback: a live bar on a terminal, a line now and then elsewhere."""
-    if not show or not sys.stderr.isatty():
-        yield _progress_lines(what) if show else None
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(facts, as_json)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f} images/s, limited by {task.fields[bottleneck]}, left"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None, rate=0.0, bottleneck="start-up")
-        started = time.perf_counter()
-
-        def update(done: int, total: int, bottleneck: str) -> None:
-            rate = done / (time.perf_counter() - started)
-            bar.update(task, completed=done, total=total, rate=rate, bottleneck=bottleneck)
-
-        yield update
-
-
-def _progress_lines(what: str, every: float = 10.0) -> Any:
-    started = last = time.perf_counter()
-
-    def update(done: int, total: int, bottleneck: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        if now - last >= every:
-            last = now
-            rate = done / (now - started)
-            left = (total - done) / rate
-            _say(f"{what} {done}/{total}, {rate:,.0f} images/s, limited by {bottleneck}, {left:,.0f} s left")
-
-    return update
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _printable(text: str) -> str:
-    """Names may hold anything; a terminal gets it on one line, with nothing that it would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-def _lines(key: str, value: Any, indent: str) -> Iterable[str]:
-    if isinstance(value, dict) and value:
-        yield f"{indent}{_printable(str(key))}:"
-        for name, entry in value.items():
-            yield from _lines(name, entry, indent + "  ")
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        yield f"{indent}{_printable(str(key))}:"
-        for entry in value:
-            yield f"{indent}  " + ", ".join(_printable(f"{name}: {text}") for name, text in entry.items())
-    else:
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        yield f"{indent}{_printable(str(key))}: {_printable(text)}"
+    for key, value in facts.items():
+        for line in facts_as_lines(key, value, ""):
+            print(line)
 
 
 def _print_json(facts: dict[str, Any], wanted: bool) -> None:
@@ -473,7 +407,7 @@ def _print_json(facts: dict[str, Any], wanted: bool) -> None:
 
 def _exit_if_bad(refused: int, images: int, max_bad: float) -> None:
     if refused > max_bad * images:
-        _say(f"{refused} of {images} images were refused, more than --max-bad {max_bad:g} allows")
+        say(f"{refused} of {images} images were refused, more than --max-bad {max_bad:g} allows")
         raise typer.Exit(3)
 
 

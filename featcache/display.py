@@ -1,0 +1,94 @@
+"""What the user sees besides results: messages, progress, facts as readable lines.
+
+In: plain values. Out: text on stderr (``say``, ``show_progress``) or lines to print.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+
+class _Rate:
+    """Images per second since the first report, so that start-up does not count."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, done: int) -> float:
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, done)
+            return 0.0
+        return (done - self._first[1]) / (now - self._first[0])
+
+
+@contextlib.contextmanager
+def show_progress(what: str, *, show: bool = True) -> Iterator[Any]:
+    """Yield a ``Progress`` callback: a live bar on a terminal, a line now and then elsewhere."""
+    if not show or not sys.stderr.isatty():
+        yield _progress_in_lines(what) if show else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:,.0f} images/s, limited by {task.fields[bottleneck]}, left"),
+        TimeRemainingColumn(),
+    )
+    bar, rate = Bar(*columns, console=Console(stderr=True), transient=True), _Rate()
+
+    def update(done: int, total: int, bottleneck: str) -> None:
+        if not bar.task_ids:
+            bar.add_task(what, total=total, rate=0.0, bottleneck=bottleneck)
+            bar.start()
+        bar.update(bar.task_ids[0], completed=done, rate=rate(done), bottleneck=bottleneck)
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+def _progress_in_lines(what: str, every: float = 10.0) -> Any:
+    rate, last = _Rate(), time.perf_counter()
+
+    def update(done: int, total: int, bottleneck: str) -> None:
+        nonlocal last
+        speed = rate(done)
+        if speed and time.perf_counter() - last >= every:
+            last = time.perf_counter()
+            left = (total - done) / speed
+            say(f"{what} {done}/{total}, {speed:,.0f} images/s, limited by {bottleneck}, {left:,.0f} s left")
+
+    return update
+
+
+def say(text: str) -> None:
+    """Print a message for the user: to stderr, stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Names may hold anything; a terminal gets it on one line, with nothing that it would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:
+    """One readable line per value of a nested dictionary."""
+    if isinstance(value, dict) and value:
+        yield f"{indent}{printable(str(key))}:"
+        for name, entry in value.items():
+            yield from facts_as_lines(name, entry, indent + "  ")
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield f"{indent}{printable(str(key))}:"
+        for entry in value:
+            yield f"{indent}  " + ", ".join(printable(f"{name}: {text}") for name, text in entry.items())
+    else:
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield f"{indent}{printable(str(key))}: {printable(text)}"

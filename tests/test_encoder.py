@@ -53,6 +53,25 @@ def test_an_embedding_does_not_depend_on_neighbours_or_workers(tmp_path: Path, n
     )
 
 
+def test_each_worker_computes_on_one_core_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    images = list_images(make_photos(tmp_path, each=2))
+    before, seen = torch.get_num_threads(), []
+
+    class Recorder:
+        preprocess = load_backbone("squeezenet1_1", "none").preprocess
+
+        def new_buffer(self, batch_size: int) -> np.ndarray:
+            return np.zeros((batch_size, 224, 224, 3), np.uint8)
+
+        def __call__(self, pixels: np.ndarray) -> np.ndarray:
+            seen.append(torch.get_num_threads())
+            return np.ones((len(pixels), 3), np.float32)
+
+    assert sum(len(chunk.indices) for chunk in embed(images, Recorder(), choose_runtime("cpu", batch_size=2))) == 6  # type: ignore[arg-type]
+    assert seen == [1, 1, 1]
+    assert torch.get_num_threads() == before
+
+
 def tiny(module: nn.Module) -> tuple[Backbone, np.ndarray]:
     backbone = load_backbone("squeezenet1_1", "none")
     pixels = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8)

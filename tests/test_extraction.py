@@ -136,6 +136,17 @@ def test_swapped_contents_swap_embeddings(photos: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(by_path(cache)["blue/00.jpg"], first["red/00.jpg"])
 
 
+def test_new_content_of_the_same_size_is_noticed_by_its_time(photos: Path, tmp_path: Path) -> None:
+    cache, image = tmp_path / "f.h5", write_photo(photos / "red" / "new.bmp", (200, 0, 0), 1)
+    os.utime(image, (1e9, 1e9))
+    extract(photos, cache, TINY)
+    size = image.stat().st_size
+    write_photo(image, (0, 200, 0), 2)
+    os.utime(image, (1e9, 1e9 + 1))
+    assert image.stat().st_size == size
+    assert counts(extract(photos, cache, TINY)) == (1, 18, 0, 1, 0, 0)
+
+
 def test_refused_images_are_listed_and_cost_no_model_again(photos: Path, tmp_path: Path, monkeypatch) -> None:
     (photos / "red" / "empty.jpg").touch()
     (photos / "red" / "text.jpg").write_text("no")
@@ -291,7 +302,8 @@ def test_ctrl_c_keeps_what_is_finished(photos: Path, tmp_path: Path) -> None:
     assert (report.embedded, report.reused) == (10, 8)
 
 
-def test_a_damaged_part_is_made_again(photos: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_part_is_made_again(photos: Path, tmp_path: Path, monkeypatch, damage: str) -> None:
     monkeypatch.setattr(parts, "MAX_ROWS", 8)
 
     def stop(done: int, _total: int, _bottleneck: str) -> None:
@@ -302,7 +314,8 @@ def test_a_damaged_part_is_made_again(photos: Path, tmp_path: Path, monkeypatch)
         extract(photos, tmp_path / "f.h5", TINY, progress=stop)
     files = sorted((tmp_path / "f.h5.parts").glob("*.h5"))
     assert len(files) == 2
-    files[0].write_bytes(files[0].read_bytes()[:-100])
+    data, row = files[0].read_bytes(), FeatureCache.open(files[0]).X[3].tobytes()
+    files[0].write_bytes(data[:-100] if damage == "truncated" else data.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
     report = extract(photos, tmp_path / "f.h5", TINY)
     assert (report.embedded, report.reused) == (10, 8)
     extract(photos, tmp_path / "whole.h5", TINY)

@@ -10,13 +10,20 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from featcache import metrics
+from featcache import metrics, torchheads
 from featcache.errors import ModelError
 from featcache.heads import KINDS, FittedHead, Head, class_weights, softmax
 from featcache.logreg import C_GRID, fit_logreg
 from featcache.torchheads import fit_torch_head
 
 D = 12
+
+
+@pytest.fixture(autouse=True)
+def _short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for blobs."""
+    monkeypatch.setattr(torchheads, "MAX_EPOCHS", 40)
+    monkeypatch.setattr(torchheads, "PATIENCE", 5)
 
 
 def blobs(n: int = 240, classes: int = 3, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -101,9 +101,9 @@ def list_images(source: Path, *, labelled: bool = True) -> ImageList:
     """List the images of ``source`` without decoding any.
 
     Args:
-        labelled: whether folders mean classes and splits; if not, any tree of folders will do.
         source: a folder of class folders; a folder with ``train`` and ``val``/``valid``/``validation``/``test`` on top of
             that; a flat folder (no labels); or a CSV file with the header ``path[,label[,split]]``.
+        labelled: whether folders mean classes and splits; if not, any tree of folders will do.
 
     Raises:
         SourceError: missing, ambiguous, or without a single image.

@@ -274,8 +274,7 @@ def info(
     """Show what a cache or a model holds and where it came from."""
     from featcache.inspection import describe
 
-    facts = describe(path)
-    _print_facts(facts, as_json)
+    _print_facts(describe(path), as_json)
 
 
 @app.command(epilog=_EXAMPLES + "featcache verify features.h5")
@@ -319,8 +318,7 @@ def doctor(as_json: Json = False) -> None:
     """Show what this machine and installation can do."""
     from featcache.inspection import machine
 
-    facts = machine()
-    _print_facts(facts, as_json)
+    _print_facts(machine(), as_json)
 
 
 @app.command(epilog=_EXAMPLES + "featcache demo")

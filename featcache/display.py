@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Rate:
-    """Images per second since the first report, so that start-up does not count."""
+    """Images per second since the first report, which comes when embedding starts: loading a model does not count."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
@@ -61,7 +61,7 @@ def _progress_in_lines(what: str, every: float = 10.0) -> Any:
     def update(done: int, total: int, bottleneck: str) -> None:
         nonlocal last
         speed = rate(done)
-        if speed and time.perf_counter() - last >= every:
+        if done and time.perf_counter() - last >= every:
             last = time.perf_counter()
             left = (total - done) / speed
             say(f"{what} {done}/{total}, {speed:,.0f} images/s, limited by {bottleneck}, {left:,.0f} s left")

@@ -88,7 +88,7 @@ def extract(
         batch_size: images per forward pass; chosen for the device when None.
         limit: only this many images, evenly spread over the list; rows that the cache already has are kept.
         force: replace a cache that was made with another spec, or is damaged.
-        progress: called after every chunk with (done, total, bottleneck).
+        progress: called with (done, total, bottleneck) when embedding starts and after every chunk.
 
     Returns:
         Counts and figures.
@@ -270,6 +270,8 @@ class _Job:
         started = time.perf_counter()
         chunks = embed(images, at.encoder, at.runtime, timings=timings)
         try:
+            if progress:
+                progress(0, len(todo), timings.bottleneck)
             for chunk in chunks:
                 chunk = storable(chunk, at.spec["storage"])
                 refused |= {int(todo[index]): reason for index, reason in chunk.refused}

@@ -162,6 +162,8 @@ def _embed_and_score(
     log.info("precision %s", choice.reason)
     timings = Timings()
     done = 0
+    if progress:
+        progress(0, len(images), timings.bottleneck)
     with contextlib.closing(embed(images, encoder, runtime, timings=timings)) as chunks:
         for chunk in chunks:
             chunk = storable(chunk, model.spec["storage"])

@@ -84,11 +84,38 @@ def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
 def load_provided(name: str, weights: str) -> Backbone:
     """``load_backbone`` for a request read from a file: never takes ``weights`` for a path. Raises BackboneError."""
     provided = {"auto"}
-    if not name.startswith("timm/") and name in torchvision.models.list_models(module=torchvision.models):
+    if is_torchvision_name(name):
         provided |= {member.name for member in torchvision.models.get_model_weights(name)}
     if weights not in provided:
         raise BackboneError(f"no library provides weights called {weights!r} for {name}")
     return load_backbone(name, weights)
+
+
+def build_network(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str]:
+    """The whole network with ``n_classes`` outputs and random weights, for tensors under its own names.
+
+    Args:
+        name: as in ``load_backbone``; one that it loads.
+        n_classes: C. edge: of the input in pixels, for networks that are built for one size.
+
+    Returns:
+        The network in eval mode, and the Python expression that builds it, for whoever has no featcache.
+
+    Raises:
+        MissingDependencyError: ``timm/...`` without timm.
+    """
+    short = name.removeprefix("timm/")
+    build, call = torchvision.models.get_model, "torchvision.models.get_model"
+    if name.startswith("timm/"):
+        build, call = _timm().create_model, "timm.create_model"
+    options = {"num_classes": n_classes, **_BUILD.get(name, {})}
+    if name.startswith("vit_"):
+        options["image_size"] = edge
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in _load_torchvision
+        network = build(short, **options).eval()
+    arguments = ", ".join([repr(short), *(f"{key}={value!r}" for key, value in options.items())])
+    return network, f"{call}({arguments})"
 
 
 def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
@@ -99,6 +126,11 @@ def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None)
     tensors = {key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()}
     with publish_file(path, staging=staging) as file:
         file.write(save(tensors))
+
+
+def is_torchvision_name(name: str) -> bool:
+    """Whether torchvision has a classification model of this name."""
+    return name in torchvision.models.list_models(module=torchvision.models)
 
 
 def backbone_names(pattern: str = "") -> list[str]:
@@ -127,7 +159,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _load_torchvision(name: str, weights: str | Path) -> Backbone:
-    if name not in torchvision.models.list_models(module=torchvision.models):
+    if not is_torchvision_name(name):
         raise _unknown(name)
     available = {member.name: member for member in torchvision.models.get_model_weights(name)}
     preferred, reason = _prefer(list(available))

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featcache import __version__
-from featcache.display import facts_as_lines, printable, say, show_progress
+from featcache import __version__, options
+from featcache.display import facts_as_lines, printable, say, show_progress, show_training
 from featcache.errors import FeatcacheError, UsageError
 
 app = typer.Typer(
@@ -31,12 +31,6 @@ app = typer.Typer(
     "featcache fit-head features.h5 -o model/  ·  featcache predict model/ new_photos/",
 )
 _EXAMPLES = "[bold]Examples:[/]  "
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Workers = Annotated[str, typer.Option(help="Threads that read and decode (on a CPU: that do everything), or auto.")]
-BatchSize = Annotated[str, typer.Option(help="Images per forward pass, or auto. Never changes what is computed.")]
-MaxBad = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of refused images above which to exit with 3.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -62,34 +56,25 @@ def extract(
         Path, typer.Argument(readable=False, help="Folder of class folders, of splits of these, of images; or a CSV.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
-    backbone: Annotated[
-        str, typer.Option(help="A torchvision name or timm/NAME; see `featcache backbones`.")
-    ] = "resnet50",
-    weights: Annotated[
-        str, typer.Option(help="auto, none, a torchvision weights name, or a .pth / .safetensors file.")
-    ] = "auto",
-    batch_size: BatchSize = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto (fastest that passes the self-check), fp32, bf16 or fp16.")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="How embeddings are stored: auto (float16 if they fit), float16, float32.")
-    ] = "auto",
-    resize: Annotated[
-        str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH; auto: the weights' own.")
-    ] = "auto",
-    crop: Annotated[str, typer.Option(help="Edge of the centre crop in pixels; auto: the weights' own.")] = "auto",
-    interpolation: Annotated[
-        str, typer.Option(help="nearest, bilinear, bicubic, lanczos; auto: the weights' own.")
-    ] = "auto",
-    device: Device = "auto",
-    workers: Workers = "auto",
+    backbone: options.Backbone = "resnet50",
+    weights: options.Weights = "auto",
+    batch_size: options.BatchSize = "auto",
+    precision: options.Precision = "auto",
+    dtype: options.Dtype = "auto",
+    resize: options.Resize = "auto",
+    crop: options.Crop = "auto",
+    interpolation: options.Interpolation = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many images, evenly spread over the source.")
     ] = None,
-    max_bad: MaxBad = 0.05,
+    max_bad: options.MaxBad = 0.05,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(help="Another cache to take embeddings from; may be given several times.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a cache made with another spec, or damaged.")] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Embed images into a cache file, or bring it up to date: only new content is embedded, an interrupted run resumes."""
     from featcache.extraction import extract as run
@@ -98,8 +83,8 @@ def extract(
     request = ExtractRequest(
         backbone=backbone,
         weights=weights,
-        resize=_size(resize),
-        crop=_count(crop, "crop"),
+        resize=options.size(resize),
+        crop=options.count(crop, "crop"),
         interpolation=None if interpolation == "auto" else interpolation,
         precision=precision,
         dtype=dtype,
@@ -110,10 +95,11 @@ def extract(
             output,
             request,
             device=device,
-            workers=_count(workers, "workers"),
-            batch_size=_count(batch_size, "batch size"),
+            workers=options.count(workers, "workers"),
+            batch_size=options.count(batch_size, "batch size"),
             limit=limit,
             force=force,
+            reuse=reuse or (),
             progress=progress,
         )
     rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
@@ -144,7 +130,7 @@ def fit_head(
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
     ] = False,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train a classifier on cached embeddings; everything is chosen on training rows, val and test stay untouched."""
     from featcache.training import fit_head as run
@@ -153,7 +139,7 @@ def fit_head(
         cache,
         output,
         clf=clf,  # type: ignore[arg-type]
-        C=_number(c),
+        C=options.number(c, "C"),
         folds=folds,
         class_weight=class_weight,  # type: ignore[arg-type]
         seed=seed,
@@ -173,6 +159,87 @@ def fit_head(
 
 
 @app.command(
+    epilog=_EXAMPLES + "featcache finetune photos/ --init model/ -o model-ft/  ·  "
+    "featcache finetune photos/ -o model-ft/ --backbone resnet18 --recipe gradual"
+)
+def finetune(
+    source: Annotated[Path, typer.Argument(readable=False, help="Labelled images: folders or a CSV, as for extract.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
+    init: Annotated[
+        Path | None,
+        typer.Option(readable=False, help="Model to start from; without it, one is extracted and fit first."),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="default, gradual, ants-bees, ants-bees-frozen, cats-dogs, flowers, flowers-frozen, caltech101."
+        ),
+    ] = "default",
+    backbone: Annotated[str | None, typer.Option(help="Without --init: as for extract.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Without --init: as for extract.")] = None,
+    resize: Annotated[str | None, typer.Option(help="Without --init: as for extract.")] = None,
+    crop: Annotated[str | None, typer.Option(help="Without --init: as for extract.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch, instead of the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the head, instead of the recipe's.")] = None,
+    backbone_lr: Annotated[float | None, typer.Option(help="Of the backbone's last stage.")] = None,
+    unfreeze: Annotated[str | None, typer.Option(help="head, last-stage, all or gradual.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=0, help="Stop after so many epochs without a better one; 0: never.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of order, augmentation, new weights.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, or mixed: bf16, fp16.")] = "auto",
+    micro_batch: Annotated[
+        str, typer.Option(help="Most images per forward pass, or auto; gradients add up to the batch.")
+    ] = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Unfreeze the backbone and train end to end, from the cached head on; the result is never worse on val."""
+    from featcache.finetuning import finetune as run
+    from featcache.request import ExtractRequest
+
+    asked = {"backbone": backbone, "weights": weights}
+    asked |= {"resize": resize and options.size(resize), "crop": crop and options.count(crop, "crop")}  # type: ignore[dict-item]
+    wanted: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    with show_training() as progress:
+        report = run(
+            source,
+            output,
+            init=init,
+            request=ExtractRequest(**wanted) if wanted else None,
+            recipe=recipe,
+            changes={
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "lr": lr,
+                "backbone_lr": backbone_lr,
+                "unfreeze": unfreeze,
+                "patience": patience,
+            },
+            seed=seed,
+            precision=precision,
+            device=device,
+            workers=options.count(workers, "workers"),
+            micro_batch=options.count(micro_batch, "micro batch"),
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    say(f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s")
+    for line in report.comparison:
+        say(f"  {line}")
+    say(f"  {report.verdict}")
+    say(f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv")
+    _print_json(dataclasses.asdict(report), as_json)
+
+
+@app.command(
     epilog=_EXAMPLES + "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3"
 )
 def predict(
@@ -183,11 +250,11 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
     probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
-    batch_size: BatchSize = "auto",
-    device: Device = "auto",
-    workers: Workers = "auto",
-    max_bad: MaxBad = 1.0,
-    as_json: Json = False,
+    batch_size: options.BatchSize = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    max_bad: options.MaxBad = 1.0,
+    as_json: options.Json = False,
 ) -> None:
     """Label images: one row per input image, in order, refused ones included."""
     from featcache.errors import SourceError
@@ -208,8 +275,8 @@ def predict(
             loaded,
             inputs,
             device=device,
-            workers=_count(workers, "workers"),
-            batch_size=_count(batch_size, "batch size"),
+            workers=options.count(workers, "workers"),
+            batch_size=options.count(batch_size, "batch size"),
             progress=progress,
         )
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
@@ -237,10 +304,10 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
     ] = "auto",
-    batch_size: BatchSize = "auto",
-    device: Device = "auto",
-    workers: Workers = "auto",
-    as_json: Json = False,
+    batch_size: options.BatchSize = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Score a model on labelled images or on a cache."""
     from featcache.prediction import evaluate as run
@@ -251,8 +318,8 @@ def evaluate(
             source,
             split=None if split == "auto" else split,
             device=device,
-            workers=_count(workers, "workers"),
-            batch_size=_count(batch_size, "batch size"),
+            workers=options.count(workers, "workers"),
+            batch_size=options.count(batch_size, "batch size"),
             progress=progress,
         )
     say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
@@ -266,10 +333,32 @@ def evaluate(
     _print_json(scores, as_json)
 
 
+@app.command(
+    epilog=_EXAMPLES + "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors"
+)
+def export(
+    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .safetensors file.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write backbone and head as one file that runs without featcache, checked against the model first."""
+    from featcache.exporting import export_model
+
+    report = export_model(model, output, force=force)
+    for heading, entries in (("in", report.inputs), ("out", report.outputs)):
+        say(f"  {heading}: " + "; ".join(f"{name}, {what}" for name, what in entries.items()))
+    say(
+        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model "
+        f"{report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits"
+    )
+    _print_json(dataclasses.asdict(report), as_json)
+
+
 @app.command(epilog=_EXAMPLES + "featcache info features.h5  ·  featcache info model/")
 def info(
     path: Annotated[Path, typer.Argument(readable=False, help="A cache file or a model folder.")],
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what a cache or a model holds and where it came from."""
     from featcache.inspection import describe
@@ -280,7 +369,7 @@ def info(
 @app.command(epilog=_EXAMPLES + "featcache verify features.h5")
 def verify(
     cache: Annotated[Path, typer.Argument(readable=False, help="A cache file.")],
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Read every byte of a cache and compare it with the checksums."""
     from featcache.cache import FeatureCache
@@ -300,7 +389,7 @@ def verify(
 @app.command(epilog=_EXAMPLES + "featcache backbones convnext")
 def backbones(
     pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """List the backbones that extract knows."""
     from featcache.backbones import backbone_names
@@ -314,7 +403,7 @@ def backbones(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(as_json: options.Json = False) -> None:
     """Show what this machine and installation can do."""
     from featcache.inspection import machine
 
@@ -324,7 +413,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command(epilog=_EXAMPLES + "featcache demo")
 def demo(
     folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Do the whole job on handwritten digits, without any download."""
     from featcache.demo import run_demo
@@ -407,28 +496,3 @@ def _exit_if_bad(refused: int, images: int, max_bad: float) -> None:
     if refused > max_bad * images:
         say(f"{refused} of {images} images were refused, more than --max-bad {max_bad:g} allows")
         raise typer.Exit(3)
-
-
-def _count(text: str, name: str) -> int | None:
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{name} must be auto or a whole number from 1, found {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float | None:
-    if text == "auto":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"C must be auto or a positive number, found {text!r}") from None
-
-
-def _size(text: str) -> int | tuple[int, int] | None:
-    height, cross, width = text.partition("x")
-    first = _count(height, "resize")
-    if not cross or first is None:
-        return first
-    return first, _count(width, "resize") or first

@@ -92,3 +92,69 @@ def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:
     else:
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         yield f"{indent}{printable(str(key))}: {printable(text)}"
+
+
+@contextlib.contextmanager
+def show_training() -> Iterator[Any]:
+    """Yield a callback for ``trainer.Status``: a live bar on a terminal, a line now and then elsewhere."""
+    pace = _Pace()
+    if not sys.stderr.isatty():
+        yield _training_in_lines(pace)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+
+    def update(status: Any) -> None:
+        if not bar.task_ids:
+            bar.add_task("", total=status.total, facts="")
+            bar.start()
+        facts = f"loss {status.loss:.4f}, accuracy {status.accuracy:.2%}, {pace(status)}"
+        bar.update(
+            bar.task_ids[0],
+            description=f"epoch {status.epoch}/{status.epochs}",
+            completed=status.done,
+            total=status.total,
+            facts=facts,
+        )
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+class _Pace:
+    """Images per second and the time left, from the first report on; pauses for validation count, as they will recur."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, status: Any) -> str:
+        done = (status.epoch - 1) * status.total + status.done
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, done)
+            return "starting"
+        rate = (done - self._first[1]) / (now - self._first[0])
+        left = (status.epochs * status.total - done) / rate
+        return f"{rate:,.1f} images/s, at most {left // 60:.0f} min {left % 60:02.0f} s left"
+
+
+def _training_in_lines(pace: _Pace, every: float = 30.0) -> Any:
+    last = time.perf_counter()
+
+    def update(status: Any) -> None:
+        nonlocal last
+        facts = pace(status)
+        if time.perf_counter() - last >= every:
+            last = time.perf_counter()
+            say(
+                f"epoch {status.epoch}/{status.epochs}, image {status.done}/{status.total}: loss {status.loss:.4f}, "
+                f"accuracy {status.accuracy:.2%}, {facts}"
+            )
+
+    return update

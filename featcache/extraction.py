@@ -7,10 +7,9 @@ spec, recognise what is embedded already, embed the rest into parts, pack everyt
 import dataclasses
 import functools
 import logging
-import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from featcache.cache import FeatureCache, Features, Rows, encode_names, write_cache
-from featcache.errors import DamagedCacheError, SourceError, SpecMismatchError, UsageError
-from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, list_images, read_image
+from featcache.errors import SourceError, UsageError
+from featcache.images import ImageList, list_images
+from featcache.planning import Plan, all_refused, make_plan, of_spec, open_lenders, open_old, refusals
 from featcache.publish import check_free_space, check_output
-from featcache.recognition import Known, digest_keys, find, recognise
-from featcache.request import ExtractRequest, customise
-from featcache.spec import fingerprint_of, make_spec, spec_difference
+from featcache.recognition import Known, digest_keys, find
+from featcache.request import ExtractRequest, load_requested
+from featcache.spec import fingerprint_of, make_spec
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
@@ -63,7 +63,7 @@ class ExtractReport:
 
 
 def extract(
-    source: str | Path,
+    source: str | Path | ImageList,
     output: str | Path,
     request: ExtractRequest | None = None,
     *,
@@ -72,6 +72,7 @@ def extract(
     batch_size: int | None = None,
     limit: int | None = None,
     force: bool = False,
+    reuse: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Embed the images of ``source`` into the cache file ``output``, or bring that file up to date.
@@ -80,7 +81,8 @@ def extract(
     cost nothing. An interrupted run is resumed by calling it again.
 
     Args:
-        source: folder of class folders, of splits of these, of images, or a CSV (see ``list_images``).
+        source: folder of class folders, of splits of these, of images, or a CSV (see ``list_images``); or a list of images,
+            taken as it is: what changes after listing is not noticed.
         output: the cache file; its folder must exist.
         request: backbone, weights, preprocessing, precision; the defaults of ``ExtractRequest`` when None.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -88,14 +90,16 @@ def extract(
         batch_size: images per forward pass; chosen for the device when None.
         limit: only this many images, evenly spread over the list; rows that the cache already has are kept.
         force: replace a cache that was made with another spec, or is damaged.
+        reuse: other caches, never changed, whose rows are taken over if their spec is the same; the first that has an image
+            counts, and those that cannot be used are passed over.
         progress: called with (done, total, bottleneck) when embedding starts and after every chunk.
 
     Returns:
         Counts and figures.
 
     Raises:
-        SourceError: no usable image. BackboneError: backbone or weights. SpecMismatchError: the file was made with
-        another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
+        SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made
+        with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
     from featcache.parts import locked, open_parts, parts_folder, remove_parts
 
@@ -104,34 +108,29 @@ def extract(
     check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
-    images = list_images(Path(source))
-    if len(images.classes) == 1:
-        raise SourceError(
-            f"{source} holds one class only ({images.classes[0]}), a classifier needs at least two; "
-            f"for images without labels give {Path(source) / images.classes[0]} itself"
-        )
+    images = _list(source)
     with locked(parts_folder(output)):
-        old = _open_old(output, force)
-        caches = ([old] if old else []) + open_parts(parts_folder(output))
+        old = open_old(output, force)
+        own = ([old] if old else []) + open_parts(parts_folder(output))
+        lenders = open_lenders(map(Path, reuse), output)
         job = _Job(request, images, output, functools.partial(_choose_runtime, device, workers, batch_size))
-        spec = (None if force else job.spec_of_same_request(caches)) or job.prepared.spec
-        caches = _of_spec(caches, spec, output, force)
-        known = recognise(images, caches)
-        if limit is not None:
-            kept = _spread(known, limit)
-            images, known = images.take(kept), known.take(kept)
-            job.images = images
-        refused = _refuse_again(images, known, old)
-        reused = len(images) - len(known.missing)
-        todo = np.setdiff1d(known.missing, list(refused))
-        if len(todo):
-            for number in np.unique(known.source[known.source >= 0]):
-                caches[number].check_features()  # damage in what is to be reused is found before work starts
-            _of_spec(caches, job.prepared.spec, output, force=False)
-            refused |= job.embed(todo, known, caches, progress)
-        elif caches and _lacks_weights(caches[0], output):
+        spec = (None if force else job.spec_of_same_request(own, lenders)) or job.prepared.spec
+        own = of_spec(own, spec, output, force)
+        plan = make_plan(images, lenders, own, spec, limit)
+        job.images = plan.images
+        if len(plan.todo) and job.prepared.spec != spec:
+            of_spec(own, job.prepared.spec, output, force=False)
+            spec = job.prepared.spec  # only lenders had the other one, and are passed over now
+            plan = make_plan(images, lenders, own, spec, limit)
+        images = plan.images
+        reused = int((plan.known.source >= 0).sum())
+        if len(plan.todo):
+            for number in np.unique(plan.known.source[plan.known.source >= 0]):
+                plan.caches[number].check_features()  # damage in what is to be reused is found before work starts
+            plan.refused |= job.embed(plan.todo, plan.known, plan.caches, progress)
+        elif reused and _lacks_weights(plan.origin, output):
             job.keep_weights()
-        rows = _pack(job, caches, known, refused, spec)
+        rows = _pack(job, plan, spec)
         remove_parts(parts_folder(output))
         _remove_old_weights(old, spec, output)
     seconds = time.perf_counter() - started
@@ -168,39 +167,40 @@ class _Job:
     def __init__(
         self, request: ExtractRequest, images: ImageList, output: Path, choose_runtime: Callable[[], "Runtime"]
     ) -> None:
-        self.request, self.images, self.output = request, images, output
+        self.images, self.output = images, output
         self._choose_runtime = choose_runtime
-        self.record = request.record()
+        self.record, self._model = request.record(), request.model()
+        self.request = request.resolved(self._model) if self._model else request
         self._before: dict[str, Any] = {}
         self.embedding_seconds = 0.0
 
-    def spec_of_same_request(self, caches: list[FeatureCache]) -> dict[str, Any] | None:
-        """The spec, if one of ``caches`` was made by this very request with these very libraries."""
-        for cache in caches:
-            self._before = self._before or cache.spec
-            if cache.provenance.get("request") == self.record:
-                return cache.spec
-        return None
+    def spec_of_same_request(self, own: list[FeatureCache], lenders: list[FeatureCache]) -> dict[str, Any] | None:
+        """The spec, if one of these caches was made by this very request with these very libraries."""
+        # Where a lender differs from what is here, the backbone decides, not the lender.
+        fitting = [*own, *(cache for cache in lenders[::-1] if not own or cache.spec == own[0].spec)]
+        same = [cache.spec for cache in fitting if cache.provenance.get("request") == self.record]
+        self._before = own[0].spec if own else next(iter(same), {})
+        return same[0] if same else None
 
     @functools.cached_property
     def prepared(self) -> _Prepared:
         """Backbone, encoder and spec. Raises BackboneError, UsageError, SourceError."""
-        from featcache.backbones import load_backbone
         from featcache.embedding import sample_pixels
         from featcache.encoder import build_encoder
 
         runtime = self._choose_runtime()
         log.info(runtime.reason)
-        backbone = customise(load_backbone(self.request.backbone, self.request.weights), self.request)
+        backbone = load_requested(self.request, self._model)
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
         sample = sample_pixels(self.images, backbone.preprocess, min(runtime.batch_size, 32))
         if not len(sample):
-            raise SourceError(_all_refused(self.images, _refusals(self.images, range(len(self.images)))))
+            raise SourceError(all_refused(self.images, refusals(self.images, range(len(self.images)))))
         precision = cast("Precision", self.request.precision)
         encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
         log.info("precision %s", choice.reason)
         # What an earlier run settled by measuring stays settled, also if today's sample would just pass or fail.
-        again = self._before.get("precision") == self.request.precision
+        settled = (self._before, self._model.spec if self._model else {})
+        again = self.request.precision in [spec.get("precision") for spec in settled]
         spec = make_spec(
             name=backbone.name,
             weights_sha256=backbone.weights_sha256,
@@ -229,6 +229,13 @@ class _Job:
         copy = weights_copy(self.output, self.prepared.spec)
         if backbone.reload is None and not copy.is_file():
             save_weights(backbone, copy, staging=parts_folder(self.output))
+
+    def provenance(self, origin: FeatureCache) -> dict[str, Any]:
+        """That of ``origin`` with this request, so that the next run recognises itself."""
+        changes = {"request": self.record}
+        if "prepared" in vars(self) and weights_source(origin)[1] is None:
+            changes["weights"] = self.prepared.provenance["weights"]  # as of the copy that was kept, or not needed
+        return origin.provenance | changes
 
     def _storage(self, features: "np.ndarray[Any, np.dtype[np.float32]]") -> str:
         from featcache.encoder import fits_float16
@@ -317,6 +324,23 @@ def _remove_old_weights(old: FeatureCache | None, spec: dict[str, Any], output: 
         weights_copy(output, old.spec).unlink(missing_ok=True)
 
 
+def _list(source: str | Path | ImageList) -> ImageList:
+    if not isinstance(source, ImageList):
+        images = list_images(Path(source))
+        name, remedy = source, f"give {Path(source) / ''.join(images.classes[:1])} itself"
+    else:
+        images, name = source, f"the list of images in {source.root}"
+        remedy = "leave the classes out and set labels to -1"
+    if not len(images) and not images.refused:
+        raise SourceError(f"{name} is empty; expected at least one image")
+    if len(images.classes) == 1:
+        raise SourceError(
+            f"{name} holds one class only ({images.classes[0]}), a classifier needs at least two; "
+            f"for images without labels {remedy}"
+        )
+    return images
+
+
 def _choose_runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
     from featcache.runtime import choose_runtime, keep_freed_memory
 
@@ -324,72 +348,12 @@ def _choose_runtime(device: str, workers: int | None, batch_size: int | None) ->
     return choose_runtime(device, workers=workers, batch_size=batch_size)
 
 
-def _open_old(output: Path, force: bool) -> FeatureCache | None:
-    if not os.path.lexists(output):
-        return None
-    try:
-        old = FeatureCache.open(output)
-        if force:
-            old.check_features()
-        return old
-    except DamagedCacheError as error:
-        if not force:
-            raise
-        log.warning("%s; replacing it, as --force says", error)
-        return None
-
-
-def _of_spec(caches: list[FeatureCache], spec: dict[str, Any], output: Path, force: bool) -> list[FeatureCache]:
-    """The caches made with ``spec``. Others are an error, or with ``force`` left aside."""
-    others = [cache for cache in caches if cache.spec != spec]
-    if others and not force:
-        what = "" if others[0].path == output else "unfinished work for "
-        raise SpecMismatchError(
-            f"{what}{output} was made with another spec ({'; '.join(spec_difference(others[0].spec, spec))}); "
-            "choose another -o, repeat the old options, or replace it with --force"
-        )
-    return [cache for cache in caches if cache.spec == spec]
-
-
-def _spread(known: Known, limit: int) -> "np.ndarray[Any, np.dtype[np.intp]]":
-    """``limit`` images evenly spread over the list, and all that are embedded already."""
-    n = len(known.source)
-    keep = known.source >= 0
-    keep[np.arange(min(limit, n)) * n // min(limit, n)] = True
-    return np.flatnonzero(keep)
-
-
-def _refuse_again(images: ImageList, known: Known, old: FeatureCache | None) -> dict[int, str]:
-    """Images refused before, and still not decodable, need no backbone to be refused again."""
-    before = {path for path, _ in old.refused} if old else set()
-    return _refusals(images, (index for index in known.missing.tolist() if images.paths[index] in before))
-
-
-def _refusals(images: ImageList, indices: Iterable[int]) -> dict[int, str]:
-    """index -> reason, for those of ``indices`` that cannot be decoded."""
-    refused = {}
-    with ignore_size_warnings():
-        for index in indices:
-            try:
-                decode(read_image(images.root / images.paths[index])[0])
-            except RefusedImage as reason:
-                refused[index] = str(reason)
-    return refused
-
-
-def _all_refused(images: ImageList, refused: dict[int, str]) -> str:
-    reasons = [(images.paths[index], reason) for index, reason in refused.items()]
-    reasons += [(refusal.path, refusal.reason) for refusal in images.refused]
-    path, reason = reasons[0]
-    return f"all {len(reasons)} images of {images.root} were refused, the first, {path}: {reason}"
-
-
-def _pack(job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int, str], spec: dict[str, Any]) -> Rows:
+def _pack(job: _Job, plan: Plan, spec: dict[str, Any]) -> Rows:
     """Publish the final file, unless it would be what is there already. Returns its rows."""
-    images = job.images
+    images, caches, known, refused = plan.images, plan.caches, plan.known, plan.refused
     order = np.flatnonzero(known.source >= 0)
     if not len(order):
-        raise SourceError(_all_refused(images, refused))
+        raise SourceError(all_refused(images, refused))
     digests = np.empty((len(order), 32), np.uint8)
     for number, cache in enumerate(caches):
         here = known.source[order] == number
@@ -405,24 +369,24 @@ def _pack(job: _Job, caches: list[FeatureCache], known: Known, refused: dict[int
     reasons = [(refusal.path, refusal.reason) for refusal in images.refused]
     reasons += [(images.paths[index], reason) for index, reason in refused.items()]
     final = tuple(sorted(reasons))
-    first = caches[0]
+    old = next((cache for cache in caches if cache.path == job.output), None)
     if (
-        first.path == job.output
-        and first.rows.equals(rows)
-        and first.classes == images.classes
-        and first.refused == final
-        and first.provenance.get("request") == job.record
+        old
+        and old.rows.equals(rows)
+        and old.classes == images.classes
+        and old.refused == final
+        and old.provenance.get("request") == job.record
     ):
         return rows
     write_cache(
         job.output,
         rows,
         _gather(caches, known, order),
-        dim=first.dim,
+        dim=plan.origin.dim,
         spec=spec,
         classes=images.classes,
         refused=final,
-        provenance=caches[-1].provenance | {"request": job.record},  # so that the next run recognises itself
+        provenance=job.provenance(plan.origin),
         staging=job.output.with_name(job.output.name + ".parts"),
     )
     return rows

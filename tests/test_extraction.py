@@ -28,7 +28,7 @@ from featcache.errors import (
     UsageError,
 )
 from featcache.extraction import ExtractReport, extract, weights_copy
-from featcache.images import decode
+from featcache.images import decode, hold_out, list_images
 from featcache.preprocess import channel_constants, normalise, to_pixels
 from featcache.request import customise
 
@@ -209,6 +209,36 @@ def test_the_same_spec_asked_for_in_other_words_is_recognised_from_then_on(
     assert counts(extract(photos, tmp_path / "f.h5", other)) == (0, 18, 0, 0, 0, 0)
     monkeypatch.setattr("featcache.backbones.load_backbone", None)
     assert counts(extract(photos, tmp_path / "f.h5", other)) == (0, 18, 0, 0, 0, 0)
+
+
+def test_a_list_of_images_is_taken_as_it_is(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    (photos / "red" / "link.jpg").symlink_to(tmp_path / "gone")
+    (photos / "red" / "empty.jpg").touch()
+    images = hold_out(list_images(photos))
+    write_photo(photos / "red" / "later.jpg", (1, 2, 3), 5)  # not in the list
+    with monkeypatch.context() as patched:
+        patched.setattr("featcache.extraction.list_images", None)
+        assert counts(extract(images, tmp_path / "f.h5", TINY)) == (18, 0, 18, 0, 0, 2)
+        some = images.take(np.arange(0, len(images), 2))
+        assert counts(extract(some, tmp_path / "f.h5", TINY)) == (0, 9, 0, 0, 9, 2)
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    splits = dict(zip(images.paths, images.splits, strict=True))
+    assert [splits[path] for path in cache.paths] == cache.rows.splits.tolist()
+    np.testing.assert_allclose(cache.X[4], oracle(photos / cache.paths[4]), rtol=2e-3, atol=2e-2)
+    assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (10, 9, 10, 0, 0, 2)
+
+
+def test_useless_lists(photos: Path, tmp_path: Path) -> None:
+    images = list_images(photos)
+    with pytest.raises(SourceError, match=rf"list of images in {photos} is empty"):
+        extract(images.take(np.arange(0)), tmp_path / "f.h5", TINY)
+    one = dataclasses.replace(images.take(np.arange(6)), classes=("blue",))
+    with pytest.raises(SourceError, match=rf"list of images in {photos} holds one class only \(blue\)"):
+        extract(one, tmp_path / "f.h5", TINY)
+    for path in photos.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(SourceError, match=rf"all 18 images of {photos} were refused.*cannot be read"):
+        extract(images, tmp_path / "f.h5", TINY)
 
 
 def test_limit_spreads_and_never_drops(photos: Path, tmp_path: Path) -> None:

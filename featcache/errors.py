@@ -40,6 +40,22 @@ class ModelError(FeatcacheError):
     """A saved model cannot be read, or cannot be replaced."""
 
 
+class ExportError(FeatcacheError):
+    """A model cannot be converted, or what it was converted to does not compute what the model computes."""
+
+
+class TrainingError(FeatcacheError):
+    """Training went wrong: a loss that is not finite, or that explodes."""
+
+
+class Interrupted(FeatcacheError):  # noqa: N818 - asked for, not an error
+    """The user or the system asked to stop; what is finished is kept, and the message says how to go on."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 class StorageError(FeatcacheError):
     """The output cannot be written: missing folder, no permission, disk full, or another writer."""
 

@@ -3,6 +3,7 @@
 All functions take ``y`` (N,) integer labels in 0..C-1 and ``probabilities`` (N, C), rows summing to 1.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,43 @@ def confusion_matrix(y: Array, probabilities: Array) -> npt.NDArray[np.int64]:
     """(C, C) counts; row = true class, column = predicted class."""
     c = probabilities.shape[1]
     return np.bincount(y * c + probabilities.argmax(axis=1), minlength=c * c).reshape(c, c)
+
+
+def standard_error(accuracy: float, n: int) -> float:
+    """Of an accuracy in 0..1 measured on ``n`` independent rows: sqrt(p (1 - p) / n), the binomial's."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
+    """Do two models differ in accuracy on the same rows? The exact, paired test of McNemar (1947).
+
+    Only rows that one of the two gets right tell them apart; if both were equally good, each such row would be a fair
+    coin. The p-value is that coin's two-sided binomial one, exact, not the chi-squared approximation.
+
+    Args:
+        y: (N,) labels. first, second: (N, C) probabilities of two models, row by row about the same image.
+
+    Returns:
+        only_first_right, only_second_right, both, neither: counts that sum to N ("both" and "neither" being right);
+        p_value in 0..1, 1 where no row tells the two apart.
+    """
+    a, b = first.argmax(axis=1) == y, second.argmax(axis=1) == y
+    only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
+    return {
+        "only_first_right": only_first,
+        "only_second_right": only_second,
+        "both": int((a & b).sum()),
+        "neither": int((~a & ~b).sum()),
+        "p_value": _fair_coin_p(min(only_first, only_second), only_first + only_second),
+    }
+
+
+def _fair_coin_p(k: int, n: int) -> float:
+    """Two-sided p-value of the rarer side coming up ``k`` times, ``k <= n / 2``, in ``n`` throws of a fair coin."""
+    # P(k) from whole numbers, which never overflow and are rounded once; the rest of the tail relative to it
+    i = np.arange(k, 0, -1)
+    tail = 1.0 + float(np.cumprod(i / (n - i + 1)).sum())
+    return min(1.0, 2 * float(math.comb(n, k) / (1 << n)) * tail)
 
 
 def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str]) -> dict[str, Any]:

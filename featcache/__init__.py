@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from featcache.backbones import backbone_names, load_backbone
     from featcache.cache import FeatureCache
     from featcache.errors import FeatcacheError
+    from featcache.exporting import ExportReport, export_model
     from featcache.extraction import ExtractReport, extract
-    from featcache.images import ImageList, list_images
+    from featcache.images import ImageList, hold_out, list_images
     from featcache.model import Model, load_model
     from featcache.prediction import Prediction, evaluate, predict
     from featcache.preprocess import PreprocessSpec
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOME = {
+    "ExportReport": "exporting",
     "ExtractReport": "extraction",
     "ExtractRequest": "request",
     "FeatcacheError": "errors",
@@ -31,14 +33,17 @@ _HOME = {
     "PreprocessSpec": "preprocess",
     "backbone_names": "backbones",
     "evaluate": "prediction",
+    "export_model": "exporting",
     "extract": "extraction",
     "fit_head": "training",
+    "hold_out": "images",
     "list_images": "images",
     "load_backbone": "backbones",
     "load_model": "model",
     "predict": "prediction",
 }
 __all__ = [
+    "ExportReport",
     "ExtractReport",
     "ExtractRequest",
     "FeatcacheError",
@@ -50,8 +55,10 @@ __all__ = [
     "PreprocessSpec",
     "backbone_names",
     "evaluate",
+    "export_model",
     "extract",
     "fit_head",
+    "hold_out",
     "list_images",
     "load_backbone",
     "load_model",

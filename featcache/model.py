@@ -7,10 +7,13 @@ notebooks, written and never read: loading a pickle runs code.
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +32,7 @@ FORMAT = "featcache-model"
 FORMAT_VERSION = 1
 _HEAD, _BACKBONE, _MANIFEST, _METRICS = "head.safetensors", "backbone.safetensors", "model.json", "metrics.json"
 _PIPELINE = "head.joblib"
-_FILES = (_HEAD, _BACKBONE, _MANIFEST, _METRICS, _PIPELINE)
+_FILES = (_HEAD, _BACKBONE, _MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,6 +129,8 @@ def save_model(
     metrics: dict[str, Any],
     versions: dict[str, Any],
     backbone_file: Path | None = None,
+    finetuned: bool = False,
+    extra: Mapping[str, bytes] | None = None,
 ) -> None:
     """Publish a model folder atomically, replacing an earlier one.
 
@@ -135,6 +140,7 @@ def save_model(
         classes: C names. spec: of the cache it was trained on. weights: ``source`` and ``reload`` of the backbone.
         training: settings. metrics: scores, as JSON values. versions: of the libraries.
         backbone_file: safetensors to copy in, if the weights must travel along.
+        finetuned: whether it took long to make, so that it is never replaced. extra: further files, name -> content.
 
     Raises:
         StorageError: it cannot be written; ``path`` is then unchanged.
@@ -148,6 +154,8 @@ def save_model(
             joblib.dump(fitted.pipeline, folder / _PIPELINE)
         if backbone_file is not None:
             shutil.copyfile(backbone_file, folder / _BACKBONE)
+        for name, content in (extra or {}).items():
+            (folder / name).write_bytes(content)
         (folder / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
         manifest = {
             "format": FORMAT,
@@ -160,6 +168,7 @@ def save_model(
             "training": training,
             "metrics": {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))},
             "versions": versions,
+            "finetuned": finetuned,
         }
         manifest["sha256"] = fingerprint_of(manifest)
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -205,6 +214,12 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged JSON or safetensors raise many kinds
         raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}); train it again") from error
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computes, for a model's manifest."""
+    packages = ("featcache", "numpy", "scikit-learn", "torch", "torchvision")
+    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
 
 
 def _sha256(path: Path) -> str:

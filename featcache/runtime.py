@@ -100,3 +100,20 @@ def has_bf16_arithmetic() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def choose_training_precision(asked: str, device: torch.device) -> str:
+    """Mixed precision where the hardware multiplies it: bf16 before fp16, which needs loss scaling; else fp32.
+
+    Raises:
+        UsageError: unknown, or not possible on ``device``.
+    """
+    if asked == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if device.type == "cpu" and has_bf16_arithmetic() else "fp32"
+    if asked not in ("fp32", "bf16", "fp16"):
+        raise UsageError(f"unknown precision {asked!r}; choose auto, fp32, bf16 or fp16")
+    if asked == "fp16" and device.type != "cuda":
+        raise UsageError(f"training in fp16 needs a CUDA GPU, found {device.type}; choose fp32 or bf16")
+    return asked

@@ -4,9 +4,7 @@ In: ``features.h5``. Out: a model folder and a ``FitReport``. Everything is chos
 """
 
 import dataclasses
-import importlib.metadata
 import logging
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from featcache.errors import SourceError, UsageError
 from featcache.extraction import weights_copy, weights_source
 from featcache.heads import KINDS, Array, FittedHead, Kind
 from featcache.metrics import evaluate_probabilities
-from featcache.model import check_replaceable, save_model
+from featcache.model import check_replaceable, library_versions, save_model
 
 log = logging.getLogger("featcache")
 
@@ -209,8 +207,6 @@ def _save(
     self_contained: bool,
 ) -> None:
     source, reload = weights_source(cache)
-    packages = ("featcache", "numpy", "scikit-learn", "torch", "torchvision")
-    versions = {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
     with tempfile.TemporaryDirectory() as temporary:
         copy: Path | None = weights_copy(cache_path, cache.spec)
         if reload is not None:
@@ -229,7 +225,7 @@ def _save(
             weights={"source": source, "reload": reload},
             training=training,
             metrics=metrics,
-            versions=versions,
+            versions=library_versions(),
             backbone_file=copy,
         )
 

@@ -10,26 +10,32 @@ import featcache
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 ONLY_IN = {
-    "h5py": {"cache", "inspection"},  # inspection: its version number
-    "typer": {"cli"},
+    "h5py": {"cache", "pixels", "inspection"},  # inspection: its version number
+    "typer": {"cli", "options"},
     "rich": {"display"},
     "sklearn": {"logreg", "torchheads", "demo"},
     "joblib": {"logreg", "model"},
     "timm": {"backbones"},
-    "torchvision": {"backbones"},
+    "torchvision": {"backbones", "augmentation"},
     "filelock": {"parts"},
+    "matplotlib": {"plots"},
+    "onnx": {"exporting"},
+    "onnxruntime": {"exporting"},
+    "onnxscript": {"exporting"},
 }
 LAYERS = [
-    {"errors", "sparsefile"},
-    {"publish", "preprocess", "runtime", "metrics"},
-    {"spec"},
-    {"backbones", "cache", "heads"},
-    {"images", "request"},
-    {"encoder", "logreg", "torchheads", "recognition"},
-    {"embedding", "parts"},
-    {"extraction", "model"},
-    {"training", "prediction", "inspection", "demo"},
-    {"tables", "display"},
+    {"errors", "sparsefile", "signals"},
+    {"publish", "preprocess", "runtime", "metrics", "recipes"},
+    {"spec", "plots", "augmentation", "processes"},
+    {"backbones", "cache", "heads", "checkpoint"},
+    {"images", "model", "network", "comparison"},
+    {"encoder", "logreg", "torchheads", "recognition", "pixels", "request"},
+    {"embedding", "parts", "planning", "trainer"},
+    {"extraction", "finetuned"},
+    {"training", "prediction", "inspection", "demo", "exporting"},
+    {"starting"},
+    {"finetuning"},
+    {"tables", "display", "options"},
     {"cli"},
     {"__init__", "__main__"},
 ]
@@ -61,7 +67,7 @@ def test_module(path: Path) -> None:
     for library, homes in ONLY_IN.items():
         if path.stem not in homes:
             assert library not in {name.split(".")[0] for name in used}, f"{library} belongs to {homes}"
-    assert not any(name.startswith("torch.distributed") for name in used) or path.stem == "runtime"
+    assert not any(name.startswith("torch.distributed") for name in used) or path.stem == "processes"
     assert len(path.read_text().splitlines()) <= 500
     tree = ast.parse(path.read_text())
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
@@ -81,7 +87,19 @@ def test_data_flows_one_way(path: Path) -> None:
             assert other < level, f"{path.stem} imports {module}, which is not below it"
 
 
-LIGHT = ("spec", "images", "cache", "recognition", "request", "extraction", "parts", "model", "training", "prediction")
+LIGHT = (
+    "spec",
+    "images",
+    "cache",
+    "recognition",
+    "planning",
+    "request",
+    "extraction",
+    "parts",
+    "model",
+    "training",
+    "prediction",
+)
 
 
 @pytest.mark.parametrize("name", LIGHT)

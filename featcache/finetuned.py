@@ -1,0 +1,97 @@
+"""A fine-tuned network as a model folder like any other, with its history as a table and a picture.
+
+In: the network, what it started from, what was measured. Out: the folder; ``backbone.safetensors`` is part of it.
+"""
+
+import copy
+import csv
+import io
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.checkpoint import work_folder
+from featcache.errors import MissingDependencyError
+from featcache.heads import FittedHead
+from featcache.model import Model, library_versions, save_model
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone
+    from featcache.network import Network
+
+log = logging.getLogger("featcache")
+
+
+def save_finetuned(
+    output: Path,
+    network: "Network",
+    backbone: "Backbone",
+    start: Model,
+    *,
+    training: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:
+    """Publish the model folder ``output`` atomically.
+
+    Args:
+        network: with the weights to keep. backbone, start: what it was made from; its spec becomes that of the new model,
+            with the new weights.
+        training: settings, with ``recipe``, ``best_epoch`` and ``alpha`` (0: the cached head is saved as it was).
+        metrics: scores, with ``history`` and ``head_val_accuracy``.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from featcache.backbones import save_weights
+    from featcache.network import to_backbone, to_head
+
+    origin = start.manifest["weights"]["source"]
+    head, source = to_head(network), f"fine-tuned from {origin}"
+    if training["alpha"] == 0:
+        head, source = start.head, origin
+    tuned = to_backbone(network, backbone, source)
+    spec = copy.deepcopy(start.spec)
+    spec["backbone"]["weights_sha256"] = tuned.weights_sha256
+    work = work_folder(output)
+    save_weights(tuned, work / "backbone.safetensors")
+    files = {"history.csv": _as_table(metrics["history"])}
+    title = f"{backbone.name}, recipe {training['recipe']}"
+    files |= _curves(metrics, work / "curves.png", title=title, best_epoch=training["best_epoch"])
+    save_model(
+        output,
+        FittedHead(head, (), {}, []),
+        classes=start.classes,
+        spec=spec,
+        weights={"source": source, "reload": None},
+        training=training,
+        metrics=metrics,
+        versions=library_versions(),
+        backbone_file=work / "backbone.safetensors",
+        finetuned=True,
+        extra=files,
+    )
+
+
+def _as_table(history: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
+
+
+def _curves(metrics: dict[str, Any], path: Path, *, title: str, best_epoch: int) -> dict[str, bytes]:
+    from featcache.plots import plot_history
+
+    try:
+        plot_history(
+            metrics["history"],
+            path,
+            title=title,
+            best_epoch=best_epoch,
+            head_val_accuracy=metrics["head_val_accuracy"],
+        )
+    except MissingDependencyError as error:
+        log.info("no curves.png in the model: %s", error)
+        return {}
+    return {"curves.png": path.read_bytes()}

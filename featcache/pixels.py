@@ -1,0 +1,237 @@
+"""Decoded images, kept: every training or validation image is read and decoded once, whatever the number of epochs.
+
+In: an ``ImageList``. Out: ``Pixels``: uint8 (H, W, 3) per image, in memory, or in an HDF5 file when memory is short. The
+file is scratch: it can always be made again, and several processes of one machine share it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
+from featcache.preprocess import PreprocessSpec, to_pixels
+from featcache.publish import check_free_space
+
+Picture = npt.NDArray[np.uint8]
+Convert = Callable[[Image.Image], Picture]
+Progress = Callable[[int, int], None]  # done, total
+_SHARE_OF_MEMORY = 0.4
+_ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pixels:
+    """Decoded images.
+
+    Attributes:
+        kept: (n,) positions in the list of the images that could be decoded; image i below is image kept[i] of the list.
+        refused: (position, reason) of the others.
+        shapes: (n, 2) height and width. starts: (n + 1,) first byte of each image in ``flat``.
+        flat: all bytes, in memory or in a file.
+        digest: sha256 over the content of all files, in order, refused ones included.
+    """
+
+    kept: npt.NDArray[np.intp]
+    refused: tuple[tuple[int, str], ...]
+    shapes: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    flat: Any
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Picture:
+        """uint8 (H, W, 3), read-only in spirit: it may be the stored array itself."""
+        height, width = self.shapes[index]
+        return np.asarray(self.flat[self.starts[index] : self.starts[index + 1]]).reshape(height, width, 3)
+
+
+def network_input(spec: PreprocessSpec) -> Convert:
+    """Stored for evaluation: exactly what ``extract`` and ``predict`` feed the backbone."""
+    return lambda image: to_pixels(image, spec)
+
+
+def training_input(spec: PreprocessSpec) -> Convert:
+    """Stored for training: the whole image, its shorter edge somewhat longer than the network's input, never enlarged."""
+    edge = round(max(spec.crop) * _ENLARGED)
+
+    def shrink(image: Image.Image) -> Picture:
+        factor = edge / min(image.size)
+        if factor < 1:
+            size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        return np.array(image)  # a copy: Pillow's own memory is read-only, which tensors dislike
+
+    return shrink
+
+
+def fits_memory(size: int) -> bool:
+    """Whether ``size`` bytes of decoded images may be kept in this process's memory."""
+    return size < _SHARE_OF_MEMORY * available_memory()
+
+
+def decode_in_memory(
+    images: ImageList, convert: Convert, *, workers: int = 1, progress: Progress | None = None
+) -> Pixels:
+    """Decode every image once, on ``workers`` threads, and keep them.
+
+    Args:
+        images: n of them. convert: upright RGB image -> uint8 (H, W, 3). progress: called with (done, total).
+    """
+    pictures: list[Picture] = []
+    table = _Table()
+    for entry in _decoded(images, convert, workers, progress):
+        if table.add(*entry) and entry[1] is not None:
+            pictures.append(entry[1].reshape(-1))
+    return table.pixels(_FlatMemory(pictures, np.array(table.starts)))
+
+
+def decode_into_file(
+    images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1, progress: Progress | None = None
+) -> None:
+    """As ``decode_in_memory``, but into an HDF5 file that ``open_pixels`` reads, replacing an earlier one.
+
+    Args:
+        typical: bytes of a converted image, a guess to check the free space with.
+
+    Raises:
+        StorageError: too little space.
+    """
+    check_free_space(file.parent, len(images) * typical)  # before libhdf5, which must never meet a full disk
+    file.unlink(missing_ok=True)
+    table = _Table()
+    with h5py.File(file, "w") as target:
+        flat = target.create_dataset("flat", (0,), "u1", maxshape=(None,), chunks=(1 << 20,))
+        for entry in _decoded(images, convert, workers, progress):
+            if table.add(*entry) and entry[1] is not None:
+                if table.starts[-1] % (1 << 30) < entry[1].size:  # now and then, as the guess may have been too low
+                    check_free_space(file.parent, 1 << 30)
+                flat.resize((table.starts[-1],))
+                flat[table.starts[-2] :] = entry[1].reshape(-1)
+        for name, values in table.columns().items():
+            target[name] = values
+        target["reasons"] = json.dumps([reason for _, reason in table.refused])
+        target.attrs["digest"] = table.digest.hexdigest()
+
+
+def open_pixels(file: Path) -> Pixels:
+    """What ``decode_into_file`` wrote, in this process or in another."""
+    with h5py.File(file, "r") as source:
+        table = {name: source[name][:] for name in ("kept", "shapes", "starts", "refused_at")}
+        reasons, digest = json.loads(source["reasons"][()]), str(source.attrs["digest"])
+    refused = tuple(zip(table["refused_at"].tolist(), reasons, strict=True))
+    return Pixels(table["kept"].astype(np.intp), refused, table["shapes"], table["starts"], _FlatFile(file), digest)
+
+
+_Decoded = Iterator[tuple[int, Picture | None, str, bytes]]  # position, pixels or None, reason, sha256 of the file
+
+
+def _decoded(
+    images: ImageList,
+    convert: Convert,
+    workers: int,
+    progress: Progress | None,
+) -> _Decoded:
+    def one(path: str) -> tuple[Picture | None, str, bytes]:
+        digest = b""
+        try:
+            data = read_image(images.root / path)[0]
+            digest = hashlib.sha256(data).digest()
+            return convert(decode(data)), "", digest
+        except RefusedImage as reason:
+            return None, str(reason), digest
+
+    block = 16 * workers
+    with ignore_size_warnings(), ThreadPoolExecutor(workers, "featcache-decode") as pool:
+        for start in range(0, len(images), block):  # in blocks, so that what is decoded never runs far ahead
+            for offset, result in enumerate(pool.map(one, images.paths[start : start + block])):
+                yield start + offset, *result
+                if progress:
+                    progress(start + offset + 1, len(images))
+
+
+class _Table:
+    """Where each picture lies, as they come."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+        self.refused: list[tuple[int, str]] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.starts = [0]
+        self.digest = hashlib.sha256()
+
+    def add(self, position: int, picture: Picture | None, reason: str, digest: bytes) -> bool:
+        self.digest.update(digest or b"unreadable")
+        if picture is None:
+            self.refused.append((position, reason))
+            return False
+        self.kept.append(position)
+        self.shapes.append(picture.shape[:2])
+        self.starts.append(self.starts[-1] + picture.size)
+        return True
+
+    def columns(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {
+            "kept": np.array(self.kept, np.int64),
+            "shapes": np.array(self.shapes, np.int64).reshape(-1, 2),
+            "starts": np.array(self.starts, np.int64),
+            "refused_at": np.array([position for position, _ in self.refused], np.int64),
+        }
+
+    def pixels(self, flat: Any) -> Pixels:
+        columns = self.columns()
+        return Pixels(
+            columns["kept"].astype(np.intp),
+            tuple(self.refused),
+            columns["shapes"],
+            columns["starts"],
+            flat,
+            self.digest.hexdigest(),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FlatMemory:
+    """Pictures that lie one by one in memory, addressed as if in a row: no second copy is ever made."""
+
+    pictures: list[Picture]
+    starts: npt.NDArray[np.int64]
+
+    def __getitem__(self, span: slice) -> Picture:
+        return self.pictures[int(np.searchsorted(self.starts, span.start))]
+
+
+class _FlatFile:
+    """The bytes of a scratch file; read one after the other, as libhdf5 takes one caller at a time anyway."""
+
+    def __init__(self, path: Path) -> None:
+        self._flat = h5py.File(path, "r")["flat"]
+
+    def __getitem__(self, span: slice) -> Picture:
+        return self._flat[span]  # type: ignore[no-any-return]
+
+
+def available_memory() -> int:
+    """Bytes that this process may still use: the machine's, or its control group's limit."""
+    candidates: list[int] = []
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:  # noqa: PTH123
+        candidates.append(1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+        candidates.append(int(limit.read_text()) - int(used.read_text()))  # "max" is no number: no limit
+    if not candidates:
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            candidates.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+    return min(candidates, default=4 * 2**30)

@@ -1,0 +1,259 @@
+"""How to fine-tune, as data: optimizer, schedule, head, what is unfrozen, augmentation. Nothing in here runs anything.
+
+In: a name, the user's changes, the number of training images. Out: a frozen ``Recipe`` with every value settled. A recipe
+is all that changes the numbers of a training run besides the images, the start and the seed; it is stored with the model.
+"""
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from featcache.errors import UsageError
+
+Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see augmentation.py
+Unfreeze = Literal["head", "last-stage", "all", "gradual"]
+_CHOICES = {
+    "unfreeze": ("head", "last-stage", "all", "gradual"),
+    "batchnorm": ("frozen", "train"),
+    "optimizer": ("adamw", "adam", "sgd"),
+    "schedule": ("cosine", "step", "constant"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to train.
+
+    Attributes:
+        about: for whom, or where it comes from.
+        hidden: sizes of the hidden layers of a new, random head; None: start from the cached head (LP-FT).
+        dropout: share dropped after each hidden layer.
+        unfreeze: what trains besides the head: nothing (``head``), the ``last-stage``, ``all``, or all, opened stage by
+            stage from the top during the first half of the epochs (``gradual``; Howard and Ruder 2018).
+        batchnorm: ``frozen``: keep the statistics of pre-training; ``train``: follow the batches.
+        optimizer: adamw, adam or sgd. lr, backbone_lr: peak learning rates of the head and of the backbone's last stage.
+        layer_decay: factor on the learning rate per stage further down.
+        momentum: of sgd. weight_decay: on weights; never on biases and norms.
+        schedule: cosine (to zero), step (times ``gamma`` every ``step_epochs``), or constant.
+        warmup: share of all optimizer steps during which the rate rises from zero.
+        epochs: None: by the number of images. batch_size: images per batch; None: by their number.
+        accumulation: batches per optimizer step.
+        augmentation: steps in their order (``augmentation.py``).
+        label_smoothing, clip_norm (largest norm of the gradient, 0: any).
+        ema: decay of the moving average of weights, which is then what is evaluated and kept (0: none).
+        patience: stop after so many epochs without a better one (0: never).
+        interpolate: look for the best point between head-only and fine-tuned weights (WiSE-FT, Wortsman et al. 2022).
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+
+    about: str
+    hidden: tuple[int, ...] | None = None
+    dropout: tuple[float, ...] = ()
+    unfreeze: Unfreeze = "all"
+    batchnorm: Literal["frozen", "train"] = "frozen"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 1e-3
+    backbone_lr: float = 1e-4
+    layer_decay: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "step", "constant"] = "constant"
+    warmup: float = 0.0
+    step_epochs: int = 1
+    gamma: float = 1.0
+    epochs: int | None = None
+    batch_size: int | None = None
+    accumulation: int = 1
+    augmentation: tuple[Step, ...] = ()
+    label_smoothing: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
+    patience: int = 0
+    interpolate: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        at_least = {"lr": 0, "backbone_lr": 0, "weight_decay": 0, "epochs": 1, "batch_size": 1, "accumulation": 1}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise UsageError(f"{name} must be a number from {least}, found {value}")
+        if self.lr == 0:
+            raise UsageError("lr must be positive: the head always trains")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values of everything that changes the numbers (all but ``about``)."""
+        values = {k: _as_json(v) for k, v in vars(self).items() if k != "about"}
+        return dict(values)
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+_CROP, _FLIP = ("resized_crop", 0.08, 1.0, 1.0), ("flip", 0.5)
+_ANTS_BEES = Recipe(
+    about="the transfer-learning tutorial of ants and bees (T1), also copied for any two folders (T5)",
+    hidden=(),
+    batchnorm="train",
+    optimizer="sgd",
+    lr=1e-3,
+    backbone_lr=1e-3,
+    schedule="step",
+    step_epochs=7,
+    gamma=0.1,
+    epochs=25,
+    batch_size=4,
+    augmentation=(_CROP, _FLIP),
+)
+_FLOWERS = Recipe(
+    about="the flowers tutorial (T3): second stage, all weights, batch norm frozen, head 512-256",
+    hidden=(512, 256),
+    dropout=(0.25, 0.5),
+    optimizer="adam",
+    lr=1e-3,
+    backbone_lr=1e-3,
+    epochs=20,
+    batch_size=64,
+    augmentation=(_CROP, _FLIP, ("rotate", 90)),
+)
+RECIPES: dict[str, Recipe] = {
+    "default": Recipe(
+        about="200 to 20,000 images, starting from the cached head",
+        optimizer="adamw",
+        lr=1e-3,
+        backbone_lr=1e-4,
+        layer_decay=0.9,
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup=0.1,
+        augmentation=(("resized_crop", 0.35, 1.0, 1.0), _FLIP),
+        label_smoothing=0.1,
+        clip_norm=1.0,
+        ema=0.98,
+        patience=5,
+        interpolate=True,
+    ),
+    "ants-bees": _ANTS_BEES,
+    "ants-bees-frozen": dataclasses.replace(
+        _ANTS_BEES, about="first half of T1 and T5: the new head only", unfreeze="head", batchnorm="frozen"
+    ),
+    "cats-dogs": Recipe(
+        about="the cats-and-dogs course (T2): a head of 1024-256 on a frozen backbone",
+        hidden=(1024, 256),
+        dropout=(0.2, 0.2),
+        unfreeze="head",
+        optimizer="adam",
+        lr=3e-3,
+        epochs=1,
+        batch_size=64,
+        augmentation=(("rotate", 30), _CROP, _FLIP),
+    ),
+    "flowers": _FLOWERS,
+    "flowers-frozen": dataclasses.replace(
+        _FLOWERS,
+        about="the flowers tutorial (T3): first stage, the new head only, a step every second batch of 256",
+        hidden=(),
+        dropout=(),
+        unfreeze="head",
+        batch_size=256,
+        accumulation=2,
+    ),
+    "caltech101": Recipe(
+        about="the Caltech-101 tutorial (T4): a head of 256 with dropout on a frozen backbone",
+        hidden=(256,),
+        dropout=(0.4,),
+        unfreeze="head",
+        optimizer="adam",
+        epochs=20,
+        batch_size=128,
+        patience=5,
+        augmentation=(
+            ("resized_crop", 0.8, 1.0, 256 / 224),
+            ("rotate", 15),
+            ("jitter", 0.1, 0.1, 0.1, 0.0),
+            _FLIP,
+            ("center_crop",),
+        ),
+    ),
+    "gradual": Recipe(
+        about="as default, but stages open one after the other from the top, for data far from the pre-training's",
+        unfreeze="gradual",
+        optimizer="adamw",
+        lr=1e-3,
+        backbone_lr=1e-4,
+        layer_decay=0.9,
+        weight_decay=0.01,
+        schedule="cosine",
+        warmup=0.1,
+        augmentation=(("resized_crop", 0.35, 1.0, 1.0), _FLIP),
+        label_smoothing=0.1,
+        clip_norm=1.0,
+        ema=0.98,
+        interpolate=True,
+    ),
+}
+
+
+def choose_recipe(name: str, n_train: int, **changes: Any) -> Recipe:
+    """The recipe called ``name`` with the user's ``changes`` (None: as in the recipe), every value settled.
+
+    Args:
+        name: key of ``RECIPES``.
+        n_train: training images; decides epochs and batch size where the recipe leaves them open.
+        changes: fields of ``Recipe``.
+
+    Raises:
+        UsageError: no such recipe, or an impossible value.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=2) or list(RECIPES)
+        raise UsageError(f"no recipe is called {name!r}; choose {', '.join(near)}")
+    recipe = dataclasses.replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
+    epochs = recipe.epochs or (15 if n_train < 500 else 10 if n_train < 5000 else 6)
+    batch = recipe.batch_size or (32 if n_train < 5000 else 64)
+    return dataclasses.replace(recipe, epochs=epochs, batch_size=min(batch, n_train))
+
+
+def explain(recipe: Recipe, n_train: int) -> list[str]:
+    """What a settled recipe does and why, a line per decision."""
+    start = "the cached head, where linear probing ended (LP-FT, Kumar et al. 2022)"
+    if recipe.hidden is not None:
+        start = f"a new random head {'-'.join(map(str, recipe.hidden)) or 'of one layer'}"
+    rates = f"learning rate {recipe.lr:g} for the head"
+    if recipe.unfreeze != "head":
+        rates += f", {recipe.backbone_lr:g} for the backbone: its features are good already, and must not be washed out"
+        if recipe.layer_decay != 1:
+            rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
+    batch = (recipe.batch_size or 0) * recipe.accumulation
+    lines = [
+        f"start: {start}",
+        f"trains: {recipe.unfreeze}; {recipe.optimizer}, {rates}",
+        f"{recipe.epochs} epochs of {n_train} images in steps of {min(batch, n_train)}; schedule {recipe.schedule}"
+        + (f" after a warm-up over {recipe.warmup:.0%} of the steps" if recipe.warmup else ""),
+    ]
+    if recipe.unfreeze != "head":
+        frozen = (
+            "frozen: batches this small would only blur them" if recipe.batchnorm == "frozen" else "following the data"
+        )
+        lines.append(f"batch-norm statistics {frozen}")
+    if recipe.augmentation:
+        lines.append("augmentation: " + ", ".join(_step_in_words(step) for step in recipe.augmentation))
+    guards = [
+        f"label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
+        f"gradient clipped at {recipe.clip_norm:g}" if recipe.clip_norm else "",
+        f"moving average of weights {recipe.ema:g}" if recipe.ema else "",
+        f"stops after {recipe.patience} epochs without a better one" if recipe.patience else "",
+        "best point between head-only and fine-tuned weights kept (WiSE-FT)" if recipe.interpolate else "",
+    ]
+    if any(guards):
+        lines.append("; ".join(guard for guard in guards if guard))
+    return lines
+
+
+def _step_in_words(step: Step) -> str:
+    return " ".join([str(step[0]).replace("_", " "), *(f"{value:g}" for value in step[1:])])

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from featcache import __version__, options
-from featcache.display import facts_as_lines, printable, say, show_progress, show_training
+from featcache.display import facts_as_lines, is_first_process, printable, say, show_progress, show_training
 from featcache.errors import FeatcacheError, UsageError
 
 app = typer.Typer(
@@ -229,7 +229,7 @@ def finetune(
             force=force,
             progress=progress,
         )
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first_process():
         return
     say(f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s")
     for line in report.comparison:
@@ -466,7 +466,7 @@ def _log_to_stderr() -> None:
     handler.setFormatter(_PlainFormatter())
     logger = logging.getLogger("featcache")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ In: plain values. Out: text on stderr (``say``, ``show_progress``) or lines to p
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,11 @@ def _progress_in_lines(what: str, every: float = 10.0) -> Any:
     return update
 
 
+def is_first_process() -> bool:
+    """Whether this process talks to the user: of those that ``torchrun`` started, only the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Print a message for the user: to stderr, stdout is for results."""
     print(text, file=sys.stderr, flush=True)
@@ -97,6 +103,9 @@ def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:
 @contextlib.contextmanager
 def show_training() -> Iterator[Any]:
     """Yield a callback for ``trainer.Status``: a live bar on a terminal, a line now and then elsewhere."""
+    if not is_first_process():
+        yield None
+        return
     pace = _Pace()
     if not sys.stderr.isatty():
         yield _training_in_lines(pace)

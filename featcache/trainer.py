@@ -98,7 +98,8 @@ class Trainer:
         average = get_ema_multi_avg_fn(recipe.ema) if recipe.ema else None  # type: ignore[no-untyped-call]
         self._average = AveragedModel(network, multi_avg_fn=average) if average else None
         self.epoch, self.batch = 0, 0  # the next batch to train on
-        self._sums = np.zeros(3)  # loss, hits and images of this epoch so far
+        self._sums = np.zeros(3)  # loss, hits and images of this epoch so far,
+        self._pending: torch.Tensor | None = None  # but for the last step's
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
 
@@ -132,20 +133,19 @@ class Trainer:
         unfreeze(self.network, self.recipe, epoch=self.epoch)
         training_mode(self.network, self.recipe)
         wrapped = self.processes.wrap(self.network, self.runtime.device)
-        losses: deque[torch.Tensor] = deque()
         with contextlib.closing(self._batches()) as batches:
             for pixels, labels, weights, size in batches:
                 if stop():
+                    self._settle()
                     self._share_sums()
                     raise Stopped
-                losses.append(self._step(wrapped, pixels, labels, weights, size))
+                sums = self._step(wrapped, pixels, labels, weights, size)
+                self._settle()
+                self._pending = sums  # looked at one step later: a GPU never waits for the question how it went
                 self.batch += 1
-                if len(losses) > 1:  # read one step late: a GPU is never kept waiting for the question how it went
-                    self._count(losses.popleft())
                 if on_step:
                     on_step(self._status())
-        while losses:
-            self._count(losses.popleft())
+        self._settle()
         self._share_sums()
         loss, hits, images = self._sums if self.processes.world == 1 else self.processes.gather(self._sums)[0]
         self._check_divergence(loss / images)
@@ -255,8 +255,11 @@ class Trainer:
             self.micro_batch,
         )
 
-    def _count(self, sums: torch.Tensor) -> None:
-        values = sums.cpu().numpy()
+    def _settle(self) -> None:
+        """Add the last step's sums. Raises TrainingError if its loss is no number."""
+        if self._pending is None:
+            return
+        values, self._pending = self._pending.cpu().numpy(), None
         if not math.isfinite(values[0]):
             fp16 = "; or use --precision bf16" if self._dtype is torch.float16 else ""
             raise TrainingError(
@@ -296,7 +299,8 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+        """Everything that the next step depends on. Raises TrainingError if the last step's loss is no number."""
+        self._settle()
         return {
             "epoch": self.epoch,
             "batch": self.batch,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from featcache.errors import FeatcacheError
     from featcache.exporting import ExportReport, export_model
     from featcache.extraction import ExtractReport, extract
+    from featcache.finetuning import FinetuneReport, finetune
     from featcache.images import ImageList, hold_out, list_images
     from featcache.model import Model, load_model
     from featcache.prediction import Prediction, evaluate, predict
@@ -26,6 +27,7 @@ _HOME = {
     "ExtractRequest": "request",
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
+    "FinetuneReport": "finetuning",
     "FitReport": "training",
     "ImageList": "images",
     "Model": "model",
@@ -35,6 +37,7 @@ _HOME = {
     "evaluate": "prediction",
     "export_model": "exporting",
     "extract": "extraction",
+    "finetune": "finetuning",
     "fit_head": "training",
     "hold_out": "images",
     "list_images": "images",
@@ -48,6 +51,7 @@ __all__ = [
     "ExtractRequest",
     "FeatcacheError",
     "FeatureCache",
+    "FinetuneReport",
     "FitReport",
     "ImageList",
     "Model",
@@ -57,6 +61,7 @@ __all__ = [
     "evaluate",
     "export_model",
     "extract",
+    "finetune",
     "fit_head",
     "hold_out",
     "list_images",

@@ -12,17 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from featcache.encoder import Encoder, fits_float16
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
 from featcache.preprocess import PreprocessSpec, to_pixels
-from featcache.runtime import Runtime
+from featcache.runtime import Runtime, one_core_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +73,14 @@ def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Tim
     """
     job = _Job(images, encoder, runtime, timings or Timings())
     starts = iter(range(0, len(images), runtime.batch_size))
-    threads_before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(runtime.workers, "featcache-worker", initializer=_one_core)
     pending: deque[Future[Chunk]] = deque()
-    with ignore_size_warnings():
-        try:
-            for start in starts:
-                pending.append(pool.submit(job.run, start))
-                if len(pending) >= 2 * runtime.workers:
-                    yield pending.popleft().result()
-            while pending:
+    with ignore_size_warnings(), one_core_each(runtime.workers, "featcache-worker") as pool:
+        for start in starts:
+            pending.append(pool.submit(job.run, start))
+            if len(pending) >= 2 * runtime.workers:
                 yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads_before)
+        while pending:
+            yield pending.popleft().result()
 
 
 def storable(chunk: Chunk, dtype: str) -> Chunk:
@@ -99,10 +92,6 @@ def storable(chunk: Chunk, dtype: str) -> Chunk:
     refused = [*chunk.refused, *((int(index), reason) for index in chunk.indices[~fits])]
     kept: dict[str, Any] = {name: getattr(chunk, name)[fits] for name in columns}
     return dataclasses.replace(chunk, **kept, refused=tuple(sorted(refused)))
-
-
-def _one_core() -> None:
-    torch.set_num_threads(1)  # OpenMP's setting is per thread
 
 
 def sample_pixels(images: ImageList, preprocess: PreprocessSpec, count: int) -> npt.NDArray[np.uint8]:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from featcache.network import Network, parameter_groups, training_mode, unfreeze
 from featcache.pixels import Pixels
 from featcache.processes import Processes
 from featcache.recipes import Recipe
-from featcache.runtime import Runtime
+from featcache.runtime import Runtime, one_core_each
 
 log = logging.getLogger("featcache")
 Indices = npt.NDArray[np.intp]
@@ -351,17 +350,25 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: i
         group["lr"] = group["peak_lr"] * factor
 
 
-@torch.inference_mode()
 def compute_logits(
     network: Network, pixels: Pixels, *, runtime: Runtime, processes: Processes, batch_size: int
 ) -> Array:
     """(n, C) float32 logits of all images, each process computing its share; float32 whatever training used."""
     network.eval()
     mine = range(processes.rank, len(pixels), processes.world)
-    parts = []
-    for start in range(0, len(mine), batch_size):
+
+    def compute(start: int) -> Array:
         batch = np.stack([pixels[index] for index in mine[start : start + batch_size]])
-        parts.append(network(torch.from_numpy(batch).to(runtime.device)).float().cpu().numpy())
+        with torch.inference_mode():  # per thread
+            logits: Array = network(torch.from_numpy(batch).to(runtime.device)).float().cpu().numpy()
+        return logits
+
+    starts = range(0, len(mine), batch_size)
+    if runtime.device.type == "cpu":
+        with one_core_each(runtime.workers, "featcache-evaluate") as pool:
+            parts = list(pool.map(compute, starts))
+    else:
+        parts = [compute(start) for start in starts]
     shares = processes.gather(np.concatenate(parts) if parts else None)
     width = next(share.shape[1] for share in shares if share is not None)
     logits = np.empty((len(pixels), width), np.float32)
@@ -369,8 +376,3 @@ def compute_logits(
         if share is not None:
             logits[rank :: processes.world] = share
     return logits
-
-
-def time_left(started: float, done: int, total: int) -> float:
-    """Seconds, from the pace so far."""
-    return (time.perf_counter() - started) * (total - done) / max(done, 1)

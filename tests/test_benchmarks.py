@@ -1,0 +1,58 @@
+"""The benchmark of the tutorials: both sides get the same images, each in one split."""
+
+from pathlib import Path
+
+import pytest
+from conftest import write_photo
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "tutorials.py"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two data sets with splits and classes as the script expects them, the same file names in all of them."""
+    for root, classes, splits in (
+        ("insects", ("ants", "bees"), ("train", "val")),
+        ("pets", ("cat", "dog"), ("train", "test")),
+    ):
+        for split in splits:
+            for number, name in enumerate(classes):
+                for seed in range(6):
+                    colour = (200 * number, 80, 200 - 200 * number)
+                    write_photo(tmp_path / root / split / name / f"{seed}.jpg", colour, seed)
+    (tmp_path / "insects" / "train" / "ants" / "not_found.gif").write_bytes(b"GIF89a")
+    return tmp_path / "insects", tmp_path / "pets"
+
+
+@pytest.mark.parametrize(
+    ("workflow", "counts"),
+    [
+        ("T1", {"train": 12, "val": 12}),
+        ("T2", {"train": 12, "test": 12}),
+        ("T3", {"train": 44, "val": 4}),
+        ("T4", {"train": 24, "valid": 12, "test": 12}),
+        ("T5", {"train": 12, "val": 12}),
+    ],
+)
+def test_splits(
+    workflow: str,
+    counts: dict[str, int],
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import tutorials
+
+    layouts = []
+    for name in ("one", "two"):
+        assert tutorials.copy_images(workflow, *folders, None, tmp_path / name) == counts
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        assert len(files) == sum(counts.values())  # nothing overwritten
+        layouts.append([path.relative_to(tmp_path / name) for path in files])
+    assert layouts[0] == layouts[1]
+    assert not [path for path in layouts[0] if path.suffix == ".gif"]
+    classes = {"T1": {"ants", "bees"}, "T2": {"cat", "dog"}, "T5": {"cat", "dog"}}
+    assert {path.parts[1] for path in layouts[0]} == classes.get(workflow, {"ants", "bees", "cat", "dog"})
+    if workflow in ("T3", "T4"):
+        assert len({path.parts[1:] for path in layouts[0]}) == len(layouts[0])  # no image in two splits

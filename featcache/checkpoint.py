@@ -1,16 +1,17 @@
 """The folder of a fine-tuning that is under way: ``model-ft.parts/`` with what it is, and how far it has come.
 
-In: a run's identity (everything that changes the numbers) and its state. Out: ``run.json``, readable, and
-``checkpoint.pt``, tensors and numbers only, both replaced atomically; reading them runs no code.
+In: a run's identity (everything that changes the numbers) and its state. Out: ``run.json`` for people to read, and
+``checkpoint.pt`` with both, tensors and plain values only, replaced atomically; reading it runs no code.
 """
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import ModelError, UsageError
+from featcache.errors import ModelError, StorageError, UsageError
 from featcache.publish import publish_file
 from featcache.spec import spec_difference
 
@@ -29,11 +30,32 @@ def has_state(output: Path) -> bool:
 
 
 def check_unfinished(output: Path, *, resume: bool, force: bool) -> None:
-    """Raise UsageError if an interrupted run is in the way; before any work."""
+    """Refuse, before any work, if something is in the way.
+
+    Raises:
+        UsageError: an interrupted run, and neither ``resume`` nor ``force`` was asked for. StorageError: a folder, or
+        file, of somebody else.
+    """
+    folder = work_folder(output)
     if has_state(output) and not (resume or force):
         raise UsageError(
-            f"{work_folder(output)} holds an interrupted run; add --resume to continue it, or --force to discard it and start anew"
+            f"{folder} holds an interrupted run; add --resume to continue it, or --force to discard it and start anew"
         )
+    foreign = os.path.lexists(folder) and not folder.is_dir()
+    if folder.is_dir() and not (folder / _RUN).is_file():
+        foreign = any(entry.name != "lock" for entry in folder.iterdir())
+    if foreign:
+        raise StorageError(f"{folder}, where unfinished work would go, is in use for something else; choose another -o")
+
+
+def claim_work(output: Path, *, force: bool) -> None:
+    """Mark the work folder, which exists, as a fine-tuning's; with ``force`` empty it first."""
+    if force:
+        _empty(output)
+    run = work_folder(output) / _RUN
+    if not run.is_file():
+        with publish_file(run) as file:
+            file.write(b"{}\n")
 
 
 def open_work(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -54,36 +76,40 @@ def open_work(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         with publish_file(folder / _RUN) as file:
             file.write((json.dumps(identity, indent=2) + "\n").encode())
         return None
-    before = _read_identity(folder / _RUN)
+    state = _read_state(folder / _STATE)
+    before = state.pop("identity")
     if before != identity:
         raise UsageError(
             f"the interrupted run in {folder} had other settings ({'; '.join(spec_difference(before, identity))}); "
             "repeat them, or discard that run with --force"
         )
-    return _read_state(folder / _STATE)
+    return state
 
 
-def save_state(output: Path, state: dict[str, Any]) -> None:
+def save_state(output: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
     """Replace the checkpoint atomically. Raises StorageError; the one before is then still there."""
     import torch
 
     buffer = io.BytesIO()
-    torch.save(state | {"version": FORMAT_VERSION}, buffer)
+    torch.save(state | {"identity": identity, "version": FORMAT_VERSION}, buffer)
     with publish_file(work_folder(output) / _STATE) as file:
         file.write(buffer.getbuffer())
 
 
 def remove_work(output: Path) -> None:
-    """The model is saved; nothing here is needed any more."""
-    shutil.rmtree(work_folder(output), ignore_errors=True)
+    """The model is saved; nothing here is needed any more. What is not a fine-tuning's stays."""
+    _empty(output)
 
 
-def _read_identity(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); discard the interrupted run with --force") from error
-    return found if isinstance(found, dict) else {}
+def _empty(output: Path) -> None:
+    folder = work_folder(output)
+    if not (folder / _RUN).is_file():
+        return
+    shutil.rmtree(folder / "head", ignore_errors=True)
+    shutil.rmtree(folder / "features.h5.parts", ignore_errors=True)
+    for pattern in ("*.h5", "*.safetensors", "curves.png", _STATE, _RUN):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -91,11 +117,11 @@ def _read_state(path: Path) -> dict[str, Any]:
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        version = state.pop("version")
+        version, identity = state.pop("version"), state["identity"]
     except Exception as error:  # pickle and zip raise many kinds
         raise ModelError(
             f"{path} is damaged ({type(error).__name__}); discard the interrupted run with --force"
         ) from error
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or not isinstance(identity, dict):
         raise ModelError(f"{path} was written by another version of featcache; discard it with --force")
     return dict(state)

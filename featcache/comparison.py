@@ -65,8 +65,9 @@ def in_words(facts: dict[str, Any]) -> str:
 
 
 def _verdict(before: float, after: float, test: dict[str, Any], split: str, n: int) -> str:
+    remark = "; optimistic, as epoch and mixture were chosen on these images" if split == "val" else ""
     won, lost, p = test["only_second_right"], test["only_first_right"], test["p_value"]
-    counts = f"{won} image{'s' * (won != 1)} won, {lost} lost of {n} in {split}; McNemar p = {p:.2g}"
+    counts = f"{won} image{'s' * (won != 1)} won, {lost} lost of {n} in {split}; McNemar p = {p:.2g}{remark}"
     if won == lost == 0:
         return f"fine-tuned and frozen head agree on every image of {split}: fine-tuning made no difference"
     if p >= _SIGNIFICANT:

@@ -5,19 +5,18 @@ travels along. The order of things: settle the start, decode once, prove that th
 train with a checkpoint per epoch, choose the best epoch and the best mixture with the start on val, compare, save.
 """
 
+import contextlib
 import copy
 import dataclasses
-import hashlib
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.cache import FeatureCache
-from featcache.checkpoint import check_unfinished, has_state, open_work, remove_work, save_state, work_folder
+from featcache.checkpoint import check_unfinished, claim_work, open_work, remove_work, save_state, work_folder
 from featcache.comparison import Candidate, choose, compare, in_words, score
 from featcache.errors import Interrupted, TrainingError, UsageError
 from featcache.finetuned import save_finetuned
@@ -25,14 +24,13 @@ from featcache.heads import Array, softmax
 from featcache.images import ImageList
 from featcache.metrics import evaluate_probabilities
 from featcache.model import Model, check_replaceable
+from featcache.parts import locked
 from featcache.recipes import choose_recipe, explain
 from featcache.request import ExtractRequest
 from featcache.signals import StopRequest, deferred_signals
-from featcache.starting import LabelledPixels, decode_split, prepare_start, read_source, reference_features
+from featcache.starting import LabelledPixels, decode_split, keep_cache, prepare_start, read_source, reference_features
 
 if TYPE_CHECKING:
-    import torch
-
     from featcache.network import Network
     from featcache.processes import Processes
     from featcache.runtime import Runtime
@@ -42,7 +40,7 @@ log = logging.getLogger("featcache")
 Progress = Callable[["Status"], None]
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
 _SECONDS_BETWEEN_CHECKPOINTS = 600.0
-_STEPS_BETWEEN_QUESTIONS = 16  # asking all processes whether to stop costs a round trip
+_STEPS_BETWEEN_QUESTIONS = 4  # asking all processes whether to stop costs a round trip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +103,14 @@ def finetune(
         source: as for ``extract``, with labels. Without a val split a stratified tenth of train becomes one.
         output: folder of the new model; unfinished work lies beside it in ``OUTPUT.parts``.
         init: model to start from; when None, features are extracted into ``OUTPUT.features.h5`` (rows of caches beside
-            it are taken over) and a head is fit first.
+            it are taken over) and a head is fit first; an existing file of that name is left alone.
         request: which backbone, when there is no ``init``.
         recipe: a name of ``recipes.RECIPES``. changes: fields of ``Recipe`` to override.
         seed: of everything random.
         precision: auto, fp32, bf16 or fp16 (mixed: weights stay float32).
         device, workers: as in ``extract``.
-        micro_batch: most images per forward pass; 8 on a CPU, 64 on a GPU when None. Changes speed and memory only.
+        micro_batch: most images per forward pass; 8 on a CPU, 64 on a GPU when None. Changes speed and memory, and what
+            dropout draws if there is any; nothing else but rounding.
         resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
         progress: called after every step.
 
@@ -120,6 +119,8 @@ def finetune(
         values, or another interrupted run is in the way. ModelError: ``init`` cannot be used, or the parity check failed.
         TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
     """
+    import torch
+
     from featcache.processes import joined
     from featcache.runtime import choose_runtime, choose_training_precision, keep_freed_memory
 
@@ -132,12 +133,16 @@ def finetune(
     keep_freed_memory()
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     settings = _Settings(output, recipe, changes, seed, choose_training_precision(precision, runtime.device))
-    with joined(runtime) as (processes, runtime):
+    with contextlib.ExitStack() as stack:
+        processes, runtime = stack.enter_context(joined(runtime))
+        if processes.world > 1 and choose_recipe(recipe, 1, **changes).batchnorm == "train":
+            raise UsageError(
+                f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
+            )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
         if processes.is_first:
-            if force:
-                shutil.rmtree(work_folder(output), ignore_errors=True)
-            work_folder(output).mkdir(exist_ok=True)
+            stack.enter_context(locked(work_folder(output)))
+            claim_work(output, force=force)
         processes.wait()
         start, cache = prepare_start(
             images,
@@ -150,11 +155,14 @@ def finetune(
             seed=seed,
         )
         run = _Run(settings, images, start, cache, runtime, processes)
-        with deferred_signals() as asked:
+        devices = [runtime.device] if runtime.device.type == "cuda" else []
+        with deferred_signals() as asked, torch.random.fork_rng(devices):
             run.train(progress, asked)
+        check_replaceable(output)  # again: it took a while
         report = run.finish(started)
         processes.wait()
         if processes.is_first:
+            keep_cache(output)
             remove_work(output)
     return report
 
@@ -273,10 +281,13 @@ class _Run:
             runtime=self.runtime,
             processes=self.processes,
         )
-        state = open_work(self.settings.output, self._identity(train)) if self.processes.is_first else None
-        state = self.processes.gather(state)[0]
+        self.identity = self._identity(train)
+        state = open_work(self.settings.output, self.identity) if self.processes.is_first else None
+        state = self.processes.from_first(state)
+        self.kept = "none"
         if state is not None:
             trainer.load_state(state)
+            self.kept = _position(trainer)
             log.info("resuming in epoch %d, after %d of its steps", trainer.epoch + 1, trainer.batch)
         return trainer
 
@@ -291,7 +302,10 @@ class _Run:
             "micro_batch": self.runtime.batch_size,
             "classes": list(self.start.classes),
             "start": {"spec": self.start.fingerprint, "head": self.start.manifest["head"]["sha256"]},
-            "images": {"train": _digest(train), "val": _digest(self.val)},
+            "images": {
+                "train": f"{len(train)}, {train.digest[:16]}",
+                "val": f"{len(self.val)}, {self.val.digest[:16]}",
+            },
         }
 
     # ---------------------------------------------------------------------------------------------- training
@@ -306,7 +320,7 @@ class _Run:
 
         def on_step(status: "Status") -> None:
             nonlocal saved
-            if time.perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+            if self.processes.world == 1 and time.perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
                 saved = time.perf_counter()
                 self._save_state()
             if progress:
@@ -327,10 +341,8 @@ class _Run:
                     asked.signal,
                 ) from None
             except TrainingError as error:
-                kept = "no epoch was finished"
-                if has_state(self.settings.output):
-                    kept = f"the checkpoint after epoch {len(trainer.history)} is kept"
-                raise TrainingError(f"{error}; {kept} in {work_folder(self.settings.output)}") from error
+                kept = f"last good checkpoint in {work_folder(self.settings.output)}: {self.kept}"
+                raise TrainingError(f"{error} ({kept})") from error
             saved = time.perf_counter()
         self.rate = images / seconds if seconds else 0.0
 
@@ -389,7 +401,8 @@ class _Run:
 
     def _save_state(self) -> None:
         if self.processes.is_first:
-            save_state(self.settings.output, self.trainer.state())
+            save_state(self.settings.output, self.identity, self.trainer.state())
+            self.kept = _position(self.trainer)
 
     # --------------------------------------------------------------------------------------------- finishing
 
@@ -414,6 +427,10 @@ class _Run:
             "comparison": comparison,
             "history": self.trainer.history,
         }
+        if alpha is None and metrics["val_accuracy"] < metrics["head_val_accuracy"]:
+            log.warning(
+                "this recipe's own head ended below the cached head on val: use the cached head's model, or --recipe default"
+            )
         if self.processes.is_first:
             self._save(network, alpha, metrics)
         return FinetuneReport(
@@ -437,6 +454,8 @@ class _Run:
 
     def _choose(self) -> tuple[float | None, "Network", Array]:
         """(alpha, network with the weights to keep, its val logits)."""
+        from featcache.network import mixed
+
         best, network = self.trainer.best, copy.deepcopy(self.trainer.evaluated)
         network.load_state_dict(best["weights"])
         tuned: Array = best["logits"].numpy()
@@ -446,10 +465,10 @@ class _Run:
         start = {name: tensor.cpu() for name, tensor in self.frozen.state_dict().items()}
         candidates = [Candidate(0.0, self.head_val), Candidate(1.0, tuned)]
         for alpha in ALPHAS:
-            network.load_state_dict(_mixed(start, best["weights"], alpha))
+            network.load_state_dict(mixed(start, best["weights"], alpha))
             candidates.append(Candidate(alpha, self._logits(network, self.val)))
         chosen = choose(self.val.labels, candidates)
-        network.load_state_dict(_mixed(start, best["weights"], chosen.alpha))
+        network.load_state_dict(mixed(start, best["weights"], chosen.alpha))
         log.info(
             "share of the fine-tuned weights: %g, the best on val of %s",
             chosen.alpha,
@@ -476,19 +495,6 @@ class _Run:
         save_finetuned(self.settings.output, network, self.backbone, self.start, training=training, metrics=metrics)
 
 
-def _digest(split: LabelledPixels) -> str:
-    """sha256 over names, labels and content of the images."""
-    text = "\n".join([*split.paths, split.pixels.digest, *map(str, split.labels)])
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _mixed(
-    start: "dict[str, torch.Tensor]", tuned: "dict[str, torch.Tensor]", alpha: float
-) -> "dict[str, torch.Tensor]":
-    """(1 - alpha) start + alpha tuned, exactly start at 0 and tuned at 1; counters come from ``tuned``."""
-    if alpha in (0, 1):
-        return tuned if alpha else start
-    return {
-        name: start[name].lerp(tensor, alpha) if tensor.is_floating_point() else tensor
-        for name, tensor in tuned.items()
-    }
+def _position(trainer: "Trainer") -> str:
+    steps = f" and {trainer.batch} steps" if trainer.batch else ""
+    return f"after {trainer.epoch} epochs{steps}"

@@ -100,6 +100,7 @@ def check_replaceable(path: Path) -> None:
         ModelError: ``path`` exists and is not a head-only model, or holds files of somebody else.
         StorageError: its folder is missing or not writable.
     """
+    path = path if path.name else path.resolve()
     recover_folder(path)
     check_output(path, folder_allowed=True)
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):

@@ -21,13 +21,23 @@ from featcache.recipes import Recipe
 
 _FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+_WITH_WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
-class UnitNorm(nn.Module):
-    """x / |x| per row: the one scaling that does not fold into a linear layer."""
+class Scaling(nn.Module):
+    """Embeddings to about unit size per value, so that one learning rate of the head fits any backbone.
+
+    Attributes:
+        unit: whether to divide each row by its norm, the one scaling that does not fold into a linear layer.
+        factor: one constant; it is folded into the weights again when the head is stored.
+    """
+
+    def __init__(self, *, unit: bool, factor: float) -> None:
+        super().__init__()
+        self.unit, self.factor = unit, factor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, D) -> (N, D)
-        return functional.normalize(x, dim=1)
+        return (functional.normalize(x, dim=1) if self.unit else x) * self.factor
 
 
 class Network(nn.Module):
@@ -64,7 +74,9 @@ def assemble(backbone: Backbone, head: Head) -> Network:
         weight, bias = layers[0]
         scaled = weight / head.scale.astype(np.float64)
         layers[0] = (scaled, bias - scaled @ head.mean.astype(np.float64))
-    modules: list[nn.Module] = [UnitNorm()] if head.scaling == "unit" else []
+    scaling = Scaling(unit=head.scaling == "unit", factor=_factor(head))
+    layers[0] = (layers[0][0] / scaling.factor, layers[0][1])
+    modules: list[nn.Module] = [scaling]
     for number, (weight, bias) in enumerate(layers):
         linear = nn.Linear(weight.shape[1], weight.shape[0])
         with torch.no_grad():
@@ -72,6 +84,15 @@ def assemble(backbone: Backbone, head: Head) -> Network:
             linear.bias.copy_(torch.from_numpy(bias))
         modules += [nn.ReLU(), linear] if number else [linear]
     return Network(backbone, nn.Sequential(*modules))
+
+
+def _factor(head: Head) -> float:
+    """1 / root mean square of what the first layer sees, as far as the head knows it."""
+    if head.scaling == "unit":
+        return float(np.sqrt(head.dim))
+    if head.scaling == "standardise":
+        return float(1 / np.sqrt(np.mean(head.mean.astype(np.float64) ** 2 + head.scale.astype(np.float64) ** 2)))
+    return 1.0
 
 
 def with_new_head(backbone: Backbone, recipe: Recipe, n_classes: int, *, seed: int) -> Network:
@@ -91,8 +112,11 @@ def to_head(network: Network) -> Head:
     """The network's head as stored in a model; the inverse of ``assemble``, with the scaling folded in."""
     linear = [module for module in network.head if isinstance(module, nn.Linear)]
     layers = tuple((m.weight.detach().cpu().numpy().copy(), m.bias.detach().cpu().numpy().copy()) for m in linear)
-    scaling = "unit" if isinstance(network.head[0], UnitNorm) else "none"
-    dim = linear[0].in_features
+    first, dim = network.head[0], linear[0].in_features
+    scaling = "none"
+    if isinstance(first, Scaling):
+        scaling = "unit" if first.unit else "none"
+        layers = ((layers[0][0] * np.float32(first.factor), layers[0][1]), *layers[1:])
     zeros, ones = np.zeros(dim, np.float32), np.ones(dim, np.float32)
     return Head("mlp" if len(layers) > 1 else "linear", scaling, zeros, ones, layers)  # type: ignore[arg-type]
 
@@ -129,6 +153,16 @@ def check_parity(network_logits: Array, head_logits: Array, *, tolerance: float)
             "weights or the preprocessing are not those of the cache: extract and fit the head again"
         )
     return difference
+
+
+def mixed(start: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """(1 - alpha) start + alpha tuned, exactly ``start`` at 0 and ``tuned`` at 1; counters are those of ``tuned``."""
+    if alpha in (0, 1):
+        return tuned if alpha else start
+    return {
+        name: start[name].lerp(tensor, alpha) if tensor.is_floating_point() else tensor
+        for name, tensor in tuned.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------- what of it trains
@@ -191,7 +225,7 @@ def unfreeze(network: Network, recipe: Recipe, *, epoch: int) -> None:
 
 def _opened(n_stages: int, epoch: int, epochs: int) -> int:
     """Gradual unfreezing: the head alone at first, everything from the middle of the run on."""
-    return min(n_stages, round(n_stages * epoch / max(1, epochs // 2)))
+    return min(n_stages, round(n_stages * epoch / (epochs // 2))) if epochs > 1 else n_stages
 
 
 def training_mode(network: Network, recipe: Recipe) -> None:
@@ -207,6 +241,13 @@ def training_mode(network: Network, recipe: Recipe) -> None:
 
 def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
     """The optimizer's groups: head and stages, each with its learning rate; norms and biases without weight decay."""
+    matrices = {
+        id(parameter)
+        for module in network.modules()
+        if isinstance(module, _WITH_WEIGHTS)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.endswith("weight")
+    }
     parts = stages(network.backbone)
     rated = [(list(network.head.parameters()), recipe.lr)]
     if recipe.unfreeze != "head":
@@ -215,7 +256,7 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
     groups = []
     for parameters, lr in rated:
         for decayed in (True, False):
-            chosen = [p for p in parameters if (p.ndim > 1) == decayed]
+            chosen = [p for p in parameters if (id(p) in matrices) == decayed]
             if chosen:
                 decay = recipe.weight_decay if decayed else 0.0
                 groups.append({"params": chosen, "lr": lr, "peak_lr": lr, "weight_decay": decay})

@@ -53,12 +53,20 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
+    def from_first(self, value: T) -> T:
+        """The first process's ``value``."""
+        if self.world == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
     def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
         """``network`` whose backward pass also averages gradients over all processes."""
         if self.world == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
             return network
         ids = [device.index] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
     def quiet(self, wrapped: nn.Module, *, unless: bool) -> contextlib.AbstractContextManager[None]:
         """A context in which backward passes do not talk to the other processes yet."""

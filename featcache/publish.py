@@ -98,6 +98,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 def recover_folder(path: Path) -> None:
     """Finish or undo a replacement of ``path`` that was cut off between its two renames."""
+    path = path if path.name else path.resolve()  # "." has no name
     replaced = path.with_name(f".{path.name}{_REPLACED}")
     if replaced.is_dir():
         if path.exists():

@@ -12,6 +12,7 @@ from featcache.errors import UsageError
 
 Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see augmentation.py
 Unfreeze = Literal["head", "last-stage", "all", "gradual"]
+_MOST = 1e6
 _CHOICES = {
     "unfreeze": ("head", "last-stage", "all", "gradual"),
     "batchnorm": ("frozen", "train"),
@@ -77,11 +78,17 @@ class Recipe:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        shares = {"momentum": self.momentum, "ema": self.ema, "label_smoothing": self.label_smoothing}
+        shares |= {"warmup": self.warmup, **{f"dropout {k + 1}": value for k, value in enumerate(self.dropout)}}
+        for name, value in shares.items():
+            if not 0 <= value < 1:
+                raise UsageError(f"{name} must be a number from 0 to below 1, found {value}")
         at_least = {"lr": 0, "backbone_lr": 0, "weight_decay": 0, "epochs": 1, "batch_size": 1, "accumulation": 1}
+        at_least |= {"patience": 0, "clip_norm": 0, "step_epochs": 1}
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):
-                raise UsageError(f"{name} must be a number from {least}, found {value}")
+            if value is not None and not least <= value <= _MOST:
+                raise UsageError(f"{name} must be a number from {least} to {_MOST:g}, found {value}")
         if self.lr == 0:
             raise UsageError("lr must be positive: the head always trains")
 
@@ -213,6 +220,8 @@ def choose_recipe(name: str, n_train: int, **changes: Any) -> Recipe:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=2) or list(RECIPES)
         raise UsageError(f"no recipe is called {name!r}; choose {', '.join(near)}")
+    if unknown := sorted(set(changes) - {field.name for field in dataclasses.fields(Recipe)}):
+        raise UsageError(f"a recipe has no {', '.join(unknown)}")
     recipe = dataclasses.replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     epochs = recipe.epochs or (15 if n_train < 500 else 10 if n_train < 5000 else 6)
     batch = recipe.batch_size or (32 if n_train < 5000 else 64)

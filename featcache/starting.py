@@ -5,6 +5,7 @@ In: a source and either a model or the wish for a backbone. Out: labelled images
 """
 
 import dataclasses
+import hashlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from featcache.cache import SPLITS, FeatureCache, encode_names
 from featcache.checkpoint import work_folder
 from featcache.errors import SourceError
+from featcache.extraction import weights_copy
 from featcache.images import ImageList, hold_out, list_images
 from featcache.model import Model, load_model
 from featcache.preprocess import PreprocessSpec
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("featcache")
 _TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
+_CACHE = "features.h5"
 _COMPARED = 64  # images, where they must be embedded for it
 _TOLERANCE_REDUCED = 0.1  # where the cache was computed in half precision
 _TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
@@ -102,11 +105,16 @@ def prepare_start(
         log.info(
             "%s was trained on images that are now held out for validation: its head is fit again without them", init
         )
-        settings |= {"clf": model.head.kind, "C": training.get("C")}
+        settings |= {
+            "clf": model.head.kind,
+            "C": training.get("C"),
+            "class_weight": training.get("class_weight", "none"),
+        }
         request = ExtractRequest(backbone=str(init))
-    cache, head = output.with_name(output.name + ".features.h5"), work_folder(output) / "head"
+    cache, head = work_folder(output) / _CACHE, work_folder(output) / "head"
     if processes.is_first:
-        _extract_and_fit(images, cache, head, request or ExtractRequest(), settings, runtime)
+        beside = sorted(output.absolute().parent.glob("*.h5"))
+        _extract_and_fit(images, cache, head, request or ExtractRequest(), settings, runtime, beside)
     processes.wait()
     return load_model(head), FeatureCache.open(cache)
 
@@ -118,13 +126,15 @@ def _extract_and_fit(
     request: ExtractRequest,
     settings: dict[str, Any],
     runtime: "Runtime",
+    beside: list[Path],
 ) -> None:
     from featcache.extraction import extract
     from featcache.training import fit_head
 
-    beside = [path for path in sorted(cache.parent.glob("*.h5")) if path != cache]
     report = extract(images, cache, request, device=str(runtime.device), workers=runtime.workers, reuse=beside)
-    log.info("%s: embedded %d, reused %d, refused %d", cache, report.embedded, report.reused, report.refused)
+    log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)
+    if _rarest(images) < 2:
+        settings = settings | {"C": settings.get("C") or 1.0, "folds": 0}  # nothing to cross-validate with
     fitted = fit_head(cache, head, **settings)
     scores = {"cross-validated": fitted.cv_accuracy, "val": fitted.val_accuracy}
     log.info(
@@ -132,6 +142,23 @@ def _extract_and_fit(
         fitted.clf,
         ", ".join(f"{name} accuracy {value:.2%}" for name, value in scores.items() if value is not None),
     )
+
+
+def _rarest(images: ImageList) -> int:
+    """Training images of the class that has the fewest, of those that have any."""
+    counts = np.bincount(images.labels[images.splits == _TRAIN])
+    return int(counts[counts > 0].min())
+
+
+def keep_cache(output: Path) -> None:
+    """Leave the features that were extracted on the way as ``OUTPUT.features.h5``, unless that name is taken."""
+    source, target = work_folder(output) / _CACHE, output.with_name(f"{output.name}.{_CACHE}")
+    if not source.is_file() or target.exists():
+        return
+    spec = FeatureCache.open(source).spec
+    if weights_copy(source, spec).is_file():
+        weights_copy(source, spec).replace(weights_copy(target, spec))
+    source.replace(target)
 
 
 def _check_classes(images: ImageList, model: Model) -> None:
@@ -157,6 +184,12 @@ class LabelledPixels:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over names, labels and content."""
+        text = "\n".join([*self.paths, self.pixels.digest, *map(str, self.labels)])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def decode_split(

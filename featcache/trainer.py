@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from featcache.augmentation import augment
 from featcache.errors import TrainingError, UsageError
@@ -94,8 +94,9 @@ class Trainer:
         self._dtype = _TYPES[precision]
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
         self.optimizer = make_optimizer(network, recipe)
-        average = get_ema_multi_avg_fn(recipe.ema) if recipe.ema else None  # type: ignore[no-untyped-call]
-        self._average = AveragedModel(network, multi_avg_fn=average) if average else None
+        self._average = AveragedModel(network, multi_avg_fn=_moving_average(recipe.ema)) if recipe.ema else None
+        if recipe.batchnorm == "train" and len(data.labels) // self.steps_per_epoch < 2:
+            raise UsageError("batch norms that train need at least two images per step; use a larger --batch-size")
         self.epoch, self.batch = 0, 0  # the next batch to train on
         self._sums = np.zeros(3)  # loss, hits and images of this epoch so far,
         self._pending: torch.Tensor | None = None  # but for the last step's
@@ -241,9 +242,11 @@ class Trainer:
         micro = min(self.micro_batch, images)
         whole = self.recipe.batchnorm == "train"
         if micro == 1 or whole or self.processes.world > 1:
-            why = "; batch norms that train need whole batches" if whole else ""
+            why, what = "", "--micro-batch" if micro > 1 else "--crop, when the head is fit,"
+            if whole:
+                why, what = "; batch norms that train need whole batches", "--batch-size"
             raise UsageError(
-                f"{micro} images at once do not fit into {self.runtime.device}'s memory{why}: use a smaller --batch-size or --crop"
+                f"{micro} images at once do not fit into {self.runtime.device}'s memory{why}: use a smaller {what}"
             ) from error
         self.micro_batch = micro // 2
         if self.runtime.device.type == "cuda":
@@ -260,12 +263,17 @@ class Trainer:
             return
         values, self._pending = self._pending.cpu().numpy(), None
         if not math.isfinite(values[0]):
-            fp16 = "; or use --precision bf16" if self._dtype is torch.float16 else ""
             raise TrainingError(
-                f"the loss is {values[0]} at step {self.batch} of epoch {self.epoch + 1}: most likely the learning rate is too high "
-                f"({self.recipe.lr:g} for the head, {self.recipe.backbone_lr:g} for the backbone); try a third of it{fp16}"
+                f"the loss is {values[0]} at step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
             )
         self._sums = self._sums + values
+
+    def _remedy(self) -> str:
+        fp16 = "; or use --precision bf16" if self._dtype is torch.float16 else ""
+        return (
+            f"most likely the learning rate is too high ({self.recipe.lr:g} for the head, {self.recipe.backbone_lr:g} for the "
+            f"backbone); try a third of it{fp16}"
+        )
 
     def _check_divergence(self, loss: float) -> None:
         classes = next(m for m in reversed(list(self.network.head)) if isinstance(m, nn.Linear)).out_features
@@ -298,8 +306,12 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on. Raises TrainingError if the last step's loss is no number."""
+        """Everything that the next step depends on. Raises TrainingError if it is no number any more."""
         self._settle()
+        if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
+            raise TrainingError(
+                f"weights are not finite after step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
+            )
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -323,6 +335,17 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.history, self.best = state["history"], state["best"]
+
+
+def _moving_average(decay: float) -> Callable[..., None]:
+    """Exponential moving average whose decay grows to ``decay``, so that a short run is not stuck at its start."""
+
+    @torch.no_grad()
+    def update(averages: Any, current: Any, n_averaged: Any) -> None:
+        n = float(n_averaged)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
 
 
 def make_optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
@@ -368,7 +391,13 @@ def compute_logits(
         with one_core_each(runtime.workers, "featcache-evaluate") as pool:
             parts = list(pool.map(compute, starts))
     else:
-        parts = [compute(start) for start in starts]
+        try:
+            parts = [compute(start) for start in starts]
+        except torch.OutOfMemoryError:
+            if batch_size == 1 or processes.world > 1:
+                raise
+            half = batch_size // 2
+            return compute_logits(network, pixels, runtime=runtime, processes=processes, batch_size=half)
     shares = processes.gather(np.concatenate(parts) if parts else None)
     width = next(share.shape[1] for share in shares if share is not None)
     logits = np.empty((len(pixels), width), np.float32)

@@ -18,6 +18,7 @@ from featcache.network import (
     assemble,
     check_parity,
     count_parameters,
+    mixed,
     parameter_groups,
     stages,
     to_backbone,
@@ -97,6 +98,15 @@ def test_the_assembled_network_computes_the_cached_head(tiny: Backbone, scaling:
     again = to_head(network)
     np.testing.assert_allclose(again.logits(features), logits, rtol=1e-4, atol=1e-4)
     assert sum(isinstance(module, nn.Linear) for module in network.head) == 1 + bool(hidden)  # the scaler is folded in
+
+
+def test_mixing_is_exact_at_its_ends_and_linear_between() -> None:
+    start = {"w": torch.tensor([0.0, 1.0]), "n": torch.tensor(3)}
+    tuned = {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor(5)}
+    assert mixed(start, tuned, 0) is start
+    assert mixed(start, tuned, 1) is tuned
+    assert mixed(start, tuned, 0.25)["w"].tolist() == [0.25, 1.5]
+    assert mixed(start, tuned, 0.25)["n"] == 5
 
 
 def test_parity_tells_rounding_from_mistakes() -> None:

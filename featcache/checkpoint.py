@@ -101,6 +101,13 @@ def remove_work(output: Path) -> None:
     _empty(output)
 
 
+def tidy_work(output: Path) -> None:
+    """Leave no trace of a run that ended before it had anything worth keeping: neither features nor a checkpoint."""
+    folder = work_folder(output)
+    if not any((folder / name).exists() for name in (_STATE, "features.h5", "features.h5.parts")):
+        _empty(output)
+
+
 def _empty(output: Path) -> None:
     folder = work_folder(output)
     if not (folder / _RUN).is_file():

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.cache import FeatureCache
-from featcache.checkpoint import check_unfinished, claim_work, open_work, remove_work, save_state, work_folder
+from featcache.checkpoint import (
+    check_unfinished,
+    claim_work,
+    open_work,
+    remove_work,
+    save_state,
+    tidy_work,
+    work_folder,
+)
 from featcache.comparison import Candidate, choose, compare, in_words, score
 from featcache.errors import Interrupted, TrainingError, UsageError
 from featcache.finetuned import save_finetuned
@@ -119,10 +127,8 @@ def finetune(
         values, or another interrupted run is in the way. ModelError: ``init`` cannot be used, or the parity check failed.
         TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
     """
-    import torch
-
     from featcache.processes import joined
-    from featcache.runtime import choose_runtime, choose_training_precision, keep_freed_memory
+    from featcache.runtime import choose_runtime, choose_training_precision, keep_freed_memory, kept_random_state
 
     started = time.perf_counter()
     source, output, changes = Path(source), Path(output), changes or {}
@@ -142,6 +148,7 @@ def finetune(
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
         if processes.is_first:
             stack.enter_context(locked(work_folder(output)))
+            stack.callback(tidy_work, output)
             claim_work(output, force=force)
         processes.wait()
         start, cache = prepare_start(
@@ -155,8 +162,7 @@ def finetune(
             seed=seed,
         )
         run = _Run(settings, images, start, cache, runtime, processes)
-        devices = [runtime.device] if runtime.device.type == "cuda" else []
-        with deferred_signals() as asked, torch.random.fork_rng(devices):
+        with deferred_signals() as asked, kept_random_state(runtime.device):
             run.train(progress, asked)
         check_replaceable(output)  # again: it took a while
         report = run.finish(started)
@@ -252,6 +258,7 @@ class _Run:
         )
 
     def _network(self) -> "Network":
+        """What trains: the cached head's network, or one with a new head."""
         from featcache.network import with_new_head
 
         if self.recipe.hidden is None:
@@ -284,7 +291,7 @@ class _Run:
         self.identity = self._identity(train)
         state = open_work(self.settings.output, self.identity) if self.processes.is_first else None
         state = self.processes.from_first(state)
-        self.kept = "none"
+        self.kept = ""  # where the checkpoint on disk stands
         if state is not None:
             trainer.load_state(state)
             self.kept = _position(trainer)
@@ -341,8 +348,8 @@ class _Run:
                     asked.signal,
                 ) from None
             except TrainingError as error:
-                kept = f"last good checkpoint in {work_folder(self.settings.output)}: {self.kept}"
-                raise TrainingError(f"{error} ({kept})") from error
+                kept = f"the last good checkpoint, {self.kept}, is kept in {work_folder(self.settings.output)}"
+                raise TrainingError(f"{error} ({kept if self.kept else 'there is no checkpoint yet'})") from error
             saved = time.perf_counter()
         self.rate = images / seconds if seconds else 0.0
 

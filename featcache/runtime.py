@@ -111,6 +111,11 @@ def one_core_each(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
+def kept_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """A context after which PyTorch's random generators, the CPU's and ``device``'s, are as before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 def has_bf16_arithmetic() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

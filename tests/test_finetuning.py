@@ -13,13 +13,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, make_photos, write_photo
 from safetensors.numpy import load_file
 
 import featcache
 from featcache.cache import FeatureCache
 from featcache.checkpoint import work_folder
-from featcache.errors import FeatcacheError, Interrupted, ModelError, SourceError, TrainingError, UsageError
+from featcache.errors import (
+    FeatcacheError,
+    Interrupted,
+    ModelError,
+    SourceError,
+    StorageError,
+    TrainingError,
+    UsageError,
+)
 from featcache.extraction import extract
 from featcache.finetuning import FinetuneReport, finetune
 from featcache.model import load_model
@@ -236,6 +245,7 @@ def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> N
         with pytest.raises(kind, match=message):
             call()
         assert not out.exists()
+        assert not work_folder(out).exists()
     tune(made, out, changes=QUICK | {"epochs": 1})
     with pytest.raises(ModelError, match="took long to make"):
         tune(made, out)
@@ -307,11 +317,82 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(
 
     monkeypatch.setattr(Trainer, "_accumulate", poisoned)
     with pytest.raises(
-        TrainingError, match=r"loss is nan at step 2 of epoch 2.*last good checkpoint in .*: after 1 epochs\)"
+        TrainingError, match=r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"
     ):
         tune(made, tmp_path / "ft")
     monkeypatch.undo()
     assert tune(made, tmp_path / "ft", resume=True).epochs == 2
+
+
+def test_what_lies_in_the_way_is_refused_and_kept(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "ft.parts").mkdir()
+    (tmp_path / "ft.parts" / "thesis.txt").write_text("three years")
+    with pytest.raises(StorageError, match="in use for something else"):
+        tune(made, tmp_path / "ft", force=True)
+    assert (tmp_path / "ft.parts" / "thesis.txt").read_text() == "three years"
+    (tmp_path / "other.parts").write_text("a file")
+    with pytest.raises(StorageError, match="in use for something else"):
+        tune(made, tmp_path / "other")
+    cache = make_cache_file(tmp_path / "own.features.h5")
+    finetune(made / "photos", tmp_path / "own", request=TINY, changes=QUICK | {"epochs": 1})
+    assert (tmp_path / "own.features.h5").read_bytes() == cache
+
+
+def make_cache_file(path: Path) -> bytes:
+    extract(make_photos(path.parent / "others", each=2), path, TINY)
+    return path.read_bytes()
+
+
+def test_two_runs_never_write_one_model(made: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def another(status: Any) -> None:
+        if not refused:
+            with pytest.raises(StorageError, match="another featcache is writing") as error:
+                tune(made, tmp_path / "ft", force=True)
+            refused.append(error)
+
+    assert tune(made, tmp_path / "ft", progress=another).epochs == 2
+    assert refused
+
+
+def test_a_state_that_is_no_number_never_replaces_a_good_one(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights gone bad in the very step in which a signal asks to stop."""
+    from featcache.trainer import Trainer
+
+    def spoil(status: Any) -> None:
+        if (status.epoch, status.done) == (2, 12):
+            with torch.no_grad():
+                next(iter(spoiled[0].network.parameters())).fill_(float("nan"))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    spoiled: list[Trainer] = []
+    begin = Trainer.run_epoch
+    monkeypatch.setattr(Trainer, "run_epoch", lambda self, **kw: spoiled.append(self) or begin(self, **kw))
+    with pytest.raises(TrainingError, match="not finite after step 2 of epoch 2"):
+        tune(made, tmp_path / "ft", progress=spoil)
+    monkeypatch.undo()
+    tune(made, tmp_path / "whole")
+    tune(made, tmp_path / "ft", resume=True)
+    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+
+
+def test_a_class_with_one_training_image_still_trains(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", each=3, splits=("train", "val"))
+    for file in sorted((photos / "train" / "red").iterdir())[1:]:
+        file.unlink()
+    assert finetune(photos, tmp_path / "ft", request=TINY, changes=QUICK | {"epochs": 1}).epochs == 1
+
+
+def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = tune(made, tmp_path / "ft", recipe="cats-dogs", changes={"lr": 1e-9, "batch_size": 6})
+    assert report.alpha is None
+    assert report.val_accuracy < report.head_val_accuracy
+    assert "ended below the cached head on val" in caplog.text
 
 
 def test_kill_and_resume(made: Path, tmp_path: Path) -> None:

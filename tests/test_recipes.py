@@ -44,6 +44,9 @@ def test_epochs_and_batch_follow_the_number_of_images() -> None:
         ({"epochs": 0}, "epochs"),
         ({"batch_size": 0}, "batch_size"),
         ({"optimizer": "lion"}, "adamw"),
+        ({"ema": 1.5}, "ema"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"epoch": 3}, "no epoch"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], part: str) -> None:

@@ -137,6 +137,31 @@ def test_the_moving_average_lags_behind() -> None:
     assert 0 < (average - start[name]).norm() < (raw - start[name]).norm()
 
 
+def test_the_moving_average_is_not_stuck_at_its_start() -> None:
+    trainer = make_trainer(dataclasses.replace(SIMPLE, ema=0.999))
+    for _ in range(3):
+        trainer.run_epoch()
+    name = "head.0.bias"
+    raw, average = trainer.network.state_dict()[name], trainer.evaluated.state_dict()[name]
+    start = make_trainer().network.state_dict()[name]
+    assert (average - raw).norm() < 0.8 * (start - raw).norm()
+
+
+def test_batch_norms_cannot_train_on_single_images() -> None:
+    with pytest.raises(UsageError, match="at least two images per step"):
+        make_trainer(dataclasses.replace(SIMPLE, batchnorm="train", batch_size=1))
+
+
+def test_the_callers_random_state_is_used_by_nothing() -> None:
+    torch.manual_seed(1)
+    one = make_trainer(backbone=DROPPING)
+    one.run_epoch()
+    torch.manual_seed(2)
+    other = make_trainer(backbone=DROPPING)
+    other.run_epoch()
+    assert_same(weights(one.network), weights(other.network))
+
+
 def test_progress_reports_the_epoch_so_far() -> None:
     seen: list[Status] = []
     trainer = make_trainer()

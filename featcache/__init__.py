@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from featcache.errors import FeatcacheError
     from featcache.exporting import ExportReport, export_model
     from featcache.extraction import ExtractReport, extract
-    from featcache.finetuning import FinetuneReport, finetune
+    from featcache.finetuned import FinetuneReport
+    from featcache.finetuning import finetune
     from featcache.images import ImageList, hold_out, list_images
     from featcache.model import Model, load_model
     from featcache.prediction import Prediction, evaluate, predict
@@ -27,7 +28,7 @@ _HOME = {
     "ExtractRequest": "request",
     "FeatcacheError": "errors",
     "FeatureCache": "cache",
-    "FinetuneReport": "finetuning",
+    "FinetuneReport": "finetuned",
     "FitReport": "training",
     "ImageList": "images",
     "Model": "model",

@@ -1,10 +1,11 @@
-"""A fine-tuned network as a model folder like any other, with its history as a table and a picture.
+"""What comes out of fine-tuning: a report, and a model folder like any other, its history as a table and a picture in it.
 
 In: the network, what it started from, what was measured. Out: the folder; ``backbone.safetensors`` is part of it.
 """
 
 import copy
 import csv
+import dataclasses
 import io
 import logging
 from pathlib import Path
@@ -20,6 +21,41 @@ if TYPE_CHECKING:
     from featcache.network import Network
 
 log = logging.getLogger("featcache")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneReport:
+    """What ``finetune`` did; accuracies in 0..1, None where there are no such images.
+
+    Attributes:
+        model: the folder. recipe: its name.
+        epochs: trained. best_epoch: the one kept.
+        alpha: share of the fine-tuned weights in the saved model, the rest is the start; 0: the cached head itself; None:
+            the head was a new one, so that there is nothing to mix with.
+        val_accuracy, head_val_accuracy: of the saved model and of the cached head, on the images by which epoch and
+            alpha were chosen. test_accuracy, head_test_accuracy: on images by which nothing was chosen.
+        p_value: of McNemar's test between the two, on test, or on val where there is no test.
+        verdict: the comparison in a sentence. comparison: a line per split, with standard errors.
+        parameters, trainable_parameters: of the network.
+        images_per_second: in training. seconds: of the whole call.
+    """
+
+    model: Path
+    recipe: str
+    epochs: int
+    best_epoch: int
+    alpha: float | None
+    val_accuracy: float
+    head_val_accuracy: float
+    test_accuracy: float | None
+    head_test_accuracy: float | None
+    p_value: float
+    verdict: str
+    comparison: tuple[str, ...]
+    parameters: int
+    trainable_parameters: int
+    images_per_second: float
+    seconds: float
 
 
 def save_finetuned(

@@ -27,7 +27,7 @@ from featcache.checkpoint import (
 )
 from featcache.comparison import Candidate, choose, compare, in_words, score
 from featcache.errors import Interrupted, TrainingError, UsageError
-from featcache.finetuned import save_finetuned
+from featcache.finetuned import FinetuneReport, save_finetuned
 from featcache.heads import Array, softmax
 from featcache.images import ImageList
 from featcache.metrics import evaluate_probabilities
@@ -49,41 +49,6 @@ Progress = Callable[["Status"], None]
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
 _SECONDS_BETWEEN_CHECKPOINTS = 600.0
 _STEPS_BETWEEN_QUESTIONS = 4  # asking all processes whether to stop costs a round trip
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneReport:
-    """What ``finetune`` did; accuracies in 0..1, None where there are no such images.
-
-    Attributes:
-        model: the folder. recipe: its name.
-        epochs: trained. best_epoch: the one kept.
-        alpha: share of the fine-tuned weights in the saved model, the rest is the start; 0: the cached head itself; None:
-            the head was a new one, so that there is nothing to mix with.
-        val_accuracy, head_val_accuracy: of the saved model and of the cached head, on the images by which epoch and
-            alpha were chosen. test_accuracy, head_test_accuracy: on images by which nothing was chosen.
-        p_value: of McNemar's test between the two, on test, or on val where there is no test.
-        verdict: the comparison in a sentence. comparison: a line per split, with standard errors.
-        parameters, trainable_parameters: of the network.
-        images_per_second: in training. seconds: of the whole call.
-    """
-
-    model: Path
-    recipe: str
-    epochs: int
-    best_epoch: int
-    alpha: float | None
-    val_accuracy: float
-    head_val_accuracy: float
-    test_accuracy: float | None
-    head_test_accuracy: float | None
-    p_value: float
-    verdict: str
-    comparison: tuple[str, ...]
-    parameters: int
-    trainable_parameters: int
-    images_per_second: float
-    seconds: float
 
 
 def finetune(

@@ -30,7 +30,8 @@ from featcache.errors import (
     UsageError,
 )
 from featcache.extraction import extract
-from featcache.finetuning import FinetuneReport, finetune
+from featcache.finetuned import FinetuneReport
+from featcache.finetuning import finetune
 from featcache.model import load_model
 from featcache.prediction import evaluate, predict
 from featcache.training import fit_head

@@ -12,6 +12,7 @@ from featcache.heads import Array, softmax
 from featcache.metrics import accuracy, log_loss, mcnemar, standard_error
 
 _SIGNIFICANT = 0.05
+UNCHANGED = "nothing better than the cached head was found on val: the saved model is that head, unchanged"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

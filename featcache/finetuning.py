@@ -25,7 +25,7 @@ from featcache.checkpoint import (
     tidy_work,
     work_folder,
 )
-from featcache.comparison import Candidate, choose, compare, in_words, score
+from featcache.comparison import UNCHANGED, Candidate, choose, compare, in_words, score
 from featcache.errors import Interrupted, TrainingError, UsageError
 from featcache.finetuned import FinetuneReport, save_finetuned
 from featcache.heads import Array, softmax
@@ -416,7 +416,7 @@ class _Run:
             test_accuracy=metrics["test_accuracy"],
             head_test_accuracy=metrics["head_test_accuracy"],
             p_value=decisive["p_value"],
-            verdict=decisive["verdict"],
+            verdict=decisive["verdict"] if alpha != 0 else UNCHANGED,
             comparison=tuple(in_words(facts) for facts in comparison.values()),
             parameters=self.parameters,
             trainable_parameters=self.trainable,

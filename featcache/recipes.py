@@ -128,23 +128,24 @@ _FLOWERS = Recipe(
     batch_size=64,
     augmentation=(_CROP, _FLIP, ("rotate", 90)),
 )
+_DEFAULT = Recipe(
+    about="200 to 20,000 images, starting from the cached head",
+    optimizer="adamw",
+    lr=3e-4,
+    backbone_lr=3e-5,
+    layer_decay=0.9,
+    weight_decay=0.01,
+    schedule="cosine",
+    warmup=0.1,
+    augmentation=(("resized_crop", 0.35, 1.0, 1.0), _FLIP),
+    label_smoothing=0.1,
+    clip_norm=1.0,
+    ema=0.98,
+    patience=5,
+    interpolate=True,
+)
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(
-        about="200 to 20,000 images, starting from the cached head",
-        optimizer="adamw",
-        lr=3e-4,
-        backbone_lr=3e-5,
-        layer_decay=0.9,
-        weight_decay=0.01,
-        schedule="cosine",
-        warmup=0.1,
-        augmentation=(("resized_crop", 0.35, 1.0, 1.0), _FLIP),
-        label_smoothing=0.1,
-        clip_norm=1.0,
-        ema=0.98,
-        patience=5,
-        interpolate=True,
-    ),
+    "default": _DEFAULT,
     "ants-bees": _ANTS_BEES,
     "ants-bees-frozen": dataclasses.replace(
         _ANTS_BEES, about="first half of T1 and T5: the new head only", unfreeze="head", batchnorm="frozen"
@@ -187,21 +188,11 @@ RECIPES: dict[str, Recipe] = {
             ("center_crop",),
         ),
     ),
-    "gradual": Recipe(
+    "gradual": dataclasses.replace(
+        _DEFAULT,
         about="as default, but stages open one after the other from the top, for data far from the pre-training's",
         unfreeze="gradual",
-        optimizer="adamw",
-        lr=3e-4,
-        backbone_lr=3e-5,
-        layer_decay=0.9,
-        weight_decay=0.01,
-        schedule="cosine",
-        warmup=0.1,
-        augmentation=(("resized_crop", 0.35, 1.0, 1.0), _FLIP),
-        label_smoothing=0.1,
-        clip_norm=1.0,
-        ema=0.98,
-        interpolate=True,
+        patience=0,
     ),
 }
 

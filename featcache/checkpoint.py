@@ -13,7 +13,7 @@ from typing import Any
 
 from featcache.errors import ModelError, StorageError, UsageError
 from featcache.publish import publish_file
-from featcache.spec import spec_difference
+from featcache.spec import fingerprint_of, spec_difference
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
 FORMAT_VERSION = 1
@@ -27,6 +27,16 @@ def work_folder(output: Path) -> Path:
 def has_state(output: Path) -> bool:
     """Whether there is a checkpoint."""
     return (work_folder(output) / _STATE).is_file()
+
+
+def is_finished(output: Path) -> bool:
+    """Whether the run in the work folder has published its model already, and was only cut off before tidying up."""
+    try:
+        run = json.loads((work_folder(output) / _RUN).read_text())
+        manifest = json.loads((output / "model.json").read_text())
+        return bool(run) and manifest["training"]["run"] == fingerprint_of(run)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_unfinished(output: Path, *, resume: bool, force: bool) -> None:
@@ -43,7 +53,8 @@ def check_unfinished(output: Path, *, resume: bool, force: bool) -> None:
         )
     foreign = os.path.lexists(folder) and not folder.is_dir()
     if folder.is_dir() and not (folder / _RUN).is_file():
-        foreign = any(entry.name != "lock" for entry in folder.iterdir())
+        # a run killed at its very beginning leaves its lock, and perhaps a temporary file
+        foreign = any(entry.name != "lock" and not entry.name.startswith(".run.json.") for entry in folder.iterdir())
     if foreign:
         raise StorageError(f"{folder}, where unfinished work would go, is in use for something else; choose another -o")
 
@@ -114,7 +125,7 @@ def _empty(output: Path) -> None:
         return
     shutil.rmtree(folder / "head", ignore_errors=True)
     shutil.rmtree(folder / "features.h5.parts", ignore_errors=True)
-    for pattern in ("*.h5", "*.safetensors", "curves.png", _STATE, _RUN):
+    for pattern in ("*.h5", "*.safetensors", "curves.png", ".*.tmp", _STATE, _RUN):  # what tells of the run comes last
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

@@ -7,12 +7,13 @@ import copy
 import csv
 import dataclasses
 import io
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.checkpoint import work_folder
-from featcache.errors import MissingDependencyError
+from featcache.errors import MissingDependencyError, ModelError
 from featcache.heads import FittedHead
 from featcache.model import Model, library_versions, save_model
 
@@ -56,6 +57,15 @@ class FinetuneReport:
     trainable_parameters: int
     images_per_second: float
     seconds: float
+
+
+def read_report(output: Path) -> FinetuneReport:
+    """The report that was saved with the model. Raises ModelError if it cannot be read."""
+    try:
+        facts = json.loads((output / "metrics.json").read_text())["report"]
+        return FinetuneReport(model=output, **(facts | {"comparison": tuple(facts["comparison"])}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{output} holds no report of a fine-tuning ({error})") from error
 
 
 def save_finetuned(

@@ -19,6 +19,7 @@ from featcache.cache import FeatureCache
 from featcache.checkpoint import (
     check_unfinished,
     claim_work,
+    is_finished,
     open_work,
     remove_work,
     save_state,
@@ -27,7 +28,7 @@ from featcache.checkpoint import (
 )
 from featcache.comparison import UNCHANGED, Candidate, choose, compare, in_words, score
 from featcache.errors import Interrupted, TrainingError, UsageError
-from featcache.finetuned import FinetuneReport, save_finetuned
+from featcache.finetuned import FinetuneReport, read_report, save_finetuned
 from featcache.heads import Array, softmax
 from featcache.images import ImageList
 from featcache.metrics import evaluate_probabilities
@@ -36,6 +37,7 @@ from featcache.parts import locked
 from featcache.recipes import choose_recipe, explain
 from featcache.request import ExtractRequest
 from featcache.signals import StopRequest, deferred_signals
+from featcache.spec import fingerprint_of
 from featcache.starting import LabelledPixels, decode_split, keep_cache, prepare_start, read_source, reference_features
 
 if TYPE_CHECKING:
@@ -98,7 +100,9 @@ def finetune(
     started = time.perf_counter()
     source, output, changes = Path(source), Path(output), changes or {}
     _check_options(init, request, recipe, changes, seed, resume, force)
-    check_replaceable(output)
+    finished = resume and is_finished(output)
+    if not finished:
+        check_replaceable(output)
     check_unfinished(output, resume=resume, force=force)
     images, held_out = read_source(source, seed=seed)
     keep_freed_memory()
@@ -116,6 +120,12 @@ def finetune(
             stack.callback(tidy_work, output)
             claim_work(output, force=force)
         processes.wait()
+        if finished:
+            log.info("%s was finished already", output)
+            if processes.is_first:
+                keep_cache(output)
+                remove_work(output)
+            return read_report(output)
         start, cache = prepare_start(
             images,
             output,
@@ -403,9 +413,7 @@ class _Run:
             log.warning(
                 "this recipe's own head ended below the cached head on val: use the cached head's model, or --recipe default"
             )
-        if self.processes.is_first:
-            self._save(network, alpha, metrics)
-        return FinetuneReport(
+        report = FinetuneReport(
             model=self.settings.output,
             recipe=self.settings.recipe,
             epochs=self.trainer.epoch,
@@ -423,6 +431,10 @@ class _Run:
             images_per_second=self.rate,
             seconds=time.perf_counter() - started,
         )
+        if self.processes.is_first:
+            facts = {key: value for key, value in dataclasses.asdict(report).items() if key != "model"}
+            self._save(network, alpha, metrics | {"report": facts})
+        return report
 
     def _choose(self) -> tuple[float | None, "Network", Array]:
         """(alpha, network with the weights to keep, its val logits)."""
@@ -455,6 +467,7 @@ class _Run:
         training = {
             "recipe": self.settings.recipe,
             "settings": self.recipe.to_json(),
+            "run": fingerprint_of(self.identity),
             "seed": self.settings.seed,
             "precision": self.settings.precision,
             "epochs": self.trainer.epoch,

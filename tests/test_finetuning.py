@@ -347,6 +347,31 @@ def make_cache_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def test_a_run_killed_after_its_model_was_published_is_finished_by_resume(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(output: Path) -> None:
+        raise Killed
+
+    monkeypatch.setattr(finetuning, "keep_cache", die)
+    with pytest.raises(Killed):
+        tune(made, tmp_path / "ft")
+    monkeypatch.undo()
+    assert work_folder(tmp_path / "ft").exists()
+    before = (tmp_path / "ft" / "model.json").read_bytes()
+    report = tune(made, tmp_path / "ft", resume=True)
+    assert report.model == tmp_path / "ft"
+    assert report.epochs == 2
+    assert "val: frozen head" in report.comparison[0]
+    assert (tmp_path / "ft" / "model.json").read_bytes() == before
+    assert not work_folder(tmp_path / "ft").exists()
+    with pytest.raises(ModelError, match="took long to make"):
+        tune(made, tmp_path / "ft", resume=True)
+
+
 def test_two_runs_never_write_one_model(made: Path, tmp_path: Path) -> None:
     refused = []
 

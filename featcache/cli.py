@@ -198,7 +198,7 @@ def finetune(
     force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Unfreeze the backbone and train end to end, from the cached head on; the result is never worse on val."""
+    """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
     from featcache.finetuning import finetune as run
     from featcache.request import ExtractRequest
 

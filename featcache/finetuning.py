@@ -1,4 +1,4 @@
-"""``finetune``: unfreeze the backbone and train end to end, starting from the cached head, never ending below it.
+"""``finetune``: unfreeze the backbone and train end to end, starting from the cached head; by default never ending below it on val.
 
 In: images and, if there is one, the model of their cached features. Out: a model folder like any other, whose backbone
 travels along. The order of things: settle the start, decode once, prove that the assembled network is the cached head,

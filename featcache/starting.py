@@ -134,7 +134,9 @@ def _extract_and_fit(
     report = extract(images, cache, request, device=str(runtime.device), workers=runtime.workers, reuse=beside)
     log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)
     if _rarest(images) < 2:
-        settings = settings | {"C": settings.get("C") or 1.0, "folds": 0}  # nothing to cross-validate with
+        settings = settings | {"folds": 0}  # nothing to cross-validate with
+        if settings.get("clf", "logreg") == "logreg":
+            settings |= {"C": settings.get("C") or 1.0}
     fitted = fit_head(cache, head, **settings)
     scores = {"cross-validated": fitted.cv_accuracy, "val": fitted.val_accuracy}
     log.info(

@@ -408,11 +408,18 @@ def test_a_state_that_is_no_number_never_replaces_a_good_one(
     assert_same_model(tmp_path / "whole", tmp_path / "ft")
 
 
-def test_a_class_with_one_training_image_still_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clf", [None, "linear"])
+def test_a_class_with_one_training_image_still_trains(tmp_path: Path, clf: Any) -> None:
     photos = make_photos(tmp_path / "photos", each=3, splits=("train", "val"))
     for file in sorted((photos / "train" / "red").iterdir())[1:]:
         file.unlink()
-    assert finetune(photos, tmp_path / "ft", request=TINY, changes=QUICK | {"epochs": 1}).epochs == 1
+    start: dict[str, Any] = {"request": TINY}
+    if clf:  # its head is fit again, as there is no val split
+        shutil.rmtree(photos / "val")
+        extract(photos, tmp_path / "f.h5", TINY)
+        fit_head(tmp_path / "f.h5", tmp_path / "m", clf=clf, folds=0)
+        start = {"init": tmp_path / "m"}
+    assert finetune(photos, tmp_path / "ft", **start, changes=QUICK | {"epochs": 1}).epochs == 1
 
 
 def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(

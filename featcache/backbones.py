@@ -19,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
 from featcache.errors import BackboneError, MissingDependencyError
 from featcache.preprocess import PreprocessSpec
 from featcache.publish import publish_file
+from featcache.runtime import compiler_on_demand
+
+with compiler_on_demand():
+    import torchvision
 
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
 _OFFLINE_HELP = (

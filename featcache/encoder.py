@@ -6,17 +6,19 @@ callable from many threads. Which precision was tried, measured and chosen is ke
 
 import copy
 import dataclasses
+import os
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.fx.experimental.optimization import fuse
 
 from featcache.backbones import Backbone
 from featcache.errors import BackboneError, UsageError
+from featcache.fusion import fold_batchnorm, fuse_convolutions
 from featcache.preprocess import PreprocessSpec, channel_constants, normalise
 from featcache.runtime import Runtime, has_bf16_arithmetic
 
@@ -31,13 +33,14 @@ class PrecisionChoice:
     """What the self-check found.
 
     Attributes:
-        precision: the precision in use.
+        precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``fusion.py``.
         precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
         reason: why, in words, with the figures.
-        tried: per precision: mean and minimum cosine to plain float32.
+        tried: per precision and form: mean and minimum cosine to plain float32.
     """
 
     precision: str
+    form: str
     precision_class: str
     reason: str
     tried: dict[str, dict[str, float]]
@@ -78,6 +81,16 @@ class Encoder:
                 f"a batch of {len(pixels)} does not fit into {self.device}'s memory; halve --batch-size"
             ) from error
 
+    def fuse(self, batch_size: int) -> bool:
+        """Let convolutions do what follows them, for batches of this size; whether that is possible here."""
+        pixels = torch.zeros((batch_size, *self.preprocess.crop, 3), dtype=torch.uint8)
+        try:
+            with torch.inference_mode():
+                self._module = fuse_convolutions(self._module, normalise(pixels, *self._constants).to(self._dtype))
+        except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
+            return False
+        return True
+
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._module(normalise(pixels, *self._constants).to(self._dtype))  # type: ignore[no-any-return]
 
@@ -115,24 +128,34 @@ def build_encoder(
         raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
     _use_true_float32()
 
-    def make(module: nn.Module, name: str) -> Encoder:
-        return Encoder(copy.deepcopy(module), backbone.preprocess, runtime.device, _TYPES[name])
-
-    plain = make(backbone.module, "fp32")
+    plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
     reference = _try_input(plain, backbone, sample)
-    folded = fold_batchnorm(backbone.module)
-    candidates = _candidates(runtime.device) if precision == "auto" else [precision]
+    names = _candidates(runtime.device) if precision == "auto" else [precision]
     tried: dict[str, dict[str, float]] = {}
-    for name in candidates:  # by known speed, not by a stopwatch: a resumed run must choose what the first one chose
-        encoder = make(folded, name)
+    last: tuple[Encoder, str, str] = (plain, "fp32", "plain")
+    for encoder, name, form in _encoders(backbone, runtime, names):
+        # In order of known speed, not by a stopwatch: a resumed run must choose what the first one chose.
         mean, minimum = cosine(reference, encoder(sample))
-        tried[name] = {"mean_cosine": mean, "min_cosine": minimum}
+        tried[f"{name} {form}"] = {"mean_cosine": mean, "min_cosine": minimum}
+        last = (encoder, name, form)
         if mean >= MEAN_COSINE and minimum >= MIN_COSINE:  # false for NaN
-            return encoder, PrecisionChoice(name, "reference", _reason(name, precision, runtime, tried), tried)
+            return encoder, PrecisionChoice(name, form, "reference", _reason(name, precision, runtime, tried), tried)
     figures = _figures(tried)
-    if "fp32" in candidates:  # folding did harm (a batch norm with tiny variance, say): do without
-        return plain, PrecisionChoice("fp32", "reference", f"fp32, plain: {figures} did not pass", tried)
-    return encoder, PrecisionChoice(precision, precision, f"{precision} as asked: {figures}, below the bar", tried)
+    if "fp32" in names:  # folding did harm (a batch norm with tiny variance, say): do without
+        return plain, PrecisionChoice("fp32", "plain", "reference", f"fp32 plain: {figures} did not pass", tried)
+    encoder, name, form = last
+    return encoder, PrecisionChoice(name, form, name, f"{name} as asked: {figures}, below the bar", tried)
+
+
+def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -> Iterator[tuple[Encoder, str, str]]:
+    """(encoder, precision, form), fastest first."""
+    folded = fold_batchnorm(backbone.module)
+    for name in precisions:
+        if runtime.device.type == "cpu" and os.environ.get("FEATCACHE_FUSE") != "0":
+            encoder = Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name])
+            if encoder.fuse(runtime.batch_size):
+                yield encoder, name, "fused"
+        yield Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name]), name, "folded"
 
 
 def _try_input(encoder: Encoder, backbone: Backbone, sample: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -160,7 +183,7 @@ def _candidates(device: torch.device) -> list[str]:
 def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, dict[str, float]]) -> str:
     if asked != "auto":
         return f"{best} as asked ({_figures(tried)})"
-    if len(tried) == 1:
+    if len(_candidates(runtime.device)) == 1:
         return f"{best}: this {runtime.device.type} has nothing faster (self-check {_figures(tried)})"
     return f"{best}: the fastest that passes the self-check ({_figures(tried)})"
 
@@ -187,14 +210,6 @@ def fits_float16(features: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         a, b = features.astype(np.float64), features.astype(np.float16).astype(np.float64)
         cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return np.asarray((cosines >= MIN_COSINE) | (a == 0).all(axis=1))
-
-
-def fold_batchnorm(module: nn.Module) -> nn.Module:
-    """A copy with each batch norm folded into the convolution before it; the same copy, unfolded, if not traceable."""
-    try:
-        return fuse(module.eval())
-    except Exception:  # data-dependent control flow: tracing fails in as many ways as there are models
-        return copy.deepcopy(module)
 
 
 def _use_true_float32() -> None:

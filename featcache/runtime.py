@@ -6,10 +6,13 @@ In: what the user asked for. Out: a frozen ``Runtime``. Nothing in here changes 
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import os
 import sys
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -97,6 +100,45 @@ def keep_freed_memory() -> bool:
     options = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
     taken = [mallopt(option, value) == 1 for option, value in options]  # every one of them, whatever the first says
     return all(taken)
+
+
+@contextlib.contextmanager
+def compiler_on_demand() -> Iterator[None]:
+    """Import torchvision inside, and PyTorch's compiler is imported when it is used, not on every start.
+
+    One of torchvision's operators for object detection asks the compiler, when it runs, whether it supports a device, and
+    for that imports all of it: more than two of the seven seconds in which a command of ours would start.
+    """
+    names = ("torch._dynamo", "torch._dynamo.utils")
+    if sys.modules.keys() & {"torchvision", *names}:
+        yield
+        return
+    stand_ins = {name: _StandIn(name) for name in names}
+    vars(stand_ins[names[1]])["is_compile_supported"] = lambda device: _real(names[1]).is_compile_supported(device)
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        _remove_stand_ins()
+
+
+class _StandIn(types.ModuleType):
+    """A module that is replaced by the real one as soon as anything else is wanted from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the import system's own questions
+            raise AttributeError(name)
+        return getattr(_real(self.__name__), name)
+
+
+def _real(name: str) -> Any:
+    _remove_stand_ins()
+    return importlib.import_module(name)
+
+
+def _remove_stand_ins() -> None:
+    for name in [name for name, module in list(sys.modules.items()) if isinstance(module, _StandIn)]:
+        del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -11,10 +11,13 @@ from torchvision.transforms import functional
 
 from featcache.backbones import OFFLINE_BACKBONE, Backbone, load_backbone
 from featcache.embedding import embed, sample_pixels
-from featcache.encoder import build_encoder, cosine, fold_batchnorm
+from featcache.encoder import build_encoder, cosine
 from featcache.errors import UsageError
 from featcache.images import ImageList, decode, list_images
+from featcache.preprocess import channel_constants, normalise
 from featcache.runtime import Runtime, choose_runtime
+
+CPU = torch.device("cpu")
 
 
 def features(images: ImageList, backbone: Backbone, runtime: Runtime) -> np.ndarray:
@@ -97,7 +100,7 @@ def test_precision_that_passes_is_the_reference_class() -> None:
     for asked in ("auto", "fp32"):
         encoder, choice = build_encoder(backbone, runtime, pixels, precision=asked)  # type: ignore[arg-type]
         assert choice.precision_class == "reference"
-        assert choice.tried[choice.precision]["min_cosine"] >= 0.995
+        assert choice.tried[f"{choice.precision} {choice.form}"]["min_cosine"] >= 0.995
         assert encoder(pixels).shape == (8, 4)
 
 
@@ -110,21 +113,37 @@ def test_precision_that_fails_is_obeyed_and_named() -> None:
         build_encoder(backbone, choose_runtime("cpu"), pixels, precision="int8")  # type: ignore[arg-type]
 
 
-def test_folding_that_does_harm_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def wrong(*_: object) -> nn.Module:
+    return Pooled(-1.0).eval()
+
+
+def fails(*_: object) -> nn.Module:
+    raise RuntimeError("no such operator")
+
+
+@pytest.mark.parametrize(
+    ("folding", "fusing", "form"),
+    [(None, None, "fused"), (None, wrong, "folded"), (None, fails, "folded"), (wrong, wrong, "plain")],
+)
+def test_what_does_harm_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, folding: object, fusing: object, form: str
+) -> None:
+    """A transformation that changes the embeddings, or that this machine cannot do, never reaches the user."""
     backbone, pixels = tiny(Pooled(1.0))
-    expected = build_encoder(backbone, choose_runtime("cpu"), pixels)[0](pixels)
-    monkeypatch.setattr("featcache.encoder.fold_batchnorm", lambda module: Pooled(-1.0).eval())
+    with torch.inference_mode():
+        expected = backbone.module(normalise(torch.from_numpy(pixels), *channel_constants(backbone.preprocess, CPU)))
+    for name, replacement in (("fold_batchnorm", folding), ("fuse_convolutions", fusing)):
+        if replacement:
+            monkeypatch.setattr(f"featcache.encoder.{name}", replacement)
     encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels)
-    assert choice.precision_class == "reference"
-    assert "plain" in choice.reason
-    np.testing.assert_array_equal(encoder(pixels), expected)
+    assert (choice.form, choice.precision_class) == (form, "reference")
+    np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_folding_removes_batch_norms_and_keeps_the_original() -> None:
-    module = load_backbone("resnet18", "none").module
-    folded = fold_batchnorm(module)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 0
+def test_fusing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATCACHE_FUSE", "0")
+    backbone, pixels = tiny(Pooled(1.0))
+    assert build_encoder(backbone, choose_runtime("cpu"), pixels)[1].form == "folded"
 
 
 def test_cosine() -> None:

@@ -1,0 +1,186 @@
+"""The same network in fewer, larger steps: batch norms folded into convolutions, what follows a convolution done in it.
+
+In: a frozen network in eval mode. Out: a copy that computes the same up to rounding, by symbolic tracing (``torch.fx``);
+whoever uses it checks that it does. Compilers find the same fusions, but take many seconds for it on every start.
+"""
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+# oneDNN's name and arguments for what it can apply to a convolution's result before that leaves the cache
+_ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, list[float]]]] = {
+    nn.ReLU: lambda _: ("relu", []),
+    nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0]),
+    nn.Hardtanh: lambda module: ("hardtanh", [float(module.min_val), float(module.max_val)]),
+    nn.Hardswish: lambda _: ("hardswish", []),
+    nn.SiLU: lambda _: ("swish", []),
+    nn.Sigmoid: lambda _: ("sigmoid", []),
+}
+_RELUS = {torch.relu, nn.functional.relu}
+_ADDITIONS = {operator.add, operator.iadd, torch.add}
+
+
+def fold_batchnorm(module: nn.Module) -> nn.Module:
+    """A copy with each batch norm folded into the convolution before it; an unfolded one if it cannot be traced.
+
+    The formula is ``torch.nn.utils.fusion.fuse_conv_bn_eval``'s.
+    """
+    try:
+        traced = _trace(_with_plain_batchnorms(copy.deepcopy(module).eval()))
+    except Exception:  # data-dependent control flow: tracing fails in as many ways as there are models
+        return copy.deepcopy(module).eval()
+    modules = dict(traced.named_modules())
+    calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
+            continue
+        conv = node.args[0]
+        once = conv.op == "call_module" and len(conv.users) == calls[conv.target] == calls[node.target] == 1
+        if once and isinstance(modules[conv.target], nn.Conv2d) and modules[node.target].running_var is not None:
+            _put(traced, conv.target, fuse_conv_bn_eval(modules[conv.target], modules[node.target]))
+            node.replace_all_uses_with(conv)
+            traced.graph.erase_node(node)
+    return _finished(traced)
+
+
+def fuse_convolutions(module: nn.Module, sample: torch.Tensor) -> nn.Module:
+    """A network whose convolutions also add the residual and apply the activation that follow them, by oneDNN.
+
+    Args:
+        module: as ``fold_batchnorm`` returns it, on a CPU, in the precision and memory format it is to run in; changed.
+        sample: an input (N, 3, H, W) of the size that most others will have: weights are laid out for it.
+
+    Raises:
+        RuntimeError, AttributeError, ...: this build of PyTorch, or this CPU, cannot; do without.
+    """
+    if not isinstance(module, fx.GraphModule):
+        return module
+    ShapeProp(module).propagate(sample)
+    modules = dict(module.named_modules())
+    position = {node: number for number, node in enumerate(module.graph.nodes)}
+    for number, node in enumerate(list(module.graph.nodes)):
+        if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
+            _fuse_from(module, node, modules, position, f"fused_{number}")
+    return _finished(module)
+
+
+class _FusedConvolution(nn.Module):
+    """Convolution, optionally plus a residual, then an activation."""
+
+    def __init__(self, conv: nn.Conv2d, shape: torch.Size, activation: tuple[str, list[float]]) -> None:
+        super().__init__()
+        self._geometry = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
+        self._activation, self._scalars = activation
+        # TorchInductor's own operators, used without its compiler; a packed weight is opaque, so no parameter.
+        pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        weight = conv.weight.detach().contiguous(memory_format=torch.channels_last).to_mkldnn()
+        self._weight = pack(weight, *self._geometry, list(shape))
+        self._bias = None if conv.bias is None else conv.bias.detach()
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        weights = (self._weight, self._bias, *self._geometry)
+        run: Any = torch.ops.mkldnn._convolution_pointwise
+        if residual is None:
+            return run(x, *weights, self._activation, self._scalars, "")  # type: ignore[no-any-return]
+        after = None if self._activation == "none" else self._activation
+        return run.binary(x, residual, *weights, "add", 1.0, after, self._scalars, "")  # type: ignore[no-any-return]
+
+
+def _fuse_from(
+    traced: fx.GraphModule, conv: fx.Node, modules: dict[str, nn.Module], position: dict[fx.Node, int], name: str
+) -> None:
+    """Replace ``conv`` and what follows it by one call."""
+    chain, residual, activation = [conv], None, ("none", list[float]())
+    after = _only_user(conv)
+    if after is not None and (residual := _residual(after, conv, position)) is not None:
+        chain.append(after)
+        after = _only_user(after)
+        if after is not None and _activation(after, modules) == ("relu", []):  # the only one oneDNN's addition takes
+            chain.append(after)
+            activation = ("relu", [])
+    elif after is not None and (found := _activation(after, modules)):
+        chain.append(after)
+        activation = found
+    source, last = conv.args[0], chain[-1]
+    assert isinstance(source, fx.Node)
+    module = modules[str(conv.target)]
+    traced.add_submodule(name, _FusedConvolution(module, source.meta["tensor_meta"].shape, activation))  # type: ignore[arg-type]
+    with traced.graph.inserting_after(last):
+        fused = traced.graph.call_module(name, (source,) if residual is None else (source, residual))
+    fused.meta, position[fused] = dict(last.meta), position[last]
+    last.replace_all_uses_with(fused)
+    for node in reversed(chain):
+        traced.graph.erase_node(node)
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, list[float]] | None:
+    if node.op == "call_function" and node.target in _RELUS:
+        return "relu", []
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
+    describe = _ACTIVATIONS.get(type(module)) if module is not None else None
+    return describe(module) if describe else None
+
+
+def _residual(node: fx.Node, conv: fx.Node, position: dict[fx.Node, int]) -> fx.Node | None:
+    """What ``node`` adds to ``conv``'s result, if it does, and if that is known before ``conv`` runs."""
+    if node.op != "call_function" or node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+        return None
+    other = node.args[1] if node.args[0] is conv else node.args[0]
+    if not isinstance(other, fx.Node) or other is conv or position[other] > position[conv]:
+        return None
+    changes_other = node.target is operator.iadd and node.args[0] is other and len(other.users) > 1
+    same_shape = other.meta["tensor_meta"].shape == conv.meta["tensor_meta"].shape
+    return other if same_shape and not changes_other else None
+
+
+class _Tracer(fx.Tracer):
+    """Convolutions of other libraries that extend PyTorch's stay whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace(module: nn.Module) -> fx.GraphModule:
+    tracer = _Tracer()
+    return fx.GraphModule(tracer.root if hasattr(tracer, "root") else module, tracer.trace(module))
+
+
+def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
+    """timm's batch norms hold their activation: make them two modules, the first of which can be folded."""
+    for name, child in list(module.named_modules()):
+        if type(child).__name__ == "BatchNormAct2d" and isinstance(child, nn.BatchNorm2d):
+            norm = nn.BatchNorm2d(child.num_features, child.eps)
+            norm.load_state_dict(child.state_dict(), strict=False)
+            rest = [getattr(child, part) for part in ("drop", "act")]
+            _put(
+                module, name, nn.Sequential(norm, *(part for part in rest if not isinstance(part, nn.Identity))).eval()
+            )
+    return module
+
+
+def _put(module: nn.Module, name: str, child: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, child)
+
+
+def _finished(traced: fx.GraphModule) -> fx.GraphModule:
+    traced.delete_all_unused_submodules()
+    traced.graph.lint()
+    traced.recompile()
+    return traced

@@ -9,14 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
 from featcache.errors import UsageError
 from featcache.recipes import Step
-from featcache.runtime import compiler_on_demand
-
-with compiler_on_demand():
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional
 
 _RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop, as usual
 

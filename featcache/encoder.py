@@ -83,10 +83,11 @@ class Encoder:
 
     def fuse(self, batch_size: int) -> bool:
         """Let convolutions do what follows them, for batches of this size; whether that is possible here."""
-        pixels = torch.zeros((batch_size, *self.preprocess.crop, 3), dtype=torch.uint8)
+        pixels = torch.zeros((1, *self.preprocess.crop, 3), dtype=torch.uint8)
         try:
             with torch.inference_mode():
-                self._module = fuse_convolutions(self._module, normalise(pixels, *self._constants).to(self._dtype))
+                inputs = normalise(pixels, *self._constants).to(self._dtype)
+                self._module = fuse_convolutions(self._module, inputs, batch_size=batch_size)
         except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
             return False
         return True

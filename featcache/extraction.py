@@ -185,6 +185,7 @@ class _Job:
     @functools.cached_property
     def prepared(self) -> _Prepared:
         """Backbone, encoder and spec. Raises BackboneError, UsageError, SourceError."""
+        from featcache.decoders import decoder_in_words
         from featcache.embedding import sample_pixels
         from featcache.encoder import build_encoder
 
@@ -198,6 +199,7 @@ class _Job:
         precision = cast("Precision", self.request.precision)
         encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
         log.info("precision %s", choice.reason)
+        log.info("decoder: %s", decoder_in_words())
         # What an earlier run settled by measuring stays settled, also if today's sample would just pass or fail.
         settled = (self._before, self._model.spec if self._model else {})
         again = self.request.precision in [spec.get("precision") for spec in settled]

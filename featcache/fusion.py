@@ -51,12 +51,13 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     return _finished(traced)
 
 
-def fuse_convolutions(module: nn.Module, sample: torch.Tensor) -> nn.Module:
+def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: int | None = None) -> nn.Module:
     """A network whose convolutions also add the residual and apply the activation that follow them, by oneDNN.
 
     Args:
         module: as ``fold_batchnorm`` returns it, on a CPU, in the precision and memory format it is to run in; changed.
-        sample: an input (N, 3, H, W) of the size that most others will have: weights are laid out for it.
+        sample: an input (N, 3, H, W) of the size that most others will have. batch_size: theirs, if it is not N. Weights
+            are laid out for it; other inputs work as well.
 
     Raises:
         RuntimeError, AttributeError, ...: this build of PyTorch, or this CPU, cannot; do without.
@@ -68,21 +69,21 @@ def fuse_convolutions(module: nn.Module, sample: torch.Tensor) -> nn.Module:
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     for number, node in enumerate(list(module.graph.nodes)):
         if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
-            _fuse_from(module, node, modules, position, f"fused_{number}")
+            _fuse_from(module, node, modules, position, batch_size, f"fused_{number}")
     return _finished(module)
 
 
 class _FusedConvolution(nn.Module):
     """Convolution, optionally plus a residual, then an activation."""
 
-    def __init__(self, conv: nn.Conv2d, shape: torch.Size, activation: tuple[str, list[float]]) -> None:
+    def __init__(self, conv: nn.Conv2d, shape: list[int], activation: tuple[str, list[float]]) -> None:
         super().__init__()
         self._geometry = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
         self._activation, self._scalars = activation
         # TorchInductor's own operators, used without its compiler; a packed weight is opaque, so no parameter.
         pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         weight = conv.weight.detach().contiguous(memory_format=torch.channels_last).to_mkldnn()
-        self._weight = pack(weight, *self._geometry, list(shape))
+        self._weight = pack(weight, *self._geometry, shape)
         self._bias = None if conv.bias is None else conv.bias.detach()
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,7 +96,12 @@ class _FusedConvolution(nn.Module):
 
 
 def _fuse_from(
-    traced: fx.GraphModule, conv: fx.Node, modules: dict[str, nn.Module], position: dict[fx.Node, int], name: str
+    traced: fx.GraphModule,
+    conv: fx.Node,
+    modules: dict[str, nn.Module],
+    position: dict[fx.Node, int],
+    batch_size: int | None,
+    name: str,
 ) -> None:
     """Replace ``conv`` and what follows it by one call."""
     chain, residual, activation = [conv], None, ("none", list[float]())
@@ -111,8 +117,9 @@ def _fuse_from(
         activation = found
     source, last = conv.args[0], chain[-1]
     assert isinstance(source, fx.Node)
-    module = modules[str(conv.target)]
-    traced.add_submodule(name, _FusedConvolution(module, source.meta["tensor_meta"].shape, activation))  # type: ignore[arg-type]
+    n, *rest = source.meta["tensor_meta"].shape
+    fused_module = _FusedConvolution(modules[str(conv.target)], [batch_size or n, *rest], activation)  # type: ignore[arg-type]
+    traced.add_submodule(name, fused_module)
     with traced.graph.inserting_after(last):
         fused = traced.graph.call_module(name, (source,) if residual is None else (source, residual))
     fused.meta, position[fused] = dict(last.meta), position[last]

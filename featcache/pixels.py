@@ -60,7 +60,7 @@ class Pixels:
 
 def network_input(spec: PreprocessSpec) -> Convert:
     """Stored for evaluation: exactly what ``extract`` and ``predict`` feed the backbone."""
-    return lambda image: to_pixels(image, spec)
+    return lambda image: to_pixels(np.array(image), spec)
 
 
 def training_input(spec: PreprocessSpec) -> Convert:

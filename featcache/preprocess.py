@@ -1,6 +1,6 @@
 """From a decoded image to the numbers a backbone sees: resize, crop, scale, normalise.
 
-In: an upright 8-bit RGB ``PIL.Image`` and a ``PreprocessSpec``. Out: uint8 pixels (H, W, 3), then float32 (N, 3, H, W).
+In: upright 8-bit RGB pixels and a ``PreprocessSpec``. Out: uint8 pixels (H, W, 3), then float32 (N, 3, H, W).
 The spec is frozen and stored with every embedding; nothing that changes the numbers is decided anywhere else.
 """
 
@@ -93,27 +93,27 @@ class PreprocessSpec:
         return int(self.resize * height / width), self.resize
 
 
-def to_pixels(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
+def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
     """Resize and centre-crop, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images.
 
     Bilinear and bicubic by PyTorch's antialiased filters for uint8: Pillow's algorithm, vectorised, twice as fast; its
     weights are rounded to 16 bits, so that a few values in a hundred differ by one of the 256 levels. Others by Pillow.
 
     Args:
-        image: upright RGB image, as ``images.decode`` returns it.
+        image: upright RGB, uint8 (height, width, 3), as ``decoders.decode_pixels`` returns it.
         spec: sizes and filter.
 
     Returns:
         uint8 array (H, W, 3), ``(H, W) == spec.crop``.
     """
-    size = spec.resized(image.height, image.width)
+    size = spec.resized(*image.shape[:2])
     top, left = (round((edge - kept) / 2.0) for edge, kept in zip(size, spec.crop, strict=True))
-    if size == (image.height, image.width):
-        resized = np.asarray(image)
+    if size == image.shape[:2]:
+        resized = image
     elif spec.interpolation in ("bilinear", "bicubic"):
-        resized = _resize(np.array(image), size, spec.interpolation)
+        resized = _resize(image, size, spec.interpolation)
     else:
-        resized = np.asarray(image.resize(size[::-1], _RESAMPLING[spec.interpolation]))
+        resized = np.asarray(Image.fromarray(image).resize(size[::-1], _RESAMPLING[spec.interpolation]))
     return resized[top : top + spec.crop[0], left : left + spec.crop[1]]
 
 

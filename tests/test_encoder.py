@@ -113,11 +113,11 @@ def test_precision_that_fails_is_obeyed_and_named() -> None:
         build_encoder(backbone, choose_runtime("cpu"), pixels, precision="int8")  # type: ignore[arg-type]
 
 
-def wrong(*_: object) -> nn.Module:
+def wrong(*_: object, **__: object) -> nn.Module:
     return Pooled(-1.0).eval()
 
 
-def fails(*_: object) -> nn.Module:
+def fails(*_: object, **__: object) -> nn.Module:
     raise RuntimeError("no such operator")
 
 

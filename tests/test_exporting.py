@@ -115,7 +115,7 @@ def pictures(folder: Path) -> tuple[list[Path], np.ndarray]:
     colours = ((200, 40, 30), (30, 200, 60), (90, 90, 90))
     paths = [write_photo(folder / f"{k}.png", colour, k, (90, 80)) for k, colour in enumerate(colours)]
     spec = PreprocessSpec(resize=72, crop=(64, 64), interpolation="bilinear", mean=MEAN, std=STD)
-    return paths, np.stack([to_pixels(Image.open(path).convert("RGB"), spec) for path in paths])
+    return paths, np.stack([to_pixels(np.array(Image.open(path).convert("RGB")), spec) for path in paths])
 
 
 def predicted(model: Path, paths: list[Path]) -> np.ndarray:

@@ -47,7 +47,7 @@ def by_path(cache: Path) -> dict[str, np.ndarray]:
 
 def oracle(path: Path) -> np.ndarray:
     backbone = customise(load_backbone(TINY.backbone, TINY.weights), TINY)
-    pixels = to_pixels(decode(path.read_bytes()), backbone.preprocess)
+    pixels = to_pixels(np.array(decode(path.read_bytes())), backbone.preprocess)
     with torch.inference_mode():
         constants = channel_constants(backbone.preprocess, torch.device("cpu"))
         return backbone.module(normalise(torch.from_numpy(pixels.copy())[None], *constants))[0].numpy()

@@ -48,7 +48,7 @@ def test_evaluation_sees_exactly_what_prediction_sees(photos: Path) -> None:
     images = list_images(photos)
     kept = decode_in_memory(images, network_input(PLAIN))
     for number, path in enumerate(images.paths):
-        np.testing.assert_array_equal(kept[number], to_pixels(decode(read_image(photos / path)[0]), PLAIN))
+        np.testing.assert_array_equal(kept[number], to_pixels(np.array(decode(read_image(photos / path)[0])), PLAIN))
 
 
 @pytest.mark.parametrize(("size", "stored"), [((400, 200), (92, 46)), ((200, 400), (46, 92)), ((30, 20), (30, 20))])

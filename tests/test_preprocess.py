@@ -43,7 +43,7 @@ def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str
     mode = functional.InterpolationMode(interpolation)
     for resize, crop in ((256, (224, 224)), (255, (224, 224)), (232, (224, 224)), (224, (224, 224)), (40, (33, 32))):
         expected = functional.center_crop(functional.resize(image, resize, mode), list(crop))
-        ours = to_pixels(image, spec(resize=resize, crop=crop, interpolation=interpolation))
+        ours = to_pixels(np.array(image), spec(resize=resize, crop=crop, interpolation=interpolation))
         difference = np.abs(ours.astype(int) - np.asarray(expected))
         # Noise is the worst case: a grid off by one pixel would differ by 85 levels on average.
         assert difference.max() <= (0 if interpolation == "nearest" else 2)
@@ -53,7 +53,7 @@ def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str
 def test_resize_to_both_edges_distorts_as_torchvision_does() -> None:
     image = picture(500, 375)
     expected = functional.resize(image, [224, 224], functional.InterpolationMode.BILINEAR)
-    difference = np.abs(to_pixels(image, spec(resize=(224, 224))).astype(int) - np.asarray(expected))
+    difference = np.abs(to_pixels(np.array(image), spec(resize=(224, 224))).astype(int) - np.asarray(expected))
     assert difference.max() <= 1
     assert (difference > 0).mean() <= 0.01
 
@@ -62,7 +62,9 @@ def test_resize_to_both_edges_distorts_as_torchvision_does() -> None:
 def test_whole_path_equals_the_preset_bit_for_bit_where_nothing_is_resampled(size: tuple[int, int]) -> None:
     image = picture(*size)
     expected = ImageClassification(crop_size=224, resize_size=256)(image)
-    ours = normalise(torch.from_numpy(to_pixels(image, spec()).copy())[None], *channel_constants(spec(), CPU))[0]
+    ours = normalise(
+        torch.from_numpy(to_pixels(np.array(image), spec()).copy())[None], *channel_constants(spec(), CPU)
+    )[0]
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 

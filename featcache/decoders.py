@@ -1,0 +1,73 @@
+"""A file's bytes to pixels, by the fastest decoder here that gives Pillow's pixels.
+
+In: the bytes of an image file. Out: uint8 (H, W, 3), or ``RefusedImage``. Pillow (``images.decode``) decides what an image
+is; another decoder is taken for what it decodes without a single warning, and only if its pixels are the same, so that an
+embedding does not depend on what is installed. ``FEATCACHE_DECODER=pillow`` turns others off.
+"""
+
+import contextlib
+import functools
+import io
+import os
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from featcache.images import MAX_PIXELS, decode
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def decode_pixels(data: bytes) -> Pixels:
+    """Decode a file into upright 8-bit RGB, uint8 (H, W, 3), as ``images.decode`` does. Raises RefusedImage."""
+    decode_jpeg = _fast_jpeg()
+    if decode_jpeg and data.startswith(b"\xff\xd8\xff"):
+        with contextlib.suppress(Exception):  # whatever is wrong with it, Pillow says so, or decodes it after all
+            if _is_plain_jpeg(data):
+                return decode_jpeg(data)
+    return np.array(decode(data))  # a copy: Pillow's own memory is read-only, which tensors dislike
+
+
+def decoder_in_words() -> str:
+    """Which decoder is used for JPEGs, and why."""
+    if _fast_jpeg():
+        return "JPEGs by simplejpeg, whose pixels equal Pillow's; FEATCACHE_DECODER=pillow turns it off"
+    if os.environ.get("FEATCACHE_DECODER") == "pillow":
+        return "JPEGs by Pillow, as FEATCACHE_DECODER says"
+    return "JPEGs by Pillow; pip install 'featcache[fast]' decodes them faster, to the same pixels"
+
+
+@functools.cache
+def _fast_jpeg() -> Callable[[bytes], Pixels] | None:
+    """simplejpeg, if it is installed and gives Pillow's pixels: libjpegs differ in their upsampling and cosine transform."""
+    if os.environ.get("FEATCACHE_DECODER") == "pillow":
+        return None
+    try:
+        from simplejpeg import decode_jpeg
+
+        same = all(np.array_equal(decode_jpeg(data), np.asarray(decode(data))) for data in _examples())
+    except Exception:  # not installed, or broken
+        return None
+    return decode_jpeg if same else None
+
+
+def _examples() -> list[bytes]:
+    """JPEGs of noise in every usual way of storing colour, of odd sizes."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8))
+    found = []
+    for image in (noise, noise.convert("L")):
+        for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
+            for progressive in (False, True):
+                file = io.BytesIO()
+                image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+                found.append(file.getvalue())
+    return found
+
+
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether nothing about it needs a decision: no orientation, no CMYK, no absurd size. Reads the header only."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        small = image.width * image.height <= MAX_PIXELS
+        return small and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1

@@ -1,0 +1,107 @@
+"""Whatever decodes a file, the pixels and the refusals are Pillow's."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from conftest import write_photo
+from PIL import Image
+
+from featcache import decoders
+from featcache.decoders import decode_pixels, decoder_in_words
+from featcache.images import RefusedImage, decode
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    decoders._fast_jpeg.cache_clear()
+    yield
+    decoders._fast_jpeg.cache_clear()
+
+
+def jpeg(mode: str = "RGB", size: tuple[int, int] = (73, 50), **options: object) -> bytes:
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return jpeg(exif=exif)
+
+
+FILES = {
+    "photo": jpeg(),
+    "4:4:4": jpeg(quality=95, subsampling=0),
+    "4:2:2": jpeg(subsampling=1),
+    "grey": jpeg("L"),
+    "CMYK": jpeg("CMYK"),
+    "progressive": jpeg(progressive=True),
+    "upright": turned(1),
+    "turned": turned(6),
+    "trailing bytes": jpeg() + b"garbage",
+    "not a JPEG": b"GIF89a" + bytes(10),
+    "empty": b"",
+    "only a header": jpeg()[:150],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_and_refusals_are_pillows(name: str) -> None:
+    assert decoders._fast_jpeg() is not None, "the dev extra installs it"
+    same_as_pillow(FILES[name])
+
+
+def same_as_pillow(data: bytes) -> None:
+    try:
+        expected = np.asarray(decode(data))
+    except RefusedImage as reason:
+        with pytest.raises(RefusedImage) as found:
+            decode_pixels(data)
+        assert str(found.value) == str(reason)
+        return
+    pixels = decode_pixels(data)
+    np.testing.assert_array_equal(pixels, expected)
+    assert pixels.flags.writeable
+
+
+def test_damaged_files() -> None:
+    """Cut off anywhere, or with a flipped byte: decoded alike or refused alike."""
+    whole = jpeg(size=(64, 64))
+    for stop in range(2, len(whole), len(whole) // 60):
+        same_as_pillow(whole[:stop])
+        same_as_pillow(whole[:stop] + b"\xff\xd9")
+    random = np.random.default_rng(0)
+    for position in random.integers(2, len(whole), 60).tolist():
+        same_as_pillow(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+
+
+def test_the_fast_decoder_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "decode", None)  # Pillow's way would fail
+    monkeypatch.setattr(decoders, "_examples", list)
+    assert decode_pixels(FILES["photo"]).shape == (50, 73, 3)
+    with pytest.raises(TypeError):
+        decode_pixels(FILES["turned"])
+
+
+def test_a_decoder_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import simplejpeg
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data: np.asarray(decode(data)) ^ 1)
+    assert "by Pillow" in decoder_in_words()
+    same_as_pillow(FILES["photo"])
+
+
+def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATCACHE_DECODER", "pillow")
+    assert "as FEATCACHE_DECODER says" in decoder_in_words()
+    same_as_pillow(FILES["photo"])
+
+
+def test_photos(tmp_path: object) -> None:
+    path = tmp_path / "photo.jpg"  # type: ignore[operator]
+    write_photo(path, (200, 80, 20), 3)
+    same_as_pillow(path.read_bytes())

@@ -1,23 +1,32 @@
-"""How much faster is `extract` than the loop a tutorial would have you write?
+"""How much faster is `extract` than the loop a tutorial would have you write, and how near to what the machine can do?
 
-    python benchmarks/extract_vs_loop.py FOLDER --weights FILE [--backbone mobilenet_v2] [--pairs 3]
+    python benchmarks/extract_vs_loop.py FOLDER... --weights FILE [--backbone mobilenet_v2] [--images 1000] [--pairs 3]
 
-FOLDER holds class folders. Both sides embed all its images once on the CPU, each in a process of its own, in turn, so that
-a drifting machine hits both. The loop: torchvision's ImageFolder and preset transforms (PIL), DataLoader with 2 workers,
-batches of 32, eager float32. Counted is the embedding itself ("steady") and the whole process ("cold"). Medians are
-printed, and one JSON line at the end. Features of both sides are compared, too.
+Each FOLDER holds images in folders of classes, at any depth; so many of them, evenly spread, are copied into one folder.
+Both sides embed them once on the CPU, each in a process of its own, in turn, so that a drifting machine hits both. The
+loop: torchvision's ImageFolder and preset transforms (PIL), DataLoader with 2 workers, batches of 32, eager float32.
+Counted is the embedding itself ("steady") and the whole process ("cold"). Medians are printed, and one JSON line at the
+end. Features of both sides are compared, too.
+
+After the pairs the ceiling of this machine is measured: images/s of decoding alone and of the forward pass alone, by the
+same threads. On a CPU they share the cores, so the ceiling is 1 / (1/decode + 1/forward); E is end to end / ceiling,
+measured in turn with them.
 """
 
 import argparse
 import json
-import os
-import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from facts import machine_facts
+
+_READ = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}  # what ImageFolder reads
 
 
 def usual_loop(arguments: argparse.Namespace, output: Path) -> float:
@@ -35,7 +44,7 @@ def usual_loop(arguments: argparse.Namespace, output: Path) -> float:
         if hasattr(model, name):
             setattr(model, name, torch.nn.Identity())
     model.eval()
-    loader = DataLoader(datasets.ImageFolder(arguments.folder, weights.transforms()), batch_size=32, num_workers=2)
+    loader = DataLoader(datasets.ImageFolder(arguments.copy, weights.transforms()), batch_size=32, num_workers=2)
     started = time.perf_counter()
     features = []
     with torch.no_grad():
@@ -48,51 +57,92 @@ def usual_loop(arguments: argparse.Namespace, output: Path) -> float:
 
 def ours(arguments: argparse.Namespace, output: Path) -> float:
     """`extract` into a new cache; returns seconds, model loading left out."""
-    import numpy as np
-
-    from featcache import ExtractRequest, FeatureCache, extract
+    from featcache import ExtractRequest, extract
 
     request = ExtractRequest(backbone=arguments.backbone, weights=arguments.weights, precision=arguments.precision)
-    with tempfile.TemporaryDirectory() as folder:
-        report = extract(arguments.folder, Path(folder) / "features.h5", request, device="cpu")
-        np.save(output, FeatureCache.open(Path(folder) / "features.h5").X)
+    report = extract(arguments.copy, output, request, device="cpu", force=True)
     return report.embedded / report.images_per_second
 
 
 def one_run(arguments: argparse.Namespace, side: str, output: Path) -> dict[str, float]:
     """Run one side in a child process: seconds of embedding and of the whole process."""
     started = time.perf_counter()
-    child = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--side", side, "--output", output], check=True, stdout=-1
-    )
+    options = ["--side", side, "--output", str(output), "--copy", str(arguments.copy)]
+    child = subprocess.run([sys.executable, __file__, *sys.argv[1:], *options], check=True, stdout=subprocess.PIPE)
     return {"cold": time.perf_counter() - started, "steady": json.loads(child.stdout)["seconds"]}
+
+
+def ceiling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Decode alone, forward alone and end to end, in turn, in this process."""
+    from featcache.backbones import load_backbone
+    from featcache.embedding import sample_pixels
+    from featcache.encoder import build_encoder
+    from featcache.images import list_images
+    from featcache.measuring import measure
+    from featcache.runtime import choose_runtime, keep_freed_memory
+
+    keep_freed_memory()
+    backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")
+    images = list_images(arguments.copy)
+    sample = sample_pixels(images, backbone.preprocess, runtime.batch_size)
+    encoder, choice = build_encoder(backbone, runtime, sample, precision=arguments.precision)
+    rates = measure(images, encoder, runtime, seconds=arguments.seconds)
+    facts = {name: getattr(rates, name) for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")}
+    return facts | {"precision": choice.precision, "form": choice.form}
+
+
+def copy_images(folders: list[Path], count: int | None, target: Path) -> int:
+    """Copy ``count`` images, evenly spread, into ``target``/CLASS; returns how many there are."""
+    found = sorted(path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in _READ)
+    count = min(count or len(found), len(found))
+    for number in range(count):
+        path = found[number * len(found) // count]
+        folder = target / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / f"{number:06d}{path.suffix}")
+    return count
+
+
+def compare(loop: Path, cache: Path) -> tuple[float, float]:
+    """Mean and minimum cosine between the features of both sides."""
+    import numpy as np
+
+    from featcache import FeatureCache
+
+    a, b = np.load(loop).astype(np.float64), np.asarray(FeatureCache.open(cache).X, np.float64)
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return float(cosines.mean()), float(cosines.min())
 
 
 def main() -> None:  # noqa: D103 - the module says it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
+    parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--weights", default="none", help="a .pth file, or none for random ones")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--images", type=int, help="only so many")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60.0, help="to measure the ceiling in; 0: do not")
     parser.add_argument("--side", choices=["loop", "featcache"], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--copy", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         seconds = (usual_loop if arguments.side == "loop" else ours)(arguments, arguments.output)
         print(json.dumps({"seconds": seconds}))
         return
 
-    import numpy as np
-
     pairs = []
+    facts = machine_facts()
     with tempfile.TemporaryDirectory() as folder:
-        files = {side: Path(folder) / f"{side}.npy" for side in ("loop", "featcache")}
+        arguments.copy = Path(folder) / "images"
+        n = copy_images(arguments.folders, arguments.images, arguments.copy)
+        files = {"loop": Path(folder) / "loop.npy", "featcache": Path(folder) / "features.h5"}
         for number in range(arguments.pairs):
             pairs.append({side: one_run(arguments, side, files[side]) for side in files})
             print(f"pair {number + 1}: {pairs[-1]}", file=sys.stderr, flush=True)
-        a, b = (np.load(files[side]).astype(np.float64) for side in ("loop", "featcache"))
-    cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        mean, minimum = compare(files["loop"], files["featcache"])
+        limits = ceiling(arguments) if arguments.seconds else {}
 
     def median(side: str, what: str) -> float:
         return statistics.median(pair[side][what] for pair in pairs)
@@ -100,21 +150,20 @@ def main() -> None:  # noqa: D103 - the module says it
     def ratio(what: str) -> float:
         return statistics.median(pair["loop"][what] / pair["featcache"][what] for pair in pairs)
 
-    n = len(a)
-    print(f"{n} images, {arguments.backbone}, {os.cpu_count()} cores, median of {len(pairs)} pairs")
+    print(f"{n} images, {arguments.backbone}, {facts['cores']} cores, median of {len(pairs)} pairs")
     print(f"{'':12}{'steady img/s':>14}{'cold s':>10}")
     for side in files:
         print(f"{side:12}{n / median(side, 'steady'):14.1f}{median(side, 'cold'):10.1f}")
     print(f"{'ratio':12}{ratio('steady'):14.2f}{ratio('cold'):10.2f}")
-    print(f"cosine of the features of both sides: mean {cosine.mean():.6f}, minimum {cosine.min():.6f}")
-    facts = {"images": n, "backbone": arguments.backbone, "steady_ratio": ratio("steady"), "cold_ratio": ratio("cold")}
-    facts |= {
-        "mean_cosine": cosine.mean(),
-        "min_cosine": cosine.min(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-    }
-    print(json.dumps(facts | {"pairs": pairs}))
+    print(f"cosine of the features of both sides: mean {mean:.6f}, minimum {minimum:.6f}")
+    if limits:
+        print(f"images/s: decode {limits['decode']:.1f}, forward {limits['forward']:.1f} ({limits['form']} ", end="")
+        print(f"{limits['precision']}), together at most {limits['ceiling']:.1f}; ", end="")
+        print(f"end to end {limits['end_to_end']:.1f}: E = {limits['efficiency']:.3f}")
+    result = {"images": n, "backbone": arguments.backbone, "precision": arguments.precision}
+    result |= {"steady_ratio": ratio("steady"), "cold_ratio": ratio("cold"), "ceiling": limits}
+    result |= {"mean_cosine": mean, "min_cosine": minimum, "pairs": pairs}
+    print(json.dumps(result | facts))
 
 
 if __name__ == "__main__":

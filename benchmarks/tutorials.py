@@ -330,8 +330,6 @@ def tutorial_side(job: dict[str, Any]) -> dict[str, Any]:
 
 def featcache_side(job: dict[str, Any]) -> dict[str, Any]:
     """A stage featcache's way."""
-    import torchvision  # noqa: F401 - imports are not work
-
     import featcache.embedding
     import featcache.encoder
     import featcache.logreg

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from featcache.cache import FeatureCache, Features, Rows, encode_names, write_cache
+from featcache.cache import FeatureCache, Rows, encode_names, write_cache
 from featcache.errors import SourceError, UsageError
 from featcache.images import ImageList, list_images
 from featcache.planning import Plan, all_refused, make_plan, of_spec, open_lenders, open_old, refusals
 from featcache.publish import check_free_space, check_output
+from featcache.reading import Features
 from featcache.recognition import Known, digest_keys, find
 from featcache.request import ExtractRequest, load_requested
 from featcache.spec import fingerprint_of, make_spec

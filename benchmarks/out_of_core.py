@@ -51,7 +51,7 @@ def write(path: Path, rows: int, dim: int, classes: int, distance: float) -> Non
         sizes=np.zeros(rows, np.int64),
         mtimes=np.zeros(rows, np.int64),
     )
-    preprocess = PreprocessSpec(256, (224, 224), "bilinear", (0.5,) * 3, (0.5,) * 3)
+    preprocess = PreprocessSpec(resize=256, crop=(224, 224), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
     spec = make_spec(
         name="synthetic",
         weights_sha256="0" * 64,

@@ -54,7 +54,7 @@ class Head:
         """(N, D) embeddings -> (N, C) probabilities, rows summing to 1."""
         return softmax(self.logits(X))
 
-    def score(self, features: Array | FeatureReader, rows: Array, *, block: int = 8192) -> Array:
+    def score(self, features: Array | FeatureReader, rows: Array, *, block: int = 2048) -> Array:
         """(n, C) probabilities of some ``rows`` of (M, D) features, read block by block."""
         bias = self.layers[-1][1]
         scores = np.empty((len(rows), len(bias)), bias.dtype)  # filled in place: never twice in memory
@@ -116,7 +116,8 @@ class FittedHead:
 def scale_features(x: Array, scaling: Scaling, mean: Array, scale: Array) -> Array:
     """Apply ``Head.scaling`` to (N, D) embeddings."""
     if scaling == "standardise":
-        x = (x - mean.astype(x.dtype)) / scale.astype(x.dtype)
+        x = x - mean.astype(x.dtype)
+        x /= scale.astype(x.dtype)
     elif scaling == "unit":
         norms = np.linalg.norm(x, axis=1, keepdims=True)
         x = x / np.where(norms == 0, 1, norms)

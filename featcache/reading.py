@@ -68,8 +68,7 @@ class FeatureReader:
         steps = np.diff(rows)
         if (steps <= 0).any():  # the file is read once, from its beginning to its end
             unique, inverse = np.unique(rows, return_inverse=True)
-            values = self[unique]
-            return values[inverse.reshape(-1)]
+            return np.asarray(self[unique][inverse.reshape(-1)])
         values: Features = np.empty((len(rows), self.shape[1]), self.dtype)
         cuts = [0, *(np.flatnonzero(steps > 1) + 1).tolist(), len(rows)]
         firsts = rows[cuts[:-1]].tolist()

@@ -4,7 +4,7 @@
 
 A cache of random float16 features, sorted by class as caches are, is written into a temporary folder below FOLDER and
 thrown away at the end. `fit-head --clf linear` then runs in a process of its own, once per number of folds. Measured are
-that process's peak of resident memory (ru_maxrss: pages of mapped files count), what importing the libraries alone
+that process's peak of resident memory (VmHWM: pages of mapped files count), what importing the libraries alone
 takes, and the time spent inside the reads. --rounds N cuts training off after N looks at the loss (of 131,072 rows each):
 memory is the same, time is not. The cache was just written: its pages are warm if memory allows.
 """
@@ -67,6 +67,9 @@ def write(path: Path, rows: int, dim: int, classes: int, distance: float) -> Non
 
 def peak() -> float:
     """Most resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss would count what the parent had when it forked
+        return next(int(x.split()[1]) for x in status.read_text().splitlines() if x.startswith("VmHWM")) * 1024 / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 

@@ -74,11 +74,12 @@ def one_run(arguments: argparse.Namespace, side: str, output: Path) -> dict[str,
 
 def ceiling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Decode alone, forward alone and end to end, in turn, in this process."""
+    from featcache.measuring import measure
+
     from featcache.backbones import load_backbone
     from featcache.embedding import sample_pixels
     from featcache.encoder import build_encoder
     from featcache.images import list_images
-    from featcache.measuring import measure
     from featcache.runtime import choose_runtime, keep_freed_memory
 
     keep_freed_memory()

@@ -15,6 +15,7 @@ libhdf5 only ever lays out metadata in memory; feature bytes go through plain fi
 libhdf5 takes the process down when it meets a full disk. When read, nothing in the file is trusted.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +32,7 @@ import numpy.typing as npt
 
 from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, SourceError
 from featcache.publish import check_free_space, publish_file
+from featcache.reading import FeatureReader, Features, Identity
 from featcache.sparsefile import SparseFile
 from featcache.spec import canonical_json, check_spec
 
@@ -40,8 +42,6 @@ SPLITS = ("none", "train", "val", "test")  # position = the number stored
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
-
-Features = npt.NDArray[np.floating[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +240,7 @@ class FeatureCache:
     _offset: int
     _checksums: npt.NDArray[np.uint32]
     _rows_per_checksum: int
+    _verified: set[Identity] = dataclasses.field(default_factory=set)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "FeatureCache":
@@ -283,45 +284,63 @@ class FeatureCache:
 
     @functools.cached_property
     def X(self) -> Features:  # noqa: N802 - the field's name for it
-        """(N, D) features, memory-mapped and read-only: verified once, then as large as the disk, not the memory.
+        """(N, D) features, memory-mapped and read-only, for notebooks: verified once, then read where they are used.
+
+        The pages used count as this process's memory until the system needs them elsewhere; ``reader`` takes no more
+        than what it is asked for.
 
         Raises:
             CacheError: a checksum does not match; the damaged rows are named.
         """
-        self.check_features()
-        return self._map()
+        with self.reader() as features:
+            return features.map()
 
-    @functools.cached_property
-    def _damaged(self) -> list[tuple[int, int]]:
-        return self.verify()
+    @contextlib.contextmanager
+    def reader(self) -> Iterator[FeatureReader]:
+        """Verified features to be read from the open file, which is closed at the end of the ``with``.
+
+        They are verified when first read from, and again only if the file is no longer the one that was verified.
+
+        Raises:
+            CacheError: the file cannot be read; a checksum does not match, the damaged rows are named.
+        """
+        with self._open() as features:
+            if features.identity not in self._verified:
+                identity = features.identity  # as it is before reading
+                if damaged := self._damaged(features):
+                    rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
+                    raise DamagedCacheError(
+                        f"{self.path} is damaged: checksum mismatch in rows {rows}; "
+                        "`featcache extract --force` makes it anew"
+                    )
+                self._verified.add(identity)
+            yield features
 
     def check_features(self) -> None:
         """Verify all features, once. Raises CacheError with the damaged rows."""
-        if self._damaged:
-            rows = ", ".join(f"{start}-{stop - 1}" for start, stop in self._damaged[:5])
-            raise DamagedCacheError(
-                f"{self.path} is damaged: checksum mismatch in rows {rows}; `featcache extract --force` makes it anew"
-            )
+        with self.reader():
+            pass
 
     def verify(self) -> list[tuple[int, int]]:
         """Read every feature byte; return the (start, stop) row ranges whose checksum does not match."""
-        step, features = self._rows_per_checksum, self._map()
+        with self._open() as features:
+            return self._damaged(features)
+
+    def _open(self) -> FeatureReader:
+        return FeatureReader(self.path, self._offset, (len(self), self.dim), self.dtype)
+
+    def _damaged(self, features: FeatureReader) -> list[tuple[int, int]]:
+        step = self._rows_per_checksum
         return [
-            (start, min(start + step, len(self)))
-            for number, start in enumerate(range(0, len(self), step))
-            if zlib.crc32(_bytes(features[start : start + step])) != self._checksums[number]
+            (number * step, min((number + 1) * step, len(self)))
+            for number, block in enumerate(features.scan(step))
+            if zlib.crc32(_bytes(block)) != self._checksums[number]
         ]
 
     def take(self, rows: npt.NDArray[np.intp]) -> Features:
         """Verified features of ``rows``, copied; unlike ``X`` it leaves no file open. Raises CacheError."""
-        self.check_features()
-        return self._map()[rows]
-
-    def _map(self) -> Features:
-        if not len(self):
-            return np.empty((0, self.dim), self.dtype)
-        mapped = np.asarray(np.memmap(self.path, self.dtype, "r", self._offset, (len(self), self.dim)))
-        return mapped if mapped.flags.aligned else mapped.copy()  # HDF5 packs features below a few KiB anywhere
+        with self.reader() as features:
+            return features[rows]
 
     def where(self, split: str) -> npt.NDArray[np.intp]:
         """Row numbers of a split: "train", "val", "test" or "none". Raises SourceError for another name."""
@@ -332,23 +351,34 @@ class FeatureCache:
     def split(self, name: str) -> tuple[Features, npt.NDArray[np.int32]]:
         """(X, y) of one split's rows, copied into memory. Raises SourceError, CacheError."""
         rows = self.where(name)
-        return self.X[rows], self.y[rows]
+        return self.take(rows), self.y[rows]
 
     def check_finite(self, rows: npt.NDArray[np.intp], *, size: int = 8192) -> None:
         """Raise SourceError, naming the first, if features of ``rows`` are not finite."""
-        for start in range(0, len(rows), size):
-            block = rows[start : start + size]
-            bad = block[~np.isfinite(self.X[block]).all(axis=1)]
-            if len(bad):
-                raise SourceError(
-                    f"{self.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
-                    f"({self.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
-                )
+        with self.reader() as features:
+            for start in range(0, len(rows), size):
+                block = rows[start : start + size]
+                bad = block[~is_finite(features[block])]
+                if len(bad):
+                    raise SourceError(
+                        f"{self.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
+                        f"({self.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
+                    )
 
     def blocks(self, rows: npt.NDArray[np.intp], *, size: int = 4096) -> Iterator[Features]:
-        """Yield the features of ``rows`` in order, ``size`` rows at a time."""
-        for start in range(0, len(rows), size):
-            yield self.X[rows[start : start + size]]
+        """Yield the features of ``rows`` in order, ``size`` rows at a time. Raises CacheError."""
+        with self.reader() as features:
+            for start in range(0, len(rows), size):
+                yield features[rows[start : start + size]]
+
+
+def is_finite(features: Features) -> npt.NDArray[np.bool_]:
+    """(n, D) features -> (n,), whether all values of a row are finite."""
+    if features.dtype != np.float16:
+        return np.asarray(np.isfinite(features).all(axis=1))
+    # NumPy takes float16 one by one; comparing exponents is ten times as fast: all ones mean infinity or NaN.
+    exponents = features.view(np.uint16) & np.uint16(0x7C00)
+    return np.asarray((exponents != 0x7C00).all(axis=1))
 
 
 def _read(path: Path, file: h5py.File) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from featcache.cache import FeatureCache, Features, Rows, encode_names, write_cache
+from featcache.cache import FeatureCache, Rows, encode_names, write_cache
 from featcache.errors import SourceError, UsageError
 from featcache.images import ImageList, list_images
 from featcache.planning import Plan, all_refused, make_plan, of_spec, open_lenders, open_old, refusals
 from featcache.publish import check_free_space, check_output
-from featcache.recognition import Known, digest_keys, find
+from featcache.reading import Features
+from featcache.recognition import Indices, Known, digest_keys, find
 from featcache.request import ExtractRequest, load_requested
 from featcache.spec import fingerprint_of, make_spec
 
@@ -145,7 +146,7 @@ def extract(
         changed=changed,
         removed=removed,
         refused=len(images) + len(images.refused) - len(rows),
-        dim=FeatureCache.open(output).dim,
+        dim=plan.origin.dim,
         seconds=seconds,
         images_per_second=embedded / job.embedding_seconds if embedded else 0.0,
         fingerprint=fingerprint_of(spec),
@@ -253,7 +254,7 @@ class _Job:
 
     def embed(
         self,
-        todo: "np.ndarray[Any, np.dtype[np.intp]]",
+        todo: Indices,
         known: Known,
         caches: list[FeatureCache],
         progress: Progress | None,
@@ -274,7 +275,7 @@ class _Job:
         writer = PartWriter(folder, at.spec, at.provenance, at.backbone.dim)
         timings = Timings()
         refused: dict[int, str] = {}
-        embedded: list[int] = []
+        embedded: list[Indices] = []
         done = 0
         started = time.perf_counter()
         chunks = embed(images, at.encoder, at.runtime, timings=timings)
@@ -284,7 +285,7 @@ class _Job:
             for chunk in chunks:
                 chunk = storable(chunk, at.spec["storage"])
                 refused |= {int(todo[index]): reason for index, reason in chunk.refused}
-                embedded += todo[chunk.indices].tolist()
+                embedded.append(todo[chunk.indices])
                 known.sizes[todo[chunk.indices]], known.mtimes[todo[chunk.indices]] = chunk.sizes, chunk.mtimes
                 with timings.measure("disk"):
                     writer.add(chunk, [images.paths[index] for index in chunk.indices])
@@ -295,9 +296,9 @@ class _Job:
             chunks.close()
             writer.flush()  # also when interrupted: what is finished is kept
             self.embedding_seconds = time.perf_counter() - started
-        start = 0
+        start, order = 0, np.concatenate([todo[:0], *embedded])
         for part in writer.written:
-            known.set(np.array(embedded[start : start + len(part)]), len(caches), np.arange(len(part)))
+            known.set(order[start : start + len(part)], len(caches), np.arange(len(part)))
             caches.append(part)
             start += len(part)
         return refused
@@ -394,9 +395,7 @@ def _pack(job: _Job, plan: Plan, spec: dict[str, Any]) -> Rows:
     return rows
 
 
-def _gather(
-    caches: list[FeatureCache], known: Known, order: "np.ndarray[Any, np.dtype[np.intp]]", size: int = 4096
-) -> Iterator[Features]:
+def _gather(caches: list[FeatureCache], known: Known, order: Indices, size: int = 4096) -> Iterator[Features]:
     """The features of the images ``order``, from wherever they lie, in blocks."""
     for start in range(0, len(order), size):
         block = order[start : start + size]

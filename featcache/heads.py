@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import ModelError
+from featcache.reading import FeatureReader
 
 Array = npt.NDArray[Any]
 Kind = Literal["logreg", "linear", "mlp"]
@@ -53,10 +54,13 @@ class Head:
         """(N, D) embeddings -> (N, C) probabilities, rows summing to 1."""
         return softmax(self.logits(X))
 
-    def score(self, features: Array, rows: Array, *, block: int = 8192) -> Array:
+    def score(self, features: Array | FeatureReader, rows: Array, *, block: int = 2048) -> Array:
         """(n, C) probabilities of some ``rows`` of (M, D) features, read block by block."""
-        blocks = [self.probabilities(features[rows[start : start + block]]) for start in range(0, len(rows), block)]
-        return np.concatenate(blocks) if blocks else np.empty((0, len(self.layers[-1][1])))
+        bias = self.layers[-1][1]
+        scores = np.empty((len(rows), len(bias)), bias.dtype)  # filled in place: never twice in memory
+        for start in range(0, len(rows), block):
+            scores[start : start + block] = self.probabilities(features[rows[start : start + block]])
+        return scores
 
     def to_tensors(self) -> dict[str, Array]:
         """Named arrays from which ``from_tensors`` makes the same head again."""
@@ -112,7 +116,8 @@ class FittedHead:
 def scale_features(x: Array, scaling: Scaling, mean: Array, scale: Array) -> Array:
     """Apply ``Head.scaling`` to (N, D) embeddings."""
     if scaling == "standardise":
-        x = (x - mean.astype(x.dtype)) / scale.astype(x.dtype)
+        x = x - mean.astype(x.dtype)
+        x /= scale.astype(x.dtype)
     elif scaling == "unit":
         norms = np.linalg.norm(x, axis=1, keepdims=True)
         x = x / np.where(norms == 0, 1, norms)

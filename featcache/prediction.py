@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from featcache.cache import SPLITS, FeatureCache
+from featcache.cache import SPLITS, FeatureCache, is_finite
 from featcache.errors import SourceError, UsageError
 from featcache.extraction import Progress
 from featcache.heads import Array
@@ -84,7 +84,7 @@ def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Predic
     for cache in caches:
         for number, block in enumerate(cache.blocks(np.arange(len(cache)), size=_BLOCK)):
             names = cache.paths[number * _BLOCK : (number + 1) * _BLOCK]
-            finite = np.asarray(np.isfinite(block).all(axis=1))
+            finite = is_finite(block)
             scores = model.head.probabilities(np.where(finite[:, None], block, 0))
             for name, row, usable in zip(names, scores, finite, strict=True):
                 yield Prediction(name, row) if usable else Prediction(name, None, "its embedding is not finite")
@@ -215,7 +215,8 @@ def evaluate(
         y = _labels_of_model(model, cache.classes, cache.y[rows], source, split)
         cache.check_finite(rows)
         refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
-        probabilities = model.head.score(cache.X, rows)
+        with cache.reader() as features:
+            probabilities = model.head.score(features, rows)
     else:
         images = list_images(source)
         split, rows = _choose_split(images.splits, split, source)

@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from featcache.metrics import evaluate_probabilities
 from featcache.model import check_replaceable, library_versions, save_model
 
 log = logging.getLogger("featcache")
+_MANY_ROWS = 100_000  # from here on training takes minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +86,20 @@ def fit_head(
     folds = _possible_folds(features, y, present, folds)
     features.check_finite(np.arange(len(features)))
     balanced = class_weight == "balanced"
-    if clf == "logreg":
-        from featcache.logreg import fit_logreg
+    with features.reader() as stored:
+        if clf == "logreg":
+            from featcache.logreg import fit_logreg
 
-        fitted = fit_logreg(features.X, rows, y, C=C, folds=folds, balanced=balanced, seed=seed)
-    else:
-        from featcache.torchheads import fit_torch_head
+            array = cast(Array, stored)  # it reads the rows and asks for nothing else
+            fitted = fit_logreg(array, rows, y, C=C, folds=folds, balanced=balanced, seed=seed)
+        else:
+            from featcache.torchheads import fit_torch_head
 
-        fitted = fit_torch_head(
-            features.X, rows, y, kind=clf, n_classes=len(present), folds=folds, balanced=balanced, seed=seed
-        )
+            if folds and len(rows) > _MANY_ROWS:
+                log.info("the head is trained %d times, for an estimate and for good; --folds 0: once", folds + 1)
+            fitted = fit_torch_head(
+                stored, rows, y, kind=clf, n_classes=len(present), folds=folds, balanced=balanced, seed=seed
+            )
     for note in fitted.notes:
         log.warning(note)
     classes = tuple(features.classes[index] for index in present)
@@ -190,7 +195,10 @@ def _metrics(cache: FeatureCache, fitted: FittedHead, present: Array, classes: t
                 "%d of %d %s images have no label that training knows and are not scored", unknown, len(rows), split
             )
         rows, y = rows[y >= 0], y[y >= 0]
-        scores = evaluate_probabilities(y, fitted.head.score(cache.X, rows), classes) if len(rows) else None
+        scores = None
+        if len(rows):
+            with cache.reader() as features:
+                scores = evaluate_probabilities(y, fitted.head.score(features, rows), classes)
         metrics[split] = scores
         metrics[f"{split}_accuracy"] = scores["accuracy"] if scores else None
     return metrics | {"curve": fitted.curve}

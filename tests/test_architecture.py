@@ -26,7 +26,7 @@ ONLY_IN = {
 }
 LAYERS = [
     {"errors", "sparsefile", "signals", "fusion"},
-    {"publish", "preprocess", "runtime", "metrics", "recipes"},
+    {"publish", "preprocess", "runtime", "metrics", "recipes", "reading"},
     {"spec", "plots", "augmentation", "processes"},
     {"backbones", "cache", "heads", "checkpoint"},
     {"images", "model", "network", "comparison"},

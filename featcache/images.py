@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +91,7 @@ class ImageList:
         return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), **picked)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     path: str
     size: int
     mtime: int
@@ -197,7 +197,7 @@ def _list_folder(root: Path, labelled: bool) -> tuple[Path, list[_Entry], set[st
         folders = entry.path.split("/")[:-1]
         split = _SPLIT_FOLDERS[folders[0].lower()] if depth and folders else 0
         label = folders[depth] if len(folders) > depth else None
-        found.append(dataclasses.replace(entry, label=label, split=split))
+        found.append(_Entry(entry.path, entry.size, entry.mtime, label, split))
     return root, found, names, refused
 
 
@@ -252,17 +252,22 @@ def _walk(root: Path, refused: list[Refusal]) -> Iterator[_Entry]:
             continue
         with entries:
             for entry in entries:
-                if _is_passed_over(entry):
+                name = entry.name
+                path = prefix + name
+                if entry.is_file(follow_symlinks=False):  # nearly always: no call that it does not need
+                    if not _is_hidden(name) and (_has_extension(name) or _looks_like_image(entry.path)):
+                        status = entry.stat()
+                        yield _Entry(path, status.st_size, status.st_mtime_ns)
+                elif _is_passed_over(entry):
                     continue
-                path = prefix + entry.name
-                if entry.is_symlink() and (reason := _why_not_follow(entry, real_root, ancestors)):
+                elif entry.is_symlink() and (reason := _why_not_follow(entry, real_root, ancestors)):
                     refused.append(Refusal(path, reason))
                 elif entry.is_dir():
                     real = os.path.realpath(entry.path) if entry.is_symlink() else f"{ancestors[-1]}/{entry.name}"
                     pending.append((path + "/", (*ancestors, real)))
                 elif not entry.is_file():
                     refused.append(Refusal(path, "not a regular file (pipe, socket or device)"))
-                elif os.path.splitext(entry.name)[1].lower() in _EXTENSIONS or _looks_like_image(entry.path):  # noqa: PTH122
+                elif _has_extension(name) or _looks_like_image(entry.path):
                     status = entry.stat()
                     yield _Entry(path, status.st_size, status.st_mtime_ns)
 
@@ -275,6 +280,10 @@ def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[
     if os.path.commonpath([real_root, target]) != real_root:
         return "link that leaves the source folder"
     return "link loop" if target in ancestors else None
+
+
+def _has_extension(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in _EXTENSIONS
 
 
 def _looks_like_image(path: str) -> bool:
@@ -354,8 +363,8 @@ def _resolved(entry: _Entry, real_root: str) -> _Entry:
     try:
         status = os.stat(target)  # noqa: PTH116
     except OSError:
-        return dataclasses.replace(entry, path=path)
-    return dataclasses.replace(entry, path=path, size=status.st_size, mtime=status.st_mtime_ns)
+        return entry._replace(path=path)
+    return entry._replace(path=path, size=status.st_size, mtime=status.st_mtime_ns)
 
 
 # ---------------------------------------------------------------------------------------------------- reading

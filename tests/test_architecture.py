@@ -24,7 +24,7 @@ ONLY_IN = {
     "onnxscript": {"exporting"},
 }
 LAYERS = [
-    {"errors", "sparsefile", "signals"},
+    {"errors", "sparsefile", "signals", "multinomial"},
     {"publish", "preprocess", "runtime", "metrics", "recipes"},
     {"spec", "plots", "augmentation", "processes"},
     {"backbones", "cache", "heads", "checkpoint"},

@@ -138,7 +138,7 @@ class _Path:
 
     def solve(self, C: float) -> Array:
         """(r + 1, K) parameters at the optimum for this C."""
-        penalty = 1 / (C * self.total)
+        penalty = float(1 / (C * self.total))  # no numpy scalar, which would make all that it meets float64
         self.pairs = [_pair(s, y + _penalised(s, penalty - self.penalty)) for s, y, _ in self.pairs]
         self.penalty = penalty
         start = self.point

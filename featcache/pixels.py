@@ -4,11 +4,9 @@ In: an ``ImageList``. Out: ``Pixels``: uint8 (H, W, 3) per image, in memory, or 
 file is scratch: it can always be made again, and several processes of one machine share it.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,15 +1,18 @@
 """Logistic regression on embeddings: scikit-learn's, with C and the scaling chosen by stratified cross-validation.
 
-In: features (N, D) and labels. Out: a ``FittedHead``. Only training rows ever come in here.
+In: features (N, D) and labels. Out: a ``FittedHead``. Only training rows ever come in here. ``multinomial.py`` does the
+work; scikit-learn scales, has the last word on the head, and takes over should that ever fail.
 """
 
 import itertools
+import logging
+import sys
 import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
@@ -17,16 +20,24 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from featcache.heads import SCALINGS, Array, FittedHead, Head, Scaling, softmax
+from featcache.errors import UsageError
+from featcache.heads import SCALINGS, Array, FittedHead, Head, Scaling, class_weights, softmax
 from featcache.metrics import accuracy, log_loss
+from featcache.multinomial import NotSolvedError, eigenbasis, regularisation_path
+from featcache.publish import available_memory
+from featcache.reading import FeatureReader
+
+log = logging.getLogger("featcache")
 
 C_GRID = tuple(float(10.0**k) for k in range(-5, 6))
 _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
+_MAX_FLOAT64_SOLVED = 2**21  # values; more are solved in float32, twice as fast and accurate enough to start from
+_FINAL_TOLERANCE = 1e-5  # of the objective; while choosing, regularisation_path's own is enough
 
 
 def fit_logreg(
-    features: Array,
+    features: Array | FeatureReader,
     rows: npt.NDArray[np.intp],
     y: Array,
     *,
@@ -40,17 +51,21 @@ def fit_logreg(
     The setting with the best mean out-of-fold accuracy wins; of equals, the one with the lowest log loss.
 
     Args:
-        features: (M, D), possibly memory-mapped. rows: the N training rows of it. y: (N,) labels from 0,
+        features: (M, D), an array or a reader of a cache. rows: the N training rows of it. y: (N,) labels from 0,
             each occurring.
         C: inverse regularisation strength as in scikit-learn; chosen from ``C_GRID`` when None.
         folds: of the cross-validation; 0 for none (needs ``C``; the scaling is then "standardise").
         balanced: weigh classes inversely to their frequency.
         seed: of the folds.
+
+    Raises:
+        UsageError: not enough memory.
     """
+    _check_memory(len(rows), features.shape[1])
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
     grid = C_GRID if C is None else (C,)
-    curve = _cross_validate(X, y, grid, folds, balanced, seed) if folds else []
+    curve = cross_validate(X, y, grid, folds=folds, balanced=balanced, seed=seed) if folds else []
     if curve:
         best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
     else:
@@ -84,38 +99,31 @@ def head_of(pipeline: Any, scaling: Scaling) -> Head:
     return Head("logreg", scaling, mean, scale, ((weight, bias),))
 
 
-def _fit(X: Array, y: Array, scaling: Scaling, C: float, balanced: bool) -> tuple[Any, bool]:
-    pipeline = make_pipeline(_scaler(scaling), _classifier(C, balanced))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # reported as a note
-        pipeline.fit(X, y)
-    return pipeline, bool(pipeline[-1].n_iter_.max() < _MAX_ITERATIONS)
-
-
-def _scaler(scaling: Scaling) -> Any:
-    if scaling == "standardise":
-        return StandardScaler()
-    return Normalizer() if scaling == "unit" else FunctionTransformer()
-
-
-def _classifier(C: float, balanced: bool, **options: Any) -> LogisticRegression:
-    return LogisticRegression(C=C, class_weight="balanced" if balanced else None, max_iter=_MAX_ITERATIONS, **options)
-
-
-def _cross_validate(
-    X: Array, y: Array, grid: tuple[float, ...], folds: int, balanced: bool, seed: int
+def cross_validate(
+    X: Array,
+    y: Array,
+    grid: tuple[float, ...],
+    *,
+    folds: int,
+    balanced: bool = False,
+    seed: int = 0,
+    scalings: tuple[Scaling, ...] = SCALINGS,
+    tolerance: float = 1e-4,
 ) -> list[dict[str, Any]]:
-    """Mean out-of-fold scores of every (scaling, C)."""
+    """Mean out-of-fold scores of every (scaling, C), as ``FittedHead.curve`` holds them."""
+    X = _for_solver(X)
     splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y))
-    jobs = list(itertools.product(SCALINGS, splits))
+    # A square basis is only a rotation and may come from all rows, once per scaling; a narrower one is each fold's own.
+    square = min(len(train) for train, _ in splits) >= X.shape[1]
+    bases = {scaling: _basis(X, scaling) if square else None for scaling in scalings}
     # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
-    with warnings.catch_warnings(), threadpool_limits(1):
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with threadpool_limits(1):
         results = Parallel(n_jobs=-1, prefer="threads")(
-            delayed(_path)(X, y, scaling, train, held_out, grid, balanced) for scaling, (train, held_out) in jobs
+            delayed(_fold)(X, y, scaling, train, held_out, grid, balanced, bases[scaling], tolerance)
+            for scaling, (train, held_out) in itertools.product(scalings, splits)
         )
     curve = []
-    for s, scaling in enumerate(SCALINGS):
+    for s, scaling in enumerate(scalings):
         scores = np.array(results[s * folds : (s + 1) * folds])  # (folds, len(grid), 2)
         for c, C in enumerate(grid):
             accuracies, losses = scores[:, c, 0], scores[:, c, 1]
@@ -131,7 +139,18 @@ def _cross_validate(
     return curve
 
 
-def _path(
+def _for_solver(X: Array) -> Array:
+    return X.astype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32, copy=False)
+
+
+def _basis(X: Array, scaling: Scaling) -> Array | None:
+    try:
+        return eigenbasis(_scaler(scaling).fit_transform(X))
+    except (NotSolvedError, np.linalg.LinAlgError):
+        return None
+
+
+def _fold(
     X: Array,
     y: Array,
     scaling: Scaling,
@@ -139,16 +158,76 @@ def _path(
     held_out: Array,
     grid: tuple[float, ...],
     balanced: bool,
+    basis: Array | None,
+    tolerance: float,
 ) -> list[tuple[float, float]]:
-    """(accuracy, log loss) on one held-out fold along the grid of C, each fit starting where the one before ended."""
-    scaler = _scaler(scaling).fit(X[train])
-    X_train, X_held_out = scaler.transform(X[train]), scaler.transform(X[held_out])
-    classifier = _classifier(grid[0], balanced, warm_start=True)
+    """(accuracy, log loss) on one held-out fold along the grid of C."""
+    scaler = _scaler(scaling)
+    X_train, X_held_out = scaler.fit_transform(X[train]), scaler.transform(X[held_out])
+    weights = class_weights(y[train], int(y.max()) + 1, balanced)
     scores = []
-    for C in grid:
-        classifier.set_params(C=C).fit(X_train, y[train])
-        logits = classifier.decision_function(X_held_out)
-        logits = np.column_stack([-logits / 2, logits / 2]) if logits.ndim == 1 else logits
-        probabilities = softmax(logits)
-        scores.append((accuracy(y[held_out], probabilities), log_loss(y[held_out], probabilities)))
+    try:
+        for W, b in regularisation_path(X_train, y[train], weights, grid, basis=basis, tolerance=tolerance):
+            scores.append(_scores(X_held_out @ W.T + b, y[held_out]))
+    except (NotSolvedError, np.linalg.LinAlgError) as error:
+        log.info("scikit-learn's solver takes over in one fold (%s)", error)
+        scores = []
+        classifier = _classifier(grid[0], balanced, warm_start=True)
+        for C in grid:
+            _quietly(classifier.set_params(C=C), X_train, y[train])
+            scores.append(_scores(X_held_out @ classifier.coef_.T + classifier.intercept_, y[held_out]))
     return scores
+
+
+def _scores(logits: Array, y: Array) -> tuple[float, float]:
+    logits = np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
+    probabilities = softmax(logits)
+    return accuracy(y, probabilities), log_loss(y, probabilities)
+
+
+def _fit(X: Array, y: Array, scaling: Scaling, C: float, balanced: bool) -> tuple[Any, bool]:
+    """A fitted (scaler, LogisticRegression) pipeline, and whether its solver converged.
+
+    scikit-learn starts from our solution. It finds nothing left to do, or does it: the head is what it ends with.
+    """
+    scaler = _scaler(scaling)
+    X = scaler.fit_transform(X)
+    classifier = _classifier(C, balanced)
+    weights = class_weights(y, int(y.max()) + 1, balanced)
+    try:
+        # by way of a stronger penalty, where the way is shorter
+        _, (W, b) = regularisation_path(_for_solver(X), y, weights, (C / 100, C), tolerance=_FINAL_TOLERANCE)
+        classifier.set_params(warm_start=True)
+        classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
+    except (NotSolvedError, np.linalg.LinAlgError) as error:
+        log.info("scikit-learn's solver takes over (%s)", error)
+    _quietly(classifier, X, y)
+    classifier.set_params(warm_start=False)
+    return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
+
+
+def _quietly(classifier: LogisticRegression, X: Array, y: Array) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported as a note
+        classifier.fit(X, y)
+
+
+def _scaler(scaling: Scaling) -> Any:
+    if scaling == "standardise":
+        return StandardScaler()
+    return Normalizer() if scaling == "unit" else FunctionTransformer()
+
+
+def _classifier(C: float, balanced: bool, **options: Any) -> LogisticRegression:
+    return LogisticRegression(C=C, class_weight="balanced" if balanced else None, max_iter=_MAX_ITERATIONS, **options)
+
+
+def _check_memory(n: int, dim: int) -> None:
+    """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated."""
+    size = 4 * n * dim
+    needed = size * max(4, 1 + 3 * min(cpu_count(), 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
+    if sys.platform == "linux" and needed > (free := available_memory()):
+        raise UsageError(
+            f"logreg needs about {needed / 1e9:.0f} GB for {n:,} x {dim:,} in memory, {free / 1e9:.0f} GB are free; "
+            "use --clf linear, which reads from the cache in blocks"
+        )

@@ -4,11 +4,9 @@ In: an ``ImageList``. Out: ``Pixels``: uint8 (H, W, 3) per image, in memory, or 
 file is scratch: it can always be made again, and several processes of one machine share it.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +19,7 @@ from PIL import Image
 
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
 from featcache.preprocess import PreprocessSpec, to_pixels
-from featcache.publish import check_free_space
+from featcache.publish import available_memory, check_free_space
 
 Picture = npt.NDArray[np.uint8]
 Convert = Callable[[Image.Image], Picture]
@@ -221,17 +219,3 @@ class _FlatFile:
 
     def __getitem__(self, span: slice) -> Picture:
         return self._flat[span]  # type: ignore[no-any-return]
-
-
-def available_memory() -> int:
-    """Bytes that this process may still use: the machine's, or its control group's limit."""
-    candidates: list[int] = []
-    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:  # noqa: PTH123
-        candidates.append(1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-        candidates.append(int(limit.read_text()) - int(used.read_text()))  # "max" is no number: no limit
-    if not candidates:
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            candidates.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return min(candidates, default=4 * 2**30)

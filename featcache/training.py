@@ -8,7 +8,7 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -90,8 +90,7 @@ def fit_head(
         if clf == "logreg":
             from featcache.logreg import fit_logreg
 
-            array = cast(Array, stored)  # it reads the rows and asks for nothing else
-            fitted = fit_logreg(array, rows, y, C=C, folds=folds, balanced=balanced, seed=seed)
+            fitted = fit_logreg(stored, rows, y, C=C, folds=folds, balanced=balanced, seed=seed)
         else:
             from featcache.torchheads import fit_torch_head
 

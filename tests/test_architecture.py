@@ -25,7 +25,7 @@ ONLY_IN = {
     "onnxscript": {"exporting"},
 }
 LAYERS = [
-    {"errors", "sparsefile", "signals", "fusion"},
+    {"errors", "sparsefile", "signals", "fusion", "multinomial"},
     {"publish", "preprocess", "runtime", "metrics", "recipes", "reading"},
     {"spec", "plots", "augmentation", "processes"},
     {"backbones", "cache", "heads", "checkpoint"},

@@ -1,0 +1,249 @@
+"""Softmax regression with an L2 penalty, along a path of regularisation strengths. numpy only; arrays in, arrays out.
+
+The objective is scikit-learn's: ``C * sum_i w_i loss_i + |W|^2 / 2``, intercepts unpenalised; everything below works on it
+divided by ``C * sum_i w_i``. The optimum is unique, so how it is found changes speed, not the result:
+
+- Features are centred (the intercept absorbs it) and rotated into the eigenbasis of their covariance (the penalty does not
+  notice). There the Hessian is nearly diagonal: mean of p (1 - p) of the class (the diagonal of what Böhning 1992, "Multinomial
+  logistic regression algorithm", bounds) times the direction's variance, plus the penalty.
+- That diagonal preconditions L-BFGS (Liu & Nocedal 1989), whose memory survives a change of C: only the penalty's part of it
+  changes, and that part is known.
+- Each C starts not where the one before ended, but on the line through the last two solutions. Logits are linear along
+  a line, so searching it costs no product with the features.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+_MEMORY = 10  # pairs of L-BFGS
+_MAX_ITERATIONS = 500
+_MAX_TRIALS = 25  # of one line search
+_DECREASE, _CURVATURE = 1e-4, 0.5  # strong Wolfe conditions; trials are cheap, so the second is stricter than usual
+
+
+class NotSolvedError(ArithmeticError):
+    """Values overflowed or the search got stuck; another solver has to do this job."""
+
+
+class _Point(NamedTuple):
+    """Where the path is: parameters (r + 1, K), the last row intercepts; logits (n, K); residuals w (p - y) (n, K)."""
+
+    theta: Array
+    logits: Array
+    residual: Array
+    loss: float
+
+
+class _Pair(NamedTuple):
+    """One step of L-BFGS: parameters changed by s, the gradient by y."""
+
+    s: Array
+    y: Array
+    rho: float
+
+
+def eigenbasis(X: Array) -> Array:
+    """(n, D) -> (D, min(n, D)) or narrower: orthonormal, spans the centred rows, ordered by variance, smallest first.
+
+    With n >= D it is square. It then suits other rows of the same kind, too: any rotation leaves the optimum where it is,
+    so a basis made from more rows than those trained on makes training faster, and tells it nothing.
+    """
+    centred = X - X.mean(axis=0)
+    if len(X) >= X.shape[1]:
+        return _normalised(np.linalg.eigh(centred.T @ centred)[1])
+    # Fewer rows than dimensions: weights outside the rows' span would only be penalised, so the optimum lies inside it.
+    centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
+    values, vectors = np.linalg.eigh(centred @ centred.T)
+    kept = values > values[-1] * 1e-12
+    basis = (centred.T @ vectors[:, kept]) / np.sqrt(values[kept])
+    return _normalised(basis.astype(X.dtype))
+
+
+def _normalised(basis: Array) -> Array:
+    if not np.isfinite(basis).all():
+        raise NotSolvedError("the features' covariance is not finite")
+    return basis
+
+
+def regularisation_path(
+    X: Array,
+    y: Array,
+    weights: Array,
+    grid: Sequence[float],
+    *,
+    basis: Array | None = None,
+    tolerance: float = 1e-4,
+) -> Iterator[tuple[Array, Array]]:
+    """Weights and intercepts for each C of ``grid``, one after the other; quickest if it ascends.
+
+    Args:
+        X: (n, D) float32 or float64; the work is done in this precision, sums of losses in float64.
+        y: (n,) labels 0..K-1, each occurring. weights: (K,) of the classes' losses.
+        basis: of ``eigenbasis``, with the rows' span in it; made here when None.
+        tolerance: stop when a further step promises to lower the objective by less than this share of it, or of what it
+            is below that of constant predictions.
+
+    Yields:
+        (K, D) weights and (K,) intercepts; for two classes (1, D) and (1,), of the logit of class 1, as scikit-learn has it.
+
+    Raises:
+        NotSolvedError: rarely; nothing is known then.
+    """
+    basis = eigenbasis(X) if basis is None else basis
+    mean = X.mean(axis=0)
+    path = _Path((X - mean) @ basis, y, weights[y], len(weights), tolerance)
+    for C in grid:
+        # Two rows of weights +v/2 and -v/2 have the penalty |v|^2 / 4, one row v as scikit-learn has it twice that.
+        theta = path.solve(C / 2 if len(weights) == 2 else C)
+        if len(weights) == 2:
+            theta = theta[:, 1:] - theta[:, :1]
+        W = np.ascontiguousarray((basis @ theta[:-1]).T)
+        yield W, theta[-1] - W @ mean
+
+
+class _Path:
+    """Solutions on one training set, each starting from those before."""
+
+    def __init__(self, R: Array, y: Array, row_weights: Array, n_classes: int, tolerance: float) -> None:
+        self.R, self.y, self.rows = R, y, np.arange(len(y))
+        self.total = float(row_weights.sum())
+        self.w = row_weights / self.total
+        self.tolerance = tolerance
+        self.noise = 10 * float(np.finfo(R.dtype).eps)
+        variances = np.einsum("ij,ij->j", R, R) / len(R)
+        self.variances = np.append(variances, 1).astype(R.dtype)[:, None]  # (r + 1, 1); of the intercept: 1
+        self.penalty = 0.0
+        self.pairs: list[_Pair] = []
+        theta = np.zeros((R.shape[1] + 1, n_classes), R.dtype)
+        theta[-1] = np.log(np.bincount(y, self.w, n_classes))  # the best without features
+        self.point = self.at(theta, np.tile(theta[-1], (len(y), 1)))
+        self.before: _Point | None = None
+        self.null = self.point.loss
+
+    def at(self, theta: Array, logits: Array) -> _Point:
+        """Mean loss and its residuals; accurate also where nearly every probability is 0 or 1."""
+        top = logits.max(axis=1, keepdims=True)
+        odds = np.exp(logits - top)
+        own = np.exp(np.maximum(logits[self.rows, self.y] - top[:, 0], -700).astype(np.float64))
+        odds[self.rows, self.y] = 0  # 1 - p of the own class is the sum of the others: no cancellation
+        others = odds.sum(axis=1).astype(np.float64)
+        share = self.w / (others + own)
+        odds *= share.astype(odds.dtype)[:, None]
+        odds[self.rows, self.y] = -others * share
+        return _Point(theta, logits, odds, float(self.w @ np.log1p(others / own)))
+
+    def solve(self, C: float) -> Array:
+        """(r + 1, K) parameters at the optimum for this C."""
+        penalty = float(1 / (C * self.total))  # no numpy scalar, which would make all that it meets float64
+        self.pairs = [_pair(s, y + _penalised(s, penalty - self.penalty)) for s, y, _ in self.pairs]
+        self.penalty = penalty
+        start = self.point
+        if self.before is not None:
+            self.extrapolate(self.before)
+        self.before = start
+        gradient, scale = self.gradient(self.point), self.curvature(self.point)
+        for _ in range(_MAX_ITERATIONS):
+            direction = self.direction(gradient, scale)
+            slope = _dot(gradient, direction)
+            if not np.isfinite(slope) or slope > 0:
+                raise NotSolvedError(f"slope {slope}")
+            if -slope / 2 <= self.tolerance * self.explained():
+                return self.point.theta
+            move = self.R @ direction[:-1] + direction[-1]
+            t = self.search(direction, move, slope)
+            if t is None:
+                raise NotSolvedError("line search failed")
+            before, gradient = gradient, self.gradient(self.point)
+            self.pairs = [*self.pairs, _pair(t * direction, gradient - before)][-_MEMORY:]
+        raise NotSolvedError(f"{_MAX_ITERATIONS} iterations")
+
+    def objective(self, point: _Point) -> float:
+        """Mean loss plus penalty."""
+        return point.loss + self.penalty / 2 * _dot(point.theta[:-1], point.theta[:-1])
+
+    def explained(self) -> float:
+        """What the objective's accuracy is measured by: itself or, if smaller, what features have lowered it by."""
+        objective = self.objective(self.point)
+        return max(min(objective, self.null - objective), self.noise * objective)
+
+    def gradient(self, point: _Point) -> Array:
+        """(r + 1, K) of the objective."""
+        gradient = _penalised(point.theta, self.penalty)
+        gradient[:-1] += self.R.T @ point.residual
+        gradient[-1] = point.residual.sum(axis=0)
+        return gradient
+
+    def curvature(self, point: _Point) -> Array:
+        """(r + 1, K) approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
+        size = np.abs(point.residual)
+        spread = (size * (1 - size / self.w.astype(size.dtype)[:, None])).sum(axis=0)
+        spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(size.dtype).tiny))  # never divide by zero
+        curvature: Array = self.variances * spread
+        curvature[:-1] += self.penalty
+        return curvature
+
+    def direction(self, gradient: Array, scale: Array) -> Array:
+        """(r + 1, K) of descent: the two loops of L-BFGS around the preconditioner."""
+        q, shares = gradient.copy(), []
+        for s, y, rho in reversed(self.pairs):
+            shares.append(rho * _dot(s, q))
+            q -= shares[-1] * y
+        q /= scale
+        if self.pairs:  # the preconditioner's overall size is off: set it from the latest step
+            _, y, rho = self.pairs[-1]
+            q *= 1 / (rho * _dot(y, y / scale))
+        for (s, y, rho), share in zip(self.pairs, reversed(shares), strict=True):
+            q += (share - rho * _dot(y, q)) * s
+        return -q
+
+    def extrapolate(self, earlier: _Point) -> None:
+        """Go on along the line from the last solution but one to the last, as far as that helps."""
+        direction, move = self.point.theta - earlier.theta, self.point.logits - earlier.logits
+        slope = _dot(self.point.residual, move) + self.penalty * _dot(self.point.theta[:-1], direction[:-1])
+        if slope < 0:
+            self.search(direction, move, slope)
+
+    def search(self, direction: Array, move: Array, slope: float) -> float | None:
+        """Step to a point on the line that meets the strong Wolfe conditions; returns how far, None if there is none."""
+        start, objective = self.point, self.objective(self.point)
+        along, square = _dot(start.theta[:-1], direction[:-1]), _dot(direction[:-1], direction[:-1])
+        low, low_slope, high, t = 0.0, slope, np.inf, 1.0
+        for _ in range(_MAX_TRIALS):
+            point = self.at(start.theta + t * direction, start.logits + t * move)
+            here = _dot(point.residual, move) + self.penalty * (along + t * square)
+            lower = self.objective(point) <= objective * (1 + self.noise) + _DECREASE * t * slope
+            if lower and abs(here) <= -_CURVATURE * slope:
+                self.point = point
+                return t
+            if lower and here < 0:
+                low, low_slope = t, here
+            else:
+                high, high_slope = t, here
+            if high == np.inf:
+                t *= 4
+            else:  # where the slope would vanish if it changed evenly, but never close to an end
+                share = low_slope / (low_slope - high_slope) if high_slope > low_slope else 0.5
+                t = low + (high - low) * min(0.9, max(0.1, share))
+        return None
+
+
+def _dot(a: Array, b: Array) -> float:
+    return float(np.vdot(a, b))
+
+
+def _penalised(theta: Array, penalty: float) -> Array:
+    """Gradient of the penalty: intercepts, the last row, have none."""
+    gradient = penalty * theta
+    gradient[-1] = 0
+    return gradient
+
+
+def _pair(s: Array, y: Array) -> _Pair:
+    product = _dot(s, y)
+    if not product > 0:
+        raise NotSolvedError(f"curvature {product}")
+    return _Pair(s, y, 1 / product)

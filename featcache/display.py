@@ -102,7 +102,7 @@ def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:
 
 
 def _word(value: Any) -> str:
-    if value is None:
+    if value is None or value == {}:
         return "none"
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 

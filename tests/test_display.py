@@ -34,7 +34,7 @@ def test_facts_become_lines() -> None:
         "a: 1",
         "b:",
         "  c: 1, 2",
-        "  d: {}",
+        "  d: none",
         "e:",
         "  path: x\\ny, reason: z",
         "f: none",

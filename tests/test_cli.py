@@ -162,7 +162,7 @@ def test_doctor_shows_facts(run) -> None:
 
 
 def test_doctor_measures_photos_of_its_own(run) -> None:
-    code, out, err = run("doctor", "--seconds", 1, "--backbone", "squeezenet1_1", "--json")
+    code, out, _ = run("doctor", "--seconds", 1, "--backbone", "squeezenet1_1", "--json")
     measured = last_json(out)["measured"]
     assert (code, len(out.splitlines())) == (0, 1)
     assert (measured["backbone"], measured["images"]) == ("squeezenet1_1", 64)
@@ -180,8 +180,8 @@ def test_doctor_measures_with_what_it_is_given(tmp_path: Path, run) -> None:
     code, out, err = run(*tiny, "--seconds", 0.1)
     assert code == 0
     assert "\n  images: 6\n  median_shorter_edge: 47\n" in out
-    assert "limits: it takes" in out.splitlines()[-2] + out.splitlines()[-3]
-    assert out.count("advice") == 0
+    assert "limits: it takes" in "".join(line for line in out.splitlines() if line.startswith(("Dec", "The")))
+    assert "advice" not in out
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.jpg").write_text("no image")
     assert run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)[0] == 0

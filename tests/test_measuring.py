@@ -43,7 +43,7 @@ class Sleeper:
         return np.zeros((len(pixels), 3), np.float32)
 
 
-@pytest.mark.parametrize(("forward", "limit"), [(0.01, "decode"), (0.1, "forward")])
+@pytest.mark.parametrize(("forward", "limit"), [(0.01, "decode"), (0.06, "forward")])
 def test_rates_are_those_of_known_delays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: float, limit: str
 ) -> None:
@@ -54,12 +54,12 @@ def test_rates_are_those_of_known_delays(
         return decode(data)
 
     monkeypatch.setattr(embedding, "decode", slow)
-    rates = measure(images, Sleeper(forward), CPU, seconds=1.0)  # type: ignore[arg-type]
+    rates = measure(images, Sleeper(forward), CPU, seconds=0.8)  # type: ignore[arg-type]
     assert rates.limit == limit
     for found, delay in ((rates.decode, 0.04), (rates.forward, forward), (rates.end_to_end, 0.04 + forward)):
         assert 0.5 < found / (2 * BATCH / delay) < 1.02  # two workers; a busy machine only adds to the delays
     assert rates.shared
-    assert 0.7 < rates.efficiency < 1.3
+    assert 0.6 < rates.efficiency < 1.6
 
 
 def test_a_slow_backbone_is_measured_in_one_round(tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def measure(images: ImageList, encoder: Encoder, runtime: Runtime, *, seconds: f
         raise UsageError(f"the seconds to measure for must lie between 0 and 3600, found {seconds}")
     stand = _Stand(images, encoder, runtime)
     slices = {"decode": stand.decode, "forward": stand.forward, "end_to_end": stand.end_to_end}
-    stand.decode(seconds / 40)  # first calls allocate, build kernels, fill file caches
-    forward = stand.forward(seconds / 40)
-    one_call = runtime.workers * runtime.batch_size / forward
-    rounds = _ROUNDS if one_call <= seconds / (_ROUNDS * len(slices)) else 1
+    # First calls allocate, build kernels, fill file caches; they also tell how long one batch takes.
+    slowest = min(stand.decode(seconds / 40), stand.forward(seconds / 40))
+    one_batch = runtime.workers * runtime.batch_size / slowest
+    rounds = _ROUNDS if one_batch <= seconds / (_ROUNDS * len(slices)) else 1
     found: dict[str, list[float]] = {name: [] for name in slices}
     for _ in range(rounds):
         for name, rate in slices.items():

@@ -5,7 +5,6 @@ Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but more images were refuse
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import sys
@@ -16,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from featcache import __version__, options
-from featcache.display import facts_as_lines, is_first_process, printable, say, show_progress, show_training
+from featcache import __version__, cli_inspect, options
+from featcache.display import is_first_process, print_json, printable, say, show_progress, show_training
 from featcache.errors import FeatcacheError, UsageError
 
 app = typer.Typer(
@@ -30,7 +29,6 @@ app = typer.Typer(
     epilog="[bold]Three commands:[/]  featcache extract photos/ -o features.h5  ·  "
     "featcache fit-head features.h5 -o model/  ·  featcache predict model/ new_photos/",
 )
-_EXAMPLES = "[bold]Examples:[/]  "
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,7 +47,8 @@ def _options(
 
 
 @app.command(
-    epilog=_EXAMPLES + "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100"
+    epilog=options.EXAMPLES
+    + "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100"
 )
 def extract(
     source: Annotated[
@@ -110,12 +109,13 @@ def extract(
     )
     if report.refused:
         say(f"why images were refused: featcache info {report.cache}")
-    _print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), as_json)
     _exit_if_bad(report.refused, report.images, max_bad)
 
 
 @app.command(
-    epilog=_EXAMPLES + "featcache fit-head features.h5 -o model/  ·  featcache fit-head features.h5 -o mlp/ --clf mlp"
+    epilog=options.EXAMPLES
+    + "featcache fit-head features.h5 -o model/  ·  featcache fit-head features.h5 -o mlp/ --clf mlp"
 )
 def fit_head(
     cache: Annotated[Path, typer.Argument(readable=False, help="A cache file written by extract.")],
@@ -155,11 +155,11 @@ def fit_head(
         if value is not None:
             say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
     say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
-    _print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), as_json)
 
 
 @app.command(
-    epilog=_EXAMPLES + "featcache finetune photos/ --init model/ -o model-ft/  ·  "
+    epilog=options.EXAMPLES + "featcache finetune photos/ --init model/ -o model-ft/  ·  "
     "featcache finetune photos/ -o model-ft/ --backbone resnet18 --recipe gradual"
 )
 def finetune(
@@ -236,11 +236,12 @@ def finetune(
         say(f"  {line}")
     say(f"  {report.verdict}")
     say(f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv")
-    _print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), as_json)
 
 
 @app.command(
-    epilog=_EXAMPLES + "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3"
+    epilog=options.EXAMPLES
+    + "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3"
 )
 def predict(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
@@ -289,14 +290,14 @@ def predict(
     seconds = time.perf_counter() - started
     say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
     facts = {"model": model, "output": output, "images": written, "labelled": written - refused, "refused": refused}
-    _print_json(facts | {"seconds": seconds}, as_json)
+    print_json(facts | {"seconds": seconds}, as_json)
     if written == refused:
         raise SourceError("not one image could be labelled; each row says why in its reason column")
     _exit_if_bad(refused, written, max_bad)
 
 
 @app.command(
-    epilog=_EXAMPLES + "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 --split val"
+    epilog=options.EXAMPLES + "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 --split val"
 )
 def evaluate(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
@@ -330,11 +331,11 @@ def evaluate(
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
             say(f"  {printable(name)}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
-    _print_json(scores, as_json)
+    print_json(scores, as_json)
 
 
 @app.command(
-    epilog=_EXAMPLES + "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors"
+    epilog=options.EXAMPLES + "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors"
 )
 def export(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
@@ -352,74 +353,10 @@ def export(
         f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model "
         f"{report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits"
     )
-    _print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), as_json)
 
 
-@app.command(epilog=_EXAMPLES + "featcache info features.h5  ·  featcache info model/")
-def info(
-    path: Annotated[Path, typer.Argument(readable=False, help="A cache file or a model folder.")],
-    as_json: options.Json = False,
-) -> None:
-    """Show what a cache or a model holds and where it came from."""
-    from featcache.inspection import describe
-
-    _print_facts(describe(path), as_json)
-
-
-@app.command(epilog=_EXAMPLES + "featcache verify features.h5")
-def verify(
-    cache: Annotated[Path, typer.Argument(readable=False, help="A cache file.")],
-    as_json: options.Json = False,
-) -> None:
-    """Read every byte of a cache and compare it with the checksums."""
-    from featcache.cache import FeatureCache
-    from featcache.errors import CacheError
-
-    opened = FeatureCache.open(cache)
-    damaged = opened.verify()
-    _print_json({"cache": cache, "rows": len(opened), "damaged": damaged}, as_json)
-    if damaged:
-        rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:20])
-        raise CacheError(
-            f"{cache} is damaged: checksum mismatch in rows {rows}; `featcache extract --force` makes it anew"
-        )
-    say(f"{cache}: {len(opened)} rows, all intact")
-
-
-@app.command(epilog=_EXAMPLES + "featcache backbones convnext")
-def backbones(
-    pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
-    as_json: options.Json = False,
-) -> None:
-    """List the backbones that extract knows."""
-    from featcache.backbones import backbone_names
-
-    names = backbone_names(pattern)
-    if as_json:
-        _print_json({"backbones": names}, as_json)
-    else:
-        print("\n".join(names))
-    say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
-
-
-@app.command()
-def doctor(as_json: options.Json = False) -> None:
-    """Show what this machine and installation can do."""
-    from featcache.inspection import machine
-
-    _print_facts(machine(), as_json)
-
-
-@app.command(epilog=_EXAMPLES + "featcache demo")
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
-    as_json: options.Json = False,
-) -> None:
-    """Do the whole job on handwritten digits, without any download."""
-    from featcache.demo import run_demo
-
-    facts = run_demo(folder, lambda line: print(line, flush=True))
-    _print_json(facts, as_json)
+cli_inspect.register(app)
 
 
 def main() -> None:
@@ -476,20 +413,6 @@ def _interruptible(output: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"finished work is kept in {output}.parts; the same command goes on from there")
         raise
-
-
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(facts, as_json)
-        return
-    for key, value in facts.items():
-        for line in facts_as_lines(key, value, ""):
-            print(line)
-
-
-def _print_json(facts: dict[str, Any], wanted: bool) -> None:
-    if wanted:
-        print(json.dumps(facts, default=str), flush=True)
 
 
 def _exit_if_bad(refused: int, images: int, max_bad: float) -> None:

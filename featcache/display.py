@@ -1,9 +1,10 @@
 """What the user sees besides results: messages, progress, facts as readable lines.
 
-In: plain values. Out: text on stderr (``say``, ``show_progress``) or lines to print.
+In: plain values. Out: text on stderr (``say``, ``show_progress``), results on stdout (``print_facts``, ``print_json``).
 """
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -96,8 +97,30 @@ def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:
         for entry in value:
             yield f"{indent}  " + ", ".join(printable(f"{name}: {text}") for name, text in entry.items())
     else:
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else _word(value)
         yield f"{indent}{printable(str(key))}: {printable(text)}"
+
+
+def _word(value: Any) -> str:
+    if value is None or value == {}:
+        return "none"
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+
+def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """Print results to stdout: readable lines, or one JSON object."""
+    if as_json:
+        print_json(facts, as_json)
+        return
+    for key, value in facts.items():
+        for line in facts_as_lines(key, value, ""):
+            print(line)
+
+
+def print_json(facts: dict[str, Any], wanted: bool) -> None:
+    """Print ``facts`` to stdout as one line of JSON, if that is wanted."""
+    if wanted:
+        print(json.dumps(facts, default=str), flush=True)
 
 
 @contextlib.contextmanager

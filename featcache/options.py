@@ -9,6 +9,8 @@ import typer
 
 from featcache.errors import UsageError
 
+EXAMPLES = "[bold]Examples:[/]  "  # how the last line of a command's help starts
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Workers = Annotated[str, typer.Option(help="Threads that read and decode (on a CPU: that do everything), or auto.")]

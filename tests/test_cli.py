@@ -145,10 +145,62 @@ def test_lists_and_doctor(run) -> None:
     code, out, _ = run("backbones", "resnet50")
     assert code == 0
     assert {"resnet50", "wide_resnet50_2", "timm/resnet50"} <= set(out.split())
-    code, out, _ = run("doctor", "--json")
-    assert code == 0
-    assert {"runtime", "packages", "codecs", "hdf5"} <= set(last_json(out))
     assert run("--version")[1].startswith("featcache 0.")
+
+
+def test_doctor_shows_facts(run) -> None:
+    code, out, _ = run("doctor", "--seconds", 0, "--workers", 3, "--json")
+    facts = last_json(out)
+    assert code == 0
+    assert {"runtime", "cores", "cpu", "gpus", "automatic", "decoders", "codecs", "packages", "hdf5"} <= set(facts)
+    assert facts["automatic"]["workers"].startswith("3;")
+    assert "measured" not in facts
+    code, out, _ = run("doctor", "--seconds", 0)
+    assert code == 0
+    assert "torch_uses: " in out
+    assert "FEATCACHE_KEEP_MEMORY=0" in out
+
+
+def test_doctor_measures_photos_of_its_own(run) -> None:
+    code, out, _ = run("doctor", "--seconds", 1, "--backbone", "squeezenet1_1", "--json")
+    measured = last_json(out)["measured"]
+    assert (code, len(out.splitlines())) == (0, 1)
+    assert (measured["backbone"], measured["images"]) == ("squeezenet1_1", 64)
+    assert measured["source"].startswith("generated photos")
+    assert min(measured[name] for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")) > 0
+    assert measured["limit"] in ("decode", "forward")
+    assert "limits: it takes" in measured["advice"][0]
+    assert "random weights" in measured["note"]
+    assert all(cosines["min_cosine"] > 0.99 for cosines in measured["self_check"].values())
+
+
+def test_doctor_measures_with_what_it_is_given(tmp_path: Path, run) -> None:
+    photos = make_photos(tmp_path / "photos", each=2)
+    tiny = ("doctor", "--images", photos, "--backbone", "squeezenet1_1", "--batch-size", 2)
+    code, out, err = run(*tiny, "--seconds", 0.1)
+    assert code == 0
+    assert "\n  images: 6\n  median_shorter_edge: 47\n" in out
+    assert "limits: it takes" in "".join(line for line in out.splitlines() if line.startswith(("Dec", "The")))
+    assert "advice" not in out
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.jpg").write_text("no image")
+    assert run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)[0] == 0
+    assert run("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--self-contained")[0] == 0
+    code, out, _ = run("doctor", "--images", photos, "--backbone", tmp_path / "m", "--seconds", 0.1, "--json")
+    assert (code, last_json(out)["measured"]["backbone"]) == (0, "squeezenet1_1")
+    for expected, wrong in (
+        (1, ("--images", tmp_path / "nowhere")),
+        (1, ("--images", tmp_path / "nowhere", "--seconds", 0)),
+        (1, ("--images", tmp_path / "bad")),
+        (1, ("--backbone", "resnet51")),
+        (2, ("--device", "abacus")),
+        (2, ("--workers", "many", "--seconds", 0)),
+        (2, ("--precision", "int8")),
+        (2, ("--seconds", -1)),
+        (2, ("--seconds", "nan")),
+    ):
+        code, out, err = run(*tiny, *wrong)
+        assert (code, out) == (expected, ""), (wrong, err)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,16 @@ def test_names_cannot_command_a_terminal() -> None:
 
 
 def test_facts_become_lines() -> None:
-    facts = {"a": 1, "b": {"c": [1, 2], "d": {}}, "e": [{"path": "x\ny", "reason": "z"}]}
+    facts = {"a": 1, "b": {"c": [1, 2], "d": {}}, "e": [{"path": "x\ny", "reason": "z"}], "f": [], "g": None, "h": True}
     lines = [line for key, value in facts.items() for line in display.facts_as_lines(key, value, "")]
-    assert lines == ["a: 1", "b:", "  c: 1, 2", "  d: {}", "e:", "  path: x\\ny, reason: z"]
+    assert lines == [
+        "a: 1",
+        "b:",
+        "  c: 1, 2",
+        "  d: none",
+        "e:",
+        "  path: x\\ny, reason: z",
+        "f: none",
+        "g: none",
+        "h: yes",
+    ]

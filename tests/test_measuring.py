@@ -51,9 +51,9 @@ def test_rates_are_those_of_known_delays(
 
     def slow(data: bytes) -> object:
         time.sleep(0.01)
-        return decode(data)
+        return np.array(decode(data))
 
-    monkeypatch.setattr(embedding, "decode", slow)
+    monkeypatch.setattr(embedding, "decode_pixels", slow)
     rates = measure(images, Sleeper(forward), CPU, seconds=0.8)  # type: ignore[arg-type]
     assert rates.limit == limit
     for found, delay in ((rates.decode, 0.04), (rates.forward, forward), (rates.end_to_end, 0.04 + forward)):

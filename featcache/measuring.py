@@ -34,6 +34,7 @@ log = logging.getLogger("featcache")
 Pixels = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
 _ROUNDS = 3
+_SLICES = 3 * _ROUNDS  # decode, forward, both
 _MOST_IMAGES = 200_000  # in one slice
 _SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of backbones that have no much faster ones
 
@@ -93,7 +94,7 @@ def measure(images: ImageList, encoder: Encoder, runtime: Runtime, *, seconds: f
     # First calls allocate, build kernels, fill file caches; they also tell how long one batch takes.
     slowest = min(stand.decode(seconds / 40), stand.forward(seconds / 40))
     one_batch = runtime.workers * runtime.batch_size / slowest
-    rounds = _ROUNDS if one_batch <= seconds / (_ROUNDS * len(slices)) else 1
+    rounds = _ROUNDS if one_batch <= seconds / _SLICES else 1
     found: dict[str, list[float]] = {name: [] for name in slices}
     for _ in range(rounds):
         for name, rate in slices.items():
@@ -238,6 +239,7 @@ class Setting:
 
     Attributes:
         device: cpu, cuda or mps. workers, cores: threads, and the cores they may use. backbone: its name.
+        batch_size: images per forward pass. seconds: for which was measured.
         precision: in use. bf16: whether this CPU multiplies bfloat16.
         edge, resize: median shorter edge of the images, and what the backbone takes it to, in pixels.
     """
@@ -245,6 +247,8 @@ class Setting:
     device: str
     workers: int
     cores: int
+    batch_size: int
+    seconds: float
     backbone: str
     precision: str
     bf16: bool
@@ -258,18 +262,24 @@ def advice(rates: Rates, setting: Setting) -> list[str]:
     remedies = _for_decoding(setting) if rates.limit == "decode" else _for_the_backbone(setting)
     if remedies:
         sentences.append(f"What would help: {', or '.join(remedies)}.")
+    return sentences + _doubts(rates, setting)
+
+
+def _doubts(rates: Rates, setting: Setting) -> list[str]:
+    """What speaks against taking the rates as they are."""
+    enough = math.ceil(_SLICES * setting.workers * setting.batch_size / rates.end_to_end)
+    if setting.seconds < enough:
+        return [f"These rates are of a batch or two per worker, and rough; --seconds {enough} would make them certain."]
     together = (
         f"together they make {rates.end_to_end:,.4g} images/s, {rates.efficiency:.0%} of the {rates.ceiling:,.4g}"
     )
     if rates.efficiency < 0.8:
-        sentences.append(
-            f"But {together} that both rates allow: something else (another process, a slow disk) takes the rest."
-        )
-    elif rates.efficiency > 1.1:
-        sentences.append(
+        return [f"But {together} that both rates allow: something else (another process, a slow disk) takes the rest."]
+    if rates.efficiency > 1.1:
+        return [
             f"But {together} that both rates allow: this machine was not quiet; measure again, with more --seconds."
-        )
-    return sentences
+        ]
+    return []
 
 
 def _what_limits(rates: Rates, setting: Setting) -> str:
@@ -301,7 +311,9 @@ def _for_the_backbone(setting: Setting) -> list[str]:
     remedies = []
     if setting.device == "cpu":
         remedies += [_more_workers(setting) or "more CPU cores", "a GPU"]
-        if not setting.bf16:
+        if not setting.bf16 and setting.precision != "fp32":
+            remedies.append(f"float32, as this CPU only emulates {setting.precision} (--precision auto)")
+        elif not setting.bf16:
             remedies.append("a CPU with bf16 arithmetic")
         elif setting.precision == "fp32":
             remedies.append("bf16, which this CPU multiplies, where it passes the self-check (--precision auto)")
@@ -376,7 +388,7 @@ def check_up(
     }
     if request.weights == "none":
         facts["note"] = "random weights are as fast as trained ones, but the self-check's cosines are not those of them"
-    return facts | {"advice": advice(rates, _setting(loaded, runtime, choice.precision, edge))}
+    return facts | {"advice": advice(rates, _setting(loaded, runtime, choice.precision, edge, seconds))}
 
 
 def _rounded(rates: Rates) -> dict[str, Any]:
@@ -384,12 +396,14 @@ def _rounded(rates: Rates) -> dict[str, Any]:
     return {**{name: float(f"{getattr(rates, name):.4g}") for name in values}, "limit": rates.limit}
 
 
-def _setting(backbone: "Backbone", runtime: Runtime, precision: str, edge: int) -> Setting:
+def _setting(backbone: "Backbone", runtime: Runtime, precision: str, edge: int, seconds: float) -> Setting:
     resize = backbone.preprocess.resize
     return Setting(
         device=runtime.device.type,
         workers=runtime.workers,
         cores=usable_cores(),
+        batch_size=runtime.batch_size,
+        seconds=seconds,
         backbone=backbone.name,
         precision=precision,
         bf16=has_bf16_arithmetic(),

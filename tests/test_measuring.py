@@ -19,7 +19,16 @@ from featcache.runtime import Runtime
 BATCH = 4
 CPU = Runtime(torch.device("cpu"), workers=2, batch_size=BATCH, reason="")
 SETTING = Setting(
-    device="cpu", workers=2, cores=2, backbone="resnet50", precision="fp32", bf16=False, edge=375, resize=232
+    device="cpu",
+    workers=2,
+    cores=2,
+    batch_size=8,
+    seconds=20.0,
+    backbone="resnet50",
+    precision="fp32",
+    bf16=False,
+    edge=375,
+    resize=232,
 )
 GPU = {"device": "cuda", "precision": "fp16"}
 
@@ -103,6 +112,8 @@ def test_ceiling() -> None:
         (Rates(9000, 1900, 1800, False), GPU, ["the GPU embeds 1,900", "mobilenet_v3_large"], ["a GPU", "But"]),
         (Rates(400, 100, 60, True), {}, ["60 images/s, 75% of the 80 that", "another process"], []),
         (Rates(400, 100, 90, True), {}, ["not quiet"], []),
+        (Rates(400, 4, 2, True), {}, ["--seconds 72"], ["But"]),
+        (Rates(400, 9, 8, True), {"precision": "bf16"}, ["this CPU only emulates bf16"], ["--seconds", "arithmetic"]),
     ],
 )
 def test_advice_follows_from_rates(rates: Rates, changes: dict, there: list[str], not_there: list[str]) -> None:

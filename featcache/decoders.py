@@ -30,9 +30,14 @@ def decode_pixels(data: bytes) -> Pixels:
     return np.array(decode(data))  # a copy: Pillow's own memory is read-only, which tensors dislike
 
 
+def has_fast_decoder() -> bool:
+    """Whether JPEGs are decoded by something faster than Pillow."""
+    return _fast_jpeg() is not None
+
+
 def decoder_in_words() -> str:
     """Which decoder is used for JPEGs, and why."""
-    if _fast_jpeg():
+    if has_fast_decoder():
         return "JPEGs by simplejpeg, whose pixels equal Pillow's; FEATCACHE_DECODER=pillow turns it off"
     if os.environ.get("FEATCACHE_DECODER") == "pillow":
         return "JPEGs by Pillow, as FEATCACHE_DECODER says"

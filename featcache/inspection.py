@@ -23,6 +23,7 @@ _OPTIONAL = {
     "onnxruntime": "pip install 'featcache[onnx]'",
     "onnxscript": "pip install 'featcache[onnx]'",
     "matplotlib": "pip install 'featcache[report]'",
+    "simplejpeg": "pip install 'featcache[fast]'",
 }
 _PACKAGES = (
     *("featcache", "torch", "torchvision", "h5py", "numpy", "scikit-learn", "pillow", "safetensors"),
@@ -175,6 +176,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _automatic(runtime: "Runtime") -> dict[str, str]:
     """What is chosen without asking, and how to choose otherwise."""
+    from featcache.decoders import decoder_in_words
     from featcache.runtime import keep_freed_memory
 
     kept = "kept by this process" if keep_freed_memory() else "returned to the system"
@@ -184,6 +186,7 @@ def _automatic(runtime: "Runtime") -> dict[str, str]:
         "workers": f"{runtime.workers}; otherwise: --workers N",
         "batch_size": f"{runtime.batch_size}; otherwise: --batch-size N",
         "precision": "the fastest that passes the self-check; otherwise: --precision fp32, bf16 or fp16",
+        "decoder": decoder_in_words(),
         "freed_memory": f"{kept}; FEATCACHE_KEEP_MEMORY=0 returns it to the system",
         "fused_convolutions": f"{fused}; FEATCACHE_FUSE=0 turns them off",
     }

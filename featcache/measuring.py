@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from featcache.decoders import has_fast_decoder
 from featcache.embedding import embed, sample_pixels
 from featcache.encoder import Encoder, Precision, build_encoder
 from featcache.errors import SourceError, UsageError
@@ -241,6 +242,7 @@ class Setting:
         device: cpu, cuda or mps. workers, cores: threads, and the cores they may use. backbone: its name.
         batch_size: images per forward pass. seconds: for which was measured.
         precision: in use. bf16: whether this CPU multiplies bfloat16.
+        fast_decoder: whether JPEGs are decoded faster than by Pillow.
         edge, resize: median shorter edge of the images, and what the backbone takes it to, in pixels.
     """
 
@@ -252,6 +254,7 @@ class Setting:
     backbone: str
     precision: str
     bf16: bool
+    fast_decoder: bool
     edge: int
     resize: int
 
@@ -299,6 +302,8 @@ def _what_limits(rates: Rates, setting: Setting) -> str:
 
 def _for_decoding(setting: Setting) -> list[str]:
     remedies = [_more_workers(setting) or "more CPU cores"]
+    if not setting.fast_decoder:
+        remedies.append("the fast decoder for JPEGs (pip install 'featcache[fast]')")
     if setting.edge > 1.5 * setting.resize:
         remedies.append(
             f"smaller copies of the images (shorter edge {setting.resize} pixels instead of {setting.edge}: that is all "
@@ -407,6 +412,7 @@ def _setting(backbone: "Backbone", runtime: Runtime, precision: str, edge: int, 
         backbone=backbone.name,
         precision=precision,
         bf16=has_bf16_arithmetic(),
+        fast_decoder=has_fast_decoder(),
         edge=edge,
         resize=resize if isinstance(resize, int) else max(resize),
     )

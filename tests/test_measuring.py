@@ -27,6 +27,7 @@ SETTING = Setting(
     backbone="resnet50",
     precision="fp32",
     bf16=False,
+    fast_decoder=True,
     edge=375,
     resize=232,
 )
@@ -107,7 +108,8 @@ def test_ceiling() -> None:
         (Rates(400, 100, 80, True), {"backbone": "mobilenet_v2", "bf16": True}, ["--precision auto"], ["smaller"]),
         (Rates(400, 100, 80, True), {"workers": 1}, ["--workers", "1 worker,"], ["more CPU cores"]),
         (Rates(100, 400, 80, True), {}, ["Decoding limits", "(shorter edge 232 pixels instead of 375"], ["GPU"]),
-        (Rates(100, 400, 80, True), {"edge": 256}, ["more CPU cores"], ["smaller copies"]),
+        (Rates(100, 400, 80, True), {"edge": 256}, ["more CPU cores"], ["smaller copies", "featcache[fast]"]),
+        (Rates(100, 400, 80, True), {"fast_decoder": False}, ["featcache[fast]"], []),
         (Rates(1900, 9000, 1800, False), GPU, ["2 workers decode 1,900 images/s, while the GPU could embed 9,000"], []),
         (Rates(9000, 1900, 1800, False), GPU, ["the GPU embeds 1,900", "mobilenet_v3_large"], ["a GPU", "But"]),
         (Rates(400, 100, 60, True), {}, ["60 images/s, 75% of the 80 that", "another process"], []),

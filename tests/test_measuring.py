@@ -31,6 +31,7 @@ SETTING = Setting(
     edge=375,
     resize=232,
 )
+EXTRAS = {"onnx": "onnx", "simplejpeg": "fast"}
 GPU = {"device": "cuda", "precision": "fp16"}
 
 
@@ -145,7 +146,7 @@ def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("no such instruction")
 
     def version(name: str) -> str:
-        if name in ("onnx", "simplejpeg"):
+        if name in EXTRAS:
             raise importlib.metadata.PackageNotFoundError(name)
         return "1.2.3"
 
@@ -155,6 +156,6 @@ def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     facts = inspection.machine()
     assert not {"cpu", "memory_gb"} & set(facts)
     assert facts["cores"]["usable"] >= 1
-    assert facts["not_installed"] == {"onnx": "pip install 'featcache[onnx]'"}
+    assert facts["not_installed"] == {name: f"pip install 'featcache[{extra}]'" for name, extra in EXTRAS.items()}
     assert facts["packages"]["torch"] == "1.2.3"
     assert facts["decoders"]["simplejpeg"] is None

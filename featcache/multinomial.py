@@ -77,6 +77,7 @@ def regularisation_path(
     *,
     basis: Array | None = None,
     tolerance: float = 1e-4,
+    start: tuple[Array, Array] | None = None,
 ) -> Iterator[tuple[Array, Array]]:
     """Weights and intercepts for each C of ``grid``, one after the other; quickest if it ascends.
 
@@ -86,6 +87,7 @@ def regularisation_path(
         basis: of ``eigenbasis``, with the rows' span in it; made here when None.
         tolerance: stop when a further step promises to lower the objective by less than this share of it, or of what it
             is below that of constant predictions.
+        start: weights and intercepts, of a similar problem, to start from; shaped as those yielded.
 
     Yields:
         (K, D) weights and (K,) intercepts; for two classes (1, D) and (1,), of the logit of class 1, as scikit-learn has it.
@@ -96,6 +98,8 @@ def regularisation_path(
     basis = eigenbasis(X) if basis is None else basis
     mean = X.mean(axis=0)
     path = _Path((X - mean) @ basis, y, weights[y], len(weights), tolerance)
+    if start is not None:
+        path.begin(basis.T @ start[0].T, start[1] + start[0] @ mean)
     for C in grid:
         # Two rows of weights +v/2 and -v/2 have the penalty |v|^2 / 4, one row v as scikit-learn has it twice that.
         theta = path.solve(C / 2 if len(weights) == 2 else C)
@@ -123,6 +127,14 @@ class _Path:
         self.point = self.at(theta, np.tile(theta[-1], (len(y), 1)))
         self.before: _Point | None = None
         self.null = self.point.loss
+
+    def begin(self, weights: Array, intercepts: Array) -> None:
+        """Start from (r, K) weights of the rotated features and (K,) intercepts, K 1 for two classes, if it beats none."""
+        theta = np.vstack([weights, intercepts]).astype(self.R.dtype)
+        theta = np.hstack([-theta, theta]) / 2 if theta.shape[1] == 1 else theta
+        point = self.at(theta, self.R @ theta[:-1] + theta[-1])
+        if point.loss < self.null:
+            self.point = point
 
     def at(self, theta: Array, logits: Array) -> _Point:
         """Mean loss and its residuals; accurate also where nearly every probability is 0 or 1."""

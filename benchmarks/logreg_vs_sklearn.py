@@ -109,7 +109,7 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--classes", type=int, default=101)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--tight", action="store_true", help="also the peer with tol=1e-6")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="featcache's while it chooses")
+    parser.add_argument("--tolerance", type=float, default=2e-4, help="featcache's while it chooses")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     warnings.simplefilter("ignore", FutureWarning)

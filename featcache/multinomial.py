@@ -8,6 +8,7 @@ divided by ``C * sum_i w_i``. The optimum is unique, so how it is found changes 
   logistic regression algorithm", bounds) times the direction's variance, plus the penalty.
 - That diagonal preconditions L-BFGS (Liu & Nocedal 1989), whose memory survives a change of C: only the penalty's part of it
   changes, and that part is known.
+- For each C, the directions that hold two thirds of the variance come first, then all together.
 - Each C starts not where the one before ended, but on the line through the last two solutions. Logits are linear along
   a line, so searching it costs no product with the features.
 """
@@ -21,6 +22,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 _MEMORY = 10  # pairs of L-BFGS
 _MAX_ITERATIONS = 500
+_MANY = 64  # directions; with fewer, products with a part of them save nothing
 _MAX_TRIALS = 25  # of one line search
 _DECREASE, _CURVATURE = 1e-4, 0.5  # strong Wolfe conditions; trials are cheap, so the second is stricter than usual
 
@@ -76,7 +78,7 @@ def regularisation_path(
     grid: Sequence[float],
     *,
     basis: Array | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = 2e-4,
     start: tuple[Array, Array] | None = None,
 ) -> Iterator[tuple[Array, Array]]:
     """Weights and intercepts for each C of ``grid``, one after the other; quickest if it ascends.
@@ -120,6 +122,10 @@ class _Path:
         self.noise = 10 * float(np.finfo(R.dtype).eps)
         variances = np.einsum("ij,ij->j", R, R) / len(R)
         self.variances = np.append(variances, 1).astype(R.dtype)[:, None]  # (r + 1, 1); of the intercept: 1
+        small = int(
+            np.searchsorted(np.cumsum(variances), variances.sum() / 3)
+        )  # directions with a third of the variance
+        self.coarse = small if len(variances) >= _MANY else 0
         self.penalty = 0.0
         self.pairs: list[_Pair] = []
         theta = np.zeros((R.shape[1] + 1, n_classes), R.dtype)
@@ -157,19 +163,30 @@ class _Path:
         if self.before is not None:
             self.extrapolate(self.before)
         self.before = start
-        gradient, scale = self.gradient(self.point), self.curvature(self.point)
+        scale = self.curvature(self.point)
+        for first in (self.coarse, 0):
+            self.descend(scale, first)
+        return self.point.theta
+
+    def descend(self, scale: Array, first: int) -> None:
+        """Go to the optimum over all but the ``first`` rows of the parameters, which stay as they are.
+
+        A step along the few directions of large variance costs a fraction of one along all, and most of the way is theirs.
+        """
+        gradient = self.gradient(self.point, first)
         for _ in range(_MAX_ITERATIONS):
             direction = self.direction(gradient, scale)
+            direction[:first] = 0  # still one of descent: a principal block of a positive definite matrix is one, too
             slope = _dot(gradient, direction)
             if not np.isfinite(slope) or slope > 0:
                 raise NotSolvedError(f"slope {slope}")
             if -slope / 2 <= self.tolerance * self.explained():
-                return self.point.theta
-            move = self.R @ direction[:-1] + direction[-1]
+                return
+            move = self.R[:, first:] @ direction[first:-1] + direction[-1]
             t = self.search(direction, move, slope)
             if t is None:
                 raise NotSolvedError("line search failed")
-            before, gradient = gradient, self.gradient(self.point)
+            before, gradient = gradient, self.gradient(self.point, first)
             self.pairs = [*self.pairs, _pair(t * direction, gradient - before)][-_MEMORY:]
         raise NotSolvedError(f"{_MAX_ITERATIONS} iterations")
 
@@ -182,10 +199,11 @@ class _Path:
         objective = self.objective(self.point)
         return max(min(objective, self.null - objective), self.noise * objective)
 
-    def gradient(self, point: _Point) -> Array:
-        """(r + 1, K) of the objective."""
+    def gradient(self, point: _Point, first: int) -> Array:
+        """(r + 1, K) of the objective; its ``first`` rows are taken for 0."""
         gradient = _penalised(point.theta, self.penalty)
-        gradient[:-1] += self.R.T @ point.residual
+        gradient[:first] = 0
+        gradient[first:-1] += (point.residual.T @ self.R[:, first:]).T  # a little faster than R.T @ residual
         gradient[-1] = point.residual.sum(axis=0)
         return gradient
 

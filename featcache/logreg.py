@@ -8,7 +8,7 @@ import itertools
 import logging
 import sys
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,23 @@ C_GRID = tuple(float(10.0**k) for k in range(-5, 6))
 _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
 _MAX_FLOAT64_SOLVED = 2**21  # values; more are solved in float32, twice as fast and accurate enough to start from
-_FINAL_TOLERANCE = 1e-5  # of the objective; while choosing, regularisation_path's own is enough
+_FINAL_TOLERANCE = 3e-5  # of the objective; while choosing, regularisation_path's own is enough
+_MAX_KEPT_BYTES = 2**28  # of the folds' solutions, which the last fit starts from
+
+_Solution = tuple[Array, Array]  # (K, D) weights and (K,) intercepts
+
+
+class CrossValidation(NamedTuple):
+    """Scores as ``FittedHead.curve`` holds them, and what spares the last fit work: a basis for each scaling, and the mean of
+    the folds' solutions for each setting, as far as they were kept.
+    """
+
+    curve: list[dict[str, Any]]
+    bases: dict[Scaling, Array | None]
+    starts: dict[tuple[Scaling, float], _Solution]
+
+
+_UNTRIED = CrossValidation([], {}, {})
 
 
 def fit_logreg(
@@ -65,12 +81,12 @@ def fit_logreg(
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
     grid = C_GRID if C is None else (C,)
-    curve = cross_validate(X, y, grid, folds=folds, balanced=balanced, seed=seed) if folds else []
-    if curve:
+    tried = cross_validate(X, y, grid, folds=folds, balanced=balanced, seed=seed) if folds else _UNTRIED
+    if curve := tried.curve:
         best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
     else:
         best = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
-    pipeline, converged = _fit(X, y, best["scaling"], best["C"], balanced)
+    pipeline, converged = _fit(X, y, best["scaling"], best["C"], balanced, tried)
     notes = []
     if len(grid) > 1 and best["C"] in (grid[0], grid[-1]):
         notes.append(
@@ -108,35 +124,40 @@ def cross_validate(
     balanced: bool = False,
     seed: int = 0,
     scalings: tuple[Scaling, ...] = SCALINGS,
-    tolerance: float = 1e-4,
-) -> list[dict[str, Any]]:
-    """Mean out-of-fold scores of every (scaling, C), as ``FittedHead.curve`` holds them."""
+    tolerance: float = 2e-4,
+) -> CrossValidation:
+    """Mean out-of-fold scores of every (scaling, C)."""
     X = _for_solver(X)
     splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y))
     # A square basis is only a rotation and may come from all rows, once per scaling; a narrower one is each fold's own.
     square = min(len(train) for train, _ in splits) >= X.shape[1]
     bases = {scaling: _basis(X, scaling) if square else None for scaling in scalings}
+    kept = len(scalings) * folds * len(grid) * (int(y.max()) + 1) * X.shape[1] * X.itemsize <= _MAX_KEPT_BYTES
     # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
     with threadpool_limits(1):
         results = Parallel(n_jobs=-1, prefer="threads")(
-            delayed(_fold)(X, y, scaling, train, held_out, grid, balanced, bases[scaling], tolerance)
+            delayed(_fold)(X, y, scaling, train, held_out, grid, balanced, bases[scaling], tolerance, kept)
             for scaling, (train, held_out) in itertools.product(scalings, splits)
         )
-    curve = []
+    curve, starts = [], {}
     for s, scaling in enumerate(scalings):
-        scores = np.array(results[s * folds : (s + 1) * folds])  # (folds, len(grid), 2)
         for c, C in enumerate(grid):
-            accuracies, losses = scores[:, c, 0], scores[:, c, 1]
+            accuracies, losses, solutions = zip(
+                *(fold[c] for fold in results[s * folds : (s + 1) * folds]), strict=True
+            )
+            if kept:
+                weights, intercepts = zip(*solutions, strict=True)
+                starts[scaling, C] = np.mean(weights, axis=0), np.mean(intercepts, axis=0)
             curve.append(
                 {
                     "scaling": scaling,
                     "C": C,
-                    "accuracy": float(accuracies.mean()),
-                    "log_loss": float(losses.mean()),
-                    "fold_accuracies": accuracies.tolist(),
+                    "accuracy": float(np.mean(accuracies)),
+                    "log_loss": float(np.mean(losses)),
+                    "fold_accuracies": list(accuracies),
                 }
             )
-    return curve
+    return CrossValidation(curve, bases, starts)
 
 
 def _for_solver(X: Array) -> Array:
@@ -160,22 +181,24 @@ def _fold(
     balanced: bool,
     basis: Array | None,
     tolerance: float,
-) -> list[tuple[float, float]]:
-    """(accuracy, log loss) on one held-out fold along the grid of C."""
+    kept: bool,
+) -> list[tuple[float, float, _Solution | None]]:
+    """(accuracy, log loss, solution if it is kept) on one held-out fold along the grid of C."""
     scaler = _scaler(scaling)
     X_train, X_held_out = scaler.fit_transform(X[train]), scaler.transform(X[held_out])
     weights = class_weights(y[train], int(y.max()) + 1, balanced)
-    scores = []
+    scores: list[tuple[float, float, _Solution | None]] = []
     try:
         for W, b in regularisation_path(X_train, y[train], weights, grid, basis=basis, tolerance=tolerance):
-            scores.append(_scores(X_held_out @ W.T + b, y[held_out]))
+            scores.append((*_scores(X_held_out @ W.T + b, y[held_out]), (W, b) if kept else None))
     except (NotSolvedError, np.linalg.LinAlgError) as error:
         log.info("scikit-learn's solver takes over in one fold (%s)", error)
         scores = []
         classifier = _classifier(grid[0], balanced, warm_start=True)
         for C in grid:
             _quietly(classifier.set_params(C=C), X_train, y[train])
-            scores.append(_scores(X_held_out @ classifier.coef_.T + classifier.intercept_, y[held_out]))
+            W, b = classifier.coef_, classifier.intercept_
+            scores.append((*_scores(X_held_out @ W.T + b, y[held_out]), (W, b) if kept else None))
     return scores
 
 
@@ -185,7 +208,9 @@ def _scores(logits: Array, y: Array) -> tuple[float, float]:
     return accuracy(y, probabilities), log_loss(y, probabilities)
 
 
-def _fit(X: Array, y: Array, scaling: Scaling, C: float, balanced: bool) -> tuple[Any, bool]:
+def _fit(
+    X: Array, y: Array, scaling: Scaling, C: float, balanced: bool, tried: CrossValidation = _UNTRIED
+) -> tuple[Any, bool]:
     """A fitted (scaler, LogisticRegression) pipeline, and whether its solver converged.
 
     scikit-learn starts from our solution. It finds nothing left to do, or does it: the head is what it ends with.
@@ -195,8 +220,12 @@ def _fit(X: Array, y: Array, scaling: Scaling, C: float, balanced: bool) -> tupl
     classifier = _classifier(C, balanced)
     weights = class_weights(y, int(y.max()) + 1, balanced)
     try:
-        # by way of a stronger penalty, where the way is shorter
-        _, (W, b) = regularisation_path(_for_solver(X), y, weights, (C / 100, C), tolerance=_FINAL_TOLERANCE)
+        start, basis = tried.starts.get((scaling, C)), tried.bases.get(scaling)
+        grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
+        path = regularisation_path(
+            _for_solver(X), y, weights, grid, basis=basis, tolerance=_FINAL_TOLERANCE, start=start
+        )
+        *_, (W, b) = path
         classifier.set_params(warm_start=True)
         classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
     except (NotSolvedError, np.linalg.LinAlgError) as error:

@@ -74,6 +74,19 @@ def test_another_basis_leads_to_the_same_weights() -> None:
     np.testing.assert_allclose(own[0], shared[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_start_does_not_matter_but_a_good_one_is_kept(classes: int) -> None:
+    X, y = awkward(200, 15, classes)
+    weights = np.ones(classes)
+    (one,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-10)
+    (same,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-4, start=one)  # nothing left to do
+    np.testing.assert_allclose(same[0], one[0], atol=1e-9)
+    np.testing.assert_allclose(same[1], one[1], atol=1e-9)
+    for start in ((one[0] / 2, one[1] / 2), (1 - one[0], 1 - one[1])):
+        (other,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-10, start=start)
+        np.testing.assert_allclose(other[0], one[0], atol=1e-4)
+
+
 @pytest.mark.parametrize("n", [30, 200])
 def test_the_basis_is_orthonormal_and_spans_the_rows(n: int) -> None:
     X, _ = awkward(n, 60, 2)
@@ -126,10 +139,21 @@ def test_scikit_learn_takes_over(classes: int, monkeypatch: pytest.MonkeyPatch) 
         assert one["log_loss"] == pytest.approx(other["log_loss"], abs=0.01)
 
 
+@pytest.mark.parametrize("kept", [0, 2**28])
+def test_the_last_fit_is_the_same_wherever_it_starts(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logreg, "_MAX_KEPT_BYTES", kept)
+    X, y = awkward(200, 15, 3)
+    tried = cross_validate(X, y, (0.01, 0.1), folds=3, scalings=("standardise",))
+    assert len(tried.starts) == (2 if kept else 0)
+    started, _ = logreg._fit(X, y, "standardise", 0.1, False, tried)
+    expected, _ = logreg._fit(X, y, "standardise", 0.1, False)
+    np.testing.assert_allclose(started.predict_proba(X), expected.predict_proba(X), atol=3e-3)
+
+
 def test_held_out_rows_teach_nothing() -> None:
     """Labels without relation to the features are guessed at chance, whatever basis and statistics were shared."""
     X = np.random.default_rng(1).normal(size=(400, 100))
-    curve = cross_validate(X, np.arange(400) % 4, (1e-3, 1.0), folds=5)
+    curve = cross_validate(X, np.arange(400) % 4, (1e-3, 1.0), folds=5).curve
     assert all(entry["accuracy"] < 0.25 + 4 * (0.25 * 0.75 / 400) ** 0.5 for entry in curve)
     assert all(entry["log_loss"] > np.log(4) - 1e-3 for entry in curve)
 

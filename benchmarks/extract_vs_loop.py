@@ -60,7 +60,8 @@ def ours(arguments: argparse.Namespace, output: Path) -> float:
     from featcache import ExtractRequest, extract
 
     request = ExtractRequest(backbone=arguments.backbone, weights=arguments.weights, precision=arguments.precision)
-    report = extract(arguments.copy, output, request, device="cpu", force=True)
+    output.unlink(missing_ok=True)
+    report = extract(arguments.copy, output, request, device="cpu")
     return report.embedded / report.images_per_second
 
 

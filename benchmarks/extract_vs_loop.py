@@ -75,15 +75,13 @@ def one_run(arguments: argparse.Namespace, side: str, output: Path) -> dict[str,
 
 def ceiling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Decode alone, forward alone and end to end, in turn, in this process."""
-    from featcache.measuring import measure
-
     from featcache.backbones import load_backbone
     from featcache.embedding import sample_pixels
     from featcache.encoder import build_encoder
     from featcache.images import list_images
-    from featcache.runtime import choose_runtime, keep_freed_memory
+    from featcache.measuring import measure
+    from featcache.runtime import choose_runtime
 
-    keep_freed_memory()
     backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")
     images = list_images(arguments.copy)
     sample = sample_pixels(images, backbone.preprocess, runtime.batch_size)
@@ -157,7 +155,8 @@ def main() -> None:  # noqa: D103 - the module says it
     for side in files:
         print(f"{side:12}{n / median(side, 'steady'):14.1f}{median(side, 'cold'):10.1f}")
     print(f"{'ratio':12}{ratio('steady'):14.2f}{ratio('cold'):10.2f}")
-    print(f"cosine of the features of both sides: mean {mean:.6f}, minimum {minimum:.6f}")
+    if arguments.weights != "none":  # random weights are not the same on both sides
+        print(f"cosine of the features of both sides: mean {mean:.6f}, minimum {minimum:.6f}")
     if limits:
         print(f"images/s: decode {limits['decode']:.1f}, forward {limits['forward']:.1f} ({limits['form']} ", end="")
         print(f"{limits['precision']}), together at most {limits['ceiling']:.1f}; ", end="")

@@ -11,7 +11,7 @@ _PACKAGES = ("featcache", "torch", "torchvision", "timm", "numpy", "scikit-learn
 
 
 def machine_facts() -> dict[str, Any]:
-    """The command, the machine, how busy it is, and the versions of what was measured."""
+    """The command (of paths the names alone), the machine, and the versions of what was measured."""
     versions = {}
     for name in _PACKAGES:
         try:
@@ -19,14 +19,18 @@ def machine_facts() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])]),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _without_folder(argument: str) -> str:
+    path = Path(argument)
+    return path.name if path.exists() else argument
 
 
 def _cpu_name() -> str:

@@ -62,9 +62,8 @@ def ours(folder: Path, backbone: str, device: str, seconds: float) -> dict[str, 
     from featcache.encoder import build_encoder
     from featcache.images import list_images
     from featcache.measuring import measure
-    from featcache.runtime import choose_runtime, keep_freed_memory
+    from featcache.runtime import choose_runtime
 
-    keep_freed_memory()
     loaded, runtime, images = load_backbone(backbone, "none"), choose_runtime(device), list_images(folder)
     encoder, choice = build_encoder(loaded, runtime, sample_pixels(images, loaded.preprocess, 32))
     rates = measure(images, encoder, runtime, seconds=seconds)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from facts import machine_facts
 
 from featcache import FeatureCache
 
@@ -67,7 +68,9 @@ def main() -> None:  # noqa: D103 - the module says it
             with_parts += 0 < report["reused"] < len(got)
             how = f"killed after {moment:.1f} s" if child.returncode == -signal.SIGKILL else "finished before its kill"
             print(f"seed {seed}: {how}, reused {report['reused']}, embedded {report['embedded']}, same bits: {equal}")
-    print(json.dumps({"rounds": arguments.rounds, "same_bits": same, "resumed_from_parts": with_parts}))
+    print(
+        json.dumps({"rounds": arguments.rounds, "same_bits": same, "resumed_from_parts": with_parts} | machine_facts())
+    )
     sys.exit(same != arguments.rounds)
 
 

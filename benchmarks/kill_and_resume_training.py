@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from facts import machine_facts
+
 FILES = ("backbone.safetensors", "head.safetensors", "history.csv")
 
 
@@ -72,7 +74,11 @@ def main() -> None:  # noqa: D103 - the module says it
             equal = [(output / name).read_bytes() for name in FILES] == expected
             same += equal
             print(f"seed {seed}: exit codes {how}, same bits: {equal}", flush=True)
-    print(json.dumps({"rounds": arguments.rounds, "same_bits": same, "resumed_from_checkpoints": resumed}))
+    print(
+        json.dumps(
+            {"rounds": arguments.rounds, "same_bits": same, "resumed_from_checkpoints": resumed} | machine_facts()
+        )
+    )
     sys.exit(same != arguments.rounds)
 
 

@@ -20,7 +20,6 @@ labels are random. Seeded: two runs have the same data.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import sklearn
+from facts import machine_facts
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.model_selection import StratifiedKFold
@@ -146,8 +146,7 @@ def main() -> None:  # noqa: D103 - the module says it
         relative = values["featcache"] / values["scikit-learn"] - 1
         print(f"objective at C {C:.4g}: {values}, featcache's is {relative:+.1e} of scikit-learn's")
     facts = {"rows": len(X), "dim": X.shape[1], "classes": arguments.classes, "ratio": ratio, "final": final}
-    facts |= {"cores": os.cpu_count(), "machine": platform.machine(), "scikit_learn": sklearn.__version__}
-    print(json.dumps(facts | {"runs": runs}))
+    print(json.dumps(facts | {"runs": runs} | machine_facts()))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ the last is printed, and in bytes per image.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from facts import machine_facts
 from out_of_core import peak
 from unchanged_folder import make_images
 
@@ -74,7 +74,7 @@ def main() -> None:  # noqa: D103 - the module says it
     each = more * 1e6 / max(last["images"] - first["images"], 1)
     print(f"growth {more / first['peak_mb']:.1%}, {each:.0f} bytes per image")
     facts = {"backbone": arguments.backbone, "growth": more / first["peak_mb"], "bytes_per_image": each}
-    print(json.dumps(facts | {"cores": os.cpu_count(), "runs": results}))
+    print(json.dumps(facts | {"runs": results} | machine_facts()))
 
 
 if __name__ == "__main__":

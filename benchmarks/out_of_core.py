@@ -11,7 +11,6 @@ memory is the same, time is not. The cache was just written: its pages are warm 
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from facts import machine_facts
 
 BLOCK = 4096
 
@@ -140,8 +140,8 @@ def main() -> None:  # noqa: D103 - the module says it
                 f"{f['read_gb']:9.1f}{f['read_gb_per_s']:6.2f}{f['test_accuracy']:8.2%}",
                 flush=True,
             )
-    facts = {"rows": arguments.rows, "dim": arguments.dim, "classes": arguments.classes, "cores": os.cpu_count()}
-    print(json.dumps(facts | {"rounds": arguments.rounds, "runs": results}))
+    facts = {"rows": arguments.rows, "dim": arguments.dim, "classes": arguments.classes}
+    print(json.dumps(facts | {"rounds": arguments.rounds, "runs": results} | machine_facts()))
 
 
 if __name__ == "__main__":

@@ -37,13 +37,11 @@ loops and fine-tuning do, gets several times slower, but extraction does not.
 import argparse
 import copy
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import logging
 import math
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -54,6 +52,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from facts import machine_facts
 
 # What ImageFolder reads, so that both sides have the same images.
 _READ = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
@@ -539,9 +539,7 @@ def main() -> None:  # noqa: D103 - the module says it
     print_table(done)
     facts = {"backbone": arguments.backbone, "weights": Path(arguments.weights).name, "limit": arguments.limit}
     facts |= {"epochs_share": arguments.epochs_share, "seconds": time.perf_counter() - started}
-    facts |= {"cores": cores, "machine": platform.machine(), "system": platform.system()}
-    facts |= {"versions": {name: importlib.metadata.version(name) for name in ("featcache", "torch", "torchvision")}}
-    print(json.dumps(facts | {"failed": len(rows) - len(done), "runs": done}))
+    print(json.dumps(facts | {"failed": len(rows) - len(done), "runs": done} | machine_facts()))
     sys.exit(len(done) < len(rows))
 
 

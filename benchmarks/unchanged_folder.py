@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from facts import machine_facts
 from PIL import Image
 
 OPTIONS = ["--backbone", "squeezenet1_1", "--weights", "none", "--resize", "32", "--crop", "32"]
@@ -127,7 +128,7 @@ def main() -> None:  # noqa: D103 - the module says it
     for name, value in medians.items():
         print(f"{name:20}{value * 1e3:9.1f} ms{value / arguments.images * 1e6:8.1f} us per image")
     facts = {"images": arguments.images, "seconds": medians, "all": times, "hashed": hashed, "opened": len(opened)}
-    print(json.dumps(facts | {"embedded": 0}))
+    print(json.dumps(facts | {"embedded": 0} | machine_facts()))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def extract(
     resize: options.Resize = "auto",
     crop: options.Crop = "auto",
     interpolation: options.Interpolation = "auto",
+    decode: options.Decode = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     limit: Annotated[
@@ -85,6 +86,7 @@ def extract(
         resize=options.size(resize),
         crop=options.count(crop, "crop"),
         interpolation=None if interpolation == "auto" else interpolation,
+        decode=None if decode == "auto" else decode,
         precision=precision,
         dtype=dtype,
     )

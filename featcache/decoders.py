@@ -15,19 +15,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from featcache.images import MAX_PIXELS, decode
+from featcache.images import MAX_PIXELS, decode, reduction
+from featcache.preprocess import PreprocessSpec, to_pixels
 
 Pixels = npt.NDArray[np.uint8]
 
 
-def decode_pixels(data: bytes) -> Pixels:
+def read_pixels(data: bytes, spec: PreprocessSpec) -> Pixels:
+    """From a file to the pixels a backbone takes: uint8 (H, W, 3), ``(H, W) == spec.crop``. Raises RefusedImage."""
+    return to_pixels(decode_pixels(data, at_least=spec.decode_at_least), spec)
+
+
+def decode_pixels(data: bytes, *, at_least: int | None = None) -> Pixels:
     """Decode a file into upright 8-bit RGB, uint8 (H, W, 3), as ``images.decode`` does. Raises RefusedImage."""
     decode_jpeg = _fast_jpeg()
     if decode_jpeg and data.startswith(b"\xff\xd8\xff"):
         with contextlib.suppress(Exception):  # whatever is wrong with it, Pillow says so, or decodes it after all
-            if _is_plain_jpeg(data):
-                return decode_jpeg(data)
-    return np.array(decode(data))  # a copy: Pillow's own memory is read-only, which tensors dislike
+            if size := _size_of_plain_jpeg(data):
+                return decode_jpeg(data, **_smallest(size, reduction(min(size), at_least)))
+    return np.array(decode(data, at_least=at_least))  # a copy: Pillow's own memory is read-only, which tensors dislike
 
 
 def has_fast_decoder() -> bool:
@@ -45,17 +51,28 @@ def decoder_in_words() -> str:
 
 
 @functools.cache
-def _fast_jpeg() -> Callable[[bytes], Pixels] | None:
+def _fast_jpeg() -> Callable[..., Pixels] | None:
     """simplejpeg, if it is installed and gives Pillow's pixels: libjpegs differ in their upsampling and cosine transform."""
     if os.environ.get("FEATCACHE_DECODER") == "pillow":
         return None
     try:
         from simplejpeg import decode_jpeg
 
-        same = all(np.array_equal(decode_jpeg(data), np.asarray(decode(data))) for data in _examples())
+        same = all(_are_the_same(decode_jpeg, data, factor) for data in _examples() for factor in (1, 2, 4, 8))
     except Exception:  # not installed, or broken
         return None
     return decode_jpeg if same else None
+
+
+def _are_the_same(decode_jpeg: Callable[..., Pixels], data: bytes, factor: int) -> bool:
+    image = decode(data)
+    expected = np.asarray(decode(data, at_least=min(image.size) // (2 * factor) if factor > 1 else None))
+    return np.array_equal(decode_jpeg(data, **_smallest(image.size, factor)), expected)
+
+
+def _smallest(size: tuple[int, int], factor: int) -> dict[str, int]:
+    """What to ask for so that an image of (width, height) is decoded at 1/``factor``."""
+    return {"min_width": -(-size[0] // factor), "min_height": -(-size[1] // factor)} if factor > 1 else {}
 
 
 def _examples() -> list[bytes]:
@@ -71,8 +88,9 @@ def _examples() -> list[bytes]:
     return found
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether nothing about it needs a decision: no orientation, no CMYK, no absurd size. Reads the header only."""
+def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(width, height) if nothing about it needs a decision: no orientation, CMYK, absurd size. Reads the header only."""
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         small = image.width * image.height <= MAX_PIXELS
-        return small and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
+        plain = small and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
+        return image.size if plain else None

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.decoders import decode_pixels
+from featcache.decoders import read_pixels
 from featcache.encoder import Encoder, fits_float16
 from featcache.images import ImageList, RefusedImage, ignore_size_warnings, read_image
-from featcache.preprocess import PreprocessSpec, to_pixels
+from featcache.preprocess import PreprocessSpec
 from featcache.runtime import Runtime, one_core_each
 
 
@@ -101,7 +101,7 @@ def sample_pixels(images: ImageList, preprocess: PreprocessSpec, count: int) -> 
     with ignore_size_warnings():
         for path in images.paths:
             with contextlib.suppress(RefusedImage):
-                found.append(to_pixels(decode_pixels(read_image(images.root / path)[0]), preprocess))
+                found.append(read_pixels(read_image(images.root / path)[0], preprocess))
             if len(found) == count:
                 break
     return np.stack(found) if found else np.empty((0, *preprocess.crop, 3), np.uint8)
@@ -127,7 +127,7 @@ class _Job:
             for index in indices:
                 try:
                     data, size, mtime = read_image(self.images.root / self.images.paths[index])
-                    pixels[len(kept)] = to_pixels(decode_pixels(data), self.encoder.preprocess)
+                    pixels[len(kept)] = read_pixels(data, self.encoder.preprocess)
                 except RefusedImage as reason:
                     refused.append((index, str(reason)))
                     continue

@@ -233,7 +233,7 @@ def describe_preprocess(spec: PreprocessSpec, *, normalised_inside: bool) -> dic
         else {"height": spec.resize[0], "width": spec.resize[1], "aspect_ratio": "not kept"}
     )
     return {
-        "decode": f"8 bit per channel; orientation: {spec.orientation}; alpha: {spec.alpha}; deep: {spec.deep}; "
+        "decode": f"{spec.decode}; 8 bit per channel; orientation: {spec.orientation}; alpha: {spec.alpha}; deep: {spec.deep}; "
         f"frame: {spec.frame}; colour profile: {spec.profile}",
         "channel_order": "RGB",
         "resize": resize,

@@ -29,6 +29,7 @@ from featcache.spec import fingerprint_of, make_spec
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
     from featcache.encoder import Encoder, Precision
+    from featcache.preprocess import PreprocessSpec
     from featcache.runtime import Runtime
 
 log = logging.getLogger("featcache")
@@ -201,6 +202,7 @@ class _Job:
         encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
         log.info("precision %s", choice.reason)
         log.info("decoder: %s", decoder_in_words())
+        self._compare_with_full_scale(backbone.preprocess, encoder, sample)
         # What an earlier run settled by measuring stays settled, also if today's sample would just pass or fail.
         settled = (self._before, self._model.spec if self._model else {})
         again = self.request.precision in [spec.get("precision") for spec in settled]
@@ -222,6 +224,26 @@ class _Job:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         return _Prepared(backbone, encoder, runtime, spec, provenance)
+
+    def _compare_with_full_scale(
+        self, preprocess: "PreprocessSpec", encoder: "Encoder", sample: "np.ndarray[Any, np.dtype[np.uint8]]"
+    ) -> None:
+        """Say what decoding at a reduced scale does to embeddings."""
+        from featcache.embedding import sample_pixels
+        from featcache.encoder import MEAN_COSINE, MIN_COSINE, cosine
+
+        if preprocess.decode_at_least is None:
+            return
+        full = sample_pixels(self.images, dataclasses.replace(preprocess, decode="full scale"), len(sample))
+        mean, minimum = cosine(encoder(full), encoder(sample))
+        passes = mean >= MEAN_COSINE and minimum >= MIN_COSINE
+        log.log(
+            logging.INFO if passes else logging.WARNING,
+            "large JPEGs are decoded at a reduced scale: cosine to full scale mean %.6f min %.6f%s",
+            mean,
+            minimum,
+            "" if passes else ", below what passes for the same embedding; --decode full does without",
+        )
 
     def keep_weights(self) -> None:
         """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
@@ -345,9 +367,8 @@ def _list(source: str | Path | ImageList) -> ImageList:
 
 
 def _choose_runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
-    from featcache.runtime import choose_runtime, keep_freed_memory
+    from featcache.runtime import choose_runtime
 
-    keep_freed_memory()
     return choose_runtime(device, workers=workers, batch_size=batch_size)
 
 

@@ -95,7 +95,7 @@ def finetune(
         TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
     """
     from featcache.processes import joined
-    from featcache.runtime import choose_runtime, choose_training_precision, keep_freed_memory, kept_random_state
+    from featcache.runtime import choose_runtime, choose_training_precision, kept_random_state
 
     started = time.perf_counter()
     source, output, changes = Path(source), Path(output), changes or {}
@@ -105,7 +105,6 @@ def finetune(
         check_replaceable(output)
     check_unfinished(output, resume=resume, force=force)
     images, held_out = read_source(source, seed=seed)
-    keep_freed_memory()
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     settings = _Settings(output, recipe, changes, seed, choose_training_precision(precision, runtime.device))
     with contextlib.ExitStack() as stack:

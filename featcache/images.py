@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.cache import SPLITS
 from featcache.errors import SourceError, UsageError
@@ -419,11 +419,22 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def decode(data: bytes) -> Image.Image:
+def reduction(shorter_edge: int, at_least: int | None) -> int:
+    """1, 2, 4 or 8: the scale at which a JPEG may be decoded if ``at_least`` pixels of its shorter edge are wanted.
+
+    Twice as many are left, so that the filter which resizes the rest, not the decoder, decides what is seen.
+    """
+    return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
+
+
+def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
     """Decode a file's bytes into an upright 8-bit RGB image.
 
     Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
     scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
+
+    Args:
+        data: the file. at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
 
     Raises:
         RefusedImage: not an image, truncated, too large, or of a kind without a defined conversion.
@@ -434,6 +445,9 @@ def decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+            factor = reduction(min(image.size), at_least)
+            if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.draft(image.mode, (image.width // factor, image.height // factor))
             image.load()
             upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
             return _to_rgb(upright, image.format)

@@ -26,7 +26,7 @@ from featcache.encoder import Encoder, Precision, build_encoder
 from featcache.errors import SourceError, UsageError
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, list_images, read_image
 from featcache.request import ExtractRequest, load_requested
-from featcache.runtime import Runtime, has_bf16_arithmetic, keep_freed_memory, one_core_each, usable_cores
+from featcache.runtime import Runtime, has_bf16_arithmetic, one_core_each, usable_cores
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
@@ -359,7 +359,6 @@ def check_up(
     Raises:
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. UsageError: impossible values.
     """
-    keep_freed_memory()
     asked = ExtractRequest(backbone=backbone, weights=weights or "auto", precision=precision)
     model = asked.model()
     request = asked if weights or model else dataclasses.replace(asked, weights="none")

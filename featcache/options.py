@@ -27,6 +27,11 @@ Crop = Annotated[str, typer.Option(help="Edge of the centre crop in pixels; auto
 Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic, lanczos; auto: the weights' own.")]
 
 
+Decode = Annotated[
+    str, typer.Option(help="Scale at which large JPEGs are decoded: full, reduced (faster, other pixels), auto: full.")
+]
+
+
 def count(text: str, name: str) -> int | None:
     """A whole number from 1; None for ``auto``. Raises UsageError, calling the option ``name``."""
     if text == "auto":

@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from featcache.decoders import read_pixels
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
-from featcache.preprocess import PreprocessSpec, to_pixels
+from featcache.preprocess import PreprocessSpec
 from featcache.publish import available_memory, check_free_space
 
 Picture = npt.NDArray[np.uint8]
-Convert = Callable[[Image.Image], Picture]
+Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
 Progress = Callable[[int, int], None]  # done, total
 _SHARE_OF_MEMORY = 0.4
 _ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
@@ -58,14 +59,15 @@ class Pixels:
 
 def network_input(spec: PreprocessSpec) -> Convert:
     """Stored for evaluation: exactly what ``extract`` and ``predict`` feed the backbone."""
-    return lambda image: to_pixels(np.array(image), spec)
+    return lambda data: read_pixels(data, spec)
 
 
 def training_input(spec: PreprocessSpec) -> Convert:
     """Stored for training: the whole image, its shorter edge somewhat longer than the network's input, never enlarged."""
     edge = round(max(spec.crop) * _ENLARGED)
 
-    def shrink(image: Image.Image) -> Picture:
+    def shrink(data: bytes) -> Picture:
+        image = decode(data)
         factor = edge / min(image.size)
         if factor < 1:
             size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
@@ -86,7 +88,7 @@ def decode_in_memory(
     """Decode every image once, on ``workers`` threads, and keep them.
 
     Args:
-        images: n of them. convert: upright RGB image -> uint8 (H, W, 3). progress: called with (done, total).
+        images: n of them. convert: a file's bytes -> uint8 (H, W, 3). progress: called with (done, total).
     """
     pictures: list[Picture] = []
     table = _Table()
@@ -147,7 +149,7 @@ def _decoded(
         try:
             data = read_image(images.root / path)[0]
             digest = hashlib.sha256(data).digest()
-            return convert(decode(data)), "", digest
+            return convert(data), "", digest
         except RefusedImage as reason:
             return None, str(reason), digest
 

@@ -145,9 +145,8 @@ def _embed_and_score(
     """(probabilities or None, reason) per image, in order."""
     from featcache.embedding import Timings, embed, sample_pixels, storable
     from featcache.encoder import Precision, build_encoder
-    from featcache.runtime import choose_runtime, keep_freed_memory
+    from featcache.runtime import choose_runtime
 
-    keep_freed_memory()
     runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
     runtime = dataclasses.replace(runtime, batch_size=max(1, min(runtime.batch_size, len(images))))
     log.info(runtime.reason)

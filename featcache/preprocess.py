@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+DECODING = ("full scale", "reduced scale")
 _MAX_EDGE = 2048
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -35,7 +36,9 @@ class PreprocessSpec:
         crop: ``(height, width)`` of the centre crop; also the size of the backbone's input.
         interpolation: resampling filter of the resize.
         mean, std: per-channel normalisation of values in 0..1.
-        orientation, alpha, deep, frame, profile, decode: how unusual files become 8-bit RGB (``images.decode``).
+        decode: ``full scale``, or ``reduced scale``: JPEGs much larger than ``resize`` are decoded at 1/2, 1/4 or 1/8 of
+            their size, several times as fast, to somewhat other pixels (``images.reduction``).
+        orientation, alpha, deep, frame, profile: how unusual files become 8-bit RGB (``images.decode``).
             They have one value each today; they are stored so that a later change can never pass unnoticed.
 
     Raises:
@@ -67,9 +70,20 @@ class PreprocessSpec:
             raise UsageError(f"unknown interpolation {self.interpolation!r}; choose one of {', '.join(_RESAMPLING)}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
             raise UsageError(f"mean and std must be three numbers, std positive; found {self.mean} and {self.std}")
+        if self.decode not in DECODING:
+            raise UsageError(f"unknown decoding {self.decode!r}; choose one of {', '.join(DECODING)}")
         for field in dataclasses.fields(self):
+            if field.name == "decode":
+                continue
             if field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default:
                 raise UsageError(f"{field.name} {getattr(self, field.name)!r} is not known, only {field.default!r} is")
+
+    @property
+    def decode_at_least(self) -> int | None:
+        """Pixels of the shorter edge that decoding must leave; None: all of them."""
+        if self.decode == "full scale":
+            return None
+        return self.resize if isinstance(self.resize, int) else max(self.resize)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` gives back an equal spec."""

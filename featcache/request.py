@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.errors import BackboneError, UsageError
 from featcache.model import Model, load_model
+from featcache.preprocess import DECODING
 from featcache.spec import STORAGE_TYPES
 
 if TYPE_CHECKING:
@@ -31,12 +32,13 @@ class ExtractRequest:
         resize: pixels of the shorter edge, or (height, width); the weights' own when None.
         crop: edge of the square centre crop in pixels; the weights' own when None.
         interpolation: resampling filter; the weights' own when None.
+        decode: ``full`` or ``reduced`` scale of large JPEGs; the model's own, else full, when None.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         dtype: how features are stored: ``float16``, ``float32``, or ``auto``, which is float16 unless the embeddings are
             too large or too small for it.
 
     Raises:
-        UsageError: unknown dtype.
+        UsageError: unknown dtype or decode.
     """
 
     backbone: str = DEFAULT_BACKBONE
@@ -44,12 +46,15 @@ class ExtractRequest:
     resize: int | tuple[int, int] | None = None
     crop: int | None = None
     interpolation: str | None = None
+    decode: str | None = None
     precision: str = "auto"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *STORAGE_TYPES):
             raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
+        if self.decode is not None and f"{self.decode} scale" not in DECODING:
+            raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
 
     def model(self) -> Model | None:
         """The saved model whose backbone is asked for, without that backbone; None if ``backbone`` is a name.
@@ -140,6 +145,7 @@ def customise(backbone: "Backbone", request: ExtractRequest) -> "Backbone":
         "resize": request.resize,
         "crop": (request.crop, request.crop) if request.crop is not None else None,
         "interpolation": request.interpolation,
+        "decode": f"{request.decode} scale" if request.decode is not None else None,
     }
     changes = {key: value for key, value in changes.items() if value is not None}
     return dataclasses.replace(backbone, preprocess=dataclasses.replace(backbone.preprocess, **changes))

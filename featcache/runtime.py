@@ -37,7 +37,7 @@ class Runtime:
 
 
 def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_size: int | None = None) -> Runtime:
-    """Decide where to compute.
+    """Decide where to compute, before anything large is allocated: freed memory is kept from now on, where possible.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
@@ -55,6 +55,8 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     if workers is None:
         workers = cores if chosen.type == "cpu" else min(cores, 32)
     reason += f"; {workers} worker{'s' if workers > 1 else ''} for {cores} usable core{'s' if cores > 1 else ''}"
+    if keep_freed_memory():
+        reason += "; freed memory is kept for the next batch"
     return Runtime(chosen, workers, batch_size or (8 if chosen.type == "cpu" else 64), reason)
 
 
@@ -87,8 +89,8 @@ def usable_cores() -> int:
 def keep_freed_memory() -> bool:
     """Let glibc keep freed activation buffers instead of returning and faulting them in again at every layer.
 
-    The usual loop spends half its CPU time on that. Affects the whole process, so ``extract`` and ``predict`` call
-    it, before their first large allocation; ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect.
+    The usual loop spends half its CPU time on that. Affects the whole process, and only what is allocated later;
+    ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect.
     """
     if not sys.platform.startswith("linux") or os.environ.get("FEATCACHE_KEEP_MEMORY") == "0":
         return False

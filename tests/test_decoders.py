@@ -11,6 +11,7 @@ from PIL import Image
 from featcache import decoders
 from featcache.decoders import decode_pixels, decoder_in_words
 from featcache.images import RefusedImage, decode
+from featcache.preprocess import PreprocessSpec, to_pixels
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +56,44 @@ def test_pixels_and_refusals_are_pillows(name: str) -> None:
     same_as_pillow(FILES[name])
 
 
-def same_as_pillow(data: bytes) -> None:
+def same_as_pillow(data: bytes, at_least: int | None = None) -> None:
     try:
-        expected = np.asarray(decode(data))
+        expected = np.asarray(decode(data, at_least=at_least))
     except RefusedImage as reason:
         with pytest.raises(RefusedImage) as found:
-            decode_pixels(data)
+            decode_pixels(data, at_least=at_least)
         assert str(found.value) == str(reason)
         return
-    pixels = decode_pixels(data)
+    pixels = decode_pixels(data, at_least=at_least)
     np.testing.assert_array_equal(pixels, expected)
     assert pixels.flags.writeable
+
+
+@pytest.mark.parametrize("at_least", [4, 8, 12, 13, 24, 200])
+@pytest.mark.parametrize("name", FILES)
+def test_reduced_scale_is_pillows(name: str, at_least: int) -> None:
+    same_as_pillow(FILES[name], at_least)
+
+
+@pytest.mark.parametrize(
+    ("at_least", "factor"), [(None, 1), (64, 1), (50, 2), (49, 2), (25, 4), (13, 4), (12, 8), (1, 8)]
+)
+def test_reduced_scale_leaves_twice_what_is_wanted(at_least: int | None, factor: int) -> None:
+    """A smooth picture, so that whatever the scale, the resized result must be nearly the same."""
+    ramp = np.linspace(0, 255, 301)[None, :, None] * np.ones((201, 1, 3)) * [1, 0.5, 0.2]
+    file = io.BytesIO()
+    Image.fromarray(ramp.astype(np.uint8)).save(file, "JPEG", quality=95)
+    pixels = decode_pixels(file.getvalue(), at_least=at_least)
+    assert pixels.shape == (-(-201 // factor), -(-301 // factor), 3)
+    spec = {"resize": (12, 12), "crop": (12, 12), "interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    small, whole = (to_pixels(p, PreprocessSpec(**spec)).astype(int) for p in (pixels, decode_pixels(file.getvalue())))  # type: ignore[arg-type]
+    assert np.abs(small - whole).max() <= 3
+
+
+def test_only_jpegs_are_decoded_at_a_reduced_scale() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(file, "PNG")
+    assert decode_pixels(file.getvalue(), at_least=10).shape == (200, 300, 3)
 
 
 def test_damaged_files() -> None:

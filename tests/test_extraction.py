@@ -12,12 +12,13 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_photos, write_photo
+from conftest import COLOURS, TINY, make_photos, write_photo
 from PIL import Image
 
 from featcache import embedding, parts
 from featcache.backbones import load_backbone
 from featcache.cache import FeatureCache
+from featcache.encoder import cosine
 from featcache.errors import (
     BackboneError,
     CacheError,
@@ -29,8 +30,10 @@ from featcache.errors import (
 )
 from featcache.extraction import ExtractReport, extract, weights_copy
 from featcache.images import decode, hold_out, list_images
+from featcache.prediction import predict
 from featcache.preprocess import channel_constants, normalise, to_pixels
-from featcache.request import customise
+from featcache.request import ExtractRequest, customise
+from featcache.training import fit_head
 
 WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
 
@@ -514,3 +517,29 @@ def test_modes_share_one_cache(tmp_path: Path) -> None:
     Image.fromarray(np.full((40, 50), 40_000, np.uint16)).save(root / "red" / "deep.png")
     Image.new("RGBA", (50, 40), (1, 2, 3, 4)).save(root / "red" / "alpha.png")
     assert counts(extract(root, tmp_path / "f.h5", TINY)) == (7, 0, 7, 0, 0, 0)
+
+
+def test_reduced_scale_is_part_of_the_spec_and_of_every_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Large JPEGs: another spec, other pixels, and predict reads images as the model's features were read."""
+    for number, colour in enumerate(COLOURS.values()):
+        for seed in range(4):
+            write_photo(tmp_path / "large" / str(number) / f"{seed}.jpg", colour, seed, size=(400, 333))
+    full = extract(tmp_path / "large", tmp_path / "full.h5", TINY)
+    reduced = dataclasses.replace(TINY, decode="reduced")
+    with pytest.raises(SpecMismatchError, match="preprocess.decode: full scale -> reduced scale"):
+        extract(tmp_path / "large", tmp_path / "full.h5", reduced)
+    with caplog.at_level("INFO", "featcache"):
+        report = extract(tmp_path / "large", tmp_path / "reduced.h5", reduced)
+    assert "large JPEGs are decoded at a reduced scale: cosine to full scale mean 0.9" in caplog.text
+    assert (report.embedded, report.refused) == (12, 0)
+    assert report.fingerprint != full.fingerprint
+    a, b = (np.asarray(FeatureCache.open(tmp_path / f"{name}.h5").X, float) for name in ("full", "reduced"))
+    assert 0.9 < cosine(a, b)[1] < 1
+    fit_head(tmp_path / "reduced.h5", tmp_path / "model", C=1.0, folds=0)
+    from_cache, from_images = (list(predict(tmp_path / "model", [tmp_path / name])) for name in ("reduced.h5", "large"))
+    for cached, image in zip(from_cache, from_images, strict=True):
+        np.testing.assert_allclose(cached.probabilities, image.probabilities, atol=1e-3)
+    again = extract(tmp_path / "large", tmp_path / "again.h5", ExtractRequest(backbone=str(tmp_path / "model")))
+    assert again.fingerprint == report.fingerprint
+    with pytest.raises(UsageError, match="unknown decode 'half'"):
+        dataclasses.replace(TINY, decode="half")

@@ -10,6 +10,7 @@ import torch
 from conftest import SPEC, make_photos
 
 from featcache import embedding, inspection
+from featcache.decoders import read_pixels
 from featcache.errors import SourceError, UsageError
 from featcache.images import decode, list_images
 from featcache.measuring import Rates, Setting, advice, generated_photos, measure
@@ -60,11 +61,11 @@ def test_rates_are_those_of_known_delays(
 ) -> None:
     images = list_images(make_photos(tmp_path, each=2))  # fewer than a slice needs: they come again and again
 
-    def slow(data: bytes) -> object:
+    def slow(data: bytes, spec: PreprocessSpec) -> object:
         time.sleep(0.01)
-        return np.array(decode(data))
+        return read_pixels(data, spec)
 
-    monkeypatch.setattr(embedding, "decode_pixels", slow)
+    monkeypatch.setattr(embedding, "read_pixels", slow)
     rates = measure(images, Sleeper(forward), CPU, seconds=0.8)  # type: ignore[arg-type]
     assert rates.limit == limit
     for found, delay in ((rates.decode, 0.04), (rates.forward, forward), (rates.end_to_end, 0.04 + forward)):

@@ -1,5 +1,6 @@
 """Decoded images: every image once, the same from memory and from a file, refused ones named."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def test_memory_and_file_hold_the_same(photos: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept.kept, shared.kept)
     assert kept.digest == shared.digest
     for number, position in enumerate(kept.kept):
-        expected = convert(decode(read_image(photos / images.paths[position])[0]))
+        expected = convert(read_image(photos / images.paths[position])[0])
         np.testing.assert_array_equal(kept[number], expected)
         np.testing.assert_array_equal(shared[number], expected)
 
@@ -55,7 +56,9 @@ def test_evaluation_sees_exactly_what_prediction_sees(photos: Path) -> None:
 def test_training_images_keep_their_shape_and_are_never_enlarged(
     size: tuple[int, int], stored: tuple[int, int]
 ) -> None:
-    picture = training_input(PLAIN)(Image.new("RGB", size))
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    picture = training_input(PLAIN)(file.getvalue())
     assert picture.shape == (stored[1], stored[0], 3)
     assert picture.flags.writeable
 

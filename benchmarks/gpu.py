@@ -47,10 +47,10 @@ def usual_loop(folder: Path, backbone: str, device: str, seconds: float) -> floa
     with torch.no_grad():
         for number, (batch, _) in enumerate(loader):
             model(batch.to(device, non_blocking=True)).cpu()
+            done += len(batch)
             if number == 2 * workers:  # what the workers had ready at the start is used up
                 done, started = 0, time.perf_counter()
-            done += len(batch)
-            if started and time.perf_counter() - started > seconds:
+            elif started and time.perf_counter() - started > seconds:
                 break
     return done / (time.perf_counter() - started)
 

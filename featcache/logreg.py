@@ -33,7 +33,9 @@ C_GRID = tuple(float(10.0**k) for k in range(-5, 6))
 _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
 _MAX_FLOAT64_SOLVED = 2**21  # values; more are solved in float32, twice as fast and accurate enough to start from
-_FINAL_TOLERANCE = 3e-5  # of the objective; while choosing, regularisation_path's own is enough
+# Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
+# for a solution in which scikit-learn finds nothing left to do.
+_FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
 _MAX_KEPT_BYTES = 2**28  # of the folds' solutions, which the last fit starts from
 
 _Solution = tuple[Array, Array]  # (K, D) weights and (K,) intercepts
@@ -222,9 +224,8 @@ def _fit(
     try:
         start, basis = tried.starts.get((scaling, C)), tried.bases.get(scaling)
         grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        path = regularisation_path(
-            _for_solver(X), y, weights, grid, basis=basis, tolerance=_FINAL_TOLERANCE, start=start
-        )
+        tolerance = _FINAL_TOLERANCE_OF_SMALL if X.size <= _MAX_FLOAT64_SOLVED else _FINAL_TOLERANCE
+        path = regularisation_path(_for_solver(X), y, weights, grid, basis=basis, tolerance=tolerance, start=start)
         *_, (W, b) = path
         classifier.set_params(warm_start=True)
         classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)

@@ -158,15 +158,15 @@ def test_float32_may_only_round_otherwise() -> None:
 
 
 class Added(nn.Module):
-    """A residual of one image, added to all; of a single image it looks like any other."""
+    """What one image gives is added to all; with a single image it looks like any other residual."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.conv(x[:1])
-        return torch.relu(self.conv(x) + first).mean((2, 3)) + self.conv(first.new_ones(1, 3, 8, 8)).mean()
+        everyone = self.conv(x)
+        return torch.relu(self.conv(x[:1]) + everyone).mean((2, 3))
 
 
 def test_a_single_sample_does_not_hide_what_is_broadcast() -> None:

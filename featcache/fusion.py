@@ -39,13 +39,18 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module).eval()
     modules = dict(traced.named_modules())
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
             continue
         conv = node.args[0]
         once = conv.op == "call_module" and len(conv.users) == calls[conv.target] == calls[node.target] == 1
+        once = once and conv.target not in read  # nothing else computes with its weights
         if once and isinstance(modules[conv.target], nn.Conv2d) and modules[node.target].running_var is not None:
-            _put(traced, conv.target, fuse_conv_bn_eval(modules[conv.target], modules[node.target]))
+            modules[conv.target] = fuse_conv_bn_eval(
+                modules[conv.target], modules[node.target]
+            )  # the next may fold, too
+            _put(traced, conv.target, modules[conv.target])
             node.replace_all_uses_with(conv)
             traced.graph.erase_node(node)
     return _finished(traced)
@@ -133,7 +138,8 @@ def _is_plain_convolution(module: nn.Module) -> bool:
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    """What alone reads ``node``, if it comes right after it: whatever lay between could change an input in place."""
+    return node.next if list(node.users) == [node.next] else None
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, list[float]] | None:
@@ -171,7 +177,11 @@ def _trace(module: nn.Module) -> fx.GraphModule:
 def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
     """timm's batch norms hold their activation: make them two modules, the first of which can be folded."""
     for name, child in list(module.named_modules()):
-        if type(child).__name__ == "BatchNormAct2d" and isinstance(child, nn.BatchNorm2d):
+        if (
+            type(child).__name__ == "BatchNormAct2d"
+            and isinstance(child, nn.BatchNorm2d)
+            and child.running_var is not None
+        ):
             norm = nn.BatchNorm2d(child.num_features, child.eps)
             norm.load_state_dict(child.state_dict(), strict=False)
             rest = [getattr(child, part) for part in ("drop", "act")]

@@ -140,6 +140,44 @@ def test_what_does_harm_is_left_out(
     np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
+class Nudged(Pooled):
+    """Adds a little, in place and under another name; tracing takes that for an addition to that name alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        same = x = x * 1
+        same += 0.005
+        return self.mix(x.mean((2, 3)))
+
+
+def test_float32_may_only_round_otherwise() -> None:
+    """A difference that would pass for bfloat16's is a fault of tracing if it is float32's."""
+    backbone, pixels = tiny(Nudged(1.0))
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
+    assert choice.form == "plain"
+    assert all(0.999 < tried["min_cosine"] < 1 - 1e-6 for tried in choice.tried.values())
+
+
+class Added(nn.Module):
+    """What one image gives is added to all; with a single image it looks like any other residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        everyone = self.conv(x)
+        return torch.relu(self.conv(x[:1]) + everyone).mean((2, 3))
+
+
+def test_a_single_sample_does_not_hide_what_is_broadcast() -> None:
+    backbone, pixels = tiny(Added())
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels[:1], precision="fp32")
+    assert choice.form == "fused"
+    with torch.inference_mode():
+        expected = backbone.module(normalise(torch.from_numpy(pixels), *channel_constants(backbone.preprocess, CPU)))
+    np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_fusing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_FUSE", "0")
     backbone, pixels = tiny(Pooled(1.0))

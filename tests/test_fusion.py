@@ -72,6 +72,13 @@ class Residual(nn.Module):
             return b + b
         if self.kind == "broadcast":
             return b + a.mean((2, 3), keepdim=True)
+        if self.kind == "input changed before the activation":
+            a = self.relu(a)
+            return torch.relu(b) * a
+        if self.kind == "input changed before the addition":
+            c = self.third(a)
+            a = self.relu(a)
+            return b + c
         return torch.add(b, a, alpha=2)
 
 
@@ -84,13 +91,21 @@ KINDS = [
     "twice itself",
     "broadcast",
     "alpha",
+    "input changed before the activation",
+    "input changed before the addition",
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_residuals(kind: str) -> None:
     module = Residual(kind).eval()
-    calls = {"other in place": 4, "twice itself": 2, "broadcast": 2, "alpha": 2}
+    calls = {
+        "other in place": 4,
+        "twice itself": 2,
+        "broadcast": 2,
+        "alpha": 2,
+        "input changed before the activation": 2,
+    }
     check(module, torch.randn(2, 3, 8, 8), fused=calls.get(kind, 3))
 
 
@@ -104,6 +119,24 @@ def test_a_convolution_that_is_called_twice_keeps_its_weights() -> None:
             return self.two(self.conv(self.one(self.conv(x))))
 
     check(with_statistics(Shared()), torch.randn(2, 3, 8, 8), fused=2)
+
+
+def test_two_batch_norms_in_a_row_are_both_folded() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batchnorm(module).modules())
+    check(with_statistics(module), torch.randn(2, 3, 8, 8), fused=1)
+
+
+def test_weights_that_something_else_reads_stay_as_they_are() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+    check(with_statistics(Read()), torch.randn(2, 3, 8, 8), fused=1)
 
 
 @pytest.mark.parametrize("padding", ["same", "reflect"])

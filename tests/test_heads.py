@@ -123,12 +123,17 @@ def test_head_computes_what_the_pipeline_computes(classes: int) -> None:
     np.testing.assert_allclose(fitted.head.probabilities(unseen), fitted.pipeline.predict_proba(unseen), atol=1e-9)
 
 
-def test_given_c_is_used_and_edges_are_reported() -> None:
+def test_given_c_is_used_and_edges_that_win_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = blobs()
     assert fit("logreg", X, y, C=0.3).chosen["C"] == 0.3
     assert fit("logreg", X, y, C=0.3, folds=0).fold_accuracies == ()
-    pure = np.zeros_like(X)
-    assert "edge of the grid" in " ".join(fit("logreg", pure, y).notes)
+    assert (
+        fit("logreg", np.zeros_like(X), y).notes == ()
+    )  # every C is as good: there is nothing to gain beyond the grid
+    assert fit("logreg", np.eye(3, 12)[y], y).notes == ()  # likewise where nothing is left to gain
+    few = np.concatenate([np.flatnonzero(y != 0)[:15], np.flatnonzero(y == 0)])
+    monkeypatch.setattr("featcache.logreg.C_GRID", (1e-9, 1e-8, 1.0))  # the first two only see the majority
+    assert "edge of the grid" in " ".join(fit("logreg", X[few], y[few]).notes)
 
 
 # ------------------------------------------------------------------------------------------------ torch heads

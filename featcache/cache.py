@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, SourceError
 from featcache.publish import check_free_space, publish_file
-from featcache.reading import FeatureReader, Features, Identity
+from featcache.reading import FeatureReader, Features, Identity, identity_of
 from featcache.sparsefile import SparseFile
 from featcache.spec import canonical_json, check_spec
 
@@ -240,6 +240,7 @@ class FeatureCache:
     _offset: int
     _checksums: npt.NDArray[np.uint32]
     _rows_per_checksum: int
+    _opened: Identity
     _verified: set[Identity] = dataclasses.field(default_factory=set)
 
     @classmethod
@@ -258,8 +259,9 @@ class FeatureCache:
             with path.open("rb") as file:
                 if file.read(len(_SIGNATURE)) != _SIGNATURE:
                     raise CacheError(f"{path} is not an HDF5 file; expected a cache written by `featcache extract`")
+                opened = identity_of(file.fileno())
             with h5py.File(path, "r", locking=False) as file:
-                return cls(path, **_read(path, file))
+                return cls(path, **_read(path, file), _opened=opened)
         except FeatcacheError:
             raise
         except Exception as error:  # a damaged HDF5 file makes h5py raise nearly anything
@@ -307,7 +309,9 @@ class FeatureCache:
         with self._open() as features:
             if features.identity not in self._verified:
                 identity = features.identity  # as it is before reading
-                if damaged := self._damaged(features):
+                if (damaged := self._damaged(features)) and identity != self._opened:
+                    raise CacheError(f"{self.path} was replaced or changed since it was opened; run the command again")
+                if damaged:
                     rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
                     raise DamagedCacheError(
                         f"{self.path} is damaged: checksum mismatch in rows {rows}; "

@@ -78,7 +78,9 @@ def doctor(
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     batch_size: options.BatchSize = "auto",
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long to measure; 0 only shows the facts.")] = 20.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, max=3600.0, help="How long to measure; 0 only shows the facts.")
+    ] = 20.0,
     as_json: options.Json = False,
 ) -> None:
     """Show what this machine can do, measure how fast it embeds, and say what limits."""

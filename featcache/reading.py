@@ -55,8 +55,7 @@ class FeatureReader:
     @property
     def identity(self) -> Identity:
         """What tells this file from another under the same name, and from itself after a change."""
-        status = os.fstat(self._file.fileno())
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        return identity_of(self._file.fileno())
 
     def __getitem__(self, rows: npt.NDArray[np.integer[Any]]) -> Features:
         """Copy of ``rows``, (n,) numbers in any order, also repeated: (n, D). Raises CacheError, IndexError."""
@@ -98,7 +97,9 @@ class FeatureReader:
         try:
             while memory:  # one read gives at most 2 GiB, and may give less
                 if not (count := self._read(memory, position)):
-                    raise DamagedCacheError(f"{self._path} is damaged: it was truncated while it was open")
+                    raise DamagedCacheError(
+                        f"{self._path} ends too early: it was cut off or replaced since it was opened; run the command again"
+                    )
                 memory, position = memory[count:], position + count
         except OSError as error:
             raise CacheError(f"{self._path} cannot be read: {error.strerror or error}") from error
@@ -109,6 +110,12 @@ class FeatureReader:
         with self._lock:  # Windows: the position in the file is shared by all threads
             self._file.seek(position)
             return self._file.readinto(memory) or 0
+
+
+def identity_of(descriptor: int) -> Identity:
+    """``FeatureReader.identity`` of an open file."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _bytes(values: Features) -> memoryview:

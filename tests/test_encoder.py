@@ -117,13 +117,38 @@ def wrong(*_: object, **__: object) -> nn.Module:
     return Pooled(-1.0).eval()
 
 
+def too_long(module: nn.Module, *_: object, **__: object) -> nn.Module:
+    """The right direction, so that a cosine is 1."""
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return module(x) * 1.01  # type: ignore[no-any-return]
+
+    return Twice()
+
+
+def fails_when_run(*_: object, **__: object) -> nn.Module:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    return Broken()
+
+
 def fails(*_: object, **__: object) -> nn.Module:
     raise RuntimeError("no such operator")
 
 
 @pytest.mark.parametrize(
     ("folding", "fusing", "form"),
-    [(None, None, "fused"), (None, wrong, "folded"), (None, fails, "folded"), (wrong, wrong, "plain")],
+    [
+        (None, None, "fused"),
+        (None, wrong, "folded"),
+        (None, too_long, "folded"),
+        (None, fails, "folded"),
+        (None, fails_when_run, "folded"),
+        (wrong, wrong, "plain"),
+    ],
 )
 def test_what_does_harm_is_left_out(
     monkeypatch: pytest.MonkeyPatch, folding: object, fusing: object, form: str

@@ -43,14 +43,14 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
             continue
-        conv = node.args[0]
-        once = conv.op == "call_module" and len(conv.users) == calls[conv.target] == calls[node.target] == 1
-        once = once and conv.target not in read  # nothing else computes with its weights
-        if once and isinstance(modules[conv.target], nn.Conv2d) and modules[node.target].running_var is not None:
-            modules[conv.target] = fuse_conv_bn_eval(
-                modules[conv.target], modules[node.target]
-            )  # the next may fold, too
-            _put(traced, conv.target, modules[conv.target])
+        conv = node.args[0] if node.args else None
+        if not isinstance(conv, fx.Node) or conv.op != "call_module" or conv.target in read:
+            continue  # read: something else computes with its weights
+        once = len(conv.users) == calls[conv.target] == calls[node.target] == 1
+        if once and isinstance(modules[str(conv.target)], nn.Conv2d) and modules[node.target].running_var is not None:
+            folded = fuse_conv_bn_eval(modules[str(conv.target)], modules[node.target])
+            modules[str(conv.target)] = folded  # the next batch norm may fold into it, too
+            _put(traced, str(conv.target), folded)
             node.replace_all_uses_with(conv)
             traced.graph.erase_node(node)
     return _finished(traced)

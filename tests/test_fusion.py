@@ -184,3 +184,15 @@ def test_folding_removes_batch_norms_and_keeps_the_original() -> None:
     folded = fold_batchnorm(module)
     assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
     assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 0
+
+
+def test_modules_called_by_keyword() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=self.conv(x))
+
+    check(with_statistics(Keywords()), torch.randn(2, 3, 8, 8), fused=1)

@@ -127,8 +127,9 @@ def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None)
 
     # clones: safetensors refuses tensors that share memory
     tensors = {key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()}
-    with publish_file(path, staging=staging) as file:
-        file.write(save(tensors))
+    data = save(tensors)
+    with publish_file(path, staging=staging, needed=len(data)) as file:
+        file.write(data)
 
 
 def is_torchvision_name(name: str) -> bool:

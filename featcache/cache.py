@@ -119,9 +119,9 @@ def write_cache(
     layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
 
     checksums = np.zeros(-(-len(rows) // per_checksum), np.uint32)
-    _, region = layout(checksums)
+    frame, region = layout(checksums)
     check_free_space(path.parent, region.stop)
-    with publish_file(path, staging=staging) as file:
+    with publish_file(path, staging=staging, needed=max(frame.size, region.stop)) as file:
         file.seek(region.start)
         written = 0
         for block in blocks:

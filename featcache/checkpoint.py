@@ -103,7 +103,7 @@ def save_state(output: Path, identity: dict[str, Any], state: dict[str, Any]) ->
 
     buffer = io.BytesIO()
     torch.save(state | {"identity": identity, "version": FORMAT_VERSION}, buffer)
-    with publish_file(work_folder(output) / _STATE) as file:
+    with publish_file(work_folder(output) / _STATE, needed=buffer.getbuffer().nbytes) as file:
         file.write(buffer.getbuffer())
 
 
@@ -125,7 +125,15 @@ def _empty(output: Path) -> None:
         return
     shutil.rmtree(folder / "head", ignore_errors=True)
     shutil.rmtree(folder / "features.h5.parts", ignore_errors=True)
-    for pattern in ("*.h5", "*.safetensors", "curves.png", ".*.tmp", _STATE, _RUN):  # what tells of the run comes last
+    for pattern in (
+        "*.h5",
+        "*.pixels",
+        "*.safetensors",
+        "curves.png",
+        ".*.tmp",
+        _STATE,
+        _RUN,
+    ):  # what tells of the run comes last
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

@@ -16,8 +16,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from featcache import __version__, cli_inspect, options
+from featcache.crashes import never_again, supervised
 from featcache.display import is_first_process, print_json, printable, say, show_progress, show_training
 from featcache.errors import FeatcacheError, UsageError
+from featcache.signals import Terminated, interrupt_on_sigterm
+
+_DECODING = ("extract", "finetune", "predict", "evaluate")  # commands that decode images
 
 app = typer.Typer(
     name="featcache",
@@ -284,6 +288,7 @@ def predict(
         )
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
         if output is None:
+            never_again()
             written, refused = write_rows(rows, sys.stdout.buffer, kind)
             sys.stdout.flush()
         else:
@@ -364,6 +369,9 @@ cli_inspect.register(app)
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     _log_to_stderr()
+    if sys.argv[1:2] and sys.argv[1] in _DECODING and (worker_code := supervised()) is not None:
+        sys.exit(worker_code)
+    interrupt_on_sigterm()
     try:
         code = app(prog_name="featcache", standalone_mode=False)
     except FeatcacheError as error:
@@ -371,9 +379,9 @@ def main() -> None:
         code = error.exit_code
     except typer.Exit as error:
         code = error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt) as error:
         say("interrupted")
-        code = 130
+        code = 143 if isinstance(error.__cause__ or error, Terminated) else 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from featcache.images import MAX_PIXELS, decode, reduction
+from featcache.crashes import DecoderCrashedError, decoding
+from featcache.images import MAX_PIXELS, RefusedImage, decode, reduction
 from featcache.preprocess import PreprocessSpec, to_pixels
 
 Pixels = npt.NDArray[np.uint8]
@@ -28,6 +29,14 @@ def read_pixels(data: bytes, spec: PreprocessSpec) -> Pixels:
 
 def decode_pixels(data: bytes, *, at_least: int | None = None) -> Pixels:
     """Decode a file into upright 8-bit RGB, uint8 (H, W, 3), as ``images.decode`` does. Raises RefusedImage."""
+    try:
+        with decoding(data, at_least=at_least):
+            return _decode_pixels(data, at_least)
+    except DecoderCrashedError as error:
+        raise RefusedImage(str(error)) from error
+
+
+def _decode_pixels(data: bytes, at_least: int | None) -> Pixels:
     decode_jpeg = _fast_jpeg()
     if decode_jpeg and data.startswith(b"\xff\xd8\xff"):
         with contextlib.suppress(Exception):  # whatever is wrong with it, Pillow says so, or decodes it after all

@@ -96,7 +96,7 @@ def export_model(model: Model | str | Path, output: str | Path, *, force: bool =
     candidate = (_make_onnx if kind == "onnx" else _make_safetensors)(model, backbone, output.name)
     difference = _check_parity(candidate, model, output)
     check_free_space(output.parent, len(candidate.data))
-    with publish_file(output) as file:
+    with publish_file(output, needed=len(candidate.data)) as file:
         file.write(candidate.data)
     return ExportReport(
         model=model.path,

@@ -25,6 +25,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.cache import SPLITS
+from featcache.crashes import DecoderCrashedError, decoding
 from featcache.errors import SourceError, UsageError
 
 _SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
@@ -442,7 +443,7 @@ def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
     if not data:
         raise RefusedImage("empty file")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with decoding(data, at_least=at_least), Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
             factor = reduction(min(image.size), at_least)
@@ -453,6 +454,8 @@ def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
             return _to_rgb(upright, image.format)
     except RefusedImage:
         raise
+    except DecoderCrashedError as error:
+        raise RefusedImage(str(error)) from error
     except UnidentifiedImageError as error:
         raise RefusedImage("not an image, or of an unsupported format") from error
     except Image.DecompressionBombError as error:

@@ -16,12 +16,14 @@ import numpy as np
 
 from featcache.cache import FeatureCache, Rows, encode_names, write_cache
 from featcache.errors import DamagedCacheError, StorageError
+from featcache.publish import sweep, sync_folder
 
 if TYPE_CHECKING:
     from featcache.embedding import Chunk
 
 log = logging.getLogger("featcache")
 MAX_ROWS = 4096
+PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 MAX_SECONDS = 15.0  # what an interruption can cost at most, plus the images in flight
 
 
@@ -41,8 +43,10 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(exist_ok=True)
-        lock = filelock.FileLock(folder / "lock", timeout=0)
+        sync_folder(folder.parent)  # parts are as durable as the folder they lie in
+        lock = filelock.FileLock(folder / "lock", timeout=PATIENCE)
         lock.acquire()
+        sweep(folder)
     except filelock.Timeout as error:
         raise StorageError(
             f"another featcache is writing {folder.with_suffix('')}; wait for it, or choose another -o"

@@ -1,18 +1,18 @@
 """Decoded images, kept: every training or validation image is read and decoded once, whatever the number of epochs.
 
-In: an ``ImageList``. Out: ``Pixels``: uint8 (H, W, 3) per image, in memory, or in an HDF5 file when memory is short. The
-file is scratch: it can always be made again, and several processes of one machine share it.
+In: an ``ImageList``. Out: ``Pixels``: uint8 (H, W, 3) per image, in memory, or in a file when memory is short. The file is
+scratch: all bytes, a table as JSON, its length; it can always be made again, and several processes of one machine share it.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -20,7 +20,7 @@ from PIL import Image
 from featcache.decoders import read_pixels
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
 from featcache.preprocess import PreprocessSpec
-from featcache.publish import available_memory, check_free_space
+from featcache.publish import available_memory, check_free_space, publish_file
 
 Picture = npt.NDArray[np.uint8]
 Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
@@ -101,7 +101,7 @@ def decode_in_memory(
 def decode_into_file(
     images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1, progress: Progress | None = None
 ) -> None:
-    """As ``decode_in_memory``, but into an HDF5 file that ``open_pixels`` reads, replacing an earlier one.
+    """As ``decode_in_memory``, but into a file that ``open_pixels`` reads, replacing an earlier one.
 
     Args:
         typical: bytes of a converted image, a guess to check the free space with.
@@ -109,30 +109,29 @@ def decode_into_file(
     Raises:
         StorageError: too little space.
     """
-    check_free_space(file.parent, len(images) * typical)  # before libhdf5, which must never meet a full disk
+    check_free_space(file.parent, len(images) * typical)
     file.unlink(missing_ok=True)
     table = _Table()
-    with h5py.File(file, "w") as target:
-        flat = target.create_dataset("flat", (0,), "u1", maxshape=(None,), chunks=(1 << 20,))
+    with publish_file(file, needed=len(images) * typical) as target:
         for entry in _decoded(images, convert, workers, progress):
             if table.add(*entry) and entry[1] is not None:
-                if table.starts[-1] % (1 << 30) < entry[1].size:  # now and then, as the guess may have been too low
-                    check_free_space(file.parent, 1 << 30)
-                flat.resize((table.starts[-1],))
-                flat[table.starts[-2] :] = entry[1].reshape(-1)
-        for name, values in table.columns().items():
-            target[name] = values
-        target["reasons"] = json.dumps([reason for _, reason in table.refused])
-        target.attrs["digest"] = table.digest.hexdigest()
+                target.write(np.ascontiguousarray(entry[1]).data)
+        columns = {name: values.tolist() for name, values in table.columns().items()}
+        columns |= {"reasons": [reason for _, reason in table.refused], "digest": table.digest.hexdigest()}
+        text = json.dumps(columns).encode()
+        target.write(text + len(text).to_bytes(8, "little"))
 
 
 def open_pixels(file: Path) -> Pixels:
     """What ``decode_into_file`` wrote, in this process or in another."""
-    with h5py.File(file, "r") as source:
-        table = {name: source[name][:] for name in ("kept", "shapes", "starts", "refused_at")}
-        reasons, digest = json.loads(source["reasons"][()]), str(source.attrs["digest"])
-    refused = tuple(zip(table["refused_at"].tolist(), reasons, strict=True))
-    return Pixels(table["kept"].astype(np.intp), refused, table["shapes"], table["starts"], _FlatFile(file), digest)
+    with file.open("rb") as source:
+        end = source.seek(-8, os.SEEK_END)
+        length = int.from_bytes(source.read(), "little")
+        source.seek(end - length)
+        table = json.loads(source.read(length))
+    refused = tuple(zip(table["refused_at"], table["reasons"], strict=True))
+    kept, shapes = np.array(table["kept"], np.intp), np.array(table["shapes"], np.int64).reshape(-1, 2)
+    return Pixels(kept, refused, shapes, np.array(table["starts"], np.int64), _FlatFile(file), table["digest"])
 
 
 _Decoded = Iterator[tuple[int, Picture | None, str, bytes]]  # position, pixels or None, reason, sha256 of the file
@@ -214,10 +213,10 @@ class _FlatMemory:
 
 
 class _FlatFile:
-    """The bytes of a scratch file; read one after the other, as libhdf5 takes one caller at a time anyway."""
+    """The bytes of a scratch file, copied out of a memory map."""
 
     def __init__(self, path: Path) -> None:
-        self._flat = h5py.File(path, "r")["flat"]
+        self._flat = np.memmap(path, np.uint8, "r")
 
     def __getitem__(self, span: slice) -> Picture:
-        return self._flat[span]  # type: ignore[no-any-return]
+        return np.array(self._flat[span])

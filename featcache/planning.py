@@ -7,7 +7,7 @@ In: an ``ImageList`` and caches: the file to be brought up to date and its parts
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache import FeatureCache
+from featcache.crashes import CRASHED, DecoderCrashedError, try_apart
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
 from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
 from featcache.recognition import Indices, Known, recognise
@@ -148,18 +149,23 @@ def _spread(there: npt.NDArray[np.bool_], limit: int) -> Indices:
 
 def _refuse_again(images: ImageList, known: Known, caches: list[FeatureCache]) -> dict[int, str]:
     """Images refused before, and still not decodable, need no backbone to be refused again."""
-    before = {path for cache in caches for path, _ in cache.refused}
-    return refusals(images, (index for index in known.missing.tolist() if images.paths[index] in before))
+    before = {path: reason for cache in caches for path, reason in cache.refused}
+    again = {index: before.get(images.paths[index]) for index in known.missing.tolist()}
+    crashed = {index for index, reason in again.items() if reason and reason.startswith(CRASHED)}
+    return refusals(images, (index for index, reason in again.items() if reason is not None), apart=crashed)
 
 
-def refusals(images: ImageList, indices: Iterable[int]) -> dict[int, str]:
-    """index -> reason, for those of ``indices`` that cannot be decoded."""
+def refusals(images: ImageList, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
+    """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
     refused = {}
     with ignore_size_warnings():
         for index in indices:
             try:
-                decode(read_image(images.root / images.paths[index])[0])
-            except RefusedImage as reason:
+                data = read_image(images.root / images.paths[index])[0]
+                if index in apart:
+                    try_apart(data)
+                decode(data)
+            except (RefusedImage, DecoderCrashedError) as reason:
                 refused[index] = str(reason)
     return refused
 

@@ -2,19 +2,37 @@
 
 In: a target path and the code that fills it. Out: the target, replaced in one step. Every byte that featcache keeps
 goes through here, so this is the one place to look at (or to break) when asking what survives a power cut.
+
+Temporary files are locked while they are written. What a killed process left behind can therefore be told from what a
+living one is writing, on any machine that shares the folder and honours locks, and the next to publish sweeps it away.
 """
 
 import contextlib
+import ctypes
+import errno
 import os
+import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from featcache.errors import StorageError
 
+try:
+    import fcntl
+except ImportError:  # Windows: left-overs of killed processes stay where they are
+    fcntl = None  # type: ignore[assignment]
+
 _REPLACED = ".replaced"
+_TEMPORARY = r"\.{name}\.\d+-[0-9a-f]{{8}}\.tmp"
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    getattr(errno, "EDQUOT", errno.ENOSPC): "free some space, or have your quota raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write to another file system",
+}
 _SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file system's own bookkeeping, need some
 
 
@@ -44,30 +62,40 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def publish_file(path: Path, *, staging: Path | None = None) -> Iterator[BinaryIO]:
+def publish_file(path: Path, *, staging: Path | None = None, needed: int | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file; on success fsync it, rename it over ``path`` and fsync the folder.
 
     Args:
         path: what the file is called once it is complete.
         staging: folder for the temporary file, on the same file system; beside ``path`` when not given.
+        needed: how many bytes it will have, if that is known: for the message when the disk is full.
 
     Raises:
         StorageError: the operating system refused a step (disk full, no permission). ``path`` is then unchanged.
     """
-    temporary = _temporary_name(path, staging or path.parent)
+    folder = staging or path.parent
+    written = 0
     try:
-        with temporary.open("x+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        sweep(folder, path.name)
+        temporary, lock = _claim(path, folder, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0))
+        try:
+            with os.fdopen(lock, "r+b") as file:
+                try:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                finally:
+                    written = os.fstat(file.fileno()).st_size
+                if os.name != "nt":  # Windows renames no open file; elsewhere it stays locked until it has its name
+                    temporary.replace(path)
+            if os.name == "nt":
+                temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; mend that and run the same command again"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _failure(path, error, written, needed) from error
 
 
 @contextlib.contextmanager
@@ -77,29 +105,34 @@ def publish_folder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the operating system refused a step. ``path`` is then unchanged.
     """
-    temporary = _temporary_name(path, path.parent)
     try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.iterdir():
-            _sync_file(file)
-        _sync_folder(temporary)
-        if path.exists():  # a folder cannot be renamed over a full one: step aside, step in, then delete
-            replaced = path.with_name(f".{path.name}{_REPLACED}")
-            path.rename(replaced)
-        temporary.rename(path)
-        _sync_folder(path.parent)
+        sweep(path.parent, path.name)
+        temporary, lock = _claim(path, path.parent, None)
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                _sync_file(file)
+            sync_folder(temporary)
+            if not path.exists():
+                temporary.rename(path)
+            elif not _exchange(temporary, path):
+                path.rename(_replaced(path))  # a folder cannot be renamed over a full one: step aside, step in
+                temporary.rename(path)
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # what failed, or what was replaced
+            if lock >= 0:
+                os.close(lock)
+            with contextlib.suppress(OSError):
+                recover_folder(path)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover_folder(path)
+        raise _failure(path, error, None, None) from error
 
 
 def recover_folder(path: Path) -> None:
-    """Finish or undo a replacement of ``path`` that was cut off between its two renames."""
+    """Finish or undo a replacement of ``path`` that was cut off between its two renames, where one step was not to be had."""
     path = path if path.name else path.resolve()  # "." has no name
-    replaced = path.with_name(f".{path.name}{_REPLACED}")
+    replaced = _replaced(path)
     if replaced.is_dir():
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -107,24 +140,84 @@ def recover_folder(path: Path) -> None:
             replaced.rename(path)
 
 
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove temporary files and folders of ``name`` (None: of any) that no living process is writing. Never fails."""
+    if fcntl is None:
+        return
+    pattern = re.compile(_TEMPORARY.format(name=re.escape(name[:100]) if name else ".+"))
+    with contextlib.suppress(OSError):
+        left = [entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)]
+        for entry in left:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make what was created, renamed or removed in ``folder`` durable. Raises OSError."""
+    if os.name == "nt":  # has no such call, and its rename needs none
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def _sync_file(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows has no such call and its rename needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_REPLACED}")
 
 
-def _temporary_name(path: Path, folder: Path) -> Path:
-    return folder / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
+    """Make a temporary file, or without ``flags`` a folder, and lock it: its path and descriptor (-1: no such locks)."""
+    while True:
+        temporary = folder / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        if flags is None:
+            temporary.mkdir()
+            if fcntl is None:
+                return temporary, -1
+        descriptor = os.open(temporary, os.O_RDONLY if flags is None else flags, 0o666)
+        if fcntl is None:
+            return temporary, descriptor
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(temporary.stat(), os.fstat(descriptor)):
+                return temporary, descriptor
+        os.close(descriptor)  # somebody swept it away in the moment before it was locked
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders change their names in one step; False where the system or the file system cannot."""
+    names = os.fsencode(first), os.fsencode(second)
+    at_working_folder, swap = -100, 2
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(*names, swap) == 0)
+        if sys.platform == "linux":
+            return bool(library.renameat2(at_working_folder, names[0], at_working_folder, names[1], swap) == 0)
+    return False
+
+
+def _failure(path: Path, error: OSError, written: int | None, needed: int | None) -> StorageError:
+    """What to say about a step that the operating system refused."""
+    what = f"cannot write {path}: {error.strerror or error}"
+    if error.errno in _REMEDIES and (needed or written):
+        what += f" ({needed:,} bytes are needed)" if needed else f" after {written:,} bytes"
+    return StorageError(f"{what}; {_REMEDIES.get(error.errno or 0, 'mend that')} and run the same command again")
 
 
 def available_memory() -> int:

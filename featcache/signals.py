@@ -1,13 +1,44 @@
 """Stopping between two steps instead of in the middle of one.
 
-In: Ctrl-C or SIGTERM. Out: a flag that a loop looks at when it is ready; a second signal interrupts at once.
+In: Ctrl-C or SIGTERM. Out: a flag that a loop looks at when it is ready; a second signal interrupts at once. Where no loop
+looks, SIGTERM interrupts as Ctrl-C does, so that what is finished is kept. Schedulers like to send a signal to a process
+and to its group: what comes within half a second of the first is taken for its echo.
 """
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
+
+_ECHO = 0.5  # seconds
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+class _Clock:
+    """Whether it was asked within the last half second; the first time it was not."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def just_now(self) -> bool:
+        before, self._last = self._last, time.monotonic()
+        return self._last - before < _ECHO
+
+
+def interrupt_on_sigterm() -> None:
+    """From now on SIGTERM raises ``Terminated`` in the main thread, which must be the caller."""
+    came = _Clock()
+
+    def stop(number: int, frame: Any) -> None:
+        if not came.just_now():
+            raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 class StopRequest:
@@ -29,10 +60,12 @@ def deferred_signals() -> Iterator[StopRequest]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    came = _Clock()
+
     def note(number: int, frame: Any) -> None:
-        if request:
+        if request and not came.just_now():
             raise KeyboardInterrupt
-        request.signal = number
+        request.signal = request.signal or number
 
     for number in before:
         signal.signal(number, note)

@@ -20,6 +20,7 @@ from featcache.extraction import weights_copy
 from featcache.images import ImageList, hold_out, list_images
 from featcache.model import Model, load_model
 from featcache.preprocess import PreprocessSpec
+from featcache.publish import sync_folder
 from featcache.recognition import find
 from featcache.request import ExtractRequest
 
@@ -161,6 +162,7 @@ def keep_cache(output: Path) -> None:
     if weights_copy(source, spec).is_file():
         weights_copy(source, spec).replace(weights_copy(target, spec))
     source.replace(target)
+    sync_folder(target.parent)  # before what is left of the work folder goes
 
 
 def _check_classes(images: ImageList, model: Model) -> None:
@@ -254,7 +256,7 @@ def _decode(
     typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
     if processes.world == 1 and fits_memory(len(images) * typical):
         return decode_in_memory(images, convert, workers=runtime.workers)
-    file = folder / f"{split}-{processes.node}.h5"
+    file = folder / f"{split}-{processes.node}.pixels"
     if processes.local_rank == 0:
         log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
         decode_into_file(images, convert, file, typical=typical, workers=runtime.workers)

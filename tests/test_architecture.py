@@ -10,7 +10,7 @@ import featcache
 PACKAGE = Path(featcache.__file__).parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 ONLY_IN = {
-    "h5py": {"cache", "pixels", "inspection"},  # inspection: its version number
+    "h5py": {"cache", "inspection"},  # inspection: its version number
     "typer": {"cli", "cli_inspect", "options"},
     "rich": {"display"},
     "sklearn": {"logreg", "torchheads", "demo"},
@@ -25,7 +25,7 @@ ONLY_IN = {
     "onnxscript": {"exporting"},
 }
 LAYERS = [
-    {"errors", "sparsefile", "signals", "fusion", "multinomial"},
+    {"errors", "crashes", "sparsefile", "signals", "fusion", "multinomial"},
     {"publish", "preprocess", "runtime", "metrics", "recipes", "reading"},
     {"spec", "plots", "augmentation", "processes"},
     {"backbones", "cache", "heads", "checkpoint"},

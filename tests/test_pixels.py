@@ -30,8 +30,8 @@ def test_memory_and_file_hold_the_same(photos: Path, tmp_path: Path) -> None:
     convert = training_input(PLAIN)
     seen: list[tuple[int, int]] = []
     kept = decode_in_memory(images, convert, workers=2, progress=lambda done, total: seen.append((done, total)))
-    decode_into_file(images, convert, tmp_path / "p.h5", typical=10_000, workers=2)
-    shared = open_pixels(tmp_path / "p.h5")
+    decode_into_file(images, convert, tmp_path / "p.pixels", typical=10_000, workers=2)
+    shared = open_pixels(tmp_path / "p.pixels")
     assert seen == [(k, 18) for k in range(1, 19)]
     assert len(kept) == len(shared) == 17
     broken = images.paths.index("red/02.jpg")
@@ -74,8 +74,8 @@ def test_the_digest_follows_content_and_order(photos: Path) -> None:
 
 def test_too_little_space_is_refused_before_the_file_exists(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="not enough space"):
-        decode_into_file(list_images(photos), network_input(PLAIN), tmp_path / "p.h5", typical=2**50)
-    assert not (tmp_path / "p.h5").exists()
+        decode_into_file(list_images(photos), network_input(PLAIN), tmp_path / "p.pixels", typical=2**50)
+    assert not (tmp_path / "p.pixels").exists()
 
 
 def test_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ class Fault:
     """What goes wrong, at which step on the disk.
 
     Attributes:
-        mode: one of ``MODES``: die before or after the step, ``fail`` it (``once``, or it and all
-            that follow) with ``error``, write ``short`` (half; the caller must go on), ``torn`` (half, then die), or ``full``: a disk with room for ``budget`` bytes.
+        mode: one of ``MODES``. Die before or after the step; fail it with ``error``, ``once`` or with all that follow; write
+            ``short`` (half; the caller must go on); ``torn`` (half, then die); ``full``: a disk with room for ``budget`` bytes.
         step: counted from 0.
     """
 

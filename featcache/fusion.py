@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # oneDNN's name and arguments for what it can apply to a convolution's result before that leaves the cache
@@ -69,13 +68,23 @@ def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: in
     """
     if not isinstance(module, fx.GraphModule):
         return module
-    ShapeProp(module).propagate(sample)
+    _Shapes(module).run(sample)
     modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     for number, node in enumerate(list(module.graph.nodes)):
         if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
             _fuse_from(module, node, modules, position, batch_size, f"fused_{number}")
     return _finished(module)
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shape of every tensor, as PyTorch's ShapeProp does; that imports an algebra system, which takes a second."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            n.meta["shape"] = tuple(result.shape)
+        return result
 
 
 class _FusedConvolution(nn.Module):
@@ -122,7 +131,7 @@ def _fuse_from(
         activation = found
     source, last = conv.args[0], chain[-1]
     assert isinstance(source, fx.Node)
-    n, *rest = source.meta["tensor_meta"].shape
+    n, *rest = source.meta["shape"]
     fused_module = _FusedConvolution(modules[str(conv.target)], [batch_size or n, *rest], activation)  # type: ignore[arg-type]
     traced.add_submodule(name, fused_module)
     with traced.graph.inserting_after(last):
@@ -158,7 +167,7 @@ def _residual(node: fx.Node, conv: fx.Node, position: dict[fx.Node, int]) -> fx.
     if not isinstance(other, fx.Node) or other is conv or position[other] > position[conv]:
         return None
     changes_other = node.target is operator.iadd and node.args[0] is other and len(other.users) > 1
-    same_shape = other.meta["tensor_meta"].shape == conv.meta["tensor_meta"].shape
+    same_shape = other.meta.get("shape") == conv.meta["shape"]
     return other if same_shape and not changes_other else None
 
 

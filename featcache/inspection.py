@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,9 @@ def _automatic(runtime: "Runtime") -> dict[str, str]:
     from featcache.runtime import keep_freed_memory
 
     kept = "kept by this process" if keep_freed_memory() else "returned to the system"
+    survived = "end the process"
+    if sys.platform == "linux" and os.environ.get("FEATCACHE_SUPERVISE") != "0":
+        survived = "end a worker process, not the command; FEATCACHE_SUPERVISE=0 does without it"
     fused = "off" if os.environ.get("FEATCACHE_FUSE") == "0" else "on a CPU, where they pass the self-check"
     return {
         "device": f"{runtime.device}; otherwise: --device cpu, cuda, cuda:N or mps",
@@ -189,6 +193,7 @@ def _automatic(runtime: "Runtime") -> dict[str, str]:
         "decoder": decoder_in_words(),
         "freed_memory": f"{kept}; FEATCACHE_KEEP_MEMORY=0 returns it to the system",
         "fused_convolutions": f"{fused}; FEATCACHE_FUSE=0 turns them off",
+        "crashing_decoders": survived,
     }
 
 

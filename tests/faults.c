@@ -108,7 +108,7 @@ static void end(int chosen) {
         pthread_mutex_lock(&lock);                                   \
         int chosen_ = begin();                                       \
         long result_ = chosen_ < 0 ? -1 : (long)(call);              \
-        if (result_ >= 0) note(what, first, second, offset, data, size); \
+        note(result_ < 0 ? "failed" : what, first, second, offset, data, size); \
         if (chosen_ >= 0) end(chosen_);                              \
         pthread_mutex_unlock(&lock);                                 \
         result_;                                                     \
@@ -169,7 +169,7 @@ static ssize_t written(int file, const void *data, size_t size, long offset, int
             budget -= size;
         }
         result = positioned ? syscall(SYS_pwrite64, file, data, size, offset) : syscall(SYS_write, file, data, size);
-        if (result >= 0) note("write", name, "", at, data, result);
+        note(result < 0 ? "failed" : "write", name, "", at, data, result < 0 ? 0 : result);
         end(chosen);
     }
     pthread_mutex_unlock(&lock);

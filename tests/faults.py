@@ -49,7 +49,7 @@ class Fault:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One change on the disk: open, truncate, write, resize, fsync, rename, exchange, unlink, mkdir, rmdir."""
+    """One change on the disk: open, truncate, write, resize, fsync, rename, exchange, unlink, mkdir, rmdir; or failed."""
 
     what: str
     path: str
@@ -92,16 +92,22 @@ def library() -> Path:
     return folder / "faults.so"
 
 
+def _environment() -> dict[str, str]:
+    # without fusing, which takes a second per start, and is the same on the disk
+    return os.environ | {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0"}
+
+
 class Program:
     """featcache, to be run and broken. ``settings`` change module variables in every run: ``{"parts.MAX_ROWS": 8}``."""
 
     def __init__(self, settings: dict[str, Any] | None = None) -> None:
         self._settings = settings or {}
+        self._known: set[object] = set()  # commands whose imports are known
         self._server = subprocess.Popen(
             [sys.executable, __file__, json.dumps(self._settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"LD_PRELOAD": str(library())},
+            env=_environment(),
             text=True,
         )
 
@@ -140,7 +146,9 @@ class Program:
                 "err": f"{folder}/err",
                 "log": f"{folder}/log" if trace else "",
                 "timeout": timeout,
+                "modules": "" if arguments[0] in self._known else f"{folder}/modules",
             }
+            self._known.add(arguments[0])
             code, seconds = _run_cold(plan, self._settings) if cold else self._ask(plan)
             texts = [Path(plan[name]).read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
             steps = tuple(read_log(Path(plan["log"]))) if trace else ()
@@ -196,7 +204,7 @@ _START = (
 def _run_cold(plan: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float]:
     fault = plan["fault"]
     values = (fault["step"], MODES.index(fault["mode"]), fault["error"], fault["budget"], plan["root"])
-    environment = os.environ | {"LD_PRELOAD": str(library()), "FAULTS": ":".join(map(str, values))}
+    environment = _environment() | {"FAULTS": ":".join(map(str, values))}
     command = [sys.executable, "-m", "featcache", *plan["arguments"]]
     if settings:
         change = "import sys; sys.path.insert(0, sys.argv.pop(1)); import faults, json; faults.change(json.loads(sys.argv.pop(1)))"
@@ -252,7 +260,17 @@ def _serve(settings: dict[str, Any]) -> None:
         pid = os.fork()
         if not pid:
             _become(plan)
-        os.write(answers, (json.dumps(_wait(pid, plan, started)) + "\n").encode())
+        answer = _wait(pid, plan, started)
+        _import(Path(plan["modules"]))
+        os.write(answers, (json.dumps(answer) + "\n").encode())
+
+
+def _import(names: Path) -> None:
+    """What the first run imported late, so that later ones need not."""
+    if names.is_file():
+        for name in names.read_text().split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
 
 def _become(plan: dict[str, Any]) -> None:
@@ -284,6 +302,8 @@ def _become(plan: dict[str, Any]) -> None:
         code = 70  # a bug: no error of featcache's own
     else:
         code = 0
+    if plan["modules"]:
+        Path(plan["modules"]).write_text(" ".join(sys.modules))
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     with contextlib.suppress(Exception):

@@ -19,7 +19,7 @@ from featcache import __version__, cli_inspect, options
 from featcache.crashes import never_again, supervised
 from featcache.display import is_first_process, print_json, printable, say, show_progress, show_training
 from featcache.errors import FeatcacheError, UsageError
-from featcache.signals import Terminated, interrupt_on_sigterm
+from featcache.signals import interrupt_on_sigterm
 
 _DECODING = ("extract", "finetune", "predict", "evaluate")  # commands that decode images
 
@@ -371,7 +371,7 @@ def main() -> None:
     _log_to_stderr()
     if sys.argv[1:2] and sys.argv[1] in _DECODING and (worker_code := supervised()) is not None:
         sys.exit(worker_code)
-    interrupt_on_sigterm()
+    terminated = interrupt_on_sigterm()
     try:
         code = app(prog_name="featcache", standalone_mode=False)
     except FeatcacheError as error:
@@ -379,9 +379,8 @@ def main() -> None:
         code = error.exit_code
     except typer.Exit as error:
         code = error.exit_code
-    except (typer.Abort, KeyboardInterrupt) as error:
-        say("interrupted")
-        code = 143 if isinstance(error.__cause__ or error, Terminated) else 130
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -390,6 +389,9 @@ def main() -> None:
         code = 1
     except Exception as error:
         code = _usage_error(error)
+    if code == 130:  # also what typer makes of an interruption
+        say("interrupted")
+        code = 143 if terminated else 130
     sys.exit(code if isinstance(code, int) else 0)
 
 

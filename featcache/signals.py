@@ -15,10 +15,6 @@ from typing import Any
 _ECHO = 0.5  # seconds
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
 class _Clock:
     """Whether it was asked within the last half second; the first time it was not."""
 
@@ -30,17 +26,6 @@ class _Clock:
         return self._last - before < _ECHO
 
 
-def interrupt_on_sigterm() -> None:
-    """From now on SIGTERM raises ``Terminated`` in the main thread, which must be the caller."""
-    came = _Clock()
-
-    def stop(number: int, frame: Any) -> None:
-        if not came.just_now():
-            raise Terminated
-
-    signal.signal(signal.SIGTERM, stop)
-
-
 class StopRequest:
     """Whether a signal has come, and which."""
 
@@ -49,6 +34,19 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal != 0
+
+
+def interrupt_on_sigterm() -> StopRequest:
+    """From now on SIGTERM raises KeyboardInterrupt in the main thread, which must be the caller, and is noted."""
+    request, came = StopRequest(), _Clock()
+
+    def stop(number: int, frame: Any) -> None:
+        request.signal = number
+        if not came.just_now():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    return request
 
 
 @contextlib.contextmanager

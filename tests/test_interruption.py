@@ -207,24 +207,30 @@ def numbers(scenario: Scenario, *what: str) -> list[int]:
         if what and step.what not in what:
             continue
         same = [k for k, other in enumerate(steps) if (other.what, other.path) == (step.what, step.path)]
-        if len(same) <= 6 or number in (same[0], same[len(same) // 2], same[-1]):
+        if number in (same[0], same[len(same) // 2], same[-1]):
             found.append(number)
     return found
 
 
+def without_second_part(scenario: Scenario) -> list[int]:
+    """All steps but those in which the second part is like the first."""
+    parts = [step.path for step in scenario.steps if step.what == "rename" and ".h5.parts/" in step.other]
+    return [number for number in numbers(scenario) if scenario.steps[number].path not in parts[1:]]
+
+
 # Dying after a step is dying before the next one, so that one of both is enough, and the very last.
 def test_dying_at_every_step_of_commits_and_of_packing(featcache: Program, extraction: Scenario) -> None:
-    die_everywhere(featcache, extraction, "die before", numbers(extraction))
+    die_everywhere(featcache, extraction, "die before", without_second_part(extraction))
     die_everywhere(featcache, extraction, "die after", [len(extraction.steps) - 1])
 
 
 def test_dying_in_the_middle_of_a_write(featcache: Program, extraction: Scenario) -> None:
     largest = sorted(numbers(extraction, "write"), key=lambda number: -len(extraction.steps[number].data))
-    die_everywhere(featcache, extraction, "torn", largest[:4])
+    die_everywhere(featcache, extraction, "torn", largest[:2])
 
 
 def test_a_system_that_writes_less_than_it_is_given(featcache: Program, extraction: Scenario) -> None:
-    die_everywhere(featcache, extraction, "short", numbers(extraction, "write")[:3])
+    die_everywhere(featcache, extraction, "short", numbers(extraction, "write")[:2])
 
 
 @pytest.mark.parametrize("make", [fitting, predicting])

@@ -55,10 +55,8 @@ def load_jpeg(image: Any, data: bytes) -> None:
 
 def may_have_many_scans(image: Any, data: bytes) -> bool:
     """Whether a JPEG that Pillow has opened could take far longer than its size lets expect. Cheap for usual ones."""
-    before = (
-        image.fp.tell() - 6 - 2 * image.layers
-    )  # where the segment lies that Pillow read last, if it is of all layers
-    single = data[before - 2 : before] == b"\xff\xda" and data[before + 2] == image.layers
+    segment = image.fp.tell() - 6 - 2 * image.layers  # the one that Pillow read last, if it is of all layers
+    single = data[segment - 2 : segment] == b"\xff\xda" and data[segment + 2] == image.layers
     return ("progressive" in image.info or not single) and data.count(b"\xff\xda") > MANY_SCANS
 
 

@@ -3,10 +3,12 @@
 In: an image that Pillow has opened, and the file's bytes. Out: the image, loaded, or ``DamagedImage``.
 
 JPEG: see ``jpegs``. PNG: Pillow passes over the checksums of the pixel data, and over data that ends with a row; it also
-leaves a transparent grey of few bits unscaled, which is mended on the way. TIFF: over
-strips or tiles that are not listed, or lie nowhere. The other formats it refuses itself when something is missing; what
-none of them can notice is damage to lossy data without a checksum (WebP, AVIF, JPEG 2000), to raw pixels (BMP, TGA, PNM)
-and, in a plain PNM, a last number of which only digits were lost. The PNG inside an ICO is taken as Pillow takes it.
+leaves a transparent grey of few bits unscaled, which is mended on the way. TIFF: over strips or tiles that are not listed,
+or lie nowhere. The other formats it refuses itself when something is missing.
+
+What goes unnoticed: damage to lossy data without a checksum (WebP, AVIF, JPEG 2000) and to raw pixels (BMP, TGA, PNM, TIFF)
+that leaves as many bytes as there should be; in a plain PNM, a last number that lost digits; in the PNG inside an ICO and in
+JPEG data inside a TIFF, whatever Pillow passes over.
 """
 
 import struct

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.cache import SPLITS
 from featcache.completeness import load_whole
@@ -407,9 +407,12 @@ def read_image(path: Path) -> tuple[bytes, int, int]:
 def ignore_size_warnings() -> Iterator[None]:
     """Silence Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd metadata.
 
-    Python's warning filters are global, so this belongs around a whole run, never around one image on one thread.
+    Nor may Pillow load truncated images, as notebooks like to allow it. Such settings are global, so this belongs around a
+    whole run, never around one image on one thread.
     """
-    with warnings.catch_warnings():
+    allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    with contextlib.ExitStack() as after, warnings.catch_warnings():
+        after.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", allowed)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         yield

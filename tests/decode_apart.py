@@ -52,7 +52,7 @@ def decode_apart(
 
 
 def _limit(megabytes: int) -> None:
-    with contextlib.suppress(ImportError):  # Windows has no such limits
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not every system has such limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
@@ -62,7 +62,7 @@ def _peak() -> int:
     with contextlib.suppress(ImportError):
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
     return 0
 
 

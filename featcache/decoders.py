@@ -16,7 +16,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from featcache.crashes import DecoderCrashedError, decoding
-from featcache.images import MAX_PIXELS, RefusedImage, decode, reduction
+from featcache.images import MAX_PIXELS, RefusedImage, decode, is_turned, reduction
+from featcache.jpegs import may_have_many_scans
 from featcache.preprocess import PreprocessSpec, to_pixels
 
 Pixels = npt.NDArray[np.uint8]
@@ -101,5 +102,6 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
     """(width, height) if nothing about it needs a decision: no orientation, CMYK, absurd size. Reads the header only."""
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         small = image.width * image.height <= MAX_PIXELS
-        plain = small and image.mode in ("RGB", "L") and image.getexif().get(0x0112, 1) == 1
+        plain = small and image.mode in ("RGB", "L") and not is_turned(image)
+        plain = plain and not may_have_many_scans(image, data)
         return image.size if plain else None

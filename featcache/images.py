@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.cache import SPLITS
+from featcache.completeness import load_whole
 from featcache.crashes import DecoderCrashedError, decoding
 from featcache.errors import SourceError, UsageError
 
@@ -37,8 +38,9 @@ _EXTENSIONS = frozenset((
     ".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
 ))
 # fmt: on
-# A list of its own, not "whatever Pillow opens": EPS, for one, would start another program.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "ICO")
+# A list of its own, not "whatever Pillow opens": EPS, for one, would start another program. TGA, which has no signature,
+# comes last: some icons would pass for one.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
 MAX_FILE_BYTES = 2**30
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
@@ -404,12 +406,16 @@ def read_image(path: Path) -> tuple[bytes, int, int]:
 
 @contextlib.contextmanager
 def ignore_size_warnings() -> Iterator[None]:
-    """Silence Pillow's warning about images it considers large: ``MAX_PIXELS`` is the limit here.
+    """Silence Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd metadata.
 
-    Python's warning filters are global, so this belongs around a whole run, never around one image on one thread.
+    Nor may Pillow load truncated images, as notebooks like to allow it. Such settings are global, so this belongs around a
+    whole run, never around one image on one thread.
     """
-    with warnings.catch_warnings():
+    allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    with contextlib.ExitStack() as after, warnings.catch_warnings():
+        after.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", allowed)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         yield
 
 
@@ -433,6 +439,7 @@ def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
 
     Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
     scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
+    Where pixels are missing or known to be damaged the image is refused; ``completeness`` says what goes unnoticed.
 
     Args:
         data: the file. at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
@@ -449,8 +456,8 @@ def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
             factor = reduction(min(image.size), at_least)
             if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
                 image.draft(image.mode, (image.width // factor, image.height // factor))
-            image.load()
-            upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
+            load_whole(image, data)
+            upright = ImageOps.exif_transpose(image) if is_turned(image) else image
             return _to_rgb(upright, image.format)
     except RefusedImage:
         raise
@@ -466,11 +473,21 @@ def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
         raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
 
 
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF data of an opened image asks for another orientation; none that can be read asks for nothing."""
+    try:
+        return image.getexif().get(0x0112, 1) in range(2, 9)
+    except Exception:  # nearly anything; it says nothing about the pixels
+        return False
+
+
 def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I;16", "I;16L", "I;16B", "I;16N") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 65535
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise RefusedImage(f"32-bit pixels (mode {image.mode}) have no defined range; save it with 8 or 16 bits")

@@ -25,8 +25,8 @@ ONLY_IN = {
     "onnxscript": {"exporting"},
 }
 LAYERS = [
-    {"errors", "crashes", "sparsefile", "signals", "fusion", "multinomial"},
-    {"publish", "preprocess", "runtime", "metrics", "recipes", "reading"},
+    {"errors", "crashes", "sparsefile", "signals", "fusion", "multinomial", "jpegs"},
+    {"publish", "completeness", "preprocess", "runtime", "metrics", "recipes", "reading"},
     {"spec", "plots", "augmentation", "processes"},
     {"backbones", "cache", "heads", "checkpoint"},
     {"images", "model", "network", "comparison"},

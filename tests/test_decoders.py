@@ -107,6 +107,23 @@ def test_damaged_files() -> None:
         same_as_pillow(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
 
 
+@pytest.mark.parametrize("at_least", [None, 12])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 3}]
+)
+def test_half_a_picture_is_no_picture(options: dict[str, object], at_least: int | None) -> None:
+    """The end mark of a JPEG does not make it whole, nor does it matter which decoder there is."""
+    whole = jpeg(size=(200, 150), **options)
+    middle = whole.index(b"\xff\xda") + (len(whole) - whole.index(b"\xff\xda")) // 2
+    for data in (whole[:middle] + b"\xff\xd9", whole[:middle] + whole[-2:] + whole):
+        for way in (decode, decode_pixels):
+            with pytest.raises(RefusedImage, match="damaged: JPEG data (ends|lacks)"):
+                way(data, at_least=at_least)
+    for data in (whole, whole + whole[:middle], whole[:-2] + bytes(40) + whole[-2:], whole[:-2] + b"\xff" + whole[-2:]):
+        same_as_pillow(data, at_least)
+        decode(data, at_least=at_least)
+
+
 def test_the_fast_decoder_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoders, "decode", None)  # Pillow's way would fail
     monkeypatch.setattr(decoders, "_examples", list)

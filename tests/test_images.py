@@ -12,10 +12,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_photos, write_photo
-from PIL import Image
+from PIL import Image, ImageFile
 
 from featcache.errors import SourceError, UsageError
-from featcache.images import MAX_PIXELS, ImageList, RefusedImage, decode, hold_out, list_images, read_image
+from featcache.images import (
+    MAX_PIXELS,
+    ImageList,
+    RefusedImage,
+    decode,
+    hold_out,
+    ignore_size_warnings,
+    list_images,
+    read_image,
+)
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file kinds")
 
@@ -348,6 +357,15 @@ def test_unusable_files_are_refused_with_a_reason() -> None:
         with pytest.raises(RefusedImage, match=reason):
             decode(data)
     assert MAX_PIXELS < 100_000**2
+
+
+def test_what_a_notebook_allowed_pillow_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for kind in ("JPEG", "PNG", "GIF", "BMP"):
+        whole = encoded(gradient().resize((300, 200)), kind)
+        with ignore_size_warnings(), pytest.raises(RefusedImage, match="truncated"):
+            decode(whole[: len(whole) * 3 // 4])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @posix

@@ -1,0 +1,603 @@
+"""Images of every format and every kind of damage, each with what must become of it.
+
+In: a seed. Out: ``Case``s: a name, a file's bytes, and what to expect of it. What an intact image must decode to comes from
+the array it was made of, never from the decoder under test; PNG, TIFF and PNM files are laid out here, byte by byte.
+"""
+
+import dataclasses
+import io
+import struct
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image
+
+Array = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One file.
+
+    Attributes:
+        name: says what was done to it. data: the file.
+        pixels: (H, W, 3) uint8 of the intact image, None where nobody knows.
+        near: how far the pixels may be from that on average (lossy formats).
+        fate: ``embedded``; ``refused``; ``cut``: refused, or with all the intact pixels; ``any``: refused or any picture.
+        reason: what the reason of a refusal must match.
+        whole, at: of a cut file: what it was, and where it was cut.
+    """
+
+    name: str
+    data: bytes
+    pixels: Array | None = None
+    near: float = 0.0
+    fate: str = "embedded"
+    reason: str = ""
+    whole: bytes = b""
+    at: int = 0
+
+    @property
+    def suffix(self) -> str:
+        """The extension for its file, by its name."""
+        return "." + self.name.split(" ")[0].lower()
+
+
+def picture(rng: np.random.Generator, height: int, width: int) -> Array:
+    """(H, W, 3) uint8: smooth, so that lossy formats keep it, yet different everywhere, and never the grey of nothing."""
+    y, x = np.mgrid[0:height, 0:width]
+    phase = rng.uniform(0, 6, 3)
+    waves = [110 * np.sin((x * rng.uniform(1, 4) + y * rng.uniform(1, 4)) / max(height, width) + p) for p in phase]
+    return np.clip(np.stack(waves, axis=-1) + rng.integers(90, 165, 3), 0, 255).astype(np.uint8)
+
+
+def writes(kind: str) -> bool:
+    """Whether this build of Pillow writes the format; some distributions leave one out."""
+    Image.init()
+    return kind in Image.SAVE
+
+
+def grey_as_rgb(grey: Array) -> Array:
+    """(H, W) to (H, W, 3)."""
+    return np.repeat(np.asarray(grey)[..., None], 3, axis=2).astype(np.uint8)
+
+
+def on_white(colour: Array, alpha: Array) -> Array:
+    """(H, W, 3) composited on white by alpha (H, W), 0 to 255."""
+    share = alpha[..., None] / 255.0
+    return np.round(colour * share + 255.0 * (1 - share)).astype(np.uint8)
+
+
+def saved(array: Array, kind: str, mode: str | None = None, **options: object) -> bytes:
+    """The bytes Pillow writes for an array, or for a palette image."""
+    image = Image.fromarray(array) if isinstance(array, np.ndarray) else array
+    file = io.BytesIO()
+    (image.convert(mode) if mode else image).save(file, kind, **options)
+    return file.getvalue()
+
+
+# -------------------------------------------------------------------------------------------------------- PNG
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A PNG chunk with its checksum."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+_ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+
+
+def _packed(samples: Array, depth: int) -> bytes:
+    """(H, W, C) samples as PNG rows, filter 0."""
+    if 0 in samples.shape:
+        return b""
+    rows = samples.reshape(len(samples), -1)
+    if depth == 16:
+        packed = rows.astype(">u2").view(np.uint8)
+    elif depth == 8:
+        packed = rows.astype(np.uint8)
+    else:
+        bits = np.unpackbits(rows.astype(np.uint8)[..., None], axis=2)[..., 8 - depth :]
+        packed = np.packbits(bits.reshape(len(rows), -1), axis=1)
+    return np.hstack([np.zeros((len(rows), 1), np.uint8), packed]).tobytes()
+
+
+def png(samples: Array, depth: int, colour: int, *extra: bytes, interlaced: bool = False, pieces: int = 1) -> bytes:
+    """A PNG of (H, W, C) samples; ``extra`` chunks stand before the pixels, which come in ``pieces`` IDATs."""
+    parts = [samples[y::v, x::h] for y, x, v, h in _ADAM7] if interlaced else [samples]
+    body = zlib.compress(b"".join(_packed(part, depth) for part in parts))
+    step = -(-len(body) // pieces)
+    idats = [chunk(b"IDAT", body[at : at + step]) for at in range(0, len(body), step)]
+    header = struct.pack(">IIBBBBB", samples.shape[1], samples.shape[0], depth, colour, 0, 0, interlaced)
+    return b"".join((b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *extra, *idats, chunk(b"IEND", b"")))
+
+
+def pngs(rng: np.random.Generator, rgb: Array) -> Iterator[Case]:
+    """All colour types and depths, with and without transparency, interlaced or not."""
+    height, width = rgb.shape[:2]
+    for interlaced in (False, True):
+        note = " interlaced" if interlaced else ""
+        keep = {"interlaced": interlaced, "pieces": int(rng.integers(1, 4))}
+        for depth in (1, 2, 4, 8, 16):
+            top = 2**depth - 1
+            grey = rng.integers(0, top + 1, (height, width))
+            shown = grey_as_rgb(np.round(grey * (255 / top)))
+            yield Case(f"png grey {depth} bit{note}", png(grey[..., None], depth, 0, **keep), shown)
+            clear = chunk(b"tRNS", struct.pack(">H", grey[0, 0]))
+            seen = np.where((grey == grey[0, 0])[..., None], 255, shown).astype(np.uint8)
+            yield Case(f"png grey {depth} bit tRNS{note}", png(grey[..., None], depth, 0, clear, **keep), seen)
+            if depth <= 8:
+                yield from _palette_pngs(rng, (height, width), depth, note, keep)
+        yield from _colour_pngs(rng, rgb, note, keep)
+
+
+def _palette_pngs(
+    rng: np.random.Generator, shape: tuple[int, int], depth: int, note: str, keep: dict
+) -> Iterator[Case]:
+    index = rng.integers(0, 2**depth, shape)
+    colours = rng.integers(0, 256, (2**depth, 3))
+    palette = chunk(b"PLTE", colours.astype(np.uint8).tobytes())
+    yield Case(f"png palette {depth} bit{note}", png(index[..., None], depth, 3, palette, **keep), colours[index])
+    alphas = rng.choice([0, 255, 128], 2**depth)
+    clear = chunk(b"tRNS", alphas.astype(np.uint8).tobytes())
+    seen = on_white(colours[index], alphas[index])
+    yield Case(
+        f"png palette {depth} bit tRNS{note}", png(index[..., None], depth, 3, palette, clear, **keep), seen, 0.6
+    )
+
+
+def _colour_pngs(rng: np.random.Generator, rgb: Array, note: str, keep: dict) -> Iterator[Case]:
+    alpha = rng.choice([0, 255, 100], rgb.shape[:2])
+    first = struct.pack(">HHH", *rgb[0, 0].tolist())
+    seen = np.where((rgb == rgb[0, 0]).all(axis=2, keepdims=True), 255, rgb).astype(np.uint8)
+    yield Case(f"png rgb{note}", png(rgb, 8, 2, **keep), rgb)
+    yield Case(f"png rgb tRNS{note}", png(rgb, 8, 2, chunk(b"tRNS", first), **keep), seen)
+    yield Case(f"png rgba{note}", png(np.dstack([rgb, alpha]), 8, 6, **keep), on_white(rgb, alpha), 0.6)
+    both = np.dstack([rgb[..., 0], alpha])
+    yield Case(f"png grey alpha{note}", png(both, 8, 4, **keep), on_white(grey_as_rgb(rgb[..., 0]), alpha), 0.6)
+    deep = rgb.astype(int) * 257  # so that whatever becomes of the lower byte, the result is the same
+    yield Case(f"png rgb 16 bit{note}", png(deep, 16, 2, **keep), rgb)
+    clear = chunk(b"tRNS", struct.pack(">HHH", *deep[0, 0].tolist()))
+    yield Case(f"png rgb 16 bit tRNS{note}", png(deep, 16, 2, clear, **keep), seen)
+    yield Case(f"png rgba 16 bit{note}", png(np.dstack([deep, alpha * 257]), 16, 6, **keep), on_white(rgb, alpha), 0.6)
+    both = np.dstack([deep[..., 0], alpha * 257])
+    grey = on_white(grey_as_rgb(rgb[..., 0]), alpha)
+    yield Case(f"png grey alpha 16 bit{note}", png(both, 16, 4, **keep), grey, 0.6)
+
+
+# ------------------------------------------------------------------------------------------------------- TIFF
+
+
+def tiff(
+    samples: Array,
+    *,
+    order: str = "<",
+    rows: int | None = None,
+    tile: int | None = None,
+    compression: int = 1,
+    photometric: int = 2,
+    omit: int = 0,
+    more: dict[int, tuple[str, list[int]]] | None = None,
+    pages: int = 1,
+) -> bytes:
+    """A TIFF of (H, W, C) samples, uint8 or uint16, in strips of ``rows`` or in square tiles.
+
+    Args:
+        omit: so many of the last strips or tiles are not in the table. more: further tags: struct letter and values.
+        pages: the same page so often.
+    """
+    samples = samples.astype(samples.dtype.newbyteorder(order))
+    height, width, bands = samples.shape
+    blocks = _blocks(samples, rows or height, tile)
+    if compression == 8:
+        blocks = [zlib.compress(block) for block in blocks]
+    start, offsets = 8, []
+    for block in blocks:
+        offsets.append(start)
+        start += len(block)
+    lengths = [len(block) for block in blocks]
+    kept = len(blocks) - omit
+    tags = {256: ("I", [width]), 257: ("I", [height]), 258: ("H", [samples.dtype.itemsize * 8] * bands)}
+    tags |= {259: ("H", [compression]), 262: ("H", [photometric]), 277: ("H", [bands])}
+    if tile:
+        tags |= {322: ("I", [tile]), 323: ("I", [tile]), 324: ("I", offsets[:kept]), 325: ("I", lengths[:kept])}
+    else:
+        tags |= {273: ("I", offsets[:kept]), 278: ("I", [rows or height]), 279: ("I", lengths[:kept])}
+    tags |= more or {}
+    at = start + start % 2
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, at)
+    body = head + b"".join(blocks) + bytes(start % 2)
+    for page in range(pages):
+        body += _directory(tags, order, len(body), last=page == pages - 1)
+    return body
+
+
+def _blocks(samples: Array, rows: int, tile: int | None) -> list[bytes]:
+    if tile is None:
+        return [samples[at : at + rows].tobytes() for at in range(0, len(samples), rows)]
+    height, width, _ = samples.shape
+    padded = np.pad(samples, ((0, -height % tile), (0, -width % tile), (0, 0)))
+    corners = [(y, x) for y in range(0, height, tile) for x in range(0, width, tile)]
+    return [padded[y : y + tile, x : x + tile].tobytes() for y, x in corners]
+
+
+def _directory(tags: dict[int, tuple[str, list[int]]], order: str, at: int, *, last: bool) -> bytes:
+    """An image file directory that lies at ``at``; the next one, if any, right behind it."""
+    outside, entries = b"", b""
+    start = at + 2 + 12 * len(tags) + 4
+    for tag, (letter, values) in sorted(tags.items()):
+        packed = struct.pack(f"{order}{len(values)}{letter}", *values)
+        kind = {"B": 1, "H": 3, "I": 4}[letter]
+        if len(packed) > 4:
+            place = struct.pack(order + "I", start + len(outside))
+            outside += packed + bytes(len(packed) % 2)
+        else:
+            place = packed.ljust(4, b"\0")
+        entries += struct.pack(order + "HHI", tag, kind, len(values)) + place
+    following = 0 if last else start + len(outside)
+    return struct.pack(order + "H", len(tags)) + entries + struct.pack(order + "I", following) + outside
+
+
+def tiffs(rng: np.random.Generator, rgb: Array) -> Iterator[Case]:
+    """Strips and tiles, both byte orders, what Pillow compresses, modes, orientations."""
+    grey = rgb[..., :1]
+    for order in "<>":
+        name = f"tif {'big' if order == '>' else 'little'} endian"
+        for rows in (None, 5):
+            yield Case(f"{name} strips {rows}", tiff(rgb, order=order, rows=rows), rgb)
+            deflated = tiff(rgb, order=order, rows=rows, compression=8)
+            yield Case(f"{name} deflated strips {rows}", deflated, rgb)
+        yield Case(f"{name} tiles", tiff(rgb, order=order, tile=16), rgb)
+        yield Case(f"{name} deflated tiles", tiff(rgb, order=order, tile=16, compression=8), rgb)
+        deep = tiff(grey.astype(np.uint16) * 257, order=order, rows=7, photometric=1)
+        yield Case(f"{name} 16 bit", deep, grey_as_rgb(grey[..., 0]))
+        yield Case(f"{name} pages", tiff(rgb, order=order, rows=6, pages=3), rgb)
+        for number in range(1, 9):
+            turned = tiff(rgb, order=order, rows=9, more={274: ("H", [number])})
+            yield Case(f"{name} orientation {number}", turned, UPRIGHT[number](rgb))
+    for compression in ("tiff_lzw", "packbits", "tiff_adobe_deflate", "zstd", "lzma"):
+        yield Case(f"tif {compression}", saved(rgb, "TIFF", compression=compression), rgb)
+    yield Case("tif jpeg", saved(rgb, "TIFF", compression="jpeg"), rgb, 4)
+    alpha = rng.choice([0, 255, 90], rgb.shape[:2]).astype(np.uint8)
+    yield Case("tif rgba", saved(np.dstack([rgb, alpha]), "TIFF", compression="tiff_lzw"), on_white(rgb, alpha), 0.6)
+    bits = rng.integers(0, 2, rgb.shape[:2]).astype(bool)
+    for compression in ("group3", "group4", "tiff_ccitt", "raw"):
+        yield Case(f"tif {compression} 1 bit", saved(bits, "TIFF", compression=compression), grey_as_rgb(bits * 255))
+    index, colours = _indexed(rng, rgb.shape[:2], 256)
+    yield Case("tif palette", saved(_palette_image(index, colours), "TIFF"), colours[index])
+
+
+# ------------------------------------------------------------------------------------------------ other formats
+
+UPRIGHT = {  # what a viewer must do to stored pixels, from the EXIF specification
+    1: lambda p: p,
+    2: np.fliplr,
+    3: lambda p: np.rot90(p, 2),
+    4: np.flipud,
+    5: lambda p: p.transpose(1, 0, 2),
+    6: lambda p: np.rot90(p, -1),
+    7: lambda p: np.rot90(p.transpose(1, 0, 2), 2),
+    8: lambda p: np.rot90(p, 1),
+}
+
+
+def _indexed(rng: np.random.Generator, shape: tuple[int, int], count: int) -> tuple[Array, Array]:
+    return rng.integers(0, count, shape).astype(np.uint8), rng.integers(0, 256, (count, 3)).astype(np.uint8)
+
+
+def _palette_image(index: Array, colours: Array) -> Image.Image:
+    image = Image.fromarray(index).convert("L")
+    image.putpalette(colours.tobytes())
+    return image
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    """EXIF that says nothing else."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def jpegs(rgb: Array) -> Iterator[Case]:
+    """Baseline and progressive, grey, colour and CMYK, every subsampling, with and without restart markers."""
+    for progressive in (False, True):
+        for restart in ({}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 2}):
+            how = {"quality": 92, "progressive": progressive, **restart}
+            name = f"jpg {'progressive' if progressive else 'baseline'} {'restarts' if restart else 'plain'}"
+            for subsampling in (0, 1, 2):
+                yield Case(f"{name} {subsampling}", saved(rgb, "JPEG", subsampling=subsampling, **how), rgb, 7)
+            yield Case(f"{name} grey", saved(rgb[..., 0].copy(), "JPEG", **how), grey_as_rgb(rgb[..., 0]), 4)
+            yield Case(f"{name} cmyk", saved(rgb, "JPEG", "CMYK", **how), rgb, 7)
+
+
+def turned(rgb: Array) -> Iterator[Case]:
+    """Every orientation in every format that Pillow writes EXIF to."""
+    for kind, near in (("JPEG", 4), ("PNG", 0), ("WEBP", 0), ("AVIF", 8)):
+        if not writes(kind):
+            continue
+        options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind != "PNG" else {}
+        if kind == "JPEG":
+            options["subsampling"] = 0
+        for number, upright in UPRIGHT.items():
+            data = saved(rgb, kind, exif=exif_of(number), **options)
+            suffix = "jpg" if kind == "JPEG" else kind.lower()
+            yield Case(f"{suffix} orientation {number}", data, upright(rgb), near)
+
+
+def pnms(rng: np.random.Generator, rgb: Array) -> Iterator[Case]:
+    """All six, plain and raw, of 8 and 16 bits."""
+    height, width = rgb.shape[:2]
+    bits = rng.integers(0, 2, (height, width))
+    size = b"%d %d" % (width, height)
+    black_on_white = grey_as_rgb(255 - bits * 255)
+    yield Case("pbm plain", b"P1 # bits\n" + size + b"\n" + _words(bits) + b"\n", black_on_white)
+    yield Case("pbm raw", b"P4\n" + size + b"\n" + np.packbits(bits.astype(bool), axis=1).tobytes(), black_on_white)
+    grey = rgb[..., 0]
+    yield Case("pgm plain", b"P2\n" + size + b"\n255\n" + _words(grey) + b"\n", grey_as_rgb(grey))
+    yield Case("pgm raw", b"P5\n" + size + b"\n255\n" + grey.tobytes(), grey_as_rgb(grey))
+    deep = (grey.astype(">u2") * 257).tobytes()
+    yield Case("pgm raw 16 bit", b"P5 " + size + b" 65535\n" + deep, grey_as_rgb(grey))
+    few = np.round(grey * (100 / 255)).astype(np.uint8)
+    shown = grey_as_rgb(np.round(few * 2.55))
+    yield Case("pgm raw of 100", b"P5 " + size + b" 100\n" + few.tobytes(), shown, 0.6)
+    yield Case("ppm plain", b"P3\n" + size + b"\n255\n" + _words(rgb) + b"\n", rgb)
+    yield Case("ppm raw", b"P6\n" + size + b"\n255\n" + rgb.tobytes(), rgb)
+    yield Case("ppm raw 16 bit", b"P6 " + size + b" 65535\n" + (rgb.astype(">u2") * 257).tobytes(), rgb)
+
+
+def _words(values: Array) -> bytes:
+    return " ".join(map(str, values.reshape(-1).tolist())).encode()
+
+
+def others(rng: np.random.Generator, rgb: Array) -> Iterator[Case]:
+    """What remains: GIF, BMP, TGA, WebP, JPEG 2000, AVIF, ICO."""
+    alpha = rng.choice([0, 255], rgb.shape[:2]).astype(np.uint8)
+    rgba, seen = np.dstack([rgb, alpha]), on_white(rgb, alpha)
+    index, colours = _indexed(rng, rgb.shape[:2], 256)
+    palette = _palette_image(index, colours)
+    grey, grey_rgb = rgb[..., 0].copy(), grey_as_rgb(rgb[..., 0])
+    for interlace in (0, 1):
+        yield Case(f"gif interlace {interlace}", saved(palette, "GIF", interlace=interlace), colours[index])
+    frames = [Image.fromarray(rgb[::-1].copy())]
+    yield Case("gif grey animated", saved(grey, "GIF", save_all=True, append_images=frames), grey_rgb)
+    clear = int(index[0, 0])
+    gone = np.where((index == clear)[..., None], 255, colours[index])
+    yield Case("gif transparent", saved(palette, "GIF", transparency=clear), gone)
+    yield Case("png animated", saved(rgb, "PNG", save_all=True, append_images=frames), rgb)
+    for kind in ("BMP", "TGA"):
+        yield Case(f"{kind} rgb", saved(rgb, kind), rgb)
+        yield Case(f"{kind} grey", saved(grey, kind), grey_rgb)
+        yield Case(f"{kind} palette", saved(palette, kind), colours[index])
+    yield Case("tga rgba", saved(rgba, "TGA"), seen)
+    yield Case("tga packed", saved(rgb, "TGA", compression="tga_rle"), rgb)
+    yield Case("bmp 1 bit", saved(grey > 128, "BMP"), grey_as_rgb((grey > 128) * 255))
+    if writes("WEBP"):
+        yield Case("webp lossless", saved(rgb, "WEBP", lossless=True), rgb)
+        yield Case("webp lossless rgba", saved(rgba, "WEBP", lossless=True, exact=True), seen)
+        yield Case("webp lossy", saved(rgb, "WEBP", quality=90), rgb, 7)
+        yield Case("webp animated", saved(rgb, "WEBP", lossless=True, save_all=True, append_images=frames), rgb)
+    yield Case("jp2 lossless", saved(rgb, "JPEG2000"), rgb)
+    yield Case("jp2 tiles", saved(rgb, "JPEG2000", tile_size=(16, 16)), rgb)
+    yield Case("j2k lossy", saved(rgb, "JPEG2000", no_jp2=True, irreversible=True), rgb, 4)
+    yield Case("jp2 grey", saved(grey, "JPEG2000"), grey_rgb)
+    if writes("AVIF"):
+        yield Case("avif", saved(rgb, "AVIF", quality=95), rgb, 8)
+        yield Case("avif animated", saved(rgb, "AVIF", quality=95, save_all=True, append_images=frames), rgb, 8)
+    edge = min(rgb.shape[0], rgb.shape[1])
+    square = rgba[:edge, :edge]
+    icons = {"sizes": [(edge, edge)]}
+    yield Case("ico png", saved(square, "ICO", **icons), seen[:edge, :edge])
+    yield Case("ico bmp", saved(square, "ICO", bitmap_format="bmp", **icons), seen[:edge, :edge])
+
+
+def intact(seed: int) -> list[Case]:
+    """One of every kind, none damaged."""
+    rng = np.random.default_rng(seed)
+    rgb = picture(rng, int(rng.integers(17, 45)), int(rng.integers(17, 45)))
+    return [*jpegs(rgb), *pngs(rng, rgb), *tiffs(rng, rgb), *turned(rgb), *pnms(rng, rgb), *others(rng, rgb)]
+
+
+# ------------------------------------------------------------------------------------------------------ damage
+
+
+def cut(case: Case, rng: np.random.Generator, how: int) -> Case:
+    """The file ends too early: anywhere, near its end, near its beginning, or with its format's end mark put back."""
+    n = len(case.data)
+    at = [int(rng.integers(1, n)), n - int(rng.integers(1, min(40, n))), int(rng.integers(1, min(n, 60)))][how % 3]
+    data = case.data[:at]
+    name = f"{case.name} cut at {at} of {n}"
+    if how >= 3:
+        data, name = with_end(case.data, at), name + ", ended"
+    return dataclasses.replace(case, name=name, data=data, fate="cut", whole=case.data, at=at)
+
+
+def with_end(data: bytes, at: int) -> bytes:
+    """``data`` up to ``at``, and then whatever ends a file of its format, so that it looks whole."""
+    short = data[:at]
+    if data.startswith(b"\xff\xd8"):
+        return short + b"\xff\xd9"
+    if data.startswith(b"\x89PNG"):
+        return _sealed(short) + chunk(b"IEND", b"")
+    if data.startswith(b"GIF8"):
+        return short + b"\0;"
+    if data.startswith((b"\0\0\0\x0c", b"\xff\x4f\xff\x51")):
+        return short + b"\xff\xd9"
+    return short
+
+
+def _sealed(short: bytes) -> bytes:
+    """A PNG that was cut off within a chunk, that chunk made whole again: right length, right checksum."""
+    at = 8
+    while at + 12 <= len(short) and at + 12 + int.from_bytes(short[at : at + 4], "big") <= len(short):
+        at += 12 + int.from_bytes(short[at : at + 4], "big")
+    return short[:at] + (chunk(short[at + 4 : at + 8], short[at + 8 :]) if len(short) > at + 8 else b"")
+
+
+def flipped(case: Case, rng: np.random.Generator) -> Case:
+    """One to three bits are the other way round; a PNG's checksums notice."""
+    data = bytearray(case.data)
+    for bit in rng.integers(0, 8 * len(data), int(rng.integers(1, 4))).tolist():
+        data[bit // 8] ^= 1 << bit % 8
+    fate = "cut" if case.suffix == ".png" else "any"
+    return dataclasses.replace(case, name=f"{case.name} flipped", data=bytes(data), fate=fate)
+
+
+def holed(case: Case, rng: np.random.Generator) -> Case:
+    """Some bytes are gone, or zero, or noise."""
+    n = len(case.data)
+    at = int(rng.integers(0, n))
+    stop = min(n, at + int(rng.integers(1, 1 + max(1, n // 3))))
+    middle = [b"", bytes(stop - at), rng.bytes(stop - at)][int(rng.integers(3))]
+    data = case.data[:at] + middle + case.data[stop:]
+    return dataclasses.replace(case, name=f"{case.name} {at} to {stop} replaced", data=data, fate="any")
+
+
+def followed(case: Case, rng: np.random.Generator, other: Case) -> Case:
+    """Behind the image stands something else: noise, zeros, or another image."""
+    tail = [rng.bytes(200), bytes(3000), other.data][int(rng.integers(3))]
+    # These end where they say; the others are read up to the end of the file, and may mind.
+    fate = "embedded" if case.suffix in (".jpg", ".png", ".gif", ".bmp") else "cut"
+    return dataclasses.replace(case, name=f"{case.name} followed", data=case.data + tail, fate=fate)
+
+
+def damaged(cases: list[Case], count: int, seed: int) -> list[Case]:
+    """``count`` of them, damaged in one way each."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        case, other = (cases[index] for index in rng.integers(0, len(cases), 2).tolist())
+        way = number % 10
+        if way < 6:
+            found.append(cut(case, rng, way))
+        else:
+            found.append([flipped, flipped, holed][way - 6](case, rng) if way < 9 else followed(case, rng, other))
+    return found
+
+
+# ---------------------------------------------------------------------------------------- odd ones, one by one
+
+
+def with_exif(jpeg: bytes, exif: bytes) -> bytes:
+    """A JPEG with this behind ``Exif``, whatever it is."""
+    body = b"Exif\0\0" + exif
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+def _entry(tag: int, kind: int, count: int, value: int) -> bytes:
+    return struct.pack("<HHII", tag, kind, count, value)
+
+
+def odd_exif(rgb: Array) -> Iterator[Case]:
+    """Metadata that makes no sense says nothing about the pixels: they stay as they are."""
+    head = b"II*\0\x08\0\0\0"
+    loop = struct.pack("<H", 1) + _entry(0x8769, 4, 1, 8) + struct.pack("<I", 8)
+    many = struct.pack("<H", 4000) + b"".join(_entry(0x8769 + k % 2, 4, 1, 8) for k in range(4000)) + b"\x08\0\0\0"
+    kinds = {
+        "empty": b"",
+        "noise": bytes(range(200)),
+        "cut": head + b"\x05",
+        "loop": head + loop,
+        "many": head + many,
+        "far": b"II*\0" + struct.pack("<I", 2**32 - 2),
+        "huge count": head + struct.pack("<H", 1) + _entry(0x0112, 3, 2**31, 0) + bytes(4),
+        "pointer out": head + struct.pack("<H", 1) + _entry(0x010F, 2, 2**20, 2**31) + bytes(4),
+        "no such type": head + struct.pack("<H", 1) + _entry(0x0112, 99, 1, 6) + bytes(4),
+        "text": head + struct.pack("<H", 1) + _entry(0x0112, 2, 2, 0x36) + bytes(4),
+        "no value": head + struct.pack("<H", 1) + _entry(0x0112, 3, 0, 6) + bytes(4),
+        **{f"value {v}": head + struct.pack("<H", 1) + _entry(0x0112, 3, 1, v) + bytes(4) for v in (0, 9, 65535)},
+    }
+    jpeg, alike = saved(rgb, "JPEG", quality=95, subsampling=0), saved(rgb, "PNG")
+    for name, exif in kinds.items():
+        yield Case(f"jpg exif {name}", with_exif(jpeg, exif), rgb, 4)
+        yield Case(f"png exif {name}", alike[:33] + chunk(b"eXIf", exif) + alike[33:], rgb)
+
+
+def bombs(rgb: Array) -> Iterator[Case]:
+    """Small files that ask for much: time, memory, or both."""
+    blown = zlib.compress(bytes(60_000_000))
+    for kind, head in ((b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")):
+        yield Case(
+            f"png {kind.decode()} bomb", png(rgb, 8, 2, chunk(kind, head + blown)), fate="refused", reason="large"
+        )
+    rows = _packed(rgb, 8)
+    more = chunk(b"IDAT", zlib.compress(rows + bytes(60_000_000)))
+    whole = png(rgb, 8, 2)
+    yield Case("png IDAT bomb", whole[:33] + more + chunk(b"IEND", b""), rgb)
+    for width, height in ((100_000, 100_000), (1, 2**31 - 1), (2**31 - 1, 1), (200_000_000, 1)):
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        yield Case(f"png {width}x{height}", whole[:8] + header + whole[33:], fate="refused", reason="too large")
+        size = {256: ("I", [width]), 257: ("I", [height])}
+        yield Case(f"tif {width}x{height}", tiff(rgb, more=size), fate="refused", reason="too large")
+        yield Case(f"ppm {width}x{height}", b"P6 %d %d 255\n" % (width, height), fate="refused", reason="too large")
+    for edge in (16_000, 65_535):
+        screen = struct.pack("<HHBBB", 10, 10, 0, 0, 0) + b"," + struct.pack("<HHHHB", 0, 0, edge, edge, 0)
+        yield Case(f"gif {edge}", b"GIF89a" + screen + b"\x08\0;", fate="refused", reason="too large")
+    yield Case("jpg 65500", _resized(saved(rgb, "JPEG"), 65_500), fate="refused", reason="too large")
+    yield Case("tif pages", tiff(rgb, rows=5, pages=3000), rgb)
+    strips = {256: ("I", [1]), 257: ("I", [20_000_000]), 278: ("I", [1])}
+    yield Case("tif strips", tiff(rgb, rows=5, more=strips), fate="refused", reason="strips or tiles for")
+    yield Case("tif strips deflated", tiff(rgb, rows=5, compression=8, more=strips), fate="refused", reason="damaged")
+    yield Case("jpg scans", _scans(saved(rgb, "JPEG", progressive=True), 600), fate="refused", reason="scans")
+    frames = [Image.new("L", (8, 8), number % 256) for number in range(400)]
+    still = saved(rgb[..., 0].copy(), "GIF", save_all=True, append_images=frames)
+    yield Case("gif frames", still, grey_as_rgb(rgb[..., 0]))
+
+
+def _resized(jpeg: bytes, edge: int) -> bytes:
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + struct.pack(">HH", edge, edge) + jpeg[at + 4 :]
+
+
+def _scans(jpeg: bytes, count: int) -> bytes:
+    """A progressive JPEG whose last scan comes ``count`` times more."""
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:-2] + jpeg[last:-2] * count + jpeg[-2:]
+
+
+def impostors(rgb: Array) -> Iterator[Case]:
+    """Files that look like images, up to a point."""
+    texts = {"jpg text": b"hello", "png zeros": bytes(5000), "gif html": b"<html><body>404 not found</body></html>"}
+    texts |= {"jpg eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "png svg": b"<svg xmlns='x'/>"}
+    texts |= {"jpg signature": b"\xff\xd8\xff", "png signature": b"\x89PNG\r\n\x1a\n", "webp riff": b"RIFF\0\0\0\0WEBP"}
+    for name, data in texts.items():
+        yield Case(name, data, fate="refused", reason="not an image|damaged")
+    yield Case("jpg empty", b"", fate="refused", reason="empty")
+    floats = saved(rgb[..., 0].astype(np.float32), "TIFF")
+    yield Case("tif float", floats, fate="refused", reason="no defined range")
+    for name, kind in (("jpg is png", "PNG"), ("png is bmp", "BMP"), ("gif is tif", "TIFF"), ("webp is tga", "TGA")):
+        yield Case(name, saved(rgb, kind), rgb)
+    large = np.dstack([np.kron(rgb[:16, :16], np.ones((8, 8, 1), np.uint8)), np.full((128, 128), 255, np.uint8)])
+    icon = saved(large, "ICO", bitmap_format="bmp", sizes=[(128, 128)])  # its size, read as a TGA's depth, would do
+    yield Case("ico that could be a tga", icon, large[..., :3])
+
+
+def missing(rgb: Array) -> Iterator[Case]:
+    """Well-formed files that hold too few pixels."""
+    height, width = rgb.shape[:2]
+    body = _packed(rgb, 8)
+    line = len(body) // height
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    for rows in (1, height // 2, height - 1):
+        pixels = chunk(b"IDAT", zlib.compress(body[: rows * line]))
+        data = b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+        yield Case(f"png {rows} of {height} rows", data, fate="refused", reason="damaged")
+    wrong = bytearray(png(rgb, 8, 2))
+    wrong[-13] ^= 1
+    yield Case("png wrong checksum", bytes(wrong), fate="refused", reason="checksum")
+    for order in "<>":
+        for omit in (1, 3):
+            for how in ({"rows": 4}, {"tile": 16}):
+                for compression in (1, 8):
+                    data = tiff(rgb, order=order, omit=omit, compression=compression, **how)
+                    name = f"tif {order} {how} {compression} without {omit}"
+                    yield Case(name, data, fate="refused", reason="damaged")
+    nowhere = {273: ("I", [0] * -(-height // 4))}
+    yield Case("tif nowhere", tiff(rgb, rows=4, more=nowhere), fate="refused", reason="lie nowhere")
+
+
+def odd(seed: int) -> list[Case]:
+    """Everything that is neither intact nor damaged by chance."""
+    rng = np.random.default_rng(seed)
+    rgb = picture(rng, int(rng.integers(17, 45)), int(rng.integers(17, 45)))
+    return [*odd_exif(rgb), *bombs(rgb), *impostors(rgb), *missing(rgb)]

@@ -404,3 +404,184 @@ def test_the_same_part_twice(
     assert (done.result["embedded"], done.result["reused"]) == (0, 18)
     assert_same(tmp_path / "f.h5", whole)
     assert not folder.exists()
+
+
+# ------------------------------------------------------------------------- a folder that changes during extraction
+
+_CHANGES = ("added", "removed", "other content", "renamed", "exchanged", "regrown", "pipe", "folder", "dangling link")
+
+
+def change_folder(root: Path, kind: str, name: str) -> None:
+    """Do one thing to ``root/NAME.jpg``."""
+    path = root / f"{name}.jpg"
+    if kind == "added":
+        write_photo(root / f"{name}-new.jpg", (9, 9, 200), 77)
+    elif kind == "renamed":
+        path.rename(root / f"{name}-renamed.jpg")
+    elif kind == "exchanged":
+        other = next(entry for entry in sorted(path.parent.iterdir()) if entry.is_file() and entry != path)
+        for old, new in ((path, "x"), (other, path), (path.with_name("x"), other)):
+            os.rename(old, path.with_name("x") if new == "x" else new)
+    elif kind in ("other content", "regrown"):
+        size = path.stat().st_size
+        with path.open("r+b") as file:  # in place, as an editor or a copy does
+            file.truncate(0)
+            file.write(write_photo(root.parent / "other.jpg", (200, 200, 0), len(name) + size).read_bytes())
+            if kind == "regrown":
+                file.truncate(size)
+    else:
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "dangling link":
+            path.symlink_to("nowhere")
+
+
+def watch_and_change(root: str, log: str, trigger: str, nth: int, names: dict[str, str]) -> None:
+    """Keep a copy and a note of all that is read; when the trigger is read for the nth time, change the folder first.
+
+    If the trigger itself is to change, then between its first byte and its last.
+    """
+    from featcache import embedding
+
+    original, status, read_before = embedding.read_image, os.fstat, []
+
+    def change(*_: object) -> None:
+        os.fstat = status
+        for kind, name in names.items():
+            change_folder(Path(root), kind, name)
+
+    def read(path: Path) -> tuple[bytes, int, int]:
+        name = os.path.relpath(path, root)
+        read_before.append(name)
+        if name == trigger and read_before.count(name) == nth:
+            if f"{next(iter(names.values()))}.jpg" == trigger:
+                calls = iter((status, lambda file: (change(), status(file))[1]))  # before and after reading
+                os.fstat = lambda file: next(calls)(file)  # type: ignore[assignment]
+            else:
+                change()
+        data, size, mtime = original(path)
+        digest = hashlib.sha256(data).hexdigest()
+        Path(log, f"{digest}.jpg").write_bytes(data)
+        with Path(log, "notes").open("a") as file:
+            file.write(f"{name}\t{digest}\n")
+        return data, size, mtime
+
+    embedding.read_image = read
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_that_changes_during_the_run(tmp_path: Path, warm: Program, workers: int) -> None:
+    """Every row is about the bytes that were embedded, under a path that had them; the next run makes it right."""
+    names = {kind: f"green/{number:02d}" for number, kind in enumerate(_CHANGES)}
+    refused = run_while_it_changes(tmp_path, warm, "green/04.jpg", 1, names, workers)
+    if workers == 1:  # those before it were embedded already, and the list was made before that
+        reasons = ["not a regular file", "cannot be read: Is a directory", "cannot be read: No such file or directory"]
+        assert [refused[f"green/{number:02d}.jpg"] for number in (6, 7, 8)] == reasons
+    again = run_again(tmp_path, warm)
+    assert 0 < again["embedded"] < 8, again
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, warm: Program) -> None:
+    refused = run_while_it_changes(tmp_path, warm, "blue/03.jpg", 2, {"regrown": "blue/03"}, 1)
+    assert refused == {"blue/03.jpg": "changed while it was read"}
+    again = run_again(tmp_path, warm)
+    assert (again["embedded"], again["refused"]) in ((1, 0), (0, 1)), again
+
+
+def run_while_it_changes(
+    folder: Path, warm: Program, trigger: str, nth: int, names: dict[str, str], workers: int
+) -> dict[str, str]:
+    """What was refused. Everything else is compared with what was read."""
+    root, log = make_photos(folder / "p", each=10), folder / "read"
+    log.mkdir()
+    for path in root.rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))
+    before = {path: path.lstat() for path in root.rglob("*")}
+    hook = functools.partial(watch_and_change, str(root), str(log), trigger, nth, names)
+    options = (*TINY_FLAGS, "--max-bad", 1, "--workers", workers, "--json")
+    done = warm.check("extract", root, "-o", folder / "f.h5", *options, before=hook)
+    changed = [path for path, status in before.items() if not path.exists() or path.lstat() != status]
+    assert len(changed) >= len(names), changed
+    assert done.result["images"] == done.result["embedded"] + done.result["refused"] == 30
+    cache = FeatureCache.open(folder / "f.h5")
+    check_against_what_was_read(cache, log, warm)
+    return dict(cache.refused)
+
+
+def run_again(folder: Path, warm: Program) -> dict[str, Any]:
+    """Bring the cache up to date, and compare it with one that is made from nothing."""
+    options = (*TINY_FLAGS, "--max-bad", 1, "--json")
+    again = warm.check("extract", folder / "p", "-o", folder / "f.h5", *options).result
+    warm.check("extract", folder / "p", "-o", folder / "fresh.h5", *options)
+    assert_same(folder / "f.h5", FeatureCache.open(folder / "fresh.h5"))
+    return again
+
+
+def check_against_what_was_read(cache: FeatureCache, log: Path, warm: Program) -> None:
+    """Embed the noted bytes alone, and compare."""
+    notes = {tuple(line.split("\t")) for line in (log / "notes").read_text().splitlines()}
+    (log / "notes").unlink()
+    warm.check("extract", log, "-o", log.with_suffix(".h5"), *TINY_FLAGS, "--max-bad", 1)
+    oracle = FeatureCache.open(log.with_suffix(".h5"))
+    at = {path.removesuffix(".jpg"): row for row, path in enumerate(oracle.paths)}
+    for path, digest, row in zip(cache.paths, cache.rows.digests, cache.X, strict=True):
+        assert (path, bytes(digest).hex()) in notes, path
+        np.testing.assert_array_equal(row, oracle.X[at[bytes(digest).hex()]], path)
+
+
+@pytest.mark.parametrize("moment", ["extraction.load_requested", "extraction.make_spec"])
+def test_weights_that_are_replaced_during_the_run(
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, moment: str
+) -> None:
+    """Whichever file was read, a cache never says that it was made with the other."""
+    from safetensors.numpy import load_file, save_file
+
+    weights, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
+    shutil.copy(next(photos.parent.glob("whole.h5.*.safetensors")), weights)
+    tensors = load_file(weights)
+    save_file({name: value * np.float32(1.25) for name, value in tensors.items()}, other)
+    flags = [weights if part == "none" else part for part in TINY_FLAGS]
+    original, gate = weights.read_bytes(), Gate.make(tmp_path / "gate")
+    command = ("extract", photos, "-o", tmp_path / "f.h5", *flags)
+    running = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, moment))
+    gate.wait()
+    shutil.copy(other, weights)
+    gate.open()
+    done = running.result()
+    if moment == "extraction.load_requested":  # after its sha256 was noted, before it is read
+        assert (done.code, done.err.splitlines()[-1]) == (
+            1,
+            "error: the weights of squeezenet1_1 changed while they were read; run the command again",
+        )
+        assert not (tmp_path / "f.h5").exists()
+    else:
+        assert done.code == 0, done.err
+    weights.write_bytes(original)
+    warm.check(*command)
+    assert_same(tmp_path / "f.h5", whole)
+    shutil.copy(other, weights)
+    refused = warm.run(*command)
+    assert refused.code == 1 and "another spec (backbone.weights_sha256" in refused.err
+
+
+def test_a_csv_that_changes_during_the_run(
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor
+) -> None:
+    """It counts as it was when it was read; the next run follows the new one, without embedding anything again."""
+    shutil.copytree(photos, tmp_path / "p")
+    source, names = tmp_path / "p" / "list.csv", [*whole.paths]
+    source.write_text("path,label\n" + "".join(f"{name},{name.split('/')[0]}\n" for name in names))
+    gate, command = Gate.make(tmp_path / "gate"), ("extract", source, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
+    running = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, "embedding.embed"))
+    gate.wait()
+    source.write_text("path,label\n" + "".join(f"{name},{'ab'[row % 2]}\n" for row, name in enumerate(names[::-1])))
+    gate.open()
+    assert running.result().code == 0, running.result().err
+    assert_same(tmp_path / "f.h5", whole)
+    assert warm.check(*command).result["embedded"] == 0
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    assert (cache.paths, cache.classes, cache.y.tolist()) == (tuple(names[::-1]), ("a", "b"), [0, 1] * 9)
+    np.testing.assert_array_equal(cache.X, whole.X[::-1])

@@ -122,14 +122,19 @@ def build_network(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str]
 
 
 def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
-    """Publish the backbone's tensors as safetensors; ``load_backbone(name, path)`` reads them. Raises StorageError."""
+    """Publish ``weights_bytes``; ``load_backbone(name, path)`` reads them. Raises StorageError."""
+    data = weights_bytes(backbone)
+    with publish_file(path, staging=staging, needed=len(data)) as file:
+        file.write(data)
+
+
+def weights_bytes(backbone: Backbone) -> bytes:
+    """The backbone's tensors as safetensors."""
     from safetensors.torch import save
 
     # clones: safetensors refuses tensors that share memory
-    tensors = {key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()}
-    data = save(tensors)
-    with publish_file(path, staging=staging, needed=len(data)) as file:
-        file.write(data)
+    data: bytes = save({key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()})
+    return data
 
 
 def is_torchvision_name(name: str) -> bool:

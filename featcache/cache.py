@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, SourceError
-from featcache.publish import check_free_space, publish_file
+from featcache.publish import check_free_space, publish_file, read_published
 from featcache.reading import FeatureReader, Features, Identity, identity_of
 from featcache.sparsefile import SparseFile
 from featcache.spec import canonical_json, check_spec
@@ -250,7 +250,10 @@ class FeatureCache:
         Raises:
             CacheError: missing, not a featcache file, written by a newer version, or damaged.
         """
-        path = Path(path)
+        return read_published(Path(path), cls._open)
+
+    @classmethod
+    def _open(cls, path: Path) -> "FeatureCache":
         if not os.path.lexists(path):
             raise CacheError(f"{path} does not exist; make it with `featcache extract SOURCE -o {path}`")
         if not path.is_file():
@@ -306,12 +309,10 @@ class FeatureCache:
         Raises:
             CacheError: the file cannot be read; a checksum does not match, the damaged rows are named.
         """
-        with self._open() as features:
+        with self._features() as features:
             if features.identity not in self._verified:
                 identity = features.identity  # as it is before reading
-                if (damaged := self._damaged(features)) and identity != self._opened:
-                    raise CacheError(f"{self.path} was replaced or changed since it was opened; run the command again")
-                if damaged:
+                if damaged := self._damaged(features):
                     rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
                     raise DamagedCacheError(
                         f"{self.path} is damaged: checksum mismatch in rows {rows}; "
@@ -326,20 +327,27 @@ class FeatureCache:
             pass
 
     def verify(self) -> list[tuple[int, int]]:
-        """Read every feature byte; return the (start, stop) row ranges whose checksum does not match."""
-        with self._open() as features:
+        """Read every feature byte; return the (start, stop) row ranges whose checksum does not match.
+
+        Raises:
+            CacheError: the file cannot be read, or was replaced since it was opened.
+        """
+        with self._features() as features:
             return self._damaged(features)
 
-    def _open(self) -> FeatureReader:
+    def _features(self) -> FeatureReader:
         return FeatureReader(self.path, self._offset, (len(self), self.dim), self.dtype)
 
     def _damaged(self, features: FeatureReader) -> list[tuple[int, int]]:
-        step = self._rows_per_checksum
-        return [
+        step, identity = self._rows_per_checksum, features.identity  # as it is before reading
+        damaged = [
             (number * step, min((number + 1) * step, len(self)))
             for number, block in enumerate(features.scan(step))
             if zlib.crc32(_bytes(block)) != self._checksums[number]
         ]
+        if damaged and identity != self._opened:
+            raise CacheError(f"{self.path} was replaced or changed since it was opened; run the command again")
+        return damaged
 
     def take(self, rows: npt.NDArray[np.intp]) -> Features:
         """Verified features of ``rows``, copied; unlike ``X`` it leaves no file open. Raises CacheError."""

@@ -337,7 +337,7 @@ def evaluate(
     for name, entry in scores["per_class"].items():
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
-            say(f"  {printable(name)}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+            say(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
     print_json(scores, as_json)
 
 
@@ -375,7 +375,7 @@ def main() -> None:
     try:
         code = app(prog_name="featcache", standalone_mode=False)
     except FeatcacheError as error:
-        say(f"error: {printable(str(error))}")
+        say(f"error: {error}")
         code = error.exit_code
     except typer.Exit as error:
         code = error.exit_code
@@ -385,7 +385,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        say(f"error: {printable(str(error))}")
+        say(f"error: {error}")
         code = 1
     except Exception as error:
         code = _usage_error(error)

@@ -77,8 +77,8 @@ def is_first_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a message for the user: to stderr, stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a message of one line for the user, whatever names are in it: to stderr, stdout is for results."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from featcache.cache import FeatureCache, Rows, encode_names, write_cache
-from featcache.errors import SourceError, UsageError
+from featcache.errors import BackboneError, SourceError, UsageError
 from featcache.images import ImageList, list_images
 from featcache.planning import Plan, all_refused, make_plan, of_spec, open_lenders, open_old, refusals
 from featcache.publish import check_free_space, check_output
@@ -171,7 +171,7 @@ class _Job:
     ) -> None:
         self.images, self.output = images, output
         self._choose_runtime = choose_runtime
-        self.record, self._model = request.record(), request.model()
+        self._asked, self.record, self._model = request, request.record(), request.model()
         self.request = request.resolved(self._model) if self._model else request
         self._before: dict[str, Any] = {}
         self.embedding_seconds = 0.0
@@ -194,6 +194,10 @@ class _Job:
         runtime = self._choose_runtime()
         log.info(runtime.reason)
         backbone = load_requested(self.request, self._model)
+        if self._asked.record() != self.record:  # it would be taken for the file that was there before
+            raise BackboneError(
+                f"the weights of {self._asked.backbone} changed while they were read; run the command again"
+            )
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
         sample = sample_pixels(self.images, backbone.preprocess, min(runtime.batch_size, 32))
         if not len(sample):

@@ -21,7 +21,7 @@ from featcache.cache import FeatureCache
 from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
 from featcache.heads import FittedHead, Head
 from featcache.preprocess import PreprocessSpec
-from featcache.publish import check_output, publish_folder, recover_folder
+from featcache.publish import check_output, publish_folder, read_published, recover_folder
 from featcache.spec import check_spec, fingerprint_of, spec_difference
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ class Model:
             ModelError: its weights are missing, or are not those the model was trained on.
             BackboneError: the library cannot provide them here.
         """
+        try:
+            return self._load_backbone()
+        except FeatcacheError:
+            if _saved_fingerprint(self.path) != fingerprint_of(self.manifest):
+                raise ModelError(f"{self.path} was replaced since it was loaded; run the command again") from None
+            raise
+
+    def _load_backbone(self) -> "Backbone":
         from featcache.backbones import load_backbone, load_provided
 
         wanted = self.spec["backbone"]
@@ -181,10 +189,14 @@ def load_model(path: str | Path) -> Model:
     Raises:
         ModelError: missing, not a model, written by a newer version, or damaged.
     """
-    from safetensors.numpy import load_file
-
     path = Path(path)
     recover_folder(path)
+    return read_published(path, _load)
+
+
+def _load(path: Path) -> Model:
+    from safetensors.numpy import load
+
     if not (path / _MANIFEST).is_file():
         raise ModelError(
             f"{path} is not a model: no {_MANIFEST} in it; make one with `featcache fit-head features.h5 -o {path}`"
@@ -199,10 +211,11 @@ def load_model(path: str | Path) -> Model:
             )
         if manifest.pop("sha256") != fingerprint_of(manifest):
             raise ModelError(f"{path} is damaged: {_MANIFEST} is not what was saved; train it again")
-        if not (path / _HEAD).is_file() or _sha256(path / _HEAD) != manifest["head"]["sha256"]:
+        data = (path / _HEAD).read_bytes() if (path / _HEAD).is_file() else b""  # read once: checked and loaded
+        if hashlib.sha256(data).hexdigest() != manifest["head"]["sha256"]:
             raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
         spec = check_spec(manifest["spec"])
-        head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load_file(path / _HEAD))
+        head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load(data))
         classes = tuple(manifest["classes"])
         if len(set(classes)) != len(head.layers[-1][1]) or not all(isinstance(name, str) for name in classes):
             raise ModelError(f"{path} is damaged: {len(set(classes))} classes for {len(head.layers[-1][1])} outputs")
@@ -215,6 +228,14 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged JSON or safetensors raise many kinds
         raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}); train it again") from error
+
+
+def _saved_fingerprint(path: Path) -> str | None:
+    """The checksum in the manifest that lies in a model folder now."""
+    try:
+        return str(json.loads((path / _MANIFEST).read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def library_versions() -> dict[str, str]:

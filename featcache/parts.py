@@ -42,10 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
         StorageError: another process holds it, or the folder cannot be made.
     """
     try:
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)  # parts are as durable as the folder they lie in
-        lock = filelock.FileLock(folder / "lock", timeout=PATIENCE)
-        lock.acquire()
+        lock = _acquire(folder)
         sweep(folder)
     except filelock.Timeout as error:
         raise StorageError(
@@ -61,6 +58,20 @@ def locked(folder: Path) -> Iterator[None]:
             (folder / "lock").unlink(missing_ok=True)
             folder.rmdir()  # fails, as it should, while parts remain
         lock.release()
+
+
+def _acquire(folder: Path) -> filelock.BaseFileLock:
+    """The lock in ``folder``, which is made if missing. Raises OSError, filelock.Timeout."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)  # parts are as durable as the folder they lie in
+        lock = filelock.FileLock(folder / "lock", timeout=max(0.0, deadline - time.monotonic()))
+        try:
+            lock.acquire()
+            return lock
+        except FileNotFoundError:  # whoever had it is done, and has removed the folder
+            continue
 
 
 def open_parts(folder: Path) -> list[FeatureCache]:

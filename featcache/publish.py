@@ -15,18 +15,20 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from featcache.errors import StorageError
+from featcache.errors import FeatcacheError, StorageError
 
 try:
     import fcntl
 except ImportError:  # Windows: left-overs of killed processes stay where they are
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 _REPLACED = ".replaced"
+_MAX_TRIES = 100  # where another process may have been faster
 _TEMPORARY = r"\.{name}\.\d+-[0-9a-f]{{8}}\.tmp"
 _REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -113,11 +115,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
             for file in temporary.iterdir():
                 _sync_file(file)
             sync_folder(temporary)
-            if not path.exists():
-                temporary.rename(path)
-            elif not _exchange(temporary, path):
-                path.rename(_replaced(path))  # a folder cannot be renamed over a full one: step aside, step in
-                temporary.rename(path)
+            _take_name(temporary, path)
             sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # what failed, or what was replaced
@@ -127,6 +125,53 @@ def publish_folder(path: Path) -> Iterator[Path]:
                 recover_folder(path)
     except OSError as error:
         raise _failure(path, error, None, None) from error
+
+
+def read_published(path: Path, read: Callable[[Path], T]) -> T:
+    """``read(path)``, of one version of a file or folder that other processes may publish again at any moment.
+
+    Opening several files, or one several times, may give half of this version and half of the next: then, whether that
+    was noticed as an error or not, it is read again.
+
+    Raises:
+        StorageError: it is replaced each time. Otherwise what ``read`` raises.
+    """
+    for _ in range(_MAX_TRIES):
+        before = _identity(path)
+        try:
+            result = read(path)
+        except FeatcacheError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return result
+    raise StorageError(f"{path} is being replaced again and again; run the command again once that is over")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file or folder from another that has its name later."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _take_name(temporary: Path, path: Path) -> None:
+    """Call a folder ``path``. One that has this name, or is given it at this very moment, makes room."""
+    for tries_left in reversed(range(_MAX_TRIES)):
+        if _exchange(temporary, path):
+            return
+        try:
+            if path.exists():  # a folder cannot be renamed over a full one: step aside, step in
+                path.rename(_replaced(path))
+            temporary.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not tries_left:
+                raise
+            recover_folder(path)  # another process was faster
 
 
 def recover_folder(path: Path) -> None:

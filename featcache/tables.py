@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Literal
 
@@ -12,7 +13,8 @@ from featcache.errors import UsageError
 from featcache.prediction import Prediction
 
 TableFormat = Literal["csv", "jsonl"]
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# What a spreadsheet runs, full-width signs included, also behind apostrophes: so the one that is added can be told apart.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 def prediction_rows(
@@ -53,7 +55,8 @@ def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat
     """Write ``rows`` to a binary file; returns (rows written, rows refused).
 
     CSV: UTF-8 (names that are not UTF-8 keep their bytes); a text cell that a spreadsheet would run as a formula gets a
-    leading apostrophe. JSON lines: ASCII, every name comes back exactly.
+    leading apostrophe, and so does one with apostrophes before such a sign: taking one away gives the name.
+    JSON lines: ASCII, every name comes back exactly.
     """
     written = refused = 0
     for row in rows:
@@ -70,6 +73,6 @@ def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat
 
 def _csv_line(cells: list[Any]) -> bytes:
     text = io.StringIO()
-    escaped = [f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in cells]
+    escaped = [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in cells]
     csv.writer(text, lineterminator="\r\n").writerow(escaped)  # with both, cells holding either are quoted
     return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"

@@ -5,7 +5,6 @@ In: ``features.h5``. Out: a model folder and a ``FitReport``. Everything is chos
 
 import dataclasses
 import logging
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -214,31 +213,32 @@ def _save(
     self_contained: bool,
 ) -> None:
     source, reload = weights_source(cache)
-    with tempfile.TemporaryDirectory() as temporary:
-        copy: Path | None = weights_copy(cache_path, cache.spec)
-        if reload is not None:
-            copy = _provided_weights(cache, reload, Path(temporary)) if self_contained else None
-        elif not weights_copy(cache_path, cache.spec).is_file():
-            log.warning(
-                "%s is missing: the model will label caches, not images; run the same extract command again to restore it",
-                weights_copy(cache_path, cache.spec),
-            )
-            copy = None
-        save_model(
-            output,
-            fitted,
-            classes=classes,
-            spec=cache.spec,
-            weights={"source": source, "reload": reload},
-            training=training,
-            metrics=metrics,
-            versions=library_versions(),
-            backbone_file=copy,
+    copy: Path | None = weights_copy(cache_path, cache.spec)
+    provided: dict[str, bytes] = {}
+    if reload is not None:
+        copy = None
+        provided = _provided_weights(cache, reload) if self_contained else {}
+    elif not weights_copy(cache_path, cache.spec).is_file():
+        log.warning(
+            "%s is missing: the model will label caches, not images; run the same extract command again to restore it",
+            weights_copy(cache_path, cache.spec),
         )
+        copy = None
+    save_model(
+        output,
+        fitted,
+        classes=classes,
+        spec=cache.spec,
+        weights={"source": source, "reload": reload},
+        training=training,
+        metrics=metrics,
+        versions=library_versions(),
+        backbone_file=copy,
+        extra=provided,
+    )
 
 
-def _provided_weights(cache: FeatureCache, reload: str, folder: Path) -> Path:
-    from featcache.backbones import load_provided, save_weights
+def _provided_weights(cache: FeatureCache, reload: str) -> dict[str, bytes]:
+    from featcache.backbones import load_provided, weights_bytes
 
-    save_weights(load_provided(cache.spec["backbone"]["name"], reload), folder / "backbone.safetensors")
-    return folder / "backbone.safetensors"
+    return {"backbone.safetensors": weights_bytes(load_provided(cache.spec["backbone"]["name"], reload))}

@@ -2,11 +2,12 @@
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import Program, program
 from PIL import Image
 
 from featcache import cli
@@ -37,6 +38,13 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("the tests run without a network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Program]:
+    """The program, to be run and broken in forks of one process that all tests share, as it takes seconds to start."""
+    with program() as started:
+        yield started
 
 
 def write_photo(path: Path, colour: tuple[int, int, int], seed: int, size: tuple[int, int] = (61, 47)) -> Path:

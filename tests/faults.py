@@ -6,6 +6,7 @@ caught. Commands run in forks of one warm process, because importing torch takes
 ``cold=True`` starts the program as a user does.
 """
 
+import base64
 import contextlib
 import dataclasses
 import errno
@@ -13,6 +14,7 @@ import functools
 import importlib
 import json
 import os
+import pickle
 import select
 import shutil
 import signal
@@ -20,12 +22,14 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 _SOURCE = Path(__file__).with_suffix(".c")
 MODES = ("count", "die before", "die after", "fail", "fail once", "short", "torn", "full")
@@ -60,12 +64,13 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a command ended: exit code, negative for a signal; its output; seconds."""
+    """How a command ended: exit code, negative for a signal; its output; seconds; most bytes of memory it took."""
 
     code: int
     out: str
     err: str
     seconds: float
+    peak: int
     steps: tuple[Step, ...] = ()
 
     @property
@@ -93,20 +98,23 @@ def library() -> Path:
 
 
 def _environment() -> dict[str, str]:
-    # without fusing, which takes a second per start, and is the same on the disk
-    return os.environ | {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0"}
+    # Without fusing, which takes a second per start and is the same on the disk. One core: threads that spin waiting for
+    # each other take minutes where other processes run.
+    return os.environ | {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1"}
 
 
 class Program:
-    """featcache, to be run and broken. ``settings`` change module variables in every run: ``{"parts.MAX_ROWS": 8}``."""
+    """featcache, to be run and broken. ``settings`` change module variables in every run: ``{"parts.MAX_ROWS": 8}``.
+
+    Several threads may each have something running.
+    """
 
     def __init__(self, settings: dict[str, Any] | None = None) -> None:
         self._settings = settings or {}
-        self._known: set[object] = set()  # commands whose imports are known
+        self._lock = threading.Lock()
         self._server = subprocess.Popen(
             [sys.executable, __file__, json.dumps(self._settings)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             env=_environment(),
             text=True,
         )
@@ -124,6 +132,8 @@ class Program:
         after: float | None = None,
         trace: bool = False,
         limits: dict[str, int] | None = None,
+        before: Callable[[], Any] | None = None,
+        settings: dict[str, Any] | None = None,
         cold: bool = False,
         timeout: float = 120.0,
     ) -> Outcome:
@@ -132,6 +142,7 @@ class Program:
         Args:
             below: the folder whose changes count as steps. fault: what goes wrong there. trace: return all steps.
             kill: signal to send, ``after`` so many seconds. limits: resource limits, ``{"RLIMIT_NOFILE": 64}``.
+            before: called first, in the process that is to run; it is pickled. settings: in this run only.
             cold: start a new process, as a user does, instead of forking a warm one. timeout: fail after it.
         """
         with tempfile.TemporaryDirectory(prefix="outcome-") as folder:
@@ -142,19 +153,25 @@ class Program:
                 "kill": int(kill),
                 "after": after,
                 "limits": limits or {},
+                "before": base64.b64encode(pickle.dumps(before)).decode(),
+                "settings": settings or {},
                 "out": f"{folder}/out",
                 "err": f"{folder}/err",
                 "log": f"{folder}/log" if trace else "",
                 "timeout": timeout,
-                "modules": "" if arguments[0] in self._known else f"{folder}/modules",
             }
-            self._known.add(arguments[0])
-            code, seconds = _run_cold(plan, self._settings) if cold else self._ask(plan)
+            code, seconds, peak = _run_cold(plan, self._settings | (settings or {})) if cold else self._ask(plan)
             texts = [Path(plan[name]).read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
             steps = tuple(read_log(Path(plan["log"]))) if trace else ()
         if code == -signal.SIGALRM:
             pytest.fail(f"featcache {arguments} took longer than {timeout} s: {texts}")
-        return Outcome(code, *texts, seconds, steps)
+        return Outcome(code, *texts, seconds, peak, steps)
+
+    def call(self, function: Callable[[], Any], **options: Any) -> Outcome:
+        """Run ``function`` instead of the command line; it is pickled. What it returns is the outcome's ``result``."""
+        outcome = self.run(before=function, **options)
+        assert outcome.code == 0, (function, outcome.code, outcome.err)
+        return outcome
 
     def check(self, *arguments: object, **options: Any) -> Outcome:
         """``run``, which must succeed."""
@@ -162,12 +179,20 @@ class Program:
         assert outcome.code == 0, (arguments, outcome.code, outcome.err)
         return outcome
 
-    def _ask(self, plan: dict[str, Any]) -> tuple[int, float]:
-        assert self._server.stdin and self._server.stdout
-        self._server.stdin.write(json.dumps(plan) + "\n")
-        self._server.stdin.flush()
-        code, seconds = json.loads(self._server.stdout.readline())
-        return code, seconds
+    def _ask(self, plan: dict[str, Any]) -> tuple[int, float, int]:
+        assert self._server.stdin
+        plan["answer"] = plan["out"] + ".answer"
+        os.mkfifo(plan["answer"])
+        answer = os.open(plan["answer"], os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            with self._lock:
+                self._server.stdin.write(json.dumps(plan) + "\n")
+                self._server.stdin.flush()
+            assert select.select([answer], [], [], plan["timeout"] + 60)[0], "the warm process is gone"
+            code, seconds, peak = json.loads(os.read(answer, 4096))
+        finally:
+            os.close(answer)
+        return code, seconds, peak
 
 
 @contextlib.contextmanager
@@ -196,12 +221,7 @@ def read_log(path: Path) -> Iterator[Step]:
 # ------------------------------------------------------------------------------------------------- inside
 
 
-_START = (
-    "import json, sys; sys.path.insert(0, sys.argv.pop(1)); import faults; faults.begin(json.loads(sys.argv.pop(1)))"
-)
-
-
-def _run_cold(plan: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float]:
+def _run_cold(plan: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float, int]:
     fault = plan["fault"]
     values = (fault["step"], MODES.index(fault["mode"]), fault["error"], fault["budget"], plan["root"])
     environment = _environment() | {"FAULTS": ":".join(map(str, values))}
@@ -223,8 +243,8 @@ def _run_cold(plan: dict[str, Any], settings: dict[str, Any]) -> tuple[int, floa
         return _wait(child.pid, plan, started)
 
 
-def _wait(pid: int, plan: dict[str, Any], started: float) -> tuple[int, float]:
-    """Wait for a child, sending it what the plan says."""
+def _wait(pid: int, plan: dict[str, Any], started: float) -> tuple[int, float, int]:
+    """Wait for a child, sending it what the plan says: exit code, seconds, most bytes of memory."""
     descriptor = os.pidfd_open(pid)
     try:
         if plan["after"] is not None:
@@ -234,10 +254,11 @@ def _wait(pid: int, plan: dict[str, Any], started: float) -> tuple[int, float]:
         late = not select.select([descriptor], [], [], plan["timeout"])[0]
         if late:
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+        _, status, used = os.wait4(pid, 0)
     finally:
         os.close(descriptor)
-    return -signal.SIGALRM if late else os.waitstatus_to_exitcode(status), time.monotonic() - started
+    code = -signal.SIGALRM if late else os.waitstatus_to_exitcode(status)
+    return code, time.monotonic() - started, used.ru_maxrss * 1024
 
 
 def change(settings: dict[str, Any]) -> None:
@@ -252,25 +273,24 @@ def _serve(settings: dict[str, Any]) -> None:
     for name in ("training", "prediction", "finetuning", "exporting", "backbones", "embedding", "logreg", "torchheads"):
         importlib.import_module(f"featcache.{name}")
     importlib.import_module("featcache.cli")
+    for name in ("sklearn.linear_model", "simplejpeg", "featcache.parts"):  # what they import late
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    Image.init()
     change(settings)
-    answers = os.dup(1)
     for line in sys.stdin:
         plan = json.loads(line)
-        started = time.monotonic()
-        pid = os.fork()
-        if not pid:
-            _become(plan)
-        answer = _wait(pid, plan, started)
-        _import(Path(plan["modules"]))
-        os.write(answers, (json.dumps(answer) + "\n").encode())
-
-
-def _import(names: Path) -> None:
-    """What the first run imported late, so that later ones need not."""
-    if names.is_file():
-        for name in names.read_text().split():
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        if not os.fork():  # a process that waits, so that the next plan need not
+            started = time.monotonic()
+            pid = os.fork()
+            if not pid:
+                _become(plan)
+            Path(plan["answer"]).write_text(json.dumps(_wait(pid, plan, started)))
+            os._exit(0)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    os._exit(0)  # at once: unloading PyTorch takes seconds
 
 
 def _become(plan: dict[str, Any]) -> None:
@@ -290,9 +310,14 @@ def _become(plan: dict[str, Any]) -> None:
     arm(os.fsencode(plan["root"]), fault["step"], MODES.index(fault["mode"]), fault["error"], fault["budget"], log)
     from featcache import cli
 
+    change(plan["settings"])
     sys.argv = ["featcache", *plan["arguments"]]
     try:
-        cli.main()
+        before = pickle.loads(base64.b64decode(plan["before"]))
+        result = before() if before else None
+        if plan["arguments"]:
+            cli.main()
+        print(json.dumps(result))
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 0
     except BaseException:
@@ -302,8 +327,6 @@ def _become(plan: dict[str, Any]) -> None:
         code = 70  # a bug: no error of featcache's own
     else:
         code = 0
-    if plan["modules"]:
-        Path(plan["modules"]).write_text(" ".join(sys.modules))
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     with contextlib.suppress(Exception):

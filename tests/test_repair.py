@@ -164,18 +164,6 @@ def test_only_damaged_blocks_are_computed_again(work: Work, embedded: list[str])
     assert report.embedded == len(embedded) >= 12
 
 
-def test_images_that_were_moved_are_found_by_content(work: Work, embedded: list[str]) -> None:
-    """The cache keeps their old names: that is for ``extract`` to change."""
-    work.flip_row(0)
-    (work.photos / "train" / "blue").rename(work.photos / "train" / "azure")
-    (work.photos / "train" / "red" / "02.jpg").rename(work.photos / "train" / "green" / "renamed.jpg")
-    write_photo(work.photos / "val" / "red" / "new.jpg", (9, 9, 9), 99)
-    assert work.mend().identical
-    assert work.is_as_before()
-    assert embedded[0] == "train/azure/00.jpg"
-    assert len(embedded) == 8
-
-
 def test_missing_and_edited_images_are_named_and_nothing_changes(work: Work) -> None:
     work.flip_row(0)
     (work.photos / "train" / "blue" / "00.jpg").unlink()
@@ -427,7 +415,8 @@ repair({cache!r}, {photos!r}, workers=1, progress=progress)
 """
 
 
-def test_killed_and_called_again_goes_on(work: Work, embedded: list[str]) -> None:
+def test_killed_and_called_again_goes_on_with_images_that_were_moved(work: Work, embedded: list[str]) -> None:
+    """Finished parts are taken over, the other images found by content; old names are for ``extract`` to change."""
     for row in (0, 8, 16):
         work.flip_row(row)
     damaged = work.cache.read_bytes()
@@ -435,8 +424,12 @@ def test_killed_and_called_again_goes_on(work: Work, embedded: list[str]) -> Non
     died = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert died.returncode == 9, died.stderr
     assert work.cache.read_bytes() == damaged
+    (work.photos / "val").rename(work.photos / "validation")
+    (work.photos / "validation" / "blue" / "03.jpg").rename(work.photos / "train" / "red" / "renamed.jpg")
+    write_photo(work.photos / "train" / "red" / "new.jpg", (9, 9, 9), 99)
     report = work.mend()
     assert work.is_as_before()
+    assert {"validation/blue/01.jpg", "train/red/renamed.jpg"} <= set(embedded)
     assert report.embedded == len(embedded) == 23 - 16  # of 24 images, two are alike
 
 
@@ -520,6 +513,7 @@ def test_command_line(work: Work, run: Callable[..., tuple[int, str, str]]) -> N
 
     code, out, err = run("verify", work.cache, "--repair", work.photos / "train", "--json")
     assert (code, out, err.count("error: ")) == (1, "", 1)
+    work.embed_all()
     code, out, err = run("verify", work.cache, "--repair", work.photos, "--workers", 1, "--json")
     assert code == 0
     facts = json.loads(out)
@@ -529,10 +523,10 @@ def test_command_line(work: Work, run: Callable[..., tuple[int, str, str]]) -> N
         "rows": 37,
         "damaged": [[0, 8]],
         "damaged_columns": ["splits"],
-        "embedded": 8,
+        "embedded": 0,
         "identical": True,
     }
-    assert "damaged were rows 0-7, splits; embedded 8 images again, every checksum is as it was" in err
+    assert "damaged were rows 0-7, splits; embedded 0 images again, every checksum is as it was" in err
     assert work.is_as_before()
     assert run("verify", work.cache)[0] == 0
     assert run("verify", work.cache, "--workers", 2)[0] == 2
@@ -567,8 +561,8 @@ def damage_and_mend(work: Work, seed: int) -> bool:
 
 @pytest.mark.usefixtures("no_model")
 def test_any_damage_is_repaired_or_refused(work: Work) -> None:
-    repaired = [damage_and_mend(work, seed) for seed in range(30)]
-    assert 10 < sum(repaired) < 30
+    repaired = [damage_and_mend(work, seed) for seed in range(16)]
+    assert 4 < sum(repaired) < 16
 
 
 @pytest.mark.soak

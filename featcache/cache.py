@@ -217,7 +217,7 @@ class FeatureCache:
         refused: (path, reason) of each image without an embedding.
         dtype: of the features. dim: D, the number of values per embedding.
         feature_checksums, rows_per_checksum, column_checksums: as recorded; the last are empty in the first files.
-        damaged_columns: none, except after ``salvage``.
+        damaged_columns: none, except after ``salvage``. opened: which file it was, see ``FeatureReader.identity``.
     """
 
     path: Path

@@ -86,7 +86,7 @@ def repair(
         with locked(parts_folder(found.path)):
             _check_unchanged(found)
             embedded = _mend(found, damaged, source, (device, workers, batch_size), progress)
-        identical = _is_as_recorded(found)
+            identical = _is_as_recorded(found)
     return RepairReport(
         cache=found.path,
         rows=len(found),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from featcache.model import Model, load_model
     from featcache.prediction import Prediction, evaluate, predict
     from featcache.preprocess import PreprocessSpec
+    from featcache.repairing import RepairReport, repair
     from featcache.request import ExtractRequest
     from featcache.training import FitReport, fit_head
 
@@ -34,6 +35,7 @@ _HOME = {
     "Model": "model",
     "Prediction": "prediction",
     "PreprocessSpec": "preprocess",
+    "RepairReport": "repairing",
     "backbone_names": "backbones",
     "evaluate": "prediction",
     "export_model": "exporting",
@@ -45,6 +47,7 @@ _HOME = {
     "load_backbone": "backbones",
     "load_model": "model",
     "predict": "prediction",
+    "repair": "repairing",
 }
 __all__ = [
     "ExportReport",
@@ -58,6 +61,7 @@ __all__ = [
     "Model",
     "Prediction",
     "PreprocessSpec",
+    "RepairReport",
     "backbone_names",
     "evaluate",
     "export_model",
@@ -69,6 +73,7 @@ __all__ = [
     "load_backbone",
     "load_model",
     "predict",
+    "repair",
 ]
 
 

@@ -94,6 +94,28 @@ def load_provided(name: str, weights: str) -> Backbone:
     return load_backbone(name, weights)
 
 
+def load_again(spec: dict[str, Any], copy: Path, reload: str | None) -> Backbone | None:
+    """The backbone that ``spec`` names, with its preprocessing; whoever asks compares the weights' sha256.
+
+    Args:
+        copy: a file with its weights, taken if it is there. reload: what to pass to ``load_provided`` if not.
+
+    Returns:
+        None if there is neither.
+
+    Raises:
+        BackboneError: the weights cannot be read, or the library cannot provide them here.
+    """
+    name = spec["backbone"]["name"]
+    if copy.is_file():
+        backbone = load_backbone(name, copy)
+    elif reload is not None:
+        backbone = load_provided(name, reload)
+    else:
+        return None
+    return dataclasses.replace(backbone, preprocess=PreprocessSpec.from_json(spec["preprocess"]))
+
+
 def build_network(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str]:
     """The whole network with ``n_classes`` outputs and random weights, for tensors under its own names.
 

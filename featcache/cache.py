@@ -9,7 +9,8 @@ Datasets (all contiguous, uncompressed, little-endian; row i of each belongs to 
 
 Root attributes: ``format``, ``format_version``, ``spec`` (canonical JSON of all that changes the numbers),
 ``fingerprint`` (sha256 of ``spec``), ``provenance`` (JSON, never compared), and the checksums: ``features_crc32`` (one
-for every ``rows_per_checksum`` rows of features) and ``metadata_crc32`` (all the rest).
+for every ``rows_per_checksum`` rows of features), ``metadata_crc32`` (all the rest) and, missing in the first files,
+``column_crc32`` (one for each dataset but ``features``, in the order of ``_COLUMNS``, and one for ``provenance``).
 
 libhdf5 only ever lays out metadata in memory; feature bytes go through plain file I/O at the dataset's offset, because
 libhdf5 takes the process down when it meets a full disk. When read, nothing in the file is trusted.
@@ -30,9 +31,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, SourceError
+from featcache.checksums import PROVENANCE, bytes_of, column_checksums, damaged_columns, update_checksums
+from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, SourceError, advice
 from featcache.publish import check_free_space, publish_file, read_published
-from featcache.reading import FeatureReader, Features, Identity, identity_of
+from featcache.reading import FeatureReader, Features, Identity, identity_of, is_finite
 from featcache.sparsefile import SparseFile
 from featcache.spec import canonical_json, check_spec
 
@@ -40,6 +42,7 @@ FORMAT = "featcache"
 FORMAT_VERSION = 1
 SPLITS = ("none", "train", "val", "test")  # position = the number stored
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_ROWS_PER_CHECKSUM = 1024  # or more, if there would be too many:
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
 
@@ -113,7 +116,7 @@ def write_cache(
         ValueError: ``blocks`` do not add up to N rows of D values.
     """
     dtype = np.dtype(spec["storage"]).newbyteorder("<")
-    per_checksum = max(1024, -(-len(rows) // _MAX_CHECKSUMS))
+    per_checksum = max(_ROWS_PER_CHECKSUM, -(-len(rows) // _MAX_CHECKSUMS))
     texts = (canonical_json(spec), canonical_json(provenance or {}))
     columns = _columns(rows, classes, refused)
     layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
@@ -128,8 +131,8 @@ def write_cache(
             if block.ndim != 2 or block.shape[1] != dim:
                 raise ValueError(f"block of shape {block.shape}, expected (n, {dim})")
             data = np.ascontiguousarray(block, dtype)
-            _update_checksums(checksums, data, written, per_checksum)
-            file.write(_bytes(data))
+            update_checksums(checksums, data, written, per_checksum)
+            file.write(bytes_of(data))
             written += len(data)
         if written != len(rows):
             raise ValueError(f"{written} feature rows for {len(rows)} images")
@@ -174,6 +177,7 @@ def _layout(
         file.attrs["rows_per_checksum"] = per_checksum
         file.attrs["features_crc32"] = checksums
         file.attrs["metadata_crc32"] = np.uint32(_metadata_checksum(columns, texts))
+        file.attrs["column_crc32"] = column_checksums(columns, texts[1])
         for name, values in columns.items():
             kind = h5py.string_dtype("utf-8", values.dtype.itemsize) if values.dtype.kind == "S" else values.dtype
             file.create_dataset(name, data=values.astype(kind))
@@ -182,6 +186,7 @@ def _layout(
         creation.set_layout(h5py.h5d.CONTIGUOUS)
         creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        creation.set_obj_track_times(False)  # the same content gives the same bytes, whenever it is written
         space = h5py.h5s.create_simple(shape)
         dataset = h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype), space, creation)
         start = dataset.get_offset() or 0  # HDF5 gives no offset to an empty dataset
@@ -189,27 +194,12 @@ def _layout(
     return frame, range(start, start + shape[0] * shape[1] * dtype.itemsize)
 
 
-def _bytes(values: npt.NDArray[Any]) -> memoryview:
-    """The memory of an array, for what takes bytes; without a copy if it is contiguous."""
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-
-
 def _metadata_checksum(columns: dict[str, npt.NDArray[Any]], texts: tuple[str, str]) -> int:
     value = zlib.crc32("\0".join(texts).encode())
     for name, values in columns.items():
         value = zlib.crc32(f"{name}{values.dtype.str}{values.shape}".encode(), value)
-        value = zlib.crc32(_bytes(values), value)
+        value = zlib.crc32(bytes_of(values), value)
     return value
-
-
-def _update_checksums(sums: npt.NDArray[np.uint32], data: Features, start: int, per_checksum: int) -> None:
-    """Continue the running CRC-32 of every checksum block that ``data``, beginning at row ``start``, touches."""
-    position = 0
-    while position < len(data):
-        number = (start + position) // per_checksum
-        stop = min(len(data), (number + 1) * per_checksum - start)
-        sums[number] = zlib.crc32(_bytes(data[position:stop]), int(sums[number]))
-        position = stop
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -226,6 +216,8 @@ class FeatureCache:
         rows: the columns beside the features.
         refused: (path, reason) of each image without an embedding.
         dtype: of the features. dim: D, the number of values per embedding.
+        feature_checksums, rows_per_checksum, column_checksums: as recorded; the last are empty in the first files.
+        damaged_columns: none, except after ``salvage``. opened: which file it was, see ``FeatureReader.identity``.
     """
 
     path: Path
@@ -237,10 +229,12 @@ class FeatureCache:
     refused: tuple[tuple[str, str], ...]
     dtype: np.dtype[Any]
     dim: int
+    feature_checksums: npt.NDArray[np.uint32]
+    rows_per_checksum: int
+    column_checksums: dict[str, int]
+    damaged_columns: tuple[str, ...]
     _offset: int
-    _checksums: npt.NDArray[np.uint32]
-    _rows_per_checksum: int
-    _opened: Identity
+    opened: Identity
     _verified: set[Identity] = dataclasses.field(default_factory=set)
 
     @classmethod
@@ -250,6 +244,16 @@ class FeatureCache:
         Raises:
             CacheError: missing, not a featcache file, written by a newer version, or damaged.
         """
+        cache = cls.salvage(path)
+        if cache.damaged_columns:
+            raise DamagedCacheError(
+                f"{path} is damaged: checksum mismatch in its {', '.join(cache.damaged_columns)}; {advice(path)}"
+            )
+        return cache
+
+    @classmethod
+    def salvage(cls, path: str | os.PathLike[str]) -> "FeatureCache":
+        """Open ``path`` for repair: as ``open``, but the columns that ``damaged_columns`` names may hold anything."""
         return read_published(Path(path), cls._open)
 
     @classmethod
@@ -264,14 +268,15 @@ class FeatureCache:
                     raise CacheError(f"{path} is not an HDF5 file; expected a cache written by `featcache extract`")
                 opened = identity_of(file.fileno())
             with h5py.File(path, "r", locking=False) as file:
-                return cls(path, **_read(path, file), _opened=opened)
+                return cls(path, **_read(path, file), opened=opened)
         except FeatcacheError:
             raise
         except Exception as error:  # a damaged HDF5 file makes h5py raise nearly anything
             if isinstance(error, MemoryError) or getattr(error, "errno", None):  # not the file's fault
                 raise CacheError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
             raise DamagedCacheError(
-                f"{path} is damaged ({type(error).__name__} while reading it); restore it, or make it anew with --force"
+                f"{path} is damaged ({type(error).__name__} while reading it) and cannot be repaired; restore it, or make "
+                f"it anew with `featcache extract SOURCE -o {path} --force`"
             ) from error
 
     def __len__(self) -> int:
@@ -309,14 +314,13 @@ class FeatureCache:
         Raises:
             CacheError: the file cannot be read; a checksum does not match, the damaged rows are named.
         """
-        with self._features() as features:
+        with self.unverified() as features:
             if features.identity not in self._verified:
                 identity = features.identity  # as it is before reading
                 if damaged := self._damaged(features):
                     rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
                     raise DamagedCacheError(
-                        f"{self.path} is damaged: checksum mismatch in rows {rows}; "
-                        "`featcache extract --force` makes it anew"
+                        f"{self.path} is damaged: checksum mismatch in rows {rows}; {advice(self.path)}"
                     )
                 self._verified.add(identity)
             yield features
@@ -332,20 +336,21 @@ class FeatureCache:
         Raises:
             CacheError: the file cannot be read, or was replaced since it was opened.
         """
-        with self._features() as features:
+        with self.unverified() as features:
             return self._damaged(features)
 
-    def _features(self) -> FeatureReader:
+    def unverified(self) -> FeatureReader:
+        """Features to be read from the open file without any check."""
         return FeatureReader(self.path, self._offset, (len(self), self.dim), self.dtype)
 
     def _damaged(self, features: FeatureReader) -> list[tuple[int, int]]:
-        step, identity = self._rows_per_checksum, features.identity  # as it is before reading
+        step, identity = self.rows_per_checksum, features.identity  # as it is before reading
         damaged = [
             (number * step, min((number + 1) * step, len(self)))
             for number, block in enumerate(features.scan(step))
-            if zlib.crc32(_bytes(block)) != self._checksums[number]
+            if zlib.crc32(bytes_of(block)) != self.feature_checksums[number]
         ]
-        if damaged and identity != self._opened:
+        if damaged and identity != self.opened:
             raise CacheError(f"{self.path} was replaced or changed since it was opened; run the command again")
         return damaged
 
@@ -384,20 +389,14 @@ class FeatureCache:
                 yield features[rows[start : start + size]]
 
 
-def is_finite(features: Features) -> npt.NDArray[np.bool_]:
-    """(n, D) features -> (n,), whether all values of a row are finite."""
-    if features.dtype != np.float16:
-        return np.asarray(np.isfinite(features).all(axis=1))
-    # NumPy takes float16 one by one; comparing exponents is ten times as fast: all ones mean infinity or NaN.
-    exponents = features.view(np.uint16) & np.uint16(0x7C00)
-    return np.asarray((exponents != 0x7C00).all(axis=1))
-
-
 def _read(path: Path, file: h5py.File) -> dict[str, Any]:
     """Everything in the file, checked. Raises CacheError with the reason, or whatever h5py raises on damage."""
 
     def damaged(what: str) -> CacheError:
-        return DamagedCacheError(f"{path} is damaged: {what}; restore it, or make it anew with --force")
+        return DamagedCacheError(
+            f"{path} is damaged beyond repair: {what}; restore it, or make it anew with "
+            f"`featcache extract SOURCE -o {path} --force`"
+        )
 
     if file.attrs.get("format") != FORMAT:
         raise CacheError(f"{path} is an HDF5 file of another program; expected a cache written by `featcache extract`")
@@ -420,11 +419,18 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
         raise damaged("its datasets differ in length")
     if len(columns["refused/paths"]) != len(columns["refused/reasons"]):
         raise damaged("its datasets differ in length")
-    if int(file.attrs["metadata_crc32"]) != _metadata_checksum(columns, texts):
-        raise damaged("checksum mismatch in its metadata")
+    recorded = file.attrs.get("column_crc32")
+    whole = int(file.attrs["metadata_crc32"]) == _metadata_checksum(columns, texts)
+    wrong = damaged_columns(columns, texts[1], recorded, whole=whole)
+    if PROVENANCE in wrong:
+        raise damaged("checksum mismatch in its " + ("metadata" if recorded is None else "provenance"))
     classes = decode_names(columns["classes"])
     labels = columns["labels"]
-    if len(labels) and not (labels.min() >= -1 and labels.max() < len(classes) and columns["splits"].max() <= 3):
+    if (
+        not wrong
+        and len(labels)
+        and not (labels.min() >= -1 and labels.max() < len(classes) and columns["splits"].max() <= 3)
+    ):
         raise damaged("labels or splits out of range")
 
     offset, size = features.id.get_offset(), n * dim * features.dtype.itemsize
@@ -454,9 +460,11 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
         ),
         "dtype": features.dtype,
         "dim": dim,
+        "damaged_columns": wrong,
+        "column_checksums": {} if recorded is None else dict(zip(columns, recorded.tolist(), strict=False)),
         "_offset": offset or 0,
-        "_checksums": checksums,
-        "_rows_per_checksum": per_checksum,
+        "feature_checksums": checksums,
+        "rows_per_checksum": per_checksum,
     }
 
 

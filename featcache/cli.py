@@ -3,13 +3,11 @@
 Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but more images were refused than --max-bad allows.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +15,7 @@ import typer
 
 from featcache import __version__, cli_inspect, options
 from featcache.crashes import never_again, supervised
-from featcache.display import is_first_process, print_json, printable, say, show_progress, show_training
+from featcache.display import interruptible, is_first_process, print_json, printable, say, show_progress, show_training
 from featcache.errors import FeatcacheError, UsageError
 from featcache.signals import interrupt_on_sigterm
 
@@ -94,7 +92,7 @@ def extract(
         precision=precision,
         dtype=dtype,
     )
-    with _interruptible(output), show_progress("embedding") as progress:
+    with interruptible(output), show_progress("embedding") as progress:
         report = run(
             source,
             output,
@@ -416,15 +414,6 @@ def _log_to_stderr() -> None:
     logger = logging.getLogger("featcache")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
-
-
-@contextlib.contextmanager
-def _interruptible(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(f"finished work is kept in {output}.parts; the same command goes on from there")
-        raise
 
 
 def _exit_if_bad(refused: int, images: int, max_bad: float) -> None:

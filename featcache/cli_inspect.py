@@ -1,19 +1,22 @@
 """The commands that look and report: info, verify, backbones, doctor; and demo. Added to the others by ``cli``."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from featcache import options
-from featcache.display import print_facts, print_json, say
+from featcache.display import interruptible, print_facts, print_json, say, show_progress
+from featcache.errors import DamagedCacheError, UsageError, advice
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``, in the order in which its help shows them."""
     examples = (
         (info, "featcache info features.h5  ·  featcache info model/"),
-        (verify, "featcache verify features.h5"),
+        (verify, "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/"),
         (backbones, "featcache backbones convnext"),
         (doctor, "featcache doctor  ·  featcache doctor --images photos/ --backbone mobilenet_v3_large"),
         (demo, "featcache demo"),
@@ -34,21 +37,57 @@ def info(
 
 def verify(
     cache: Annotated[Path, typer.Argument(readable=False, help="A cache file.")],
+    repair: Annotated[
+        Path | None,
+        typer.Option(metavar="SOURCE", readable=False, help="Mend what is damaged from the images it was made from."),
+    ] = None,
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    batch_size: options.BatchSize = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Read every byte of a cache and compare it with the checksums."""
-    from featcache.cache import FeatureCache
-    from featcache.errors import CacheError
-
-    opened = FeatureCache.open(cache)
-    damaged = opened.verify()
-    print_json({"cache": cache, "rows": len(opened), "damaged": damaged}, as_json)
-    if damaged:
-        rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:20])
-        raise CacheError(
-            f"{cache} is damaged: checksum mismatch in rows {rows}; `featcache extract --force` makes it anew"
+    """Read every byte of a cache and compare it with the checksums; mend what is damaged, and only that, if asked to."""
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    if repair is not None:
+        _mend(cache, repair, device, threads, batch, as_json)
+        return
+    if (device, threads, batch) != ("auto", None, None):
+        raise UsageError(
+            "--device, --workers and --batch-size are for repairing; add --repair SOURCE or leave them out"
         )
+    from featcache.cache import FeatureCache
+
+    opened = FeatureCache.salvage(cache)
+    damaged = opened.verify()
+    facts = {"cache": cache, "rows": len(opened), "damaged": damaged, "damaged_columns": opened.damaged_columns}
+    print_json(facts, as_json)
+    if damaged or opened.damaged_columns:
+        what = damage_in_words(damaged, opened.damaged_columns)
+        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {advice(cache)}")
     say(f"{cache}: {len(opened)} rows, all intact")
+
+
+def _mend(cache: Path, source: Path, device: str, workers: int | None, batch_size: int | None, as_json: bool) -> None:
+    from featcache.repairing import repair
+
+    with interruptible(cache), show_progress("embedding") as progress:
+        report = repair(cache, source, device=device, workers=workers, batch_size=batch_size, progress=progress)
+    if report.damaged or report.damaged_columns:
+        now = "every checksum is as it was" if report.identical else "what was restored has new checksums"
+        say(
+            f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}; "
+            f"embedded {report.embedded} images again, {now} ({report.seconds:.1f} s)"
+        )
+    else:
+        say(f"{cache}: {report.rows} rows, all intact, nothing to repair")
+    print_json(dataclasses.asdict(report), as_json)
+
+
+def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) -> str:
+    """``rows 0-1023, 2048-3071, digests``: the first few ranges of rows, then the columns."""
+    ranges = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:20])
+    more = f" and {len(damaged) - 20} ranges more" if len(damaged) > 20 else ""
+    return ", ".join([*([f"rows {ranges}{more}"] if damaged else []), *columns])
 
 
 def backbones(

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -69,6 +70,16 @@ def _progress_in_lines(what: str, every: float = 10.0) -> Any:
             say(f"{what} {done}/{total}, {speed:,.0f} images/s, limited by {bottleneck}, {left:,.0f} s left")
 
     return update
+
+
+@contextlib.contextmanager
+def interruptible(output: Path) -> Iterator[None]:
+    """Say, when the user interrupts what is inside, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"finished work is kept in {output}.parts; the same command goes on from there")
+        raise
 
 
 def is_first_process() -> bool:

@@ -134,7 +134,7 @@ def build_encoder(
 
     plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
     reference = _try_input(plain, backbone, sample)
-    names = _candidates(runtime.device) if precision == "auto" else [precision]
+    names = candidates(runtime.device) if precision == "auto" else [precision]
     tried: dict[str, dict[str, float]] = {}
     last: tuple[Encoder, str, str] = (plain, "fp32", "plain")
     for encoder, name, form in _encoders(backbone, runtime, names):
@@ -195,7 +195,8 @@ def _try_input(encoder: Encoder, backbone: Backbone, sample: npt.NDArray[np.uint
     return features
 
 
-def _candidates(device: torch.device) -> list[str]:
+def candidates(device: torch.device) -> list[str]:
+    """Precisions that ``auto`` tries on ``device``, fastest first."""
     if device.type == "cuda":
         return ["fp16", "bf16", "fp32"]
     if device.type == "mps":
@@ -206,7 +207,7 @@ def _candidates(device: torch.device) -> list[str]:
 def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, dict[str, float]]) -> str:
     if asked != "auto":
         return f"{best} as asked ({_figures(tried)})"
-    if len(_candidates(runtime.device)) == 1:
+    if len(candidates(runtime.device)) == 1:
         return f"{best}: this {runtime.device.type} has nothing faster (self-check {_figures(tried)})"
     return f"{best}: the fastest that passes the self-check ({_figures(tried)})"
 

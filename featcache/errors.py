@@ -3,6 +3,8 @@
 A message says what was found, what was expected and what to do.
 """
 
+import os
+
 
 class FeatcacheError(Exception):
     """Base of all errors below; ``exit_code`` is what the command line exits with."""
@@ -62,3 +64,9 @@ class StorageError(FeatcacheError):
 
 class MissingDependencyError(FeatcacheError):
     """An optional package is needed; the message holds the pip line that adds it."""
+
+
+def advice(cache: str | os.PathLike[str]) -> str:
+    """What to do about a damaged cache that can be repaired."""
+    name = os.fspath(cache)
+    return f"`featcache verify {name} --repair SOURCE` mends it, `featcache extract SOURCE -o {name} --force` makes it anew"

@@ -9,7 +9,7 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,21 +19,19 @@ import numpy as np
 from featcache.cache import FeatureCache, Rows, encode_names, write_cache
 from featcache.errors import BackboneError, SourceError, UsageError
 from featcache.images import ImageList, list_images
-from featcache.planning import Plan, all_refused, make_plan, of_spec, open_lenders, open_old, refusals
+from featcache.planning import Plan, all_refused, make_plan, of_spec, open_lenders, open_old
+from featcache.preparing import Prepared, Progress, choose_runtime, prepare_encoder, weights_copy, weights_source
 from featcache.publish import check_free_space, check_output
-from featcache.reading import Features
-from featcache.recognition import Indices, Known, digest_keys, find
+from featcache.recognition import Indices, Known, digest_keys, find, gather
 from featcache.request import ExtractRequest, load_requested
 from featcache.spec import fingerprint_of, make_spec
 
 if TYPE_CHECKING:
-    from featcache.backbones import Backbone
     from featcache.encoder import Encoder, Precision
     from featcache.preprocess import PreprocessSpec
     from featcache.runtime import Runtime
 
 log = logging.getLogger("featcache")
-Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ def extract(
         old = open_old(output, force)
         own = ([old] if old else []) + open_parts(parts_folder(output))
         lenders = open_lenders(map(Path, reuse), output)
-        job = _Job(request, images, output, functools.partial(_choose_runtime, device, workers, batch_size))
+        job = _Job(request, images, output, functools.partial(choose_runtime, device, workers, batch_size))
         spec = (None if force else job.spec_of_same_request(own, lenders)) or job.prepared.spec
         own = of_spec(own, spec, output, force)
         plan = make_plan(images, lenders, own, spec, limit)
@@ -154,15 +152,6 @@ def extract(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    backbone: "Backbone"
-    encoder: "Encoder"
-    runtime: "Runtime"
-    spec: dict[str, Any]
-    provenance: dict[str, Any]
-
-
 class _Job:
     """What an extraction needs once there is something to embed; loads the model at most once, and late."""
 
@@ -185,12 +174,8 @@ class _Job:
         return same[0] if same else None
 
     @functools.cached_property
-    def prepared(self) -> _Prepared:
+    def prepared(self) -> Prepared:
         """Backbone, encoder and spec. Raises BackboneError, UsageError, SourceError."""
-        from featcache.decoders import decoder_in_words
-        from featcache.embedding import sample_pixels
-        from featcache.encoder import build_encoder
-
         runtime = self._choose_runtime()
         log.info(runtime.reason)
         backbone = load_requested(self.request, self._model)
@@ -198,14 +183,8 @@ class _Job:
             raise BackboneError(
                 f"the weights of {self._asked.backbone} changed while they were read; run the command again"
             )
-        log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
-        sample = sample_pixels(self.images, backbone.preprocess, min(runtime.batch_size, 32))
-        if not len(sample):
-            raise SourceError(all_refused(self.images, refusals(self.images, range(len(self.images)))))
         precision = cast("Precision", self.request.precision)
-        encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
-        log.info("precision %s", choice.reason)
-        log.info("decoder: %s", decoder_in_words())
+        encoder, choice, sample = prepare_encoder(backbone, runtime, self.images, precision=precision)
         self._compare_with_full_scale(backbone.preprocess, encoder, sample)
         # What an earlier run settled by measuring stays settled, also if today's sample would just pass or fail.
         settled = (self._before, self._model.spec if self._model else {})
@@ -227,7 +206,7 @@ class _Job:
             "platform": platform.platform(),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return _Prepared(backbone, encoder, runtime, spec, provenance)
+        return Prepared(backbone, encoder, runtime, spec, provenance)
 
     def _compare_with_full_scale(
         self, preprocess: "PreprocessSpec", encoder: "Encoder", sample: "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -290,57 +269,22 @@ class _Job:
         Returns:
             image -> reason, for those that could not be embedded.
         """
-        from featcache.embedding import Timings, embed, storable
-        from featcache.parts import PartWriter, parts_folder
+        from featcache.parts import embed_into_parts, parts_folder
 
-        at, folder = self.prepared, parts_folder(self.output)
+        at = self.prepared
         itemsize = np.dtype(at.spec["storage"]).itemsize
         check_free_space(self.output.parent, (len(todo) + len(self.images)) * at.backbone.dim * itemsize)
         self.keep_weights()
-        images = self.images.take(todo)
-        writer = PartWriter(folder, at.spec, at.provenance, at.backbone.dim)
-        timings = Timings()
-        refused: dict[int, str] = {}
-        embedded: list[Indices] = []
-        done = 0
-        started = time.perf_counter()
-        chunks = embed(images, at.encoder, at.runtime, timings=timings)
-        try:
-            if progress:
-                progress(0, len(todo), timings.bottleneck)
-            for chunk in chunks:
-                chunk = storable(chunk, at.spec["storage"])
-                refused |= {int(todo[index]): reason for index, reason in chunk.refused}
-                embedded.append(todo[chunk.indices])
-                known.sizes[todo[chunk.indices]], known.mtimes[todo[chunk.indices]] = chunk.sizes, chunk.mtimes
-                with timings.measure("disk"):
-                    writer.add(chunk, [images.paths[index] for index in chunk.indices])
-                done += len(chunk.indices) + len(chunk.refused)
-                if progress:
-                    progress(done, len(todo), timings.bottleneck)
-        finally:
-            chunks.close()
-            writer.flush()  # also when interrupted: what is finished is kept
-            self.embedding_seconds = time.perf_counter() - started
-        start, order = 0, np.concatenate([todo[:0], *embedded])
-        for part in writer.written:
-            known.set(order[start : start + len(part)], len(caches), np.arange(len(part)))
+        embedded = embed_into_parts(self.images.take(todo), at, parts_folder(self.output), progress)
+        self.embedding_seconds = embedded.seconds
+        start, order = 0, todo[embedded.images]
+        for part in embedded.parts:
+            here = order[start : start + len(part)]
+            known.set(here, len(caches), np.arange(len(part)))
+            known.sizes[here], known.mtimes[here] = part.rows.sizes, part.rows.mtimes
             caches.append(part)
             start += len(part)
-        return refused
-
-
-def weights_copy(cache: Path, spec: dict[str, Any]) -> Path:
-    """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
-    return cache.with_name(f"{cache.name}.{spec['backbone']['weights_sha256'][:12]}.safetensors")
-
-
-def weights_source(cache: FeatureCache) -> tuple[str, str | None]:
-    """Where a cache says its weights came from: in words, and what to pass to ``load_provided`` (None: a copy)."""
-    weights = cache.provenance.get("weights")
-    weights = weights if isinstance(weights, dict) else {}
-    reload = weights.get("reload")
-    return str(weights.get("source", "unknown")), reload if isinstance(reload, str) else None
+        return {int(todo[index]): reason for index, reason in embedded.refused.items()}
 
 
 def _lacks_weights(cache: FeatureCache, output: Path) -> bool:
@@ -368,12 +312,6 @@ def _list(source: str | Path | ImageList) -> ImageList:
             f"for images without labels {remedy}"
         )
     return images
-
-
-def _choose_runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
-    from featcache.runtime import choose_runtime
-
-    return choose_runtime(device, workers=workers, batch_size=batch_size)
 
 
 def _pack(job: _Job, plan: Plan, spec: dict[str, Any]) -> Rows:
@@ -409,7 +347,7 @@ def _pack(job: _Job, plan: Plan, spec: dict[str, Any]) -> Rows:
     write_cache(
         job.output,
         rows,
-        _gather(caches, known, order),
+        gather([cache.take for cache in caches], known, order),
         dim=plan.origin.dim,
         spec=spec,
         classes=images.classes,
@@ -418,17 +356,6 @@ def _pack(job: _Job, plan: Plan, spec: dict[str, Any]) -> Rows:
         staging=job.output.with_name(job.output.name + ".parts"),
     )
     return rows
-
-
-def _gather(caches: list[FeatureCache], known: Known, order: Indices, size: int = 4096) -> Iterator[Features]:
-    """The features of the images ``order``, from wherever they lie, in blocks."""
-    for start in range(0, len(order), size):
-        block = order[start : start + size]
-        features = np.empty((len(block), caches[0].dim), caches[0].dtype)
-        for number in np.unique(known.source[block]):
-            here = known.source[block] == number
-            features[here] = caches[number].take(known.row[block][here])
-        yield features
 
 
 def _compare(old: FeatureCache | None, rows: Rows) -> tuple[int, int, int]:

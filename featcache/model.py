@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from featcache.cache import FeatureCache
 from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
 from featcache.heads import FittedHead, Head
-from featcache.preprocess import PreprocessSpec
 from featcache.publish import check_output, publish_folder, read_published, recover_folder
 from featcache.spec import check_spec, fingerprint_of, spec_difference
 
@@ -77,15 +76,12 @@ class Model:
             raise
 
     def _load_backbone(self) -> "Backbone":
-        from featcache.backbones import load_backbone, load_provided
+        from featcache.backbones import load_again
 
         wanted = self.spec["backbone"]
         copy, reload = self.path / _BACKBONE, self.manifest["weights"].get("reload")
-        if copy.is_file():
-            backbone = load_backbone(wanted["name"], copy)
-        elif isinstance(reload, str):
-            backbone = load_provided(wanted["name"], reload)
-        else:
+        backbone = load_again(self.spec, copy, reload if isinstance(reload, str) else None)
+        if backbone is None:
             raise ModelError(
                 f"{self.path} has no {_BACKBONE}, and no library provides its weights ({self.manifest['weights'].get('source')}); "
                 "it can label caches, not images"
@@ -96,7 +92,7 @@ class Model:
                 f"({backbone.weights}), expected {wanted['weights_sha256'][:12]}; train it again, or copy the original "
                 f"weights to {copy}"
             )
-        return dataclasses.replace(backbone, preprocess=PreprocessSpec.from_json(self.spec["preprocess"]))
+        return backbone
 
 
 def check_replaceable(path: Path) -> None:

@@ -4,6 +4,7 @@ In: embedded rows as they come. Out: files that survive any interruption, until 
 """
 
 import contextlib
+import dataclasses
 import logging
 import secrets
 import time
@@ -16,10 +17,13 @@ import numpy as np
 
 from featcache.cache import FeatureCache, Rows, encode_names, write_cache
 from featcache.errors import DamagedCacheError, StorageError
+from featcache.images import ImageList
 from featcache.publish import sweep, sync_folder
+from featcache.recognition import Indices
 
 if TYPE_CHECKING:
     from featcache.embedding import Chunk
+    from featcache.preparing import Prepared, Progress
 
 log = logging.getLogger("featcache")
 MAX_ROWS = 4096
@@ -131,3 +135,51 @@ class PartWriter:
             write_cache(path, rows, blocks, dim=self._dim, spec=self._spec, provenance=self._provenance)
             self.written.append(FeatureCache.open(path))
         self._pending, self._rows, self._since = [], 0, time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """What ``embed_into_parts`` did with a list of images.
+
+    Attributes:
+        parts: what was written. images: (n,) positions in the list, in the order of the parts' rows.
+        refused: position -> reason, for those that could not be embedded. seconds: in the loop.
+    """
+
+    parts: list[FeatureCache]
+    images: Indices
+    refused: dict[int, str]
+    seconds: float
+
+
+def embed_into_parts(images: ImageList, at: "Prepared", folder: Path, progress: "Progress | None") -> Embedded:
+    """Embed ``images`` into new parts in ``folder``; when interrupted, what is finished stays there.
+
+    Raises:
+        StorageError: a part cannot be written.
+    """
+    from featcache.embedding import Timings, embed, storable
+
+    writer = PartWriter(folder, at.spec, at.provenance, at.backbone.dim)
+    timings = Timings()
+    refused: dict[int, str] = {}
+    embedded: list[Indices] = [np.empty(0, np.intp)]
+    done = 0
+    started = time.perf_counter()
+    chunks = embed(images, at.encoder, at.runtime, timings=timings)
+    try:
+        if progress:
+            progress(0, len(images), timings.bottleneck)
+        for chunk in chunks:
+            chunk = storable(chunk, at.spec["storage"])
+            refused |= dict(chunk.refused)
+            embedded.append(chunk.indices)
+            with timings.measure("disk"):
+                writer.add(chunk, [images.paths[index] for index in chunk.indices])
+            done += len(chunk.indices) + len(chunk.refused)
+            if progress:
+                progress(done, len(images), timings.bottleneck)
+    finally:
+        chunks.close()
+        writer.flush()  # also when interrupted: what is finished is kept
+    return Embedded(writer.written, np.concatenate(embedded), refused, time.perf_counter() - started)

@@ -13,13 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from featcache.cache import SPLITS, FeatureCache, is_finite
+from featcache.cache import SPLITS, FeatureCache
 from featcache.errors import SourceError, UsageError
-from featcache.extraction import Progress
 from featcache.heads import Array
 from featcache.images import ImageList, list_images
 from featcache.metrics import evaluate_probabilities
 from featcache.model import Model, load_model
+from featcache.preparing import Progress
+from featcache.reading import is_finite
 
 log = logging.getLogger("featcache")
 _BLOCK = 4096

@@ -6,6 +6,7 @@ recognised by path, size and modification time, without reading it; failing that
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from featcache.cache import FeatureCache, encode_names
 from featcache.images import ImageList, RefusedImage, read_image
+from featcache.reading import Features
 
 Indices = npt.NDArray[np.intp]
 
@@ -71,24 +73,46 @@ def recognise(images: ImageList, caches: list[FeatureCache]) -> Known:
 def _recognise_by_content(images: ImageList, caches: list[FeatureCache], known: Known) -> None:
     sizes = np.unique(np.concatenate([cache.rows.sizes for cache in caches]))
     suspects = known.missing[np.isin(images.sizes[known.missing], sizes)]
+    indices, digests, sizes, mtimes = hash_files(images, suspects)
+    known.sizes[indices], known.mtimes[indices] = sizes, mtimes
+    for number, cache in enumerate(caches):
+        rows = find(digest_keys(cache.rows.digests), digests)
+        known.set(indices[rows >= 0], number, rows[rows >= 0])
 
-    def read(index: int) -> tuple[bytes, int, int] | None:
+
+def hash_files(
+    images: ImageList, indices: Indices
+) -> tuple[Indices, npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Read those of ``images``: which could be read, and of each sha256 as a key, size and modification time."""
+
+    def read(index: int) -> tuple[int, bytes, int, int] | None:
         try:
             data, size, mtime = read_image(images.root / images.paths[index])
         except RefusedImage:
             return None  # embedding it will give the reason
-        return hashlib.sha256(data).digest(), size, mtime
+        return index, hashlib.sha256(data).digest(), size, mtime
 
     with ThreadPoolExecutor() as pool:
-        found = [(index, *entry) for index, entry in zip(suspects, pool.map(read, suspects), strict=True) if entry]
-    if not found:
-        return
-    indices, digests = np.array([entry[0] for entry in found]), np.array([entry[1] for entry in found], "S32")
-    known.sizes[indices] = [entry[2] for entry in found]
-    known.mtimes[indices] = [entry[3] for entry in found]
-    for number, cache in enumerate(caches):
-        rows = find(digest_keys(cache.rows.digests), digests)
-        known.set(indices[rows >= 0], number, rows[rows >= 0])
+        found = [entry for entry in pool.map(read, indices.tolist()) if entry]
+    numbers, digests, sizes, mtimes = zip(*found, strict=True) if found else ((), (), (), ())
+    return np.array(numbers, np.intp), np.array(digests, "S32"), np.array(sizes, np.int64), np.array(mtimes, np.int64)
+
+
+def gather(
+    takes: Sequence[Callable[[Indices], Features]], known: Known, order: Indices, size: int = 4096
+) -> Iterator[Features]:
+    """The features of the images ``order``, in blocks; ``takes`` give rows, in the order that ``known`` counts."""
+    for start in range(0, len(order), size):
+        block = order[start : start + size]
+        features: Features | None = None
+        for number in np.unique(known.source[block]):
+            here = known.source[block] == number
+            rows = takes[number](known.row[block][here])
+            if features is None:
+                features = np.empty((len(block), rows.shape[1]), rows.dtype)
+            features[here] = rows
+        if features is not None:
+            yield features
 
 
 def digest_keys(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 from featcache.cache import SPLITS, FeatureCache, encode_names
 from featcache.checkpoint import work_folder
 from featcache.errors import SourceError
-from featcache.extraction import weights_copy
 from featcache.images import ImageList, hold_out, list_images
 from featcache.model import Model, load_model
+from featcache.preparing import weights_copy
 from featcache.preprocess import PreprocessSpec
 from featcache.publish import sync_folder
 from featcache.recognition import find

@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from featcache.cache import FeatureCache
 from featcache.errors import SourceError, UsageError
-from featcache.extraction import weights_copy, weights_source
 from featcache.heads import KINDS, Array, FittedHead, Kind
 from featcache.metrics import evaluate_probabilities
 from featcache.model import check_replaceable, library_versions, save_model
+from featcache.preparing import weights_copy, weights_source
 
 log = logging.getLogger("featcache")
 _MANY_ROWS = 100_000  # from here on training takes minutes

@@ -568,6 +568,6 @@ def test_any_damage_is_repaired_or_refused(work: Work) -> None:
 @pytest.mark.soak
 @pytest.mark.usefixtures("no_model")
 def test_any_damage_is_repaired_or_refused_many_times(work: Work) -> None:
-    repaired = [damage_and_mend(work, seed) for seed in range(1000, 6000)]
+    repaired = [damage_and_mend(work, seed) for seed in range(1000, 3000)]
     print(f"{sum(repaired)} of {len(repaired)} repaired")
-    assert sum(repaired) > 1000
+    assert sum(repaired) > 500

@@ -367,7 +367,8 @@ cli_inspect.register(app)
 def main() -> None:
     """Entry point: errors become one line and an exit code."""
     _log_to_stderr()
-    if sys.argv[1:2] and sys.argv[1] in _DECODING and (worker_code := supervised()) is not None:
+    decodes = sys.argv[1:2] and (sys.argv[1] in _DECODING or "--repair" in sys.argv)
+    if decodes and (worker_code := supervised()) is not None:
         sys.exit(worker_code)
     terminated = interrupt_on_sigterm()
     try:

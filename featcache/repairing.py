@@ -4,6 +4,7 @@ In: a damaged cache and the source it was made from. Out: the cache as it was. F
 checksum fails, and where nothing proves of which image a row is. The file is replaced in one step, at the end, or not at all.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -15,7 +16,7 @@ import numpy as np
 
 from featcache.cache import FeatureCache, write_cache
 from featcache.checksums import CHECKSUMS, update_checksums
-from featcache.errors import CacheError, SourceError
+from featcache.errors import CacheError, SourceError, StorageError
 from featcache.images import ImageList, list_images
 from featcache.parts import embed_into_parts, locked, open_parts, parts_folder
 from featcache.preparing import Prepared, Progress, backbone_of, choose_runtime, prepare_encoder
@@ -87,6 +88,8 @@ def repair(
             _check_unchanged(found)
             embedded = _mend(found, damaged, source, (device, workers, batch_size), progress)
             identical = _is_as_recorded(found)
+    elif parts_folder(found.path).is_dir():
+        _tidy(found)
     return RepairReport(
         cache=found.path,
         rows=len(found),
@@ -208,12 +211,23 @@ class _Collection:
             return features[rows]
 
     def remove_parts(self) -> None:
-        """Delete parts whose every row the cache now has; an interrupted ``extract`` may have left others."""
-        for part in self.parts:
-            if np.isin(digest_keys(part.rows.digests), self.keys).all():
-                part.path.unlink(missing_ok=True)
-        for path in self.folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        """Delete what the mended cache has made superfluous."""
+        _remove_known(self.parts, self.keys)
+
+
+def _remove_known(parts: list[FeatureCache], keys: Any) -> None:
+    """Delete parts whose every row a cache with the digests ``keys`` has; an interrupted ``extract`` may have left others."""
+    for part in parts:
+        if np.isin(digest_keys(part.rows.digests), keys).all():
+            part.path.unlink(missing_ok=True)
+
+
+def _tidy(cache: FeatureCache) -> None:
+    """What a repair left behind that was killed when its file was in place already."""
+    folder = parts_folder(cache.path)
+    with contextlib.suppress(StorageError), locked(folder):  # otherwise somebody is at work there
+        parts = [part for part in open_parts(folder) if part.spec == cache.spec]
+        _remove_known(parts, digest_keys(cache.rows.digests))
 
 
 def _prepare(cache: FeatureCache, images: ImageList, options: Options) -> Prepared:

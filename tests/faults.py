@@ -240,7 +240,9 @@ def _run_cold(plan: dict[str, Any], settings: dict[str, Any]) -> tuple[int, floa
     with Path(plan["out"]).open("wb") as out, Path(plan["err"]).open("wb") as err:
         started = time.monotonic()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
-        return _wait(child.pid, plan, started)
+        code, *rest = _wait(child.pid, plan, started)
+        child.returncode = code  # Popen did not see it end
+        return code, *rest
 
 
 def _wait(pid: int, plan: dict[str, Any], started: float) -> tuple[int, float, int]:

@@ -65,8 +65,9 @@ def fault(case: Case, outcome: Outcome, intact: dict[str, np.ndarray | None]) ->
         return f"neither embedded nor refused: {outcome.shape}, {outcome.reason!r}"
     if not outcome.agrees:
         return f"the two decoders differ ({outcome.shape}, {outcome.reason!r})"
-    if "memory" in outcome.reason:
-        return "ran out of memory"
+    words = re.search("[a-z]{3} [a-z]", outcome.reason.removeprefix("damaged: ").lower())
+    if "memory" in outcome.reason or (outcome.reason and not words):
+        return f"no fit reason: {outcome.reason!r}"
     if case.fate == "embedded" and not embedded:
         return f"refused: {outcome.reason}"
     if case.fate == "refused" and (embedded or not re.search(case.reason, outcome.reason)):

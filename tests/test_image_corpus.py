@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import corpus
+import damage
 import numpy as np
 import pytest
 from conftest import TINY, TINY_FLAGS
@@ -41,7 +42,7 @@ class Size:
         found = []
         for seed in self.seeds:
             whole = corpus.intact(seed)
-            every = [*whole, *corpus.odd(seed), *corpus.damaged(whole, self.damaged, seed)]
+            every = [*whole, *damage.odd(seed), *damage.damaged(whole, self.damaged, seed)]
             found += [(seed, case) for case in every]
         return found
 
@@ -201,7 +202,7 @@ def test_exit_codes_of_all_and_nothing(tmp_path: Path, run: Run) -> None:
     write(whole, tmp_path / "whole")
     code, out, _ = run("extract", tmp_path / "whole", "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     assert (code, json.loads(out)["refused"]) == (0, 0)
-    write([(0, case) for case in corpus.odd(0) if case.fate == "refused"], tmp_path / "bad")
+    write([(0, case) for case in damage.odd(0) if case.fate == "refused"], tmp_path / "bad")
     code, out, errors = run("extract", tmp_path / "bad", "-o", tmp_path / "g.h5", *TINY_FLAGS, "--json")
     assert (code, out) == (1, "")
     assert "were refused, the first" in errors

@@ -6,9 +6,10 @@ The decoder is given the file piece by piece. After each run of entropy-coded da
 bytes that are no code. A decoder that has all blocks of the run skips them to find the next marker; one that has not keeps
 them for its next block. Whatever is refused here, libjpeg warns about, so that a decoder that stops at warnings agrees.
 
-Not noticed: the last two or three blocks of a run, of which libjpeg reads eight bytes ahead; damage that leaves as many
-blocks as there should be; a progressive file that ends exactly between two scans, which is a blurred but valid one;
-arithmetic coding, where any data will do; and of files with more than one restart interval per 4096 pixels only whole scans.
+Not noticed: the last few blocks of a run, as libjpeg reads eight bytes ahead (16 bytes at most, when tried); damage that
+leaves as many blocks as there should be; a progressive file that ends exactly between two scans, which is a blurred but
+valid one; arithmetic coding, where any data will do; and with more than one restart interval per 4096 pixels, what lies
+within a scan.
 """
 
 import re

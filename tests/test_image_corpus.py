@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import corpus
+import damage
 import numpy as np
 import pytest
 from conftest import TINY, TINY_FLAGS
@@ -41,7 +42,7 @@ class Size:
         found = []
         for seed in self.seeds:
             whole = corpus.intact(seed)
-            every = [*whole, *corpus.odd(seed), *corpus.damaged(whole, self.damaged, seed)]
+            every = [*whole, *damage.odd(seed), *damage.damaged(whole, self.damaged, seed)]
             found += [(seed, case) for case in every]
         return found
 
@@ -65,8 +66,9 @@ def fault(case: Case, outcome: Outcome, intact: dict[str, np.ndarray | None]) ->
         return f"neither embedded nor refused: {outcome.shape}, {outcome.reason!r}"
     if not outcome.agrees:
         return f"the two decoders differ ({outcome.shape}, {outcome.reason!r})"
-    if "memory" in outcome.reason:
-        return "ran out of memory"
+    words = re.search("[a-z]{3} [a-z]", outcome.reason.removeprefix("damaged: ").lower())
+    if "memory" in outcome.reason or (outcome.reason and not words):
+        return f"no fit reason: {outcome.reason!r}"
     if case.fate == "embedded" and not embedded:
         return f"refused: {outcome.reason}"
     if case.fate == "refused" and (embedded or not re.search(case.reason, outcome.reason)):
@@ -86,8 +88,9 @@ def blameless(case: Case, pixels: np.ndarray | None, whole: np.ndarray | None) -
         return False
     if " plain" in case.name and case.suffix != ".jpg":  # the last number lost a digit
         return bool((pixels != whole).any(axis=2).sum() <= 1)
-    # libjpeg reads ahead: at most three blocks before a marker, or a scan that only refines
-    return case.suffix == ".jpg" and bool(re.search(rb"\xff[^\0]", case.whole[max(case.at - 1, 0) : case.at + 12]))
+    # libjpeg reads ahead: the last few blocks before a marker, or of a scan that only refines, whose end is then near
+    near_end = re.search(rb"\xff[^\0]", case.whole[max(case.at - 1, 0) : case.at + 18])
+    return case.suffix == ".jpg" and bool(near_end) and np.abs(pixels.astype(int) - whole).mean() < 4
 
 
 def decode_all(cases: Sequence[tuple[int, Case]]) -> tuple[list[Outcome], list[str]]:
@@ -199,7 +202,7 @@ def test_exit_codes_of_all_and_nothing(tmp_path: Path, run: Run) -> None:
     write(whole, tmp_path / "whole")
     code, out, _ = run("extract", tmp_path / "whole", "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     assert (code, json.loads(out)["refused"]) == (0, 0)
-    write([(0, case) for case in corpus.odd(0) if case.fate == "refused"], tmp_path / "bad")
+    write([(0, case) for case in damage.odd(0) if case.fate == "refused"], tmp_path / "bad")
     code, out, errors = run("extract", tmp_path / "bad", "-o", tmp_path / "g.h5", *TINY_FLAGS, "--json")
     assert (code, out) == (1, "")
     assert "were refused, the first" in errors

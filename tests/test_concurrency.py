@@ -420,8 +420,9 @@ def change_folder(root: Path, kind: str, name: str) -> None:
         path.rename(root / f"{name}-renamed.jpg")
     elif kind == "exchanged":
         other = next(entry for entry in sorted(path.parent.iterdir()) if entry.is_file() and entry != path)
-        for old, new in ((path, "x"), (other, path), (path.with_name("x"), other)):
-            os.rename(old, path.with_name("x") if new == "x" else new)
+        path.rename(path.with_name("x"))
+        other.rename(path)
+        path.with_name("x").rename(other)
     elif kind in ("other content", "regrown"):
         size = path.stat().st_size
         with path.open("r+b") as file:  # in place, as an editor or a copy does

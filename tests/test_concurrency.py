@@ -322,6 +322,15 @@ def test_two_models_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert os.listdir(tmp_path) == ["m"]
 
 
+def test_a_temporary_folder_that_is_swept_away_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_at(monkeypatch, "publish.os.open", lambda: publish.sweep(tmp_path))
+    write_model(tmp_path / "m", 1)
+    assert load_model(tmp_path / "m").manifest["training"] == {"version": 1}
+    assert os.listdir(tmp_path) == ["m"]
+
+
 @pytest.mark.parametrize("exchange", [True, False])
 def test_two_writers_of_models_at_the_same_moments(tmp_path: Path, warm: Program, exchange: bool) -> None:
     with ThreadPoolExecutor(2) as threads:

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from featcache.backbones import Backbone
 from featcache.errors import BackboneError, UsageError
-from featcache.fusion import fold_batchnorm, fuse_convolutions
+from featcache.fusion import fold_batchnorm, fuse_convolutions, sources_forgotten
 from featcache.preprocess import PreprocessSpec, channel_constants, normalise
 from featcache.runtime import Runtime, has_bf16_arithmetic
 
@@ -110,6 +110,7 @@ class Encoder:
         return host.numpy().copy()  # pinned memory is scarce: hand it back
 
 
+@sources_forgotten()
 def build_encoder(
     backbone: Backbone,
     runtime: Runtime,

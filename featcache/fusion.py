@@ -4,10 +4,12 @@ In: a frozen network in eval mode. Out: a copy that computes the same up to roun
 whoever uses it checks that it does. Compilers find the same fusions, but take many seconds for it on every start.
 """
 
+import contextlib
 import copy
+import linecache
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +27,23 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, list[float]]]] = 
 }
 _RELUS = {torch.relu, nn.functional.relu}
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
+
+
+@contextlib.contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """Drop the source texts of the modules that are traced inside.
+
+    PyTorch keeps them as long as the process lives, to show them in tracebacks: 27 KB for every encoder, which adds up in
+    a service that makes one for every request.
+    """
+    kept: dict[str, Any] = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for name in set(kept) - before:
+            kept.pop(name, None)
+            linecache.cache.pop(name, None)
 
 
 def fold_batchnorm(module: nn.Module) -> nn.Module:

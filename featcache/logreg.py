@@ -8,11 +8,12 @@ import itertools
 import logging
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from joblib import Parallel, cpu_count, delayed
+from joblib import cpu_count
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
@@ -137,11 +138,16 @@ def cross_validate(
     bases = {scaling: _basis(X, scaling) if square else None for scaling in scalings}
     kept = len(scalings) * folds * len(grid) * (int(y.max()) + 1) * X.shape[1] * X.itemsize <= _MAX_KEPT_BYTES
     # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
-    with threadpool_limits(1):
-        results = Parallel(n_jobs=-1, prefer="threads")(
-            delayed(_fold)(X, y, scaling, train, held_out, grid, balanced, bases[scaling], tolerance, kept)
+    # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
+    with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
+        running = [
+            pool.submit(_fold, X, y, scaling, train, held_out, grid, balanced, bases[scaling], tolerance, kept)
             for scaling, (train, held_out) in itertools.product(scalings, splits)
-        )
+        ]
+        try:
+            results = [fold.result() for fold in running]
+        finally:
+            pool.shutdown(cancel_futures=True)
     curve, starts = [], {}
     for s, scaling in enumerate(scalings):
         for c, C in enumerate(grid):

@@ -233,7 +233,12 @@ def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
             temporary.mkdir()
             if fcntl is None:
                 return temporary, -1
-        descriptor = os.open(temporary, os.O_RDONLY if flags is None else flags, 0o666)
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY if flags is None else flags, 0o666)
+        except FileNotFoundError:
+            if flags is not None:
+                raise
+            continue  # swept away before it was even opened
         if fcntl is None:
             return temporary, descriptor
         with contextlib.suppress(OSError):  # a file system without locks
@@ -241,7 +246,7 @@ def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(temporary.stat(), os.fstat(descriptor)):
                 return temporary, descriptor
-        os.close(descriptor)  # somebody swept it away in the moment before it was locked
+        os.close(descriptor)  # swept away in the moment before it was locked
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -18,6 +18,8 @@ import torch
 
 from featcache.errors import UsageError
 
+_LOADED_BY = os.getpid()
+
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
@@ -50,6 +52,7 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     for name, value, most in (("workers", workers, 1024), ("batch size", batch_size, 8192)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"{name} must lie between 1 and {most}, found {value}")
+    use_one_thread_if_forked()
     cores = usable_cores()
     chosen, reason = _choose_device(device)
     if workers is None:
@@ -76,6 +79,15 @@ def _choose_device(name: str) -> tuple[torch.device, str]:
         there = [kind for kind, count in found.items() if count]
         raise UsageError(f"device {name!r} is not on this machine, which has: {', '.join(there)}")
     return device, f"device {name}: as asked"
+
+
+def use_one_thread_if_forked() -> None:
+    """Let PyTorch use one thread per call in a process that was forked from one that had loaded it.
+
+    The threads that it computed with there do not exist here, and waiting for them would never end.
+    """
+    if os.getpid() != _LOADED_BY:
+        torch.set_num_threads(1)
 
 
 def usable_cores() -> int:

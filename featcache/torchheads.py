@@ -20,6 +20,7 @@ from torch import nn
 
 from featcache.heads import Array, FittedHead, Head, class_weights
 from featcache.reading import FeatureReader
+from featcache.runtime import use_one_thread_if_forked
 
 TorchKind = Literal["linear", "mlp"]
 Indices = npt.NDArray[np.intp]
@@ -58,6 +59,7 @@ def fit_torch_head(
         balanced: weigh classes inversely to their frequency.
         seed: of weights, batches and folds; the same seed gives the same head.
     """
+    use_one_thread_if_forked()
     data = _Data(features, rows, y, n_classes, balanced)
     accuracies = []
     if folds:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from featcache import __version__, cli_inspect, options
-from featcache.display import is_first_process, print_json, printable, say, show_progress, show_training
+from featcache.display import is_first_process, print_json, printable, printable_row, say, show_progress, show_training
 from featcache.errors import FeatcacheError, UsageError
 
 app = typer.Typer(
@@ -284,6 +284,8 @@ def predict(
         )
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
         if output is None:
+            if sys.stdout.isatty():  # which would obey what a name holds; a file or a pipe gets names as they are
+                rows = map(printable_row, rows)
             written, refused = write_rows(rows, sys.stdout.buffer, kind)
             sys.stdout.flush()
         else:
@@ -332,7 +334,7 @@ def evaluate(
     for name, entry in scores["per_class"].items():
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
-            say(f"  {printable(name)}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+            say(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
     print_json(scores, as_json)
 
 
@@ -367,7 +369,7 @@ def main() -> None:
     try:
         code = app(prog_name="featcache", standalone_mode=False)
     except FeatcacheError as error:
-        say(f"error: {printable(str(error))}")
+        say(f"error: {error}")
         code = error.exit_code
     except typer.Exit as error:
         code = error.exit_code
@@ -378,7 +380,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        say(f"error: {printable(str(error))}")
+        say(f"error: {error}")
         code = 1
     except Exception as error:
         code = _usage_error(error)

@@ -77,13 +77,18 @@ def is_first_process() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a message for the user: to stderr, stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a message for the user, on one line: to stderr, stdout is for results."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
     """Names may hold anything; a terminal gets it on one line, with nothing that it would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def printable_row(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with its keys and texts ``printable``."""
+    return {printable(key): printable(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
 def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:

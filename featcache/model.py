@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.cache import FeatureCache
+from featcache.cache import FeatureCache, encode_names
 from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
 from featcache.heads import FittedHead, Head
 from featcache.preprocess import PreprocessSpec
 from featcache.publish import check_output, publish_folder, recover_folder
-from featcache.spec import check_spec, fingerprint_of, spec_difference
+from featcache.spec import check_spec, fingerprint_of, parse_json, spec_difference
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
@@ -32,6 +32,7 @@ FORMAT = "featcache-model"
 FORMAT_VERSION = 1
 _HEAD, _BACKBONE, _MANIFEST, _METRICS = "head.safetensors", "backbone.safetensors", "model.json", "metrics.json"
 _PIPELINE = "head.joblib"
+_FIELDS = dict.fromkeys(("head", "weights", "training", "metrics", "versions"), dict) | {"classes": list}
 _FILES = (_HEAD, _BACKBONE, _MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
 
 
@@ -72,7 +73,7 @@ class Model:
         from featcache.backbones import load_backbone, load_provided
 
         wanted = self.spec["backbone"]
-        copy, reload = self.path / _BACKBONE, self.manifest["weights"].get("reload")
+        copy, reload = own_file(self.path, _BACKBONE), self.manifest["weights"].get("reload")
         if copy.is_file():
             backbone = load_backbone(wanted["name"], copy)
         elif isinstance(reload, str):
@@ -106,10 +107,10 @@ def check_replaceable(path: Path) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        manifest = json.loads((path / _MANIFEST).read_text()) if path.is_dir() else None
+        manifest = parse_json((path / _MANIFEST).read_text()) if path.is_dir() else None
     except (OSError, ValueError):
         manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest is None or manifest.get("format") != FORMAT:
         raise ModelError(f"{path} exists and is not a featcache model; choose another -o")
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in _FILES):
         raise ModelError(
@@ -190,8 +191,8 @@ def load_model(path: str | Path) -> Model:
             f"{path} is not a model: no {_MANIFEST} in it; make one with `featcache fit-head features.h5 -o {path}`"
         )
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = parse_json(own_file(path, _MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
             raise ModelError(f"{path / _MANIFEST} is not a featcache model's")
         if manifest["version"] != FORMAT_VERSION:
             raise ModelError(
@@ -199,13 +200,15 @@ def load_model(path: str | Path) -> Model:
             )
         if manifest.pop("sha256") != fingerprint_of(manifest):
             raise ModelError(f"{path} is damaged: {_MANIFEST} is not what was saved; train it again")
-        if not (path / _HEAD).is_file() or _sha256(path / _HEAD) != manifest["head"]["sha256"]:
+        for key, kind in _FIELDS.items():
+            if not isinstance(manifest[key], kind):
+                raise ModelError(f"{path} is damaged: {key} in {_MANIFEST} is no {kind.__name__}; train it again")
+        head_file = own_file(path, _HEAD)
+        if not head_file.is_file() or _sha256(head_file) != manifest["head"]["sha256"]:
             raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
         spec = check_spec(manifest["spec"])
-        head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load_file(path / _HEAD))
-        classes = tuple(manifest["classes"])
-        if len(set(classes)) != len(head.layers[-1][1]) or not all(isinstance(name, str) for name in classes):
-            raise ModelError(f"{path} is damaged: {len(set(classes))} classes for {len(head.layers[-1][1])} outputs")
+        head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load_file(head_file))
+        classes = _check_classes(path, manifest["classes"], len(head.layers[-1][1]))
         return Model(path, classes, head, spec, fingerprint_of(spec), manifest)
     except ModelError:
         raise
@@ -215,6 +218,29 @@ def load_model(path: str | Path) -> Model:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # damaged JSON or safetensors raise many kinds
         raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}); train it again") from error
+
+
+def _check_classes(path: Path, classes: list[Any], outputs: int) -> tuple[str, ...]:
+    """``classes`` if they are as many different names as the head has outputs, fit to be written. Raises ModelError."""
+    if not len(set(classes)) == len(classes) == outputs or not all(isinstance(name, str) for name in classes):
+        raise ModelError(f"{path} is damaged: {len(set(classes))} classes for {outputs} outputs; train it again")
+    encode_names(classes)
+    return tuple(classes)
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """``folder / name``, which may be missing, unless it is a link to somewhere outside ``folder``.
+
+    A model folder may itself be a link, and a model sent by somebody else may hold links; following those would read
+    whatever files of the user they name.
+
+    Raises:
+        ModelError: it is such a link.
+    """
+    path = folder / name
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise ModelError(f"{path} is refused: it is a link to {path.readlink()}; put a copy of that file in its place")
+    return path
 
 
 def library_versions() -> dict[str, str]:

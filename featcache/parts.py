@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 
 from featcache.cache import FeatureCache, Rows, encode_names, write_cache
-from featcache.errors import DamagedCacheError, StorageError
+from featcache.errors import CacheError, NewerCacheError, StorageError
 
 if TYPE_CHECKING:
     from featcache.embedding import Chunk
@@ -60,14 +60,16 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def open_parts(folder: Path) -> list[FeatureCache]:
-    """Open every intact part. A damaged one is removed: its images are simply embedded again. Raises CacheError."""
+    """Open every intact part. One that is no part is removed: its images are embedded again. Raises CacheError."""
     parts = []
     for path in sorted(folder.glob("*.h5")):
         try:
             part = FeatureCache.open(path)
             part.check_features()
             parts.append(part)
-        except DamagedCacheError as error:
+        except CacheError as error:
+            if isinstance(error, NewerCacheError) or isinstance(error.__cause__, OSError | MemoryError):
+                raise  # the part may well be intact
             log.warning("part %s is damaged and will be made again (%s)", path.name, error)
             path.unlink(missing_ok=True)
     return parts

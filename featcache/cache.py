@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -32,16 +31,16 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.checksums import PROVENANCE, bytes_of, column_checksums, damaged_columns, update_checksums
-from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, SourceError, advice
-from featcache.publish import check_free_space, publish_file, read_published
+from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, NewerCacheError, SourceError, advice
+from featcache.publish import available_memory, check_free_space, publish_file, read_published
 from featcache.reading import FeatureReader, Features, Identity, identity_of, is_finite
 from featcache.sparsefile import SparseFile
-from featcache.spec import canonical_json, check_spec
+from featcache.spec import canonical_json, check_spec, parse_json
+from featcache.untrusted import SIGNATURE, Malformed, NotPlain, PlainDataset, PlainFile
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
 SPLITS = ("none", "train", "val", "test")  # position = the number stored
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _ROWS_PER_CHECKSUM = 1024  # or more, if there would be too many:
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
@@ -169,7 +168,9 @@ def _layout(
 ) -> tuple[SparseFile, range]:
     """Lay out the whole file in memory, except for the feature bytes; also return the byte range where they go."""
     frame = SparseFile()
-    with h5py.File(frame, "w", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT) as file:
+    with h5py.File(
+        frame, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
+    ) as file:
         file.attrs["format"] = FORMAT
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["spec"], file.attrs["provenance"] = texts
@@ -264,20 +265,21 @@ class FeatureCache:
             raise CacheError(f"{path} is no regular file; expected a cache written by `featcache extract`")
         try:
             with path.open("rb") as file:
-                if file.read(len(_SIGNATURE)) != _SIGNATURE:
+                if file.read(len(SIGNATURE)) != SIGNATURE:
                     raise CacheError(f"{path} is not an HDF5 file; expected a cache written by `featcache extract`")
                 opened = identity_of(file.fileno())
-            with h5py.File(path, "r", locking=False) as file:
-                return cls(path, **_read(path, file), opened=opened)
+                return cls(path, **_read(path, PlainFile(file)), opened=opened)
         except FeatcacheError:
             raise
-        except Exception as error:  # a damaged HDF5 file makes h5py raise nearly anything
+        except NotPlain as error:
+            raise CacheError(f"{path} is refused: {error}; expected a cache written by `featcache extract`") from error
+        except Malformed as error:
+            raise DamagedCacheError(f"{path} is damaged beyond repair: {error}; {_anew(path)}") from error
+        except Exception as error:  # damaged JSON, for one, raises several kinds
             if isinstance(error, MemoryError) or getattr(error, "errno", None):  # not the file's fault
                 raise CacheError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-            raise DamagedCacheError(
-                f"{path} is damaged ({type(error).__name__} while reading it) and cannot be repaired; restore it, or make "
-                f"it anew with `featcache extract SOURCE -o {path} --force`"
-            ) from error
+            what = f"{path} is damaged beyond repair ({type(error).__name__} while reading it); {_anew(path)}"
+            raise DamagedCacheError(what) from error
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -389,20 +391,21 @@ class FeatureCache:
                 yield features[rows[start : start + size]]
 
 
-def _read(path: Path, file: h5py.File) -> dict[str, Any]:
-    """Everything in the file, checked. Raises CacheError with the reason, or whatever h5py raises on damage."""
+def _anew(path: Path) -> str:
+    return f"restore it, or make it anew with `featcache extract SOURCE -o {path} --force`"
+
+
+def _read(path: Path, file: PlainFile) -> dict[str, Any]:
+    """Everything in the file, checked. Raises CacheError or Malformed with the reason, KeyError for a lost attribute."""
 
     def damaged(what: str) -> CacheError:
-        return DamagedCacheError(
-            f"{path} is damaged beyond repair: {what}; restore it, or make it anew with "
-            f"`featcache extract SOURCE -o {path} --force`"
-        )
+        return DamagedCacheError(f"{path} is damaged beyond repair: {what}; {_anew(path)}")
 
     if file.attrs.get("format") != FORMAT:
         raise CacheError(f"{path} is an HDF5 file of another program; expected a cache written by `featcache extract`")
     version = int(file.attrs["format_version"])
     if version != FORMAT_VERSION:
-        raise CacheError(
+        raise NewerCacheError(
             f"{path} has format version {version}, this featcache reads {FORMAT_VERSION}; upgrade featcache"
         )
     texts = (str(file.attrs["spec"]), str(file.attrs["provenance"]))
@@ -410,11 +413,14 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
     if file.attrs["fingerprint"] != fingerprint:
         raise damaged("the spec does not match its fingerprint")
 
-    features = _dataset(file, "features", "f", 2)
+    features = _dataset(path, file, "features", "f", 2)
     n, dim = features.shape
     if features.dtype.str not in ("<f2", "<f4") or dim < 1:
         raise damaged(f"features are {features.dtype} of shape {features.shape}")
-    columns = {name: _dataset(file, name, kind, ndim)[()] for name, kind, ndim in _COLUMNS}
+    wanted = {name: _dataset(path, file, name, kind, ndim) for name, kind, ndim in _COLUMNS}
+    if (needed := sum(found.nbytes for found in wanted.values())) > 2**28 and needed > available_memory():
+        raise CacheError(f"{path} cannot be read: {needed / 1e9:,.1f} GB of rows do not fit into this machine's memory")
+    columns = {name: file.read(found) for name, found in wanted.items()}
     if any(len(columns[name]) != n for name in _ROW_COLUMNS) or columns["digests"].shape[1] != 32:
         raise damaged("its datasets differ in length")
     if len(columns["refused/paths"]) != len(columns["refused/reasons"]):
@@ -433,22 +439,22 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
     ):
         raise damaged("labels or splits out of range")
 
-    offset, size = features.id.get_offset(), n * dim * features.dtype.itemsize
-    if n and (offset is None or offset + size > path.stat().st_size):
+    if features.offset + features.nbytes > path.stat().st_size:
         raise damaged("it is truncated")
     per_checksum = int(file.attrs["rows_per_checksum"])
     checksums = np.asarray(file.attrs["features_crc32"], np.uint32)
     if per_checksum < 1 or checksums.shape != (-(-n // per_checksum),):
         raise damaged("its checksums are incomplete")
     try:
-        spec = check_spec(json.loads(texts[0]))
+        spec = check_spec(parse_json(texts[0]))
     except FeatcacheError as error:
         raise CacheError(f"{path} cannot be used: {error}") from error
     if spec["storage"] != features.dtype.name:
         raise damaged(f"features are {features.dtype}, its spec says {spec['storage']}")
-    provenance = json.loads(texts[1])
-    if not isinstance(provenance, dict):
-        raise damaged("its provenance is no JSON object")
+    try:
+        provenance = parse_json(texts[1])
+    except ValueError as error:
+        raise damaged(f"its provenance is unreadable: {error}") from error
     return {
         "spec": spec,
         "fingerprint": fingerprint,
@@ -462,7 +468,7 @@ def _read(path: Path, file: h5py.File) -> dict[str, Any]:
         "dim": dim,
         "damaged_columns": wrong,
         "column_checksums": {} if recorded is None else dict(zip(columns, recorded.tolist(), strict=False)),
-        "_offset": offset or 0,
+        "_offset": features.offset,
         "feature_checksums": checksums,
         "rows_per_checksum": per_checksum,
     }
@@ -482,23 +488,11 @@ _COLUMNS = (
 _ROW_COLUMNS = ("paths", "labels", "splits", "digests", "sizes", "mtimes")
 
 
-def _dataset(file: h5py.File, name: str, kind: str, ndim: int) -> h5py.Dataset:
+def _dataset(path: Path, file: PlainFile, name: str, kind: str, ndim: int) -> PlainDataset:
     """A dataset that really lies in this file: hard-linked, contiguous, no external, virtual or filtered storage."""
-    group = file
-    for part in name.split("/"):
-        if not isinstance(group, h5py.Group) or not isinstance(group.get(part, getlink=True), h5py.HardLink):
-            raise CacheError(f"{file.filename} is refused: {name} is missing or a link to somewhere else")
-        group = group[part]
-    creation = group.id.get_create_plist()
-    if (
-        not isinstance(group, h5py.Dataset)
-        or creation.get_layout() != h5py.h5d.CONTIGUOUS
-        or creation.get_external_count()
-        or creation.get_nfilters()
-        or group.dtype.kind != kind
-        or group.ndim != ndim
-    ):
-        raise CacheError(f"{file.filename} is refused: {name} is not a plain contiguous dataset of the expected type")
-    if group.size * group.dtype.itemsize > os.stat(file.filename).st_size:  # noqa: PTH116
-        raise CacheError(f"{file.filename} is damaged: {name} is larger than the file")
-    return group
+    found = file.dataset(name)
+    if found is None:
+        raise CacheError(f"{path} is refused: {name} is missing or a link to somewhere else")
+    if found.dtype.kind != kind or len(found.shape) != ndim:
+        raise CacheError(f"{path} is refused: {name} is not a plain contiguous dataset of the expected type")
+    return found

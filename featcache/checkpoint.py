@@ -13,7 +13,8 @@ from typing import Any
 
 from featcache.errors import ModelError, StorageError, UsageError
 from featcache.publish import publish_file
-from featcache.spec import fingerprint_of, spec_difference
+from featcache.spec import fingerprint_of, parse_json, spec_difference
+from featcache.tensorfiles import DamagedFile, load_tensors
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
 FORMAT_VERSION = 1
@@ -32,8 +33,8 @@ def has_state(output: Path) -> bool:
 def is_finished(output: Path) -> bool:
     """Whether the run in the work folder has published its model already, and was only cut off before tidying up."""
     try:
-        run = json.loads((work_folder(output) / _RUN).read_text())
-        manifest = json.loads((output / "model.json").read_text())
+        run = parse_json((work_folder(output) / _RUN).read_text())
+        manifest = parse_json((output / "model.json").read_text())
         return bool(run) and manifest["training"]["run"] == fingerprint_of(run)
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -139,15 +140,14 @@ def _empty(output: Path) -> None:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    import torch
-
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path)
         version, identity = state.pop("version"), state["identity"]
-    except Exception as error:  # pickle and zip raise many kinds
-        raise ModelError(
-            f"{path} is damaged ({type(error).__name__}); discard the interrupted run with --force"
-        ) from error
+    except (DamagedFile, KeyError, TypeError, AttributeError) as error:  # the last ones: not our state at all
+        reason = error if isinstance(error, DamagedFile) else type(error).__name__
+        raise ModelError(f"{path} is damaged ({reason}); discard the interrupted run with --force") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     if version != FORMAT_VERSION or not isinstance(identity, dict):
         raise ModelError(f"{path} was written by another version of featcache; discard it with --force")
     return dict(state)

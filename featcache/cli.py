@@ -15,7 +15,16 @@ import typer
 
 from featcache import __version__, cli_inspect, options
 from featcache.crashes import never_again, supervised
-from featcache.display import interruptible, is_first_process, print_json, printable, say, show_progress, show_training
+from featcache.display import (
+    interruptible,
+    is_first_process,
+    print_json,
+    printable,
+    printable_row,
+    say,
+    show_progress,
+    show_training,
+)
 from featcache.errors import FeatcacheError, UsageError
 from featcache.signals import interrupt_on_sigterm
 
@@ -287,6 +296,8 @@ def predict(
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
         if output is None:
             never_again()
+            if sys.stdout.isatty():  # which would obey what a name holds; a file or a pipe gets names as they are
+                rows = map(printable_row, rows)
             written, refused = write_rows(rows, sys.stdout.buffer, kind)
             sys.stdout.flush()
         else:

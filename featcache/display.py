@@ -97,6 +97,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def printable_row(row: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with its keys and texts ``printable``."""
+    return {printable(key): printable(value) if isinstance(value, str) else value for key, value in row.items()}
+
+
 def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:
     """One readable line per value of a nested dictionary."""
     if isinstance(value, dict) and value:

@@ -34,6 +34,10 @@ class DamagedCacheError(CacheError):
     """A cache file that is ours, and broken: what ``--force`` may replace."""
 
 
+class NewerCacheError(CacheError):
+    """A cache file of a format version that this featcache does not read."""
+
+
 class SpecMismatchError(FeatcacheError):
     """Two things made with different specs were about to be mixed."""
 

@@ -7,7 +7,6 @@ import copy
 import csv
 import dataclasses
 import io
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from featcache.checkpoint import work_folder
 from featcache.errors import MissingDependencyError, ModelError
 from featcache.heads import FittedHead
 from featcache.model import Model, library_versions, save_model
+from featcache.spec import parse_json
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
@@ -62,7 +62,7 @@ class FinetuneReport:
 def read_report(output: Path) -> FinetuneReport:
     """The report that was saved with the model. Raises ModelError if it cannot be read."""
     try:
-        facts = json.loads((output / "metrics.json").read_text())["report"]
+        facts = parse_json((output / "metrics.json").read_text())["report"]
         return FinetuneReport(model=output, **(facts | {"comparison": tuple(facts["comparison"])}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{output} holds no report of a fine-tuning ({error})") from error

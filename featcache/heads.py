@@ -85,7 +85,8 @@ class Head:
             )
         except (KeyError, IndexError, TypeError) as error:
             raise ModelError(f"the head's tensors are incomplete ({error})") from error
-        finite = all(np.isfinite(value).all() for value in tensors.values())
+        floats = all(value.dtype in (np.float32, np.float64) for value in tensors.values())
+        finite = floats and all(np.isfinite(value).all() for value in tensors.values()) and (scale > 0).all()
         known = kind in KINDS and scaling in SCALINGS and (scaling == "standardise") == ("mean" in tensors)
         if not (fits and finite and known and mean.shape == scale.shape == (dim,)):
             raise ModelError(f"the head's tensors do not fit together (kind {kind}, scaling {scaling})")

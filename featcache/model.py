@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.cache import FeatureCache
+from featcache.cache import FeatureCache, encode_names
 from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
 from featcache.heads import FittedHead, Head
 from featcache.publish import check_output, publish_folder, read_published, recover_folder
-from featcache.spec import check_spec, fingerprint_of, spec_difference
+from featcache.spec import check_spec, fingerprint_of, parse_json, spec_difference
 
 if TYPE_CHECKING:
     from featcache.backbones import Backbone
@@ -31,6 +31,7 @@ FORMAT = "featcache-model"
 FORMAT_VERSION = 1
 _HEAD, _BACKBONE, _MANIFEST, _METRICS = "head.safetensors", "backbone.safetensors", "model.json", "metrics.json"
 _PIPELINE = "head.joblib"
+_FIELDS = dict.fromkeys(("head", "weights", "training", "metrics", "versions"), dict) | {"classes": list}
 _FILES = (_HEAD, _BACKBONE, _MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
 
 
@@ -79,7 +80,7 @@ class Model:
         from featcache.backbones import load_again
 
         wanted = self.spec["backbone"]
-        copy, reload = self.path / _BACKBONE, self.manifest["weights"].get("reload")
+        copy, reload = own_file(self.path, _BACKBONE), self.manifest["weights"].get("reload")
         backbone = load_again(self.spec, copy, reload if isinstance(reload, str) else None)
         if backbone is None:
             raise ModelError(
@@ -110,10 +111,10 @@ def check_replaceable(path: Path) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        manifest = json.loads((path / _MANIFEST).read_text()) if path.is_dir() else None
+        manifest = parse_json((path / _MANIFEST).read_text()) if path.is_dir() else None
     except (OSError, ValueError):
         manifest = None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if manifest is None or manifest.get("format") != FORMAT:
         raise ModelError(f"{path} exists and is not a featcache model; choose another -o")
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in _FILES):
         raise ModelError(
@@ -198,8 +199,8 @@ def _load(path: Path) -> Model:
             f"{path} is not a model: no {_MANIFEST} in it; make one with `featcache fit-head features.h5 -o {path}`"
         )
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = parse_json(own_file(path, _MANIFEST).read_text())
+        if manifest.get("format") != FORMAT:
             raise ModelError(f"{path / _MANIFEST} is not a featcache model's")
         if manifest["version"] != FORMAT_VERSION:
             raise ModelError(
@@ -207,14 +208,16 @@ def _load(path: Path) -> Model:
             )
         if manifest.pop("sha256") != fingerprint_of(manifest):
             raise ModelError(f"{path} is damaged: {_MANIFEST} is not what was saved; train it again")
-        data = (path / _HEAD).read_bytes() if (path / _HEAD).is_file() else b""  # read once: checked and loaded
+        for key, kind in _FIELDS.items():
+            if not isinstance(manifest[key], kind):
+                raise ModelError(f"{path} is damaged: {key} in {_MANIFEST} is no {kind.__name__}; train it again")
+        head_file = own_file(path, _HEAD)
+        data = head_file.read_bytes() if head_file.is_file() else b""  # read once: checked and loaded
         if hashlib.sha256(data).hexdigest() != manifest["head"]["sha256"]:
             raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
         spec = check_spec(manifest["spec"])
         head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load(data))
-        classes = tuple(manifest["classes"])
-        if len(set(classes)) != len(head.layers[-1][1]) or not all(isinstance(name, str) for name in classes):
-            raise ModelError(f"{path} is damaged: {len(set(classes))} classes for {len(head.layers[-1][1])} outputs")
+        classes = _check_classes(path, manifest["classes"], len(head.layers[-1][1]))
         return Model(path, classes, head, spec, fingerprint_of(spec), manifest)
     except ModelError:
         raise
@@ -229,9 +232,32 @@ def _load(path: Path) -> Model:
 def _saved_fingerprint(path: Path) -> str | None:
     """The checksum in the manifest that lies in a model folder now."""
     try:
-        return str(json.loads((path / _MANIFEST).read_text())["sha256"])
+        return str(parse_json((path / _MANIFEST).read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _check_classes(path: Path, classes: list[Any], outputs: int) -> tuple[str, ...]:
+    """``classes`` if they are as many different names as the head has outputs, fit to be written. Raises ModelError."""
+    if not len(set(classes)) == len(classes) == outputs or not all(isinstance(name, str) for name in classes):
+        raise ModelError(f"{path} is damaged: {len(set(classes))} classes for {outputs} outputs; train it again")
+    encode_names(classes)
+    return tuple(classes)
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """``folder / name``, which may be missing, unless it is a link to somewhere outside ``folder``.
+
+    A model folder may itself be a link, and a model sent by somebody else may hold links; following those would read
+    whatever files of the user they name.
+
+    Raises:
+        ModelError: it is such a link.
+    """
+    path = folder / name
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        raise ModelError(f"{path} is refused: it is a link to {path.readlink()}; put a copy of that file in its place")
+    return path
 
 
 def library_versions() -> dict[str, str]:

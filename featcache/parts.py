@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 
 from featcache.cache import FeatureCache, Rows, encode_names, write_cache
-from featcache.errors import DamagedCacheError, StorageError
+from featcache.errors import CacheError, NewerCacheError, StorageError
 from featcache.images import ImageList
 from featcache.publish import sweep, sync_folder
 from featcache.recognition import Indices
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from featcache.preparing import Prepared, Progress
 
 log = logging.getLogger("featcache")
+_PARTS = "[0-9]*-*.h5"  # files of other names are not ours
 MAX_ROWS = 4096
 PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 MAX_SECONDS = 15.0  # what an interruption can cost at most, plus the images in flight
@@ -79,14 +80,16 @@ def _acquire(folder: Path) -> filelock.BaseFileLock:
 
 
 def open_parts(folder: Path) -> list[FeatureCache]:
-    """Open every intact part. A damaged one is removed: its images are simply embedded again. Raises CacheError."""
+    """Open every intact part. One that is no part is removed: its images are embedded again. Raises CacheError."""
     parts = []
-    for path in sorted(folder.glob("*.h5")):
+    for path in sorted(folder.glob(_PARTS)):
         try:
             part = FeatureCache.open(path)
             part.check_features()
             parts.append(part)
-        except DamagedCacheError as error:
+        except CacheError as error:
+            if isinstance(error, NewerCacheError) or isinstance(error.__cause__, OSError | MemoryError):
+                raise  # the part may well be intact
             log.warning("part %s is damaged and will be made again (%s)", path.name, error)
             path.unlink(missing_ok=True)
     return parts
@@ -94,7 +97,7 @@ def open_parts(folder: Path) -> list[FeatureCache]:
 
 def remove_parts(folder: Path) -> None:
     """Delete what the packed cache has made superfluous: parts, and temporary files of a run that died."""
-    for pattern in ("*.h5", ".*.tmp"):
+    for pattern in (_PARTS, ".*.tmp"):
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -60,6 +60,8 @@ class PreprocessSpec:
 
     def __post_init__(self) -> None:
         edges = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+        if not all(type(edge) is int for edge in (*edges, *self.crop)) or len(edges) != 2 or len(self.crop) != 2:
+            raise UsageError(f"resize {self.resize} and crop {self.crop} must be whole pixels, height and width")
         if min(*edges, *self.crop) < 1 or max(*edges, *self.crop) > _MAX_EDGE:
             raise UsageError(f"resize {self.resize} and crop {self.crop} must lie between 1 and {_MAX_EDGE} pixels")
         if edges[0] < self.crop[0] or edges[1] < self.crop[1]:
@@ -68,7 +70,8 @@ class PreprocessSpec:
             )
         if self.interpolation not in _RESAMPLING:
             raise UsageError(f"unknown interpolation {self.interpolation!r}; choose one of {', '.join(_RESAMPLING)}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+        numbers = all(isinstance(value, int | float) and abs(value) < 1e6 for value in (*self.mean, *self.std))
+        if not numbers or len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
             raise UsageError(f"mean and std must be three numbers, std positive; found {self.mean} and {self.std}")
         if self.decode not in DECODING:
             raise UsageError(f"unknown decoding {self.decode!r}; choose one of {', '.join(DECODING)}")

@@ -5,6 +5,8 @@ Two embeddings may be mixed exactly when their specs are equal. A spec read from
 
 import hashlib
 import json
+import math
+import re
 from typing import Any
 
 from featcache.errors import UsageError
@@ -12,6 +14,7 @@ from featcache.preprocess import PreprocessSpec
 
 STORAGE_TYPES = ("float16", "float32")
 PRECISION_CLASSES = ("reference", "bf16", "fp16")
+_MAX_DEPTH = 32  # of nested JSON; ours has four levels
 
 
 def make_spec(
@@ -58,11 +61,48 @@ def check_spec(spec: Any) -> dict[str, Any]:
         )
     except KeyError as error:
         raise UsageError(f"the spec lacks {error}") from error
+    if not re.fullmatch("[0-9a-f]{64}", rebuilt["backbone"]["weights_sha256"]):  # it becomes part of a file's name
+        raise UsageError("the spec's weights_sha256 is no sha256")
     if rebuilt != spec or spec["precision"] not in PRECISION_CLASSES or spec["storage"] not in STORAGE_TYPES:
         raise UsageError(
             f"the spec asks for what this version does not do: {'; '.join(spec_difference(spec, rebuilt))}"
         )
     return spec
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The object in a JSON text that nobody vouches for.
+
+    Raises:
+        ValueError: no JSON, no object, a key twice, NaN or infinity (which JSON does not have), or nested beyond reason.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number} is no JSON number")
+        return value
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    level = [found]
+    for _ in range(_MAX_DEPTH):
+        level = [entry for value in level if isinstance(value, dict | list) for entry in _entries(value)]
+    if level:
+        raise ValueError("nested too deep")
+    if not isinstance(found, dict):
+        raise ValueError("expected a JSON object")
+    return found
+
+
+def _entries(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value
 
 
 def canonical_json(value: dict[str, Any]) -> str:

@@ -1,0 +1,52 @@
+"""The one place that reads a file of ``torch.save``: tensors and plain values, checked, and never code.
+
+In: a file that nobody vouches for. Out: what ``torch.save`` was given. PyTorch ignores the checksums that it writes, so
+that a flipped bit would become a weight like any other; here they are compared first.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+
+class DamagedFile(Exception):  # noqa: N818 - whoever knows what the file is for makes an error of it
+    """The file is not what ``torch.save`` writes, or no longer; ``str()`` says why."""
+
+
+def load_tensors(path: Path) -> Any:
+    """Read ``path``.
+
+    Raises:
+        DamagedFile: a checksum differs; it is no file of ``torch.save``, holds more than tensors and plain values, or
+            claims to be larger than it is. OSError: the system cannot read it.
+    """
+    import torch
+
+    with path.open("rb") as file:
+        try:
+            if zipfile.is_zipfile(file):
+                _check_archive(file, path.stat().st_size)
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (DamagedFile, OSError):
+            raise
+        except Exception as error:  # pickle and zip each have their own, dozens in all
+            raise DamagedFile(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _check_archive(file: Any, size: int) -> None:
+    """What PyTorch leaves to trust: names, sizes and checksums in the archive. Raises DamagedFile."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise DamagedFile("it is a compressed archive, which torch.save does not write")
+        if sum(entry.file_size for entry in entries) > size:
+            raise DamagedFile("its archive claims to hold more bytes than the file has")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise DamagedFile("its archive holds one name twice")
+        try:
+            bad = archive.testzip()
+        except Exception as error:
+            raise DamagedFile(f"its archive is broken ({error})") from error
+        if bad is not None:
+            raise DamagedFile(f"checksum mismatch in {bad}")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from featcache.preparing import Prepared, Progress
 
 log = logging.getLogger("featcache")
-_PARTS = "[0-9]*-*.h5"  # files of other names are not ours
+_PARTS = "[0-9]*.h5"  # named after the time; what is called otherwise is not ours
 MAX_ROWS = 4096
 PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 MAX_SECONDS = 15.0  # what an interruption can cost at most, plus the images in flight

@@ -216,7 +216,10 @@ def _load(path: Path) -> Model:
         if hashlib.sha256(data).hexdigest() != manifest["head"]["sha256"]:
             raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
         spec = check_spec(manifest["spec"])
-        head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load(data))
+        try:
+            head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load(data))
+        except ModelError as error:
+            raise ModelError(f"{path} cannot be used: {error}; train it again") from error
         classes = _check_classes(path, manifest["classes"], len(head.layers[-1][1]))
         return Model(path, classes, head, spec, fingerprint_of(spec), manifest)
     except ModelError:

@@ -1,9 +1,13 @@
 """Shared by all tests: small image folders, a small backbone, and no network."""
 
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Several test processes share the cores: threads that spin waiting for each other would take minutes. Before NumPy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

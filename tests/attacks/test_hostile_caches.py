@@ -1,0 +1,424 @@
+"""Caches made by somebody who means harm: refused with a reason, quickly, in little memory, reading nothing else.
+
+In: good caches, changed through h5py or byte by byte, checksums set right where that is possible.
+"""
+
+import json
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import test_mutated_caches as caches
+from hostile import watched
+
+from featcache import cache as cache_module
+from featcache.cache import FeatureCache
+from featcache.checksums import column_checksums
+from featcache.errors import CacheError, DamagedCacheError
+from featcache.spec import canonical_json, check_spec
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "f.h5"
+    caches.write_shape(path, 4)
+    return path
+
+
+@pytest.fixture
+def path(template: Path, tmp_path: Path) -> Path:
+    shutil.copy(template, tmp_path / "f.h5")
+    return tmp_path / "f.h5"
+
+
+def reseal(path: Path, *, spec: str | None = None, provenance: str | None = None) -> None:
+    """Other texts in a well-formed cache, every checksum right."""
+    with h5py.File(path, "r+") as file:
+        texts = (spec or file.attrs["spec"], provenance or file.attrs["provenance"])
+        file.attrs["spec"], file.attrs["provenance"] = texts
+        file.attrs["fingerprint"] = cache_module.hashlib.sha256(texts[0].encode()).hexdigest()
+        columns = {name: file[name][()] for name, _, _ in cache_module._COLUMNS}
+        file.attrs["metadata_crc32"] = cache_module._metadata_checksum(columns, texts)
+        file.attrs["column_crc32"] = column_checksums(columns, texts[1])
+
+
+def refused(path: Path, words: str) -> str:
+    """Open ``path``, which must be refused: at once, by its name, and without opening anything but the file itself."""
+    started = time.perf_counter()
+    with watched() as seen, pytest.raises(CacheError, match=words) as error:
+        FeatureCache.open(path)
+    assert time.perf_counter() - started < 5
+    assert {entry for entry in seen if "/proc/meminfo" not in entry and "cgroup" not in entry} <= {f"open {path}"}
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_libhdf5_never_sees_a_cache_that_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loops and overflows, plugins and external files are then nobody's concern."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("libhdf5 opens the file")
+
+    monkeypatch.setattr(h5py, "File", fail)
+    monkeypatch.setattr(h5py.h5f, "open", fail)
+    cache = FeatureCache.open(path)
+    assert cache.verify() == []
+    assert len(cache.X) == len(cache) == 40
+
+
+# ------------------------------------------------------------------------------------------ what h5py itself can write
+
+
+def external_link(file: h5py.File) -> None:
+    del file["paths"]
+    file["paths"] = h5py.ExternalLink("/etc/passwd", "/paths")
+
+
+def soft_link(file: h5py.File) -> None:
+    file.move("labels", "other")
+    file["labels"] = h5py.SoftLink("/other")
+
+
+def virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout(file["labels"].shape, "<i4")
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", file["labels"].shape)
+    del file["labels"]
+    file.create_virtual_dataset("labels", layout)
+
+
+def external_storage(file: h5py.File) -> None:
+    del file["digests"]
+    file.create_dataset("digests", (40, 32), "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
+
+
+def gzip_bomb(file: h5py.File) -> None:
+    del file["labels"]
+    file.create_dataset("labels", (2**33,), "i4", chunks=(2**20,), compression="gzip")
+
+
+def shape_bomb(file: h5py.File) -> None:
+    del file["digests"]
+    file.create_dataset("digests", (2**40, 32), "u1")
+
+
+def overflow(file: h5py.File) -> None:  # 2**62 * 32 is 0 in 64 bits
+    del file["digests"]
+    file.create_dataset("digests", (2**62, 32), "u1")
+
+
+def plugin(file: h5py.File) -> None:  # a filter that libhdf5 would look for in HDF5_PLUGIN_PATH
+    values = file["labels"][()]
+    del file["labels"]
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_chunk((len(values),))
+    creation.set_filter(h5py.h5z.FILTER_DEFLATE, h5py.h5z.FLAG_OPTIONAL, (1,))
+    space = h5py.h5s.create_simple(values.shape)
+    dataset = h5py.h5d.create(file.id, b"labels", h5py.h5t.STD_I32LE, space, creation)
+    dataset.write_direct_chunk((0,), b"xxxx")
+
+
+def of_type(dtype: Any) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file["paths"]
+        file.create_dataset("paths", (40,), dtype)
+
+    return change
+
+
+def cycle(file: h5py.File) -> None:
+    del file["refused"]
+    file["refused"] = file["/"]
+
+
+def features_are_paths(file: h5py.File) -> None:
+    del file["features"]
+    file["features"] = file["paths"]
+
+
+def many_names(file: h5py.File) -> None:
+    for number in range(3000):
+        file.create_group(f"group{number}")
+
+
+PLAIN = "is not a plain contiguous dataset of the expected type"
+NO_LINK = "is missing or a link to somewhere else|a group is missing, or of a kind"
+DATASETS = {
+    "external link": (external_link, NO_LINK),
+    "soft link": (soft_link, "labels is missing or a link to somewhere else"),
+    "virtual": (virtual, PLAIN),
+    "external storage": (external_storage, PLAIN),
+    "gzip bomb": (gzip_bomb, PLAIN),
+    "shape bomb": (shape_bomb, "digests is larger than the file"),
+    "shape overflow": (overflow, "digests is larger than the file"),
+    "filter": (plugin, PLAIN),
+    "vlen": (of_type(h5py.string_dtype()), PLAIN),
+    "vlen arrays": (of_type(h5py.vlen_dtype("i4")), PLAIN),
+    "references": (of_type(h5py.ref_dtype), PLAIN),
+    "compound": (of_type([("a", "i4"), ("b", "S3")]), PLAIN),
+    "opaque": (of_type(h5py.opaque_dtype("M8[s]")), PLAIN),
+    "enum": (of_type(h5py.enum_dtype({"A": 1}, "i4")), PLAIN),
+    "cycle of groups": (cycle, "refused/(paths|reasons) is missing"),
+    "features that are paths": (features_are_paths, PLAIN),
+    "a crowd": (many_names, "index never ends|not inside the file"),
+}
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_datasets_that_are_not_plain_are_refused(path: Path, kind: str) -> None:
+    change, words = DATASETS[kind]
+    with h5py.File(path, "r+") as file:
+        change(file)
+    refused(path, words)
+
+
+def object_pointer(file: h5py.File) -> None:
+    """h5py takes the tag's word for it that these bytes are a Python object's address, and follows it."""
+    kind = h5py.h5t.create(h5py.h5t.OPAQUE, 8)
+    kind.set_tag(b"NUMPY:|O")
+    del file.attrs["format"]
+    attribute = h5py.h5a.create(file.id, b"format", kind, h5py.h5s.create(h5py.h5s.SCALAR))
+    attribute.write(np.frombuffer(b"AAAAAAAA", "V8").reshape(()), kind)
+
+
+def attribute(name: str, value: Any, dtype: Any = None) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file.attrs[name]
+        if isinstance(value, list) and dtype is not None:
+            value[:] = [np.asarray(entry, "i4") for entry in value]
+            table = np.empty(len(value), object)
+            table[:] = value
+            file.attrs.create(name, table, dtype=dtype)
+        else:
+            file.attrs.create(name, value, dtype=dtype)
+
+    return change
+
+
+ATTRIBUTES = {
+    "object pointer": (object_pointer, "another program"),
+    "format, list": (attribute("format", ["featcache", "x"]), "another program"),
+    "spec, vlen numbers": (attribute("spec", [np.arange(3), np.arange(2)], h5py.vlen_dtype("i4")), "damaged"),
+    "spec, reference": (attribute("spec", h5py.Reference(), h5py.ref_dtype), "damaged"),
+    "spec, huge": (attribute("spec", "x" * 10**7), "spec does not match its fingerprint"),
+    "spec, compound": (attribute("spec", np.zeros((), [("a", "i4")])), "damaged"),
+    "version, text": (attribute("format_version", "one"), "damaged"),
+    "version, huge": (attribute("format_version", 2**64 - 1), "format version 18446744073709551615"),
+    "version, none": (attribute("format_version", h5py.Empty("i4")), "damaged"),
+    "checksums, 60 KB": (attribute("features_crc32", np.zeros(15000, "u4")), "checksums are incomplete"),
+    "rows_per_checksum": (attribute("rows_per_checksum", -1), "checksums are incomplete"),
+    "many": (lambda file: [file.attrs.create(f"a{k}", k) for k in range(400)], "does not hold together|damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", ATTRIBUTES)
+def test_attributes_of_other_types_are_refused(path: Path, kind: str) -> None:
+    change, words = ATTRIBUTES[kind]
+    with h5py.File(path, "r+") as file:
+        change(file)
+    refused(path, words)
+
+
+def test_a_user_block_is_not_read_past(path: Path) -> None:
+    path.write_bytes(bytes(512) + path.read_bytes())
+    refused(path, "is not an HDF5 file")
+
+
+# ------------------------------------------------------------------------------------- what only an editor of bytes can
+
+
+def put(data: bytearray, position: int, form: str, *values: int) -> None:
+    struct.pack_into(form, data, position, *values)
+
+
+def endless_header(data: bytearray) -> None:  # the root's header continues in itself
+    root = struct.unpack_from("<Q", data, 64)[0]
+    put(data, root + 24, "<QQ", root + 16, 24)
+
+
+def endless_index(data: bytearray) -> None:  # a B-tree node that is its own child
+    tree = data.find(b"TREE")
+    put(data, tree + 32, "<Q", tree)
+
+
+def wide_index(data: bytearray) -> None:
+    put(data, data.find(b"TREE") + 6, "<H", 65535)
+
+
+def endless_heap(data: bytearray) -> None:  # an object of no size: libhdf5 2.0 never comes past it
+    put(data, data.find(b"GCOL") + 16, "<HHIQ", 9, 0, 0, 0)
+
+
+def text_beyond_its_object(data: bytearray) -> None:  # libhdf5 copies the object, whatever room was made for the text
+    put(data, data.find(b"GCOL") + 24, "<Q", 4000)
+
+
+def huge_heap(data: bytearray) -> None:
+    put(data, data.find(b"GCOL") + 8, "<Q", 2**62)
+
+
+def moved_base(data: bytearray) -> None:
+    put(data, 24, "<Q", 512)
+
+
+def other_driver(data: bytearray) -> None:  # "family" and "multi" files open further files by name
+    put(data, 48, "<Q", 96)
+
+
+def newer_superblock(data: bytearray) -> None:
+    data[8] = 3
+
+
+BYTES = {
+    endless_header: "does not hold together|damaged",
+    endless_index: "index never ends|names do not hold together",
+    wide_index: "not inside the file",
+    endless_heap: "a text is lost|another program|does not match",
+    text_beyond_its_object: "a text is lost",
+    huge_heap: "not inside the file",
+    moved_base: "superblock",
+    other_driver: "superblock",
+    newer_superblock: "superblock",
+}
+
+
+@pytest.mark.parametrize("change", BYTES, ids=lambda change: change.__name__)
+def test_structures_that_deceive_are_refused(path: Path, change: Callable[[bytearray], None]) -> None:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+    refused(path, BYTES[change])
+
+
+def test_a_hole_of_terabytes_is_not_read_into_memory(path: Path) -> None:
+    """A sparse file costs nothing, its zeros would cost all memory there is."""
+    rows = 2**37
+    data = bytearray(path.read_bytes())
+    labels = data.find(struct.pack("<QQ", 40, 40), 0)
+    while labels >= 0:  # every column claims as many rows, from the file's start on
+        put(data, labels, "<QQ", rows, rows)
+        labels = data.find(struct.pack("<QQ", 40, 40), labels + 1)
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.truncate(2**43)
+    refused(path, "its shape asks for|do not fit into this machine's memory|not a plain")
+
+
+def test_columns_beyond_memory_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("digests", "sizes", "mtimes"):
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+            creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+            width = (2**25, 32) if name == "digests" else (2**25,)
+            kind = h5py.h5t.STD_U8LE if name == "digests" else h5py.h5t.STD_I64LE
+            h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(width), creation)
+    monkeypatch.setattr(cache_module, "available_memory", lambda: 2**30)
+    assert path.stat().st_blocks * 512 < 2**24
+    refused(path, "1.6 GB of rows do not fit into this machine's memory")
+
+
+# ------------------------------------------------------------------------------------------------ JSON in attributes
+
+TEXTS = {
+    "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "rather deep": '{"a":' * 500 + "1" + "}" * 500,
+    "NaN": '{"a":NaN}',
+    "infinite": '{"a":1e999}',
+    "minus infinity": '{"a":-Infinity}',
+    "huge number": '{"a":' + "9" * 10_000 + "}",
+    "twice": '{"a":1,"a":2}',
+    "list": "[1]",
+    "number": "7",
+    "text": '"' + "x" * 100_000 + '"',
+    "broken": '{"a":',
+    "nothing": " ",
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_json_that_is_none_is_refused(path: Path, kind: str) -> None:
+    for place, words in (("provenance", "damaged"), ("spec", "damaged|cannot be used")):
+        copy = path.with_name(f"{place}.h5")
+        shutil.copy(path, copy)
+        reseal(copy, **{place: TEXTS[kind]})
+        refused(copy, words)
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "weights elsewhere": {"backbone": {"weights_sha256": "../../../../etc/passwd"}},
+    "weights, absolute": {"backbone": {"weights_sha256": "/etc/passwd"}},
+    "weights, NUL": {"backbone": {"weights_sha256": "\0" * 64}},
+    "weights, number": {"backbone": {"weights_sha256": 7}},
+    "name, list": {"backbone": {"name": ["resnet18"]}},
+    "no whole pixels": {"preprocess": {"resize": 40.5}},
+    "yes as a size": {"preprocess": {"resize": True}},
+    "huge": {"preprocess": {"resize": 10**30}},
+    "crop of three": {"preprocess": {"crop": [32, 32, 32]}},
+    "mean of words": {"preprocess": {"mean": ["a", "b", "c"]}},
+    "mean beyond floats": {"preprocess": {"mean": [10**400, 0, 0]}},
+    "no filter": {"preprocess": {"interpolation": ["bilinear"]}},
+}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_spec_that_asks_for_harm_is_refused(path: Path, kind: str) -> None:
+    spec = FeatureCache.open(path).spec
+    (part, changes), *_ = SPECS[kind].items()
+    reseal(path, spec=canonical_json(spec | {part: spec[part] | changes}))
+    refused(path, "cannot be used: ")
+
+
+def test_escape_sequences_do_not_reach_the_terminal(path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    reseal(path, provenance=canonical_json({"device": "\x1b]0;owned\x07\x1b[2J", "\x1b[31mkey": ["\u202e", "\r\n"]}))
+    code, out, err = run("info", path)
+    assert code == 0
+    assert not {"\x1b", "\x07", "\r", "\u202e"} & set(out + err)
+    assert r"\x1b]0;owned\x07" in out
+    code, out, _ = run("info", path, "--json")
+    assert json.loads(out)["provenance"]["device"] == "\x1b]0;owned\x07\x1b[2J"
+    assert "\x1b" not in out
+
+
+def test_a_cache_may_be_a_link_that_the_user_names(path: Path) -> None:
+    link = path.with_name("link.h5")
+    link.symlink_to(path)
+    assert len(FeatureCache.open(link)) == 40
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/proc/self/mem", "/dev/stdin", "/etc"])
+def test_devices_are_no_caches(name: str) -> None:
+    with pytest.raises(CacheError, match="no regular file|cannot be read|not an HDF5 file"):
+        FeatureCache.open(name)
+
+
+def test_checksums_alone_prove_nothing_about_shapes(path: Path) -> None:
+    """Every checksum right, and yet one column too long."""
+    with h5py.File(path, "r+") as file:
+        values = file["sizes"][()]
+        del file["sizes"]
+        file["sizes"] = np.append(values, 1)
+    reseal(path)
+    refused(path, "differ in length")
+
+
+def test_a_forged_checksum_of_features_is_of_no_use_for_others(path: Path) -> None:
+    """Features under another number of rows per checksum are checked by that number, or not used at all."""
+    with h5py.File(path, "r+") as file:
+        file.attrs["rows_per_checksum"] = 20
+        file.attrs["features_crc32"] = np.array([zlib.crc32(file["features"][:20].tobytes()), 0], np.uint32)
+    with pytest.raises(DamagedCacheError, match="20-39"):
+        FeatureCache.open(path).check_features()
+
+
+def test_what_check_spec_refuses_has_no_traceback() -> None:
+    for spec in (None, [], {}, {"backbone": {}}, {"backbone": {"name": 1}, "preprocess": 3}):
+        with pytest.raises(cache_module.FeatcacheError):
+            check_spec(spec)

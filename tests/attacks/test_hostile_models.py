@@ -1,0 +1,323 @@
+"""Model folders made by somebody who means harm: nothing in them runs, nothing outside them is read.
+
+In: a small model whose manifest says anything, its checksum right. Out: refused in one line, or used as what it is.
+"""
+
+import io
+import json
+import os
+import pickle
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import pytest
+import safetensors.numpy
+import test_mutated_caches as caches
+from conftest import SPEC
+from hostile import Bomb, watched
+from test_mutated_files import make_head, make_model
+
+from featcache import checkpoint
+from featcache.cache import Rows, encode_names, write_cache
+from featcache.errors import BackboneError, FeatcacheError, ModelError
+from featcache.finetuned import read_report
+from featcache.inspection import describe
+from featcache.model import check_replaceable, load_model, own_file
+from featcache.spec import fingerprint_of
+
+NAMES = (
+    "model.json",
+    "head.safetensors",
+    "backbone.safetensors",
+    "metrics.json",
+    "head.joblib",
+    "run.json",
+    "head.pkl",
+)
+
+
+def use(model: Path) -> None:
+    """Every way in which a model folder is read, whatever it answers."""
+    for read in (load_model, lambda path: load_model(path).load_backbone(), read_report, describe, check_replaceable):
+        try:
+            read(model)
+        except FeatcacheError as error:
+            assert "\n" not in str(error)
+    assert not checkpoint.is_finished(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_code_under_any_name_is_never_run(tmp_path: Path, name: str) -> None:
+    bomb = Bomb(tmp_path / "exploded")
+    stream = io.BytesIO()
+    joblib.dump(bomb, stream)
+    for number, data in enumerate((pickle.dumps(bomb), pickle.dumps(bomb, 0), stream.getvalue())):
+        model = make_model(tmp_path / f"m{number}")
+        (model / name).write_bytes(data)
+        use(model)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(pickle.dumps(bomb))
+    assert (tmp_path / "exploded").exists(), "the bomb is a dud"
+
+
+MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "classes, numbers": ({"classes": [1, 2]}, "classes for 2 outputs|damaged"),
+    "classes, lists": ({"classes": [["a"], ["b"]]}, "damaged"),
+    "classes, one twice": ({"classes": ["a", "a", "b"]}, "2 classes for 2 outputs"),
+    "classes, text": ({"classes": "ab"}, "classes in model.json is no list"),
+    "classes, a crowd": ({"classes": [f"c{k}" for k in range(10**5)]}, "100000 classes for 2 outputs"),
+    "classes, half a character": ({"classes": ["\ud800", "b"]}, "damaged"),
+    "weights, list": ({"weights": []}, "weights in model.json is no dict"),
+    "metrics, none": ({"metrics": None}, "metrics in model.json is no dict"),
+    "head, text": ({"head": "logreg"}, "head in model.json is no dict"),
+    "head, unknown": ({"head": {"kind": "code", "scaling": "none", "sha256": "SAME"}}, "kind code, scaling none"),
+    "spec, none": ({"spec": None}, "cannot be used: the spec is not a JSON object"),
+    "version": ({"version": 2}, "format version 2, this featcache reads 1"),
+    "version, list": ({"version": [1]}, "format version"),
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_that_does_not_hold_is_refused(tmp_path: Path, kind: str) -> None:
+    changes, words = MANIFESTS[kind]
+    model = make_model(tmp_path / "m")
+    sha256 = json.loads((model / "model.json").read_text())["head"]["sha256"]
+    text = json.dumps(changes).replace("SAME", sha256)
+    make_model(model, **json.loads(text))
+    with pytest.raises(ModelError, match=words):
+        load_model(model)
+    use(model)
+
+
+TEXTS = (
+    "[" * 200_000,
+    '{"a":' * 100_000,
+    '{"format":"featcache-model","a":NaN}',
+    '{"a":1,"a":2}',
+    "9" * 9999,
+    "null",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:12] or "empty")
+@pytest.mark.parametrize("name", ["model.json", "metrics.json"])
+def test_json_that_is_none_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    model = make_model(tmp_path / "m")
+    (model / name).write_text(text)
+    use(model)
+    with pytest.raises(ModelError):
+        read_report(model) if name == "metrics.json" else load_model(model)
+    checkpoint.work_folder(model).mkdir()
+    (checkpoint.work_folder(model) / "run.json").write_text(text)
+    assert not checkpoint.is_finished(model)
+
+
+BACKBONES = (
+    *("../../x", "/etc/passwd", "timm/../../x", "timm/hf-hub:timm/resnet18", "timm/hf_hub:a/b", "timm/local-dir:/etc"),
+    *(
+        "timm/resnet18.hf-hub:x/y",
+        "timm/resnet18/../../x",
+        "https://example.org/resnet18",
+        "resnet18\0",
+        "",
+        "__class__",
+    ),
+)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_by_that_name_is_not_looked_for(tmp_path: Path, name: str) -> None:
+    spec = SPEC | {"backbone": SPEC["backbone"] | {"name": name}}
+    model = make_model(
+        tmp_path / "m", spec=spec, fingerprint=fingerprint_of(spec), weights={"source": "x", "reload": "auto"}
+    )
+    loaded = load_model(model)
+    with watched() as seen, pytest.raises(BackboneError, match="no backbone is called|no library provides") as error:
+        loaded.load_backbone()
+    assert "\n" not in str(error.value)
+    assert not [entry for entry in seen if "/etc" in entry or (name and entry.endswith(name)) or "Popen" in entry]
+
+
+@pytest.mark.parametrize("reload", ["/etc/passwd", "https://example.org/w.pth", "../w.pth", "none", 7, ["auto"], {}])
+def test_weights_are_reloaded_by_a_library_or_not_at_all(tmp_path: Path, reload: Any) -> None:
+    model = make_model(tmp_path / "m", weights={"source": "x", "reload": reload})
+    with pytest.raises((ModelError, BackboneError), match="no library provides"):
+        load_model(model).load_backbone()
+
+
+# ------------------------------------------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("name", ["model.json", "head.safetensors", "backbone.safetensors"])
+def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, name: str) -> None:
+    """The file behind it is a good one; followed, a link could as well name any file of the user."""
+    model = make_model(tmp_path / "m")
+    (model / "backbone.safetensors").write_bytes(b"x")
+    (model / name).rename(tmp_path / "outside")
+    (model / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(ModelError, match="is refused: it is a link to .*outside; put a copy of that file in its place"):
+        load_model(model).load_backbone()
+
+
+def test_a_model_folder_may_be_a_link_and_hold_links_within(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "head.safetensors").rename(model / "blob")
+    (model / "head.safetensors").symlink_to("blob")
+    (tmp_path / "link").symlink_to(model, target_is_directory=True)
+    assert load_model(tmp_path / "link").classes == ("ant", "bee0")
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/proc/kmsg", "/dev/stdin", "missing", "model.json"])
+def test_a_head_that_is_a_device_is_not_read(tmp_path: Path, target: str) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "head.safetensors").unlink()
+    (model / "head.safetensors").symlink_to(target)
+    with watched() as seen, pytest.raises(ModelError, match="is refused: it is a link|is not the file that was saved"):
+        load_model(model)
+    assert not [entry for entry in seen if entry.startswith(("open /dev", "open /proc"))]
+
+
+def test_a_pipe_in_a_model_does_not_hang(tmp_path: Path) -> None:
+    for name in ("head.safetensors", "model.json"):
+        model = make_model(tmp_path / name.split(".")[0])
+        (model / name).unlink()
+        os.mkfifo(model / name)
+        with pytest.raises(ModelError):
+            load_model(model)
+        assert own_file(model, name) == model / name
+
+
+# -------------------------------------------------------------------------------------------------------- safetensors
+
+
+def with_head(path: Path, data: bytes) -> Path:
+    """A model whose ``head.safetensors`` is ``data``, its sha256 right."""
+    import hashlib
+
+    model = make_model(path)
+    (model / "head.safetensors").write_bytes(data)
+    head = {"kind": "mlp", "scaling": "standardise", "sha256": hashlib.sha256(data).hexdigest()}
+    manifest = json.loads((model / "model.json").read_text()) | {"head": head}
+    del manifest["sha256"]
+    (model / "model.json").write_text(json.dumps(manifest | {"sha256": fingerprint_of(manifest)}))
+    return model
+
+
+def header(table: dict[str, Any] | str, data: bytes = b"", length: int | None = None) -> bytes:
+    text = (table if isinstance(table, str) else json.dumps(table)).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(shape: list[int], start: int, stop: int, dtype: str = "F64") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+HEADERS = {
+    "huge header": header("{}", length=2**63),
+    "100 MB of header": header("{}", length=10**8 + 1),
+    "header beyond the file": header("{}", length=4000),
+    "no JSON": header("{" * 5000),
+    "deep": header('{"a":' * 50_000),
+    "beyond the file": header({"mean": entry([3], 0, 24)}, bytes(8)),
+    "overlapping": header({"mean": entry([1], 0, 8), "scale": entry([1], 4, 12)}, bytes(12)),
+    "backwards": header({"mean": entry([1], 8, 0)}, bytes(8)),
+    "negative": header({"mean": entry([-1], 0, 8)}, bytes(8)),
+    "overflow": header({"mean": entry([2**32, 2**32, 2**32], 0, 8)}, bytes(8)),
+    "product that is 0": header({"mean": entry([2**63, 2], 0, 0)}),
+    "hole": header({"mean": entry([1], 8, 16)}, bytes(16)),
+    "left over": header({"mean": entry([1], 0, 8)}, bytes(80)),
+    "name twice": header(
+        '{"mean":' + json.dumps(entry([1], 0, 8)) + ',"mean":' + json.dumps(entry([1], 0, 8)) + "}", bytes(8)
+    ),
+    "unknown type": header({"mean": entry([1], 0, 8, "OBJECT")}, bytes(8)),
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_that_lie_are_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ModelError, match="damaged|cannot be used: the head's tensors"):
+        load_model(with_head(tmp_path / "m", HEADERS[kind]))
+
+
+def other_head(**changes: Any) -> bytes:
+    return safetensors.numpy.save(make_head(0).to_tensors() | changes)
+
+
+HEADS = {
+    "whole numbers": other_head(mean=np.zeros(3, np.int64)),
+    "bits": other_head(**{"layers.0.weight": np.ones((4, 3), bool)}),
+    "half precision": other_head(**{"layers.0.bias": np.zeros(4, np.float16)}),
+    "complex": other_head(**{"layers.0.bias": np.zeros(4, np.complex64)}),
+    "not finite": other_head(**{"layers.1.bias": np.array([0, np.nan])}),
+    "no scale": other_head(scale=np.zeros(3)),
+    "dimensions": other_head(**{"layers.0.weight": np.zeros((4, 3, 1))}),
+    "sizes": other_head(**{"layers.1.weight": np.zeros((2, 5))}),
+    "gap": other_head(**{"layers.7.weight": np.zeros((2, 2))}),
+    "scalars": other_head(mean=np.array(1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_that_make_no_sense_are_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ModelError, match="the head's tensors|damaged"):
+        load_model(with_head(tmp_path / "m", HEADS[kind]))
+
+
+# ----------------------------------------------------------------------------------------------------------- terminal
+
+NASTY = "\x1b]0;owned\x07\x1b[2J\r\u202eant"
+
+
+@pytest.fixture
+def nasty(tmp_path: Path) -> tuple[Path, Path]:
+    """A model and a cache whose names hold what a terminal obeys."""
+    model = make_model(tmp_path / "m", classes=[NASTY, "bee"], versions={NASTY: NASTY}, weights={"source": NASTY})
+    rows = Rows(
+        encode_names([f"{NASTY}{k}.jpg" for k in range(4)]),
+        np.array([0, 1, 0, 1], np.int32),
+        np.zeros(4, np.uint8),
+        np.zeros((4, 32), np.uint8),
+        np.zeros(4, np.int64),
+        np.zeros(4, np.int64),
+    )
+    options: dict[str, Any] = {"spec": SPEC, "classes": (NASTY, "bee"), "refused": ((NASTY, NASTY),)}
+    write_cache(tmp_path / "f.h5", rows, [np.eye(4, 3)], dim=3, **options)
+    return model, tmp_path / "f.h5"
+
+
+def test_names_reach_no_terminal_raw(nasty: tuple[Path, Path], run: Callable[..., tuple[int, str, str]]) -> None:
+    model, cache = nasty
+    for arguments in (["info", model], ["info", cache], ["evaluate", model, cache], ["verify", cache]):
+        code, out, err = run(*arguments)
+        assert code == 0, err
+        assert not {"\x1b", "\x07", "\r", "\u202e"} & set(out + err), arguments
+
+
+def test_predictions_are_escaped_on_a_terminal_and_exact_in_a_pipe(nasty: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "featcache", "predict", *map(str, nasty), "--probs"]
+    ours, theirs = pty.openpty()
+    try:
+        subprocess.run(command, stdout=theirs, stderr=subprocess.DEVNULL, check=True)
+        shown = os.read(ours, 100_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert r"\x1b]0;owned\x07" in shown
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    piped = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    assert piped.count(NASTY) > 4
+
+
+def test_a_model_is_what_it_was(tmp_path: Path) -> None:
+    """The good neighbour of all the above."""
+    assert load_model(make_model(tmp_path / "m")).classes == ("ant", "bee0")
+    caches.write_shape(tmp_path / "f.h5", 4)
+    assert len(caches.contents(tmp_path / "f.h5")[0]) == 0

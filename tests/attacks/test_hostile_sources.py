@@ -1,0 +1,124 @@
+"""Sources that point elsewhere: CSV rows and links that leave the folder, devices, and folders without an end.
+
+In: a folder or list that somebody sent. Out: every row embedded or refused with a reason; nothing outside is opened.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY_FLAGS, make_photos, write_photo
+from hostile import watched
+
+from featcache.cache import FeatureCache
+from featcache.errors import FeatcacheError
+from featcache.images import RefusedImage, list_images, read_image
+from featcache.prediction import _list_inputs
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """An image that is nobody's business."""
+    return write_photo(tmp_path / "home" / "secret.jpg", (1, 2, 3), 0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "../home/secret.jpg",
+        "a/../../home/secret.jpg",
+        "{home}/secret.jpg",
+        "a/../../home/./secret.jpg",
+        "link/secret.jpg",
+        "/proc/self/environ",
+        "/dev/zero",
+        "/dev/stdin",
+    ],
+)
+def test_rows_that_leave_the_folder_are_refused_unopened(tmp_path: Path, secret: Path, row: str) -> None:
+    folder = make_photos(tmp_path / "photos", each=1)
+    (folder / "link").symlink_to(secret.parent)
+    (folder / "list.csv").write_text(f"path\nred/00.jpg\n{row.format(home=secret.parent)}\n")
+    with watched() as seen:
+        images = list_images(folder / "list.csv")
+    assert images.paths == ("red/00.jpg",)
+    assert [refusal.reason for refusal in images.refused] == ["lies outside the folder of the CSV"]
+    assert not [line for line in seen if "secret" in line or "/proc" in line or "/dev" in line]
+
+
+def test_links_that_leave_the_folder_are_refused_unopened(tmp_path: Path, secret: Path, run: Run) -> None:
+    folder = make_photos(tmp_path / "photos", each=2)
+    (folder / "red" / "file.jpg").symlink_to(secret)
+    (folder / "red" / "folder").symlink_to(secret.parent)
+    (folder / "red" / "zero.jpg").symlink_to("/dev/zero")
+    (folder / "red" / "up").symlink_to("..")
+    (folder / "red" / "self.jpg").symlink_to("self.jpg")
+    with watched() as seen:
+        code, _, err = run("extract", folder, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--max-bad", 1)
+    assert code == 0, err
+    assert not [line for line in seen if "secret" in line or "/dev/zero" in line]
+    assert dict(FeatureCache.open(tmp_path / "f.h5").refused) == {
+        "red/file.jpg": "link that leaves the source folder",
+        "red/folder": "link that leaves the source folder",
+        "red/zero.jpg": "link that leaves the source folder",
+        "red/up": "link loop",
+        "red/self.jpg": "link loop",
+    }
+
+
+def test_a_link_put_in_place_of_a_listed_image_is_still_only_an_image(tmp_path: Path) -> None:
+    """What is opened is what the user's folder names at that moment; a device is refused, and never waited for."""
+    path = write_photo(tmp_path / "a.jpg", (9, 9, 9), 1)
+    path.unlink()
+    for target in ("/dev/zero", "/dev/tty", str(tmp_path)):
+        path.symlink_to(target)
+        with pytest.raises(RefusedImage, match="not a regular file|cannot be read"):
+            read_image(path)
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,label\n" + "a" * 200_000 + ",x\n",
+        'path,label\n"a.jpg,x\n',
+        "path,path\na,b\n",
+        "path,label,split,extra\na,b,c,d\n",
+        "path\n" + "\0\n",
+        "\ufeffpath,label\n",
+        "path,label\na.jpg,x,y,z\n",
+        "path;label\na.jpg;x\n",
+        "",
+    ],
+    ids=["long", "open quote", "twice", "columns", "NUL", "no rows", "fields", "semicolons", "empty"],
+)
+def test_lists_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    try:
+        images = list_images(tmp_path / "list.csv")
+    except FeatcacheError as error:
+        assert "\n" not in str(error)
+    else:
+        assert not len(images) or all(not (tmp_path / path).exists() for path in images.paths)
+        assert all(refusal.reason for refusal in images.refused)
+
+
+def test_inputs_of_predict_follow_the_same_rules(tmp_path: Path, secret: Path) -> None:
+    folder = make_photos(tmp_path / "photos", each=1)
+    (folder / "out.jpg").symlink_to(secret)
+    (folder / "list.csv").write_text("path\n../home/secret.jpg\n")
+    with watched() as seen:
+        entries = _list_inputs([folder, folder / "list.csv"])
+    reasons = [reason for path, reason in entries if path.endswith(("out.jpg", "secret.jpg"))]
+    assert reasons == ["link that leaves the source folder", "lies outside the folder of the CSV"]
+    assert not [line for line in seen if "secret" in line]
+
+
+def test_a_name_of_a_program_or_an_address_is_no_source(tmp_path: Path, run: Run) -> None:
+    for name in ("http://example.org/photos", "s3://photos", "file:///etc", "|id", "$(id)", "-"):
+        code, out, err = run("extract", "--", name, "-o", os.fspath(tmp_path / "f.h5"))
+        assert (code, out) == (2 if "-o" in err else 1, ""), (name, err)
+        assert not (tmp_path / "f.h5").exists()

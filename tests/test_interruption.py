@@ -269,12 +269,20 @@ def test_dying_while_something_is_replaced(featcache: Program, tmp_path: Path, m
     die_everywhere(featcache, scenario, "die after", numbers(scenario, "rename", "exchange"))
 
 
+KINDS = {
+    "die before": (),
+    "die after": ("rename", "exchange", "unlink", "rmdir"),
+    "torn": ("write",),
+    "short": ("write",),
+}
+
+
 @SOAK
 @pytest.mark.parametrize("make", SCENARIOS)
-@pytest.mark.parametrize("mode", ["die before", "die after", "torn", "short"])
+@pytest.mark.parametrize("mode", KINDS)
 def test_every_step_of_every_command(featcache: Program, tmp_path: Path, make: Any, mode: str) -> None:
     scenario = make(featcache, tmp_path)
-    steps = numbers(scenario, *(["write"] if mode in ("torn", "short") else []))
+    steps = numbers(scenario, *KINDS[mode])
     print(f"{make.__name__}: {mode} at {len(steps)} of {len(scenario.steps)} steps")
     die_everywhere(featcache, scenario, mode, steps)
 
@@ -314,7 +322,7 @@ def test_signals_at_random_moments(featcache: Program, tmp_path: Path, make: Any
 
 
 @SOAK
-@pytest.mark.parametrize(("make", "count"), [(extracting, 400), (fitting, 250), (predicting, 250), (finetuning, 100)])
+@pytest.mark.parametrize(("make", "count"), [(extracting, 450), (fitting, 250), (predicting, 250), (finetuning, 50)])
 def test_a_thousand_signals(featcache: Program, tmp_path: Path, make: Any, count: int) -> None:
     scenario = make(featcache, tmp_path)
     for seed in range(1000, 1000 + count):
@@ -522,7 +530,7 @@ def test_power_lost_at_any_step(featcache: Program, extraction: Scenario) -> Non
 @SOAK
 @pytest.mark.parametrize("make", SCENARIOS)
 def test_power_lost_a_thousand_times(featcache: Program, tmp_path: Path, make: Any) -> None:
-    lose_power(featcache, make(featcache, tmp_path), range(1000), resume_every=10)
+    lose_power(featcache, make(featcache, tmp_path), range(1000), resume_every=25)
 
 
 # ------------------------------------------------------------------------------------------------ full disks
@@ -583,7 +591,7 @@ def test_a_step_that_fails_once(featcache: Program, extraction: Scenario) -> Non
 @pytest.mark.parametrize("make", SCENARIOS)
 def test_every_step_fails(featcache: Program, tmp_path: Path, make: Any) -> None:
     scenario = make(featcache, tmp_path)
-    steps = numbers(scenario)
+    steps = numbers(scenario)[:: 4 if make is finetuning else 1]
     for mode in ("fail", "fail once"):
         failed = [
             fill(featcache, scenario, Fault(mode, number, error))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from featcache.decoders import read_pixels
 from featcache.encoder import Encoder, fits_float16
-from featcache.images import ImageList, RefusedImage, ignore_size_warnings, read_image
+from featcache.images import ImageList, RefusedImage, read_image, strict_decoding
 from featcache.preprocess import PreprocessSpec
 from featcache.runtime import Runtime, one_core_each
 
@@ -75,7 +75,7 @@ def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Tim
     job = _Job(images, encoder, runtime, timings or Timings())
     starts = iter(range(0, len(images), runtime.batch_size))
     pending: deque[Future[Chunk]] = deque()
-    with ignore_size_warnings(), one_core_each(runtime.workers, "featcache-worker") as pool:
+    with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool:
         for start in starts:
             pending.append(pool.submit(job.run, start))
             if len(pending) >= 2 * runtime.workers:
@@ -98,7 +98,7 @@ def storable(chunk: Chunk, dtype: str) -> Chunk:
 def sample_pixels(images: ImageList, preprocess: PreprocessSpec, count: int) -> npt.NDArray[np.uint8]:
     """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0."""
     found: list[npt.NDArray[np.uint8]] = []
-    with ignore_size_warnings():
+    with strict_decoding():
         for path in images.paths:
             with contextlib.suppress(RefusedImage):
                 found.append(read_pixels(read_image(images.root / path)[0], preprocess))

@@ -405,7 +405,7 @@ def read_image(path: Path) -> tuple[bytes, int, int]:
 
 
 @contextlib.contextmanager
-def ignore_size_warnings() -> Iterator[None]:
+def strict_decoding() -> Iterator[None]:
     """Silence Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd metadata.
 
     Nor may Pillow load truncated images, as notebooks like to allow it. Such settings are global, so this belongs around a

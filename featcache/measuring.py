@@ -24,7 +24,7 @@ from featcache.decoders import has_fast_decoder
 from featcache.embedding import embed, sample_pixels
 from featcache.encoder import Encoder, Precision, build_encoder
 from featcache.errors import SourceError, UsageError
-from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, list_images, read_image
+from featcache.images import ImageList, RefusedImage, decode, list_images, read_image, strict_decoding
 from featcache.request import ExtractRequest, load_requested
 from featcache.runtime import Runtime, has_bf16_arithmetic, one_core_each, usable_cores
 
@@ -421,7 +421,7 @@ def _median_edge(images: ImageList, count: int = 15) -> int:
     """Median shorter edge in pixels, of some images spread over the list; one at least can be decoded."""
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(np.intp)
     edges = []
-    with ignore_size_warnings():
+    with strict_decoding():
         for row in rows:
             with contextlib.suppress(RefusedImage):
                 edges.append(min(decode(read_image(images.root / images.paths[row])[0]).size))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from featcache.decoders import read_pixels
-from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
+from featcache.images import ImageList, RefusedImage, decode, read_image, strict_decoding
 from featcache.preprocess import PreprocessSpec
 from featcache.publish import available_memory, check_free_space, publish_file
 
@@ -153,7 +153,7 @@ def _decoded(
             return None, str(reason), digest
 
     block = 16 * workers
-    with ignore_size_warnings(), ThreadPoolExecutor(workers, "featcache-decode") as pool:
+    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-decode") as pool:
         for start in range(0, len(images), block):  # in blocks, so that what is decoded never runs far ahead
             for offset, result in enumerate(pool.map(one, images.paths[start : start + block])):
                 yield start + offset, *result

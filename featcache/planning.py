@@ -17,7 +17,7 @@ import numpy.typing as npt
 from featcache.cache import FeatureCache
 from featcache.crashes import CRASHED, DecoderCrashedError, try_apart
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
-from featcache.images import ImageList, RefusedImage, decode, ignore_size_warnings, read_image
+from featcache.images import ImageList, RefusedImage, decode, read_image, strict_decoding
 from featcache.recognition import Indices, Known, recognise
 from featcache.spec import spec_difference
 
@@ -158,7 +158,7 @@ def _refuse_again(images: ImageList, known: Known, caches: list[FeatureCache]) -
 def refusals(images: ImageList, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
     """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
     refused = {}
-    with ignore_size_warnings():
+    with strict_decoding():
         for index in indices:
             try:
                 data = read_image(images.root / images.paths[index])[0]

@@ -83,12 +83,12 @@ def _decode(data: bytes) -> tuple[np.ndarray | None, str, bool]:
 
 def main() -> None:
     """Decode what stdin holds."""
-    from featcache.images import ignore_size_warnings
+    from featcache.images import strict_decoding
 
     # What runs inside is tests/test_image_corpus.py's own pickle, made a moment ago by the process that waits for us.
     files, seconds, megabytes = pickle.loads(sys.stdin.buffer.read())
     _limit(megabytes)
-    with ignore_size_warnings():
+    with strict_decoding():
         for file in files:
             data = file if isinstance(file, bytes) else file.read_bytes()
             faulthandler.dump_traceback_later(seconds, exit=True)

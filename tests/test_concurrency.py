@@ -408,7 +408,7 @@ def test_the_same_part_twice(
             classes=whole.classes,
             provenance=whole.provenance,
         )
-    shutil.copy(folder / "0.h5", folder / "copy.h5")
+    shutil.copy(folder / "0.h5", folder / "9.h5")
     done = warm.check("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     assert (done.result["embedded"], done.result["reused"]) == (0, 18)
     assert_same(tmp_path / "f.h5", whole)

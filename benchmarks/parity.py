@@ -32,8 +32,8 @@ from torchvision.transforms._presets import ImageClassification
 from featcache import ExtractRequest, FeatureCache, extract, fit_head
 from featcache.backbones import load_backbone
 from featcache.cache import Rows, write_cache
-from featcache.encoder import MEAN_COSINE, MIN_COSINE, cosine
 from featcache.runtime import has_bf16_arithmetic
+from featcache.self_check import agreement
 
 # What is turned off, and the precision asked for.
 PATHS: dict[str, tuple[dict[str, str], str]] = {
@@ -107,14 +107,14 @@ def compare(folder: Path, arguments: argparse.Namespace, work: Path) -> list[dic
             reference = plain_features(opened, folder, arguments).astype(opened.dtype)
             plain = with_features(opened, reference, work / f"{folder.name}-plain.h5")
             plain_accuracy = accuracy(plain, work / f"{folder.name}-plain")
-        mean, minimum = cosine(reference, opened.X)
+        same = agreement(reference, opened.X)
         found = accuracy(cache, work / f"{folder.name}-{number}")
         row = {"data": folder.name, "path": name, "class": opened.spec["precision"], "images": len(opened)}
-        row |= {"mean_cosine": mean, "min_cosine": minimum, "plain_accuracy": plain_accuracy, "accuracy": found}
-        row["passes"] = mean >= MEAN_COSINE and minimum >= MIN_COSINE and abs(found - plain_accuracy) <= 0.001
+        row |= {**same.to_json(), "plain_accuracy": plain_accuracy, "accuracy": found}
+        row["passes"] = same.passes and abs(found - plain_accuracy) <= 0.001
         rows.append(row | {"seconds": time.perf_counter() - started})
         verdict = ("same" if row["passes"] else "DIFFERS") + f", class {row['class']}"
-        print(f"{folder.name:12} {name:24} cosine mean {mean:.6f} min {minimum:.6f}", end="  ")
+        print(f"{folder.name:12} {name:24} {same}", end="  ")
         print(f"accuracy {found:.2%}, plain {plain_accuracy:.2%}: {verdict}", flush=True)
     return rows
 

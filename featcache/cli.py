@@ -26,7 +26,7 @@ from featcache.display import (
     show_training,
 )
 from featcache.errors import FeatcacheError, UsageError
-from featcache.signals import interrupt_on_sigterm
+from featcache.signals import interrupt_on_signals
 
 _DECODING = ("extract", "finetune", "predict", "evaluate")  # commands that decode images
 
@@ -381,7 +381,7 @@ def main() -> None:
     decodes = sys.argv[1:2] and (sys.argv[1] in _DECODING or "--repair" in sys.argv)
     if decodes and (worker_code := supervised()) is not None:
         sys.exit(worker_code)
-    terminated = interrupt_on_sigterm()
+    asked = interrupt_on_signals()
     try:
         code = app(prog_name="featcache", standalone_mode=False)
     except FeatcacheError as error:
@@ -401,7 +401,7 @@ def main() -> None:
         code = _usage_error(error)
     if code == 130:  # also what typer makes of an interruption
         say("interrupted")
-        code = 143 if terminated else 130
+        code = 128 + asked.signal if asked else 130
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.decoders import read_pixels
-from featcache.encoder import Encoder, fits_float16
+from featcache.encoder import Encoder
 from featcache.images import ImageList, RefusedImage, read_image, strict_decoding
 from featcache.preprocess import PreprocessSpec
 from featcache.runtime import Runtime, one_core_each
+from featcache.self_check import fits_float16
 
 
 @dataclasses.dataclass(frozen=True)

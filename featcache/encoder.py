@@ -9,7 +9,7 @@ import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +21,10 @@ from featcache.errors import BackboneError, UsageError
 from featcache.fusion import fold_batchnorm, fuse_convolutions, sources_forgotten
 from featcache.preprocess import PreprocessSpec, channel_constants, normalise
 from featcache.runtime import Runtime, has_bf16_arithmetic
+from featcache.self_check import Agreement, agreement, only_rounded
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Below these a precision's features are no longer the network's own: cosine to the plain float32 network.
-MEAN_COSINE, MIN_COSINE = 0.9995, 0.995
-# Folding and fusing in float32 only round otherwise: 1 - cosine is below 1e-11 in 45 architectures. What differs more is
-# wrong, also in length, which a cosine does not see.
-_MIN_COSINE_FP32, _MOST_ERROR_FP32 = 1 - 1e-6, 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +35,14 @@ class PrecisionChoice:
         precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``fusion.py``.
         precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
         reason: why, in words, with the figures.
-        tried: per precision and form: mean and minimum cosine to plain float32.
+        tried: per precision and form: ``Agreement.to_json`` with plain float32.
     """
 
     precision: str
     form: str
     precision_class: str
     reason: str
-    tried: dict[str, dict[str, float]]
+    tried: dict[str, dict[str, float | None]]
 
 
 class Encoder:
@@ -136,22 +132,24 @@ def build_encoder(
     plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
     reference = _try_input(plain, backbone, sample)
     names = candidates(runtime.device) if precision == "auto" else [precision]
-    tried: dict[str, dict[str, float]] = {}
+    tried: dict[str, Agreement] = {}
     last: tuple[Encoder, str, str] = (plain, "fp32", "plain")
     for encoder, name, form in _encoders(backbone, runtime, names):
         # In order of known speed, not by a stopwatch: a resumed run must choose what the first one chose.
         features = _features_or_nan(encoder, sample, backbone.dim)
-        mean, minimum = cosine(reference, features)
-        tried[f"{name} {form}"] = {"mean_cosine": mean, "min_cosine": minimum}
-        last = (encoder, name, form)
-        passes = mean >= MEAN_COSINE and minimum >= MIN_COSINE  # false for NaN
-        if passes and (name != "fp32" or _only_rounded(reference, features, minimum)):
-            return encoder, PrecisionChoice(name, form, "reference", _reason(name, precision, runtime, tried), tried)
+        last, found = (encoder, name, form), agreement(reference, features)
+        tried[f"{name} {form}"] = found
+        if only_rounded(reference, features) if name == "fp32" else found.passes:
+            return encoder, _choice(name, form, "reference", _reason(name, precision, runtime, tried), tried)
     figures = _figures(tried)
     if "fp32" in names:  # folding did harm (a batch norm with tiny variance, say): do without
-        return plain, PrecisionChoice("fp32", "plain", "reference", f"fp32 plain: {figures} did not pass", tried)
+        return plain, _choice("fp32", "plain", "reference", f"fp32 plain: {figures} did not pass", tried)
     encoder, name, form = last
-    return encoder, PrecisionChoice(name, form, name, f"{name} as asked: {figures}, below the bar", tried)
+    return encoder, _choice(name, form, name, f"{name} as asked: {figures}, below the bar", tried)
+
+
+def _choice(precision: str, form: str, group: str, reason: str, tried: dict[str, Agreement]) -> PrecisionChoice:
+    return PrecisionChoice(precision, form, group, reason, {name: found.to_json() for name, found in tried.items()})
 
 
 def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -> Iterator[tuple[Encoder, str, str]]:
@@ -174,12 +172,6 @@ def _features_or_nan(encoder: Encoder, sample: npt.NDArray[np.uint8], dim: int) 
         raise
     except Exception:
         return np.full((len(sample), dim), np.nan, np.float32)
-
-
-def _only_rounded(reference: npt.NDArray[np.float32], features: npt.NDArray[np.float32], minimum: float) -> bool:
-    lengths = np.linalg.norm(reference.astype(np.float64), axis=1)
-    errors = np.linalg.norm(reference.astype(np.float64) - features, axis=1)
-    return minimum >= _MIN_COSINE_FP32 and bool((errors <= _MOST_ERROR_FP32 * lengths).all())
 
 
 def _try_input(encoder: Encoder, backbone: Backbone, sample: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -205,7 +197,7 @@ def candidates(device: torch.device) -> list[str]:
     return ["bf16", "fp32"] if has_bf16_arithmetic() else ["fp32"]
 
 
-def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, dict[str, float]]) -> str:
+def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, Agreement]) -> str:
     if asked != "auto":
         return f"{best} as asked ({_figures(tried)})"
     if len(candidates(runtime.device)) == 1:
@@ -213,28 +205,8 @@ def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, dict[str, 
     return f"{best}: the fastest that passes the self-check ({_figures(tried)})"
 
 
-def _figures(tried: dict[str, dict[str, float]]) -> str:
-    return "; ".join(
-        f"{name} cosine mean {t['mean_cosine']:.6f} min {t['min_cosine']:.6f}" for name, t in tried.items()
-    )
-
-
-def cosine(reference: npt.NDArray[Any], other: npt.NDArray[Any]) -> tuple[float, float]:
-    """Mean and minimum over rows of the cosine between two (N, D) arrays; NaN if a value is not finite."""
-    a, b = reference.astype(np.float64), other.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)  # inf or nan where a value is
-    same = np.all(a == b, axis=1)  # also covers rows of zeros, which have no direction
-    with np.errstate(all="ignore"):
-        values = np.where(same, 1.0, (a * b).sum(axis=1) / np.where(norms == 0, np.nan, norms))
-    return float(values.mean()), float(values.min())
-
-
-def fits_float16(features: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """(N,) whether each row of (N, D) survives rounding to float16: no overflow, no underflow, cosine as in the check."""
-    with np.errstate(all="ignore"):
-        a, b = features.astype(np.float64), features.astype(np.float16).astype(np.float64)
-        cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-    return np.asarray((cosines >= MIN_COSINE) | (a == 0).all(axis=1))
+def _figures(tried: dict[str, Agreement]) -> str:
+    return "; ".join(f"{name} {found}" for name, found in tried.items())
 
 
 def _use_true_float32() -> None:

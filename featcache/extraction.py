@@ -213,19 +213,17 @@ class _Job:
     ) -> None:
         """Say what decoding at a reduced scale does to embeddings."""
         from featcache.embedding import sample_pixels
-        from featcache.encoder import MEAN_COSINE, MIN_COSINE, cosine
+        from featcache.self_check import agreement
 
         if preprocess.decode_at_least is None:
             return
         full = sample_pixels(self.images, dataclasses.replace(preprocess, decode="full scale"), len(sample))
-        mean, minimum = cosine(encoder(full), encoder(sample))
-        passes = mean >= MEAN_COSINE and minimum >= MIN_COSINE
+        found = agreement(encoder(full), encoder(sample))
         log.log(
-            logging.INFO if passes else logging.WARNING,
-            "large JPEGs are decoded at a reduced scale: cosine to full scale mean %.6f min %.6f%s",
-            mean,
-            minimum,
-            "" if passes else ", below what passes for the same embedding; --decode full does without",
+            logging.INFO if found.passes else logging.WARNING,
+            "large JPEGs are decoded at a reduced scale: to full scale %s%s",
+            found,
+            "" if found.passes else ", below what passes for the same embedding; --decode full does without",
         )
 
     def keep_weights(self) -> None:
@@ -246,13 +244,13 @@ class _Job:
         return origin.provenance | changes
 
     def _storage(self, features: "np.ndarray[Any, np.dtype[np.float32]]") -> str:
-        from featcache.encoder import fits_float16
+        from featcache.self_check import survives_rounding
 
         if self.request.dtype != "auto":
             return self.request.dtype
         if before := self._before.get("storage"):
             return str(before)
-        fits = bool(fits_float16(features).all())
+        fits = survives_rounding(features)
         reason = "half the size of float32, and these embeddings fit" if fits else "these embeddings do not fit float16"
         log.info("storage %s: %s", "float16" if fits else "float32", reason)
         return "float16" if fits else "float32"

@@ -387,7 +387,8 @@ def check_up(
         "precision": choice.precision,
         "precision_reason": choice.reason,
         "self_check": {
-            form: {name: round(value, 8) for name, value in cosines.items()} for form, cosines in choice.tried.items()
+            form: {name: value if value is None else round(value, 8) for name, value in figures.items()}
+            for form, figures in choice.tried.items()
         },
     }
     if request.weights == "none":

@@ -6,13 +6,17 @@ and to its group: what comes within half a second of the first is taken for its 
 """
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 _ECHO = 0.5  # seconds
+_IMPORT_MACHINERY = "<frozen importlib._bootstrap>"  # the file name of its frames
 
 
 class _Clock:
@@ -25,6 +29,10 @@ class _Clock:
         before, self._last = self._last, time.monotonic()
         return self._last - before < _ECHO
 
+    def forget(self) -> None:
+        """As if it had never been asked."""
+        self._last = float("-inf")
+
 
 class StopRequest:
     """Whether a signal has come, and which."""
@@ -36,17 +44,43 @@ class StopRequest:
         return self.signal != 0
 
 
-def interrupt_on_sigterm() -> StopRequest:
-    """From now on SIGTERM raises KeyboardInterrupt in the main thread, which must be the caller, and is noted."""
+def interrupt_on_signals() -> StopRequest:
+    """From now on SIGTERM raises KeyboardInterrupt in the main thread, which must be the caller, as SIGINT does; both are noted.
+
+    While a module is being imported they wait for its end: the C++ libraries behind PyTorch abort the process when
+    their initialisation is interrupted. A second signal interrupts at once, also then. Where the shell has told the process to
+    ignore SIGINT, as it does in the background, that stays so.
+    """
     request, came = StopRequest(), _Clock()
 
-    def stop(number: int, frame: Any) -> None:
-        request.signal = number
-        if not came.just_now():
-            raise KeyboardInterrupt
+    def stop(number: int, frame: FrameType | None) -> None:
+        first, request.signal = not request, number
+        if came.just_now():
+            return
+        if first and _is_importing(frame):
+            threading.Thread(target=_send_after_imports, args=(number, came), daemon=True).start()
+            return
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
     return request
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != _IMPORT_MACHINERY:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_after_imports(number: int, came: _Clock) -> None:
+    """Send this process the signal again once its main thread imports nothing any more."""
+    main = threading.main_thread().ident or 0
+    while _is_importing(sys._current_frames().get(main)):
+        time.sleep(0.02)
+    came.forget()
+    os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,10 @@ from featcache.spec import make_spec
 
 # Random weights, but a real network; small inputs keep it fast. Its random embeddings are of a sane size, too: those of
 # random MobileNets are about 1e-10.
-TINY = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=40, crop=32)
+# In float32 on every machine: what --precision auto takes depends on the CPU, see ``bf16_arithmetic``.
+TINY = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=40, crop=32, precision="fp32")
 TINY_FLAGS = ["--backbone", "squeezenet1_1", "--weights", "none", "--resize", "40", "--crop", "32"]
+TINY_FLAGS += ["--precision", "fp32"]
 SPEC = make_spec(  # of caches that tests write by hand
     name="squeezenet1_1",
     weights_sha256="0" * 64,
@@ -42,6 +44,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("the tests run without a network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(params=[False, True], ids=["without bf16", "with bf16"])
+def bf16_arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Runs a test as on both kinds of CPU. Whichever this one is not is pretended; PyTorch then computes bf16 slowly."""
+    for module in ("runtime", "encoder"):
+        monkeypatch.setattr(f"featcache.{module}.has_bf16_arithmetic", lambda: request.param)
+    return bool(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +92,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["featcache", *map(str, arguments)])
         monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
-        monkeypatch.setattr(cli, "interrupt_on_sigterm", lambda: None)  # signals are pytest's here
+        monkeypatch.setattr(cli, "interrupt_on_signals", lambda: None)  # signals are pytest's here
         monkeypatch.setenv("FEATCACHE_SUPERVISE", "0")  # this process has threads, and must not be forked
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:

@@ -117,7 +117,8 @@ static void end(int chosen) {
 static int opened(int (*call)(int, const char *, int, mode_t), int folder, const char *path, int flags, mode_t permissions) {
     char full[PATH_MAX];
     int changes = flags & (O_WRONLY | O_RDWR | O_CREAT | O_TRUNC);
-    if (!root_length) return call(folder, path, flags, permissions);
+    /* a file that never gets a name (filelock tries locks on one) leaves nothing behind: not a change of the disk */
+    if (!root_length || (flags & O_TMPFILE) == O_TMPFILE) return call(folder, path, flags, permissions);
     absolute(folder, path, full);
     if (!below(full)) return call(folder, path, flags, permissions);
     int file = changes ? (int)STEP(call(folder, path, flags, permissions), flags & O_TRUNC ? "truncate" : "open", full, "", 0, NULL, 0)

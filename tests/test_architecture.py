@@ -25,7 +25,18 @@ ONLY_IN = {
     "onnxscript": {"exporting"},
 }
 LAYERS = [
-    {"errors", "crashes", "sparsefile", "untrusted", "tensorfiles", "signals", "fusion", "multinomial", "jpegs"},
+    {
+        "errors",
+        "self_check",
+        "crashes",
+        "sparsefile",
+        "untrusted",
+        "tensorfiles",
+        "signals",
+        "fusion",
+        "multinomial",
+        "jpegs",
+    },
     {"publish", "completeness", "preprocess", "runtime", "metrics", "recipes", "reading", "checksums"},
     {"spec", "plots", "augmentation", "processes"},
     {"backbones", "cache", "heads", "checkpoint"},

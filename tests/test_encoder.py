@@ -11,21 +11,30 @@ from torchvision.transforms import functional
 
 from featcache.backbones import OFFLINE_BACKBONE, Backbone, load_backbone
 from featcache.embedding import embed, sample_pixels
-from featcache.encoder import build_encoder, cosine
+from featcache.encoder import Precision, build_encoder
 from featcache.errors import UsageError
 from featcache.images import ImageList, decode, list_images
 from featcache.preprocess import channel_constants, normalise
 from featcache.runtime import Runtime, choose_runtime
+from featcache.self_check import cosine
 
 CPU = torch.device("cpu")
 
 
-def features(images: ImageList, backbone: Backbone, runtime: Runtime) -> np.ndarray:
-    encoder, _ = build_encoder(backbone, runtime, sample_pixels(images, backbone.preprocess, 8))
+def error_of_the_spread(expected: np.ndarray, found: np.ndarray) -> float:
+    """By the definition: root mean square of the differences, relative to that of the distances from the mean."""
+    mean = expected.astype(float).mean(axis=0)
+    differences = [np.linalg.norm(a.astype(float) - b) ** 2 for a, b in zip(expected, found, strict=True)]
+    distances = [np.linalg.norm(a - mean) ** 2 for a in expected]
+    return float((np.mean(differences) / np.mean(distances)) ** 0.5)
+
+
+def features(images: ImageList, backbone: Backbone, runtime: Runtime, precision: Precision = "fp32") -> np.ndarray:
+    encoder, _ = build_encoder(backbone, runtime, sample_pixels(images, backbone.preprocess, 8), precision=precision)
     return np.concatenate([chunk.features for chunk in embed(images, encoder, runtime)])
 
 
-def test_features_equal_eager_torchvision_style_inference(tmp_path: Path) -> None:
+def test_features_equal_eager_torchvision_style_inference(tmp_path: Path, bf16_arithmetic: bool) -> None:
     """Real weights; the oracle resizes, crops and normalises by torchvision and runs the plain float32 network."""
     images = list_images(make_photos(tmp_path, each=8))
     backbone = load_backbone(OFFLINE_BACKBONE)
@@ -41,6 +50,9 @@ def test_features_equal_eager_torchvision_style_inference(tmp_path: Path) -> Non
     mean, minimum = cosine(expected, features(images, backbone, choose_runtime("cpu")).astype(np.float16))
     assert minimum >= 0.9999
     assert mean >= 0.99999
+    chosen = features(images, backbone, choose_runtime("cpu"), "auto")  # bf16 where it passes, so within its bars
+    assert cosine(expected, chosen)[0] >= 0.9995
+    assert error_of_the_spread(expected, chosen) <= 0.04
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "vit_b_32"])
@@ -113,6 +125,37 @@ def test_precision_that_fails_is_obeyed_and_named() -> None:
         build_encoder(backbone, choose_runtime("cpu"), pixels, precision="int8")  # type: ignore[arg-type]
 
 
+class Offset(nn.Module):
+    """Mean colour, its differences lost in what all images share: a plain cosine of nearly 1 whatever happens to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(x.mean((2, 3))) * 0.01 + 1.0
+
+
+def test_what_all_embeddings_share_hides_no_error(bf16_arithmetic: bool) -> None:
+    """bfloat16 counts in steps of 0.8 % at 1: the differences, about 0.01, are gone, and the cosine does not show it."""
+    backbone, pixels = tiny(Offset())
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="bf16")
+    assert all((figures["min_cosine"] or 0) > 0.9999 for figures in choice.tried.values())
+    assert choice.precision_class == "bf16"
+    assert "error" in choice.reason
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels)
+    assert (choice.precision, choice.precision_class) == ("fp32", "reference")
+    with torch.inference_mode():
+        expected = backbone.module(normalise(torch.from_numpy(pixels), *channel_constants(backbone.preprocess, CPU)))
+    np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-6)
+
+
+def test_one_image_proves_no_precision(bf16_arithmetic: bool) -> None:
+    backbone, pixels = tiny(Pooled(1.0))
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels[:1])
+    assert (choice.precision, choice.precision_class) == ("fp32", "reference")
+
+
 def wrong(*_: object, **__: object) -> nn.Module:
     return Pooled(-1.0).eval()
 
@@ -160,7 +203,7 @@ def test_what_does_harm_is_left_out(
     for name, replacement in (("fold_batchnorm", folding), ("fuse_convolutions", fusing)):
         if replacement:
             monkeypatch.setattr(f"featcache.encoder.{name}", replacement)
-    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels)
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
     assert (choice.form, choice.precision_class) == (form, "reference")
     np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-5, atol=1e-6)
 
@@ -179,7 +222,7 @@ def test_float32_may_only_round_otherwise() -> None:
     backbone, pixels = tiny(Nudged(1.0))
     _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
     assert choice.form == "plain"
-    assert all(0.999 < tried["min_cosine"] < 1 - 1e-6 for tried in choice.tried.values())
+    assert all(0.999 < (tried["min_cosine"] or 0) < 1 - 1e-6 for tried in choice.tried.values())
 
 
 class Added(nn.Module):
@@ -207,13 +250,6 @@ def test_fusing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_FUSE", "0")
     backbone, pixels = tiny(Pooled(1.0))
     assert build_encoder(backbone, choose_runtime("cpu"), pixels)[1].form == "folded"
-
-
-def test_cosine() -> None:
-    a = np.array([[1.0, 0], [1, 1], [0, 0]])
-    assert cosine(a, a) == (1.0, 1.0)
-    assert cosine(a[:2], np.array([[0.0, 1], [1, 1]]))[1] == 0
-    assert np.isnan(cosine(a, np.array([[1, 0], [1, np.inf], [0, 0]]))[0])
 
 
 @pytest.mark.parametrize("device", ["tpu9", "cuda:77", "gpu"])

@@ -118,9 +118,16 @@ def pictures(folder: Path) -> tuple[list[Path], np.ndarray]:
     return paths, np.stack([to_pixels(np.array(Image.open(path).convert("RGB")), spec) for path in paths])
 
 
-def predicted(model: Path, paths: list[Path]) -> np.ndarray:
-    found = [prediction.probabilities for prediction in predict(model, paths, device="cpu", workers=1)]
-    return np.stack([row for row in found if row is not None])
+def expected_of(model: Path, pixels: np.ndarray) -> np.ndarray:
+    """Probabilities (N, C) by the model's own head on the plain float32 backbone."""
+    loaded = load_model(model)
+    with torch.inference_mode():
+        return loaded.head.probabilities(loaded.load_backbone().module(as_normalised(pixels)).numpy())
+
+
+def as_normalised(pixels: np.ndarray) -> torch.Tensor:
+    normalised = (as_input(pixels) - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    return torch.from_numpy(normalised.astype(np.float32))
 
 
 def as_input(pixels: np.ndarray) -> np.ndarray:
@@ -131,13 +138,13 @@ def as_input(pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("head", [("squeezenet1_1", "standardise"), ("resnet18", "unit", 5)])
-def test_onnx_labels_images_as_predict_does(
+def test_onnx_labels_images_as_the_model_does(
     exported: Callable[..., Any], tmp_path: Path, head: tuple[Any, ...]
 ) -> None:
     report = exported(*head)
-    paths, pixels = pictures(tmp_path)
+    _, pixels = pictures(tmp_path)
     session = onnxruntime.InferenceSession(report.output, providers=["CPUExecutionProvider"])
-    expected = predicted(report.model, paths)
+    expected = expected_of(report.model, pixels)
     assert expected.max() - expected.min() > 0.3  # or equality would say little
     for rows in (slice(0, 1), slice(0, 3)):
         probabilities, logits = session.run(["probabilities", "logits"], {"pixels": as_input(pixels[rows])})
@@ -146,6 +153,17 @@ def test_onnx_labels_images_as_predict_does(
         assert probabilities.dtype == logits.dtype == np.float32
     assert 0 <= report.mean_difference <= report.max_difference < 1e-5
     assert (report.format, report.bytes) == ("onnx", report.output.stat().st_size)
+
+
+def test_predict_agrees_to_its_precision(models: Callable[..., Path], tmp_path: Path, bf16_arithmetic: bool) -> None:
+    """What the exports are compared with is what users get, from files on: to rounding, or to bf16's where that passes."""
+    model = models("resnet18", "unit", 5)
+    paths, pixels = pictures(tmp_path)
+    found = [prediction.probabilities for prediction in predict(model, paths, device="cpu", workers=1)]
+    expected = expected_of(model, pixels)
+    np.testing.assert_allclose(np.stack([row for row in found if row is not None]), expected, atol=0.02)
+    if not bf16_arithmetic:
+        np.testing.assert_allclose(np.stack([row for row in found if row is not None]), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -258,15 +276,14 @@ def test_safetensors_load_into_the_architecture(
     else:
         assert f"{HEAD_PREFIX}.0.weight" in tensors
         assert (f"{HEAD_PREFIX}.2.weight" in tensors) == bool(hidden)
-    paths, pixels = pictures(tmp_path)
-    normalised = (as_input(pixels) - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
-    names: dict[str, Any] = {"pixels": torch.from_numpy(normalised.astype(np.float32))}
+    _, pixels = pictures(tmp_path)
+    names: dict[str, Any] = {"pixels": as_normalised(pixels)}
     names |= {"torch": torch, "torchvision": torchvision, "safetensors": safetensors}
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision announces slow initialisation
         patch.chdir(tmp_path)
         exec(report.usage, names)  # what the user is told works as it stands
-    np.testing.assert_allclose(softmax(names["logits"].numpy()), predicted(model, paths), atol=1e-5)
+    np.testing.assert_allclose(softmax(names["logits"].numpy()), expected_of(model, pixels), atol=1e-5)
     assert report.max_difference < 1e-5
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 from featcache import embedding, parts
 from featcache.backbones import load_backbone
 from featcache.cache import FeatureCache
-from featcache.encoder import cosine
 from featcache.errors import (
     BackboneError,
     CacheError,
@@ -33,6 +32,7 @@ from featcache.images import decode, hold_out, list_images
 from featcache.prediction import predict
 from featcache.preprocess import channel_constants, normalise, to_pixels
 from featcache.request import ExtractRequest, customise
+from featcache.self_check import cosine
 from featcache.training import fit_head
 
 WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
@@ -66,15 +66,29 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featcache.backbones.load_backbone", refuse)
 
 
-def test_every_row_is_its_own_image(photos: Path, tmp_path: Path) -> None:
-    report = extract(photos, tmp_path / "f.h5", TINY)
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_every_row_is_its_own_image(photos: Path, tmp_path: Path, precision: str, bf16_arithmetic: bool) -> None:
+    report = extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, precision=precision))
     assert counts(report) == (18, 0, 18, 0, 0, 0)
     cache = FeatureCache.open(tmp_path / "f.h5")
     assert cache.classes == ("blue", "green", "red")
+    rounding = 2e-3 if precision == "fp32" or not bf16_arithmetic else 3e-2
     for path, label, row in zip(cache.paths, cache.y, cache.X, strict=True):
         assert path.split("/")[0] == cache.classes[label]
         expected = oracle(photos / path)
-        np.testing.assert_allclose(row, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(row, expected, rtol=rounding, atol=rounding * np.abs(expected).max())
+    assert cache.spec["precision"] == "reference"
+
+
+def test_a_precision_that_overflows_is_written_down(photos: Path, tmp_path: Path) -> None:
+    """Figures that are no numbers go into the provenance as JSON has them."""
+    request = dataclasses.replace(TINY, backbone="resnet18", precision="fp16", dtype="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.encoder._features_or_nan", lambda *_: np.full((8, 512), np.nan, np.float32))
+        extract(photos, tmp_path / "f.h5", request)
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    assert cache.spec["precision"] == "fp16"
+    assert all(figures["mean_cosine"] is None for figures in cache.provenance["precision"]["tried"].values())
 
 
 def test_unchanged_folder_is_left_alone_without_a_model(
@@ -530,7 +544,7 @@ def test_reduced_scale_is_part_of_the_spec_and_of_every_model(tmp_path: Path, ca
         extract(tmp_path / "large", tmp_path / "full.h5", reduced)
     with caplog.at_level("INFO", "featcache"):
         report = extract(tmp_path / "large", tmp_path / "reduced.h5", reduced)
-    assert "large JPEGs are decoded at a reduced scale: cosine to full scale mean 0.9" in caplog.text
+    assert "large JPEGs are decoded at a reduced scale: to full scale cosine mean 0.9" in caplog.text
     assert (report.embedded, report.refused) == (12, 0)
     assert report.fingerprint != full.fingerprint
     a, b = (np.asarray(FeatureCache.open(tmp_path / f"{name}.h5").X, float) for name in ("full", "reduced"))

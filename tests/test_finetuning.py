@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tune(made: Path, output: Path, **options: Any) -> FinetuneReport:
-    options = {"init": made / "m", "changes": QUICK} | options
+    options = {"init": made / "m", "changes": QUICK, "precision": "fp32"} | options
     return finetune(made / "photos", output, **options)
 
 
@@ -69,7 +69,9 @@ def assert_same_model(one: Path, two: Path) -> None:
     assert (one / "history.csv").read_text() == (two / "history.csv").read_text()
 
 
-def test_the_result_is_a_model_like_any_other(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_result_is_a_model_like_any_other(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, bf16_arithmetic: bool
+) -> None:
     caplog.set_level("INFO")
     report = tune(made, tmp_path / "ft")
     said = caplog.text
@@ -86,7 +88,10 @@ def test_the_result_is_a_model_like_any_other(made: Path, tmp_path: Path, caplog
     assert report.val_accuracy == scores["val"]["accuracy"]
     assert report.test_accuracy == scores["test"]["accuracy"]
     metrics = json.loads((tmp_path / "ft" / "metrics.json").read_text())
-    assert metrics["test"]["log_loss"] == pytest.approx(scores["test"]["log_loss"], rel=0.01)
+    assert metrics["test"]["log_loss"] == pytest.approx(
+        scores["test"]["log_loss"],
+        rel=0.05 if bf16_arithmetic else 0.01,  # predict may take bf16
+    )
     assert metrics["comparison"]["test"]["p_value"] == report.p_value
     assert [row["epoch"] for row in metrics["history"]] == [1, 2]
     assert len((tmp_path / "ft" / "history.csv").read_text().splitlines()) == 3
@@ -156,7 +161,7 @@ def test_test_images_change_nothing_but_their_score(made: Path, tmp_path: Path) 
     shutil.copytree(made / "photos", tmp_path / "photos")
     (tmp_path / "photos" / "test" / "red").rename(tmp_path / "aside")
     (tmp_path / "photos" / "test" / "blue").rename(tmp_path / "photos" / "test" / "red")
-    report = finetune(tmp_path / "photos", tmp_path / "two", init=made / "m", changes=QUICK)
+    report = finetune(tmp_path / "photos", tmp_path / "two", init=made / "m", changes=QUICK, precision="fp32")
     assert_same_model(tmp_path / "one", tmp_path / "two")
     assert report.test_accuracy is not None
     assert report.test_accuracy < 0.6
@@ -434,7 +439,7 @@ def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(
 def test_kill_and_resume(made: Path, tmp_path: Path) -> None:
     """SIGKILL during the second epoch of a real process."""
     command = [sys.executable, "-m", "featcache", "finetune", str(made / "photos"), "--init", str(made / "m")]
-    command += ["--epochs", "3", "--batch-size", "6", "--lr", "1e-4", "--backbone-lr", "1e-5"]
+    command += ["--epochs", "3", "--batch-size", "6", "--lr", "1e-4", "--backbone-lr", "1e-5", "--precision", "fp32"]
     tune(made, tmp_path / "whole", changes=QUICK | {"epochs": 3})
     killed = subprocess.Popen([*command, "-o", str(tmp_path / "ft")], stderr=subprocess.DEVNULL)
     checkpoint = work_folder(tmp_path / "ft") / "checkpoint.pt"
@@ -459,18 +464,18 @@ def test_two_processes_do_what_one_does(made: Path, tmp_path: Path) -> None:
     extract(
         made / "photos",
         tmp_path / "f.h5",
-        featcache.ExtractRequest(backbone="resnet18", weights="none", resize=40, crop=32),
+        featcache.ExtractRequest(backbone="resnet18", weights="none", resize=40, crop=32, precision="fp32"),
     )
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     flags = ["finetune", str(made / "photos"), "--init", str(tmp_path / "m"), "--json", "-o", str(tmp_path / "two")]
-    flags += ["--epochs", "2", "--batch-size", "5", "--lr", "1e-4", "--backbone-lr", "1e-5"]
+    flags += ["--epochs", "2", "--batch-size", "5", "--lr", "1e-4", "--backbone-lr", "1e-5", "--precision", "fp32"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featcache"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"model"') == 1  # one of them talks
     assert done.stderr.count("parity:") == 1
-    one = finetune(made / "photos", tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
+    one = tune(made, tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
     two = json.loads(done.stdout.splitlines()[-1])
     for key in ("val_accuracy", "test_accuracy", "head_val_accuracy", "best_epoch", "alpha"):
         assert two[key] == getattr(one, key), key

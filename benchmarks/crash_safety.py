@@ -26,14 +26,14 @@ _AHEAD = 4  # batches decoded ahead of the backbone, per worker
 
 def in_threads(images: Any, encoder: Any, runtime: Any) -> np.ndarray:
     """As extract does it."""
-    from featcache.embedding import embed
+    from featcache.backbones.embed import embed
 
     return np.concatenate([chunk.features for chunk in embed(images, encoder, runtime)])
 
 
 def _decode_into(name: str, shape: tuple[int, ...], slot: int, paths: list[Path], preprocess: Any) -> None:
-    from featcache.decoders import read_pixels
-    from featcache.images import read_image
+    from featcache.images.decode import read_pixels
+    from featcache.images.source import read_image
 
     memory = SharedMemory(name)
     pixels = np.ndarray(shape, np.uint8, memory.buf)
@@ -57,7 +57,7 @@ def in_processes(images: Any, encoder: Any, runtime: Any, pool: ProcessPoolExecu
 def _through(
     memory: SharedMemory, shape: tuple[int, ...], images: Any, encoder: Any, runtime: Any, pool: ProcessPoolExecutor
 ) -> np.ndarray:
-    from featcache.runtime import one_core_each
+    from featcache.system.device import one_core_each
 
     pixels = np.ndarray(shape, np.uint8, memory.buf)
     slots, size = shape[:2]
@@ -89,12 +89,12 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
 
-    from featcache import crashes
-    from featcache.backbones import load_backbone
-    from featcache.embedding import sample_pixels
-    from featcache.encoder import build_encoder
-    from featcache.images import list_images
-    from featcache.runtime import choose_runtime
+    from featcache.backbones.embed import sample_pixels
+    from featcache.backbones.encoder import build_encoder
+    from featcache.backbones.load import load_backbone
+    from featcache.images.source import list_images
+    from featcache.system import supervisor as crashes
+    from featcache.system.device import choose_runtime
 
     backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")
     images = list_images(arguments.folder, labelled=False)

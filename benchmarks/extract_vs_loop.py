@@ -75,12 +75,12 @@ def one_run(arguments: argparse.Namespace, side: str, output: Path) -> dict[str,
 
 def ceiling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Decode alone, forward alone and end to end, in turn, in this process."""
-    from featcache.backbones import load_backbone
-    from featcache.embedding import sample_pixels
-    from featcache.encoder import build_encoder
-    from featcache.images import list_images
-    from featcache.measuring import measure
-    from featcache.runtime import choose_runtime
+    from featcache.backbones.embed import sample_pixels
+    from featcache.backbones.encoder import build_encoder
+    from featcache.backbones.load import load_backbone
+    from featcache.images.source import list_images
+    from featcache.reports.doctor import measure
+    from featcache.system.device import choose_runtime
 
     backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")
     images = list_images(arguments.copy)

@@ -57,12 +57,12 @@ def usual_loop(folder: Path, backbone: str, device: str, seconds: float) -> floa
 
 def ours(folder: Path, backbone: str, device: str, seconds: float) -> dict[str, Any]:
     """Rates of featcache."""
-    from featcache.backbones import load_backbone
-    from featcache.embedding import sample_pixels
-    from featcache.encoder import build_encoder
-    from featcache.images import list_images
-    from featcache.measuring import measure
-    from featcache.runtime import choose_runtime
+    from featcache.backbones.embed import sample_pixels
+    from featcache.backbones.encoder import build_encoder
+    from featcache.backbones.load import load_backbone
+    from featcache.images.source import list_images
+    from featcache.reports.doctor import measure
+    from featcache.system.device import choose_runtime
 
     loaded, runtime, images = load_backbone(backbone, "none"), choose_runtime(device), list_images(folder)
     encoder, choice = build_encoder(loaded, runtime, sample_pixels(images, loaded.preprocess, 32))
@@ -76,8 +76,8 @@ def decoding(folder: Path, device: str, seconds: float) -> dict[str, float | Non
     """Full-size decoding of JPEGs in images/s: by Pillow, by the fast decoder, by the GPU, by the latter two at once."""
     import numpy as np
 
-    from featcache.decoders import decode_pixels
-    from featcache.images import decode
+    from featcache.images.decode import decode_pixels
+    from featcache.images.source import decode
 
     data = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -148,7 +148,7 @@ def together(jobs: list[Callable[[threading.Event], int]], seconds: float) -> fl
 
 def make_images(folder: Path) -> Path:
     """Generated photos in one class folder, as ImageFolder wants it."""
-    from featcache.measuring import generated_photos
+    from featcache.reports.doctor import generated_photos
 
     (folder / "photos").mkdir()
     generated_photos(folder / "photos", 256)

@@ -22,7 +22,8 @@ from facts import machine_facts
 
 from featcache import FeatureCache
 
-_RUN = "import sys; from featcache import cli, parts; parts.MAX_SECONDS = 1.0; sys.argv[0] = 'featcache'; cli.main()"
+_RUN = """import sys; from featcache.cli import app; from featcache.extraction import parts
+parts.MAX_SECONDS = 1.0; sys.argv[0] = 'featcache'; app.main()"""
 
 
 def main() -> None:  # noqa: D103 - the module says it

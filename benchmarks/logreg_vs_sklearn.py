@@ -35,7 +35,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from featcache.logreg import _fit, cross_validate
+from featcache.heads.logreg import _fit, cross_validate
 
 GRID = np.logspace(-4, 4, 12)
 FOLDS = 5

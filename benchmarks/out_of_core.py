@@ -37,8 +37,8 @@ def blocks(rows: int, dim: int, labels: np.ndarray, classes: int, distance: floa
 
 def write(path: Path, rows: int, dim: int, classes: int, distance: float) -> None:
     """The cache: every tenth row is test, the others are train."""
-    from featcache.cache import Rows, encode_names, write_cache
-    from featcache.preprocess import PreprocessSpec
+    from featcache.cache.cache import Rows, encode_names, write_cache
+    from featcache.images.preprocess import PreprocessSpec
     from featcache.spec import make_spec
 
     labels = np.sort(np.arange(rows) % classes).astype(np.int32)
@@ -78,8 +78,9 @@ def child(cache: Path, model: Path, folds: int, rounds: int | None) -> dict[str,
     import sklearn.model_selection  # noqa: F401
     import torch
 
-    from featcache import fit_head, torchheads
-    from featcache.reading import FeatureReader
+    from featcache import fit_head
+    from featcache.cache.features import FeatureReader
+    from featcache.heads import minibatch as torchheads
 
     imports = peak()
     if rounds:

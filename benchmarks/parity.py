@@ -30,10 +30,10 @@ from PIL import Image, ImageOps
 from torchvision.transforms._presets import ImageClassification
 
 from featcache import ExtractRequest, FeatureCache, extract, fit_head
-from featcache.backbones import load_backbone
-from featcache.cache import Rows, write_cache
-from featcache.runtime import has_bf16_arithmetic
-from featcache.self_check import agreement
+from featcache.backbones.load import load_backbone
+from featcache.backbones.self_check import agreement
+from featcache.cache.cache import Rows, write_cache
+from featcache.system.device import has_bf16_arithmetic
 
 # What is turned off, and the precision asked for.
 PATHS: dict[str, tuple[dict[str, str], str]] = {
@@ -48,7 +48,7 @@ PATHS: dict[str, tuple[dict[str, str], str]] = {
 @contextlib.contextmanager
 def environment(changes: dict[str, str]) -> Iterator[None]:
     """Set variables for a while."""
-    from featcache import decoders
+    from featcache.images import decode as decoders
 
     before = dict(os.environ)
     os.environ.update(changes)

@@ -330,14 +330,14 @@ def tutorial_side(job: dict[str, Any]) -> dict[str, Any]:
 
 def featcache_side(job: dict[str, Any]) -> dict[str, Any]:
     """A stage featcache's way."""
-    import featcache.embedding
-    import featcache.encoder
-    import featcache.logreg
-    import featcache.training
+    import featcache.backbones.embed
+    import featcache.backbones.encoder
+    import featcache.heads.logreg
+    import featcache.models.fit
 
     if job["stage"] == "finetune":
-        import featcache.finetuning
-        import featcache.trainer  # noqa: F401
+        import featcache.finetuning.finetune
+        import featcache.finetuning.trainer  # noqa: F401
     started = time.perf_counter()
     facts = featcache_frozen(job) if job["stage"] == "frozen" else featcache_finetune(job)
     return facts | {"work": time.perf_counter() - started}
@@ -364,8 +364,8 @@ def featcache_frozen(job: dict[str, Any]) -> dict[str, Any]:
 
 def featcache_finetune(job: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune from the head of the frozen stage."""
-    from featcache.finetuning import finetune
-    from featcache.recipes import choose_recipe
+    from featcache.finetuning.finetune import finetune
+    from featcache.finetuning.recipes import choose_recipe
 
     full = choose_recipe(job["recipe"], job["images"]["train"]).epochs or 1
     planned = _epochs(full, job["share"])

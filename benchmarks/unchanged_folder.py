@@ -84,7 +84,10 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     arguments = parser.parse_args()
 
-    from featcache import ExtractRequest, extract, images, planning, recognition
+    from featcache import ExtractRequest, extract
+    from featcache.extraction import match as recognition
+    from featcache.extraction import plan as planning
+    from featcache.images import source as images
 
     request = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=32, crop=32)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -7,47 +7,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featcache.backbones import backbone_names, load_backbone
-    from featcache.cache import FeatureCache
+    from featcache.backbones.load import backbone_names, load_backbone
+    from featcache.cache.cache import FeatureCache
     from featcache.errors import FeatcacheError
-    from featcache.exporting import ExportReport, export_model
-    from featcache.extraction import ExtractReport, extract
-    from featcache.finetuned import FinetuneReport
-    from featcache.finetuning import finetune
-    from featcache.images import ImageList, hold_out, list_images
-    from featcache.model import Model, load_model
-    from featcache.prediction import Prediction, evaluate, predict
-    from featcache.preprocess import PreprocessSpec
-    from featcache.repairing import RepairReport, repair
-    from featcache.request import ExtractRequest
-    from featcache.training import FitReport, fit_head
+    from featcache.extraction.extract import ExtractReport, extract
+    from featcache.extraction.repair import RepairReport, repair
+    from featcache.extraction.request import ExtractRequest
+    from featcache.finetuning.finetune import finetune
+    from featcache.finetuning.save import FinetuneReport
+    from featcache.images.preprocess import PreprocessSpec
+    from featcache.images.source import ImageList, hold_out, list_images
+    from featcache.models.export import ExportReport, export_model
+    from featcache.models.fit import FitReport, fit_head
+    from featcache.models.model import Model, load_model
+    from featcache.models.predict import Prediction, evaluate, predict
 
 __version__ = "0.1.0"
 _HOME = {
-    "ExportReport": "exporting",
-    "ExtractReport": "extraction",
-    "ExtractRequest": "request",
+    "ExportReport": "models.export",
+    "ExtractReport": "extraction.extract",
+    "ExtractRequest": "extraction.request",
     "FeatcacheError": "errors",
-    "FeatureCache": "cache",
-    "FinetuneReport": "finetuned",
-    "FitReport": "training",
-    "ImageList": "images",
-    "Model": "model",
-    "Prediction": "prediction",
-    "PreprocessSpec": "preprocess",
-    "RepairReport": "repairing",
-    "backbone_names": "backbones",
-    "evaluate": "prediction",
-    "export_model": "exporting",
-    "extract": "extraction",
-    "finetune": "finetuning",
-    "fit_head": "training",
-    "hold_out": "images",
-    "list_images": "images",
-    "load_backbone": "backbones",
-    "load_model": "model",
-    "predict": "prediction",
-    "repair": "repairing",
+    "FeatureCache": "cache.cache",
+    "FinetuneReport": "finetuning.save",
+    "FitReport": "models.fit",
+    "ImageList": "images.source",
+    "Model": "models.model",
+    "Prediction": "models.predict",
+    "PreprocessSpec": "images.preprocess",
+    "RepairReport": "extraction.repair",
+    "backbone_names": "backbones.load",
+    "evaluate": "models.predict",
+    "export_model": "models.export",
+    "extract": "extraction.extract",
+    "finetune": "finetuning.finetune",
+    "fit_head": "models.fit",
+    "hold_out": "images.source",
+    "list_images": "images.source",
+    "load_backbone": "backbones.load",
+    "load_model": "models.model",
+    "predict": "models.predict",
+    "repair": "extraction.repair",
 }
 __all__ = [
     "ExportReport",

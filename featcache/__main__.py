@@ -1,5 +1,5 @@
 """``python -m featcache``."""
 
-from featcache.cli import main
+from featcache.cli.app import main
 
 main()

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from featcache.errors import UsageError
-from featcache.preprocess import PreprocessSpec
+from featcache.images.preprocess import PreprocessSpec
 
 STORAGE_TYPES = ("float16", "float32")
 PRECISION_CLASSES = ("reference", "bf16", "fp16")

@@ -9,14 +9,17 @@ from pathlib import Path
 # Several test processes share the cores: threads that spin waiting for each other would take minutes. Before NumPy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+import folders  # noqa: F401 - before the others, which are found by it
 import numpy as np
 import pytest
 from faults import Program, program
 from PIL import Image
 
-from featcache import cli
-from featcache.preprocess import PreprocessSpec
-from featcache.request import ExtractRequest
+from featcache.cli import app as cli
+from featcache.extraction.request import ExtractRequest
+from featcache.images.preprocess import PreprocessSpec
 from featcache.spec import make_spec
 
 # Random weights, but a real network; small inputs keep it fast. Its random embeddings are of a sane size, too: those of
@@ -49,7 +52,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[False, True], ids=["without bf16", "with bf16"])
 def bf16_arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Runs a test as on both kinds of CPU. Whichever this one is not is pretended; PyTorch then computes bf16 slowly."""
-    for module in ("runtime", "encoder"):
+    for module in ("system.device", "backbones.encoder"):
         monkeypatch.setattr(f"featcache.{module}.has_bf16_arithmetic", lambda: request.param)
     return bool(request.param)
 

@@ -8,53 +8,77 @@ import pytest
 import featcache
 
 PACKAGE = Path(featcache.__file__).parent
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE)
 ONLY_IN = {
-    "h5py": {"cache", "inspection"},  # inspection: its version number
-    "typer": {"cli", "cli_inspect", "options"},
-    "rich": {"display"},
-    "sklearn": {"logreg", "torchheads", "demo"},
-    "joblib": {"logreg", "model"},
-    "timm": {"backbones"},
-    "torchvision": {"backbones", "augmentation"},
-    "filelock": {"parts"},
-    "simplejpeg": {"decoders"},
-    "matplotlib": {"plots"},
-    "onnx": {"exporting"},
-    "onnxruntime": {"exporting"},
-    "onnxscript": {"exporting"},
+    "h5py": {"cache.cache", "reports.info"},  # inspection: its version number
+    "typer": {"cli.app", "cli.inspect", "cli.options"},
+    "rich": {"cli.console"},
+    "sklearn": {"heads.logreg", "heads.minibatch", "cli.demo"},
+    "joblib": {"heads.logreg", "models.model"},
+    "timm": {"backbones.load"},
+    "torchvision": {"backbones.load", "finetuning.augment"},
+    "filelock": {"extraction.parts"},
+    "simplejpeg": {"images.decode"},
+    "matplotlib": {"reports.curves"},
+    "onnx": {"models.export"},
+    "onnxruntime": {"models.export"},
+    "onnxscript": {"models.export"},
 }
 LAYERS = [
     {
         "errors",
-        "self_check",
-        "crashes",
-        "sparsefile",
-        "untrusted",
-        "tensorfiles",
-        "signals",
-        "fusion",
-        "multinomial",
-        "jpegs",
+        "backbones.self_check",
+        "system.supervisor",
+        "cache.sparse_file",
+        "cache.hdf5_reader",
+        "system.safe_load",
+        "system.signals",
+        "backbones.folding",
+        "heads.logreg_path",
+        "images.jpeg",
     },
-    {"publish", "completeness", "preprocess", "runtime", "metrics", "recipes", "reading", "checksums"},
-    {"spec", "plots", "augmentation", "processes"},
-    {"backbones", "cache", "heads", "checkpoint"},
-    {"images", "model", "network", "comparison"},
-    {"decoders"},
-    {"encoder", "logreg", "torchheads", "recognition", "request", "pixels"},
-    {"embedding", "planning", "trainer"},
-    {"parts", "preparing"},
-    {"extraction", "finetuned", "restoring"},
-    {"repairing"},
-    {"training", "prediction", "inspection", "measuring", "demo", "exporting"},
-    {"starting"},
-    {"finetuning"},
-    {"tables", "display", "options"},
-    {"cli_inspect"},
-    {"cli"},
+    {
+        "system.files",
+        "images.integrity",
+        "images.preprocess",
+        "system.device",
+        "heads.metrics",
+        "finetuning.recipes",
+        "cache.features",
+        "cache.checksums",
+    },
+    {"spec", "reports.curves", "finetuning.augment", "system.distributed"},
+    {"backbones.load", "cache.cache", "heads.head", "finetuning.checkpoint"},
+    {"images.source", "models.model", "finetuning.network", "finetuning.compare"},
+    {"images.decode"},
+    {
+        "backbones.encoder",
+        "heads.logreg",
+        "heads.minibatch",
+        "extraction.match",
+        "extraction.request",
+        "finetuning.pixels",
+    },
+    {"backbones.embed", "extraction.plan", "finetuning.trainer"},
+    {"extraction.parts", "backbones.embedder"},
+    {"extraction.extract", "finetuning.save", "extraction.restore"},
+    {"extraction.repair"},
+    {"models.fit", "models.predict", "reports.info", "reports.doctor", "cli.demo", "models.export"},
+    {"finetuning.start"},
+    {"finetuning.finetune"},
+    {"reports.predictions_table", "cli.console", "cli.options"},
+    {"cli.inspect"},
+    {"cli.app"},
     {"__init__", "__main__"},
 ]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def is_module(name: str) -> bool:
+    return (PACKAGE / f"{name.replace('.', '/')}.py").exists()
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
@@ -77,51 +101,50 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_module(path: Path) -> None:
     used = imports(path)
     for library, homes in ONLY_IN.items():
-        if path.stem not in homes:
+        if name_of(path) not in homes:
             assert library not in {name.split(".")[0] for name in used}, f"{library} belongs to {homes}"
-    assert not any(name.startswith("torch.distributed") for name in used) or path.stem == "processes"
+    assert not any(name.startswith("torch.distributed") for name in used) or name_of(path) == "system.distributed"
     assert len(path.read_text().splitlines()) <= 500
     tree = ast.parse(path.read_text())
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    if path.stem != "tensorfiles":  # unpickling, safe or not, happens in one place
+    if name_of(path) != "system.safe_load":  # unpickling, safe or not, happens in one place
         assert not [
             call for call in calls if ast.unparse(call) in ("torch.load", "pickle.load", "joblib.load", "np.load")
         ]
-    if path.stem not in ("cli", "cli_inspect", "display"):
+    if name_of(path) not in ("cli.app", "cli.inspect", "cli.console"):
         assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
         assert not [call for call in calls if isinstance(call, ast.Attribute) and ast.unparse(call) == "sys.exit"]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_data_flows_one_way(path: Path) -> None:
-    level = next((number for number, names in enumerate(LAYERS) if path.stem in names), None)
-    assert level is not None, f"{path.stem} has no layer"
+    level = next((number for number, names in enumerate(LAYERS) if name_of(path) in names), None)
+    assert level is not None, f"{name_of(path)} has no layer"
     for name in imports(path):
-        module = name.removeprefix("featcache.").split(".")[0]
-        if name.startswith("featcache.") and (PACKAGE / f"{module}.py").exists():
+        if name.startswith("featcache.") and is_module(module := name.removeprefix("featcache.")):
             other = next(number for number, names in enumerate(LAYERS) if module in names)
-            assert other < level, f"{path.stem} imports {module}, which is not below it"
+            assert other < level, f"{name_of(path)} imports {module}, which is not below it"
 
 
 LIGHT = (
     "spec",
-    "images",
-    "cache",
-    "recognition",
-    "planning",
-    "request",
-    "extraction",
-    "parts",
-    "preparing",
-    "restoring",
-    "repairing",
-    "model",
-    "training",
-    "prediction",
+    "images.source",
+    "cache.cache",
+    "extraction.match",
+    "extraction.plan",
+    "extraction.request",
+    "extraction.extract",
+    "extraction.parts",
+    "backbones.embedder",
+    "extraction.restore",
+    "extraction.repair",
+    "models.model",
+    "models.fit",
+    "models.predict",
 )
 
 
@@ -132,7 +155,7 @@ def test_torch_is_imported_late(name: str) -> None:
     while todo:
         module = todo.pop()
         seen.add(module)
-        used = imports(PACKAGE / f"{module}.py", top_level=True)
+        used = imports(PACKAGE / f"{module.replace('.', '/')}.py", top_level=True)
         assert not {"torch", "torchvision", "timm"} & {entry.split(".")[0] for entry in used}, module
-        below = {entry.split(".")[1] for entry in used if entry.startswith("featcache.")}
-        todo += [entry for entry in below - seen if (PACKAGE / f"{entry}.py").exists()]
+        below = {entry.removeprefix("featcache.") for entry in used if entry.startswith("featcache.")}
+        todo += [entry for entry in below - seen if is_module(entry)]

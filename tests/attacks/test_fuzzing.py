@@ -14,14 +14,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from featcache.cache import FeatureCache
-from featcache.decoders import decode_pixels
+from featcache.cache.cache import FeatureCache
+from featcache.cache.hdf5_reader import SIGNATURE
 from featcache.errors import CacheError, FeatcacheError, ModelError, UsageError
-from featcache.images import RefusedImage, list_images
-from featcache.model import load_model
+from featcache.images.decode import decode_pixels
+from featcache.images.source import RefusedImage, list_images
+from featcache.models.model import load_model
 from featcache.spec import check_spec, parse_json
-from featcache.tensorfiles import DamagedFile, load_tensors
-from featcache.untrusted import SIGNATURE
+from featcache.system.safe_load import DamagedFile, load_tensors
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

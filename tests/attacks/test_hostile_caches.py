@@ -18,9 +18,9 @@ import pytest
 import test_mutated_caches as caches
 from hostile import watched
 
-from featcache import cache as cache_module
-from featcache.cache import FeatureCache
-from featcache.checksums import column_checksums
+from featcache.cache import cache as cache_module
+from featcache.cache.cache import FeatureCache
+from featcache.cache.checksums import column_checksums
 from featcache.errors import CacheError, DamagedCacheError
 from featcache.spec import canonical_json, check_spec
 

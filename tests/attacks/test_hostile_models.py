@@ -23,12 +23,12 @@ from conftest import SPEC
 from hostile import Bomb, watched
 from test_mutated_files import make_head, make_model
 
-from featcache import checkpoint
-from featcache.cache import Rows, encode_names, write_cache
+from featcache.cache.cache import Rows, encode_names, write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
-from featcache.finetuned import read_report
-from featcache.inspection import describe
-from featcache.model import check_replaceable, load_model, own_file
+from featcache.finetuning import checkpoint
+from featcache.finetuning.save import read_report
+from featcache.models.model import check_replaceable, load_model, own_file
+from featcache.reports.info import describe
 from featcache.spec import fingerprint_of
 
 NAMES = (

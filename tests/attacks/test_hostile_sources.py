@@ -11,10 +11,10 @@ import pytest
 from conftest import TINY_FLAGS, make_photos, write_photo
 from hostile import watched
 
-from featcache.cache import FeatureCache
+from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError
-from featcache.images import RefusedImage, list_images, read_image
-from featcache.prediction import _list_inputs
+from featcache.images.source import RefusedImage, list_images, read_image
+from featcache.models.predict import _list_inputs
 
 Run = Callable[..., tuple[int, str, str]]
 

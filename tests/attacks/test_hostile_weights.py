@@ -16,10 +16,10 @@ import torch
 from hostile import Bomb, watched
 from test_mutated_files import make_tensors
 
-from featcache import checkpoint
-from featcache.backbones import _load_state, _read_weights, load_backbone
+from featcache.backbones.load import _load_state, _read_weights, load_backbone
 from featcache.errors import BackboneError, ModelError
-from featcache.tensorfiles import DamagedFile, load_tensors
+from featcache.finetuning import checkpoint
+from featcache.system.safe_load import DamagedFile, load_tensors
 
 
 def reduced(path: Path, bomb: Bomb) -> None:
@@ -97,7 +97,9 @@ def test_code_among_downloaded_weights_is_not_run(tmp_path: Path, monkeypatch: p
         write(folder / "squeezenet1_1-b8a52dc0.pth", Bomb(tmp_path / "exploded"))
         with pytest.raises(BackboneError, match=r"squeezenet1_1-b8a52dc0.pth is damaged: its sha256 begins with"):
             load_backbone("squeezenet1_1")
-        monkeypatch.setattr("featcache.backbones._check_downloaded", lambda path: None)  # as if the hash were right
+        monkeypatch.setattr(
+            "featcache.backbones.load._check_downloaded", lambda path: None
+        )  # as if the hash were right
         with pytest.raises(BackboneError, match="could not be downloaded"):
             load_backbone("squeezenet1_1")
         monkeypatch.undo()

@@ -1,0 +1,1 @@
+"""Name and weights in; embeddings of images out."""

@@ -1,0 +1,215 @@
+"""A backbone made fast for inference, and the self-check that it still computes the same embeddings.
+
+In: a ``Backbone`` and a few sample images. Out: an ``Encoder``: uint8 pixels (N, H, W, 3) -> float32 embeddings (N, D),
+callable from many threads. Which precision was tried, measured and chosen is kept in ``Encoder.choice``.
+"""
+
+import copy
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, sources_forgotten
+from featcache.backbones.load import Backbone
+from featcache.backbones.self_check import Agreement, agreement, only_rounded
+from featcache.errors import BackboneError, UsageError
+from featcache.images.preprocess import PreprocessSpec, channel_constants, normalise
+from featcache.system.device import Runtime, has_bf16_arithmetic
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionChoice:
+    """What the self-check found.
+
+    Attributes:
+        precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``fusion.py``.
+        precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
+        reason: why, in words, with the figures.
+        tried: per precision and form: ``Agreement.to_json`` with plain float32.
+    """
+
+    precision: str
+    form: str
+    precision_class: str
+    reason: str
+    tried: dict[str, dict[str, float | None]]
+
+
+class Encoder:
+    """A frozen backbone on its device. Calls are safe from several threads."""
+
+    def __init__(self, module: nn.Module, preprocess: PreprocessSpec, device: torch.device, dtype: torch.dtype) -> None:
+        self.preprocess = preprocess
+        self.device = device
+        self._dtype = dtype
+        self._module = module.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._constants = channel_constants(preprocess, device)
+        self._gpu = threading.Lock()  # a GPU takes one batch at a time; a CPU as many as there are workers
+
+    def new_buffer(self, batch_size: int) -> npt.NDArray[np.uint8]:
+        """Zeroed pixels (batch_size, H, W, 3), in pinned memory where a GPU can fetch them faster."""
+        shape = (batch_size, *self.preprocess.crop, 3)
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Embed a batch: uint8 (N, H, W, 3) -> float32 (N, D).
+
+        Raises:
+            UsageError: the batch does not fit into the GPU's memory.
+        """
+        try:
+            with torch.inference_mode():
+                if self.device.type == "cuda":
+                    return self._embed_cuda(torch.from_numpy(pixels))
+                if self.device.type == "mps":
+                    with self._gpu:
+                        return self._forward(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
+                return self._forward(torch.from_numpy(pixels)).float().numpy()
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"a batch of {len(pixels)} does not fit into {self.device}'s memory; halve --batch-size"
+            ) from error
+
+    def fuse(self, batch_size: int) -> bool:
+        """Let convolutions do what follows them, for batches of this size; whether that is possible here."""
+        pixels = torch.zeros((2, *self.preprocess.crop, 3), dtype=torch.uint8)  # of one, a residual might be everyone's
+        try:
+            with torch.inference_mode():
+                inputs = normalise(pixels, *self._constants).to(self._dtype)
+                self._module = fuse_convolutions(self._module, inputs, batch_size=batch_size)
+        except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
+            return False
+        return True
+
+    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._module(normalise(pixels, *self._constants).to(self._dtype))  # type: ignore[no-any-return]
+
+    def _embed_cuda(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
+        # Only queueing is serialised: while this thread waits for its result, the next one's batch is already queued.
+        with self._gpu, torch.cuda.device(self.device):
+            result = self._forward(pixels.to(self.device, non_blocking=True)).float()
+            host = torch.empty(result.shape, pin_memory=True)
+            host.copy_(result, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        done.synchronize()
+        return host.numpy().copy()  # pinned memory is scarce: hand it back
+
+
+@sources_forgotten()
+def build_encoder(
+    backbone: Backbone,
+    runtime: Runtime,
+    sample: npt.NDArray[np.uint8],
+    *,
+    precision: Precision = "auto",
+) -> tuple[Encoder, PrecisionChoice]:
+    """Make ``backbone`` fast on ``runtime.device`` and prove on ``sample`` that it stayed itself.
+
+    Args:
+        backbone: frozen, on the CPU; left unchanged.
+        runtime: where to compute.
+        sample: uint8 (N, H, W, 3), a few of the images to embed.
+        precision: ``auto`` takes the fastest one that passes; another is obeyed, and named if it does not pass.
+
+    Raises:
+        UsageError: unknown precision, or a sample that does not fit into memory.
+    """
+    if precision not in ("auto", *_TYPES):
+        raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
+    _use_true_float32()
+
+    plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
+    reference = _try_input(plain, backbone, sample)
+    names = candidates(runtime.device) if precision == "auto" else [precision]
+    tried: dict[str, Agreement] = {}
+    last: tuple[Encoder, str, str] = (plain, "fp32", "plain")
+    for encoder, name, form in _encoders(backbone, runtime, names):
+        # In order of known speed, not by a stopwatch: a resumed run must choose what the first one chose.
+        features = _features_or_nan(encoder, sample, backbone.dim)
+        last, found = (encoder, name, form), agreement(reference, features)
+        tried[f"{name} {form}"] = found
+        if only_rounded(reference, features) if name == "fp32" else found.passes:
+            return encoder, _choice(name, form, "reference", _reason(name, precision, runtime, tried), tried)
+    figures = _figures(tried)
+    if "fp32" in names:  # folding did harm (a batch norm with tiny variance, say): do without
+        return plain, _choice("fp32", "plain", "reference", f"fp32 plain: {figures} did not pass", tried)
+    encoder, name, form = last
+    return encoder, _choice(name, form, name, f"{name} as asked: {figures}, below the bar", tried)
+
+
+def _choice(precision: str, form: str, group: str, reason: str, tried: dict[str, Agreement]) -> PrecisionChoice:
+    return PrecisionChoice(precision, form, group, reason, {name: found.to_json() for name, found in tried.items()})
+
+
+def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -> Iterator[tuple[Encoder, str, str]]:
+    """(encoder, precision, form), fastest first."""
+    folded = fold_batchnorm(backbone.module)
+    form = "folded" if isinstance(folded, fx.GraphModule) else "plain"
+    for name in precisions:
+        if form == "folded" and runtime.device.type == "cpu" and os.environ.get("FEATCACHE_FUSE") != "0":
+            encoder = Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name])
+            if encoder.fuse(runtime.batch_size):
+                yield encoder, name, "fused"
+        yield Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name]), name, form
+
+
+def _features_or_nan(encoder: Encoder, sample: npt.NDArray[np.uint8], dim: int) -> npt.NDArray[np.float32]:
+    """(N, D) embeddings; NaN if this form of the network fails where the plain one does not, so that it cannot pass."""
+    try:
+        return encoder(sample)
+    except UsageError:  # memory
+        raise
+    except Exception:
+        return np.full((len(sample), dim), np.nan, np.float32)
+
+
+def _try_input(encoder: Encoder, backbone: Backbone, sample: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The first forward pass: some networks take one input size only."""
+    try:
+        features = encoder(sample)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        height, width = backbone.preprocess.crop
+        raise UsageError(
+            f"{backbone.name} does not take inputs of {height}x{width} pixels ({error}); leave --crop out"
+        ) from error
+    if features.shape != (len(sample), backbone.dim):
+        raise BackboneError(f"{backbone.name} gives {features.shape[1:]} values per image, expected ({backbone.dim},)")
+    return features
+
+
+def candidates(device: torch.device) -> list[str]:
+    """Precisions that ``auto`` tries on ``device``, fastest first."""
+    if device.type == "cuda":
+        return ["fp16", "bf16", "fp32"]
+    if device.type == "mps":
+        return ["fp16", "fp32"]
+    return ["bf16", "fp32"] if has_bf16_arithmetic() else ["fp32"]
+
+
+def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, Agreement]) -> str:
+    if asked != "auto":
+        return f"{best} as asked ({_figures(tried)})"
+    if len(candidates(runtime.device)) == 1:
+        return f"{best}: this {runtime.device.type} has nothing faster (self-check {_figures(tried)})"
+    return f"{best}: the fastest that passes the self-check ({_figures(tried)})"
+
+
+def _figures(tried: dict[str, Agreement]) -> str:
+    return "; ".join(f"{name} {found}" for name, found in tried.items())
+
+
+def _use_true_float32() -> None:
+    """float32 means float32: PyTorch would round the inputs of cuDNN's convolutions to TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False

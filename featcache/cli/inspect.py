@@ -1,0 +1,155 @@
+"""The commands that look and report: info, verify, backbones, doctor; and demo. Added to the others by ``cli``."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featcache.cli import options
+from featcache.cli.console import interruptible, print_facts, print_json, say, show_progress
+from featcache.errors import DamagedCacheError, UsageError, advice
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``, in the order in which its help shows them."""
+    examples = (
+        (info, "featcache info features.h5  ·  featcache info model/"),
+        (verify, "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/"),
+        (backbones, "featcache backbones convnext"),
+        (doctor, "featcache doctor  ·  featcache doctor --images photos/ --backbone mobilenet_v3_large"),
+        (demo, "featcache demo"),
+    )
+    for command, example in examples:
+        app.command(epilog=options.EXAMPLES + example)(command)
+
+
+def info(
+    path: Annotated[Path, typer.Argument(readable=False, help="A cache file or a model folder.")],
+    as_json: options.Json = False,
+) -> None:
+    """Show what a cache or a model holds and where it came from."""
+    from featcache.reports.info import describe
+
+    print_facts(describe(path), as_json)
+
+
+def verify(
+    cache: Annotated[Path, typer.Argument(readable=False, help="A cache file.")],
+    repair: Annotated[
+        Path | None,
+        typer.Option(metavar="SOURCE", readable=False, help="Mend what is damaged from the images it was made from."),
+    ] = None,
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    batch_size: options.BatchSize = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Read every byte of a cache and compare it with the checksums; mend what is damaged, and only that, if asked to."""
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    if repair is not None:
+        _mend(cache, repair, device, threads, batch, as_json)
+        return
+    if (device, threads, batch) != ("auto", None, None):
+        raise UsageError(
+            "--device, --workers and --batch-size are for repairing; add --repair SOURCE or leave them out"
+        )
+    from featcache.cache.cache import FeatureCache
+
+    opened = FeatureCache.salvage(cache)
+    damaged = opened.verify()
+    facts = {"cache": cache, "rows": len(opened), "damaged": damaged, "damaged_columns": opened.damaged_columns}
+    print_json(facts, as_json)
+    if damaged or opened.damaged_columns:
+        what = damage_in_words(damaged, opened.damaged_columns)
+        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {advice(cache)}")
+    say(f"{cache}: {len(opened)} rows, all intact")
+
+
+def _mend(cache: Path, source: Path, device: str, workers: int | None, batch_size: int | None, as_json: bool) -> None:
+    from featcache.extraction.repair import repair
+
+    with interruptible(cache), show_progress("embedding") as progress:
+        report = repair(cache, source, device=device, workers=workers, batch_size=batch_size, progress=progress)
+    if report.damaged or report.damaged_columns:
+        now = "every checksum is as it was" if report.identical else "what was restored has new checksums"
+        say(
+            f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}; "
+            f"embedded {report.embedded} images again, {now} ({report.seconds:.1f} s)"
+        )
+    else:
+        say(f"{cache}: {report.rows} rows, all intact, nothing to repair")
+    print_json(dataclasses.asdict(report), as_json)
+
+
+def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) -> str:
+    """``rows 0-1023, 2048-3071, digests``: the first few ranges of rows, then the columns."""
+    ranges = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:20])
+    more = f" and {len(damaged) - 20} ranges more" if len(damaged) > 20 else ""
+    return ", ".join([*([f"rows {ranges}{more}"] if damaged else []), *columns])
+
+
+def backbones(
+    pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+    as_json: options.Json = False,
+) -> None:
+    """List the backbones that extract knows."""
+    from featcache.backbones.load import backbone_names
+
+    names = backbone_names(pattern)
+    if as_json:
+        print_json({"backbones": names}, as_json)
+    else:
+        print("\n".join(names))
+    say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
+
+
+def doctor(
+    images: Annotated[
+        Path | None, typer.Option(readable=False, help="Folder or CSV to measure with; generated photos if not given.")
+    ] = None,
+    backbone: options.Backbone = "resnet50",
+    weights: Annotated[
+        str | None, typer.Option(help="As for extract; if not given random ones, which are as fast, and no download.")
+    ] = None,
+    precision: options.Precision = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    batch_size: options.BatchSize = "auto",
+    seconds: Annotated[
+        float, typer.Option(min=0.0, max=3600.0, help="How long to measure; 0 only shows the facts.")
+    ] = 20.0,
+    as_json: options.Json = False,
+) -> None:
+    """Show what this machine can do, measure how fast it embeds, and say what limits."""
+    from featcache.images.source import list_images
+    from featcache.reports.info import machine
+    from featcache.system.device import choose_runtime
+
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    listed = list_images(images, labelled=False) if images else None
+    runtime = choose_runtime(device, workers=threads, batch_size=batch)
+    facts = machine(runtime)
+    if not seconds:
+        print_facts(facts, as_json)
+        return
+    from featcache.reports.doctor import check_up
+
+    measured = check_up(listed, runtime, backbone=backbone, weights=weights, precision=precision, seconds=seconds)
+    print_json(facts | {"measured": measured}, as_json)
+    if not as_json:
+        sentences = measured.pop("advice")
+        print_facts(facts | {"measured": measured}, as_json)
+        print("\n".join(sentences))
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
+    as_json: options.Json = False,
+) -> None:
+    """Do the whole job on handwritten digits, without any download."""
+    from featcache.cli.demo import run_demo
+
+    facts = run_demo(folder, lambda line: print(line, flush=True))
+    print_json(facts, as_json)

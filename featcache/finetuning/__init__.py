@@ -1,0 +1,1 @@
+"""A saved model and images in; a better saved model out."""

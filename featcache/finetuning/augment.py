@@ -1,0 +1,113 @@
+"""Random changes to training images, with torchvision's v2 kernels, on whatever device the pixels are.
+
+In: uint8 pixels (H, W, 3) of one image, the steps of a recipe, a random generator. Out: uint8 (height, width, 3). What is
+drawn depends on nothing but (seed, epoch, image): not on the batch, the worker, the process, or where a run was resumed.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from featcache.errors import UsageError
+from featcache.finetuning.recipes import Step
+
+_RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop, as usual
+
+
+def augment(
+    pixels: torch.Tensor, steps: Sequence[Step], *, size: tuple[int, int], seed: tuple[int, int, int]
+) -> torch.Tensor:
+    """Apply ``steps`` to one image.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        steps: each a name of ``STEPS`` and its numbers.
+        size: (height, width) of the result; an image that no step brings to it is resized.
+        seed: (seed, epoch, image): the same gives the same result.
+
+    Raises:
+        UsageError: a step that does not exist.
+    """
+    random = np.random.default_rng(seed)
+    image = pixels.permute(2, 0, 1)
+    for name, *numbers in steps:
+        if name not in STEPS:
+            raise UsageError(f"unknown augmentation {name!r}; choose from {', '.join(STEPS)}")
+        image = STEPS[str(name)](image, random, size, *(float(number) for number in numbers))
+    if image.shape[1:] != size:
+        image = _resize(image, size)
+    return image.permute(1, 2, 0)
+
+
+def _resized_crop(
+    image: torch.Tensor, random: np.random.Generator, size: tuple[int, int], least: float, most: float, margin: float
+) -> torch.Tensor:
+    """A random part of ``least`` to ``most`` of the area, resized to ``margin`` times the result's size (Szegedy 2015)."""
+    height, width = image.shape[1:]
+    top, left, h, w = _random_box(random, height, width, least, most)
+    target = (round(size[0] * margin), round(size[1] * margin))
+    return _resize(image[:, top : top + h, left : left + w], target)
+
+
+def _random_box(
+    random: np.random.Generator, height: int, width: int, least: float, most: float
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width): ten tries, then the largest centred box of an allowed ratio, as torchvision does."""
+    for _ in range(10):
+        area = height * width * random.uniform(least, most)
+        ratio = math.exp(random.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    resized: torch.Tensor = functional.resize(
+        image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True
+    )
+    return resized
+
+
+def _flip(image: torch.Tensor, random: np.random.Generator, _: tuple[int, int], share: float) -> torch.Tensor:
+    return image.flip(2) if random.random() < share else image
+
+
+def _rotate(image: torch.Tensor, random: np.random.Generator, _: tuple[int, int], degrees: float) -> torch.Tensor:
+    angle = float(random.uniform(-degrees, degrees))
+    rotated: torch.Tensor = functional.rotate(image, angle, interpolation=InterpolationMode.BILINEAR)
+    return rotated
+
+
+def _jitter(
+    image: torch.Tensor,
+    random: np.random.Generator,
+    _: tuple[int, int],
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+) -> torch.Tensor:
+    image = functional.adjust_brightness(image, float(random.uniform(1 - brightness, 1 + brightness)))
+    image = functional.adjust_contrast(image, float(random.uniform(1 - contrast, 1 + contrast)))
+    image = functional.adjust_saturation(image, float(random.uniform(1 - saturation, 1 + saturation)))
+    return functional.adjust_hue(image, float(random.uniform(-hue, hue))) if hue else image
+
+
+def _center_crop(image: torch.Tensor, _: np.random.Generator, size: tuple[int, int]) -> torch.Tensor:
+    cropped: torch.Tensor = functional.center_crop(image, list(size))
+    return cropped
+
+
+STEPS: dict[str, Callable[..., torch.Tensor]] = {
+    "resized_crop": _resized_crop,
+    "flip": _flip,
+    "rotate": _rotate,
+    "jitter": _jitter,
+    "center_crop": _center_crop,
+}

@@ -1,0 +1,270 @@
+"""Backbone and head as one trainable network, and back again.
+
+In: a ``Backbone`` and a cached ``Head``. Out: a ``Network`` whose logits are those of the cached head, its stages, what of
+it trains, and, after training, a ``Head`` again. Everything here works on any architecture that ``backbones.py`` loads.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from featcache.backbones.load import Backbone, hash_tensors
+from featcache.errors import ModelError
+from featcache.finetuning.recipes import Recipe
+from featcache.heads.head import Array, Head
+from featcache.images.preprocess import channel_constants, normalise
+
+_FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+_WITH_WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+
+
+class Scaling(nn.Module):
+    """Embeddings to about unit size per value, so that one learning rate of the head fits any backbone.
+
+    Attributes:
+        unit: whether to divide each row by its norm, the one scaling that does not fold into a linear layer.
+        factor: one constant; it is folded into the weights again when the head is stored.
+    """
+
+    def __init__(self, *, unit: bool, factor: float) -> None:
+        super().__init__()
+        self.unit, self.factor = unit, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, D) -> (N, D)
+        return (functional.normalize(x, dim=1) if self.unit else x) * self.factor
+
+
+class Network(nn.Module):
+    """Pixels in, logits out.
+
+    Attributes:
+        backbone: (N, 3, H, W) -> (N, D). head: (N, D) -> (N, C). mean, std: (1, 3, 1, 1), of the normalisation.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, backbone: Backbone, head: nn.Sequential) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone.module).to(memory_format=torch.channels_last)
+        self.head = head
+        mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, 3) -> logits (N, C), on the device that pixels and network are on."""
+        logits: torch.Tensor = self.head(self.backbone(normalise(pixels, self.mean, self.std)))
+        return logits
+
+
+def assemble(backbone: Backbone, head: Head) -> Network:
+    """The network that computes what ``head`` computes on the backbone's embeddings.
+
+    Standardisation is folded into the first linear layer: W (x - mean) / scale + b = (W / scale) x + (b - W (mean / scale)).
+    """
+    layers = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in head.layers]
+    if head.scaling == "standardise":
+        weight, bias = layers[0]
+        scaled = weight / head.scale.astype(np.float64)
+        layers[0] = (scaled, bias - scaled @ head.mean.astype(np.float64))
+    scaling = Scaling(unit=head.scaling == "unit", factor=_factor(head))
+    layers[0] = (layers[0][0] / scaling.factor, layers[0][1])
+    modules: list[nn.Module] = [scaling]
+    for number, (weight, bias) in enumerate(layers):
+        linear = nn.Linear(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(weight))
+            linear.bias.copy_(torch.from_numpy(bias))
+        modules += [nn.ReLU(), linear] if number else [linear]
+    return Network(backbone, nn.Sequential(*modules))
+
+
+def _factor(head: Head) -> float:
+    """1 / root mean square of what the first layer sees, as far as the head knows it."""
+    if head.scaling == "unit":
+        return float(np.sqrt(head.dim))
+    if head.scaling == "standardise":
+        return float(1 / np.sqrt(np.mean(head.mean.astype(np.float64) ** 2 + head.scale.astype(np.float64) ** 2)))
+    return 1.0
+
+
+def with_new_head(backbone: Backbone, recipe: Recipe, n_classes: int, *, seed: int) -> Network:
+    """The network with a random head of the recipe's shape."""
+    sizes = [backbone.dim, *(recipe.hidden or ())]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules: list[nn.Module] = []
+        for number, (before, after) in enumerate(zip(sizes, [*sizes[1:], n_classes], strict=True)):
+            if number:
+                modules += [nn.ReLU(), nn.Dropout(recipe.dropout[number - 1] if recipe.dropout else 0.0)]
+            modules.append(nn.Linear(before, after))
+    return Network(backbone, nn.Sequential(*modules))
+
+
+def to_head(network: Network) -> Head:
+    """The network's head as stored in a model; the inverse of ``assemble``, with the scaling folded in."""
+    linear = [module for module in network.head if isinstance(module, nn.Linear)]
+    layers = tuple((m.weight.detach().cpu().numpy().copy(), m.bias.detach().cpu().numpy().copy()) for m in linear)
+    first, dim = network.head[0], linear[0].in_features
+    scaling = "none"
+    if isinstance(first, Scaling):
+        scaling = "unit" if first.unit else "none"
+        layers = ((layers[0][0] * np.float32(first.factor), layers[0][1]), *layers[1:])
+    zeros, ones = np.zeros(dim, np.float32), np.ones(dim, np.float32)
+    return Head("mlp" if len(layers) > 1 else "linear", scaling, zeros, ones, layers)  # type: ignore[arg-type]
+
+
+def to_backbone(network: Network, backbone: Backbone, source: str) -> Backbone:
+    """``backbone`` with the network's weights, to be saved; ``source`` says where they came from, in words."""
+    module = copy.deepcopy(network.backbone).cpu().to(memory_format=torch.contiguous_format)
+    module.eval().requires_grad_(False)
+    digest = hash_tensors(module.state_dict())
+    return dataclasses.replace(backbone, module=module, weights=source, weights_sha256=digest, reload=None)
+
+
+def check_parity(network_logits: Array, head_logits: Array, *, tolerance: float) -> float:
+    """Compare the assembled network with the cached head on the same images.
+
+    Args:
+        network_logits, head_logits: (n, C).
+        tolerance: largest accepted difference, relative to the spread of the head's logits.
+
+    Returns:
+        The relative difference, |network - head| / |head - mean over classes|, in the Frobenius norm.
+
+    Raises:
+        ModelError: larger than ``tolerance``: what would train is not what was cached.
+    """
+    a, b = (logits.astype(np.float64) for logits in (network_logits, head_logits))
+    a, b = (logits - logits.mean(axis=1, keepdims=True) for logits in (a, b))  # what softmax sees
+    difference = float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-12)
+    if not difference <= tolerance:
+        same = float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
+        raise ModelError(
+            f"the assembled network does not compute what the cached head computes: on {len(a)} images the logits differ by "
+            f"{difference:.2%} of their spread, expected at most {tolerance:.2%} ({same:.0%} of the labels agree); the images, the "
+            "weights or the preprocessing are not those of the cache: extract and fit the head again"
+        )
+    return difference
+
+
+def mixed(start: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
+    """(1 - alpha) start + alpha tuned, exactly ``start`` at 0 and ``tuned`` at 1; counters are those of ``tuned``."""
+    if alpha in (0, 1):
+        return tuned if alpha else start
+    return {
+        name: start[name].lerp(tensor, alpha) if tensor.is_floating_point() else tensor
+        for name, tensor in tuned.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------- what of it trains
+
+
+def stages(module: nn.Module) -> list[list[nn.Parameter]]:
+    """The backbone's parameters from input to output, in stages, found without knowing the architecture.
+
+    The largest part is divided into its children until there are at least four parts and none that can be divided holds
+    more than four fifths of the parameters. That gives ResNet's layers, MobileNet's blocks, a transformer's blocks. What
+    has no matrix or kernel (norms, tokens) joins its neighbour, and a very small end the stage before it.
+    """
+    parts: list[nn.Module | nn.Parameter] = [module]
+    total = _size(module)
+    while dividable := [part for part in parts if isinstance(part, nn.Module) and any(part.children())]:
+        largest = max(dividable, key=_size)
+        if len(parts) >= _FEWEST_STAGES and _size(largest) <= _LARGEST_STAGE * total:
+            break
+        place = next(k for k, part in enumerate(parts) if part is largest)
+        parts[place : place + 1] = _children(largest)
+    merged = _merge_small([[part] if isinstance(part, nn.Parameter) else list(part.parameters()) for part in parts])
+    while len(merged) > 1 and sum(map(_size, merged[-1])) < _SMALLEST_END * total:
+        merged[-2:] = [merged[-2] + merged[-1]]
+    return merged
+
+
+def _children(part: nn.Module) -> list[nn.Module | nn.Parameter]:
+    """Direct parameters, then child modules that hold any."""
+    return [*part.parameters(recurse=False), *(child for child in part.children() if _size(child))]
+
+
+def _size(part: nn.Module | nn.Parameter) -> int:
+    return part.numel() if isinstance(part, nn.Parameter) else sum(p.numel() for p in part.parameters())
+
+
+def _merge_small(parts: list[list[nn.Parameter]]) -> list[list[nn.Parameter]]:
+    """Join parts without a matrix or kernel to the one before them; the first ones to the one after them."""
+    merged: list[list[nn.Parameter]] = []
+    pending: list[nn.Parameter] = []
+    for part in parts:
+        if any(parameter.ndim > 1 and max(parameter.shape[:2]) > 1 for parameter in part):
+            merged.append(pending + part)
+            pending = []
+        elif merged:
+            merged[-1] += part
+        else:
+            pending += part
+    return merged or [pending]
+
+
+def unfreeze(network: Network, recipe: Recipe, *, epoch: int) -> None:
+    """Set which parameters train during ``epoch`` (from 0), as the recipe says."""
+    parts = stages(network.backbone)
+    opened = {"head": 0, "last-stage": 1, "all": len(parts), "gradual": _opened(len(parts), epoch, recipe.epochs or 1)}
+    network.requires_grad_(True)
+    for stage in parts[: len(parts) - opened[recipe.unfreeze]]:
+        for parameter in stage:
+            parameter.requires_grad_(False)
+
+
+def _opened(n_stages: int, epoch: int, epochs: int) -> int:
+    """Gradual unfreezing: the head alone at first, everything from the middle of the run on."""
+    return min(n_stages, round(n_stages * epoch / (epochs // 2))) if epochs > 1 else n_stages
+
+
+def training_mode(network: Network, recipe: Recipe) -> None:
+    """Switch to training; what is frozen behaves as in prediction, and so do batch norms, unless the recipe trains them."""
+    network.train()
+    if not any(parameter.requires_grad for parameter in network.backbone.parameters()):
+        network.backbone.eval()
+    for module in network.backbone.modules():
+        still = recipe.batchnorm == "frozen" or not any(p.requires_grad for p in module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm) and still:
+            module.eval()
+
+
+def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
+    """The optimizer's groups: head and stages, each with its learning rate; norms and biases without weight decay."""
+    matrices = {
+        id(parameter)
+        for module in network.modules()
+        if isinstance(module, _WITH_WEIGHTS)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.endswith("weight")
+    }
+    parts = stages(network.backbone)
+    rated = [(list(network.head.parameters()), recipe.lr)]
+    if recipe.unfreeze != "head":
+        opened = parts[-1:] if recipe.unfreeze == "last-stage" else parts
+        rated += [(stage, recipe.backbone_lr * recipe.layer_decay**depth) for depth, stage in enumerate(opened[::-1])]
+    groups = []
+    for parameters, lr in rated:
+        for decayed in (True, False):
+            chosen = [p for p in parameters if (id(p) in matrices) == decayed]
+            if chosen:
+                decay = recipe.weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "lr": lr, "peak_lr": lr, "weight_decay": decay})
+    return groups
+
+
+def count_parameters(network: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    """(all, those that the recipe ever trains)."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    trainable = sum(p.numel() for group in parameter_groups(network, recipe) for p in group["params"])  # type: ignore[arg-type]
+    return total, trainable

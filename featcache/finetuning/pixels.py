@@ -1,0 +1,222 @@
+"""Decoded images, kept: every training or validation image is read and decoded once, whatever the number of epochs.
+
+In: an ``ImageList``. Out: ``Pixels``: uint8 (H, W, 3) per image, in memory, or in a file when memory is short. The file is
+scratch: all bytes, a table as JSON, its length; it can always be made again, and several processes of one machine share it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from featcache.images.decode import read_pixels
+from featcache.images.preprocess import PreprocessSpec
+from featcache.images.source import ImageList, RefusedImage, decode, read_image, strict_decoding
+from featcache.system.files import available_memory, check_free_space, publish_file
+
+Picture = npt.NDArray[np.uint8]
+Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
+Progress = Callable[[int, int], None]  # done, total
+_SHARE_OF_MEMORY = 0.4
+_ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pixels:
+    """Decoded images.
+
+    Attributes:
+        kept: (n,) positions in the list of the images that could be decoded; image i below is image kept[i] of the list.
+        refused: (position, reason) of the others.
+        shapes: (n, 2) height and width. starts: (n + 1,) first byte of each image in ``flat``.
+        flat: all bytes, in memory or in a file.
+        digest: sha256 over the content of all files, in order, refused ones included.
+    """
+
+    kept: npt.NDArray[np.intp]
+    refused: tuple[tuple[int, str], ...]
+    shapes: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    flat: Any
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> Picture:
+        """uint8 (H, W, 3), read-only in spirit: it may be the stored array itself."""
+        height, width = self.shapes[index]
+        return np.asarray(self.flat[self.starts[index] : self.starts[index + 1]]).reshape(height, width, 3)
+
+
+def network_input(spec: PreprocessSpec) -> Convert:
+    """Stored for evaluation: exactly what ``extract`` and ``predict`` feed the backbone."""
+    return lambda data: read_pixels(data, spec)
+
+
+def training_input(spec: PreprocessSpec) -> Convert:
+    """Stored for training: the whole image, its shorter edge somewhat longer than the network's input, never enlarged."""
+    edge = round(max(spec.crop) * _ENLARGED)
+
+    def shrink(data: bytes) -> Picture:
+        image = decode(data)
+        factor = edge / min(image.size)
+        if factor < 1:
+            size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        return np.array(image)  # a copy: Pillow's own memory is read-only, which tensors dislike
+
+    return shrink
+
+
+def fits_memory(size: int) -> bool:
+    """Whether ``size`` bytes of decoded images may be kept in this process's memory."""
+    return size < _SHARE_OF_MEMORY * available_memory()
+
+
+def decode_in_memory(
+    images: ImageList, convert: Convert, *, workers: int = 1, progress: Progress | None = None
+) -> Pixels:
+    """Decode every image once, on ``workers`` threads, and keep them.
+
+    Args:
+        images: n of them. convert: a file's bytes -> uint8 (H, W, 3). progress: called with (done, total).
+    """
+    pictures: list[Picture] = []
+    table = _Table()
+    for entry in _decoded(images, convert, workers, progress):
+        if table.add(*entry) and entry[1] is not None:
+            pictures.append(entry[1].reshape(-1))
+    return table.pixels(_FlatMemory(pictures, np.array(table.starts)))
+
+
+def decode_into_file(
+    images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1, progress: Progress | None = None
+) -> None:
+    """As ``decode_in_memory``, but into a file that ``open_pixels`` reads, replacing an earlier one.
+
+    Args:
+        typical: bytes of a converted image, a guess to check the free space with.
+
+    Raises:
+        StorageError: too little space.
+    """
+    check_free_space(file.parent, len(images) * typical)
+    file.unlink(missing_ok=True)
+    table = _Table()
+    with publish_file(file, needed=len(images) * typical) as target:
+        for entry in _decoded(images, convert, workers, progress):
+            if table.add(*entry) and entry[1] is not None:
+                target.write(np.ascontiguousarray(entry[1]).data)
+        columns = {name: values.tolist() for name, values in table.columns().items()}
+        columns |= {"reasons": [reason for _, reason in table.refused], "digest": table.digest.hexdigest()}
+        text = json.dumps(columns).encode()
+        target.write(text + len(text).to_bytes(8, "little"))
+
+
+def open_pixels(file: Path) -> Pixels:
+    """What ``decode_into_file`` wrote, in this process or in another."""
+    with file.open("rb") as source:
+        end = source.seek(-8, os.SEEK_END)
+        length = int.from_bytes(source.read(), "little")
+        source.seek(end - length)
+        table = json.loads(source.read(length))
+    refused = tuple(zip(table["refused_at"], table["reasons"], strict=True))
+    kept, shapes = np.array(table["kept"], np.intp), np.array(table["shapes"], np.int64).reshape(-1, 2)
+    return Pixels(kept, refused, shapes, np.array(table["starts"], np.int64), _FlatFile(file), table["digest"])
+
+
+_Decoded = Iterator[tuple[int, Picture | None, str, bytes]]  # position, pixels or None, reason, sha256 of the file
+
+
+def _decoded(
+    images: ImageList,
+    convert: Convert,
+    workers: int,
+    progress: Progress | None,
+) -> _Decoded:
+    def one(path: str) -> tuple[Picture | None, str, bytes]:
+        digest = b""
+        try:
+            data = read_image(images.root / path)[0]
+            digest = hashlib.sha256(data).digest()
+            return convert(data), "", digest
+        except RefusedImage as reason:
+            return None, str(reason), digest
+
+    block = 16 * workers
+    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-decode") as pool:
+        for start in range(0, len(images), block):  # in blocks, so that what is decoded never runs far ahead
+            for offset, result in enumerate(pool.map(one, images.paths[start : start + block])):
+                yield start + offset, *result
+                if progress:
+                    progress(start + offset + 1, len(images))
+
+
+class _Table:
+    """Where each picture lies, as they come."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+        self.refused: list[tuple[int, str]] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.starts = [0]
+        self.digest = hashlib.sha256()
+
+    def add(self, position: int, picture: Picture | None, reason: str, digest: bytes) -> bool:
+        self.digest.update(digest or b"unreadable")
+        if picture is None:
+            self.refused.append((position, reason))
+            return False
+        self.kept.append(position)
+        self.shapes.append(picture.shape[:2])
+        self.starts.append(self.starts[-1] + picture.size)
+        return True
+
+    def columns(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {
+            "kept": np.array(self.kept, np.int64),
+            "shapes": np.array(self.shapes, np.int64).reshape(-1, 2),
+            "starts": np.array(self.starts, np.int64),
+            "refused_at": np.array([position for position, _ in self.refused], np.int64),
+        }
+
+    def pixels(self, flat: Any) -> Pixels:
+        columns = self.columns()
+        return Pixels(
+            columns["kept"].astype(np.intp),
+            tuple(self.refused),
+            columns["shapes"],
+            columns["starts"],
+            flat,
+            self.digest.hexdigest(),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _FlatMemory:
+    """Pictures that lie one by one in memory, addressed as if in a row: no second copy is ever made."""
+
+    pictures: list[Picture]
+    starts: npt.NDArray[np.int64]
+
+    def __getitem__(self, span: slice) -> Picture:
+        return self.pictures[int(np.searchsorted(self.starts, span.start))]
+
+
+class _FlatFile:
+    """The bytes of a scratch file, copied out of a memory map."""
+
+    def __init__(self, path: Path) -> None:
+        self._flat = np.memmap(path, np.uint8, "r")
+
+    def __getitem__(self, span: slice) -> Picture:
+        return np.array(self._flat[span])

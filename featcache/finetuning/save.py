@@ -1,0 +1,143 @@
+"""What comes out of fine-tuning: a report, and a model folder like any other, its history as a table and a picture in it.
+
+In: the network, what it started from, what was measured. Out: the folder; ``backbone.safetensors`` is part of it.
+"""
+
+import copy
+import csv
+import dataclasses
+import io
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featcache.errors import MissingDependencyError, ModelError
+from featcache.finetuning.checkpoint import work_folder
+from featcache.heads.head import FittedHead
+from featcache.models.model import Model, library_versions, save_model
+from featcache.spec import parse_json
+
+if TYPE_CHECKING:
+    from featcache.backbones.load import Backbone
+    from featcache.finetuning.network import Network
+
+log = logging.getLogger("featcache")
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneReport:
+    """What ``finetune`` did; accuracies in 0..1, None where there are no such images.
+
+    Attributes:
+        model: the folder. recipe: its name.
+        epochs: trained. best_epoch: the one kept.
+        alpha: share of the fine-tuned weights in the saved model, the rest is the start; 0: the cached head itself; None:
+            the head was a new one, so that there is nothing to mix with.
+        val_accuracy, head_val_accuracy: of the saved model and of the cached head, on the images by which epoch and
+            alpha were chosen. test_accuracy, head_test_accuracy: on images by which nothing was chosen.
+        p_value: of McNemar's test between the two, on test, or on val where there is no test.
+        verdict: the comparison in a sentence. comparison: a line per split, with standard errors.
+        parameters, trainable_parameters: of the network.
+        images_per_second: in training. seconds: of the whole call.
+    """
+
+    model: Path
+    recipe: str
+    epochs: int
+    best_epoch: int
+    alpha: float | None
+    val_accuracy: float
+    head_val_accuracy: float
+    test_accuracy: float | None
+    head_test_accuracy: float | None
+    p_value: float
+    verdict: str
+    comparison: tuple[str, ...]
+    parameters: int
+    trainable_parameters: int
+    images_per_second: float
+    seconds: float
+
+
+def read_report(output: Path) -> FinetuneReport:
+    """The report that was saved with the model. Raises ModelError if it cannot be read."""
+    try:
+        facts = parse_json((output / "metrics.json").read_text())["report"]
+        return FinetuneReport(model=output, **(facts | {"comparison": tuple(facts["comparison"])}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{output} holds no report of a fine-tuning ({error})") from error
+
+
+def save_finetuned(
+    output: Path,
+    network: "Network",
+    backbone: "Backbone",
+    start: Model,
+    *,
+    training: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:
+    """Publish the model folder ``output`` atomically.
+
+    Args:
+        network: with the weights to keep. backbone, start: what it was made from; its spec becomes that of the new model,
+            with the new weights.
+        training: settings, with ``recipe``, ``best_epoch`` and ``alpha`` (0: the cached head is saved as it was).
+        metrics: scores, with ``history`` and ``head_val_accuracy``.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from featcache.backbones.load import save_weights
+    from featcache.finetuning.network import to_backbone, to_head
+
+    origin = start.manifest["weights"]["source"]
+    head, source = to_head(network), f"fine-tuned from {origin}"
+    if training["alpha"] == 0:
+        head, source = start.head, origin
+    tuned = to_backbone(network, backbone, source)
+    spec = copy.deepcopy(start.spec)
+    spec["backbone"]["weights_sha256"] = tuned.weights_sha256
+    work = work_folder(output)
+    save_weights(tuned, work / "backbone.safetensors")
+    files = {"history.csv": _as_table(metrics["history"])}
+    title = f"{backbone.name}, recipe {training['recipe']}"
+    files |= _curves(metrics, work / "curves.png", title=title, best_epoch=training["best_epoch"])
+    save_model(
+        output,
+        FittedHead(head, (), {}, []),
+        classes=start.classes,
+        spec=spec,
+        weights={"source": source, "reload": None},
+        training=training,
+        metrics=metrics,
+        versions=library_versions(),
+        backbone_file=work / "backbone.safetensors",
+        finetuned=True,
+        extra=files,
+    )
+
+
+def _as_table(history: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
+
+
+def _curves(metrics: dict[str, Any], path: Path, *, title: str, best_epoch: int) -> dict[str, bytes]:
+    from featcache.reports.curves import plot_history
+
+    try:
+        plot_history(
+            metrics["history"],
+            path,
+            title=title,
+            best_epoch=best_epoch,
+            head_val_accuracy=metrics["head_val_accuracy"],
+        )
+    except MissingDependencyError as error:
+        log.info("no curves.png in the model: %s", error)
+        return {}
+    return {"curves.png": path.read_bytes()}

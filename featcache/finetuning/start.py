@@ -1,0 +1,291 @@
+"""Where a fine-tuning starts: its images, and a model of their cached features.
+
+In: a source and either a model or the wish for a backbone. Out: labelled images with train and val splits, and a head-only
+``Model``, which is the one given or one that is extracted and fit here.
+"""
+
+import dataclasses
+import hashlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.backbones.embedder import weights_copy
+from featcache.cache.cache import SPLITS, FeatureCache, encode_names
+from featcache.errors import SourceError
+from featcache.extraction.match import find
+from featcache.extraction.request import ExtractRequest
+from featcache.finetuning.checkpoint import work_folder
+from featcache.images.preprocess import PreprocessSpec
+from featcache.images.source import ImageList, hold_out, list_images
+from featcache.models.model import Model, load_model
+from featcache.system.files import sync_folder
+
+if TYPE_CHECKING:
+    from featcache.backbones.load import Backbone
+    from featcache.finetuning.pixels import Pixels
+    from featcache.system.device import Runtime
+    from featcache.system.distributed import Processes
+
+log = logging.getLogger("featcache")
+_TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
+_CACHE = "features.h5"
+_COMPARED = 64  # images, where they must be embedded for it
+_TOLERANCE_REDUCED = 0.1  # where the cache was computed in half precision
+_TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
+
+
+def read_source(source: Path, *, seed: int) -> tuple[ImageList, bool]:
+    """The labelled images of a source, each in train, val or test.
+
+    Returns:
+        The images, and whether val was held out from train here.
+
+    Raises:
+        SourceError: no labels, or fewer than two classes to train on.
+    """
+    images = list_images(source)
+    if not (images.labels >= 0).any():
+        raise SourceError(f"{source} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
+    wanted = images.labels >= 0
+    if images.splits.any():
+        wanted &= images.splits > 0
+    if left_out := int((~wanted).sum()):
+        log.info("%d images without a label or outside the splits are left out", left_out)
+    images = images.take(np.flatnonzero(wanted))
+    held_out = not (images.splits == _VAL).any()
+    if held_out:
+        images = hold_out(images, seed=seed)
+        log.info(
+            "no val split: a stratified tenth of the training images, %d, becomes one",
+            int((images.splits == _VAL).sum()),
+        )
+    in_train = np.unique(images.labels[images.splits == _TRAIN])
+    if len(in_train) < 2:
+        names = ", ".join(images.classes[label] for label in in_train) or "none"
+        raise SourceError(
+            f"the training images of {source} are of one class ({names}); a classifier needs at least two"
+        )
+    in_val = np.unique(images.labels[images.splits == _VAL])
+    if not len(in_val):
+        raise SourceError(f"{source} has too few images to hold some out for validation; add images or a val folder")
+    if missing := [images.classes[label] for label in np.setdiff1d(in_train, in_val)]:
+        log.warning("no val image of %s: what is chosen on val says nothing about it", ", ".join(missing[:5]))
+    return images, held_out
+
+
+def prepare_start(
+    images: ImageList,
+    output: Path,
+    init: Path | None,
+    request: ExtractRequest | None,
+    *,
+    held_out: bool,
+    processes: "Processes",
+    runtime: "Runtime",
+    seed: int,
+) -> tuple[Model, FeatureCache | None]:
+    """The model to start from, and the cache it was fit on if that happened here.
+
+    A given model is taken as it is, unless val was held out from its training images: it has seen those, so its head is
+    fit again without them.
+
+    Raises:
+        ModelError, BackboneError, SourceError, ...: as ``load_model``, ``extract`` and ``fit_head``.
+    """
+    settings: dict[str, Any] = {"seed": seed}
+    if init is not None:
+        model = load_model(init)
+        _check_classes(images, model)
+        if not held_out:
+            return model, None
+        training = model.manifest["training"]
+        log.info(
+            "%s was trained on images that are now held out for validation: its head is fit again without them", init
+        )
+        settings |= {
+            "clf": model.head.kind,
+            "C": training.get("C"),
+            "class_weight": training.get("class_weight", "none"),
+        }
+        request = ExtractRequest(backbone=str(init))
+    cache, head = work_folder(output) / _CACHE, work_folder(output) / "head"
+    if processes.is_first:
+        beside = sorted(output.absolute().parent.glob("*.h5"))
+        _extract_and_fit(images, cache, head, request or ExtractRequest(), settings, runtime, beside)
+    processes.wait()
+    return load_model(head), FeatureCache.open(cache)
+
+
+def _extract_and_fit(
+    images: ImageList,
+    cache: Path,
+    head: Path,
+    request: ExtractRequest,
+    settings: dict[str, Any],
+    runtime: "Runtime",
+    beside: list[Path],
+) -> None:
+    from featcache.extraction.extract import extract
+    from featcache.models.fit import fit_head
+
+    report = extract(images, cache, request, device=str(runtime.device), workers=runtime.workers, reuse=beside)
+    log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)
+    if _rarest(images) < 2:
+        settings = settings | {"folds": 0}  # nothing to cross-validate with
+        if settings.get("clf", "logreg") == "logreg":
+            settings |= {"C": settings.get("C") or 1.0}
+    fitted = fit_head(cache, head, **settings)
+    scores = {"cross-validated": fitted.cv_accuracy, "val": fitted.val_accuracy}
+    log.info(
+        "cached head: %s, %s",
+        fitted.clf,
+        ", ".join(f"{name} accuracy {value:.2%}" for name, value in scores.items() if value is not None),
+    )
+
+
+def _rarest(images: ImageList) -> int:
+    """Training images of the class that has the fewest, of those that have any."""
+    counts = np.bincount(images.labels[images.splits == _TRAIN])
+    return int(counts[counts > 0].min())
+
+
+def keep_cache(output: Path) -> None:
+    """Leave the features that were extracted on the way as ``OUTPUT.features.h5``, unless that name is taken."""
+    source, target = work_folder(output) / _CACHE, output.with_name(f"{output.name}.{_CACHE}")
+    if not source.is_file() or target.exists():
+        return
+    spec = FeatureCache.open(source).spec
+    if weights_copy(source, spec).is_file():
+        weights_copy(source, spec).replace(weights_copy(target, spec))
+    source.replace(target)
+    sync_folder(target.parent)  # before what is left of the work folder goes
+
+
+def _check_classes(images: ImageList, model: Model) -> None:
+    found = {images.classes[label] for label in np.unique(images.labels[images.splits == _TRAIN])}
+    if unknown := sorted(found - set(model.classes)):
+        raise SourceError(
+            f"the images are of {', '.join(unknown[:5])}, which the model {model.path} does not know (it knows "
+            f"{', '.join(model.classes[:10])}); fit a head on these images first, or leave --init out"
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledPixels:
+    """Decoded images of one split.
+
+    Attributes:
+        pixels: n images. labels: (n,) int64, as the model numbers its classes. paths: n, relative to the source.
+    """
+
+    pixels: "Pixels"
+    labels: npt.NDArray[np.int64]
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over names, labels and content."""
+        text = "\n".join([*self.paths, self.pixels.digest, *map(str, self.labels)])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def decode_split(
+    images: ImageList,
+    split: str,
+    classes: tuple[str, ...],
+    preprocess: PreprocessSpec,
+    *,
+    folder: Path,
+    runtime: "Runtime",
+    processes: "Processes",
+) -> LabelledPixels:
+    """Decode the images of a split once: train with room for random crops, the others exactly as in prediction.
+
+    Args:
+        classes: as the model numbers them; images of others are left out, with a warning.
+        folder: for the scratch file, if memory is short or several processes share it.
+
+    Raises:
+        SourceError: nothing left to train on or to choose by. StorageError: too little space.
+    """
+    number = {name: position for position, name in enumerate(classes)}
+    to_model = np.array([number.get(name, -1) for name in images.classes], np.int64)
+    rows = np.flatnonzero(images.splits == SPLITS.index(split))
+    known = to_model[images.labels[rows]] >= 0
+    if not known.all():
+        log.warning("%d %s images are of classes that the model does not know: left out", int((~known).sum()), split)
+    images = images.take(rows[known])
+    pixels = _decode(images, split, preprocess, folder, runtime, processes)
+    for position, reason in pixels.refused[:5]:
+        log.warning("%s is left out: %s", images.paths[position], reason)
+    if len(pixels.refused) > 5:
+        log.warning("and %d more %s images are left out", len(pixels.refused) - 5, split)
+    labels = to_model[images.labels[pixels.kept]]
+    if not len(labels) and split != "test":
+        raise SourceError(f"not one {split} image of {images.root} could be decoded")
+    if split == "train" and len(np.unique(labels)) < 2:
+        raise SourceError(f"the training images of {images.root} that could be decoded are all of one class")
+    return LabelledPixels(pixels, labels, tuple(images.paths[position] for position in pixels.kept))
+
+
+def _decode(
+    images: ImageList,
+    split: str,
+    preprocess: PreprocessSpec,
+    folder: Path,
+    runtime: "Runtime",
+    processes: "Processes",
+) -> "Pixels":
+    from featcache.finetuning.pixels import (
+        decode_in_memory,
+        decode_into_file,
+        fits_memory,
+        network_input,
+        open_pixels,
+        training_input,
+    )
+
+    convert = training_input(preprocess) if split == "train" else network_input(preprocess)
+    typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
+    if processes.world == 1 and fits_memory(len(images) * typical):
+        return decode_in_memory(images, convert, workers=runtime.workers)
+    file = folder / f"{split}-{processes.node}.pixels"
+    if processes.local_rank == 0:
+        log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
+        decode_into_file(images, convert, file, typical=typical, workers=runtime.workers)
+    processes.wait()
+    return open_pixels(file)
+
+
+def reference_features(
+    val: LabelledPixels, start: Model, cache: FeatureCache | None, backbone: "Backbone", runtime: "Runtime"
+) -> tuple[npt.NDArray[np.intp], npt.NDArray[Any], float]:
+    """What to compare the assembled network with: cached features, or some embedded now, the way ``predict`` does.
+
+    Returns:
+        (n,) images of ``val``, their (n, D) features, and the tolerance that their precision asks for.
+
+    Raises:
+        SourceError: not one image of ``val`` is in the cache.
+    """
+    from featcache.backbones.encoder import build_encoder
+
+    if cache is None:
+        images = np.arange(min(_COMPARED, len(val)))
+        pixels = np.stack([val.pixels[index] for index in images.tolist()])
+        encoder, _ = build_encoder(backbone, runtime, pixels, precision="fp32")
+        return images, encoder(pixels).astype(start.spec["storage"]), _TOLERANCE
+    rows = find(cache.rows.paths, encode_names(val.paths))
+    images = np.flatnonzero(rows >= 0)
+    if not len(images):
+        raise SourceError(f"not one val image is in {cache.path}, so that nothing can be compared with it")
+    precision = cache.provenance.get("precision")
+    exact = isinstance(precision, dict) and precision.get("precision") == "fp32"
+    return images, cache.take(rows[images]), _TOLERANCE if exact else _TOLERANCE_REDUCED

@@ -1,0 +1,407 @@
+"""The training loop: batches of augmented pixels in, trained weights and a history out.
+
+Its whole state is one dictionary of tensors and numbers, so that a run can be stopped after any step and continued to
+the same bits. Nothing random is remembered: order, augmentation and dropout are drawn from (seed, epoch, image or step).
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
+
+from featcache.errors import TrainingError, UsageError
+from featcache.finetuning.augment import augment
+from featcache.finetuning.network import Network, parameter_groups, training_mode, unfreeze
+from featcache.finetuning.pixels import Pixels
+from featcache.finetuning.recipes import Recipe
+from featcache.heads.head import Array
+from featcache.system.device import Runtime, one_core_each
+from featcache.system.distributed import Processes
+
+log = logging.getLogger("featcache")
+Indices = npt.NDArray[np.intp]
+_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DIVERGED = 3.0  # times the larger of the first epoch's and a coin toss's loss
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """What there is to train on.
+
+    Attributes:
+        pixels: n decoded images. labels: (n,) class indices.
+        size: (height, width) of the network's input.
+    """
+
+    pixels: Pixels
+    labels: npt.NDArray[np.int64]
+    size: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """Where training is, for a display. ``loss`` and ``accuracy`` are means over the epoch so far, on augmented images."""
+
+    epoch: int
+    epochs: int
+    done: int
+    total: int
+    loss: float
+    accuracy: float
+
+
+class Stopped(Exception):  # noqa: N818 - a state of the run, not an error
+    """Training was asked to stop, and did so after a whole step."""
+
+
+class Trainer:
+    """Trains a network by a recipe, one epoch per call."""
+
+    def __init__(
+        self,
+        network: Network,
+        data: TrainingImages,
+        recipe: Recipe,
+        *,
+        seed: int,
+        precision: str,
+        micro_batch: int,
+        runtime: Runtime,
+        processes: Processes,
+    ) -> None:
+        """Prepare training.
+
+        Args:
+            network: on ``runtime.device``; trained in place.
+            data: the images. recipe: settled. seed: of everything random.
+            precision: fp32, bf16 or fp16 (autocast).
+            micro_batch: most images per forward pass; gradients add up over a batch.
+            runtime: device and worker threads. processes: who trains along.
+        """
+        self.network, self.data, self.recipe, self.seed = network, data, recipe, seed
+        self.runtime, self.processes, self.micro_batch = runtime, processes, micro_batch
+        self._dtype = _TYPES[precision]
+        self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
+        self.optimizer = make_optimizer(network, recipe)
+        self._average = AveragedModel(network, multi_avg_fn=_moving_average(recipe.ema)) if recipe.ema else None
+        if recipe.batchnorm == "train" and len(data.labels) // self.steps_per_epoch < 2:
+            raise UsageError("batch norms that train need at least two images per step; use a larger --batch-size")
+        self.epoch, self.batch = 0, 0  # the next batch to train on
+        self._sums = np.zeros(3)  # loss, hits and images of this epoch so far,
+        self._pending: torch.Tensor | None = None  # but for the last step's
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+
+    @property
+    def evaluated(self) -> Network:
+        """The network to evaluate and keep: the moving average if there is one."""
+        return self._average.module if self._average else self.network  # type: ignore[return-value]
+
+    @property
+    def step_size(self) -> int:
+        """Images per optimizer step."""
+        return (self.recipe.batch_size or 1) * self.recipe.accumulation
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps."""
+        return -(-len(self.data.labels) // self.step_size)
+
+    def run_epoch(
+        self, *, on_step: Callable[[Status], None] | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[float, float]:
+        """Train the current epoch, or the rest of it.
+
+        Returns:
+            Mean loss and accuracy over its images, as augmented, each before the step it was part of.
+
+        Raises:
+            Stopped: ``stop()`` said so, after a step; ``state()`` continues from there.
+            TrainingError: the loss is not finite or has exploded. UsageError: even one image does not fit into memory.
+        """
+        unfreeze(self.network, self.recipe, epoch=self.epoch)
+        training_mode(self.network, self.recipe)
+        wrapped = self.processes.wrap(self.network, self.runtime.device)
+        with contextlib.closing(self._batches()) as batches:
+            for pixels, labels, weights, size in batches:
+                if stop():
+                    self._settle()
+                    self._share_sums()
+                    raise Stopped
+                sums = self._step(wrapped, pixels, labels, weights, size)
+                self._settle()
+                self._pending = sums  # looked at one step later: a GPU never waits for the question how it went
+                self.batch += 1
+                if on_step:
+                    on_step(self._status())
+        self._settle()
+        self._share_sums()
+        loss, hits, images = self._sums if self.processes.world == 1 else self.processes.gather(self._sums)[0]
+        self._check_divergence(loss / images)
+        self.epoch, self.batch, self._sums = self.epoch + 1, 0, np.zeros(3)
+        return float(loss / images), float(hits / images)
+
+    def _batches(self) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+        """(pixels, labels, weights, images of all processes) of the epoch's remaining steps, prepared ahead."""
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.data.labels))
+        steps = np.array_split(order, self.steps_per_epoch)[self.batch :]
+        threads = 1 if self.runtime.device.type == "cpu" else self.runtime.workers
+        pool = ThreadPoolExecutor(threads, "featcache-augment")
+        ahead: deque[Future[Any]] = deque()
+        try:
+            for step in steps:
+                ahead.append(pool.submit(self._prepare, step, self.epoch))
+                if len(ahead) > threads + 1:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, step: Indices, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        mine = step[self.processes.rank :: self.processes.world]
+        weights = np.ones(len(mine), np.float32)
+        if not len(mine):  # fewer images than processes: take part in the backward pass, without weight
+            mine, weights = step[:1], np.zeros(1, np.float32)
+        device = self.runtime.device
+        pictures = [
+            augment(
+                torch.from_numpy(np.ascontiguousarray(self.data.pixels[index])).to(device),
+                self.recipe.augmentation,
+                size=self.data.size,
+                seed=(self.seed, epoch, int(self.data.pixels.kept[index])),
+            )
+            for index in mine
+        ]
+        labels = torch.from_numpy(self.data.labels[mine]).to(device)
+        return torch.stack(pictures), labels, torch.from_numpy(weights).to(device), len(step)
+
+    def _step(
+        self, wrapped: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, size: int
+    ) -> torch.Tensor:
+        """One optimizer step. Returns (loss, hits, images) summed over this process's images, on the device."""
+        number = self.epoch * self.steps_per_epoch + self.batch
+        set_learning_rates(self.optimizer, self.recipe, number, self.steps_per_epoch)
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.manual_seed(hash((self.seed, number, self.processes.rank)) % 2**63)  # dropout, drop path
+            try:
+                sums = self._accumulate(wrapped, pixels, labels, weights, size)
+                break
+            except torch.OutOfMemoryError as error:
+                self._halve_micro_batch(len(pixels), error)
+        if self.recipe.clip_norm:
+            self._scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if self._average:
+            self._average.update_parameters(self.network)
+        return sums
+
+    def _accumulate(
+        self, wrapped: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, size: int
+    ) -> torch.Tensor:
+        """Gradients of the mean loss over the ``size`` images of all processes, one micro-batch after the other."""
+        sums = torch.zeros(3, device=pixels.device)
+        micro = len(pixels) if self.recipe.batchnorm == "train" else self.micro_batch
+        for start in range(0, len(pixels), micro):
+            part = slice(start, start + micro)
+            last = start + micro >= len(pixels)
+            with self.processes.quiet(wrapped, unless=last):
+                with self._autocast():
+                    logits = wrapped(pixels[part])
+                smoothing = self.recipe.label_smoothing
+                losses = functional.cross_entropy(
+                    logits.float(), labels[part], reduction="none", label_smoothing=smoothing
+                )
+                loss = (losses * weights[part]).sum()
+                self._scaler.scale(loss * (self.processes.world / size)).backward()  # type: ignore[no-untyped-call] # DDP divides by world
+            hits = ((logits.argmax(dim=1) == labels[part]) * weights[part]).sum()
+            sums += torch.stack((loss.detach(), hits, weights[part].sum()))
+        return sums
+
+    def _autocast(self) -> Any:
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.runtime.device.type, self._dtype)
+
+    def _halve_micro_batch(self, images: int, error: Exception) -> None:
+        micro = min(self.micro_batch, images)
+        whole = self.recipe.batchnorm == "train"
+        if micro == 1 or whole or self.processes.world > 1:
+            why, what = "", "--micro-batch" if micro > 1 else "--crop, when the head is fit,"
+            if whole:
+                why, what = "; batch norms that train need whole batches", "--batch-size"
+            raise UsageError(
+                f"{micro} images at once do not fit into {self.runtime.device}'s memory{why}: use a smaller {what}"
+            ) from error
+        self.micro_batch = micro // 2
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning(
+            "out of memory with %d images at once: going on with %d, adding up gradients to the same batch",
+            micro,
+            self.micro_batch,
+        )
+
+    def _settle(self) -> None:
+        """Add the last step's sums. Raises TrainingError if its loss is no number."""
+        if self._pending is None:
+            return
+        values, self._pending = self._pending.cpu().numpy(), None
+        if not math.isfinite(values[0]):
+            raise TrainingError(
+                f"the loss is {values[0]} at step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
+            )
+        self._sums = self._sums + values
+
+    def _remedy(self) -> str:
+        fp16 = "; or use --precision bf16" if self._dtype is torch.float16 else ""
+        return (
+            f"most likely the learning rate is too high ({self.recipe.lr:g} for the head, {self.recipe.backbone_lr:g} for the "
+            f"backbone); try a third of it{fp16}"
+        )
+
+    def _check_divergence(self, loss: float) -> None:
+        classes = next(m for m in reversed(list(self.network.head)) if isinstance(m, nn.Linear)).out_features
+        first = self.history[0]["train_loss"] if self.history else 0.0
+        limit = _DIVERGED * max(first, math.log(classes))
+        if not loss <= limit:
+            raise TrainingError(
+                f"training diverges: the mean loss of epoch {self.epoch + 1} is {loss:.3g}, guessing gives {math.log(classes):.3g}; "
+                f"try a third of the learning rates (--lr {self.recipe.lr:g}, --backbone-lr {self.recipe.backbone_lr:g})"
+            )
+
+    def _share_sums(self) -> None:
+        """All processes' sums, on the first one, which writes them down."""
+        if self.processes.world > 1:
+            everybody = np.sum(self.processes.gather(self._sums), axis=0)
+            self._sums = everybody if self.processes.is_first else np.zeros(3)
+
+    def _status(self) -> Status:
+        loss, hits, images = self._sums
+        done = min(self.batch * self.step_size, len(self.data.labels))
+        return Status(
+            self.epoch + 1,
+            self.recipe.epochs or 1,
+            done,
+            len(self.data.labels),
+            loss / max(images, 1),
+            hits / max(images, 1),
+        )
+
+    # ---------------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on. Raises TrainingError if it is no number any more."""
+        self._settle()
+        if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
+            raise TrainingError(
+                f"weights are not finite after step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
+            )
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "sums": self._sums.tolist(),
+            "micro_batch": self.micro_batch,
+            "network": self.network.state_dict(),
+            "average": self._average.state_dict() if self._average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from ``state()``."""
+        self.epoch, self.batch, self.micro_batch = state["epoch"], state["batch"], state["micro_batch"]
+        self._sums = np.array(state["sums"]) if self.processes.is_first else np.zeros(3)
+        self.network.load_state_dict(state["network"])
+        if self._average:
+            self._average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.history, self.best = state["history"], state["best"]
+
+
+def _moving_average(decay: float) -> Callable[..., None]:
+    """Exponential moving average whose decay grows to ``decay``, so that a short run is not stuck at its start."""
+
+    @torch.no_grad()
+    def update(averages: Any, current: Any, n_averaged: Any) -> None:
+        n = float(n_averaged)
+        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return update
+
+
+def make_optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over everything that it ever trains."""
+    groups = parameter_groups(network, recipe)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=recipe.lr)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps_per_epoch: int) -> None:
+    """The learning rates of optimizer step ``step`` (from 0): peak times warm-up times schedule."""
+    total = steps_per_epoch * (recipe.epochs or 1)
+    warm = round(recipe.warmup * total)
+    if step < warm:
+        factor = (step + 1) / warm
+    elif recipe.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    elif recipe.schedule == "step":
+        factor = recipe.gamma ** (step // steps_per_epoch // recipe.step_epochs)
+    else:
+        factor = 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def compute_logits(
+    network: Network, pixels: Pixels, *, runtime: Runtime, processes: Processes, batch_size: int
+) -> Array:
+    """(n, C) float32 logits of all images, each process computing its share; float32 whatever training used."""
+    network.eval()
+    mine = range(processes.rank, len(pixels), processes.world)
+
+    def compute(start: int) -> Array:
+        batch = np.stack([pixels[index] for index in mine[start : start + batch_size]])
+        with torch.inference_mode():  # per thread
+            logits: Array = network(torch.from_numpy(batch).to(runtime.device)).float().cpu().numpy()
+        return logits
+
+    starts = range(0, len(mine), batch_size)
+    if runtime.device.type == "cpu":
+        with one_core_each(runtime.workers, "featcache-evaluate") as pool:
+            parts = list(pool.map(compute, starts))
+    else:
+        try:
+            parts = [compute(start) for start in starts]
+        except torch.OutOfMemoryError:
+            if batch_size == 1 or processes.world > 1:
+                raise
+            half = batch_size // 2
+            return compute_logits(network, pixels, runtime=runtime, processes=processes, batch_size=half)
+    shares = processes.gather(np.concatenate(parts) if parts else None)
+    width = next(share.shape[1] for share in shares if share is not None)
+    logits = np.empty((len(pixels), width), np.float32)
+    for rank, share in enumerate(shares):
+        if share is not None:
+            logits[rank :: processes.world] = share
+    return logits

@@ -1,0 +1,1 @@
+"""Arrays in; head and scores out. No file, no image."""

@@ -1,0 +1,137 @@
+"""A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; numpy only.
+
+``logreg.py`` and ``torchheads.py`` make heads, ``model.py`` stores them.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.features import FeatureReader
+from featcache.errors import ModelError
+
+Array = npt.NDArray[Any]
+Kind = Literal["logreg", "linear", "mlp"]
+KINDS: tuple[Kind, ...] = ("logreg", "linear", "mlp")
+Scaling = Literal["none", "standardise", "unit"]
+SCALINGS: tuple[Scaling, ...] = ("none", "standardise", "unit")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Head:
+    """Scaling, then linear layers with ReLU between them, then softmax.
+
+    Attributes:
+        kind: what trained it.
+        scaling: ``none``; ``standardise``: (x - mean) / scale; ``unit``: x / |x|.
+        mean, scale: (D,), used by ``standardise`` only.
+        layers: (weight (out, in), bias (out,)) each; the last has C outputs, one per class, also for two classes.
+    """
+
+    kind: Kind
+    scaling: Scaling
+    mean: Array
+    scale: Array
+    layers: tuple[tuple[Array, Array], ...]
+
+    @property
+    def dim(self) -> int:
+        """D, values per embedding."""
+        return int(self.layers[0][0].shape[1])
+
+    def logits(self, X: Array) -> Array:
+        """(N, D) embeddings -> (N, C) logits, in the precision of the weights."""
+        x = scale_features(X.astype(self.layers[0][0].dtype), self.scaling, self.mean, self.scale)
+        for number, (weight, bias) in enumerate(self.layers):
+            x = x @ weight.T + bias
+            if number < len(self.layers) - 1:
+                x = np.maximum(x, 0)
+        return x
+
+    def probabilities(self, X: Array) -> Array:
+        """(N, D) embeddings -> (N, C) probabilities, rows summing to 1."""
+        return softmax(self.logits(X))
+
+    def score(self, features: Array | FeatureReader, rows: Array, *, block: int = 2048) -> Array:
+        """(n, C) probabilities of some ``rows`` of (M, D) features, read block by block."""
+        bias = self.layers[-1][1]
+        scores = np.empty((len(rows), len(bias)), bias.dtype)  # filled in place: never twice in memory
+        for start in range(0, len(rows), block):
+            scores[start : start + block] = self.probabilities(features[rows[start : start + block]])
+        return scores
+
+    def to_tensors(self) -> dict[str, Array]:
+        """Named arrays from which ``from_tensors`` makes the same head again."""
+        tensors: dict[str, Array] = {}
+        if self.scaling == "standardise":
+            tensors |= {"mean": self.mean, "scale": self.scale}
+        for number, (weight, bias) in enumerate(self.layers):
+            tensors |= {f"layers.{number}.weight": weight, f"layers.{number}.bias": bias}
+        return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, kind: str, scaling: str, tensors: dict[str, Array]) -> "Head":
+        """Inverse of ``to_tensors``. Raises ModelError if the arrays do not make a head."""
+        try:
+            count = sum(name.endswith(".weight") for name in tensors)
+            layers = tuple((tensors[f"layers.{k}.weight"], tensors[f"layers.{k}.bias"]) for k in range(count))
+            dim = layers[0][0].shape[1]
+            mean, scale = tensors.get("mean", np.zeros(dim)), tensors.get("scale", np.ones(dim))
+            sizes = [dim, *(len(bias) for _, bias in layers)]
+            fits = all(
+                w.shape == (after, before) for (w, _), before, after in zip(layers, sizes[:-1], sizes[1:], strict=True)
+            )
+        except (KeyError, IndexError, TypeError) as error:
+            raise ModelError(f"the head's tensors are incomplete ({error})") from error
+        floats = all(value.dtype in (np.float32, np.float64) for value in tensors.values())
+        finite = floats and all(np.isfinite(value).all() for value in tensors.values()) and (scale > 0).all()
+        known = kind in KINDS and scaling in SCALINGS and (scaling == "standardise") == ("mean" in tensors)
+        if not (fits and finite and known and mean.shape == scale.shape == (dim,)):
+            raise ModelError(f"the head's tensors do not fit together (kind {kind}, scaling {scaling})")
+        return cls(kind, scaling, mean, scale, layers)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FittedHead:
+    """What every trainer of heads returns.
+
+    Attributes:
+        head: trained on all rows.
+        fold_accuracies: out-of-fold accuracy per fold of the chosen setting; empty without cross-validation.
+        chosen: the setting: C, scaling, epochs, ...
+        curve: every setting tried, with its cross-validated scores.
+        notes: what the user should know (best C on the edge, no convergence, ...).
+        pipeline: the fitted scikit-learn pipeline (logreg only), for notebooks.
+    """
+
+    head: Head
+    fold_accuracies: tuple[float, ...]
+    chosen: dict[str, Any]
+    curve: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+    pipeline: Any = None
+
+
+def scale_features(x: Array, scaling: Scaling, mean: Array, scale: Array) -> Array:
+    """Apply ``Head.scaling`` to (N, D) embeddings."""
+    if scaling == "standardise":
+        x = x - mean.astype(x.dtype)
+        x /= scale.astype(x.dtype)
+    elif scaling == "unit":
+        norms = np.linalg.norm(x, axis=1, keepdims=True)
+        x = x / np.where(norms == 0, 1, norms)
+    return x
+
+
+def softmax(logits: Array) -> Array:
+    """(N, C) logits -> probabilities, without overflow."""
+    shifted: Array = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shifted /= shifted.sum(axis=1, keepdims=True)
+    return shifted
+
+
+def class_weights(y: Array, n_classes: int, balanced: bool) -> Array:
+    """(C,) loss weights: all 1, or n / (C * n_c) as scikit-learn's "balanced"."""
+    return len(y) / (n_classes * np.bincount(y, minlength=n_classes)) if balanced else np.ones(n_classes)

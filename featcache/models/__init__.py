@@ -1,0 +1,1 @@
+"""The saved model: fit, load, predict, evaluate, export."""

@@ -1,0 +1,1 @@
+"""What there is, in words, tables and pictures."""

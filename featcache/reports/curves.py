@@ -1,0 +1,99 @@
+"""Figures for reports: plain numbers in, one PNG out.
+
+matplotlib is optional (the ``report`` extra) and is used through its objects only: no pyplot, no window, no global state.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import MissingDependencyError, UsageError
+from featcache.system.files import publish_file
+
+_TRAIN, _VAL, _HEAD = "#4477aa", "#ee6677", "#555555"  # Tol's bright scheme: told apart by colour-blind readers, too
+_DPI = 120
+
+
+def plot_history(
+    history: Sequence[dict[str, Any]],
+    path: Path,
+    *,
+    title: str,
+    best_epoch: int | None = None,
+    head_val_accuracy: float | None = None,
+) -> None:
+    """Draw loss and accuracy against the epoch, side by side.
+
+    Args:
+        history: a row per epoch: ``epoch``, ``train_loss``, ``val_loss`` (nats), ``train_accuracy``, ``val_accuracy``
+            (0..1). A value may be None or absent: a gap in its curve; a curve without values is left out.
+        path: the PNG; replaced if it exists.
+        title: above both panels, taken literally.
+        best_epoch: an epoch of ``history`` to mark in both panels.
+        head_val_accuracy: 0..1; a dashed line at what the frozen backbone's head reached.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed. UsageError: there is no epoch to draw.
+        StorageError: ``path`` cannot be written; it is then unchanged.
+    """
+    if not history:
+        raise UsageError("the history holds no epoch, nothing can be drawn; train for at least one epoch")
+    figure = _new_figure()
+    figure.suptitle(title, parse_math=False)  # a $ in a folder's name is no formula
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
+        _draw_curves(axes, history, what)
+        _mark_best(axes, history, what, best_epoch)
+    loss.set_ylabel("loss (nats)")
+    accuracy.set_ylabel("accuracy")
+    if head_val_accuracy is not None:
+        label = f"frozen head, val {head_val_accuracy:.3f}"
+        accuracy.axhline(head_val_accuracy, color=_HEAD, linestyle="--", linewidth=1.2, label=label)
+    for axes in (loss, accuracy):
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
+    with publish_file(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a title in a script the font lacks is drawn as boxes
+        figure.savefig(file, format="png", dpi=_DPI)
+
+
+def _new_figure() -> Any:
+    """An empty figure that draws into memory; the one door to matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError("figures need matplotlib: pip install 'featcache[report]'") from error
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _draw_curves(axes: Any, history: Sequence[dict[str, Any]], what: str) -> None:
+    epochs = [row["epoch"] for row in history]
+    for split, colour in (("train", _TRAIN), ("val", _VAL)):
+        values = [_number(row.get(f"{split}_{what}")) for row in history]
+        if any(math.isfinite(value) for value in values):
+            axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=split)  # dots: one epoch is no line
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mark_best(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
+    """A star on the validation curve, on the training curve if there is no other."""
+    for row in history:
+        if row["epoch"] != best_epoch:
+            continue
+        values = [_number(row.get(f"{split}_{what}")) for split in ("val", "train")]
+        value = next((value for value in values if math.isfinite(value)), None)
+        if value is not None:
+            label = f"best epoch {best_epoch}"
+            axes.plot([best_epoch], [value], "*", color="black", markersize=12, linestyle="none", label=label)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

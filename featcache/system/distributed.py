@@ -1,0 +1,102 @@
+"""Several processes that train one network, as ``torchrun`` starts them; one process is the case of world 1.
+
+In: torchrun's environment. Out: ``Processes``: who this one is, and the few things they do together. The only user of
+``torch.distributed``.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+
+from featcache.errors import UsageError
+from featcache.system.device import Runtime
+
+T = TypeVar("T")
+_PATIENCE = timedelta(hours=12)  # the others wait while the first extracts
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process among ``world``.
+
+    Attributes:
+        rank: 0 writes files and talks. world: how many there are.
+        local_rank: among those of this machine. node: number of this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    node: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's ``value``, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        distributed.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """The first process's ``value``."""
+        if self.world == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """``network`` whose backward pass also averages gradients over all processes."""
+        if self.world == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
+            return network
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+    def quiet(self, wrapped: nn.Module, *, unless: bool) -> contextlib.AbstractContextManager[None]:
+        """A context in which backward passes do not talk to the other processes yet."""
+        if unless or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
+
+
+@contextlib.contextmanager
+def joined(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
+    """Join the processes that torchrun started (none: world 1); yields this one and its own device.
+
+    Raises:
+        UsageError: fewer GPUs on this machine than processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes(), runtime
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = Processes(int(os.environ["RANK"]), world, local, int(os.environ.get("GROUP_RANK", "0")))
+    if runtime.device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found; start fewer processes"
+            )
+        runtime = dataclasses.replace(runtime, device=torch.device("cuda", local))
+        torch.cuda.set_device(local)
+    distributed.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield processes, runtime
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,258 @@
+"""Embeddings are the network's own: compared with the eager float32 model, and bit for bit with themselves."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photos
+from torch import nn
+from torchvision.transforms import functional
+
+from featcache.backbones.embed import embed, sample_pixels
+from featcache.backbones.encoder import Precision, build_encoder
+from featcache.backbones.load import OFFLINE_BACKBONE, Backbone, load_backbone
+from featcache.backbones.self_check import cosine
+from featcache.errors import UsageError
+from featcache.images.preprocess import channel_constants, normalise
+from featcache.images.source import ImageList, decode, list_images
+from featcache.system.device import Runtime, choose_runtime
+
+CPU = torch.device("cpu")
+
+
+def error_of_the_spread(expected: np.ndarray, found: np.ndarray) -> float:
+    """By the definition: root mean square of the differences, relative to that of the distances from the mean."""
+    mean = expected.astype(float).mean(axis=0)
+    differences = [np.linalg.norm(a.astype(float) - b) ** 2 for a, b in zip(expected, found, strict=True)]
+    distances = [np.linalg.norm(a - mean) ** 2 for a in expected]
+    return float((np.mean(differences) / np.mean(distances)) ** 0.5)
+
+
+def features(images: ImageList, backbone: Backbone, runtime: Runtime, precision: Precision = "fp32") -> np.ndarray:
+    encoder, _ = build_encoder(backbone, runtime, sample_pixels(images, backbone.preprocess, 8), precision=precision)
+    return np.concatenate([chunk.features for chunk in embed(images, encoder, runtime)])
+
+
+def test_features_equal_eager_torchvision_style_inference(tmp_path: Path, bf16_arithmetic: bool) -> None:
+    """Real weights; the oracle resizes, crops and normalises by torchvision and runs the plain float32 network."""
+    images = list_images(make_photos(tmp_path, each=8))
+    backbone = load_backbone(OFFLINE_BACKBONE)
+    spec = backbone.preprocess
+    assert (spec.resize, spec.crop, spec.interpolation) == (256, (224, 224), "bicubic")
+    batch = []
+    for path in images.paths:
+        picture = functional.resize(decode((tmp_path / path).read_bytes()), 256, functional.InterpolationMode.BICUBIC)
+        tensor = functional.to_tensor(functional.center_crop(picture, [224, 224]))
+        batch.append(functional.normalize(tensor, list(spec.mean), list(spec.std)))
+    with torch.inference_mode():
+        expected = backbone.module(torch.stack(batch)).numpy()
+    mean, minimum = cosine(expected, features(images, backbone, choose_runtime("cpu")).astype(np.float16))
+    assert minimum >= 0.9999
+    assert mean >= 0.99999
+    chosen = features(images, backbone, choose_runtime("cpu"), "auto")  # bf16 where it passes, so within its bars
+    assert cosine(expected, chosen)[0] >= 0.9995
+    assert error_of_the_spread(expected, chosen) <= 0.04
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "vit_b_32"])
+def test_an_embedding_does_not_depend_on_neighbours_or_workers(tmp_path: Path, name: str) -> None:
+    images = list_images(make_photos(tmp_path, each=3))
+    backbone = load_backbone(name, "none")
+    one = features(images, backbone, choose_runtime("cpu", workers=1, batch_size=8))
+    two = features(images, backbone, choose_runtime("cpu", workers=3, batch_size=8))
+    np.testing.assert_array_equal(one, two)
+    order = np.random.default_rng(0).permutation(len(images))[:7]
+    np.testing.assert_array_equal(
+        features(images.take(order), backbone, choose_runtime("cpu", batch_size=8)), one[order]
+    )
+
+
+def test_each_worker_computes_on_one_core_and_leaves_torch_as_it_was(tmp_path: Path) -> None:
+    images = list_images(make_photos(tmp_path, each=2))
+    before, seen = torch.get_num_threads(), []
+
+    class Recorder:
+        preprocess = load_backbone("squeezenet1_1", "none").preprocess
+
+        def new_buffer(self, batch_size: int) -> np.ndarray:
+            return np.zeros((batch_size, 224, 224, 3), np.uint8)
+
+        def __call__(self, pixels: np.ndarray) -> np.ndarray:
+            seen.append(torch.get_num_threads())
+            return np.ones((len(pixels), 3), np.float32)
+
+    assert sum(len(chunk.indices) for chunk in embed(images, Recorder(), choose_runtime("cpu", batch_size=2))) == 6  # type: ignore[arg-type]
+    assert seen == [1, 1, 1]
+    assert torch.get_num_threads() == before
+
+
+def tiny(module: nn.Module) -> tuple[Backbone, np.ndarray]:
+    backbone = load_backbone("squeezenet1_1", "none")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 224, 224, 3), dtype=np.uint8)
+    return Backbone(**(vars(backbone) | {"module": module.eval(), "dim": 4})), pixels
+
+
+class Pooled(nn.Module):
+    """Mean colour, magnified until low precision shows (or overflows)."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 4)
+        self.gain = gain
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean((2, 3))
+        return self.mix((pooled - pooled.mean(0)) * self.gain)
+
+
+def test_precision_that_passes_is_the_reference_class() -> None:
+    backbone, pixels = tiny(Pooled(1.0))
+    runtime = choose_runtime("cpu")
+    for asked in ("auto", "fp32"):
+        encoder, choice = build_encoder(backbone, runtime, pixels, precision=asked)  # type: ignore[arg-type]
+        assert choice.precision_class == "reference"
+        assert choice.tried[f"{choice.precision} {choice.form}"]["min_cosine"] >= 0.995
+        assert encoder(pixels).shape == (8, 4)
+
+
+def test_precision_that_fails_is_obeyed_and_named() -> None:
+    backbone, pixels = tiny(Pooled(1e8))  # float16 overflows
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp16")
+    assert (choice.precision, choice.precision_class) == ("fp16", "fp16")
+    assert "below the bar" in choice.reason
+    with pytest.raises(UsageError, match="unknown precision"):
+        build_encoder(backbone, choose_runtime("cpu"), pixels, precision="int8")  # type: ignore[arg-type]
+
+
+class Offset(nn.Module):
+    """Mean colour, its differences lost in what all images share: a plain cosine of nearly 1 whatever happens to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mix(x.mean((2, 3))) * 0.01 + 1.0
+
+
+def test_what_all_embeddings_share_hides_no_error(bf16_arithmetic: bool) -> None:
+    """bfloat16 counts in steps of 0.8 % at 1: the differences, about 0.01, are gone, and the cosine does not show it."""
+    backbone, pixels = tiny(Offset())
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="bf16")
+    assert all((figures["min_cosine"] or 0) > 0.9999 for figures in choice.tried.values())
+    assert choice.precision_class == "bf16"
+    assert "error" in choice.reason
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels)
+    assert (choice.precision, choice.precision_class) == ("fp32", "reference")
+    with torch.inference_mode():
+        expected = backbone.module(normalise(torch.from_numpy(pixels), *channel_constants(backbone.preprocess, CPU)))
+    np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-6)
+
+
+def test_one_image_proves_no_precision(bf16_arithmetic: bool) -> None:
+    backbone, pixels = tiny(Pooled(1.0))
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels[:1])
+    assert (choice.precision, choice.precision_class) == ("fp32", "reference")
+
+
+def wrong(*_: object, **__: object) -> nn.Module:
+    return Pooled(-1.0).eval()
+
+
+def too_long(module: nn.Module, *_: object, **__: object) -> nn.Module:
+    """The right direction, so that a cosine is 1."""
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return module(x) * 1.01  # type: ignore[no-any-return]
+
+    return Twice()
+
+
+def fails_when_run(*_: object, **__: object) -> nn.Module:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    return Broken()
+
+
+def fails(*_: object, **__: object) -> nn.Module:
+    raise RuntimeError("no such operator")
+
+
+@pytest.mark.parametrize(
+    ("folding", "fusing", "form"),
+    [
+        (None, None, "fused"),
+        (None, wrong, "folded"),
+        (None, too_long, "folded"),
+        (None, fails, "folded"),
+        (None, fails_when_run, "folded"),
+        (wrong, wrong, "plain"),
+    ],
+)
+def test_what_does_harm_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, folding: object, fusing: object, form: str
+) -> None:
+    """A transformation that changes the embeddings, or that this machine cannot do, never reaches the user."""
+    backbone, pixels = tiny(Pooled(1.0))
+    with torch.inference_mode():
+        expected = backbone.module(normalise(torch.from_numpy(pixels), *channel_constants(backbone.preprocess, CPU)))
+    for name, replacement in (("fold_batchnorm", folding), ("fuse_convolutions", fusing)):
+        if replacement:
+            monkeypatch.setattr(f"featcache.backbones.encoder.{name}", replacement)
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
+    assert (choice.form, choice.precision_class) == (form, "reference")
+    np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Nudged(Pooled):
+    """Adds a little, in place and under another name; tracing takes that for an addition to that name alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        same = x = x * 1
+        same += 0.005
+        return self.mix(x.mean((2, 3)))
+
+
+def test_float32_may_only_round_otherwise() -> None:
+    """A difference that would pass for bfloat16's is a fault of tracing if it is float32's."""
+    backbone, pixels = tiny(Nudged(1.0))
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
+    assert choice.form == "plain"
+    assert all(0.999 < (tried["min_cosine"] or 0) < 1 - 1e-6 for tried in choice.tried.values())
+
+
+class Added(nn.Module):
+    """What one image gives is added to all; with a single image it looks like any other residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        everyone = self.conv(x)
+        return torch.relu(self.conv(x[:1]) + everyone).mean((2, 3))
+
+
+def test_a_single_sample_does_not_hide_what_is_broadcast() -> None:
+    backbone, pixels = tiny(Added())
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels[:1], precision="fp32")
+    assert choice.form == "fused"
+    with torch.inference_mode():
+        expected = backbone.module(normalise(torch.from_numpy(pixels), *channel_constants(backbone.preprocess, CPU)))
+    np.testing.assert_allclose(encoder(pixels), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_fusing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATCACHE_FUSE", "0")
+    backbone, pixels = tiny(Pooled(1.0))
+    assert build_encoder(backbone, choose_runtime("cpu"), pixels)[1].form == "folded"
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:77", "gpu"])
+def test_devices_that_are_not_there(device: str) -> None:
+    with pytest.raises(UsageError):
+        choose_runtime(device)

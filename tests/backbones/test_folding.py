@@ -1,0 +1,198 @@
+"""A fused network computes what the plain one computes, whatever stands around its convolutions."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import Conv2dNormActivation
+
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions
+from featcache.backbones.load import OFFLINE_BACKBONE, load_backbone
+
+
+def with_statistics(module: nn.Module) -> nn.Module:
+    """Batch norms that do something, as after training."""
+    torch.manual_seed(0)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.3)  # type: ignore[union-attr]
+            norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.normal_(norm.bias)
+    return module.eval()
+
+
+def check(module: nn.Module, x: torch.Tensor, fused: int) -> None:
+    """Compare with the plain network; ``fused`` convolutions must have become one step with what follows them."""
+    x = x.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        expected = module(x)
+        folded = fold_batchnorm(module)
+        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4)
+        faster = fuse_convolutions(folded.to(memory_format=torch.channels_last), x)
+        torch.testing.assert_close(faster(x), expected, rtol=1e-4, atol=1e-4)
+        other = torch.rand_like(x[:1])  # another batch size, other values
+        torch.testing.assert_close(faster(other), module(other), rtol=1e-4, atol=1e-4)
+    assert sum(type(m).__name__ == "_FusedConvolution" for m in faster.modules()) == fused
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.Sigmoid, nn.GELU, lambda: nn.Hardtanh(-0.5, 2.0)]
+)
+def test_activations(activation: Callable[[], nn.Module]) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), activation(), nn.Conv2d(8, 4, 1))
+    check(with_statistics(module), torch.randn(2, 3, 9, 9), fused=2)
+
+
+class Residual(nn.Module):
+    """Additions in every order, some of which must not be fused."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.third, self.relu, self.kind = nn.Conv2d(6, 6, 1), nn.ReLU(inplace=True), kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.first(x)
+        b = self.second(a)
+        if self.kind == "relu after":
+            return self.third(self.relu(b + a)) + a
+        if self.kind == "other first":
+            return self.third(a) + b
+        if self.kind == "other in place":
+            a += self.second(a)  # whoever reads a below sees the sum
+            return self.third(a) + a
+        if self.kind == "own in place":
+            b += a
+            return self.third(b)
+        if self.kind == "used twice":
+            return self.third(self.relu(b.clone())) + b
+        if self.kind == "twice itself":
+            return b + b
+        if self.kind == "broadcast":
+            return b + a.mean((2, 3), keepdim=True)
+        if self.kind == "input changed before the activation":
+            a = self.relu(a)
+            return torch.relu(b) * a
+        if self.kind == "input changed before the addition":
+            c = self.third(a)
+            a = self.relu(a)
+            return b + c
+        return torch.add(b, a, alpha=2)
+
+
+KINDS = [
+    "relu after",
+    "other first",
+    "other in place",
+    "own in place",
+    "used twice",
+    "twice itself",
+    "broadcast",
+    "alpha",
+    "input changed before the activation",
+    "input changed before the addition",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_residuals(kind: str) -> None:
+    module = Residual(kind).eval()
+    calls = {
+        "other in place": 4,
+        "twice itself": 2,
+        "broadcast": 2,
+        "alpha": 2,
+        "input changed before the activation": 2,
+    }
+    check(module, torch.randn(2, 3, 8, 8), fused=calls.get(kind, 3))
+
+
+def test_a_convolution_that_is_called_twice_keeps_its_weights() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.conv(self.one(self.conv(x))))
+
+    check(with_statistics(Shared()), torch.randn(2, 3, 8, 8), fused=2)
+
+
+def test_two_batch_norms_in_a_row_are_both_folded() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batchnorm(module).modules())
+    check(with_statistics(module), torch.randn(2, 3, 8, 8), fused=1)
+
+
+def test_weights_that_something_else_reads_stay_as_they_are() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+    check(with_statistics(Read()), torch.randn(2, 3, 8, 8), fused=1)
+
+
+@pytest.mark.parametrize("padding", ["same", "reflect"])
+def test_convolutions_that_onednn_does_not_know(padding: str) -> None:
+    options = {"padding": "same"} if padding == "same" else {"padding": 1, "padding_mode": "reflect"}
+    module = Conv2dNormActivation(3, 4, 3)
+    check(with_statistics(nn.Sequential(module, nn.Conv2d(4, 4, 3, **options))), torch.randn(2, 3, 8, 8), fused=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("mobilenet_v2", 52),
+        ("mobilenet_v3_small", 52),
+        ("resnet18", 20),
+        ("efficientnet_b0", 81),
+        ("googlenet", 57),
+        ("densenet121", 120),
+        ("vit_b_32", 1),
+    ],
+)
+def test_torchvision(name: str, fused: int) -> None:
+    edge = 224 if name.startswith("vit") else 96
+    check(with_statistics(load_backbone(name, "none").module), torch.randn(2, 3, edge, edge), fused)
+
+
+def test_timm_with_real_weights() -> None:
+    module = load_backbone(OFFLINE_BACKBONE).module
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batchnorm(module).modules())
+    check(module, torch.randn(2, 3, 96, 96), fused=44)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 49  # the original is as it was
+
+
+def test_what_cannot_be_traced_stays_as_it_is() -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if float(x.sum()) > 0 else -x)
+
+    module = with_statistics(Branching(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    check(module, torch.randn(2, 3, 8, 8), fused=0)
+
+
+def test_folding_removes_batch_norms_and_keeps_the_original() -> None:
+    module = load_backbone("resnet18", "none").module
+    folded = fold_batchnorm(module)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 0
+
+
+def test_modules_called_by_keyword() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=self.conv(x))
+
+    check(with_statistics(Keywords()), torch.randn(2, 3, 8, 8), fused=1)

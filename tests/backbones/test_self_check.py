@@ -1,0 +1,64 @@
+"""The self-check's figures, against their definitions, and what it lets pass."""
+
+import json
+
+import numpy as np
+import pytest
+
+from featcache.backbones.self_check import MAX_ERROR, agreement, cosine, only_rounded, survives_rounding
+
+RNG = np.random.default_rng(0)
+
+
+def test_cosine() -> None:
+    a = np.array([[1.0, 0], [1, 1], [0, 0]])
+    assert cosine(a, a) == (1.0, 1.0)
+    assert cosine(a[:2], np.array([[0.0, 1], [1, 1]]))[1] == 0
+    assert np.isnan(cosine(a, np.array([[1, 0], [1, np.inf], [0, 0]]))[0])
+
+
+def test_figures_by_hand() -> None:
+    """Rows (0, 0) and (2, 0): mean (1, 0), spread 1. Moved by (0, 0.1) each: error 0.1, centred cosine 1 / sqrt(1.01)."""
+    found = agreement(np.array([[0.0, 0], [2, 0]]), np.array([[0.0, 0.1], [2, 0.1]]))
+    assert found.error == pytest.approx(0.1)
+    assert found.centred_mean_cosine == found.centred_min_cosine == pytest.approx(1.01**-0.5)
+    assert not found.passes
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0, 1000.0])
+def test_what_all_rows_share_changes_nothing(shared: float) -> None:
+    """The plain cosine goes to 1 with it; whether a head would see the difference does not depend on it."""
+    differences, noise = RNG.normal(0, 1, (32, 64)), RNG.normal(0, 1, (32, 64))
+    for share, passes in ((0.9 * MAX_ERROR, True), (1.2 * MAX_ERROR, False)):
+        found = agreement(differences + shared, differences + shared + share * noise)
+        assert found.passes == passes
+        assert found.error == pytest.approx(share, rel=0.1)
+    assert found.mean_cosine > 1 - 1e-3 / max(shared, 0.5)
+
+
+def test_one_row_or_equal_rows_prove_nothing() -> None:
+    row = RNG.normal(0, 1, (1, 8)).astype(np.float32)
+    for rows in (row, np.repeat(row, 5, axis=0)):
+        found = agreement(rows, rows)
+        assert (found.min_cosine, found.passes) == (1.0, False)
+        assert "no spread" in str(found)
+        assert survives_rounding(rows)  # of storage that decides nothing: the values fit
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_never_passes_and_fits_into_json(value: float) -> None:
+    rows = RNG.normal(0, 1, (4, 8))
+    broken = rows.copy()
+    broken[2, 3] = value
+    found = agreement(rows, broken)
+    assert not found.passes
+    assert not only_rounded(rows, broken)
+    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["mean_cosine"] is None
+
+
+def test_storage() -> None:
+    rows = RNG.normal(0, 1, (8, 32)).astype(np.float32)
+    assert survives_rounding(rows)
+    assert not survives_rounding(rows * 1e6)  # overflow
+    assert not survives_rounding(rows * 1e-9)  # underflow
+    assert not survives_rounding(rows + 1000)  # float16 counts in halves there

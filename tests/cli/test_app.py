@@ -1,0 +1,233 @@
+"""The command line: what it prints where, and how it exits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_FLAGS, make_photos, write_photo
+
+from featcache.cli import options
+from featcache.cli.demo import write_digits
+from featcache.errors import UsageError
+
+
+def last_json(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+def test_three_commands(tmp_path: Path, run) -> None:
+    photos = make_photos(tmp_path / "photos", each=8, splits=("train", "val", "test"))
+    cache, model = tmp_path / "f.h5", tmp_path / "m"
+
+    code, out, err = run("extract", photos, "-o", cache, *TINY_FLAGS, "--json")
+    assert code == 0
+    facts = last_json(out)
+    assert len(out.splitlines()) == 1
+    assert {
+        "cache",
+        "images",
+        "embedded",
+        "reused",
+        "removed",
+        "refused",
+        "dim",
+        "seconds",
+        "images_per_second",
+    } <= set(facts)
+    assert (facts["images"], facts["embedded"], facts["dim"]) == (72, 72, 512)
+    assert "72 embeddings of 512 dimensions" in err
+
+    code, out, _ = run("fit-head", cache, "-o", model, "--json")
+    assert code == 0
+    facts = last_json(out)
+    assert facts["clf"] == "logreg"
+    assert facts["val_accuracy"] == facts["test_accuracy"] == 1.0
+
+    code, out, _ = run(
+        "predict", model, photos / "val" / "red" / "00.jpg", photos / "test" / "blue", "--top-k", 2, "--probs", "--json"
+    )
+    assert code == 0
+    rows = out.splitlines()
+    assert rows[0] == "path,label,probability,status,reason,label_2,probability_2,prob:blue,prob:green,prob:red"
+    assert [row.split(",")[1] for row in rows[1:-1]] == ["red"] + ["blue"] * 8
+    assert json.loads(rows[-1])["labelled"] == 9
+
+    code, out, _ = run("predict", model, photos / "val", "-o", tmp_path / "out.jsonl")
+    assert (code, out) == (0, "")
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 24
+
+    code, out, err = run("evaluate", model, cache, "--json")
+    assert (code, last_json(out)["accuracy"], last_json(out)["split"]) == (0, 1.0, "test")
+
+    for path in (cache, model):
+        code, out, _ = run("info", path, "--json")
+        assert code == 0
+        assert last_json(out)["fingerprint"]
+        assert run("info", path)[0] == 0
+    assert run("verify", cache, "--json")[0] == 0
+    data = bytearray(cache.read_bytes())
+    data[len(data) // 2] ^= 1
+    cache.write_bytes(data)
+    code, out, err = run("verify", cache)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "damaged" in err
+
+
+def test_exit_codes(tmp_path: Path, run) -> None:
+    photos = make_photos(tmp_path / "photos", each=2)
+    (photos / "red" / "bad.jpg").write_text("no image")
+    arguments = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+    code, out, err = run(*arguments, "--json")
+    assert (code, last_json(out)["refused"]) == (3, 1)
+    assert "more than --max-bad 0.05 allows" in err
+    assert run(*arguments, "--max-bad", 0.5)[0] == 0
+    for wrong in (
+        ("extract", photos),
+        ("extract", photos, "-o", tmp_path / "f.h5", "--batch-size", "many"),
+        ("extract", photos, "-o", tmp_path / "f.h5", "--batch-size", "99999999"),
+        ("extract", photos, "-o", tmp_path / "f.h5", "--resize", "axb"),
+        ("extract", photos, "-o", tmp_path / "f.h5", "--device", "abacus"),
+        ("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--C", "small"),
+        ("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--seed", "-1"),
+        ("predict", tmp_path / "m", photos, "-o", tmp_path / "out.txt"),
+        ("nonsense",),
+    ):
+        assert run(*wrong)[0] == 2, wrong
+    for failing in (
+        ("extract", tmp_path / "nowhere", "-o", tmp_path / "g.h5"),
+        ("extract", photos, "-o", tmp_path / "no" / "g.h5"),
+        ("extract", photos, "-o", photos),
+        ("extract", photos, "-o", tmp_path / "g.h5", "--backbone", "resnet51"),
+        ("fit-head", tmp_path / "nowhere.h5", "-o", tmp_path / "m"),
+        ("predict", tmp_path / "nowhere", photos),
+        ("info", tmp_path / "nowhere"),
+    ):
+        code, out, err = run(*failing)
+        assert (code, out, err.count("\n")) == (1, "", 1), (failing, err)
+        assert err.startswith("error: ")
+
+
+def test_texts_of_options() -> None:
+    assert (options.count("auto", "workers"), options.number("auto", "C"), options.size("auto")) == (None, None, None)
+    assert (options.count("3", "workers"), options.number("0.5", "C")) == (3, 0.5)
+    assert (options.size("40"), options.size("40x30")) == (40, (40, 30))
+    for convert, text in ((options.count, "0"), (options.count, "1.5"), (options.count, "²"), (options.number, "few")):
+        with pytest.raises(UsageError, match=f"^head C must be auto or .*, found {text!r}$"):
+            convert(text, "head C")
+    for text in ("axb", "40x", "x40", "0"):
+        with pytest.raises(UsageError, match="resize must be auto or a whole number"):
+            options.size(text)
+
+
+def test_all_refused_still_writes_the_rows(tmp_path: Path, run) -> None:
+    photos = make_photos(tmp_path / "photos", each=3)
+    run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+    run("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m")
+    (tmp_path / "bad.jpg").write_text("no image")
+    code, out, err = run("predict", tmp_path / "m", tmp_path / "bad.jpg")
+    assert code == 1
+    assert out.splitlines()[1].endswith('refused,"not an image, or of an unsupported format"')
+    assert "not one image could be labelled" in err
+
+
+def test_flat_folder_can_be_embedded_but_not_fitted(tmp_path: Path, run) -> None:
+    for number in range(3):
+        write_photo(tmp_path / "p" / f"{number}.png", (1, 2, 3), number)
+    assert run("extract", tmp_path / "p", "-o", tmp_path / "f.h5", *TINY_FLAGS)[0] == 0
+    code, _, err = run("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m")
+    assert code == 1
+    assert "no labels" in err
+
+
+def test_lists_and_doctor(run) -> None:
+    code, out, _ = run("backbones", "resnet50")
+    assert code == 0
+    assert {"resnet50", "wide_resnet50_2", "timm/resnet50"} <= set(out.split())
+    assert run("--version")[1].startswith("featcache 0.")
+
+
+def test_doctor_shows_facts(run) -> None:
+    code, out, _ = run("doctor", "--seconds", 0, "--workers", 3, "--json")
+    facts = last_json(out)
+    assert code == 0
+    assert {"runtime", "cores", "cpu", "gpus", "automatic", "decoders", "codecs", "packages", "hdf5"} <= set(facts)
+    assert facts["automatic"]["workers"].startswith("3;")
+    assert "measured" not in facts
+    code, out, _ = run("doctor", "--seconds", 0)
+    assert code == 0
+    assert "torch_uses: " in out
+    assert "FEATCACHE_KEEP_MEMORY=0" in out
+
+
+def test_doctor_measures_photos_of_its_own(run) -> None:
+    code, out, _ = run("doctor", "--seconds", 1, "--backbone", "squeezenet1_1", "--json")
+    measured = last_json(out)["measured"]
+    assert (code, len(out.splitlines())) == (0, 1)
+    assert (measured["backbone"], measured["images"]) == ("squeezenet1_1", 64)
+    assert measured["source"].startswith("generated photos")
+    assert min(measured[name] for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")) > 0
+    assert measured["limit"] in ("decode", "forward")
+    assert "limits: it takes" in measured["advice"][0]
+    assert "random weights" in measured["note"]
+    assert all(cosines["min_cosine"] > 0.99 for cosines in measured["self_check"].values())
+
+
+def test_doctor_measures_with_what_it_is_given(tmp_path: Path, run) -> None:
+    photos = make_photos(tmp_path / "photos", each=2)
+    tiny = ("doctor", "--images", photos, "--backbone", "squeezenet1_1", "--batch-size", 2)
+    code, out, err = run(*tiny, "--seconds", 0.1)
+    assert code == 0
+    assert "\n  images: 6\n  median_shorter_edge: 47\n" in out
+    assert "limits: it takes" in "".join(line for line in out.splitlines() if line.startswith(("Dec", "The")))
+    assert "advice" not in out
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.jpg").write_text("no image")
+    assert run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)[0] == 0
+    assert run("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--self-contained")[0] == 0
+    code, out, _ = run("doctor", "--images", photos, "--backbone", tmp_path / "m", "--seconds", 0.1, "--json")
+    assert (code, last_json(out)["measured"]["backbone"]) == (0, "squeezenet1_1")
+    for expected, wrong in (
+        (1, ("--images", tmp_path / "nowhere")),
+        (1, ("--images", tmp_path / "nowhere", "--seconds", 0)),
+        (1, ("--images", tmp_path / "bad")),
+        (1, ("--backbone", "resnet51")),
+        (2, ("--device", "abacus")),
+        (2, ("--workers", "many", "--seconds", 0)),
+        (2, ("--precision", "int8")),
+        (2, ("--seconds", -1)),
+        (2, ("--seconds", "nan")),
+    ):
+        code, out, err = run(*tiny, *wrong)
+        assert (code, out) == (expected, ""), (wrong, err)
+
+
+@pytest.mark.parametrize(
+    "command", ["-", "extract", "fit-head", "predict", "evaluate", "info", "verify", "backbones", "doctor", "demo"]
+)
+def test_help(run, command: str) -> None:
+    code, out, _ = run(*([] if command == "-" else [command]), "--help")
+    assert code == 0
+    assert "Usage: featcache" in out
+    assert "featcache" in out.split("Usage:")[1]
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    script = (
+        "import sys; from featcache.cli import app as cli; sys.argv = ['featcache', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'torchvision', 'sklearn', 'h5py', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_demo_writes_the_digits_once(tmp_path: Path) -> None:
+    assert write_digits(tmp_path) == 1797
+    files = sorted(tmp_path.rglob("*.png"))
+    assert len(files) == 1797
+    assert {path.parent.name for path in files} == set("0123456789")
+    before = files[0].stat().st_mtime_ns
+    write_digits(tmp_path)
+    assert files[0].stat().st_mtime_ns == before

@@ -1,0 +1,560 @@
+"""Sync, resume and refusal: what a cache holds after every kind of change, interruption and mistake."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, TINY, make_photos, write_photo
+from PIL import Image
+
+from featcache.backbones import embed as embedding
+from featcache.backbones.load import load_backbone
+from featcache.backbones.self_check import cosine
+from featcache.cache.cache import FeatureCache
+from featcache.errors import (
+    BackboneError,
+    CacheError,
+    FeatcacheError,
+    SourceError,
+    SpecMismatchError,
+    StorageError,
+    UsageError,
+)
+from featcache.extraction import parts
+from featcache.extraction.extract import ExtractReport, extract, weights_copy
+from featcache.extraction.request import ExtractRequest, customise
+from featcache.images.preprocess import channel_constants, normalise, to_pixels
+from featcache.images.source import decode, hold_out, list_images
+from featcache.models.fit import fit_head
+from featcache.models.predict import predict
+
+WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
+
+
+def counts(report: ExtractReport) -> tuple[int, ...]:
+    assert report.images == report.embedded + report.reused + report.refused
+    return (report.embedded, report.reused, report.added, report.changed, report.removed, report.refused)
+
+
+def by_path(cache: Path) -> dict[str, np.ndarray]:
+    opened = FeatureCache.open(cache)
+    return dict(zip(opened.paths, opened.X, strict=True))
+
+
+def oracle(path: Path) -> np.ndarray:
+    backbone = customise(load_backbone(TINY.backbone, TINY.weights), TINY)
+    pixels = to_pixels(np.array(decode(path.read_bytes())), backbone.preprocess)
+    with torch.inference_mode():
+        constants = channel_constants(backbone.preprocess, torch.device("cpu"))
+        return backbone.module(normalise(torch.from_numpy(pixels.copy())[None], *constants))[0].numpy()
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a backbone fails: what works under this does so without one."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("featcache.backbones.load.load_backbone", refuse)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_every_row_is_its_own_image(photos: Path, tmp_path: Path, precision: str, bf16_arithmetic: bool) -> None:
+    report = extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, precision=precision))
+    assert counts(report) == (18, 0, 18, 0, 0, 0)
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    assert cache.classes == ("blue", "green", "red")
+    rounding = 2e-3 if precision == "fp32" or not bf16_arithmetic else 3e-2
+    for path, label, row in zip(cache.paths, cache.y, cache.X, strict=True):
+        assert path.split("/")[0] == cache.classes[label]
+        expected = oracle(photos / path)
+        np.testing.assert_allclose(row, expected, rtol=rounding, atol=rounding * np.abs(expected).max())
+    assert cache.spec["precision"] == "reference"
+
+
+def test_a_precision_that_overflows_is_written_down(photos: Path, tmp_path: Path) -> None:
+    """Figures that are no numbers go into the provenance as JSON has them."""
+    request = dataclasses.replace(TINY, backbone="resnet18", precision="fp16", dtype="float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.backbones.encoder._features_or_nan", lambda *_: np.full((8, 512), np.nan, np.float32))
+        extract(photos, tmp_path / "f.h5", request)
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    assert cache.spec["precision"] == "fp16"
+    assert all(figures["mean_cosine"] is None for figures in cache.provenance["precision"]["tried"].values())
+
+
+def test_unchanged_folder_is_left_alone_without_a_model(
+    photos: Path, tmp_path: Path, no_model: None, monkeypatch
+) -> None:
+    with monkeypatch.context() as loading:
+        loading.setattr("featcache.backbones.load.load_backbone", load_backbone)
+        extract(photos, tmp_path / "f.h5", TINY)
+    before = (tmp_path / "f.h5").read_bytes()
+    assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)  # fresh files: recognised by content
+    for path in photos.rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))
+    extract(photos, tmp_path / "f.h5", TINY)
+    monkeypatch.setattr("featcache.extraction.match.read_image", None)  # settled files: not even read
+    settled = (tmp_path / "f.h5").stat()
+    assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)
+    assert (tmp_path / "f.h5").stat().st_mtime_ns == settled.st_mtime_ns
+    assert len(before) == settled.st_size
+    assert sorted(os.listdir(tmp_path)) == ["f.h5", WEIGHTS, "photos"]
+
+
+def test_add_change_rename_relabel_remove(photos: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "f.h5"
+    extract(photos, cache, TINY)
+    first = by_path(cache)
+
+    write_photo(photos / "red" / "new.png", (200, 0, 0), 99)
+    assert counts(extract(photos, cache, TINY)) == (1, 18, 1, 0, 0, 0)
+
+    write_photo(photos / "red" / "00.jpg", (255, 255, 0), 100)
+    assert counts(extract(photos, cache, TINY)) == (1, 18, 0, 1, 0, 0)
+    assert not np.array_equal(by_path(cache)["red/00.jpg"], first["red/00.jpg"])
+
+    (photos / "red" / "01.jpg").rename(photos / "red" / "renamed.jpg")
+    (photos / "red" / "02.jpg").rename(photos / "blue" / "moved.jpg")
+    assert counts(extract(photos, cache, TINY)) == (0, 19, 2, 0, 2, 0)
+    np.testing.assert_array_equal(by_path(cache)["red/renamed.jpg"], first["red/01.jpg"])
+    opened = FeatureCache.open(cache)
+    assert opened.y[opened.paths.index("blue/moved.jpg")] == 0
+
+    (photos / "green" / "03.jpg").unlink()
+    assert counts(extract(photos, cache, TINY)) == (0, 18, 0, 0, 1, 0)
+    assert "green/03.jpg" not in by_path(cache)
+
+    fresh = tmp_path / "fresh.h5"
+    extract(photos, fresh, TINY)
+    for path, row in by_path(fresh).items():
+        np.testing.assert_array_equal(row, by_path(cache)[path])
+
+
+def test_swapped_contents_swap_embeddings(photos: Path, tmp_path: Path) -> None:
+    """Same names, sizes that may be equal, new time stamps: content decides."""
+    cache = tmp_path / "f.h5"
+    extract(photos, cache, TINY)
+    first = by_path(cache)
+    a, b = photos / "red" / "00.jpg", photos / "blue" / "00.jpg"
+    one, two = a.read_bytes(), b.read_bytes()
+    a.write_bytes(two)
+    b.write_bytes(one)
+    assert counts(extract(photos, cache, TINY))[:2] == (0, 18)
+    np.testing.assert_array_equal(by_path(cache)["red/00.jpg"], first["blue/00.jpg"])
+    np.testing.assert_array_equal(by_path(cache)["blue/00.jpg"], first["red/00.jpg"])
+
+
+def test_new_content_of_the_same_size_is_noticed_by_its_time(photos: Path, tmp_path: Path) -> None:
+    cache, image = tmp_path / "f.h5", write_photo(photos / "red" / "new.bmp", (200, 0, 0), 1)
+    os.utime(image, (1e9, 1e9))
+    extract(photos, cache, TINY)
+    size = image.stat().st_size
+    write_photo(image, (0, 200, 0), 2)
+    os.utime(image, (1e9, 1e9 + 1))
+    assert image.stat().st_size == size
+    assert counts(extract(photos, cache, TINY)) == (1, 18, 0, 1, 0, 0)
+
+
+def test_refused_images_are_listed_and_cost_no_model_again(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    (photos / "red" / "empty.jpg").touch()
+    (photos / "red" / "text.jpg").write_text("no")
+    whole = (photos / "blue" / "00.jpg").read_bytes()
+    (photos / "blue" / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    report = extract(photos, tmp_path / "f.h5", TINY)
+    assert counts(report) == (18, 0, 18, 0, 0, 3)
+    refused = dict(FeatureCache.open(tmp_path / "f.h5").refused)
+    assert list(refused) == ["blue/half.jpg", "red/empty.jpg", "red/text.jpg"]
+    assert refused["red/empty.jpg"] == "empty file"
+    for path, row in by_path(tmp_path / "f.h5").items():  # no neighbour slipped into a gap
+        expected = oracle(photos / path)
+        np.testing.assert_allclose(row, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+    with monkeypatch.context() as patched:
+        patched.setattr("featcache.backbones.load.load_backbone", None)
+        assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 3)
+    write_photo(photos / "red" / "empty.jpg", (1, 2, 3), 5)  # mended
+    assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (1, 18, 1, 0, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resize": 41}, "preprocess.resize: 40 -> 41"),
+        ({"interpolation": "bicubic"}, "preprocess.interpolation: bilinear -> bicubic"),
+        ({"dtype": "float32"}, "storage: float16 -> float32"),
+        ({"backbone": "squeezenet1_0"}, "backbone.name: squeezenet1_1 -> squeezenet1_0"),
+    ],
+)
+def test_another_spec_is_refused_with_the_difference(photos: Path, tmp_path: Path, changes: dict, words: str) -> None:
+    cache = tmp_path / "f.h5"
+    extract(photos, cache, TINY)
+    before = cache.read_bytes()
+    other = dataclasses.replace(TINY, **changes)
+    with pytest.raises(SpecMismatchError) as error:
+        extract(photos, cache, other)
+    assert words in str(error.value)
+    assert cache.read_bytes() == before
+    assert counts(extract(photos, cache, other, force=True))[:2] == (18, 0)
+    assert counts(extract(photos, cache, other))[:2] == (0, 18)
+
+
+def test_other_weights_in_the_same_file_are_refused(photos: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "w.pth"
+    state = load_backbone(TINY.backbone, "none").module.state_dict()
+    torch.save(state, weights)
+    request = dataclasses.replace(TINY, weights=str(weights))
+    extract(photos, tmp_path / "f.h5", request)
+    state["features.0.weight"] += 0.01
+    torch.save(state, weights)
+    with pytest.raises(SpecMismatchError, match=r"backbone\.weights_sha256"):
+        extract(photos, tmp_path / "f.h5", request)
+
+
+def test_the_same_spec_asked_for_in_other_words_is_recognised_from_then_on(
+    photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    extract(photos, tmp_path / "f.h5", TINY)
+    other = dataclasses.replace(TINY, interpolation="bilinear")  # which it is by default
+    assert counts(extract(photos, tmp_path / "f.h5", other)) == (0, 18, 0, 0, 0, 0)
+    monkeypatch.setattr("featcache.backbones.load.load_backbone", None)
+    assert counts(extract(photos, tmp_path / "f.h5", other)) == (0, 18, 0, 0, 0, 0)
+
+
+def test_a_list_of_images_is_taken_as_it_is(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    (photos / "red" / "link.jpg").symlink_to(tmp_path / "gone")
+    (photos / "red" / "empty.jpg").touch()
+    images = hold_out(list_images(photos))
+    write_photo(photos / "red" / "later.jpg", (1, 2, 3), 5)  # not in the list
+    with monkeypatch.context() as patched:
+        patched.setattr("featcache.extraction.extract.list_images", None)
+        assert counts(extract(images, tmp_path / "f.h5", TINY)) == (18, 0, 18, 0, 0, 2)
+        some = images.take(np.arange(0, len(images), 2))
+        assert counts(extract(some, tmp_path / "f.h5", TINY)) == (0, 9, 0, 0, 9, 2)
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    splits = dict(zip(images.paths, images.splits, strict=True))
+    assert [splits[path] for path in cache.paths] == cache.rows.splits.tolist()
+    np.testing.assert_allclose(cache.X[4], oracle(photos / cache.paths[4]), rtol=2e-3, atol=2e-2)
+    assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (10, 9, 10, 0, 0, 2)
+
+
+def test_useless_lists(photos: Path, tmp_path: Path) -> None:
+    images = list_images(photos)
+    with pytest.raises(SourceError, match=rf"list of images in {photos} is empty"):
+        extract(images.take(np.arange(0)), tmp_path / "f.h5", TINY)
+    one = dataclasses.replace(images.take(np.arange(6)), classes=("blue",))
+    with pytest.raises(SourceError, match=rf"list of images in {photos} holds one class only \(blue\)"):
+        extract(one, tmp_path / "f.h5", TINY)
+    for path in photos.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(SourceError, match=rf"all 18 images of {photos} were refused.*cannot be read"):
+        extract(images, tmp_path / "f.h5", TINY)
+
+
+def test_limit_spreads_and_never_drops(photos: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "f.h5"
+    assert counts(extract(photos, cache, TINY, limit=3)) == (3, 0, 3, 0, 0, 0)
+    assert list(by_path(cache)) == ["blue/00.jpg", "green/00.jpg", "red/00.jpg"]
+    assert counts(extract(photos, cache, TINY)) == (15, 3, 15, 0, 0, 0)
+    assert counts(extract(photos, cache, TINY, limit=3)) == (0, 18, 0, 0, 0, 0)
+
+
+def test_storage_auto_takes_float32_when_float16_would_lose_the_embeddings(photos: Path, tmp_path: Path) -> None:
+    request = dataclasses.replace(TINY, backbone="mobilenet_v3_small")  # random: about 1e-10, zero in float16
+    extract(photos, tmp_path / "f.h5", request)
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    assert cache.X.dtype == np.float32
+    assert (np.abs(cache.X).max(axis=1) > 0).all()
+    with pytest.raises(SourceError, match="does not fit float16"):
+        extract(photos, tmp_path / "g.h5", dataclasses.replace(request, dtype="float16"))
+
+
+def test_features_too_large_for_float16_are_refused_not_infinite(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    original = embedding.storable
+
+    def magnify(chunk, dtype):
+        features = chunk.features.copy()
+        features[chunk.indices == 4] = 1e6
+        return original(dataclasses.replace(chunk, features=features), dtype)
+
+    monkeypatch.setattr(embedding, "storable", magnify)
+    report = extract(photos, tmp_path / "f.h5", TINY)
+    assert report.refused == 1
+    assert FeatureCache.open(tmp_path / "f.h5").refused == (
+        ("blue/04.jpg", "its embedding does not fit float16; use --dtype float32"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ interruption
+
+DIES = """
+import os, pathlib, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import TINY
+from featcache.extraction import parts
+from featcache.extraction.extract import extract
+parts.MAX_ROWS = 8
+rename, countdown = pathlib.Path.replace, [{point}]
+def replace(self, target):
+    if not str(target).endswith(".h5"):
+        return rename(self, target)
+    if {before} and countdown[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(self, target)
+    if countdown[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    countdown[0] -= 1
+pathlib.Path.replace = replace
+extract({source!r}, {output!r}, TINY)
+"""
+
+
+# 18 images in chunks of 8 make parts of 8, 8 and 2; the fourth rename is the packed file's.
+@pytest.mark.parametrize(("point", "before", "kept"), [(0, True, 0), (1, False, 16), (3, True, 18), (3, False, 18)])
+def test_killed_at_a_commit_and_resumed_is_bit_for_bit_the_same(
+    photos: Path, tmp_path: Path, point: int, before: bool, kept: int
+) -> None:
+    whole, cache = tmp_path / "whole.h5", tmp_path / "f.h5"
+    extract(photos, whole, TINY)
+    script = DIES.format(
+        tests=str(Path(__file__).parents[1]), point=point, before=before, source=str(photos), output=str(cache)
+    )
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    report = extract(photos, cache, TINY)
+    assert (report.embedded, report.reused) == (18 - kept, kept)
+    resumed, uninterrupted = FeatureCache.open(cache), FeatureCache.open(whole)
+    np.testing.assert_array_equal(resumed.X, uninterrupted.X)
+    assert resumed.paths == uninterrupted.paths
+    assert sorted(os.listdir(tmp_path)) == ["f.h5", WEIGHTS, "photos", "whole.h5", f"whole.h5{WEIGHTS[4:]}"]
+
+
+def test_ctrl_c_keeps_what_is_finished(photos: Path, tmp_path: Path) -> None:
+    def stop(done: int, _total: int, _bottleneck: str) -> None:
+        if done >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(photos, tmp_path / "f.h5", TINY, workers=1, progress=stop)
+    assert not (tmp_path / "f.h5").exists()
+    assert threading.active_count() < 5  # no worker is left behind
+    report = extract(photos, tmp_path / "f.h5", TINY)
+    assert (report.embedded, report.reused) == (10, 8)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_part_is_made_again(photos: Path, tmp_path: Path, monkeypatch, damage: str) -> None:
+    monkeypatch.setattr(parts, "MAX_ROWS", 8)
+
+    def stop(done: int, _total: int, _bottleneck: str) -> None:
+        if done >= 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(photos, tmp_path / "f.h5", TINY, progress=stop)
+    files = sorted((tmp_path / "f.h5.parts").glob("*.h5"))
+    assert len(files) == 2
+    data, row = files[0].read_bytes(), FeatureCache.open(files[0]).X[3].tobytes()
+    files[0].write_bytes(data[:-100] if damage == "truncated" else data.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
+    report = extract(photos, tmp_path / "f.h5", TINY)
+    assert (report.embedded, report.reused) == (10, 8)
+    extract(photos, tmp_path / "whole.h5", TINY)
+    np.testing.assert_array_equal(FeatureCache.open(tmp_path / "f.h5").X, FeatureCache.open(tmp_path / "whole.h5").X)
+
+
+def test_parts_of_another_spec_are_not_mixed_in(photos: Path, tmp_path: Path) -> None:
+    def stop(done: int, _total: int, _bottleneck: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(photos, tmp_path / "f.h5", TINY, progress=stop)
+    other = dataclasses.replace(TINY, resize=41)
+    with pytest.raises(SpecMismatchError, match="unfinished work"):
+        extract(photos, tmp_path / "f.h5", other)
+    assert extract(photos, tmp_path / "f.h5", other, force=True).embedded == 18
+
+
+def test_a_second_writer_is_turned_away(photos: Path, tmp_path: Path) -> None:
+    folder = parts.parts_folder(tmp_path / "f.h5")
+    folder.mkdir()
+    with filelock.FileLock(folder / "lock"), pytest.raises(StorageError, match=r"another featcache is writing .*f\.h5"):
+        extract(photos, tmp_path / "f.h5", TINY)
+    assert extract(photos, tmp_path / "f.h5", TINY).embedded == 18
+
+
+def test_disk_full_while_embedding_loses_nothing(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(parts, "MAX_ROWS", 8)
+    original, calls = parts.write_cache, []
+
+    def fails_the_second_time(*arguments: object, **options: object) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise StorageError("cannot write: No space left on device")
+        original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(parts, "write_cache", fails_the_second_time)
+        with pytest.raises(StorageError):
+            extract(photos, tmp_path / "f.h5", TINY)
+    report = extract(photos, tmp_path / "f.h5", TINY)
+    assert (report.embedded, report.reused) == (10, 8)
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+def test_damage_is_found_before_work_starts(photos: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "f.h5"
+    extract(photos, cache, TINY)
+    data = cache.read_bytes()
+    row = FeatureCache.open(cache).X[7].tobytes()
+    cache.write_bytes(data.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
+    write_photo(photos / "red" / "new.png", (200, 0, 0), 99)
+    with pytest.raises(CacheError, match="damaged"):
+        extract(photos, cache, TINY)
+    assert counts(extract(photos, cache, TINY, force=True))[:2] == (19, 0)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "words"),
+    [
+        (lambda root: root.mkdir(), SourceError, "no image found"),
+        (lambda root: write_photo(root / "only" / "a.png", (1, 2, 3), 1), SourceError, "one class only"),
+        (
+            lambda root: [(root / c).mkdir(parents=True) or (root / c / "a.jpg").touch() for c in "ab"],
+            SourceError,
+            "all 2 images",
+        ),
+    ],
+)
+def test_useless_sources(tmp_path: Path, prepare, error: type[FeatcacheError], words: str) -> None:
+    prepare(tmp_path / "p")
+    with pytest.raises(error, match=words):
+        extract(tmp_path / "p", tmp_path / "f.h5", TINY)
+    assert not (tmp_path / "f.h5").exists()
+    assert not (tmp_path / "f.h5.parts").exists()
+
+
+def test_useless_requests(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="does not exist"):
+        extract(photos, tmp_path / "nowhere" / "f.h5", TINY)
+    with pytest.raises(BackboneError, match="no backbone is called"):
+        extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, backbone="resnet"))
+    with pytest.raises(UsageError, match="smaller than crop"):
+        extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, resize=20))
+    with pytest.raises(UsageError, match="unknown dtype"):
+        dataclasses.replace(TINY, dtype="int8")
+    (tmp_path / "f.h5").write_text("mine")
+    with pytest.raises(CacheError, match="not an HDF5 file"):
+        extract(photos, tmp_path / "f.h5", TINY)
+    assert (tmp_path / "f.h5").read_text() == "mine"
+
+
+def test_weights_no_library_provides_lie_beside_the_cache(photos: Path, tmp_path: Path) -> None:
+    extract(photos, tmp_path / "f.h5", TINY)
+    spec = FeatureCache.open(tmp_path / "f.h5").spec
+    copy = weights_copy(tmp_path / "f.h5", spec)
+    assert load_backbone(TINY.backbone, copy).weights_sha256 == spec["backbone"]["weights_sha256"]
+    copy.unlink()
+    assert counts(extract(photos, tmp_path / "f.h5", TINY))[:2] == (0, 18)  # restored, nothing else done
+    assert copy.is_file()
+    extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, backbone="squeezenet1_0"), force=True)
+    assert not copy.exists()
+
+
+def test_a_batch_of_refused_images_only(photos: Path, tmp_path: Path) -> None:
+    for number in range(20):  # sorts last: at least one whole chunk without a single image
+        (photos / "red" / f"zz{number}.jpg").touch()
+    assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (18, 0, 18, 0, 0, 20)
+
+
+def test_force_never_replaces_a_file_that_is_not_ours(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.h5").write_text("ten years of work")
+    with pytest.raises(CacheError, match="not an HDF5 file"):
+        extract(photos, tmp_path / "thesis.h5", TINY, force=True)
+    assert (tmp_path / "thesis.h5").read_text() == "ten years of work"
+    (tmp_path / "g.h5.parts").mkdir()
+    (tmp_path / "g.h5.parts" / "thesis.txt").write_text("another one")
+    extract(photos, tmp_path / "g.h5", TINY)
+    assert (tmp_path / "g.h5.parts" / "thesis.txt").exists()
+
+
+def test_outputs_inside_the_source_are_no_images_and_no_classes(photos: Path) -> None:
+    extract(photos, photos / "f.h5", TINY)
+    (photos / "model").mkdir()
+    (photos / "model" / "model.json").touch()
+    (photos / "f.h5.parts").mkdir()
+    assert counts(extract(photos, photos / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)
+
+
+def test_many_parts_need_few_file_descriptors(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    import resource
+
+    make_photos(photos, each=30)
+    monkeypatch.setattr(parts, "MAX_ROWS", 1)
+
+    def stop(done: int, _total: int, _bottleneck: str) -> None:
+        if done >= 80:
+            raise KeyboardInterrupt
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, hard))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            extract(photos, tmp_path / "f.h5", TINY, batch_size=1, progress=stop)
+        report = extract(photos, tmp_path / "f.h5", TINY, batch_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert report.reused >= 80
+    assert report.reused + report.embedded == 90
+
+
+def test_an_input_size_the_network_does_not_take(photos: Path, tmp_path: Path) -> None:
+    request = dataclasses.replace(TINY, backbone="vit_b_32", resize=192, crop=192)
+    with pytest.raises(UsageError, match="does not take inputs of 192x192"):
+        extract(photos, tmp_path / "f.h5", request)
+
+
+def test_modes_share_one_cache(tmp_path: Path) -> None:
+    root = make_photos(tmp_path / "p", each=1)
+    Image.new("L", (50, 40), 90).save(root / "red" / "grey.png")
+    Image.new("CMYK", (50, 40), (1, 2, 3, 4)).save(root / "red" / "cmyk.jpg")
+    Image.fromarray(np.full((40, 50), 40_000, np.uint16)).save(root / "red" / "deep.png")
+    Image.new("RGBA", (50, 40), (1, 2, 3, 4)).save(root / "red" / "alpha.png")
+    assert counts(extract(root, tmp_path / "f.h5", TINY)) == (7, 0, 7, 0, 0, 0)
+
+
+def test_reduced_scale_is_part_of_the_spec_and_of_every_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Large JPEGs: another spec, other pixels, and predict reads images as the model's features were read."""
+    for number, colour in enumerate(COLOURS.values()):
+        for seed in range(4):
+            write_photo(tmp_path / "large" / str(number) / f"{seed}.jpg", colour, seed, size=(400, 333))
+    full = extract(tmp_path / "large", tmp_path / "full.h5", TINY)
+    reduced = dataclasses.replace(TINY, decode="reduced")
+    with pytest.raises(SpecMismatchError, match="preprocess.decode: full scale -> reduced scale"):
+        extract(tmp_path / "large", tmp_path / "full.h5", reduced)
+    with caplog.at_level("INFO", "featcache"):
+        report = extract(tmp_path / "large", tmp_path / "reduced.h5", reduced)
+    assert "large JPEGs are decoded at a reduced scale: to full scale cosine mean 0.9" in caplog.text
+    assert (report.embedded, report.refused) == (12, 0)
+    assert report.fingerprint != full.fingerprint
+    a, b = (np.asarray(FeatureCache.open(tmp_path / f"{name}.h5").X, float) for name in ("full", "reduced"))
+    assert 0.9 < cosine(a, b)[1] < 1
+    fit_head(tmp_path / "reduced.h5", tmp_path / "model", C=1.0, folds=0)
+    from_cache, from_images = (list(predict(tmp_path / "model", [tmp_path / name])) for name in ("reduced.h5", "large"))
+    for cached, image in zip(from_cache, from_images, strict=True):
+        np.testing.assert_allclose(cached.probabilities, image.probabilities, atol=1e-3)
+    again = extract(tmp_path / "large", tmp_path / "again.h5", ExtractRequest(backbone=str(tmp_path / "model")))
+    assert again.fingerprint == report.fingerprint
+    with pytest.raises(UsageError, match="unknown decode 'half'"):
+        dataclasses.replace(TINY, decode="half")

@@ -1,0 +1,184 @@
+"""``--backbone FOLDER``: the embeddings are those the saved model was trained on, or there are none."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, TINY_FLAGS
+from safetensors.torch import load_file, save_file
+from test_extract import by_path, counts
+
+from featcache.backbones.load import hash_tensors, load_backbone
+from featcache.cache.cache import FeatureCache
+from featcache.errors import BackboneError, ModelError, SpecMismatchError, UsageError
+from featcache.extraction.extract import extract, weights_copy
+from featcache.extraction.request import ExtractRequest
+from featcache.heads.head import FittedHead
+from featcache.models.fit import fit_head
+from featcache.models.model import load_model, save_model
+from featcache.models.predict import evaluate, predict
+
+
+@pytest.fixture
+def plain(photos: Path, tmp_path: Path) -> Path:
+    """The cache of the untouched backbone."""
+    extract(photos, tmp_path / "plain.h5", TINY)
+    return tmp_path / "plain.h5"
+
+
+@pytest.fixture
+def tune(plain: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Make a model folder whose backbone has other weights, as fine-tuning does: ``tune(name, shift, **spec)``."""
+    fit_head(plain, tmp_path / "start", C=1.0, folds=0, self_contained=True)
+    start = load_model(tmp_path / "start")
+
+    def make(name: str = "tuned", shift: float = 0.05, **spec: Any) -> Path:
+        tensors = load_file(tmp_path / "start" / "backbone.safetensors")
+        tensors["features.0.weight"] += shift
+        save_file(tensors, tmp_path / "w.safetensors")
+        backbone = start.spec["backbone"] | {"weights_sha256": hash_tensors(tensors)}
+        save_model(
+            tmp_path / name,
+            FittedHead(start.head, (), {}, []),
+            classes=start.classes,
+            spec=start.spec | {"backbone": backbone} | spec,
+            weights={"source": "fine-tuned", "reload": None},
+            training={},
+            metrics={},
+            versions={},
+            backbone_file=tmp_path / "w.safetensors",
+        )
+        return tmp_path / name
+
+    return make
+
+
+def request(model: Path | str, **changes: Any) -> ExtractRequest:
+    return ExtractRequest(backbone=str(model), **changes)
+
+
+@pytest.mark.parametrize(("precision", "storage"), [("reference", "float16"), ("bf16", "float32")])
+def test_the_cache_is_the_models_own(photos: Path, tmp_path: Path, tune, precision: str, storage: str) -> None:
+    model = tune(precision=precision, storage=storage)
+    before = sorted((path.name, path.read_bytes()) for path in model.iterdir())
+    extract(photos, tmp_path / "f.h5", request(f"{model}/"))
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    assert cache.spec == load_model(model).spec
+    assert cache.X.dtype == storage
+    from_cache, from_images = list(predict(model, [tmp_path / "f.h5"])), list(predict(model, [photos]))
+    for one, other in zip(from_cache, from_images, strict=True):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, atol=1e-4)
+    fit_head(tmp_path / "f.h5", tmp_path / "next", C=1.0, folds=0)
+    assert sorted((path.name, path.read_bytes()) for path in model.iterdir()) == before
+    assert evaluate(tmp_path / "next", photos)["accuracy"] == 1.0
+
+
+def test_rows_are_those_of_the_models_weights(photos: Path, plain: Path, tmp_path: Path, tune) -> None:
+    model = tune()
+    extract(photos, tmp_path / "f.h5", request(model))
+    weights = dataclasses.replace(TINY, weights=str(model / "backbone.safetensors"))
+    extract(photos, tmp_path / "by_hand.h5", weights)
+    rows, plain_rows = by_path(tmp_path / "f.h5"), by_path(plain)
+    for path, row in by_path(tmp_path / "by_hand.h5").items():
+        np.testing.assert_array_equal(rows[path], row)
+        assert not np.array_equal(plain_rows[path], row)
+
+
+def test_the_content_of_the_folder_counts_not_its_name(photos: Path, tmp_path: Path, tune, monkeypatch) -> None:
+    model = tune()
+    extract(photos, tmp_path / "f.h5", request(model))
+    model.rename(tmp_path / "renamed")
+    with monkeypatch.context() as patched:
+        patched.setattr("featcache.backbones.load.load_backbone", None)
+        assert counts(extract(photos, tmp_path / "f.h5", request(tmp_path / "renamed"))) == (0, 18, 0, 0, 0, 0)
+        copy = weights_copy(tmp_path / "f.h5", FeatureCache.open(tmp_path / "f.h5").spec)
+        shutil.copy(copy, tmp_path / copy.name.replace("f.h5", "g.h5"))
+        assert counts(extract(photos, tmp_path / "g.h5", request(tmp_path / "renamed"), reuse=[tmp_path / "f.h5"]))[
+            :2
+        ] == (0, 18)
+    tune(shift=0.1)  # another model of the same name
+    assert request(model).record() != request(tmp_path / "renamed").record()
+    with pytest.raises(SpecMismatchError, match=r"backbone\.weights_sha256: \w+… -> \w+…\)"):
+        extract(photos, tmp_path / "f.h5", request(model))
+
+
+def test_caches_of_other_weights_are_refused_both_ways(photos: Path, plain: Path, tmp_path: Path, tune) -> None:
+    model = tune()
+    with pytest.raises(
+        SpecMismatchError, match=r"plain\.h5 was made with another spec \(backbone\.weights_sha256: \w+… ->"
+    ):
+        extract(photos, plain, request(model))
+    extract(photos, tmp_path / "f.h5", request(model))
+    with pytest.raises(SpecMismatchError, match=r"\(backbone\.weights_sha256: \w+… -> \w+…\)"):
+        extract(photos, tmp_path / "f.h5", TINY)
+    with pytest.raises(SpecMismatchError, match=r"backbone\.weights_sha256"):
+        list(predict(model, [plain]))
+
+
+def test_options_override_the_models_preprocessing(photos: Path, tmp_path: Path, tune) -> None:
+    changes = {"resize": 44, "crop": 36, "interpolation": "bicubic", "dtype": "float32", "precision": "fp32"}
+    extract(photos, tmp_path / "f.h5", request(tune(), **changes))
+    spec = FeatureCache.open(tmp_path / "f.h5").spec
+    assert [spec["preprocess"][key] for key in ("resize", "crop", "interpolation")] == [44, [36, 36], "bicubic"]
+    assert (spec["storage"], spec["precision"]) == ("float32", "reference")
+
+
+def test_weights_that_are_not_the_models_are_refused(photos: Path, tmp_path: Path, tune) -> None:
+    model = tune()
+    shutil.copy(tmp_path / "start" / "backbone.safetensors", model / "backbone.safetensors")
+    with pytest.raises(ModelError, match="was trained on other weights"):
+        extract(photos, tmp_path / "f.h5", request(model))
+    (model / "backbone.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no backbone\.safetensors"):
+        extract(photos, tmp_path / "f.h5", request(model))
+    manifest = json.loads((model / "model.json").read_text())
+    manifest["spec"]["backbone"]["weights_sha256"] = "0" * 64
+    (model / "model.json").write_text(json.dumps(manifest))
+    with pytest.raises(ModelError, match="is damaged"):
+        extract(photos, tmp_path / "f.h5", request(model))
+    assert not (tmp_path / "f.h5").exists()
+
+
+def test_impossible_folders(photos: Path, tmp_path: Path, tune, monkeypatch) -> None:
+    model = tune()
+    with pytest.raises(UsageError, match="weights of its own"):
+        extract(photos, tmp_path / "f.h5", request(model, weights="none"))
+    with pytest.raises(BackboneError, match=r"is a folder without a model \(no model\.json in it\)"):
+        extract(photos, tmp_path / "f.h5", request(photos))
+    with pytest.raises(BackboneError, match="no backbone is called"):
+        extract(photos, tmp_path / "f.h5", request(tmp_path / "gone"))
+    monkeypatch.chdir(model)
+    assert request(".").model() is not None
+    for nothing in ("", "model.json"):
+        assert request(nothing).model() is None
+
+
+def test_names_win_over_folders(photos: Path, tmp_path: Path, tune, monkeypatch) -> None:
+    model = tune()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "timm").mkdir()
+    for name in ("squeezenet1_1", "timm/resnet18", "mine"):
+        shutil.copytree(model, tmp_path / name)
+    assert request("squeezenet1_1").model() is None
+    assert request("timm/resnet18").model() is None
+    for folder in ("./squeezenet1_1", "squeezenet1_1/", "./timm/resnet18", "mine"):
+        assert request(folder).model() is not None
+    extract(photos, tmp_path / "f.h5", TINY)
+    sha256 = load_backbone(TINY.backbone, "none").weights_sha256
+    assert FeatureCache.open(tmp_path / "f.h5").spec["backbone"]["weights_sha256"] == sha256
+
+
+def test_on_the_command_line(photos: Path, tmp_path: Path, tune, run) -> None:
+    model = tune()
+    arguments = ("extract", photos, "-o", tmp_path / "f.h5", "--backbone", f"{model}/")
+    assert run(*arguments)[0] == 0
+    assert run("predict", model, tmp_path / "f.h5")[0] == 0
+    code, _, err = run(*arguments, "--weights", "none")
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+    assert (code, err.count("\n")) == (1, 1)

@@ -1,0 +1,50 @@
+"""Which weights are kept, and what is said about them."""
+
+import numpy as np
+import pytest
+
+from featcache.finetuning.compare import Candidate, choose, compare, in_words
+
+Y = np.array([0, 1, 0, 1, 0, 1])
+
+
+def logits(right: str, margin: float = 1.0) -> np.ndarray:
+    """For each of ``Y``: "+" right, "-" wrong, by ``margin``."""
+    signs = np.array([1 if mark == "+" else -1 for mark in right]) * margin
+    return np.stack([np.where(Y == 0, signs, -signs), np.zeros(len(Y))], axis=1)
+
+
+def test_the_most_accurate_is_chosen_then_the_surest_then_the_nearest_to_the_start() -> None:
+    start, better = Candidate(0.0, logits("++++--")), Candidate(0.4, logits("+++++-"))
+    surer = Candidate(0.6, logits("+++++-", margin=1.5))
+    assert choose(Y, [start, better]) is better
+    assert choose(Y, [start, better, surer]) is surer
+    assert choose(Y, [Candidate(1.0, start.logits), start]) is start
+
+
+def test_it_can_never_end_below_the_start() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        candidates = [Candidate(alpha, random.normal(size=(6, 2))) for alpha in (1.0, 0.5, 0.0)]
+        accuracies = [(candidate.logits.argmax(1) == Y).mean() for candidate in candidates]
+        assert (choose(Y, candidates).logits.argmax(1) == Y).mean() == max(accuracies)
+
+
+def test_a_difference_within_noise_is_called_that() -> None:
+    facts = compare(Y, logits("++++--"), logits("+++++-"), split="test")
+    assert (facts["head_accuracy"], facts["tuned_accuracy"]) == (4 / 6, 5 / 6)
+    assert facts["tuned_standard_error"] == pytest.approx(np.sqrt(5 / 6 * 1 / 6 / 6))
+    assert "within noise (1 image won, 0 lost of 6 in test" in facts["verdict"]
+    assert "test: frozen head 66.67%" in in_words(facts)
+    assert "by which nothing was chosen" in in_words(facts)
+
+
+def test_a_clear_difference_is_called_by_its_sign() -> None:
+    y = np.tile(Y, 10)
+    good, bad = np.tile(logits("++++++"), (10, 1)), np.tile(logits("++++--"), (10, 1))
+    assert compare(y, bad, good, split="test")["verdict"].startswith(
+        "the fine-tuned model is better than the frozen head"
+    )
+    assert compare(y, good, bad, split="test")["verdict"].startswith("the fine-tuned model is worse")
+    assert "optimistic" in compare(y, bad, good, split="val")["verdict"]
+    assert "agree on every image" in compare(y, good, good, split="test")["verdict"]

@@ -1,0 +1,511 @@
+"""finetune from end to end: starts as the cached head, never ends below it, survives interruptions, refuses nonsense."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, TINY, TINY_FLAGS, make_photos, write_photo
+from safetensors.numpy import load_file
+
+import featcache
+from featcache.cache.cache import FeatureCache
+from featcache.errors import (
+    FeatcacheError,
+    Interrupted,
+    ModelError,
+    SourceError,
+    StorageError,
+    TrainingError,
+    UsageError,
+)
+from featcache.extraction.extract import extract
+from featcache.finetuning import finetune as finetuning
+from featcache.finetuning.checkpoint import work_folder
+from featcache.finetuning.finetune import finetune
+from featcache.finetuning.save import FinetuneReport
+from featcache.models.fit import fit_head
+from featcache.models.model import load_model
+from featcache.models.predict import evaluate, predict
+
+QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": 1e-4, "backbone_lr": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """photos (three splits), their cache f.h5, and a head m; left unchanged by the tests."""
+    root = tmp_path_factory.mktemp("made")
+    make_photos(root / "photos", each=5, splits=("train", "val", "test"))
+    for split in ("train", "val", "test"):  # some that are hard to tell, so that accuracies are not all 1
+        write_photo(root / "photos" / split / "red" / "odd.jpg", COLOURS["green"], 90)
+    extract(root / "photos", root / "f.h5", TINY)
+    fit_head(root / "f.h5", root / "m", C=1.0, folds=0)
+    return root
+
+
+def tune(made: Path, output: Path, **options: Any) -> FinetuneReport:
+    options = {"init": made / "m", "changes": QUICK, "precision": "fp32"} | options
+    return finetune(made / "photos", output, **options)
+
+
+def tensors(model: Path) -> dict[str, np.ndarray]:
+    return {**load_file(model / "backbone.safetensors"), **load_file(model / "head.safetensors")}
+
+
+def assert_same_model(one: Path, two: Path) -> None:
+    a, b = tensors(one), tensors(two)
+    assert a.keys() == b.keys()
+    for name, values in a.items():
+        np.testing.assert_array_equal(values, b[name], err_msg=name)
+    assert (one / "history.csv").read_text() == (two / "history.csv").read_text()
+
+
+def test_the_result_is_a_model_like_any_other(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, bf16_arithmetic: bool
+) -> None:
+    caplog.set_level("INFO")
+    report = tune(made, tmp_path / "ft")
+    said = caplog.text
+    assert "parity: the assembled network gives the cached head's logits on 16 images" in said
+    assert "LP-FT" in said
+    model = load_model(tmp_path / "ft")
+    assert model.classes == load_model(made / "m").classes
+    assert (report.epochs, report.recipe) == (2, "default")
+    assert report.parameters == report.trainable_parameters > 700_000
+    assert (
+        report.val_accuracy >= report.head_val_accuracy == evaluate(made / "m", made / "f.h5", split="val")["accuracy"]
+    )
+    scores = {split: evaluate(model, made / "photos", split=split) for split in ("val", "test")}
+    assert report.val_accuracy == scores["val"]["accuracy"]
+    assert report.test_accuracy == scores["test"]["accuracy"]
+    metrics = json.loads((tmp_path / "ft" / "metrics.json").read_text())
+    assert metrics["test"]["log_loss"] == pytest.approx(
+        scores["test"]["log_loss"],
+        rel=0.05 if bf16_arithmetic else 0.01,  # predict may take bf16
+    )
+    assert metrics["comparison"]["test"]["p_value"] == report.p_value
+    assert [row["epoch"] for row in metrics["history"]] == [1, 2]
+    assert len((tmp_path / "ft" / "history.csv").read_text().splitlines()) == 3
+    assert (tmp_path / "ft" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not work_folder(tmp_path / "ft").exists()
+    labels = [prediction.probabilities.argmax() for prediction in predict(model, [made / "photos" / "val" / "blue"])]  # type: ignore[union-attr]
+    assert len(labels) == 5
+
+
+def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(made: Path, tmp_path: Path) -> None:
+    tune(made, tmp_path / "ft", recipe="flowers")
+    with pytest.raises(FeatcacheError, match="weights_sha256"):
+        list(predict(tmp_path / "ft", [made / "f.h5"]))
+    report = extract(made / "photos", tmp_path / "new.h5", featcache.ExtractRequest(backbone=str(tmp_path / "ft")))
+    assert report.embedded == 48
+    from_cache = list(predict(tmp_path / "ft", [tmp_path / "new.h5"]))
+    from_images = list(predict(tmp_path / "ft", [made / "photos"]))
+    for one, other in zip(from_cache, from_images, strict=True):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-5)
+
+
+def test_without_init_it_extracts_and_fits_first_and_reuses_what_lies_beside(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for file in made.glob("f.h5*"):
+        shutil.copy(file, tmp_path)
+    finetune(made / "photos", tmp_path / "ft", request=TINY, changes=QUICK)
+    assert "embedded 0, reused 48" in caplog.text
+    assert "on 16 images" in caplog.text  # parity, on cached rows
+    assert len(FeatureCache.open(tmp_path / "ft.features.h5")) == 48
+
+
+def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetuning, "choose", lambda y, candidates: next(c for c in candidates if c.alpha == 0))
+    report = tune(made, tmp_path / "ft")
+    start, tuned = load_model(made / "m"), load_model(tmp_path / "ft")
+    for name, values in tuned.head.to_tensors().items():
+        np.testing.assert_array_equal(values, start.head.to_tensors()[name])
+    assert tuned.fingerprint == start.fingerprint
+    assert "is that head, unchanged" in report.verdict
+    assert report.val_accuracy == report.head_val_accuracy
+
+
+def test_a_wrong_start_is_found_by_the_parity_check(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache.finetuning import network
+
+    assemble = network.assemble
+
+    def forgetful(backbone: Any, head: Any) -> Any:
+        assembled = assemble(backbone, head)
+        assembled.mean.zero_()  # another normalisation than the cache's
+        return assembled
+
+    monkeypatch.setattr(network, "assemble", forgetful)
+    with pytest.raises(ModelError, match="does not compute what the cached head computes"):
+        tune(made, tmp_path / "ft")
+    assert not (tmp_path / "ft").exists()
+
+
+def test_test_images_change_nothing_but_their_score(made: Path, tmp_path: Path) -> None:
+    tune(made, tmp_path / "one")
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    (tmp_path / "photos" / "test" / "red").rename(tmp_path / "aside")
+    (tmp_path / "photos" / "test" / "blue").rename(tmp_path / "photos" / "test" / "red")
+    report = finetune(tmp_path / "photos", tmp_path / "two", init=made / "m", changes=QUICK, precision="fp32")
+    assert_same_model(tmp_path / "one", tmp_path / "two")
+    assert report.test_accuracy is not None
+    assert report.test_accuracy < 0.6
+
+
+def test_images_are_decoded_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featcache.finetuning import pixels
+
+    opened: list[Path] = []
+    read = pixels.read_image
+    monkeypatch.setattr(pixels, "read_image", lambda path: opened.append(path) or read(path))
+    tune(made, tmp_path / "ft", changes=QUICK | {"epochs": 3})
+    assert len(opened) == len(set(opened)) == 48
+
+
+def test_a_file_takes_over_where_memory_ends(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featcache.finetuning import pixels
+
+    tune(made, tmp_path / "one")
+    monkeypatch.setattr(pixels, "available_memory", lambda: 0)
+    tune(made, tmp_path / "two")
+    assert_same_model(tmp_path / "one", tmp_path / "two")
+
+
+# ------------------------------------------------------------------------------------------- validation, classes
+
+
+def test_without_val_a_tenth_is_held_out_from_the_head_too(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    photos = make_photos(tmp_path / "photos", each=12)
+    extract(photos, tmp_path / "f.h5", TINY)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
+    report = finetune(photos, tmp_path / "ft", init=tmp_path / "m", changes=QUICK)
+    assert "its head is fit again without them" in caplog.text
+    training = load_model(tmp_path / "ft").manifest["training"]
+    assert (training["n_train"], training["n_val"]) == (33, 3)
+    cache = FeatureCache.open(tmp_path / "ft.features.h5")
+    assert [len(cache.where(split)) for split in ("train", "val")] == [33, 3]
+    assert report.test_accuracy is None
+
+
+def test_unreadable_and_unknown_images_are_named_and_left_out(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    (tmp_path / "photos" / "train" / "blue" / "00.jpg").write_bytes(b"gone bad since extraction")
+    write_photo(tmp_path / "photos" / "val" / "violet" / "00.jpg", (200, 0, 200), 1)
+    finetune(tmp_path / "photos", tmp_path / "ft", init=made / "m", changes=QUICK)
+    assert "train/blue/00.jpg is left out: not an image" in caplog.text
+    assert "1 val images are of classes that the model does not know" in caplog.text
+    training = load_model(tmp_path / "ft").manifest["training"]
+    assert (training["n_train"], training["n_val"]) == (15, 16)
+
+
+def test_a_class_without_val_images_is_named(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos" / "val" / "green")
+    finetune(tmp_path / "photos", tmp_path / "ft", init=made / "m", changes=QUICK)
+    assert "no val image of green" in caplog.text
+
+
+def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> None:
+    photos = made / "photos"
+    one_class = tmp_path / "one"
+    shutil.copytree(photos / "train" / "red", one_class / "train" / "red")
+    other = make_photos(tmp_path / "other", each=3, splits=("train", "val"))
+    (other / "train" / "red").rename(other / "train" / "purple")
+    flat = tmp_path / "flat"
+    shutil.copytree(photos / "train" / "red", flat)
+    out, init = tmp_path / "ft", made / "m"
+    cases: list[tuple[type[FeatcacheError], str, Callable[[], Any]]] = [
+        (SourceError, "of one class", lambda: finetune(one_class, out, init=init)),
+        (SourceError, "no labels", lambda: finetune(flat, out, init=init)),
+        (SourceError, "purple, which the model", lambda: finetune(other, out, init=init)),
+        (SourceError, "does not exist", lambda: finetune(tmp_path / "no", out, init=init)),
+        (UsageError, "--init brings its own backbone", lambda: finetune(photos, out, init=init, request=TINY)),
+        (UsageError, "no recipe is called", lambda: finetune(photos, out, init=init, recipe="best")),
+        (UsageError, "lr must be", lambda: tune(made, out, changes={"lr": -1.0})),
+        (UsageError, "choose one", lambda: tune(made, out, resume=True, force=True)),
+        (UsageError, "needs a CUDA GPU", lambda: tune(made, out, precision="fp16")),
+        (UsageError, "unknown precision", lambda: tune(made, out, precision="int8")),
+        (UsageError, "seed", lambda: tune(made, out, seed=-1)),
+        (ModelError, "not a featcache model", lambda: tune(made, photos)),
+        (ModelError, "is not a model", lambda: finetune(photos, out, init=photos)),
+        (FeatcacheError, "does not exist", lambda: tune(made, tmp_path / "no" / "ft")),
+    ]
+    for kind, message, call in cases:
+        with pytest.raises(kind, match=message):
+            call()
+        assert not out.exists()
+        assert not work_folder(out).exists()
+    tune(made, out, changes=QUICK | {"epochs": 1})
+    with pytest.raises(ModelError, match="took long to make"):
+        tune(made, out)
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+
+
+def interrupt_at(step: int, number: int) -> Callable[[Any], None]:
+    steps = iter(range(1, 1000))
+
+    def progress(status: Any) -> None:
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+
+    return progress
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_the_work_and_resume_ends_in_the_same_bits(made: Path, tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    tune(made, tmp_path / "whole")
+    with pytest.raises(Interrupted, match="--resume") as stopped:
+        tune(made, tmp_path / "ft", progress=interrupt_at(2, number))
+    assert stopped.value.exit_code == 128 + number
+    with pytest.raises(UsageError, match="holds an interrupted run; add --resume"):
+        tune(made, tmp_path / "ft")
+    with pytest.raises(Interrupted):
+        tune(made, tmp_path / "ft", resume=True, progress=interrupt_at(2, number))  # in the second epoch now
+    tune(made, tmp_path / "ft", resume=True)
+    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+    assert signal.getsignal(number) == before
+
+
+def test_resuming_with_other_settings_names_the_difference(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        tune(made, tmp_path / "ft", progress=interrupt_at(4, signal.SIGTERM))
+    with pytest.raises(UsageError, match=r"recipe.lr: 0.0001 -> 0.002; seed: 0 -> 1"):
+        tune(made, tmp_path / "ft", resume=True, changes=QUICK | {"lr": 0.002}, seed=1)
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    write_photo(tmp_path / "photos" / "train" / "red" / "00.jpg", COLOURS["red"], 77)  # another picture, same name
+    with pytest.raises(UsageError, match=r"images.train: 16, \w+ -> 16, "):
+        finetune(tmp_path / "photos", tmp_path / "ft", init=made / "m", changes=QUICK, resume=True)
+    tune(made, tmp_path / "ft", force=True, changes=QUICK | {"lr": 0.002})
+    assert load_model(tmp_path / "ft").manifest["training"]["settings"]["lr"] == 0.002
+
+
+def test_a_damaged_checkpoint_is_named(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        tune(made, tmp_path / "ft", progress=interrupt_at(1, signal.SIGTERM))
+    (work_folder(tmp_path / "ft") / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
+    with pytest.raises(ModelError, match=r"checkpoint\.pt is damaged"):
+        tune(made, tmp_path / "ft", resume=True)
+
+
+def test_resume_without_anything_to_resume_starts(made: Path, tmp_path: Path) -> None:
+    assert tune(made, tmp_path / "ft", resume=True).epochs == 2
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featcache.finetuning.trainer import Trainer
+
+    accumulate = Trainer._accumulate
+
+    def poisoned(self: Trainer, *arguments: Any) -> Any:
+        return accumulate(self, *arguments) * (float("nan") if self.epoch == 1 and self.batch == 1 else 1.0)
+
+    monkeypatch.setattr(Trainer, "_accumulate", poisoned)
+    with pytest.raises(
+        TrainingError, match=r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"
+    ):
+        tune(made, tmp_path / "ft")
+    monkeypatch.undo()
+    assert tune(made, tmp_path / "ft", resume=True).epochs == 2
+
+
+def test_what_lies_in_the_way_is_refused_and_kept(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "ft.parts").mkdir()
+    (tmp_path / "ft.parts" / "thesis.txt").write_text("three years")
+    with pytest.raises(StorageError, match="in use for something else"):
+        tune(made, tmp_path / "ft", force=True)
+    assert (tmp_path / "ft.parts" / "thesis.txt").read_text() == "three years"
+    (tmp_path / "other.parts").write_text("a file")
+    with pytest.raises(StorageError, match="in use for something else"):
+        tune(made, tmp_path / "other")
+    cache = make_cache_file(tmp_path / "own.features.h5")
+    finetune(made / "photos", tmp_path / "own", request=TINY, changes=QUICK | {"epochs": 1})
+    assert (tmp_path / "own.features.h5").read_bytes() == cache
+
+
+def make_cache_file(path: Path) -> bytes:
+    extract(make_photos(path.parent / "others", each=2), path, TINY)
+    return path.read_bytes()
+
+
+def test_a_run_killed_after_its_model_was_published_is_finished_by_resume(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(output: Path) -> None:
+        raise Killed
+
+    monkeypatch.setattr(finetuning, "keep_cache", die)
+    with pytest.raises(Killed):
+        tune(made, tmp_path / "ft")
+    monkeypatch.undo()
+    assert work_folder(tmp_path / "ft").exists()
+    before = (tmp_path / "ft" / "model.json").read_bytes()
+    report = tune(made, tmp_path / "ft", resume=True)
+    assert report.model == tmp_path / "ft"
+    assert report.epochs == 2
+    assert "val: frozen head" in report.comparison[0]
+    assert (tmp_path / "ft" / "model.json").read_bytes() == before
+    assert not work_folder(tmp_path / "ft").exists()
+    with pytest.raises(ModelError, match="took long to make"):
+        tune(made, tmp_path / "ft", resume=True)
+
+
+def test_two_runs_never_write_one_model(made: Path, tmp_path: Path) -> None:
+    refused = []
+
+    def another(status: Any) -> None:
+        if not refused:
+            with pytest.raises(StorageError, match="another featcache is writing") as error:
+                tune(made, tmp_path / "ft", force=True)
+            refused.append(error)
+
+    assert tune(made, tmp_path / "ft", progress=another).epochs == 2
+    assert refused
+
+
+def test_a_state_that_is_no_number_never_replaces_a_good_one(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights gone bad in the very step in which a signal asks to stop."""
+    from featcache.finetuning.trainer import Trainer
+
+    def spoil(status: Any) -> None:
+        if (status.epoch, status.done) == (2, 12):
+            with torch.no_grad():
+                next(iter(spoiled[0].network.parameters())).fill_(float("nan"))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    spoiled: list[Trainer] = []
+    begin = Trainer.run_epoch
+    monkeypatch.setattr(Trainer, "run_epoch", lambda self, **kw: spoiled.append(self) or begin(self, **kw))
+    with pytest.raises(TrainingError, match="not finite after step 2 of epoch 2"):
+        tune(made, tmp_path / "ft", progress=spoil)
+    monkeypatch.undo()
+    tune(made, tmp_path / "whole")
+    tune(made, tmp_path / "ft", resume=True)
+    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+
+
+@pytest.mark.parametrize("clf", [None, "linear"])
+def test_a_class_with_one_training_image_still_trains(tmp_path: Path, clf: Any) -> None:
+    photos = make_photos(tmp_path / "photos", each=3, splits=("train", "val"))
+    for file in sorted((photos / "train" / "red").iterdir())[1:]:
+        file.unlink()
+    start: dict[str, Any] = {"request": TINY}
+    if clf:  # its head is fit again, as there is no val split
+        shutil.rmtree(photos / "val")
+        extract(photos, tmp_path / "f.h5", TINY)
+        fit_head(tmp_path / "f.h5", tmp_path / "m", clf=clf, folds=0)
+        start = {"init": tmp_path / "m"}
+    assert finetune(photos, tmp_path / "ft", **start, changes=QUICK | {"epochs": 1}).epochs == 1
+
+
+def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = tune(made, tmp_path / "ft", recipe="cats-dogs", changes={"lr": 1e-9, "batch_size": 6})
+    assert report.alpha is None
+    assert report.val_accuracy < report.head_val_accuracy
+    assert "ended below the cached head on val" in caplog.text
+
+
+def test_kill_and_resume(made: Path, tmp_path: Path) -> None:
+    """SIGKILL during the second epoch of a real process."""
+    command = [sys.executable, "-m", "featcache", "finetune", str(made / "photos"), "--init", str(made / "m")]
+    command += ["--epochs", "3", "--batch-size", "6", "--lr", "1e-4", "--backbone-lr", "1e-5", "--precision", "fp32"]
+    tune(made, tmp_path / "whole", changes=QUICK | {"epochs": 3})
+    killed = subprocess.Popen([*command, "-o", str(tmp_path / "ft")], stderr=subprocess.DEVNULL)
+    checkpoint = work_folder(tmp_path / "ft") / "checkpoint.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert checkpoint.exists()
+    subprocess.run([*command, "-o", str(tmp_path / "ft"), "--resume"], check=True, stderr=subprocess.DEVNULL)
+    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_do_what_one_does(made: Path, tmp_path: Path) -> None:
+    """gloo on the CPU, batches that do not divide by two: the same metrics, weights but for rounding.
+
+    With a network without dropout, which each process draws for its own images.
+    """
+    extract(
+        made / "photos",
+        tmp_path / "f.h5",
+        featcache.ExtractRequest(backbone="resnet18", weights="none", resize=40, crop=32, precision="fp32"),
+    )
+    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
+    flags = ["finetune", str(made / "photos"), "--init", str(tmp_path / "m"), "--json", "-o", str(tmp_path / "two")]
+    flags += ["--epochs", "2", "--batch-size", "5", "--lr", "1e-4", "--backbone-lr", "1e-5", "--precision", "fp32"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featcache"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *flags], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('"model"') == 1  # one of them talks
+    assert done.stderr.count("parity:") == 1
+    one = tune(made, tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
+    two = json.loads(done.stdout.splitlines()[-1])
+    for key in ("val_accuracy", "test_accuracy", "head_val_accuracy", "best_epoch", "alpha"):
+        assert two[key] == getattr(one, key), key
+    rows = [json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("one", "two")]
+    for first, second in zip(*rows, strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+    a, b = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    for name, values in a.items():
+        np.testing.assert_allclose(values, b[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def test_the_command(made: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run(
+        "finetune", made / "photos", "-o", tmp_path / "ft", *TINY_FLAGS, "--epochs", 1, "--recipe", "gradual", "--json"
+    )
+    assert code == 0, err
+    facts = json.loads(out.splitlines()[-1])
+    contract = (
+        "model epochs best_epoch val_accuracy head_val_accuracy test_accuracy parameters trainable_parameters seconds"
+    )
+    assert set(contract.split()) <= set(facts)
+    assert "val: frozen head" in err
+    assert "standard error" in err
+    assert facts["verdict"] in err
+    code, _, err = run(
+        "finetune", made / "photos", "-o", tmp_path / "x", "--init", made / "m", "--backbone", "resnet18"
+    )
+    assert (code, "--init brings its own backbone" in err) == (2, True)
+    code, out, _ = run("info", tmp_path / "ft", "--json")
+    assert json.loads(out)["training"]["recipe"] == "gradual"

@@ -1,0 +1,85 @@
+"""Decoded images: every image once, the same from memory and from a file, refused ones named."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache.errors import StorageError
+from featcache.finetuning import pixels as module
+from featcache.finetuning.pixels import (
+    available_memory,
+    decode_in_memory,
+    decode_into_file,
+    fits_memory,
+    network_input,
+    open_pixels,
+    training_input,
+)
+from featcache.images.preprocess import PreprocessSpec, to_pixels
+from featcache.images.source import decode, list_images, read_image
+
+PLAIN = PreprocessSpec(resize=40, crop=(32, 32), interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def test_memory_and_file_hold_the_same(photos: Path, tmp_path: Path) -> None:
+    (photos / "red" / "02.jpg").write_bytes(b"no picture")
+    images = list_images(photos)
+    convert = training_input(PLAIN)
+    seen: list[tuple[int, int]] = []
+    kept = decode_in_memory(images, convert, workers=2, progress=lambda done, total: seen.append((done, total)))
+    decode_into_file(images, convert, tmp_path / "p.pixels", typical=10_000, workers=2)
+    shared = open_pixels(tmp_path / "p.pixels")
+    assert seen == [(k, 18) for k in range(1, 19)]
+    assert len(kept) == len(shared) == 17
+    broken = images.paths.index("red/02.jpg")
+    assert kept.refused == shared.refused == ((broken, "not an image, or of an unsupported format"),)
+    np.testing.assert_array_equal(kept.kept, np.setdiff1d(np.arange(18), [broken]))
+    np.testing.assert_array_equal(kept.kept, shared.kept)
+    assert kept.digest == shared.digest
+    for number, position in enumerate(kept.kept):
+        expected = convert(read_image(photos / images.paths[position])[0])
+        np.testing.assert_array_equal(kept[number], expected)
+        np.testing.assert_array_equal(shared[number], expected)
+
+
+def test_evaluation_sees_exactly_what_prediction_sees(photos: Path) -> None:
+    images = list_images(photos)
+    kept = decode_in_memory(images, network_input(PLAIN))
+    for number, path in enumerate(images.paths):
+        np.testing.assert_array_equal(kept[number], to_pixels(np.array(decode(read_image(photos / path)[0])), PLAIN))
+
+
+@pytest.mark.parametrize(("size", "stored"), [((400, 200), (92, 46)), ((200, 400), (46, 92)), ((30, 20), (30, 20))])
+def test_training_images_keep_their_shape_and_are_never_enlarged(
+    size: tuple[int, int], stored: tuple[int, int]
+) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    picture = training_input(PLAIN)(file.getvalue())
+    assert picture.shape == (stored[1], stored[0], 3)
+    assert picture.flags.writeable
+
+
+def test_the_digest_follows_content_and_order(photos: Path) -> None:
+    before = decode_in_memory(list_images(photos), network_input(PLAIN)).digest
+    first, second = photos / "red" / "00.jpg", photos / "red" / "01.jpg"
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+    assert decode_in_memory(list_images(photos), network_input(PLAIN)).digest != before
+
+
+def test_too_little_space_is_refused_before_the_file_exists(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="not enough space"):
+        decode_into_file(list_images(photos), network_input(PLAIN), tmp_path / "p.pixels", typical=2**50)
+    assert not (tmp_path / "p.pixels").exists()
+
+
+def test_memory_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2**20 < available_memory() < 2**45
+    monkeypatch.setattr(module, "available_memory", lambda: 1000)
+    assert fits_memory(399)
+    assert not fits_memory(401)

@@ -1,0 +1,242 @@
+"""The training loop against a loop written by hand, and what it must survive: interruptions, no memory, no numbers."""
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_network import CPU, make_pixels, shrunk
+from torch import nn
+
+from featcache.backbones.load import load_backbone
+from featcache.errors import TrainingError, UsageError
+from featcache.finetuning.augment import augment
+from featcache.finetuning.network import Network, with_new_head
+from featcache.finetuning.recipes import RECIPES, Recipe, choose_recipe
+from featcache.finetuning.trainer import Status, Stopped, Trainer, TrainingImages, set_learning_rates
+from featcache.system.distributed import Processes
+
+N, EDGE = 11, 32
+DATA = TrainingImages(make_pixels(N, EDGE), np.arange(N) % 3, (EDGE, EDGE))
+DROPPING = shrunk(load_backbone("squeezenet1_1", "none"), EDGE)  # it has a dropout layer
+BACKBONE = shrunk(load_backbone("resnet18", "none"), EDGE)  # none, but batch norms
+SIMPLE = Recipe(about="", hidden=(), optimizer="sgd", lr=0.01, backbone_lr=0.001, momentum=0.9, epochs=3, batch_size=4)
+
+
+def make_trainer(recipe: Recipe = SIMPLE, *, micro_batch: int = 4, backbone: Any = BACKBONE, **changes: Any) -> Trainer:
+    network = with_new_head(backbone, recipe, 3, seed=0)
+    options: dict[str, Any] = {"seed": 0, "precision": "fp32", "runtime": CPU, "processes": Processes()} | changes
+    return Trainer(network, DATA, recipe, micro_batch=micro_batch, **options)
+
+
+def weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def assert_same(one: dict[str, Any], two: dict[str, Any]) -> None:
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+def test_an_epoch_is_the_loop_one_would_write_by_hand() -> None:
+    recipe = dataclasses.replace(
+        SIMPLE, label_smoothing=0.1, weight_decay=0.01, clip_norm=0.5, augmentation=(("flip", 0.5),)
+    )
+    recipe = dataclasses.replace(recipe, optimizer="adamw", lr=1e-4, backbone_lr=1e-5)
+    trainer = make_trainer(recipe, micro_batch=3)
+    network = copy.deepcopy(trainer.network).requires_grad_(True)
+    loss, hits = trainer.run_epoch()
+
+    plain = [p for p in network.parameters() if p.ndim == 1]
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    head = {id(p) for p in network.head.parameters()}
+    groups = [
+        {
+            "params": [p for p in chosen if (id(p) in head) == in_head],
+            "lr": 1e-4 if in_head else 1e-5,
+            "weight_decay": decay,
+        }
+        for chosen, decay in ((matrices, 0.01), (plain, 0.0))
+        for in_head in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    network.eval()  # batch norms frozen, and nothing else here behaves otherwise in training
+    losses, right = [], 0
+    order = np.random.default_rng([0, 0]).permutation(N)
+    for batch in np.array_split(order, 3):
+        pixels = [
+            augment(torch.from_numpy(DATA.pixels[k]), recipe.augmentation, size=(EDGE, EDGE), seed=(0, 0, int(k)))
+            for k in batch
+        ]
+        y = torch.from_numpy(DATA.labels[batch])
+        optimizer.zero_grad()
+        logits = network(torch.stack(pixels))
+        value = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, y)
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+        losses += [value.item()] * len(batch)
+        right += int((logits.argmax(1) == y).sum())
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert hits == pytest.approx(right / N)
+    for name, tensor in trainer.network.state_dict().items():
+        torch.testing.assert_close(tensor, network.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_micro_batches_change_rounding_only() -> None:
+    one, other = make_trainer(micro_batch=4), make_trainer(micro_batch=1)
+    assert one.run_epoch()[0] == pytest.approx(other.run_epoch()[0], rel=1e-4)
+    for name, tensor in one.network.state_dict().items():
+        torch.testing.assert_close(tensor, other.network.state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_accumulation_is_a_larger_batch() -> None:
+    large = make_trainer(dataclasses.replace(SIMPLE, batch_size=8))
+    added = make_trainer(dataclasses.replace(SIMPLE, batch_size=4, accumulation=2))
+    assert large.steps_per_epoch == added.steps_per_epoch == 2
+    large.run_epoch()
+    added.run_epoch()
+    assert_same(weights(large.network), weights(added.network))
+
+
+RESUMED = [name for name in RECIPES if name not in ("ants-bees-frozen", "flowers-frozen")]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_stopped_after_any_step_continues_to_the_same_bits(name: str) -> None:
+    recipe = dataclasses.replace(choose_recipe(name, N, epochs=3, batch_size=4), accumulation=1)
+    recipe = dataclasses.replace(recipe, hidden=(5,) if recipe.hidden else (), dropout=(0.5,) if recipe.hidden else ())
+    backbone = BACKBONE if recipe.batchnorm == "train" else DROPPING
+    whole = make_trainer(recipe, backbone=backbone)
+    expected = [whole.run_epoch() for _ in range(3)]
+    part = make_trainer(recipe, backbone=backbone)
+    seen = []
+    stops = iter([False, True, False, False, True, True])  # after step 1, after step 3, and at once
+    while part.epoch < 3:
+        try:
+            seen.append(part.run_epoch(stop=lambda: next(stops, False)))
+        except Stopped:
+            state = copy.deepcopy(part.state())
+            part = make_trainer(recipe, backbone=backbone)
+            part.load_state(state)
+    assert next(stops, None) is None
+    assert seen == expected
+    assert_same(weights(whole.network), weights(part.network))
+    assert_same(weights(whole.evaluated), weights(part.evaluated))
+
+
+def test_the_moving_average_lags_behind() -> None:
+    trainer = make_trainer(dataclasses.replace(SIMPLE, ema=0.9))
+    start = weights(trainer.network)
+    trainer.run_epoch()
+    name = "head.0.weight"
+    raw, average = trainer.network.state_dict()[name], trainer.evaluated.state_dict()[name]
+    assert 0 < (average - start[name]).norm() < (raw - start[name]).norm()
+
+
+def test_the_moving_average_is_not_stuck_at_its_start() -> None:
+    trainer = make_trainer(dataclasses.replace(SIMPLE, ema=0.999))
+    for _ in range(3):
+        trainer.run_epoch()
+    name = "head.0.bias"
+    raw, average = trainer.network.state_dict()[name], trainer.evaluated.state_dict()[name]
+    start = make_trainer().network.state_dict()[name]
+    assert (average - raw).norm() < 0.8 * (start - raw).norm()
+
+
+def test_batch_norms_cannot_train_on_single_images() -> None:
+    with pytest.raises(UsageError, match="at least two images per step"):
+        make_trainer(dataclasses.replace(SIMPLE, batchnorm="train", batch_size=1))
+
+
+def test_the_callers_random_state_is_used_by_nothing() -> None:
+    torch.manual_seed(1)
+    one = make_trainer(backbone=DROPPING)
+    one.run_epoch()
+    torch.manual_seed(2)
+    other = make_trainer(backbone=DROPPING)
+    other.run_epoch()
+    assert_same(weights(one.network), weights(other.network))
+
+
+def test_progress_reports_the_epoch_so_far() -> None:
+    seen: list[Status] = []
+    trainer = make_trainer()
+    loss, hits = trainer.run_epoch(on_step=seen.append)
+    assert [status.done for status in seen] == [4, 8, 11]
+    assert {(status.epoch, status.epochs, status.total) for status in seen} == {(1, 3, 11)}
+    assert 0 < seen[-1].loss < 3 * loss
+    assert 0 <= hits <= 1
+
+
+def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
+    trainer = make_trainer(recipe)
+    found = []
+    for step in range(steps_per_epoch * (recipe.epochs or 1)):
+        set_learning_rates(trainer.optimizer, recipe, step, steps_per_epoch)
+        found.append(trainer.optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_learning_rates_over_time() -> None:
+    cosine = rates(dataclasses.replace(SIMPLE, schedule="cosine", warmup=0.2, epochs=10), 5)
+    assert cosine[:10] == pytest.approx([0.001 * k for k in range(1, 11)])
+    assert cosine[10] == pytest.approx(0.01)
+    assert cosine[30] == pytest.approx(0.005)
+    assert 0 < cosine[-1] < 1e-4
+    step = rates(dataclasses.replace(SIMPLE, schedule="step", step_epochs=2, gamma=0.1, epochs=5), 3)
+    assert step == pytest.approx([0.01] * 6 + [0.001] * 6 + [0.0001] * 3)
+    assert rates(SIMPLE, 2) == [0.01] * 6
+
+
+def refuse_more_than(limit: int, network: Network) -> None:
+    """Make ``network`` run out of memory with more than ``limit`` images."""
+    forward = network.forward
+
+    def limited(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(pixels)
+
+    network.forward = limited  # type: ignore[method-assign]
+
+
+def test_out_of_memory_halves_the_micro_batch_and_not_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    whole = make_trainer(micro_batch=1)
+    loss, _ = whole.run_epoch()
+    trainer = make_trainer(micro_batch=4)
+    refuse_more_than(1, trainer.network)
+    assert trainer.run_epoch()[0] == pytest.approx(loss, rel=1e-4)
+    assert trainer.micro_batch == 1
+    assert [record.getMessage() for record in caplog.records if "out of memory with 4" in record.getMessage()]
+    assert_same(weights(trainer.network), weights(whole.network))
+
+
+def test_out_of_memory_with_one_image_says_what_to_do() -> None:
+    trainer = make_trainer()
+    refuse_more_than(0, trainer.network)
+    with pytest.raises(UsageError, match="1 images at once do not fit .* smaller --crop"):
+        trainer.run_epoch()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step() -> None:
+    trainer = make_trainer(dataclasses.replace(SIMPLE, lr=1e6, backbone_lr=1e6))
+    with pytest.raises(TrainingError, match=r"step \d of epoch 1: most likely the learning rate is too high \(1e\+06"):
+        trainer.run_epoch()
+
+
+def test_a_loss_that_explodes_stops_the_run() -> None:
+    trainer = make_trainer(dataclasses.replace(SIMPLE, lr=30.0, backbone_lr=0.0))
+    with pytest.raises(TrainingError, match="training diverges: the mean loss of epoch 1"):
+        trainer.run_epoch()
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    one, other = make_trainer(), make_trainer(precision="bf16")
+    a, b = one.run_epoch()[0], other.run_epoch()[0]
+    assert a != b
+    assert a == pytest.approx(b, rel=0.02)
+    assert all(parameter.dtype == torch.float32 for parameter in other.network.parameters())

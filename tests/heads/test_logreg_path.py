@@ -1,0 +1,175 @@
+"""scikit-learn, run to a tiny tolerance, is the oracle."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from featcache.errors import UsageError
+from featcache.heads import logreg
+from featcache.heads.logreg import cross_validate, fit_logreg
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
+
+GRID = [1e-5, 1e-3, 0.1, 10, 1e3, 1e5]
+SCALERS: dict[str, Any] = {"none": None, "standardise": StandardScaler(), "unit": Normalizer()}
+
+
+def awkward(n: int, dim: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Overlapping classes of uneven size far from the origin; a constant column and two that are nearly the same."""
+    rng = np.random.default_rng(0)
+    y = np.concatenate([np.tile(np.arange(classes), 3), rng.integers(0, classes, n - 3 * classes) // 2])
+    X = rng.normal(size=(classes, dim))[y] + 2 * rng.normal(size=(n, dim)) + 5
+    X[:, 1] = 7
+    X[:, 3] = X[:, 2] + 1e-4 * X[:, 4]
+    return X, y
+
+
+def objective(X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray, C: float, weights: np.ndarray) -> float:
+    """As scikit-learn documents it: C * sum of weighted losses + |W|^2 / 2."""
+    logits = X.astype(np.float64) @ W.T + b
+    logits = np.column_stack([np.zeros(len(X)), logits]) if len(W) == 1 else logits
+    losses = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(y)), y]
+    return float(C * (weights[y] * losses).sum() + (W.astype(np.float64) ** 2).sum() / 2)
+
+
+def oracle(X: np.ndarray, y: np.ndarray, C: float, weights: np.ndarray) -> LogisticRegression:
+    model = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-9, class_weight=dict(enumerate(weights)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(X, y)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scaling", SCALERS)
+@pytest.mark.parametrize(("n", "dim", "classes"), [(200, 15, 2), (200, 15, 3), (40, 60, 2), (70, 90, 4), (120, 15, 20)])
+def test_reaches_the_optimum(n: int, dim: int, classes: int, scaling: str, dtype: Any) -> None:
+    X, y = awkward(n, dim, classes)
+    X = X if SCALERS[scaling] is None else SCALERS[scaling].fit_transform(X)
+    X = X.astype(dtype)
+    weights = np.linspace(0.5, 2, classes)
+    path = regularisation_path(X, y, weights, GRID, tolerance=1e-6 if dtype == np.float32 else 1e-8)
+    for C, (W, b) in zip(GRID, path, strict=True):
+        expected = oracle(X.astype(np.float64), y, C, weights)
+        assert W.shape == expected.coef_.shape
+        assert b.shape == expected.intercept_.shape
+        best = objective(X, y, expected.coef_, expected.intercept_, C, weights)
+        assert objective(X, y, W, b, C, weights) < best * (1 + (2e-3 if dtype == np.float32 else 1e-4))
+        if C <= 10 and scaling == "standardise":
+            probabilities = expected.predict_proba(X)
+            logits = X @ W.T + b
+            logits = np.column_stack([np.zeros(n), logits]) if classes == 2 else logits
+            ours = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+            np.testing.assert_allclose(ours, probabilities, atol=0.01)
+
+
+def test_another_basis_leads_to_the_same_weights() -> None:
+    X, y = awkward(200, 15, 3)
+    weights = np.ones(3)
+    own = next(regularisation_path(X[:120], y[:120], weights, [0.1], tolerance=1e-10))
+    shared = next(regularisation_path(X[:120], y[:120], weights, [0.1], basis=eigenbasis(X), tolerance=1e-10))
+    np.testing.assert_allclose(own[0], shared[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_start_does_not_matter_but_a_good_one_is_kept(classes: int) -> None:
+    X, y = awkward(200, 15, classes)
+    weights = np.ones(classes)
+    (one,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-10)
+    (same,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-4, start=one)  # nothing left to do
+    np.testing.assert_allclose(same[0], one[0], atol=1e-9)
+    np.testing.assert_allclose(same[1], one[1], atol=1e-9)
+    for start in ((one[0] / 2, one[1] / 2), (1 - one[0], 1 - one[1])):
+        (other,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-10, start=start)
+        np.testing.assert_allclose(other[0], one[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [30, 200])
+def test_the_basis_is_orthonormal_and_spans_the_rows(n: int) -> None:
+    X, _ = awkward(n, 60, 2)
+    basis = eigenbasis(X)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
+    centred = X - X.mean(axis=0)
+    np.testing.assert_allclose(centred @ basis @ basis.T, centred, atol=1e-6)
+
+
+def test_a_numpy_c_keeps_float32() -> None:
+    X, y = awkward(60, 15, 3)
+    ((W, _),) = regularisation_path(X.astype(np.float32), y, np.ones(3), np.array([1.0]))  # type: ignore[arg-type]
+    assert W.dtype == np.float32
+
+
+def test_values_that_overflow_are_not_solved() -> None:
+    X, y = awkward(60, 15, 3)
+    with pytest.raises((NotSolvedError, np.linalg.LinAlgError)), np.errstate(all="ignore"):
+        list(regularisation_path((X * 1e30).astype(np.float32), y, np.ones(3), [1.0]))
+
+
+# ------------------------------------------------------------------------------------------------------ fit_logreg
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_head_is_scikit_learns(classes: int, balanced: bool) -> None:
+    X, y = awkward(200, 15, classes)
+    fitted = fit_logreg(X, np.arange(200), y, C=0.1, folds=0, balanced=balanced)
+    scaled = StandardScaler().fit_transform(X)
+    expected = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000, class_weight="balanced" if balanced else None)
+    expected.fit(scaled, y)
+    np.testing.assert_allclose(fitted.head.probabilities(X), expected.predict_proba(scaled), atol=3e-3)
+    assert fitted.pipeline[-1].get_params() == {**expected.get_params(), "tol": 1e-4, "max_iter": 1000}
+    assert fitted.pipeline[-1].n_iter_.max() < 20  # it started where the work was done
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_scikit_learn_takes_over(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = awkward(200, 15, classes)
+    usual = fit_logreg(X, np.arange(200), y, C=0.1, folds=3)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise NotSolvedError("on purpose")
+
+    monkeypatch.setattr(logreg, "regularisation_path", fail)
+    rescued = fit_logreg(X, np.arange(200), y, C=0.1, folds=3)
+    np.testing.assert_allclose(rescued.head.probabilities(X), usual.head.probabilities(X), atol=0.01)
+    for one, other in zip(rescued.curve, usual.curve, strict=True):
+        assert one["log_loss"] == pytest.approx(other["log_loss"], abs=0.01)
+
+
+@pytest.mark.parametrize("kept", [0, 2**28])
+def test_the_last_fit_is_the_same_wherever_it_starts(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logreg, "_MAX_KEPT_BYTES", kept)
+    X, y = awkward(200, 15, 3)
+    tried = cross_validate(X, y, (0.01, 0.1), folds=3, scalings=("standardise",))
+    assert len(tried.starts) == (2 if kept else 0)
+    started, _ = logreg._fit(X, y, "standardise", 0.1, False, tried)
+    expected, _ = logreg._fit(X, y, "standardise", 0.1, False)
+    np.testing.assert_allclose(started.predict_proba(X), expected.predict_proba(X), atol=3e-3)
+
+
+def test_held_out_rows_teach_nothing() -> None:
+    """Labels without relation to the features are guessed at chance, whatever basis and statistics were shared."""
+    X = np.random.default_rng(1).normal(size=(400, 100))
+    curve = cross_validate(X, np.arange(400) % 4, (1e-3, 1.0), folds=5).curve
+    assert all(entry["accuracy"] < 0.25 + 4 * (0.25 * 0.75 / 400) ** 0.5 for entry in curve)
+    assert all(entry["log_loss"] > np.log(4) - 1e-3 for entry in curve)
+
+
+@pytest.mark.skipif(not logreg.sys.platform.startswith("linux"), reason="memory is looked up on Linux only")
+def test_too_little_memory_is_said_before_work_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Huge:
+        shape, dtype = (1_000_000, 1280), np.dtype(np.float16)
+
+        def __len__(self) -> int:
+            return 1_000_000
+
+        def __getitem__(self, rows: Any) -> Any:
+            raise AssertionError("work started")
+
+    monkeypatch.setattr(logreg, "available_memory", lambda: 18 * 10**9)
+    monkeypatch.setattr(logreg, "cpu_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"about \d+ GB for 1,000,000 x 1,280 in memory, 18 GB are free"):
+        fit_logreg(Huge(), np.arange(1_000_000), np.arange(1_000_000) % 2)  # type: ignore[arg-type]

@@ -1,0 +1,152 @@
+"""Whatever decodes a file, the pixels and the refusals are Pillow's."""
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from conftest import write_photo
+from PIL import Image
+
+from featcache.images import decode as decoders
+from featcache.images.decode import decode_pixels, decoder_in_words
+from featcache.images.preprocess import PreprocessSpec, to_pixels
+from featcache.images.source import RefusedImage, decode
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    decoders._fast_jpeg.cache_clear()
+    yield
+    decoders._fast_jpeg.cache_clear()
+
+
+def jpeg(mode: str = "RGB", size: tuple[int, int] = (73, 50), **options: object) -> bytes:
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).resize(size).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return jpeg(exif=exif)
+
+
+FILES = {
+    "photo": jpeg(),
+    "4:4:4": jpeg(quality=95, subsampling=0),
+    "4:2:2": jpeg(subsampling=1),
+    "grey": jpeg("L"),
+    "CMYK": jpeg("CMYK"),
+    "progressive": jpeg(progressive=True),
+    "upright": turned(1),
+    "turned": turned(6),
+    "trailing bytes": jpeg() + b"garbage",
+    "not a JPEG": b"GIF89a" + bytes(10),
+    "empty": b"",
+    "only a header": jpeg()[:150],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pixels_and_refusals_are_pillows(name: str) -> None:
+    assert decoders._fast_jpeg() is not None, "the dev extra installs it"
+    same_as_pillow(FILES[name])
+
+
+def same_as_pillow(data: bytes, at_least: int | None = None) -> None:
+    try:
+        expected = np.asarray(decode(data, at_least=at_least))
+    except RefusedImage as reason:
+        with pytest.raises(RefusedImage) as found:
+            decode_pixels(data, at_least=at_least)
+        assert str(found.value) == str(reason)
+        return
+    pixels = decode_pixels(data, at_least=at_least)
+    np.testing.assert_array_equal(pixels, expected)
+    assert pixels.flags.writeable
+
+
+@pytest.mark.parametrize("at_least", [4, 8, 12, 13, 24, 200])
+@pytest.mark.parametrize("name", FILES)
+def test_reduced_scale_is_pillows(name: str, at_least: int) -> None:
+    same_as_pillow(FILES[name], at_least)
+
+
+@pytest.mark.parametrize(
+    ("at_least", "factor"), [(None, 1), (64, 1), (50, 2), (49, 2), (25, 4), (13, 4), (12, 8), (1, 8)]
+)
+def test_reduced_scale_leaves_twice_what_is_wanted(at_least: int | None, factor: int) -> None:
+    """A smooth picture, so that whatever the scale, the resized result must be nearly the same."""
+    ramp = np.linspace(0, 255, 301)[None, :, None] * np.ones((201, 1, 3)) * [1, 0.5, 0.2]
+    file = io.BytesIO()
+    Image.fromarray(ramp.astype(np.uint8)).save(file, "JPEG", quality=95)
+    pixels = decode_pixels(file.getvalue(), at_least=at_least)
+    assert pixels.shape == (-(-201 // factor), -(-301 // factor), 3)
+    spec = {"resize": (12, 12), "crop": (12, 12), "interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    small, whole = (to_pixels(p, PreprocessSpec(**spec)).astype(int) for p in (pixels, decode_pixels(file.getvalue())))  # type: ignore[arg-type]
+    assert np.abs(small - whole).max() <= 3
+
+
+def test_only_jpegs_are_decoded_at_a_reduced_scale() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(file, "PNG")
+    assert decode_pixels(file.getvalue(), at_least=10).shape == (200, 300, 3)
+
+
+def test_damaged_files() -> None:
+    """Cut off anywhere, or with a flipped byte: decoded alike or refused alike."""
+    whole = jpeg(size=(64, 64))
+    for stop in range(2, len(whole), len(whole) // 60):
+        same_as_pillow(whole[:stop])
+        same_as_pillow(whole[:stop] + b"\xff\xd9")
+    random = np.random.default_rng(0)
+    for position in random.integers(2, len(whole), 60).tolist():
+        same_as_pillow(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
+
+
+@pytest.mark.parametrize("at_least", [None, 12])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 3}]
+)
+def test_half_a_picture_is_no_picture(options: dict[str, object], at_least: int | None) -> None:
+    """The end mark of a JPEG does not make it whole, nor does it matter which decoder there is."""
+    whole = jpeg(size=(200, 150), **options)
+    middle = whole.index(b"\xff\xda") + (len(whole) - whole.index(b"\xff\xda")) // 2
+    for data in (whole[:middle] + b"\xff\xd9", whole[:middle] + whole[-2:] + whole):
+        for way in (decode, decode_pixels):
+            with pytest.raises(RefusedImage, match="damaged: JPEG data (ends|lacks)"):
+                way(data, at_least=at_least)
+    for data in (whole, whole + whole[:middle], whole[:-2] + bytes(40) + whole[-2:], whole[:-2] + b"\xff" + whole[-2:]):
+        same_as_pillow(data, at_least)
+        decode(data, at_least=at_least)
+
+
+def test_the_fast_decoder_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoders, "decode", None)  # Pillow's way would fail
+    monkeypatch.setattr(decoders, "_examples", list)
+    assert decode_pixels(FILES["photo"]).shape == (50, 73, 3)
+    with pytest.raises(TypeError):
+        decode_pixels(FILES["turned"])
+
+
+def test_a_decoder_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import simplejpeg
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data: np.asarray(decode(data)) ^ 1)
+    assert "by Pillow" in decoder_in_words()
+    same_as_pillow(FILES["photo"])
+
+
+def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATCACHE_DECODER", "pillow")
+    assert "as FEATCACHE_DECODER says" in decoder_in_words()
+    same_as_pillow(FILES["photo"])
+
+
+def test_photos(tmp_path: object) -> None:
+    path = tmp_path / "photo.jpg"  # type: ignore[operator]
+    write_photo(path, (200, 80, 20), 3)
+    same_as_pillow(path.read_bytes())

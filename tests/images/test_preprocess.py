@@ -1,0 +1,101 @@
+"""Oracle: torchvision's own transforms on PIL images, bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional
+from torchvision.transforms._presets import ImageClassification
+
+from featcache.errors import UsageError
+from featcache.images.preprocess import PreprocessSpec, channel_constants, normalise, to_pixels
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+SIZES = [
+    (500, 375),
+    (375, 500),
+    (224, 224),
+    (256, 256),
+    (1, 300),
+    (300, 1),
+    (31, 33),
+    (1023, 67),
+    (257, 255),
+    (640, 481),
+]
+
+
+def spec(**changes: object) -> PreprocessSpec:
+    values: dict = {"resize": 256, "crop": (224, 224), "interpolation": "bilinear", "mean": MEAN, "std": STD}
+    return PreprocessSpec(**(values | changes))
+
+
+def picture(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str) -> None:
+    image = picture(*size)
+    mode = functional.InterpolationMode(interpolation)
+    for resize, crop in ((256, (224, 224)), (255, (224, 224)), (232, (224, 224)), (224, (224, 224)), (40, (33, 32))):
+        expected = functional.center_crop(functional.resize(image, resize, mode), list(crop))
+        ours = to_pixels(np.array(image), spec(resize=resize, crop=crop, interpolation=interpolation))
+        difference = np.abs(ours.astype(int) - np.asarray(expected))
+        # Noise is the worst case: a grid off by one pixel would differ by 85 levels on average.
+        assert difference.max() <= (0 if interpolation == "nearest" else 2)
+        assert difference.mean() <= 0.05
+
+
+def test_resize_to_both_edges_distorts_as_torchvision_does() -> None:
+    image = picture(500, 375)
+    expected = functional.resize(image, [224, 224], functional.InterpolationMode.BILINEAR)
+    difference = np.abs(to_pixels(np.array(image), spec(resize=(224, 224))).astype(int) - np.asarray(expected))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() <= 0.01
+
+
+@pytest.mark.parametrize("size", [(256, 256), (300, 256), (256, 411)])
+def test_whole_path_equals_the_preset_bit_for_bit_where_nothing_is_resampled(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    expected = ImageClassification(crop_size=224, resize_size=256)(image)
+    ours = normalise(
+        torch.from_numpy(to_pixels(np.array(image), spec()).copy())[None], *channel_constants(spec(), CPU)
+    )[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+def test_normalised_batch_is_channels_last() -> None:
+    batch = normalise(torch.zeros(2, 5, 4, 3, dtype=torch.uint8), *channel_constants(spec(), CPU))
+    assert batch.shape == (2, 3, 5, 4)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_spec_survives_json() -> None:
+    for one in (spec(), spec(resize=(224, 230))):
+        assert PreprocessSpec.from_json(one.to_json()) == one
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resize": 200},
+        {"resize": 0},
+        {"crop": (224, 9000)},
+        {"interpolation": "cubic"},
+        {"std": (0.1, 0.0, 0.1)},
+        {"alpha": "on black"},
+    ],
+)
+def test_impossible_specs_are_refused(changes: dict) -> None:
+    with pytest.raises(UsageError):
+        spec(**changes)
+
+
+@pytest.mark.parametrize("values", [{}, {"resize": 256}, {**spec().to_json(), "zoom": 2}])
+def test_foreign_json_is_refused(values: dict) -> None:
+    with pytest.raises(UsageError, match="not a preprocessing spec"):
+        PreprocessSpec.from_json(values)

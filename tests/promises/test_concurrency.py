@@ -1,0 +1,605 @@
+"""Several at once: writers and readers of the same files, and folders that change under a running extraction.
+
+In: real processes, brought to the interesting moment by a gate. Out: whatever is read is one complete version, whatever is
+refused is refused for a reason that is true, and every row is about the bytes that were embedded.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import importlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import COLOURS, SPEC, TINY_FLAGS, make_photos, write_photo
+from faults import Program
+from gates import Gate
+from test_same_result import assert_same
+
+from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.errors import CacheError, FeatcacheError, ModelError
+from featcache.heads.head import FittedHead, Head
+from featcache.models.model import load_model, save_model
+from featcache.models.predict import predict
+from featcache.system import files as publish
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and held on Linux only")
+REFUSAL = "another featcache is writing"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("concurrent") / "photos")
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, warm: Program) -> FeatureCache:
+    """What a single writer makes of the photos."""
+    warm.check("extract", photos, "-o", photos.parent / "whole.h5", *TINY_FLAGS)
+    return FeatureCache.open(photos.parent / "whole.h5")
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as threads:
+        yield threads
+
+
+# ------------------------------------------------------------------------------------------------- two writers
+
+
+def test_a_second_writer_is_refused_and_the_first_unharmed(
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor
+) -> None:
+    gate, command = Gate.make(tmp_path / "gate"), ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+    first = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, "extraction.extract._pack"))
+    gate.wait()
+    second = warm.run(*command, settings={"extraction.parts.PATIENCE": 0.3})
+    gate.open()
+    assert (second.code, second.out) == (1, "")
+    assert second.err == f"error: {REFUSAL} {tmp_path / 'f.h5'}; wait for it, or choose another -o\n"
+    assert second.seconds > 0.3
+    assert first.result().code == 0, first.result().err
+    assert_same(tmp_path / "f.h5", whole)
+    assert not (tmp_path / "f.h5.parts").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_second_writer_takes_over_from_one_that_ends(
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, killed: bool
+) -> None:
+    """Whether it ends well or is killed while it holds the lock; what it has finished is not done again."""
+    first, second = Gate.make(tmp_path / "first"), Gate.make(tmp_path / "second")
+    command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
+    one = pool.submit(warm.run, *command, before=functools.partial(_stop_and_say_who, first, str(tmp_path / "pid")))
+    first.wait()
+    hook = functools.partial(second.stop_before, "extraction.parts.sync_folder")  # the last step before the lock
+    other = pool.submit(warm.run, *command, before=hook, settings={"extraction.parts.PATIENCE": 60})
+    second.wait()
+    second.open()
+    if killed:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    else:
+        first.open()
+    assert one.result().code == (-signal.SIGKILL if killed else 0)
+    assert other.result().code == 0, other.result().err
+    assert (other.result().result["embedded"], other.result().result["reused"]) == (0, 18)
+    assert_same(tmp_path / "f.h5", whole)
+
+
+def _stop_and_say_who(gate: Gate, file: str) -> None:
+    Path(file).write_text(str(os.getpid()))
+    gate.stop_before("extraction.extract._pack")
+
+
+def writers_in_a_race(photos: Path, folder: Path, warm: Program, *, rounds: int) -> None:
+    """Three at a time, as soon as they can; in every round one image is another one."""
+    shutil.copytree(photos, folder / "p")
+    command = ("extract", folder / "p", "-o", folder / "f.h5", *TINY_FLAGS, "--json")
+    for number in range(rounds):
+        write_photo(folder / "p" / "red" / "00.jpg", COLOURS["red"], 1000 + number)
+        with ThreadPoolExecutor(3) as threads:
+            patience = (0.0, 0.05, 60.0)
+            running = [
+                threads.submit(warm.run, *command, settings={"extraction.parts.PATIENCE": value}) for value in patience
+            ]
+        ended = [entry.result() for entry in running]
+        for outcome in ended:
+            assert outcome.code == 0 or (outcome.code == 1 and REFUSAL in outcome.err), (number, outcome)
+        assert ended[-1].code == 0, (number, ended[-1].err)  # it had the time to wait
+        embedded = [outcome.result["embedded"] for outcome in ended if outcome.code == 0]
+        assert sum(embedded) == (1 if number else 18), (number, embedded)
+        cache = FeatureCache.open(folder / "f.h5")
+        expected = [hashlib.sha256((folder / "p" / path).read_bytes()).digest() for path in cache.paths]
+        assert (len(cache), list(map(bytes, cache.rows.digests))) == (18, expected), number
+        assert cache.verify() == []
+    warm.check("extract", folder / "p", "-o", folder / "whole.h5", *TINY_FLAGS)
+    assert_same(folder / "f.h5", FeatureCache.open(folder / "whole.h5"))
+
+
+def test_writers_in_a_race(photos: Path, tmp_path: Path, warm: Program) -> None:
+    writers_in_a_race(photos, tmp_path, warm, rounds=3)
+
+
+@pytest.mark.soak
+def test_writers_in_many_races(photos: Path, tmp_path: Path, warm: Program) -> None:
+    writers_in_a_race(photos, tmp_path, warm, rounds=150)
+
+
+# ------------------------------------------------------------------------------- versions that replace one another
+
+
+def write_version(folder: Path, version: int) -> None:
+    """A cache and a model all of whose values say which version they are of; neighbouring versions differ in size."""
+    n = rows_of(version)
+    rows = Rows(
+        paths=encode_names(f"{version}/{row}.jpg" for row in range(n)),
+        labels=np.arange(n, dtype=np.int32) % 2,
+        splits=np.zeros(n, np.uint8),
+        digests=np.full((n, 32), version % 251, np.uint8),
+        sizes=np.full(n, version),
+        mtimes=np.full(n, version),
+    )
+    features = np.full((n, 4), version, np.float16)
+    provenance = {"version": version}
+    write_cache(folder / "f.h5", rows, [features], dim=4, spec=SPEC, classes=("a", "b"), provenance=provenance)
+    write_model(folder / "m", version)
+
+
+def rows_of(version: int) -> int:
+    return 3 + version * 7919 % 3000
+
+
+def write_model(path: Path, version: int) -> None:
+    classes = tuple(f"{version}-{number}" for number in range(2 + version % 3))
+    layer = np.full((len(classes), 4), version, np.float32), np.full(len(classes), version, np.float32)
+    save_model(
+        path,
+        FittedHead(Head("linear", "none", np.zeros(4), np.ones(4), (layer,)), (), {}, []),
+        classes=classes,
+        spec=SPEC,
+        weights={"source": "none", "reload": None},
+        training={"version": version},
+        metrics={"version": version},
+        versions={},
+    )
+
+
+def check_cache_version(cache: FeatureCache) -> None:
+    """Everything that it shows is of one version."""
+    version, n = cache.provenance["version"], rows_of(cache.provenance["version"])
+    assert (len(cache), cache.paths[0], cache.paths[-1]) == (n, f"{version}/0.jpg", f"{version}/{n - 1}.jpg")
+    assert {*cache.rows.sizes.tolist(), *cache.rows.mtimes.tolist()} == {version}
+    for features in (cache.X, cache.take(np.arange(n)[::-1]), *cache.blocks(np.arange(n), size=1000)):
+        assert set(features.reshape(-1).tolist()) == {version}, version
+    assert cache.verify() == []
+
+
+def check_model_version(folder: Path) -> None:
+    model = load_model(folder / "m")
+    version = model.manifest["training"]["version"]
+    assert model.classes == tuple(f"{version}-{number}" for number in range(2 + version % 3))
+    assert {*model.head.layers[0][0].reshape(-1).tolist(), *model.head.layers[0][1].tolist()} == {version}
+    rows = list(predict(model, [folder / "f.h5"]))
+    versions = {row.path.split("/")[0] for row in rows}
+    assert len(versions) == 1 and len(rows) == rows_of(int(versions.pop()))
+
+
+def write_versions(folder: str, versions: range, exchange: bool = True) -> None:
+    """One version after the other; without ``exchange`` as where folders cannot change their names in one step."""
+    if not exchange:
+        publish._exchange = lambda *_: False  # type: ignore[assignment]
+    for version in versions:
+        write_version(Path(folder), version)
+    (Path(folder) / f"{versions.start} is done").touch()
+
+
+def read_versions(folder: str) -> dict[str, int]:
+    """Read until two writers are done: how often, and every error with how often it came."""
+    seen: collections.Counter[str] = collections.Counter()
+    root = Path(folder)
+    while len(list(root.glob("* is done"))) < 2 or not seen["cache"]:
+        for name, read in (
+            ("cache", lambda: check_cache_version(FeatureCache.open(root / "f.h5"))),
+            ("model", lambda: check_model_version(root)),
+        ):
+            try:
+                read()
+                seen[name] += 1
+            except FeatcacheError as error:
+                seen[str(error)] += 1
+    return dict(seen)
+
+
+def readers_meet_writers(folder: Path, warm: Program, *, versions: int) -> None:
+    """Two write caches and models under the same names, two read: every read is of one version, or is told the truth."""
+    write_version(folder, 1)
+    with ThreadPoolExecutor(4) as threads:
+        both = (range(1, versions, 2), range(2, versions, 2))
+        writing = [
+            threads.submit(warm.call, functools.partial(write_versions, str(folder), part), timeout=7200)
+            for part in both
+        ]
+        reading = [
+            threads.submit(warm.call, functools.partial(read_versions, str(folder)), timeout=7200) for _ in range(2)
+        ]
+    for entry in writing:
+        entry.result()
+    allowed = {
+        "cache",
+        "model",
+        f"{folder / 'f.h5'} was replaced or changed since it was opened; run the command again",
+        f"{folder / 'f.h5'} ends too early: it was cut off or replaced since it was opened; run the command again",
+    }
+    for seen in (entry.result().result for entry in reading):
+        assert set(seen) <= allowed, seen
+        assert seen["cache"] > 5 and seen["model"] > 5, seen
+    check_cache_version(FeatureCache.open(folder / "f.h5"))
+    check_model_version(folder)
+    assert sorted(os.listdir(folder)) == ["1 is done", "2 is done", "f.h5", "m"]
+    assert sorted(os.listdir(folder / "m")) == ["head.safetensors", "metrics.json", "model.json"]
+
+
+def test_readers_meet_writers(tmp_path: Path, warm: Program) -> None:
+    readers_meet_writers(tmp_path, warm, versions=60)
+
+
+@pytest.mark.soak
+def test_readers_meet_writers_for_long(tmp_path: Path, warm: Program) -> None:
+    readers_meet_writers(tmp_path, warm, versions=2000)  # half precision counts to 2,048
+
+
+def replace_at(monkeypatch: pytest.MonkeyPatch, moment: str, replace: Callable[[], None]) -> None:
+    """When ``featcache.MOMENT`` is next called, replace the files first."""
+    module, *names, name = moment.split(".")
+    home = functools.reduce(getattr, names, importlib.import_module(f"featcache.{module}"))
+    original = getattr(home, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if getattr(home, name) is call:
+            monkeypatch.setattr(home, name, original)
+            replace()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(home, name, call)
+
+
+@pytest.mark.parametrize("versions", [(1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    "moment",
+    ["cache.cache.identity_of", "cache.cache._read", "cache.cache._metadata_checksum", "cache.cache.FeatureReader"],
+)
+def test_a_cache_replaced_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, versions: tuple[int, int]
+) -> None:
+    """At whichever moment: opening gives one version, and reading on what was replaced says that it was."""
+    write_version(tmp_path, versions[0])
+    replace_at(monkeypatch, moment, lambda: write_version(tmp_path, versions[1]))
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    for read in (lambda: cache.X, cache.verify):
+        if moment == "cache.cache.FeatureReader":
+            with pytest.raises(CacheError, match=r"was (cut off or )?replaced .*since it was opened"):
+                read()
+        else:
+            read()
+    if moment != "cache.cache.FeatureReader":
+        check_cache_version(cache)
+    check_cache_version(FeatureCache.open(tmp_path / "f.h5"))
+
+
+@pytest.mark.parametrize(
+    "moment", ["models.model.json.loads", "models.model.fingerprint_of", "models.model.check_spec"]
+)
+def test_a_model_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    write_version(tmp_path, 1)
+    replace_at(monkeypatch, moment, lambda: write_version(tmp_path, 4))  # as many classes
+    check_model_version(tmp_path)
+
+
+def test_a_model_replaced_before_its_backbone_is_loaded(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", 1)
+    model = load_model(tmp_path / "m")
+    with pytest.raises(ModelError, match="can label caches, not images"):
+        model.load_backbone()
+    write_model(tmp_path / "m", 2)
+    with pytest.raises(ModelError, match="was replaced since it was loaded; run the command again"):
+        model.load_backbone()
+
+
+@pytest.mark.parametrize("moment", ["system.files.sync_folder", "system.files._exchange", "system.files.Path.rename"])
+@pytest.mark.parametrize("there", [False, True])
+def test_two_models_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, there: bool) -> None:
+    """The other one comes first by an instant: the later replaces it, whole."""
+    if there:
+        write_model(tmp_path / "m", 3)
+    replace_at(monkeypatch, moment, lambda: write_model(tmp_path / "m", 4))
+    write_model(tmp_path / "m", 1)
+    assert load_model(tmp_path / "m").manifest["training"] == {"version": 1}
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_a_temporary_folder_that_is_swept_away_before_it_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_at(monkeypatch, "system.files.os.open", lambda: publish.sweep(tmp_path))
+    write_model(tmp_path / "m", 1)
+    assert load_model(tmp_path / "m").manifest["training"] == {"version": 1}
+    assert os.listdir(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_two_writers_of_models_at_the_same_moments(tmp_path: Path, warm: Program, exchange: bool) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        both = [functools.partial(write_versions, str(tmp_path), range(n, 40, 2), exchange) for n in (1, 2)]
+        running = [threads.submit(warm.call, part) for part in both]
+    for entry in running:
+        entry.result()
+    check_model_version(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["1 is done", "2 is done", "f.h5", "m"]
+
+
+@pytest.mark.parametrize("command", ["fit-head", "predict"])
+def test_two_commands_write_one_name_at_the_same_moment(
+    tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, command: str
+) -> None:
+    write_version(tmp_path, 1)
+    if command == "fit-head":
+        output, moment = tmp_path / "new", "system.files.sync_folder"
+        ways = [("fit-head", tmp_path / "f.h5", "-o", output, "--C", c, "--folds", 0) for c in (1, 50)]
+        ways = [(*way[:-2], "--folds", "0") for way in ways]
+    else:
+        output, moment = tmp_path / "new.csv", "reports.predictions_table.write_rows"
+        ways = [("predict", tmp_path / "m", tmp_path / "f.h5", "-o", output, "--top-k", k) for k in (1, 2)]
+    alone = [_content(warm, way, output) for way in ways]
+    gates = [Gate.make(tmp_path / f"gate{number}") for number in range(2)]
+    running = [
+        pool.submit(warm.run, *way, before=functools.partial(gate.stop_before, moment))
+        for way, gate in zip(ways, gates, strict=True)
+    ]
+    for gate in gates:
+        gate.wait()
+    for gate in gates[::-1]:
+        gate.open()
+    for entry in running:
+        assert entry.result().code == 0, entry.result().err
+    assert _read(output) in alone
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def _content(warm: Program, command: tuple[object, ...], output: Path) -> dict[str, bytes]:
+    warm.check(*command)
+    content = _read(output)
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    return content
+
+
+def _read(output: Path) -> dict[str, bytes]:
+    """Name -> content of a file, or of the files in a folder."""
+    files = sorted(output.iterdir()) if output.is_dir() else [output]
+    return {file.name: file.read_bytes() for file in files}
+
+
+# ---------------------------------------------------------------------------------------- the same part, twice
+
+
+@pytest.mark.parametrize("other_times", [False, True])
+def test_the_same_part_twice(
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, other_times: bool
+) -> None:
+    """As if two runs, or two machines, had done the same work: one row per image."""
+    for path in photos.rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))
+    folder = tmp_path / "f.h5.parts"
+    folder.mkdir()
+    for number, rows in enumerate((range(18), range(18), range(4, 9), range(0, 18, 3))):
+        part = whole.rows
+        columns = {field.name: getattr(part, field.name)[list(rows)] for field in dataclasses.fields(Rows)}
+        columns["mtimes"] = np.full(len(rows), number if other_times else 10**18)
+        write_cache(
+            folder / f"{number}.h5",
+            Rows(**columns),
+            [whole.X[list(rows)]],
+            dim=whole.dim,
+            spec=whole.spec,
+            classes=whole.classes,
+            provenance=whole.provenance,
+        )
+    shutil.copy(folder / "0.h5", folder / "9.h5")
+    done = warm.check("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
+    assert (done.result["embedded"], done.result["reused"]) == (0, 18)
+    assert_same(tmp_path / "f.h5", whole)
+    assert not folder.exists()
+
+
+# ------------------------------------------------------------------------- a folder that changes during extraction
+
+_CHANGES = ("added", "removed", "other content", "renamed", "exchanged", "regrown", "pipe", "folder", "dangling link")
+
+
+def change_folder(root: Path, kind: str, name: str) -> None:
+    """Do one thing to ``root/NAME.jpg``."""
+    path = root / f"{name}.jpg"
+    if kind == "added":
+        write_photo(root / f"{name}-new.jpg", (9, 9, 200), 77)
+    elif kind == "renamed":
+        path.rename(root / f"{name}-renamed.jpg")
+    elif kind == "exchanged":
+        other = next(entry for entry in sorted(path.parent.iterdir()) if entry.is_file() and entry != path)
+        path.rename(path.with_name("x"))
+        other.rename(path)
+        path.with_name("x").rename(other)
+    elif kind in ("other content", "regrown"):
+        size = path.stat().st_size
+        with path.open("r+b") as file:  # in place, as an editor or a copy does
+            file.truncate(0)
+            file.write(write_photo(root.parent / "other.jpg", (200, 200, 0), len(name) + size).read_bytes())
+            if kind == "regrown":
+                file.truncate(size)
+    else:
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "dangling link":
+            path.symlink_to("nowhere")
+
+
+def watch_and_change(root: str, log: str, trigger: str, nth: int, names: dict[str, str], when: str) -> None:
+    """Keep a copy and a note of all that is read; when the trigger is read for the nth time, change the folder.
+
+    That is before, while (between its first byte and its last) or after it is read, and before it is decoded.
+    """
+    from featcache.backbones import embed as embedding
+
+    original, status, read_before = embedding.read_image, os.fstat, []
+
+    def change(*_: object) -> None:
+        os.fstat = status
+        for kind, name in names.items():
+            change_folder(Path(root), kind, name)
+
+    def read(path: Path) -> tuple[bytes, int, int]:
+        name = os.path.relpath(path, root)
+        read_before.append(name)
+        now = when if name == trigger and read_before.count(name) == nth else ""
+        if now == "before":
+            change()
+        if now == "while":
+            calls = iter((status, lambda file: (change(), status(file))[1]))  # before and after reading
+            os.fstat = lambda file: next(calls)(file)  # type: ignore[assignment]
+        data, size, mtime = original(path)
+        if now == "after":
+            change()
+        digest = hashlib.sha256(data).hexdigest()
+        Path(log, f"{digest}.jpg").write_bytes(data)
+        with Path(log, "notes").open("a") as file:
+            file.write(f"{name}\t{digest}\n")
+        return data, size, mtime
+
+    embedding.read_image = read
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_that_changes_during_the_run(tmp_path: Path, warm: Program, workers: int) -> None:
+    """Every row is about the bytes that were embedded, under a path that had them; the next run makes it right."""
+    names = {kind: f"green/{number:02d}" for number, kind in enumerate(_CHANGES)}
+    refused = run_while_it_changes(tmp_path, warm, ("green/04.jpg", 1), names, "before", workers)
+    if workers == 1:  # those before it were embedded already, and the list was made before that
+        reasons = ["not a regular file", "cannot be read: Is a directory", "cannot be read: No such file or directory"]
+        assert [refused[f"green/{number:02d}.jpg"] for number in (6, 7, 8)] == reasons
+    again = run_again(tmp_path, warm)
+    assert 0 < again["embedded"] < 8, again
+
+
+@pytest.mark.parametrize("when", ["while", "after"])
+def test_a_file_that_changes_while_it_is_embedded(tmp_path: Path, warm: Program, when: str) -> None:
+    names = {"other content": "blue/03"}
+    refused = run_while_it_changes(tmp_path, warm, ("blue/03.jpg", 2), names, when, workers=1)
+    assert refused == ({"blue/03.jpg": "changed while it was read"} if when == "while" else {})
+    assert run_again(tmp_path, warm)["embedded"] == 1
+
+
+def run_while_it_changes(
+    folder: Path, warm: Program, trigger: tuple[str, int], names: dict[str, str], when: str, workers: int
+) -> dict[str, str]:
+    """What was refused. Everything else is compared with what was read."""
+    root, log = make_photos(folder / "p", each=10), folder / "read"
+    log.mkdir()
+    for path in root.rglob("*.jpg"):
+        os.utime(path, (1e9, 1e9))
+    before = {path: path.lstat() for path in root.rglob("*")}
+    hook = functools.partial(watch_and_change, str(root), str(log), *trigger, names, when)
+    options = (*TINY_FLAGS, "--max-bad", 1, "--workers", workers, "--json")
+    done = warm.check("extract", root, "-o", folder / "f.h5", *options, before=hook)
+    changed = [path for path, status in before.items() if not path.exists() or path.lstat() != status]
+    assert len(changed) >= len(names), changed
+    assert done.result["images"] == done.result["embedded"] + done.result["refused"] == 30
+    cache = FeatureCache.open(folder / "f.h5")
+    check_against_what_was_read(cache, log, warm)
+    return dict(cache.refused)
+
+
+def run_again(folder: Path, warm: Program) -> dict[str, Any]:
+    """Bring the cache up to date, and compare it with one that is made from nothing."""
+    options = (*TINY_FLAGS, "--max-bad", 1, "--json")
+    again = warm.check("extract", folder / "p", "-o", folder / "f.h5", *options).result
+    warm.check("extract", folder / "p", "-o", folder / "fresh.h5", *options)
+    assert_same(folder / "f.h5", FeatureCache.open(folder / "fresh.h5"))
+    return again
+
+
+def check_against_what_was_read(cache: FeatureCache, log: Path, warm: Program) -> None:
+    """Embed the noted bytes alone, and compare."""
+    notes = {tuple(line.split("\t")) for line in (log / "notes").read_text().splitlines()}
+    (log / "notes").unlink()
+    warm.check("extract", log, "-o", log.with_suffix(".h5"), *TINY_FLAGS, "--max-bad", 1)
+    oracle = FeatureCache.open(log.with_suffix(".h5"))
+    at = {path.removesuffix(".jpg"): row for row, path in enumerate(oracle.paths)}
+    for path, digest, row in zip(cache.paths, cache.rows.digests, cache.X, strict=True):
+        assert (path, bytes(digest).hex()) in notes, path
+        np.testing.assert_array_equal(row, oracle.X[at[bytes(digest).hex()]], path)
+
+
+@pytest.mark.parametrize("moment", ["extraction.extract.load_requested", "extraction.extract.make_spec"])
+def test_weights_that_are_replaced_during_the_run(
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, moment: str
+) -> None:
+    """Whichever file was read, a cache never says that it was made with the other."""
+    from safetensors.numpy import load_file, save_file
+
+    weights, other = tmp_path / "w.safetensors", tmp_path / "other.safetensors"
+    shutil.copy(next(photos.parent.glob("whole.h5.*.safetensors")), weights)
+    tensors = load_file(weights)
+    save_file({name: value * np.float32(1.25) for name, value in tensors.items()}, other)
+    flags = [weights if part == "none" else part for part in TINY_FLAGS]
+    original, gate = weights.read_bytes(), Gate.make(tmp_path / "gate")
+    command = ("extract", photos, "-o", tmp_path / "f.h5", *flags)
+    running = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, moment))
+    gate.wait()
+    shutil.copy(other, weights)
+    gate.open()
+    done = running.result()
+    if moment == "extraction.extract.load_requested":  # after its sha256 was noted, before it is read
+        assert (done.code, done.err.splitlines()[-1]) == (
+            1,
+            "error: the weights of squeezenet1_1 changed while they were read; run the command again",
+        )
+        assert not (tmp_path / "f.h5").exists()
+    else:
+        assert done.code == 0, done.err
+    weights.write_bytes(original)
+    warm.check(*command)
+    assert_same(tmp_path / "f.h5", whole)
+    shutil.copy(other, weights)
+    refused = warm.run(*command)
+    assert refused.code == 1 and "another spec (backbone.weights_sha256" in refused.err
+
+
+def test_a_csv_that_changes_during_the_run(
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor
+) -> None:
+    """It counts as it was when it was read; the next run follows the new one, without embedding anything again."""
+    shutil.copytree(photos, tmp_path / "p")
+    source, names = tmp_path / "p" / "list.csv", [*whole.paths]
+    source.write_text("path,label\n" + "".join(f"{name},{name.split('/')[0]}\n" for name in names))
+    gate, command = Gate.make(tmp_path / "gate"), ("extract", source, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
+    running = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, "backbones.embed.embed"))
+    gate.wait()
+    source.write_text("path,label\n" + "".join(f"{name},{'ab'[row % 2]}\n" for row, name in enumerate(names[::-1])))
+    gate.open()
+    assert running.result().code == 0, running.result().err
+    assert_same(tmp_path / "f.h5", whole)
+    assert warm.check(*command).result["embedded"] == 0
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    assert (cache.paths, cache.classes, cache.y.tolist()) == (tuple(names[::-1]), ("a", "b"), [0, 1] * 9)
+    np.testing.assert_array_equal(cache.X, whole.X[::-1])

@@ -1,0 +1,390 @@
+"""What a run may take: file descriptors, memory, threads, folders it can write in, and that it gives all of it back.
+
+In: real processes under limits. Out: the same results as without them, or a refusal before any work; bytes per row.
+``FEATCACHE_SOAK_SECONDS`` says how long the long runs take, together.
+"""
+
+import ctypes
+import functools
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SPEC, TINY, TINY_FLAGS, make_photos
+from faults import Program
+from test_same_result import assert_same
+
+from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.extraction.extract import extract
+from featcache.images.source import ImageList
+from featcache.models.fit import fit_head
+from featcache.models.model import load_model
+from featcache.models.predict import predict
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and name spaces of Linux")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, warm: Program) -> Path:
+    """A folder with photos/, f.h5 and a model m/."""
+    folder = tmp_path_factory.mktemp("resources")
+    make_photos(folder / "photos")
+    warm.check("extract", folder / "photos", "-o", folder / "f.h5", *TINY_FLAGS)
+    warm.check("fit-head", folder / "f.h5", "-o", folder / "m", "--C", 1, "--folds", 0)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------- descriptors
+
+
+def write_parts(folder: Path, source: Path, whole: FeatureCache, count: int) -> None:
+    """``count`` parts of one image each, as of an earlier run; the images are nothing that could be decoded."""
+    folder.mkdir()
+    (source / "grey").mkdir()
+    for number in range(count):
+        path = source / "grey" / f"{number:05d}.jpg"
+        path.write_text(f"{number}")
+        os.utime(path, ns=(10**18, 10**18))
+        status = path.stat()
+        rows = Rows(
+            paths=encode_names([f"grey/{path.name}"]),
+            labels=np.full(1, -1, np.int32),
+            splits=np.zeros(1, np.uint8),
+            digests=np.frombuffer(hashlib.sha256(path.read_bytes()).digest(), np.uint8)[None],
+            sizes=np.array([status.st_size]),
+            mtimes=np.array([status.st_mtime_ns]),
+        )
+        features = np.full((1, whole.dim), number, np.float16)
+        part = folder / f"{number:020d}.h5"
+        write_cache(part, rows, [features], dim=whole.dim, spec=whole.spec, provenance=whole.provenance)
+
+
+def resume_from_many_parts(made: Path, folder: Path, warm: Program, *, count: int) -> None:
+    source = make_photos(folder / "photos")
+    whole = FeatureCache.open(made / "f.h5")
+    write_parts(folder / "f.h5.parts", source, whole, count)
+    done = warm.check(
+        *("extract", source, "-o", folder / "f.h5", *TINY_FLAGS, "--json"), limits={"RLIMIT_NOFILE": 64}, timeout=3600
+    )
+    assert (done.result["reused"], done.result["embedded"]) == (count, 18)
+    cache = FeatureCache.open(folder / "f.h5")
+    grey = cache.y == cache.classes.index("grey")
+    np.testing.assert_array_equal(cache.X[grey, 0], np.arange(count, dtype=np.float16))
+    np.testing.assert_array_equal(cache.X[~grey], whole.X)
+    assert not (folder / "f.h5.parts").exists()
+
+
+def test_two_thousand_parts_under_a_small_limit_of_open_files(made: Path, tmp_path: Path, warm: Program) -> None:
+    resume_from_many_parts(made, tmp_path, warm, count=2000)  # half precision counts to 2,048
+
+
+def use_everything(made: str, work: str, rounds: int) -> list[tuple[int, int, int]]:
+    """Whole jobs in one process: after each (open descriptors, threads, bytes of memory)."""
+    taken, root, output = [], Path(made), Path(work)
+    for number in range(rounds):
+        (output / "f.h5").unlink(missing_ok=True)
+        extract(root / "photos", output / "f.h5", TINY, workers=1 + number % 3)
+        fit_head(output / "f.h5", output / "m", C=1.0, folds=0)
+        assert len(list(predict(output / "m", [root / "photos"]))) == 18
+        assert len(list(predict(output / "m", [output / "f.h5"]))) == 18
+        cache = FeatureCache.open(output / "f.h5")
+        assert cache.verify() == [] and cache.X.shape[0] == 18
+        del cache
+        gc.collect()
+        taken.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), _memory()))
+    return taken
+
+
+def _memory() -> int:
+    """Bytes of memory in use now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_descriptors_and_threads_are_given_back(made: Path, tmp_path: Path, warm: Program) -> None:
+    taken = warm.call(functools.partial(use_everything, str(made), str(tmp_path), 12)).result
+    assert {tuple(entry[:2]) for entry in taken[1:]} == {tuple(taken[0][:2])}, taken
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def make_many(folder: str, rows: int) -> None:
+    """A cache of ``rows`` images that do not exist, as ``extract`` would have made it."""
+    images = list_many(rows)
+    digests = np.random.default_rng(0).integers(0, 256, (rows, 32), np.uint8)
+    columns = Rows(encode_names(images.paths), images.labels, images.splits, digests, images.sizes, images.mtimes)
+    blocks = (np.full((min(4096, rows - start), 64), 1, np.float16) for start in range(0, rows, 4096))
+    provenance = {"request": TINY.record(), "weights": {"source": "somewhere", "reload": "IMAGENET1K_V1"}}
+    path = Path(folder) / "f.h5"
+    write_cache(path, columns, blocks, dim=64, spec=SPEC, classes=images.classes, provenance=provenance)
+
+
+def list_many(rows: int, shift: int = 0) -> ImageList:
+    n = np.arange(rows, dtype=np.int64)
+    return ImageList(
+        root=Path("/nowhere"),
+        paths=tuple(f"c{number % 10}/{number:09d}.jpg" for number in range(rows)),
+        labels=((n + shift) % 10).astype(np.int32),
+        classes=tuple(f"c{number}" for number in range(10)),
+        splits=np.zeros(rows, np.uint8),
+        sizes=n + 1000,
+        mtimes=n + 10**18,
+    )
+
+
+def go_over_many(folder: str, rows: int, way: str) -> tuple[int, int]:
+    """One of the ways in which rows are handled; (embedded, reused), or the rows found damaged."""
+    cache = Path(folder) / "f.h5"
+    if way == "verify":
+        return len(FeatureCache.open(cache).verify()), rows
+    if way == "unchanged":
+        report = extract(list_many(rows), cache, TINY)
+    elif way == "packing":
+        report = extract(list_many(rows, shift=1), cache, TINY)
+    else:
+        report = extract(list_many(rows), Path(folder) / "g.h5", TINY, reuse=[cache])
+    return report.embedded, report.reused
+
+
+# Bytes per row, of which the list of images itself takes about 150 (a Python string and five numbers), a cache's columns,
+# with paths of 16 bytes, about 70: as found, and a quarter more. Features are never in memory but for a block.
+MOST = {"verify": 90, "unchanged": 450, "packing": 580, "reuse": 580}
+
+
+def bytes_per_row(folder: Path, warm: Program, *, few: int, many: int) -> dict[str, float]:
+    """Peak memory with many rows less that with few, over the difference."""
+    peaks: dict[str, list[int]] = {way: [] for way in MOST}
+    for rows in (few, many):
+        warm.call(functools.partial(make_many, str(folder), rows), timeout=3600)
+        for way in MOST:
+            done = warm.call(functools.partial(go_over_many, str(folder), rows, way), timeout=3600)
+            assert done.result == [0, rows], (way, done.result)
+            peaks[way].append(done.peak)
+        (folder / "g.h5").unlink()
+    found = {way: (peak[1] - peak[0]) / (many - few) for way, peak in peaks.items()}
+    print({way: round(value) for way, value in found.items()}, "bytes per row,", many, "rows")
+    return found
+
+
+def test_memory_per_row(tmp_path: Path, warm: Program) -> None:
+    found = bytes_per_row(tmp_path, warm, few=10_000, many=1_000_000)
+    assert {way: value for way, value in found.items() if value > MOST[way]} == {}, found
+
+
+@pytest.mark.soak
+def test_memory_per_row_of_ten_million(tmp_path: Path, warm: Program) -> None:
+    found = bytes_per_row(tmp_path, warm, few=10_000, many=10_000_000)
+    assert {way: value for way, value in found.items() if value > MOST[way]} == {}, found
+
+
+# ----------------------------------------------------------------------------------------------- processes of a user
+
+
+def outcome_of(task: tuple[str, str, Any, Any]) -> list[str]:
+    """What a worker of a user's pool does with objects that its parent made; sha256 of what it gets."""
+    made, work, cache, model = task
+    rows = cache.take(np.arange(len(cache))[::2])
+    output = Path(work) / f"{os.getpid()}.h5"
+    extract(Path(made) / "photos", output, TINY)
+    fit_head(output, output.with_suffix(""), clf="linear", folds=0)
+    probabilities = [row.probabilities for row in predict(model, [Path(made) / "f.h5"])]
+    arrays = (rows, cache.X, FeatureCache.open(output).X, np.stack(probabilities))  # type: ignore[arg-type]
+    return [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
+
+
+def work_in_pools(made: str, work: str) -> None:
+    """A user's script: do it here, then in pools of processes that are forked from here, and started anew."""
+    cache, model = FeatureCache.open(Path(made) / "f.h5"), load_model(Path(made) / "m")
+    task = (made, work, cache, model)
+    found = {"here": [outcome_of(task)]}
+    for method, processes in (("fork", 2), ("spawn", 1)):
+        with multiprocessing.get_context(method).Pool(processes) as pool:
+            found[method] = pool.map_async(outcome_of, [task] * processes, 1).get(timeout=100)
+    print(json.dumps(found))
+
+
+def test_pools_of_processes(made: Path, tmp_path: Path) -> None:
+    """Forked from a process that has embedded already, with all its threads, or started anew: the same results."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        "from test_resources import work_in_pools\n"
+        "if __name__ == '__main__': work_in_pools(*sys.argv[1:])\n"
+    )
+    command = [sys.executable, script, made, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [len(found[name]) for name in ("here", "fork", "spawn")] == [1, 2, 1]
+    for results in found.values():
+        assert all(result == found["here"][0] for result in results), found
+
+
+# ---------------------------------------------------------------------------------------- folders without permission
+
+
+def read_only_but(*folders: str, temporary: str | None = None) -> None:
+    """From here on this process finds everything read-only but some folders, as on a file system mounted so.
+
+    There is then no temporary folder either, unless it is one of these, and the working folder is no way out.
+    """
+    new_mounts, readonly, remount, bind, recursive, private = 0x00020000, 1, 32, 4096, 16384, 1 << 18
+    mount = ctypes.CDLL(None, use_errno=True).mount
+    os.chdir("/")
+
+    def do(source: str, target: str, flags: int) -> None:
+        if mount(os.fsencode(source), os.fsencode(target), None, flags, None):
+            raise OSError(ctypes.get_errno(), f"mount {target}")
+
+    if ctypes.CDLL(None, use_errno=True).unshare(new_mounts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    do("none", "/", recursive | private)
+    for folder in folders:
+        do(folder, folder, bind)
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        target, kind = line.split()[1].encode().decode("unicode_escape"), line.split()[2]
+        if target not in folders and kind not in ("proc", "sysfs", "devpts", "cgroup2", "mqueue"):
+            mount(None, os.fsencode(target), None, remount | bind | readonly, None)  # some are so already
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        os.environ.pop(name, None)
+    if temporary:
+        os.environ["TMPDIR"] = temporary
+    writable = [path for path in ("/tmp", "/var/tmp", "/dev/shm", "/") if os.access(path, os.W_OK)]
+    assert not writable, writable
+
+
+def can_make_read_only() -> bool:
+    """Whether this user may: root may, unless in a container that forbids it."""
+    child = os.fork()
+    if not child:
+        try:
+            read_only_but()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.fixture(scope="module")
+def _may_mount() -> None:
+    if not can_make_read_only():
+        pytest.skip("needs the right to mount in a name space of its own")
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_only_the_folder_of_the_output_is_written_in(made: Path, tmp_path: Path, warm: Program) -> None:
+    """Sources, caches and models may lie on read-only file systems, and there may be no folder for temporary files."""
+    for command in (
+        ("extract", made / "photos", "-o", tmp_path / "f.h5", *TINY_FLAGS),
+        ("extract", made / "photos", "-o", tmp_path / "f.h5", *TINY_FLAGS),
+        ("extract", made / "photos", "-o", tmp_path / "g.h5", *TINY_FLAGS, "--reuse", made / "f.h5"),
+        ("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--folds", 3),
+        ("fit-head", made / "f.h5", "-o", tmp_path / "m", "--clf", "linear", "--folds", 0),
+        ("predict", made / "m", made / "photos", "-o", tmp_path / "out.csv"),
+        ("predict", made / "m", made / "f.h5"),
+        ("evaluate", made / "m", made / "photos"),
+        ("finetune", made / "photos", "-o", tmp_path / "ft", "--init", made / "m", "--epochs", 1),
+        ("export", made / "m", "-o", tmp_path / "model.safetensors"),
+        ("info", made / "f.h5"),
+        ("info", made / "m"),
+        ("verify", made / "f.h5"),
+        ("doctor", "--seconds", 0),
+    ):
+        # PyTorch's optimisers import its compiler, which does not start without a temporary folder.
+        temporary = str(tmp_path) if command[0] == "finetune" else None
+        done = warm.run(*command, before=functools.partial(read_only_but, str(tmp_path), temporary=temporary))
+        assert done.code == 0, (command, done.err)
+    assert_same(tmp_path / "f.h5", FeatureCache.open(made / "f.h5"))
+
+
+@pytest.mark.usefixtures("_may_mount")
+def test_an_output_that_cannot_be_written_is_refused_before_work(made: Path, tmp_path: Path, warm: Program) -> None:
+    """Also for root, whom permission bits do not stop."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    for command in (
+        ("extract", made / "photos", "-o", locked / "f.h5", *TINY_FLAGS),
+        ("extract", made / "photos", "-o", made / "f.h5", *TINY_FLAGS),
+        ("fit-head", made / "f.h5", "-o", locked / "m"),
+        ("predict", made / "m", made / "photos", "-o", locked / "out.csv"),
+        ("finetune", made / "photos", "-o", locked / "ft", "--init", made / "m", "--epochs", 1),
+        ("export", made / "m", "-o", locked / "model.safetensors"),
+    ):
+        done = warm.run(*command, before=read_only_but)
+        assert done.code == 1, (command, done)
+        assert done.err.count("\n") == 1 and "no permission to write in" in done.err, (command, done.err)
+    assert os.listdir(locked) == []
+
+
+# ---------------------------------------------------------------------------------------------------- the long run
+
+
+def seconds_of_soak() -> float:
+    return float(os.environ.get("FEATCACHE_SOAK_SECONDS", "3600"))
+
+
+def slope(values: list[float]) -> float:
+    """Least squares over the second half: change per step."""
+    half = np.array(values[len(values) // 2 :], float)
+    return float(np.polyfit(np.arange(len(half)), half, 1)[0])
+
+
+def use_for_long(made: str, work: str, seconds: float) -> list[tuple[int, int, int]]:
+    taken, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        taken += use_everything(made, work, 1)
+    return taken
+
+
+@pytest.mark.soak
+def test_one_process_for_long(made: Path, tmp_path: Path, warm: Program) -> None:
+    """Descriptors, threads and memory do not grow, whatever the number of jobs."""
+    seconds = seconds_of_soak() / 2
+    hook = functools.partial(use_for_long, str(made), str(tmp_path), seconds)
+    taken = warm.call(hook, timeout=2 * seconds + 600).result
+    grows = [slope([entry[column] for entry in taken]) for column in range(3)]
+    per_round = f"per round: descriptors {grows[0]:+.4f}, threads {grows[1]:+.4f}, memory {grows[2] / 1024:+.1f} KiB"
+    print(f"{len(taken)} rounds of extract, fit-head, predict twice, verify; {per_round}; at the end {taken[-1]}")
+    assert abs(grows[0]) < 0.01 and abs(grows[1]) < 0.01, per_round
+    assert grows[2] < 4 * 1024 + 2**20 / len(taken), per_round  # few rounds say little
+
+
+@pytest.mark.soak
+def test_killed_again_and_again(tmp_path: Path, warm: Program) -> None:
+    """kill -9 at any moment, at least every ten seconds; every time a run gets through, its features are the same."""
+    seed = int(time.time())
+    random_, until = random.Random(seed), time.monotonic() + seconds_of_soak() / 2
+    root = make_photos(tmp_path / "photos", each=100)
+    flags, settings = [*TINY_FLAGS, "--max-bad", 1], {"extraction.parts.MAX_ROWS": 16}
+    warm.check("extract", root, "-o", tmp_path / "whole.h5", *flags)
+    whole = FeatureCache.open(tmp_path / "whole.h5")
+    deaths = complete = 0
+    while time.monotonic() < until:
+        output = tmp_path / "work" / "f.h5"
+        output.parent.mkdir(exist_ok=True)
+        command = ("extract", root, "-o", output, *flags, "--workers", random_.choice([1, 2, 5]))
+        done = warm.run(*command, kill=signal.SIGKILL, after=random_.uniform(0.1, 10) ** 2 / 10, settings=settings)
+        if done.died:
+            deaths += 1
+            continue
+        assert done.code == 0, (seed, deaths, done.err)
+        assert_same(output, whole, seed)
+        left = sorted(path.name for path in output.parent.iterdir())
+        assert left[0] == "f.h5" and left[1].endswith(".safetensors") and len(left) == 2, (seed, left)
+        complete += 1
+        for path in output.parent.iterdir():
+            path.unlink()
+    print(f"seed {seed}: killed {deaths} times, {complete} complete and equal")
+    assert complete and deaths, seed

@@ -1,0 +1,85 @@
+"""Figures: what is on them, read back from matplotlib's objects, and that a picture comes out."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache.errors import MissingDependencyError, StorageError, UsageError
+from featcache.reports import curves as plots
+from featcache.reports.curves import plot_history
+
+HISTORY: list[dict[str, Any]] = [
+    {"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 0.9, "val_accuracy": 0.6},
+    {"epoch": 2, "train_loss": 0.5, "train_accuracy": 0.8, "val_loss": None, "val_accuracy": None},
+    {"epoch": 3, "train_loss": 0.2, "train_accuracy": 0.9, "val_loss": 0.7, "val_accuracy": 0.75},
+]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every figure that is made."""
+    made: list[Any] = []
+    new = plots._new_figure
+
+    def remember() -> Any:
+        made.append(new())
+        return made[-1]
+
+    monkeypatch.setattr(plots, "_new_figure", remember)
+    return made
+
+
+def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+
+
+def test_both_panels_show_the_history(tmp_path: Path, figures: list[Any]) -> None:
+    plot_history(HISTORY, tmp_path / "h.png", title=r"a $\b$ model", best_epoch=1, head_val_accuracy=0.7)
+    with Image.open(tmp_path / "h.png") as image:
+        assert image.format == "PNG"
+        assert len(np.unique(np.asarray(image))) > 50
+    loss, accuracy = figures[0].axes
+    assert figures[0].get_suptitle() == r"a $\b$ model"
+    assert (loss.get_xlabel(), loss.get_ylabel(), accuracy.get_ylabel()) == ("epoch", "loss (nats)", "accuracy")
+    np.testing.assert_equal(
+        lines(loss),
+        {"train": ([1, 2, 3], [1, 0.5, 0.2]), "val": ([1, 2, 3], [0.9, np.nan, 0.7]), "best epoch 1": ([1], [0.9])},
+    )
+    drawn = lines(accuracy)
+    assert drawn["best epoch 1"] == ([1], [0.6])
+    assert drawn["frozen head, val 0.700"][1] == [0.7, 0.7]
+    assert [line.get_linestyle() for line in accuracy.get_lines()].count("--") == 1
+    assert [len(axes.get_lines()) for axes in (loss, accuracy)] == [3, 4]
+    assert "frozen head, val 0.700" not in lines(loss)
+
+
+def test_what_is_missing_is_left_out(tmp_path: Path, figures: list[Any]) -> None:
+    history = [{"epoch": 1, "train_loss": 1.0, "train_accuracy": None, "val_loss": None, "val_accuracy": None}]
+    plot_history(history, tmp_path / "h.png", title="写真", best_epoch=1)
+    loss, accuracy = figures[0].axes
+    assert set(lines(loss)) == {"train", "best epoch 1"}
+    assert lines(accuracy) == {}
+    plot_history(HISTORY, tmp_path / "h.png", title="")  # again, over the first
+    assert set(lines(figures[1].axes[1])) == {"train", "val"}
+    with pytest.raises(UsageError, match="no epoch"):
+        plot_history([], tmp_path / "none.png", title="")
+    with pytest.raises(StorageError):
+        plot_history(HISTORY, tmp_path / "nowhere" / "h.png", title="")
+    assert [path.name for path in tmp_path.iterdir()] == ["h.png"]
+
+
+def test_no_global_state(tmp_path: Path) -> None:
+    before = "matplotlib.pyplot" in sys.modules
+    plot_history(HISTORY, tmp_path / "h.png", title="")
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'featcache\[report\]'"):
+        plot_history(HISTORY, tmp_path / "h.png", title="")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,163 @@
+"""What ``doctor`` says: rates are those of known delays, advice follows from rates, facts survive strange machines."""
+
+import importlib.metadata
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SPEC, make_photos
+
+from featcache.backbones import embed as embedding
+from featcache.errors import SourceError, UsageError
+from featcache.images.decode import read_pixels
+from featcache.images.preprocess import PreprocessSpec
+from featcache.images.source import decode, list_images
+from featcache.reports import info as inspection
+from featcache.reports.doctor import Rates, Setting, advice, generated_photos, measure
+from featcache.system.device import Runtime
+
+BATCH = 4
+CPU = Runtime(torch.device("cpu"), workers=2, batch_size=BATCH, reason="")
+SETTING = Setting(
+    device="cpu",
+    workers=2,
+    cores=2,
+    batch_size=8,
+    seconds=20.0,
+    backbone="resnet50",
+    precision="fp32",
+    bf16=False,
+    fast_decoder=True,
+    edge=375,
+    resize=232,
+)
+EXTRAS = {"onnx": "onnx", "simplejpeg": "fast"}
+GPU = {"device": "cuda", "precision": "fp16"}
+
+
+class Sleeper:
+    """An encoder whose forward pass takes a known time."""
+
+    preprocess = PreprocessSpec.from_json(SPEC["preprocess"])
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.calls = seconds, 0
+
+    def new_buffer(self, batch_size: int) -> np.ndarray:
+        return np.zeros((batch_size, *self.preprocess.crop, 3), np.uint8)
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        assert pixels.shape == (BATCH, *self.preprocess.crop, 3)
+        assert pixels.any(axis=(1, 2, 3)).all()
+        self.calls += 1
+        time.sleep(self.seconds)
+        return np.zeros((len(pixels), 3), np.float32)
+
+
+@pytest.mark.parametrize(("forward", "limit"), [(0.01, "decode"), (0.06, "forward")])
+def test_rates_are_those_of_known_delays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: float, limit: str
+) -> None:
+    images = list_images(make_photos(tmp_path, each=2))  # fewer than a slice needs: they come again and again
+
+    def slow(data: bytes, spec: PreprocessSpec) -> object:
+        time.sleep(0.01)
+        return read_pixels(data, spec)
+
+    monkeypatch.setattr(embedding, "read_pixels", slow)
+    rates = measure(images, Sleeper(forward), CPU, seconds=0.8)  # type: ignore[arg-type]
+    assert rates.limit == limit
+    for found, delay in ((rates.decode, 0.04), (rates.forward, forward), (rates.end_to_end, 0.04 + forward)):
+        assert 0.5 < found / (2 * BATCH / delay) < 1.02  # two workers; a busy machine only adds to the delays
+    assert rates.shared
+    assert 0.6 < rates.efficiency < 1.6
+
+
+def test_a_slow_backbone_is_measured_in_one_round(tmp_path: Path) -> None:
+    encoder = Sleeper(0.1)
+    one = Runtime(torch.device("cpu"), workers=1, batch_size=BATCH, reason="")
+    rates = measure(list_images(make_photos(tmp_path, each=2)), encoder, one, seconds=0.3)  # type: ignore[arg-type]
+    assert encoder.calls <= 6  # three rounds would take 8 at least
+    assert 0.5 < rates.forward / 40 < 1.02
+
+
+def test_what_cannot_be_measured(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_text("no image")
+    with pytest.raises(SourceError, match="not one image in .* can be decoded"):
+        measure(list_images(tmp_path), Sleeper(0), CPU, seconds=0.1)  # type: ignore[arg-type]
+    for seconds in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="must lie between 0 and 3600"):
+            measure(list_images(tmp_path), Sleeper(0), CPU, seconds=seconds)  # type: ignore[arg-type]
+
+
+def test_ceiling() -> None:
+    shared, apart = Rates(100, 50, 30, shared=True), Rates(100, 50, 30, shared=False)
+    assert (shared.ceiling, shared.efficiency, shared.limit) == (pytest.approx(100 / 3), pytest.approx(0.9), "forward")
+    assert (apart.ceiling, apart.efficiency, Rates(5, 6, 5, shared=False).limit) == (50, 0.6, "decode")
+
+
+@pytest.mark.parametrize(
+    ("rates", "changes", "there", "not_there"),
+    [
+        (
+            Rates(400, 100, 80, True),
+            {},
+            ["The backbone limits: it takes 80% of the time of 2 workers, decoding 20%"],
+            [],
+        ),
+        (Rates(400, 100, 80, True), {}, ["a GPU", "bf16 arithmetic", "mobilenet_v3_large"], ["--workers", "But"]),
+        (Rates(400, 100, 80, True), {"backbone": "mobilenet_v2", "bf16": True}, ["--precision auto"], ["smaller"]),
+        (Rates(400, 100, 80, True), {"workers": 1}, ["--workers", "1 worker,"], ["more CPU cores"]),
+        (Rates(100, 400, 80, True), {}, ["Decoding limits", "(shorter edge 232 pixels instead of 375"], ["GPU"]),
+        (Rates(100, 400, 80, True), {"edge": 256}, ["more CPU cores"], ["smaller copies", "featcache[fast]"]),
+        (Rates(100, 400, 80, True), {"fast_decoder": False}, ["featcache[fast]"], []),
+        (Rates(1900, 9000, 1800, False), GPU, ["2 workers decode 1,900 images/s, while the GPU could embed 9,000"], []),
+        (Rates(9000, 1900, 1800, False), GPU, ["the GPU embeds 1,900", "mobilenet_v3_large"], ["a GPU", "But"]),
+        (Rates(400, 100, 60, True), {}, ["60 images/s, 75% of the 80 that", "another process"], []),
+        (Rates(400, 100, 90, True), {}, ["not quiet"], []),
+        (Rates(400, 4, 2, True), {}, ["--seconds 72"], ["But"]),
+        (Rates(400, 9, 8, True), {"precision": "bf16"}, ["this CPU only emulates bf16"], ["--seconds", "arithmetic"]),
+    ],
+)
+def test_advice_follows_from_rates(rates: Rates, changes: dict, there: list[str], not_there: list[str]) -> None:
+    text = " ".join(advice(rates, Setting(**{**vars(SETTING), **changes})))
+    assert [words for words in there if words not in text] == [], text
+    assert [words for words in not_there if words in text] == [], text
+
+
+def test_generated_photos_are_always_the_same(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    first, second = (generated_photos(folder, count=4) for folder in folders)
+    assert len(first) == 4
+    assert all(25_000 <= size <= 60_000 for size in first.sizes)
+    contents = [(folders[0] / path).read_bytes() for path in first.paths]
+    assert contents == [(folders[1] / path).read_bytes() for path in second.paths]
+    assert len(set(contents)) == 4
+    for content in contents:
+        picture = decode(content)
+        assert picture.size == (500, 375)
+        assert np.asarray(picture).std() > 10
+
+
+def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such instruction")
+
+    def version(name: str) -> str:
+        if name in EXTRAS:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(inspection, "_cpu", fail)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(inspection.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    facts = inspection.machine()
+    assert not {"cpu", "memory_gb"} & set(facts)
+    assert facts["cores"]["usable"] >= 1
+    assert facts["not_installed"] == {name: f"pip install 'featcache[{extra}]'" for name, extra in EXTRAS.items()}
+    assert facts["packages"]["torch"] == "1.2.3"
+    assert facts["decoders"]["simplejpeg"] is None

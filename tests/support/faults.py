@@ -1,0 +1,353 @@
+"""Break the real program at a chosen moment: the one helper for dying, failing, full disks, signals and lost power.
+
+In: a featcache command line and what is to go wrong. Out: an ``Outcome``: how it ended, what it printed, which steps it took
+on the disk. ``faults.c`` does the breaking from inside the C library, so that Python, h5py, safetensors and joblib are all
+caught. Commands run in forks of one warm process, because importing torch takes seconds and there are hundreds of them;
+``cold=True`` starts the program as a user does.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import errno
+import functools
+import importlib
+import json
+import os
+import pickle
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+_SOURCE = Path(__file__).with_suffix(".c")
+MODES = ("count", "die before", "die after", "fail", "fail once", "short", "torn", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What goes wrong, at which step on the disk.
+
+    Attributes:
+        mode: one of ``MODES``. Die before or after the step; fail it with ``error``, ``once`` or with all that follow; write
+            ``short`` (half; the caller must go on); ``torn`` (half, then die); ``full``: a disk with room for ``budget`` bytes.
+        step: counted from 0.
+    """
+
+    mode: str
+    step: int = 0
+    error: int = errno.ENOSPC
+    budget: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One change on the disk: open, truncate, write, resize, fsync, rename, exchange, unlink, mkdir, rmdir; or failed."""
+
+    what: str
+    path: str
+    other: str = ""
+    offset: int = 0
+    data: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a command ended: exit code, negative for a signal; its output; seconds; most bytes of memory it took."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    peak: int
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def died(self) -> bool:
+        """Killed, itself or (as the supervisor then says) its worker."""
+        return self.code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The JSON object at the end of its output."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@functools.cache
+def library() -> Path:
+    """``faults.c`` compiled. Tests that need it are skipped where that is impossible, but never in CI."""
+    if sys.platform != "linux" or not shutil.which("cc"):
+        if os.environ.get("CI"):
+            pytest.fail("the tests that break things need Linux and a C compiler, cc")
+        pytest.skip("needs Linux and a C compiler, cc")
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run(["cc", *flags, "-o", folder / "faults.so", _SOURCE, "-ldl", "-lpthread"], check=True)
+    return folder / "faults.so"
+
+
+def _environment() -> dict[str, str]:
+    # Without fusing, which takes a second per start and is the same on the disk. One core: threads that spin waiting for
+    # each other take minutes where other processes run.
+    return os.environ | {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1"}
+
+
+class Program:
+    """featcache, to be run and broken. ``settings`` change module variables in every run: ``{"extraction.parts.MAX_ROWS": 8}``.
+
+    Several threads may each have something running.
+    """
+
+    def __init__(self, settings: dict[str, Any] | None = None) -> None:
+        self._settings = settings or {}
+        self._lock = threading.Lock()
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(self._settings)],
+            stdin=subprocess.PIPE,
+            env=_environment(),
+            text=True,
+        )
+
+    def close(self) -> None:
+        """End the warm process."""
+        self._server.communicate()
+
+    def run(
+        self,
+        *arguments: object,
+        below: Path | None = None,
+        fault: Fault | None = None,
+        kill: int = signal.SIGKILL,
+        after: float | None = None,
+        trace: bool = False,
+        limits: dict[str, int] | None = None,
+        before: Callable[[], Any] | None = None,
+        settings: dict[str, Any] | None = None,
+        cold: bool = False,
+        timeout: float = 120.0,
+    ) -> Outcome:
+        """Run ``featcache ARGUMENTS``.
+
+        Args:
+            below: the folder whose changes count as steps. fault: what goes wrong there. trace: return all steps.
+            kill: signal to send, ``after`` so many seconds. limits: resource limits, ``{"RLIMIT_NOFILE": 64}``.
+            before: called first, in the process that is to run; it is pickled. settings: in this run only.
+            cold: start a new process, as a user does, instead of forking a warm one. timeout: fail after it.
+        """
+        with tempfile.TemporaryDirectory(prefix="outcome-") as folder:
+            plan = {
+                "arguments": [os.fsdecode(str(argument)) for argument in arguments],
+                "root": str(below) if below else "",
+                "fault": dataclasses.asdict(fault or Fault("count")),
+                "kill": int(kill),
+                "after": after,
+                "limits": limits or {},
+                "before": base64.b64encode(pickle.dumps(before)).decode(),
+                "settings": settings or {},
+                "out": f"{folder}/out",
+                "err": f"{folder}/err",
+                "log": f"{folder}/log" if trace else "",
+                "timeout": timeout,
+            }
+            for name in ("out", "err"):  # even a process that is killed at once has printed nothing
+                Path(plan[name]).touch()
+            code, seconds, peak = _run_cold(plan, self._settings | (settings or {})) if cold else self._ask(plan)
+            texts = [Path(plan[name]).read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
+            steps = tuple(read_log(Path(plan["log"]))) if trace else ()
+        if code == -signal.SIGALRM:
+            pytest.fail(f"featcache {arguments} took longer than {timeout} s: {texts}")
+        return Outcome(code, *texts, seconds, peak, steps)
+
+    def call(self, function: Callable[[], Any], **options: Any) -> Outcome:
+        """Run ``function`` instead of the command line; it is pickled. What it returns is the outcome's ``result``."""
+        outcome = self.run(before=function, **options)
+        assert outcome.code == 0, (function, outcome.code, outcome.err)
+        return outcome
+
+    def check(self, *arguments: object, **options: Any) -> Outcome:
+        """``run``, which must succeed."""
+        outcome = self.run(*arguments, **options)
+        assert outcome.code == 0, (arguments, outcome.code, outcome.err)
+        return outcome
+
+    def _ask(self, plan: dict[str, Any]) -> tuple[int, float, int]:
+        assert self._server.stdin
+        plan["answer"] = plan["out"] + ".answer"
+        os.mkfifo(plan["answer"])
+        answer = os.open(plan["answer"], os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            with self._lock:
+                self._server.stdin.write(json.dumps(plan) + "\n")
+                self._server.stdin.flush()
+            assert select.select([answer], [], [], plan["timeout"] + 60)[0], "the warm process is gone"
+            code, seconds, peak = json.loads(os.read(answer, 4096))
+        finally:
+            os.close(answer)
+        return code, seconds, peak
+
+
+@contextlib.contextmanager
+def program(settings: dict[str, Any] | None = None) -> Iterator[Program]:
+    """A ``Program``, closed at the end."""
+    started = Program(settings)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def read_log(path: Path) -> Iterator[Step]:
+    """The steps that ``faults.c`` wrote down."""
+    data, position = path.read_bytes() if path.exists() else b"", 0
+    while position < len(data):
+        (length,) = struct.unpack_from("=I", data, position)
+        head = data[position + 4 : position + 4 + length].rstrip(b"\n").split(b"\0")
+        position += 4 + length
+        size = int(head[4])
+        what, first, second = (os.fsdecode(text) for text in head[:3])
+        yield Step(what, first, second, int(head[3]), data[position : position + size])
+        position += size
+
+
+# ------------------------------------------------------------------------------------------------- inside
+
+
+def _run_cold(plan: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float, int]:
+    fault = plan["fault"]
+    values = (fault["step"], MODES.index(fault["mode"]), fault["error"], fault["budget"], plan["root"])
+    environment = _environment() | {"FAULTS": ":".join(map(str, values))}
+    command = [sys.executable, "-m", "featcache", *plan["arguments"]]
+    if settings:
+        change = "import sys; sys.path.insert(0, sys.argv.pop(1)); import faults, json; faults.change(json.loads(sys.argv.pop(1)))"
+        start = "from featcache.__main__ import main; sys.argv[0] = 'featcache'; main()"
+        command = [
+            sys.executable,
+            "-c",
+            f"{change}; {start}",
+            str(_SOURCE.parent),
+            json.dumps(settings),
+            *plan["arguments"],
+        ]
+    with Path(plan["out"]).open("wb") as out, Path(plan["err"]).open("wb") as err:
+        started = time.monotonic()
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
+        code, *rest = _wait(child.pid, plan, started)
+        child.returncode = code  # Popen did not see it end
+        return code, *rest
+
+
+def _wait(pid: int, plan: dict[str, Any], started: float) -> tuple[int, float, int]:
+    """Wait for a child, sending it what the plan says: exit code, seconds, most bytes of memory."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        if plan["after"] is not None:
+            select.select([descriptor], [], [], max(0.0, started + plan["after"] - time.monotonic()))
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, plan["kill"])
+        late = not select.select([descriptor], [], [], plan["timeout"])[0]
+        if late:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        _, status, used = os.wait4(pid, 0)
+    finally:
+        os.close(descriptor)
+    code = -signal.SIGALRM if late else os.waitstatus_to_exitcode(status)
+    return code, time.monotonic() - started, used.ru_maxrss * 1024
+
+
+def change(settings: dict[str, Any]) -> None:
+    """Set module variables of featcache."""
+    for name, value in settings.items():
+        module, _, variable = name.rpartition(".")
+        setattr(importlib.import_module(f"featcache.{module}"), variable, value)
+
+
+def _serve(settings: dict[str, Any]) -> None:
+    """Fork a child for every plan on stdin. Imports everything first, and computes nothing: no thread may be running."""
+    for name in (
+        "models.fit",
+        "models.predict",
+        "models.export",
+        "finetuning.finetune",
+        "backbones.load",
+        "backbones.embed",
+    ):
+        importlib.import_module(f"featcache.{name}")
+    for name in ("heads.logreg", "heads.minibatch", "cli.app"):
+        importlib.import_module(f"featcache.{name}")
+    for name in ("sklearn.linear_model", "simplejpeg", "featcache.extraction.parts"):  # what they import late
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    Image.init()
+    change(settings)
+    for line in sys.stdin:
+        plan = json.loads(line)
+        if not os.fork():  # a process that waits, so that the next plan need not
+            started = time.monotonic()
+            pid = os.fork()
+            if not pid:
+                _become(plan)
+            Path(plan["answer"]).write_text(json.dumps(_wait(pid, plan, started)))
+            os._exit(0)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    os._exit(0)  # at once: unloading PyTorch takes seconds
+
+
+def _become(plan: dict[str, Any]) -> None:
+    """The child: take the plan's files, limits and fault, and be featcache."""
+    import ctypes
+    import resource
+
+    for number, name in ((0, os.devnull), (1, plan["out"]), (2, plan["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+    os.setpgid(0, 0)
+    for name, limit in plan["limits"].items():
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    log = os.open(plan["log"], os.O_WRONLY | os.O_CREAT, 0o600) if plan["log"] else -1
+    fault = plan["fault"]
+    arm = ctypes.CDLL(os.environ["LD_PRELOAD"]).faults_arm
+    arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
+    arm(os.fsencode(plan["root"]), fault["step"], MODES.index(fault["mode"]), fault["error"], fault["budget"], log)
+    from featcache.cli import app as cli
+
+    change(plan["settings"])
+    sys.argv = ["featcache", *plan["arguments"]]
+    try:
+        before = pickle.loads(base64.b64decode(plan["before"]))
+        result = before() if before else None
+        if plan["arguments"]:
+            cli.main()
+        print(json.dumps(result))
+    except SystemExit as stopped:
+        code = stopped.code if isinstance(stopped.code, int) else 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 70  # a bug: no error of featcache's own
+    else:
+        code = 0
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    import folders  # noqa: F401 - where what is to be called before was pickled
+
+    sys.path.insert(0, str(_SOURCE.parents[2]))
+    _serve(json.loads(sys.argv[1]))

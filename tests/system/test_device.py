@@ -1,0 +1,41 @@
+"""What this process computes with; and that saving time at the start costs nobody anything later."""
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+import featcache.backbones.load
+assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
+import torch
+from torchvision.ops import RoIAlign
+with torch.inference_mode():
+    boxes = [torch.tensor([[0.0, 0, 4, 4]])]
+    print(float(RoIAlign(2, 1.0, 1)(torch.ones(1, 1, 8, 8), boxes).sum()))
+module = sys.modules["torchvision.ops.roi_align"]
+assert module.is_compile_supported("cpu") in (True, False)
+import torch._dynamo
+assert hasattr(torch._dynamo, "optimize")
+print(float(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(()))))
+"""
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_compiler_is_imported_when_it_is_used() -> None:
+    assert run(CODE).split() == ["4.0", "2.0"]
+
+
+def test_other_names_of_a_module_that_stands_in_are_the_real_ones() -> None:
+    code = """
+from featcache.system.device import compiler_on_demand
+import sys
+with compiler_on_demand():
+    import torchvision
+    from torch._dynamo.utils import counters
+    from torch._dynamo import optimize
+print(type(sys.modules["torch._dynamo"]).__name__, type(counters).__name__, optimize.__name__)
+"""
+    assert run(code).split() == ["module", "defaultdict", "optimize"]

@@ -33,7 +33,7 @@ def in_threads(images: Any, encoder: Any, runtime: Any) -> np.ndarray:
 
 def _decode_into(name: str, shape: tuple[int, ...], slot: int, paths: list[Path], preprocess: Any) -> None:
     from featcache.images.decode import read_pixels
-    from featcache.images.source import read_image
+    from featcache.images.read import read_image
 
     memory = SharedMemory(name)
     pixels = np.ndarray(shape, np.uint8, memory.buf)

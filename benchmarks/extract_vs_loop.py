@@ -79,7 +79,7 @@ def ceiling(arguments: argparse.Namespace) -> dict[str, Any]:
     from featcache.backbones.encoder import build_encoder
     from featcache.backbones.load import load_backbone
     from featcache.images.source import list_images
-    from featcache.reports.doctor import measure
+    from featcache.reports.throughput import measure
     from featcache.system.device import choose_runtime
 
     backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")

@@ -61,7 +61,7 @@ def ours(folder: Path, backbone: str, device: str, seconds: float) -> dict[str, 
     from featcache.backbones.encoder import build_encoder
     from featcache.backbones.load import load_backbone
     from featcache.images.source import list_images
-    from featcache.reports.doctor import measure
+    from featcache.reports.throughput import measure
     from featcache.system.device import choose_runtime
 
     loaded, runtime, images = load_backbone(backbone, "none"), choose_runtime(device), list_images(folder)
@@ -76,8 +76,7 @@ def decoding(folder: Path, device: str, seconds: float) -> dict[str, float | Non
     """Full-size decoding of JPEGs in images/s: by Pillow, by the fast decoder, by the GPU, by the latter two at once."""
     import numpy as np
 
-    from featcache.images.decode import decode_pixels
-    from featcache.images.source import decode
+    from featcache.images.decode import decode, decode_pixels
 
     data = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -148,7 +147,7 @@ def together(jobs: list[Callable[[threading.Event], int]], seconds: float) -> fl
 
 def make_images(folder: Path) -> Path:
     """Generated photos in one class folder, as ImageFolder wants it."""
-    from featcache.reports.doctor import generated_photos
+    from featcache.reports.throughput import generated_photos
 
     (folder / "photos").mkdir()
     generated_photos(folder / "photos", 256)

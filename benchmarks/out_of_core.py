@@ -37,9 +37,9 @@ def blocks(rows: int, dim: int, labels: np.ndarray, classes: int, distance: floa
 
 def write(path: Path, rows: int, dim: int, classes: int, distance: float) -> None:
     """The cache: every tenth row is test, the others are train."""
-    from featcache.cache.cache import Rows, encode_names, write_cache
-    from featcache.images.preprocess import PreprocessSpec
-    from featcache.spec import make_spec
+    from featcache.cache.format import Rows, encode_names
+    from featcache.cache.write import write_cache
+    from featcache.spec import PreprocessSpec, make_spec
 
     labels = np.sort(np.arange(rows) % classes).astype(np.int32)
     names = tuple(f"class-{number:04d}" for number in range(classes))

@@ -32,7 +32,8 @@ from torchvision.transforms._presets import ImageClassification
 from featcache import ExtractRequest, FeatureCache, extract, fit_head
 from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import agreement
-from featcache.cache.cache import Rows, write_cache
+from featcache.cache.format import Rows
+from featcache.cache.write import write_cache
 from featcache.system.device import has_bf16_arithmetic
 
 # What is turned off, and the precision asked for.

@@ -86,8 +86,7 @@ def main() -> None:  # noqa: D103 - the module says it
 
     from featcache import ExtractRequest, extract
     from featcache.extraction import match as recognition
-    from featcache.extraction import plan as planning
-    from featcache.images import source as images
+    from featcache.images import decode, read
 
     request = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=32, crop=32)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -115,8 +114,9 @@ def main() -> None:  # noqa: D103 - the module says it
         forbidden = AssertionError("an unchanged image was read")
         with (
             mock.patch.object(recognition, "read_image", side_effect=forbidden),
-            mock.patch.object(planning, "read_image", side_effect=forbidden),
-            mock.patch.object(images, "decode", side_effect=forbidden),
+            mock.patch.object(read, "read_image", side_effect=forbidden),
+            mock.patch.object(decode, "read_image", side_effect=forbidden),
+            mock.patch.object(decode, "decode", side_effect=forbidden),
             mock.patch.object(recognition.hashlib, "sha256", wraps=recognition.hashlib.sha256) as hashing,
         ):
             opened = opened_files(again)

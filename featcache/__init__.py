@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune
     from featcache.finetuning.save import FinetuneReport
-    from featcache.images.preprocess import PreprocessSpec
-    from featcache.images.source import ImageList, hold_out, list_images
+    from featcache.images.source import ImageList, list_images
+    from featcache.images.splits import hold_out
+    from featcache.models.evaluate import evaluate
     from featcache.models.export import ExportReport, export_model
     from featcache.models.fit import FitReport, fit_head
     from featcache.models.model import Model, load_model
-    from featcache.models.predict import Prediction, evaluate, predict
+    from featcache.models.predict import Prediction, predict
+    from featcache.spec import PreprocessSpec
 
 __version__ = "0.1.0"
 _HOME = {
@@ -34,15 +36,15 @@ _HOME = {
     "ImageList": "images.source",
     "Model": "models.model",
     "Prediction": "models.predict",
-    "PreprocessSpec": "images.preprocess",
+    "PreprocessSpec": "spec",
     "RepairReport": "extraction.repair",
     "backbone_names": "backbones.load",
-    "evaluate": "models.predict",
+    "evaluate": "models.evaluate",
     "export_model": "models.export",
     "extract": "extraction.extract",
     "finetune": "finetuning.finetune",
     "fit_head": "models.fit",
-    "hold_out": "images.source",
+    "hold_out": "images.splits",
     "list_images": "images.source",
     "load_backbone": "backbones.load",
     "load_model": "models.model",

@@ -19,8 +19,7 @@ from PIL import Image
 
 from featcache.cli import app as cli
 from featcache.extraction.request import ExtractRequest
-from featcache.images.preprocess import PreprocessSpec
-from featcache.spec import make_spec
+from featcache.spec import PreprocessSpec, make_spec
 
 # Random weights, but a real network; small inputs keep it fast. Its random embeddings are of a sane size, too: those of
 # random MobileNets are about 1e-10.

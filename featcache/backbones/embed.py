@@ -20,9 +20,11 @@ import numpy.typing as npt
 
 from featcache.backbones.encoder import Encoder
 from featcache.backbones.self_check import fits_float16
-from featcache.images.decode import read_pixels
-from featcache.images.preprocess import PreprocessSpec
-from featcache.images.source import ImageList, RefusedImage, read_image, strict_decoding
+from featcache.images.decode import read_pixels, strict_decoding
+from featcache.images.read import read_image
+from featcache.images.refusal import RefusedImage
+from featcache.images.source import ImageList
+from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
 

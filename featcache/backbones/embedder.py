@@ -1,25 +1,19 @@
-"""What must be ready before something can be embedded: a backbone, its encoder, a spec; and weights found again.
-
-In: a backbone, or a cache that names one. Out: ``Prepared``, or the very backbone that the cache was made with.
-"""
+"""What must be ready before something can be embedded: a backbone, its encoder, a spec."""
 
 import dataclasses
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.cache.cache import FeatureCache
-from featcache.errors import BackboneError, SourceError, SpecMismatchError
-from featcache.extraction.plan import all_refused, refusals
+from featcache.errors import SourceError
+from featcache.images.decode import all_refused, refusals
 from featcache.images.source import ImageList
-from featcache.spec import make_spec, spec_difference
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from featcache.backbones.backbone import Backbone
     from featcache.backbones.encoder import Encoder, Precision, PrecisionChoice
-    from featcache.backbones.load import Backbone
     from featcache.system.device import Runtime
 
 log = logging.getLogger("featcache")
@@ -64,48 +58,3 @@ def choose_runtime(device: str, workers: int | None, batch_size: int | None) -> 
     from featcache.system import device as runtime
 
     return runtime.choose_runtime(device, workers=workers, batch_size=batch_size)
-
-
-def weights_copy(cache: Path, spec: dict[str, Any]) -> Path:
-    """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
-    return cache.with_name(f"{cache.name}.{spec['backbone']['weights_sha256'][:12]}.safetensors")
-
-
-def weights_source(cache: FeatureCache) -> tuple[str, str | None]:
-    """Where a cache says its weights came from: in words, and what to pass to ``load_provided`` (None: a copy)."""
-    weights = cache.provenance.get("weights")
-    weights = weights if isinstance(weights, dict) else {}
-    reload = weights.get("reload")
-    return str(weights.get("source", "unknown")), reload if isinstance(reload, str) else None
-
-
-def backbone_of(cache: FeatureCache) -> "Backbone":
-    """The backbone that ``cache`` was made with.
-
-    Raises:
-        BackboneError: its weights are missing, or a library cannot provide them here.
-        SpecMismatchError: what was found is another backbone, or has other weights.
-    """
-    from featcache.backbones.load import load_again
-
-    copy, (source, reload) = weights_copy(cache.path, cache.spec), weights_source(cache)
-    backbone = load_again(cache.spec, copy, reload)
-    if backbone is None:
-        raise BackboneError(
-            f"{copy} is missing, and no library provides the weights of {cache.path} ({source}); copy the weights file to "
-            "that name and run the same command again"
-        )
-    found = make_spec(
-        name=backbone.name,
-        weights_sha256=backbone.weights_sha256,
-        layer=backbone.layer,
-        preprocess=backbone.preprocess,
-        precision=cache.spec["precision"],
-        storage=cache.spec["storage"],
-    )
-    if found != cache.spec:
-        raise SpecMismatchError(
-            f"{cache.path} was made with another backbone than {backbone.weights} gives "
-            f"({'; '.join(spec_difference(cache.spec, found))}); copy the original weights to {copy}"
-        )
-    return backbone

@@ -16,11 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, sources_forgotten
-from featcache.backbones.load import Backbone
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.folding import fold_batchnorm, sources_forgotten
+from featcache.backbones.onednn import fuse_convolutions
 from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
-from featcache.images.preprocess import PreprocessSpec, channel_constants, normalise
+from featcache.images.preprocess import channel_constants, normalise
+from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, has_bf16_arithmetic
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]

@@ -1,19 +1,6 @@
-"""The cache file, format version 1: embeddings and what proves where they came from, in one plain HDF5 file.
+"""``FeatureCache``: a cache file open for reading. Nothing in the file is trusted (``hdf5_reader.py``); libhdf5 never sees it.
 
-Datasets (all contiguous, uncompressed, little-endian; row i of each belongs to the same image)::
-
-    features         (N, D)  float16 or float32     labels   (N,)    int32, index into classes, -1 unknown
-    paths            (N,)    UTF-8 strings          splits   (N,)    uint8: 0 none, 1 train, 2 val, 3 test
-    digests          (N, 32) uint8, sha256 of file  classes  (C,)    UTF-8 strings, sorted
-    sizes, mtimes    (N,)    int64, bytes and ns    refused/paths, refused/reasons  (R,) UTF-8 strings
-
-Root attributes: ``format``, ``format_version``, ``spec`` (canonical JSON of all that changes the numbers),
-``fingerprint`` (sha256 of ``spec``), ``provenance`` (JSON, never compared), and the checksums: ``features_crc32`` (one
-for every ``rows_per_checksum`` rows of features), ``metadata_crc32`` (all the rest) and, missing in the first files,
-``column_crc32`` (one for each dataset but ``features``, in the order of ``_COLUMNS``, and one for ``provenance``).
-
-libhdf5 only ever lays out metadata in memory; feature bytes go through plain file I/O at the dataset's offset, because
-libhdf5 takes the process down when it meets a full disk. When read, nothing in the file is trusted.
+In: a path. Out: rows as arrays, features verified before first use, and where the weights lie that belong to them.
 """
 
 import contextlib
@@ -22,186 +9,32 @@ import functools
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.checksums import PROVENANCE, bytes_of, column_checksums, damaged_columns, update_checksums
 from featcache.cache.features import FeatureReader, Features, Identity, identity_of, is_finite
+from featcache.cache.format import (
+    COLUMNS,
+    FORMAT,
+    FORMAT_VERSION,
+    PROVENANCE,
+    ROW_COLUMNS,
+    Rows,
+    bytes_of,
+    damaged_columns,
+    decode_names,
+    metadata_checksum,
+)
 from featcache.cache.hdf5_reader import SIGNATURE, Malformed, NotPlain, PlainDataset, PlainFile
-from featcache.cache.sparse_file import SparseFile
 from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, NewerCacheError, SourceError, advice
-from featcache.spec import canonical_json, check_spec, parse_json
-from featcache.system.files import available_memory, check_free_space, publish_file, read_published
-
-FORMAT = "featcache"
-FORMAT_VERSION = 1
-SPLITS = ("none", "train", "val", "test")  # position = the number stored
-_ROWS_PER_CHECKSUM = 1024  # or more, if there would be too many:
-_MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
-_ALIGNMENT = 4096
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """The columns beside the features; row i of each belongs to the same image.
-
-    Attributes:
-        paths: (N,) bytes, UTF-8 (or the file system's own bytes), relative to the source root.
-        labels: (N,) int32. splits: (N,) uint8. digests: (N, 32) uint8. sizes, mtimes: (N,) int64.
-    """
-
-    paths: npt.NDArray[np.bytes_]
-    labels: npt.NDArray[np.int32]
-    splits: npt.NDArray[np.uint8]
-    digests: npt.NDArray[np.uint8]
-    sizes: npt.NDArray[np.int64]
-    mtimes: npt.NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def equals(self, other: "Rows") -> bool:
-        """Whether all columns are the same."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
-        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
-
-
-def encode_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
-    """Names as fixed-width bytes; file names that are not UTF-8 keep their own bytes."""
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-    return np.array(encoded, dtype=f"S{max([1, *map(len, encoded)])}")
-
-
-def decode_names(names: npt.NDArray[np.bytes_]) -> tuple[str, ...]:
-    """Inverse of ``encode_names``."""
-    return tuple(name.decode("utf-8", "surrogateescape") for name in names.tolist())
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def write_cache(
-    path: Path,
-    rows: Rows,
-    blocks: Iterable[Features],
-    *,
-    dim: int,
-    spec: dict[str, Any],
-    classes: tuple[str, ...] = (),
-    refused: tuple[tuple[str, str], ...] = (),
-    provenance: dict[str, Any] | None = None,
-    staging: Path | None = None,
-) -> None:
-    """Publish a complete cache file under ``path``, atomically.
-
-    Args:
-        path: the file; replaced if it exists.
-        rows: N rows.
-        blocks: arrays (n, D) whose rows, one block after the other, are the N feature rows; cast to ``spec["storage"]``.
-        dim: D.
-        spec: everything that changes the numbers; ``spec["storage"]`` is float16 or float32.
-        classes: sorted class names.
-        refused: (path, reason) of each image without an embedding.
-        provenance: recorded, never compared.
-        staging: folder for the temporary file, on the same file system.
-
-    Raises:
-        StorageError: too little space, or the operating system refused a step; ``path`` is then unchanged.
-        ValueError: ``blocks`` do not add up to N rows of D values.
-    """
-    dtype = np.dtype(spec["storage"]).newbyteorder("<")
-    per_checksum = max(_ROWS_PER_CHECKSUM, -(-len(rows) // _MAX_CHECKSUMS))
-    texts = (canonical_json(spec), canonical_json(provenance or {}))
-    columns = _columns(rows, classes, refused)
-    layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
-
-    checksums = np.zeros(-(-len(rows) // per_checksum), np.uint32)
-    frame, region = layout(checksums)
-    check_free_space(path.parent, region.stop)
-    with publish_file(path, staging=staging, needed=max(frame.size, region.stop)) as file:
-        file.seek(region.start)
-        written = 0
-        for block in blocks:
-            if block.ndim != 2 or block.shape[1] != dim:
-                raise ValueError(f"block of shape {block.shape}, expected (n, {dim})")
-            data = np.ascontiguousarray(block, dtype)
-            update_checksums(checksums, data, written, per_checksum)
-            file.write(bytes_of(data))
-            written += len(data)
-        if written != len(rows):
-            raise ValueError(f"{written} feature rows for {len(rows)} images")
-        # The first layout told where the features go; this one, alike, carries the checksums of what was written.
-        frame, _ = layout(checksums)
-        for offset, segment in frame.segments(region):
-            file.seek(offset)
-            file.write(segment)
-        file.truncate(frame.size)
-
-
-def _columns(rows: Rows, classes: tuple[str, ...], refused: tuple[tuple[str, str], ...]) -> dict[str, npt.NDArray[Any]]:
-    """The datasets other than ``features``, in the order in which they are laid out and checksummed."""
-    return {
-        "paths": rows.paths,
-        "labels": rows.labels.astype("<i4"),
-        "classes": encode_names(classes),
-        "splits": rows.splits.astype("u1"),
-        "digests": rows.digests.astype("u1"),
-        "sizes": rows.sizes.astype("<i8"),
-        "mtimes": rows.mtimes.astype("<i8"),
-        "refused/paths": encode_names(path for path, _ in refused),
-        "refused/reasons": encode_names(reason for _, reason in refused),
-    }
-
-
-def _layout(
-    columns: dict[str, npt.NDArray[Any]],
-    texts: tuple[str, str],
-    shape: tuple[int, int],
-    dtype: np.dtype[Any],
-    per_checksum: int,
-    checksums: npt.NDArray[np.uint32],
-) -> tuple[SparseFile, range]:
-    """Lay out the whole file in memory, except for the feature bytes; also return the byte range where they go."""
-    frame = SparseFile()
-    with h5py.File(
-        frame, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
-    ) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["format_version"] = FORMAT_VERSION
-        file.attrs["spec"], file.attrs["provenance"] = texts
-        file.attrs["fingerprint"] = hashlib.sha256(texts[0].encode()).hexdigest()
-        file.attrs["rows_per_checksum"] = per_checksum
-        file.attrs["features_crc32"] = checksums
-        file.attrs["metadata_crc32"] = np.uint32(_metadata_checksum(columns, texts))
-        file.attrs["column_crc32"] = column_checksums(columns, texts[1])
-        for name, values in columns.items():
-            kind = h5py.string_dtype("utf-8", values.dtype.itemsize) if values.dtype.kind == "S" else values.dtype
-            file.create_dataset(name, data=values.astype(kind))
-        # Space for the features is reserved and left for plain I/O to fill.
-        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        creation.set_layout(h5py.h5d.CONTIGUOUS)
-        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        creation.set_obj_track_times(False)  # the same content gives the same bytes, whenever it is written
-        space = h5py.h5s.create_simple(shape)
-        dataset = h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype), space, creation)
-        start = dataset.get_offset() or 0  # HDF5 gives no offset to an empty dataset
-        del dataset
-    return frame, range(start, start + shape[0] * shape[1] * dtype.itemsize)
-
-
-def _metadata_checksum(columns: dict[str, npt.NDArray[Any]], texts: tuple[str, str]) -> int:
-    value = zlib.crc32("\0".join(texts).encode())
-    for name, values in columns.items():
-        value = zlib.crc32(f"{name}{values.dtype.str}{values.shape}".encode(), value)
-        value = zlib.crc32(bytes_of(values), value)
-    return value
-
+from featcache.spec import SPLITS, check_spec
+from featcache.system.files import read_published
+from featcache.system.memory import available_memory
+from featcache.system.safe_load import parse_json
 
 # ---------------------------------------------------------------------------------------------------- reading
 
@@ -417,16 +250,16 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
     n, dim = features.shape
     if features.dtype.str not in ("<f2", "<f4") or dim < 1:
         raise damaged(f"features are {features.dtype} of shape {features.shape}")
-    wanted = {name: _dataset(path, file, name, kind, ndim) for name, kind, ndim in _COLUMNS}
+    wanted = {name: _dataset(path, file, name, kind, ndim) for name, kind, ndim in COLUMNS}
     if (needed := sum(found.nbytes for found in wanted.values())) > 2**28 and needed > available_memory():
         raise CacheError(f"{path} cannot be read: {needed / 1e9:,.1f} GB of rows do not fit into this machine's memory")
     columns = {name: file.read(found) for name, found in wanted.items()}
-    if any(len(columns[name]) != n for name in _ROW_COLUMNS) or columns["digests"].shape[1] != 32:
+    if any(len(columns[name]) != n for name in ROW_COLUMNS) or columns["digests"].shape[1] != 32:
         raise damaged("its datasets differ in length")
     if len(columns["refused/paths"]) != len(columns["refused/reasons"]):
         raise damaged("its datasets differ in length")
     recorded = file.attrs.get("column_crc32")
-    whole = int(file.attrs["metadata_crc32"]) == _metadata_checksum(columns, texts)
+    whole = int(file.attrs["metadata_crc32"]) == metadata_checksum(columns, texts)
     wrong = damaged_columns(columns, texts[1], recorded, whole=whole)
     if PROVENANCE in wrong:
         raise damaged("checksum mismatch in its " + ("metadata" if recorded is None else "provenance"))
@@ -460,7 +293,7 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
         "fingerprint": fingerprint,
         "provenance": provenance,
         "classes": classes,
-        "rows": Rows(**{name: columns[name] for name in _ROW_COLUMNS}),
+        "rows": Rows(**{name: columns[name] for name in ROW_COLUMNS}),
         "refused": tuple(
             zip(decode_names(columns["refused/paths"]), decode_names(columns["refused/reasons"]), strict=True)
         ),
@@ -474,20 +307,6 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
     }
 
 
-_COLUMNS = (
-    ("paths", "S", 1),
-    ("labels", "i", 1),
-    ("classes", "S", 1),
-    ("splits", "u", 1),
-    ("digests", "u", 2),
-    ("sizes", "i", 1),
-    ("mtimes", "i", 1),
-    ("refused/paths", "S", 1),
-    ("refused/reasons", "S", 1),
-)
-_ROW_COLUMNS = ("paths", "labels", "splits", "digests", "sizes", "mtimes")
-
-
 def _dataset(path: Path, file: PlainFile, name: str, kind: str, ndim: int) -> PlainDataset:
     """A dataset that really lies in this file: hard-linked, contiguous, no external, virtual or filtered storage."""
     found = file.dataset(name)
@@ -496,3 +315,16 @@ def _dataset(path: Path, file: PlainFile, name: str, kind: str, ndim: int) -> Pl
     if found.dtype.kind != kind or len(found.shape) != ndim:
         raise CacheError(f"{path} is refused: {name} is not a plain contiguous dataset of the expected type")
     return found
+
+
+def weights_copy(cache: Path, spec: dict[str, Any]) -> Path:
+    """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
+    return cache.with_name(f"{cache.name}.{spec['backbone']['weights_sha256'][:12]}.safetensors")
+
+
+def weights_source(cache: FeatureCache) -> tuple[str, str | None]:
+    """Where a cache says its weights came from: in words, and what to pass to ``load_provided`` (None: a copy)."""
+    weights = cache.provenance.get("weights")
+    weights = weights if isinstance(weights, dict) else {}
+    reload = weights.get("reload")
+    return str(weights.get("source", "unknown")), reload if isinstance(reload, str) else None

@@ -124,7 +124,7 @@ def doctor(
 ) -> None:
     """Show what this machine can do, measure how fast it embeds, and say what limits."""
     from featcache.images.source import list_images
-    from featcache.reports.info import machine
+    from featcache.reports.machine import machine
     from featcache.system.device import choose_runtime
 
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")

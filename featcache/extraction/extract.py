@@ -16,26 +16,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from featcache.backbones.embedder import (
-    Prepared,
-    Progress,
-    choose_runtime,
-    prepare_encoder,
-    weights_copy,
-    weights_source,
-)
-from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.backbones.embedder import Prepared, Progress, choose_runtime, prepare_encoder
+from featcache.cache.cache import FeatureCache, weights_copy, weights_source
+from featcache.cache.format import Indices, Rows, digest_keys, encode_names, find
+from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, SourceError, UsageError
-from featcache.extraction.match import Indices, Known, digest_keys, find, gather
-from featcache.extraction.plan import Plan, all_refused, make_plan, of_spec, open_lenders, open_old
+from featcache.extraction.match import Known, gather
+from featcache.extraction.plan import Plan, make_plan, of_spec, open_lenders, open_old
 from featcache.extraction.request import ExtractRequest, load_requested
+from featcache.images.decode import all_refused
 from featcache.images.source import ImageList, list_images
 from featcache.spec import fingerprint_of, make_spec
 from featcache.system.files import check_free_space, check_output
 
 if TYPE_CHECKING:
     from featcache.backbones.encoder import Encoder, Precision
-    from featcache.images.preprocess import PreprocessSpec
+    from featcache.spec import PreprocessSpec
     from featcache.system.device import Runtime
 
 log = logging.getLogger("featcache")
@@ -108,7 +104,8 @@ def extract(
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made
         with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
-    from featcache.extraction.parts import locked, open_parts, parts_folder, remove_parts
+    from featcache.extraction.parts import open_parts, remove_parts
+    from featcache.system.workdir import locked, parts_folder
 
     started = time.perf_counter()
     output, request = Path(output), request or ExtractRequest()
@@ -235,8 +232,8 @@ class _Job:
 
     def keep_weights(self) -> None:
         """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
-        from featcache.backbones.load import save_weights
-        from featcache.extraction.parts import parts_folder
+        from featcache.backbones.backbone import save_weights
+        from featcache.system.workdir import parts_folder
 
         backbone = self.prepared.backbone
         copy = weights_copy(self.output, self.prepared.spec)
@@ -274,7 +271,8 @@ class _Job:
         Returns:
             image -> reason, for those that could not be embedded.
         """
-        from featcache.extraction.parts import embed_into_parts, parts_folder
+        from featcache.extraction.parts import embed_into_parts
+        from featcache.system.workdir import parts_folder
 
         at = self.prepared
         itemsize = np.dtype(at.spec["storage"]).itemsize

@@ -8,16 +8,16 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.cache import FeatureCache, encode_names
+from featcache.cache.cache import FeatureCache
 from featcache.cache.features import Features
-from featcache.images.source import ImageList, RefusedImage, read_image
-
-Indices = npt.NDArray[np.intp]
+from featcache.cache.format import Indices, digest_keys, encode_names, find
+from featcache.images.read import read_image
+from featcache.images.refusal import RefusedImage
+from featcache.images.source import ImageList
 
 
 @dataclasses.dataclass
@@ -113,18 +113,3 @@ def gather(
             features[here] = rows
         if features is not None:
             yield features
-
-
-def digest_keys(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
-    """(N, 32) uint8 as N sortable keys."""
-    return np.ascontiguousarray(digests).view("S32").reshape(-1)
-
-
-def find(haystack: npt.NDArray[Any], needles: npt.NDArray[Any]) -> Indices:
-    """Position of each needle in ``haystack``, -1 where it does not occur."""
-    if not len(haystack):
-        return np.full(len(needles), -1, np.intp)
-    order = np.argsort(haystack, kind="stable")
-    place = np.minimum(np.searchsorted(haystack, needles, sorter=order), len(haystack) - 1)
-    candidates = order[place]
-    return np.where(haystack[candidates] == needles, candidates, -1)

@@ -3,23 +3,20 @@
 In: embedded rows as they come. Out: files that survive any interruption, until the final cache is packed from them.
 """
 
-import contextlib
 import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 
-from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
-from featcache.errors import CacheError, NewerCacheError, StorageError
-from featcache.extraction.match import Indices
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Indices, Rows, encode_names
+from featcache.cache.write import write_cache
+from featcache.errors import CacheError, NewerCacheError
 from featcache.images.source import ImageList
-from featcache.system.files import sweep, sync_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Chunk
@@ -28,55 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("featcache")
 _PARTS = "[0-9]*.h5"  # named after the time; what is called otherwise is not ours
 MAX_ROWS = 4096
-PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 MAX_SECONDS = 15.0  # what an interruption can cost at most, plus the images in flight
-
-
-def parts_folder(cache: Path) -> Path:
-    """Where the parts of ``cache`` lie."""
-    return cache.with_name(cache.name + ".parts")
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the right to write into ``folder`` (made if missing), so that two runs never write one cache.
-
-    The operating system frees the lock of a process that died. An empty folder is removed at the end.
-
-    Raises:
-        StorageError: another process holds it, or the folder cannot be made.
-    """
-    try:
-        lock = _acquire(folder)
-        sweep(folder)
-    except filelock.Timeout as error:
-        raise StorageError(
-            f"another featcache is writing {folder.with_suffix('')}; wait for it, or choose another -o"
-        ) from error
-    except OSError as error:
-        raise StorageError(f"cannot write in {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            # Before releasing: whoever waits then holds a lock on a file that is gone, which filelock notices.
-            (folder / "lock").unlink(missing_ok=True)
-            folder.rmdir()  # fails, as it should, while parts remain
-        lock.release()
-
-
-def _acquire(folder: Path) -> filelock.BaseFileLock:
-    """The lock in ``folder``, which is made if missing. Raises OSError, filelock.Timeout."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)  # parts are as durable as the folder they lie in
-        lock = filelock.FileLock(folder / "lock", timeout=max(0.0, deadline - time.monotonic()))
-        try:
-            lock.acquire()
-            return lock
-        except FileNotFoundError:  # whoever had it is done, and has removed the folder
-            continue
 
 
 def open_parts(folder: Path) -> list[FeatureCache]:

@@ -7,7 +7,7 @@ In: an ``ImageList`` and caches: the file to be brought up to date and its parts
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
-from featcache.extraction.match import Indices, Known, recognise
-from featcache.images.source import ImageList, RefusedImage, decode, read_image, strict_decoding
+from featcache.extraction.match import Known, recognise
+from featcache.images.decode import refusals
+from featcache.images.source import ImageList
 from featcache.spec import spec_difference
-from featcache.system.supervisor import CRASHED, DecoderCrashedError, try_apart
+from featcache.system.supervisor import CRASHED
 
 log = logging.getLogger("featcache")
 
@@ -153,26 +155,3 @@ def _refuse_again(images: ImageList, known: Known, caches: list[FeatureCache]) -
     again = {index: before.get(images.paths[index]) for index in known.missing.tolist()}
     crashed = {index for index, reason in again.items() if reason and reason.startswith(CRASHED)}
     return refusals(images, (index for index, reason in again.items() if reason is not None), apart=crashed)
-
-
-def refusals(images: ImageList, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
-    """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
-    refused = {}
-    with strict_decoding():
-        for index in indices:
-            try:
-                data = read_image(images.root / images.paths[index])[0]
-                if index in apart:
-                    try_apart(data)
-                decode(data)
-            except (RefusedImage, DecoderCrashedError) as reason:
-                refused[index] = str(reason)
-    return refused
-
-
-def all_refused(images: ImageList, refused: dict[int, str]) -> str:
-    """What to say when not one image is left."""
-    reasons = [(images.paths[index], reason) for index, reason in refused.items()]
-    reasons += [(refusal.path, refusal.reason) for refusal in images.refused]
-    path, reason = reasons[0]
-    return f"all {len(reasons)} images of {images.root} were refused, the first, {path}: {reason}"

@@ -14,18 +14,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from featcache.backbones.embedder import Prepared, Progress, backbone_of, choose_runtime, prepare_encoder
-from featcache.cache.cache import FeatureCache, write_cache
-from featcache.cache.checksums import CHECKSUMS, update_checksums
+from featcache.backbones.embedder import Prepared, Progress, choose_runtime, prepare_encoder
+from featcache.cache.cache import FeatureCache, weights_copy, weights_source
 from featcache.cache.features import Features
-from featcache.errors import CacheError, SourceError, StorageError
-from featcache.extraction.match import Indices, Known, digest_keys, find, gather
-from featcache.extraction.parts import embed_into_parts, locked, open_parts, parts_folder
+from featcache.cache.format import CHECKSUMS, Indices, digest_keys, find, update_checksums
+from featcache.cache.write import write_cache
+from featcache.errors import BackboneError, CacheError, SourceError, SpecMismatchError, StorageError
+from featcache.extraction.match import Known, gather
+from featcache.extraction.parts import embed_into_parts, open_parts
 from featcache.extraction.restore import Files, Restored, as_it_is, locate, not_found, restore
 from featcache.images.source import ImageList, list_images
+from featcache.spec import make_spec, spec_difference
 from featcache.system.files import check_free_space, check_output
+from featcache.system.workdir import locked, parts_folder
 
 if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
     from featcache.backbones.encoder import Precision
 
 log = logging.getLogger("featcache")
@@ -295,3 +299,35 @@ def _mention_new_images(cache: FeatureCache, files: Files) -> None:
             len(new),
             files.name,
         )
+
+
+def backbone_of(cache: FeatureCache) -> "Backbone":
+    """The backbone that ``cache`` was made with.
+
+    Raises:
+        BackboneError: its weights are missing, or a library cannot provide them here.
+        SpecMismatchError: what was found is another backbone, or has other weights.
+    """
+    from featcache.backbones.load import load_again
+
+    copy, (source, reload) = weights_copy(cache.path, cache.spec), weights_source(cache)
+    backbone = load_again(cache.spec, copy, reload)
+    if backbone is None:
+        raise BackboneError(
+            f"{copy} is missing, and no library provides the weights of {cache.path} ({source}); copy the weights file to "
+            "that name and run the same command again"
+        )
+    found = make_spec(
+        name=backbone.name,
+        weights_sha256=backbone.weights_sha256,
+        layer=backbone.layer,
+        preprocess=backbone.preprocess,
+        precision=cache.spec["precision"],
+        storage=cache.spec["storage"],
+    )
+    if found != cache.spec:
+        raise SpecMismatchError(
+            f"{cache.path} was made with another backbone than {backbone.weights} gives "
+            f"({'; '.join(spec_difference(cache.spec, found))}); copy the original weights to {copy}"
+        )
+    return backbone

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import BackboneError, UsageError
-from featcache.images.preprocess import DECODING
 from featcache.models.model import Model, load_model
-from featcache.spec import STORAGE_TYPES
+from featcache.spec import DECODING, STORAGE_TYPES
 
 if TYPE_CHECKING:
-    from featcache.backbones.load import Backbone
+    from featcache.backbones.backbone import Backbone
 
 DEFAULT_BACKBONE = "resnet50"
 
@@ -119,9 +118,9 @@ def _is_folder(backbone: str) -> bool:
         return False
     if not re.fullmatch(r"\w+", backbone):
         return True  # names have no other characters, and asking torchvision takes seconds
-    from featcache.backbones.load import is_torchvision_name
+    from featcache.backbones.from_torchvision import is_name
 
-    return not is_torchvision_name(backbone)
+    return not is_name(backbone)
 
 
 def load_requested(request: ExtractRequest, model: Model | None) -> "Backbone":

@@ -13,11 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.cache import FeatureCache, Rows, decode_names, encode_names
-from featcache.cache.checksums import CHECKSUMS, column_checksum
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import (
+    CHECKSUMS,
+    Indices,
+    Rows,
+    column_checksum,
+    decode_names,
+    digest_keys,
+    encode_names,
+    find,
+)
 from featcache.errors import DamagedCacheError, SourceError
-from featcache.extraction.match import Indices, digest_keys, find, hash_files
-from featcache.extraction.plan import refusals
+from featcache.extraction.match import hash_files
+from featcache.images.decode import refusals
 from featcache.images.source import ImageList
 
 log = logging.getLogger("featcache")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import ModelError, StorageError, UsageError
-from featcache.spec import fingerprint_of, parse_json, spec_difference
+from featcache.spec import fingerprint_of, spec_difference
 from featcache.system.files import publish_file
-from featcache.system.safe_load import DamagedFile, load_tensors
+from featcache.system.safe_load import DamagedFile, load_tensors, parse_json
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
 FORMAT_VERSION = 1

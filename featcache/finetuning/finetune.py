@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.cache.cache import FeatureCache
 from featcache.errors import Interrupted, TrainingError, UsageError
-from featcache.extraction.parts import locked
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.checkpoint import (
     check_unfinished,
@@ -30,22 +29,17 @@ from featcache.finetuning.checkpoint import (
     work_folder,
 )
 from featcache.finetuning.compare import UNCHANGED, Candidate, choose, compare, in_words, score
+from featcache.finetuning.pixels import LabelledPixels, decode_split
 from featcache.finetuning.recipes import choose_recipe, explain
 from featcache.finetuning.save import FinetuneReport, read_report, save_finetuned
-from featcache.finetuning.start import (
-    LabelledPixels,
-    decode_split,
-    keep_cache,
-    prepare_start,
-    read_source,
-    reference_features,
-)
+from featcache.finetuning.start import keep_cache, prepare_start, read_source, reference_features
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.images.source import ImageList
 from featcache.models.model import Model, check_replaceable
 from featcache.spec import fingerprint_of
 from featcache.system.signals import StopRequest, deferred_signals
+from featcache.system.workdir import locked
 
 if TYPE_CHECKING:
     from featcache.finetuning.network import Network
@@ -101,7 +95,8 @@ def finetune(
         values, or another interrupted run is in the way. ModelError: ``init`` cannot be used, or the parity check failed.
         TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
     """
-    from featcache.system.device import choose_runtime, choose_training_precision, kept_random_state
+    from featcache.finetuning.trainer import choose_training_precision
+    from featcache.system.device import choose_runtime, kept_random_state
     from featcache.system.distributed import joined
 
     started = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from featcache.backbones.load import Backbone, hash_tensors
+from featcache.backbones.backbone import Backbone, hash_tensors
 from featcache.errors import ModelError
 from featcache.finetuning.recipes import Recipe
 from featcache.heads.head import Array, Head

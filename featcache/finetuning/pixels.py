@@ -7,26 +7,38 @@ scratch: all bytes, a table as JSON, its length; it can always be made again, an
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from featcache.images.decode import read_pixels
-from featcache.images.preprocess import PreprocessSpec
-from featcache.images.source import ImageList, RefusedImage, decode, read_image, strict_decoding
-from featcache.system.files import available_memory, check_free_space, publish_file
+from featcache.errors import SourceError
+from featcache.images.decode import decode, read_pixels, strict_decoding
+from featcache.images.read import read_image
+from featcache.images.refusal import RefusedImage
+from featcache.images.source import ImageList
+from featcache.spec import SPLITS, PreprocessSpec
+from featcache.system.files import check_free_space, publish_file
+from featcache.system.memory import available_memory
+
+if TYPE_CHECKING:
+    from featcache.system.device import Runtime
+    from featcache.system.distributed import Processes
 
 Picture = npt.NDArray[np.uint8]
 Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
 Progress = Callable[[int, int], None]  # done, total
 _SHARE_OF_MEMORY = 0.4
 _ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
+
+log = logging.getLogger("featcache")
+_Decoded = Iterator[tuple[int, Picture | None, str, bytes]]  # position, pixels or None, reason, sha256 of the file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,9 +146,6 @@ def open_pixels(file: Path) -> Pixels:
     return Pixels(kept, refused, shapes, np.array(table["starts"], np.int64), _FlatFile(file), table["digest"])
 
 
-_Decoded = Iterator[tuple[int, Picture | None, str, bytes]]  # position, pixels or None, reason, sha256 of the file
-
-
 def _decoded(
     images: ImageList,
     convert: Convert,
@@ -220,3 +229,93 @@ class _FlatFile:
 
     def __getitem__(self, span: slice) -> Picture:
         return np.array(self._flat[span])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LabelledPixels:
+    """Decoded images of one split.
+
+    Attributes:
+        pixels: n images. labels: (n,) int64, as the model numbers its classes. paths: n, relative to the source.
+    """
+
+    pixels: "Pixels"
+    labels: npt.NDArray[np.int64]
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) over names, labels and content."""
+        text = "\n".join([*self.paths, self.pixels.digest, *map(str, self.labels)])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def decode_split(
+    images: ImageList,
+    split: str,
+    classes: tuple[str, ...],
+    preprocess: PreprocessSpec,
+    *,
+    folder: Path,
+    runtime: "Runtime",
+    processes: "Processes",
+) -> LabelledPixels:
+    """Decode the images of a split once: train with room for random crops, the others exactly as in prediction.
+
+    Args:
+        classes: as the model numbers them; images of others are left out, with a warning.
+        folder: for the scratch file, if memory is short or several processes share it.
+
+    Raises:
+        SourceError: nothing left to train on or to choose by. StorageError: too little space.
+    """
+    number = {name: position for position, name in enumerate(classes)}
+    to_model = np.array([number.get(name, -1) for name in images.classes], np.int64)
+    rows = np.flatnonzero(images.splits == SPLITS.index(split))
+    known = to_model[images.labels[rows]] >= 0
+    if not known.all():
+        log.warning("%d %s images are of classes that the model does not know: left out", int((~known).sum()), split)
+    images = images.take(rows[known])
+    pixels = _decode(images, split, preprocess, folder, runtime, processes)
+    for position, reason in pixels.refused[:5]:
+        log.warning("%s is left out: %s", images.paths[position], reason)
+    if len(pixels.refused) > 5:
+        log.warning("and %d more %s images are left out", len(pixels.refused) - 5, split)
+    labels = to_model[images.labels[pixels.kept]]
+    if not len(labels) and split != "test":
+        raise SourceError(f"not one {split} image of {images.root} could be decoded")
+    if split == "train" and len(np.unique(labels)) < 2:
+        raise SourceError(f"the training images of {images.root} that could be decoded are all of one class")
+    return LabelledPixels(pixels, labels, tuple(images.paths[position] for position in pixels.kept))
+
+
+def _decode(
+    images: ImageList,
+    split: str,
+    preprocess: PreprocessSpec,
+    folder: Path,
+    runtime: "Runtime",
+    processes: "Processes",
+) -> "Pixels":
+    from featcache.finetuning.pixels import (
+        decode_in_memory,
+        decode_into_file,
+        fits_memory,
+        network_input,
+        open_pixels,
+        training_input,
+    )
+
+    convert = training_input(preprocess) if split == "train" else network_input(preprocess)
+    typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
+    if processes.world == 1 and fits_memory(len(images) * typical):
+        return decode_in_memory(images, convert, workers=runtime.workers)
+    file = folder / f"{split}-{processes.node}.pixels"
+    if processes.local_rank == 0:
+        log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
+        decode_into_file(images, convert, file, typical=typical, workers=runtime.workers)
+    processes.wait()
+    return open_pixels(file)

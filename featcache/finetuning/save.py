@@ -15,10 +15,10 @@ from featcache.errors import MissingDependencyError, ModelError
 from featcache.finetuning.checkpoint import work_folder
 from featcache.heads.head import FittedHead
 from featcache.models.model import Model, library_versions, save_model
-from featcache.spec import parse_json
+from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
-    from featcache.backbones.load import Backbone
+    from featcache.backbones.backbone import Backbone
     from featcache.finetuning.network import Network
 
 log = logging.getLogger("featcache")
@@ -88,7 +88,7 @@ def save_finetuned(
     Raises:
         StorageError: it cannot be written.
     """
-    from featcache.backbones.load import save_weights
+    from featcache.backbones.backbone import save_weights
     from featcache.finetuning.network import to_backbone, to_head
 
     origin = start.manifest["weights"]["source"]

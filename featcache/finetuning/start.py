@@ -1,11 +1,9 @@
-"""Where a fine-tuning starts: its images, and a model of their cached features.
+"""Where a fine-tuning starts: labelled images with train and val splits, and a model of their cached features.
 
-In: a source and either a model or the wish for a backbone. Out: labelled images with train and val splits, and a head-only
-``Model``, which is the one given or one that is extracted and fit here.
+In: a source and either a model or the wish for a backbone. Out: the images, and a head-only ``Model``: the one given, or one
+that is extracted and fit here.
 """
 
-import dataclasses
-import hashlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.embedder import weights_copy
-from featcache.cache.cache import SPLITS, FeatureCache, encode_names
+from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.format import encode_names, find
 from featcache.errors import SourceError
-from featcache.extraction.match import find
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.checkpoint import work_folder
-from featcache.images.preprocess import PreprocessSpec
-from featcache.images.source import ImageList, hold_out, list_images
+from featcache.finetuning.pixels import LabelledPixels
+from featcache.images.source import ImageList, list_images
+from featcache.images.splits import hold_out
 from featcache.models.model import Model, load_model
+from featcache.spec import SPLITS
 from featcache.system.files import sync_folder
 
 if TYPE_CHECKING:
-    from featcache.backbones.load import Backbone
-    from featcache.finetuning.pixels import Pixels
+    from featcache.backbones.backbone import Backbone
     from featcache.system.device import Runtime
     from featcache.system.distributed import Processes
 
@@ -172,96 +170,6 @@ def _check_classes(images: ImageList, model: Model) -> None:
             f"the images are of {', '.join(unknown[:5])}, which the model {model.path} does not know (it knows "
             f"{', '.join(model.classes[:10])}); fit a head on these images first, or leave --init out"
         )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelledPixels:
-    """Decoded images of one split.
-
-    Attributes:
-        pixels: n images. labels: (n,) int64, as the model numbers its classes. paths: n, relative to the source.
-    """
-
-    pixels: "Pixels"
-    labels: npt.NDArray[np.int64]
-    paths: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) over names, labels and content."""
-        text = "\n".join([*self.paths, self.pixels.digest, *map(str, self.labels)])
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def decode_split(
-    images: ImageList,
-    split: str,
-    classes: tuple[str, ...],
-    preprocess: PreprocessSpec,
-    *,
-    folder: Path,
-    runtime: "Runtime",
-    processes: "Processes",
-) -> LabelledPixels:
-    """Decode the images of a split once: train with room for random crops, the others exactly as in prediction.
-
-    Args:
-        classes: as the model numbers them; images of others are left out, with a warning.
-        folder: for the scratch file, if memory is short or several processes share it.
-
-    Raises:
-        SourceError: nothing left to train on or to choose by. StorageError: too little space.
-    """
-    number = {name: position for position, name in enumerate(classes)}
-    to_model = np.array([number.get(name, -1) for name in images.classes], np.int64)
-    rows = np.flatnonzero(images.splits == SPLITS.index(split))
-    known = to_model[images.labels[rows]] >= 0
-    if not known.all():
-        log.warning("%d %s images are of classes that the model does not know: left out", int((~known).sum()), split)
-    images = images.take(rows[known])
-    pixels = _decode(images, split, preprocess, folder, runtime, processes)
-    for position, reason in pixels.refused[:5]:
-        log.warning("%s is left out: %s", images.paths[position], reason)
-    if len(pixels.refused) > 5:
-        log.warning("and %d more %s images are left out", len(pixels.refused) - 5, split)
-    labels = to_model[images.labels[pixels.kept]]
-    if not len(labels) and split != "test":
-        raise SourceError(f"not one {split} image of {images.root} could be decoded")
-    if split == "train" and len(np.unique(labels)) < 2:
-        raise SourceError(f"the training images of {images.root} that could be decoded are all of one class")
-    return LabelledPixels(pixels, labels, tuple(images.paths[position] for position in pixels.kept))
-
-
-def _decode(
-    images: ImageList,
-    split: str,
-    preprocess: PreprocessSpec,
-    folder: Path,
-    runtime: "Runtime",
-    processes: "Processes",
-) -> "Pixels":
-    from featcache.finetuning.pixels import (
-        decode_in_memory,
-        decode_into_file,
-        fits_memory,
-        network_input,
-        open_pixels,
-        training_input,
-    )
-
-    convert = training_input(preprocess) if split == "train" else network_input(preprocess)
-    typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
-    if processes.world == 1 and fits_memory(len(images) * typical):
-        return decode_in_memory(images, convert, workers=runtime.workers)
-    file = folder / f"{split}-{processes.node}.pixels"
-    if processes.local_rank == 0:
-        log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
-        decode_into_file(images, convert, file, typical=typical, workers=runtime.workers)
-    processes.wait()
-    return open_pixels(file)
 
 
 def reference_features(

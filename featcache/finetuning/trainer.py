@@ -26,7 +26,7 @@ from featcache.finetuning.network import Network, parameter_groups, training_mod
 from featcache.finetuning.pixels import Pixels
 from featcache.finetuning.recipes import Recipe
 from featcache.heads.head import Array
-from featcache.system.device import Runtime, one_core_each
+from featcache.system.device import Runtime, has_bf16_arithmetic, one_core_each
 from featcache.system.distributed import Processes
 
 log = logging.getLogger("featcache")
@@ -405,3 +405,20 @@ def compute_logits(
         if share is not None:
             logits[rank :: processes.world] = share
     return logits
+
+
+def choose_training_precision(asked: str, device: torch.device) -> str:
+    """Mixed precision where the hardware multiplies it: bf16 before fp16, which needs loss scaling; else fp32.
+
+    Raises:
+        UsageError: unknown, or not possible on ``device``.
+    """
+    if asked == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if device.type == "cpu" and has_bf16_arithmetic() else "fp32"
+    if asked not in ("fp32", "bf16", "fp16"):
+        raise UsageError(f"unknown precision {asked!r}; choose auto, fp32, bf16 or fp16")
+    if asked == "fp16" and device.type != "cuda":
+        raise UsageError(f"training in fp16 needs a CUDA GPU, found {device.type}; choose fp32 or bf16")
+    return asked

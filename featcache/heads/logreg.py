@@ -26,7 +26,7 @@ from featcache.errors import UsageError
 from featcache.heads.head import SCALINGS, Array, FittedHead, Head, Scaling, class_weights, softmax
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
 from featcache.heads.metrics import accuracy, log_loss
-from featcache.system.files import available_memory
+from featcache.system.memory import available_memory
 
 log = logging.getLogger("featcache")
 

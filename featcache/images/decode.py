@@ -1,26 +1,35 @@
-"""A file's bytes to pixels, by the fastest decoder here that gives Pillow's pixels.
+"""A file's bytes to upright 8-bit RGB pixels, or the reason why not; by the fastest decoder here that gives Pillow's pixels.
 
-In: the bytes of an image file. Out: uint8 (H, W, 3), or ``RefusedImage``. Pillow (``images.decode``) decides what an image
-is; another decoder is taken for what it decodes without a single warning, and only if its pixels are the same, so that an
-embedding does not depend on what is installed. ``FEATCACHE_DECODER=pillow`` turns others off.
+In: the bytes of an image file. Out: uint8 (H, W, 3), or ``RefusedImage``. Pillow (``decode``) decides what an image is; another
+decoder is taken for what it decodes without a single warning, and only if its pixels are the same, so that an embedding
+does not depend on what is installed. ``FEATCACHE_DECODER=pillow`` turns others off.
 """
 
 import contextlib
 import functools
 import io
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Set
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
-from featcache.images.preprocess import PreprocessSpec, to_pixels
-from featcache.images.source import MAX_PIXELS, RefusedImage, decode, is_turned, reduction
-from featcache.system.supervisor import DecoderCrashedError, decoding
+from featcache.images.preprocess import to_pixels
+from featcache.images.read import read_image
+from featcache.images.refusal import RefusedImage
+from featcache.images.source import ImageList
+from featcache.spec import PreprocessSpec
+from featcache.system.supervisor import DecoderCrashedError, decoding, try_apart
 
 Pixels = npt.NDArray[np.uint8]
+# A list of its own, not "whatever Pillow opens": EPS, for one, would start another program. TGA, which has no signature,
+# comes last: some icons would pass for one.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
 def read_pixels(data: bytes, spec: PreprocessSpec) -> Pixels:
@@ -105,3 +114,120 @@ def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
         plain = small and image.mode in ("RGB", "L") and not is_turned(image)
         plain = plain and not may_have_many_scans(image, data)
         return image.size if plain else None
+
+
+@contextlib.contextmanager
+def strict_decoding() -> Iterator[None]:
+    """Silence Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd metadata.
+
+    Nor may Pillow load truncated images, as notebooks like to allow it. Such settings are global, so this belongs around a
+    whole run, never around one image on one thread.
+    """
+    allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    with contextlib.ExitStack() as after, warnings.catch_warnings():
+        after.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", allowed)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        yield
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``_FORMATS`` that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def reduction(shorter_edge: int, at_least: int | None) -> int:
+    """1, 2, 4 or 8: the scale at which a JPEG may be decoded if ``at_least`` pixels of its shorter edge are wanted.
+
+    Twice as many are left, so that the filter which resizes the rest, not the decoder, decides what is seen.
+    """
+    return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
+
+
+def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
+    """Decode a file's bytes into an upright 8-bit RGB image.
+
+    Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
+    scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
+    Where pixels are missing or known to be damaged the image is refused; ``completeness`` says what goes unnoticed.
+
+    Args:
+        data: the file. at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
+
+    Raises:
+        RefusedImage: not an image, truncated, too large, or of a kind without a defined conversion.
+    """
+    if not data:
+        raise RefusedImage("empty file")
+    try:
+        with decoding(data, at_least=at_least), Image.open(io.BytesIO(data), formats=_formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+            factor = reduction(min(image.size), at_least)
+            if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.draft(image.mode, (image.width // factor, image.height // factor))
+            load_whole(image, data)
+            upright = ImageOps.exif_transpose(image) if is_turned(image) else image
+            return _to_rgb(upright, image.format)
+    except RefusedImage:
+        raise
+    except DecoderCrashedError as error:
+        raise RefusedImage(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise RefusedImage("not an image, or of an unsupported format") from error
+    except Image.DecompressionBombError as error:
+        raise RefusedImage(f"too large: more than {MAX_PIXELS} pixels") from error
+    except MemoryError as error:
+        raise RefusedImage("too large for the memory at hand") from error
+    except Exception as error:  # decoders raise nearly anything on damaged files; one image must not end a run
+        raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF data of an opened image asks for another orientation; none that can be read asks for nothing."""
+    try:
+        return image.getexif().get(0x0112, 1) in range(2, 9)
+    except Exception:  # nearly anything; it says nothing about the pixels
+        return False
+
+
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.uint32)
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 65535
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise RefusedImage(f"32-bit pixels (mode {image.mode}) have no defined range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layers).convert("RGB")
+    return image.convert("RGB")
+
+
+def refusals(images: ImageList, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
+    """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
+    refused = {}
+    with strict_decoding():
+        for index in indices:
+            try:
+                data = read_image(images.root / images.paths[index])[0]
+                if index in apart:
+                    try_apart(data)
+                decode(data)
+            except (RefusedImage, DecoderCrashedError) as reason:
+                refused[index] = str(reason)
+    return refused
+
+
+def all_refused(images: ImageList, refused: dict[int, str]) -> str:
+    """What to say when not one image is left."""
+    reasons = [(images.paths[index], reason) for index, reason in refused.items()]
+    reasons += [(refusal.path, refusal.reason) for refusal in images.refused]
+    path, reason = reasons[0]
+    return f"all {len(reasons)} images of {images.root} were refused, the first, {path}: {reason}"

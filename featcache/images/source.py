@@ -1,33 +1,22 @@
-"""Find the images of a source and decode one of them, or say why not.
+"""Find the images of a source, without decoding any.
 
-In: a folder or CSV. Out: an ``ImageList`` (paths, labels, splits, in a stable order) and, per image, an upright 8-bit
-RGB picture or a ``RefusedImage`` with the reason. ``hold_out`` makes a val split where the source has none. The user's
-files are only ever read.
+In: a folder or CSV. Out: an ``ImageList``: paths, labels, splits, in a stable order. The user's files are only ever read.
 """
 
 import bisect
-import contextlib
 import csv
 import dataclasses
-import functools
-import hashlib
-import io
 import os
-import stat
-import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
-from featcache.cache.cache import SPLITS
 from featcache.errors import SourceError, UsageError
-from featcache.images.integrity import load_whole
-from featcache.system.supervisor import DecoderCrashedError, decoding
+from featcache.images.refusal import Refusal, RefusedImage
+from featcache.spec import SPLITS
 
 _SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
 # fmt: off
@@ -38,28 +27,7 @@ _EXTENSIONS = frozenset((
     ".heic", ".heif", ".jxl", ".svg", ".eps", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
 ))
 # fmt: on
-# A list of its own, not "whatever Pillow opens": EPS, for one, would start another program. TGA, which has no signature,
-# comes last: some icons would pass for one.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")
-MAX_FILE_BYTES = 2**30
-MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
-
-
-class RefusedImage(Exception):  # noqa: N818 - a state of an image, not an error of the program
-    """One image cannot be embedded; ``str()`` is the reason, fit to be stored."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """An image that was not embedded: its path relative to the root, and why.
-
-    ``position`` is how many images are listed before it.
-    """
-
-    path: str
-    reason: str
-    position: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,39 +109,6 @@ def _image_list(root: Path, found: list[_Entry], names: set[str], refused: list[
         mtimes=np.array([entry.mtime for entry in found], np.int64),
         refused=tuple(refused),
     )
-
-
-def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageList:
-    """A copy in which a part of each class's training images is val, for a source without a val split.
-
-    Touched are labelled images of the split train, or of none if there are no splits at all: they become train or val.
-    The seed and an image's own path decide, not the order of the list, and one more image moves at most one other.
-
-    Args:
-        images: as listed.
-        share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
-        seed: another one holds out other images.
-
-    Raises:
-        UsageError: impossible share.
-    """
-    if not 0 < share < 1:
-        raise UsageError(f"the share to hold out must lie between 0 and 1, found {share}")
-    train, val = SPLITS.index("train"), SPLITS.index("val")
-    touched = (images.labels >= 0) & (images.splits == (train if images.splits.any() else 0))
-    splits = images.splits.copy()
-    splits[touched] = train
-    for label in np.unique(images.labels[touched]):
-        rows = np.flatnonzero(touched & (images.labels == label)).tolist()
-        wanted = min(max(round(share * len(rows)), 1), len(rows) - 1)
-        rows.sort(key=lambda row: _rank(images.paths[row], seed))
-        splits[rows[:wanted]] = val
-    return dataclasses.replace(images, splits=splits)
-
-
-def _rank(path: str, seed: int) -> bytes:
-    """A place in a random order that depends on nothing but the path and the seed."""
-    return hashlib.sha256(f"{seed} {path}".encode("utf-8", "surrogateescape")).digest()
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -368,131 +303,3 @@ def _resolved(entry: _Entry, real_root: str) -> _Entry:
     except OSError:
         return entry._replace(path=path)
     return entry._replace(path=path, size=status.st_size, mtime=status.st_mtime_ns)
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def read_image(path: Path) -> tuple[bytes, int, int]:
-    """Read one file whole.
-
-    Returns:
-        Its bytes, its size and its modification time (ns; -1 if it is so recent that a later change could carry the
-        same time stamp, which makes the next run read the file again instead of trusting the stamp).
-
-    Raises:
-        RefusedImage: it cannot be read, is no regular file, or changed meanwhile.
-    """
-    try:
-        # Not blocking: a pipe that took a file's place must not hang the run.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise RefusedImage("not a regular file")
-            if before.st_size > MAX_FILE_BYTES:
-                raise RefusedImage(f"too large: {before.st_size} bytes, at most {MAX_FILE_BYTES} are read")
-            data = file.read()
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        raise RefusedImage(f"cannot be read: {error.strerror}") from error
-    except (ValueError, MemoryError) as error:
-        raise RefusedImage(f"cannot be read: {error or 'not enough memory'}") from error
-    if len(data) != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
-        raise RefusedImage("changed while it was read")
-    settled = time.time_ns() - after.st_mtime_ns > 2_000_000_000  # FAT, the coarsest in use, counts in 2 s
-    return data, len(data), after.st_mtime_ns if settled else -1
-
-
-@contextlib.contextmanager
-def strict_decoding() -> Iterator[None]:
-    """Silence Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd metadata.
-
-    Nor may Pillow load truncated images, as notebooks like to allow it. Such settings are global, so this belongs around a
-    whole run, never around one image on one thread.
-    """
-    allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    with contextlib.ExitStack() as after, warnings.catch_warnings():
-        after.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", allowed)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        yield
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of ``_FORMATS`` that this build of Pillow reads."""
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def reduction(shorter_edge: int, at_least: int | None) -> int:
-    """1, 2, 4 or 8: the scale at which a JPEG may be decoded if ``at_least`` pixels of its shorter edge are wanted.
-
-    Twice as many are left, so that the filter which resizes the rest, not the decoder, decides what is seen.
-    """
-    return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
-
-
-def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
-    """Decode a file's bytes into an upright 8-bit RGB image.
-
-    Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
-    scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
-    Where pixels are missing or known to be damaged the image is refused; ``completeness`` says what goes unnoticed.
-
-    Args:
-        data: the file. at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
-
-    Raises:
-        RefusedImage: not an image, truncated, too large, or of a kind without a defined conversion.
-    """
-    if not data:
-        raise RefusedImage("empty file")
-    try:
-        with decoding(data, at_least=at_least), Image.open(io.BytesIO(data), formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
-            factor = reduction(min(image.size), at_least)
-            if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
-                image.draft(image.mode, (image.width // factor, image.height // factor))
-            load_whole(image, data)
-            upright = ImageOps.exif_transpose(image) if is_turned(image) else image
-            return _to_rgb(upright, image.format)
-    except RefusedImage:
-        raise
-    except DecoderCrashedError as error:
-        raise RefusedImage(str(error)) from error
-    except UnidentifiedImageError as error:
-        raise RefusedImage("not an image, or of an unsupported format") from error
-    except Image.DecompressionBombError as error:
-        raise RefusedImage(f"too large: more than {MAX_PIXELS} pixels") from error
-    except MemoryError as error:
-        raise RefusedImage("too large for the memory at hand") from error
-    except Exception as error:  # decoders raise nearly anything on damaged files; one image must not end a run
-        raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
-
-
-def is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF data of an opened image asks for another orientation; none that can be read asks for nothing."""
-    try:
-        return image.getexif().get(0x0112, 1) in range(2, 9)
-    except Exception:  # nearly anything; it says nothing about the pixels
-        return False
-
-
-def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.uint32)
-        if "transparency" in image.info:
-            values[values == image.info["transparency"]] = 65535
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise RefusedImage(f"32-bit pixels (mode {image.mode}) have no defined range; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layers).convert("RGB")
-    return image.convert("RGB")

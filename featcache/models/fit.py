@@ -12,8 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.embedder import weights_copy, weights_source
-from featcache.cache.cache import FeatureCache
+from featcache.cache.cache import FeatureCache, weights_copy, weights_source
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import KINDS, Array, FittedHead, Kind
 from featcache.heads.metrics import evaluate_probabilities
@@ -239,6 +238,7 @@ def _save(
 
 
 def _provided_weights(cache: FeatureCache, reload: str) -> dict[str, bytes]:
-    from featcache.backbones.load import load_provided, weights_bytes
+    from featcache.backbones.backbone import weights_bytes
+    from featcache.backbones.load import load_provided
 
     return {"backbone.safetensors": weights_bytes(load_provided(cache.spec["backbone"]["name"], reload))}

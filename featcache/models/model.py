@@ -17,14 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.cache.cache import FeatureCache, encode_names
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import encode_names
 from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
 from featcache.heads.head import FittedHead, Head
-from featcache.spec import check_spec, fingerprint_of, parse_json, spec_difference
+from featcache.spec import check_spec, fingerprint_of, spec_difference
 from featcache.system.files import check_output, publish_folder, read_published, recover_folder
+from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
-    from featcache.backbones.load import Backbone
+    from featcache.backbones.backbone import Backbone
 
 log = logging.getLogger("featcache")
 FORMAT = "featcache-model"

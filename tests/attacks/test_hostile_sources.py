@@ -13,7 +13,9 @@ from hostile import watched
 
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError
-from featcache.images.source import RefusedImage, list_images, read_image
+from featcache.images.read import read_image
+from featcache.images.refusal import RefusedImage
+from featcache.images.source import list_images
 from featcache.models.predict import _list_inputs
 
 Run = Callable[..., tuple[int, str, str]]

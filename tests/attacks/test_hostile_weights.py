@@ -16,7 +16,8 @@ import torch
 from hostile import Bomb, watched
 from test_mutated_files import make_tensors
 
-from featcache.backbones.load import _load_state, _read_weights, load_backbone
+from featcache.backbones.backbone import load_state, read_weights
+from featcache.backbones.load import load_backbone
 from featcache.errors import BackboneError, ModelError
 from featcache.finetuning import checkpoint
 from featcache.system.safe_load import DamagedFile, load_tensors
@@ -73,7 +74,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path, write: Callable[..., 
     path = tmp_path / f"w{suffix}"
     write(path, Bomb(tmp_path / "exploded"))
     with watched() as seen, pytest.raises(BackboneError, match="cannot be read as weights: expected tensors only") as e:
-        _read_weights(path, [])
+        read_weights(path, [])
     assert "\n" not in str(e.value)
     assert not (tmp_path / "exploded").exists()
     assert not [entry for entry in seen if entry.startswith(("subprocess", "os.system"))]
@@ -98,7 +99,7 @@ def test_code_among_downloaded_weights_is_not_run(tmp_path: Path, monkeypatch: p
         with pytest.raises(BackboneError, match=r"squeezenet1_1-b8a52dc0.pth is damaged: its sha256 begins with"):
             load_backbone("squeezenet1_1")
         monkeypatch.setattr(
-            "featcache.backbones.load._check_downloaded", lambda path: None
+            "featcache.backbones.from_torchvision._check_downloaded", lambda path: None
         )  # as if the hash were right
         with pytest.raises(BackboneError, match="could not be downloaded"):
             load_backbone("squeezenet1_1")
@@ -166,14 +167,14 @@ def test_tensors_of_other_kinds_are_refused(kind: str) -> None:
     model = torch.nn.Linear(3, 2)
     state = dict(model.state_dict()) | {"weight": change(model.weight.detach())}
     with pytest.raises(BackboneError, match=words):
-        _load_state(model, state, ignore=(), source="file w.pth")
+        load_state(model, state, ignore=(), source="file w.pth")
     assert torch.isfinite(model.weight).all()
 
 
 def test_half_precision_weights_are_welcome() -> None:
     model = torch.nn.Linear(3, 2)
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    _load_state(model, state, ignore=(), source="file w.pth")
+    load_state(model, state, ignore=(), source="file w.pth")
 
 
 @pytest.mark.parametrize("metadata", ["text", {"": "text"}, {"": {"version": "text"}}, {1: {}}, None])
@@ -181,15 +182,15 @@ def test_versions_that_make_no_sense_are_no_traceback(tmp_path: Path, metadata: 
     state = torch.nn.Linear(3, 2).state_dict()
     state._metadata = metadata  # type: ignore[attr-defined]
     torch.save(state, tmp_path / "w.pth")
-    read = _read_weights(tmp_path / "w.pth", [])
+    read = read_weights(tmp_path / "w.pth", [])
     assert sorted(read) == ["bias", "weight"]
-    _load_state(torch.nn.Linear(3, 2), read, ignore=(), source="file w.pth")
+    load_state(torch.nn.Linear(3, 2), read, ignore=(), source="file w.pth")
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/dev/stdin", "/proc/self/mem", "/etc"])
 def test_devices_are_no_weights(path: str) -> None:
     with pytest.raises(BackboneError, match="no such file|cannot be read as weights"):
-        _read_weights(Path(path), [])
+        read_weights(Path(path), [])
 
 
 def test_the_trap_works(tmp_path: Path) -> None:

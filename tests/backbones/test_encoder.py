@@ -9,13 +9,15 @@ from conftest import make_photos
 from torch import nn
 from torchvision.transforms import functional
 
+from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone
 from featcache.backbones.embed import embed, sample_pixels
 from featcache.backbones.encoder import Precision, build_encoder
-from featcache.backbones.load import OFFLINE_BACKBONE, Backbone, load_backbone
+from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import cosine
 from featcache.errors import UsageError
+from featcache.images.decode import decode
 from featcache.images.preprocess import channel_constants, normalise
-from featcache.images.source import ImageList, decode, list_images
+from featcache.images.source import ImageList, list_images
 from featcache.system.device import Runtime, choose_runtime
 
 CPU = torch.device("cpu")

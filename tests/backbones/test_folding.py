@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
-from featcache.backbones.folding import fold_batchnorm, fuse_convolutions
-from featcache.backbones.load import OFFLINE_BACKBONE, load_backbone
+from featcache.backbones.backbone import OFFLINE_BACKBONE
+from featcache.backbones.folding import fold_batchnorm
+from featcache.backbones.load import load_backbone
+from featcache.backbones.onednn import fuse_convolutions
 
 
 def with_statistics(module: nn.Module) -> nn.Module:

@@ -8,7 +8,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from featcache.backbones.load import OFFLINE_BACKBONE, hash_tensors, load_backbone, load_provided, save_weights
+from featcache.backbones.backbone import OFFLINE_BACKBONE, hash_tensors, save_weights
+from featcache.backbones.load import load_backbone, load_provided
 from featcache.errors import BackboneError
 
 FAMILIES = [

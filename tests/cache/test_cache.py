@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 from conftest import SPEC
 
-from featcache.cache import cache as cache_module
-from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.cache import format as cache_format
+from featcache.cache.cache import FeatureCache
+from featcache.cache.features import is_finite
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
 from featcache.errors import CacheError, SourceError, StorageError
 from featcache.spec import canonical_json, fingerprint_of
 
@@ -195,9 +199,9 @@ def test_features_are_verified_once_and_again_when_the_file_is_another(
 ) -> None:
     path, calls = tmp_path / "f.h5", []
     X = make_cache(path, 3000)
-    crc32 = cache_module.zlib.crc32
+    crc32 = zlib.crc32
     cache = FeatureCache.open(path)
-    monkeypatch.setattr(cache_module.zlib, "crc32", lambda *data: (calls.append(0), crc32(*data))[1])
+    monkeypatch.setattr(zlib, "crc32", lambda *data: (calls.append(0), crc32(*data))[1])
     for _ in range(3):
         cache.take(np.arange(5))
     assert len(calls) == 3  # blocks of 1,024 rows
@@ -222,7 +226,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_an_error(tmp_path: Path) -> Non
 def test_finite_is_what_numpy_calls_finite(dtype: str, value: float) -> None:
     X = np.random.default_rng(0).normal(size=(5, 7)).astype(dtype)
     X[3, 2] = value
-    np.testing.assert_array_equal(cache_module.is_finite(X), np.isfinite(X).all(axis=1))
+    np.testing.assert_array_equal(is_finite(X), np.isfinite(X).all(axis=1))
 
 
 def test_an_embedding_that_is_not_finite_is_named(tmp_path: Path) -> None:
@@ -312,10 +316,10 @@ def test_a_spec_this_version_cannot_honour_is_refused(tmp_path: Path, change: di
     make_cache(tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "r+") as file:  # a well-formed file, every checksum right
         text = canonical_json(SPEC | change)
-        columns = {name: file[name][()] for name, _, _ in cache_module._COLUMNS}
+        columns = {name: file[name][()] for name, _, _ in cache_format.COLUMNS}
         file.attrs["spec"] = text
         file.attrs["fingerprint"] = fingerprint_of(SPEC | change)
-        file.attrs["metadata_crc32"] = cache_module._metadata_checksum(columns, (text, file.attrs["provenance"]))
+        file.attrs["metadata_crc32"] = cache_format.metadata_checksum(columns, (text, file.attrs["provenance"]))
     with pytest.raises(CacheError, match="spec"):
         FeatureCache.open(tmp_path / "f.h5")
 
@@ -403,7 +407,7 @@ def test_storage_outside_the_file_is_never_followed(tmp_path: Path, kind: str) -
 
 
 def test_laying_out_a_huge_cache_takes_no_memory() -> None:
-    from featcache.cache.cache import _columns, _layout
+    from featcache.cache.write import _columns, _layout
 
     columns = _columns(make_rows(10), ("a",), ())
     for n in (10, 10**5, 10**8):

@@ -31,10 +31,13 @@ from featcache.errors import (
 from featcache.extraction import parts
 from featcache.extraction.extract import ExtractReport, extract, weights_copy
 from featcache.extraction.request import ExtractRequest, customise
+from featcache.images.decode import decode
 from featcache.images.preprocess import channel_constants, normalise, to_pixels
-from featcache.images.source import decode, hold_out, list_images
+from featcache.images.source import list_images
+from featcache.images.splits import hold_out
 from featcache.models.fit import fit_head
 from featcache.models.predict import predict
+from featcache.system.workdir import parts_folder
 
 WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
 
@@ -384,7 +387,7 @@ def test_parts_of_another_spec_are_not_mixed_in(photos: Path, tmp_path: Path) ->
 
 
 def test_a_second_writer_is_turned_away(photos: Path, tmp_path: Path) -> None:
-    folder = parts.parts_folder(tmp_path / "f.h5")
+    folder = parts_folder(tmp_path / "f.h5")
     folder.mkdir()
     with filelock.FileLock(folder / "lock"), pytest.raises(StorageError, match=r"another featcache is writing .*f\.h5"):
         extract(photos, tmp_path / "f.h5", TINY)

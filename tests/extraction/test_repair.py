@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from conftest import TINY, make_photos, write_photo
 
-from featcache.backbones.embedder import weights_copy
-from featcache.backbones.load import load_backbone, save_weights
-from featcache.cache import cache as cache_module
-from featcache.cache.cache import FeatureCache
+from featcache.backbones.backbone import save_weights
+from featcache.backbones.load import load_backbone
+from featcache.cache import format as cache_format
+from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.write import write_cache
 from featcache.errors import (
     BackboneError,
     CacheError,
@@ -34,8 +35,9 @@ from featcache.extraction import parts
 from featcache.extraction import repair as repairing
 from featcache.extraction.extract import extract
 from featcache.extraction.repair import RepairReport, repair
+from featcache.system.workdir import parts_folder
 
-COLUMNS = tuple(name for name, _, _ in cache_module._COLUMNS)
+COLUMNS = tuple(name for name, _, _ in cache_format.COLUMNS)
 BLOCK = 8  # rows per checksum in these tests
 
 
@@ -78,7 +80,7 @@ class Work:
 
     def embed_all(self) -> None:
         """Leave behind what an interrupted repair would that had embedded everything."""
-        folder = parts.parts_folder(self.cache)
+        folder = parts_folder(self.cache)
         folder.mkdir(exist_ok=True)
         (folder / "0.h5").write_bytes(self.good)
 
@@ -86,7 +88,7 @@ class Work:
         return repair(self.cache, self.photos)
 
     def is_as_before(self) -> bool:
-        return self.cache.read_bytes() == self.good and not parts.parts_folder(self.cache).exists()
+        return self.cache.read_bytes() == self.good and not parts_folder(self.cache).exists()
 
     def refuses(self, error: type[FeatcacheError], words: str) -> str:
         """``repair`` raises, and has changed nothing."""
@@ -94,7 +96,7 @@ class Work:
         with pytest.raises(error, match=words) as raised:
             self.mend()
         assert self.cache.read_bytes() == damaged
-        assert not parts.parts_folder(self.cache).exists()
+        assert not parts_folder(self.cache).exists()
         return str(raised.value)
 
 
@@ -103,7 +105,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """37 embedded images, of which two have one content, and two that are refused; blocks of 8 rows."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_module, "_ROWS_PER_CHECKSUM", BLOCK)
+        patch.setattr("featcache.cache.write._ROWS_PER_CHECKSUM", BLOCK)
         patch.setenv("FEATCACHE_FUSE", "0")  # a backbone is loaded sooner
         photos = make_photos(folder / "photos", splits=("train", "val"))
         shutil.copy(photos / "train" / "red" / "01.jpg", photos / "val" / "blue" / "twin.jpg")
@@ -437,12 +439,12 @@ def test_killed_and_called_again_goes_on_with_images_that_were_moved(work: Work,
 def test_finished_parts_are_taken_over_and_others_kept(work: Work, no_model: None) -> None:
     """Of this spec by content; what an interrupted ``extract`` had embedded stays for it."""
     work.embed_all()
-    folder = parts.parts_folder(work.cache)
+    folder = parts_folder(work.cache)
     more = work.cache.with_name("more.h5")
     old = FeatureCache.open(work.cache)
-    rows = cache_module.Rows(**{name: value[:3].copy() for name, value in vars(old.rows).items()})
+    rows = cache_format.Rows(**{name: value[:3].copy() for name, value in vars(old.rows).items()})
     rows.digests[0] ^= 1
-    cache_module.write_cache(more, rows, [old.X[:3]], dim=old.dim, spec=old.spec, classes=old.classes)
+    write_cache(more, rows, [old.X[:3]], dim=old.dim, spec=old.spec, classes=old.classes)
     more.rename(folder / "1.h5")
     for row in range(37):
         work.flip_row(row)
@@ -479,7 +481,7 @@ def test_rot_that_goes_on_during_repair_is_noticed(work: Work, monkeypatch: pyte
 
 def test_a_second_writer_is_turned_away(work: Work) -> None:
     work.flip("labels", 0)
-    folder = parts.parts_folder(work.cache)
+    folder = parts_folder(work.cache)
     folder.mkdir()
     with filelock.FileLock(folder / "lock"), pytest.raises(StorageError, match="another featcache is writing"):
         work.mend()

@@ -13,15 +13,17 @@ from conftest import TINY, TINY_FLAGS
 from safetensors.torch import load_file, save_file
 from test_extract import by_path, counts
 
-from featcache.backbones.load import hash_tensors, load_backbone
+from featcache.backbones.backbone import hash_tensors
+from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
 from featcache.errors import BackboneError, ModelError, SpecMismatchError, UsageError
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest
 from featcache.heads.head import FittedHead
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model, save_model
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 
 
 @pytest.fixture

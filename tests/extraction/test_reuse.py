@@ -11,7 +11,9 @@ from conftest import TINY, TINY_FLAGS, make_photos, write_photo
 from test_extract import by_path, counts
 
 from featcache.backbones.load import load_backbone
-from featcache.cache.cache import FeatureCache, Rows, write_cache
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Rows
+from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from featcache.backbones.backbone import Backbone, save_weights
 from featcache.backbones.encoder import Encoder
-from featcache.backbones.load import Backbone, load_backbone, save_weights
+from featcache.backbones.load import load_backbone
 from featcache.errors import ModelError
 from featcache.finetuning.network import (
     assemble,

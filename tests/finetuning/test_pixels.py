@@ -18,8 +18,11 @@ from featcache.finetuning.pixels import (
     open_pixels,
     training_input,
 )
-from featcache.images.preprocess import PreprocessSpec, to_pixels
-from featcache.images.source import decode, list_images, read_image
+from featcache.images.decode import decode
+from featcache.images.preprocess import to_pixels
+from featcache.images.read import read_image
+from featcache.images.source import list_images
+from featcache.spec import PreprocessSpec
 
 PLAIN = PreprocessSpec(resize=40, crop=(32, 32), interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

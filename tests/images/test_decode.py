@@ -9,9 +9,10 @@ from conftest import write_photo
 from PIL import Image
 
 from featcache.images import decode as decoders
-from featcache.images.decode import decode_pixels, decoder_in_words
-from featcache.images.preprocess import PreprocessSpec, to_pixels
-from featcache.images.source import RefusedImage, decode
+from featcache.images.decode import decode, decode_pixels, decoder_in_words
+from featcache.images.preprocess import to_pixels
+from featcache.images.refusal import RefusedImage
+from featcache.spec import PreprocessSpec
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,8 @@ from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
 from featcache.errors import UsageError
-from featcache.images.preprocess import PreprocessSpec, channel_constants, normalise, to_pixels
+from featcache.images.preprocess import channel_constants, normalise, to_pixels
+from featcache.spec import PreprocessSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")

@@ -15,16 +15,11 @@ from conftest import make_photos, write_photo
 from PIL import Image, ImageFile
 
 from featcache.errors import SourceError, UsageError
-from featcache.images.source import (
-    MAX_PIXELS,
-    ImageList,
-    RefusedImage,
-    decode,
-    hold_out,
-    list_images,
-    read_image,
-    strict_decoding,
-)
+from featcache.images.decode import MAX_PIXELS, decode, strict_decoding
+from featcache.images.read import read_image
+from featcache.images.refusal import RefusedImage
+from featcache.images.source import ImageList, list_images
+from featcache.images.splits import hold_out
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file kinds")
 

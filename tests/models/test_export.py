@@ -21,15 +21,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import featcache
-from featcache.backbones.load import Backbone, load_backbone, save_weights
+from featcache.backbones.backbone import Backbone, save_weights
+from featcache.backbones.load import load_backbone
 from featcache.errors import ExportError, MissingDependencyError, ModelError, StorageError, UsageError
 from featcache.heads.head import SCALINGS, FittedHead, Head, softmax
-from featcache.images.preprocess import PreprocessSpec, to_pixels
+from featcache.images.preprocess import to_pixels
+from featcache.models import as_onnx, as_safetensors, export_candidate
 from featcache.models import export as exporting
-from featcache.models.export import HEAD_PREFIX, export_model
+from featcache.models.export import export_model
+from featcache.models.export_candidate import HEAD_PREFIX
 from featcache.models.model import load_model, save_model
 from featcache.models.predict import predict
-from featcache.spec import make_spec
+from featcache.spec import PreprocessSpec, make_spec
 
 CLASSES = ("bird", "cat", "dög")
 MEAN, STD = (0.4, 0.45, 0.5), (0.2, 0.25, 0.3)
@@ -177,7 +180,7 @@ def test_every_scaling_is_in_the_network(scaling: Any) -> None:
     )
     pixels = torch.from_numpy(rng.uniform(0, 1, (4, 3, 8, 8)).astype(np.float32))
     with torch.inference_mode():
-        probabilities, logits = exporting._Network(backbone, head)(pixels)
+        probabilities, logits = export_candidate.Network(backbone, head)(pixels)
         embeddings = module((pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)).numpy()
     np.testing.assert_allclose(logits, head.logits(embeddings.astype(float)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(probabilities, head.probabilities(embeddings.astype(float)), atol=1e-5)
@@ -226,7 +229,7 @@ def test_onnx_without_its_packages(
 def test_weights_too_large_for_onnx(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "_ONNX_LIMIT", 10_000)
+    monkeypatch.setattr(as_onnx, "_ONNX_LIMIT", 10_000)
     with pytest.raises(ExportError, match="export to .safetensors"):
         export_model(models("squeezenet1_1", "standardise"), tmp_path / "model.onnx")
 
@@ -241,7 +244,7 @@ def test_what_cannot_be_converted_is_one_error(
     if failure == "convert":
         monkeypatch.setattr(torch.onnx, "export", fail)
     else:
-        monkeypatch.setattr(exporting, "_convert", lambda *_: b"not a graph")
+        monkeypatch.setattr(as_onnx, "_convert", lambda *_: b"not a graph")
     with pytest.raises(ExportError, match=r"^[^\n]*export to .safetensors$"):
         export_model(models("squeezenet1_1", "standardise"), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
@@ -314,9 +317,9 @@ def test_architectures_with_ways_of_their_own(models: Callable[..., Path], tmp_p
 def test_a_final_layer_without_bias_cannot_hold_the_head(models: Callable[..., Path]) -> None:
     model = load_model(models("mobilenet_v2", "standardise"))
     backbone, network = model.load_backbone(), torchvision.models.mobilenet_v2(num_classes=3)
-    assert exporting._fits_original(network, backbone, model.head)
+    assert as_safetensors._fits_original(network, backbone, model.head)
     network.classifier[1] = torch.nn.Linear(backbone.dim, 3, bias=False)  # as MaxViT's is
-    assert not exporting._fits_original(network, backbone, model.head)
+    assert not as_safetensors._fits_original(network, backbone, model.head)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -326,14 +329,14 @@ def test_a_final_layer_without_bias_cannot_hold_the_head(models: Callable[..., P
 def test_a_file_that_differs_is_not_written(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: float
 ) -> None:
-    right = exporting._linear_layers
+    right = export_candidate.linear_layers
 
     def wrong(head: Head) -> list[Any]:
         layers = right(head)
         layers[0].bias += damage
         return layers
 
-    monkeypatch.setattr(exporting, "_linear_layers", wrong)
+    monkeypatch.setattr(as_safetensors, "linear_layers", wrong)
     for name in ("mobilenet_v2", "squeezenet1_1"):
         with pytest.raises(ExportError, match="differs from"):
             export_model(models(name, "standardise"), tmp_path / "model.safetensors")
@@ -344,7 +347,7 @@ def test_a_graph_that_differs_is_not_written(
     models: Callable[..., Path], exported: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = exported("resnet18", "unit", 5).output.read_bytes()
-    monkeypatch.setattr(exporting, "_convert", lambda *_: other)
+    monkeypatch.setattr(as_onnx, "_convert", lambda *_: other)
     with pytest.raises(ExportError, match="differs from"):
         export_model(models("squeezenet1_1", "standardise"), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from conftest import SPEC
 
-from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
 from featcache.errors import FeatcacheError, ModelError, SourceError, SpecMismatchError, UsageError
 from featcache.heads.head import KINDS
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 from featcache.spec import fingerprint_of
 
 D = 12

@@ -11,9 +11,10 @@ from conftest import TINY, make_photos, write_photo
 from featcache.cache.cache import FeatureCache
 from featcache.errors import ModelError, SourceError, UsageError
 from featcache.extraction.extract import extract
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 from featcache.reports.predictions_table import prediction_rows, write_rows
 
 

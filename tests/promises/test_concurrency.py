@@ -25,7 +25,9 @@ from faults import Program
 from gates import Gate
 from test_same_result import assert_same
 
-from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
 from featcache.errors import CacheError, FeatcacheError, ModelError
 from featcache.heads.head import FittedHead, Head
 from featcache.models.model import load_model, save_model
@@ -63,7 +65,7 @@ def test_a_second_writer_is_refused_and_the_first_unharmed(
     gate, command = Gate.make(tmp_path / "gate"), ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
     first = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, "extraction.extract._pack"))
     gate.wait()
-    second = warm.run(*command, settings={"extraction.parts.PATIENCE": 0.3})
+    second = warm.run(*command, settings={"system.workdir.PATIENCE": 0.3})
     gate.open()
     assert (second.code, second.out) == (1, "")
     assert second.err == f"error: {REFUSAL} {tmp_path / 'f.h5'}; wait for it, or choose another -o\n"
@@ -82,8 +84,8 @@ def test_a_second_writer_takes_over_from_one_that_ends(
     command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     one = pool.submit(warm.run, *command, before=functools.partial(_stop_and_say_who, first, str(tmp_path / "pid")))
     first.wait()
-    hook = functools.partial(second.stop_before, "extraction.parts.sync_folder")  # the last step before the lock
-    other = pool.submit(warm.run, *command, before=hook, settings={"extraction.parts.PATIENCE": 60})
+    hook = functools.partial(second.stop_before, "system.workdir.sync_folder")  # the last step before the lock
+    other = pool.submit(warm.run, *command, before=hook, settings={"system.workdir.PATIENCE": 60})
     second.wait()
     second.open()
     if killed:
@@ -110,7 +112,7 @@ def writers_in_a_race(photos: Path, folder: Path, warm: Program, *, rounds: int)
         with ThreadPoolExecutor(3) as threads:
             patience = (0.0, 0.05, 60.0)
             running = [
-                threads.submit(warm.run, *command, settings={"extraction.parts.PATIENCE": value}) for value in patience
+                threads.submit(warm.run, *command, settings={"system.workdir.PATIENCE": value}) for value in patience
             ]
         ended = [entry.result() for entry in running]
         for outcome in ended:
@@ -276,7 +278,7 @@ def replace_at(monkeypatch: pytest.MonkeyPatch, moment: str, replace: Callable[[
 @pytest.mark.parametrize("versions", [(1, 2), (2, 1)])
 @pytest.mark.parametrize(
     "moment",
-    ["cache.cache.identity_of", "cache.cache._read", "cache.cache._metadata_checksum", "cache.cache.FeatureReader"],
+    ["cache.cache.identity_of", "cache.cache._read", "cache.cache.metadata_checksum", "cache.cache.FeatureReader"],
 )
 def test_a_cache_replaced_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, versions: tuple[int, int]

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from conftest import SPEC
 
-from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
 from featcache.errors import CacheError
 
 # rows, values per row, length of paths, refused images, type

@@ -21,7 +21,7 @@ import test_mutated_caches as caches
 import torch
 from conftest import SPEC
 
-from featcache.backbones.load import _read_weights, hash_tensors
+from featcache.backbones.backbone import hash_tensors, read_weights
 from featcache.errors import FeatcacheError, NewerCacheError
 from featcache.extraction.parts import open_parts
 from featcache.finetuning import checkpoint
@@ -98,7 +98,7 @@ def contents(path: Path, kind: str) -> Any:
         output = path.parent.with_name(path.parent.name.removesuffix(".parts"))
         state = checkpoint.open_work(output, {"lr": 0.1}) or {"network": {}}
         return [hash_tensors(state.pop("network")), state]
-    return hash_tensors(_read_weights(path, []))
+    return hash_tensors(read_weights(path, []))
 
 
 @functools.cache
@@ -195,7 +195,8 @@ def test_every_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [shutil.copy, shutil.move])
 def test_backbone_weights_of_a_model_are_those_it_was_trained_on(tmp_path: Path, keep: Callable[..., Any]) -> None:
     """One bit in ``backbone.safetensors``, which has no checksum: the hash in the model's spec finds it."""
-    from featcache.backbones.load import load_backbone, save_weights
+    from featcache.backbones.backbone import save_weights
+    from featcache.backbones.load import load_backbone
 
     backbone = load_backbone("squeezenet1_1", "none")
     spec = SPEC | {"backbone": SPEC["backbone"] | {"weights_sha256": backbone.weights_sha256}}

@@ -26,7 +26,9 @@ from conftest import SPEC, TINY, TINY_FLAGS, make_photos
 from faults import Program
 from test_same_result import assert_same
 
-from featcache.cache.cache import FeatureCache, Rows, encode_names, write_cache
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
 from featcache.images.source import ImageList
 from featcache.models.fit import fit_head

@@ -11,11 +11,12 @@ from conftest import SPEC, make_photos
 
 from featcache.backbones import embed as embedding
 from featcache.errors import SourceError, UsageError
-from featcache.images.decode import read_pixels
-from featcache.images.preprocess import PreprocessSpec
-from featcache.images.source import decode, list_images
-from featcache.reports import info as inspection
-from featcache.reports.doctor import Rates, Setting, advice, generated_photos, measure
+from featcache.images.decode import decode, read_pixels
+from featcache.images.source import list_images
+from featcache.reports import machine as machine_module
+from featcache.reports.advice import Setting, advice
+from featcache.reports.throughput import Rates, generated_photos, measure
+from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime
 
 BATCH = 4
@@ -152,10 +153,10 @@ def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> Non
             raise importlib.metadata.PackageNotFoundError(name)
         return "1.2.3"
 
-    monkeypatch.setattr(inspection, "_cpu", fail)
+    monkeypatch.setattr(machine_module, "_cpu", fail)
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(inspection.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
-    facts = inspection.machine()
+    monkeypatch.setattr(machine_module.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    facts = machine_module.machine()
     assert not {"cpu", "memory_gb"} & set(facts)
     assert facts["cores"]["usable"] >= 1
     assert facts["not_installed"] == {name: f"pip install 'featcache[{extra}]'" for name, extra in EXTRAS.items()}

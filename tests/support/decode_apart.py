@@ -68,7 +68,8 @@ def _peak() -> int:
 
 def _decode(data: bytes) -> tuple[np.ndarray | None, str, bool]:
     from featcache.images import decode as decoders
-    from featcache.images.source import RefusedImage, decode
+    from featcache.images.decode import decode
+    from featcache.images.refusal import RefusedImage
 
     results: list[tuple[np.ndarray | None, str]] = []
     for way in (decoders.decode_pixels, lambda content: np.asarray(decode(content))):
@@ -83,7 +84,7 @@ def _decode(data: bytes) -> tuple[np.ndarray | None, str, bool]:
 
 def main() -> None:
     """Decode what stdin holds."""
-    from featcache.images.source import strict_decoding
+    from featcache.images.decode import strict_decoding
 
     # What runs inside is tests/test_image_corpus.py's own pickle, made a moment ago by the process that waits for us.
     files, seconds, megabytes = pickle.loads(sys.stdin.buffer.read())

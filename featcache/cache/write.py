@@ -1,0 +1,148 @@
+"""Write a cache file, complete or not at all. The one user of h5py.
+
+libhdf5 only ever lays out metadata in memory; feature bytes go through plain file I/O at the dataset's offset, because
+libhdf5 takes the process down when it meets a full disk.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.features import Features
+from featcache.cache.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    Rows,
+    bytes_of,
+    column_checksums,
+    encode_names,
+    metadata_checksum,
+    update_checksums,
+)
+from featcache.cache.sparse_file import SparseFile
+from featcache.spec import canonical_json
+from featcache.system.files import check_free_space, publish_file
+
+_ROWS_PER_CHECKSUM = 1024  # or more, if there would be too many:
+
+
+_MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
+
+
+_ALIGNMENT = 4096
+
+
+def write_cache(
+    path: Path,
+    rows: Rows,
+    blocks: Iterable[Features],
+    *,
+    dim: int,
+    spec: dict[str, Any],
+    classes: tuple[str, ...] = (),
+    refused: tuple[tuple[str, str], ...] = (),
+    provenance: dict[str, Any] | None = None,
+    staging: Path | None = None,
+) -> None:
+    """Publish a complete cache file under ``path``, atomically.
+
+    Args:
+        path: the file; replaced if it exists.
+        rows: N rows.
+        blocks: arrays (n, D) whose rows, one block after the other, are the N feature rows; cast to ``spec["storage"]``.
+        dim: D.
+        spec: everything that changes the numbers; ``spec["storage"]`` is float16 or float32.
+        classes: sorted class names.
+        refused: (path, reason) of each image without an embedding.
+        provenance: recorded, never compared.
+        staging: folder for the temporary file, on the same file system.
+
+    Raises:
+        StorageError: too little space, or the operating system refused a step; ``path`` is then unchanged.
+        ValueError: ``blocks`` do not add up to N rows of D values.
+    """
+    dtype = np.dtype(spec["storage"]).newbyteorder("<")
+    per_checksum = max(_ROWS_PER_CHECKSUM, -(-len(rows) // _MAX_CHECKSUMS))
+    texts = (canonical_json(spec), canonical_json(provenance or {}))
+    columns = _columns(rows, classes, refused)
+    layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
+
+    checksums = np.zeros(-(-len(rows) // per_checksum), np.uint32)
+    frame, region = layout(checksums)
+    check_free_space(path.parent, region.stop)
+    with publish_file(path, staging=staging, needed=max(frame.size, region.stop)) as file:
+        file.seek(region.start)
+        written = 0
+        for block in blocks:
+            if block.ndim != 2 or block.shape[1] != dim:
+                raise ValueError(f"block of shape {block.shape}, expected (n, {dim})")
+            data = np.ascontiguousarray(block, dtype)
+            update_checksums(checksums, data, written, per_checksum)
+            file.write(bytes_of(data))
+            written += len(data)
+        if written != len(rows):
+            raise ValueError(f"{written} feature rows for {len(rows)} images")
+        # The first layout told where the features go; this one, alike, carries the checksums of what was written.
+        frame, _ = layout(checksums)
+        for offset, segment in frame.segments(region):
+            file.seek(offset)
+            file.write(segment)
+        file.truncate(frame.size)
+
+
+def _columns(rows: Rows, classes: tuple[str, ...], refused: tuple[tuple[str, str], ...]) -> dict[str, npt.NDArray[Any]]:
+    """The datasets other than ``features``, in the order in which they are laid out and checksummed."""
+    return {
+        "paths": rows.paths,
+        "labels": rows.labels.astype("<i4"),
+        "classes": encode_names(classes),
+        "splits": rows.splits.astype("u1"),
+        "digests": rows.digests.astype("u1"),
+        "sizes": rows.sizes.astype("<i8"),
+        "mtimes": rows.mtimes.astype("<i8"),
+        "refused/paths": encode_names(path for path, _ in refused),
+        "refused/reasons": encode_names(reason for _, reason in refused),
+    }
+
+
+def _layout(
+    columns: dict[str, npt.NDArray[Any]],
+    texts: tuple[str, str],
+    shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    per_checksum: int,
+    checksums: npt.NDArray[np.uint32],
+) -> tuple[SparseFile, range]:
+    """Lay out the whole file in memory, except for the feature bytes; also return the byte range where they go."""
+    frame = SparseFile()
+    with h5py.File(
+        frame, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
+    ) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["spec"], file.attrs["provenance"] = texts
+        file.attrs["fingerprint"] = hashlib.sha256(texts[0].encode()).hexdigest()
+        file.attrs["rows_per_checksum"] = per_checksum
+        file.attrs["features_crc32"] = checksums
+        file.attrs["metadata_crc32"] = np.uint32(metadata_checksum(columns, texts))
+        file.attrs["column_crc32"] = column_checksums(columns, texts[1])
+        for name, values in columns.items():
+            kind = h5py.string_dtype("utf-8", values.dtype.itemsize) if values.dtype.kind == "S" else values.dtype
+            file.create_dataset(name, data=values.astype(kind))
+        # Space for the features is reserved and left for plain I/O to fill.
+        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        creation.set_layout(h5py.h5d.CONTIGUOUS)
+        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        creation.set_obj_track_times(False)  # the same content gives the same bytes, whenever it is written
+        space = h5py.h5s.create_simple(shape)
+        dataset = h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype), space, creation)
+        start = dataset.get_offset() or 0  # HDF5 gives no offset to an empty dataset
+        del dataset
+    return frame, range(start, start + shape[0] * shape[1] * dtype.itemsize)

@@ -1,0 +1,150 @@
+"""The content of an exported file before there is a file, and what every format shares.
+
+In: a model and its backbone. Out: ``Candidate``: bytes, how to use them, and what they compute on a few made-up pictures.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from featcache import __version__
+from featcache.backbones.backbone import Backbone
+from featcache.heads.head import Head
+from featcache.images.preprocess import channel_constants
+from featcache.models.model import Model
+from featcache.spec import PreprocessSpec
+
+HEAD_PREFIX = "featcache_head"  # not "head", which some architectures call layers of their own
+
+
+NO_LENGTH = 1e-30
+
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A file's content before it is one. ``logits``, ``probabilities``: what it makes of ``sample_pixels``."""
+
+    data: bytes
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    usage: str
+    embeddings: Array  # (n, D), of the untouched backbone
+    logits: Array
+    probabilities: Array
+
+
+class Network(nn.Module):
+    """Pixels (N, 3, H, W) in 0..1 -> probabilities, logits (N, C)."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, backbone: Backbone, head: Head) -> None:
+        super().__init__()
+        mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.backbone = backbone.module
+        self.unit = head.scaling == "unit"
+        self.layers = nn.Sequential(*linear_layers(head))
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(probabilities, logits)."""
+        embeddings = self.backbone((pixels - self.mean) / self.std)
+        logits = self.layers(unit_length(embeddings) if self.unit else embeddings)
+        return logits.softmax(dim=1), logits
+
+
+def unit_length(x: torch.Tensor) -> torch.Tensor:
+    """As ``heads.scale_features``: a row of zeros stays one, any other length that float32 can square is divided by."""
+    return nn.functional.normalize(x, dim=1, eps=NO_LENGTH)
+
+
+def linear_layers(head: Head) -> list[nn.Module]:
+    """The head's layers, with the standardising folded into the first; computed in double precision."""
+    arrays = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in head.layers]
+    if head.scaling == "standardise":  # W ((x - m) / s) + b = (W / s) x + (b - (W / s) m)
+        weight = arrays[0][0] / head.scale
+        arrays[0] = weight, arrays[0][1] - weight @ head.mean
+    modules: list[nn.Module] = []
+    for weight, bias in arrays:
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+        modules += [nn.ReLU()] * bool(modules) + [layer.requires_grad_(False)]
+    return modules
+
+
+def sample_pixels(spec: PreprocessSpec) -> torch.Tensor:
+    """Four made-up pictures, float32 (4, 3, H, W) in 0..1: blurred patches with noise, as photographs are, seeded."""
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand((4, 3, 5, 5), generator=generator)
+    smooth = nn.functional.interpolate(patches, size=spec.crop, mode="bilinear")
+    noise = torch.randn(smooth.shape, generator=generator)
+    return (smooth + 0.05 * noise).clamp(0, 1)
+
+
+def embed_sample(backbone: Backbone, pixels: torch.Tensor) -> Array:
+    """(n, 3, H, W) in 0..1 -> (n, D) embeddings of the untouched backbone."""
+    mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
+    with torch.inference_mode():
+        return np.asarray(backbone.module((pixels - mean) / std).numpy())
+
+
+def describe_preprocess(spec: PreprocessSpec, *, normalised_inside: bool) -> dict[str, Any]:
+    """A preprocessing in words that need no featcache, as JSON values, in the order of the steps."""
+    height, width = spec.crop
+    resize = (
+        {"shorter_edge": spec.resize, "aspect_ratio": "kept"}
+        if isinstance(spec.resize, int)
+        else {"height": spec.resize[0], "width": spec.resize[1], "aspect_ratio": "not kept"}
+    )
+    return {
+        "decode": f"{spec.decode}; 8 bit per channel; orientation: {spec.orientation}; alpha: {spec.alpha}; deep: {spec.deep}; "
+        f"frame: {spec.frame}; colour profile: {spec.profile}",
+        "channel_order": "RGB",
+        "resize": resize,
+        "interpolation": spec.interpolation,
+        "antialias": spec.antialias,
+        "crop": {"height": height, "width": width, "position": "centre"},
+        "range": [0.0, 1.0],
+        "scale": "divide by 255",
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "normalisation": "inside the network, do not repeat it"
+        if normalised_inside
+        else "subtract mean, divide by std",
+        "layout": "NCHW",
+    }
+
+
+def metadata(model: Model, backbone: Backbone, *, normalised_inside: bool) -> dict[str, str]:
+    """Classes, preprocessing and origin, as both formats carry them."""
+    preprocess = describe_preprocess(backbone.preprocess, normalised_inside=normalised_inside)
+    return {
+        "featcache_version": __version__,
+        "fingerprint": model.fingerprint,
+        "head_sha256": model.manifest["head"]["sha256"],
+        "backbone": backbone.name,
+        "weights": _encodable(backbone.weights),
+        "weights_sha256": backbone.weights_sha256,
+        "classes": json.dumps(model.classes),
+        "preprocess": json.dumps(preprocess),
+    }
+
+
+def _encodable(text: str) -> str:
+    """File names may hold bytes that are not UTF-8; both formats insist on it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def output_shape(model: Model) -> str:
+    """Of logits and probabilities, in words."""
+    return f"float32 (N, {len(model.classes)})"

@@ -1,0 +1,62 @@
+"""The folder beside an output where unfinished work lies, and the right to write into it.
+
+In: the output, ``features.h5`` or ``model-ft/``. Out: ``features.h5.parts/`` or ``model-ft.parts/``, held by one process at a time."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from featcache.errors import StorageError
+from featcache.system.files import sweep, sync_folder
+
+PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
+
+
+def parts_folder(cache: Path) -> Path:
+    """Where the parts of ``cache`` lie."""
+    return cache.with_name(cache.name + ".parts")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the right to write into ``folder`` (made if missing), so that two runs never write one cache.
+
+    The operating system frees the lock of a process that died. An empty folder is removed at the end.
+
+    Raises:
+        StorageError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        lock = _acquire(folder)
+        sweep(folder)
+    except filelock.Timeout as error:
+        raise StorageError(
+            f"another featcache is writing {folder.with_suffix('')}; wait for it, or choose another -o"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot write in {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            # Before releasing: whoever waits then holds a lock on a file that is gone, which filelock notices.
+            (folder / "lock").unlink(missing_ok=True)
+            folder.rmdir()  # fails, as it should, while parts remain
+        lock.release()
+
+
+def _acquire(folder: Path) -> filelock.BaseFileLock:
+    """The lock in ``folder``, which is made if missing. Raises OSError, filelock.Timeout."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)  # parts are as durable as the folder they lie in
+        lock = filelock.FileLock(folder / "lock", timeout=max(0.0, deadline - time.monotonic()))
+        try:
+            lock.acquire()
+            return lock
+        except FileNotFoundError:  # whoever had it is done, and has removed the folder
+            continue

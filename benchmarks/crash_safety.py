@@ -33,12 +33,12 @@ def in_threads(images: Any, encoder: Any, runtime: Any) -> np.ndarray:
 
 def _decode_into(name: str, shape: tuple[int, ...], slot: int, paths: list[Path], preprocess: Any) -> None:
     from featcache.images.decode import read_pixels
-    from featcache.images.read import read_image
+    from featcache.images.read import read_file
 
     memory = SharedMemory(name)
     pixels = np.ndarray(shape, np.uint8, memory.buf)
     for row, path in enumerate(paths):
-        pixels[slot, row] = read_pixels(read_image(path)[0], preprocess)
+        pixels[slot, row] = read_pixels(read_file(path)[0], preprocess)
     del pixels
     memory.close()
 

@@ -38,8 +38,9 @@ def blocks(rows: int, dim: int, labels: np.ndarray, classes: int, distance: floa
 def write(path: Path, rows: int, dim: int, classes: int, distance: float) -> None:
     """The cache: every tenth row is test, the others are train."""
     from featcache.cache.format import Rows, encode_names
+    from featcache.cache.provenance import Provenance
     from featcache.cache.write import write_cache
-    from featcache.spec import PreprocessSpec, make_spec
+    from featcache.spec import PreprocessSpec, Spec
 
     labels = np.sort(np.arange(rows) % classes).astype(np.int32)
     names = tuple(f"class-{number:04d}" for number in range(classes))
@@ -52,15 +53,15 @@ def write(path: Path, rows: int, dim: int, classes: int, distance: float) -> Non
         mtimes=np.zeros(rows, np.int64),
     )
     preprocess = PreprocessSpec(resize=256, crop=(224, 224), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
-    spec = make_spec(
-        name="synthetic",
+    spec = Spec(
+        backbone="synthetic",
         weights_sha256="0" * 64,
         layer="none",
         preprocess=preprocess,
         precision="reference",
         storage="float16",
     )
-    provenance = {"weights": {"source": "none", "reload": "none"}}
+    provenance = Provenance(source="none", reload="none")
     data = blocks(rows, dim, labels, classes, distance)
     write_cache(path, columns, data, dim=dim, spec=spec, classes=names, provenance=provenance)
 

@@ -110,7 +110,7 @@ def compare(folder: Path, arguments: argparse.Namespace, work: Path) -> list[dic
             plain_accuracy = accuracy(plain, work / f"{folder.name}-plain")
         same = agreement(reference, opened.X)
         found = accuracy(cache, work / f"{folder.name}-{number}")
-        row = {"data": folder.name, "path": name, "class": opened.spec["precision"], "images": len(opened)}
+        row = {"data": folder.name, "path": name, "class": opened.spec.precision, "images": len(opened)}
         row |= {**same.to_json(), "plain_accuracy": plain_accuracy, "accuracy": found}
         row["passes"] = same.passes and abs(found - plain_accuracy) <= 0.001
         rows.append(row | {"seconds": time.perf_counter() - started})

@@ -85,7 +85,6 @@ def main() -> None:  # noqa: D103 - the module says it
     arguments = parser.parse_args()
 
     from featcache import ExtractRequest, extract
-    from featcache.extraction import match as recognition
     from featcache.images import decode, read
 
     request = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=32, crop=32)
@@ -113,11 +112,9 @@ def main() -> None:  # noqa: D103 - the module says it
 
         forbidden = AssertionError("an unchanged image was read")
         with (
-            mock.patch.object(recognition, "read_image", side_effect=forbidden),
-            mock.patch.object(read, "read_image", side_effect=forbidden),
-            mock.patch.object(decode, "read_image", side_effect=forbidden),
+            mock.patch.object(read, "read_file", side_effect=forbidden),
             mock.patch.object(decode, "decode", side_effect=forbidden),
-            mock.patch.object(recognition.hashlib, "sha256", wraps=recognition.hashlib.sha256) as hashing,
+            mock.patch.object(read.hashlib, "sha256", wraps=read.hashlib.sha256) as hashing,
         ):
             opened = opened_files(again)
         hashed = hashing.call_count

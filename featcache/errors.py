@@ -1,9 +1,11 @@
 """Every error featcache raises on purpose. The command line turns each into one line and an exit code.
 
-A message says what was found, what was expected and what to do.
+A message says what was found, what was expected and what to do. An image that is refused is no error: the run goes on, and the
+reason is kept.
 """
 
 import os
+from typing import NamedTuple
 
 
 class FeatcacheError(Exception):
@@ -70,7 +72,21 @@ class MissingDependencyError(FeatcacheError):
     """An optional package is needed; the message holds the pip line that adds it."""
 
 
-def advice(cache: str | os.PathLike[str]) -> str:
+class RefusedImage(Exception):  # noqa: N818 - a state of an image, not an error of the program
+    """One image cannot be embedded; ``str()`` is the reason, fit to be stored and shown."""
+
+
+class Refusal(NamedTuple):
+    """An image that was not embedded: its path relative to the root of its source, and why.
+
+    Where images are numbered, as during a run, refusals are a dictionary: number -> reason.
+    """
+
+    path: str
+    reason: str
+
+
+def repair_advice(cache: str | os.PathLike[str]) -> str:
     """What to do about a damaged cache that can be repaired."""
     name = os.fspath(cache)
     return f"`featcache verify {name} --repair SOURCE` mends it, `featcache extract SOURCE -o {name} --force` makes it anew"

@@ -17,6 +17,7 @@ PRECISION_CLASSES = ("reference", "bf16", "fp16")
 SPLITS = ("none", "train", "val", "test")  # position = the number stored
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 DECODING = ("full scale", "reduced scale")
+_POOLING = "the network's own"
 _MAX_EDGE = 2048
 
 
@@ -105,57 +106,87 @@ class PreprocessSpec:
         return int(self.resize * height / width), self.resize
 
 
-def make_spec(
-    *, name: str, weights_sha256: str, layer: str, preprocess: PreprocessSpec, precision: str, storage: str
-) -> dict[str, Any]:
-    """Build a spec.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """All that changes the numbers of an embedding.
 
-    Args:
-        name: of the backbone. weights_sha256: over its tensors. layer: whose input the embeddings are.
+    Attributes:
+        backbone: its name. weights_sha256: over its tensors. layer: whose input the embeddings are, in the network's own words.
         preprocess: from a file's bytes to the backbone's input.
         precision: ``reference`` if the features pass for the float32 network's own, else the precision's name.
         storage: ``float16`` or ``float32``.
-    """
-    return {
-        "backbone": {
-            "name": name,
-            "weights_sha256": weights_sha256,
-            "layer": f"input of {layer}",
-            "pooling": "the network's own",
-        },
-        "preprocess": preprocess.to_json(),
-        "precision": precision,
-        "storage": storage,
-        "views": 1,
-    }
-
-
-def check_spec(spec: Any) -> dict[str, Any]:
-    """Return ``spec`` if it is one that this version can honour to the letter.
+        pooling, views: one value each today; stored so that a later change can never pass unnoticed.
 
     Raises:
-        UsageError: a field is missing, of the wrong type, or asks for something this version does not do.
+        UsageError: a value that this version does not know.
     """
-    if not isinstance(spec, dict) or not isinstance(backbone := spec.get("backbone"), dict):
-        raise UsageError("the spec is not a JSON object with a backbone")
-    try:
-        rebuilt = make_spec(
-            name=str(backbone["name"]),
-            weights_sha256=str(backbone["weights_sha256"]),
-            layer=str(backbone["layer"]).removeprefix("input of "),
-            preprocess=PreprocessSpec.from_json(spec["preprocess"]),
-            precision=str(spec["precision"]),
-            storage=str(spec["storage"]),
-        )
-    except KeyError as error:
-        raise UsageError(f"the spec lacks {error}") from error
-    if not re.fullmatch("[0-9a-f]{64}", rebuilt["backbone"]["weights_sha256"]):  # it becomes part of a file's name
-        raise UsageError("the spec's weights_sha256 is no sha256")
-    if rebuilt != spec or spec["precision"] not in PRECISION_CLASSES or spec["storage"] not in STORAGE_TYPES:
-        raise UsageError(
-            f"the spec asks for what this version does not do: {'; '.join(spec_difference(spec, rebuilt))}"
-        )
-    return spec
+
+    backbone: str
+    weights_sha256: str
+    layer: str
+    preprocess: PreprocessSpec
+    precision: str
+    storage: str
+    pooling: str = _POOLING
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it becomes part of a file's name
+            raise UsageError("the spec's weights_sha256 is no sha256")
+        known = {"precision": PRECISION_CLASSES, "storage": STORAGE_TYPES, "pooling": (_POOLING,), "views": (1,)}
+        for name, allowed in known.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise UsageError(
+                    f"the spec asks for what this version does not do: {name} is {value!r}, expected {' or '.join(map(str, allowed))}"
+                )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the canonical JSON."""
+        return fingerprint_of(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as caches and models store them; ``from_json`` gives back an equal spec."""
+        return {
+            "backbone": {
+                "name": self.backbone,
+                "weights_sha256": self.weights_sha256,
+                "layer": f"input of {self.layer}",
+                "pooling": self.pooling,
+            },
+            "preprocess": self.preprocess.to_json(),
+            "precision": self.precision,
+            "storage": self.storage,
+            "views": self.views,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Spec":
+        """Rebuild a spec that nobody vouches for.
+
+        Raises:
+            UsageError: a field is missing, of the wrong type, or asks for something this version does not do.
+        """
+        if not isinstance(values, dict) or not isinstance(backbone := values.get("backbone"), dict):
+            raise UsageError("the spec is not a JSON object with a backbone")
+        try:
+            spec = cls(
+                backbone=str(backbone["name"]),
+                weights_sha256=str(backbone["weights_sha256"]),
+                layer=str(backbone["layer"]).removeprefix("input of "),
+                preprocess=PreprocessSpec.from_json(values["preprocess"]),
+                precision=str(values["precision"]),
+                storage=str(values["storage"]),
+            )
+        except KeyError as error:
+            raise UsageError(f"the spec lacks {error}") from error
+        if different := difference(values, spec.to_json()):
+            raise UsageError(f"the spec asks for what this version does not do: {'; '.join(different)}")
+        return spec
+
+    def difference(self, wanted: "Spec") -> str:
+        """Field by field: ``preprocess.interpolation: bicubic -> bilinear; storage: float16 -> float32``."""
+        return "; ".join(difference(self.to_json(), wanted.to_json()))
 
 
 def canonical_json(value: dict[str, Any]) -> str:
@@ -168,13 +199,13 @@ def fingerprint_of(value: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def spec_difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """Field by field: ``preprocess.interpolation: bicubic -> bilinear``."""
+def difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """Where two nested objects differ, a line per field: ``preprocess.interpolation: bicubic -> bilinear``."""
     lines = []
     for key in sorted(found.keys() | wanted.keys()):
         a, b = found.get(key), wanted.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += spec_difference(a, b, f"{prefix}{key}.")
+            lines += difference(a, b, f"{prefix}{key}.")
         elif a != b:
             lines.append(f"{prefix}{key}: {_shown(a)} -> {_shown(b)}")
     return lines

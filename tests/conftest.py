@@ -19,7 +19,7 @@ from PIL import Image
 
 from featcache.cli import app as cli
 from featcache.extraction.request import ExtractRequest
-from featcache.spec import PreprocessSpec, make_spec
+from featcache.spec import PreprocessSpec, Spec
 
 # Random weights, but a real network; small inputs keep it fast. Its random embeddings are of a sane size, too: those of
 # random MobileNets are about 1e-10.
@@ -27,8 +27,8 @@ from featcache.spec import PreprocessSpec, make_spec
 TINY = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=40, crop=32, precision="fp32")
 TINY_FLAGS = ["--backbone", "squeezenet1_1", "--weights", "none", "--resize", "40", "--crop", "32"]
 TINY_FLAGS += ["--precision", "fp32"]
-SPEC = make_spec(  # of caches that tests write by hand
-    name="squeezenet1_1",
+SPEC = Spec(  # of caches that tests write by hand
+    backbone="squeezenet1_1",
     weights_sha256="0" * 64,
     layer="classifier.1",
     preprocess=PreprocessSpec(

@@ -63,9 +63,7 @@ CALLS_ONLY_IN = {
 LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "cli", "__init__", "__main__")
 HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.export_candidate")
 STILL_TO_CUT = {
-    ("backbones.embedder", "cache"),
     ("cli.demo", "heads"),
-    ("extraction.request", "models"),
     ("finetuning.save", "reports"),
     ("heads.head", "cache"),
     ("heads.logreg", "cache"),

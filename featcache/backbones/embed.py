@@ -1,17 +1,17 @@
 """The only embedding loop: read -> hash -> decode -> forward, in parallel, results in order.
 
-In: an ``ImageList`` and an ``Encoder``. Out: an iterator of ``Chunk`` in the order of the list. Every forward pass has
+In: files and an ``Encoder``. Out: an iterator of ``EmbeddedBatch`` in the order of the files. Every forward pass has
 exactly the same shape and, on a CPU, runs on one core, so that an image's embedding does not depend on its neighbours, on
 the number of workers, or on where an earlier run was interrupted.
 """
 
 import contextlib
 import dataclasses
-import hashlib
+import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -20,22 +20,22 @@ import numpy.typing as npt
 
 from featcache.backbones.encoder import Encoder
 from featcache.backbones.self_check import fits_float16
-from featcache.images.decode import read_pixels, strict_decoding
-from featcache.images.read import read_image
-from featcache.images.refusal import RefusedImage
-from featcache.images.source import ImageList
+from featcache.images.decode import Pixels, read_pixels, strict_decoding
+from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
+Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
+
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Some consecutive images of the list.
+class EmbeddedBatch:
+    """Some consecutive images.
 
     Attributes:
-        indices: (n,) positions in the list that were embedded, ascending.
+        indices: (n,) their positions, of those that were embedded, ascending.
         features: (n, D) float32; digests (n, 32) uint8; sizes, mtimes (n,) int64: of the bytes that were decoded.
-        refused: (position, reason) of the others.
+        refused: position -> reason, of the others.
     """
 
     indices: npt.NDArray[np.intp]
@@ -43,7 +43,10 @@ class Chunk:
     digests: npt.NDArray[np.uint8]
     sizes: npt.NDArray[np.int64]
     mtimes: npt.NDArray[np.int64]
-    refused: tuple[tuple[int, str], ...]
+    refused: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.indices) + len(self.refused)
 
 
 class Timings:
@@ -69,15 +72,17 @@ class Timings:
         return max(self.seconds, key=lambda stage: self.seconds[stage])
 
 
-def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Timings | None = None) -> Generator[Chunk]:
-    """Embed ``images``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
+def embed(
+    files: ImageFiles, encoder: Encoder, runtime: Runtime, *, timings: Timings | None = None
+) -> Generator[EmbeddedBatch]:
+    """Embed ``files``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
 
-    An image that cannot be embedded is reported in its chunk's ``refused``; it never ends the run. Memory is bounded by
-    workers times batch size, whatever the length of the list. Closing the iterator early stops the workers.
+    An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. Memory is bounded by
+    workers times batch size, whatever the number of files. Closing the iterator early stops the workers.
     """
-    job = _Job(images, encoder, runtime, timings or Timings())
-    starts = iter(range(0, len(images), runtime.batch_size))
-    pending: deque[Future[Chunk]] = deque()
+    job = _Job(files, encoder, runtime, timings or Timings())
+    starts = iter(range(0, len(files.paths), runtime.batch_size))
+    pending: deque[Future[EmbeddedBatch]] = deque()
     with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool:
         for start in starts:
             pending.append(pool.submit(job.run, start))
@@ -87,71 +92,66 @@ def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Tim
             yield pending.popleft().result()
 
 
-def storable(chunk: Chunk, dtype: str) -> Chunk:
-    """``chunk`` with those embeddings refused that ``dtype`` cannot hold, instead of storing infinity or zero."""
-    if dtype == "float32" or (fits := fits_float16(chunk.features)).all():
-        return chunk
-    reason = "its embedding does not fit float16; use --dtype float32"
+def storable(batch: EmbeddedBatch, dtype: str) -> EmbeddedBatch:
+    """``batch`` with those embeddings refused that ``dtype`` cannot hold, instead of storing infinity or zero."""
+    if dtype == "float32" or (fits := fits_float16(batch.features)).all():
+        return batch
+    return _without(batch, ~fits, "its embedding does not fit float16; use --dtype float32")
+
+
+def _without(batch: EmbeddedBatch, wrong: npt.NDArray[np.bool_], reason: str) -> EmbeddedBatch:
+    """``batch`` with its rows that are ``wrong`` (n,) refused."""
+    refused = batch.refused | dict.fromkeys(batch.indices[wrong].tolist(), reason)
     columns = ("indices", "features", "digests", "sizes", "mtimes")
-    refused = [*chunk.refused, *((int(index), reason) for index in chunk.indices[~fits])]
-    kept: dict[str, Any] = {name: getattr(chunk, name)[fits] for name in columns}
-    return dataclasses.replace(chunk, **kept, refused=tuple(sorted(refused)))
+    kept: dict[str, Any] = {name: getattr(batch, name)[~wrong] for name in columns}
+    return EmbeddedBatch(**kept, refused=refused)
 
 
-def sample_pixels(images: ImageList, preprocess: PreprocessSpec, count: int) -> npt.NDArray[np.uint8]:
+def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> Pixels:
     """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0."""
-    found: list[npt.NDArray[np.uint8]] = []
-    with strict_decoding():
-        for path in images.paths:
-            with contextlib.suppress(RefusedImage):
-                found.append(read_pixels(read_image(images.root / path)[0], preprocess))
-            if len(found) == count:
-                break
+    with contextlib.closing(
+        read_images(files, range(len(files.paths)), lambda data: read_pixels(data, preprocess))
+    ) as reads:
+        found = list(itertools.islice((read.value for read in reads if read.value is not None), count))
     return np.stack(found) if found else np.empty((0, *preprocess.crop, 3), np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    images: ImageList
+    files: ImageFiles
     encoder: Encoder
     runtime: Runtime
     timings: Timings
     _local: threading.local = dataclasses.field(default_factory=threading.local)
 
-    def run(self, start: int) -> Chunk:
+    def run(self, start: int) -> EmbeddedBatch:
         """Embed the images from ``start`` on. Runs on a worker thread."""
-        indices = range(start, min(start + self.runtime.batch_size, len(self.images)))
         pixels = self._buffer()
-        kept: list[int] = []
-        digests: list[bytes] = []
-        stats: list[tuple[int, int]] = []
-        refused: list[tuple[int, str]] = []
+        kept: list[ReadImage[Pixels]] = []
+        refused: dict[int, str] = {}
         with self.timings.measure("decode"):
-            for index in indices:
-                try:
-                    data, size, mtime = read_image(self.images.root / self.images.paths[index])
-                    pixels[len(kept)] = read_pixels(data, self.encoder.preprocess)
-                except RefusedImage as reason:
-                    refused.append((index, str(reason)))
-                    continue
-                kept.append(index)
-                digests.append(hashlib.sha256(data).digest())
-                stats.append((size, mtime))
+            for index in range(start, min(start + self.runtime.batch_size, len(self.files.paths))):
+                read = read_image(self.files, index, lambda data: read_pixels(data, self.encoder.preprocess))
+                if read.value is None:
+                    refused[index] = read.reason
+                else:
+                    pixels[len(kept)] = read.value
+                    kept.append(read._replace(value=None))
         with self.timings.measure("forward"):
             # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
             features = self.encoder(pixels)[: len(kept)] if kept else np.empty((0, 0), np.float32)
-        finite = np.isfinite(features).all(axis=1)
-        refused += [(kept[row], "its embedding is not finite") for row in np.flatnonzero(~finite)]
-        return Chunk(
-            indices=np.array(kept, np.intp)[finite],
-            features=features[finite],
-            digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)[finite],
-            sizes=np.array([size for size, _ in stats], np.int64)[finite],
-            mtimes=np.array([mtime for _, mtime in stats], np.int64)[finite],
-            refused=tuple(sorted(refused)),
+        batch = EmbeddedBatch(
+            indices=np.array([read.position for read in kept], np.intp),
+            features=features,
+            digests=np.frombuffer(b"".join(read.digest for read in kept), np.uint8).reshape(-1, 32),
+            sizes=np.array([read.size for read in kept], np.int64),
+            mtimes=np.array([read.mtime for read in kept], np.int64),
+            refused=refused,
         )
+        wrong = np.asarray(~np.isfinite(features).all(axis=1))
+        return _without(batch, wrong, "its embedding is not finite")
 
-    def _buffer(self) -> npt.NDArray[np.uint8]:
+    def _buffer(self) -> Pixels:
         if not hasattr(self._local, "pixels"):
             self._local.pixels = self.encoder.new_buffer(self.runtime.batch_size)
         return self._local.pixels  # type: ignore[no-any-return]

@@ -1,60 +1,70 @@
-"""What must be ready before something can be embedded: a backbone, its encoder, a spec."""
+"""``Embedder``: what embeds images. A backbone, its preprocessing, a device, a precision that passed the self-check.
+
+In: a ``Backbone``, a ``Runtime`` and some images to check on. Out: embeddings of images, and the ``Spec`` that says what they are.
+"""
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
 
-from featcache.errors import SourceError
-from featcache.images.decode import all_refused, refusals
-from featcache.images.source import ImageList
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from featcache.backbones.backbone import Backbone
-    from featcache.backbones.encoder import Encoder, Precision, PrecisionChoice
-    from featcache.system.device import Runtime
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.embed import EmbeddedBatch, Timings, embed, sample_pixels
+from featcache.backbones.encoder import Encoder, Precision, PrecisionChoice, build_encoder
+from featcache.images.decode import Pixels, decoder_in_words
+from featcache.images.read import ImageFiles
+from featcache.spec import Spec
+from featcache.system.device import Runtime
 
 log = logging.getLogger("featcache")
-Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
+_SAMPLE = 32  # images at most
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What embeds, and what is written down about it."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Embedder:
+    """A backbone ready to embed images.
 
-    backbone: "Backbone"
-    encoder: "Encoder"
-    runtime: "Runtime"
-    spec: dict[str, Any]
-    provenance: dict[str, Any]
-
-
-def prepare_encoder(
-    backbone: "Backbone", runtime: "Runtime", images: ImageList, *, precision: "Precision"
-) -> tuple["Encoder", "PrecisionChoice", "np.ndarray[Any, np.dtype[np.uint8]]"]:
-    """The encoder of ``backbone``, what its self-check found, and the pixels (n, H, W, 3) it was made on.
-
-    Raises:
-        SourceError: not one of ``images`` can be decoded. UsageError: as ``build_encoder``.
+    Attributes:
+        backbone: as loaded. encoder: made fast. runtime: where it computes.
+        choice: what the self-check tried and found.
+        sample: (n, H, W, 3) uint8, the images it was made on; n is 0 if none could be decoded.
     """
-    from featcache.backbones.embed import sample_pixels
-    from featcache.backbones.encoder import build_encoder
-    from featcache.images.decode import decoder_in_words
 
-    log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
-    sample = sample_pixels(images, backbone.preprocess, min(runtime.batch_size, 32))
-    if not len(sample):
-        raise SourceError(all_refused(images, refusals(images, range(len(images)))))
-    encoder, choice = build_encoder(backbone, runtime, sample, precision=precision)
-    log.info("precision %s", choice.reason)
-    log.info("decoder: %s", decoder_in_words())
-    return encoder, choice, sample
+    backbone: Backbone
+    encoder: Encoder
+    runtime: Runtime
+    choice: PrecisionChoice
+    sample: Pixels
 
+    @classmethod
+    def prepare(
+        cls, backbone: Backbone, runtime: Runtime, files: ImageFiles, *, precision: Precision = "auto"
+    ) -> "Embedder":
+        """Make ``backbone`` fast, check on the first of ``files`` that it stayed itself, and say what was chosen.
 
-def choose_runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
-    """``runtime.choose_runtime``, imported when it is called: it takes torch. Raises UsageError."""
-    from featcache.system import device as runtime
+        Raises:
+            UsageError: unknown precision, an input size that the network does not take, too little memory.
+        """
+        log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
+        sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, _SAMPLE))
+        pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)
+        encoder, choice = build_encoder(backbone, runtime, pixels, precision=precision)
+        log.info("precision %s", choice.reason)
+        log.info("decoder: %s", decoder_in_words())
+        return cls(backbone, encoder, runtime, choice, sample)
 
-    return runtime.choose_runtime(device, workers=workers, batch_size=batch_size)
+    def embed(self, files: ImageFiles, *, timings: Timings | None = None) -> Generator[EmbeddedBatch]:
+        """Embed ``files`` in their order; see ``embed.embed``."""
+        return embed(files, self.encoder, self.runtime, timings=timings)
+
+    def spec(self, *, storage: str, precision: str | None = None) -> Spec:
+        """What its embeddings are, stored as ``storage``; of the class ``precision`` where that was settled before."""
+        return Spec(
+            backbone=self.backbone.name,
+            weights_sha256=self.backbone.weights_sha256,
+            layer=self.backbone.layer,
+            preprocess=self.backbone.preprocess,
+            precision=precision or self.choice.precision_class,
+            storage=storage,
+        )

@@ -16,7 +16,7 @@ from torch import nn
 from featcache.backbones import from_timm, from_torchvision
 from featcache.backbones.backbone import Backbone
 from featcache.errors import BackboneError
-from featcache.spec import PreprocessSpec
+from featcache.spec import Spec
 
 
 def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
@@ -53,7 +53,7 @@ def load_provided(name: str, weights: str) -> Backbone:
     return load_backbone(name, weights)
 
 
-def load_again(spec: dict[str, Any], copy: Path, reload: str | None) -> Backbone | None:
+def load_again(spec: Spec, copy: Path, reload: str | None) -> Backbone | None:
     """The backbone that ``spec`` names, with its preprocessing; whoever asks compares the weights' sha256.
 
     Args:
@@ -65,14 +65,13 @@ def load_again(spec: dict[str, Any], copy: Path, reload: str | None) -> Backbone
     Raises:
         BackboneError: the weights cannot be read, or the library cannot provide them here.
     """
-    name = spec["backbone"]["name"]
     if copy.is_file():
-        backbone = load_backbone(name, copy)
+        backbone = load_backbone(spec.backbone, copy)
     elif reload is not None:
-        backbone = load_provided(name, reload)
+        backbone = load_provided(spec.backbone, reload)
     else:
         return None
-    return dataclasses.replace(backbone, preprocess=PreprocessSpec.from_json(spec["preprocess"]))
+    return dataclasses.replace(backbone, preprocess=spec.preprocess)
 
 
 def build_network(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str]:

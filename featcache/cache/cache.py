@@ -30,8 +30,17 @@ from featcache.cache.format import (
     metadata_checksum,
 )
 from featcache.cache.hdf5_reader import SIGNATURE, Malformed, NotPlain, PlainDataset, PlainFile
-from featcache.errors import CacheError, DamagedCacheError, FeatcacheError, NewerCacheError, SourceError, advice
-from featcache.spec import SPLITS, check_spec
+from featcache.cache.provenance import Provenance
+from featcache.errors import (
+    CacheError,
+    DamagedCacheError,
+    FeatcacheError,
+    NewerCacheError,
+    Refusal,
+    SourceError,
+    repair_advice,
+)
+from featcache.spec import SPLITS, Spec
 from featcache.system.files import read_published
 from featcache.system.memory import available_memory
 from featcache.system.safe_load import parse_json
@@ -45,22 +54,21 @@ class FeatureCache:
 
     Attributes:
         path: the file.
-        spec: all that changes the numbers. fingerprint: its sha256. provenance: how the file came about.
+        spec: all that changes the numbers. provenance: how the file came about.
         classes: C class names.
         rows: the columns beside the features.
-        refused: (path, reason) of each image without an embedding.
+        refused: each image without an embedding, and why.
         dtype: of the features. dim: D, the number of values per embedding.
         feature_checksums, rows_per_checksum, column_checksums: as recorded; the last are empty in the first files.
         damaged_columns: none, except after ``salvage``. opened: which file it was, see ``FeatureReader.identity``.
     """
 
     path: Path
-    spec: dict[str, Any]
-    fingerprint: str
-    provenance: dict[str, Any]
+    spec: Spec
+    provenance: Provenance
     classes: tuple[str, ...]
     rows: Rows
-    refused: tuple[tuple[str, str], ...]
+    refused: tuple[Refusal, ...]
     dtype: np.dtype[Any]
     dim: int
     feature_checksums: npt.NDArray[np.uint32]
@@ -81,7 +89,7 @@ class FeatureCache:
         cache = cls.salvage(path)
         if cache.damaged_columns:
             raise DamagedCacheError(
-                f"{path} is damaged: checksum mismatch in its {', '.join(cache.damaged_columns)}; {advice(path)}"
+                f"{path} is damaged: checksum mismatch in its {', '.join(cache.damaged_columns)}; {repair_advice(path)}"
             )
         return cache
 
@@ -116,6 +124,15 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def holds(self, rows: Rows, classes: tuple[str, ...], refused: tuple[Refusal, ...]) -> bool:
+        """Whether all but the features is the same."""
+        return self.rows.equals(rows) and (self.classes, self.refused) == (classes, refused)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the spec."""
+        return self.spec.fingerprint
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
@@ -155,7 +172,7 @@ class FeatureCache:
                 if damaged := self._damaged(features):
                     rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
                     raise DamagedCacheError(
-                        f"{self.path} is damaged: checksum mismatch in rows {rows}; {advice(self.path)}"
+                        f"{self.path} is damaged: checksum mismatch in rows {rows}; {repair_advice(self.path)}"
                     )
                 self._verified.add(identity)
             yield features
@@ -178,6 +195,20 @@ class FeatureCache:
         """Features to be read from the open file without any check."""
         return FeatureReader(self.path, self._offset, (len(self), self.dim), self.dtype)
 
+    def take_unverified(self, rows: npt.NDArray[np.intp]) -> Features:
+        """Features of ``rows``, copied, without any check."""
+        with self.unverified() as features:
+            return features[rows]
+
+    def check_unchanged(self) -> None:
+        """Raise CacheError if the file is no longer the one that was opened."""
+        with self.unverified() as features:
+            if features.identity != self.opened:
+                raise self._replaced()
+
+    def _replaced(self) -> CacheError:
+        return CacheError(f"{self.path} was replaced or changed since it was opened; run the command again")
+
     def _damaged(self, features: FeatureReader) -> list[tuple[int, int]]:
         step, identity = self.rows_per_checksum, features.identity  # as it is before reading
         damaged = [
@@ -186,7 +217,7 @@ class FeatureCache:
             if zlib.crc32(bytes_of(block)) != self.feature_checksums[number]
         ]
         if damaged and identity != self.opened:
-            raise CacheError(f"{self.path} was replaced or changed since it was opened; run the command again")
+            raise self._replaced()
         return damaged
 
     def take(self, rows: npt.NDArray[np.intp]) -> Features:
@@ -242,8 +273,7 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
             f"{path} has format version {version}, this featcache reads {FORMAT_VERSION}; upgrade featcache"
         )
     texts = (str(file.attrs["spec"]), str(file.attrs["provenance"]))
-    fingerprint = hashlib.sha256(texts[0].encode()).hexdigest()
-    if file.attrs["fingerprint"] != fingerprint:
+    if file.attrs["fingerprint"] != hashlib.sha256(texts[0].encode()).hexdigest():
         raise damaged("the spec does not match its fingerprint")
 
     features = _dataset(path, file, "features", "f", 2)
@@ -279,23 +309,22 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
     if per_checksum < 1 or checksums.shape != (-(-n // per_checksum),):
         raise damaged("its checksums are incomplete")
     try:
-        spec = check_spec(parse_json(texts[0]))
+        spec = Spec.from_json(parse_json(texts[0]))
     except FeatcacheError as error:
         raise CacheError(f"{path} cannot be used: {error}") from error
-    if spec["storage"] != features.dtype.name:
-        raise damaged(f"features are {features.dtype}, its spec says {spec['storage']}")
+    if spec.storage != features.dtype.name:
+        raise damaged(f"features are {features.dtype}, its spec says {spec.storage}")
     try:
-        provenance = parse_json(texts[1])
+        provenance = Provenance.from_json(parse_json(texts[1]))
     except ValueError as error:
         raise damaged(f"its provenance is unreadable: {error}") from error
     return {
         "spec": spec,
-        "fingerprint": fingerprint,
         "provenance": provenance,
         "classes": classes,
         "rows": Rows(**{name: columns[name] for name in ROW_COLUMNS}),
         "refused": tuple(
-            zip(decode_names(columns["refused/paths"]), decode_names(columns["refused/reasons"]), strict=True)
+            map(Refusal, decode_names(columns["refused/paths"]), decode_names(columns["refused/reasons"]))
         ),
         "dtype": features.dtype,
         "dim": dim,
@@ -317,14 +346,6 @@ def _dataset(path: Path, file: PlainFile, name: str, kind: str, ndim: int) -> Pl
     return found
 
 
-def weights_copy(cache: Path, spec: dict[str, Any]) -> Path:
+def weights_copy(cache: Path, spec: Spec) -> Path:
     """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
-    return cache.with_name(f"{cache.name}.{spec['backbone']['weights_sha256'][:12]}.safetensors")
-
-
-def weights_source(cache: FeatureCache) -> tuple[str, str | None]:
-    """Where a cache says its weights came from: in words, and what to pass to ``load_provided`` (None: a copy)."""
-    weights = cache.provenance.get("weights")
-    weights = weights if isinstance(weights, dict) else {}
-    reload = weights.get("reload")
-    return str(weights.get("source", "unknown")), reload if isinstance(reload, str) else None
+    return cache.with_name(f"{cache.name}.{spec.weights_sha256[:12]}.safetensors")

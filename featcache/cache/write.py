@@ -6,7 +6,7 @@ libhdf5 takes the process down when it meets a full disk.
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from featcache.cache.format import (
     metadata_checksum,
     update_checksums,
 )
+from featcache.cache.provenance import Provenance
 from featcache.cache.sparse_file import SparseFile
-from featcache.spec import canonical_json
+from featcache.errors import Refusal
+from featcache.spec import Spec, canonical_json
 from featcache.system.files import check_free_space, publish_file
 
 _ROWS_PER_CHECKSUM = 1024  # or more, if there would be too many:
@@ -44,10 +46,10 @@ def write_cache(
     blocks: Iterable[Features],
     *,
     dim: int,
-    spec: dict[str, Any],
+    spec: Spec,
     classes: tuple[str, ...] = (),
-    refused: tuple[tuple[str, str], ...] = (),
-    provenance: dict[str, Any] | None = None,
+    refused: Sequence[Refusal] = (),
+    provenance: Provenance | None = None,
     staging: Path | None = None,
 ) -> None:
     """Publish a complete cache file under ``path``, atomically.
@@ -55,11 +57,11 @@ def write_cache(
     Args:
         path: the file; replaced if it exists.
         rows: N rows.
-        blocks: arrays (n, D) whose rows, one block after the other, are the N feature rows; cast to ``spec["storage"]``.
+        blocks: arrays (n, D) whose rows, one block after the other, are the N feature rows; cast to ``spec.storage``.
         dim: D.
-        spec: everything that changes the numbers; ``spec["storage"]`` is float16 or float32.
+        spec: everything that changes the numbers; ``spec.storage`` is float16 or float32.
         classes: sorted class names.
-        refused: (path, reason) of each image without an embedding.
+        refused: each image without an embedding.
         provenance: recorded, never compared.
         staging: folder for the temporary file, on the same file system.
 
@@ -67,9 +69,9 @@ def write_cache(
         StorageError: too little space, or the operating system refused a step; ``path`` is then unchanged.
         ValueError: ``blocks`` do not add up to N rows of D values.
     """
-    dtype = np.dtype(spec["storage"]).newbyteorder("<")
+    dtype = np.dtype(spec.storage).newbyteorder("<")
     per_checksum = max(_ROWS_PER_CHECKSUM, -(-len(rows) // _MAX_CHECKSUMS))
-    texts = (canonical_json(spec), canonical_json(provenance or {}))
+    texts = (canonical_json(spec.to_json()), canonical_json((provenance or Provenance()).to_json()))
     columns = _columns(rows, classes, refused)
     layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
 
@@ -96,7 +98,7 @@ def write_cache(
         file.truncate(frame.size)
 
 
-def _columns(rows: Rows, classes: tuple[str, ...], refused: tuple[tuple[str, str], ...]) -> dict[str, npt.NDArray[Any]]:
+def _columns(rows: Rows, classes: tuple[str, ...], refused: Sequence[Refusal]) -> dict[str, npt.NDArray[Any]]:
     """The datasets other than ``features``, in the order in which they are laid out and checksummed."""
     return {
         "paths": rows.paths,

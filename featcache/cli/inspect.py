@@ -9,7 +9,7 @@ import typer
 
 from featcache.cli import options
 from featcache.cli.console import interruptible, print_facts, print_json, say, show_progress
-from featcache.errors import DamagedCacheError, UsageError, advice
+from featcache.errors import DamagedCacheError, UsageError, repair_advice
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +63,7 @@ def verify(
     print_json(facts, as_json)
     if damaged or opened.damaged_columns:
         what = damage_in_words(damaged, opened.damaged_columns)
-        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {advice(cache)}")
+        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {repair_advice(cache)}")
     say(f"{cache}: {len(opened)} rows, all intact")
 
 
@@ -73,10 +73,10 @@ def _mend(cache: Path, source: Path, device: str, workers: int | None, batch_siz
     with interruptible(cache), show_progress("embedding") as progress:
         report = repair(cache, source, device=device, workers=workers, batch_size=batch_size, progress=progress)
     if report.damaged or report.damaged_columns:
-        now = "every checksum is as it was" if report.identical else "what was restored has new checksums"
+        restored = ", ".join(report.restored_columns) or "no column"
         say(
             f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}; "
-            f"embedded {report.embedded} images again, {now} ({report.seconds:.1f} s)"
+            f"embedded {report.embedded} images again, took {restored} from {source} ({report.seconds:.1f} s)"
         )
     else:
         say(f"{cache}: {report.rows} rows, all intact, nothing to repair")

@@ -1,7 +1,7 @@
 """``extract``: bring a cache file up to date with a folder of images, embedding only what is new.
 
 In: a source of images and an ``ExtractRequest``. Out: ``features.h5``. The order of things: list the images, settle the
-spec, recognise what is embedded already, embed the rest into parts, pack everything into one file, atomically.
+spec, match what is embedded already, embed the rest into parts, pack everything into one file, atomically.
 """
 
 import dataclasses
@@ -12,26 +12,30 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from featcache.backbones.embedder import Prepared, Progress, choose_runtime, prepare_encoder
-from featcache.cache.cache import FeatureCache, weights_copy, weights_source
-from featcache.cache.format import Indices, Rows, digest_keys, encode_names, find
+from featcache.backbones.saved import SavedBackbone
+from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.format import Rows, digest_keys, encode_names, find
+from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
-from featcache.errors import BackboneError, SourceError, UsageError
-from featcache.extraction.match import Known, gather
-from featcache.extraction.plan import Plan, make_plan, of_spec, open_lenders, open_old
+from featcache.errors import BackboneError, Refusal, SourceError, UsageError
+from featcache.extraction.match import gather
+from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, remove_parts
+from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, load_requested
-from featcache.images.decode import all_refused
 from featcache.images.source import ImageList, list_images
-from featcache.spec import fingerprint_of, make_spec
+from featcache.spec import Spec
 from featcache.system.files import check_free_space, check_output
+from featcache.system.workdir import locked, parts_folder
 
 if TYPE_CHECKING:
-    from featcache.backbones.encoder import Encoder, Precision
-    from featcache.spec import PreprocessSpec
+    from featcache.backbones.backbone import Backbone
+    from featcache.backbones.embed import Progress
+    from featcache.backbones.embedder import Embedder
+    from featcache.backbones.encoder import Precision
     from featcache.system.device import Runtime
 
 log = logging.getLogger("featcache")
@@ -76,11 +80,11 @@ def extract(
     limit: int | None = None,
     force: bool = False,
     reuse: Sequence[str | Path] = (),
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
 ) -> ExtractReport:
     """Embed the images of ``source`` into the cache file ``output``, or bring that file up to date.
 
-    Images are recognised by content: only new content is embedded, removed files are dropped, renames and new labels
+    Images are matched by content: only new content is embedded, removed files are dropped, renames and new labels
     cost nothing. An interrupted run is resumed by calling it again.
 
     Args:
@@ -95,7 +99,7 @@ def extract(
         force: replace a cache that was made with another spec, or is damaged.
         reuse: other caches, never changed, whose rows are taken over if their spec is the same; the first that has an image
             counts, and those that cannot be used are passed over.
-        progress: called with (done, total, bottleneck) when embedding starts and after every chunk.
+        progress: called with (done, total, bottleneck) when embedding starts and after every batch.
 
     Returns:
         Counts and figures.
@@ -104,9 +108,6 @@ def extract(
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made
         with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
-    from featcache.extraction.parts import open_parts, remove_parts
-    from featcache.system.workdir import locked, parts_folder
-
     started = time.perf_counter()
     output, request = Path(output), request or ExtractRequest()
     check_output(output)
@@ -114,189 +115,207 @@ def extract(
         raise UsageError(f"limit must be at least 1, found {limit}")
     images = _list(source)
     with locked(parts_folder(output)):
-        old = open_old(output, force)
+        old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(parts_folder(output))
-        lenders = open_lenders(map(Path, reuse), output)
-        job = _Job(request, images, output, functools.partial(choose_runtime, device, workers, batch_size))
-        spec = (None if force else job.spec_of_same_request(own, lenders)) or job.prepared.spec
-        own = of_spec(own, spec, output, force)
-        plan = make_plan(images, lenders, own, spec, limit)
-        job.images = plan.images
-        if len(plan.todo) and job.prepared.spec != spec:
-            of_spec(own, job.prepared.spec, output, force=False)
-            spec = job.prepared.spec  # only lenders had the other one, and are passed over now
-            plan = make_plan(images, lenders, own, spec, limit)
-        images = plan.images
-        reused = int((plan.known.source >= 0).sum())
-        if len(plan.todo):
-            for number in np.unique(plan.known.source[plan.known.source >= 0]):
-                plan.caches[number].check_features()  # damage in what is to be reused is found before work starts
-            plan.refused |= job.embed(plan.todo, plan.known, plan.caches, progress)
-        elif reused and _lacks_weights(plan.origin, output):
-            job.keep_weights()
+        donors = open_donors(map(Path, reuse), output)
+        record = request.record()
+        same = _spec_of_same_request(record, own, donors)
+        job = _Job(
+            request, record, images, output, own[0].spec if own else same, lambda: _runtime(device, workers, batch_size)
+        )
+        spec = same if same and not force else job.spec
+        own = of_spec(own, spec, output, force=force)
+        plan = make_plan(images, donors, own, spec=spec, limit=limit)
+        if len(plan.todo) and job.spec != spec:
+            of_spec(own, job.spec, output, force=False)
+            spec, plan = job.spec, plan.without_donors()  # only they had the other one
+        reused, todo = int((plan.matches.source >= 0).sum()), plan.todo
+        done = job.embed(plan, progress) if len(todo) else Embedded.nothing()
+        plan = plan.with_parts(todo[done.images], done.parts, {int(todo[k]): why for k, why in done.refused.items()})
+        if not len(todo) and reused and _lacks_weights(plan.origin, output):
+            job.keep_weights(spec)
         rows = _pack(job, plan, spec)
         remove_parts(parts_folder(output))
         _remove_old_weights(old, spec, output)
-    seconds = time.perf_counter() - started
     added, changed, removed = _compare(old, rows)
-    embedded = len(rows) - reused
+    total = len(plan.images) + len(plan.images.refused)
     return ExtractReport(
         cache=output,
-        images=len(images) + len(images.refused),
-        embedded=embedded,
+        images=total,
+        embedded=len(rows) - reused,
         reused=reused,
         added=added,
         changed=changed,
         removed=removed,
-        refused=len(images) + len(images.refused) - len(rows),
+        refused=total - len(rows),
         dim=plan.origin.dim,
-        seconds=seconds,
-        images_per_second=embedded / job.embedding_seconds if embedded else 0.0,
-        fingerprint=fingerprint_of(spec),
+        seconds=time.perf_counter() - started,
+        images_per_second=(len(rows) - reused) / done.seconds if done.seconds else 0.0,
+        fingerprint=spec.fingerprint,
     )
 
 
+def _spec_of_same_request(
+    record: dict[str, object], own: list[FeatureCache], donors: list[FeatureCache]
+) -> Spec | None:
+    """The spec, if one of these caches was made by this very request with these very libraries."""
+    # Where a donor differs from what is here, the backbone decides, not the donor.
+    fitting = [*own, *(cache for cache in donors[::-1] if not own or cache.spec == own[0].spec)]
+    return next((cache.spec for cache in fitting if cache.provenance.request == record), None)
+
+
+def _runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
+    from featcache.system.device import choose_runtime  # here: it takes torch
+
+    return choose_runtime(device, workers=workers, batch_size=batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Job:
-    """What an extraction needs once there is something to embed; loads the model at most once, and late."""
+    """What an extraction needs once there is something to embed; loads the model at most once, and late.
 
-    def __init__(
-        self, request: ExtractRequest, images: ImageList, output: Path, choose_runtime: Callable[[], "Runtime"]
-    ) -> None:
-        self.images, self.output = images, output
-        self._choose_runtime = choose_runtime
-        self._asked, self.record, self._model = request, request.record(), request.model()
-        self.request = request.resolved(self._model) if self._model else request
-        self._before: dict[str, Any] = {}
-        self.embedding_seconds = 0.0
+    Attributes:
+        request, record: what is asked for. images: as listed. output: the file.
+        before: the spec that an earlier run settled: what it measured stays, also if today's sample would just pass or fail.
+    """
 
-    def spec_of_same_request(self, own: list[FeatureCache], lenders: list[FeatureCache]) -> dict[str, Any] | None:
-        """The spec, if one of these caches was made by this very request with these very libraries."""
-        # Where a lender differs from what is here, the backbone decides, not the lender.
-        fitting = [*own, *(cache for cache in lenders[::-1] if not own or cache.spec == own[0].spec)]
-        same = [cache.spec for cache in fitting if cache.provenance.get("request") == self.record]
-        self._before = own[0].spec if own else next(iter(same), {})
-        return same[0] if same else None
+    request: ExtractRequest
+    record: dict[str, object]
+    images: ImageList
+    output: Path
+    before: Spec | None
+    choose_runtime: "Callable[[], Runtime]"
 
     @functools.cached_property
-    def prepared(self) -> Prepared:
-        """Backbone, encoder and spec. Raises BackboneError, UsageError, SourceError."""
-        runtime = self._choose_runtime()
-        log.info(runtime.reason)
-        backbone = load_requested(self.request, self._model)
-        if self._asked.record() != self.record:  # it would be taken for the file that was there before
+    def saved(self) -> SavedBackbone | None:
+        """The saved model whose backbone is asked for, if it is one."""
+        return self.request.saved()
+
+    @functools.cached_property
+    def resolved(self) -> ExtractRequest:
+        """The request, ``auto`` replaced by what the saved model says."""
+        return self.request.resolved(self.saved) if self.saved else self.request
+
+    @functools.cached_property
+    def runtime(self) -> "Runtime":
+        """Where to compute: settled before anything large is allocated."""
+        return self.choose_runtime()
+
+    @functools.cached_property
+    def backbone(self) -> "Backbone":
+        """Raises BackboneError, ModelError, UsageError."""
+        log.info(self.runtime.reason)
+        backbone = load_requested(self.resolved, self.saved)
+        if self.request.record() != self.record:  # it would be taken for the file that was there before
             raise BackboneError(
-                f"the weights of {self._asked.backbone} changed while they were read; run the command again"
+                f"the weights of {self.request.backbone} changed while they were read; run the command again"
             )
-        precision = cast("Precision", self.request.precision)
-        encoder, choice, sample = prepare_encoder(backbone, runtime, self.images, precision=precision)
-        self._compare_with_full_scale(backbone.preprocess, encoder, sample)
-        # What an earlier run settled by measuring stays settled, also if today's sample would just pass or fail.
-        settled = (self._before, self._model.spec if self._model else {})
-        again = self.request.precision in [spec.get("precision") for spec in settled]
-        spec = make_spec(
-            name=backbone.name,
-            weights_sha256=backbone.weights_sha256,
-            layer=backbone.layer,
-            preprocess=backbone.preprocess,
-            precision=self.request.precision if again else choice.precision_class,
-            storage=self._storage(encoder(sample)),
-        )
-        provenance = {
-            "request": self.record,
-            "weights": {"source": backbone.weights, "reload": backbone.reload},
-            "runtime": runtime.reason,
-            "precision": dataclasses.asdict(choice),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        return Prepared(backbone, encoder, runtime, spec, provenance)
+        return backbone
 
-    def _compare_with_full_scale(
-        self, preprocess: "PreprocessSpec", encoder: "Encoder", sample: "np.ndarray[Any, np.dtype[np.uint8]]"
-    ) -> None:
-        """Say what decoding at a reduced scale does to embeddings."""
-        from featcache.backbones.embed import sample_pixels
-        from featcache.backbones.self_check import agreement
+    @functools.cached_property
+    def embedder(self) -> "Embedder":
+        """Raises SourceError: no image can be decoded. UsageError: impossible precision or size. Otherwise as ``backbone``."""
+        from featcache.backbones.embedder import Embedder
+        from featcache.images.read import refusals
 
-        if preprocess.decode_at_least is None:
-            return
-        full = sample_pixels(self.images, dataclasses.replace(preprocess, decode="full scale"), len(sample))
-        found = agreement(encoder(full), encoder(sample))
-        log.log(
-            logging.INFO if found.passes else logging.WARNING,
-            "large JPEGs are decoded at a reduced scale: to full scale %s%s",
-            found,
-            "" if found.passes else ", below what passes for the same embedding; --decode full does without",
-        )
+        precision = cast("Precision", self.resolved.precision)
+        embedder = Embedder.prepare(self.backbone, self.runtime, self.images, precision=precision)
+        if not len(embedder.sample):
+            raise SourceError(self.images.all_refused(refusals(self.images, range(len(self.images)))))
+        _compare_with_full_scale(embedder, self.images)
+        return embedder
 
-    def keep_weights(self) -> None:
-        """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
-        from featcache.backbones.backbone import save_weights
-        from featcache.system.workdir import parts_folder
+    @functools.cached_property
+    def spec(self) -> Spec:
+        """What embeddings are now. Raises as ``embedder``."""
+        asked = self.resolved.precision
+        settled = [spec.precision for spec in (self.before, self.saved and self.saved.spec) if spec]
+        return self.embedder.spec(storage=self._storage(), precision=asked if asked in settled else None)
 
-        backbone = self.prepared.backbone
-        copy = weights_copy(self.output, self.prepared.spec)
-        if backbone.reload is None and not copy.is_file():
-            save_weights(backbone, copy, staging=parts_folder(self.output))
-
-    def provenance(self, origin: FeatureCache) -> dict[str, Any]:
-        """That of ``origin`` with this request, so that the next run recognises itself."""
-        changes = {"request": self.record}
-        if "prepared" in vars(self) and weights_source(origin)[1] is None:
-            changes["weights"] = self.prepared.provenance["weights"]  # as of the copy that was kept, or not needed
-        return origin.provenance | changes
-
-    def _storage(self, features: "np.ndarray[Any, np.dtype[np.float32]]") -> str:
+    def _storage(self) -> str:
         from featcache.backbones.self_check import survives_rounding
 
-        if self.request.dtype != "auto":
-            return self.request.dtype
-        if before := self._before.get("storage"):
-            return str(before)
-        fits = survives_rounding(features)
+        if self.resolved.dtype != "auto":
+            return self.resolved.dtype
+        if self.before:
+            return self.before.storage
+        fits = survives_rounding(self.embedder.encoder(self.embedder.sample))
         reason = "half the size of float32, and these embeddings fit" if fits else "these embeddings do not fit float16"
         log.info("storage %s: %s", "float16" if fits else "float32", reason)
         return "float16" if fits else "float32"
 
-    def embed(
-        self,
-        todo: Indices,
-        known: Known,
-        caches: list[FeatureCache],
-        progress: Progress | None,
-    ) -> dict[int, str]:
-        """Embed the images ``todo`` into new parts, appended to ``caches`` and entered into ``known``.
+    def keep_weights(self, spec: Spec) -> None:
+        """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
+        from featcache.backbones.backbone import save_weights
 
-        Returns:
-            image -> reason, for those that could not be embedded.
-        """
-        from featcache.extraction.parts import embed_into_parts
-        from featcache.system.workdir import parts_folder
+        copy = weights_copy(self.output, spec)
+        if self.backbone.reload is None and not copy.is_file():
+            save_weights(self.backbone, copy, staging=parts_folder(self.output))
 
-        at = self.prepared
-        itemsize = np.dtype(at.spec["storage"]).itemsize
-        check_free_space(self.output.parent, (len(todo) + len(self.images)) * at.backbone.dim * itemsize)
-        self.keep_weights()
-        embedded = embed_into_parts(self.images.take(todo), at, parts_folder(self.output), progress)
-        self.embedding_seconds = embedded.seconds
-        start, order = 0, todo[embedded.images]
-        for part in embedded.parts:
-            here = order[start : start + len(part)]
-            known.set(here, len(caches), np.arange(len(part)))
-            known.sizes[here], known.mtimes[here] = part.rows.sizes, part.rows.mtimes
-            caches.append(part)
-            start += len(part)
-        return {int(todo[index]): reason for index, reason in embedded.refused.items()}
+    def embed(self, plan: Plan, progress: "Progress | None") -> Embedded:
+        """Embed ``plan.todo`` into new parts. Raises StorageError; CacheError: what is to be reused is damaged."""
+        plan.check_features()
+        values = (len(plan.todo) + len(plan.images)) * self.backbone.dim
+        check_free_space(self.output.parent, values * np.dtype(self.spec.storage).itemsize)
+        self.keep_weights(self.spec)
+        return embed_into_parts(
+            plan.images.take(plan.todo),
+            self.embedder,
+            parts_folder(self.output),
+            spec=self.spec,
+            provenance=self._provenance(),
+            progress=progress,
+        )
+
+    def _provenance(self) -> Provenance:
+        embedder = self.embedder
+        return Provenance(
+            request=self.record,
+            source=embedder.backbone.weights,
+            reload=embedder.backbone.reload,
+            self_check=dataclasses.asdict(embedder.choice),
+            rest={
+                "runtime": embedder.runtime.reason,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+
+    def provenance_of(self, origin: FeatureCache) -> Provenance:
+        """That of ``origin`` with this request, so that the next run recognises itself."""
+        provenance = dataclasses.replace(origin.provenance, request=self.record)
+        if "backbone" in vars(self) and provenance.reload is None:  # as of the copy that was kept, or not needed
+            backbone = self.backbone
+            provenance = dataclasses.replace(provenance, source=backbone.weights, reload=backbone.reload)
+        return provenance
+
+
+def _compare_with_full_scale(embedder: "Embedder", images: ImageList) -> None:
+    """Say what decoding at a reduced scale does to embeddings."""
+    from featcache.backbones.embed import sample_pixels
+    from featcache.backbones.self_check import agreement
+
+    preprocess = embedder.backbone.preprocess
+    if preprocess.decode_at_least is None:
+        return
+    full = sample_pixels(images, dataclasses.replace(preprocess, decode="full scale"), len(embedder.sample))
+    found = agreement(embedder.encoder(full), embedder.encoder(embedder.sample))
+    log.log(
+        logging.INFO if found.passes else logging.WARNING,
+        "large JPEGs are decoded at a reduced scale: to full scale %s%s",
+        found,
+        "" if found.passes else ", below what passes for the same embedding; --decode full does without",
+    )
 
 
 def _lacks_weights(cache: FeatureCache, output: Path) -> bool:
-    return weights_source(cache)[1] is None and not weights_copy(output, cache.spec).is_file()
+    return cache.provenance.reload is None and not weights_copy(output, cache.spec).is_file()
 
 
-def _remove_old_weights(old: FeatureCache | None, spec: dict[str, Any], output: Path) -> None:
+def _remove_old_weights(old: FeatureCache | None, spec: Spec, output: Path) -> None:
     """A replaced cache's copy of its weights has no use any more."""
-    if old and old.spec["backbone"]["weights_sha256"] != spec["backbone"]["weights_sha256"]:
+    if old and old.spec.weights_sha256 != spec.weights_sha256:
         weights_copy(output, old.spec).unlink(missing_ok=True)
 
 
@@ -317,46 +336,38 @@ def _list(source: str | Path | ImageList) -> ImageList:
     return images
 
 
-def _pack(job: _Job, plan: Plan, spec: dict[str, Any]) -> Rows:
+def _pack(job: _Job, plan: Plan, spec: Spec) -> Rows:
     """Publish the final file, unless it would be what is there already. Returns its rows."""
-    images, caches, known, refused = plan.images, plan.caches, plan.known, plan.refused
-    order = np.flatnonzero(known.source >= 0)
+    images, caches, matches = plan.images, plan.caches, plan.matches
+    order = np.flatnonzero(matches.source >= 0)
     if not len(order):
-        raise SourceError(all_refused(images, refused))
+        raise SourceError(images.all_refused(plan.refused))
     digests = np.empty((len(order), 32), np.uint8)
     for number, cache in enumerate(caches):
-        here = known.source[order] == number
-        digests[here] = cache.rows.digests[known.row[order][here]]
+        here = matches.source[order] == number
+        digests[here] = cache.rows.digests[matches.row[order][here]]
     rows = Rows(
         paths=encode_names(images.paths[index] for index in order),
         labels=images.labels[order],
         splits=images.splits[order],
         digests=digests,
-        sizes=known.sizes[order],
-        mtimes=known.mtimes[order],
+        sizes=matches.sizes[order],
+        mtimes=matches.mtimes[order],
     )
-    reasons = [(refusal.path, refusal.reason) for refusal in images.refused]
-    reasons += [(images.paths[index], reason) for index, reason in refused.items()]
-    final = tuple(sorted(reasons))
-    old = next((cache for cache in caches if cache.path == job.output), None)
-    if (
-        old
-        and old.rows.equals(rows)
-        and old.classes == images.classes
-        and old.refused == final
-        and old.provenance.get("request") == job.record
-    ):
-        return rows
+    refused = tuple(sorted([*images.refused, *(Refusal(images.paths[k], why) for k, why in plan.refused.items())]))
+    for old in caches:
+        if old.path == job.output and old.holds(rows, images.classes, refused) and old.provenance.request == job.record:
+            return rows
     write_cache(
         job.output,
         rows,
-        gather([cache.take for cache in caches], known, order),
+        gather([cache.take for cache in caches], matches, order),
         dim=plan.origin.dim,
         spec=spec,
         classes=images.classes,
-        refused=final,
-        provenance=job.provenance(plan.origin),
-        staging=job.output.with_name(job.output.name + ".parts"),
+        refused=refused,
+        provenance=job.provenance_of(plan.origin),
+        staging=parts_folder(job.output),
     )
     return rows
 

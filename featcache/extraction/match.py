@@ -1,13 +1,11 @@
-"""Which images of a list are embedded already, and where.
+"""Match images to cached rows: by path, size and modification time, without reading them; failing that by sha256.
 
-In: an ``ImageList`` and caches of one spec. Out: ``Known``, per image the cache and row of its embedding. An image is
-recognised by path, size and modification time, without reading it; failing that by the sha256 of its content.
+In: an ``ImageList`` and caches of one spec. Out: ``Matches``, per image the cache and the row of its embedding.
 """
 
 import dataclasses
-import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +13,12 @@ import numpy.typing as npt
 from featcache.cache.cache import FeatureCache
 from featcache.cache.features import Features
 from featcache.cache.format import Indices, digest_keys, encode_names, find
-from featcache.images.read import read_image
-from featcache.images.refusal import RefusedImage
+from featcache.images.read import ImageFiles, read_images
 from featcache.images.source import ImageList
 
 
-@dataclasses.dataclass
-class Known:
+@dataclasses.dataclass(frozen=True)
+class Matches:
     """Where the embedding of each of N images lies.
 
     Attributes:
@@ -35,79 +32,91 @@ class Known:
     sizes: npt.NDArray[np.int64]
     mtimes: npt.NDArray[np.int64]
 
-    def set(self, images: Indices, source: int, rows: Indices) -> None:
-        """Record that ``images`` lie in ``rows`` of the cache at position ``source``."""
-        self.source[images], self.row[images] = source, rows
-
-    def take(self, images: Indices) -> "Known":
+    def take(self, images: Indices) -> "Matches":
         """The same, for some of the images."""
-        return Known(self.source[images], self.row[images], self.sizes[images], self.mtimes[images])
+        return Matches(self.source[images], self.row[images], self.sizes[images], self.mtimes[images])
 
     @property
     def missing(self) -> Indices:
         """The images without an embedding."""
         return np.flatnonzero(self.source < 0)
 
+    def without(self, sources: int) -> "Matches":
+        """As if the first so many caches were not there."""
+        return dataclasses.replace(self, source=np.where(self.source < sources, -1, self.source))
 
-def recognise(images: ImageList, caches: list[FeatureCache]) -> Known:
+    def with_parts(self, images: Indices, parts: Sequence[FeatureCache], number: int) -> "Matches":
+        """``images`` as the rows of ``parts``, one after the other; these are the caches from position ``number`` on."""
+        changed = Matches(self.source.copy(), self.row.copy(), self.sizes.copy(), self.mtimes.copy())
+        start = 0
+        for offset, part in enumerate(parts):
+            here = images[start : start + len(part)]
+            changed.source[here], changed.row[here] = number + offset, np.arange(len(part))
+            changed.sizes[here], changed.mtimes[here] = part.rows.sizes, part.rows.mtimes
+            start += len(part)
+        return changed
+
+
+def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     """Find each image in the last of ``caches`` that has it.
 
     Reads only files whose path, size or time is new but whose size occurs.
     """
-    known = Known(
-        source=np.full(len(images), -1, np.intp),
-        row=np.full(len(images), -1, np.intp),
-        sizes=images.sizes.copy(),
-        mtimes=images.mtimes.copy(),
-    )
+    source, row = np.full(len(images), -1, np.intp), np.full(len(images), -1, np.intp)
+    sizes, mtimes = images.sizes.copy(), images.mtimes.copy()
     paths = encode_names(images.paths)
     for number, cache in enumerate(caches):
         rows = find(cache.rows.paths, paths)
         same = (rows >= 0) & (cache.rows.sizes[rows] == images.sizes) & (cache.rows.mtimes[rows] == images.mtimes)
-        known.set(np.flatnonzero(same), number, rows[same])
+        source[same], row[same] = number, rows[same]
     if caches:
-        _recognise_by_content(images, caches, known)
-    return known
+        missing = np.flatnonzero(source < 0)
+        suspects = missing[np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))]
+        read = hash_files(images, suspects)
+        sizes[read.indices], mtimes[read.indices] = read.sizes, read.mtimes
+        for number, cache in enumerate(caches):
+            rows = find(digest_keys(cache.rows.digests), read.digests)
+            found = read.indices[rows >= 0]
+            source[found], row[found] = number, rows[rows >= 0]
+    return Matches(source, row, sizes, mtimes)
 
 
-def _recognise_by_content(images: ImageList, caches: list[FeatureCache], known: Known) -> None:
-    sizes = np.unique(np.concatenate([cache.rows.sizes for cache in caches]))
-    suspects = known.missing[np.isin(images.sizes[known.missing], sizes)]
-    indices, digests, sizes, mtimes = hash_files(images, suspects)
-    known.sizes[indices], known.mtimes[indices] = sizes, mtimes
-    for number, cache in enumerate(caches):
-        rows = find(digest_keys(cache.rows.digests), digests)
-        known.set(indices[rows >= 0], number, rows[rows >= 0])
+@dataclasses.dataclass(frozen=True)
+class HashedFiles:
+    """What reading n files told.
+
+    Attributes:
+        indices: (n,) which, of those that could be read. digests: (n,) sha256, as ``digest_keys``. sizes, mtimes: (n,).
+    """
+
+    indices: Indices
+    digests: npt.NDArray[np.bytes_]
+    sizes: npt.NDArray[np.int64]
+    mtimes: npt.NDArray[np.int64]
 
 
-def hash_files(
-    images: ImageList, indices: Indices
-) -> tuple[Indices, npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Read those of ``images``: which could be read, and of each sha256 as a key, size and modification time."""
-
-    def read(index: int) -> tuple[int, bytes, int, int] | None:
-        try:
-            data, size, mtime = read_image(images.root / images.paths[index])
-        except RefusedImage:
-            return None  # embedding it will give the reason
-        return index, hashlib.sha256(data).digest(), size, mtime
-
-    with ThreadPoolExecutor() as pool:
-        found = [entry for entry in pool.map(read, indices.tolist()) if entry]
-    numbers, digests, sizes, mtimes = zip(*found, strict=True) if found else ((), (), (), ())
-    return np.array(numbers, np.intp), np.array(digests, "S32"), np.array(sizes, np.int64), np.array(mtimes, np.int64)
+def hash_files(files: ImageFiles, indices: Indices) -> HashedFiles:
+    """Read some of ``files``; those that cannot be read are left out: embedding them will give the reason."""
+    workers = min(32, (os.cpu_count() or 1) + 4)
+    reads = [read for read in read_images(files, indices.tolist(), len, workers=workers) if not read.reason]
+    return HashedFiles(
+        np.array([read.position for read in reads], np.intp),
+        np.array([read.digest for read in reads], "S32"),
+        np.array([read.size for read in reads], np.int64),
+        np.array([read.mtime for read in reads], np.int64),
+    )
 
 
 def gather(
-    takes: Sequence[Callable[[Indices], Features]], known: Known, order: Indices, size: int = 4096
+    takes: Sequence[Callable[[Indices], Features]], matches: Matches, order: Indices, *, size: int = 4096
 ) -> Iterator[Features]:
-    """The features of the images ``order``, in blocks; ``takes`` give rows, in the order that ``known`` counts."""
+    """The features of the images ``order``, in blocks; ``takes`` give rows of the caches that ``matches`` counts."""
     for start in range(0, len(order), size):
         block = order[start : start + size]
         features: Features | None = None
-        for number in np.unique(known.source[block]):
-            here = known.source[block] == number
-            rows = takes[number](known.row[block][here])
+        for number in np.unique(matches.source[block]):
+            here = matches.source[block] == number
+            rows = takes[number](matches.row[block][here])
             if features is None:
                 features = np.empty((len(block), rows.shape[1]), rows.dtype)
             features[here] = rows

@@ -3,24 +3,27 @@
 In: embedded rows as they come. Out: files that survive any interruption, until the final cache is packed from them.
 """
 
+import contextlib
 import dataclasses
 import logging
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices, Rows, encode_names
+from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, NewerCacheError
-from featcache.images.source import ImageList
+from featcache.images.read import ImageFiles
+from featcache.spec import Spec
 
 if TYPE_CHECKING:
-    from featcache.backbones.embed import Chunk
-    from featcache.backbones.embedder import Prepared, Progress
+    from featcache.backbones.embed import EmbeddedBatch, Progress
+    from featcache.backbones.embedder import Embedder
 
 log = logging.getLogger("featcache")
 _PARTS = "[0-9]*.h5"  # named after the time; what is called otherwise is not ours
@@ -54,17 +57,17 @@ def remove_parts(folder: Path) -> None:
 class PartWriter:
     """Collects embedded rows and publishes them as a part when there are enough, or when it has been long enough."""
 
-    def __init__(self, folder: Path, spec: dict[str, Any], provenance: dict[str, Any], dim: int) -> None:
+    def __init__(self, folder: Path, *, spec: Spec, provenance: Provenance, dim: int) -> None:
         self._folder, self._spec, self._provenance, self._dim = folder, spec, provenance, dim
-        self._pending: list[tuple[Chunk, list[str]]] = []
+        self._pending: list[tuple[EmbeddedBatch, list[str]]] = []
         self._rows = 0
         self._since = time.monotonic()
         self.written: list[FeatureCache] = []
 
-    def add(self, chunk: "Chunk", paths: list[str]) -> None:
-        """Take a chunk and its rows' paths. Raises StorageError when publishing fails."""
+    def add(self, batch: "EmbeddedBatch", paths: list[str]) -> None:
+        """Take a batch and its rows' paths. Raises StorageError when publishing fails."""
         if paths:
-            self._pending.append((chunk, paths))
+            self._pending.append((batch, paths))
             self._rows += len(paths)
         if self._rows >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
             self.flush()
@@ -72,18 +75,18 @@ class PartWriter:
     def flush(self) -> None:
         """Publish what has been collected. Raises StorageError."""
         if self._pending:
-            chunks = [chunk for chunk, _ in self._pending]
+            batches = [batch for batch, _ in self._pending]
             paths = [path for _, paths in self._pending for path in paths]
             rows = Rows(
                 paths=encode_names(paths),
                 labels=np.full(len(paths), -1, np.int32),
                 splits=np.zeros(len(paths), np.uint8),
-                digests=np.concatenate([chunk.digests for chunk in chunks]),
-                sizes=np.concatenate([chunk.sizes for chunk in chunks]),
-                mtimes=np.concatenate([chunk.mtimes for chunk in chunks]),
+                digests=np.concatenate([batch.digests for batch in batches]),
+                sizes=np.concatenate([batch.sizes for batch in batches]),
+                mtimes=np.concatenate([batch.mtimes for batch in batches]),
             )
             path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
-            blocks = (chunk.features for chunk in chunks)
+            blocks = (batch.features for batch in batches)
             write_cache(path, rows, blocks, dim=self._dim, spec=self._spec, provenance=self._provenance)
             self.written.append(FeatureCache.open(path))
         self._pending, self._rows, self._since = [], 0, time.monotonic()
@@ -91,11 +94,11 @@ class PartWriter:
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """What ``embed_into_parts`` did with a list of images.
+    """What ``embed_into_parts`` did with n images.
 
     Attributes:
-        parts: what was written. images: (n,) positions in the list, in the order of the parts' rows.
-        refused: position -> reason, for those that could not be embedded. seconds: in the loop.
+        parts: what was written. images: positions of those embedded, in the order of the parts' rows.
+        refused: position -> reason, for the others. seconds: in the loop.
     """
 
     parts: list[FeatureCache]
@@ -103,35 +106,44 @@ class Embedded:
     refused: dict[int, str]
     seconds: float
 
+    @classmethod
+    def nothing(cls) -> "Embedded":
+        """Where there was nothing to do."""
+        return cls([], np.empty(0, np.intp), {}, 0.0)
 
-def embed_into_parts(images: ImageList, at: "Prepared", folder: Path, progress: "Progress | None") -> Embedded:
-    """Embed ``images`` into new parts in ``folder``; when interrupted, what is finished stays there.
+
+def embed_into_parts(
+    files: ImageFiles,
+    embedder: "Embedder",
+    folder: Path,
+    *,
+    spec: Spec,
+    provenance: Provenance,
+    progress: "Progress | None" = None,
+) -> Embedded:
+    """Embed ``files`` into new parts in ``folder``; when interrupted, what is finished stays there.
 
     Raises:
         StorageError: a part cannot be written.
     """
-    from featcache.backbones.embed import Timings, embed, storable
+    from featcache.backbones.embed import Timings, storable
 
-    writer = PartWriter(folder, at.spec, at.provenance, at.backbone.dim)
-    timings = Timings()
+    writer = PartWriter(folder, spec=spec, provenance=provenance, dim=embedder.backbone.dim)
+    timings, total = Timings(), len(files.paths)
     refused: dict[int, str] = {}
     embedded: list[Indices] = [np.empty(0, np.intp)]
-    done = 0
-    started = time.perf_counter()
-    chunks = embed(images, at.encoder, at.runtime, timings=timings)
-    try:
+    done, started = 0, time.perf_counter()
+    with contextlib.ExitStack() as last:
+        last.callback(writer.flush)  # also when interrupted: what is finished is kept
+        batches = last.enter_context(contextlib.closing(embedder.embed(files, timings=timings)))
         if progress:
-            progress(0, len(images), timings.bottleneck)
-        for chunk in chunks:
-            chunk = storable(chunk, at.spec["storage"])
-            refused |= dict(chunk.refused)
-            embedded.append(chunk.indices)
+            progress(0, total, timings.bottleneck)
+        for batch in (storable(batch, spec.storage) for batch in batches):
+            refused |= batch.refused
+            embedded.append(batch.indices)
             with timings.measure("disk"):
-                writer.add(chunk, [images.paths[index] for index in chunk.indices])
-            done += len(chunk.indices) + len(chunk.refused)
+                writer.add(batch, [files.paths[index] for index in batch.indices])
+            done += len(batch)
             if progress:
-                progress(done, len(images), timings.bottleneck)
-    finally:
-        chunks.close()
-        writer.flush()  # also when interrupted: what is finished is kept
+                progress(done, total, timings.bottleneck)
     return Embedded(writer.written, np.concatenate(embedded), refused, time.perf_counter() - started)

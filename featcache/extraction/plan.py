@@ -1,15 +1,14 @@
-"""What of a list of images is embedded already, in which caches, and what is left to do.
+"""What is there and what is left to do.
 
-In: an ``ImageList`` and caches: the file to be brought up to date and its parts, and others that may lend rows. Out: a
-``Plan``. A cache of our own that does not fit stops the work; a lender that does not fit is passed over.
+In: an ``ImageList`` and caches: the file to be brought up to date and its parts, and donors that may give rows. Out: a ``Plan``.
+A cache of our own that does not fit stops the work; a donor that does not fit is passed over.
 """
 
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,61 +16,79 @@ import numpy.typing as npt
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
-from featcache.extraction.match import Known, recognise
-from featcache.images.decode import refusals
+from featcache.extraction.match import Matches, match
+from featcache.images.read import refusals
 from featcache.images.source import ImageList
-from featcache.spec import spec_difference
+from featcache.spec import Spec
 from featcache.system.supervisor import CRASHED
 
 log = logging.getLogger("featcache")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What is there and what to do.
 
     Attributes:
-        images: N of them. caches: of one spec, lenders first. known: where in ``caches`` each image is.
+        images: N of them. caches: of one spec, ``donors`` of them first. matches: where in ``caches`` each image is.
         refused: image -> reason, for those that were refused before and would be again.
-        todo: the images to embed.
     """
 
     images: ImageList
-    caches: list[FeatureCache]
-    known: Known
-    refused: dict[int, str]
-    todo: Indices
+    caches: tuple[FeatureCache, ...]
+    donors: int
+    matches: Matches
+    refused: Mapping[int, str]
+
+    @property
+    def todo(self) -> Indices:
+        """The images to embed."""
+        return np.setdiff1d(self.matches.missing, list(self.refused))
 
     @property
     def origin(self) -> FeatureCache:
         """Whose provenance counts: the last of the caches that give rows. At least one must."""
-        return self.caches[int(self.known.source.max())]
+        return self.caches[int(self.matches.source.max())]
+
+    def without_donors(self) -> "Plan":
+        """The plan if no donor fits."""
+        return dataclasses.replace(self, matches=self.matches.without(self.donors))
+
+    def with_parts(self, images: Indices, parts: Sequence[FeatureCache], refused: Mapping[int, str]) -> "Plan":
+        """The plan once ``images`` are the rows of ``parts``, one after the other, and others were refused."""
+        return dataclasses.replace(
+            self,
+            caches=(*self.caches, *parts),
+            matches=self.matches.with_parts(images, parts, len(self.caches)),
+            refused={**self.refused, **refused},
+        )
+
+    def check_features(self) -> None:
+        """Verify the caches that give rows: damage is found before work starts. Raises CacheError."""
+        for number in np.unique(self.matches.source[self.matches.source >= 0]):
+            self.caches[number].check_features()
 
 
 def make_plan(
-    images: ImageList,
-    lenders: list[FeatureCache],
-    own: list[FeatureCache],
-    spec: dict[str, Any],
-    limit: int | None,
+    images: ImageList, donors: list[FeatureCache], own: list[FeatureCache], *, spec: Spec, limit: int | None
 ) -> Plan:
-    """Find the images in ``own`` and, failing these, in those ``lenders`` that were made with ``spec``.
+    """Match the images to rows of ``own`` and, failing these, of those ``donors`` that were made with ``spec``.
 
     Args:
         images: as listed.
-        lenders, own: caches; the last that has an image gives its row. All of ``own`` are of ``spec``.
+        donors, own: caches; the last that has an image gives its row. All of ``own`` are of ``spec``.
         spec: what embeddings must have been made with.
         limit: plan for this many images and those that ``own`` holds; for all when None.
     """
-    caches, known = _recognise_intact(images, lenders, own, spec)
+    caches, matches = _match_intact(images, donors, own, spec)
+    count = len(caches) - len(own)
     if limit is not None:
-        kept = _spread(known.source >= len(caches) - len(own), limit)
-        images, known = images.take(kept), known.take(kept)
-    refused = _refuse_again(images, known, caches)
-    return Plan(images, caches, known, refused, np.setdiff1d(known.missing, list(refused)))
+        kept = _spread(matches.source >= count, limit)
+        images, matches = images.take(kept), matches.take(kept)
+    return Plan(images, tuple(caches), count, matches, _refuse_again(images, matches, caches))
 
 
-def open_old(output: Path, force: bool) -> FeatureCache | None:
+def open_old(output: Path, *, force: bool) -> FeatureCache | None:
     """The cache to be brought up to date; None if there is none. Raises CacheError, if damaged only without ``force``."""
     if not os.path.lexists(output):
         return None
@@ -87,21 +104,21 @@ def open_old(output: Path, force: bool) -> FeatureCache | None:
         return None
 
 
-def of_spec(caches: list[FeatureCache], spec: dict[str, Any], output: Path, force: bool) -> list[FeatureCache]:
+def of_spec(caches: list[FeatureCache], spec: Spec, output: Path, *, force: bool) -> list[FeatureCache]:
     """Those of our own caches made with ``spec``. Others raise SpecMismatchError, or with ``force`` are left aside."""
     others = [cache for cache in caches if cache.spec != spec]
     if others and not force:
         what = "" if others[0].path == output else "unfinished work for "
         raise SpecMismatchError(
-            f"{what}{output} was made with another spec ({'; '.join(spec_difference(others[0].spec, spec))}); "
+            f"{what}{output} was made with another spec ({others[0].spec.difference(spec)}); "
             "choose another -o, repeat the old options, or replace it with --force"
         )
     return [cache for cache in caches if cache.spec == spec]
 
 
-def open_lenders(paths: Iterable[Path], output: Path) -> list[FeatureCache]:
-    """Open the caches that may lend rows to ``output``, the one to prefer last. What cannot be read is passed over."""
-    lenders = []
+def open_donors(paths: Iterable[Path], output: Path) -> list[FeatureCache]:
+    """Open the caches that may give rows to ``output``, the one to prefer last. What cannot be read is passed over."""
+    donors = []
     for path in paths:
         try:
             cache = FeatureCache.open(path)
@@ -109,34 +126,34 @@ def open_lenders(paths: Iterable[Path], output: Path) -> list[FeatureCache]:
             log.info("nothing is reused from %s: %s", path, error)
             continue
         if not output.exists() or not path.samefile(output):  # its own old rows it has anyway
-            lenders.append(cache)
-    return lenders[::-1]
+            donors.append(cache)
+    return donors[::-1]
 
 
-def _recognise_intact(
-    images: ImageList, lenders: list[FeatureCache], own: list[FeatureCache], spec: dict[str, Any]
-) -> tuple[list[FeatureCache], Known]:
-    """The caches that ``Known`` counts, without lenders of another spec or with damaged features, and ``Known``."""
-    for cache in lenders:
+def _match_intact(
+    images: ImageList, donors: list[FeatureCache], own: list[FeatureCache], spec: Spec
+) -> tuple[list[FeatureCache], Matches]:
+    """The caches that ``Matches`` counts, without donors of another spec or with damaged features, and ``Matches``."""
+    for cache in donors:
         if cache.spec != spec:
-            difference = "; ".join(spec_difference(cache.spec, spec))
+            difference = cache.spec.difference(spec)
             log.info("nothing is reused from %s: it was made with another spec (%s)", cache.path, difference)
-    lenders = [cache for cache in lenders if cache.spec == spec]
+    donors = [cache for cache in donors if cache.spec == spec]
     while True:
-        caches = [*lenders, *own]
-        known = recognise(images, caches)
-        damaged = [cache for number, cache in enumerate(lenders) if number in known.source and _is_damaged(cache)]
+        caches = [*donors, *own]
+        matches = match(images, caches)
+        damaged = [cache for number, cache in enumerate(donors) if number in matches.source and _is_damaged(cache)]
         if not damaged:
-            return caches, known
-        lenders = [cache for cache in lenders if cache not in damaged]
+            return caches, matches
+        donors = [cache for cache in donors if cache not in damaged]
 
 
-def _is_damaged(lender: FeatureCache) -> bool:
+def _is_damaged(donor: FeatureCache) -> bool:
     """Whether its features are; every one of them is read."""
     try:
-        lender.check_features()
+        donor.check_features()
     except (CacheError, OSError) as error:
-        log.warning("nothing is reused from %s: %s", lender.path, error)
+        log.warning("nothing is reused from %s: %s", donor.path, error)
         return True
     return False
 
@@ -149,9 +166,9 @@ def _spread(there: npt.NDArray[np.bool_], limit: int) -> Indices:
     return np.flatnonzero(keep)
 
 
-def _refuse_again(images: ImageList, known: Known, caches: list[FeatureCache]) -> dict[int, str]:
+def _refuse_again(images: ImageList, matches: Matches, caches: list[FeatureCache]) -> dict[int, str]:
     """Images refused before, and still not decodable, need no backbone to be refused again."""
-    before = {path: reason for cache in caches for path, reason in cache.refused}
-    again = {index: before.get(images.paths[index]) for index in known.missing.tolist()}
-    crashed = {index for index, reason in again.items() if reason and reason.startswith(CRASHED)}
-    return refusals(images, (index for index, reason in again.items() if reason is not None), apart=crashed)
+    before = {refusal.path: refusal.reason for cache in caches for refusal in cache.refused}
+    again = {index: before[path] for index in matches.missing.tolist() if (path := images.paths[index]) in before}
+    crashed = {index for index, reason in again.items() if reason.startswith(CRASHED)}
+    return refusals(images, again, apart=crashed)

@@ -1,7 +1,7 @@
-"""``verify --repair``: find what is damaged in a cache, compute that again from its source, and leave the rest alone.
+"""``verify --repair``: what is damaged in a cache is computed again from its source, and the rest is left alone.
 
-In: a damaged cache and the source it was made from. Out: the cache as it was. Features are embedded again where a block's
-checksum fails, and where nothing proves of which image a row is. The file is replaced in one step, at the end, or not at all.
+In: a damaged cache and the source it was made from. Out: the cache, mended. Damaged rows count as unknown and are embedded again;
+damaged columns come from the source (``restore.py``). The file is replaced in one step, at the end, or not at all.
 """
 
 import contextlib
@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from featcache.backbones.embedder import Prepared, Progress, choose_runtime, prepare_encoder
-from featcache.cache.cache import FeatureCache, weights_copy, weights_source
+from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.features import Features
 from featcache.cache.format import CHECKSUMS, Indices, digest_keys, find, update_checksums
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, CacheError, SourceError, SpecMismatchError, StorageError
-from featcache.extraction.match import Known, gather
-from featcache.extraction.parts import embed_into_parts, open_parts
-from featcache.extraction.restore import Files, Restored, as_it_is, locate, not_found, restore
+from featcache.extraction.match import Matches, gather
+from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
+from featcache.extraction.restore import Restored, SourceFiles, locate, not_found, restore
 from featcache.images.source import ImageList, list_images
-from featcache.spec import make_spec, spec_difference
 from featcache.system.files import check_free_space, check_output
 from featcache.system.workdir import locked, parts_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
+    from featcache.backbones.embed import Progress
+    from featcache.backbones.embedder import Embedder
     from featcache.backbones.encoder import Precision
 
 log = logging.getLogger("featcache")
-Options = tuple[str, int | None, int | None]  # device, workers, batch size
+_Options = tuple[str, int | None, int | None]  # device, workers, batch size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +44,8 @@ class RepairReport:
         cache: the file. rows: N.
         damaged: (start, stop) of the rows whose features failed their checksum.
         damaged_columns: what else did; ``checksums`` if it was a checksum itself.
+        restored_columns: those of them that were taken from the source.
         embedded: images embedded again; those that an interrupted repair had finished, or other rows hold, are not.
-        identical: whether all that was restored gives the checksums that were recorded, so that every bit is as it was.
         seconds: of the whole call.
     """
 
@@ -53,8 +53,8 @@ class RepairReport:
     rows: int
     damaged: tuple[tuple[int, int], ...]
     damaged_columns: tuple[str, ...]
+    restored_columns: tuple[str, ...]
     embedded: int
-    identical: bool
     seconds: float
 
 
@@ -65,17 +65,17 @@ def repair(
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
 ) -> RepairReport:
-    """Verify ``cache`` and mend it: damaged features are embedded again, damaged columns taken from ``source`` again.
+    """Verify ``cache`` and mend it: damaged features are embedded again, damaged columns taken from ``source``.
 
-    Nothing else changes, and no image is added or dropped: ``extract`` does that. On a CPU, with the batch size it was made
-    with, the file is then what it was, byte for byte. An interrupted repair goes on when it is called again.
+    Nothing else changes, and no image is added or dropped: ``extract`` does that. An intact row whose image is gone stays.
+    An interrupted repair goes on when it is called again.
 
     Args:
         cache: the file. source: what it was made from: a folder or a CSV (see ``list_images``), or a list of images.
         device, workers, batch_size: as for ``extract``.
-        progress: called with (done, total, bottleneck) when embedding starts and after every chunk.
+        progress: called with (done, total, bottleneck) when embedding starts and after every batch.
 
     Raises:
         DamagedCacheError: damage that cannot be repaired. SourceError: ``source`` lacks an image that is needed, or is
@@ -84,14 +84,12 @@ def repair(
     """
     started = time.perf_counter()
     found = FeatureCache.salvage(cache)
-    damaged = tuple(found.verify())
-    embedded, identical = 0, True
+    damaged, embedded = tuple(found.verify()), 0
     if damaged or found.damaged_columns:
         check_output(found.path)
         with locked(parts_folder(found.path)):
-            _check_unchanged(found)
+            found.check_unchanged()
             embedded = _mend(found, damaged, source, (device, workers, batch_size), progress)
-            identical = _is_as_recorded(found)
     elif parts_folder(found.path).is_dir():
         _tidy(found)
     return RepairReport(
@@ -99,42 +97,43 @@ def repair(
         rows=len(found),
         damaged=damaged,
         damaged_columns=found.damaged_columns,
+        restored_columns=tuple(name for name in found.damaged_columns if name != CHECKSUMS),
         embedded=embedded,
-        identical=identical,
         seconds=time.perf_counter() - started,
     )
-
-
-def _check_unchanged(cache: FeatureCache) -> None:
-    """Raise CacheError if the file is no longer the one that ``cache`` was opened from."""
-    with cache.unverified() as features:
-        if features.identity != cache.opened:
-            raise CacheError(f"{cache.path} was replaced or changed since it was opened; run the command again")
 
 
 def _mend(
     found: FeatureCache,
     damaged: tuple[tuple[int, int], ...],
     source: str | Path | ImageList,
-    options: Options,
-    progress: Progress | None,
+    options: _Options,
+    progress: "Progress | None",
 ) -> int:
     """Write the mended file; returns how many images were embedded for it."""
-    files = restored = None
+    files, restored = None, Restored(found.rows, found.classes, found.refused, np.empty(0, np.intp))
     if damaged or set(found.damaged_columns) != {CHECKSUMS}:
         images = source if isinstance(source, ImageList) else list_images(Path(source))
-        files = Files(images, str(images.root if source is images else source))
+        files = SourceFiles(images, str(images.root if source is images else source))
         _mention_new_images(found, files)
         restored = restore(found, files)
-    restored = restored or as_it_is(found)
     anew = np.concatenate([restored.suspects, *(np.arange(start, stop) for start, stop in damaged)])
     anew = np.unique(anew).astype(np.intp)
-    collection = _Collection(found, restored, anew)
-    embedded = collection.embed_missing(files, options, progress) if files else 0
+    keys = digest_keys(restored.rows.digests)
+    sources = _sound_rows(found, restored, anew)
+    parts = [part for part in open_parts(parts_folder(found.path)) if part.spec == found.spec] if len(anew) else []
+    sources = _with_rows_of(sources, keys, parts, 1)
+    todo = np.sort(sources.missing[np.unique(keys[sources.missing], return_index=True)[1]])  # one of each content
+    if files and len(todo):
+        done = _embed(found, restored, files, todo, options, progress)
+        sources = _with_rows_of(sources, keys, done.parts, 1 + len(parts))
+        parts += done.parts
+        _check_complete(found, files, sources, done)
+    takes = [found.take_unverified, *(part.take for part in parts)]
     write_cache(
         found.path,
         restored.rows,
-        _unchanged(collection.blocks(), found, anew),
+        _unchanged(gather(takes, sources, np.arange(len(found))), found, anew),
         dim=found.dim,
         spec=found.spec,
         classes=restored.classes,
@@ -142,81 +141,119 @@ def _mend(
         provenance=found.provenance,
         staging=parts_folder(found.path),
     )
-    collection.remove_parts()
-    return embedded
+    _remove_known(parts, keys)
+    return len(todo)
 
 
-class _Collection:
-    """Where the features of each row come from: the cache itself, another row of the same image, or parts.
+def _sound_rows(found: FeatureCache, restored: Restored, anew: Indices) -> Matches:
+    """Where each row's features lie: in the cache itself (source 0), also those of other rows of the same image; or nowhere."""
+    source, row = np.zeros(len(found), np.intp), np.arange(len(found))
+    source[anew] = -1
+    sound, keys = np.setdiff1d(row, anew), digest_keys(restored.rows.digests)
+    at = find(keys[sound], keys[anew])
+    source[anew[at >= 0]], row[anew[at >= 0]] = 0, sound[at[at >= 0]]
+    return Matches(source, row, restored.rows.sizes, restored.rows.mtimes)
 
-    Attributes:
-        known: source 0 is the cache, the others are ``parts``; -1 if the row is to be embedded.
+
+def _with_rows_of(sources: Matches, keys: Any, parts: list[FeatureCache], number: int) -> Matches:
+    """``sources``, and the rows of ``parts`` for what is missing; they are the sources from ``number`` on."""
+    source, row = sources.source.copy(), sources.row.copy()
+    for offset, part in enumerate(parts):
+        missing = np.flatnonzero(source < 0)
+        at = find(digest_keys(part.rows.digests), keys[missing])
+        source[missing[at >= 0]], row[missing[at >= 0]] = number + offset, at[at >= 0]
+    return dataclasses.replace(sources, source=source, row=row)
+
+
+def _embed(
+    found: FeatureCache,
+    restored: Restored,
+    files: SourceFiles,
+    rows: Indices,
+    options: _Options,
+    progress: "Progress | None",
+) -> Embedded:
+    """Embed the images of ``rows`` into parts. Raises SourceError: not among ``files``."""
+    at = locate(restored.rows, files, rows)
+    if (at < 0).any():
+        raise not_found(found, files, rows[at < 0])
+    images = files.images.take(at)
+    embedder = _embedder(found, images, options)
+    check_free_space(found.path.parent, (len(rows) + len(found)) * found.dim * found.dtype.itemsize)
+    folder = parts_folder(found.path)
+    return embed_into_parts(images, embedder, folder, spec=found.spec, provenance=found.provenance, progress=progress)
+
+
+def _check_complete(found: FeatureCache, files: SourceFiles, sources: Matches, done: Embedded) -> None:
+    if missing := len(sources.missing):
+        reason = next(iter(done.refused.values()), "they changed meanwhile")
+        raise SourceError(
+            f"{missing} rows of {found.path} cannot be embedded from {files.name} ({reason}); "
+            "nothing was changed; run the command again"
+        )
+
+
+def _embedder(cache: FeatureCache, images: ImageList, options: _Options) -> "Embedder":
+    """The backbone of ``cache`` in the precision that it was made with, if that is to be had here."""
+    from featcache.backbones.embedder import Embedder
+    from featcache.backbones.encoder import candidates
+    from featcache.system.device import choose_runtime
+
+    device, workers, batch_size = options
+    runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
+    log.info(runtime.reason)
+    backbone, wanted = backbone_of(cache), cache.spec.precision
+    precision = wanted
+    if wanted == "reference":
+        before = cache.provenance.precision
+        precision = before if before in candidates(runtime.device) else "auto"
+    embedder = Embedder.prepare(backbone, runtime, images, precision=cast("Precision", precision))
+    if wanted == "reference" != embedder.choice.precision_class:  # what passed on other images need not on these
+        embedder = Embedder.prepare(backbone, runtime, images, precision="fp32")
+    return embedder
+
+
+def backbone_of(cache: FeatureCache) -> "Backbone":
+    """The backbone that ``cache`` was made with.
+
+    Raises:
+        BackboneError: its weights are missing, or a library cannot provide them here.
+        SpecMismatchError: what was found is another backbone, or has other weights.
     """
+    from featcache.backbones.load import load_again
 
-    def __init__(self, cache: FeatureCache, restored: Restored, anew: Indices) -> None:
-        self.cache, self.rows = cache, restored.rows
-        self.folder = parts_folder(cache.path)
-        self.keys = digest_keys(restored.rows.digests)
-        everything = np.arange(len(cache))
-        self.known = Known(np.zeros(len(cache), np.intp), everything, restored.rows.sizes, restored.rows.mtimes)
-        self.known.source[anew] = -1
-        sound = np.setdiff1d(everything, anew)
-        self._find(0, self.keys[sound], sound)
-        self.parts: list[FeatureCache] = []
-        self._add([part for part in open_parts(self.folder) if part.spec == cache.spec] if len(anew) else [])
+    copy, spec = weights_copy(cache.path, cache.spec), cache.spec
+    backbone = load_again(spec, copy, cache.provenance.reload)
+    if backbone is None:
+        raise BackboneError(
+            f"{copy} is missing, and no library provides the weights of {cache.path} ({cache.provenance.source}); copy the "
+            "weights file to that name and run the same command again"
+        )
+    found = dataclasses.replace(
+        spec, backbone=backbone.name, weights_sha256=backbone.weights_sha256, layer=backbone.layer
+    )
+    if found != spec:
+        raise SpecMismatchError(
+            f"{cache.path} was made with another backbone than {backbone.weights} gives "
+            f"({spec.difference(found)}); copy the original weights to {copy}"
+        )
+    return backbone
 
-    def _find(self, number: int, keys: Any, rows: Indices) -> None:
-        """Look for missing rows among those of one source, which have the digests ``keys``."""
-        missing = self.known.missing
-        at = find(keys, self.keys[missing])
-        self.known.set(missing[at >= 0], number, rows[at[at >= 0]])
 
-    def _add(self, parts: list[FeatureCache]) -> None:
-        for part in parts:
-            self.parts.append(part)
-            self._find(len(self.parts), digest_keys(part.rows.digests), np.arange(len(part)))
+def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: Indices) -> Iterator[Features]:
+    """``blocks``, and at their end the proof that where nothing was computed ``anew`` nothing is new.
 
-    def embed_missing(self, files: Files, options: Options, progress: Progress | None) -> int:
-        """Embed the images of rows that are still missing into parts; returns how many.
-
-        Raises:
-            SourceError: images are not among ``files``, cannot be embedded, or changed meanwhile.
-        """
-        missing = self.known.missing
-        if not len(missing):
-            return 0
-        rows = np.sort(missing[np.unique(self.keys[missing], return_index=True)[1]])  # one of each content
-        at = locate(self.rows, files, rows)
-        if (at < 0).any():
-            raise not_found(self.cache, files, rows[at < 0])
-        images = files.images.take(at)
-        prepared = _prepare(self.cache, images, options)
-        values = (len(rows) + len(self.cache)) * self.cache.dim
-        check_free_space(self.cache.path.parent, values * self.cache.dtype.itemsize)
-        done = embed_into_parts(images, prepared, self.folder, progress)
-        self._add(done.parts)
-        if len(self.known.missing):
-            reason = next(
-                (f"{images.paths[index]}: {why}" for index, why in done.refused.items()), "they changed meanwhile"
-            )
-            raise SourceError(
-                f"{len(self.known.missing)} rows of {self.cache.path} cannot be embedded from {files.name} ({reason}); "
-                "nothing was changed; run the command again"
-            )
-        return len(rows)
-
-    def blocks(self) -> Iterator[Features]:
-        """All N rows, in order."""
-        takes = [self._own, *(part.take for part in self.parts)]
-        return gather(takes, self.known, np.arange(len(self.cache)))
-
-    def _own(self, rows: Indices) -> Features:
-        with self.cache.unverified() as features:
-            return features[rows]
-
-    def remove_parts(self) -> None:
-        """Delete what the mended cache has made superfluous."""
-        _remove_known(self.parts, self.keys)
+    Raises:
+        CacheError: something is; the file changed, or is damaged further, since it was verified.
+    """
+    sums, written = np.zeros_like(cache.feature_checksums), 0
+    for block in blocks:
+        update_checksums(sums, block, written, cache.rows_per_checksum)
+        written += len(block)
+        yield block
+    touched = np.unique(anew // cache.rows_per_checksum)
+    if len(np.setdiff1d(np.flatnonzero(sums != cache.feature_checksums), touched)):
+        raise CacheError(f"{cache.path} changed while it was repaired; nothing was changed; run the command again")
 
 
 def _remove_known(parts: list[FeatureCache], keys: Any) -> None:
@@ -234,100 +271,14 @@ def _tidy(cache: FeatureCache) -> None:
         _remove_known(parts, digest_keys(cache.rows.digests))
 
 
-def _prepare(cache: FeatureCache, images: ImageList, options: Options) -> Prepared:
-    """The backbone of ``cache`` in the precision that it was made with, if that is to be had here."""
-    from featcache.backbones.encoder import candidates
-
-    runtime = choose_runtime(*options)
-    log.info(runtime.reason)
-    backbone = backbone_of(cache)
-    wanted = cache.spec["precision"]
-    if wanted == "reference":
-        chosen = cache.provenance.get("precision")
-        before = chosen.get("precision") if isinstance(chosen, dict) else None
-        precision = before if before in candidates(runtime.device) else "auto"
-    else:
-        precision = wanted
-    encoder, choice, _ = prepare_encoder(backbone, runtime, images, precision=cast("Precision", precision))
-    if wanted == "reference" != choice.precision_class:  # what passed on other images need not on these
-        encoder, choice, _ = prepare_encoder(backbone, runtime, images, precision="fp32")
-    return Prepared(backbone, encoder, runtime, cache.spec, cache.provenance)
-
-
-def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: Indices) -> Iterator[Features]:
-    """``blocks``, and at their end the proof that where nothing was computed ``anew`` nothing is new.
-
-    Raises:
-        CacheError: something is; the file changed, or is damaged further, since it was verified.
-    """
-    sums, written = np.zeros_like(cache.feature_checksums), 0
-    for block in blocks:
-        update_checksums(sums, block, written, cache.rows_per_checksum)
-        written += len(block)
-        yield block
-    touched = np.unique(anew // cache.rows_per_checksum)
-    wrong = np.setdiff1d(np.flatnonzero(sums != cache.feature_checksums), touched)
-    if len(wrong):
-        raise CacheError(f"{cache.path} changed while it was repaired; nothing was changed; run the command again")
-
-
-def _is_as_recorded(found: FeatureCache) -> bool:
-    """Whether the mended file gives the checksums that the damaged one had."""
-    mended = FeatureCache.open(found.path)
-    if not np.array_equal(mended.feature_checksums, found.feature_checksums):
-        log.warning(
-            "what was computed anew is not bit for bit what was lost: other libraries, another device or batch size round "
-            "otherwise, or the source has changed"
-        )
-        return False
-    recorded = {} if CHECKSUMS in found.damaged_columns else found.column_checksums
-    return all(mended.column_checksums[name] == value for name, value in recorded.items())
-
-
-def _mention_new_images(cache: FeatureCache, files: Files) -> None:
+def _mention_new_images(cache: FeatureCache, files: SourceFiles) -> None:
     if "paths" in cache.damaged_columns:
         return
-    refused = {path for path, _ in cache.refused}
-    new = [
-        path
-        for path in np.setdiff1d(files.paths, cache.rows.paths).tolist()
-        if path.decode("utf-8", "surrogateescape") not in refused
-    ]
-    if new:
+    refused = {refusal.path for refusal in cache.refused}
+    names = (path.decode("utf-8", "surrogateescape") for path in np.setdiff1d(files.paths, cache.rows.paths).tolist())
+    if new := sum(name not in refused for name in names):
         log.info(
             "%d images of %s are not in the cache under these names; `featcache extract` brings it up to date",
-            len(new),
+            new,
             files.name,
         )
-
-
-def backbone_of(cache: FeatureCache) -> "Backbone":
-    """The backbone that ``cache`` was made with.
-
-    Raises:
-        BackboneError: its weights are missing, or a library cannot provide them here.
-        SpecMismatchError: what was found is another backbone, or has other weights.
-    """
-    from featcache.backbones.load import load_again
-
-    copy, (source, reload) = weights_copy(cache.path, cache.spec), weights_source(cache)
-    backbone = load_again(cache.spec, copy, reload)
-    if backbone is None:
-        raise BackboneError(
-            f"{copy} is missing, and no library provides the weights of {cache.path} ({source}); copy the weights file to "
-            "that name and run the same command again"
-        )
-    found = make_spec(
-        name=backbone.name,
-        weights_sha256=backbone.weights_sha256,
-        layer=backbone.layer,
-        preprocess=backbone.preprocess,
-        precision=cache.spec["precision"],
-        storage=cache.spec["storage"],
-    )
-    if found != cache.spec:
-        raise SpecMismatchError(
-            f"{cache.path} was made with another backbone than {backbone.weights} gives "
-            f"({'; '.join(spec_difference(cache.spec, found))}); copy the original weights to {copy}"
-        )
-    return backbone

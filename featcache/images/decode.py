@@ -10,20 +10,18 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from featcache.errors import RefusedImage
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
 from featcache.images.preprocess import to_pixels
-from featcache.images.read import read_image
-from featcache.images.refusal import RefusedImage
-from featcache.images.source import ImageList
 from featcache.spec import PreprocessSpec
-from featcache.system.supervisor import DecoderCrashedError, decoding, try_apart
+from featcache.system.supervisor import DecoderCrashedError, decoding
 
 Pixels = npt.NDArray[np.uint8]
 # A list of its own, not "whatever Pillow opens": EPS, for one, would start another program. TGA, which has no signature,
@@ -208,26 +206,3 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layers).convert("RGB")
     return image.convert("RGB")
-
-
-def refusals(images: ImageList, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
-    """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
-    refused = {}
-    with strict_decoding():
-        for index in indices:
-            try:
-                data = read_image(images.root / images.paths[index])[0]
-                if index in apart:
-                    try_apart(data)
-                decode(data)
-            except (RefusedImage, DecoderCrashedError) as reason:
-                refused[index] = str(reason)
-    return refused
-
-
-def all_refused(images: ImageList, refused: dict[int, str]) -> str:
-    """What to say when not one image is left."""
-    reasons = [(images.paths[index], reason) for index, reason in refused.items()]
-    reasons += [(refusal.path, refusal.reason) for refusal in images.refused]
-    path, reason = reasons[0]
-    return f"all {len(reasons)} images of {images.root} were refused, the first, {path}: {reason}"

@@ -1,16 +1,90 @@
-"""Read image files whole, and notice when they change meanwhile."""
+"""Read image files: the one loop over files, and the one place that reads one.
 
+In: ``ImageFiles`` and what is to be made of a file's bytes. Out: a ``ReadImage`` per file, in order: the result or the reason
+why there is none, and the sha256, size and time of the bytes that it was made of.
+"""
+
+import hashlib
+import itertools
 import os
 import stat
 import time
+from collections.abc import Callable, Generator, Iterable, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from featcache.images.refusal import RefusedImage
+from featcache.errors import RefusedImage
+from featcache.images.decode import decode, strict_decoding
+from featcache.system.supervisor import DecoderCrashedError, try_apart
 
+T = TypeVar("T")
 MAX_FILE_BYTES = 2**30
 
 
-def read_image(path: Path) -> tuple[bytes, int, int]:
+class ImageFiles(Protocol):
+    """Files of images: an ``ImageList``, or less."""
+
+    @property
+    def root(self) -> Path:
+        """What ``paths`` are relative to."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """N of them."""
+
+
+class Paths(NamedTuple):
+    """``ImageFiles`` that nobody listed: paths as somebody typed them."""
+
+    root: Path
+    paths: tuple[str, ...]
+
+
+class ReadImage(NamedTuple, Generic[T]):
+    """What became of one file.
+
+    Attributes:
+        position: of the file. value: what was made of its bytes; None if it was refused. reason: why; empty if it was not.
+        digest: sha256, empty if it could not be read. size, mtime: of the bytes that were read; see ``read_file``.
+    """
+
+    position: int
+    value: T | None
+    reason: str
+    digest: bytes
+    size: int
+    mtime: int
+
+
+def read_images(
+    files: ImageFiles, indices: Iterable[int], convert: Callable[[bytes], T], *, workers: int = 1
+) -> Generator[ReadImage[T]]:
+    """Read some of ``files`` on ``workers`` threads, results in the order of ``indices``. Never far ahead of who takes them.
+
+    Args:
+        convert: a file's bytes -> what is wanted of them; may raise RefusedImage. A refused image never ends the loop.
+    """
+    pending = iter(indices)
+    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool:
+        if workers == 1:
+            yield from (read_image(files, index, convert) for index in pending)
+        while block := list(itertools.islice(pending, 16 * workers)):
+            yield from pool.map(lambda index: read_image(files, index, convert), block)
+
+
+def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> ReadImage[T]:
+    """Read one of ``files``. Callers decode inside ``strict_decoding``."""
+    digest, size, mtime = b"", -1, -1
+    try:
+        data, size, mtime = read_file(files.root / files.paths[index])
+        digest = hashlib.sha256(data).digest()
+        return ReadImage(index, convert(data), "", digest, size, mtime)
+    except RefusedImage as reason:
+        return ReadImage(index, None, str(reason), digest, size, mtime)
+
+
+def read_file(path: Path) -> tuple[bytes, int, int]:
     """Read one file whole.
 
     Returns:
@@ -39,3 +113,21 @@ def read_image(path: Path) -> tuple[bytes, int, int]:
         raise RefusedImage("changed while it was read")
     settled = time.time_ns() - after.st_mtime_ns > 2_000_000_000  # FAT, the coarsest in use, counts in 2 s
     return data, len(data), after.st_mtime_ns if settled else -1
+
+
+def refusals(files: ImageFiles, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
+    """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
+
+    def decode_apart(data: bytes) -> None:
+        try:
+            try_apart(data)
+        except DecoderCrashedError as error:
+            raise RefusedImage(str(error)) from error
+        decode(data)
+
+    found: dict[int, str] = {}
+    with strict_decoding():
+        for index in indices:
+            if reason := read_image(files, index, decode_apart if index in apart else decode).reason:
+                found[index] = reason
+    return found

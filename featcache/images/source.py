@@ -7,15 +7,14 @@ import bisect
 import csv
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import SourceError, UsageError
-from featcache.images.refusal import Refusal, RefusedImage
+from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.spec import SPLITS
 
 _SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
@@ -42,6 +41,7 @@ class ImageList:
         splits: (N,) uint8, index into ``cache.SPLITS``.
         sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed.
         refused: entries that were skipped without opening them, and why.
+        refused_at: how many images are listed before each of these.
     """
 
     root: Path
@@ -52,14 +52,24 @@ class ImageList:
     sizes: npt.NDArray[np.int64]
     mtimes: npt.NDArray[np.int64]
     refused: tuple[Refusal, ...] = ()
+    refused_at: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def all_refused(self, refused: Mapping[int, str]) -> str:
+        """What to say when not one image is left: those of the list were ``refused`` (number -> reason), too."""
+        reasons = [Refusal(self.paths[index], reason) for index, reason in refused.items()]
+        reasons += self.refused
+        return (
+            f"all {len(reasons)} images of {self.root} were refused, the first, {reasons[0].path}: {reasons[0].reason}"
+        )
+
     def take(self, rows: npt.NDArray[np.intp]) -> "ImageList":
         """Return the list restricted to ``rows``, same classes and refusals."""
         picked = {name: getattr(self, name)[rows] for name in ("labels", "splits", "sizes", "mtimes")}
-        return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), **picked)
+        at = tuple(np.searchsorted(rows, self.refused_at).tolist()) if len(self.refused_at) else ()
+        return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), refused_at=at, **picked)
 
 
 class _Entry(NamedTuple):
@@ -68,6 +78,16 @@ class _Entry(NamedTuple):
     mtime: int
     label: str | None = None
     split: int = 0
+
+
+class _Listing(NamedTuple):
+    """What was found below ``root``; ``classes`` are those of folders, which may be empty."""
+
+    root: Path
+    entries: list[_Entry]
+    classes: set[str]
+    refused: list[Refusal]
+    refused_at: list[int]
 
 
 def list_images(source: Path, *, labelled: bool = True) -> ImageList:
@@ -83,44 +103,47 @@ def list_images(source: Path, *, labelled: bool = True) -> ImageList:
         UsageError: the CSV's header or a split name is not understood.
     """
     if source.is_dir():
-        root, found, names, refused = _list_folder(source, labelled)
+        listing = _list_folder(source, labelled)
     elif source.is_file() and source.suffix.lower() == ".csv":
-        root, found, names, refused = _list_csv(source)
+        listing = _list_csv(source)
     elif source.exists():
         raise SourceError(f"{source} is neither a folder of images nor a .csv file")
     else:
         raise SourceError(f"{source} does not exist; give a folder of images or a CSV with the header path,label,split")
-    if not found and not refused:
+    if not listing.entries and not listing.refused:
         expected = "rows below its header" if source.is_file() else f"files such as {source / 'CLASS' / 'photo.jpg'}"
         raise SourceError(f"no image found in {source}; expected {expected}")
-    return _image_list(root, found, names, refused)
+    return _image_list(listing)
 
 
-def _image_list(root: Path, found: list[_Entry], names: set[str], refused: list[Refusal]) -> ImageList:
-    classes = tuple(sorted(names | {entry.label for entry in found if entry.label is not None}))
+def _image_list(listing: _Listing) -> ImageList:
+    found = listing.entries
+    classes = tuple(sorted(listing.classes | {entry.label for entry in found if entry.label is not None}))
     index = {name: number for number, name in enumerate(classes)}
     return ImageList(
-        root=root,
+        root=listing.root,
         paths=tuple(entry.path for entry in found),
         labels=np.array([-1 if entry.label is None else index[entry.label] for entry in found], np.int32),
         classes=classes,
         splits=np.array([entry.split for entry in found], np.uint8),
         sizes=np.array([entry.size for entry in found], np.int64),
         mtimes=np.array([entry.mtime for entry in found], np.int64),
-        refused=tuple(refused),
+        refused=tuple(listing.refused),
+        refused_at=tuple(listing.refused_at),
     )
 
 
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def _list_folder(root: Path, labelled: bool) -> tuple[Path, list[_Entry], set[str], list[Refusal]]:
-    unordered: list[Refusal] = []
-    files = sorted(_walk(root, unordered), key=lambda entry: entry.path)
+def _list_folder(root: Path, labelled: bool) -> _Listing:
+    refused: list[Refusal] = []
+    files = sorted(_walk(root, refused), key=lambda entry: entry.path)
+    refused.sort(key=lambda refusal: refusal.path)
     order = [entry.path for entry in files]
-    refused = [Refusal(r.path, r.reason, bisect.bisect(order, r.path)) for r in sorted(unordered, key=lambda r: r.path)]
+    refused_at = [bisect.bisect(order, refusal.path) for refusal in refused]
     if not labelled:
-        return root, files, set(), refused
+        return _Listing(root, files, set(), refused, refused_at)
     top_folders = _subfolders(root)
     names: set[str] = set()
     if _is_split_layout(root, top_folders):
@@ -136,7 +159,7 @@ def _list_folder(root: Path, labelled: bool) -> tuple[Path, list[_Entry], set[st
         split = _SPLIT_FOLDERS[folders[0].lower()] if depth and folders else 0
         label = folders[depth] if len(folders) > depth else None
         found.append(_Entry(entry.path, entry.size, entry.mtime, label, split))
-    return root, found, names, refused
+    return _Listing(root, found, names, refused, refused_at)
 
 
 def _is_split_layout(root: Path, folders: list[str]) -> bool:
@@ -237,25 +260,27 @@ def _looks_like_image(path: str) -> bool:
 # -------------------------------------------------------------------------------------------------------- CSV
 
 
-def _list_csv(source: Path) -> tuple[Path, list[_Entry], set[str], list[Refusal]]:
+def _list_csv(source: Path) -> _Listing:
     root = source.parent
     real_root = os.path.realpath(root)
     found: list[_Entry] = []
     refused: list[Refusal] = []
+    refused_at: list[int] = []
     seen: dict[str, _Entry] = {}
     for row, where in _csv_rows(source):
         entry = _csv_entry(row, where)
         try:
             entry = _resolved(entry, real_root)
         except RefusedImage as reason:
-            refused.append(Refusal(entry.path, str(reason), len(found)))
+            refused.append(Refusal(entry.path, str(reason)))
+            refused_at.append(len(found))
             continue
         known = seen.setdefault(entry.path, entry)
         if known != entry:
             raise SourceError(f"{where}: {entry.path} is listed twice, with different labels or splits")
         if known is entry:
             found.append(entry)
-    return root, found, {entry.label for entry in found if entry.label is not None}, refused
+    return _Listing(root, found, set(), refused, refused_at)
 
 
 def _csv_rows(source: Path) -> Iterator[tuple[dict[str, str | None], str]]:

@@ -5,11 +5,10 @@ In: a model folder, and labelled images or a cache. Out: a dictionary of scores 
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.backbones.embedder import Progress
 from featcache.cache.cache import FeatureCache
 from featcache.errors import SourceError
 from featcache.heads.head import Array
@@ -18,6 +17,9 @@ from featcache.images.source import list_images
 from featcache.models.model import Model, load_model
 from featcache.models.predict import embed_and_score
 from featcache.spec import SPLITS
+
+if TYPE_CHECKING:
+    from featcache.backbones.embed import Progress
 
 log = logging.getLogger("featcache")
 
@@ -30,7 +32,7 @@ def evaluate(
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
 ) -> dict[str, Any]:
     """Score a model on labelled images or on a cache.
 

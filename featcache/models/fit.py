@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.cache import FeatureCache, weights_copy, weights_source
+from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import KINDS, Array, FittedHead, Kind
 from featcache.heads.metrics import evaluate_probabilities
@@ -211,7 +211,7 @@ def _save(
     metrics: dict[str, Any],
     self_contained: bool,
 ) -> None:
-    source, reload = weights_source(cache)
+    source, reload = cache.provenance.source, cache.provenance.reload
     copy: Path | None = weights_copy(cache_path, cache.spec)
     provided: dict[str, bytes] = {}
     if reload is not None:
@@ -241,4 +241,4 @@ def _provided_weights(cache: FeatureCache, reload: str) -> dict[str, bytes]:
     from featcache.backbones.backbone import weights_bytes
     from featcache.backbones.load import load_provided
 
-    return {"backbone.safetensors": weights_bytes(load_provided(cache.spec["backbone"]["name"], reload))}
+    return {"backbone.safetensors": weights_bytes(load_provided(cache.spec.backbone, reload))}

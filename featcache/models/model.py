@@ -17,11 +17,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.backbones.saved import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    SavedBackbone,
+    as_model_error,
+    own_file,
+    read_manifest,
+)
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names
-from featcache.errors import FeatcacheError, ModelError, SpecMismatchError
+from featcache.errors import ModelError, SpecMismatchError
 from featcache.heads.head import FittedHead, Head
-from featcache.spec import check_spec, fingerprint_of, spec_difference
+from featcache.spec import Spec, fingerprint_of
 from featcache.system.files import check_output, publish_folder, read_published, recover_folder
 from featcache.system.safe_load import parse_json
 
@@ -29,12 +39,8 @@ if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
 
 log = logging.getLogger("featcache")
-FORMAT = "featcache-model"
-FORMAT_VERSION = 1
-_HEAD, _BACKBONE, _MANIFEST, _METRICS = "head.safetensors", "backbone.safetensors", "model.json", "metrics.json"
-_PIPELINE = "head.joblib"
-_FIELDS = dict.fromkeys(("head", "weights", "training", "metrics", "versions"), dict) | {"classes": list}
-_FILES = (_HEAD, _BACKBONE, _MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
+_HEAD, _METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
+_FILES = (_HEAD, WEIGHTS, MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,57 +51,37 @@ class Model:
         path: its folder.
         classes: C names, in the order of the head's outputs.
         head: (N, D) embeddings -> (N, C) probabilities.
-        spec: what the embeddings must have been made with. fingerprint: its sha256.
+        backbone: what made the embeddings; its ``spec`` is what they must have been made with.
         manifest: all of ``model.json``.
     """
 
     path: Path
     classes: tuple[str, ...]
     head: Head
-    spec: dict[str, Any]
-    fingerprint: str
+    backbone: SavedBackbone
     manifest: dict[str, Any]
+
+    @property
+    def spec(self) -> Spec:
+        """What embeddings must have been made with."""
+        return self.backbone.spec
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the spec."""
+        return self.spec.fingerprint
+
+    def load_backbone(self) -> "Backbone":
+        """The backbone that the model was trained on. Raises ModelError, BackboneError: as ``SavedBackbone.load``."""
+        return self.backbone.load()
 
     def check_cache(self, cache: FeatureCache) -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
-        if cache.fingerprint != self.fingerprint:
+        if cache.spec != self.spec:
             raise SpecMismatchError(
                 f"{cache.path} and the model {self.path} do not belong together (cache -> model: "
-                f"{'; '.join(spec_difference(cache.spec, self.spec))}); predict from the images instead"
+                f"{cache.spec.difference(self.spec)}); predict from the images instead"
             )
-
-    def load_backbone(self) -> "Backbone":
-        """The backbone this model was trained on.
-
-        Raises:
-            ModelError: its weights are missing, or are not those the model was trained on.
-            BackboneError: the library cannot provide them here.
-        """
-        try:
-            return self._load_backbone()
-        except FeatcacheError:
-            if _saved_fingerprint(self.path) != fingerprint_of(self.manifest):
-                raise ModelError(f"{self.path} was replaced since it was loaded; run the command again") from None
-            raise
-
-    def _load_backbone(self) -> "Backbone":
-        from featcache.backbones.load import load_again
-
-        wanted = self.spec["backbone"]
-        copy, reload = own_file(self.path, _BACKBONE), self.manifest["weights"].get("reload")
-        backbone = load_again(self.spec, copy, reload if isinstance(reload, str) else None)
-        if backbone is None:
-            raise ModelError(
-                f"{self.path} has no {_BACKBONE}, and no library provides its weights ({self.manifest['weights'].get('source')}); "
-                "it can label caches, not images"
-            )
-        if backbone.weights_sha256 != wanted["weights_sha256"]:
-            raise ModelError(
-                f"{self.path} was trained on other weights of {wanted['name']}: found {backbone.weights_sha256[:12]} "
-                f"({backbone.weights}), expected {wanted['weights_sha256'][:12]}; train it again, or copy the original "
-                f"weights to {copy}"
-            )
-        return backbone
 
 
 def check_replaceable(path: Path) -> None:
@@ -113,7 +99,7 @@ def check_replaceable(path: Path) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     try:
-        manifest = parse_json((path / _MANIFEST).read_text()) if path.is_dir() else None
+        manifest = parse_json((path / MANIFEST).read_text()) if path.is_dir() else None
     except (OSError, ValueError):
         manifest = None
     if manifest is None or manifest.get("format") != FORMAT:
@@ -131,7 +117,7 @@ def save_model(
     fitted: FittedHead,
     *,
     classes: tuple[str, ...],
-    spec: dict[str, Any],
+    spec: Spec,
     weights: dict[str, Any],
     training: dict[str, Any],
     metrics: dict[str, Any],
@@ -161,7 +147,7 @@ def save_model(
         if fitted.pipeline is not None:
             joblib.dump(fitted.pipeline, folder / _PIPELINE)
         if backbone_file is not None:
-            shutil.copyfile(backbone_file, folder / _BACKBONE)
+            shutil.copyfile(backbone_file, folder / WEIGHTS)
         for name, content in (extra or {}).items():
             (folder / name).write_bytes(content)
         (folder / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
@@ -170,8 +156,8 @@ def save_model(
             "version": FORMAT_VERSION,
             "classes": list(classes),
             "head": {"kind": fitted.head.kind, "scaling": fitted.head.scaling, "sha256": _sha256(folder / _HEAD)},
-            "spec": spec,
-            "fingerprint": fingerprint_of(spec),
+            "spec": spec.to_json(),
+            "fingerprint": spec.fingerprint,
             "weights": weights,
             "training": training,
             "metrics": {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))},
@@ -179,7 +165,7 @@ def save_model(
             "finetuned": finetuned,
         }
         manifest["sha256"] = fingerprint_of(manifest)
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def load_model(path: str | Path) -> Model:
@@ -196,50 +182,19 @@ def load_model(path: str | Path) -> Model:
 def _load(path: Path) -> Model:
     from safetensors.numpy import load
 
-    if not (path / _MANIFEST).is_file():
-        raise ModelError(
-            f"{path} is not a model: no {_MANIFEST} in it; make one with `featcache fit-head features.h5 -o {path}`"
-        )
-    try:
-        manifest = parse_json(own_file(path, _MANIFEST).read_text())
-        if manifest.get("format") != FORMAT:
-            raise ModelError(f"{path / _MANIFEST} is not a featcache model's")
-        if manifest["version"] != FORMAT_VERSION:
-            raise ModelError(
-                f"{path} has format version {manifest['version']}, this featcache reads {FORMAT_VERSION}; upgrade featcache"
-            )
-        if manifest.pop("sha256") != fingerprint_of(manifest):
-            raise ModelError(f"{path} is damaged: {_MANIFEST} is not what was saved; train it again")
-        for key, kind in _FIELDS.items():
-            if not isinstance(manifest[key], kind):
-                raise ModelError(f"{path} is damaged: {key} in {_MANIFEST} is no {kind.__name__}; train it again")
+    manifest = read_manifest(path)
+    with as_model_error(path):
         head_file = own_file(path, _HEAD)
         data = head_file.read_bytes() if head_file.is_file() else b""  # read once: checked and loaded
         if hashlib.sha256(data).hexdigest() != manifest["head"]["sha256"]:
             raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
-        spec = check_spec(manifest["spec"])
+        backbone = SavedBackbone.of(path, manifest)
         try:
             head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load(data))
         except ModelError as error:
             raise ModelError(f"{path} cannot be used: {error}; train it again") from error
         classes = _check_classes(path, manifest["classes"], len(head.layers[-1][1]))
-        return Model(path, classes, head, spec, fingerprint_of(spec), manifest)
-    except ModelError:
-        raise
-    except FeatcacheError as error:
-        raise ModelError(f"{path} cannot be used: {error}") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # damaged JSON or safetensors raise many kinds
-        raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}); train it again") from error
-
-
-def _saved_fingerprint(path: Path) -> str | None:
-    """The checksum in the manifest that lies in a model folder now."""
-    try:
-        return str(parse_json((path / _MANIFEST).read_text())["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return Model(path, classes, head, backbone, manifest)
 
 
 def _check_classes(path: Path, classes: list[Any], outputs: int) -> tuple[str, ...]:
@@ -248,21 +203,6 @@ def _check_classes(path: Path, classes: list[Any], outputs: int) -> tuple[str, .
         raise ModelError(f"{path} is damaged: {len(set(classes))} classes for {outputs} outputs; train it again")
     encode_names(classes)
     return tuple(classes)
-
-
-def own_file(folder: Path, name: str) -> Path:
-    """``folder / name``, which may be missing, unless it is a link to somewhere outside ``folder``.
-
-    A model folder may itself be a link, and a model sent by somebody else may hold links; following those would read
-    whatever files of the user they name.
-
-    Raises:
-        ModelError: it is such a link.
-    """
-    path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        raise ModelError(f"{path} is refused: it is a link to {path.readlink()}; put a copy of that file in its place")
-    return path
 
 
 def library_versions() -> dict[str, str]:

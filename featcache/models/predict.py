@@ -9,17 +9,21 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from featcache.backbones.embedder import Progress
 from featcache.cache.cache import FeatureCache
 from featcache.cache.features import is_finite
-from featcache.errors import SourceError, UsageError
+from featcache.errors import Refusal, SourceError, UsageError
 from featcache.heads.head import Array
-from featcache.images.source import ImageList, list_images
+from featcache.images.read import ImageFiles, Paths
+from featcache.images.source import list_images
 from featcache.models.model import Model, load_model
+
+if TYPE_CHECKING:
+    from featcache.backbones.embed import Progress
+    from featcache.backbones.encoder import Precision
 
 log = logging.getLogger("featcache")
 _BLOCK = 4096
@@ -47,7 +51,7 @@ def predict(
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
-    progress: Progress | None = None,
+    progress: "Progress | None" = None,
 ) -> Iterator[Prediction]:
     """Label images.
 
@@ -92,7 +96,7 @@ def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Predic
             yield Prediction(name, None, reason)
 
 
-_Entry = tuple[str, str]  # path as typed; why it is refused already, or empty
+_Entry = Refusal  # a path as typed, and why it is refused already: empty if it is not
 
 
 def _list_inputs(paths: list[Path]) -> list[_Entry]:
@@ -100,12 +104,13 @@ def _list_inputs(paths: list[Path]) -> list[_Entry]:
     for path in paths:
         if path.is_dir() or path.suffix.lower() == ".csv":
             images = list_images(path, labelled=path.is_file())
-            here = [(str(images.root / name), "") for name in images.paths]
-            for refusal in reversed(images.refused):  # from the end, so that positions stay true
-                here.insert(refusal.position, (str(images.root / refusal.path), refusal.reason))
+            here = [_Entry(str(images.root / name), "") for name in images.paths]
+            refused = zip(images.refused_at, images.refused, strict=True)
+            for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true
+                here.insert(position, _Entry(str(images.root / refusal.path), refusal.reason))
             entries += here
         else:
-            entries.append((str(path), ""))
+            entries.append(_Entry(str(path), ""))
     return entries
 
 
@@ -115,63 +120,47 @@ def _predict_images(
     device: str,
     workers: int | None,
     batch_size: int | None,
-    progress: Progress | None,
+    progress: "Progress | None",
 ) -> Iterator[Prediction]:
-    todo = [path for path, reason in entries if not reason]
-    images = _as_images(todo)
-    results = embed_and_score(model, images, device, workers, batch_size, progress)
-    for path, reason in entries:
-        if reason:
-            yield Prediction(path, None, reason)
+    files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
+    results = embed_and_score(model, files, device, workers, batch_size, progress)
+    for entry in entries:
+        if entry.reason:
+            yield Prediction(entry.path, None, entry.reason)
         else:
             probabilities, refusal = next(results)
-            yield Prediction(path, probabilities, refusal)
-
-
-def _as_images(paths: list[str]) -> ImageList:
-    n = len(paths)
-    nothing = np.full(n, -1, np.int64)
-    return ImageList(Path(), tuple(paths), nothing.astype(np.int32), (), np.zeros(n, np.uint8), nothing, nothing)
+            yield Prediction(entry.path, probabilities, refusal)
 
 
 def embed_and_score(
     model: Model,
-    images: ImageList,
+    files: ImageFiles,
     device: str,
     workers: int | None,
     batch_size: int | None,
-    progress: Progress | None,
+    progress: "Progress | None",
 ) -> Iterator[tuple[Array | None, str]]:
     """(probabilities or None, reason) per image, in order."""
-    from featcache.backbones.embed import Timings, embed, sample_pixels, storable
-    from featcache.backbones.encoder import Precision, build_encoder
+    from featcache.backbones.embed import Timings, storable
+    from featcache.backbones.embedder import Embedder
     from featcache.system.device import choose_runtime
 
-    runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
-    runtime = dataclasses.replace(runtime, batch_size=max(1, min(runtime.batch_size, len(images))))
+    runtime, total = choose_runtime(device, workers=workers, batch_size=batch_size), len(files.paths)
+    runtime = dataclasses.replace(runtime, batch_size=max(1, min(runtime.batch_size, total)))
     log.info(runtime.reason)
-    backbone = model.load_backbone()
-    log.info("backbone %s: weights %s", backbone.name, backbone.weights)
-    sample = sample_pixels(images, backbone.preprocess, min(runtime.batch_size, 32))
-    if not len(sample):  # nothing to run the backbone on; reading each image again gives its reason
-        sample = np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)
-    precision = model.spec["precision"]
-    asked = cast(Precision, "auto" if precision == "reference" else precision)
-    encoder, choice = build_encoder(backbone, runtime, sample, precision=asked)
-    log.info("precision %s", choice.reason)
-    timings = Timings()
-    done = 0
+    precision = cast("Precision", "auto" if model.spec.precision == "reference" else model.spec.precision)
+    embedder = Embedder.prepare(model.backbone.load(), runtime, files, precision=precision)
+    timings, done = Timings(), 0
     if progress:
-        progress(0, len(images), timings.bottleneck)
-    with contextlib.closing(embed(images, encoder, runtime, timings=timings)) as chunks:
-        for chunk in chunks:
-            chunk = storable(chunk, model.spec["storage"])
-            results: dict[int, tuple[Array | None, str]] = {index: (None, reason) for index, reason in chunk.refused}
-            if len(chunk.indices):
-                stored = chunk.features.astype(model.spec["storage"])  # what the head saw in training
+        progress(0, total, timings.bottleneck)
+    with contextlib.closing(embedder.embed(files, timings=timings)) as batches:
+        for batch in (storable(batch, model.spec.storage) for batch in batches):
+            results: dict[int, tuple[Array | None, str]] = {k: (None, why) for k, why in batch.refused.items()}
+            if len(batch.indices):
+                stored = batch.features.astype(model.spec.storage)  # what the head saw in training
                 scores = model.head.probabilities(stored)
-                results |= {int(index): (row, "") for index, row in zip(chunk.indices, scores, strict=True)}
+                results |= {int(index): (row, "") for index, row in zip(batch.indices, scores, strict=True)}
             yield from (results[index] for index in sorted(results))
-            done += len(results)
+            done += len(batch)
             if progress:
-                progress(done, len(images), timings.bottleneck)
+                progress(done, total, timings.bottleneck)

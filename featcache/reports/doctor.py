@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from featcache.backbones.embed import sample_pixels
-from featcache.backbones.encoder import Precision, build_encoder
+from featcache.backbones.embedder import Embedder
+from featcache.backbones.encoder import Precision
 from featcache.errors import SourceError
 from featcache.extraction.request import ExtractRequest, load_requested
-from featcache.images.decode import decode, has_fast_decoder, strict_decoding
-from featcache.images.read import read_image
-from featcache.images.refusal import RefusedImage
+from featcache.images.decode import decode, has_fast_decoder
+from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.reports.advice import Setting, advice
 from featcache.reports.throughput import Rates, generated_photos, measure
@@ -55,23 +54,23 @@ def check_up(
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. UsageError: impossible values.
     """
     asked = ExtractRequest(backbone=backbone, weights=weights or "auto", precision=precision)
-    model = asked.model()
-    request = asked if weights or model else dataclasses.replace(asked, weights="none")
-    loaded = load_requested(request, model)
+    saved = asked.saved()
+    request = asked if weights or saved else dataclasses.replace(asked, weights="none")
+    loaded = load_requested(request, saved)
     with contextlib.ExitStack() as stack:
         if images is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="featcache-"))
             found, source = generated_photos(Path(folder)), "generated photos, for want of --images"
         else:
             found, source = images, str(images.root)
-        sample = sample_pixels(found, loaded.preprocess, min(runtime.batch_size, 32))
-        if not len(sample):
+        wanted = request.resolved(saved).precision if saved else precision
+        embedder = Embedder.prepare(loaded, runtime, found, precision=cast("Precision", wanted))
+        if not len(embedder.sample):
             raise SourceError(f"not one of {len(found)} images in {source} can be decoded")
-        wanted = request.resolved(model).precision if model else precision
-        encoder, choice = build_encoder(loaded, runtime, sample, precision=cast("Precision", wanted))
         log.info("measuring for about %g s", seconds)
-        rates = measure(found, encoder, runtime, seconds=seconds)
+        rates = measure(found, embedder.encoder, runtime, seconds=seconds)
         edge = _median_edge(found)
+    choice = embedder.choice
     facts = {
         "backbone": loaded.name,
         "weights": loaded.weights,
@@ -116,9 +115,6 @@ def _setting(backbone: "Backbone", runtime: Runtime, precision: str, edge: int, 
 def _median_edge(images: ImageList, count: int = 15) -> int:
     """Median shorter edge in pixels, of some images spread over the list; one at least can be decoded."""
     rows = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(np.intp)
-    edges = []
-    with strict_decoding():
-        for row in rows:
-            with contextlib.suppress(RefusedImage):
-                edges.append(min(decode(read_image(images.root / images.paths[row])[0]).size))
+    reads = read_images(images, rows.tolist(), lambda data: min(decode(data).size))
+    edges = [read.value for read in reads if read.value is not None]
     return int(statistics.median(edges)) if edges else 0

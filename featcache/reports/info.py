@@ -34,15 +34,15 @@ def describe(path: Path) -> dict[str, Any]:
         "path": str(path),
         "images": len(cache),
         "dim": cache.dim,
-        "dtype": cache.spec["storage"],
+        "dtype": cache.spec.storage,
         "bytes": path.stat().st_size,
         "refused": [{"path": name, "reason": reason} for name, reason in cache.refused],
         "unlabelled": int((cache.y < 0).sum()),
         "classes": counts,
         "image_bytes": _quartiles(cache.rows.sizes),
         "fingerprint": cache.fingerprint,
-        "spec": cache.spec,
-        "provenance": cache.provenance,
+        "spec": cache.spec.to_json(),
+        "provenance": cache.provenance.to_json(),
     }
 
 

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.hdf5_reader import SIGNATURE
-from featcache.errors import CacheError, FeatcacheError, ModelError, UsageError
+from featcache.errors import CacheError, FeatcacheError, ModelError, RefusedImage, UsageError
 from featcache.images.decode import decode_pixels
-from featcache.images.refusal import RefusedImage
 from featcache.images.source import list_images
 from featcache.models.model import load_model
-from featcache.spec import check_spec
+from featcache.spec import Spec
 from featcache.system.safe_load import DamagedFile, load_tensors, parse_json
 
 JSON = st.recursive(
@@ -55,7 +54,7 @@ def json_text(text: str) -> None:
 
 def spec(value: Any) -> None:
     with contextlib.suppress(UsageError):
-        check_spec(value)
+        Spec.from_json(value)
 
 
 def csv_file(folder: Path, text: str) -> None:

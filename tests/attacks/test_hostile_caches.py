@@ -23,7 +23,7 @@ from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import column_checksums
 from featcache.errors import CacheError, DamagedCacheError, FeatcacheError
-from featcache.spec import canonical_json, check_spec
+from featcache.spec import Spec, canonical_json
 
 
 @pytest.fixture(scope="module")
@@ -422,4 +422,4 @@ def test_a_forged_checksum_of_features_is_of_no_use_for_others(path: Path) -> No
 def test_what_check_spec_refuses_has_no_traceback() -> None:
     for spec in (None, [], {}, {"backbone": {}}, {"backbone": {"name": 1}, "preprocess": 3}):
         with pytest.raises(FeatcacheError):
-            check_spec(spec)
+            Spec.from_json(spec)

@@ -3,6 +3,7 @@
 In: a small model whose manifest says anything, its checksum right. Out: refused in one line, or used as what it is.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -135,7 +136,7 @@ BACKBONES = (
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_by_that_name_is_not_looked_for(tmp_path: Path, name: str) -> None:
-    spec = SPEC | {"backbone": SPEC["backbone"] | {"name": name}}
+    spec = dataclasses.replace(SPEC, backbone=name).to_json()
     model = make_model(
         tmp_path / "m", spec=spec, fingerprint=fingerprint_of(spec), weights={"source": "x", "reload": "auto"}
     )

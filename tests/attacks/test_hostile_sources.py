@@ -12,9 +12,8 @@ from conftest import TINY_FLAGS, make_photos, write_photo
 from hostile import watched
 
 from featcache.cache.cache import FeatureCache
-from featcache.errors import FeatcacheError
-from featcache.images.read import read_image
-from featcache.images.refusal import RefusedImage
+from featcache.errors import FeatcacheError, RefusedImage
+from featcache.images.read import read_file
 from featcache.images.source import list_images
 from featcache.models.predict import _list_inputs
 
@@ -78,7 +77,7 @@ def test_a_link_put_in_place_of_a_listed_image_is_still_only_an_image(tmp_path: 
     for target in ("/dev/zero", "/dev/tty", str(tmp_path)):
         path.symlink_to(target)
         with pytest.raises(RefusedImage, match="not a regular file|cannot be read"):
-            read_image(path)
+            read_file(path)
         path.unlink()
 
 

@@ -1,5 +1,6 @@
 """The file format: what is written is read back, by us and by plain h5py; what was tampered with never is."""
 
+import dataclasses
 import os
 import resource
 import shutil
@@ -17,6 +18,7 @@ from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
 from featcache.cache.features import is_finite
 from featcache.cache.format import Rows, encode_names
+from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, SourceError, StorageError
 from featcache.spec import canonical_json, fingerprint_of
@@ -53,7 +55,7 @@ def test_round_trip(tmp_path: Path, n: int, dim: int) -> None:
     assert cache.X.flags.aligned
     assert cache.rows.equals(make_rows(n))
     assert (cache.spec, cache.classes, cache.refused) == (SPEC, ("a", "b"), (("x.jpg", "empty file"),))
-    assert cache.fingerprint == fingerprint_of(SPEC)
+    assert cache.fingerprint == SPEC.fingerprint
     assert cache.verify() == []
     with h5py.File(path) as plain:  # any HDF5 reader sees the same
         np.testing.assert_array_equal(plain["features"][:], X)
@@ -62,7 +64,14 @@ def test_round_trip(tmp_path: Path, n: int, dim: int) -> None:
 
 def test_float32_is_kept(tmp_path: Path) -> None:
     X = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-    write_cache(tmp_path / "f.h5", make_rows(7), [X], dim=5, spec=SPEC | {"storage": "float32"}, classes=("a", "b"))
+    write_cache(
+        tmp_path / "f.h5",
+        make_rows(7),
+        [X],
+        dim=5,
+        spec=dataclasses.replace(SPEC, storage="float32"),
+        classes=("a", "b"),
+    )
     np.testing.assert_array_equal(FeatureCache.open(tmp_path / "f.h5").X, X)
 
 
@@ -138,7 +147,7 @@ def way_of_reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.usefixtures("way_of_reading")
 def test_rows_read_are_those_of_the_map(tmp_path: Path, dtype: str) -> None:
-    make_cache(tmp_path / "f.h5", 3000, spec=SPEC | {"storage": dtype})
+    make_cache(tmp_path / "f.h5", 3000, spec=dataclasses.replace(SPEC, storage=dtype))
     cache, rng = FeatureCache.open(tmp_path / "f.h5"), np.random.default_rng(0)
     lists = [
         rng.integers(0, 3000, 500),  # random, some repeated
@@ -206,7 +215,7 @@ def test_features_are_verified_once_and_again_when_the_file_is_another(
         cache.take(np.arange(5))
     assert len(calls) == 3  # blocks of 1,024 rows
     with cache.reader() as features:
-        make_cache(tmp_path / "other.h5", 3000, spec=SPEC | {"storage": "float32"})
+        make_cache(tmp_path / "other.h5", 3000, spec=dataclasses.replace(SPEC, storage="float32"))
         (tmp_path / "other.h5").replace(path)
         np.testing.assert_array_equal(features[np.arange(3000)], X)  # of the file that was verified
     with pytest.raises(CacheError, match="replaced or changed since it was opened"):
@@ -253,7 +262,7 @@ def outcome(path: Path) -> tuple[Any, ...] | None:
             cache.classes,
             cache.refused,
             cache.fingerprint,
-            str(cache.provenance),
+            str(cache.provenance.to_json()),
         )
     except CacheError:
         return None
@@ -261,7 +270,7 @@ def outcome(path: Path) -> tuple[Any, ...] | None:
 
 def test_a_flipped_bit_is_never_read_as_truth(tmp_path: Path) -> None:
     path = tmp_path / "f.h5"
-    make_cache(path, provenance={"time": "now"})
+    make_cache(path, provenance=Provenance(rest={"time": "now"}))
     original, truth = path.read_bytes(), outcome(path)
     rng = np.random.default_rng(0)
     refused = 0
@@ -315,10 +324,10 @@ def test_verify_names_the_damaged_rows(tmp_path: Path) -> None:
 def test_a_spec_this_version_cannot_honour_is_refused(tmp_path: Path, change: dict) -> None:
     make_cache(tmp_path / "f.h5")
     with h5py.File(tmp_path / "f.h5", "r+") as file:  # a well-formed file, every checksum right
-        text = canonical_json(SPEC | change)
+        text = canonical_json(SPEC.to_json() | change)
         columns = {name: file[name][()] for name, _, _ in cache_format.COLUMNS}
         file.attrs["spec"] = text
-        file.attrs["fingerprint"] = fingerprint_of(SPEC | change)
+        file.attrs["fingerprint"] = fingerprint_of(SPEC.to_json() | change)
         file.attrs["metadata_crc32"] = cache_format.metadata_checksum(columns, (text, file.attrs["provenance"]))
     with pytest.raises(CacheError, match="spec"):
         FeatureCache.open(tmp_path / "f.h5")
@@ -419,7 +428,7 @@ def test_laying_out_a_huge_cache_takes_no_memory() -> None:
 def test_a_cache_replaced_between_opening_and_reading_is_not_called_damaged(tmp_path: Path) -> None:
     """The advice for a damaged file, to make it anew, must not be given for an intact one."""
     make_cache(tmp_path / "a.h5")
-    make_cache(tmp_path / "b.h5", spec=SPEC | {"storage": "float32"})
+    make_cache(tmp_path / "b.h5", spec=dataclasses.replace(SPEC, storage="float32"))
     opened = FeatureCache.open(tmp_path / "a.h5")
     (tmp_path / "b.h5").replace(tmp_path / "a.h5")
     with pytest.raises(CacheError, match="was replaced or changed since it was opened") as found:

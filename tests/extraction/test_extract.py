@@ -81,7 +81,7 @@ def test_every_row_is_its_own_image(photos: Path, tmp_path: Path, precision: str
         assert path.split("/")[0] == cache.classes[label]
         expected = oracle(photos / path)
         np.testing.assert_allclose(row, expected, rtol=rounding, atol=rounding * np.abs(expected).max())
-    assert cache.spec["precision"] == "reference"
+    assert cache.spec.precision == "reference"
 
 
 def test_a_precision_that_overflows_is_written_down(photos: Path, tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_a_precision_that_overflows_is_written_down(photos: Path, tmp_path: Path
         patch.setattr("featcache.backbones.encoder._features_or_nan", lambda *_: np.full((8, 512), np.nan, np.float32))
         extract(photos, tmp_path / "f.h5", request)
     cache = FeatureCache.open(tmp_path / "f.h5")
-    assert cache.spec["precision"] == "fp16"
-    assert all(figures["mean_cosine"] is None for figures in cache.provenance["precision"]["tried"].values())
+    assert cache.spec.precision == "fp16"
+    assert all(figures["mean_cosine"] is None for figures in cache.provenance.self_check["tried"].values())
 
 
 def test_unchanged_folder_is_left_alone_without_a_model(
@@ -106,7 +106,7 @@ def test_unchanged_folder_is_left_alone_without_a_model(
     for path in photos.rglob("*.jpg"):
         os.utime(path, (1e9, 1e9))
     extract(photos, tmp_path / "f.h5", TINY)
-    monkeypatch.setattr("featcache.extraction.match.read_image", None)  # settled files: not even read
+    monkeypatch.setattr("featcache.images.read.read_file", None)  # settled files: not even read
     settled = (tmp_path / "f.h5").stat()
     assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)
     assert (tmp_path / "f.h5").stat().st_mtime_ns == settled.st_mtime_ns
@@ -466,7 +466,7 @@ def test_weights_no_library_provides_lie_beside_the_cache(photos: Path, tmp_path
     extract(photos, tmp_path / "f.h5", TINY)
     spec = FeatureCache.open(tmp_path / "f.h5").spec
     copy = weights_copy(tmp_path / "f.h5", spec)
-    assert load_backbone(TINY.backbone, copy).weights_sha256 == spec["backbone"]["weights_sha256"]
+    assert load_backbone(TINY.backbone, copy).weights_sha256 == spec.weights_sha256
     copy.unlink()
     assert counts(extract(photos, tmp_path / "f.h5", TINY))[:2] == (0, 18)  # restored, nothing else done
     assert copy.is_file()

@@ -130,9 +130,9 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = parts.embed_into_parts
 
-    def note(images: object, *arguments: object) -> object:
+    def note(images: object, *arguments: object, **options: object) -> object:
         seen.extend(images.paths)
-        return original(images, *arguments)
+        return original(images, *arguments, **options)
 
     monkeypatch.setattr("featcache.extraction.repair.embed_into_parts", note)
     return seen
@@ -159,7 +159,7 @@ def test_only_damaged_blocks_are_computed_again(work: Work, embedded: list[str])
     expected = [path for row, path in enumerate(work.paths) if 8 <= row < 16 or row >= 32]
     report = work.mend()
     assert work.is_as_before()
-    assert (report.damaged, report.damaged_columns, report.identical) == (((8, 16), (32, 37)), (), True)
+    assert (report.damaged, report.damaged_columns, report.restored_columns) == (((8, 16), (32, 37)), (), ())
     assert report.rows == 37
     # One of the two images of one content lies in an intact block: that one is taken over.
     twin = [path for path in expected if path.endswith(("twin.jpg", "train/red/01.jpg"))]
@@ -180,7 +180,7 @@ def test_missing_and_edited_images_are_named_and_nothing_changes(work: Work) -> 
 def test_a_wrong_source_loses_nothing(work: Work, tmp_path: Path, name: str, no_model: None) -> None:
     work.flip(name, 0)
     make_photos(tmp_path / "other" / "photos", each=1)
-    (tmp_path / "other" / "photos" / "red").rename(tmp_path / "other" / "photos" / "violet")
+    (tmp_path / "other" / "photos" / "red").rename(tmp_path / "other" / "photos" / "aardvark")
     for path in (tmp_path / "other" / "photos").rglob("*.jpg"):
         write_photo(path, (1, 2, 3), len(str(path)))
     work.photos = tmp_path / "other" / "photos"
@@ -209,9 +209,9 @@ def test_images_that_change_while_they_are_embedded(work: Work, monkeypatch: pyt
     work.flip_row(0)
     damaged, original = work.cache.read_bytes(), parts.embed_into_parts
 
-    def edit_first(images, *arguments):
+    def edit_first(images, *arguments, **options):
         write_photo(work.photos / images.paths[3], (5, 5, 5), 5)
-        return original(images, *arguments)
+        return original(images, *arguments, **options)
 
     monkeypatch.setattr("featcache.extraction.repair.embed_into_parts", edit_first)
     with pytest.raises(SourceError, match="1 rows .* cannot be embedded .* changed meanwhile"):
@@ -235,7 +235,8 @@ def test_a_damaged_column_comes_back_from_the_source(work: Work, name: str) -> N
         with pytest.raises(DamagedCacheError, match=f"mismatch in its {name}; `featcache verify .* --repair SOURCE`"):
             FeatureCache.open(work.cache)
         report = work.mend()
-        assert (report.damaged, report.damaged_columns, report.embedded, report.identical) == ((), (name,), 0, True)
+        assert (report.damaged, report.damaged_columns, report.embedded) == ((), (name,), 0)
+        assert report.restored_columns == (name,)
         assert work.is_as_before(), f"seed {seed}"
     for length in (min(size, 512), size):
         work.write(name, 0, lambda old: bytes([255] * len(old)), length)
@@ -273,19 +274,15 @@ def test_swapped_digests_attach_no_embedding_to_the_wrong_image(
     work: Work, embedded: list[str], tmp_path: Path
 ) -> None:
     swap_digests(work, 4, 12)
-    assert work.mend().embedded == 0  # the source gives the very digests that were recorded
+    assert work.mend().embedded == 0  # files that have not changed since, by size and time, tell their digests
     assert work.is_as_before()
 
     swap_digests(work, 4, 12)
-    write_photo(work.photos / work.paths[20], (3, 3, 3), 8)  # damage is local, and so is the change: still proven
-    assert work.mend().embedded == 0
-    assert work.is_as_before()
-
-    swap_digests(work, 4, 12)
-    write_photo(work.photos / work.paths[8], (1, 2, 3), 9)  # between both: nothing gives the recorded checksum any more
+    for row, seed in ((20, 8), (4, 9)):  # of these files nothing tells that they are what was embedded
+        write_photo(work.photos / work.paths[row], (3, 3, 3), seed)
     report = work.mend()
-    assert (report.damaged_columns, report.identical) == (("digests",), False)
-    assert embedded == [work.paths[row] for row in (4, 8, 12, 20)]
+    assert report.restored_columns == ("digests",)
+    assert embedded == [work.paths[row] for row in (4, 20)]
     extract(work.photos, tmp_path / "fresh.h5", TINY)
     mended, fresh = FeatureCache.open(work.cache), FeatureCache.open(tmp_path / "fresh.h5")
     np.testing.assert_array_equal(mended.X, fresh.X)
@@ -293,15 +290,39 @@ def test_swapped_digests_attach_no_embedding_to_the_wrong_image(
         np.testing.assert_array_equal(getattr(mended.rows, name), getattr(fresh.rows, name))
 
 
-def test_labels_are_never_guessed(work: Work) -> None:
-    """A source whose labels are others than those recorded: refused, unless checksums tell change from damage."""
-    work.write("labels", 0, lambda old: bytes(len(old)), work.place("labels")[1])
+def test_damaged_labels_are_those_of_the_source_and_intact_ones_stay(work: Work) -> None:
     (work.photos / "train" / "blue" / "00.jpg").rename(work.photos / "train" / "red" / "relabelled.jpg")
-    work.refuses(SourceError, "gives other labels than .* had: .*; nothing was changed; .* --force")
-    work.cache.write_bytes(work.good)
-    work.flip("labels", 4 * 30)
-    assert work.mend().identical
-    assert work.is_as_before()  # with the relabelled image as it was recorded
+    work.flip("splits", 30)
+    assert work.mend().restored_columns == ("splits",)
+    assert work.is_as_before()  # labels are as they were recorded
+    work.write("labels", 0, lambda old: bytes(len(old)), work.place("labels")[1])
+    assert work.mend().restored_columns == ("labels",)
+    mended = FeatureCache.open(work.cache)
+    names = [path.split("/")[1] for path in mended.paths]
+    names[mended.paths.index("train/blue/00.jpg")] = "red"
+    assert [mended.classes[label] for label in mended.y] == names
+
+
+def test_a_source_with_other_classes_is_refused(work: Work) -> None:
+    for name, words in (("labels", "labels"), ("classes", "classes")):
+        work.write(name, 0, lambda old: bytes(255 - byte for byte in old), work.place(name)[1])
+        for split in ("train", "val"):
+            (work.photos / split / "red").rename(work.photos / split / "aardvark")
+        work.refuses(SourceError, f"gives other {words} than .* had: .*; nothing was changed; .* --force")
+        for split in ("train", "val"):
+            (work.photos / split / "aardvark").rename(work.photos / split / "red")
+        work.mend()
+        assert work.is_as_before()
+
+
+def test_an_intact_row_whose_image_is_gone_stays(work: Work) -> None:
+    """Also one that shares nothing but the file with what is damaged."""
+    gone = work.paths[2]
+    (work.photos / gone).unlink()
+    work.flip_row(20)
+    report = work.mend()
+    assert report.embedded == len(range(16, 24))
+    assert work.is_as_before()
 
 
 def test_a_path_is_where_the_content_is(work: Work) -> None:
@@ -312,7 +333,7 @@ def test_a_path_is_where_the_content_is(work: Work) -> None:
     for number in (1, 3):
         (work.photos / "val" / "green" / f"0{number}.jpg").rename(work.photos / "val" / "green" / f"moved{number}.jpg")
     report = work.mend()
-    assert (report.damaged_columns, report.embedded, report.identical) == (("paths",), 0, False)
+    assert (report.damaged_columns, report.embedded) == (("paths",), 0)
     mended = FeatureCache.open(work.cache)
     assert [mended.paths[other] for other in (row - 2, row, row + 2)] == [
         "val/green/moved1.jpg",
@@ -323,18 +344,19 @@ def test_a_path_is_where_the_content_is(work: Work) -> None:
     np.testing.assert_array_equal(mended.X, FeatureCache.open(work.cache).X)
 
 
-def test_twins_keep_their_names(work: Work) -> None:
-    """Two files of one content, both names damaged: only the checksum can tell which row was which."""
+def test_twins_keep_their_labels(work: Work) -> None:
+    """Two files of one content, both names damaged: label and split tell which row was which."""
     rows = [work.paths.index(name) for name in ("train/red/01.jpg", "val/blue/twin.jpg")]
     width = work.place("paths")[1] // len(work)
     for row in rows:
         work.write("paths", row * width, lambda old: b"?")
-    assert work.mend().identical
+    work.mend()
     assert work.is_as_before()
     for row in rows:
         work.write("paths", row * width, lambda old: b"?")
     (work.photos / "train" / "red" / "01.jpg").rename(work.photos / "train" / "red" / "elsewhere.jpg")
-    work.refuses(SourceError, "gives other paths than")
+    work.mend()
+    assert [work.paths[row] for row in rows] == ["train/red/elsewhere.jpg", "val/blue/twin.jpg"]
 
 
 def test_times_of_files_that_were_copied_are_taken_as_they_are(work: Work) -> None:
@@ -342,7 +364,7 @@ def test_times_of_files_that_were_copied_are_taken_as_they_are(work: Work) -> No
     for path in work.photos.rglob("*.jpg"):
         os.utime(path, (1.5e9, 1.5e9))
     report = work.mend()
-    assert (report.damaged_columns, report.identical) == (("mtimes",), False)
+    assert report.damaged_columns == report.restored_columns == ("mtimes",)
     assert (FeatureCache.open(work.cache).rows.mtimes == int(1.5e18)).all()
 
 
@@ -356,7 +378,7 @@ def test_a_damaged_checksum_is_told_from_damaged_data(work: Work) -> None:
         with pytest.raises(DamagedCacheError, match="mismatch in its checksums"):
             FeatureCache.open(work.cache)
         report = repair(work.cache, work.photos / "not even looked at")
-        assert (report.damaged, report.damaged_columns, report.identical) == ((), ("checksums",), True)
+        assert (report.damaged, report.damaged_columns, report.restored_columns) == ((), ("checksums",), ())
         assert work.is_as_before()
 
 
@@ -366,7 +388,7 @@ def test_a_damaged_checksum_is_told_from_damaged_data(work: Work) -> None:
 def test_an_intact_file_is_left_alone(work: Work, no_model: None) -> None:
     before = work.cache.stat()
     report = repair(work.cache, work.photos / "not even looked at")
-    assert (report.damaged, report.damaged_columns, report.embedded, report.identical) == ((), (), 0, True)
+    assert (report.damaged, report.damaged_columns, report.embedded) == ((), (), 0)
     assert work.cache.stat() == before
     assert work.is_as_before()
 
@@ -397,7 +419,7 @@ def test_a_file_of_the_first_release(work: Work) -> None:
     assert FeatureCache.open(work.cache).column_checksums == {}
     work.flip_row(30)
     work.embed_all()
-    assert work.mend().identical
+    work.mend()
     assert work.is_as_before()
     work.cache.write_bytes(old)
     work.flip("labels", 0)
@@ -527,9 +549,9 @@ def test_command_line(work: Work, run: Callable[..., tuple[int, str, str]]) -> N
         "damaged": [[0, 8]],
         "damaged_columns": ["splits"],
         "embedded": 0,
-        "identical": True,
+        "restored_columns": ["splits"],
     }
-    assert "damaged were rows 0-7, splits; embedded 0 images again, every checksum is as it was" in err
+    assert f"damaged were rows 0-7, splits; embedded 0 images again, took splits from {work.photos}" in err
     assert work.is_as_before()
     assert run("verify", work.cache)[0] == 0
     assert run("verify", work.cache, "--workers", 2)[0] == 2

@@ -43,12 +43,11 @@ def tune(plain: Path, tmp_path: Path) -> Callable[..., Path]:
         tensors = load_file(tmp_path / "start" / "backbone.safetensors")
         tensors["features.0.weight"] += shift
         save_file(tensors, tmp_path / "w.safetensors")
-        backbone = start.spec["backbone"] | {"weights_sha256": hash_tensors(tensors)}
         save_model(
             tmp_path / name,
             FittedHead(start.head, (), {}, []),
             classes=start.classes,
-            spec=start.spec | {"backbone": backbone} | spec,
+            spec=dataclasses.replace(start.spec, weights_sha256=hash_tensors(tensors), **spec),
             weights={"source": "fine-tuned", "reload": None},
             training={},
             metrics={},
@@ -126,8 +125,8 @@ def test_options_override_the_models_preprocessing(photos: Path, tmp_path: Path,
     changes = {"resize": 44, "crop": 36, "interpolation": "bicubic", "dtype": "float32", "precision": "fp32"}
     extract(photos, tmp_path / "f.h5", request(tune(), **changes))
     spec = FeatureCache.open(tmp_path / "f.h5").spec
-    assert [spec["preprocess"][key] for key in ("resize", "crop", "interpolation")] == [44, [36, 36], "bicubic"]
-    assert (spec["storage"], spec["precision"]) == ("float32", "reference")
+    assert (spec.preprocess.resize, spec.preprocess.crop, spec.preprocess.interpolation) == (44, (36, 36), "bicubic")
+    assert (spec.storage, spec.precision) == ("float32", "reference")
 
 
 def test_weights_that_are_not_the_models_are_refused(photos: Path, tmp_path: Path, tune) -> None:
@@ -155,9 +154,9 @@ def test_impossible_folders(photos: Path, tmp_path: Path, tune, monkeypatch) -> 
     with pytest.raises(BackboneError, match="no backbone is called"):
         extract(photos, tmp_path / "f.h5", request(tmp_path / "gone"))
     monkeypatch.chdir(model)
-    assert request(".").model() is not None
+    assert request(".").saved() is not None
     for nothing in ("", "model.json"):
-        assert request(nothing).model() is None
+        assert request(nothing).saved() is None
 
 
 def test_names_win_over_folders(photos: Path, tmp_path: Path, tune, monkeypatch) -> None:
@@ -166,13 +165,13 @@ def test_names_win_over_folders(photos: Path, tmp_path: Path, tune, monkeypatch)
     (tmp_path / "timm").mkdir()
     for name in ("squeezenet1_1", "timm/resnet18", "mine"):
         shutil.copytree(model, tmp_path / name)
-    assert request("squeezenet1_1").model() is None
-    assert request("timm/resnet18").model() is None
+    assert request("squeezenet1_1").saved() is None
+    assert request("timm/resnet18").saved() is None
     for folder in ("./squeezenet1_1", "squeezenet1_1/", "./timm/resnet18", "mine"):
-        assert request(folder).model() is not None
+        assert request(folder).saved() is not None
     extract(photos, tmp_path / "f.h5", TINY)
     sha256 = load_backbone(TINY.backbone, "none").weights_sha256
-    assert FeatureCache.open(tmp_path / "f.h5").spec["backbone"]["weights_sha256"] == sha256
+    assert FeatureCache.open(tmp_path / "f.h5").spec.weights_sha256 == sha256
 
 
 def test_on_the_command_line(photos: Path, tmp_path: Path, tune, run) -> None:

@@ -42,7 +42,7 @@ def rewrite(path: Path, request: ExtractRequest | None = None, **changes: object
     values = {"spec": cache.spec, "classes": cache.classes, "refused": cache.refused, "provenance": cache.provenance}
     features, rows = changes.pop("features", cache.X.copy()), changes.pop("rows", cache.rows)
     if request:
-        changes["provenance"] = cache.provenance | {"request": request.record()}
+        changes["provenance"] = dataclasses.replace(cache.provenance, request=request.record())
     assert isinstance(rows, Rows)
     write_cache(path, rows, [features], dim=cache.dim, **(values | changes))  # type: ignore[arg-type, list-item]
 
@@ -74,7 +74,7 @@ def test_settled_files_are_recognised_without_being_read(photos: Path, tmp_path:
     for path in photos.rglob("*.jpg"):
         os.utime(path, (1e9, 1e9))
     extract(photos, tmp_path / "other.h5", TINY)
-    monkeypatch.setattr("featcache.extraction.match.read_image", None)
+    monkeypatch.setattr("featcache.images.read.read_file", None)
     assert counts(extract(photos, tmp_path / "f.h5", TINY, reuse=[tmp_path / "other.h5"]))[:2] == (0, 18)
 
 
@@ -86,21 +86,21 @@ def test_a_model_is_needed_for_the_copy_of_the_weights_only(
         assert counts(extract(photos, tmp_path / "f.h5", TINY, reuse=[other])) == (0, 18, 18, 0, 0, 0)
     spec = FeatureCache.open(tmp_path / "f.h5").spec
     copy = weights_copy(tmp_path / "f.h5", spec)
-    assert load_backbone(TINY.backbone, copy).weights_sha256 == spec["backbone"]["weights_sha256"]
+    assert load_backbone(TINY.backbone, copy).weights_sha256 == spec.weights_sha256
     (tmp_path / "f.h5").unlink()  # its copy stays
     assert counts(extract(photos, tmp_path / "f.h5", TINY, reuse=[other])) == (0, 18, 18, 0, 0, 0)
-    weights = {"weights": {"source": "a library", "reload": "IMAGENET1K_V1"}}
-    rewrite(other, provenance=FeatureCache.open(other).provenance | weights)
+    weights = {"source": "a library", "reload": "IMAGENET1K_V1"}
+    rewrite(other, provenance=dataclasses.replace(FeatureCache.open(other).provenance, **weights))
     (photos / "red" / "empty.jpg").touch()
     rewrite(other, refused=(("red/empty.jpg", "empty file"),))  # known to be refused, and looked at again
     assert counts(extract(photos, tmp_path / "g.h5", TINY, reuse=[other])) == (0, 18, 18, 0, 0, 1)
-    assert FeatureCache.open(tmp_path / "g.h5").provenance["weights"] == weights["weights"]
+    assert FeatureCache.open(tmp_path / "g.h5").provenance.source == weights["source"]
 
 
 def test_provenance_says_where_the_weights_of_this_cache_are(photos: Path, other: Path, tmp_path: Path) -> None:
     """The other cache's copy lies elsewhere; here the library provides the same weights."""
     provenance = FeatureCache.open(other).provenance
-    assert provenance["weights"]["reload"] is None
+    assert provenance.reload is None
     original = load_backbone
 
     def provided(*arguments: str):
@@ -109,7 +109,7 @@ def test_provenance_says_where_the_weights_of_this_cache_are(photos: Path, other
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("featcache.backbones.load.load_backbone", provided)
         extract(photos, tmp_path / "f.h5", TINY, reuse=[other])
-    assert FeatureCache.open(tmp_path / "f.h5").provenance["weights"]["reload"] == "IMAGENET1K_V1"
+    assert FeatureCache.open(tmp_path / "f.h5").provenance.reload == "IMAGENET1K_V1"
     assert not list(tmp_path.glob("f.h5.*"))
 
 
@@ -179,7 +179,7 @@ def test_another_cache_never_decides_what_the_spec_is(photos: Path, other: Path,
     rewrite(other, OTHER)
     write_photo(photos / "red" / "new.jpg", (200, 0, 0), 99)
     assert counts(extract(photos, tmp_path / "f.h5", OTHER, reuse=[other]))[:2] == (19, 0)
-    assert FeatureCache.open(tmp_path / "f.h5").spec["preprocess"]["resize"] == 41
+    assert FeatureCache.open(tmp_path / "f.h5").spec.preprocess.resize == 41
     write_photo(photos / "red" / "newer.jpg", (200, 0, 0), 100)
     rewrite(tmp_path / "f.h5", TINY)  # as if it had been asked for in other words
     assert counts(extract(photos, tmp_path / "f.h5", OTHER, reuse=[other]))[:2] == (1, 19)

@@ -169,11 +169,11 @@ def test_test_images_change_nothing_but_their_score(made: Path, tmp_path: Path) 
 
 
 def test_images_are_decoded_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featcache.finetuning import pixels
+    from featcache.images import read as reading
 
     opened: list[Path] = []
-    read = pixels.read_image
-    monkeypatch.setattr(pixels, "read_image", lambda path: opened.append(path) or read(path))
+    read = reading.read_file
+    monkeypatch.setattr(reading, "read_file", lambda path: opened.append(path) or read(path))
     tune(made, tmp_path / "ft", changes=QUICK | {"epochs": 3})
     assert len(opened) == len(set(opened)) == 48
 

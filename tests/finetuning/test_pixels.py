@@ -20,7 +20,7 @@ from featcache.finetuning.pixels import (
 )
 from featcache.images.decode import decode
 from featcache.images.preprocess import to_pixels
-from featcache.images.read import read_image
+from featcache.images.read import read_file
 from featcache.images.source import list_images
 from featcache.spec import PreprocessSpec
 
@@ -43,7 +43,7 @@ def test_memory_and_file_hold_the_same(photos: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(kept.kept, shared.kept)
     assert kept.digest == shared.digest
     for number, position in enumerate(kept.kept):
-        expected = convert(read_image(photos / images.paths[position])[0])
+        expected = convert(read_file(photos / images.paths[position])[0])
         np.testing.assert_array_equal(kept[number], expected)
         np.testing.assert_array_equal(shared[number], expected)
 
@@ -52,7 +52,7 @@ def test_evaluation_sees_exactly_what_prediction_sees(photos: Path) -> None:
     images = list_images(photos)
     kept = decode_in_memory(images, network_input(PLAIN))
     for number, path in enumerate(images.paths):
-        np.testing.assert_array_equal(kept[number], to_pixels(np.array(decode(read_image(photos / path)[0])), PLAIN))
+        np.testing.assert_array_equal(kept[number], to_pixels(np.array(decode(read_file(photos / path)[0])), PLAIN))
 
 
 @pytest.mark.parametrize(("size", "stored"), [((400, 200), (92, 46)), ((200, 400), (46, 92)), ((30, 20), (30, 20))])

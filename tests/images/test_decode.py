@@ -8,10 +8,10 @@ import pytest
 from conftest import write_photo
 from PIL import Image
 
+from featcache.errors import RefusedImage
 from featcache.images import decode as decoders
 from featcache.images.decode import decode, decode_pixels, decoder_in_words
 from featcache.images.preprocess import to_pixels
-from featcache.images.refusal import RefusedImage
 from featcache.spec import PreprocessSpec
 
 

@@ -14,10 +14,9 @@ import pytest
 from conftest import make_photos, write_photo
 from PIL import Image, ImageFile
 
-from featcache.errors import SourceError, UsageError
+from featcache.errors import RefusedImage, SourceError, UsageError
 from featcache.images.decode import MAX_PIXELS, decode, strict_decoding
-from featcache.images.read import read_image
-from featcache.images.refusal import RefusedImage
+from featcache.images.read import read_file
 from featcache.images.source import ImageList, list_images
 from featcache.images.splits import hold_out
 
@@ -146,7 +145,7 @@ def test_csv(tmp_path: Path) -> None:
     assert images.classes == ("cat", "dog")
     assert images.labels.tolist() == [0, 1, -1, 0]
     assert images.splits.tolist() == [1, 2, 3, 0]
-    assert [(refusal.path, refusal.position) for refusal in images.refused] == [("../out.png", 4)]
+    assert ([refusal.path for refusal in images.refused], images.refused_at) == (["../out.png"], (4,))
 
 
 def test_one_file_under_several_spellings_is_one_image(tmp_path: Path) -> None:
@@ -372,11 +371,11 @@ def test_reading_never_hangs_and_says_why(tmp_path: Path) -> None:
         ("", "not a regular|cannot be read"),
     ):
         with pytest.raises(RefusedImage, match=reason):
-            read_image(tmp_path / name)
+            read_file(tmp_path / name)
 
 
 def test_a_fresh_time_stamp_is_not_trusted(tmp_path: Path) -> None:
     path = write_photo(tmp_path / "a.png", (1, 2, 3), 1)
-    assert read_image(path)[2] == -1
+    assert read_file(path)[2] == -1
     os.utime(path, ns=(0, 1_500_000_000_000_000_000))
-    assert read_image(path)[1:] == (path.stat().st_size, 1_500_000_000_000_000_000)
+    assert read_file(path)[1:] == (path.stat().st_size, 1_500_000_000_000_000_000)

@@ -32,7 +32,7 @@ from featcache.models.export import export_model
 from featcache.models.export_candidate import HEAD_PREFIX
 from featcache.models.model import load_model, save_model
 from featcache.models.predict import predict
-from featcache.spec import PreprocessSpec, make_spec
+from featcache.spec import PreprocessSpec, Spec
 
 CLASSES = ("bird", "cat", "dög")
 MEAN, STD = (0.4, 0.45, 0.5), (0.2, 0.25, 0.3)
@@ -60,8 +60,8 @@ def make_model(path: Path, name: str, scaling: Any, hidden: int = 0, crop: int =
     layers = tuple((rng.normal(0, 3 / size, (b, a)), rng.normal(0, 1, b)) for a, b in pairwise(sizes))
     if scaling != "standardise":
         mean, scale = np.zeros(backbone.dim), np.ones(backbone.dim)
-    spec = make_spec(
-        name=name,
+    spec = Spec(
+        backbone=name,
         weights_sha256=backbone.weights_sha256,
         layer=backbone.layer,
         preprocess=preprocess,

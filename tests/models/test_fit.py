@@ -1,5 +1,6 @@
 """From a cache to a saved model and back: what is chosen on which rows, and what a model folder admits."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from conftest import SPEC
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows, encode_names
+from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import FeatcacheError, ModelError, SourceError, SpecMismatchError, UsageError
 from featcache.heads.head import KINDS
@@ -40,7 +42,7 @@ def make_cache(
         mtimes=np.zeros(n, np.int64),
     )
     classes = tuple("abcdef"[: max(labels.max() + 1, 1)])
-    provenance = {"weights": {"source": "torchvision", "reload": "IMAGENET1K_V1"}}
+    provenance = Provenance(source="torchvision", reload="IMAGENET1K_V1")
     write_cache(path, rows, [X], **({"dim": D, "spec": SPEC, "classes": classes, "provenance": provenance} | changes))
     return X
 
@@ -222,7 +224,7 @@ def test_a_model_cannot_name_a_file_to_read(cache: Path, tmp_path: Path, reload:
 
 def test_a_cache_of_another_spec_is_refused_with_the_difference(cache: Path, tmp_path: Path) -> None:
     fit_head(cache, tmp_path / "m")
-    spec = SPEC | {"preprocess": SPEC["preprocess"] | {"resize": 99}}
+    spec = dataclasses.replace(SPEC, preprocess=dataclasses.replace(SPEC.preprocess, resize=99))
     make_cache(tmp_path / "g.h5", [0, 1], spec=spec)
     for use in (
         lambda: list(predict(tmp_path / "m", [tmp_path / "g.h5"])),

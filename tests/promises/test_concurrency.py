@@ -27,6 +27,7 @@ from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows, encode_names
+from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, FeatcacheError, ModelError
 from featcache.heads.head import FittedHead, Head
@@ -152,7 +153,7 @@ def write_version(folder: Path, version: int) -> None:
         mtimes=np.full(n, version),
     )
     features = np.full((n, 4), version, np.float16)
-    provenance = {"version": version}
+    provenance = Provenance(rest={"version": version})
     write_cache(folder / "f.h5", rows, [features], dim=4, spec=SPEC, classes=("a", "b"), provenance=provenance)
     write_model(folder / "m", version)
 
@@ -178,7 +179,7 @@ def write_model(path: Path, version: int) -> None:
 
 def check_cache_version(cache: FeatureCache) -> None:
     """Everything that it shows is of one version."""
-    version, n = cache.provenance["version"], rows_of(cache.provenance["version"])
+    version, n = cache.provenance.rest["version"], rows_of(cache.provenance.rest["version"])
     assert (len(cache), cache.paths[0], cache.paths[-1]) == (n, f"{version}/0.jpg", f"{version}/{n - 1}.jpg")
     assert {*cache.rows.sizes.tolist(), *cache.rows.mtimes.tolist()} == {version}
     for features in (cache.X, cache.take(np.arange(n)[::-1]), *cache.blocks(np.arange(n), size=1000)):
@@ -299,7 +300,7 @@ def test_a_cache_replaced_while_it_is_read(
 
 
 @pytest.mark.parametrize(
-    "moment", ["models.model.json.loads", "models.model.fingerprint_of", "models.model.check_spec"]
+    "moment", ["backbones.saved.parse_json", "backbones.saved.fingerprint_of", "backbones.saved.Spec.from_json"]
 )
 def test_a_model_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     write_version(tmp_path, 1)
@@ -461,9 +462,9 @@ def watch_and_change(root: str, log: str, trigger: str, nth: int, names: dict[st
 
     That is before, while (between its first byte and its last) or after it is read, and before it is decoded.
     """
-    from featcache.backbones import embed as embedding
+    from featcache.images import read as reading
 
-    original, status, read_before = embedding.read_image, os.fstat, []
+    original, status, read_before = reading.read_file, os.fstat, []
 
     def change(*_: object) -> None:
         os.fstat = status
@@ -488,7 +489,7 @@ def watch_and_change(root: str, log: str, trigger: str, nth: int, names: dict[st
             file.write(f"{name}\t{digest}\n")
         return data, size, mtime
 
-    embedding.read_image = read
+    reading.read_file = read
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -552,7 +553,7 @@ def check_against_what_was_read(cache: FeatureCache, log: Path, warm: Program) -
         np.testing.assert_array_equal(row, oracle.X[at[bytes(digest).hex()]], path)
 
 
-@pytest.mark.parametrize("moment", ["extraction.extract.load_requested", "extraction.extract.make_spec"])
+@pytest.mark.parametrize("moment", ["extraction.extract.load_requested", "extraction.extract._compare_with_full_scale"])
 def test_weights_that_are_replaced_during_the_run(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, moment: str
 ) -> None:

@@ -4,6 +4,7 @@ In: good caches of many shapes. Out: nothing that is silently wrong, hangs, cras
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import SPEC
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows, encode_names
+from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError
 
@@ -49,10 +51,10 @@ def write_shape(path: Path, number: int) -> None:
         rows,
         [rng.normal(size=(n, dim)).astype(storage)],
         dim=dim,
-        spec=SPEC | {"storage": storage},
+        spec=dataclasses.replace(SPEC, storage=storage),
         classes=("ant", f"bee{number}"),
         refused=tuple((f"{k}.jpg", "truncated" * k) for k in range(refused)),
-        provenance={"number": number, "versions": {"numpy": "x" * 40}},
+        provenance=Provenance(rest={"number": number, "versions": {"numpy": "x" * 40}}),
     )
 
 

@@ -4,6 +4,7 @@ In: good files. Out: nothing silently wrong, hung or crashed. Weights in .safete
 damage shows as another ``weights_sha256``, or not at all in the shape of the file.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -199,7 +200,7 @@ def test_backbone_weights_of_a_model_are_those_it_was_trained_on(tmp_path: Path,
     from featcache.backbones.load import load_backbone
 
     backbone = load_backbone("squeezenet1_1", "none")
-    spec = SPEC | {"backbone": SPEC["backbone"] | {"weights_sha256": backbone.weights_sha256}}
+    spec = dataclasses.replace(SPEC, weights_sha256=backbone.weights_sha256).to_json()
     model = make_model(tmp_path / "m", spec=spec, fingerprint=fingerprint_of(spec))
     save_weights(backbone, tmp_path / "w.safetensors")
     copy = Path(keep(tmp_path / "w.safetensors", model / "backbone.safetensors"))

@@ -67,9 +67,9 @@ def _peak() -> int:
 
 
 def _decode(data: bytes) -> tuple[np.ndarray | None, str, bool]:
+    from featcache.errors import RefusedImage
     from featcache.images import decode as decoders
     from featcache.images.decode import decode
-    from featcache.images.refusal import RefusedImage
 
     results: list[tuple[np.ndarray | None, str]] = []
     for way in (decoders.decode_pixels, lambda content: np.asarray(decode(content))):

@@ -12,8 +12,8 @@ import pytest
 from conftest import TINY_FLAGS, make_photos
 
 from featcache.cache.cache import FeatureCache
+from featcache.errors import RefusedImage
 from featcache.images.decode import decode
-from featcache.images.refusal import RefusedImage
 from featcache.system import supervisor as crashes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")

@@ -116,7 +116,7 @@ def main() -> None:  # noqa: D103 - the module says it
             mock.patch.object(recognition, "read_image", side_effect=forbidden),
             mock.patch.object(read, "read_image", side_effect=forbidden),
             mock.patch.object(decode, "read_image", side_effect=forbidden),
-            mock.patch.object(decode, "decode", side_effect=forbidden),
+            mock.patch.object(decode, "decode_pixels", side_effect=forbidden),
             mock.patch.object(recognition.hashlib, "sha256", wraps=recognition.hashlib.sha256) as hashing,
         ):
             opened = opened_files(again)

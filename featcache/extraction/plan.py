@@ -18,10 +18,10 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
 from featcache.extraction.match import Known, recognise
+from featcache.images.crash_guard import FATAL
 from featcache.images.decode import refusals
 from featcache.images.source import ImageList
 from featcache.spec import spec_difference
-from featcache.system.supervisor import CRASHED
 
 log = logging.getLogger("featcache")
 
@@ -153,5 +153,5 @@ def _refuse_again(images: ImageList, known: Known, caches: list[FeatureCache]) -
     """Images refused before, and still not decodable, need no backbone to be refused again."""
     before = {path: reason for cache in caches for path, reason in cache.refused}
     again = {index: before.get(images.paths[index]) for index in known.missing.tolist()}
-    crashed = {index for index, reason in again.items() if reason and reason.startswith(CRASHED)}
-    return refusals(images, (index for index, reason in again.items() if reason is not None), apart=crashed)
+    fatal = {index for index, reason in again.items() if reason and reason.startswith(FATAL)}
+    return refusals(images, (index for index, reason in again.items() if reason is not None), apart=fatal)

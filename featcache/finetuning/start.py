@@ -114,7 +114,7 @@ def prepare_start(
     if processes.is_first:
         beside = sorted(output.absolute().parent.glob("*.h5"))
         _extract_and_fit(images, cache, head, request or ExtractRequest(), settings, runtime, beside)
-    processes.wait()
+    processes.barrier()
     return load_model(head), FeatureCache.open(cache)
 
 

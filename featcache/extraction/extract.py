@@ -28,6 +28,7 @@ from featcache.images.decode import all_refused
 from featcache.images.source import ImageList, list_images
 from featcache.spec import fingerprint_of, make_spec
 from featcache.system.files import check_free_space, check_output
+from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.encoder import Encoder, Precision
@@ -105,7 +106,6 @@ def extract(
         with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
     from featcache.extraction.parts import open_parts, remove_parts
-    from featcache.system.workdir import locked, parts_folder
 
     started = time.perf_counter()
     output, request = Path(output), request or ExtractRequest()
@@ -113,9 +113,9 @@ def extract(
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
     images = _list(source)
-    with locked(parts_folder(output)):
+    with locked(work_folder(output)):
         old = open_old(output, force)
-        own = ([old] if old else []) + open_parts(parts_folder(output))
+        own = ([old] if old else []) + open_parts(work_folder(output))
         lenders = open_lenders(map(Path, reuse), output)
         job = _Job(request, images, output, functools.partial(choose_runtime, device, workers, batch_size))
         spec = (None if force else job.spec_of_same_request(own, lenders)) or job.prepared.spec
@@ -135,7 +135,7 @@ def extract(
         elif reused and _lacks_weights(plan.origin, output):
             job.keep_weights()
         rows = _pack(job, plan, spec)
-        remove_parts(parts_folder(output))
+        remove_parts(work_folder(output))
         _remove_old_weights(old, spec, output)
     seconds = time.perf_counter() - started
     added, changed, removed = _compare(old, rows)
@@ -233,12 +233,11 @@ class _Job:
     def keep_weights(self) -> None:
         """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
         from featcache.backbones.backbone import save_weights
-        from featcache.system.workdir import parts_folder
 
         backbone = self.prepared.backbone
         copy = weights_copy(self.output, self.prepared.spec)
         if backbone.reload is None and not copy.is_file():
-            save_weights(backbone, copy, staging=parts_folder(self.output))
+            save_weights(backbone, copy, staging=work_folder(self.output))
 
     def provenance(self, origin: FeatureCache) -> dict[str, Any]:
         """That of ``origin`` with this request, so that the next run recognises itself."""
@@ -272,13 +271,12 @@ class _Job:
             image -> reason, for those that could not be embedded.
         """
         from featcache.extraction.parts import embed_into_parts
-        from featcache.system.workdir import parts_folder
 
         at = self.prepared
         itemsize = np.dtype(at.spec["storage"]).itemsize
         check_free_space(self.output.parent, (len(todo) + len(self.images)) * at.backbone.dim * itemsize)
         self.keep_weights()
-        embedded = embed_into_parts(self.images.take(todo), at, parts_folder(self.output), progress)
+        embedded = embed_into_parts(self.images.take(todo), at, work_folder(self.output), progress)
         self.embedding_seconds = embedded.seconds
         start, order = 0, todo[embedded.images]
         for part in embedded.parts:
@@ -356,7 +354,7 @@ def _pack(job: _Job, plan: Plan, spec: dict[str, Any]) -> Rows:
         classes=images.classes,
         refused=final,
         provenance=job.provenance(plan.origin),
-        staging=job.output.with_name(job.output.name + ".parts"),
+        staging=work_folder(job.output),
     )
     return rows
 

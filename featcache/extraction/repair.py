@@ -26,7 +26,7 @@ from featcache.extraction.restore import Files, Restored, as_it_is, locate, not_
 from featcache.images.source import ImageList, list_images
 from featcache.spec import make_spec, spec_difference
 from featcache.system.files import check_free_space, check_output
-from featcache.system.workdir import locked, parts_folder
+from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -88,11 +88,11 @@ def repair(
     embedded, identical = 0, True
     if damaged or found.damaged_columns:
         check_output(found.path)
-        with locked(parts_folder(found.path)):
+        with locked(work_folder(found.path)):
             _check_unchanged(found)
             embedded = _mend(found, damaged, source, (device, workers, batch_size), progress)
             identical = _is_as_recorded(found)
-    elif parts_folder(found.path).is_dir():
+    elif work_folder(found.path).is_dir():
         _tidy(found)
     return RepairReport(
         cache=found.path,
@@ -140,7 +140,7 @@ def _mend(
         classes=restored.classes,
         refused=restored.refused,
         provenance=found.provenance,
-        staging=parts_folder(found.path),
+        staging=work_folder(found.path),
     )
     collection.remove_parts()
     return embedded
@@ -155,7 +155,7 @@ class _Collection:
 
     def __init__(self, cache: FeatureCache, restored: Restored, anew: Indices) -> None:
         self.cache, self.rows = cache, restored.rows
-        self.folder = parts_folder(cache.path)
+        self.folder = work_folder(cache.path)
         self.keys = digest_keys(restored.rows.digests)
         everything = np.arange(len(cache))
         self.known = Known(np.zeros(len(cache), np.intp), everything, restored.rows.sizes, restored.rows.mtimes)
@@ -228,7 +228,7 @@ def _remove_known(parts: list[FeatureCache], keys: Any) -> None:
 
 def _tidy(cache: FeatureCache) -> None:
     """What a repair left behind that was killed when its file was in place already."""
-    folder = parts_folder(cache.path)
+    folder = work_folder(cache.path)
     with contextlib.suppress(StorageError), locked(folder):  # otherwise somebody is at work there
         parts = [part for part in open_parts(folder) if part.spec == cache.spec]
         _remove_known(parts, digest_keys(cache.rows.digests))

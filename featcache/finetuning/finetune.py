@@ -26,7 +26,6 @@ from featcache.finetuning.checkpoint import (
     remove_work,
     save_state,
     tidy_work,
-    work_folder,
 )
 from featcache.finetuning.compare import UNCHANGED, Candidate, choose, compare, in_words, score
 from featcache.finetuning.pixels import LabelledPixels, decode_split
@@ -39,7 +38,7 @@ from featcache.images.source import ImageList
 from featcache.models.model import Model, check_replaceable
 from featcache.spec import fingerprint_of
 from featcache.system.signals import StopRequest, deferred_signals
-from featcache.system.workdir import locked
+from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.finetuning.network import Network

@@ -59,24 +59,6 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     return Runtime(chosen, workers, batch_size or (8 if chosen.type == "cpu" else 64), reason)
 
 
-def _choose_device(name: str) -> tuple[torch.device, str]:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), f"device cuda: {torch.cuda.get_device_name()}"
-        if torch.backends.mps.is_available():
-            return torch.device("mps"), "device mps: Apple GPU, no CUDA GPU found"
-        return torch.device("cpu"), "device cpu: no GPU found"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps") from error
-    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if device.type not in found or (device.index or 0) >= found[device.type]:
-        there = [kind for kind, count in found.items() if count]
-        raise UsageError(f"device {name!r} is not on this machine, which has: {', '.join(there)}")
-    return device, f"device {name}: as asked"
-
-
 def use_one_thread_if_forked() -> None:
     """Let PyTorch use one thread per call in a process that was forked from one that had loaded it.
 
@@ -115,3 +97,21 @@ def has_bf16_arithmetic() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def _choose_device(name: str) -> tuple[torch.device, str]:
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"device cuda: {torch.cuda.get_device_name()}"
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "device mps: Apple GPU, no CUDA GPU found"
+        return torch.device("cpu"), "device cpu: no GPU found"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps") from error
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in found or (device.index or 0) >= found[device.type]:
+        there = [kind for kind, count in found.items() if count]
+        raise UsageError(f"device {name!r} is not on this machine, which has: {', '.join(there)}")
+    return device, f"device {name}: as asked"

@@ -149,31 +149,6 @@ def read_published(path: Path, read: Callable[[Path], T]) -> T:
     raise StorageError(f"{path} is being replaced again and again; run the command again once that is over")
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file or folder from another that has its name later."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _take_name(temporary: Path, path: Path) -> None:
-    """Call a folder ``path``. One that has this name, or is given it at this very moment, makes room."""
-    for tries_left in reversed(range(_MAX_TRIES)):
-        if _exchange(temporary, path):
-            return
-        try:
-            if path.exists():  # a folder cannot be renamed over a full one: step aside, step in
-                path.rename(_replaced(path))
-            temporary.rename(path)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not tries_left:
-                raise
-            recover_folder(path)  # another process was faster
-
-
 def recover_folder(path: Path) -> None:
     """Finish or undo a replacement of ``path`` that was cut off between its two renames, where one step was not to be had."""
     path = path if path.name else path.resolve()  # "." has no name
@@ -216,15 +191,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_REPLACED}")
-
-
 def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
     """Make a temporary file, or without ``flags`` a folder, and lock it: its path and descriptor (-1: no such locks)."""
     while True:
@@ -249,6 +215,22 @@ def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
         os.close(descriptor)  # swept away in the moment before it was locked
 
 
+def _take_name(temporary: Path, path: Path) -> None:
+    """Call a folder ``path``. One that has this name, or is given it at this very moment, makes room."""
+    for tries_left in reversed(range(_MAX_TRIES)):
+        if _exchange(temporary, path):
+            return
+        try:
+            if path.exists():  # a folder cannot be renamed over a full one: step aside, step in
+                path.rename(_replaced(path))
+            temporary.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not tries_left:
+                raise
+            recover_folder(path)  # another process was faster
+
+
 def _exchange(first: Path, second: Path) -> bool:
     """Let two folders change their names in one step; False where the system or the file system cannot."""
     names = os.fsencode(first), os.fsencode(second)
@@ -260,6 +242,24 @@ def _exchange(first: Path, second: Path) -> bool:
         if sys.platform == "linux":
             return bool(library.renameat2(at_working_folder, names[0], at_working_folder, names[1], swap) == 0)
     return False
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_REPLACED}")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a file or folder from another that has its name later."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _failure(path: Path, error: OSError, written: int | None, needed: int | None) -> StorageError:

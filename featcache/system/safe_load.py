@@ -39,26 +39,6 @@ def load_tensors(path: Path) -> Any:
             raise DamagedFile(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _check_archive(file: Any, size: int) -> None:
-    """What PyTorch leaves to trust: names, sizes and checksums in the archive. Raises DamagedFile."""
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise DamagedFile("it is a compressed archive, which torch.save does not write")
-        if any(entry.external_attr & _FOLDER or entry.is_dir() for entry in entries):
-            raise DamagedFile("its archive holds a folder, for which PyTorch would return memory that nobody wrote")
-        if sum(entry.file_size for entry in entries) > size:
-            raise DamagedFile("its archive claims to hold more bytes than the file has")
-        if len({entry.filename for entry in entries}) < len(entries):
-            raise DamagedFile("its archive holds one name twice")
-        try:
-            bad = archive.testzip()
-        except Exception as error:
-            raise DamagedFile(f"its archive is broken ({error})") from error
-        if bad is not None:
-            raise DamagedFile(f"checksum mismatch in {bad}")
-
-
 def parse_json(text: str) -> dict[str, Any]:
     """The object in a JSON text that nobody vouches for.
 
@@ -88,6 +68,26 @@ def parse_json(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("expected a JSON object")
     return found
+
+
+def _check_archive(file: Any, size: int) -> None:
+    """What PyTorch leaves to trust: names, sizes and checksums in the archive. Raises DamagedFile."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise DamagedFile("it is a compressed archive, which torch.save does not write")
+        if any(entry.external_attr & _FOLDER or entry.is_dir() for entry in entries):
+            raise DamagedFile("its archive holds a folder, for which PyTorch would return memory that nobody wrote")
+        if sum(entry.file_size for entry in entries) > size:
+            raise DamagedFile("its archive claims to hold more bytes than the file has")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise DamagedFile("its archive holds one name twice")
+        try:
+            bad = archive.testzip()
+        except Exception as error:
+            raise DamagedFile(f"its archive is broken ({error})") from error
+        if bad is not None:
+            raise DamagedFile(f"checksum mismatch in {bad}")
 
 
 def _entries(value: dict[str, Any] | list[Any]) -> list[Any]:

@@ -19,21 +19,6 @@ _ECHO = 0.5  # seconds
 _IMPORT_MACHINERY = "<frozen importlib._bootstrap>"  # the file name of its frames
 
 
-class _Clock:
-    """Whether it was asked within the last half second; the first time it was not."""
-
-    def __init__(self) -> None:
-        self._last = float("-inf")
-
-    def just_now(self) -> bool:
-        before, self._last = self._last, time.monotonic()
-        return self._last - before < _ECHO
-
-    def forget(self) -> None:
-        """As if it had never been asked."""
-        self._last = float("-inf")
-
-
 class StopRequest:
     """Whether a signal has come, and which."""
 
@@ -68,21 +53,6 @@ def interrupt_on_signals() -> StopRequest:
     return request
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != _IMPORT_MACHINERY:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _send_after_imports(number: int, came: _Clock) -> None:
-    """Send this process the signal again once its main thread imports nothing any more."""
-    main = threading.main_thread().ident or 0
-    while _is_importing(sys._current_frames().get(main)):
-        time.sleep(0.02)
-    came.forget()
-    os.kill(os.getpid(), number)
-
-
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a ``StopRequest``. Only the main thread can; elsewhere nothing changes."""
@@ -106,3 +76,33 @@ def deferred_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Clock:
+    """Whether it was asked within the last half second; the first time it was not."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def just_now(self) -> bool:
+        before, self._last = self._last, time.monotonic()
+        return self._last - before < _ECHO
+
+    def forget(self) -> None:
+        """As if it had never been asked."""
+        self._last = float("-inf")
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != _IMPORT_MACHINERY:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_after_imports(number: int, came: _Clock) -> None:
+    """Send this process the signal again once its main thread imports nothing any more."""
+    main = threading.main_thread().ident or 0
+    while _is_importing(sys._current_frames().get(main)):
+        time.sleep(0.02)
+    came.forget()
+    os.kill(os.getpid(), number)

@@ -73,5 +73,5 @@ def try_apart(data: bytes, program: Sequence[str], *, notes: Notes | None = None
 
 
 def _key(data: bytes) -> int:
-    """Tells this file's content from others, well enough: whoever is suspected wrongly is only tried apart."""
+    """Return what tells this content from others, well enough: whatever is suspected wrongly is only tried apart."""
     return (len(data) << 32 | zlib.crc32(data[-4096:], zlib.crc32(data[:4096]))) & (2**64 - 1) or 1

@@ -42,7 +42,7 @@ class Notes:
         self._places[self._local.place] = key
 
     def take(self) -> frozenset[int]:
-        """What the threads of the worker are at, which is then forgotten."""
+        """Return what the threads of the worker are at, and forget it."""
         keys = frozenset(self._places[_FIRST:]) - {0}
         for place in range(_FIRST, len(self._places)):
             self._places[place] = 0
@@ -71,12 +71,12 @@ _notes: Notes | None = None
 
 
 def current_notes() -> Notes | None:
-    """The notes of this process; None if no other one waits for it."""
+    """Return the notes of this process; None if no other process waits for it."""
     return _notes
 
 
 def output_started() -> None:
-    """From here on a crash is final: output has been handed over that another worker would hand over again."""
+    """Make a crash final from here on: output has been handed over that another worker would hand over again."""
     if _notes:
         _notes.output_started = True
 
@@ -115,14 +115,14 @@ def supervised() -> int | None:
 
 
 def signal_name(number: int) -> str:
-    """``SIGSEGV`` for 11."""
+    """Return ``SIGSEGV`` for 11."""
     with contextlib.suppress(ValueError):
         return signal.Signals(number).name
     return f"signal {number}"
 
 
 def _fork() -> int:
-    """The process id of a worker, which dies with this process; in the worker 0."""
+    """Fork a worker, which dies with this process. Returns its process id; in the worker 0."""
     waiting = os.getpid()
     if worker := os.fork():
         return worker
@@ -135,7 +135,7 @@ def _fork() -> int:
 
 
 def _wait(worker: int) -> int:
-    """Pass on every signal; the worker's exit code, negative for a signal."""
+    """Wait for the worker, and pass on every signal. Returns its exit code, negative for a signal."""
 
     def forward(number: int, frame: Any) -> None:
         with contextlib.suppress(ProcessLookupError):

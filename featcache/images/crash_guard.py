@@ -1,8 +1,8 @@
-"""A decoder that crashes must not take the run down with it.
+"""Refuse an image whose decoder crashes, so that it does not end the run.
 
-In: the bytes of an image that is about to be decoded. Out: a note of it for the process that waits; and where a worker crashed
-on what looks like this image, ``RefusedImage`` if it crashes a process of its own, too. So an image costs a microsecond,
-where decoding it in another process would cost copying its pixels.
+In: the bytes of an image that is about to be decoded. Out: a note of it for the process that waits. If a worker crashed while
+such an image was noted, it is first tried in a process of its own, and refused if it crashes that one. An image costs a
+few microseconds this way; to decode each in another process would cost copying its pixels.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ FATAL = (_CRASHED, _ENDLESS)  # how the reasons begin
 def decoding(
     data: bytes, program: Sequence[str], *, suspect: bool = False, notes: Notes | None = None
 ) -> Iterator[None]:
-    """Around decoding ``data``, once: note it, and if a worker crashed on what looks like it, try it elsewhere first.
+    """Note ``data`` while it is decoded inside of this context. Try it apart first if a worker crashed on what looks like it.
 
     Args:
         data: the file.
         program: Python's arguments for a program that decodes what it finds on stdin.
-        suspect: try it elsewhere in any case.
-        notes: those that the process that waits will read; this process's own when None.
+        suspect: try it apart in any case.
+        notes: of the process that waits; ``current_notes()`` when None.
 
     Raises:
-        RefusedImage: it crashes there, too, or does not end.
+        RefusedImage: it crashes the process in which it is tried, or does not end there.
     """
     notes, key = notes or current_notes(), _key(data)
     if suspect or (notes and key in notes.suspects):
@@ -48,7 +48,7 @@ def decoding(
 
 
 def try_apart(data: bytes, program: Sequence[str], *, notes: Notes | None = None, patience: float = 120.0) -> None:
-    """Decode ``data`` in a process of its own, for nothing but seeing whether it survives.
+    """Decode ``data`` in a process of its own, only to see whether that survives.
 
     Args:
         data, program, notes: as for ``decoding``.

@@ -2,7 +2,7 @@
 
 In: a process that has not loaded torch yet. Out: a worker that does the work, and the exit code of the last one. Both share
 ``Notes``, which survive a crash: each thread notes what it is at, so that the next worker knows what to be careful with. A
-note costs about a microsecond.
+note costs less than a microsecond.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
     python benchmarks/crash_safety.py FOLDER [--backbone mobilenet_v2] [--weights none] [--images 500] [--pairs 5]
 
 Three ways to embed the same images, in turn: threads as ``extract`` uses them, with and without the notes of
-``crashes.py``; and as many spawned processes that read, decode and resize into shared memory while threads of this one run
+``images/crash_guard.py``; and as many spawned processes that read, decode and resize into shared memory while threads of this one run
 the backbone. All give the same embeddings, which is checked. The ceiling is what the first takes.
 """
 
@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from facts import machine_facts
@@ -92,9 +93,10 @@ def main() -> None:  # noqa: D103 - the module says it
     from featcache.backbones.embed import sample_pixels
     from featcache.backbones.encoder import build_encoder
     from featcache.backbones.load import load_backbone
+    from featcache.images import crash_guard
     from featcache.images.source import list_images
-    from featcache.system import supervisor as crashes
     from featcache.system.device import choose_runtime
+    from featcache.system.supervisor import Notes
 
     backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")
     images = list_images(arguments.folder, labelled=False)
@@ -109,16 +111,16 @@ def main() -> None:  # noqa: D103 - the module says it
         for number in range(arguments.pairs):
             order = list(seconds) if number % 2 else list(seconds)[::-1]
             for way in order:
-                crashes._notes = crashes._Notes() if way == "threads and notes" else None
-                started = time.perf_counter()
-                got = (
-                    in_processes(images, encoder, runtime, pool)
-                    if way == "processes"
-                    else in_threads(images, encoder, runtime)
-                )
-                seconds[way].append(time.perf_counter() - started)
+                notes = Notes() if way == "threads and notes" else None
+                with mock.patch.object(crash_guard, "current_notes", return_value=notes):
+                    started = time.perf_counter()
+                    got = (
+                        in_processes(images, encoder, runtime, pool)
+                        if way == "processes"
+                        else in_threads(images, encoder, runtime)
+                    )
+                    seconds[way].append(time.perf_counter() - started)
                 assert np.array_equal(got, expected), way
-    crashes._notes = None
     worker_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
     rates = {way: len(images) / statistics.median(times) for way, times in seconds.items()}
     ratios = {

@@ -53,7 +53,7 @@ def environment(changes: dict[str, str]) -> Iterator[None]:
 
     before = dict(os.environ)
     os.environ.update(changes)
-    decoders._fast_jpeg.cache_clear()
+    decoders.fast_jpeg.cache_clear()
     try:
         yield
     finally:

@@ -113,7 +113,7 @@ def main() -> None:  # noqa: D103 - the module says it
         forbidden = AssertionError("an unchanged image was read")
         with (
             mock.patch.object(read, "read_file", side_effect=forbidden),
-            mock.patch.object(decode, "decode", side_effect=forbidden),
+            mock.patch.object(decode, "decode_pixels", side_effect=forbidden),
             mock.patch.object(read.hashlib, "sha256", wraps=read.hashlib.sha256) as hashing,
         ):
             opened = opened_files(again)

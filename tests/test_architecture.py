@@ -69,7 +69,6 @@ STILL_TO_CUT = {
     ("heads.logreg", "cache"),
     ("heads.minibatch", "cache"),
     ("models.export_candidate", "__init__"),
-    ("system.supervisor", "images"),
 }
 
 

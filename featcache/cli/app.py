@@ -28,7 +28,7 @@ from featcache.cli.console import (
 )
 from featcache.errors import FeatcacheError, UsageError
 from featcache.system.signals import interrupt_on_signals
-from featcache.system.supervisor import never_again, supervised
+from featcache.system.supervisor import output_started, supervised
 
 _DECODING = ("extract", "finetune", "predict", "evaluate")  # commands that decode images
 
@@ -297,7 +297,7 @@ def predict(
         )
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
         if output is None:
-            never_again()
+            output_started()
             if sys.stdout.isatty():  # which would obey what a name holds; a file or a pipe gets names as they are
                 rows = map(printable_row, rows)
             written, refused = write_rows(rows, sys.stdout.buffer, kind)

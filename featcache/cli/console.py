@@ -78,7 +78,9 @@ def interruptible(output: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say(f"finished work is kept in {output}.parts; the same command goes on from there")
+        from featcache.system.workdir import work_folder
+
+        say(f"finished work is kept in {work_folder(output)}; the same command goes on from there")
         raise
 
 

@@ -29,7 +29,7 @@ from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.images.source import ImageList, list_images
 from featcache.spec import Spec
 from featcache.system.files import check_free_space, check_output
-from featcache.system.workdir import locked, parts_folder
+from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -114,9 +114,9 @@ def extract(
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
     images = _list(source)
-    with locked(parts_folder(output)):
+    with locked(work_folder(output)):
         old = open_old(output, force=force)
-        own = ([old] if old else []) + open_parts(parts_folder(output))
+        own = ([old] if old else []) + open_parts(work_folder(output))
         donors = open_donors(map(Path, reuse), output)
         record = request.record()
         same = _spec_of_same_request(record, own, donors)
@@ -135,7 +135,7 @@ def extract(
         if not len(todo) and reused and _lacks_weights(plan.origin, output):
             job.keep_weights(spec)
         rows = _pack(job, plan, spec)
-        remove_parts(parts_folder(output))
+        remove_parts(work_folder(output))
         _remove_old_weights(old, spec, output)
     added, changed, removed = _compare(old, rows)
     total = len(plan.images) + len(plan.images.refused)
@@ -250,7 +250,7 @@ class _Job:
 
         copy = weights_copy(self.output, spec)
         if self.backbone.reload is None and not copy.is_file():
-            save_weights(self.backbone, copy, staging=parts_folder(self.output))
+            save_weights(self.backbone, copy, staging=work_folder(self.output))
 
     def embed(self, plan: Plan, progress: "Progress | None") -> Embedded:
         """Embed ``plan.todo`` into new parts. Raises StorageError; CacheError: what is to be reused is damaged."""
@@ -261,7 +261,7 @@ class _Job:
         return embed_into_parts(
             plan.images.take(plan.todo),
             self.embedder,
-            parts_folder(self.output),
+            work_folder(self.output),
             spec=self.spec,
             provenance=self._provenance(),
             progress=progress,
@@ -367,7 +367,7 @@ def _pack(job: _Job, plan: Plan, spec: Spec) -> Rows:
         classes=images.classes,
         refused=refused,
         provenance=job.provenance_of(plan.origin),
-        staging=parts_folder(job.output),
+        staging=work_folder(job.output),
     )
     return rows
 

@@ -17,10 +17,10 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
 from featcache.extraction.match import Matches, match
+from featcache.images.crash_guard import FATAL
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec
-from featcache.system.supervisor import CRASHED
 
 log = logging.getLogger("featcache")
 
@@ -170,5 +170,5 @@ def _refuse_again(images: ImageList, matches: Matches, caches: list[FeatureCache
     """Images refused before, and still not decodable, need no backbone to be refused again."""
     before = {refusal.path: refusal.reason for cache in caches for refusal in cache.refused}
     again = {index: before[path] for index in matches.missing.tolist() if (path := images.paths[index]) in before}
-    crashed = {index for index, reason in again.items() if reason.startswith(CRASHED)}
+    crashed = {index for index, reason in again.items() if reason.startswith(FATAL)}
     return refusals(images, again, apart=crashed)

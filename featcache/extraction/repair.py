@@ -24,7 +24,7 @@ from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import Restored, SourceFiles, locate, not_found, restore
 from featcache.images.source import ImageList, list_images
 from featcache.system.files import check_free_space, check_output
-from featcache.system.workdir import locked, parts_folder
+from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -87,10 +87,10 @@ def repair(
     damaged, embedded = tuple(found.verify()), 0
     if damaged or found.damaged_columns:
         check_output(found.path)
-        with locked(parts_folder(found.path)):
+        with locked(work_folder(found.path)):
             found.check_unchanged()
             embedded = _mend(found, damaged, source, (device, workers, batch_size), progress)
-    elif parts_folder(found.path).is_dir():
+    elif work_folder(found.path).is_dir():
         _tidy(found)
     return RepairReport(
         cache=found.path,
@@ -121,7 +121,7 @@ def _mend(
     anew = np.unique(anew).astype(np.intp)
     keys = digest_keys(restored.rows.digests)
     sources = _sound_rows(found, restored, anew)
-    parts = [part for part in open_parts(parts_folder(found.path)) if part.spec == found.spec] if len(anew) else []
+    parts = [part for part in open_parts(work_folder(found.path)) if part.spec == found.spec] if len(anew) else []
     sources = _with_rows_of(sources, keys, parts, 1)
     todo = np.sort(sources.missing[np.unique(keys[sources.missing], return_index=True)[1]])  # one of each content
     if files and len(todo):
@@ -139,7 +139,7 @@ def _mend(
         classes=restored.classes,
         refused=restored.refused,
         provenance=found.provenance,
-        staging=parts_folder(found.path),
+        staging=work_folder(found.path),
     )
     _remove_known(parts, keys)
     return len(todo)
@@ -180,7 +180,7 @@ def _embed(
     images = files.images.take(at)
     embedder = _embedder(found, images, options)
     check_free_space(found.path.parent, (len(rows) + len(found)) * found.dim * found.dtype.itemsize)
-    folder = parts_folder(found.path)
+    folder = work_folder(found.path)
     return embed_into_parts(images, embedder, folder, spec=found.spec, provenance=found.provenance, progress=progress)
 
 
@@ -265,7 +265,7 @@ def _remove_known(parts: list[FeatureCache], keys: Any) -> None:
 
 def _tidy(cache: FeatureCache) -> None:
     """What a repair left behind that was killed when its file was in place already."""
-    folder = parts_folder(cache.path)
+    folder = work_folder(cache.path)
     with contextlib.suppress(StorageError), locked(folder):  # otherwise somebody is at work there
         parts = [part for part in open_parts(folder) if part.spec == cache.spec]
         _remove_known(parts, digest_keys(cache.rows.digests))

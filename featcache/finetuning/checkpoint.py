@@ -15,14 +15,10 @@ from featcache.errors import ModelError, StorageError, UsageError
 from featcache.spec import difference, fingerprint_of
 from featcache.system.files import publish_file
 from featcache.system.safe_load import DamagedFile, load_tensors, parse_json
+from featcache.system.workdir import work_folder
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
 FORMAT_VERSION = 1
-
-
-def work_folder(output: Path) -> Path:
-    """Where the unfinished work for the model folder ``output`` lies."""
-    return output.with_name(output.name + ".parts")
 
 
 def has_state(output: Path) -> bool:
@@ -116,7 +112,7 @@ def remove_work(output: Path) -> None:
 def tidy_work(output: Path) -> None:
     """Leave no trace of a run that ended before it had anything worth keeping: neither features nor a checkpoint."""
     folder = work_folder(output)
-    if not any((folder / name).exists() for name in (_STATE, "features.h5", "features.h5.parts")):
+    if not any((folder / name).exists() for name in (_STATE, "features.h5", work_folder(folder / "features.h5"))):
         _empty(output)
 
 
@@ -125,7 +121,7 @@ def _empty(output: Path) -> None:
     if not (folder / _RUN).is_file():
         return
     shutil.rmtree(folder / "head", ignore_errors=True)
-    shutil.rmtree(folder / "features.h5.parts", ignore_errors=True)
+    shutil.rmtree(work_folder(folder / "features.h5"), ignore_errors=True)
     for pattern in (
         "*.h5",
         "*.pixels",

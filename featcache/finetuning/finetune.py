@@ -26,7 +26,6 @@ from featcache.finetuning.checkpoint import (
     remove_work,
     save_state,
     tidy_work,
-    work_folder,
 )
 from featcache.finetuning.compare import UNCHANGED, Candidate, choose, compare, in_words, score
 from featcache.finetuning.pixels import LabelledPixels, decode_split
@@ -39,7 +38,7 @@ from featcache.images.source import ImageList
 from featcache.models.model import Model, check_replaceable
 from featcache.spec import fingerprint_of
 from featcache.system.signals import StopRequest, deferred_signals
-from featcache.system.workdir import locked
+from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.finetuning.network import Network
@@ -96,8 +95,8 @@ def finetune(
         TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
     """
     from featcache.finetuning.trainer import choose_training_precision
+    from featcache.system import distributed
     from featcache.system.device import choose_runtime, kept_random_state
-    from featcache.system.distributed import joined
 
     started = time.perf_counter()
     source, output, changes = Path(source), Path(output), changes or {}
@@ -110,7 +109,7 @@ def finetune(
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     settings = _Settings(output, recipe, changes, seed, choose_training_precision(precision, runtime.device))
     with contextlib.ExitStack() as stack:
-        processes, runtime = stack.enter_context(joined(runtime))
+        processes, runtime = stack.enter_context(distributed.init(runtime))
         if processes.world > 1 and choose_recipe(recipe, 1, **changes).batchnorm == "train":
             raise UsageError(
                 f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
@@ -120,7 +119,7 @@ def finetune(
             stack.enter_context(locked(work_folder(output)))
             stack.callback(tidy_work, output)
             claim_work(output, force=force)
-        processes.wait()
+        processes.barrier()
         if finished:
             log.info("%s was finished already", output)
             if processes.is_first:
@@ -142,7 +141,7 @@ def finetune(
             run.train(progress, asked)
         check_replaceable(output)  # again: it took a while
         report = run.finish(started)
-        processes.wait()
+        processes.barrier()
         if processes.is_first:
             keep_cache(output)
             remove_work(output)
@@ -266,7 +265,7 @@ class _Run:
         )
         self.identity = self._identity(train)
         state = open_work(self.settings.output, self.identity) if self.processes.is_first else None
-        state = self.processes.from_first(state)
+        state = self.processes.broadcast(state)
         self.kept = ""  # where the checkpoint on disk stands
         if state is not None:
             trainer.load_state(state)
@@ -334,7 +333,7 @@ class _Run:
         if self.processes.world > 1:
             if self.trainer.batch % _STEPS_BETWEEN_QUESTIONS:
                 return False
-            asked.signal = max(self.processes.gather(asked.signal))
+            asked.signal = max(self.processes.all_gather(asked.signal))
         return bool(asked)
 
     def _out_of_patience(self) -> bool:

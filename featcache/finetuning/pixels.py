@@ -303,5 +303,5 @@ def _decode(
     if processes.local_rank == 0:
         log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
         decode_into_file(images, convert, file, typical=typical, workers=runtime.workers)
-    processes.wait()
+    processes.barrier()
     return open_pixels(file)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import MissingDependencyError, ModelError
-from featcache.finetuning.checkpoint import work_folder
 from featcache.heads.head import FittedHead
 from featcache.models.model import Model, library_versions, save_model
 from featcache.system.safe_load import parse_json
+from featcache.system.workdir import work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone

@@ -15,13 +15,13 @@ from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.format import encode_names, find
 from featcache.errors import SourceError
 from featcache.extraction.request import ExtractRequest
-from featcache.finetuning.checkpoint import work_folder
 from featcache.finetuning.pixels import LabelledPixels
 from featcache.images.source import ImageList, list_images
 from featcache.images.splits import hold_out
 from featcache.models.model import Model, load_model
 from featcache.spec import SPLITS
 from featcache.system.files import sync_folder
+from featcache.system.workdir import work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -114,7 +114,7 @@ def prepare_start(
     if processes.is_first:
         beside = sorted(output.absolute().parent.glob("*.h5"))
         _extract_and_fit(images, cache, head, request or ExtractRequest(), settings, runtime, beside)
-    processes.wait()
+    processes.barrier()
     return load_model(head), FeatureCache.open(cache)
 
 

@@ -147,7 +147,7 @@ class Trainer:
                     on_step(self._status())
         self._settle()
         self._share_sums()
-        loss, hits, images = self._sums if self.processes.world == 1 else self.processes.gather(self._sums)[0]
+        loss, hits, images = self._sums if self.processes.world == 1 else self.processes.all_gather(self._sums)[0]
         self._check_divergence(loss / images)
         self.epoch, self.batch, self._sums = self.epoch + 1, 0, np.zeros(3)
         return float(loss / images), float(hits / images)
@@ -220,7 +220,7 @@ class Trainer:
         for start in range(0, len(pixels), micro):
             part = slice(start, start + micro)
             last = start + micro >= len(pixels)
-            with self.processes.quiet(wrapped, unless=last):
+            with self.processes.no_sync(wrapped, unless=last):
                 with self._autocast():
                     logits = wrapped(pixels[part])
                 smoothing = self.recipe.label_smoothing
@@ -288,7 +288,7 @@ class Trainer:
     def _share_sums(self) -> None:
         """All processes' sums, on the first one, which writes them down."""
         if self.processes.world > 1:
-            everybody = np.sum(self.processes.gather(self._sums), axis=0)
+            everybody = np.sum(self.processes.all_gather(self._sums), axis=0)
             self._sums = everybody if self.processes.is_first else np.zeros(3)
 
     def _status(self) -> Status:
@@ -398,7 +398,7 @@ def compute_logits(
                 raise
             half = batch_size // 2
             return compute_logits(network, pixels, runtime=runtime, processes=processes, batch_size=half)
-    shares = processes.gather(np.concatenate(parts) if parts else None)
+    shares = processes.all_gather(np.concatenate(parts) if parts else None)
     width = next(share.shape[1] for share in shares if share is not None)
     logits = np.empty((len(pixels), width), np.float32)
     for rank, share in enumerate(shares):

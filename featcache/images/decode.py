@@ -1,14 +1,18 @@
 """A file's bytes to upright 8-bit RGB pixels, or the reason why not; by the fastest decoder here that gives Pillow's pixels.
 
-In: the bytes of an image file. Out: uint8 (H, W, 3), or ``RefusedImage``. Pillow (``decode``) decides what an image is; another
-decoder is taken for what it decodes without a single warning, and only if its pixels are the same, so that an embedding
-does not depend on what is installed. ``FEATCACHE_DECODER=pillow`` turns others off.
+In: the bytes of an image file. Out: uint8 (H, W, 3), or ``RefusedImage``. Pillow decides what an image is; another decoder is
+taken for what it decodes without a single warning, and only if its pixels are the same, so that an embedding does not
+depend on what is installed. ``FEATCACHE_DECODER=pillow`` turns others off.
+
+Whatever decodes a file enters the crash guard once, here. Run as a program, this module is what the guard tries suspects with:
+``python -m featcache.images.decode AT_LEAST`` decodes stdin by every decoder, for nothing but seeing whether it survives.
 """
 
 import contextlib
 import functools
 import io
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -17,11 +21,11 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.errors import RefusedImage
+from featcache.images.crash_guard import decoding
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
 from featcache.images.preprocess import to_pixels
 from featcache.spec import PreprocessSpec
-from featcache.system.supervisor import DecoderCrashedError, decoding
 
 Pixels = npt.NDArray[np.uint8]
 # A list of its own, not "whatever Pillow opens": EPS, for one, would start another program. TGA, which has no signature,
@@ -36,82 +40,29 @@ def read_pixels(data: bytes, spec: PreprocessSpec) -> Pixels:
 
 
 def decode_pixels(data: bytes, *, at_least: int | None = None) -> Pixels:
-    """Decode a file into upright 8-bit RGB, uint8 (H, W, 3), as ``images.decode`` does. Raises RefusedImage."""
-    try:
-        with decoding(data, at_least=at_least):
-            return _decode_pixels(data, at_least)
-    except DecoderCrashedError as error:
-        raise RefusedImage(str(error)) from error
+    """Decode a file into upright 8-bit RGB, uint8 (H, W, 3), as ``decode`` does, but faster. Raises RefusedImage."""
+    with _guarded(data, at_least):
+        pixels = _decode_fast(data, at_least)
+        return _decode_whole(data, at_least) if pixels is None else pixels
 
 
-def _decode_pixels(data: bytes, at_least: int | None) -> Pixels:
-    decode_jpeg = _fast_jpeg()
-    if decode_jpeg and data.startswith(b"\xff\xd8\xff"):
-        with contextlib.suppress(Exception):  # whatever is wrong with it, Pillow says so, or decodes it after all
-            if size := _size_of_plain_jpeg(data):
-                return decode_jpeg(data, **_smallest(size, reduction(min(size), at_least)))
-    return np.array(decode(data, at_least=at_least))  # a copy: Pillow's own memory is read-only, which tensors dislike
+def decode(data: bytes, *, at_least: int | None = None, suspect: bool = False) -> Image.Image:
+    """Decode a file's bytes into an upright 8-bit RGB image, by Pillow.
 
+    Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
+    scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
+    Where pixels are missing or known to be damaged the image is refused; ``integrity`` says what goes unnoticed.
 
-def has_fast_decoder() -> bool:
-    """Whether JPEGs are decoded by something faster than Pillow."""
-    return _fast_jpeg() is not None
+    Args:
+        data: the file.
+        at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
+        suspect: try it in a process of its own first.
 
-
-def decoder_in_words() -> str:
-    """Which decoder is used for JPEGs, and why."""
-    if has_fast_decoder():
-        return "JPEGs by simplejpeg, whose pixels equal Pillow's; FEATCACHE_DECODER=pillow turns it off"
-    if os.environ.get("FEATCACHE_DECODER") == "pillow":
-        return "JPEGs by Pillow, as FEATCACHE_DECODER says"
-    return "JPEGs by Pillow; pip install 'featcache[fast]' decodes them faster, to the same pixels"
-
-
-@functools.cache
-def _fast_jpeg() -> Callable[..., Pixels] | None:
-    """simplejpeg, if it is installed and gives Pillow's pixels: libjpegs differ in their upsampling and cosine transform."""
-    if os.environ.get("FEATCACHE_DECODER") == "pillow":
-        return None
-    try:
-        from simplejpeg import decode_jpeg
-
-        same = all(_are_the_same(decode_jpeg, data, factor) for data in _examples() for factor in (1, 2, 4, 8))
-    except Exception:  # not installed, or broken
-        return None
-    return decode_jpeg if same else None
-
-
-def _are_the_same(decode_jpeg: Callable[..., Pixels], data: bytes, factor: int) -> bool:
-    image = decode(data)
-    expected = np.asarray(decode(data, at_least=min(image.size) // (2 * factor) if factor > 1 else None))
-    return np.array_equal(decode_jpeg(data, **_smallest(image.size, factor)), expected)
-
-
-def _smallest(size: tuple[int, int], factor: int) -> dict[str, int]:
-    """What to ask for so that an image of (width, height) is decoded at 1/``factor``."""
-    return {"min_width": -(-size[0] // factor), "min_height": -(-size[1] // factor)} if factor > 1 else {}
-
-
-def _examples() -> list[bytes]:
-    """JPEGs of noise in every usual way of storing colour, of odd sizes."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8))
-    found = []
-    for image in (noise, noise.convert("L")):
-        for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
-            for progressive in (False, True):
-                file = io.BytesIO()
-                image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
-                found.append(file.getvalue())
-    return found
-
-
-def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) if nothing about it needs a decision: no orientation, CMYK, absurd size. Reads the header only."""
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        small = image.width * image.height <= MAX_PIXELS
-        plain = small and image.mode in ("RGB", "L") and not is_turned(image)
-        plain = plain and not may_have_many_scans(image, data)
-        return image.size if plain else None
+    Raises:
+        RefusedImage: not an image, truncated, too large, of a kind without a defined conversion, or its decoder crashes.
+    """
+    with _guarded(data, at_least, suspect=suspect):
+        return _decode(data, at_least)
 
 
 @contextlib.contextmanager
@@ -129,13 +80,6 @@ def strict_decoding() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Those of ``_FORMATS`` that this build of Pillow reads."""
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
 def reduction(shorter_edge: int, at_least: int | None) -> int:
     """1, 2, 4 or 8: the scale at which a JPEG may be decoded if ``at_least`` pixels of its shorter edge are wanted.
 
@@ -144,35 +88,44 @@ def reduction(shorter_edge: int, at_least: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
 
 
-def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
-    """Decode a file's bytes into an upright 8-bit RGB image.
+def has_fast_decoder() -> bool:
+    """Whether JPEGs are decoded by something faster than Pillow."""
+    return fast_jpeg() is not None
 
-    Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
-    scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
-    Where pixels are missing or known to be damaged the image is refused; ``completeness`` says what goes unnoticed.
 
-    Args:
-        data: the file. at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
+def decoder_in_words() -> str:
+    """Which decoder is used for JPEGs, and why."""
+    if has_fast_decoder():
+        return "JPEGs by simplejpeg, whose pixels equal Pillow's; FEATCACHE_DECODER=pillow turns it off"
+    if os.environ.get("FEATCACHE_DECODER") == "pillow":
+        return "JPEGs by Pillow, as FEATCACHE_DECODER says"
+    return "JPEGs by Pillow; pip install 'featcache[fast]' decodes them faster, to the same pixels"
 
-    Raises:
-        RefusedImage: not an image, truncated, too large, or of a kind without a defined conversion.
-    """
+
+@functools.cache
+def fast_jpeg() -> Callable[..., Pixels] | None:
+    """simplejpeg, if it is installed and gives Pillow's pixels: libjpegs differ in their upsampling and cosine transform."""
+    if os.environ.get("FEATCACHE_DECODER") == "pillow":
+        return None
+    try:
+        from simplejpeg import decode_jpeg
+
+        same = all(_are_the_same(decode_jpeg, data, factor) for data in _examples() for factor in (1, 2, 4, 8))
+    except Exception:  # not installed, or broken
+        return None
+    return decode_jpeg if same else None
+
+
+@contextlib.contextmanager
+def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Iterator[None]:
+    """Around decoding one file: what a decoder ends in, an error or a crash, becomes RefusedImage. Entered once per file."""
     if not data:
         raise RefusedImage("empty file")
     try:
-        with decoding(data, at_least=at_least), Image.open(io.BytesIO(data), formats=_formats()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
-            factor = reduction(min(image.size), at_least)
-            if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
-                image.draft(image.mode, (image.width // factor, image.height // factor))
-            load_whole(image, data)
-            upright = ImageOps.exif_transpose(image) if is_turned(image) else image
-            return _to_rgb(upright, image.format)
+        with decoding(data, ("-m", __name__, str(at_least or 0)), suspect=suspect):
+            yield
     except RefusedImage:
         raise
-    except DecoderCrashedError as error:
-        raise RefusedImage(str(error)) from error
     except UnidentifiedImageError as error:
         raise RefusedImage("not an image, or of an unsupported format") from error
     except Image.DecompressionBombError as error:
@@ -183,7 +136,41 @@ def decode(data: bytes, *, at_least: int | None = None) -> Image.Image:
         raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
 
 
-def is_turned(image: Image.Image) -> bool:
+def _decode(data: bytes, at_least: int | None) -> Image.Image:
+    """``decode`` without the guard. Raises nearly anything."""
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+        factor = reduction(min(image.size), at_least)
+        if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
+            image.draft(image.mode, (image.width // factor, image.height // factor))
+        load_whole(image, data)
+        upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
+        return _to_rgb(upright, image.format)
+
+
+def _decode_whole(data: bytes, at_least: int | None) -> Pixels:
+    return np.array(_decode(data, at_least))  # a copy: Pillow's own memory is read-only, which tensors dislike
+
+
+def _decode_fast(data: bytes, at_least: int | None) -> Pixels | None:
+    """By something faster than Pillow; None if there is nothing, or it has any objection: Pillow then decides."""
+    decode_jpeg = fast_jpeg()
+    if decode_jpeg and data.startswith(b"\xff\xd8\xff"):
+        with contextlib.suppress(Exception):
+            if size := _size_of_plain_jpeg(data):
+                return decode_jpeg(data, **_smallest(size, reduction(min(size), at_least)))
+    return None
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of ``_FORMATS`` that this build of Pillow reads."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _is_turned(image: Image.Image) -> bool:
     """Whether the EXIF data of an opened image asks for another orientation; none that can be read asks for nothing."""
     try:
         return image.getexif().get(0x0112, 1) in range(2, 9)
@@ -206,3 +193,43 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layers).convert("RGB")
     return image.convert("RGB")
+
+
+def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """(width, height) if nothing about it needs a decision: no orientation, CMYK, absurd size. Reads the header only."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        small = image.width * image.height <= MAX_PIXELS
+        plain = small and image.mode in ("RGB", "L") and not _is_turned(image)
+        plain = plain and not may_have_many_scans(image, data)
+        return image.size if plain else None
+
+
+def _smallest(size: tuple[int, int], factor: int) -> dict[str, int]:
+    """What to ask for so that an image of (width, height) is decoded at 1/``factor``."""
+    return {"min_width": -(-size[0] // factor), "min_height": -(-size[1] // factor)} if factor > 1 else {}
+
+
+def _are_the_same(decode_jpeg: Callable[..., Pixels], data: bytes, factor: int) -> bool:
+    size = _decode(data, None).size
+    expected = _decode_whole(data, min(size) // (2 * factor) if factor > 1 else None)
+    return np.array_equal(decode_jpeg(data, **_smallest(size, factor)), expected)
+
+
+def _examples() -> list[bytes]:
+    """JPEGs of noise in every usual way of storing colour, of odd sizes."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8))
+    found = []
+    for image in (noise, noise.convert("L")):
+        for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
+            for progressive in (False, True):
+                file = io.BytesIO()
+                image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+                found.append(file.getvalue())
+    return found
+
+
+if __name__ == "__main__":
+    content, wanted = sys.stdin.buffer.read(), int(sys.argv[1]) or None
+    for decoder in (_decode_fast, _decode_whole):
+        with contextlib.suppress(Exception):
+            decoder(content, wanted)

@@ -1,14 +1,18 @@
-"""Load an image's pixels only if they are all there: Pillow fills up some kinds of missing ones with grey or black.
+"""Load an image only if all of its pixels are there: Pillow shows some kinds of missing ones in grey or black.
 
-In: an image that Pillow has opened, and the file's bytes. Out: the image, loaded, or ``DamagedImage``.
+In: an image that Pillow has opened, and the file's bytes. Out: the image, loaded, or ``RefusedImage``.
 
-JPEG: see ``jpegs``. PNG: Pillow passes over the checksums of the pixel data, and over data that ends with a row; it also
-leaves a transparent grey of few bits unscaled, which is mended on the way. TIFF: over strips or tiles that are not listed,
-or lie nowhere. The other formats it refuses itself when something is missing.
+- JPEG: see ``jpeg``.
+- PNG: Pillow ignores the checksums of the pixel data, and rows that are missing at the end. It also leaves a transparent
+  grey of 2 or 4 bits unscaled, which is mended here.
+- TIFF: Pillow ignores that strips or tiles are not listed, or lie nowhere.
+- Of the other formats Pillow itself refuses what is incomplete.
 
-What goes unnoticed: damage to lossy data without a checksum (WebP, AVIF, JPEG 2000) and to raw pixels (BMP, TGA, PNM, TIFF)
-that leaves as many bytes as there should be; in a plain PNM, a last number that lost digits; in the PNG inside an ICO and in
-JPEG data inside a TIFF, whatever Pillow passes over.
+What goes unnoticed:
+- damage that leaves as many bytes as there should be, to lossy data without a checksum (WebP, AVIF, JPEG 2000) and to raw
+  pixels (BMP, TGA, PNM, TIFF);
+- in a plain PNM, a last number that lost digits;
+- in the PNG inside of an ICO and in JPEG data inside of a TIFF, whatever Pillow ignores.
 """
 
 import struct
@@ -17,7 +21,8 @@ from typing import Any
 
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
-from featcache.images.jpeg import DamagedImage, load_jpeg
+from featcache.errors import RefusedImage
+from featcache.images.jpeg import load_jpeg
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
 _ADAM7 = (
@@ -32,7 +37,7 @@ _ADAM7 = (
 
 
 def load_whole(image: Image.Image, data: bytes) -> None:
-    """``image.load()``, but raising DamagedImage instead of inventing pixels; other errors are Pillow's own."""
+    """Load as ``image.load()`` does, but raise RefusedImage instead of inventing pixels. Other errors are Pillow's."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         load_jpeg(image, data)
     elif isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -46,7 +51,7 @@ def load_whole(image: Image.Image, data: bytes) -> None:
 
 def _load_png(image: PngImagePlugin.PngImageFile, data: bytes) -> None:
     if any(extents != (0, 0, *image.size) for _, extents, _, _ in image.tile):
-        raise DamagedImage("first frame of the PNG does not cover it")
+        raise RefusedImage("damaged: first frame of the PNG does not cover it")
     clear = image.info.get("transparency")
     if isinstance(clear, int) and image.tile:  # grey of 2 or 4 bits is scaled to 8 bits everywhere but here
         image.info["transparency"] = {"L;2": 85 * (clear & 3), "L;4": 17 * (clear & 15)}.get(
@@ -61,20 +66,20 @@ def _load_png(image: PngImagePlugin.PngImageFile, data: bytes) -> None:
 
 
 def _check_tiff(image: Any) -> None:
-    """Of uncompressed pixels Pillow reads what is listed; of compressed ones, libtiff insists on all."""
+    """Raise RefusedImage if uncompressed pixels are not all listed. Of compressed ones libtiff insists on all."""
     if image.use_load_libtiff:
         return
     width, height = image._tile_size
     planes = len(image.getbands()) if image._planar_configuration == 2 else 1
     covered = sum((right - left) * (bottom - top) for _, (left, top, right, bottom), _, _ in image.tile)
     if covered < width * height * planes:
-        raise DamagedImage(f"TIFF lists strips or tiles for {covered} of {width * height * planes} pixels")
+        raise RefusedImage(f"damaged: TIFF lists strips or tiles for {covered} of {width * height * planes} pixels")
     if any(offset < 8 for _, _, offset, _ in image.tile):
-        raise DamagedImage("TIFF lists strips or tiles that lie nowhere")
+        raise RefusedImage("damaged: TIFF lists strips or tiles that lie nowhere")
 
 
 def _pixel_data(data: bytes) -> list[memoryview]:
-    """What the IDAT chunks of a PNG hold. Raises DamagedImage where a checksum is wrong."""
+    """Return what the IDAT chunks of a PNG hold. Raises RefusedImage where a checksum is wrong."""
     view, found, at = memoryview(data), [], 8
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -82,7 +87,7 @@ def _pixel_data(data: bytes) -> list[memoryview]:
             if at + 12 + length > len(data):
                 break  # cut off: Pillow says so, unless only the checksum is missing
             if zlib.crc32(view[at + 4 : at + 8 + length]) != int.from_bytes(data[at + 8 + length : at + 12 + length]):
-                raise DamagedImage("wrong checksum of PNG pixel data")
+                raise RefusedImage("damaged: wrong checksum of PNG pixel data")
             found.append(view[at + 8 : at + 8 + length])
         elif kind == b"IEND":
             break
@@ -91,7 +96,7 @@ def _pixel_data(data: bytes) -> list[memoryview]:
 
 
 def _check_length(data: bytes, pieces: list[memoryview]) -> None:
-    """Raise DamagedImage if the chunks inflate to fewer bytes than the PNG's header promises."""
+    """Raise RefusedImage if the chunks inflate to fewer bytes than the PNG's header promises."""
     width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
     passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
     sizes = ((-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in passes)
@@ -104,4 +109,4 @@ def _check_length(data: bytes, pieces: list[memoryview]) -> None:
             rest = inflate.unconsumed_tail
     got += len(inflate.flush()) if got < wanted else 0
     if got < wanted:
-        raise DamagedImage(f"PNG holds {got} of {wanted} bytes of pixels")
+        raise RefusedImage(f"damaged: PNG holds {got} of {wanted} bytes of pixels")

@@ -1,21 +1,25 @@
-"""JPEGs whose pixels are not all there: libjpeg paints the missing ones grey, with a warning that Pillow hides.
+"""Refuse JPEGs whose pixels are not all there: libjpeg paints the missing ones grey, with a warning that Pillow hides.
 
-In: a JPEG that Pillow has opened, and the file's bytes. Out: the image, loaded, or ``DamagedImage``.
+In: a JPEG that Pillow has opened, and the file's bytes. Out: the image, loaded, or ``RefusedImage``.
 
-The decoder is given the file piece by piece. After each run of entropy-coded data (what lies between two markers) come some
-bytes that are no code. A decoder that has all blocks of the run skips them to find the next marker; one that has not keeps
-them for its next block. Whatever is refused here, libjpeg warns about, so that a decoder that stops at warnings agrees.
+The decoder is given the file piece by piece. A run is the entropy-coded data between two markers. After each run the decoder
+gets some bytes that are no code. If it has all blocks of the run, it skips them to find the next marker; otherwise it
+keeps them for its next block. libjpeg warns about whatever is refused here, so that a decoder that stops at warnings agrees.
 
-Not noticed: the last few blocks of a run, as libjpeg reads eight bytes ahead (16 bytes at most, when tried); damage that
-leaves as many blocks as there should be; a progressive file that ends exactly between two scans, which is a blurred but
-valid one; arithmetic coding, where any data will do; and with more than one restart interval per 4096 pixels, what lies
-within a scan.
+What goes unnoticed:
+- the last few blocks of a run, as libjpeg reads eight bytes ahead (16 bytes at most, when tried);
+- damage that leaves as many blocks as there should be;
+- a progressive file that ends exactly between two scans: it is blurred, but valid;
+- arithmetic coding, where any data will do;
+- with more than one restart interval per 4096 pixels, what is missing within a scan.
 """
 
 import re
 from typing import Any
 
 from PIL import Image
+
+from featcache.errors import RefusedImage
 
 _EOI, _SOS, _DRI, _PROGRESSIVE = 0xD9, 0xDA, 0xDD, 0xC2
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
@@ -30,12 +34,8 @@ MANY_SCANS = 64  # more than any camera or encoder writes; each takes as long as
 _SURPLUS = 64  # bytes behind the last block that are tolerated
 
 
-class DamagedImage(Exception):  # noqa: N818 - a state of an image, not an error of the program
-    """Pixels are missing or damaged; ``str()`` says how that shows."""
-
-
 def load_jpeg(image: Any, data: bytes) -> None:
-    """``image.load()`` for a JPEG, but raising DamagedImage where it would invent pixels. Other errors are Pillow's."""
+    """Load a JPEG as ``image.load()`` does, but raise RefusedImage instead of inventing pixels. Other errors are Pillow's."""
     image.decodermaxblock = max(len(data), image.decodermaxblock)  # arithmetic decoding cannot wait for more
     try:
         runs, single = _find_runs(data, image.width * image.height)
@@ -55,7 +55,7 @@ def load_jpeg(image: Any, data: bytes) -> None:
 
 
 def may_have_many_scans(image: Any, data: bytes) -> bool:
-    """Whether a JPEG that Pillow has opened could take far longer than its size lets expect. Cheap for usual ones."""
+    """Return whether a JPEG that Pillow has opened could take far longer than its size suggests. Cheap for usual ones."""
     segment = image.fp.tell() - 6 - 2 * image.layers  # the one that Pillow read last, if it is of all layers
     single = data[segment - 2 : segment] == b"\xff\xda" and data[segment + 2] == image.layers
     return ("progressive" in image.info or not single) and data.count(b"\xff\xda") > MANY_SCANS
@@ -65,14 +65,16 @@ class _Feeder:
     """One of Pillow's decoders, given the file piece by piece.
 
     Attributes:
-        rest: what it did not use yet. done: it wants no more. failed: because of an error.
+        rest: what it has not used yet.
+        done: it wants no more.
+        failed: it wants no more because of an error.
     """
 
     def __init__(self, decoder: Any) -> None:
         self._decoder, self.rest, self.done, self.failed = decoder, b"", False, False
 
     def takes(self, piece: bytes) -> bool:
-        """Whether it uses all of ``piece`` at once. Nothing is done once it is done."""
+        """Give it ``piece``, unless it is done. Returns whether it used all of that at once and wants more."""
         if not self.done:
             piece = self.rest + piece
             used, status = self._decoder.decode(piece)
@@ -81,10 +83,13 @@ class _Feeder:
 
 
 def _decode(feeder: _Feeder, data: bytes, runs: list[int], *, single: bool) -> bool:
-    """Whether the whole image is decoded; if not, the decoder failed. Raises DamagedImage.
+    """Give the decoder the whole file. Returns whether all is decoded; if not, the decoder failed. Raises RefusedImage.
 
     Args:
-        runs: where each run ends. single: whether they are of one scan, so that the decoder is done with the last.
+        feeder: the decoder.
+        data: the file.
+        runs: where each run ends.
+        single: whether all runs are of one scan, so that the decoder is done with the last one.
     """
     start = 0
     for end in runs:
@@ -100,24 +105,25 @@ def _decode(feeder: _Feeder, data: bytes, runs: list[int], *, single: bool) -> b
             _check_surplus(data[end : runs[-1]], feeder)
             return not feeder.failed
         if not all(whole):
-            raise DamagedImage("JPEG data ends before the last pixel")
+            raise RefusedImage("damaged: JPEG data ends before the last pixel")
         start = end
     if single:
-        raise DamagedImage("JPEG data ends before the last pixel")
+        raise RefusedImage("damaged: JPEG data ends before the last pixel")
     feeder.takes(data[start:])
     return feeder.done and not feeder.failed
 
 
 def _check_surplus(surplus: bytes, feeder: _Feeder) -> None:
-    """Raise DamagedImage if what is left is no mere padding."""
+    """Raise RefusedImage if what is left is more than padding."""
     if not feeder.failed and len(surplus) >= _SURPLUS and len(set(surplus)) > 2:
-        raise DamagedImage("JPEG data goes on after the last pixel")
+        raise RefusedImage("damaged: JPEG data goes on after the last pixel")
 
 
 def _find_runs(data: bytes, pixels: int) -> tuple[list[int], bool]:
-    """Where each run ends, and whether there is one scan only; no runs if the image has no end or cannot be followed.
+    """Return where each run ends, and whether there is one scan only.
 
-    Of very many runs, only those that end a scan are returned. Raises DamagedImage.
+    There are no runs if the file has no end or cannot be followed. Of very many runs, only those that end a scan are
+    returned. Raises RefusedImage.
     """
     runs: list[int] = []
     scans: list[int] = []
@@ -135,17 +141,17 @@ def _find_runs(data: bytes, pixels: int) -> tuple[list[int], bool]:
             if not ends or frame[:1] not in _HUFFMAN:
                 break
             if restart and len(ends) * restart < _units(frame, data[segment:at]):
-                raise DamagedImage("JPEG data lacks restart markers")
+                raise RefusedImage("damaged: JPEG data lacks restart markers")
             runs, scans, at = runs + ends, [*scans, ends[-1]], ends[-1]
             if frame[0] != _PROGRESSIVE and frame[8] == data[segment + 2]:
                 return runs if len(runs) <= 64 + pixels // 4096 else scans, True
             if len(scans) > MANY_SCANS and (len(scans) > 500 or len(scans) * pixels > 2**33):
-                raise DamagedImage(f"more than {len(scans) - 1} scans, which would take too long")
+                raise RefusedImage(f"damaged: more than {len(scans) - 1} scans, which would take too long")
     return [], False
 
 
 def _next_segment(data: bytes, at: int) -> tuple[int, int, int] | None:
-    """The marker at or after ``at``, and where its segment starts and ends; None at the end of the file."""
+    """Return the marker at or after ``at``, and where its segment starts and ends; None at the end of the file."""
     if not (marker := _MARK.search(data, at)):
         return None
     kind, start = data[marker.end() - 1], marker.end()
@@ -154,17 +160,17 @@ def _next_segment(data: bytes, at: int) -> tuple[int, int, int] | None:
 
 
 def _runs_of_scan(data: bytes, start: int, restart: int) -> list[int]:
-    """Where the runs of a scan end that starts at ``start``; empty if it has no end. Raises DamagedImage."""
+    """Return where the runs of the scan at ``start`` end; nothing if the scan has no end. Raises RefusedImage."""
     if not (end := (_END if restart else _MARK).search(data, start)):
         return []
     ends = [match.start() for match in _RESTART.finditer(data, start, end.start())] if restart else []
     if any(data[place + 1] - 0xD0 != number % 8 for number, place in enumerate(ends)):
-        raise DamagedImage("JPEG restart markers are out of order")
+        raise RefusedImage("damaged: JPEG restart markers are out of order")
     return [*ends, end.start()]
 
 
 def _units(frame: bytes, scan: bytes) -> int:
-    """How many MCUs a scan has (ISO 10918-1, A.2): ``frame`` from its marker on, ``scan`` from its length on."""
+    """Return how many MCUs a scan has (ISO 10918-1, A.2): ``frame`` from its marker on, ``scan`` from its length on."""
     height, width = int.from_bytes(frame[4:6], "big"), int.from_bytes(frame[6:8], "big")
     factors = {frame[i]: (frame[i + 1] >> 4, frame[i + 1] & 15) for i in range(9, 9 + 3 * frame[8], 3)}
     most = [max(values) for values in zip(*factors.values(), strict=True)]

@@ -4,6 +4,7 @@ In: ``ImageFiles`` and what is to be made of a file's bytes. Out: a ``ReadImage`
 why there is none, and the sha256, size and time of the bytes that it was made of.
 """
 
+import functools
 import hashlib
 import itertools
 import os
@@ -16,7 +17,6 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from featcache.errors import RefusedImage
 from featcache.images.decode import decode, strict_decoding
-from featcache.system.supervisor import DecoderCrashedError, try_apart
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 2**30
@@ -118,16 +118,9 @@ def read_file(path: Path) -> tuple[bytes, int, int]:
 def refusals(files: ImageFiles, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
     """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
 
-    def decode_apart(data: bytes) -> None:
-        try:
-            try_apart(data)
-        except DecoderCrashedError as error:
-            raise RefusedImage(str(error)) from error
-        decode(data)
-
     found: dict[int, str] = {}
     with strict_decoding():
         for index in indices:
-            if reason := read_image(files, index, decode_apart if index in apart else decode).reason:
+            if reason := read_image(files, index, functools.partial(decode, suspect=index in apart)).reason:
                 found[index] = reason
     return found

@@ -1,1 +1,12 @@
-"""The process and the disk: where to compute, how to survive, how to write."""
+"""The process and the disk: what to compute with, how to survive, how to write. Nothing here knows an image or a cache.
+
+- ``device``: device, workers, threads, and why
+- ``memory``: how much there is; keeping what was freed
+- ``signals``: stop between two steps
+- ``supervisor``: a worker, and the process that waits for it
+- ``distributed``: several processes that train one network (torchrun)
+- ``lazy_imports``: torchvision without PyTorch's compiler
+- ``files``: atomic, durable files and folders
+- ``workdir``: where unfinished work lies, and its lock
+- ``safe_load``: files of ``torch.save`` and JSON that nobody vouches for
+"""

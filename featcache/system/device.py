@@ -1,6 +1,6 @@
-"""What this process computes with: device, workers, threads. Decided once, each choice with its reason.
+"""What this process computes with: device, workers, batch size. Each is chosen once, with a reason.
 
-In: what the user asked for. Out: a frozen ``Runtime``. Nothing in here changes the numbers' meaning, only the speed.
+In: what the user asked for. Out: a frozen ``Runtime``, which changes only the speed, never what the numbers mean.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ _LOADED_BY = os.getpid()
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """Where to compute.
+    """What to compute with.
 
     Attributes:
         device: torch device.
         workers: threads that read and decode images; on a CPU each also runs the backbone, on one core.
         batch_size: images per forward pass, always exactly this many.
-        reason: why, in words, for the user.
+        reason: why these were chosen, in words for the user.
     """
 
     device: torch.device
@@ -35,12 +35,12 @@ class Runtime:
 
 
 def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_size: int | None = None) -> Runtime:
-    """Decide where to compute, before anything large is allocated: freed memory is kept from now on, where possible.
+    """Choose what to compute with. Call it before anything large is allocated: from now on freed memory is kept.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
-        workers: threads; the number of usable cores when not given.
-        batch_size: 8 on a CPU (activations stay in the cache of one core), 64 on a GPU, when not given.
+        workers: threads; one per usable core when None, at most 32 with a GPU.
+        batch_size: when None, 8 on a CPU (activations stay in the cache of one core), else 64.
 
     Raises:
         UsageError: no such device here, or a count below 1.
@@ -59,6 +59,46 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     return Runtime(chosen, workers, batch_size or (8 if chosen.type == "cpu" else 64), reason)
 
 
+def use_one_thread_if_forked() -> None:
+    """Let PyTorch use one thread per call in a process that was forked from one that had loaded PyTorch.
+
+    PyTorch's threads do not survive a fork, and waiting for them would never end.
+    """
+    if os.getpid() != _LOADED_BY:
+        torch.set_num_threads(1)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def one_core_each(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads in each of which PyTorch uses one core: small batches side by side beat one on all cores."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))  # OpenMP's is per thread
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def kept_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context that leaves PyTorch's random generators, the CPU's and ``device``'s, as they were before."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def has_bf16_arithmetic() -> bool:
+    """Return whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def _choose_device(name: str) -> tuple[torch.device, str]:
     if name == "auto":
         if torch.cuda.is_available():
@@ -75,43 +115,3 @@ def _choose_device(name: str) -> tuple[torch.device, str]:
         there = [kind for kind, count in found.items() if count]
         raise UsageError(f"device {name!r} is not on this machine, which has: {', '.join(there)}")
     return device, f"device {name}: as asked"
-
-
-def use_one_thread_if_forked() -> None:
-    """Let PyTorch use one thread per call in a process that was forked from one that had loaded it.
-
-    The threads that it computed with there do not exist here, and waiting for them would never end.
-    """
-    if os.getpid() != _LOADED_BY:
-        torch.set_num_threads(1)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def one_core_each(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads in each of which PyTorch uses one core: small batches side by side beat one batch on all cores."""
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))  # OpenMP's is per thread
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
-
-
-def kept_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """A context after which PyTorch's random generators, the CPU's and ``device``'s, are as before."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def has_bf16_arithmetic() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))

@@ -1,7 +1,7 @@
 """Several processes that train one network, as ``torchrun`` starts them; one process is the case of world 1.
 
 In: torchrun's environment. Out: ``Processes``: who this one is, and the few things they do together. The only user of
-``torch.distributed``.
+``torch.distributed``, whose words these are.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from featcache.errors import UsageError
 from featcache.system.device import Runtime
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=12)  # the others wait while the first extracts
+_TIMEOUT = timedelta(hours=12)  # the others wait while the first extracts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Processes:
     """This process among ``world``.
 
     Attributes:
-        rank: 0 writes files and talks. world: how many there are.
-        local_rank: among those of this machine. node: number of this machine.
+        rank: this process's number; 0 writes files and talks.
+        world: how many there are.
+        local_rank: this process's number among those of this machine.
+        node: number of this machine.
     """
 
     rank: int = 0
@@ -40,20 +42,20 @@ class Processes:
         """Whether this process writes and reports."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def barrier(self) -> None:
+        """Wait until every process is here."""
         if self.world > 1:
             distributed.barrier()
 
-    def gather(self, value: T) -> list[T]:
-        """Everybody's ``value``, in the order of ranks."""
+    def all_gather(self, value: T) -> list[T]:
+        """Every process's ``value``, in the order of ranks."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
         distributed.all_gather_object(values, value)
         return values
 
-    def from_first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first process's ``value``."""
         if self.world == 1:
             return value
@@ -68,16 +70,16 @@ class Processes:
         ids = [device.index] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(network, device_ids=ids)
 
-    def quiet(self, wrapped: nn.Module, *, unless: bool) -> contextlib.AbstractContextManager[None]:
-        """A context in which backward passes do not talk to the other processes yet."""
+    def no_sync(self, wrapped: nn.Module, *, unless: bool) -> contextlib.AbstractContextManager[None]:
+        """A context in which backward passes add up gradients here and average them over no other process yet."""
         if unless or not isinstance(wrapped, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return wrapped.no_sync()
 
 
 @contextlib.contextmanager
-def joined(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
-    """Join the processes that torchrun started (none: world 1); yields this one and its own device.
+def init(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
+    """Join the processes that torchrun started (none: world 1); yields this one, and ``runtime`` with its own device.
 
     Raises:
         UsageError: fewer GPUs on this machine than processes.
@@ -95,7 +97,7 @@ def joined(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
             )
         runtime = dataclasses.replace(runtime, device=torch.device("cuda", local))
         torch.cuda.set_device(local)
-    distributed.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    distributed.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield processes, runtime
     finally:

@@ -3,8 +3,8 @@
 In: a target path and the code that fills it. Out: the target, replaced in one step. Every byte that featcache keeps
 goes through here, so this is the one place to look at (or to break) when asking what survives a power cut.
 
-Temporary files are locked while they are written. What a killed process left behind can therefore be told from what a
-living one is writing, on any machine that shares the folder and honours locks, and the next to publish sweeps it away.
+Temporary files are locked while they are written. So what a killed process left behind differs from what a living one is
+writing, on any machine that shares the folder and honours locks, and the next process to publish sweeps it away.
 """
 
 import contextlib
@@ -128,13 +128,13 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def read_published(path: Path, read: Callable[[Path], T]) -> T:
-    """``read(path)``, of one version of a file or folder that other processes may publish again at any moment.
+    """Return ``read(path)`` of one version of a file or folder that other processes may publish again at any moment.
 
-    Opening several files, or one several times, may give half of this version and half of the next: then, whether that
-    was noticed as an error or not, it is read again.
+    Opening several files, or one several times, may give half of one version and half of the next. Then ``read`` is called
+    again, whether it raised an error or not.
 
     Raises:
-        StorageError: it is replaced each time. Otherwise what ``read`` raises.
+        StorageError: ``path`` is replaced each time. Otherwise what ``read`` raises.
     """
     for _ in range(_MAX_TRIES):
         before = _identity(path)
@@ -149,33 +149,8 @@ def read_published(path: Path, read: Callable[[Path], T]) -> T:
     raise StorageError(f"{path} is being replaced again and again; run the command again once that is over")
 
 
-def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a file or folder from another that has its name later."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _take_name(temporary: Path, path: Path) -> None:
-    """Call a folder ``path``. One that has this name, or is given it at this very moment, makes room."""
-    for tries_left in reversed(range(_MAX_TRIES)):
-        if _exchange(temporary, path):
-            return
-        try:
-            if path.exists():  # a folder cannot be renamed over a full one: step aside, step in
-                path.rename(_replaced(path))
-            temporary.rename(path)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not tries_left:
-                raise
-            recover_folder(path)  # another process was faster
-
-
 def recover_folder(path: Path) -> None:
-    """Finish or undo a replacement of ``path`` that was cut off between its two renames, where one step was not to be had."""
+    """Finish or undo a replacement of ``path`` that was cut off between two renames, where the system has no exchange."""
     path = path if path.name else path.resolve()  # "." has no name
     replaced = _replaced(path)
     if replaced.is_dir():
@@ -186,7 +161,7 @@ def recover_folder(path: Path) -> None:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Remove temporary files and folders of ``name`` (None: of any) that no living process is writing. Never fails."""
+    """Remove the temporary files and folders of ``name`` (None: of any name) that no living process writes. Never fails."""
     if fcntl is None:
         return
     pattern = re.compile(_TEMPORARY.format(name=re.escape(name[:100]) if name else ".+"))
@@ -203,7 +178,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what was created, renamed or removed in ``folder`` durable. Raises OSError."""
+    """Make durable what was created, renamed or removed in ``folder``. Raises OSError."""
     if os.name == "nt":  # has no such call, and its rename needs none
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -216,17 +191,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_REPLACED}")
-
-
 def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
-    """Make a temporary file, or without ``flags`` a folder, and lock it: its path and descriptor (-1: no such locks)."""
+    """Make and lock a temporary file, or without ``flags`` a folder. Returns its path and descriptor (-1: no such locks)."""
     while True:
         temporary = folder / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         if flags is None:
@@ -249,8 +215,24 @@ def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
         os.close(descriptor)  # swept away in the moment before it was locked
 
 
+def _take_name(temporary: Path, path: Path) -> None:
+    """Give a folder the name ``path``. One that has this name, or is given it at this very moment, makes room."""
+    for tries_left in reversed(range(_MAX_TRIES)):
+        if _exchange(temporary, path):
+            return
+        try:
+            if path.exists():  # a folder cannot be renamed over a full one: step aside, step in
+                path.rename(_replaced(path))
+            temporary.rename(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not tries_left:
+                raise
+            recover_folder(path)  # another process was faster
+
+
 def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders change their names in one step; False where the system or the file system cannot."""
+    """Exchange the names of two folders in one step. Returns False where the system or the file system cannot."""
     names = os.fsencode(first), os.fsencode(second)
     at_working_folder, swap = -100, 2
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -262,8 +244,26 @@ def _exchange(first: Path, second: Path) -> bool:
     return False
 
 
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_REPLACED}")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what differs between a file or folder and another that has its name later."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def _failure(path: Path, error: OSError, written: int | None, needed: int | None) -> StorageError:
-    """What to say about a step that the operating system refused."""
+    """Return the error for a step that the operating system refused."""
     what = f"cannot write {path}: {error.strerror or error}"
     if error.errno in _REMEDIES and (needed or written):
         what += f" ({needed:,} bytes are needed)" if needed else f" after {written:,} bytes"

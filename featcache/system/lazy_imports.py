@@ -1,6 +1,9 @@
-"""PyTorch's compiler is imported when it is used, not on every start: two of seven seconds.
+"""Import torchvision without PyTorch's compiler, which takes two of the seven seconds in which a command starts.
 
-It replaces entries of ``sys.modules`` for a moment. To be deleted when torchvision no longer asks the compiler while it is imported.
+In: an ``import torchvision`` inside of ``compiler_on_demand``. Out: torchvision, and a compiler that is imported when it is used.
+
+Expiry: entries of ``sys.modules`` are replaced for a moment, which is a risk with every new PyTorch. Delete this file when
+``torch._dynamo`` is in ``sys.modules`` no more after a plain ``import torchvision`` (0.29 still imports it: ``ops/roi_align.py``).
 """
 
 import contextlib
@@ -13,10 +16,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def compiler_on_demand() -> Iterator[None]:
-    """Import torchvision inside, and PyTorch's compiler is imported when it is used, not on every start.
+    """Import torchvision inside of this context, and PyTorch's compiler is imported when it is used.
 
-    One of torchvision's operators for object detection asks the compiler, when it runs, whether it supports a device, and
-    for that imports all of it: more than two of the seven seconds in which a command of ours would start.
+    One of torchvision's operators for object detection asks the compiler, each time it runs, whether a device is
+    supported. For that one question torchvision imports all of the compiler. Stand-ins for two modules put it off.
     """
     names = ("torch._dynamo", "torch._dynamo.utils")
     if sys.modules.keys() & {"torchvision", *names}:
@@ -32,7 +35,7 @@ def compiler_on_demand() -> Iterator[None]:
 
 
 class _StandIn(types.ModuleType):
-    """A module that is replaced by the real one as soon as anything else is wanted from it."""
+    """A module in place of another one, which is imported as soon as anything is wanted that this one lacks."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # the import system's own questions

@@ -1,4 +1,7 @@
-"""How much memory there is, and keeping what was allocated. No torch."""
+"""Memory: how much this process may still use, and keeping what it freed. No torch.
+
+In: nothing but the machine. Out: bytes; a C allocator that keeps freed memory.
+"""
 
 import contextlib
 import ctypes
@@ -8,10 +11,13 @@ from pathlib import Path
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed activation buffers instead of returning and faulting them in again at every layer.
+    """Let glibc keep freed memory, where it would return each layer's buffers to the system and fault them in again.
 
-    The usual loop spends half its CPU time on that. Affects the whole process, and only what is allocated later;
-    ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect.
+    The usual loop over images spends half its CPU time on that. The setting is of the whole process, and of what is
+    allocated later. ``FEATCACHE_KEEP_MEMORY=0`` turns it off.
+
+    Returns:
+        Whether it took effect; never without glibc.
     """
     if not sys.platform.startswith("linux") or os.environ.get("FEATCACHE_KEEP_MEMORY") == "0":
         return False
@@ -26,7 +32,10 @@ def keep_freed_memory() -> bool:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still use: the machine's, or its control group's limit."""
+    """Return how many bytes this process may still use: of the machine, or of its control group if that has fewer left.
+
+    Where the system does not say, half of its memory, or 4 GiB.
+    """
     candidates: list[int] = []
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as file:  # noqa: PTH123
         candidates.append(1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")))

@@ -1,7 +1,7 @@
-"""The one place that reads a file of ``torch.save``: tensors and plain values, checked, and never code.
+"""Read files and texts that nobody vouches for: of ``torch.save``, and JSON. Never code, never half of it.
 
-In: a file that nobody vouches for. Out: what ``torch.save`` was given. PyTorch ignores the checksums that it writes, so
-that a flipped bit would become a weight like any other; here they are compared first.
+In: a file of ``torch.save``, or a JSON text. Out: tensors and plain values. PyTorch ignores the checksums that it writes, so that a
+flipped bit would become a weight like any other; here they are compared first. No other file unpickles anything.
 """
 
 import json
@@ -15,15 +15,16 @@ _MAX_DEPTH = 32  # of nested JSON; ours has four levels
 
 
 class DamagedFile(Exception):  # noqa: N818 - whoever knows what the file is for makes an error of it
-    """The file is not what ``torch.save`` writes, or no longer; ``str()`` says why."""
+    """The file is not, or no longer, what ``torch.save`` writes; ``str()`` says why."""
 
 
 def load_tensors(path: Path) -> Any:
-    """Read ``path``.
+    """Read a file of ``torch.save``: what it was given, on the CPU.
 
     Raises:
         DamagedFile: a checksum differs; it is no file of ``torch.save``, holds more than tensors and plain values, or
-            claims to be larger than it is. OSError: the system cannot read it.
+            claims to be larger than it is.
+        OSError: the system cannot read it.
     """
     import torch
 
@@ -39,28 +40,8 @@ def load_tensors(path: Path) -> Any:
             raise DamagedFile(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 
-def _check_archive(file: Any, size: int) -> None:
-    """What PyTorch leaves to trust: names, sizes and checksums in the archive. Raises DamagedFile."""
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise DamagedFile("it is a compressed archive, which torch.save does not write")
-        if any(entry.external_attr & _FOLDER or entry.is_dir() for entry in entries):
-            raise DamagedFile("its archive holds a folder, for which PyTorch would return memory that nobody wrote")
-        if sum(entry.file_size for entry in entries) > size:
-            raise DamagedFile("its archive claims to hold more bytes than the file has")
-        if len({entry.filename for entry in entries}) < len(entries):
-            raise DamagedFile("its archive holds one name twice")
-        try:
-            bad = archive.testzip()
-        except Exception as error:
-            raise DamagedFile(f"its archive is broken ({error})") from error
-        if bad is not None:
-            raise DamagedFile(f"checksum mismatch in {bad}")
-
-
 def parse_json(text: str) -> dict[str, Any]:
-    """The object in a JSON text that nobody vouches for.
+    """Read one JSON object.
 
     Raises:
         ValueError: no JSON, no object, a key twice, NaN or infinity (which JSON does not have), or nested beyond reason.
@@ -88,6 +69,26 @@ def parse_json(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("expected a JSON object")
     return found
+
+
+def _check_archive(file: Any, size: int) -> None:
+    """Check what PyTorch takes on trust: the archive's names, sizes and checksums. Raises DamagedFile."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise DamagedFile("it is a compressed archive, which torch.save does not write")
+        if any(entry.external_attr & _FOLDER or entry.is_dir() for entry in entries):
+            raise DamagedFile("its archive holds a folder, for which PyTorch would return memory that nobody wrote")
+        if sum(entry.file_size for entry in entries) > size:
+            raise DamagedFile("its archive claims to hold more bytes than the file has")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise DamagedFile("its archive holds one name twice")
+        try:
+            bad = archive.testzip()
+        except Exception as error:
+            raise DamagedFile(f"its archive is broken ({error})") from error
+        if bad is not None:
+            raise DamagedFile(f"checksum mismatch in {bad}")
 
 
 def _entries(value: dict[str, Any] | list[Any]) -> list[Any]:

@@ -1,8 +1,8 @@
-"""Stopping between two steps instead of in the middle of one.
+"""Stop between two steps, not in the middle of one.
 
 In: Ctrl-C or SIGTERM. Out: a flag that a loop looks at when it is ready; a second signal interrupts at once. Where no loop
 looks, SIGTERM interrupts as Ctrl-C does, so that what is finished is kept. Schedulers like to send a signal to a process
-and to its group: what comes within half a second of the first is taken for its echo.
+and to its group: what comes within half a second of a signal is taken for its echo.
 """
 
 import contextlib
@@ -19,23 +19,8 @@ _ECHO = 0.5  # seconds
 _IMPORT_MACHINERY = "<frozen importlib._bootstrap>"  # the file name of its frames
 
 
-class _Clock:
-    """Whether it was asked within the last half second; the first time it was not."""
-
-    def __init__(self) -> None:
-        self._last = float("-inf")
-
-    def just_now(self) -> bool:
-        before, self._last = self._last, time.monotonic()
-        return self._last - before < _ECHO
-
-    def forget(self) -> None:
-        """As if it had never been asked."""
-        self._last = float("-inf")
-
-
 class StopRequest:
-    """Whether a signal has come, and which."""
+    """Whether a signal has come, and which: ``signal``, 0 if none has."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -45,11 +30,14 @@ class StopRequest:
 
 
 def interrupt_on_signals() -> StopRequest:
-    """From now on SIGTERM raises KeyboardInterrupt in the main thread, which must be the caller, as SIGINT does; both are noted.
+    """Let SIGTERM raise KeyboardInterrupt in the main thread, as SIGINT does. The main thread must be the caller.
 
-    While a module is being imported they wait for its end: the C++ libraries behind PyTorch abort the process when
-    their initialisation is interrupted. A second signal interrupts at once, also then. Where the shell has told the process to
-    ignore SIGINT, as it does in the background, that stays so.
+    A signal that comes while a module is imported waits for the end of the import: the C++ libraries behind PyTorch abort the
+    process when their initialisation is interrupted. A second signal interrupts at once, also then. Where the shell has
+    told the process to ignore SIGINT, as it does in the background, that stays so.
+
+    Returns:
+        What holds the signal that came last.
     """
     request, came = StopRequest(), _Clock()
 
@@ -68,24 +56,12 @@ def interrupt_on_signals() -> StopRequest:
     return request
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != _IMPORT_MACHINERY:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _send_after_imports(number: int, came: _Clock) -> None:
-    """Send this process the signal again once its main thread imports nothing any more."""
-    main = threading.main_thread().ident or 0
-    while _is_importing(sys._current_frames().get(main)):
-        time.sleep(0.02)
-    came.forget()
-    os.kill(os.getpid(), number)
-
-
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a ``StopRequest``. Only the main thread can; elsewhere nothing changes."""
+    """Let the first SIGINT or SIGTERM only be noted, in the ``StopRequest`` that is yielded; a second one interrupts.
+
+    Only the main thread can do so; elsewhere nothing changes.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -106,3 +82,34 @@ def deferred_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Clock:
+    """Tells whether it was asked within the last half second."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def just_now(self) -> bool:
+        """Whether it was asked a moment before; the first time it was not."""
+        before, self._last = self._last, time.monotonic()
+        return self._last - before < _ECHO
+
+    def forget(self) -> None:
+        """As if it had never been asked."""
+        self._last = float("-inf")
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != _IMPORT_MACHINERY:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send_after_imports(number: int, came: _Clock) -> None:
+    """Send this process the signal again once its main thread imports nothing any more."""
+    main = threading.main_thread().ident or 0
+    while _is_importing(sys._current_frames().get(main)):
+        time.sleep(0.02)
+    came.forget()
+    os.kill(os.getpid(), number)

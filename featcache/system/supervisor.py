@@ -1,9 +1,8 @@
-"""A decoder that crashes must not take the run down with it.
+"""A worker process, and this one, which waits and starts another worker when the first one crashes.
 
-In: a process that is about to decode images. Out: a worker process that does it, and this one, which waits. Every thread
-notes what it is decoding in memory that both share. When the worker crashes, another one takes its place; the images that
-were being decoded are then first tried in a process of their own, and those that crash that one are refused. An image
-costs two notes, about a microsecond, where decoding it in another process would cost copying its pixels.
+In: a process that has not loaded torch yet. Out: a worker that does the work, and the exit code of the last one. Both share
+``Notes``, which survive a crash: each thread notes what it is at, so that the next worker knows what to be careful with. A
+note costs less than a microsecond.
 """
 
 import contextlib
@@ -13,123 +12,78 @@ import logging
 import mmap
 import os
 import signal
-import struct
-import subprocess
 import sys
 import threading
-import zlib
-from collections.abc import Iterator
 from typing import Any
 
 log = logging.getLogger("featcache")
-CRASHED = "its decoder crashed"
-_CRASHES = (
-    signal.SIGSEGV,
-    signal.SIGABRT,
-    signal.SIGFPE,
-    signal.SIGILL,
-    *filter(None, [getattr(signal, "SIGBUS", None)]),
+_FORWARDED = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
 )
-_SLOTS = 4096
-_PATIENCE = 120.0  # seconds for one image in a process of its own
-_TRY = (
-    "import sys; from featcache.images.decode import decode_pixels; from featcache.images.source import RefusedImage\n"
-    "try: decode_pixels(sys.stdin.buffer.read(), at_least=int(sys.argv[1]) or None)\n"
-    "except RefusedImage: pass"
-)
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, getattr(signal, "SIGBUS", signal.SIGSEGV)}
+_THREADS = 4096  # of one worker, before two share a place
+_CRASHED_IMAGES, _OUTPUT_STARTED, _FIRST = range(3)  # places in the shared memory
 
 
-class DecoderCrashedError(Exception):
-    """The decoder took down the process in which an image was tried; ``str()`` says how."""
-
-
-class _Notes:
-    """What survives a worker: per thread the key of what it decodes, how many images crashed, whether to give up.
+class Notes:
+    """What survives a worker, in memory shared with all forked children.
 
     Attributes:
-        suspects: keys of what was being decoded when a worker crashed.
+        suspects: what was noted when a worker crashed.
     """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 8 * (_SLOTS + 2))  # shared with forked children
-        self._slots = itertools.count()
+        self._places = memoryview(mmap.mmap(-1, 8 * (_FIRST + _THREADS))).cast("Q")
+        self._threads = itertools.count()
         self._local = threading.local()
         self.suspects: frozenset[int] = frozenset()
 
     def write(self, key: int) -> None:
-        if not hasattr(self._local, "slot"):
-            self._local.slot = 2 + next(self._slots) % _SLOTS
-        struct.pack_into("Q", self._memory, 8 * self._local.slot, key)
+        """Note that this thread is at ``key``, between 1 and 2**64 - 1; with 0, at nothing."""
+        if not hasattr(self._local, "place"):
+            self._local.place = _FIRST + next(self._threads) % _THREADS
+        self._places[self._local.place] = key
 
     def take(self) -> frozenset[int]:
-        """All keys, which are then forgotten."""
-        keys = struct.unpack_from(f"{_SLOTS}Q", self._memory, 16)
-        self._memory[16:] = bytes(8 * _SLOTS)
-        return frozenset(keys) - {0}
+        """Return what the threads of the worker are at, and forget it."""
+        keys = frozenset(self._places[_FIRST:]) - {0}
+        for place in range(_FIRST, len(self._places)):
+            self._places[place] = 0
+        return keys
 
     @property
-    def convicted(self) -> int:
-        return int(struct.unpack_from("Q", self._memory, 0)[0])
+    def crashed_images(self) -> int:
+        """How many images have crashed the process in which they were tried."""
+        return self._places[_CRASHED_IMAGES]
 
-    @convicted.setter
-    def convicted(self, count: int) -> None:
-        struct.pack_into("Q", self._memory, 0, count)
+    @crashed_images.setter
+    def crashed_images(self, count: int) -> None:
+        self._places[_CRASHED_IMAGES] = count
 
     @property
-    def final(self) -> bool:
-        return bool(self._memory[8])
+    def output_started(self) -> bool:
+        """Whether output has been handed over that another worker would hand over again: a crash is then final."""
+        return bool(self._places[_OUTPUT_STARTED])
 
-    @final.setter
-    def final(self, value: bool) -> None:
-        self._memory[8] = value
-
-
-_notes: _Notes | None = None
+    @output_started.setter
+    def output_started(self, value: bool) -> None:
+        self._places[_OUTPUT_STARTED] = value
 
 
-@contextlib.contextmanager
-def decoding(data: bytes, *, at_least: int | None = None) -> Iterator[None]:
-    """Around decoding ``data``: note it, and if a worker crashed on what looks like it, try it elsewhere first.
-
-    Raises:
-        DecoderCrashedError: it crashes there, too.
-    """
-    if _notes is None:
-        yield
-        return
-    key = _key(data)
-    if key in _notes.suspects:
-        try_apart(data, at_least=at_least)
-    _notes.write(key)
-    try:
-        yield
-    finally:
-        _notes.write(0)
+_notes: Notes | None = None
 
 
-def try_apart(data: bytes, *, at_least: int | None = None) -> None:
-    """Decode ``data`` in a process of its own, for nothing but seeing whether it survives.
-
-    Raises:
-        DecoderCrashedError: it does not, or takes more than two minutes.
-    """
-    command = [sys.executable, "-c", _TRY, str(at_least or 0)]
-    try:
-        code = subprocess.run(command, input=data, capture_output=True, timeout=_PATIENCE, check=False).returncode
-    except subprocess.TimeoutExpired:
-        code, how = -1, f"its decoder comes to no end, {_PATIENCE:g} s were not enough"
-    else:
-        how = f"{CRASHED} ({_name(-code)})"
-    if code < 0:
-        if _notes:
-            _notes.convicted += 1
-        raise DecoderCrashedError(how)
+def current_notes() -> Notes | None:
+    """Return the notes of this process; None if no other process waits for it."""
+    return _notes
 
 
-def never_again() -> None:
-    """From here on a crash is final: output has been handed over that another worker would hand over again."""
+def output_started() -> None:
+    """Make a crash final from here on: output has been handed over that another worker would hand over again."""
     if _notes:
-        _notes.final = True
+        _notes.output_started = True
 
 
 def supervised() -> int | None:
@@ -143,12 +97,15 @@ def supervised() -> int | None:
     parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if sys.platform != "linux" or os.environ.get("FEATCACHE_SUPERVISE") == "0" or parallel or "torch" in sys.modules:
         return None
-    _notes = _Notes()
+    _notes = Notes()
     while True:
-        convicted = _notes.convicted
+        crashed_images = _notes.crashed_images
+        # What comes before this process forwards signals waits until it does, instead of ending this process alone.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         if not (worker := _fork()):
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             return None
-        code = _wait(worker)
+        code = _wait(worker, unblocked)
         if code == -signal.SIGKILL:
             log.error(
                 "the process was killed, perhaps for want of memory; the same command goes on from what is finished"
@@ -156,15 +113,24 @@ def supervised() -> int | None:
         if -code not in _CRASHES:
             return code if code >= 0 else 128 - code
         suspects = _notes.take() - _notes.suspects
-        if not suspects or _notes.final or (_notes.suspects and _notes.convicted == convicted):
-            log.error("the process crashed (%s)%s", _name(-code), _advice(_notes.final and bool(suspects)))
+        in_vain = bool(_notes.suspects) and _notes.crashed_images == crashed_images  # nothing was found out last time
+        if not suspects or _notes.output_started or in_vain:
+            advice = _advice(streaming=_notes.output_started and bool(suspects))
+            log.error("the process crashed (%s)%s", signal_name(-code), advice)
             return 128 - code
-        log.warning("a decoder crashed (%s); going on without the image that did it", _name(-code))
+        log.warning("a decoder crashed (%s); going on without the image that did it", signal_name(-code))
         _notes.suspects |= suspects
 
 
+def signal_name(number: int) -> str:
+    """Return ``SIGSEGV`` for 11."""
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"
+
+
 def _fork() -> int:
-    """The process id of a worker, which dies with this process; in the worker 0."""
+    """Fork a worker, which dies with this process. Returns its process id; in the worker 0."""
     waiting = os.getpid()
     if worker := os.fork():
         return worker
@@ -176,8 +142,8 @@ def _fork() -> int:
     return 0
 
 
-def _wait(worker: int) -> int:
-    """Pass on every signal; the worker's exit code, negative for a signal."""
+def _wait(worker: int, unblocked: set[signal.Signals] | set[int]) -> int:
+    """Wait for the worker, and pass on every signal. Returns its exit code, negative for a signal."""
 
     def forward(number: int, frame: Any) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -188,8 +154,8 @@ def _wait(worker: int) -> int:
             else:
                 os.kill(worker, number)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTSTP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, forward) for number in signals}
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     try:
         return os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
     finally:
@@ -197,18 +163,7 @@ def _wait(worker: int) -> int:
             signal.signal(number, handler)
 
 
-def _key(data: bytes) -> int:
-    """Tells this file's content from others, well enough: whoever is suspected wrongly is only tried apart."""
-    return (len(data) << 32 | zlib.crc32(data[-4096:], zlib.crc32(data[:4096]))) & (2**64 - 1) or 1
-
-
-def _name(number: int) -> str:
-    with contextlib.suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"
-
-
-def _advice(streaming: bool) -> str:
+def _advice(*, streaming: bool) -> str:
     if streaming:
         return "; with -o FILE the same command goes on without the image that did it"
     return ", and not while decoding an image; the same command goes on from what is finished"

@@ -1,8 +1,10 @@
 """The folder beside an output where unfinished work lies, and the right to write into it.
 
-In: the output, ``features.h5`` or ``model-ft/``. Out: ``features.h5.parts/`` or ``model-ft.parts/``, held by one process at a time."""
+In: the output, ``features.h5`` or ``model-ft/``. Out: ``features.h5.parts/`` or ``model-ft.parts/``, held by one process at a time.
+"""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,14 +17,14 @@ from featcache.system.files import sweep, sync_folder
 PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 
 
-def parts_folder(cache: Path) -> Path:
-    """Where the parts of ``cache`` lie."""
-    return cache.with_name(cache.name + ".parts")
+def work_folder(output: Path) -> Path:
+    """Where the unfinished work for the file or folder ``output`` lies."""
+    return output.with_name(output.name + ".parts")
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the right to write into ``folder`` (made if missing), so that two runs never write one cache.
+    """Hold the right to write into ``folder`` (made if missing), so that two runs never write one output.
 
     The operating system frees the lock of a process that died. An empty folder is removed at the end.
 
@@ -41,9 +43,12 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if os.name == "nt":  # removes no file that is open
+            lock.release()
         with contextlib.suppress(OSError):
-            # Before releasing: whoever waits then holds a lock on a file that is gone, which filelock notices.
+            # Elsewhere before releasing: whoever waits then holds a lock on a file that is gone, which filelock notices.
             (folder / "lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
             folder.rmdir()  # fails, as it should, while parts remain
         lock.release()
 

@@ -32,6 +32,7 @@ from featcache.finetuning.save import read_report
 from featcache.models.model import check_replaceable, load_model, own_file
 from featcache.reports.info import describe
 from featcache.spec import fingerprint_of
+from featcache.system.workdir import work_folder
 
 NAMES = (
     "model.json",
@@ -116,8 +117,8 @@ def test_json_that_is_none_is_refused(tmp_path: Path, name: str, text: str) -> N
     use(model)
     with pytest.raises(ModelError):
         read_report(model) if name == "metrics.json" else load_model(model)
-    checkpoint.work_folder(model).mkdir()
-    (checkpoint.work_folder(model) / "run.json").write_text(text)
+    work_folder(model).mkdir()
+    (work_folder(model) / "run.json").write_text(text)
     assert not checkpoint.is_finished(model)
 
 

@@ -21,6 +21,7 @@ from featcache.backbones.load import load_backbone
 from featcache.errors import BackboneError, ModelError
 from featcache.finetuning import checkpoint
 from featcache.system.safe_load import DamagedFile, load_tensors
+from featcache.system.workdir import work_folder
 
 
 def reduced(path: Path, bomb: Bomb) -> None:
@@ -82,8 +83,8 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path, write: Callable[..., 
 
 @pytest.mark.parametrize("write", CONTAINERS, ids=lambda write: write.__name__)
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, write: Callable[..., None]) -> None:
-    checkpoint.work_folder(tmp_path / "m").mkdir()
-    write(checkpoint.work_folder(tmp_path / "m") / "checkpoint.pt", Bomb(tmp_path / "exploded"))
+    work_folder(tmp_path / "m").mkdir()
+    write(work_folder(tmp_path / "m") / "checkpoint.pt", Bomb(tmp_path / "exploded"))
     with pytest.raises(ModelError, match=r"checkpoint.pt is damaged .*; discard the interrupted run with --force"):
         checkpoint.open_work(tmp_path / "m", {})
     assert not (tmp_path / "exploded").exists()

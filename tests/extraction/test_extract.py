@@ -37,7 +37,7 @@ from featcache.images.source import list_images
 from featcache.images.splits import hold_out
 from featcache.models.fit import fit_head
 from featcache.models.predict import predict
-from featcache.system.workdir import parts_folder
+from featcache.system.workdir import work_folder
 
 WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
 
@@ -387,7 +387,7 @@ def test_parts_of_another_spec_are_not_mixed_in(photos: Path, tmp_path: Path) ->
 
 
 def test_a_second_writer_is_turned_away(photos: Path, tmp_path: Path) -> None:
-    folder = parts_folder(tmp_path / "f.h5")
+    folder = work_folder(tmp_path / "f.h5")
     folder.mkdir()
     with filelock.FileLock(folder / "lock"), pytest.raises(StorageError, match=r"another featcache is writing .*f\.h5"):
         extract(photos, tmp_path / "f.h5", TINY)

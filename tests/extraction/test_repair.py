@@ -35,7 +35,7 @@ from featcache.extraction import parts
 from featcache.extraction import repair as repairing
 from featcache.extraction.extract import extract
 from featcache.extraction.repair import RepairReport, repair
-from featcache.system.workdir import parts_folder
+from featcache.system.workdir import work_folder
 
 COLUMNS = tuple(name for name, _, _ in cache_format.COLUMNS)
 BLOCK = 8  # rows per checksum in these tests
@@ -80,7 +80,7 @@ class Work:
 
     def embed_all(self) -> None:
         """Leave behind what an interrupted repair would that had embedded everything."""
-        folder = parts_folder(self.cache)
+        folder = work_folder(self.cache)
         folder.mkdir(exist_ok=True)
         (folder / "0.h5").write_bytes(self.good)
 
@@ -88,7 +88,7 @@ class Work:
         return repair(self.cache, self.photos)
 
     def is_as_before(self) -> bool:
-        return self.cache.read_bytes() == self.good and not parts_folder(self.cache).exists()
+        return self.cache.read_bytes() == self.good and not work_folder(self.cache).exists()
 
     def refuses(self, error: type[FeatcacheError], words: str) -> str:
         """``repair`` raises, and has changed nothing."""
@@ -96,7 +96,7 @@ class Work:
         with pytest.raises(error, match=words) as raised:
             self.mend()
         assert self.cache.read_bytes() == damaged
-        assert not parts_folder(self.cache).exists()
+        assert not work_folder(self.cache).exists()
         return str(raised.value)
 
 
@@ -461,7 +461,7 @@ def test_killed_and_called_again_goes_on_with_images_that_were_moved(work: Work,
 def test_finished_parts_are_taken_over_and_others_kept(work: Work, no_model: None) -> None:
     """Of this spec by content; what an interrupted ``extract`` had embedded stays for it."""
     work.embed_all()
-    folder = parts_folder(work.cache)
+    folder = work_folder(work.cache)
     more = work.cache.with_name("more.h5")
     old = FeatureCache.open(work.cache)
     rows = cache_format.Rows(**{name: value[:3].copy() for name, value in vars(old.rows).items()})
@@ -503,7 +503,7 @@ def test_rot_that_goes_on_during_repair_is_noticed(work: Work, monkeypatch: pyte
 
 def test_a_second_writer_is_turned_away(work: Work) -> None:
     work.flip("labels", 0)
-    folder = parts_folder(work.cache)
+    folder = work_folder(work.cache)
     folder.mkdir()
     with filelock.FileLock(folder / "lock"), pytest.raises(StorageError, match="another featcache is writing"):
         work.mend()

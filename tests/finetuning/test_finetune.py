@@ -30,13 +30,13 @@ from featcache.errors import (
 )
 from featcache.extraction.extract import extract
 from featcache.finetuning import finetune as finetuning
-from featcache.finetuning.checkpoint import work_folder
 from featcache.finetuning.finetune import finetune
 from featcache.finetuning.save import FinetuneReport
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
+from featcache.system.workdir import work_folder
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": 1e-4, "backbone_lr": 1e-5}
 

@@ -29,6 +29,7 @@ from featcache.finetuning import checkpoint
 from featcache.heads.head import FittedHead, Head
 from featcache.models.model import load_model, save_model
 from featcache.spec import fingerprint_of
+from featcache.system.workdir import work_folder
 
 KINDS = ("model.json", "head.safetensors", "part", "checkpoint", "weights.pth", "old.pth", "weights.safetensors")
 
@@ -74,9 +75,9 @@ def write_good(folder: Path, kind: str, seed: int) -> Path:
         caches.write_shape(folder / f"parts{seed}" / "1.h5", 3 + seed)
         return folder / f"parts{seed}" / "1.h5"
     if kind == "checkpoint":
-        checkpoint.work_folder(folder / f"run{seed}").mkdir()
+        work_folder(folder / f"run{seed}").mkdir()
         checkpoint.save_state(folder / f"run{seed}", {"lr": 0.1}, {"network": tensors, "history": [seed, 0.5, "x"]})
-        return checkpoint.work_folder(folder / f"run{seed}") / "checkpoint.pt"
+        return work_folder(folder / f"run{seed}") / "checkpoint.pt"
     path = folder / f"{seed}-{kind}"
     if kind.endswith(".pth"):
         torch.save({"state_dict": tensors}, path, _use_new_zipfile_serialization=kind != "old.pth")

@@ -41,7 +41,7 @@ GPU = {"device": "cuda", "precision": "fp16"}
 class Sleeper:
     """An encoder whose forward pass takes a known time."""
 
-    preprocess = PreprocessSpec.from_json(SPEC["preprocess"])
+    preprocess = SPEC.preprocess
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.calls = seconds, 0

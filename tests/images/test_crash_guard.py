@@ -1,0 +1,203 @@
+"""Decoders that really crash: the worker dies of a segmentation fault, the run goes on without that image."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_FLAGS, make_photos, write_photo
+
+import featcache
+from featcache.cache.cache import FeatureCache
+from featcache.errors import RefusedImage
+from featcache.images.crash_guard import FATAL, decoding, try_apart
+from featcache.system.supervisor import Notes
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+
+# Read by every Python that starts: a decoder that reads address 0 when it meets a certain image; and a list of the starts.
+BROKEN = """
+import ctypes, io, sys
+from pathlib import Path
+import PIL.Image
+here = Path(__file__).parent
+with (here / "starts").open("a") as file:
+    print(sys.orig_argv, file=file)
+opened, bytes_of = PIL.Image.open, PIL.Image.Image.tobytes
+def open(file, *arguments, **options):
+    if b"CRASH ME" in file.getvalue():
+        ctypes.string_at(0)
+    if b"CRASH ONCE" in file.getvalue() and not (here / "crashed").exists():
+        (here / "crashed").touch()
+        ctypes.string_at(0)
+    return opened(file, *arguments, **options)
+def tobytes(image, *arguments):
+    if image.size == (13, 17):
+        ctypes.string_at(0)
+    return bytes_of(image, *arguments)
+PIL.Image.open, PIL.Image.Image.tobytes = open, tobytes
+"""
+# Decodes files under supervision without loading torch, and prints what became of each.
+DECODE = """
+import sys
+from pathlib import Path
+from featcache.images.decode import decode_pixels
+from featcache.errors import RefusedImage
+from featcache.system.supervisor import supervised
+if (code := supervised()) is not None:
+    sys.exit(code)
+for path in sys.argv[1:]:
+    try:
+        print(decode_pixels(Path(path).read_bytes()).shape)
+    except RefusedImage as reason:
+        print(reason)
+"""
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> dict[str, str]:
+    """An environment in which some images crash the decoder."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN)
+    package = str(Path(featcache.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{package}"}
+
+
+def python(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def mark(path: Path, text: bytes = b"CRASH ME") -> Path:
+    path.write_bytes(path.read_bytes() + text)  # behind the image's end, where other decoders do not look
+    return path
+
+
+def test_an_image_that_crashes_its_decoder_is_refused_and_the_run_goes_on(
+    tmp_path: Path, broken: dict[str, str]
+) -> None:
+    photos = make_photos(tmp_path / "photos")
+    deadly = ["blue/03.jpg", "red/05.jpg"]
+    for name in deadly:
+        mark(photos / name)
+    cache = tmp_path / "f.h5"
+    command = ("-m", "featcache", "extract", photos, "-o", cache, *TINY_FLAGS, "--max-bad", "1", "--json")
+    done = python(broken, *command)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert (report["images"], report["refused"]) == (18, 2)
+    assert "a decoder crashed (SIGSEGV); going on without the image that did it" in done.stderr
+    reason = "its decoder crashed (SIGSEGV)"
+    assert FeatureCache.open(cache).refused == tuple((name, reason) for name in deadly)
+
+    again = python(broken, *command)
+    report = json.loads(again.stdout.splitlines()[-1])
+    assert (report["embedded"], report["reused"], report["refused"]) == (0, 16, 2)
+    assert "crashed" not in again.stderr  # known to be dangerous: tried apart from the start
+
+
+def test_rows_already_printed_are_not_printed_again(tmp_path: Path, broken: dict[str, str]) -> None:
+    photos, model = make_photos(tmp_path / "photos"), tmp_path / "m"
+    extracted = python(broken, "-m", "featcache", "extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+    assert extracted.returncode == 0, extracted.stderr
+    assert python(broken, "-m", "featcache", "fit-head", tmp_path / "f.h5", "-o", model).returncode == 0
+    mark(photos / "red" / "05.jpg")
+    printed = python(broken, "-m", "featcache", "predict", model, photos)
+    assert printed.returncode == 128 + signal.SIGSEGV
+    assert "with -o FILE the same command goes on" in printed.stderr
+    written = python(broken, "-m", "featcache", "predict", model, photos, "-o", tmp_path / "out.csv")
+    assert written.returncode == 0
+    rows = (tmp_path / "out.csv").read_text().splitlines()
+    assert len(rows) == 19
+    assert rows[-1].endswith("red/05.jpg,,,refused,its decoder crashed (SIGSEGV)")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_suspect_is_tried_once_and_cleared(tmp_path: Path, broken: dict[str, str], name: str) -> None:
+    photo = mark(write_photo(tmp_path / name, (1, 2, 3), 1), b"CRASH ONCE")
+    done = python(broken | {"FEATCACHE_DECODER": "pillow"}, "-c", DECODE, photo)
+    assert (done.stdout, done.returncode) == ("(47, 61, 3)\n", 0), done.stderr
+    assert "a decoder crashed (SIGSEGV)" in done.stderr
+    assert len((tmp_path / "site" / "starts").read_text().splitlines()) == 2  # the program, and one trial
+
+
+def test_pixels_are_guarded_until_they_are_there(tmp_path: Path, broken: dict[str, str]) -> None:
+    """Also when the file is closed, and they are only copied."""
+    deadly, good = (write_photo(tmp_path / f"{size}.png", (1, 2, 3), 1, size) for size in ((13, 17), (17, 13)))
+    done = python(broken, "-c", DECODE, deadly, good)
+    assert (done.stdout, done.returncode) == ("its decoder crashed (SIGSEGV)\n(13, 17, 3)\n", 0), done.stderr
+
+
+PROGRAM = ("-m", "featcache.images.decode", "0")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> bytes:
+    return write_photo(tmp_path / "photo.jpg", (1, 2, 3), 1).read_bytes()
+
+
+def test_only_what_a_worker_crashed_on_is_tried_apart(photo: bytes) -> None:
+    notes, crash = Notes(), ("-c", "import os; os.abort()")
+    with decoding(photo, crash, notes=notes):
+        notes.suspects = notes.take()
+    assert len(notes.suspects) == 1
+    with decoding(photo, PROGRAM, notes=notes):
+        pass
+    with decoding(photo + b"another one", crash, notes=notes):
+        pass
+    assert (notes.take(), notes.crashed_images) == (frozenset(), 0)
+    for options in ({"notes": notes}, {"suspect": True}):
+        with pytest.raises(RefusedImage, match=r"^its decoder crashed \(SIGABRT\)$"), decoding(photo, crash, **options):
+            pytest.fail("it was decoded")
+    assert (notes.take(), notes.crashed_images) == (frozenset(), 1)
+
+
+def test_a_decoder_without_end_is_refused(photo: bytes) -> None:
+    notes = Notes()
+    with pytest.raises(RefusedImage, match="^its decoder comes to no end, 0.5 s were not enough$") as refused:
+        try_apart(photo, ("-c", "import time; time.sleep(60)"), notes=notes, patience=0.5)
+    assert str(refused.value).startswith(FATAL)
+    assert notes.crashed_images == 1
+
+
+@pytest.mark.parametrize("name", ["JpegImageFile.load", "simplejpeg.decode_jpeg"])
+def test_a_suspect_is_tried_by_every_decoder(
+    photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Fine-tuning decodes by Pillow what extraction decodes faster."""
+    program = f"""
+import ctypes, simplejpeg
+from PIL.JpegImagePlugin import JpegImageFile
+original = {name}
+def broken(image, *arguments, **options):
+    size = image.size if hasattr(image, "size") else len(image)
+    if size in ((61, 47), {len(photo)}):
+        ctypes.string_at(0)
+    return original(image, *arguments, **options)
+{name} = broken
+"""
+    (tmp_path / "sitecustomize.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RefusedImage, match="SIGSEGV"):
+        try_apart(photo, PROGRAM)
+
+
+def test_a_trial_imports_nothing_from_the_users_folder(
+    photo: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("numpy", "PIL", "featcache"):
+        (tmp_path / f"{name}.py").write_text("import os; os.abort()")
+    monkeypatch.chdir(tmp_path)
+    try_apart(photo, PROGRAM)
+
+
+def test_a_trial_needs_no_torch() -> None:
+    """Importing it would take seconds."""
+    program = (
+        "import sys, runpy; sys.argv[1:] = ['0']; runpy.run_module('featcache.images.decode', run_name='__main__')"
+    )
+    program += "; assert 'PIL' in sys.modules and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], input=b"", check=True)

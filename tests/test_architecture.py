@@ -64,7 +64,6 @@ LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "cli", "__
 HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.export_candidate")
 STILL_TO_CUT = {
     ("backbones.embedder", "cache"),
-    ("cli.demo", "heads"),
     ("extraction.request", "models"),
     ("finetuning.save", "reports"),
     ("heads.head", "cache"),

@@ -1,4 +1,4 @@
-"""The commands that look and report: info, verify, backbones, doctor; and demo. Added to the others by ``cli``."""
+"""``info``, ``verify``, ``backbones`` and ``doctor``: the commands that look. In: what was typed. Out: facts on stdout."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,19 +10,6 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import interruptible, print_facts, print_json, say, show_progress
 from featcache.errors import DamagedCacheError, UsageError, advice
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to ``app``, in the order in which its help shows them."""
-    examples = (
-        (info, "featcache info features.h5  ·  featcache info model/"),
-        (verify, "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/"),
-        (backbones, "featcache backbones convnext"),
-        (doctor, "featcache doctor  ·  featcache doctor --images photos/ --backbone mobilenet_v3_large"),
-        (demo, "featcache demo"),
-    )
-    for command, example in examples:
-        app.command(epilog=options.EXAMPLES + example)(command)
 
 
 def info(
@@ -144,12 +131,9 @@ def doctor(
         print("\n".join(sentences))
 
 
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
-    as_json: options.Json = False,
-) -> None:
-    """Do the whole job on handwritten digits, without any download."""
-    from featcache.cli.demo import run_demo
-
-    facts = run_demo(folder, lambda line: print(line, flush=True))
-    print_json(facts, as_json)
+COMMANDS: options.Commands = {
+    info: "featcache info features.h5  ·  featcache info model/",
+    verify: "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/",
+    backbones: "featcache backbones convnext",
+    doctor: "featcache doctor  ·  featcache doctor --images photos/ --backbone mobilenet_v3_large",
+}

@@ -26,7 +26,7 @@ def demo(
     as_json: options.Json = False,
 ) -> None:
     """Do the whole job on handwritten digits, without any download."""
-    print_json(run_demo(folder, lambda line: print(line, flush=True)), as_json)
+    print_json(run_demo(folder, lambda line: print(line, flush=True)), wanted=as_json)
 
 
 def run_demo(folder: Path, show: Callable[[str], None]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def extract(
     )
     if report.refused:
         say(f"why images were refused: featcache info {report.cache}")
-    print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), wanted=as_json)
     options.exit_if_bad(report.refused, report.images, max_bad)
 
 

@@ -19,7 +19,7 @@ def info(
     """Show what a cache or a model holds and where it came from."""
     from featcache.reports.info import describe
 
-    print_facts(describe(path), as_json)
+    print_facts(describe(path), as_json=as_json)
 
 
 def verify(
@@ -47,7 +47,7 @@ def verify(
     opened = FeatureCache.salvage(cache)
     damaged = opened.verify()
     facts = {"cache": cache, "rows": len(opened), "damaged": damaged, "damaged_columns": opened.damaged_columns}
-    print_json(facts, as_json)
+    print_json(facts, wanted=as_json)
     if damaged or opened.damaged_columns:
         what = damage_in_words(damaged, opened.damaged_columns)
         raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {advice(cache)}")
@@ -67,7 +67,7 @@ def _mend(cache: Path, source: Path, device: str, workers: int | None, batch_siz
         )
     else:
         say(f"{cache}: {report.rows} rows, all intact, nothing to repair")
-    print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), wanted=as_json)
 
 
 def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) -> str:
@@ -86,7 +86,7 @@ def backbones(
 
     names = backbone_names(pattern)
     if as_json:
-        print_json({"backbones": names}, as_json)
+        print_json({"backbones": names}, wanted=as_json)
     else:
         print("\n".join(names))
     say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
@@ -119,15 +119,15 @@ def doctor(
     runtime = choose_runtime(device, workers=threads, batch_size=batch)
     facts = machine(runtime)
     if not seconds:
-        print_facts(facts, as_json)
+        print_facts(facts, as_json=as_json)
         return
     from featcache.reports.doctor import check_up
 
     measured = check_up(listed, runtime, backbone=backbone, weights=weights, precision=precision, seconds=seconds)
-    print_json(facts | {"measured": measured}, as_json)
+    print_json(facts | {"measured": measured}, wanted=as_json)
     if not as_json:
         sentences = measured.pop("advice")
-        print_facts(facts | {"measured": measured}, as_json)
+        print_facts(facts | {"measured": measured}, as_json=as_json)
         print("\n".join(sentences))
 
 

@@ -63,7 +63,7 @@ def predict(
     seconds = time.perf_counter() - started
     say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
     facts = {"model": model, "output": output, "images": written, "labelled": written - refused, "refused": refused}
-    print_json(facts | {"seconds": seconds}, as_json)
+    print_json(facts | {"seconds": seconds}, wanted=as_json)
     if written == refused:
         raise SourceError("not one image could be labelled; each row says why in its reason column")
     options.exit_if_bad(refused, written, max_bad)
@@ -101,7 +101,7 @@ def evaluate(
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
             say(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
-    print_json(scores, as_json)
+    print_json(scores, wanted=as_json)
 
 
 def export(
@@ -120,7 +120,7 @@ def export(
         f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model "
         f"{report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits"
     )
-    print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), wanted=as_json)
 
 
 COMMANDS: options.Commands = {

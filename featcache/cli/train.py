@@ -52,7 +52,7 @@ def fit_head(
         if value is not None:
             say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
     say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
-    print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), wanted=as_json)
 
 
 def finetune(
@@ -133,7 +133,7 @@ def finetune(
         say(f"  {line}")
     say(f"  {report.verdict}")
     say(f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv")
-    print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), wanted=as_json)
 
 
 COMMANDS: options.Commands = {

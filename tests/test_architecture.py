@@ -65,7 +65,6 @@ HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.exp
 STILL_TO_CUT = {
     ("backbones.embedder", "cache"),
     ("extraction.request", "models"),
-    ("finetuning.save", "reports"),
     ("heads.head", "cache"),
     ("heads.logreg", "cache"),
     ("heads.minibatch", "cache"),

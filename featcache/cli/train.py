@@ -134,6 +134,17 @@ def finetune(
     say(f"  {report.verdict}")
     say(f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv")
     print_json(dataclasses.asdict(report), wanted=as_json)
+    _draw_curves(report.model)
+
+
+def _draw_curves(model: Path) -> None:
+    """Draw the history beside the model. The model is saved by now, so that whatever goes wrong here is only said."""
+    from featcache.reports.curves import draw_curves
+
+    try:
+        say(f"  curves in {draw_curves(model)}")
+    except Exception as error:
+        say(f"no curves of {model}: {error}")
 
 
 COMMANDS: options.Commands = {

@@ -1,19 +1,60 @@
-"""Figures for reports: plain numbers in, one PNG out.
+"""Curves of a training. In: a fine-tuned model, or its history. Out: a PNG, beside the model's folder.
 
 matplotlib is optional (the ``report`` extra) and is used through its objects only: no pyplot, no window, no global state.
 """
 
+import io
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import MissingDependencyError, UsageError
+from featcache.errors import MissingDependencyError, ModelError, StorageError, UsageError
+from featcache.models.model import load_model, own_file
 from featcache.system.files import publish_file
+from featcache.system.safe_load import parse_json
 
 _TRAIN, _VAL, _HEAD = "#4477aa", "#ee6677", "#555555"  # Tol's bright scheme: told apart by colour-blind readers, too
 _DPI = 120
+_MARK = {"Software": "featcache"}  # in every PNG that is drawn here
+
+
+def draw_curves(model: Path) -> Path:
+    """Draw the history of a fine-tuned model.
+
+    Returns:
+        The picture, ``MODEL.curves.png`` beside the folder ``MODEL``. An earlier one is replaced.
+
+    Raises:
+        ModelError: not a model, or not a fine-tuned one. StorageError: the picture cannot be written, or its name belongs
+        to a file that was not drawn here. MissingDependencyError: matplotlib is not installed.
+    """
+    folder = model.resolve() if model.name in ("", "..") else model  # those are no names
+    path = folder.with_name(f"{folder.name}.curves.png")
+    if os.path.lexists(path) and not _is_drawn_here(path):
+        raise StorageError(f"{path} exists and was not drawn by featcache; move it away")
+    manifest = load_model(model).manifest
+    try:
+        metrics = parse_json(own_file(model, "metrics.json").read_text())
+        plot_history(
+            metrics["history"],
+            path,
+            title=f"{manifest['spec']['backbone']['name']}, recipe {manifest['training']['recipe']}",
+            best_epoch=manifest["training"]["best_epoch"],
+            head_val_accuracy=metrics["head_val_accuracy"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{model} holds no history of a fine-tuning ({type(error).__name__}: {error})") from error
+    return path
+
+
+def _is_drawn_here(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"tEXtSoftware\0featcache" in file.read(100)
 
 
 def plot_history(
@@ -54,9 +95,12 @@ def plot_history(
     for axes in (loss, accuracy):
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
-    with publish_file(path) as file, warnings.catch_warnings():
+    png = io.BytesIO()  # drawing takes a while; the file is there only once it is complete
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a title in a script the font lacks is drawn as boxes
-        figure.savefig(file, format="png", dpi=_DPI)
+        figure.savefig(png, format="png", dpi=_DPI, metadata=_MARK)
+    with publish_file(path) as file:
+        file.write(png.getbuffer())
 
 
 def _new_figure() -> Any:

@@ -1,6 +1,6 @@
 """The only embedding loop: read -> hash -> decode -> forward, in parallel, results in order.
 
-In: an ``ImageList`` and an ``Encoder``. Out: an iterator of ``Chunk`` in the order of the list. Every forward pass has
+In: an ``ImageList`` and an encoder. Out: an iterator of ``Chunk`` in the order of the list. Every forward pass has
 exactly the same shape and, on a CPU, runs on one core, so that an image's embedding does not depend on its neighbours, on
 the number of workers, or on where an earlier run was interrupted.
 """
@@ -13,12 +13,11 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.encoder import Encoder
 from featcache.backbones.self_check import fits_float16
 from featcache.images.decode import read_pixels, strict_decoding
 from featcache.images.read import read_image
@@ -26,6 +25,23 @@ from featcache.images.refusal import RefusedImage
 from featcache.images.source import ImageList
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
+
+Pixels = npt.NDArray[np.uint8]
+Features = npt.NDArray[np.float32]
+
+
+class EmbedsPixels(Protocol):
+    """An ``Encoder``, or a stand-in for one: turns images of the size ``preprocess`` gives into embeddings."""
+
+    preprocess: PreprocessSpec
+
+    def new_buffer(self, batch_size: int) -> Pixels:
+        """Pixels (batch_size, H, W, 3) for a worker to fill."""
+        ...
+
+    def __call__(self, pixels: Pixels) -> Features:
+        """(N, H, W, 3) -> (N, D)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +85,9 @@ class Timings:
         return max(self.seconds, key=lambda stage: self.seconds[stage])
 
 
-def embed(images: ImageList, encoder: Encoder, runtime: Runtime, *, timings: Timings | None = None) -> Generator[Chunk]:
+def embed(
+    images: ImageList, encoder: EmbedsPixels, runtime: Runtime, *, timings: Timings | None = None
+) -> Generator[Chunk]:
     """Embed ``images``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
 
     An image that cannot be embedded is reported in its chunk's ``refused``; it never ends the run. Memory is bounded by
@@ -113,7 +131,7 @@ def sample_pixels(images: ImageList, preprocess: PreprocessSpec, count: int) -> 
 @dataclasses.dataclass(frozen=True)
 class _Job:
     images: ImageList
-    encoder: Encoder
+    encoder: EmbedsPixels
     runtime: Runtime
     timings: Timings
     _local: threading.local = dataclasses.field(default_factory=threading.local)

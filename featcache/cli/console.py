@@ -161,11 +161,8 @@ def _word(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
-    """Print results to stdout: readable lines, or one JSON object."""
-    if as_json:
-        print_json(facts, wanted=as_json)
-        return
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print results to stdout, in readable lines."""
     for key, value in facts.items():
         for line in facts_as_lines(key, value, ""):
             print(line)

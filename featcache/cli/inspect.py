@@ -19,7 +19,10 @@ def info(
     """Show what a cache or a model holds and where it came from."""
     from featcache.reports.info import describe
 
-    print_facts(describe(path), as_json=as_json)
+    facts = describe(path)
+    print_json(facts, wanted=as_json)
+    if not as_json:
+        print_facts(facts)
 
 
 def verify(
@@ -85,9 +88,8 @@ def backbones(
     from featcache.backbones.load import backbone_names
 
     names = backbone_names(pattern)
-    if as_json:
-        print_json({"backbones": names}, wanted=as_json)
-    else:
+    print_json({"backbones": names}, wanted=as_json)
+    if not as_json:
         print("\n".join(names))
     say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
 
@@ -110,25 +112,24 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Show what this machine can do, measure how fast it embeds, and say what limits."""
-    from featcache.images.source import list_images
-    from featcache.reports.machine import machine
-    from featcache.system.device import choose_runtime
+    from featcache.reports.doctor import doctor as run
 
-    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
-    listed = list_images(images, labelled=False) if images else None
-    runtime = choose_runtime(device, workers=threads, batch_size=batch)
-    facts = machine(runtime)
-    if not seconds:
-        print_facts(facts, as_json=as_json)
-        return
-    from featcache.reports.doctor import check_up
-
-    measured = check_up(listed, runtime, backbone=backbone, weights=weights, precision=precision, seconds=seconds)
-    print_json(facts | {"measured": measured}, wanted=as_json)
+    facts = run(
+        images,
+        backbone=backbone,
+        weights=weights,
+        precision=precision,
+        device=device,
+        workers=options.count(workers, "workers"),
+        batch_size=options.count(batch_size, "batch size"),
+        seconds=seconds,
+    )
+    print_json(facts, wanted=as_json)
     if not as_json:
-        sentences = measured.pop("advice")
-        print_facts(facts | {"measured": measured}, as_json=as_json)
-        print("\n".join(sentences))
+        sentences = facts["measured"].pop("advice") if seconds else []
+        print_facts(facts)
+        for sentence in sentences:
+            print(sentence)
 
 
 COMMANDS: options.Commands = {

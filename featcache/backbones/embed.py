@@ -19,15 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.self_check import fits_float16
-from featcache.images.decode import read_pixels, strict_decoding
+from featcache.images.decode import Pixels, read_pixels, strict_decoding
 from featcache.images.read import read_image
 from featcache.images.refusal import RefusedImage
 from featcache.images.source import ImageList
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
-
-Pixels = npt.NDArray[np.uint8]
-Features = npt.NDArray[np.float32]
 
 
 class EmbedsPixels(Protocol):
@@ -37,11 +34,9 @@ class EmbedsPixels(Protocol):
 
     def new_buffer(self, batch_size: int) -> Pixels:
         """Pixels (batch_size, H, W, 3) for a worker to fill."""
-        ...
 
-    def __call__(self, pixels: Pixels) -> Features:
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         """(N, H, W, 3) -> (N, D)."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,32 +12,30 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
+    from featcache.finetuning.trainer import Status
 
-class _Report(NamedTuple):
-    """How far a job is: ``title`` and ``facts`` stand around a bar, ``line`` says everything in a log."""
-
-    title: str
-    done: int
-    total: int
-    facts: str
-    line: str
+# How far a job is: a title before the bar, images done and to do, facts behind the bar; and all of it as a line of a log.
+_State = tuple[str, int, int, str, str]
 
 
 class _Progress:
-    """Reports on a job: a live bar on a terminal, elsewhere a line now and then. ``describe`` words what it is called with."""
+    """Shows how far a job is: by a live bar on a terminal, elsewhere by a line now and then.
 
-    def __init__(self, describe: Callable[..., _Report], *, seconds_per_line: float, time_left: bool) -> None:
+    It is called with what the job reports, and ``describe`` puts that into words.
+    """
+
+    def __init__(self, describe: Callable[..., _State], *, seconds_per_line: float, time_left: bool) -> None:
         self._describe, self._seconds_per_line = describe, seconds_per_line
         self._last = time.perf_counter()
         self._bar = _new_bar(time_left=time_left) if sys.stderr.isatty() else None
 
-    def __call__(self, *state: Any) -> None:
-        title, done, total, facts, line = self._describe(*state)
+    def __call__(self, *report: Any) -> None:
+        title, done, total, facts, line = self._describe(*report)
         if self._bar is None:
             if done and time.perf_counter() - self._last >= self._seconds_per_line:
                 self._last = time.perf_counter()
@@ -79,11 +77,11 @@ def show_progress(what: str, *, show: bool = True) -> AbstractContextManager[_Pr
     """A context with a callback (images done, images to do, the stage that limits); with None unless ``show``."""
     speed = _Speed()
 
-    def describe(done: int, total: int, bottleneck: str) -> _Report:
+    def describe(done: int, total: int, bottleneck: str) -> _State:
         rate = speed(done)
         facts = f"{rate:,.0f} images/s, limited by {bottleneck}"
         left = f"{(total - done) / rate:,.0f} s left" if rate else "starting"
-        return _Report(what, done, total, f"{facts}, left", f"{what} {done}/{total}, {facts}, {left}")
+        return what, done, total, f"{facts}, left", f"{what} {done}/{total}, {facts}, {left}"
 
     if not show:
         return contextlib.nullcontext()
@@ -91,10 +89,10 @@ def show_progress(what: str, *, show: bool = True) -> AbstractContextManager[_Pr
 
 
 def show_training() -> AbstractContextManager[_Progress | None]:
-    """A context with a callback for ``trainer.Status``; with None in processes that do not talk to the user."""
+    """A context with a callback (a ``Status`` of training); with None in processes that do not talk to the user."""
     speed = _Speed()  # pauses for validation count, as they will recur
 
-    def describe(status: Any) -> _Report:
+    def describe(status: "Status") -> _State:
         done = (status.epoch - 1) * status.total + status.done
         rate, pace = speed(done), "starting"
         if rate:
@@ -102,8 +100,7 @@ def show_training() -> AbstractContextManager[_Progress | None]:
             pace = f"{rate:,.1f} images/s, at most {left // 60:.0f} min {left % 60:02.0f} s left"
         title = f"epoch {status.epoch}/{status.epochs}"
         facts = f"loss {status.loss:.4f}, accuracy {status.accuracy:.2%}, {pace}"
-        line = f"{title}, image {status.done}/{status.total}: {facts}"
-        return _Report(title, status.done, status.total, facts, line)
+        return title, status.done, status.total, facts, f"{title}, image {status.done}/{status.total}: {facts}"
 
     if not is_first_process():
         return contextlib.nullcontext()
@@ -113,10 +110,12 @@ def show_training() -> AbstractContextManager[_Progress | None]:
 @contextlib.contextmanager
 def interruptible(output: Path) -> Iterator[None]:
     """Say, when the user interrupts what is inside, how to go on."""
+    from featcache.system.workdir import parts_folder
+
     try:
         yield
     except KeyboardInterrupt:
-        say(f"finished work is kept in {output}.parts; the same command goes on from there")
+        say(f"finished work is kept in {parts_folder(output)}; the same command goes on from there")
         raise
 
 
@@ -131,7 +130,7 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Names may hold anything; a terminal gets it on one line, with nothing that it would obey."""
+    """``text`` on one line, without what a terminal would obey. Names may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

@@ -39,7 +39,7 @@ def verify(
     """Read every byte of a cache and compare it with the checksums; mend what is damaged, and only that, if asked to."""
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     if repair is not None:
-        _mend(cache, repair, device, threads, batch, as_json)
+        _mend(cache, repair, device=device, workers=threads, batch_size=batch, as_json=as_json)
         return
     if (device, threads, batch) != ("auto", None, None):
         raise UsageError(
@@ -57,7 +57,9 @@ def verify(
     say(f"{cache}: {len(opened)} rows, all intact")
 
 
-def _mend(cache: Path, source: Path, device: str, workers: int | None, batch_size: int | None, as_json: bool) -> None:
+def _mend(
+    cache: Path, source: Path, *, device: str, workers: int | None, batch_size: int | None, as_json: bool
+) -> None:
     from featcache.extraction.repair import repair
 
     with interruptible(cache), show_progress("embedding") as progress:

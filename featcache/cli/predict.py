@@ -3,8 +3,9 @@
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -31,10 +32,9 @@ def predict(
     """Label images: one row per input image, in order, refused ones included."""
     from featcache.models.model import load_model
     from featcache.models.predict import predict as run
-    from featcache.reports.predictions_table import prediction_rows, write_rows
-    from featcache.system.files import check_output, publish_file
+    from featcache.reports.predictions_table import prediction_rows
+    from featcache.system.files import check_output
 
-    kind: Literal["csv", "jsonl"] = "jsonl" if output is not None and output.suffix == ".jsonl" else "csv"
     if output is not None:
         if output.suffix not in (".csv", ".jsonl"):
             raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
@@ -51,15 +51,7 @@ def predict(
             progress=progress,
         )
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
-        if output is None:
-            never_again()
-            if sys.stdout.isatty():  # which would obey what a name holds; a file or a pipe gets names as they are
-                rows = map(printable_row, rows)
-            written, refused = write_rows(rows, sys.stdout.buffer, kind)
-            sys.stdout.flush()
-        else:
-            with publish_file(output) as file:
-                written, refused = write_rows(rows, file, kind)
+        written, refused = _write(rows, output)
     seconds = time.perf_counter() - started
     say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
     facts = {"model": model, "output": output, "images": written, "labelled": written - refused, "refused": refused}
@@ -67,6 +59,22 @@ def predict(
     if written == refused:
         raise SourceError("not one image could be labelled; each row says why in its reason column")
     options.exit_if_bad(refused, written, max_bad)
+
+
+def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, int]:
+    """Write ``rows`` to a file, or to stdout; how many there were, and how many of refused images."""
+    from featcache.reports.predictions_table import write_rows
+    from featcache.system.files import publish_file
+
+    if output is not None:
+        with publish_file(output) as file:
+            return write_rows(rows, file, "jsonl" if output.suffix == ".jsonl" else "csv")
+    never_again()
+    if sys.stdout.isatty():  # which would obey what a name holds; a file or a pipe gets names as they are
+        rows = map(printable_row, rows)
+    counts = write_rows(rows, sys.stdout.buffer, "csv")
+    sys.stdout.flush()
+    return counts
 
 
 def evaluate(

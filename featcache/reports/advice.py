@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from featcache.reports.throughput import SLICES, Rates
+from featcache.system.device import Runtime
 
 _SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of backbones that have no much faster ones
 
@@ -13,17 +14,14 @@ class Setting:
     """What was measured with, as far as it bears on advice.
 
     Attributes:
-        device: cpu, cuda or mps. workers, cores: threads, and the cores they may use. backbone: its name.
-        batch_size: images per forward pass. seconds: the time spent measuring.
+        runtime: workers, batch size and device. cores: that may be used. seconds: of measuring. backbone: its name.
         precision: in use. bf16: whether this CPU multiplies bfloat16.
         fast_decoder: whether JPEGs are decoded faster than by Pillow.
         edge, resize: median shorter edge of the images, and what the backbone takes it to, in pixels.
     """
 
-    device: str
-    workers: int
+    runtime: Runtime
     cores: int
-    batch_size: int
     seconds: float
     backbone: str
     precision: str
@@ -37,15 +35,12 @@ def advice(rates: Rates, setting: Setting) -> list[str]:
     """What limits, in numbers; what would help; what speaks against these rates. Sentences, the most important first."""
     remedies = [remedy for helps, remedy in _remedies(rates, setting) if helps]
     doubts = [doubt for applies, doubt in _doubts(rates, setting) if applies]
-    return [
-        _limit(rates, setting),
-        *([f"What would help: {', or '.join(remedies)}."] if remedies else []),
-        *doubts[:1],
-    ]
+    what_helps = [f"What would help: {', or '.join(remedies)}."] if remedies else []
+    return [_limit(rates, setting.runtime.workers), *what_helps, *doubts[:1]]
 
 
-def _limit(rates: Rates, setting: Setting) -> str:
-    cores = f"{setting.workers} worker{'s' if setting.workers > 1 else ''}"
+def _limit(rates: Rates, workers: int) -> str:
+    cores = f"{workers} worker{'s' if workers > 1 else ''}"
     decode, forward = f"{rates.decode:,.4g}", f"{rates.forward:,.4g}"
     decoding, part = rates.limit == "decode", rates.ceiling / min(rates.decode, rates.forward)
     if rates.shared:
@@ -59,10 +54,10 @@ def _limit(rates: Rates, setting: Setting) -> str:
 
 def _remedies(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
     """(whether it would help, what to do), the most effective first."""
-    decoding, backbone, cpu = rates.limit == "decode", rates.limit == "forward", s.device == "cpu"
+    decoding, backbone, cpu = rates.limit == "decode", rates.limit == "forward", s.runtime.device.type == "cpu"
     slow_cpu = backbone and cpu
-    few, emulated = s.workers < s.cores, s.precision != "fp32" and not s.bf16
-    there = f"{s.workers} for {s.cores} usable cores"
+    few, emulated = s.runtime.workers < s.cores, s.precision != "fp32" and not s.bf16
+    there = f"{s.runtime.workers} for {s.cores} usable cores"
     edges = f"shorter edge {s.resize} pixels instead of {s.edge}: that is all the backbone sees"
     auto = "(--precision auto)"
     return [
@@ -83,7 +78,7 @@ def _remedies(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
 
 def _doubts(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
     """(whether it applies, what speaks against the rates); the first that applies counts."""
-    enough = math.ceil(SLICES * s.workers * s.batch_size / rates.end_to_end)
+    enough = math.ceil(SLICES * s.runtime.workers * s.runtime.batch_size / rates.end_to_end)
     rough = f"These rates are of a batch or two per worker, and rough; --seconds {enough} would make them certain."
     reached = (
         f"{rates.end_to_end:,.4g} images/s, {rates.efficiency:.0%} of the {rates.ceiling:,.4g} that both rates allow"

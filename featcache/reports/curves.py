@@ -85,8 +85,7 @@ def plot_history(
     figure.suptitle(title, parse_math=False)  # a $ in a folder's name is no formula
     loss, accuracy = figure.subplots(1, 2)
     for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
-        _draw_curves(axes, history, what)
-        _mark_best(axes, history, what, best_epoch)
+        _draw_panel(axes, history, what, best_epoch)
     loss.set_ylabel("loss (nats)")
     accuracy.set_ylabel("accuracy")
     if head_val_accuracy is not None:
@@ -95,6 +94,10 @@ def plot_history(
     for axes in (loss, accuracy):
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     png = io.BytesIO()  # drawing takes a while; the file is there only once it is complete
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a title in a script the font lacks is drawn as boxes
@@ -115,28 +118,23 @@ def _new_figure() -> Any:
     return figure
 
 
-def _draw_curves(axes: Any, history: Sequence[dict[str, Any]], what: str) -> None:
+def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
+    """Draw both curves of ``what``. A star marks the best epoch on the validation curve, else on the training curve."""
     epochs = [row["epoch"] for row in history]
+    star = math.nan
     for split, colour in (("train", _TRAIN), ("val", _VAL)):
         values = [_number(row.get(f"{split}_{what}")) for row in history]
         if any(math.isfinite(value) for value in values):
             axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=split)  # dots: one epoch is no line
+        best = values[epochs.index(best_epoch)] if best_epoch in epochs else math.nan
+        star = best if math.isfinite(best) else star
+    if math.isfinite(star):
+        label = f"best epoch {best_epoch}"
+        axes.plot([best_epoch], [star], "*", color="black", markersize=12, linestyle="none", label=label)
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _mark_best(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
-    """A star on the validation curve, on the training curve if there is no other."""
-    for row in history:
-        if row["epoch"] != best_epoch:
-            continue
-        values = [_number(row.get(f"{split}_{what}")) for split in ("val", "train")]
-        value = next((value for value in values if math.isfinite(value)), None)
-        if value is not None:
-            label = f"best epoch {best_epoch}"
-            axes.plot([best_epoch], [value], "*", color="black", markersize=12, linestyle="none", label=label)
 
 
 def _number(value: float | None) -> float:

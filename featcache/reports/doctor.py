@@ -102,9 +102,20 @@ def _measure(
     encoder, choice = build_encoder(backbone, runtime, sample, precision=cast("Precision", precision))
     log.info("measuring for about %g s", seconds)
     rates = measure(images, encoder, runtime, seconds=seconds)
-    setting = _setting(backbone, runtime, precision=choice.precision, edge=_median_edge(images), seconds=seconds)
+    edge, resize = _median_edge(images), backbone.preprocess.resize
+    setting = Setting(
+        runtime=runtime,
+        cores=usable_cores(),
+        seconds=seconds,
+        backbone=backbone.name,
+        precision=choice.precision,
+        bf16=has_bf16_arithmetic(),
+        fast_decoder=has_fast_decoder(),
+        edge=edge,
+        resize=resize if isinstance(resize, int) else max(resize),
+    )
     return {
-        "median_shorter_edge": setting.edge,
+        "median_shorter_edge": edge,
         **_rounded(rates),
         "precision": choice.precision,
         "precision_reason": choice.reason,
@@ -114,23 +125,6 @@ def _measure(
         },
         "advice": advice(rates, setting),
     }
-
-
-def _setting(backbone: Backbone, runtime: Runtime, *, precision: str, edge: int, seconds: float) -> Setting:
-    resize = backbone.preprocess.resize
-    return Setting(
-        device=runtime.device.type,
-        workers=runtime.workers,
-        cores=usable_cores(),
-        batch_size=runtime.batch_size,
-        seconds=seconds,
-        backbone=backbone.name,
-        precision=precision,
-        bf16=has_bf16_arithmetic(),
-        fast_decoder=has_fast_decoder(),
-        edge=edge,
-        resize=resize if isinstance(resize, int) else max(resize),
-    )
 
 
 def _rounded(rates: Rates) -> dict[str, Any]:

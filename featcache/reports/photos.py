@@ -10,7 +10,7 @@ from featcache.images.source import ImageList, list_images
 
 
 def generated_photos(folder: Path, count: int = 64) -> ImageList:
-    """Write JPEGs that cost a decoder what photographs cost it, always the same ones.
+    """Write JPEGs that cost a decoder as much as photographs do. Every call writes the same ones.
 
     Args:
         folder: exists, and is empty.
@@ -28,7 +28,7 @@ def generated_photos(folder: Path, count: int = 64) -> ImageList:
 
 
 def _noise(rng: np.random.Generator, size: tuple[int, int], step: int) -> npt.NDArray[np.float32]:
-    """(height, width, 3) around 0, smooth over ``step`` pixels; the finer the fainter, as in natural images."""
+    """Noise (height, width, 3) around 0, smooth over ``step`` pixels; the finer the fainter, as in natural images."""
     width, height = size
     coarse = (height // step + 2, width // step + 2)
     levels = 128 + 40 * rng.standard_normal((*coarse, 1), np.float32)

@@ -1,7 +1,7 @@
 """How fast images are decoded and embedded on this machine.
 
-In: images, an encoder, a runtime, some seconds. Out: ``Rates`` in images per second. Every rate is that of the code which
-``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for what is left out.
+In: images, an encoder, a runtime, some seconds. Out: ``Rates`` in images per second. What is measured is the code that
+``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for the one that is left out.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
-from featcache.backbones.embed import EmbedsPixels, Features, Pixels, embed, sample_pixels
+from featcache.backbones.embed import EmbedsPixels, embed, sample_pixels
 from featcache.errors import SourceError, UsageError
+from featcache.images.decode import Pixels
 from featcache.images.source import ImageList
 from featcache.system.device import Runtime, one_core_each
 
@@ -61,13 +63,13 @@ class Rates:
 def measure(images: ImageList, encoder: EmbedsPixels, runtime: Runtime, *, seconds: float) -> Rates:
     """Measure the rates of decoding, of the backbone, and of both.
 
-    The three take turns, in slices, so that a machine which is not quiet disturbs all alike; medians are returned. The
-    images come in a random order, seeded, over and over: what fits into the system's file cache is read from there.
+    The three take turns, in slices, so that other programs disturb all alike; medians are returned. The images come in a
+    random order, seeded, over and over: what fits into the system's file cache is read from there.
 
     Args:
-        images: of a list that one slice gets through, the three rates are of the very same images.
-        encoder: as ``extract`` would use it; likewise ``runtime``.
-        seconds: for all of it. It takes longer where a batch takes longer than a slice, a ninth of it.
+        images: if one slice gets through all of them, the three rates are of the very same images.
+        encoder, runtime: as ``extract`` would use them.
+        seconds: for all slices together, at most 3,600. It takes longer where a batch takes longer than a slice.
 
     Raises:
         SourceError: not one of the images can be decoded. UsageError: impossible seconds.
@@ -89,44 +91,41 @@ def measure(images: ImageList, encoder: EmbedsPixels, runtime: Runtime, *, secon
 
 
 class _Clocked:
-    """What ``embed`` takes for an encoder; notes when each worker starts and when it ends each batch.
+    """An encoder that notes when each worker starts, and when each of its batches ends.
 
-    The rate is of each worker's own whole batches: the results of all arrive in bunches, and counting those between two
-    moments would be wrong by a batch per worker.
+    Rates count whole batches of one worker. Results of all workers arrive in bunches: counting them between two moments
+    would be wrong by a batch per worker.
     """
 
-    def __init__(self, encoder: EmbedsPixels, forward: Callable[[Pixels], Features]) -> None:
+    def __init__(self, encoder: EmbedsPixels, forward: Callable[[Pixels], npt.NDArray[np.float32]]) -> None:
         self.preprocess = encoder.preprocess
         self._encoder = encoder
         self._forward = forward
         self._times: dict[int, list[float]] = {}
 
     def new_buffer(self, batch_size: int) -> Pixels:
-        """The first that a worker asks for."""
+        """A worker asks for one before its first batch: its clock starts."""
         buffer = self._encoder.new_buffer(batch_size)
         self._times[threading.get_ident()] = [time.perf_counter()]
         return buffer
 
-    def __call__(self, pixels: Pixels) -> Features:
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         features = self._forward(pixels)
         self._times[threading.get_ident()].append(time.perf_counter())
         return features
 
     def rate(self, batch_size: int) -> float:
         """Images per second, summed over workers. Raises SourceError if there was no batch."""
-        total = 0.0
-        for times in self._times.values():
-            if len(times) > 3:
-                times = times[1:]  # the first batch of a thread finds its memory and caches cold
-            if len(times) > 1:
-                total += batch_size * (len(times) - 1) / (times[-1] - times[0])
-        if not total:
+        # The first batch of a thread finds its memory and caches cold.
+        runs = [times[1:] if len(times) > 3 else times for times in self._times.values()]
+        rates = [batch_size * (len(times) - 1) / (times[-1] - times[0]) for times in runs if len(times) > 1]
+        if not rates:
             raise SourceError("not one image could be decoded, so that there is nothing to measure")
-        return total
+        return sum(rates)
 
 
 class _Stopwatch:
-    """The three measurements, on the same images, encoder and runtime."""
+    """Measures three rates of the same encoder and runtime, on the same images."""
 
     def __init__(self, images: ImageList, encoder: EmbedsPixels, runtime: Runtime) -> None:
         sample = sample_pixels(images, encoder.preprocess, runtime.batch_size)
@@ -174,7 +173,7 @@ class _Stopwatch:
         return clocked.rate(self._runtime.batch_size)
 
     def _more_images(self, seconds: float) -> ImageList:
-        """Whole batches, more than a slice of so many seconds gets through, from where the last one stopped."""
+        """More whole batches than a slice of ``seconds`` gets through, from where the last slice stopped."""
         batch, workers = self._runtime.batch_size, self._runtime.workers
         wanted = min(int(2000 * workers * seconds), _MOST_IMAGES)  # a core decodes some hundreds a second
         count = batch * max(math.ceil(wanted / batch), 4 * workers)

@@ -1,5 +1,6 @@
 """What ``doctor`` says: rates are those of known delays, advice follows from rates, facts survive strange machines."""
 
+import dataclasses
 import importlib.metadata
 import time
 from pathlib import Path
@@ -23,10 +24,8 @@ from featcache.system.device import Runtime
 BATCH = 4
 CPU = Runtime(torch.device("cpu"), workers=2, batch_size=BATCH, reason="")
 SETTING = Setting(
-    device="cpu",
-    workers=2,
+    runtime=dataclasses.replace(CPU, batch_size=8),
     cores=2,
-    batch_size=8,
     seconds=20.0,
     backbone="resnet50",
     precision="fp32",
@@ -36,7 +35,8 @@ SETTING = Setting(
     resize=232,
 )
 EXTRAS = {"onnx": "onnx", "simplejpeg": "fast"}
-GPU = {"device": "cuda", "precision": "fp16"}
+GPU = {"runtime": Runtime(torch.device("cuda"), workers=2, batch_size=8, reason=""), "precision": "fp16"}
+ONE = {"runtime": Runtime(torch.device("cpu"), workers=1, batch_size=8, reason="")}
 
 
 class Sleeper:
@@ -111,7 +111,7 @@ def test_ceiling() -> None:
         ),
         (Rates(400, 100, 80, True), {}, ["a GPU", "bf16 arithmetic", "mobilenet_v3_large"], ["--workers", "But"]),
         (Rates(400, 100, 80, True), {"backbone": "mobilenet_v2", "bf16": True}, ["--precision auto"], ["smaller"]),
-        (Rates(400, 100, 80, True), {"workers": 1}, ["--workers", "1 worker,"], ["more CPU cores"]),
+        (Rates(400, 100, 80, True), ONE, ["--workers", "1 worker,"], ["more CPU cores"]),
         (Rates(100, 400, 80, True), {}, ["Decoding limits", "(shorter edge 232 pixels instead of 375"], ["GPU"]),
         (Rates(100, 400, 80, True), {"edge": 256}, ["more CPU cores"], ["smaller copies", "featcache[fast]"]),
         (Rates(100, 400, 80, True), {"fast_decoder": False}, ["featcache[fast]"], []),
@@ -124,7 +124,7 @@ def test_ceiling() -> None:
     ],
 )
 def test_advice_follows_from_rates(rates: Rates, changes: dict, there: list[str], not_there: list[str]) -> None:
-    text = " ".join(advice(rates, Setting(**{**vars(SETTING), **changes})))
+    text = " ".join(advice(rates, dataclasses.replace(SETTING, **changes)))
     assert [words for words in there if words not in text] == [], text
     assert [words for words in not_there if words in text] == [], text
 

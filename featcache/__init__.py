@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from featcache.models.fit import FitReport, fit_head
     from featcache.models.model import Model, load_model
     from featcache.models.predict import Prediction, predict
+    from featcache.reports.doctor import doctor
+    from featcache.reports.info import describe
     from featcache.spec import PreprocessSpec
 
 __version__ = "0.1.0"
@@ -39,6 +41,8 @@ _HOME = {
     "PreprocessSpec": "spec",
     "RepairReport": "extraction.repair",
     "backbone_names": "backbones.load",
+    "describe": "reports.info",
+    "doctor": "reports.doctor",
     "evaluate": "models.evaluate",
     "export_model": "models.export",
     "extract": "extraction.extract",
@@ -65,6 +69,8 @@ __all__ = [
     "PreprocessSpec",
     "RepairReport",
     "backbone_names",
+    "describe",
+    "doctor",
     "evaluate",
     "export_model",
     "extract",

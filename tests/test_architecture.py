@@ -63,8 +63,6 @@ CALLS_ONLY_IN = {
 LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "cli", "__init__", "__main__")
 HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.export_candidate")
 STILL_TO_CUT = {
-    ("cli.demo", "heads"),
-    ("finetuning.save", "reports"),
     ("heads.head", "cache"),
     ("heads.logreg", "cache"),
     ("heads.minibatch", "cache"),

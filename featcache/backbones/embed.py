@@ -1,6 +1,6 @@
 """The only embedding loop: read -> hash -> decode -> forward, in parallel, results in order.
 
-In: files and an ``Encoder``. Out: an iterator of ``EmbeddedBatch`` in the order of the files. Every forward pass has
+In: files and an encoder. Out: an iterator of ``EmbeddedBatch`` in the order of the files. Every forward pass has
 exactly the same shape and, on a CPU, runs on one core, so that an image's embedding does not depend on its neighbours, on
 the number of workers, or on where an earlier run was interrupted.
 """
@@ -13,12 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.encoder import Encoder
 from featcache.backbones.self_check import fits_float16
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
 from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
@@ -26,6 +25,18 @@ from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
 Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
+
+
+class EmbedsPixels(Protocol):
+    """An ``Encoder``, or a stand-in for one: turns images of the size that ``preprocess`` gives into embeddings."""
+
+    preprocess: PreprocessSpec
+
+    def new_buffer(self, batch_size: int) -> Pixels:
+        """Pixels (batch_size, H, W, 3) for a worker to fill."""
+
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """(N, H, W, 3) -> (N, D)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Timings:
 
 
 def embed(
-    files: ImageFiles, encoder: Encoder, runtime: Runtime, *, timings: Timings | None = None
+    files: ImageFiles, encoder: EmbedsPixels, runtime: Runtime, *, timings: Timings | None = None
 ) -> Generator[EmbeddedBatch]:
     """Embed ``files``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
 
@@ -119,7 +130,7 @@ def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> 
 @dataclasses.dataclass(frozen=True)
 class _Job:
     files: ImageFiles
-    encoder: Encoder
+    encoder: EmbedsPixels
     runtime: Runtime
     timings: Timings
     _local: threading.local = dataclasses.field(default_factory=threading.local)

@@ -1,1 +1,11 @@
-"""Parse, call a plain function, print."""
+"""The command line: parse, call a plain function, print.
+
+app.py      all commands together, exit codes, logging
+extract.py  extract
+train.py    fit-head, finetune
+predict.py  predict, evaluate, export
+inspect.py  info, verify, backbones, doctor
+demo.py     demo: the whole job on handwritten digits
+options.py  options that several commands share
+console.py  what is printed: results, messages, progress
+"""

@@ -1,6 +1,7 @@
-"""What the user sees besides results: messages, progress, facts as readable lines.
+"""What the user sees: results on stdout; messages and progress on stderr.
 
-In: plain values. Out: text on stderr (``say``, ``show_progress``), results on stdout (``print_facts``, ``print_json``).
+In: plain values. Out: text on stderr (``say``, ``show_progress``, ``show_training``) and stdout (``print_facts``,
+``print_json``).
 """
 
 import contextlib
@@ -8,78 +9,112 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from featcache.finetuning.trainer import Status
+
+# How far a job is: a title before the bar, images done and to do, facts behind the bar; and all of it as a line of a log.
+_State = tuple[str, int, int, str, str]
 
 
-class _Rate:
-    """Images per second since the first report, which comes when embedding starts: loading a model does not count."""
+class _Progress:
+    """Shows how far a job is: by a live bar on a terminal, elsewhere by a line now and then.
+
+    It is called with what the job reports, and ``describe`` puts that into words.
+    """
+
+    def __init__(self, describe: Callable[..., _State], *, seconds_per_line: float, time_left: bool) -> None:
+        self._describe, self._seconds_per_line = describe, seconds_per_line
+        self._last = time.perf_counter()
+        self._bar = _new_bar(time_left=time_left) if sys.stderr.isatty() else None
+
+    def __call__(self, *report: Any) -> None:
+        title, done, total, facts, line = self._describe(*report)
+        if self._bar is None:
+            if done and time.perf_counter() - self._last >= self._seconds_per_line:
+                self._last = time.perf_counter()
+                say(line)
+            return
+        if not self._bar.task_ids:
+            self._bar.add_task(title, total=total, facts=facts)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], description=title, completed=done, total=total, facts=facts)
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _new_bar(*, time_left: bool) -> "Bar":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+    left = (TimeRemainingColumn(),) if time_left else ()
+    return Progress(*columns, *left, console=Console(stderr=True), transient=True)
+
+
+class _Speed:
+    """Images per second since the first report, which comes when the work starts: loading a model does not count."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None
 
     def __call__(self, done: int) -> float:
         now = time.perf_counter()
-        if self._first is None:
-            self._first = (now, done)
-            return 0.0
-        return (done - self._first[1]) / (now - self._first[0])
+        since, before = self._first = self._first or (now, done)
+        return (done - before) / (now - since) if now > since else 0.0
 
 
-@contextlib.contextmanager
-def show_progress(what: str, *, show: bool = True) -> Iterator[Any]:
-    """Yield a ``Progress`` callback: a live bar on a terminal, a line now and then elsewhere."""
-    if not show or not sys.stderr.isatty():
-        yield _progress_in_lines(what) if show else None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+def show_progress(what: str, *, show: bool = True) -> AbstractContextManager[_Progress | None]:
+    """A context with a callback (images done, images to do, the stage that limits); with None unless ``show``."""
+    speed = _Speed()
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f} images/s, limited by {task.fields[bottleneck]}, left"),
-        TimeRemainingColumn(),
-    )
-    bar, rate = Bar(*columns, console=Console(stderr=True), transient=True), _Rate()
+    def describe(done: int, total: int, bottleneck: str) -> _State:
+        rate = speed(done)
+        facts = f"{rate:,.0f} images/s, limited by {bottleneck}"
+        left = f"{(total - done) / rate:,.0f} s left" if rate else "starting"
+        return what, done, total, f"{facts}, left", f"{what} {done}/{total}, {facts}, {left}"
 
-    def update(done: int, total: int, bottleneck: str) -> None:
-        if not bar.task_ids:
-            bar.add_task(what, total=total, rate=0.0, bottleneck=bottleneck)
-            bar.start()
-        bar.update(bar.task_ids[0], completed=done, rate=rate(done), bottleneck=bottleneck)
-
-    try:
-        yield update
-    finally:
-        bar.stop()
+    if not show:
+        return contextlib.nullcontext()
+    return contextlib.closing(_Progress(describe, seconds_per_line=10.0, time_left=True))
 
 
-def _progress_in_lines(what: str, every: float = 10.0) -> Any:
-    rate, last = _Rate(), time.perf_counter()
+def show_training() -> AbstractContextManager[_Progress | None]:
+    """A context with a callback (a ``Status`` of training); with None in processes that do not talk to the user."""
+    speed = _Speed()  # pauses for validation count, as they will recur
 
-    def update(done: int, total: int, bottleneck: str) -> None:
-        nonlocal last
-        speed = rate(done)
-        if done and time.perf_counter() - last >= every:
-            last = time.perf_counter()
-            left = (total - done) / speed
-            say(f"{what} {done}/{total}, {speed:,.0f} images/s, limited by {bottleneck}, {left:,.0f} s left")
+    def describe(status: "Status") -> _State:
+        done = (status.epoch - 1) * status.total + status.done
+        rate, pace = speed(done), "starting"
+        if rate:
+            left = (status.epochs * status.total - done) / rate
+            pace = f"{rate:,.1f} images/s, at most {left // 60:.0f} min {left % 60:02.0f} s left"
+        title = f"epoch {status.epoch}/{status.epochs}"
+        facts = f"loss {status.loss:.4f}, accuracy {status.accuracy:.2%}, {pace}"
+        return title, status.done, status.total, facts, f"{title}, image {status.done}/{status.total}: {facts}"
 
-    return update
+    if not is_first_process():
+        return contextlib.nullcontext()
+    return contextlib.closing(_Progress(describe, seconds_per_line=30.0, time_left=False))
 
 
 @contextlib.contextmanager
 def interruptible(output: Path) -> Iterator[None]:
     """Say, when the user interrupts what is inside, how to go on."""
+    from featcache.system.workdir import work_folder
+
     try:
         yield
     except KeyboardInterrupt:
-        from featcache.system.workdir import work_folder
-
         say(f"finished work is kept in {work_folder(output)}; the same command goes on from there")
         raise
 
@@ -95,7 +130,7 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Names may hold anything; a terminal gets it on one line, with nothing that it would obey."""
+    """``text`` on one line, without what a terminal would obey. Names may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
@@ -125,86 +160,14 @@ def _word(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    """Print results to stdout: readable lines, or one JSON object."""
-    if as_json:
-        print_json(facts, as_json)
-        return
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print results to stdout, in readable lines."""
     for key, value in facts.items():
         for line in facts_as_lines(key, value, ""):
             print(line)
 
 
-def print_json(facts: dict[str, Any], wanted: bool) -> None:
+def print_json(facts: dict[str, Any], *, wanted: bool) -> None:
     """Print ``facts`` to stdout as one line of JSON, if that is wanted."""
     if wanted:
         print(json.dumps(facts, default=str), flush=True)
-
-
-@contextlib.contextmanager
-def show_training() -> Iterator[Any]:
-    """Yield a callback for ``trainer.Status``: a live bar on a terminal, a line now and then elsewhere."""
-    if not is_first_process():
-        yield None
-        return
-    pace = _Pace()
-    if not sys.stderr.isatty():
-        yield _training_in_lines(pace)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
-    bar = Bar(*columns, console=Console(stderr=True), transient=True)
-
-    def update(status: Any) -> None:
-        if not bar.task_ids:
-            bar.add_task("", total=status.total, facts="")
-            bar.start()
-        facts = f"loss {status.loss:.4f}, accuracy {status.accuracy:.2%}, {pace(status)}"
-        bar.update(
-            bar.task_ids[0],
-            description=f"epoch {status.epoch}/{status.epochs}",
-            completed=status.done,
-            total=status.total,
-            facts=facts,
-        )
-
-    try:
-        yield update
-    finally:
-        bar.stop()
-
-
-class _Pace:
-    """Images per second and the time left, from the first report on; pauses for validation count, as they will recur."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
-
-    def __call__(self, status: Any) -> str:
-        done = (status.epoch - 1) * status.total + status.done
-        now = time.perf_counter()
-        if self._first is None:
-            self._first = (now, done)
-            return "starting"
-        rate = (done - self._first[1]) / (now - self._first[0])
-        left = (status.epochs * status.total - done) / rate
-        return f"{rate:,.1f} images/s, at most {left // 60:.0f} min {left % 60:02.0f} s left"
-
-
-def _training_in_lines(pace: _Pace, every: float = 30.0) -> Any:
-    last = time.perf_counter()
-
-    def update(status: Any) -> None:
-        nonlocal last
-        facts = pace(status)
-        if time.perf_counter() - last >= every:
-            last = time.perf_counter()
-            say(
-                f"epoch {status.epoch}/{status.epochs}, image {status.done}/{status.total}: loss {status.loss:.4f}, "
-                f"accuracy {status.accuracy:.2%}, {facts}"
-            )
-
-    return update

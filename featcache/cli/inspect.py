@@ -1,4 +1,4 @@
-"""The commands that look and report: info, verify, backbones, doctor; and demo. Added to the others by ``cli``."""
+"""``info``, ``verify``, ``backbones`` and ``doctor``: the commands that look. In: what was typed. Out: facts on stdout."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,19 +12,6 @@ from featcache.cli.console import interruptible, print_facts, print_json, say, s
 from featcache.errors import DamagedCacheError, UsageError, repair_advice
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to ``app``, in the order in which its help shows them."""
-    examples = (
-        (info, "featcache info features.h5  ·  featcache info model/"),
-        (verify, "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/"),
-        (backbones, "featcache backbones convnext"),
-        (doctor, "featcache doctor  ·  featcache doctor --images photos/ --backbone mobilenet_v3_large"),
-        (demo, "featcache demo"),
-    )
-    for command, example in examples:
-        app.command(epilog=options.EXAMPLES + example)(command)
-
-
 def info(
     path: Annotated[Path, typer.Argument(readable=False, help="A cache file or a model folder.")],
     as_json: options.Json = False,
@@ -32,7 +19,10 @@ def info(
     """Show what a cache or a model holds and where it came from."""
     from featcache.reports.info import describe
 
-    print_facts(describe(path), as_json)
+    facts = describe(path)
+    print_json(facts, wanted=as_json)
+    if not as_json:
+        print_facts(facts)
 
 
 def verify(
@@ -49,7 +39,7 @@ def verify(
     """Read every byte of a cache and compare it with the checksums; mend what is damaged, and only that, if asked to."""
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     if repair is not None:
-        _mend(cache, repair, device, threads, batch, as_json)
+        _mend(cache, repair, device=device, workers=threads, batch_size=batch, as_json=as_json)
         return
     if (device, threads, batch) != ("auto", None, None):
         raise UsageError(
@@ -60,14 +50,16 @@ def verify(
     opened = FeatureCache.salvage(cache)
     damaged = opened.verify()
     facts = {"cache": cache, "rows": len(opened), "damaged": damaged, "damaged_columns": opened.damaged_columns}
-    print_json(facts, as_json)
+    print_json(facts, wanted=as_json)
     if damaged or opened.damaged_columns:
         what = damage_in_words(damaged, opened.damaged_columns)
         raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {repair_advice(cache)}")
     say(f"{cache}: {len(opened)} rows, all intact")
 
 
-def _mend(cache: Path, source: Path, device: str, workers: int | None, batch_size: int | None, as_json: bool) -> None:
+def _mend(
+    cache: Path, source: Path, *, device: str, workers: int | None, batch_size: int | None, as_json: bool
+) -> None:
     from featcache.extraction.repair import repair
 
     with interruptible(cache), show_progress("embedding") as progress:
@@ -80,7 +72,7 @@ def _mend(cache: Path, source: Path, device: str, workers: int | None, batch_siz
         )
     else:
         say(f"{cache}: {report.rows} rows, all intact, nothing to repair")
-    print_json(dataclasses.asdict(report), as_json)
+    print_json(dataclasses.asdict(report), wanted=as_json)
 
 
 def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) -> str:
@@ -98,9 +90,8 @@ def backbones(
     from featcache.backbones.load import backbone_names
 
     names = backbone_names(pattern)
-    if as_json:
-        print_json({"backbones": names}, as_json)
-    else:
+    print_json({"backbones": names}, wanted=as_json)
+    if not as_json:
         print("\n".join(names))
     say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
 
@@ -123,33 +114,29 @@ def doctor(
     as_json: options.Json = False,
 ) -> None:
     """Show what this machine can do, measure how fast it embeds, and say what limits."""
-    from featcache.images.source import list_images
-    from featcache.reports.machine import machine
-    from featcache.system.device import choose_runtime
+    from featcache.reports.doctor import doctor as run
 
-    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
-    listed = list_images(images, labelled=False) if images else None
-    runtime = choose_runtime(device, workers=threads, batch_size=batch)
-    facts = machine(runtime)
-    if not seconds:
-        print_facts(facts, as_json)
-        return
-    from featcache.reports.doctor import check_up
-
-    measured = check_up(listed, runtime, backbone=backbone, weights=weights, precision=precision, seconds=seconds)
-    print_json(facts | {"measured": measured}, as_json)
+    facts = run(
+        images,
+        backbone=backbone,
+        weights=weights,
+        precision=precision,
+        device=device,
+        workers=options.count(workers, "workers"),
+        batch_size=options.count(batch_size, "batch size"),
+        seconds=seconds,
+    )
+    print_json(facts, wanted=as_json)
     if not as_json:
-        sentences = measured.pop("advice")
-        print_facts(facts | {"measured": measured}, as_json)
-        print("\n".join(sentences))
+        sentences = facts["measured"].pop("advice") if seconds else []
+        print_facts(facts)
+        for sentence in sentences:
+            print(sentence)
 
 
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
-    as_json: options.Json = False,
-) -> None:
-    """Do the whole job on handwritten digits, without any download."""
-    from featcache.cli.demo import run_demo
-
-    facts = run_demo(folder, lambda line: print(line, flush=True))
-    print_json(facts, as_json)
+COMMANDS: options.Commands = {
+    info: "featcache info features.h5  ·  featcache info model/",
+    verify: "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/",
+    backbones: "featcache backbones convnext",
+    doctor: "featcache doctor  ·  featcache doctor --images photos/ --backbone mobilenet_v3_large",
+}

@@ -3,13 +3,15 @@
 In: what was typed. Out: a value, or None where ``auto`` was typed and the function behind the command decides.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from featcache.cli.console import say
 from featcache.errors import UsageError
 
-EXAMPLES = "[bold]Examples:[/]  "  # how the last line of a command's help starts
+Commands = dict[Callable[..., None], str]  # what a file of commands offers: each, and the examples below its help
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
@@ -25,8 +27,6 @@ Dtype = Annotated[str, typer.Option(help="How embeddings are stored: auto (float
 Resize = Annotated[str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH; auto: the weights' own.")]
 Crop = Annotated[str, typer.Option(help="Edge of the centre crop in pixels; auto: the weights' own.")]
 Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic, lanczos; auto: the weights' own.")]
-
-
 Decode = Annotated[
     str, typer.Option(help="Scale at which large JPEGs are decoded: full, reduced (faster, other pixels), auto: full.")
 ]
@@ -58,3 +58,10 @@ def size(text: str) -> int | tuple[int, int] | None:
     if not cross or first is None:
         return first
     return first, count(width, "resize") or first
+
+
+def exit_if_bad(refused: int, images: int, max_bad: float) -> None:
+    """Exit with code 3, and say so, if more images were refused than ``--max-bad`` allows."""
+    if refused > max_bad * images:
+        say(f"{refused} of {images} images were refused, more than --max-bad {max_bad:g} allows")
+        raise typer.Exit(3)

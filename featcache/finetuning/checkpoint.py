@@ -122,15 +122,7 @@ def _empty(output: Path) -> None:
         return
     shutil.rmtree(folder / "head", ignore_errors=True)
     shutil.rmtree(work_folder(folder / "features.h5"), ignore_errors=True)
-    for pattern in (
-        "*.h5",
-        "*.pixels",
-        "*.safetensors",
-        "curves.png",
-        ".*.tmp",
-        _STATE,
-        _RUN,
-    ):  # what tells of the run comes last
+    for pattern in ("*.h5", "*.pixels", "*.safetensors", ".*.tmp", _STATE, _RUN):  # what tells of the run comes last
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""What comes out of fine-tuning: a report, and a model folder like any other, its history as a table and a picture in it.
+"""What comes out of fine-tuning: a report, and a model folder like any other, with its history as a table.
 
 In: the network, what it started from, what was measured. Out: the folder; ``backbone.safetensors`` is part of it.
 """
@@ -6,11 +6,10 @@ In: the network, what it started from, what was measured. Out: the folder; ``bac
 import csv
 import dataclasses
 import io
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.errors import MissingDependencyError, ModelError
+from featcache.errors import ModelError
 from featcache.heads.head import FittedHead
 from featcache.models.model import Model, library_versions, save_model
 from featcache.system.safe_load import parse_json
@@ -19,8 +18,6 @@ from featcache.system.workdir import work_folder
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
     from featcache.finetuning.network import Network
-
-log = logging.getLogger("featcache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +78,8 @@ def save_finetuned(
     Args:
         network: with the weights to keep. backbone, start: what it was made from; its spec becomes that of the new model,
             with the new weights.
-        training: settings, with ``recipe``, ``best_epoch`` and ``alpha`` (0: the cached head is saved as it was).
-        metrics: scores, with ``history`` and ``head_val_accuracy``.
+        training: settings, with ``alpha`` (0: the cached head is saved as it was).
+        metrics: scores, with ``history``: a row per epoch.
 
     Raises:
         StorageError: it cannot be written.
@@ -98,9 +95,6 @@ def save_finetuned(
     spec = dataclasses.replace(start.spec, weights_sha256=tuned.weights_sha256)
     work = work_folder(output)
     save_weights(tuned, work / "backbone.safetensors")
-    files = {"history.csv": _as_table(metrics["history"])}
-    title = f"{backbone.name}, recipe {training['recipe']}"
-    files |= _curves(metrics, work / "curves.png", title=title, best_epoch=training["best_epoch"])
     save_model(
         output,
         FittedHead(head, (), {}, []),
@@ -112,7 +106,7 @@ def save_finetuned(
         versions=library_versions(),
         backbone_file=work / "backbone.safetensors",
         finetuned=True,
-        extra=files,
+        extra={"history.csv": _as_table(metrics["history"])},
     )
 
 
@@ -122,20 +116,3 @@ def _as_table(history: list[dict[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue().encode()
-
-
-def _curves(metrics: dict[str, Any], path: Path, *, title: str, best_epoch: int) -> dict[str, bytes]:
-    from featcache.reports.curves import plot_history
-
-    try:
-        plot_history(
-            metrics["history"],
-            path,
-            title=title,
-            best_epoch=best_epoch,
-            head_val_accuracy=metrics["head_val_accuracy"],
-        )
-    except MissingDependencyError as error:
-        log.info("no curves.png in the model: %s", error)
-        return {}
-    return {"curves.png": path.read_bytes()}

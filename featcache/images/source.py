@@ -196,6 +196,11 @@ def _is_passed_over(entry: "os.DirEntry[str]") -> bool:
     return entry.is_dir(follow_symlinks=False) and any(os.path.lexists(f"{entry.path}/{mark}") for mark in marks)
 
 
+def _is_curves(path: str) -> bool:
+    """Whether it is ``MODEL.curves.png`` beside a model folder ``MODEL``."""
+    return path.endswith(".curves.png") and os.path.lexists(f"{path.removesuffix('.curves.png')}/model.json")
+
+
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
@@ -216,7 +221,9 @@ def _walk(root: Path, refused: list[Refusal]) -> Iterator[_Entry]:
                 name = entry.name
                 path = prefix + name
                 if entry.is_file(follow_symlinks=False):  # nearly always: no call that it does not need
-                    if not _is_hidden(name) and (_has_extension(name) or _looks_like_image(entry.path)):
+                    if _is_hidden(name) or _is_curves(entry.path):
+                        continue
+                    if _has_extension(name) or _looks_like_image(entry.path):
                         status = entry.stat()
                         yield _Entry(path, status.st_size, status.st_mtime_ns)
                 elif _is_passed_over(entry):

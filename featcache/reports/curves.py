@@ -1,19 +1,61 @@
-"""Figures for reports: plain numbers in, one PNG out.
+"""Curves of a training. In: a fine-tuned model, or its history. Out: a PNG, beside the model's folder.
 
 matplotlib is optional (the ``report`` extra) and is used through its objects only: no pyplot, no window, no global state.
 """
 
+import io
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import MissingDependencyError, UsageError
+from featcache.backbones.saved import own_file
+from featcache.errors import MissingDependencyError, ModelError, StorageError, UsageError
+from featcache.models.model import load_model
 from featcache.system.files import publish_file
+from featcache.system.safe_load import parse_json
 
 _TRAIN, _VAL, _HEAD = "#4477aa", "#ee6677", "#555555"  # Tol's bright scheme: told apart by colour-blind readers, too
 _DPI = 120
+_MARK = {"Software": "featcache"}  # in every PNG that is drawn here
+
+
+def draw_curves(model: Path) -> Path:
+    """Draw the history of a fine-tuned model.
+
+    Returns:
+        The picture, ``MODEL.curves.png`` beside the folder ``MODEL``. An earlier one is replaced.
+
+    Raises:
+        ModelError: not a model, or not a fine-tuned one. StorageError: the picture cannot be written, or its name belongs
+        to a file that was not drawn here. MissingDependencyError: matplotlib is not installed.
+    """
+    folder = model.resolve() if model.name in ("", "..") else model  # those are no names
+    path = folder.with_name(f"{folder.name}.curves.png")
+    if os.path.lexists(path) and not _is_drawn_here(path):
+        raise StorageError(f"{path} exists and was not drawn by featcache; move it away")
+    manifest = load_model(model).manifest
+    try:
+        metrics = parse_json(own_file(model, "metrics.json").read_text())
+        plot_history(
+            metrics["history"],
+            path,
+            title=f"{manifest['spec']['backbone']['name']}, recipe {manifest['training']['recipe']}",
+            best_epoch=manifest["training"]["best_epoch"],
+            head_val_accuracy=metrics["head_val_accuracy"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{model} holds no history of a fine-tuning ({type(error).__name__}: {error})") from error
+    return path
+
+
+def _is_drawn_here(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"tEXtSoftware\0featcache" in file.read(100)
 
 
 def plot_history(
@@ -44,8 +86,7 @@ def plot_history(
     figure.suptitle(title, parse_math=False)  # a $ in a folder's name is no formula
     loss, accuracy = figure.subplots(1, 2)
     for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
-        _draw_curves(axes, history, what)
-        _mark_best(axes, history, what, best_epoch)
+        _draw_panel(axes, history, what, best_epoch)
     loss.set_ylabel("loss (nats)")
     accuracy.set_ylabel("accuracy")
     if head_val_accuracy is not None:
@@ -54,9 +95,16 @@ def plot_history(
     for axes in (loss, accuracy):
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False)
-    with publish_file(path) as file, warnings.catch_warnings():
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    png = io.BytesIO()  # drawing takes a while; the file is there only once it is complete
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a title in a script the font lacks is drawn as boxes
-        figure.savefig(file, format="png", dpi=_DPI)
+        figure.savefig(png, format="png", dpi=_DPI, metadata=_MARK)
+    with publish_file(path) as file:
+        file.write(png.getbuffer())
 
 
 def _new_figure() -> Any:
@@ -71,28 +119,23 @@ def _new_figure() -> Any:
     return figure
 
 
-def _draw_curves(axes: Any, history: Sequence[dict[str, Any]], what: str) -> None:
+def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
+    """Draw both curves of ``what``. A star marks the best epoch on the validation curve, else on the training curve."""
     epochs = [row["epoch"] for row in history]
+    star = math.nan
     for split, colour in (("train", _TRAIN), ("val", _VAL)):
         values = [_number(row.get(f"{split}_{what}")) for row in history]
         if any(math.isfinite(value) for value in values):
             axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=split)  # dots: one epoch is no line
+        best = values[epochs.index(best_epoch)] if best_epoch in epochs else math.nan
+        star = best if math.isfinite(best) else star
+    if math.isfinite(star):
+        label = f"best epoch {best_epoch}"
+        axes.plot([best_epoch], [star], "*", color="black", markersize=12, linestyle="none", label=label)
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _mark_best(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
-    """A star on the validation curve, on the training curve if there is no other."""
-    for row in history:
-        if row["epoch"] != best_epoch:
-            continue
-        values = [_number(row.get(f"{split}_{what}")) for split in ("val", "train")]
-        value = next((value for value in values if math.isfinite(value)), None)
-        if value is not None:
-            label = f"best epoch {best_epoch}"
-            axes.plot([best_epoch], [value], "*", color="black", markersize=12, linestyle="none", label=label)
 
 
 def _number(value: float | None) -> float:

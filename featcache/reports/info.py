@@ -1,34 +1,35 @@
-"""``info``: facts about a cache or a model, as plain values for the command line to print."""
+"""``info``: what a file or folder of ours holds. In: its path. Out: plain values, for people and programs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
+from featcache.models.model import load_model
 from featcache.spec import SPLITS
 
-if TYPE_CHECKING:
-    pass
 
+def describe(path: str | Path) -> dict[str, Any]:
+    """What a cache file or a model folder holds, and where it came from.
 
-def describe(path: Path) -> dict[str, Any]:
-    """Facts about a cache file or a model folder.
+    Returns:
+        Plain values, fit for JSON; ``kind`` is ``cache`` or ``model``. Of a cache: ``classes`` counts its images per class
+        and split, ``image_bytes`` are the quartiles of the sizes of the image files, smallest to largest.
 
     Raises:
         CacheError, ModelError: it is neither, or damaged.
     """
-    if path.is_dir():
-        return describe_model(path)
+    path = Path(path)
+    return _describe_model(path) if path.is_dir() else _describe_cache(path)
+
+
+def _describe_cache(path: Path) -> dict[str, Any]:
     cache = FeatureCache.open(path)
-    counts = {
-        name: {
-            split: int((cache.rows.splits[cache.y == label] == number).sum())
-            for number, split in enumerate(SPLITS)
-            if (cache.rows.splits == number).any()
-        }
-        for label, name in enumerate(cache.classes)
-    }
+    splits, known = cache.rows.splits, cache.y >= 0
+    pairs = cache.y[known] * len(SPLITS) + splits[known]
+    counts = np.bincount(pairs, minlength=len(cache.classes) * len(SPLITS)).reshape(-1, len(SPLITS))  # (C, splits)
+    used = np.unique(splits)
     return {
         "kind": "cache",
         "path": str(path),
@@ -37,8 +38,11 @@ def describe(path: Path) -> dict[str, Any]:
         "dtype": cache.spec.storage,
         "bytes": path.stat().st_size,
         "refused": [{"path": name, "reason": reason} for name, reason in cache.refused],
-        "unlabelled": int((cache.y < 0).sum()),
-        "classes": counts,
+        "unlabelled": int((~known).sum()),
+        "classes": {
+            name: {SPLITS[split]: int(row[split]) for split in used}
+            for name, row in zip(cache.classes, counts, strict=True)
+        },
         "image_bytes": _quartiles(cache.rows.sizes),
         "fingerprint": cache.fingerprint,
         "spec": cache.spec.to_json(),
@@ -46,13 +50,10 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def describe_model(path: Path) -> dict[str, Any]:
-    """Facts about a model folder. Raises ModelError."""
-    from featcache.models.model import load_model
-
-    model = load_model(path)
+def _describe_model(path: Path) -> dict[str, Any]:
+    manifest = load_model(path).manifest
     keys = ("classes", "head", "training", "metrics", "weights", "fingerprint", "spec", "versions")
-    return {"kind": "model", "path": str(path), **{key: model.manifest[key] for key in keys}}
+    return {"kind": "model", "path": str(path), **{key: manifest[key] for key in keys}}
 
 
 def _quartiles(values: Any) -> list[int]:

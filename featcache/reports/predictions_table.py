@@ -1,4 +1,4 @@
-"""Predictions as rows: one flat dictionary per image, written as CSV (escaped) or JSON lines (exact)."""
+"""Predictions as a table. In: predictions. Out: a flat dictionary per image, written as CSV (escaped) or JSON lines (exact)."""
 
 import csv
 import io
@@ -13,7 +13,8 @@ from featcache.errors import UsageError
 from featcache.models.predict import Prediction
 
 TableFormat = Literal["csv", "jsonl"]
-# What a spreadsheet runs, full-width signs included, also behind apostrophes: so the one that is added can be told apart.
+# How a cell begins that a spreadsheet would run; full-width signs count. Apostrophes before the sign count, too: the one that
+# is added can then be taken away again.
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 

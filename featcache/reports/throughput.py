@@ -1,7 +1,7 @@
 """How fast images are decoded and embedded on this machine.
 
-In: images, an encoder, a runtime, some seconds. Out: ``Rates`` in images per second. Every rate is that of the code which
-``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for what is left out.
+In: images, an encoder, a runtime, some seconds. Out: ``Rates`` in images per second. What is measured is the code that
+``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for the one that is left out.
 """
 
 import contextlib
@@ -11,31 +11,18 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from featcache.backbones.embed import embed, sample_pixels
-from featcache.backbones.encoder import Encoder
+from featcache.backbones.embed import EmbedsPixels, embed, sample_pixels
 from featcache.errors import SourceError, UsageError
-from featcache.images.source import ImageList, list_images
+from featcache.images.decode import Pixels
+from featcache.images.source import ImageList
 from featcache.system.device import Runtime, one_core_each
 
-Pixels = npt.NDArray[np.uint8]
-
-
-Features = npt.NDArray[np.float32]
-
-
 _ROUNDS = 3
-
-
 SLICES = 3 * _ROUNDS  # decode, forward, both
-
-
 _MOST_IMAGES = 200_000  # in one slice
 
 
@@ -73,26 +60,26 @@ class Rates:
         return "decode" if self.decode < self.forward else "forward"
 
 
-def measure(images: ImageList, encoder: Encoder, runtime: Runtime, *, seconds: float) -> Rates:
+def measure(images: ImageList, encoder: EmbedsPixels, runtime: Runtime, *, seconds: float) -> Rates:
     """Measure the rates of decoding, of the backbone, and of both.
 
-    The three take turns, in slices, so that a machine which is not quiet disturbs all alike; medians are returned. The
-    images come in a random order, seeded, over and over: what fits into the system's file cache is read from there.
+    The three take turns, in slices, so that other programs disturb all alike; medians are returned. The images come in a
+    random order, seeded, over and over: what fits into the system's file cache is read from there.
 
     Args:
-        images: of a list that one slice gets through, the three rates are of the very same images.
-        encoder: as ``extract`` would use it; likewise ``runtime``.
-        seconds: for all of it. It takes longer where a batch takes longer than a slice, a ninth of it.
+        images: if one slice gets through all of them, the three rates are of the very same images.
+        encoder, runtime: as ``extract`` would use them.
+        seconds: for all slices together, at most 3,600. It takes longer where a batch takes longer than a slice.
 
     Raises:
         SourceError: not one of the images can be decoded. UsageError: impossible seconds.
     """
     if not 0 < seconds <= 3600:
         raise UsageError(f"the seconds to measure for must lie between 0 and 3600, found {seconds}")
-    stand = _Stand(images, encoder, runtime)
-    slices = {"decode": stand.decode, "forward": stand.forward, "end_to_end": stand.end_to_end}
+    stopwatch = _Stopwatch(images, encoder, runtime)
+    slices = {"decode": stopwatch.decode, "forward": stopwatch.forward, "end_to_end": stopwatch.end_to_end}
     # First calls allocate, build kernels, fill file caches; they also tell how long one batch takes.
-    slowest = min(stand.decode(seconds / 40), stand.forward(seconds / 40))
+    slowest = min(stopwatch.decode(seconds / 40), stopwatch.forward(seconds / 40))
     one_batch = runtime.workers * runtime.batch_size / slowest
     rounds = _ROUNDS if one_batch <= seconds / SLICES else 1
     found: dict[str, list[float]] = {name: [] for name in slices}
@@ -104,46 +91,43 @@ def measure(images: ImageList, encoder: Encoder, runtime: Runtime, *, seconds: f
 
 
 class _Clocked:
-    """What ``embed`` takes for an encoder; notes when each worker starts and when it ends each batch.
+    """An encoder that notes when each worker starts, and when each of its batches ends.
 
-    The rate is of each worker's own whole batches: the results of all arrive in bunches, and counting those between two
-    moments would be wrong by a batch per worker.
+    Rates count whole batches of one worker. Results of all workers arrive in bunches: counting them between two moments
+    would be wrong by a batch per worker.
     """
 
-    def __init__(self, encoder: Encoder, forward: Callable[[Pixels], Features]) -> None:
+    def __init__(self, encoder: EmbedsPixels, forward: Callable[[Pixels], npt.NDArray[np.float32]]) -> None:
         self.preprocess = encoder.preprocess
         self._encoder = encoder
         self._forward = forward
         self._times: dict[int, list[float]] = {}
 
     def new_buffer(self, batch_size: int) -> Pixels:
-        """The first that a worker asks for."""
+        """A worker asks for one before its first batch: its clock starts."""
         buffer = self._encoder.new_buffer(batch_size)
         self._times[threading.get_ident()] = [time.perf_counter()]
         return buffer
 
-    def __call__(self, pixels: Pixels) -> Features:
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
         features = self._forward(pixels)
         self._times[threading.get_ident()].append(time.perf_counter())
         return features
 
     def rate(self, batch_size: int) -> float:
         """Images per second, summed over workers. Raises SourceError if there was no batch."""
-        total = 0.0
-        for times in self._times.values():
-            if len(times) > 3:
-                times = times[1:]  # the first batch of a thread finds its memory and caches cold
-            if len(times) > 1:
-                total += batch_size * (len(times) - 1) / (times[-1] - times[0])
-        if not total:
+        # The first batch of a thread finds its memory and caches cold.
+        runs = [times[1:] if len(times) > 3 else times for times in self._times.values()]
+        rates = [batch_size * (len(times) - 1) / (times[-1] - times[0]) for times in runs if len(times) > 1]
+        if not rates:
             raise SourceError("not one image could be decoded, so that there is nothing to measure")
-        return total
+        return sum(rates)
 
 
-class _Stand:
-    """The three measurements, on the same images, encoder and runtime."""
+class _Stopwatch:
+    """Measures three rates of the same encoder and runtime, on the same images."""
 
-    def __init__(self, images: ImageList, encoder: Encoder, runtime: Runtime) -> None:
+    def __init__(self, images: ImageList, encoder: EmbedsPixels, runtime: Runtime) -> None:
         sample = sample_pixels(images, encoder.preprocess, runtime.batch_size)
         if not len(sample):
             raise SourceError(f"not one image in {images.root} can be decoded, so that there is nothing to measure")
@@ -181,7 +165,7 @@ class _Stand:
     def _embed(self, clocked: _Clocked, seconds: float) -> float:
         images = self._more_images(seconds)
         end = time.perf_counter() + seconds
-        with contextlib.closing(embed(images, cast("Encoder", clocked), self._runtime)) as chunks:
+        with contextlib.closing(embed(images, clocked, self._runtime)) as chunks:
             for chunk in chunks:
                 self._next += len(chunk.indices) + len(chunk.refused)
                 if time.perf_counter() >= end:
@@ -189,39 +173,8 @@ class _Stand:
         return clocked.rate(self._runtime.batch_size)
 
     def _more_images(self, seconds: float) -> ImageList:
-        """Whole batches, more than a slice of so many seconds gets through, from where the last one stopped."""
+        """More whole batches than a slice of ``seconds`` gets through, from where the last slice stopped."""
         batch, workers = self._runtime.batch_size, self._runtime.workers
         wanted = min(int(2000 * workers * seconds), _MOST_IMAGES)  # a core decodes some hundreds a second
         count = batch * max(math.ceil(wanted / batch), 4 * workers)
         return self._images.take(self._order[(self._next + np.arange(count)) % len(self._order)])
-
-
-def generated_photos(folder: Path, count: int = 64) -> ImageList:
-    """Write JPEGs that cost a decoder what photographs cost it, always the same ones.
-
-    Args:
-        folder: exists, and is empty.
-        count: of files of 500x375 pixels and some 25 to 60 KB.
-    """
-    rng = np.random.default_rng(0)
-    fine = _noise(rng, (1024, 768), 1) + _noise(
-        rng, (1024, 768), 3
-    )  # costly, so that each photo gets a part of the same
-    for number in range(count):
-        pixels = 128 + sum(_noise(rng, (500, 375), step) for step in (8, 20, 50, 125))
-        left, top = (int(rng.integers(edge)) for edge in (1024 - 500, 768 - 375))
-        pixels += rng.uniform(0.4, 1.6) * fine[top : top + 375, left : left + 500]  # some are smooth, some textured
-        picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-        picture.save(folder / f"{number:04d}.jpg", quality=90)
-    return list_images(folder, labelled=False)
-
-
-def _noise(rng: np.random.Generator, size: tuple[int, int], step: int) -> npt.NDArray[np.float32]:
-    """(height, width, 3) around 0, smooth over ``step`` pixels; the finer the fainter, as in natural images."""
-    width, height = size
-    coarse = (height // step + 2, width // step + 2)
-    levels = (
-        128 + 40 * rng.standard_normal((*coarse, 1), np.float32) + 16 * rng.standard_normal((*coarse, 3), np.float32)
-    )
-    layer = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    return (np.asarray(layer, np.float32) - 128) * np.float32(step**0.5 / 14)

@@ -1,16 +1,27 @@
-"""Progress: what is printed about speed is what was measured."""
+"""What the user sees: speeds as measured, a line now and then in a log, a bar on a terminal, names that are harmless."""
+
+import os
+import re
+import sys
+import threading
 
 import pytest
 
-from featcache.cli import console as display
+from featcache.cli import console
+from featcache.finetuning.trainer import Status
 
 
-def test_rate_counts_from_the_start_of_embedding(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(display.time, "perf_counter", lambda: clock[0])
-    with display.show_progress("embedding") as progress:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, to be set."""
+    now = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_rate_counts_from_the_start_of_embedding(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with console.show_progress("embedding") as progress:
+        assert progress
         clock[0] = 160.0  # a minute of loading does not count
         progress(0, 1000, "decode")
         clock[0] = 164.0
@@ -23,13 +34,67 @@ def test_rate_counts_from_the_start_of_embedding(
     assert lines[1:] == ["embedding 200/1000, 10 images/s, limited by forward, 80 s left"]
 
 
+def test_training_counts_over_all_epochs(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with console.show_training() as progress:
+        assert progress
+        clock[0] = 140.0
+        progress(Status(epoch=1, epochs=3, done=10, total=100, loss=1.5, accuracy=0.25))
+        clock[0] = 160.0
+        progress(Status(epoch=1, epochs=3, done=90, total=100, loss=1.25, accuracy=0.5))  # too soon for a line
+        clock[0] = 170.0
+        progress(Status(epoch=2, epochs=3, done=70, total=100, loss=0.5, accuracy=0.75))
+    assert capsys.readouterr().err.splitlines() == [
+        "epoch 1/3, image 10/100: loss 1.5000, accuracy 25.00%, starting",
+        "epoch 2/3, image 70/100: loss 0.5000, accuracy 75.00%, 5.3 images/s, at most 0 min 24 s left",
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.openpty()
+    shown = bytearray()
+
+    def read() -> None:
+        while not shown.endswith(b"end"):
+            shown.extend(os.read(reader, 4096))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "120")
+        with console.show_progress("embedding") as progress:
+            assert progress
+            progress(0, 1000, "decode")
+            progress(250, 1000, "forward")
+        with console.show_training() as progress:
+            assert progress
+            progress(Status(epoch=2, epochs=3, done=50, total=100, loss=0.5, accuracy=0.75))
+        terminal.write("end")
+        terminal.flush()
+        thread.join(10)
+    os.close(reader)
+    text = shown.decode()
+    frames = re.sub(r"\x1b\[[\d;]*m", "", text)  # without colours
+    assert re.search(r"embedding \S+ +0/1000 0 images/s, limited by decode, left -:--:--", frames)
+    assert re.search(r"embedding \S+ +250/1000 [\d,]+ images/s, limited by forward, left [-\d]:", frames)
+    assert re.search(r"epoch 2/3 \S+ +50/100 loss 0.5000, accuracy 75.00%, starting", frames)
+    assert text.endswith("\r\x1b[1A\x1b[2Kend")  # the line is erased
+
+
+def test_silence() -> None:
+    with console.show_progress("predicting", show=False) as progress:
+        assert progress is None
+
+
 def test_names_cannot_command_a_terminal() -> None:
-    assert display.printable("a\x1b[2Jb\nc\udce9ü") == "a\\x1b[2Jb\\nc\\udce9ü"
+    assert console.printable("a\x1b[2Jb\nc\udce9ü") == "a\\x1b[2Jb\\nc\\udce9ü"
 
 
 def test_facts_become_lines() -> None:
     facts = {"a": 1, "b": {"c": [1, 2], "d": {}}, "e": [{"path": "x\ny", "reason": "z"}], "f": [], "g": None, "h": True}
-    lines = [line for key, value in facts.items() for line in display.facts_as_lines(key, value, "")]
+    lines = [line for key, value in facts.items() for line in console.facts_as_lines(key, value, "")]
     assert lines == [
         "a: 1",
         "b:",

@@ -1,16 +1,20 @@
-"""Figures: what is on them, read back from matplotlib's objects, and that a picture comes out."""
+"""Curves: what is on them, read back from matplotlib's objects, and that a picture comes out, over nobody else's file."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import SPEC
+from matplotlib.figure import Figure
 from PIL import Image
 
-from featcache.errors import MissingDependencyError, StorageError, UsageError
-from featcache.reports import curves as plots
-from featcache.reports.curves import plot_history
+from featcache.errors import MissingDependencyError, ModelError, StorageError, UsageError
+from featcache.heads.head import FittedHead, Head
+from featcache.models.model import save_model
+from featcache.reports.curves import draw_curves, plot_history
 
 HISTORY: list[dict[str, Any]] = [
     {"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 0.9, "val_accuracy": 0.6},
@@ -20,24 +24,41 @@ HISTORY: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every figure that is made."""
-    made: list[Any] = []
-    new = plots._new_figure
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
 
-    def remember() -> Any:
-        made.append(new())
-        return made[-1]
+    def remember(figure: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **options)
 
-    monkeypatch.setattr(plots, "_new_figure", remember)
-    return made
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return saved
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """What a fine-tuning leaves, as far as curves need it."""
+    save_model(
+        tmp_path / "m",
+        FittedHead(Head("linear", "none", np.zeros(3), np.ones(3), ((np.eye(2, 3), np.zeros(2)),)), (), {}, []),
+        classes=("a", "b"),
+        spec=SPEC,
+        weights={"source": "", "reload": None},
+        training={"recipe": "gradual", "best_epoch": 3},
+        metrics={"history": HISTORY, "head_val_accuracy": 0.7},
+        versions={},
+        finetuned=True,
+    )
+    return tmp_path / "m"
 
 
 def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
 
 
-def test_both_panels_show_the_history(tmp_path: Path, figures: list[Any]) -> None:
+def test_both_panels_show_the_history(tmp_path: Path, figures: list[Figure]) -> None:
     plot_history(HISTORY, tmp_path / "h.png", title=r"a $\b$ model", best_epoch=1, head_val_accuracy=0.7)
     with Image.open(tmp_path / "h.png") as image:
         assert image.format == "PNG"
@@ -57,7 +78,7 @@ def test_both_panels_show_the_history(tmp_path: Path, figures: list[Any]) -> Non
     assert "frozen head, val 0.700" not in lines(loss)
 
 
-def test_what_is_missing_is_left_out(tmp_path: Path, figures: list[Any]) -> None:
+def test_what_is_missing_is_left_out(tmp_path: Path, figures: list[Figure]) -> None:
     history = [{"epoch": 1, "train_loss": 1.0, "train_accuracy": None, "val_loss": None, "val_accuracy": None}]
     plot_history(history, tmp_path / "h.png", title="写真", best_epoch=1)
     loss, accuracy = figures[0].axes
@@ -83,3 +104,42 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(MissingDependencyError, match=r"pip install 'featcache\[report\]'"):
         plot_history(HISTORY, tmp_path / "h.png", title="")
     assert not list(tmp_path.iterdir())
+
+
+def test_curves_of_a_model_lie_beside_it(model: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = model.with_name("m.curves.png")
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    assert draw_curves(model) == curves
+    assert figures[0].get_suptitle() == "squeezenet1_1, recipe gradual"
+    assert {"train", "val", "best epoch 3", "frozen head, val 0.700"} == set(lines(figures[0].axes[1]))
+    first = curves.read_bytes()
+    curves.write_bytes(first[:200])  # an earlier one, and be it damaged, is replaced
+    monkeypatch.chdir(model)
+    assert draw_curves(Path()) == curves.resolve()
+    assert curves.read_bytes() == first
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == files
+    assert sorted(path.name for path in model.parent.iterdir()) == ["m", "m.curves.png"]
+
+
+def test_a_file_of_somebody_else_is_not_replaced(model: Path) -> None:
+    curves = model.with_name("m.curves.png")
+    Image.new("RGB", (3, 3)).save(curves)
+    theirs = curves.read_bytes()
+    with pytest.raises(StorageError, match="was not drawn by featcache"):
+        draw_curves(model)
+    assert curves.read_bytes() == theirs
+    for make in (curves.mkdir, lambda: curves.symlink_to("nowhere"), lambda: os.mkfifo(curves)):
+        curves.rmdir() if curves.is_dir() else curves.unlink()
+        make()
+        with pytest.raises(StorageError, match="was not drawn by featcache"):
+            draw_curves(model)
+
+
+def test_a_model_without_a_history(model: Path) -> None:
+    for text in ("{}", "[]", "no JSON", '{"history": [1], "head_val_accuracy": 0.5}'):
+        (model / "metrics.json").write_text(text)
+        with pytest.raises(ModelError, match="holds no history of a fine-tuning"):
+            draw_curves(model)
+    with pytest.raises(ModelError, match="is not a model"):
+        draw_curves(model.parent)
+    assert [path.name for path in model.parent.iterdir()] == ["m"]

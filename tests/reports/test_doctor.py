@@ -1,5 +1,6 @@
 """What ``doctor`` says: rates are those of known delays, advice follows from rates, facts survive strange machines."""
 
+import dataclasses
 import importlib.metadata
 import time
 from pathlib import Path
@@ -13,19 +14,18 @@ from featcache.backbones import embed as embedding
 from featcache.errors import SourceError, UsageError
 from featcache.images.decode import decode, read_pixels
 from featcache.images.source import list_images
-from featcache.reports import machine as machine_module
 from featcache.reports.advice import Setting, advice
-from featcache.reports.throughput import Rates, generated_photos, measure
+from featcache.reports.machine import machine
+from featcache.reports.photos import generated_photos
+from featcache.reports.throughput import Rates, measure
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime
 
 BATCH = 4
 CPU = Runtime(torch.device("cpu"), workers=2, batch_size=BATCH, reason="")
 SETTING = Setting(
-    device="cpu",
-    workers=2,
+    runtime=dataclasses.replace(CPU, batch_size=8),
     cores=2,
-    batch_size=8,
     seconds=20.0,
     backbone="resnet50",
     precision="fp32",
@@ -35,7 +35,8 @@ SETTING = Setting(
     resize=232,
 )
 EXTRAS = {"onnx": "onnx", "simplejpeg": "fast"}
-GPU = {"device": "cuda", "precision": "fp16"}
+GPU = {"runtime": Runtime(torch.device("cuda"), workers=2, batch_size=8, reason=""), "precision": "fp16"}
+ONE = {"runtime": Runtime(torch.device("cpu"), workers=1, batch_size=8, reason="")}
 
 
 class Sleeper:
@@ -68,7 +69,7 @@ def test_rates_are_those_of_known_delays(
         return read_pixels(data, spec)
 
     monkeypatch.setattr(embedding, "read_pixels", slow)
-    rates = measure(images, Sleeper(forward), CPU, seconds=0.8)  # type: ignore[arg-type]
+    rates = measure(images, Sleeper(forward), CPU, seconds=0.8)
     assert rates.limit == limit
     for found, delay in ((rates.decode, 0.04), (rates.forward, forward), (rates.end_to_end, 0.04 + forward)):
         assert 0.5 < found / (2 * BATCH / delay) < 1.02  # two workers; a busy machine only adds to the delays
@@ -79,7 +80,7 @@ def test_rates_are_those_of_known_delays(
 def test_a_slow_backbone_is_measured_in_one_round(tmp_path: Path) -> None:
     encoder = Sleeper(0.1)
     one = Runtime(torch.device("cpu"), workers=1, batch_size=BATCH, reason="")
-    rates = measure(list_images(make_photos(tmp_path, each=2)), encoder, one, seconds=0.3)  # type: ignore[arg-type]
+    rates = measure(list_images(make_photos(tmp_path, each=2)), encoder, one, seconds=0.3)
     assert encoder.calls <= 6  # three rounds would take 8 at least
     assert 0.5 < rates.forward / 40 < 1.02
 
@@ -87,10 +88,10 @@ def test_a_slow_backbone_is_measured_in_one_round(tmp_path: Path) -> None:
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_text("no image")
     with pytest.raises(SourceError, match="not one image in .* can be decoded"):
-        measure(list_images(tmp_path), Sleeper(0), CPU, seconds=0.1)  # type: ignore[arg-type]
+        measure(list_images(tmp_path), Sleeper(0), CPU, seconds=0.1)
     for seconds in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="must lie between 0 and 3600"):
-            measure(list_images(tmp_path), Sleeper(0), CPU, seconds=seconds)  # type: ignore[arg-type]
+            measure(list_images(tmp_path), Sleeper(0), CPU, seconds=seconds)
 
 
 def test_ceiling() -> None:
@@ -110,7 +111,7 @@ def test_ceiling() -> None:
         ),
         (Rates(400, 100, 80, True), {}, ["a GPU", "bf16 arithmetic", "mobilenet_v3_large"], ["--workers", "But"]),
         (Rates(400, 100, 80, True), {"backbone": "mobilenet_v2", "bf16": True}, ["--precision auto"], ["smaller"]),
-        (Rates(400, 100, 80, True), {"workers": 1}, ["--workers", "1 worker,"], ["more CPU cores"]),
+        (Rates(400, 100, 80, True), ONE, ["--workers", "1 worker,"], ["more CPU cores"]),
         (Rates(100, 400, 80, True), {}, ["Decoding limits", "(shorter edge 232 pixels instead of 375"], ["GPU"]),
         (Rates(100, 400, 80, True), {"edge": 256}, ["more CPU cores"], ["smaller copies", "featcache[fast]"]),
         (Rates(100, 400, 80, True), {"fast_decoder": False}, ["featcache[fast]"], []),
@@ -123,7 +124,7 @@ def test_ceiling() -> None:
     ],
 )
 def test_advice_follows_from_rates(rates: Rates, changes: dict, there: list[str], not_there: list[str]) -> None:
-    text = " ".join(advice(rates, Setting(**{**vars(SETTING), **changes})))
+    text = " ".join(advice(rates, dataclasses.replace(SETTING, **changes)))
     assert [words for words in there if words not in text] == [], text
     assert [words for words in not_there if words in text] == [], text
 
@@ -145,18 +146,18 @@ def test_generated_photos_are_always_the_same(tmp_path: Path) -> None:
 
 
 def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise RuntimeError("no such instruction")
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError("no such file, no such instruction")
 
     def version(name: str) -> str:
         if name in EXTRAS:
             raise importlib.metadata.PackageNotFoundError(name)
         return "1.2.3"
 
-    monkeypatch.setattr(machine_module, "_cpu", fail)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", fail)
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(machine_module.Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
-    facts = machine_module.machine()
+    monkeypatch.setattr(Path, "read_text", fail)
+    facts = machine(CPU)
     assert not {"cpu", "memory_gb"} & set(facts)
     assert facts["cores"]["usable"] >= 1
     assert facts["not_installed"] == {name: f"pip install 'featcache[{extra}]'" for name, extra in EXTRAS.items()}

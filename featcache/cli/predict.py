@@ -1,0 +1,138 @@
+"""``predict``, ``evaluate`` and ``export``: the commands that use a model. In: what was typed. Out: rows, scores or a file."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featcache.cli import options
+from featcache.cli.console import print_json, printable_row, say, show_progress
+from featcache.errors import SourceError, UsageError
+from featcache.system.supervisor import output_started
+
+
+def predict(
+    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
+    inputs: Annotated[list[Path], typer.Argument(readable=False, help="Images, folders, CSV files; or cache files.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file; stdout if not given.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
+    probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
+    batch_size: options.BatchSize = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    max_bad: options.MaxBad = 1.0,
+    as_json: options.Json = False,
+) -> None:
+    """Label images: one row per input image, in order, refused ones included."""
+    from featcache.models.model import load_model
+    from featcache.models.predict import predict as run
+    from featcache.reports.predictions_table import prediction_rows
+    from featcache.system.files import check_output
+
+    if output is not None:
+        if output.suffix not in (".csv", ".jsonl"):
+            raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
+        check_output(output)
+    started = time.perf_counter()
+    loaded = load_model(model)
+    with show_progress("predicting", show=output is not None) as progress:
+        predictions = run(
+            loaded,
+            inputs,
+            device=device,
+            workers=options.count(workers, "workers"),
+            batch_size=options.count(batch_size, "batch size"),
+            progress=progress,
+        )
+        rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
+        written, refused = _write(rows, output)
+    seconds = time.perf_counter() - started
+    say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
+    facts = {"model": model, "output": output, "images": written, "labelled": written - refused, "refused": refused}
+    print_json(facts | {"seconds": seconds}, wanted=as_json)
+    if written == refused:
+        raise SourceError("not one image could be labelled; each row says why in its reason column")
+    options.exit_if_bad(refused, written, max_bad)
+
+
+def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, int]:
+    """Write ``rows`` to a file, or to stdout; how many there were, and how many of refused images."""
+    from featcache.reports.predictions_table import write_rows
+    from featcache.system.files import publish_file
+
+    if output is not None:
+        with publish_file(output) as file:
+            return write_rows(rows, file, "jsonl" if output.suffix == ".jsonl" else "csv")
+    output_started()
+    if sys.stdout.isatty():  # which would obey what a name holds; a file or a pipe gets names as they are
+        rows = map(printable_row, rows)
+    counts = write_rows(rows, sys.stdout.buffer, "csv")
+    sys.stdout.flush()
+    return counts
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
+    source: Annotated[Path, typer.Argument(readable=False, help="Labelled images (folder or CSV), or a cache file.")],
+    split: Annotated[
+        str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
+    ] = "auto",
+    batch_size: options.BatchSize = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Score a model on labelled images or on a cache."""
+    from featcache.models.evaluate import evaluate as run
+
+    with show_progress("evaluating") as progress:
+        scores = run(
+            model,
+            source,
+            split=None if split == "auto" else split,
+            device=device,
+            workers=options.count(workers, "workers"),
+            batch_size=options.count(batch_size, "batch size"),
+            progress=progress,
+        )
+    say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
+    say(
+        f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"
+    )
+    for name, entry in scores["per_class"].items():
+        if entry["n"]:
+            precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
+            say(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+    print_json(scores, wanted=as_json)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .safetensors file.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write backbone and head as one file that runs without featcache, checked against the model first."""
+    from featcache.models.export import export_model
+
+    report = export_model(model, output, force=force)
+    for heading, entries in (("in", report.inputs), ("out", report.outputs)):
+        say(f"  {heading}: " + "; ".join(f"{name}, {what}" for name, what in entries.items()))
+    say(
+        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model "
+        f"{report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits"
+    )
+    print_json(dataclasses.asdict(report), wanted=as_json)
+
+
+COMMANDS: options.Commands = {
+    predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3",
+    evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 --split val",
+    export: "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors",
+}

@@ -1,0 +1,154 @@
+"""``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores as lines on stderr, facts on
+stdout with ``--json``.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featcache.cli import options
+from featcache.cli.console import is_first_process, print_json, say, show_training
+
+_AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
+
+
+def fit_head(
+    cache: Annotated[Path, typer.Argument(readable=False, help="A cache file written by extract.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The model folder.")],
+    clf: Annotated[str, typer.Option(help="logreg, linear or mlp.")] = "logreg",
+    c: Annotated[
+        str, typer.Option("--C", help="Inverse regularisation strength of logreg; auto: cross-validated.")
+    ] = "auto",
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation on training rows; 0 for none.")] = 5,
+    class_weight: Annotated[str, typer.Option(help="none, or balanced: rare classes weigh more.")] = "none",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds, initial weights and batches.")] = 0,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a classifier on cached embeddings; everything is chosen on training rows, val and test stay untouched."""
+    from featcache.models.fit import fit_head as run
+
+    report = run(
+        cache,
+        output,
+        clf=clf,  # type: ignore[arg-type]
+        C=options.number(c, "C"),
+        folds=folds,
+        class_weight=class_weight,  # type: ignore[arg-type]
+        seed=seed,
+        self_contained=self_contained,
+    )
+    chosen = f"C {report.C:g}, " if report.C is not None else ""
+    say(
+        f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
+    )
+    if report.cv_accuracy is not None:
+        say(f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})")
+    for name, value in (("val", report.val_accuracy), ("test", report.test_accuracy)):
+        if value is not None:
+            say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
+    say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
+    print_json(dataclasses.asdict(report), wanted=as_json)
+
+
+def finetune(
+    source: Annotated[Path, typer.Argument(readable=False, help="Labelled images: folders or a CSV, as for extract.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
+    init: Annotated[
+        Path | None,
+        typer.Option(readable=False, help="Model to start from; without it, one is extracted and fit first."),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="default, gradual, ants-bees, ants-bees-frozen, cats-dogs, flowers, flowers-frozen, caltech101."
+        ),
+    ] = "default",
+    backbone: _AsForExtract = None,
+    weights: _AsForExtract = None,
+    resize: _AsForExtract = None,
+    crop: _AsForExtract = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch, instead of the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the head, instead of the recipe's.")] = None,
+    backbone_lr: Annotated[float | None, typer.Option(help="Of the backbone's last stage.")] = None,
+    unfreeze: Annotated[str | None, typer.Option(help="head, last-stage, all or gradual.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=0, help="Stop after so many epochs without a better one; 0: never.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of order, augmentation, new weights.")] = 0,
+    precision: Annotated[str, typer.Option(help="auto, fp32, or mixed: bf16, fp16.")] = "auto",
+    micro_batch: Annotated[
+        str, typer.Option(help="Most images per forward pass, or auto; gradients add up to the batch.")
+    ] = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
+    from featcache.extraction.request import ExtractRequest
+    from featcache.finetuning.finetune import finetune as run
+
+    asked: dict[str, Any] = {
+        "backbone": backbone,
+        "weights": weights,
+        "resize": None if resize is None else options.size(resize),
+        "crop": None if crop is None else options.count(crop, "crop"),
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    with show_training() as progress:
+        report = run(
+            source,
+            output,
+            init=init,
+            request=ExtractRequest(**asked) if asked else None,
+            recipe=recipe,
+            changes={
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "lr": lr,
+                "backbone_lr": backbone_lr,
+                "unfreeze": unfreeze,
+                "patience": patience,
+            },
+            seed=seed,
+            precision=precision,
+            device=device,
+            workers=options.count(workers, "workers"),
+            micro_batch=options.count(micro_batch, "micro batch"),
+            resume=resume,
+            force=force,
+            progress=progress,
+        )
+    if not is_first_process():
+        return
+    say(f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s")
+    for line in report.comparison:
+        say(f"  {line}")
+    say(f"  {report.verdict}")
+    say(f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv")
+    print_json(dataclasses.asdict(report), wanted=as_json)
+    _draw_curves(report.model)
+
+
+def _draw_curves(model: Path) -> None:
+    """Draw the history beside the model. The model is saved by now, so that whatever goes wrong here is only said."""
+    from featcache.reports.curves import draw_curves
+
+    try:
+        say(f"  curves in {draw_curves(model)}")
+    except Exception as error:
+        say(f"no curves of {model}: {error}")
+
+
+COMMANDS: options.Commands = {
+    fit_head: "featcache fit-head features.h5 -o model/  ·  featcache fit-head features.h5 -o mlp/ --clf mlp",
+    finetune: "featcache finetune photos/ --init model/ -o model-ft/  ·  "
+    "featcache finetune photos/ -o model-ft/ --backbone resnet18 --recipe gradual",
+}

@@ -1,0 +1,55 @@
+"""``describe``: what it says of a cache and of a model is what went in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SPEC, TINY, make_photos
+
+import featcache
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
+from featcache.errors import CacheError, ModelError
+from featcache.spec import SPLITS
+
+
+def test_a_cache(tmp_path: Path) -> None:
+    rng, n, path = np.random.default_rng(0), 200, tmp_path / "f.h5"
+    rows = Rows(
+        paths=encode_names(f"{number}.jpg" for number in range(n)),
+        labels=rng.integers(-1, 2, n).astype(np.int32),
+        splits=rng.choice([1, 3], n).astype(np.uint8),
+        digests=rng.integers(0, 256, (n, 32)).astype(np.uint8),
+        sizes=rng.permutation(n) + 1000,
+        mtimes=np.zeros(n, np.int64),
+    )
+    refused = (("bad.jpg", "not an image"),)
+    write_cache(path, rows, [np.ones((n, 4))], dim=4, spec=SPEC, classes=("a", "b", "empty"), refused=refused)
+    facts = featcache.describe(str(path))
+    assert facts["classes"] == {
+        name: {SPLITS[split]: int(np.sum((rows.labels == label) & (rows.splits == split))) for split in (1, 3)}
+        for label, name in enumerate(("a", "b", "empty"))
+    }
+    assert facts["unlabelled"] == np.sum(rows.labels < 0) > 0
+    assert facts["image_bytes"] == [1000, 1049, 1099, 1149, 1199]
+    assert facts["refused"] == [{"path": "bad.jpg", "reason": "not an image"}]
+    assert (facts["kind"], facts["path"], facts["images"], facts["dim"]) == ("cache", str(path), n, 4)
+    assert (facts["dtype"], facts["bytes"]) == ("float16", path.stat().st_size)
+    json.dumps(facts)
+
+
+def test_a_model(tmp_path: Path) -> None:
+    featcache.extract(make_photos(tmp_path / "photos", each=2), tmp_path / "f.h5", TINY)
+    featcache.fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
+    facts = featcache.describe(tmp_path / "m")
+    assert (facts["kind"], facts["classes"], facts["head"]["kind"]) == ("model", ["blue", "green", "red"], "logreg")
+    assert facts["fingerprint"] == featcache.describe(tmp_path / "f.h5")["fingerprint"]
+    json.dumps(facts)
+
+
+def test_what_is_neither(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no cache")
+    for path, error in ((tmp_path, ModelError), (tmp_path / "text", CacheError), (tmp_path / "nowhere", CacheError)):
+        with pytest.raises(error):
+            featcache.describe(path)

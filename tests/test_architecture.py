@@ -66,7 +66,6 @@ STILL_TO_CUT = {
     ("heads.head", "cache"),
     ("heads.logreg", "cache"),
     ("heads.minibatch", "cache"),
-    ("models.export_candidate", "__init__"),
 }
 
 

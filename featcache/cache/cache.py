@@ -47,6 +47,8 @@ from featcache.system.safe_load import parse_json
 
 # ---------------------------------------------------------------------------------------------------- reading
 
+_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureCache:
@@ -344,6 +346,17 @@ def _dataset(path: Path, file: PlainFile, name: str, kind: str, ndim: int) -> Pl
     if found.dtype.kind != kind or len(found.shape) != ndim:
         raise CacheError(f"{path} is refused: {name} is not a plain contiguous dataset of the expected type")
     return found
+
+
+def is_cache(path: Path) -> bool:
+    """Whether ``path`` is meant to be a cache: by its suffix, or because it begins as HDF5 files do, whatever it is called."""
+    if path.suffix.lower() in _SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return path.is_file() and file.read(len(SIGNATURE)) == SIGNATURE
+    except OSError:
+        return False
 
 
 def weights_copy(cache: Path, spec: Spec) -> Path:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.spec import SPLITS
+from featcache.system.workdir import is_work_folder
 
 _SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
 # fmt: off
@@ -190,10 +191,11 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _is_passed_over(entry: "os.DirEntry[str]") -> bool:
     """Hidden entries, and what featcache itself writes: a cache's parts, unfinished fine-tunings and model folders."""
-    if _is_hidden(entry.name) or entry.name.endswith(".h5.parts"):
+    if _is_hidden(entry.name):
         return True
-    marks = ("model.json", "run.json") if entry.name.endswith(".parts") else ("model.json",)
-    return entry.is_dir(follow_symlinks=False) and any(os.path.lexists(f"{entry.path}/{mark}") for mark in marks)
+    return entry.is_dir(follow_symlinks=False) and (
+        is_work_folder(entry.path) or os.path.lexists(f"{entry.path}/model.json")
+    )
 
 
 def _is_curves(path: str) -> bool:

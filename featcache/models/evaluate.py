@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.cache.cache import FeatureCache
+from featcache.cache.cache import FeatureCache, is_cache
 from featcache.errors import SourceError
 from featcache.heads.head import Array
 from featcache.heads.metrics import evaluate_probabilities
@@ -50,7 +50,7 @@ def evaluate(
     """
     model = model if isinstance(model, Model) else load_model(model)
     source = Path(source)
-    if source.suffix == ".h5":
+    if is_cache(source):
         cache = FeatureCache.open(source)
         model.check_cache(cache)
         split, rows = _choose_split(cache.rows.splits, split, source)

@@ -4,6 +4,7 @@ In: a model and its backbone. Out: ``Candidate``: bytes, how to use them, and wh
 """
 
 import dataclasses
+import importlib.metadata
 import json
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from featcache import __version__
 from featcache.backbones.backbone import Backbone
 from featcache.heads.head import Head
 from featcache.images.preprocess import channel_constants
@@ -129,7 +129,7 @@ def metadata(model: Model, backbone: Backbone, *, normalised_inside: bool) -> di
     """Classes, preprocessing and origin, as both formats carry them."""
     preprocess = describe_preprocess(backbone.preprocess, normalised_inside=normalised_inside)
     return {
-        "featcache_version": __version__,
+        "featcache_version": importlib.metadata.version("featcache"),
         "fingerprint": model.fingerprint,
         "head_sha256": model.manifest["head"]["sha256"],
         "backbone": backbone.name,

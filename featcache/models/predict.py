@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from featcache.cache.cache import FeatureCache
+from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.features import is_finite
 from featcache.errors import Refusal, SourceError, UsageError
 from featcache.heads.head import Array
@@ -57,7 +57,7 @@ def predict(
 
     Args:
         model: a model folder, or what ``load_model`` returned.
-        inputs: image files, folders, CSV files with a ``path`` column; or caches (``.h5``) of the model's own spec.
+        inputs: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
         device, workers, batch_size: as in ``extract``.
         progress: called with (done, total, bottleneck).
 
@@ -72,7 +72,7 @@ def predict(
     paths = [Path(entry) for entry in inputs]
     if missing := [path for path in paths if not os.path.lexists(path)]:
         raise SourceError(f"{missing[0]} does not exist; give image files, folders, a CSV or a cache")
-    caches = [path.suffix == ".h5" for path in paths]
+    caches = [is_cache(path) for path in paths]
     if any(caches):
         if not all(caches):
             raise UsageError("caches and images cannot be mixed in one prediction; run it once for each")

@@ -5,6 +5,7 @@ In: the output, ``features.h5`` or ``model-ft/``. Out: ``features.h5.parts/`` or
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,26 @@ import filelock
 from featcache.errors import StorageError
 from featcache.system.files import sweep, sync_folder
 
+_CONTENT = re.compile(
+    r"lock|run\.json|\d{20}-[0-9a-f]{8}\.h5"
+)  # at least one of these, while it is in use or to be resumed
 PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 
 
 def work_folder(output: Path) -> Path:
     """Where the unfinished work for the file or folder ``output`` lies."""
     return output.with_name(output.name + ".parts")
+
+
+def is_work_folder(path: str) -> bool:
+    """Whether a folder is the ``work_folder`` of some output: by its name, and as it holds nothing, or what we put there."""
+    if not path.endswith(".parts"):
+        return False
+    try:
+        names = os.listdir(path)  # noqa: PTH208 - names are enough
+    except OSError:
+        return False  # whoever walks it says why
+    return not names or any(_CONTENT.fullmatch(name) for name in names)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,72 @@
+"""What featcache writes is known again, wherever it lies and whatever it is called, and is never taken for the user's images."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, TINY_FLAGS, make_photos, write_photo
+
+from featcache.cache.cache import is_cache
+from featcache.errors import UsageError
+from featcache.extraction.extract import extract
+from featcache.images.source import list_images
+from featcache.models.evaluate import evaluate
+from featcache.models.fit import fit_head
+from featcache.models.predict import predict
+
+NAMES = ("f.h5", "f.hdf5", "f.H5", "features", "f.cache")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_is_one_by_any_name(photos: Path, tmp_path: Path, name: str) -> None:
+    cache = tmp_path / name
+    extract(photos, cache, TINY)
+    assert is_cache(cache)
+    fit_head(cache, tmp_path / "m", C=1.0, folds=0)
+    assert sum(prediction.probabilities is not None for prediction in predict(tmp_path / "m", [cache])) == 18
+    assert evaluate(tmp_path / "m", cache)["n"] == 18
+    with pytest.raises(UsageError, match="cannot be mixed"):
+        predict(tmp_path / "m", [cache, photos])
+
+
+def test_images_are_no_caches(photos: Path) -> None:
+    assert not any(map(is_cache, [photos, *photos.rglob("*.jpg"), photos / "nothing"]))
+
+
+DIES = """
+import os, sys
+from featcache.cli import app
+from featcache.extraction import parts
+parts.MAX_ROWS = 4
+flush = parts.PartWriter.flush
+def die(self):
+    flush(self)
+    if self.written:
+        os._exit(9)
+parts.PartWriter.flush = die
+app.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["f.h5", "f.hdf5", "features"])
+def test_unfinished_work_inside_the_source_is_no_class(tmp_path: Path, name: str) -> None:
+    """Killed after its first part, with everything inside the folder of images; the same command goes on, to the same cache."""
+    photos = make_photos(tmp_path / "photos")
+    command = ["extract", str(photos), "-o", str(photos / name), *TINY_FLAGS, "--workers", "1", "--json"]
+    died = subprocess.run([sys.executable, "-c", DIES, *command], capture_output=True, text=True, check=False)
+    assert died.returncode == 9, died.stderr
+    assert (photos / f"{name}.parts").is_dir()
+    assert list_images(photos).classes == ("blue", "green", "red")
+    done = subprocess.run([sys.executable, "-m", "featcache", *command], capture_output=True, text=True, check=True)
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert (facts["embedded"] + facts["reused"], facts["reused"] > 0) == (18, True)
+
+
+def test_folders_of_the_user_that_are_called_alike_stay_classes(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", each=2)
+    shutil.copytree(photos / "red", photos / "engine.parts")
+    write_photo(photos / "spare.h5.parts" / "0.jpg", (1, 2, 3), 1)
+    assert list_images(photos).classes == ("blue", "engine.parts", "green", "red", "spare.h5.parts")

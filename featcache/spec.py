@@ -31,8 +31,8 @@ class PreprocessSpec:
         interpolation: resampling filter of the resize.
         mean, std: per-channel normalisation of values in 0..1.
         decode: ``full scale``, or ``reduced scale``: JPEGs much larger than ``resize`` are decoded at 1/2, 1/4 or 1/8 of
-            their size, several times as fast, to somewhat other pixels (``images.reduction``).
-        orientation, alpha, deep, frame, profile: how unusual files become 8-bit RGB (``images.decode``).
+            their size, several times as fast, to somewhat other pixels (``images.decode.reduction``).
+        orientation, alpha, deep, frame, profile: how unusual files become 8-bit RGB (``images.decode.decode``).
             They have one value each today; they are stored so that a later change can never pass unnoticed.
 
     Raises:

@@ -191,6 +191,16 @@ def test_files_stay_small(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 500
 
 
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_every_room_has_a_sign(room: str) -> None:
+    """A docstring that names every file, and nothing that runs."""
+    tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
+    assert len(tree.body) == 1
+    sign = ast.get_docstring(tree) or ""
+    for path in (PACKAGE / room).glob("*.py"):
+        assert path.name == "__init__.py" or re.search(rf"\b{path.stem}\b", sign), f"{path.name} is not on the sign"
+
+
 def describe(package: Path) -> str:
     """The graph in figures: of rooms, and of files. Before there were rooms, a file was one."""
     rooms = between_rooms(package)

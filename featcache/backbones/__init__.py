@@ -1,1 +1,14 @@
-"""Name and weights in; embeddings of images out."""
+"""Name and weights in; embeddings of images out.
+
+load.py              name and weights -> Backbone
+from_torchvision.py  torchvision's models
+from_timm.py         timm's
+backbone.py          what a Backbone is; its weights read, hashed, saved
+saved.py             the backbone of a saved model
+embedder.py          Embedder: a backbone ready to embed
+embed.py             the one embedding loop
+encoder.py           a backbone made fast
+self_check.py        are embeddings still the network's own? Is bf16 good enough?
+folding.py           batch norms folded into convolutions
+onednn.py            what follows a convolution done in it
+"""

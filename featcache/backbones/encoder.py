@@ -34,7 +34,7 @@ class PrecisionChoice:
     """What the self-check found.
 
     Attributes:
-        precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``fusion.py``.
+        precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``onednn.py`` and ``folding.py``.
         precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
         reason: why, in words, with the figures.
         tried: per precision and form: ``Agreement.to_json`` with plain float32.

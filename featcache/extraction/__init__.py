@@ -1,1 +1,10 @@
-"""A source in; a cache file out: match, plan, embed into parts, pack; repair."""
+"""A source in; a cache file out.
+
+extract.py  the whole of it, in order
+request.py  what is asked for
+plan.py     what is there, what is left to do
+match.py    images to cached rows, by digest
+parts.py    finished work of a running extraction: how it is resumed
+repair.py   verify --repair
+restore.py  damaged columns, from the source
+"""

@@ -29,7 +29,7 @@ def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray
     weights are rounded to 16 bits, so that a few values in a hundred differ by one of the 256 levels. Others by Pillow.
 
     Args:
-        image: upright RGB, uint8 (height, width, 3), as ``decoders.decode_pixels`` returns it.
+        image: upright RGB, uint8 (height, width, 3), as ``decode.decode_pixels`` returns it.
         spec: sizes and filter.
 
     Returns:

@@ -39,7 +39,7 @@ class ImageList:
         paths: N relative paths, POSIX separators; bytes that are not UTF-8 appear as surrogate escapes.
         labels: (N,) int32, index into ``classes``; -1 when unknown.
         classes: sorted class names over all splits, empty class folders included.
-        splits: (N,) uint8, index into ``cache.SPLITS``.
+        splits: (N,) uint8, index into ``spec.SPLITS``.
         sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed.
         refused: entries that were skipped without opening them, and why.
         refused_at: how many images are listed before each of these.

@@ -1,1 +1,11 @@
-"""The saved model: fit, load, predict, evaluate, export."""
+"""The saved model: fit, load, predict, evaluate, export.
+
+model.py             what it is: saved, loaded, checked
+fit.py               fit-head
+predict.py           labels for images or caches
+evaluate.py          scores
+export.py            one file that runs without featcache
+export_candidate.py  what every format shares
+as_onnx.py           ONNX
+as_safetensors.py    tensors for PyTorch
+"""

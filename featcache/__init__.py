@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featcache.backbones.embedder import Embedder
     from featcache.backbones.load import backbone_names, load_backbone
     from featcache.cache.cache import FeatureCache
     from featcache.errors import FeatcacheError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOME = {
+    "Embedder": "backbones.embedder",
     "ExportReport": "models.export",
     "ExtractReport": "extraction.extract",
     "ExtractRequest": "extraction.request",
@@ -56,6 +58,7 @@ _HOME = {
     "repair": "extraction.repair",
 }
 __all__ = [
+    "Embedder",
     "ExportReport",
     "ExtractReport",
     "ExtractRequest",

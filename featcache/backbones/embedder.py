@@ -15,7 +15,7 @@ from featcache.backbones.encoder import Encoder, Precision, PrecisionChoice, bui
 from featcache.images.decode import Pixels, decoder_in_words
 from featcache.images.read import ImageFiles
 from featcache.spec import Spec
-from featcache.system.device import Runtime
+from featcache.system.device import Runtime, choose_runtime
 
 log = logging.getLogger("featcache")
 _SAMPLE = 32  # images at most
@@ -39,13 +39,19 @@ class Embedder:
 
     @classmethod
     def prepare(
-        cls, backbone: Backbone, runtime: Runtime, files: ImageFiles, *, precision: Precision = "auto"
+        cls, backbone: Backbone, files: ImageFiles, *, runtime: Runtime | None = None, precision: Precision = "auto"
     ) -> "Embedder":
         """Make ``backbone`` fast, check on the first of ``files`` that it stayed itself, and say what was chosen.
+
+        Args:
+            backbone: as ``load_backbone`` returns it. files: an ``ImageList``, or anything with a root and paths.
+            runtime: where to compute; the best device here when None.
+            precision: ``auto`` takes the fastest that passes the self-check; another is obeyed, and named if it does not.
 
         Raises:
             UsageError: unknown precision, an input size that the network does not take, too little memory.
         """
+        runtime = runtime or choose_runtime()
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
         sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, _SAMPLE))
         pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)

@@ -219,7 +219,7 @@ class _Job:
         from featcache.images.read import refusals
 
         precision = cast("Precision", self.resolved.precision)
-        embedder = Embedder.prepare(self.backbone, self.runtime, self.images, precision=precision)
+        embedder = Embedder.prepare(self.backbone, self.images, runtime=self.runtime, precision=precision)
         if not len(embedder.sample):
             raise SourceError(self.images.all_refused(refusals(self.images, range(len(self.images)))))
         _compare_with_full_scale(embedder, self.images)

@@ -207,9 +207,9 @@ def _embedder(cache: FeatureCache, images: ImageList, options: _Options) -> "Emb
     if wanted == "reference":
         before = cache.provenance.precision
         precision = before if before in candidates(runtime.device) else "auto"
-    embedder = Embedder.prepare(backbone, runtime, images, precision=cast("Precision", precision))
+    embedder = Embedder.prepare(backbone, images, runtime=runtime, precision=cast("Precision", precision))
     if wanted == "reference" != embedder.choice.precision_class:  # what passed on other images need not on these
-        embedder = Embedder.prepare(backbone, runtime, images, precision="fp32")
+        embedder = Embedder.prepare(backbone, images, runtime=runtime, precision="fp32")
     return embedder
 
 

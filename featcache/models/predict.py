@@ -149,7 +149,7 @@ def embed_and_score(
     runtime = dataclasses.replace(runtime, batch_size=max(1, min(runtime.batch_size, total)))
     log.info(runtime.reason)
     precision = cast("Precision", "auto" if model.spec.precision == "reference" else model.spec.precision)
-    embedder = Embedder.prepare(model.backbone.load(), runtime, files, precision=precision)
+    embedder = Embedder.prepare(model.backbone.load(), files, runtime=runtime, precision=precision)
     timings, done = Timings(), 0
     if progress:
         progress(0, total, timings.bottleneck)

@@ -95,7 +95,7 @@ def _given_or_generated(given: ImageList | None) -> Iterator[tuple[ImageList, st
 def _measure(
     images: ImageList, backbone: Backbone, runtime: Runtime, *, precision: str, seconds: float
 ) -> dict[str, Any]:
-    embedder = Embedder.prepare(backbone, runtime, images, precision=cast("Precision", precision))
+    embedder = Embedder.prepare(backbone, images, runtime=runtime, precision=cast("Precision", precision))
     if not len(embedder.sample):
         raise SourceError(f"not one of {len(images)} images in {images.root} can be decoded")
     log.info("measuring for about %g s", seconds)

@@ -1,4 +1,4 @@
-"""The folder of a fine-tuning that is under way: ``model-ft.parts/`` with what it is, and how far it has come.
+"""The work folder of a run, ``model-ft.parts/``: which run it is, and its checkpoint.
 
 In: a run's identity (everything that changes the numbers) and its state. Out: ``run.json`` for people to read, and
 ``checkpoint.pt`` with both, tensors and plain values only, replaced atomically; reading it runs no code.
@@ -8,8 +8,9 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from featcache.errors import ModelError, StorageError, UsageError
 from featcache.spec import difference, fingerprint_of
@@ -17,8 +18,53 @@ from featcache.system.files import publish_file
 from featcache.system.safe_load import DamagedFile, load_tensors, parse_json
 from featcache.system.workdir import work_folder
 
+if TYPE_CHECKING:
+    from featcache.finetuning.trainer import Trainer
+
 _RUN, _STATE = "run.json", "checkpoint.pt"
 FORMAT_VERSION = 1
+
+
+class Position(NamedTuple):
+    """How far training has come: whole epochs, and steps of the next one."""
+
+    epochs: int
+    steps: int
+
+    def __str__(self) -> str:
+        steps = f" and {self.steps} steps" if self.steps else ""
+        return f"after {self.epochs} epochs{steps}"
+
+
+class Checkpoint:
+    """The checkpoint of one run on disk, and what is known of it.
+
+    Attributes:
+        position: where training stood when it was written; None: there is none yet.
+    """
+
+    def __init__(self, output: Path, identity: dict[str, Any], *, position: Position | None, writes: bool) -> None:
+        """``writes``: whether this process is the one that writes."""
+        self.position = position
+        self._output, self._identity, self._writes = output, identity, writes
+        self._written = time.perf_counter()
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+        return work_folder(self._output)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was written, or since the run was started or continued."""
+        return time.perf_counter() - self._written
+
+    def save(self, trainer: "Trainer") -> None:
+        """Write the trainer's state. Raises StorageError, TrainingError; the checkpoint before is then still there."""
+        if self._writes:
+            save_state(self._output, self._identity, trainer.state())
+            self.position = Position(trainer.epoch, trainer.batch)
+        self._written = time.perf_counter()
 
 
 def has_state(output: Path) -> bool:
@@ -27,7 +73,7 @@ def has_state(output: Path) -> bool:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether the run in the work folder has published its model already, and was only cut off before tidying up."""
+    """Whether the run in the work folder has published its model, and was cut off before it removed that folder."""
     try:
         run = parse_json((work_folder(output) / _RUN).read_text())
         manifest = parse_json((output / "model.json").read_text())
@@ -57,7 +103,7 @@ def check_unfinished(output: Path, *, resume: bool, force: bool) -> None:
 
 
 def claim_work(output: Path, *, force: bool) -> None:
-    """Mark the work folder, which exists, as a fine-tuning's; with ``force`` empty it first."""
+    """Mark the work folder, which exists, as that of a fine-tuning; with ``force`` remove an earlier run's files first."""
     if force:
         _empty(output)
     run = work_folder(output) / _RUN
@@ -67,13 +113,13 @@ def claim_work(output: Path, *, force: bool) -> None:
 
 
 def open_work(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Settle whether to start or to continue.
+    """Start a run, or find the state of an interrupted one.
 
     Args:
-        output: the model folder that is to be. identity: of this run, JSON values.
+        output: the model folder to be written. identity: of this run, JSON values.
 
     Returns:
-        The state of an interrupted run to continue; None: there is none.
+        The state to continue from; None: there is no checkpoint.
 
     Raises:
         UsageError: it belongs to other settings (named). ModelError: its files are damaged. StorageError: the folder
@@ -105,12 +151,12 @@ def save_state(output: Path, identity: dict[str, Any], state: dict[str, Any]) ->
 
 
 def remove_work(output: Path) -> None:
-    """The model is saved; nothing here is needed any more. What is not a fine-tuning's stays."""
+    """Remove the files of a run whose model is saved. Files of somebody else stay."""
     _empty(output)
 
 
 def tidy_work(output: Path) -> None:
-    """Leave no trace of a run that ended before it had anything worth keeping: neither features nor a checkpoint."""
+    """Remove the files of a run that ended before it had features or a checkpoint to keep."""
     folder = work_folder(output)
     if not any((folder / name).exists() for name in (_STATE, "features.h5", work_folder(folder / "features.h5"))):
         _empty(output)
@@ -131,7 +177,12 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = load_tensors(path)
         version, identity = state.pop("version"), state["identity"]
-    except (DamagedFile, KeyError, TypeError, AttributeError) as error:  # the last ones: not our state at all
+    except (
+        DamagedFile,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # the last three: another file than a checkpoint
         reason = error if isinstance(error, DamagedFile) else type(error).__name__
         raise ModelError(f"{path} is damaged ({reason}); discard the interrupted run with --force") from error
     except OSError as error:

@@ -1,6 +1,6 @@
 """Which weights to keep, and whether fine-tuning was worth it. numpy only.
 
-In: logits of several candidates on the same images. Out: the best candidate; a paired comparison with the cached head.
+In: logits of several models on the same images. Out: the best candidate; a paired comparison with the cached head.
 """
 
 import dataclasses
@@ -21,6 +21,15 @@ class Candidate:
 
     alpha: float
     logits: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Paired:
+    """The images of one split under both models: labels (n,), logits (n, C) of the cached head and of the tuned model."""
+
+    y: Array
+    head: Array
+    tuned: Array
 
 
 def score(y: Array, logits: Array) -> tuple[float, float]:

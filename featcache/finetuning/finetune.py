@@ -1,56 +1,54 @@
 """``finetune``: unfreeze the backbone and train end to end, starting from the cached head; by default never ending below it on val.
 
 In: images and, if there is one, the model of their cached features. Out: a model folder like any other, whose backbone
-travels along. The order of things: settle the start, decode once, prove that the assembled network is the cached head,
-train with a checkpoint per epoch, choose the best epoch and the best mixture with the start on val, compare, save.
+travels along. Each stage hands values to the next: settle the start, decode once, prove that the assembled network is the
+cached head, train with a checkpoint per epoch, choose the best epoch and the best mixture with the start on val, compare, save.
 """
 
 import contextlib
 import copy
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.cache.cache import FeatureCache
-from featcache.errors import Interrupted, TrainingError, UsageError
+from featcache.errors import UsageError
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.checkpoint import (
+    Checkpoint,
+    Position,
     check_unfinished,
     claim_work,
     is_finished,
     open_work,
     remove_work,
-    save_state,
     tidy_work,
 )
-from featcache.finetuning.compare import UNCHANGED, Candidate, choose, compare, in_words, score
+from featcache.finetuning.compare import UNCHANGED, Candidate, Paired, choose, compare, in_words, score
 from featcache.finetuning.pixels import LabelledPixels, decode_split
-from featcache.finetuning.recipes import choose_recipe, explain
-from featcache.finetuning.save import FinetuneReport, read_report, save_finetuned
+from featcache.finetuning.recipes import Recipe, choose_recipe, explain
+from featcache.finetuning.save import FinetuneReport, metrics_of, read_report, save_finetuned
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, reference_features
-from featcache.heads.head import Array, softmax
-from featcache.heads.metrics import evaluate_probabilities
+from featcache.heads.head import Array
 from featcache.images.source import ImageList
 from featcache.models.model import Model, check_replaceable
 from featcache.spec import fingerprint_of
-from featcache.system.signals import StopRequest, deferred_signals
+from featcache.system.signals import deferred_signals
 from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
+    from featcache.finetuning.epochs import Trained
     from featcache.finetuning.network import Network
-    from featcache.finetuning.trainer import Status, Trainer
+    from featcache.finetuning.trainer import OnStep, Trainer
     from featcache.system.device import Runtime
     from featcache.system.distributed import Processes
 
 log = logging.getLogger("featcache")
-Progress = Callable[["Status"], None]
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
-_SECONDS_BETWEEN_CHECKPOINTS = 600.0
-_STEPS_BETWEEN_QUESTIONS = 4  # asking all processes whether to stop costs a round trip
 
 
 def finetune(
@@ -68,7 +66,7 @@ def finetune(
     micro_batch: int | None = None,
     resume: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: "OnStep | None" = None,
 ) -> FinetuneReport:
     """Fine-tune a backbone and its head on labelled images.
 
@@ -96,10 +94,10 @@ def finetune(
     """
     from featcache.finetuning.trainer import choose_training_precision
     from featcache.system import distributed
-    from featcache.system.device import choose_runtime, kept_random_state
+    from featcache.system.device import choose_runtime
 
     started = time.perf_counter()
-    source, output, changes = Path(source), Path(output), changes or {}
+    source, output, changes = Path(source), _with_name(Path(output)), changes or {}
     _check_options(init, request, recipe, changes, seed, resume, force)
     finished = resume and is_finished(output)
     if not finished:
@@ -107,45 +105,37 @@ def finetune(
     check_unfinished(output, resume=resume, force=force)
     images, held_out = read_source(source, seed=seed)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
-    settings = _Settings(output, recipe, changes, seed, choose_training_precision(precision, runtime.device))
-    with contextlib.ExitStack() as stack:
-        processes, runtime = stack.enter_context(distributed.init(runtime))
-        if processes.world > 1 and choose_recipe(recipe, 1, **changes).batchnorm == "train":
-            raise UsageError(
-                f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
-            )
+    precision = choose_training_precision(precision, runtime.device)
+    with distributed.init(runtime) as (processes, runtime):
+        job = _Job(images, output, recipe, changes, seed, precision, runtime, processes)
+        job.check_processes()
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
-        if processes.is_first:
-            stack.enter_context(locked(work_folder(output)))
-            stack.callback(tidy_work, output)
-            claim_work(output, force=force)
-        processes.barrier()
-        if finished:
-            log.info("%s was finished already", output)
+        with _work_held(job, force=force):
+            report = None
+            if finished:
+                log.info("%s was finished already", output)
+            else:
+                model, cache = prepare_start(
+                    images,
+                    output,
+                    Path(init) if init is not None else None,
+                    request,
+                    held_out=held_out,
+                    processes=processes,
+                    runtime=runtime,
+                    seed=seed,
+                )
+                report = _tune(job, model, cache, progress, started)
+            processes.barrier()
             if processes.is_first:
                 keep_cache(output)
                 remove_work(output)
-            return read_report(output)
-        start, cache = prepare_start(
-            images,
-            output,
-            Path(init) if init is not None else None,
-            request,
-            held_out=held_out,
-            processes=processes,
-            runtime=runtime,
-            seed=seed,
-        )
-        run = _Run(settings, images, start, cache, runtime, processes)
-        with deferred_signals() as asked, kept_random_state(runtime.device):
-            run.train(progress, asked)
-        check_replaceable(output)  # again: it took a while
-        report = run.finish(started)
-        processes.barrier()
-        if processes.is_first:
-            keep_cache(output)
-            remove_work(output)
-    return report
+            return report or read_report(output)
+
+
+def _with_name(output: Path) -> Path:
+    """``output`` as typed, but for ``.`` and ``..``: the work folder is named after the output, and lies beside it."""
+    return output if output.name not in ("", "..") else output.resolve()
 
 
 def _check_options(
@@ -167,319 +157,301 @@ def _check_options(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class _Job:
+    """What stays the same through all stages: the images, what was asked for, and what to compute with."""
+
+    images: ImageList
     output: Path
     recipe: str
     changes: dict[str, Any]
     seed: int
     precision: str
+    runtime: "Runtime"
+    processes: "Processes"
 
+    def check_processes(self) -> None:
+        """Raise UsageError if the recipe cannot be trained by several processes."""
+        if self.processes.world > 1 and choose_recipe(self.recipe, 1, **self.changes).batchnorm == "train":
+            raise UsageError(
+                f"recipe {self.recipe} trains batch norms, which would see other batches in each process; use one process"
+            )
 
-class _Run:
-    """One fine-tuning: what its stages hand on to each other."""
-
-    def __init__(
-        self,
-        settings: _Settings,
-        images: ImageList,
-        start: Model,
-        cache: FeatureCache | None,
-        runtime: "Runtime",
-        processes: "Processes",
-    ) -> None:
-        from featcache.finetuning.network import assemble, count_parameters
-
-        self.settings, self.images, self.start = settings, images, start
-        self.runtime, self.processes = runtime, processes
-        self.backbone = start.load_backbone()
-        log.info("backbone %s: weights %s", self.backbone.name, self.backbone.weights)
-        train, self.val = self._decode("train"), self._decode("val")
-        self.recipe = choose_recipe(settings.recipe, len(train), **settings.changes)
-        self._describe(len(train))
-        self.frozen = assemble(self.backbone, start.head).to(runtime.device)  # computes what the cached head computes
-        self.head_val = self._logits(self.frozen, self.val)
-        self._check_parity(cache)
-        network = self._network()
-        self.parameters, self.trainable = count_parameters(network, self.recipe)
-        log.info("parameters: %s, of which %s train", f"{self.parameters:,}", f"{self.trainable:,}")
-        self.trainer = self._trainer(network, train)
-        self.rate = 0.0
-
-    def _describe(self, n_train: int) -> None:
-        log.info("recipe %s: %s", self.settings.recipe, self.recipe.about)
-        for line in explain(self.recipe, n_train):
-            log.info("  %s", line)
-        log.info("precision %s", self.settings.precision)
-        asked = self.settings.changes.get("batch_size")
-        if asked is not None and asked > n_train:
-            log.warning("batch size %d is larger than the %d training images: %d", asked, n_train, n_train)
-
-    def _decode(self, split: str) -> LabelledPixels:
+    def decode(self, split: str, model: Model, backbone: "Backbone") -> LabelledPixels:
+        """The images of a split, with labels as ``model`` numbers its classes."""
         return decode_split(
             self.images,
             split,
-            self.start.classes,
-            self.backbone.preprocess,
-            folder=work_folder(self.settings.output),
+            model.classes,
+            backbone.preprocess,
+            folder=work_folder(self.output),
             runtime=self.runtime,
             processes=self.processes,
         )
 
-    def _logits(self, network: "Network", split: LabelledPixels) -> Array:
+    def logits(self, network: "Network", split: LabelledPixels) -> Array:
+        """(n, C) float32."""
         from featcache.finetuning.trainer import compute_logits
 
         return compute_logits(
             network, split.pixels, runtime=self.runtime, processes=self.processes, batch_size=self.runtime.batch_size
         )
 
-    def _network(self) -> "Network":
-        """What trains: the cached head's network, or one with a new head."""
-        from featcache.finetuning.network import with_new_head
 
-        if self.recipe.hidden is None:
-            return copy.deepcopy(self.frozen)
-        network = with_new_head(self.backbone, self.recipe, len(self.start.classes), seed=self.settings.seed)
-        return network.to(self.runtime.device)
+@contextlib.contextmanager
+def _work_held(job: _Job, *, force: bool) -> Iterator[None]:
+    """Hold the work folder, which the first process writes; leave none behind if there is nothing in it to keep."""
+    with contextlib.ExitStack() as stack:
+        if job.processes.is_first:
+            stack.enter_context(locked(work_folder(job.output)))
+            stack.callback(tidy_work, job.output)
+            claim_work(job.output, force=force)
+        job.processes.barrier()
+        yield
 
-    def _check_parity(self, cache: FeatureCache | None) -> None:
-        """The assembled network against the cached head."""
-        from featcache.finetuning.network import check_parity
 
-        images, features, tolerance = reference_features(self.val, self.start, cache, self.backbone, self.runtime)
-        difference = check_parity(self.head_val[images], self.start.head.logits(features), tolerance=tolerance)
-        text = "parity: the assembled network gives the cached head's logits on %d images (they differ by %.4f%%)"
-        log.info(text, len(images), 100 * difference)
+def _tune(
+    job: _Job, model: Model, cache: FeatureCache | None, on_step: "OnStep | None", started: float
+) -> FinetuneReport:
+    """All stages after the start is settled. ``cache``: of the features that ``model`` was fit on, if that happened here."""
+    from featcache.finetuning.network import count_parameters
 
-    def _trainer(self, network: "Network", train: LabelledPixels) -> "Trainer":
-        from featcache.finetuning.trainer import Trainer, TrainingImages
-
-        trainer = Trainer(
-            network,
-            TrainingImages(train.pixels, train.labels, self.backbone.preprocess.crop),
-            self.recipe,
-            seed=self.settings.seed,
-            precision=self.settings.precision,
-            micro_batch=self.runtime.batch_size,
-            runtime=self.runtime,
-            processes=self.processes,
-        )
-        self.identity = self._identity(train)
-        state = open_work(self.settings.output, self.identity) if self.processes.is_first else None
-        state = self.processes.broadcast(state)
-        self.kept = ""  # where the checkpoint on disk stands
-        if state is not None:
-            trainer.load_state(state)
-            self.kept = _position(trainer)
-            log.info("resuming in epoch %d, after %d of its steps", trainer.epoch + 1, trainer.batch)
-        return trainer
-
-    def _identity(self, train: LabelledPixels) -> dict[str, Any]:
-        """Everything that changes the numbers, to be equal when a run is resumed."""
-        return {
-            "recipe": self.recipe.to_json(),
-            "seed": self.settings.seed,
-            "precision": self.settings.precision,
-            "device": self.runtime.device.type,
-            "processes": self.processes.world,
-            "micro_batch": self.runtime.batch_size,
-            "classes": list(self.start.classes),
-            "start": {"spec": self.start.fingerprint, "head": self.start.manifest["head"]["sha256"]},
-            "images": {
-                "train": f"{len(train)}, {train.digest[:16]}",
-                "val": f"{len(self.val)}, {self.val.digest[:16]}",
-            },
-        }
-
-    # ---------------------------------------------------------------------------------------------- training
-
-    def train(self, progress: Progress | None, asked: StopRequest) -> None:
-        """Train until the epochs are used up, or patience is. Raises Interrupted, TrainingError."""
-        from featcache.finetuning.trainer import Stopped
-
-        trainer = self.trainer
-        saved = time.perf_counter()
-        seconds = images = 0.0
-
-        def on_step(status: "Status") -> None:
-            nonlocal saved
-            if self.processes.world == 1 and time.perf_counter() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                saved = time.perf_counter()
-                self._save_state()
-            if progress:
-                progress(status)
-
-        while trainer.epoch < (self.recipe.epochs or 1) and not self._out_of_patience():
-            begun, first = time.perf_counter(), trainer.batch
-            try:
-                loss, hits = trainer.run_epoch(on_step=on_step, stop=lambda: self._asked_to_stop(asked))
-                seconds += time.perf_counter() - begun
-                images += len(trainer.data.labels) * (1 - first / trainer.steps_per_epoch)
-                self._end_epoch(loss, hits)
-            except Stopped:
-                self._save_state()
-                raise Interrupted(
-                    f"stopped in epoch {trainer.epoch + 1} of {self.recipe.epochs}; the same command with --resume goes on from "
-                    f"there ({work_folder(self.settings.output)})",
-                    asked.signal,
-                ) from None
-            except TrainingError as error:
-                kept = f"the last good checkpoint, {self.kept}, is kept in {work_folder(self.settings.output)}"
-                raise TrainingError(f"{error} ({kept if self.kept else 'there is no checkpoint yet'})") from error
-            saved = time.perf_counter()
-        self.rate = images / seconds if seconds else 0.0
-
-    def _asked_to_stop(self, asked: StopRequest) -> bool:
-        """All processes stop after the same step."""
-        if self.processes.world > 1:
-            if self.trainer.batch % _STEPS_BETWEEN_QUESTIONS:
-                return False
-            asked.signal = max(self.processes.all_gather(asked.signal))
-        return bool(asked)
-
-    def _out_of_patience(self) -> bool:
-        best = self.trainer.best.get("epoch", 0)
-        return bool(self.recipe.patience) and best > 0 and self.trainer.epoch - best >= self.recipe.patience
-
-    def _end_epoch(self, loss: float, hits: float) -> None:
-        """Evaluate, remember the best, write the checkpoint."""
-        import torch
-
-        trainer = self.trainer
-        logits = self._logits(trainer.evaluated, self.val)
-        val_accuracy, negative_loss = score(self.val.labels, logits)
-        if not math.isfinite(negative_loss):
-            raise TrainingError(
-                f"the loss on val is {-negative_loss} after epoch {trainer.epoch}; try a lower learning rate"
-            )
-        row = {
-            "epoch": trainer.epoch,
-            "train_loss": loss,
-            "train_accuracy": hits,
-            "val_loss": -negative_loss,
-            "val_accuracy": val_accuracy,
-        }
-        trainer.history.append(row)
-        better = not trainer.best or (val_accuracy, negative_loss) > (trainer.best["accuracy"], -trainer.best["loss"])
-        if better:
-            weights = {name: tensor.detach().cpu().clone() for name, tensor in trainer.evaluated.state_dict().items()}
-            trainer.best = {
-                "epoch": trainer.epoch,
-                "accuracy": val_accuracy,
-                "loss": -negative_loss,
-                "weights": weights,
-                "logits": torch.from_numpy(logits),
-            }
-        self._save_state()
-        log.info(
-            "epoch %d/%d: loss %.4f, accuracy %.2f%%; val loss %.4f, accuracy %.2f%%%s",
-            trainer.epoch,
-            self.recipe.epochs,
-            loss,
-            100 * hits,
-            -negative_loss,
-            100 * val_accuracy,
-            " (best so far)" if better else "",
-        )
-
-    def _save_state(self) -> None:
-        if self.processes.is_first:
-            save_state(self.settings.output, self.identity, self.trainer.state())
-            self.kept = _position(self.trainer)
-
-    # --------------------------------------------------------------------------------------------- finishing
-
-    def finish(self, started: float) -> FinetuneReport:
-        """Choose, compare, save."""
-        alpha, network, val_logits = self._choose()
-        comparison = {"val": compare(self.val.labels, self.head_val, val_logits, split="val")}
-        test = self._decode("test")
-        if len(test):
-            head_test, test_logits = self._logits(self.frozen, test), self._logits(network, test)
-            comparison["test"] = compare(test.labels, head_test, test_logits, split="test")
-        decisive = comparison.get("test", comparison["val"])
-        metrics = {
-            "val_accuracy": comparison["val"]["tuned_accuracy"],
-            "test_accuracy": comparison["test"]["tuned_accuracy"] if len(test) else None,
-            "head_val_accuracy": comparison["val"]["head_accuracy"],
-            "head_test_accuracy": comparison["test"]["head_accuracy"] if len(test) else None,
-            "val": evaluate_probabilities(self.val.labels, softmax(val_logits), self.start.classes),
-            "test": evaluate_probabilities(test.labels, softmax(test_logits), self.start.classes)
-            if len(test)
-            else None,
-            "comparison": comparison,
-            "history": self.trainer.history,
-        }
-        if alpha is None and metrics["val_accuracy"] < metrics["head_val_accuracy"]:
-            log.warning(
-                "this recipe's own head ended below the cached head on val: use the cached head's model, or --recipe default"
-            )
-        report = FinetuneReport(
-            model=self.settings.output,
-            recipe=self.settings.recipe,
-            epochs=self.trainer.epoch,
-            best_epoch=self.trainer.best["epoch"],
-            alpha=alpha,
-            val_accuracy=metrics["val_accuracy"],
-            head_val_accuracy=metrics["head_val_accuracy"],
-            test_accuracy=metrics["test_accuracy"],
-            head_test_accuracy=metrics["head_test_accuracy"],
-            p_value=decisive["p_value"],
-            verdict=decisive["verdict"] if alpha != 0 else UNCHANGED,
-            comparison=tuple(in_words(facts) for facts in comparison.values()),
-            parameters=self.parameters,
-            trainable_parameters=self.trainable,
-            images_per_second=self.rate,
-            seconds=time.perf_counter() - started,
-        )
-        if self.processes.is_first:
-            facts = {key: value for key, value in dataclasses.asdict(report).items() if key != "model"}
-            self._save(network, alpha, metrics | {"report": facts})
-        return report
-
-    def _choose(self) -> tuple[float | None, "Network", Array]:
-        """(alpha, network with the weights to keep, its val logits)."""
-        from featcache.finetuning.network import mixed
-
-        best, network = self.trainer.best, copy.deepcopy(self.trainer.evaluated)
-        network.load_state_dict(best["weights"])
-        tuned: Array = best["logits"].numpy()
-        log.info("best epoch on val: %d", best["epoch"])
-        if not self.recipe.interpolate or self.recipe.hidden is not None:
-            return (None if self.recipe.hidden is not None else 1.0), network, tuned
-        start = {name: tensor.cpu() for name, tensor in self.frozen.state_dict().items()}
-        candidates = [Candidate(0.0, self.head_val), Candidate(1.0, tuned)]
-        for alpha in ALPHAS:
-            network.load_state_dict(mixed(start, best["weights"], alpha))
-            candidates.append(Candidate(alpha, self._logits(network, self.val)))
-        chosen = choose(self.val.labels, candidates)
-        network.load_state_dict(mixed(start, best["weights"], chosen.alpha))
-        log.info(
-            "share of the fine-tuned weights: %g, the best on val of %s",
-            chosen.alpha,
-            ", ".join(
-                f"{c.alpha:g} ({score(self.val.labels, c.logits)[0]:.2%})"
-                for c in sorted(candidates, key=lambda candidate: candidate.alpha)
-            ),
-        )
-        return chosen.alpha, network, chosen.logits
-
-    def _save(self, network: "Network", alpha: float | None, metrics: dict[str, Any]) -> None:
+    backbone = model.load_backbone()
+    log.info("backbone %s: weights %s", backbone.name, backbone.weights)
+    train, val = (job.decode(split, model, backbone) for split in ("train", "val"))
+    recipe = _settle_recipe(job, len(train))
+    start = _assemble_start(job, model, backbone, val, cache)
+    network = _network_to_train(job, recipe, start)
+    counts = count_parameters(network, recipe)
+    log.info("parameters: %s, of which %s train", *(f"{count:,}" for count in counts))
+    identity = _identity(job, recipe, start, train)
+    trained = _train(job, recipe, start, network, train, identity, on_step)
+    check_replaceable(job.output)  # again: it took a while
+    chosen = _choose(job, recipe, start, trained)
+    pairs = _pair(job, start, chosen)
+    comparison = {split: compare(pair.y, pair.head, pair.tuned, split=split) for split, pair in pairs.items()}
+    report = _report(job, trained, chosen, comparison, counts, started)
+    if job.processes.is_first:
         training = {
-            "recipe": self.settings.recipe,
-            "settings": self.recipe.to_json(),
-            "run": fingerprint_of(self.identity),
-            "seed": self.settings.seed,
-            "precision": self.settings.precision,
-            "epochs": self.trainer.epoch,
-            "best_epoch": self.trainer.best["epoch"],
-            "alpha": alpha,
-            "start": {"fingerprint": self.start.fingerprint, "head": self.start.head.kind},
-            "n_train": len(self.trainer.data.labels),
-            "n_val": len(self.val),
+            "recipe": job.recipe,
+            "settings": recipe.to_json(),
+            "run": fingerprint_of(identity),
+            "seed": job.seed,
+            "precision": job.precision,
+            "epochs": trained.epochs,
+            "best_epoch": trained.best_epoch,
+            "alpha": chosen.alpha,
+            "start": {"fingerprint": model.fingerprint, "head": model.head.kind},
+            "n_train": len(train),
+            "n_val": len(val),
         }
-        save_finetuned(self.settings.output, network, self.backbone, self.start, training=training, metrics=metrics)
+        metrics = metrics_of(report, comparison, pairs, model.classes, trained.history)
+        save_finetuned(job.output, chosen.network, backbone, model, training=training, metrics=metrics)
+    return report
 
 
-def _position(trainer: "Trainer") -> str:
-    steps = f" and {trainer.batch} steps" if trainer.batch else ""
-    return f"after {trainer.epoch} epochs{steps}"
+# ------------------------------------------------------------------------------------------------------- start
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Start:
+    """What training starts from and is measured against.
+
+    Attributes:
+        model: with the cached head. backbone: its backbone. network: both assembled; it computes what the head computes.
+        val: images to choose by. val_logits: (n, C) of ``network``.
+    """
+
+    model: Model
+    backbone: "Backbone"
+    network: "Network"
+    val: LabelledPixels
+    val_logits: Array
+
+
+def _settle_recipe(job: _Job, n_train: int) -> Recipe:
+    recipe = choose_recipe(job.recipe, n_train, **job.changes)
+    log.info("recipe %s: %s", job.recipe, recipe.about)
+    for line in explain(recipe, n_train):
+        log.info("  %s", line)
+    log.info("precision %s", job.precision)
+    asked = job.changes.get("batch_size")
+    if asked is not None and asked > n_train:
+        log.warning("batch size %d is larger than the %d training images: %d", asked, n_train, n_train)
+    return recipe
+
+
+def _assemble_start(
+    job: _Job, model: Model, backbone: "Backbone", val: LabelledPixels, cache: FeatureCache | None
+) -> _Start:
+    """Backbone and cached head as one network. Raises ModelError unless it computes what the cached head computes."""
+    from featcache.finetuning.network import assemble, check_parity
+
+    network = assemble(backbone, model.head).to(job.runtime.device)
+    val_logits = job.logits(network, val)
+    images, features, tolerance = reference_features(val, model, cache, backbone, job.runtime)
+    difference = check_parity(val_logits[images], model.head.logits(features), tolerance=tolerance)
+    text = "parity: the assembled network gives the cached head's logits on %d images (they differ by %.4f%%)"
+    log.info(text, len(images), 100 * difference)
+    return _Start(model, backbone, network, val, val_logits)
+
+
+def _network_to_train(job: _Job, recipe: Recipe, start: _Start) -> "Network":
+    """A copy of the cached head's network, or one with a new head."""
+    from featcache.finetuning.network import with_new_head
+
+    if recipe.hidden is None:
+        return copy.deepcopy(start.network)
+    network = with_new_head(start.backbone, recipe, len(start.model.classes), seed=job.seed)
+    return network.to(job.runtime.device)
+
+
+def _identity(job: _Job, recipe: Recipe, start: _Start, train: LabelledPixels) -> dict[str, Any]:
+    """Everything that changes the numbers, to be equal when a run is resumed."""
+    return {
+        "recipe": recipe.to_json(),
+        "seed": job.seed,
+        "precision": job.precision,
+        "device": job.runtime.device.type,
+        "processes": job.processes.world,
+        "micro_batch": job.runtime.batch_size,
+        "classes": list(start.model.classes),
+        "start": {"spec": start.model.fingerprint, "head": start.model.manifest["head"]["sha256"]},
+        "images": {
+            "train": f"{len(train)}, {train.digest[:16]}",
+            "val": f"{len(start.val)}, {start.val.digest[:16]}",
+        },
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def _train(
+    job: _Job,
+    recipe: Recipe,
+    start: _Start,
+    network: "Network",
+    train: LabelledPixels,
+    identity: dict[str, Any],
+    on_step: "OnStep | None",
+) -> "Trained":
+    """Train ``network``, from the run's checkpoint on if there is one. Raises Interrupted, TrainingError."""
+    from featcache.finetuning import epochs
+    from featcache.finetuning.trainer import Trainer, TrainingImages
+    from featcache.system.device import kept_random_state
+
+    trainer = Trainer(
+        network,
+        TrainingImages(train.pixels, train.labels, start.backbone.preprocess.crop),
+        recipe,
+        seed=job.seed,
+        precision=job.precision,
+        micro_batch=job.runtime.batch_size,
+        runtime=job.runtime,
+        processes=job.processes,
+    )
+    checkpoint = _continue(job, trainer, identity)
+    with deferred_signals() as asked, kept_random_state(job.runtime.device):
+        return epochs.train(trainer, start.val, checkpoint, asked=asked, on_step=on_step)
+
+
+def _continue(job: _Job, trainer: "Trainer", identity: dict[str, Any]) -> Checkpoint:
+    """Load the state of an interrupted run, if there is one, into ``trainer``."""
+    first = job.processes.is_first
+    state = job.processes.broadcast(open_work(job.output, identity) if first else None)
+    position = None
+    if state is not None:
+        trainer.load_state(state)
+        position = Position(trainer.epoch, trainer.batch)
+        log.info("resuming in epoch %d, after %d of its steps", trainer.epoch + 1, trainer.batch)
+    return Checkpoint(job.output, identity, position=position, writes=first)
+
+
+# ------------------------------------------------------------------------------------------------------ result
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chosen:
+    """The weights to keep.
+
+    Attributes:
+        alpha: share of the fine-tuned weights; None: their head was a new one. network: with these weights.
+        val_logits: (n, C) of ``network`` on val.
+    """
+
+    alpha: float | None
+    network: "Network"
+    val_logits: Array
+
+
+def _choose(job: _Job, recipe: Recipe, start: _Start, trained: "Trained") -> _Chosen:
+    """The best epoch, or its best mixture with the start (WiSE-FT), on val."""
+    from featcache.finetuning.network import interpolate
+
+    def mix(alpha: float) -> "Network":
+        network = copy.deepcopy(trained.network)
+        network.load_state_dict(interpolate(_weights(start.network), _weights(trained.network), alpha))
+        return network
+
+    log.info("best epoch on val: %d", trained.best_epoch)
+    if not recipe.interpolate or recipe.hidden is not None:
+        return _Chosen(None if recipe.hidden is not None else 1.0, trained.network, trained.val_logits)
+    candidates = [Candidate(0.0, start.val_logits), Candidate(1.0, trained.val_logits)]
+    candidates += [Candidate(alpha, job.logits(mix(alpha), start.val)) for alpha in ALPHAS]
+    best = choose(start.val.labels, candidates)
+    scores = {c.alpha: score(start.val.labels, c.logits)[0] for c in candidates}
+    log.info(
+        "share of the fine-tuned weights: %g, the best on val of %s",
+        best.alpha,
+        ", ".join(f"{alpha:g} ({scores[alpha]:.2%})" for alpha in sorted(scores)),
+    )
+    return _Chosen(best.alpha, mix(best.alpha), best.logits)
+
+
+def _weights(network: "Network") -> dict[str, Any]:
+    """On the CPU."""
+    return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+
+
+def _pair(job: _Job, start: _Start, chosen: _Chosen) -> dict[str, Paired]:
+    """Cached head and chosen network on val and, if there are any, on test images, which are decoded only now."""
+    pairs = {"val": Paired(start.val.labels, start.val_logits, chosen.val_logits)}
+    test = job.decode("test", start.model, start.backbone)
+    if len(test):
+        pairs["test"] = Paired(test.labels, job.logits(start.network, test), job.logits(chosen.network, test))
+    return pairs
+
+
+def _report(
+    job: _Job,
+    trained: "Trained",
+    chosen: _Chosen,
+    comparison: dict[str, dict[str, Any]],
+    counts: tuple[int, int],
+    started: float,
+) -> FinetuneReport:
+    """The report. Warns if a new head ended below the cached one."""
+    val, test = comparison["val"], comparison.get("test")
+    decisive = test or val
+    if chosen.alpha is None and val["tuned_accuracy"] < val["head_accuracy"]:
+        log.warning(
+            "this recipe's own head ended below the cached head on val: use the cached head's model, or --recipe default"
+        )
+    return FinetuneReport(
+        model=job.output,
+        recipe=job.recipe,
+        epochs=trained.epochs,
+        best_epoch=trained.best_epoch,
+        alpha=chosen.alpha,
+        val_accuracy=val["tuned_accuracy"],
+        head_val_accuracy=val["head_accuracy"],
+        test_accuracy=test["tuned_accuracy"] if test else None,
+        head_test_accuracy=test["head_accuracy"] if test else None,
+        p_value=decisive["p_value"],
+        verdict=decisive["verdict"] if chosen.alpha != 0 else UNCHANGED,
+        comparison=tuple(in_words(facts) for facts in comparison.values()),
+        parameters=counts[0],
+        trainable_parameters=counts[1],
+        images_per_second=trained.images_per_second,
+        seconds=time.perf_counter() - started,
+    )

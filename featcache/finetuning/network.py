@@ -1,7 +1,7 @@
 """Backbone and head as one trainable network, and back again.
 
 In: a ``Backbone`` and a cached ``Head``. Out: a ``Network`` whose logits are those of the cached head, its stages, what of
-it trains, and, after training, a ``Head`` again. Everything here works on any architecture that ``backbones.py`` loads.
+it trains, and, after training, a ``Head`` again. Everything here works on any architecture that ``backbones/load.py`` loads.
 """
 
 import copy
@@ -24,8 +24,8 @@ _BatchNorm = nn.modules.batchnorm._BatchNorm
 _WITH_WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
-class Scaling(nn.Module):
-    """Embeddings to about unit size per value, so that one learning rate of the head fits any backbone.
+class EmbeddingScale(nn.Module):
+    """Scales embeddings to about unit size per value, so that one learning rate of the head fits any backbone.
 
     Attributes:
         unit: whether to divide each row by its norm, the one scaling that does not fold into a linear layer.
@@ -74,9 +74,9 @@ def assemble(backbone: Backbone, head: Head) -> Network:
         weight, bias = layers[0]
         scaled = weight / head.scale.astype(np.float64)
         layers[0] = (scaled, bias - scaled @ head.mean.astype(np.float64))
-    scaling = Scaling(unit=head.scaling == "unit", factor=_factor(head))
-    layers[0] = (layers[0][0] / scaling.factor, layers[0][1])
-    modules: list[nn.Module] = [scaling]
+    scale = EmbeddingScale(unit=head.scaling == "unit", factor=_factor(head))
+    layers[0] = (layers[0][0] / scale.factor, layers[0][1])
+    modules: list[nn.Module] = [scale]
     for number, (weight, bias) in enumerate(layers):
         linear = nn.Linear(weight.shape[1], weight.shape[0])
         with torch.no_grad():
@@ -114,7 +114,7 @@ def to_head(network: Network) -> Head:
     layers = tuple((m.weight.detach().cpu().numpy().copy(), m.bias.detach().cpu().numpy().copy()) for m in linear)
     first, dim = network.head[0], linear[0].in_features
     scaling = "none"
-    if isinstance(first, Scaling):
+    if isinstance(first, EmbeddingScale):
         scaling = "unit" if first.unit else "none"
         layers = ((layers[0][0] * np.float32(first.factor), layers[0][1]), *layers[1:])
     zeros, ones = np.zeros(dim, np.float32), np.ones(dim, np.float32)
@@ -155,8 +155,13 @@ def check_parity(network_logits: Array, head_logits: Array, *, tolerance: float)
     return difference
 
 
-def mixed(start: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float) -> dict[str, torch.Tensor]:
-    """(1 - alpha) start + alpha tuned, exactly ``start`` at 0 and ``tuned`` at 1; counters are those of ``tuned``."""
+def interpolate(
+    start: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float
+) -> dict[str, torch.Tensor]:
+    """(1 - alpha) start + alpha tuned, exactly ``start`` at 0 and ``tuned`` at 1; counters are those of ``tuned``.
+
+    Weight-space interpolation of WiSE-FT (Wortsman et al. 2022).
+    """
     if alpha in (0, 1):
         return tuned if alpha else start
     return {

@@ -1,7 +1,8 @@
-"""Decoded images, kept: every training or validation image is read and decoded once, whatever the number of epochs.
+"""Decoded images, kept: every image of a run is read and decoded once, whatever the number of epochs.
 
-In: an ``ImageList``. Out: ``Pixels``: uint8 (H, W, 3) per image, in memory, or in a file when memory is short. The file is
-scratch: all bytes, a table as JSON, its length; it can always be made again, and several processes of one machine share it.
+In: an ``ImageList``. Out: ``LabelledPixels`` of one split: labels, and ``Pixels``, uint8 (H, W, 3) per image, in memory, or in
+a file when memory is short. The file is scratch: all bytes, a table as JSON, the table's length. It can always be made again,
+and several processes of one machine share it.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 from featcache.errors import SourceError
 from featcache.images.decode import decode, read_pixels
-from featcache.images.read import read_images
+from featcache.images.read import ReadImage, read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.files import check_free_space, publish_file
@@ -31,12 +32,11 @@ if TYPE_CHECKING:
 
 Picture = npt.NDArray[np.uint8]
 Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
-Progress = Callable[[int, int], None]  # done, total
 _SHARE_OF_MEMORY = 0.4
 _ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
+_NAMED = 5  # refused images of a split that are named
 
 log = logging.getLogger("featcache")
-_Decoded = Iterator[tuple[int, Picture | None, str, bytes]]  # position, pixels or None, reason, sha256 of the file
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,14 +45,14 @@ class Pixels:
 
     Attributes:
         kept: (n,) positions in the list of the images that could be decoded; image i below is image kept[i] of the list.
-        refused: (position, reason) of the others.
+        refused: position -> reason, of the others.
         shapes: (n, 2) height and width. starts: (n + 1,) first byte of each image in ``flat``.
-        flat: all bytes, in memory or in a file.
+        flat: all bytes in a row, in memory or in a file; a slice from one start to the next is an image.
         digest: sha256 over the content of all files, in order, refused ones included.
     """
 
     kept: npt.NDArray[np.intp]
-    refused: tuple[tuple[int, str], ...]
+    refused: dict[int, str]
     shapes: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     flat: Any
@@ -62,7 +62,7 @@ class Pixels:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> Picture:
-        """uint8 (H, W, 3), read-only in spirit: it may be the stored array itself."""
+        """uint8 (H, W, 3). It may be the stored array itself: do not write into it."""
         height, width = self.shapes[index]
         return np.asarray(self.flat[self.starts[index] : self.starts[index + 1]]).reshape(height, width, 3)
 
@@ -92,25 +92,18 @@ def fits_memory(size: int) -> bool:
     return size < _SHARE_OF_MEMORY * available_memory()
 
 
-def decode_in_memory(
-    images: ImageList, convert: Convert, *, workers: int = 1, progress: Progress | None = None
-) -> Pixels:
-    """Decode every image once, on ``workers`` threads, and keep them.
-
-    Args:
-        images: n of them. convert: a file's bytes -> uint8 (H, W, 3). progress: called with (done, total).
-    """
+def decode_in_memory(images: ImageList, convert: Convert, *, workers: int = 1) -> Pixels:
+    """Decode every image once, on ``workers`` threads, and keep them. ``convert``: a file's bytes -> uint8 (H, W, 3)."""
     pictures: list[Picture] = []
     table = _Table()
-    for entry in _decoded(images, convert, workers, progress):
-        if table.add(*entry) and entry[1] is not None:
-            pictures.append(entry[1].reshape(-1))
-    return table.pixels(_FlatMemory(pictures, np.array(table.starts)))
+    for read in read_images(images, range(len(images)), convert, workers=workers):
+        table.add(read)
+        if read.value is not None:
+            pictures.append(read.value.reshape(-1))
+    return _to_pixels(table.to_json(), _FlatMemory(pictures, np.array(table.starts)))
 
 
-def decode_into_file(
-    images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1, progress: Progress | None = None
-) -> None:
+def decode_into_file(images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1) -> None:
     """As ``decode_in_memory``, but into a file that ``open_pixels`` reads, replacing an earlier one.
 
     Args:
@@ -123,12 +116,11 @@ def decode_into_file(
     file.unlink(missing_ok=True)
     table = _Table()
     with publish_file(file, needed=len(images) * typical) as target:
-        for entry in _decoded(images, convert, workers, progress):
-            if table.add(*entry) and entry[1] is not None:
-                target.write(np.ascontiguousarray(entry[1]).data)
-        columns = {name: values.tolist() for name, values in table.columns().items()}
-        columns |= {"reasons": [reason for _, reason in table.refused], "digest": table.digest.hexdigest()}
-        text = json.dumps(columns).encode()
+        for read in read_images(images, range(len(images)), convert, workers=workers):
+            table.add(read)
+            if read.value is not None:
+                target.write(np.ascontiguousarray(read.value).data)
+        text = json.dumps(table.to_json()).encode()
         target.write(text + len(text).to_bytes(8, "little"))
 
 
@@ -139,21 +131,7 @@ def open_pixels(file: Path) -> Pixels:
         length = int.from_bytes(source.read(), "little")
         source.seek(end - length)
         table = json.loads(source.read(length))
-    refused = tuple(zip(table["refused_at"], table["reasons"], strict=True))
-    kept, shapes = np.array(table["kept"], np.intp), np.array(table["shapes"], np.int64).reshape(-1, 2)
-    return Pixels(kept, refused, shapes, np.array(table["starts"], np.int64), _FlatFile(file), table["digest"])
-
-
-def _decoded(
-    images: ImageList,
-    convert: Convert,
-    workers: int,
-    progress: Progress | None,
-) -> _Decoded:
-    for read in read_images(images, range(len(images)), convert, workers=workers):
-        yield read.position, read.value, read.reason, read.digest
-        if progress:
-            progress(read.position + 1, len(images))
+    return _to_pixels(table, _FlatFile(file))
 
 
 class _Table:
@@ -161,39 +139,34 @@ class _Table:
 
     def __init__(self) -> None:
         self.kept: list[int] = []
-        self.refused: list[tuple[int, str]] = []
-        self.shapes: list[tuple[int, int]] = []
+        self.refused: dict[int, str] = {}
+        self.shapes: list[tuple[int, ...]] = []
         self.starts = [0]
         self.digest = hashlib.sha256()
 
-    def add(self, position: int, picture: Picture | None, reason: str, digest: bytes) -> bool:
-        self.digest.update(digest or b"unreadable")
-        if picture is None:
-            self.refused.append((position, reason))
-            return False
-        self.kept.append(position)
-        self.shapes.append(picture.shape[:2])
-        self.starts.append(self.starts[-1] + picture.size)
-        return True
+    def add(self, read: ReadImage[Picture]) -> None:
+        self.digest.update(read.digest or b"unreadable")
+        if read.value is None:
+            self.refused[read.position] = read.reason
+            return
+        self.kept.append(read.position)
+        self.shapes.append(read.value.shape[:2])
+        self.starts.append(self.starts[-1] + read.value.size)
 
-    def columns(self) -> dict[str, npt.NDArray[np.int64]]:
-        return {
-            "kept": np.array(self.kept, np.int64),
-            "shapes": np.array(self.shapes, np.int64).reshape(-1, 2),
-            "starts": np.array(self.starts, np.int64),
-            "refused_at": np.array([position for position, _ in self.refused], np.int64),
-        }
+    def to_json(self) -> dict[str, Any]:
+        columns = {"kept": self.kept, "shapes": self.shapes, "starts": self.starts, "digest": self.digest.hexdigest()}
+        return columns | {"refused_at": list(self.refused), "reasons": list(self.refused.values())}
 
-    def pixels(self, flat: Any) -> Pixels:
-        columns = self.columns()
-        return Pixels(
-            columns["kept"].astype(np.intp),
-            tuple(self.refused),
-            columns["shapes"],
-            columns["starts"],
-            flat,
-            self.digest.hexdigest(),
-        )
+
+def _to_pixels(table: dict[str, Any], flat: Any) -> Pixels:
+    return Pixels(
+        kept=np.array(table["kept"], np.intp),
+        refused=dict(zip(table["refused_at"], table["reasons"], strict=True)),
+        shapes=np.array(table["shapes"], np.int64).reshape(-1, 2),
+        starts=np.array(table["starts"], np.int64),
+        flat=flat,
+        digest=table["digest"],
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -225,7 +198,7 @@ class LabelledPixels:
         pixels: n images. labels: (n,) int64, as the model numbers its classes. paths: n, relative to the source.
     """
 
-    pixels: "Pixels"
+    pixels: Pixels
     labels: npt.NDArray[np.int64]
     paths: tuple[str, ...]
 
@@ -266,16 +239,20 @@ def decode_split(
         log.warning("%d %s images are of classes that the model does not know: left out", int((~known).sum()), split)
     images = images.take(rows[known])
     pixels = _decode(images, split, preprocess, folder, runtime, processes)
-    for position, reason in pixels.refused[:5]:
-        log.warning("%s is left out: %s", images.paths[position], reason)
-    if len(pixels.refused) > 5:
-        log.warning("and %d more %s images are left out", len(pixels.refused) - 5, split)
+    _name_refused(pixels.refused, images, split)
     labels = to_model[images.labels[pixels.kept]]
     if not len(labels) and split != "test":
         raise SourceError(f"not one {split} image of {images.root} could be decoded")
     if split == "train" and len(np.unique(labels)) < 2:
         raise SourceError(f"the training images of {images.root} that could be decoded are all of one class")
     return LabelledPixels(pixels, labels, tuple(images.paths[position] for position in pixels.kept))
+
+
+def _name_refused(refused: dict[int, str], images: ImageList, split: str) -> None:
+    for position, reason in list(refused.items())[:_NAMED]:
+        log.warning("%s is left out: %s", images.paths[position], reason)
+    if len(refused) > _NAMED:
+        log.warning("and %d more %s images are left out", len(refused) - _NAMED, split)
 
 
 def _decode(
@@ -285,16 +262,8 @@ def _decode(
     folder: Path,
     runtime: "Runtime",
     processes: "Processes",
-) -> "Pixels":
-    from featcache.finetuning.pixels import (
-        decode_in_memory,
-        decode_into_file,
-        fits_memory,
-        network_input,
-        open_pixels,
-        training_input,
-    )
-
+) -> Pixels:
+    """In memory if they fit; else, or with several processes, in a file that one process per machine writes."""
     convert = training_input(preprocess) if split == "train" else network_input(preprocess)
     typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
     if processes.world == 1 and fits_memory(len(images) * typical):

@@ -1,6 +1,6 @@
 """What comes out of fine-tuning: a report, and a model folder like any other, with its history as a table.
 
-In: the network, what it started from, what was measured. Out: the folder; ``backbone.safetensors`` is part of it.
+In: the network, the model it started from, the scores. Out: the report; the folder, with ``backbone.safetensors`` in it.
 """
 
 import csv
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import ModelError
-from featcache.heads.head import FittedHead
+from featcache.finetuning.compare import Paired
+from featcache.heads.head import FittedHead, softmax
+from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, library_versions, save_model
 from featcache.system.safe_load import parse_json
 from featcache.system.workdir import work_folder
@@ -53,6 +55,29 @@ class FinetuneReport:
     trainable_parameters: int
     images_per_second: float
     seconds: float
+
+
+def metrics_of(
+    report: FinetuneReport,
+    comparison: dict[str, dict[str, Any]],
+    pairs: dict[str, Paired],
+    classes: tuple[str, ...],
+    history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of ``metrics.json``: accuracies, all scores of val and test (None: no images), comparison, history, report.
+
+    Four accuracies stand there twice, by themselves and in ``report``: both are read.
+    """
+    accuracies = ("val_accuracy", "test_accuracy", "head_val_accuracy", "head_test_accuracy")
+    scores = {name: evaluate_probabilities(pair.y, softmax(pair.tuned), classes) for name, pair in pairs.items()}
+    return {
+        **{name: getattr(report, name) for name in accuracies},
+        "val": scores["val"],
+        "test": scores.get("test"),
+        "comparison": comparison,
+        "history": history,
+        "report": {name: value for name, value in dataclasses.asdict(report).items() if name != "model"},
+    }
 
 
 def read_report(output: Path) -> FinetuneReport:

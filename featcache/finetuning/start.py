@@ -17,7 +17,7 @@ from featcache.errors import SourceError
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.pixels import LabelledPixels
 from featcache.images.source import ImageList, list_images
-from featcache.images.splits import hold_out
+from featcache.images.splits import hold_out, usable
 from featcache.models.model import Model, load_model
 from featcache.spec import SPLITS
 from featcache.system.files import sync_folder
@@ -48,9 +48,7 @@ def read_source(source: Path, *, seed: int) -> tuple[ImageList, bool]:
     images = list_images(source)
     if not (images.labels >= 0).any():
         raise SourceError(f"{source} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
-    wanted = images.labels >= 0
-    if images.splits.any():
-        wanted &= images.splits > 0
+    wanted = usable(images.labels, images.splits)
     if left_out := int((~wanted).sum()):
         log.info("%d images without a label or outside the splits are left out", left_out)
     images = images.take(np.flatnonzero(wanted))

@@ -61,6 +61,9 @@ class Status:
     accuracy: float
 
 
+OnStep = Callable[[Status], None]  # called after every step
+
+
 class Stopped(Exception):  # noqa: N818 - a state of the run, not an error
     """Training was asked to stop, and did so after a whole step."""
 
@@ -119,7 +122,7 @@ class Trainer:
         return -(-len(self.data.labels) // self.step_size)
 
     def run_epoch(
-        self, *, on_step: Callable[[Status], None] | None = None, stop: Callable[[], bool] = lambda: False
+        self, *, on_step: OnStep | None = None, stop: Callable[[], bool] = lambda: False
     ) -> tuple[float, float]:
         """Train the current epoch, or the rest of it.
 

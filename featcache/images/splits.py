@@ -1,16 +1,39 @@
 """Which images train and which are held out.
 
-In: an ``ImageList``. Out: a copy with other splits. What is drawn depends on a seed and on the image, not on the order of the list.
+In: labels and splits, or an ``ImageList``. Out: which images train, or a copy of the list with other splits. What is drawn
+depends on a seed and on the image, not on the order of the list.
 """
 
 import dataclasses
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.errors import UsageError
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS
+
+_TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
+_Mask = npt.NDArray[np.bool_]
+
+
+def usable(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> _Mask:
+    """(N,) which images have a label (N,), and a split (N,) if any image has one."""
+    return (labels >= 0) & ((splits > 0) | (not splits.any()))
+
+
+def training_images(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> tuple[_Mask, int]:
+    """Which images train: the labelled ones of the split train, or all labelled ones if there are no splits.
+
+    Args:
+        labels: (N,) class indices, -1: none. splits: (N,) positions in ``SPLITS``, 0: none.
+
+    Returns:
+        (N,) mask, and how many images without a label or outside the splits are left out; val and test do not count.
+    """
+    wanted, elsewhere = usable(labels, splits), splits > _TRAIN
+    return wanted & ~elsewhere, int((~wanted & ~elsewhere).sum())
 
 
 def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageList:
@@ -29,15 +52,14 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to hold out must lie between 0 and 1, found {share}")
-    train, val = SPLITS.index("train"), SPLITS.index("val")
-    touched = (images.labels >= 0) & (images.splits == (train if images.splits.any() else 0))
+    touched, _ = training_images(images.labels, images.splits)
     splits = images.splits.copy()
-    splits[touched] = train
+    splits[touched] = _TRAIN
     for label in np.unique(images.labels[touched]):
         rows = np.flatnonzero(touched & (images.labels == label)).tolist()
         wanted = min(max(round(share * len(rows)), 1), len(rows) - 1)
         rows.sort(key=lambda row: _rank(images.paths[row], seed))
-        splits[rows[:wanted]] = val
+        splits[rows[:wanted]] = _VAL
     return dataclasses.replace(images, splits=splits)
 
 

@@ -16,6 +16,7 @@ from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import KINDS, Array, FittedHead, Kind
 from featcache.heads.metrics import evaluate_probabilities
+from featcache.images.splits import training_images
 from featcache.models.model import check_replaceable, library_versions, save_model
 
 log = logging.getLogger("featcache")
@@ -141,11 +142,11 @@ def _training_rows(cache: FeatureCache) -> tuple[npt.NDArray[np.intp], Array]:
         raise SourceError(
             f"{cache.path} has no labels; expected a source of class folders (SOURCE/CLASS/photo.jpg) or a CSV with a label column"
         )
-    wanted = splits == (1 if splits.any() else 0)
-    rows = np.flatnonzero(wanted & (labels >= 0))
+    wanted, left_out = training_images(labels, splits)
+    rows = np.flatnonzero(wanted)
     if not len(rows):
         raise SourceError(f"{cache.path} has splits, but no labelled image in train")
-    if left_out := int((wanted & (labels < 0)).sum()) + int((splits == 0).sum() if splits.any() else 0):
+    if left_out:
         log.info("%d images without a label or outside the splits are left out", left_out)
     return rows, labels[rows]
 

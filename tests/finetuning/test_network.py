@@ -18,7 +18,7 @@ from featcache.finetuning.network import (
     assemble,
     check_parity,
     count_parameters,
-    mixed,
+    interpolate,
     parameter_groups,
     stages,
     to_backbone,
@@ -27,7 +27,7 @@ from featcache.finetuning.network import (
     unfreeze,
     with_new_head,
 )
-from featcache.finetuning.pixels import Pixels, _FlatMemory
+from featcache.finetuning.pixels import Pixels
 from featcache.finetuning.recipes import Recipe
 from featcache.finetuning.trainer import Trainer, TrainingImages, compute_logits
 from featcache.heads.head import SCALINGS, Head
@@ -67,10 +67,8 @@ def make_head(dim: int, scaling: Any, hidden: int = 0, classes: int = 3) -> Head
 
 
 def make_pixels(n: int, edge: int) -> Pixels:
-    pictures = list(RANDOM.integers(0, 256, (n, edge, edge, 3), dtype=np.uint8))
-    starts = np.arange(n + 1) * 3 * edge * edge
-    flat = _FlatMemory([picture.reshape(-1) for picture in pictures], starts)
-    return Pixels(np.arange(n), (), np.full((n, 2), edge), starts, flat, "")
+    flat = RANDOM.integers(0, 256, n * edge * edge * 3, dtype=np.uint8)
+    return Pixels(np.arange(n), {}, np.full((n, 2), edge), np.arange(n + 1) * 3 * edge * edge, flat, "")
 
 
 def shrunk(backbone: Backbone, edge: int) -> Backbone:
@@ -104,10 +102,10 @@ def test_the_assembled_network_computes_the_cached_head(tiny: Backbone, scaling:
 def test_mixing_is_exact_at_its_ends_and_linear_between() -> None:
     start = {"w": torch.tensor([0.0, 1.0]), "n": torch.tensor(3)}
     tuned = {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor(5)}
-    assert mixed(start, tuned, 0) is start
-    assert mixed(start, tuned, 1) is tuned
-    assert mixed(start, tuned, 0.25)["w"].tolist() == [0.25, 1.5]
-    assert mixed(start, tuned, 0.25)["n"] == 5
+    assert interpolate(start, tuned, 0) is start
+    assert interpolate(start, tuned, 1) is tuned
+    assert interpolate(start, tuned, 0.25)["w"].tolist() == [0.25, 1.5]
+    assert interpolate(start, tuned, 0.25)["n"] == 5
 
 
 def test_parity_tells_rounding_from_mistakes() -> None:

@@ -18,7 +18,7 @@ from featcache.errors import RefusedImage, SourceError, UsageError
 from featcache.images.decode import MAX_PIXELS, decode, strict_decoding
 from featcache.images.read import read_file
 from featcache.images.source import ImageList, list_images
-from featcache.images.splits import hold_out
+from featcache.images.splits import hold_out, training_images, usable
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file kinds")
 
@@ -212,6 +212,18 @@ def image_list(names: dict[str, int], splits: int = 0) -> ImageList:
         np.zeros(n, np.int64),
         np.zeros(n, np.int64),
     )
+
+
+@pytest.mark.parametrize("n_splits", [1, 3, 4])
+def test_which_images_train(n_splits: int) -> None:
+    random = np.random.default_rng(n_splits)
+    labels, splits = random.integers(-1, 3, 60), random.integers(0, n_splits, 60).astype(np.uint8)
+    own = 1 if n_splits > 1 else 0  # the split that trains
+    train, left_out = training_images(labels, splits)
+    assert train.tolist() == [label >= 0 and split == own for label, split in zip(labels, splits, strict=True)]
+    assert left_out == sum(split <= 1 for split in splits) - train.sum()
+    later = [label >= 0 and split > 1 for label, split in zip(labels, splits, strict=True)]
+    assert usable(labels, splits).tolist() == (train | later).tolist()
 
 
 def held(images: ImageList) -> set[str]:

@@ -1,0 +1,32 @@
+"""Cache files that tests write by hand.
+
+In: how many rows, of how many values. Out: the file, and the features in it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import SPEC
+
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
+
+
+def make_rows(n: int) -> Rows:
+    rng = np.random.default_rng(n)
+    return Rows(
+        paths=encode_names([f"class/ü-{number}.jpg" for number in range(n)]),
+        labels=(np.arange(n) % 3 - 1).astype(np.int32),
+        splits=(np.arange(n) % 4).astype(np.uint8),
+        digests=rng.integers(0, 256, (n, 32), dtype=np.uint8),
+        sizes=np.arange(n, dtype=np.int64) * 1000,
+        mtimes=np.arange(n, dtype=np.int64) * 10**18,
+    )
+
+
+def make_cache(path: Path, n: int = 50, dim: int = 8, **changes: Any) -> np.ndarray:
+    X = np.random.default_rng(n).normal(size=(n, dim)).astype(np.float16)
+    options: dict[str, Any] = {"spec": SPEC, "classes": ("a", "b"), "refused": (("x.jpg", "empty file"),)}
+    write_cache(path, make_rows(n), [X[: n // 3], X[n // 3 :]], dim=dim, **(options | changes))
+    return X

@@ -18,7 +18,9 @@ from faults import Program, program
 from PIL import Image
 
 from featcache.cli import app as cli
+from featcache.extraction.extract import extract
 from featcache.extraction.request import ExtractRequest
+from featcache.models.fit import fit_head
 from featcache.spec import PreprocessSpec, Spec
 
 # Random weights, but a real network; small inputs keep it fast. Its random embeddings are of a sane size, too: those of
@@ -85,6 +87,15 @@ def make_photos(root: Path, *, each: int = 6, splits: tuple[str, ...] = ()) -> P
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos/, f.h5 and a model m/."""
+    folder = tmp_path_factory.mktemp("trained")
+    extract(make_photos(folder / "photos", each=8), folder / "f.h5", TINY)
+    fit_head(folder / "f.h5", folder / "m")
+    return folder
 
 
 @pytest.fixture

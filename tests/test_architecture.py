@@ -4,6 +4,7 @@ Run as a program it prints the import graph: ``python tests/test_architecture.py
 """
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,7 @@ def statements(tree: ast.Module, *, run_at_import: bool) -> Iterator[ast.AST]:
                 pending.append(child)
 
 
+@functools.cache
 def imported(path: Path, *, run_at_import: bool = False) -> set[str]:
     """Full names that a file imports: also inside functions, for typing, and in texts of programs run elsewhere."""
     found = set()
@@ -111,6 +113,7 @@ def imported(path: Path, *, run_at_import: bool = False) -> set[str]:
     return found
 
 
+@functools.cache
 def arrows(package: Path, *, run_at_import: bool = False) -> dict[str, set[str]]:
     """module -> modules of the same package that it imports."""
     there = modules(package)

@@ -31,12 +31,7 @@ from featcache.errors import Refusal
 from featcache.spec import Spec, canonical_json
 from featcache.system.files import check_free_space, publish_file
 
-_ROWS_PER_CHECKSUM = 1024  # or more, if there would be too many:
-
-
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
-
-
 _ALIGNMENT = 4096
 
 
@@ -51,6 +46,7 @@ def write_cache(
     refused: Sequence[Refusal] = (),
     provenance: Provenance | None = None,
     staging: Path | None = None,
+    rows_per_checksum: int = 1024,
 ) -> None:
     """Publish a complete cache file under ``path``, atomically.
 
@@ -64,13 +60,14 @@ def write_cache(
         refused: each image without an embedding.
         provenance: recorded, never compared.
         staging: folder for the temporary file, on the same file system.
+        rows_per_checksum: how finely damage is found; more, if there would be too many checksums.
 
     Raises:
         StorageError: too little space, or the operating system refused a step; ``path`` is then unchanged.
         ValueError: ``blocks`` do not add up to N rows of D values.
     """
     dtype = np.dtype(spec.storage).newbyteorder("<")
-    per_checksum = max(_ROWS_PER_CHECKSUM, -(-len(rows) // _MAX_CHECKSUMS))
+    per_checksum = max(rows_per_checksum, -(-len(rows) // _MAX_CHECKSUMS))
     texts = (canonical_json(spec.to_json()), canonical_json((provenance or Provenance()).to_json()))
     columns = _columns(rows, classes, refused)
     layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)

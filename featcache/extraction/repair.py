@@ -140,6 +140,7 @@ def _mend(
         refused=restored.refused,
         provenance=found.provenance,
         staging=work_folder(found.path),
+        rows_per_checksum=found.rows_per_checksum,
     )
     _remove_known(parts, keys)
     return len(todo)

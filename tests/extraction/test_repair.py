@@ -105,7 +105,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """37 embedded images, of which two have one content, and two that are refused; blocks of 8 rows."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featcache.cache.write._ROWS_PER_CHECKSUM", BLOCK)
         patch.setenv("FEATCACHE_FUSE", "0")  # a backbone is loaded sooner
         photos = make_photos(folder / "photos", splits=("train", "val"))
         shutil.copy(photos / "train" / "red" / "01.jpg", photos / "val" / "blue" / "twin.jpg")
@@ -114,7 +113,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for number, path in enumerate(sorted(photos.rglob("*.jpg"))):
             os.utime(path, (1e9 + number, 1e9 + number))
         extract(photos, folder / "f.h5", TINY)
-        assert len(FeatureCache.open(folder / "f.h5")) == 37
+        cache = FeatureCache.open(folder / "f.h5")
+        assert len(cache) == 37
+        write_cache(
+            cache.path,
+            cache.rows,
+            [cache.take(np.arange(37))],
+            dim=cache.dim,
+            spec=cache.spec,
+            classes=cache.classes,
+            refused=cache.refused,
+            provenance=cache.provenance,
+            rows_per_checksum=BLOCK,
+        )
         yield folder
 
 

@@ -7,7 +7,6 @@ from PIL import Image
 from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
-from featcache.errors import UsageError
 from featcache.images.preprocess import channel_constants, normalise, to_pixels
 from featcache.spec import PreprocessSpec
 
@@ -73,30 +72,3 @@ def test_normalised_batch_is_channels_last() -> None:
     batch = normalise(torch.zeros(2, 5, 4, 3, dtype=torch.uint8), *channel_constants(spec(), CPU))
     assert batch.shape == (2, 3, 5, 4)
     assert batch.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_spec_survives_json() -> None:
-    for one in (spec(), spec(resize=(224, 230))):
-        assert PreprocessSpec.from_json(one.to_json()) == one
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"resize": 200},
-        {"resize": 0},
-        {"crop": (224, 9000)},
-        {"interpolation": "cubic"},
-        {"std": (0.1, 0.0, 0.1)},
-        {"alpha": "on black"},
-    ],
-)
-def test_impossible_specs_are_refused(changes: dict) -> None:
-    with pytest.raises(UsageError):
-        spec(**changes)
-
-
-@pytest.mark.parametrize("values", [{}, {"resize": 256}, {**spec().to_json(), "zoom": 2}])
-def test_foreign_json_is_refused(values: dict) -> None:
-    with pytest.raises(UsageError, match="not a preprocessing spec"):
-        PreprocessSpec.from_json(values)

@@ -1,30 +1,15 @@
 """Predictions from images: every input image has its row, in order, and the row is about that image."""
 
-import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY, make_photos, write_photo
+from conftest import write_photo
 
 from featcache.cache.cache import FeatureCache
 from featcache.errors import ModelError, SourceError, UsageError
-from featcache.extraction.extract import extract
-from featcache.models.evaluate import evaluate
-from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
-from featcache.reports.predictions_table import prediction_rows, write_rows
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos/, f.h5 and a model m/."""
-    folder = tmp_path_factory.mktemp("trained")
-    extract(make_photos(folder / "photos", each=8), folder / "f.h5", TINY)
-    fit_head(folder / "f.h5", folder / "m")
-    return folder
 
 
 def test_images_and_cache_agree(trained: Path) -> None:
@@ -80,8 +65,6 @@ def test_useless_inputs(trained: Path, tmp_path: Path) -> None:
             predict(trained / "m", [tmp_path / name])
     with pytest.raises(UsageError, match="cannot be mixed"):
         predict(trained / "m", [trained / "f.h5", trained / "photos"])
-    with pytest.raises(UsageError, match="top-k"):
-        prediction_rows([], ("a", "b"), top_k=3)
     with pytest.raises(ModelError, match="is not a model"):
         predict(tmp_path, [trained / "photos"])
 
@@ -104,14 +87,6 @@ def test_other_backbone_weights_in_the_model_are_refused(trained: Path, tmp_path
     assert len(list(predict(tmp_path / "m", [trained / "f.h5"]))) == 24
 
 
-def test_evaluate_images_and_cache_agree(trained: Path) -> None:
-    a, b = evaluate(trained / "m", trained / "photos"), evaluate(trained / "m", trained / "f.h5")
-    assert a["n"] == b["n"] == 24
-    assert a["confusion"] == b["confusion"]
-    with pytest.raises(SourceError, match="no split 'test'"):
-        evaluate(trained / "m", trained / "f.h5", split="test")
-
-
 def test_python_api_of_the_readme(trained: Path) -> None:
     import featcache
 
@@ -124,42 +99,3 @@ def test_python_api_of_the_readme(trained: Path) -> None:
         assert getattr(featcache, name) is not None
     with pytest.raises(AttributeError):
         featcache.nothing  # noqa: B018
-
-
-# ------------------------------------------------------------------------------------------------------ tables
-
-HOSTILE = ["=cmd()|x", "+1", "-1", "@x", "new\nline", "cr\rx", '"quoted"', "comma,", "caf\udce9", "\u202eltr", "ñ"]
-
-
-@pytest.mark.skipif(os.name == "nt", reason="names that Windows forbids")
-def test_hostile_names_survive(trained: Path, tmp_path: Path) -> None:
-    import csv
-    import io
-
-    for number, name in enumerate(HOSTILE):
-        write_photo(tmp_path / "p" / f"{number}.jpg", (210, 40, 30), number).rename(tmp_path / "p" / f"{name}.jpg")
-    extract(tmp_path / "p", tmp_path / "f.h5", TINY)
-    assert set(FeatureCache.open(tmp_path / "f.h5").paths) == {f"{name}.jpg" for name in HOSTILE}
-    predictions = list(predict(trained / "m", [tmp_path / "p"]))
-    expected = sorted(str(tmp_path / "p" / f"{name}.jpg") for name in HOSTILE)
-    for kind in ("csv", "jsonl"):
-        file = io.BytesIO()
-        assert write_rows(prediction_rows(predictions, ("a", "b", "c")), file, kind) == (11, 0)  # type: ignore[arg-type]
-        if kind == "jsonl":
-            read = [json.loads(line)["path"] for line in file.getvalue().splitlines()]
-        else:
-            text = file.getvalue().decode("utf-8", "surrogateescape")
-            read = [row["path"] for row in csv.DictReader(io.StringIO(text, newline=""))]
-        assert sorted(read) == expected
-
-
-def test_csv_cells_are_never_formulas(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    monkeypatch.chdir(tmp_path)
-    write_photo(Path("x.jpg"), (210, 40, 30), 1).rename("=cmd().jpg")
-    file = io.BytesIO()
-    write_rows(prediction_rows(predict(trained / "m", ["=cmd().jpg"]), ("=a", "=b", "=c"), top_k=2), file, "csv")
-    cells = file.getvalue().splitlines()[1].split(b",")
-    assert cells[0] == b"'=cmd().jpg"
-    assert cells[1].startswith(b"'=")

@@ -1,0 +1,100 @@
+"""What is written is read back, by us and by plain h5py; a cache is complete or as it was before."""
+
+import dataclasses
+import os
+import resource
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from caches import make_cache, make_rows
+from conftest import SPEC
+
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.write import write_cache
+from featcache.errors import StorageError
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("dim", [1, 8, 2048])
+def test_round_trip(tmp_path: Path, n: int, dim: int) -> None:
+    path = tmp_path / "f.h5"
+    X = make_cache(path, n, dim)
+    cache = FeatureCache.open(path)
+    np.testing.assert_array_equal(cache.X, X)
+    assert cache.X.flags.aligned
+    assert cache.rows.equals(make_rows(n))
+    assert (cache.spec, cache.classes, cache.refused) == (SPEC, ("a", "b"), (("x.jpg", "empty file"),))
+    assert cache.fingerprint == SPEC.fingerprint
+    assert cache.verify() == []
+    with h5py.File(path) as plain:  # any HDF5 reader sees the same
+        np.testing.assert_array_equal(plain["features"][:], X)
+        assert list(plain["paths"].asstr()[:]) == list(cache.paths)
+
+
+def test_float32_is_kept(tmp_path: Path) -> None:
+    X = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    write_cache(
+        tmp_path / "f.h5",
+        make_rows(7),
+        [X],
+        dim=5,
+        spec=dataclasses.replace(SPEC, storage="float32"),
+        classes=("a", "b"),
+    )
+    np.testing.assert_array_equal(FeatureCache.open(tmp_path / "f.h5").X, X)
+
+
+def test_names_that_are_not_utf8_come_back(tmp_path: Path) -> None:
+    names = ["caf\udce9.jpg", "new\nline", '"quoted"', "=cmd()", "\u202eltr", "n\u0303", "\u00f1"]
+    rows = make_rows(len(names))
+    rows = Rows(**(vars(rows) | {"paths": encode_names(names)}))
+    write_cache(tmp_path / "f.h5", rows, [np.zeros((len(names), 2))], dim=2, spec=SPEC, classes=("a", "b"))
+    assert FeatureCache.open(tmp_path / "f.h5").paths == tuple(names)
+
+
+def test_wrong_number_of_rows_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    X = make_cache(tmp_path / "f.h5")
+    for blocks in ([np.zeros((3, 8))], [np.zeros((50, 7))]):
+        with pytest.raises(ValueError, match="rows|shape"):
+            write_cache(tmp_path / "f.h5", make_rows(50), blocks, dim=8, spec=SPEC, classes=("a", "b"))
+    np.testing.assert_array_equal(FeatureCache.open(tmp_path / "f.h5").X, X)
+    assert os.listdir(tmp_path) == ["f.h5"]
+
+
+def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    X = make_cache(tmp_path / "f.h5")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, 100, 5000, 20_000, 60_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(StorageError, match="cannot write"):
+                make_cache(tmp_path / "f.h5", 5000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    np.testing.assert_array_equal(FeatureCache.open(tmp_path / "f.h5").X, X)
+    assert os.listdir(tmp_path) == ["f.h5"]
+
+
+def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StorageError, match="not enough space"):
+        make_cache(tmp_path / "f.h5")
+
+
+def test_what_is_laid_out_in_memory_leaves_out_the_features(tmp_path: Path) -> None:
+    """Whatever their size: all that is taken is a block at a time."""
+    row = np.ones((1, 8_000_000), np.float16)
+    tracemalloc.start()
+    try:
+        write_cache(tmp_path / "f.h5", make_rows(3), [row] * 3, dim=row.size, spec=SPEC)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < row.nbytes / 4
+    assert (tmp_path / "f.h5").stat().st_size > 3 * row.nbytes

@@ -1,0 +1,59 @@
+"""Cache files that tests write by hand.
+
+In: how many rows, of how many values. Out: the file, and the features in it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import SPEC
+
+from featcache.cache.format import Rows, encode_names
+from featcache.cache.provenance import Provenance
+from featcache.cache.write import write_cache
+
+CLASSES_DIM = 12  # of ``make_classes``
+
+
+def make_rows(n: int) -> Rows:
+    rng = np.random.default_rng(n)
+    return Rows(
+        paths=encode_names([f"class/ü-{number}.jpg" for number in range(n)]),
+        labels=(np.arange(n) % 3 - 1).astype(np.int32),
+        splits=(np.arange(n) % 4).astype(np.uint8),
+        digests=rng.integers(0, 256, (n, 32), dtype=np.uint8),
+        sizes=np.arange(n, dtype=np.int64) * 1000,
+        mtimes=np.arange(n, dtype=np.int64) * 10**18,
+    )
+
+
+def make_cache(path: Path, n: int = 50, dim: int = 8, **changes: Any) -> np.ndarray:
+    X = np.random.default_rng(n).normal(size=(n, dim)).astype(np.float16)
+    options: dict[str, Any] = {"spec": SPEC, "classes": ("a", "b"), "refused": (("x.jpg", "empty file"),)}
+    write_cache(path, make_rows(n), [X[: n // 3], X[n // 3 :]], dim=dim, **(options | changes))
+    return X
+
+
+def make_classes(
+    path: Path, labels: Any, splits: Any = None, *, seed: int = 0, spread: float = 1.0, **changes: Any
+) -> np.ndarray:
+    """A cache of overlapping Gaussian classes a, b, c, ..."""
+    labels = np.asarray(labels)
+    n = len(labels)
+    centres = np.random.default_rng(1).normal(0, 2, (6, CLASSES_DIM))
+    X = (centres[labels] + np.random.default_rng(seed).normal(0, spread, (n, CLASSES_DIM))).astype(np.float16)
+    rows = Rows(
+        paths=encode_names(f"{k:04d}.jpg" for k in range(n)),
+        labels=labels.astype(np.int32),
+        splits=np.zeros(n, np.uint8) if splits is None else np.asarray(splits, np.uint8),
+        digests=np.zeros((n, 32), np.uint8),
+        sizes=np.zeros(n, np.int64),
+        mtimes=np.zeros(n, np.int64),
+    )
+    classes = tuple("abcdef"[: max(labels.max() + 1, 1)])
+    provenance = Provenance(source="torchvision", reload="IMAGENET1K_V1")
+    write_cache(
+        path, rows, [X], **({"dim": CLASSES_DIM, "spec": SPEC, "classes": classes, "provenance": provenance} | changes)
+    )
+    return X

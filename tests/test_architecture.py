@@ -67,9 +67,6 @@ STILL_TO_CUT = {
     ("cli.demo", "heads"),
     ("extraction.request", "models"),
     ("finetuning.save", "reports"),
-    ("heads.head", "cache"),
-    ("heads.logreg", "cache"),
-    ("heads.minibatch", "cache"),
     ("models.export_candidate", "__init__"),
     ("system.supervisor", "images"),
 }

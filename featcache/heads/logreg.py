@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from joblib import cpu_count
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -21,9 +20,18 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from featcache.cache.features import FeatureReader
 from featcache.errors import UsageError
-from featcache.heads.head import SCALINGS, Array, FittedHead, Head, Scaling, class_weights, softmax
+from featcache.heads.head import (
+    SCALINGS,
+    Array,
+    FeatureSource,
+    FittedHead,
+    Head,
+    Indices,
+    Scaling,
+    class_weights,
+    softmax,
+)
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
 from featcache.heads.metrics import accuracy, log_loss
 from featcache.system.memory import available_memory
@@ -56,8 +64,8 @@ _UNTRIED = CrossValidation([], {}, {})
 
 
 def fit_logreg(
-    features: Array | FeatureReader,
-    rows: npt.NDArray[np.intp],
+    features: FeatureSource,
+    rows: Indices,
     y: Array,
     *,
     C: float | None = None,

@@ -13,17 +13,14 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
-from featcache.cache.features import FeatureReader
-from featcache.heads.head import Array, FittedHead, Head, class_weights
+from featcache.heads.head import Array, FeatureSource, FittedHead, Head, Indices, class_weights
 from featcache.system.device import use_one_thread_if_forked
 
 TorchKind = Literal["linear", "mlp"]
-Indices = npt.NDArray[np.intp]
 MAX_EPOCHS, PATIENCE = 100, 10
 HIDDEN, DROPOUT = 512, 0.25  # of the MLP
 _LEARNING_RATE, _WEIGHT_DECAY, _BETAS, _EPSILON = 3e-3, 1e-2, (0.9, 0.999), 1e-8
@@ -36,7 +33,7 @@ _HELD_OUT = 2**15  # rows are enough to see a loss fall
 
 
 def fit_torch_head(
-    features: Array | FeatureReader,
+    features: FeatureSource,
     rows: Indices,
     y: Array,
     *,
@@ -77,9 +74,7 @@ def fit_torch_head(
 class _Data:
     """N training rows. ``picked`` are some of 0..N-1, ascending; batches lie in memory that the next overwrites."""
 
-    def __init__(
-        self, features: Array | FeatureReader, rows: Indices, y: Array, n_classes: int, balanced: bool
-    ) -> None:
+    def __init__(self, features: FeatureSource, rows: Indices, y: Array, n_classes: int, balanced: bool) -> None:
         self.row_bytes = features.shape[1] * features.dtype.itemsize
         self.in_memory = len(rows) * self.row_bytes <= _MEMORY
         if self.in_memory:

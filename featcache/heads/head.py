@@ -147,6 +147,6 @@ def softmax(logits: Array) -> Array:
     return shifted
 
 
-def class_weights(y: Array, n_classes: int, balanced: bool) -> Array:
+def class_weights(y: Array, n_classes: int, *, balanced: bool) -> Array:
     """(C,) loss weights: all 1, or n / (C * n_c) as scikit-learn's "balanced"."""
     return len(y) / (n_classes * np.bincount(y, minlength=n_classes)) if balanced else np.ones(n_classes)

@@ -81,7 +81,7 @@ class _Data:
             features, rows = features[rows], np.arange(len(rows))
         self.features, self.rows, self.y, self.n_classes = features, rows, y, n_classes
         self.rounds = 1 if self.in_memory else -(-len(rows) // _ROUND)  # per epoch
-        self.weights = torch.from_numpy(class_weights(y, n_classes, balanced).astype(np.float32))
+        self.weights = torch.from_numpy(class_weights(y, n_classes, balanced=balanced).astype(np.float32))
         self._memory = torch.empty((min(_BLOCK, len(rows)), features.shape[1]))
 
     def batch(self, picked: Indices) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,9 +86,10 @@ def fit_head(
     balanced = class_weight == "balanced"
     with features.reader() as stored:
         if clf == "logreg":
-            from featcache.heads.logreg import fit_logreg
+            from featcache.heads.logreg import C_GRID, fit_logreg
 
-            fitted = fit_logreg(stored, rows, y, C=C, folds=folds, balanced=balanced, seed=seed)
+            grid = C_GRID if C is None else (C,)
+            fitted = fit_logreg(stored, rows, y, grid=grid, folds=folds, balanced=balanced, seed=seed)
         else:
             from featcache.heads.minibatch import fit_torch_head
 

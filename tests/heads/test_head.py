@@ -124,17 +124,17 @@ def test_head_computes_what_the_pipeline_computes(classes: int) -> None:
     np.testing.assert_allclose(fitted.head.probabilities(unseen), fitted.pipeline.predict_proba(unseen), atol=1e-9)
 
 
-def test_given_c_is_used_and_edges_that_win_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_c_is_used_and_edges_that_win_are_reported() -> None:
     X, y = blobs()
-    assert fit("logreg", X, y, C=0.3).chosen["C"] == 0.3
-    assert fit("logreg", X, y, C=0.3, folds=0).fold_accuracies == ()
+    assert fit("logreg", X, y, grid=(0.3,)).chosen["C"] == 0.3
+    assert fit("logreg", X, y, grid=(0.3,), folds=0).fold_accuracies == ()
     assert (
         fit("logreg", np.zeros_like(X), y).notes == ()
     )  # every C is as good: there is nothing to gain beyond the grid
     assert fit("logreg", np.eye(3, 12)[y], y).notes == ()  # likewise where nothing is left to gain
     few = np.concatenate([np.flatnonzero(y != 0)[:15], np.flatnonzero(y == 0)])
-    monkeypatch.setattr("featcache.heads.logreg.C_GRID", (1e-9, 1e-8, 1.0))  # the first two only see the majority
-    assert "edge of the grid" in " ".join(fit("logreg", X[few], y[few]).notes)
+    grid = (1e-9, 1e-8, 1.0)  # the first two only see the majority
+    assert "edge of the grid" in " ".join(fit("logreg", X[few], y[few], grid=grid).notes)
 
 
 # ------------------------------------------------------------------------------------------------ torch heads
@@ -251,8 +251,10 @@ def test_class_weights_equal_scikit_learn() -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
     y = np.array([0, 0, 0, 1, 2, 2])
-    np.testing.assert_allclose(class_weights(y, 3, True), compute_class_weight("balanced", classes=np.arange(3), y=y))
-    np.testing.assert_array_equal(class_weights(y, 3, False), np.ones(3))
+    np.testing.assert_allclose(
+        class_weights(y, 3, balanced=True), compute_class_weight("balanced", classes=np.arange(3), y=y)
+    )
+    np.testing.assert_array_equal(class_weights(y, 3, balanced=False), np.ones(3))
 
 
 def test_softmax_does_not_overflow() -> None:

@@ -1,6 +1,7 @@
 """From a cache to a saved model and back: what is chosen on which rows, and what a model folder admits."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,26 @@ def test_features_that_are_not_finite_are_named(tmp_path: Path) -> None:
     write_cache(tmp_path / "f.h5", rows, [X], dim=D, spec=SPEC, classes=("a", "b"))
     with pytest.raises(SourceError, match=r"row 13 \(0013.jpg\)"):
         fit_head(tmp_path / "f.h5", tmp_path / "m")
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="reads are counted where there is preadv")
+@pytest.mark.parametrize("clf", KINDS)
+def test_features_are_read_once_to_check_and_once_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clf: Any
+) -> None:
+    splits = np.repeat([1, 2, 3], [90, 30, 20])
+    make_cache(tmp_path / "f.h5", np.arange(140) % 3, splits)
+    counts: list[int] = []
+    preadv = os.preadv
+
+    def counted(*arguments: Any) -> int:
+        counts.append(preadv(*arguments))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", clf=clf, C=1.0 if clf == "logreg" else None, folds=0)
+    check, train, score = 140, 90, 50
+    assert sum(counts) == (check + train + score) * D * 2
 
 
 # ------------------------------------------------------------------------------------------------ model folder

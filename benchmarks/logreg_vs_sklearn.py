@@ -35,7 +35,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from featcache.heads.logreg import _fit, cross_validate
+from featcache.heads.logreg import Solver
 
 GRID = np.logspace(-4, 4, 12)
 FOLDS = 5
@@ -70,16 +70,17 @@ def peer(X: np.ndarray, y: np.ndarray, **options: Any) -> dict[str, Any]:
 def ours(X: np.ndarray, y: np.ndarray, tolerance: float) -> dict[str, Any]:
     """The same by featcache; like fit-head, but one scaling."""
     started = time.perf_counter()
-    tried = cross_validate(X, y, tuple(GRID), folds=FOLDS, scalings=("standardise",), tolerance=tolerance)
-    best = max(tried.curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
+    solver = Solver(X, y, grid=tuple(GRID), tolerance=tolerance)
+    curve = solver.cross_validate(folds=FOLDS, scalings=("standardise",))
+    best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
     chosen = time.perf_counter() - started
-    _fit(X, y, "standardise", best["C"], False, tried)
+    solver.fit("standardise", best["C"])
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
         "cv_seconds": chosen,
         "C": float(best["C"]),
-        "accuracies": [entry["accuracy"] for entry in tried.curve],
+        "accuracies": [entry["accuracy"] for entry in curve],
     }
 
 
@@ -95,9 +96,10 @@ def objective(X: np.ndarray, y: np.ndarray, model: Any, C: float) -> float:
 def objectives(X: np.ndarray, y: np.ndarray, C: float) -> dict[str, float]:
     """Of both sides' final fits at one C."""
     standardised = StandardScaler().fit_transform(X)
+    pipeline, _ = Solver(X, y, grid=(C,)).fit("standardise", C)
     theirs = LogisticRegression(C=C, max_iter=1000).fit(standardised, y)
     return {
-        "featcache": objective(standardised, y, _fit(X, y, "standardise", C, False)[0][-1], C),
+        "featcache": objective(standardised, y, pipeline[-1], C),
         "scikit-learn": objective(standardised, y, theirs, C),
     }
 

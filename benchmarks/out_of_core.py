@@ -10,6 +10,7 @@ memory is the same, time is not. The cache was just written: its pages are warm 
 """
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -81,11 +82,12 @@ def child(cache: Path, model: Path, folds: int, rounds: int | None) -> dict[str,
 
     from featcache import fit_head
     from featcache.cache.features import FeatureReader
-    from featcache.heads import minibatch as torchheads
+    from featcache.heads import minibatch
 
     imports = peak()
     if rounds:
-        torchheads.MAX_EPOCHS = rounds
+        budget = minibatch.Budget(max_rounds=rounds)
+        minibatch.fit_torch_head = functools.partial(minibatch.fit_torch_head, budget=budget)
     spent = {"seconds": 0.0, "bytes": 0, "reads": 0}
     fill = FeatureReader._fill
 

@@ -63,11 +63,6 @@ CALLS_ONLY_IN = {
 # What starts without torch, which takes seconds to import.
 LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "cli", "__init__", "__main__")
 HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.export_candidate")
-STILL_TO_CUT = {
-    ("heads.head", "cache"),
-    ("heads.logreg", "cache"),
-    ("heads.minibatch", "cache"),
-}
 
 
 def modules(package: Path) -> dict[str, Path]:
@@ -157,14 +152,12 @@ def is_in(module: str, homes: str) -> bool:
 def test_rooms_import_what_is_below_them(module: str) -> None:
     allowed = {"errors", room_of(module), *ROOMS[room_of(module)].split()}
     for target in arrows(PACKAGE)[module]:
-        if (module, room_of(target)) not in STILL_TO_CUT:
-            assert room_of(target) in allowed, f"{module} imports {target}; its room may import {sorted(allowed)}"
+        assert room_of(target) in allowed, f"{module} imports {target}; its room may import {sorted(allowed)}"
 
 
 def test_there_are_no_circles() -> None:
     for graph in (between_rooms(PACKAGE), arrows(PACKAGE, run_at_import=True)):
-        if not STILL_TO_CUT:
-            assert sorted(name for floor in floors(graph) for name in floor) == sorted(graph)
+        assert sorted(name for floor in floors(graph) for name in floor) == sorted(graph)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -170,13 +170,7 @@ class FeatureCache:
         """
         with self.unverified() as features:
             if features.identity not in self._verified:
-                identity = features.identity  # as it is before reading
-                if damaged := self._damaged(features):
-                    rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
-                    raise DamagedCacheError(
-                        f"{self.path} is damaged: checksum mismatch in rows {rows}; {repair_advice(self.path)}"
-                    )
-                self._verified.add(identity)
+                self._check(features)
             yield features
 
     def check_features(self) -> None:
@@ -191,7 +185,7 @@ class FeatureCache:
             CacheError: the file cannot be read, or was replaced since it was opened.
         """
         with self.unverified() as features:
-            return self._damaged(features)
+            return self._scan(features)[0]
 
     def unverified(self) -> FeatureReader:
         """Features to be read from the open file without any check."""
@@ -211,16 +205,33 @@ class FeatureCache:
     def _replaced(self) -> CacheError:
         return CacheError(f"{self.path} was replaced or changed since it was opened; run the command again")
 
-    def _damaged(self, features: FeatureReader) -> list[tuple[int, int]]:
-        step, identity = self.rows_per_checksum, features.identity  # as it is before reading
-        damaged = [
-            (number * step, min((number + 1) * step, len(self)))
-            for number, block in enumerate(features.scan(step))
-            if zlib.crc32(bytes_of(block)) != self.feature_checksums[number]
-        ]
+    def _check(self, features: FeatureReader, *, finite: bool = False) -> npt.NDArray[np.intp]:
+        """Verify this file's features; return the rows that are not finite, if ``finite`` asks. Raises CacheError."""
+        identity = features.identity  # as it is before reading
+        damaged, not_finite = self._scan(features, finite=finite)
+        if damaged:
+            rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
+            raise DamagedCacheError(
+                f"{self.path} is damaged: checksum mismatch in rows {rows}; {repair_advice(self.path)}"
+            )
+        self._verified.add(identity)
+        return not_finite
+
+    def _scan(
+        self, features: FeatureReader, *, finite: bool = False
+    ) -> tuple[list[tuple[int, int]], npt.NDArray[np.intp]]:
+        """One pass over all features: damaged row ranges (start, stop) and, if ``finite`` asks, rows that are not finite."""
+        identity = features.identity  # as it is before reading
+        damaged, not_finite = [], [np.empty(0, np.intp)]
+        for number, block in enumerate(features.scan(self.rows_per_checksum)):
+            start = number * self.rows_per_checksum
+            if zlib.crc32(bytes_of(block)) != self.feature_checksums[number]:
+                damaged.append((start, start + len(block)))
+            if finite:
+                not_finite.append(start + np.flatnonzero(~is_finite(block)))
         if damaged and identity != self.opened:
             raise self._replaced()
-        return damaged
+        return damaged, np.concatenate(not_finite)
 
     def take(self, rows: npt.NDArray[np.intp]) -> Features:
         """Verified features of ``rows``, copied; unlike ``X`` it leaves no file open. Raises CacheError."""
@@ -238,17 +249,19 @@ class FeatureCache:
         rows = self.where(name)
         return self.take(rows), self.y[rows]
 
-    def check_finite(self, rows: npt.NDArray[np.intp], *, size: int = 8192) -> None:
-        """Raise SourceError, naming the first, if features of ``rows`` are not finite."""
-        with self.reader() as features:
-            for start in range(0, len(rows), size):
-                block = rows[start : start + size]
-                bad = block[~is_finite(features[block])]
-                if len(bad):
-                    raise SourceError(
-                        f"{self.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
-                        f"({self.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
-                    )
+    def check_finite(self, rows: npt.NDArray[np.intp]) -> None:
+        """Verify all features and, in the same pass, look for numbers that are not finite.
+
+        Raises:
+            SourceError: features of ``rows`` are not finite; the first is named. CacheError: as ``reader``.
+        """
+        with self.unverified() as features:
+            bad = rows[np.isin(rows, self._check(features, finite=True))]
+        if len(bad):
+            raise SourceError(
+                f"{self.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
+                f"({self.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
+            )
 
     def blocks(self, rows: npt.NDArray[np.intp], *, size: int = 4096) -> Iterator[Features]:
         """Yield the features of ``rows`` in order, ``size`` rows at a time. Raises CacheError."""

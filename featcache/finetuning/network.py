@@ -17,6 +17,7 @@ from featcache.backbones.backbone import Backbone, hash_tensors
 from featcache.errors import ModelError
 from featcache.finetuning.recipes import Recipe
 from featcache.heads.head import Array, Head
+from featcache.heads.layers import linear_layers
 from featcache.images.preprocess import channel_constants, normalise
 
 _FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
@@ -65,25 +66,9 @@ class Network(nn.Module):
 
 
 def assemble(backbone: Backbone, head: Head) -> Network:
-    """The network that computes what ``head`` computes on the backbone's embeddings.
-
-    Standardisation is folded into the first linear layer: W (x - mean) / scale + b = (W / scale) x + (b - W (mean / scale)).
-    """
-    layers = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in head.layers]
-    if head.scaling == "standardise":
-        weight, bias = layers[0]
-        scaled = weight / head.scale.astype(np.float64)
-        layers[0] = (scaled, bias - scaled @ head.mean.astype(np.float64))
+    """The network that computes what ``head`` computes on the backbone's embeddings."""
     scale = EmbeddingScale(unit=head.scaling == "unit", factor=_factor(head))
-    layers[0] = (layers[0][0] / scale.factor, layers[0][1])
-    modules: list[nn.Module] = [scale]
-    for number, (weight, bias) in enumerate(layers):
-        linear = nn.Linear(weight.shape[1], weight.shape[0])
-        with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(weight))
-            linear.bias.copy_(torch.from_numpy(bias))
-        modules += [nn.ReLU(), linear] if number else [linear]
-    return Network(backbone, nn.Sequential(*modules))
+    return Network(backbone, nn.Sequential(scale, *linear_layers(head, factor=scale.factor)))
 
 
 def _factor(head: Head) -> float:

@@ -1,22 +1,37 @@
 """A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; numpy only.
 
-``logreg.py`` and ``torchheads.py`` make heads, ``model.py`` stores them.
+``logreg.py`` and ``minibatch.py`` train heads on a ``FeatureSource``; ``models/model.py`` stores them.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.features import FeatureReader
 from featcache.errors import ModelError
 
 Array = npt.NDArray[Any]
+Indices = npt.NDArray[np.intp]
 Kind = Literal["logreg", "linear", "mlp"]
 KINDS: tuple[Kind, ...] = ("logreg", "linear", "mlp")
 Scaling = Literal["none", "standardise", "unit"]
 SCALINGS: tuple[Scaling, ...] = ("none", "standardise", "unit")
+
+
+class FeatureSource(Protocol):
+    """(M, D) float16 or float32 embeddings, read by row number: an array, or the reader of an open cache."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, D)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """As stored."""
+
+    def __getitem__(self, rows: Indices, /) -> Array:
+        """(n,) row numbers -> (n, D), a copy."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +69,7 @@ class Head:
         """(N, D) embeddings -> (N, C) probabilities, rows summing to 1."""
         return softmax(self.logits(X))
 
-    def score(self, features: Array | FeatureReader, rows: Array, *, block: int = 2048) -> Array:
+    def score(self, features: FeatureSource, rows: Indices, *, block: int = 2048) -> Array:
         """(n, C) probabilities of some ``rows`` of (M, D) features, read block by block."""
         bias = self.layers[-1][1]
         scores = np.empty((len(rows), len(bias)), bias.dtype)  # filled in place: never twice in memory
@@ -132,6 +147,6 @@ def softmax(logits: Array) -> Array:
     return shifted
 
 
-def class_weights(y: Array, n_classes: int, balanced: bool) -> Array:
+def class_weights(y: Array, n_classes: int, *, balanced: bool) -> Array:
     """(C,) loss weights: all 1, or n / (C * n_c) as scikit-learn's "balanced"."""
     return len(y) / (n_classes * np.bincount(y, minlength=n_classes)) if balanced else np.ones(n_classes)

@@ -1,18 +1,18 @@
 """Logistic regression on embeddings: scikit-learn's, with C and the scaling chosen by stratified cross-validation.
 
-In: features (N, D) and labels. Out: a ``FittedHead``. Only training rows ever come in here. ``multinomial.py`` does the
-work; scikit-learn scales, has the last word on the head, and takes over should that ever fail.
+In: features (N, D) and labels, of training rows alone. Out: a ``FittedHead``. ``logreg_path.py`` solves; scikit-learn scales
+the features, has the last word on the head, and takes over where ``logreg_path.py`` fails.
 """
 
-import itertools
+import functools
 import logging
 import sys
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from joblib import cpu_count
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -21,46 +21,35 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from featcache.cache.features import FeatureReader
 from featcache.errors import UsageError
-from featcache.heads.head import SCALINGS, Array, FittedHead, Head, Scaling, class_weights, softmax
+from featcache.heads.head import SCALINGS, Array, FeatureSource, FittedHead, Head, Scaling, class_weights, softmax
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
 from featcache.heads.metrics import accuracy, log_loss
 from featcache.system.memory import available_memory
 
 log = logging.getLogger("featcache")
 
-C_GRID = tuple(float(10.0**k) for k in range(-5, 6))
+Grid = tuple[float, ...]
+C_GRID: Grid = tuple(float(10.0**k) for k in range(-5, 6))
 _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
 _MAX_FLOAT64_SOLVED = 2**21  # values; more are solved in float32, twice as fast and accurate enough to start from
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
-_MAX_KEPT_BYTES = 2**28  # of the folds' solutions, which the last fit starts from
+_FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 
+Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
 _Solution = tuple[Array, Array]  # (K, D) weights and (K,) intercepts
-
-
-class CrossValidation(NamedTuple):
-    """Scores as ``FittedHead.curve`` holds them, and what spares the last fit work: a basis for each scaling, and the mean of
-    the folds' solutions for each setting, as far as they were kept.
-    """
-
-    curve: list[dict[str, Any]]
-    bases: dict[Scaling, Array | None]
-    starts: dict[tuple[Scaling, float], _Solution]
-
-
-_UNTRIED = CrossValidation([], {}, {})
+_Scored = tuple[float, float, _Solution | None]  # accuracy, log loss, and the solution if it is kept
 
 
 def fit_logreg(
-    features: Array | FeatureReader,
-    rows: npt.NDArray[np.intp],
+    features: FeatureSource,
+    rows: Array,
     y: Array,
     *,
-    C: float | None = None,
+    grid: Grid = C_GRID,
     folds: int = 5,
     balanced: bool = False,
     seed: int = 0,
@@ -70,10 +59,9 @@ def fit_logreg(
     The setting with the best mean out-of-fold accuracy wins; of equals, the one with the lowest log loss.
 
     Args:
-        features: (M, D), an array or a reader of a cache. rows: the N training rows of it. y: (N,) labels from 0,
-            each occurring.
-        C: inverse regularisation strength as in scikit-learn; chosen from ``C_GRID`` when None.
-        folds: of the cross-validation; 0 for none (needs ``C``; the scaling is then "standardise").
+        features: (M, D). rows: numbers of the N training rows. y: (N,) labels from 0, each occurring.
+        grid: of C, the inverse regularisation strength as in scikit-learn, ascending.
+        folds: of the cross-validation; 0 for none: then the first C of ``grid`` and the scaling "standardise" are taken.
         balanced: weigh classes inversely to their frequency.
         seed: of the folds.
 
@@ -83,19 +71,12 @@ def fit_logreg(
     _check_memory(len(rows), features.shape[1])
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
-    grid = C_GRID if C is None else (C,)
-    tried = cross_validate(X, y, grid, folds=folds, balanced=balanced, seed=seed) if folds else _UNTRIED
-    if curve := tried.curve:
-        best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
-    else:
-        best = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
-    pipeline, converged = _fit(X, y, best["scaling"], best["C"], balanced, tried)
-    notes = []
-    within = [entry["accuracy"] for entry in curve if entry["C"] not in (grid[0], grid[-1])]
-    if within and best["accuracy"] > max(within) + 1e-9:  # what ties, as all does on separable data, lacks nothing
-        notes.append(
-            f"the best C, {best['C']:g}, lies on the edge of the grid {grid[0]:g} to {grid[-1]:g}; try --C beyond it"
-        )
+    solver = Solver(X, y, grid=grid, balanced=balanced)
+    curve = solver.cross_validate(folds=folds, seed=seed) if folds else []
+    best: dict[str, Any] = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
+    best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]), default=best)
+    pipeline, converged = solver.fit(best["scaling"], best["C"])
+    notes = _notes_on_choice(curve, best, grid)
     if not converged:
         notes.append(f"lbfgs did not converge in {_MAX_ITERATIONS} iterations; a smaller --C would")
     return FittedHead(
@@ -119,134 +100,105 @@ def head_of(pipeline: Any, scaling: Scaling) -> Head:
     return Head("logreg", scaling, mean, scale, ((weight, bias),))
 
 
-def cross_validate(
-    X: Array,
-    y: Array,
-    grid: tuple[float, ...],
-    *,
-    folds: int,
-    balanced: bool = False,
-    seed: int = 0,
-    scalings: tuple[Scaling, ...] = SCALINGS,
-    tolerance: float = 2e-4,
-) -> CrossValidation:
-    """Mean out-of-fold scores of every (scaling, C)."""
-    X = _for_solver(X)
-    splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(X, y))
-    # A square basis is only a rotation and may come from all rows, once per scaling; a narrower one is each fold's own.
-    square = min(len(train) for train, _ in splits) >= X.shape[1]
-    bases = {scaling: _basis(X, scaling) if square else None for scaling in scalings}
-    kept = len(scalings) * folds * len(grid) * (int(y.max()) + 1) * X.shape[1] * X.itemsize <= _MAX_KEPT_BYTES
-    # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
-    # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
-    with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
-        running = [
-            pool.submit(_fold, X, y, scaling, train, held_out, grid, balanced, bases[scaling], tolerance, kept)
-            for scaling, (train, held_out) in itertools.product(scalings, splits)
-        ]
-        try:
-            results = [fold.result() for fold in running]
-        finally:
-            pool.shutdown(cancel_futures=True)
-    curve, starts = [], {}
-    for s, scaling in enumerate(scalings):
-        for c, C in enumerate(grid):
-            accuracies, losses, solutions = zip(
-                *(fold[c] for fold in results[s * folds : (s + 1) * folds]), strict=True
-            )
-            if kept:
-                weights, intercepts = zip(*solutions, strict=True)
-                starts[scaling, C] = np.mean(weights, axis=0), np.mean(intercepts, axis=0)
-            curve.append(
-                {
-                    "scaling": scaling,
-                    "C": C,
-                    "accuracy": float(np.mean(accuracies)),
-                    "log_loss": float(np.mean(losses)),
-                    "fold_accuracies": list(accuracies),
-                }
-            )
-    return CrossValidation(curve, bases, starts)
+class Solver:
+    """Logistic regression on N rows: ``cross_validate`` scores settings, ``fit`` starts from what that has found.
 
-
-def _for_solver(X: Array) -> Array:
-    return X.astype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32, copy=False)
-
-
-def _basis(X: Array, scaling: Scaling) -> Array | None:
-    try:
-        return eigenbasis(_scaler(scaling).fit_transform(X))
-    except (NotSolvedError, np.linalg.LinAlgError):
-        return None
-
-
-def _fold(
-    X: Array,
-    y: Array,
-    scaling: Scaling,
-    train: Array,
-    held_out: Array,
-    grid: tuple[float, ...],
-    balanced: bool,
-    basis: Array | None,
-    tolerance: float,
-    kept: bool,
-) -> list[tuple[float, float, _Solution | None]]:
-    """(accuracy, log loss, solution if it is kept) on one held-out fold along the grid of C."""
-    scaler = _scaler(scaling)
-    X_train, X_held_out = scaler.fit_transform(X[train]), scaler.transform(X[held_out])
-    weights = class_weights(y[train], int(y.max()) + 1, balanced)
-    scores: list[tuple[float, float, _Solution | None]] = []
-    try:
-        for W, b in regularisation_path(X_train, y[train], weights, grid, basis=basis, tolerance=tolerance):
-            scores.append((*_scores(X_held_out @ W.T + b, y[held_out]), (W, b) if kept else None))
-    except (NotSolvedError, np.linalg.LinAlgError) as error:
-        log.info("scikit-learn's solver takes over in one fold (%s)", error)
-        scores = []
-        classifier = _classifier(grid[0], balanced, warm_start=True)
-        for C in grid:
-            _quietly(classifier.set_params(C=C), X_train, y[train])
-            W, b = classifier.coef_, classifier.intercept_
-            scores.append((*_scores(X_held_out @ W.T + b, y[held_out]), (W, b) if kept else None))
-    return scores
-
-
-def _scores(logits: Array, y: Array) -> tuple[float, float]:
-    logits = np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
-    probabilities = softmax(logits)
-    return accuracy(y, probabilities), log_loss(y, probabilities)
-
-
-def _fit(
-    X: Array, y: Array, scaling: Scaling, C: float, balanced: bool, tried: CrossValidation = _UNTRIED
-) -> tuple[Any, bool]:
-    """A fitted (scaler, LogisticRegression) pipeline, and whether its solver converged.
-
-    scikit-learn starts from our solution. It finds nothing left to do, or does it: the head is what it ends with.
+    Attributes:
+        X: (N, D) float32 or float64. y: (N,) labels 0..K-1, each occurring.
+        grid: of C, ascending. balanced: weigh classes inversely to their frequency.
+        tolerance: of solutions while settings are compared, see ``regularisation_path``.
+        bases: per scaling, a basis of all rows that suits every fold; None where there is none.
+        starts: per (scaling, C), the mean of the folds' solutions, if those fit in ``memory``, in bytes.
     """
-    scaler = _scaler(scaling)
-    X = scaler.fit_transform(X)
-    classifier = _classifier(C, balanced)
-    weights = class_weights(y, int(y.max()) + 1, balanced)
-    try:
-        start, basis = tried.starts.get((scaling, C)), tried.bases.get(scaling)
+
+    def __init__(
+        self, X: Array, y: Array, *, grid: Grid, balanced: bool = False, tolerance: float = 2e-4, memory: int = 2**28
+    ) -> None:
+        self.X, self.y, self.grid, self.balanced = X, y, grid, balanced
+        self.tolerance, self.memory = tolerance, memory
+        self.n_classes = int(y.max()) + 1
+        self.dtype = np.dtype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32)
+        self.bases: dict[Scaling, Array | None] = {}
+        self.starts: dict[tuple[Scaling, float], _Solution] = {}
+
+    def cross_validate(self, *, folds: int, seed: int = 0, scalings: Sequence[Scaling] = SCALINGS) -> Curve:
+        """Mean out-of-fold scores of every (scaling, C)."""
+        splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(self.X, self.y))
+        # A square basis is only a rotation and may come from all rows; a narrower one is each fold's own.
+        square = min(len(train) for train, _ in splits) >= self.X.shape[1]
+        self.bases = {scaling: self._basis(scaling) if square else None for scaling in scalings}
+        solution_bytes = self.n_classes * self.X.shape[1] * self.dtype.itemsize
+        keep = len(scalings) * folds * len(self.grid) * solution_bytes <= self.memory
+        jobs = [(scaling, *split) for scaling in scalings for split in splits]
+        # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
+        # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
+        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
+            results = list(pool.map(functools.partial(self._fold, keep=keep), *zip(*jobs, strict=True)))
+        curve = []
+        for number, scaling in enumerate(scalings):
+            of_folds = results[number * folds : (number + 1) * folds]
+            for C, scored in zip(self.grid, zip(*of_folds, strict=True), strict=True):
+                accuracies, losses, solutions = zip(*scored, strict=True)
+                if keep:
+                    weights, intercepts = zip(*solutions, strict=True)
+                    self.starts[scaling, C] = np.mean(weights, axis=0), np.mean(intercepts, axis=0)
+                scores = {"accuracy": float(np.mean(accuracies)), "log_loss": float(np.mean(losses))}
+                curve.append({"scaling": scaling, "C": C, **scores, "fold_accuracies": list(accuracies)})
+        return curve
+
+    def _basis(self, scaling: Scaling) -> Array | None:
+        try:
+            return eigenbasis(_scaler(scaling).fit_transform(self.X.astype(self.dtype, copy=False)))
+        except _FAILURES:
+            return None
+
+    def _fold(self, scaling: Scaling, train: Array, held_out: Array, *, keep: bool) -> list[_Scored]:
+        """Scores on one held-out fold along the grid of C."""
+        scaler, y, y_held_out = _scaler(scaling), self.y[train], self.y[held_out]
+        X = scaler.fit_transform(self.X[train].astype(self.dtype, copy=False))
+        X_held_out = scaler.transform(self.X[held_out].astype(self.dtype, copy=False))
+
+        def scored(solutions: Iterable[_Solution]) -> list[_Scored]:  # each at once: together they may be large
+            return [(*_scores(X_held_out @ W.T + b, y_held_out), (W, b) if keep else None) for W, b in solutions]
+
+        try:
+            return scored(self._path(X, y, self.grid, basis=self.bases[scaling], tolerance=self.tolerance))
+        except _FAILURES as error:
+            log.info("scikit-learn's solver takes over in one fold (%s)", error)
+            return scored(self._path_of_scikit_learn(X, y))
+
+    def fit(self, scaling: Scaling, C: float) -> tuple[Any, bool]:
+        """A (scaler, LogisticRegression) pipeline fitted on all rows, and whether its solver converged.
+
+        scikit-learn starts from our solution. It finds nothing left to do, or does it: the head is what it ends with.
+        """
+        scaler, classifier = _scaler(scaling), self._classifier(C)
+        X = scaler.fit_transform(self.X)
+        start, basis = self.starts.get((scaling, C)), self.bases.get(scaling)
         grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        tolerance = _FINAL_TOLERANCE_OF_SMALL if X.size <= _MAX_FLOAT64_SOLVED else _FINAL_TOLERANCE
-        path = regularisation_path(_for_solver(X), y, weights, grid, basis=basis, tolerance=tolerance, start=start)
-        *_, (W, b) = path
-        classifier.set_params(warm_start=True)
-        classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
-    except (NotSolvedError, np.linalg.LinAlgError) as error:
-        log.info("scikit-learn's solver takes over (%s)", error)
-    _quietly(classifier, X, y)
-    classifier.set_params(warm_start=False)
-    return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
+        tolerance = _FINAL_TOLERANCE_OF_SMALL if self.dtype == np.float64 else _FINAL_TOLERANCE
+        try:
+            x = X.astype(self.dtype, copy=False)
+            *_, (W, b) = self._path(x, self.y, grid, basis=basis, tolerance=tolerance, start=start)
+            classifier.set_params(warm_start=True)
+            classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
+        except _FAILURES as error:
+            log.info("scikit-learn's solver takes over (%s)", error)
+        _fit_quietly(classifier, X, self.y)
+        classifier.set_params(warm_start=False)
+        return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
 
+    def _path(self, X: Array, y: Array, grid: Grid, **options: Any) -> Iterator[_Solution]:
+        return regularisation_path(X, y, class_weights(y, self.n_classes, balanced=self.balanced), grid, **options)
 
-def _quietly(classifier: LogisticRegression, X: Array, y: Array) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # reported as a note
-        classifier.fit(X, y)
+    def _path_of_scikit_learn(self, X: Array, y: Array) -> Iterator[_Solution]:
+        classifier = self._classifier(self.grid[0]).set_params(warm_start=True)
+        for C in self.grid:
+            _fit_quietly(classifier.set_params(C=C), X, y)
+            yield classifier.coef_, classifier.intercept_
+
+    def _classifier(self, C: float) -> LogisticRegression:
+        return LogisticRegression(C=C, class_weight="balanced" if self.balanced else None, max_iter=_MAX_ITERATIONS)
 
 
 def _scaler(scaling: Scaling) -> Any:
@@ -255,8 +207,23 @@ def _scaler(scaling: Scaling) -> Any:
     return Normalizer() if scaling == "unit" else FunctionTransformer()
 
 
-def _classifier(C: float, balanced: bool, **options: Any) -> LogisticRegression:
-    return LogisticRegression(C=C, class_weight="balanced" if balanced else None, max_iter=_MAX_ITERATIONS, **options)
+def _scores(logits: Array, y: Array) -> tuple[float, float]:
+    logits = np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
+    probabilities = softmax(logits)
+    return accuracy(y, probabilities), log_loss(y, probabilities)
+
+
+def _fit_quietly(classifier: LogisticRegression, X: Array, y: Array) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported as a note
+        classifier.fit(X, y)
+
+
+def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str]:
+    within = [entry["accuracy"] for entry in curve if entry["C"] not in (grid[0], grid[-1])]
+    if not within or best["accuracy"] <= max(within) + 1e-9:  # what ties, as all does on separable data, lacks nothing
+        return []
+    return [f"the best C, {best['C']:g}, lies on the edge of the grid {grid[0]:g} to {grid[-1]:g}; try --C beyond it"]
 
 
 def _check_memory(n: int, dim: int) -> None:

@@ -55,6 +55,8 @@ def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
         only_first_right, only_second_right, both, neither: counts that sum to N ("both" and "neither" being right);
         p_value in 0..1, 1 where no row tells the two apart.
     """
+    from scipy.special import bdtr  # late: it takes longer to import than all else that scores need
+
     a, b = first.argmax(axis=1) == y, second.argmax(axis=1) == y
     only_first, only_second = int((a & ~b).sum()), int((b & ~a).sum())
     return {
@@ -62,16 +64,8 @@ def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
         "only_second_right": only_second,
         "both": int((a & b).sum()),
         "neither": int((~a & ~b).sum()),
-        "p_value": _fair_coin_p(min(only_first, only_second), only_first + only_second),
+        "p_value": min(1.0, 2 * float(bdtr(min(only_first, only_second), only_first + only_second, 0.5))),
     }
-
-
-def _fair_coin_p(k: int, n: int) -> float:
-    """Two-sided p-value of the rarer side coming up ``k`` times, ``k <= n / 2``, in ``n`` throws of a fair coin."""
-    # P(k) from whole numbers, which never overflow and are rounded once; the rest of the tail relative to it
-    i = np.arange(k, 0, -1)
-    tail = 1.0 + float(np.cumprod(i / (n - i + 1)).sum())
-    return min(1.0, 2 * float(math.comb(n, k) / (1 << n)) * tail)
 
 
 def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str]) -> dict[str, Any]:

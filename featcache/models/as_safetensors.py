@@ -12,6 +12,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import build_network
 from featcache.errors import ExportError
 from featcache.heads.head import Head, softmax
+from featcache.heads.layers import linear_layers
 from featcache.images.preprocess import channel_constants
 from featcache.models.export_candidate import (
     HEAD_PREFIX,
@@ -19,7 +20,6 @@ from featcache.models.export_candidate import (
     Array,
     Candidate,
     embed_sample,
-    linear_layers,
     metadata,
     output_shape,
     sample_pixels,

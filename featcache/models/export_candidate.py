@@ -15,6 +15,7 @@ from torch import nn
 
 from featcache.backbones.backbone import Backbone
 from featcache.heads.head import Head
+from featcache.heads.layers import linear_layers
 from featcache.images.preprocess import channel_constants
 from featcache.models.model import Model
 from featcache.spec import PreprocessSpec
@@ -54,7 +55,7 @@ class Network(nn.Module):
         self.register_buffer("std", std)
         self.backbone = backbone.module
         self.unit = head.scaling == "unit"
-        self.layers = nn.Sequential(*linear_layers(head))
+        self.layers = nn.Sequential(*linear_layers(head)).requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(probabilities, logits)."""
@@ -66,20 +67,6 @@ class Network(nn.Module):
 def unit_length(x: torch.Tensor) -> torch.Tensor:
     """As ``heads.scale_features``: a row of zeros stays one, any other length that float32 can square is divided by."""
     return nn.functional.normalize(x, dim=1, eps=NO_LENGTH)
-
-
-def linear_layers(head: Head) -> list[nn.Module]:
-    """The head's layers, with the standardising folded into the first; computed in double precision."""
-    arrays = [(weight.astype(np.float64), bias.astype(np.float64)) for weight, bias in head.layers]
-    if head.scaling == "standardise":  # W ((x - m) / s) + b = (W / s) x + (b - (W / s) m)
-        weight = arrays[0][0] / head.scale
-        arrays[0] = weight, arrays[0][1] - weight @ head.mean
-    modules: list[nn.Module] = []
-    for weight, bias in arrays:
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-        modules += [nn.ReLU()] * bool(modules) + [layer.requires_grad_(False)]
-    return modules
 
 
 def sample_pixels(spec: PreprocessSpec) -> torch.Tensor:

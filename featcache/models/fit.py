@@ -1,6 +1,6 @@
 """``fit-head``: train a head on a cache's training rows, score it on untouched rows, save a model.
 
-In: ``features.h5``. Out: a model folder and a ``FitReport``. Everything is chosen on training rows alone.
+In: a cache file. Out: a model folder and a ``FitReport``. Everything is chosen on training rows alone.
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.errors import SourceError, UsageError
-from featcache.heads.head import KINDS, Array, FittedHead, Kind
+from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.images.splits import training_images
 from featcache.models.model import check_replaceable, library_versions, save_model
 
 log = logging.getLogger("featcache")
+_SCORES = ("cv_accuracy", "cv_std", "val_accuracy", "test_accuracy")  # of metrics.json and the report
 _MANY_ROWS = 100_000  # from here on training takes minutes
 
 
@@ -76,34 +76,35 @@ def fit_head(
         that are not finite. ModelError, StorageError: the model cannot be written. UsageError: impossible values.
     """
     started = time.perf_counter()
-    _check_options(clf, C, folds, class_weight, seed)
-    cache, output = Path(cache), Path(output)
+    _check_options(clf, C, folds=folds, class_weight=class_weight, seed=seed)
+    output = Path(output)
     check_replaceable(output)
-    features = FeatureCache.open(cache)
-    rows, labels = _training_rows(features)
+    opened = FeatureCache.open(cache)
+    rows, labels = _training_rows(opened)
     present, y = np.unique(labels, return_inverse=True)
-    folds = _possible_folds(features, y, present, folds)
-    features.check_finite(np.arange(len(features)))
-    balanced = class_weight == "balanced"
-    with features.reader() as stored:
-        if clf == "logreg":
-            from featcache.heads.logreg import fit_logreg
-
-            fitted = fit_logreg(stored, rows, y, C=C, folds=folds, balanced=balanced, seed=seed)
-        else:
-            from featcache.heads.minibatch import fit_torch_head
-
-            if folds and len(rows) > _MANY_ROWS:
-                log.info("the head is trained %d times, for an estimate and for good; --folds 0: once", folds + 1)
-            fitted = fit_torch_head(
-                stored, rows, y, kind=clf, n_classes=len(present), folds=folds, balanced=balanced, seed=seed
-            )
+    classes = tuple(opened.classes[index] for index in present)
+    folds = _possible_folds(opened, y, present=present, folds=folds)
+    opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
+    fitted = _train(opened, rows, y=y, clf=clf, C=C, folds=folds, balanced=class_weight == "balanced", seed=seed)
     for note in fitted.notes:
         log.warning(note)
-    classes = tuple(features.classes[index] for index in present)
     settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}
-    metrics = _metrics(features, fitted, present, classes)
-    _save(output, cache, features, fitted, classes, settings | fitted.chosen, metrics, self_contained)
+    metrics = _metrics(opened, fitted, present=present)
+    source, reload = opened.provenance.source, opened.provenance.reload
+    weights_file, weights = _weights_to_keep(opened, reload, self_contained=self_contained)
+    save_model(
+        output,
+        fitted,
+        classes=classes,
+        spec=opened.spec,
+        weights={"source": source, "reload": reload},
+        training=settings | fitted.chosen,
+        metrics=metrics,
+        versions=library_versions(),
+        backbone_file=weights_file,
+        extra=weights,
+    )
+    scores: dict[str, Any] = {name: metrics[name] for name in _SCORES}
     return FitReport(
         model=output,
         clf=clf,
@@ -111,32 +112,28 @@ def fit_head(
         scaling=fitted.head.scaling,
         classes=len(classes),
         n_train=len(rows),
-        cv_accuracy=metrics["cv_accuracy"],
-        cv_std=metrics["cv_std"],
-        val_accuracy=metrics["val_accuracy"],
-        test_accuracy=metrics["test_accuracy"],
+        **scores,
         seconds=time.perf_counter() - started,
     )
 
 
-def _check_options(clf: str, C: float | None, folds: int, class_weight: str, seed: int) -> None:
-    if clf not in KINDS:
-        raise UsageError(f"unknown clf {clf!r}; choose one of {', '.join(KINDS)}")
-    if class_weight not in ("none", "balanced"):
-        raise UsageError(f"unknown class weight {class_weight!r}; choose none or balanced")
-    if C is not None and clf != "logreg":
-        raise UsageError(f"C belongs to logreg, not to {clf}; leave it out")
-    if C is not None and not 0 < C < float("inf"):
-        raise UsageError(f"C must be a positive number, found {C}")
-    if not 0 <= seed < 2**32:
-        raise UsageError(f"seed must lie between 0 and {2**32 - 1}, found {seed}")
-    if folds < 0 or folds == 1:
-        raise UsageError(f"folds must be 0 (none) or at least 2, found {folds}")
-    if folds == 0 and clf == "logreg" and C is None:
-        raise UsageError("without folds nothing can choose C; give --C as well")
+def _check_options(clf: str, C: float | None, *, folds: int, class_weight: str, seed: int) -> None:
+    problems = (
+        (clf not in KINDS, f"unknown clf {clf!r}; choose one of {', '.join(KINDS)}"),
+        (class_weight not in ("none", "balanced"), f"unknown class weight {class_weight!r}; choose none or balanced"),
+        (C is not None and clf != "logreg", f"C belongs to logreg, not to {clf}; leave it out"),
+        (C is not None and not 0 < C < float("inf"), f"C must be a positive number, found {C}"),
+        (not 0 <= seed < 2**32, f"seed must lie between 0 and {2**32 - 1}, found {seed}"),
+        (folds < 0 or folds == 1, f"folds must be 0 (none) or at least 2, found {folds}"),
+        (folds == 0 and clf == "logreg" and C is None, "without folds nothing can choose C; give --C as well"),
+    )
+    for found, sentence in problems:
+        if found:
+            raise UsageError(sentence)
 
 
-def _training_rows(cache: FeatureCache) -> tuple[npt.NDArray[np.intp], Array]:
+def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
+    """Row numbers and labels of what trains: the split train, or every row of a cache without splits, if labelled."""
     splits, labels = cache.rows.splits, cache.y
     if not (labels >= 0).any():
         raise SourceError(
@@ -151,7 +148,8 @@ def _training_rows(cache: FeatureCache) -> tuple[npt.NDArray[np.intp], Array]:
     return rows, labels[rows]
 
 
-def _possible_folds(cache: FeatureCache, y: Array, present: Array, folds: int) -> int:
+def _possible_folds(cache: FeatureCache, y: Array, *, present: Array, folds: int) -> int:
+    """``folds``, or as many as the smallest class has training images. ``present``: the labels that train, ascending."""
     if len(present) < 2:
         raise SourceError(
             f"the training rows of {cache.path} hold one class only ({cache.classes[present[0]]}); a classifier needs at least two"
@@ -176,66 +174,68 @@ def _possible_folds(cache: FeatureCache, y: Array, present: Array, folds: int) -
     return folds
 
 
-def _metrics(cache: FeatureCache, fitted: FittedHead, present: Array, classes: tuple[str, ...]) -> dict[str, Any]:
+def _train(
+    cache: FeatureCache, rows: Indices, *, y: Array, clf: Kind, C: float | None, folds: int, balanced: bool, seed: int
+) -> FittedHead:
+    with cache.reader() as features:
+        if clf == "logreg":
+            from featcache.heads.logreg import C_GRID, fit_logreg
+
+            grid = C_GRID if C is None else (C,)
+            return fit_logreg(features, rows, y, grid=grid, folds=folds, balanced=balanced, seed=seed)
+        from featcache.heads.minibatch import fit_torch_head
+
+        if folds and len(rows) > _MANY_ROWS:
+            log.info("the head is trained %d times, for an estimate and for good; --folds 0: once", folds + 1)
+        n_classes = int(y.max()) + 1
+        return fit_torch_head(
+            features, rows, y, kind=clf, n_classes=n_classes, folds=folds, balanced=balanced, seed=seed
+        )
+
+
+def _metrics(cache: FeatureCache, fitted: FittedHead, *, present: Array) -> dict[str, Any]:
     """The content of metrics.json."""
     folds = np.array(fitted.fold_accuracies)
     metrics: dict[str, Any] = {
         "cv_accuracy": float(folds.mean()) if len(folds) else None,
         "cv_std": float(folds.std()) if len(folds) else None,
     }
-    position = np.full(len(cache.classes) + 1, -1)
-    position[present] = np.arange(len(present))
     for split in ("val", "test"):
-        rows = cache.where(split)
-        y = position[cache.y[rows]]
-        if len(rows) and (unknown := int((y < 0).sum())):
-            log.warning(
-                "%d of %d %s images have no label that training knows and are not scored", unknown, len(rows), split
-            )
-        rows, y = rows[y >= 0], y[y >= 0]
-        scores = None
-        if len(rows):
-            with cache.reader() as features:
-                scores = evaluate_probabilities(y, fitted.head.score(features, rows), classes)
-        metrics[split] = scores
+        metrics[split] = scores = _score(cache, fitted.head, split=split, present=present)
         metrics[f"{split}_accuracy"] = scores["accuracy"] if scores else None
     return metrics | {"curve": fitted.curve}
 
 
-def _save(
-    output: Path,
-    cache_path: Path,
-    cache: FeatureCache,
-    fitted: FittedHead,
-    classes: tuple[str, ...],
-    training: dict[str, Any],
-    metrics: dict[str, Any],
-    self_contained: bool,
-) -> None:
-    source, reload = cache.provenance.source, cache.provenance.reload
-    copy: Path | None = weights_copy(cache_path, cache.spec)
-    provided: dict[str, bytes] = {}
-    if reload is not None:
-        copy = None
-        provided = _provided_weights(cache, reload) if self_contained else {}
-    elif not weights_copy(cache_path, cache.spec).is_file():
+def _score(cache: FeatureCache, head: Head, *, split: str, present: Array) -> dict[str, Any] | None:
+    """Scores on the rows of a split whose class training knows; None where there are none."""
+    position = np.full(len(cache.classes) + 1, -1)
+    position[present] = np.arange(len(present))
+    rows = cache.where(split)
+    y = position[cache.y[rows]]
+    if unknown := int((y < 0).sum()):
         log.warning(
-            "%s is missing: the model will label caches, not images; run the same extract command again to restore it",
-            weights_copy(cache_path, cache.spec),
+            "%d of %d %s images have no label that training knows and are not scored", unknown, len(rows), split
         )
-        copy = None
-    save_model(
-        output,
-        fitted,
-        classes=classes,
-        spec=cache.spec,
-        weights={"source": source, "reload": reload},
-        training=training,
-        metrics=metrics,
-        versions=library_versions(),
-        backbone_file=copy,
-        extra=provided,
+    rows, y = rows[y >= 0], y[y >= 0]
+    if not len(rows):
+        return None
+    with cache.reader() as features:
+        return evaluate_probabilities(y, head.score(features, rows), [cache.classes[index] for index in present])
+
+
+def _weights_to_keep(
+    cache: FeatureCache, reload: str | None, *, self_contained: bool
+) -> tuple[Path | None, dict[str, bytes]]:
+    """The backbone's weights that have to travel with the model: a file to copy, or file names with their content."""
+    if reload is not None:  # a library provides them again
+        return None, _provided_weights(cache, reload) if self_contained else {}
+    copy = weights_copy(cache.path, cache.spec)
+    if copy.is_file():
+        return copy, {}
+    log.warning(
+        "%s is missing: the model will label caches, not images; run the same extract command again to restore it", copy
     )
+    return None, {}
 
 
 def _provided_weights(cache: FeatureCache, reload: str) -> dict[str, bytes]:

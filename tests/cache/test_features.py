@@ -142,3 +142,14 @@ def test_an_embedding_that_is_not_finite_is_named(tmp_path: Path) -> None:
     cache.check_finite(np.arange(120))
     with pytest.raises(SourceError, match="of 2 images are not finite, the first is row 120"):
         cache.check_finite(np.arange(300))
+
+
+def test_damage_is_said_before_values_that_are_not_finite(tmp_path: Path) -> None:
+    X = np.ones((3000, 8), np.float16)
+    X[5] = np.nan
+    write_cache(tmp_path / "f.h5", make_rows(3000), [X], dim=8, spec=SPEC, classes=("a", "b"))
+    content = bytearray((tmp_path / "f.h5").read_bytes())
+    content[content.index(X.tobytes()) + 2000 * 16] ^= 1
+    (tmp_path / "f.h5").write_bytes(content)
+    with pytest.raises(CacheError, match="checksum mismatch in rows 1024-2047"):
+        FeatureCache.open(tmp_path / "f.h5").check_finite(np.arange(3000))

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sklearn import metrics as sklearn_metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -13,19 +12,14 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 from featcache.errors import ModelError
 from featcache.heads import metrics
-from featcache.heads import minibatch as torchheads
 from featcache.heads.head import KINDS, FittedHead, Head, class_weights, softmax
 from featcache.heads.logreg import C_GRID, fit_logreg
-from featcache.heads.minibatch import fit_torch_head
+from featcache.heads.minibatch import Budget, fit_torch_head
 
 D = 12
 
 
-@pytest.fixture(autouse=True)
-def _short_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough for blobs."""
-    monkeypatch.setattr(torchheads, "MAX_EPOCHS", 40)
-    monkeypatch.setattr(torchheads, "PATIENCE", 5)
+SHORT = Budget(max_rounds=40, patience=5)  # enough for blobs
 
 
 def blobs(n: int = 240, classes: int = 3, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +35,8 @@ def fit(kind: str, X: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None,
     options = {"folds": 3} | options
     if kind == "logreg":
         return fit_logreg(X, rows, y, **options)
-    return fit_torch_head(X, rows, y, kind=kind, n_classes=int(y.max()) + 1, **options)  # type: ignore[arg-type]
+    options = {"n_classes": int(y.max()) + 1, "budget": SHORT} | options
+    return fit_torch_head(X, rows, y, kind=kind, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -124,124 +119,17 @@ def test_head_computes_what_the_pipeline_computes(classes: int) -> None:
     np.testing.assert_allclose(fitted.head.probabilities(unseen), fitted.pipeline.predict_proba(unseen), atol=1e-9)
 
 
-def test_given_c_is_used_and_edges_that_win_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_c_is_used_and_edges_that_win_are_reported() -> None:
     X, y = blobs()
-    assert fit("logreg", X, y, C=0.3).chosen["C"] == 0.3
-    assert fit("logreg", X, y, C=0.3, folds=0).fold_accuracies == ()
+    assert fit("logreg", X, y, grid=(0.3,)).chosen["C"] == 0.3
+    assert fit("logreg", X, y, grid=(0.3,), folds=0).fold_accuracies == ()
     assert (
         fit("logreg", np.zeros_like(X), y).notes == ()
     )  # every C is as good: there is nothing to gain beyond the grid
     assert fit("logreg", np.eye(3, 12)[y], y).notes == ()  # likewise where nothing is left to gain
     few = np.concatenate([np.flatnonzero(y != 0)[:15], np.flatnonzero(y == 0)])
-    monkeypatch.setattr("featcache.heads.logreg.C_GRID", (1e-9, 1e-8, 1.0))  # the first two only see the majority
-    assert "edge of the grid" in " ".join(fit("logreg", X[few], y[few]).notes)
-
-
-# ------------------------------------------------------------------------------------------------ torch heads
-
-
-def test_reads_from_disk_without_taking_everything(tmp_path: Any) -> None:
-    X, y = blobs(600)
-    stored = np.memmap(tmp_path / "x", np.float16, "w+", shape=X.shape)
-    stored[:] = X
-    in_memory, from_disk = fit("linear", X, y, folds=0).head, fit("linear", stored, y, folds=0).head
-    np.testing.assert_array_equal(in_memory.logits(X), from_disk.logits(X))
-
-
-@pytest.fixture
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing fits: mini-batches come from a buffer of some 256 rows."""
-    monkeypatch.setattr(torchheads, "_MEMORY", 0)
-    monkeypatch.setattr(torchheads, "_BUFFER", 256 * 2 * D)
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_out_of_core_training_is_as_good(kind: str, little_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    X, y = blobs(1200, spread=2.5)
-    order = np.argsort(y, kind="stable")  # as in a cache
-    X, y = X[order], y[order]
-    unseen, truth = blobs(600, spread=2.5, seed=5)
-    ours = fit(kind, X, y, folds=0).head
-    monkeypatch.setattr(torchheads, "_MEMORY", 2**28)
-    usual = fit(kind, X, y, folds=0).head
-    expected = metrics.log_loss(truth, usual.probabilities(unseen))
-    assert metrics.log_loss(truth, ours.probabilities(unseen)) < expected * 1.05
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_out_of_core_training_looks_at_the_loss_within_an_epoch(
-    kind: str, little_memory: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torchheads, "_ROUND", 100)
-    monkeypatch.setattr(torchheads, "MAX_EPOCHS", 6)
-    X, y = blobs(300)
-    ours, again = fit(kind, X, y, seed=3), fit(kind, X, y, seed=3)
-    np.testing.assert_array_equal(ours.head.logits(X), again.head.logits(X))
-    assert len(ours.fold_accuracies) == 3
-    assert min(ours.fold_accuracies) > 0.8
-    assert ours.chosen["epochs"] <= 2  # six rounds, three of them an epoch
-    assert ("trained for 2 epochs" in "".join(ours.notes)) == (ours.chosen["epochs"] == 2)
-
-
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 999, 5000])
-@pytest.mark.parametrize("size", [40, 700])
-def test_mixtures_hold_every_row_once_and_of_every_class(n: int, size: int) -> None:
-    picked = np.sort(np.random.default_rng(1).choice(2 * n, n, replace=False))
-    mixtures = list(torchheads._mixtures(picked, size, np.random.default_rng(0)))
-    np.testing.assert_array_equal(np.sort(np.concatenate(mixtures)), picked)
-    again = list(torchheads._mixtures(picked, size, np.random.default_rng(1)))
-    assert n < 100 or not all(np.array_equal(a, b) for a, b in zip(mixtures, again, strict=True))
-    for mixture in mixtures:
-        assert (np.diff(mixture) > 0).all()  # read from the beginning of the file to its end
-        if n == 5000 and size == 700:  # sorted by class, each of 500 rows
-            shares = np.bincount(np.searchsorted(picked, mixture) // 500, minlength=10) / len(mixture)
-            assert shares.min() > 0.05
-
-
-def test_out_of_core_moments_equal_numpy(little_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchheads, "_BLOCK", 64)
-    X, y = blobs(600)
-    X[:, 3] = 7
-    picked = np.sort(np.random.default_rng(0).choice(600, 200, replace=False))
-    data = torchheads._Data(X, np.arange(600), y, 3, False)
-    assert not data.in_memory
-    mean, scale = data.moments(picked)
-    exact = X[picked].astype(np.float64)
-    np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(scale, np.where(np.arange(D) == 3, 1, exact.std(axis=0)), rtol=1e-5)
-
-
-def test_a_large_class_lends_few_rows_to_early_stopping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchheads, "_HELD_OUT", 50)
-    y = np.repeat([0, 1, 2, 3], [2000, 2000, 2, 1])
-    train, held_out = torchheads._hold_out(y, np.arange(len(y)), 0)
-    np.testing.assert_array_equal(np.sort(np.r_[train, held_out]), np.arange(len(y)))
-    np.testing.assert_array_equal(np.bincount(y[held_out]), [25, 25, 1])
-
-
-def test_optimizer_equals_that_of_pytorch() -> None:
-    torch.manual_seed(0)
-    one, two = torch.nn.Linear(9, 4), torch.nn.Linear(9, 4)
-    two.load_state_dict(one.state_dict())
-    ours, theirs = torchheads._AdamW(one), torch.optim.AdamW(two.parameters(), lr=3e-3, weight_decay=1e-2)
-    for _ in range(20):
-        x = torch.randn(16, 9)
-        for network, optimizer in ((one, ours), (two, theirs)):
-            network.zero_grad()
-            (network(x) ** 2).mean().backward()
-            optimizer.step()
-    torch.testing.assert_close(one.weight, two.weight, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(one.bias, two.bias, rtol=1e-6, atol=1e-7)
-
-
-def test_linear_head_comes_close_to_the_convex_optimum() -> None:
-    X, y = blobs(600, spread=2.5)
-    unseen, truth = blobs(600, spread=2.5, seed=5)
-    exact, ours = fit("logreg", X, y).head, fit("linear", X, y).head
-    assert (
-        metrics.log_loss(truth, ours.probabilities(unseen))
-        < metrics.log_loss(truth, exact.probabilities(unseen)) * 1.15
-    )
+    grid = (1e-9, 1e-8, 1.0)  # the first two only see the majority
+    assert "edge of the grid" in " ".join(fit("logreg", X[few], y[few], grid=grid).notes)
 
 
 # --------------------------------------------------------------------------------------------------- pieces
@@ -251,8 +139,10 @@ def test_class_weights_equal_scikit_learn() -> None:
     from sklearn.utils.class_weight import compute_class_weight
 
     y = np.array([0, 0, 0, 1, 2, 2])
-    np.testing.assert_allclose(class_weights(y, 3, True), compute_class_weight("balanced", classes=np.arange(3), y=y))
-    np.testing.assert_array_equal(class_weights(y, 3, False), np.ones(3))
+    np.testing.assert_allclose(
+        class_weights(y, 3, balanced=True), compute_class_weight("balanced", classes=np.arange(3), y=y)
+    )
+    np.testing.assert_array_equal(class_weights(y, 3, balanced=False), np.ones(3))
 
 
 def test_softmax_does_not_overflow() -> None:

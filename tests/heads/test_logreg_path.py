@@ -11,7 +11,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 from featcache.errors import UsageError
 from featcache.heads import logreg
-from featcache.heads.logreg import cross_validate, fit_logreg
+from featcache.heads.logreg import Solver, fit_logreg
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
 
 GRID = [1e-5, 1e-3, 0.1, 10, 1e3, 1e5]
@@ -115,7 +115,7 @@ def test_values_that_overflow_are_not_solved() -> None:
 @pytest.mark.parametrize("balanced", [False, True])
 def test_the_head_is_scikit_learns(classes: int, balanced: bool) -> None:
     X, y = awkward(200, 15, classes)
-    fitted = fit_logreg(X, np.arange(200), y, C=0.1, folds=0, balanced=balanced)
+    fitted = fit_logreg(X, np.arange(200), y, grid=(0.1,), folds=0, balanced=balanced)
     scaled = StandardScaler().fit_transform(X)
     expected = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000, class_weight="balanced" if balanced else None)
     expected.fit(scaled, y)
@@ -127,33 +127,34 @@ def test_the_head_is_scikit_learns(classes: int, balanced: bool) -> None:
 @pytest.mark.parametrize("classes", [2, 3])
 def test_scikit_learn_takes_over(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = awkward(200, 15, classes)
-    usual = fit_logreg(X, np.arange(200), y, C=0.1, folds=3)
+    usual = fit_logreg(X, np.arange(200), y, grid=(0.1,), folds=3)
 
     def fail(*_: Any, **__: Any) -> Any:
         raise NotSolvedError("on purpose")
 
     monkeypatch.setattr(logreg, "regularisation_path", fail)
-    rescued = fit_logreg(X, np.arange(200), y, C=0.1, folds=3)
+    rescued = fit_logreg(X, np.arange(200), y, grid=(0.1,), folds=3)
     np.testing.assert_allclose(rescued.head.probabilities(X), usual.head.probabilities(X), atol=0.01)
     for one, other in zip(rescued.curve, usual.curve, strict=True):
         assert one["log_loss"] == pytest.approx(other["log_loss"], abs=0.01)
 
 
-@pytest.mark.parametrize("kept", [0, 2**28])
-def test_the_last_fit_is_the_same_wherever_it_starts(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logreg, "_MAX_KEPT_BYTES", kept)
+@pytest.mark.parametrize("memory", [0, 2**28])
+def test_the_last_fit_is_the_same_wherever_it_starts(memory: int) -> None:
     X, y = awkward(200, 15, 3)
-    tried = cross_validate(X, y, (0.01, 0.1), folds=3, scalings=("standardise",))
-    assert len(tried.starts) == (2 if kept else 0)
-    started, _ = logreg._fit(X, y, "standardise", 0.1, False, tried)
-    expected, _ = logreg._fit(X, y, "standardise", 0.1, False)
+    solver, fresh = Solver(X, y, grid=(0.01, 0.1), memory=memory), Solver(X, y, grid=())
+    solver.cross_validate(folds=3, scalings=("standardise",))
+    assert len(solver.starts) == (2 if memory else 0)
+    (started, _), (expected, _) = solver.fit("standardise", 0.1), fresh.fit("standardise", 0.1)
     np.testing.assert_allclose(started.predict_proba(X), expected.predict_proba(X), atol=3e-3)
+    for weights, _ in solver.starts.values():
+        assert np.corrcoef(weights.ravel(), expected[-1].coef_.ravel())[0, 1] > 0.9  # the folds' solutions are near
 
 
 def test_held_out_rows_teach_nothing() -> None:
     """Labels without relation to the features are guessed at chance, whatever basis and statistics were shared."""
     X = np.random.default_rng(1).normal(size=(400, 100))
-    curve = cross_validate(X, np.arange(400) % 4, (1e-3, 1.0), folds=5).curve
+    curve = Solver(X, np.arange(400) % 4, grid=(1e-3, 1.0)).cross_validate(folds=5)
     assert all(entry["accuracy"] < 0.25 + 4 * (0.25 * 0.75 / 400) ** 0.5 for entry in curve)
     assert all(entry["log_loss"] > np.log(4) - 1e-3 for entry in curve)
 

@@ -329,11 +329,11 @@ def test_a_final_layer_without_bias_cannot_hold_the_head(models: Callable[..., P
 def test_a_file_that_differs_is_not_written(
     models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: float
 ) -> None:
-    right = export_candidate.linear_layers
+    right = as_safetensors.linear_layers
 
     def wrong(head: Head) -> list[Any]:
         layers = right(head)
-        layers[0].bias += damage
+        layers[0].bias.data += damage
         return layers
 
     monkeypatch.setattr(as_safetensors, "linear_layers", wrong)

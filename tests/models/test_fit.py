@@ -1,6 +1,7 @@
 """From a cache to a saved model: what is chosen on which rows, and what cannot be trained."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,26 @@ def test_features_that_are_not_finite_are_named(tmp_path: Path) -> None:
     write_cache(tmp_path / "f.h5", rows, [X], dim=CLASSES_DIM, spec=SPEC, classes=("a", "b"))
     with pytest.raises(SourceError, match=r"row 13 \(0013.jpg\)"):
         fit_head(tmp_path / "f.h5", tmp_path / "m")
+
+
+@pytest.mark.skipif(not hasattr(os, "preadv"), reason="reads are counted where there is preadv")
+@pytest.mark.parametrize("clf", KINDS)
+def test_features_are_read_once_to_check_and_once_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clf: Any
+) -> None:
+    splits = np.repeat([1, 2, 3], [90, 30, 20])
+    make_classes(tmp_path / "f.h5", np.arange(140) % 3, splits)
+    counts: list[int] = []
+    preadv = os.preadv
+
+    def counted(*arguments: Any) -> int:
+        counts.append(preadv(*arguments))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", clf=clf, C=1.0 if clf == "logreg" else None, folds=0)
+    check, train, score = 140, 90, 50
+    assert sum(counts) == (check + train + score) * CLASSES_DIM * 2
 
 
 def test_a_cache_of_another_spec_is_refused_with_the_difference(cache: Path, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """A saved model and images in; a better saved model out.
 
-finetune.py    the whole of it, in order
-start.py       images and model to start from (LP-FT)
-pixels.py      images decoded once
-network.py     backbone and head as one network, its stages
-trainer.py     the training loop
+finetune.py    the command: its stages, and the values that they hand on
+job.py         what stays the same through all stages
+start.py       images with splits, and the model to start from
+pixels.py      decoded images, kept
+network.py     backbone and head as one network: parity, stages, what trains
 recipes.py     how to train, as data
 augment.py     random changes to training images
-checkpoint.py  unfinished work: how it is resumed
-compare.py     which weights to keep (WiSE-FT), was it worth it
-save.py        the report and the model folder
+trainer.py     the steps of an epoch
+epochs.py      epoch after epoch: score, remember the best, stop
+checkpoint.py  the folder of unfinished work, resuming
+compare.py     which weights to keep, and whether they are better
+save.py        report and model folder
 """

@@ -1,7 +1,7 @@
 """Random changes to training images, with torchvision's v2 kernels, on whatever device the pixels are.
 
-In: uint8 pixels (H, W, 3) of one image, the steps of a recipe, a random generator. Out: uint8 (height, width, 3). What is
-drawn depends on nothing but (seed, epoch, image): not on the batch, the worker, the process, or where a run was resumed.
+In: uint8 pixels (H, W, 3) of one image, the steps of a recipe, (seed, epoch, image). Out: uint8 (height, width, 3). These three
+numbers alone decide what is drawn: not the batch, the worker, the process, or where a run was resumed.
 """
 
 import math

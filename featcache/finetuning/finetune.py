@@ -5,12 +5,10 @@ travels along. Each stage hands values to the next: settle the start, decode onc
 cached head, train with a checkpoint per epoch, choose the best epoch and the best mixture with the start on val, compare, save.
 """
 
-import contextlib
 import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,31 +19,27 @@ from featcache.finetuning.checkpoint import (
     Checkpoint,
     Position,
     check_unfinished,
-    claim_work,
     is_finished,
     open_work,
     remove_work,
-    tidy_work,
 )
 from featcache.finetuning.compare import UNCHANGED, Candidate, Paired, choose, compare, in_words, score
-from featcache.finetuning.pixels import LabelledPixels, decode_split
+from featcache.finetuning.job import Job
+from featcache.finetuning.pixels import LabelledPixels
 from featcache.finetuning.recipes import Recipe, choose_recipe, explain
 from featcache.finetuning.save import FinetuneReport, metrics_of, read_report, save_finetuned
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, reference_features
 from featcache.heads.head import Array
-from featcache.images.source import ImageList
 from featcache.models.model import Model, check_replaceable
 from featcache.spec import fingerprint_of
+from featcache.system.files import named
 from featcache.system.signals import deferred_signals
-from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
     from featcache.finetuning.epochs import Trained
     from featcache.finetuning.network import Network
     from featcache.finetuning.trainer import OnStep, Trainer
-    from featcache.system.device import Runtime
-    from featcache.system.distributed import Processes
 
 log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
@@ -97,8 +91,8 @@ def finetune(
     from featcache.system.device import choose_runtime
 
     started = time.perf_counter()
-    source, output, changes = Path(source), _with_name(Path(output)), changes or {}
-    _check_options(init, request, recipe, changes, seed, resume, force)
+    source, output, changes = Path(source), named(Path(output)), changes or {}
+    _check_options(init, request, recipe, changes, seed, resume=resume, force=force)
     finished = resume and is_finished(output)
     if not finished:
         check_replaceable(output)
@@ -107,24 +101,15 @@ def finetune(
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     precision = choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):
-        job = _Job(images, output, recipe, changes, seed, precision, runtime, processes)
+        job = Job(images, output, recipe, changes, seed, precision, runtime, processes)
         job.check_processes()
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
-        with _work_held(job, force=force):
+        with job.hold_work(force=force):
             report = None
             if finished:
                 log.info("%s was finished already", output)
             else:
-                model, cache = prepare_start(
-                    images,
-                    output,
-                    Path(init) if init is not None else None,
-                    request,
-                    held_out=held_out,
-                    processes=processes,
-                    runtime=runtime,
-                    seed=seed,
-                )
+                model, cache = prepare_start(job, init, request, held_out=held_out)
                 report = _tune(job, model, cache, progress, started)
             processes.barrier()
             if processes.is_first:
@@ -133,17 +118,13 @@ def finetune(
             return report or read_report(output)
 
 
-def _with_name(output: Path) -> Path:
-    """``output`` as typed, but for ``.`` and ``..``: the work folder is named after the output, and lies beside it."""
-    return output if output.name not in ("", "..") else output.resolve()
-
-
 def _check_options(
     init: str | Path | None,
     request: ExtractRequest | None,
     recipe: str,
     changes: dict[str, Any],
     seed: int,
+    *,
     resume: bool,
     force: bool,
 ) -> None:
@@ -156,61 +137,8 @@ def _check_options(
     choose_recipe(recipe, 1, **changes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What stays the same through all stages: the images, what was asked for, and what to compute with."""
-
-    images: ImageList
-    output: Path
-    recipe: str
-    changes: dict[str, Any]
-    seed: int
-    precision: str
-    runtime: "Runtime"
-    processes: "Processes"
-
-    def check_processes(self) -> None:
-        """Raise UsageError if the recipe cannot be trained by several processes."""
-        if self.processes.world > 1 and choose_recipe(self.recipe, 1, **self.changes).batchnorm == "train":
-            raise UsageError(
-                f"recipe {self.recipe} trains batch norms, which would see other batches in each process; use one process"
-            )
-
-    def decode(self, split: str, model: Model, backbone: "Backbone") -> LabelledPixels:
-        """The images of a split, with labels as ``model`` numbers its classes."""
-        return decode_split(
-            self.images,
-            split,
-            model.classes,
-            backbone.preprocess,
-            folder=work_folder(self.output),
-            runtime=self.runtime,
-            processes=self.processes,
-        )
-
-    def logits(self, network: "Network", split: LabelledPixels) -> Array:
-        """(n, C) float32."""
-        from featcache.finetuning.trainer import compute_logits
-
-        return compute_logits(
-            network, split.pixels, runtime=self.runtime, processes=self.processes, batch_size=self.runtime.batch_size
-        )
-
-
-@contextlib.contextmanager
-def _work_held(job: _Job, *, force: bool) -> Iterator[None]:
-    """Hold the work folder, which the first process writes; leave none behind if there is nothing in it to keep."""
-    with contextlib.ExitStack() as stack:
-        if job.processes.is_first:
-            stack.enter_context(locked(work_folder(job.output)))
-            stack.callback(tidy_work, job.output)
-            claim_work(job.output, force=force)
-        job.processes.barrier()
-        yield
-
-
 def _tune(
-    job: _Job, model: Model, cache: FeatureCache | None, on_step: "OnStep | None", started: float
+    job: Job, model: Model, cache: FeatureCache | None, on_step: "OnStep | None", started: float
 ) -> FinetuneReport:
     """All stages after the start is settled. ``cache``: of the features that ``model`` was fit on, if that happened here."""
     from featcache.finetuning.network import count_parameters
@@ -268,7 +196,7 @@ class _Start:
     val_logits: Array
 
 
-def _settle_recipe(job: _Job, n_train: int) -> Recipe:
+def _settle_recipe(job: Job, n_train: int) -> Recipe:
     recipe = choose_recipe(job.recipe, n_train, **job.changes)
     log.info("recipe %s: %s", job.recipe, recipe.about)
     for line in explain(recipe, n_train):
@@ -281,7 +209,7 @@ def _settle_recipe(job: _Job, n_train: int) -> Recipe:
 
 
 def _assemble_start(
-    job: _Job, model: Model, backbone: "Backbone", val: LabelledPixels, cache: FeatureCache | None
+    job: Job, model: Model, backbone: "Backbone", val: LabelledPixels, cache: FeatureCache | None
 ) -> _Start:
     """Backbone and cached head as one network. Raises ModelError unless it computes what the cached head computes."""
     from featcache.finetuning.network import assemble, check_parity
@@ -295,7 +223,7 @@ def _assemble_start(
     return _Start(model, backbone, network, val, val_logits)
 
 
-def _network_to_train(job: _Job, recipe: Recipe, start: _Start) -> "Network":
+def _network_to_train(job: Job, recipe: Recipe, start: _Start) -> "Network":
     """A copy of the cached head's network, or one with a new head."""
     from featcache.finetuning.network import with_new_head
 
@@ -305,7 +233,7 @@ def _network_to_train(job: _Job, recipe: Recipe, start: _Start) -> "Network":
     return network.to(job.runtime.device)
 
 
-def _identity(job: _Job, recipe: Recipe, start: _Start, train: LabelledPixels) -> dict[str, Any]:
+def _identity(job: Job, recipe: Recipe, start: _Start, train: LabelledPixels) -> dict[str, Any]:
     """Everything that changes the numbers, to be equal when a run is resumed."""
     return {
         "recipe": recipe.to_json(),
@@ -327,7 +255,7 @@ def _identity(job: _Job, recipe: Recipe, start: _Start, train: LabelledPixels) -
 
 
 def _train(
-    job: _Job,
+    job: Job,
     recipe: Recipe,
     start: _Start,
     network: "Network",
@@ -355,7 +283,7 @@ def _train(
         return epochs.train(trainer, start.val, checkpoint, asked=asked, on_step=on_step)
 
 
-def _continue(job: _Job, trainer: "Trainer", identity: dict[str, Any]) -> Checkpoint:
+def _continue(job: Job, trainer: "Trainer", identity: dict[str, Any]) -> Checkpoint:
     """Load the state of an interrupted run, if there is one, into ``trainer``."""
     first = job.processes.is_first
     state = job.processes.broadcast(open_work(job.output, identity) if first else None)
@@ -384,7 +312,7 @@ class _Chosen:
     val_logits: Array
 
 
-def _choose(job: _Job, recipe: Recipe, start: _Start, trained: "Trained") -> _Chosen:
+def _choose(job: Job, recipe: Recipe, start: _Start, trained: "Trained") -> _Chosen:
     """The best epoch, or its best mixture with the start (WiSE-FT), on val."""
     from featcache.finetuning.network import interpolate
 
@@ -413,7 +341,7 @@ def _weights(network: "Network") -> dict[str, Any]:
     return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
 
 
-def _pair(job: _Job, start: _Start, chosen: _Chosen) -> dict[str, Paired]:
+def _pair(job: Job, start: _Start, chosen: _Chosen) -> dict[str, Paired]:
     """Cached head and chosen network on val and, if there are any, on test images, which are decoded only now."""
     pairs = {"val": Paired(start.val.labels, start.val_logits, chosen.val_logits)}
     test = job.decode("test", start.model, start.backbone)
@@ -423,7 +351,7 @@ def _pair(job: _Job, start: _Start, chosen: _Chosen) -> dict[str, Paired]:
 
 
 def _report(
-    job: _Job,
+    job: Job,
     trained: "Trained",
     chosen: _Chosen,
     comparison: dict[str, dict[str, Any]],

@@ -1,7 +1,7 @@
-"""How to fine-tune, as data: optimizer, schedule, head, what is unfrozen, augmentation. Nothing in here runs anything.
+"""How to fine-tune, as data: optimizer, schedule, head, what is unfrozen, augmentation. Nothing here runs.
 
-In: a name, the user's changes, the number of training images. Out: a frozen ``Recipe`` with every value settled. A recipe
-is all that changes the numbers of a training run besides the images, the start and the seed; it is stored with the model.
+In: a name, the user's changes, the number of training images. Out: a frozen ``Recipe`` with every value settled. Recipe, images,
+start, seed and precision decide the numbers of a run; the recipe is stored with the model.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from featcache.errors import UsageError
 
-Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see augmentation.py
+Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see augment.py
 Unfreeze = Literal["head", "last-stage", "all", "gradual"]
 _MOST = 1e6
 _CHOICES = {
@@ -39,7 +39,7 @@ class Recipe:
         warmup: share of all optimizer steps during which the rate rises from zero.
         epochs: None: by the number of images. batch_size: images per batch; None: by their number.
         accumulation: batches per optimizer step.
-        augmentation: steps in their order (``augmentation.py``).
+        augmentation: steps in their order (``augment.py``).
         label_smoothing, clip_norm (largest norm of the gradient, 0: any).
         ema: decay of the moving average of weights, which is then what is evaluated and kept (0: none).
         patience: stop after so many epochs without a better one (0: never).

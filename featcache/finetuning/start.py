@@ -1,7 +1,7 @@
-"""Where a fine-tuning starts: labelled images with train and val splits, and a model of their cached features.
+"""Where fine-tuning starts: labelled images with train and val splits, and a model of their cached features.
 
-In: a source and either a model or the wish for a backbone. Out: the images, and a head-only ``Model``: the one given, or one
-that is extracted and fit here.
+In: a source, and a model or a request for a backbone. Out: the images, and a head-only ``Model``: the one given, or one whose
+features are extracted and whose head is fit here.
 """
 
 import logging
@@ -15,6 +15,7 @@ from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.format import encode_names, find
 from featcache.errors import SourceError
 from featcache.extraction.request import ExtractRequest
+from featcache.finetuning.job import Job
 from featcache.finetuning.pixels import LabelledPixels
 from featcache.images.source import ImageList, list_images
 from featcache.images.splits import hold_out, usable
@@ -26,12 +27,11 @@ from featcache.system.workdir import work_folder
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
     from featcache.system.device import Runtime
-    from featcache.system.distributed import Processes
 
 log = logging.getLogger("featcache")
-_TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
 _CACHE = "features.h5"
-_COMPARED = 64  # images, where they must be embedded for it
+_COMPARED = 64  # images of the parity check, where they must be embedded for it
+_TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
 _TOLERANCE_REDUCED = 0.1  # where the cache was computed in half precision
 _TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
 
@@ -55,34 +55,27 @@ def read_source(source: Path, *, seed: int) -> tuple[ImageList, bool]:
     held_out = not (images.splits == _VAL).any()
     if held_out:
         images = hold_out(images, seed=seed)
-        log.info(
-            "no val split: a stratified tenth of the training images, %d, becomes one",
-            int((images.splits == _VAL).sum()),
-        )
-    in_train = np.unique(images.labels[images.splits == _TRAIN])
+        count = int((images.splits == _VAL).sum())
+        log.info("no val split: a stratified tenth of the training images, %d, becomes one", count)
+    _check_splits(images, source)
+    return images, held_out
+
+
+def _check_splits(images: ImageList, source: Path) -> None:
+    in_train, in_val = (np.unique(images.labels[images.splits == split]) for split in (_TRAIN, _VAL))
     if len(in_train) < 2:
         names = ", ".join(images.classes[label] for label in in_train) or "none"
         raise SourceError(
             f"the training images of {source} are of one class ({names}); a classifier needs at least two"
         )
-    in_val = np.unique(images.labels[images.splits == _VAL])
     if not len(in_val):
         raise SourceError(f"{source} has too few images to hold some out for validation; add images or a val folder")
     if missing := [images.classes[label] for label in np.setdiff1d(in_train, in_val)]:
         log.warning("no val image of %s: what is chosen on val says nothing about it", ", ".join(missing[:5]))
-    return images, held_out
 
 
 def prepare_start(
-    images: ImageList,
-    output: Path,
-    init: Path | None,
-    request: ExtractRequest | None,
-    *,
-    held_out: bool,
-    processes: "Processes",
-    runtime: "Runtime",
-    seed: int,
+    job: Job, init: str | Path | None, request: ExtractRequest | None, *, held_out: bool
 ) -> tuple[Model, FeatureCache | None]:
     """The model to start from, and the cache it was fit on if that happened here.
 
@@ -92,45 +85,47 @@ def prepare_start(
     Raises:
         ModelError, BackboneError, SourceError, ...: as ``load_model``, ``extract`` and ``fit_head``.
     """
-    settings: dict[str, Any] = {"seed": seed}
+    settings: dict[str, Any] = {"seed": job.seed}
     if init is not None:
+        init = Path(init)
         model = load_model(init)
-        _check_classes(images, model)
+        _check_classes(job.images, model)
         if not held_out:
             return model, None
-        training = model.manifest["training"]
         log.info(
             "%s was trained on images that are now held out for validation: its head is fit again without them", init
         )
-        settings |= {
-            "clf": model.head.kind,
-            "C": training.get("C"),
-            "class_weight": training.get("class_weight", "none"),
-        }
+        settings |= _settings_of(model)
         request = ExtractRequest(backbone=str(init))
-    cache, head = work_folder(output) / _CACHE, work_folder(output) / "head"
-    if processes.is_first:
-        beside = sorted(output.absolute().parent.glob("*.h5"))
-        _extract_and_fit(images, cache, head, request or ExtractRequest(), settings, runtime, beside)
-    processes.barrier()
+    cache, head = work_folder(job.output) / _CACHE, work_folder(job.output) / "head"
+    if job.processes.is_first:
+        _extract(job, cache, request or ExtractRequest())
+        _fit(cache, head, settings, rarest=_rarest(job.images))
+    job.processes.barrier()
     return load_model(head), FeatureCache.open(cache)
 
 
-def _extract_and_fit(
-    images: ImageList,
-    cache: Path,
-    head: Path,
-    request: ExtractRequest,
-    settings: dict[str, Any],
-    runtime: "Runtime",
-    beside: list[Path],
-) -> None:
+def _settings_of(model: Model) -> dict[str, Any]:
+    """What ``fit_head`` was told when it made ``model``."""
+    training = model.manifest["training"]
+    return {"clf": model.head.kind, "C": training.get("C"), "class_weight": training.get("class_weight", "none")}
+
+
+def _extract(job: Job, cache: Path, request: ExtractRequest) -> None:
+    """Features of the job's images, taken over from caches beside the output where they have them."""
     from featcache.extraction.extract import extract
+
+    beside = sorted(job.output.absolute().parent.glob("*.h5"))
+    runtime = job.runtime
+    report = extract(job.images, cache, request, device=str(runtime.device), workers=runtime.workers, reuse=beside)
+    log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)
+
+
+def _fit(cache: Path, head: Path, settings: dict[str, Any], *, rarest: int) -> None:
+    """The head. ``rarest``: training images of the smallest class."""
     from featcache.models.fit import fit_head
 
-    report = extract(images, cache, request, device=str(runtime.device), workers=runtime.workers, reuse=beside)
-    log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)
-    if _rarest(images) < 2:
+    if rarest < 2:
         settings = settings | {"folds": 0}  # nothing to cross-validate with
         if settings.get("clf", "logreg") == "logreg":
             settings |= {"C": settings.get("C") or 1.0}
@@ -150,7 +145,7 @@ def _rarest(images: ImageList) -> int:
 
 
 def keep_cache(output: Path) -> None:
-    """Leave the features that were extracted on the way as ``OUTPUT.features.h5``, unless that name is taken."""
+    """Move the features that were extracted for the start to ``OUTPUT.features.h5``, unless that name is taken."""
     source, target = work_folder(output) / _CACHE, output.with_name(f"{output.name}.{_CACHE}")
     if not source.is_file() or target.exists():
         return
@@ -158,7 +153,7 @@ def keep_cache(output: Path) -> None:
     if weights_copy(source, spec).is_file():
         weights_copy(source, spec).replace(weights_copy(target, spec))
     source.replace(target)
-    sync_folder(target.parent)  # before what is left of the work folder goes
+    sync_folder(target.parent)  # before the rest of the work folder is removed
 
 
 def _check_classes(images: ImageList, model: Model) -> None:
@@ -173,7 +168,7 @@ def _check_classes(images: ImageList, model: Model) -> None:
 def reference_features(
     val: LabelledPixels, start: Model, cache: FeatureCache | None, backbone: "Backbone", runtime: "Runtime"
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[Any], float]:
-    """What to compare the assembled network with: cached features, or some embedded now, the way ``predict`` does.
+    """What to compare the assembled network with: cached features, or some embedded now as ``predict`` embeds them.
 
     Returns:
         (n,) images of ``val``, their (n, D) features, and the tolerance that their precision asks for.

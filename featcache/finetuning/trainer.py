@@ -1,7 +1,7 @@
-"""The training loop: batches of augmented pixels in, trained weights and a history out.
+"""The steps of an epoch: decoded images in, trained weights out.
 
-Its whole state is one dictionary of tensors and numbers, so that a run can be stopped after any step and continued to
-the same bits. Nothing random is remembered: order, augmentation and dropout are drawn from (seed, epoch, image or step).
+The whole state is one dictionary of tensors and numbers, so that a run can be stopped after any step and continued to the
+same bits. No random state is kept: order, augmentation and dropout are drawn from (seed, epoch, image or step).
 """
 
 import contextlib
@@ -101,8 +101,8 @@ class Trainer:
         if recipe.batchnorm == "train" and len(data.labels) // self.steps_per_epoch < 2:
             raise UsageError("batch norms that train need at least two images per step; use a larger --batch-size")
         self.epoch, self.batch = 0, 0  # the next batch to train on
-        self._sums = np.zeros(3)  # loss, hits and images of this epoch so far,
-        self._pending: torch.Tensor | None = None  # but for the last step's
+        self._sums = np.zeros(3)  # loss, hits and images of this epoch, up to the step before the last
+        self._pending: torch.Tensor | None = None  # those of the last step
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
 
@@ -261,7 +261,7 @@ class Trainer:
         )
 
     def _settle(self) -> None:
-        """Add the last step's sums. Raises TrainingError if its loss is no number."""
+        """Add the last step's sums. Raises TrainingError if its loss is not finite."""
         if self._pending is None:
             return
         values, self._pending = self._pending.cpu().numpy(), None
@@ -289,7 +289,7 @@ class Trainer:
             )
 
     def _share_sums(self) -> None:
-        """All processes' sums, on the first one, which writes them down."""
+        """Add all processes' sums on the first one, whose state is saved."""
         if self.processes.world > 1:
             everybody = np.sum(self.processes.all_gather(self._sums), axis=0)
             self._sums = everybody if self.processes.is_first else np.zeros(3)
@@ -309,7 +309,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on. Raises TrainingError if it is no number any more."""
+        """Everything that the next step depends on. Raises TrainingError if a weight is not finite."""
         self._settle()
         if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
             raise TrainingError(

@@ -32,7 +32,7 @@ from featcache.cache.format import encode_names
 from featcache.errors import ModelError, SpecMismatchError
 from featcache.heads.head import FittedHead, Head
 from featcache.spec import Spec, fingerprint_of
-from featcache.system.files import check_output, publish_folder, read_published, recover_folder
+from featcache.system.files import check_output, named, publish_folder, read_published, recover_folder
 from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def check_replaceable(path: Path) -> None:
         ModelError: ``path`` exists and is not a head-only model, or holds files of somebody else.
         StorageError: its folder is missing or not writable.
     """
-    path = path if path.name else path.resolve()
+    path = named(path)
     recover_folder(path)
     check_output(path, folder_allowed=True)
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):

@@ -53,6 +53,19 @@ def check_output(path: Path, *, folder_allowed: bool = False) -> None:
         raise StorageError(f"cannot write {path}: no permission to write in {folder}")
 
 
+def named(path: Path) -> Path:
+    """``path`` as typed, but for ``.`` and ``..``: what lies beside an output is named after it, so it needs a name.
+
+    Raises:
+        StorageError: the root of a file system, which has none.
+    """
+    if path.name in ("", ".."):
+        path = path.resolve()
+    if not path.name:
+        raise StorageError(f"cannot write {path}: it is the root of a file system; choose another -o")
+    return path
+
+
 def check_free_space(folder: Path, needed: int) -> None:
     """Raise StorageError unless ``folder``'s file system has ``needed`` bytes and a little to spare."""
     free = shutil.disk_usage(folder).free

@@ -31,7 +31,8 @@ from featcache.errors import (
 from featcache.extraction.extract import extract
 from featcache.finetuning import finetune as finetuning
 from featcache.finetuning.finetune import finetune
-from featcache.finetuning.save import FinetuneReport
+from featcache.finetuning.save import FinetuneReport, read_report
+from featcache.finetuning.trainer import Status, Trainer
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
@@ -53,9 +54,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tune(made: Path, output: Path, **options: Any) -> FinetuneReport:
-    options = {"init": made / "m", "changes": QUICK, "precision": "fp32"} | options
-    return finetune(made / "photos", output, **options)
+def tune(made: Path, output: Path | str, *, photos: Path | None = None, **options: Any) -> FinetuneReport:
+    """Quickly, from the head m unless an option says otherwise; in float32, whatever the CPU would take."""
+    start = {} if "request" in options else {"init": made / "m"}
+    return finetune(photos or made / "photos", output, **start | {"changes": QUICK, "precision": "fp32"} | options)
 
 
 def tensors(model: Path) -> dict[str, np.ndarray]:
@@ -94,6 +96,9 @@ def test_the_result_is_a_model_like_any_other(
         rel=0.05 if bf16_arithmetic else 0.01,  # predict may take bf16
     )
     assert metrics["comparison"]["test"]["p_value"] == report.p_value
+    assert read_report(tmp_path / "ft") == report
+    for name in ("val_accuracy", "head_val_accuracy", "test_accuracy", "head_test_accuracy"):
+        assert metrics[name] == metrics["report"][name]
     assert [row["epoch"] for row in metrics["history"]] == [1, 2]
     assert len((tmp_path / "ft" / "history.csv").read_text().splitlines()) == 3
     assert not list(tmp_path.rglob("*.png"))  # pictures are drawn by the command, beside the model
@@ -120,17 +125,15 @@ def test_without_init_it_extracts_and_fits_first_and_reuses_what_lies_beside(
     caplog.set_level("INFO")
     for file in made.glob("f.h5*"):
         shutil.copy(file, tmp_path)
-    finetune(made / "photos", tmp_path / "ft", request=TINY, changes=QUICK)
+    tune(made, tmp_path / "ft", request=TINY)
     assert "embedded 0, reused 48" in caplog.text
     assert "on 16 images" in caplog.text  # parity, on cached rows
     assert len(FeatureCache.open(tmp_path / "ft.features.h5")) == 48
 
 
-def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(finetuning, "choose", lambda y, candidates: next(c for c in candidates if c.alpha == 0))
-    report = tune(made, tmp_path / "ft")
+def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(made: Path, tmp_path: Path) -> None:
+    report = tune(made, tmp_path / "ft", changes=QUICK | {"lr": 1e-30, "backbone_lr": 0.0})  # no weight moves
+    assert report.alpha == 0
     start, tuned = load_model(made / "m"), load_model(tmp_path / "ft")
     for name, values in tuned.head.to_tensors().items():
         np.testing.assert_array_equal(values, start.head.to_tensors()[name])
@@ -162,7 +165,7 @@ def test_test_images_change_nothing_but_their_score(made: Path, tmp_path: Path) 
     shutil.copytree(made / "photos", tmp_path / "photos")
     (tmp_path / "photos" / "test" / "red").rename(tmp_path / "aside")
     (tmp_path / "photos" / "test" / "blue").rename(tmp_path / "photos" / "test" / "red")
-    report = finetune(tmp_path / "photos", tmp_path / "two", init=made / "m", changes=QUICK, precision="fp32")
+    report = tune(made, tmp_path / "two", photos=tmp_path / "photos")
     assert_same_model(tmp_path / "one", tmp_path / "two")
     assert report.test_accuracy is not None
     assert report.test_accuracy < 0.6
@@ -197,7 +200,7 @@ def test_without_val_a_tenth_is_held_out_from_the_head_too(
     photos = make_photos(tmp_path / "photos", each=12)
     extract(photos, tmp_path / "f.h5", TINY)
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
-    report = finetune(photos, tmp_path / "ft", init=tmp_path / "m", changes=QUICK)
+    report = tune(made, tmp_path / "ft", photos=photos, init=tmp_path / "m")
     assert "its head is fit again without them" in caplog.text
     training = load_model(tmp_path / "ft").manifest["training"]
     assert (training["n_train"], training["n_val"]) == (33, 3)
@@ -212,7 +215,7 @@ def test_unreadable_and_unknown_images_are_named_and_left_out(
     shutil.copytree(made / "photos", tmp_path / "photos")
     (tmp_path / "photos" / "train" / "blue" / "00.jpg").write_bytes(b"gone bad since extraction")
     write_photo(tmp_path / "photos" / "val" / "violet" / "00.jpg", (200, 0, 200), 1)
-    finetune(tmp_path / "photos", tmp_path / "ft", init=made / "m", changes=QUICK)
+    tune(made, tmp_path / "ft", photos=tmp_path / "photos")
     assert "train/blue/00.jpg is left out: not an image" in caplog.text
     assert "1 val images are of classes that the model does not know" in caplog.text
     training = load_model(tmp_path / "ft").manifest["training"]
@@ -222,7 +225,7 @@ def test_unreadable_and_unknown_images_are_named_and_left_out(
 def test_a_class_without_val_images_is_named(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(made / "photos", tmp_path / "photos")
     shutil.rmtree(tmp_path / "photos" / "val" / "green")
-    finetune(tmp_path / "photos", tmp_path / "ft", init=made / "m", changes=QUICK)
+    tune(made, tmp_path / "ft", photos=tmp_path / "photos")
     assert "no val image of green" in caplog.text
 
 
@@ -261,13 +264,31 @@ def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> N
         tune(made, out)
 
 
+def test_the_folder_one_is_in_can_become_the_model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ft").mkdir()
+    monkeypatch.chdir(tmp_path / "ft")
+    with pytest.raises(Interrupted, match=r"ft\.parts"):
+        tune(made, ".", progress=interrupt_at(2, signal.SIGTERM))
+    assert tune(made, ".", resume=True).model == tmp_path / "ft"
+    assert load_model(tmp_path / "ft").manifest["training"]["epochs"] == 2
+    (tmp_path / "ft" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "ft" / "sub")
+    with pytest.raises(ModelError, match="ft also holds sub"):
+        tune(made, "..")
+    for resume in (False, True):
+        with pytest.raises(StorageError, match="cannot write /: it is the root of a file system"):
+            tune(made, "/", resume=resume)
+    with pytest.raises(StorageError, match="cannot write /: it is the root of a file system"):
+        fit_head(made / "f.h5", "/", C=1.0, folds=0)
+
+
 # ------------------------------------------------------------------------------------------------ interruptions
 
 
-def interrupt_at(step: int, number: int) -> Callable[[Any], None]:
+def interrupt_at(step: int, number: int) -> Callable[[Status], None]:
     steps = iter(range(1, 1000))
 
-    def progress(status: Any) -> None:
+    def progress(status: Status) -> None:
         if next(steps) == step:
             os.kill(os.getpid(), number)
 
@@ -298,7 +319,7 @@ def test_resuming_with_other_settings_names_the_difference(made: Path, tmp_path:
     shutil.copytree(made / "photos", tmp_path / "photos")
     write_photo(tmp_path / "photos" / "train" / "red" / "00.jpg", COLOURS["red"], 77)  # another picture, same name
     with pytest.raises(UsageError, match=r"images.train: 16, \w+ -> 16, "):
-        finetune(tmp_path / "photos", tmp_path / "ft", init=made / "m", changes=QUICK, resume=True)
+        tune(made, tmp_path / "ft", photos=tmp_path / "photos", resume=True)
     tune(made, tmp_path / "ft", force=True, changes=QUICK | {"lr": 0.002})
     assert load_model(tmp_path / "ft").manifest["training"]["settings"]["lr"] == 0.002
 
@@ -315,23 +336,31 @@ def test_resume_without_anything_to_resume_starts(made: Path, tmp_path: Path) ->
     assert tune(made, tmp_path / "ft", resume=True).epochs == 2
 
 
-def test_a_diverging_run_keeps_its_last_good_checkpoint(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from featcache.finetuning.trainer import Trainer
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """Every trainer that begins an epoch."""
+    begun: list[Trainer] = []
+    run_epoch = Trainer.run_epoch
+    monkeypatch.setattr(Trainer, "run_epoch", lambda self, **how: begun.append(self) or run_epoch(self, **how))
+    return begun
 
-    accumulate = Trainer._accumulate
 
-    def poisoned(self: Trainer, *arguments: Any) -> Any:
-        return accumulate(self, *arguments) * (float("nan") if self.epoch == 1 and self.batch == 1 else 1.0)
+def spoil(trainer: Trainer) -> None:
+    with torch.no_grad():
+        next(iter(trainer.network.parameters())).fill_(float("nan"))
 
-    monkeypatch.setattr(Trainer, "_accumulate", poisoned)
-    with pytest.raises(
-        TrainingError, match=r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"
-    ):
-        tune(made, tmp_path / "ft")
-    monkeypatch.undo()
-    assert tune(made, tmp_path / "ft", resume=True).epochs == 2
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(made: Path, tmp_path: Path, trainers: list[Trainer]) -> None:
+    def progress(status: Status) -> None:
+        if (status.epoch, status.done) == (2, 6):
+            spoil(trainers[-1])
+
+    message = r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"
+    with pytest.raises(TrainingError, match=message):
+        tune(made, tmp_path / "ft", progress=progress)
+    tune(made, tmp_path / "whole")
+    tune(made, tmp_path / "ft", resume=True)
+    assert_same_model(tmp_path / "whole", tmp_path / "ft")
 
 
 def test_what_lies_in_the_way_is_refused_and_kept(made: Path, tmp_path: Path) -> None:
@@ -344,7 +373,7 @@ def test_what_lies_in_the_way_is_refused_and_kept(made: Path, tmp_path: Path) ->
     with pytest.raises(StorageError, match="in use for something else"):
         tune(made, tmp_path / "other")
     cache = make_cache_file(tmp_path / "own.features.h5")
-    finetune(made / "photos", tmp_path / "own", request=TINY, changes=QUICK | {"epochs": 1})
+    tune(made, tmp_path / "own", request=TINY, changes=QUICK | {"epochs": 1})
     assert (tmp_path / "own.features.h5").read_bytes() == cache
 
 
@@ -381,7 +410,7 @@ def test_a_run_killed_after_its_model_was_published_is_finished_by_resume(
 def test_two_runs_never_write_one_model(made: Path, tmp_path: Path) -> None:
     refused = []
 
-    def another(status: Any) -> None:
+    def another(status: Status) -> None:
         if not refused:
             with pytest.raises(StorageError, match="another featcache is writing") as error:
                 tune(made, tmp_path / "ft", force=True)
@@ -391,31 +420,25 @@ def test_two_runs_never_write_one_model(made: Path, tmp_path: Path) -> None:
     assert refused
 
 
-def test_a_state_that_is_no_number_never_replaces_a_good_one(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_state_that_is_not_finite_never_replaces_a_good_one(
+    made: Path, tmp_path: Path, trainers: list[Trainer]
 ) -> None:
     """Weights gone bad in the very step in which a signal asks to stop."""
-    from featcache.finetuning.trainer import Trainer
 
-    def spoil(status: Any) -> None:
+    def progress(status: Status) -> None:
         if (status.epoch, status.done) == (2, 12):
-            with torch.no_grad():
-                next(iter(spoiled[0].network.parameters())).fill_(float("nan"))
+            spoil(trainers[-1])
             os.kill(os.getpid(), signal.SIGTERM)
 
-    spoiled: list[Trainer] = []
-    begin = Trainer.run_epoch
-    monkeypatch.setattr(Trainer, "run_epoch", lambda self, **kw: spoiled.append(self) or begin(self, **kw))
     with pytest.raises(TrainingError, match="not finite after step 2 of epoch 2"):
-        tune(made, tmp_path / "ft", progress=spoil)
-    monkeypatch.undo()
+        tune(made, tmp_path / "ft", progress=progress)
     tune(made, tmp_path / "whole")
     tune(made, tmp_path / "ft", resume=True)
     assert_same_model(tmp_path / "whole", tmp_path / "ft")
 
 
 @pytest.mark.parametrize("clf", [None, "linear"])
-def test_a_class_with_one_training_image_still_trains(tmp_path: Path, clf: Any) -> None:
+def test_a_class_with_one_training_image_still_trains(made: Path, tmp_path: Path, clf: Any) -> None:
     photos = make_photos(tmp_path / "photos", each=3, splits=("train", "val"))
     for file in sorted((photos / "train" / "red").iterdir())[1:]:
         file.unlink()
@@ -425,7 +448,7 @@ def test_a_class_with_one_training_image_still_trains(tmp_path: Path, clf: Any) 
         extract(photos, tmp_path / "f.h5", TINY)
         fit_head(tmp_path / "f.h5", tmp_path / "m", clf=clf, folds=0)
         start = {"init": tmp_path / "m"}
-    assert finetune(photos, tmp_path / "ft", **start, changes=QUICK | {"epochs": 1}).epochs == 1
+    assert tune(made, tmp_path / "ft", photos=photos, **start, changes=QUICK | {"epochs": 1}).epochs == 1
 
 
 def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(

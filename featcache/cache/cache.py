@@ -47,7 +47,7 @@ from featcache.system.safe_load import parse_json
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
+CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -363,11 +363,13 @@ def _dataset(path: Path, file: PlainFile, name: str, kind: str, ndim: int) -> Pl
 
 def is_cache(path: Path) -> bool:
     """Whether ``path`` is meant to be a cache: by its suffix, or because it begins as HDF5 files do, whatever it is called."""
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in CACHE_SUFFIXES:
         return True
+    if not path.is_file():  # opening a pipe would wait for someone to write
+        return False
     try:
         with path.open("rb") as file:
-            return path.is_file() and file.read(len(SIGNATURE)) == SIGNATURE
+            return file.read(len(SIGNATURE)) == SIGNATURE
     except OSError:
         return False
 

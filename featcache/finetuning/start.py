@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.cache import CACHE_SUFFIXES, FeatureCache, weights_copy
 from featcache.cache.format import encode_names, find
 from featcache.errors import SourceError
 from featcache.extraction.request import ExtractRequest
@@ -115,7 +115,8 @@ def _extract(job: Job, cache: Path, request: ExtractRequest) -> None:
     """Features of the job's images, taken over from caches beside the output where they have them."""
     from featcache.extraction.extract import extract
 
-    beside = sorted(job.output.absolute().parent.glob("*.h5"))
+    neighbours = job.output.absolute().parent.iterdir()
+    beside = sorted(path for path in neighbours if path.suffix.lower() in CACHE_SUFFIXES)
     runtime = job.runtime
     report = extract(job.images, cache, request, device=str(runtime.device), workers=runtime.workers, reuse=beside)
     log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)

@@ -124,7 +124,7 @@ def test_without_init_it_extracts_and_fits_first_and_reuses_what_lies_beside(
 ) -> None:
     caplog.set_level("INFO")
     for file in made.glob("f.h5*"):
-        shutil.copy(file, tmp_path)
+        shutil.copy(file, tmp_path / file.name.replace(".h5", ".hdf5", 1))
     tune(made, tmp_path / "ft", request=TINY)
     assert "embedded 0, reused 48" in caplog.text
     assert "on 16 images" in caplog.text  # parity, on cached rows

@@ -53,7 +53,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[False, True], ids=["without bf16", "with bf16"])
 def bf16_arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Runs a test as on both kinds of CPU. Whichever this one is not is pretended; PyTorch then computes bf16 slowly."""
-    for module in ("system.device", "backbones.encoder"):
+    for module in ("system.device", "backbones.encoder", "finetuning.trainer"):
         monkeypatch.setattr(f"featcache.{module}.has_bf16_arithmetic", lambda: request.param)
     return bool(request.param)
 

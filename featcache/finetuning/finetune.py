@@ -159,19 +159,9 @@ def _tune(
     comparison = {split: compare(pair.y, pair.head, pair.tuned, split=split) for split, pair in pairs.items()}
     report = _report(job, trained, chosen, comparison, counts, started)
     if job.processes.is_first:
-        training = {
-            "recipe": job.recipe,
-            "settings": recipe.to_json(),
-            "run": fingerprint_of(identity),
-            "seed": job.seed,
-            "precision": job.precision,
-            "epochs": trained.epochs,
-            "best_epoch": trained.best_epoch,
-            "alpha": chosen.alpha,
-            "start": {"fingerprint": model.fingerprint, "head": model.head.kind},
-            "n_train": len(train),
-            "n_val": len(val),
-        }
+        training = _training_facts(job, recipe, identity, trained, chosen)
+        training["start"] = {"fingerprint": model.fingerprint, "head": model.head.kind}
+        training |= {"n_train": len(train), "n_val": len(val)}
         metrics = metrics_of(report, comparison, pairs, model.classes, trained.history)
         save_finetuned(job.output, chosen.network, backbone, model, training=training, metrics=metrics)
     return report
@@ -348,6 +338,22 @@ def _pair(job: Job, start: _Start, chosen: _Chosen) -> dict[str, Paired]:
     if len(test):
         pairs["test"] = Paired(test.labels, job.logits(start.network, test), job.logits(chosen.network, test))
     return pairs
+
+
+def _training_facts(
+    job: Job, recipe: Recipe, identity: dict[str, Any], trained: "Trained", chosen: _Chosen
+) -> dict[str, Any]:
+    """How the model was trained, for its manifest; ``is_finished`` reads ``run``."""
+    return {
+        "recipe": job.recipe,
+        "settings": recipe.to_json(),
+        "run": fingerprint_of(identity),
+        "seed": job.seed,
+        "precision": job.precision,
+        "epochs": trained.epochs,
+        "best_epoch": trained.best_epoch,
+        "alpha": chosen.alpha,
+    }
 
 
 def _report(

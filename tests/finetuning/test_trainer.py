@@ -15,7 +15,14 @@ from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment
 from featcache.finetuning.network import Network, with_new_head
 from featcache.finetuning.recipes import RECIPES, Recipe, choose_recipe
-from featcache.finetuning.trainer import Status, Stopped, Trainer, TrainingImages, set_learning_rates
+from featcache.finetuning.trainer import (
+    Status,
+    Stopped,
+    Trainer,
+    TrainingImages,
+    choose_training_precision,
+    set_learning_rates,
+)
 from featcache.system.distributed import Processes
 
 N, EDGE = 11, 32
@@ -232,6 +239,11 @@ def test_a_loss_that_explodes_stops_the_run() -> None:
     trainer = make_trainer(dataclasses.replace(SIMPLE, lr=30.0, backbone_lr=0.0))
     with pytest.raises(TrainingError, match="training diverges: the mean loss of epoch 1"):
         trainer.run_epoch()
+
+
+def test_training_takes_bfloat16_where_the_cpu_multiplies_it(bf16_arithmetic: bool) -> None:
+    assert choose_training_precision("auto", CPU.device) == ("bf16" if bf16_arithmetic else "fp32")
+    assert choose_training_precision("fp32", CPU.device) == "fp32"
 
 
 def test_bfloat16_stays_near_float32() -> None:

@@ -1,9 +1,9 @@
-"""Arrays in; head and scores out. No file, no image.
+"""Classifiers on embeddings: arrays in; head and scores out. No file, no image.
 
-head.py         what a head is, whatever trained it
-logreg.py       logistic regression, C and scaling chosen (linear probe)
-logreg_path.py  its solver
-minibatch.py    linear and MLP heads, by mini-batches
+head.py         a trained head, and what it takes as features
+logreg.py       logistic regression: C and scaling chosen by cross-validation
+logreg_path.py  its solver, along a path of C
+minibatch.py    linear and MLP heads, of features that need not fit in memory
 layers.py       a head as PyTorch layers
-metrics.py      scores
+metrics.py      accuracy, log loss, calibration, comparison of two models
 """

@@ -1,4 +1,4 @@
-"""A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; numpy only.
+"""A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; NumPy only.
 
 ``logreg.py`` and ``minibatch.py`` train heads on a ``FeatureSource``; ``models/model.py`` stores them.
 """
@@ -70,15 +70,15 @@ class Head:
         return softmax(self.logits(X))
 
     def score(self, features: FeatureSource, rows: Indices, *, block: int = 2048) -> Array:
-        """(n, C) probabilities of some ``rows`` of (M, D) features, read block by block."""
+        """(n, C) probabilities of (n,) ``rows`` of (M, D) features, which are read block by block."""
         bias = self.layers[-1][1]
-        scores = np.empty((len(rows), len(bias)), bias.dtype)  # filled in place: never twice in memory
+        scores = np.empty((len(rows), len(bias)), bias.dtype)  # filled in place: never in memory twice
         for start in range(0, len(rows), block):
             scores[start : start + block] = self.probabilities(features[rows[start : start + block]])
         return scores
 
     def to_tensors(self) -> dict[str, Array]:
-        """Named arrays from which ``from_tensors`` makes the same head again."""
+        """The head as named arrays, from which ``from_tensors`` makes it again."""
         tensors: dict[str, Array] = {}
         if self.scaling == "standardise":
             tensors |= {"mean": self.mean, "scale": self.scale}
@@ -110,14 +110,14 @@ class Head:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FittedHead:
-    """What every trainer of heads returns.
+    """A trained head and how it was chosen.
 
     Attributes:
         head: trained on all rows.
-        fold_accuracies: out-of-fold accuracy per fold of the chosen setting; empty without cross-validation.
+        fold_accuracies: out-of-fold accuracy of the chosen setting, per fold; empty without cross-validation.
         chosen: the setting: C, scaling, epochs, ...
         curve: every setting tried, with its cross-validated scores.
-        notes: what the user should know (best C on the edge, no convergence, ...).
+        notes: sentences that the user should read (best C on the edge, no convergence, ...).
         pipeline: the fitted scikit-learn pipeline (logreg only), for notebooks.
     """
 

@@ -1,16 +1,18 @@
-"""Softmax regression with an L2 penalty, along a path of regularisation strengths. numpy only; arrays in, arrays out.
+"""Softmax regression with an L2 penalty, along a path of regularisation strengths. NumPy only.
 
-The objective is scikit-learn's: ``C * sum_i w_i loss_i + |W|^2 / 2``, intercepts unpenalised; everything below works on it
-divided by ``C * sum_i w_i``. The optimum is unique, so how it is found changes speed, not the result:
+In: features (n, D), labels and values of C. Out: weights and intercepts for each C.
 
-- Features are centred (the intercept absorbs it) and rotated into the eigenbasis of their covariance (the penalty does not
-  notice). There the Hessian is nearly diagonal: mean of p (1 - p) of the class (the diagonal of what Böhning 1992, "Multinomial
-  logistic regression algorithm", bounds) times the direction's variance, plus the penalty.
-- That diagonal preconditions L-BFGS (Liu & Nocedal 1989), whose memory survives a change of C: only the penalty's part of it
-  changes, and that part is known.
-- For each C, the directions that hold two thirds of the variance come first, then all together.
-- Each C starts not where the one before ended, but on the line through the last two solutions. Logits are linear along
-  a line, so searching it costs no product with the features.
+The objective is scikit-learn's: ``C * sum_i w_i loss_i + |W|^2 / 2``, without a penalty on intercepts. The code works on it
+divided by ``C * sum_i w_i``. The optimum is unique: how it is found changes speed, not the result.
+
+- Features are centred, which the intercepts absorb, and rotated into the eigenbasis of their covariance, which leaves the
+  penalty as it is. In that basis the Hessian is nearly diagonal: the class's mean p (1 - p) times the direction's variance,
+  plus the penalty. (Böhning 1992, "Multinomial logistic regression algorithm", bounds the matrix of which this is the diagonal.)
+- This diagonal preconditions L-BFGS (Liu & Nocedal 1989). The pairs of L-BFGS survive a change of C: only the penalty's
+  part of the Hessian changes, and that part is known.
+- For each C, the directions that hold two thirds of the variance are solved first, then all together.
+- Each C starts on the line through the last two solutions, not where the one before ended. Logits are linear along a line,
+  so that a search on it costs no product with the features.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,11 +30,11 @@ _DECREASE, _CURVATURE = 1e-4, 0.5  # strong Wolfe conditions; trials are cheap, 
 
 
 class NotSolvedError(ArithmeticError):
-    """Values overflowed or the search got stuck; another solver has to do this job."""
+    """Values overflowed or the line search got stuck; another solver has to take over."""
 
 
 class _Point(NamedTuple):
-    """Where the path is: parameters (r + 1, K), the last row intercepts; logits (n, K); residuals w (p - y) (n, K)."""
+    """A point on the path: parameters (r + 1, K), of which the last row holds intercepts; logits and w (p - y), (n, K)."""
 
     theta: Array
     logits: Array
@@ -41,7 +43,7 @@ class _Point(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """One step of L-BFGS: parameters changed by s, the gradient by y."""
+    """A step of L-BFGS: s is the change of the parameters, y that of the gradient; rho = 1 / (s y)."""
 
     s: Array
     y: Array
@@ -49,15 +51,18 @@ class _Pair(NamedTuple):
 
 
 def eigenbasis(X: Array) -> Array:
-    """(n, D) -> (D, min(n, D)) or narrower: orthonormal, spans the centred rows, ordered by variance, smallest first.
+    """(n, D) -> (D, min(n, D)) or narrower: an orthonormal basis of the centred rows, in ascending order of variance.
 
-    With n >= D it is square. It then suits other rows of the same kind, too: any rotation leaves the optimum where it is,
-    so a basis made from more rows than those trained on makes training faster, and tells it nothing.
+    With n >= D the basis is square, a rotation, and suits other rows of the same kind as well: no rotation moves the
+    optimum. A basis of more rows than those that train makes training faster and tells it nothing.
+
+    Raises:
+        NotSolvedError: the covariance is not finite. LinAlgError: from NumPy.
     """
     centred = X - X.mean(axis=0)
     if len(X) >= X.shape[1]:
         return _normalised(np.linalg.eigh(centred.T @ centred)[1])
-    # Fewer rows than dimensions: weights outside the rows' span would only be penalised, so the optimum lies inside it.
+    # With fewer rows than dimensions the optimum lies in the rows' span: weights outside of it only add to the penalty.
     centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
     values, vectors = np.linalg.eigh(centred @ centred.T)
     kept = values > values[-1] * 1e-12
@@ -81,21 +86,21 @@ def regularisation_path(
     tolerance: float = 2e-4,
     start: tuple[Array, Array] | None = None,
 ) -> Iterator[tuple[Array, Array]]:
-    """Weights and intercepts for each C of ``grid``, one after the other; quickest if it ascends.
+    """Solve for each C of ``grid``, one after the other; an ascending grid is the fastest.
 
     Args:
         X: (n, D) float32 or float64; the work is done in this precision, sums of losses in float64.
         y: (n,) labels 0..K-1, each occurring. weights: (K,) of the classes' losses.
-        basis: of ``eigenbasis``, with the rows' span in it; made here when None.
-        tolerance: stop when a further step promises to lower the objective by less than this share of it, or of what it
-            is below that of constant predictions.
-        start: weights and intercepts, of a similar problem, to start from; shaped as those yielded.
+        basis: from ``eigenbasis``; it has to span the rows. Computed when None.
+        tolerance: the search ends when a further step promises to lower the objective by less than this share of it, or
+            of its distance to the objective of constant predictions, whichever is smaller.
+        start: weights and intercepts of a similar problem, in the shapes yielded, to start from.
 
     Yields:
-        (K, D) weights and (K,) intercepts; for two classes (1, D) and (1,), of the logit of class 1, as scikit-learn has it.
+        (K, D) weights and (K,) intercepts; for two classes (1, D) and (1,), of the logit of class 1, as in scikit-learn.
 
     Raises:
-        NotSolvedError: rarely; nothing is known then.
+        NotSolvedError: rarely; what was yielded before is then not to be relied on.
     """
     basis = eigenbasis(X) if basis is None else basis
     mean = X.mean(axis=0)
@@ -103,7 +108,7 @@ def regularisation_path(
     if start is not None:
         path.begin(basis.T @ start[0].T, start[1] + start[0] @ mean)
     for C in grid:
-        # Two rows of weights +v/2 and -v/2 have the penalty |v|^2 / 4, one row v as scikit-learn has it twice that.
+        # Two rows of weights, v/2 and -v/2, have the penalty |v|^2 / 4; scikit-learn's one row v has |v|^2 / 2.
         theta = path.solve(C / 2 if len(weights) == 2 else C)
         if len(weights) == 2:
             theta = theta[:, 1:] - theta[:, :1]
@@ -112,7 +117,7 @@ def regularisation_path(
 
 
 class _Path:
-    """Solutions on one training set, each starting from those before."""
+    """Solutions on one training set, each of which starts from those before."""
 
     def __init__(self, R: Array, y: Array, row_weights: Array, n_classes: int, tolerance: float) -> None:
         self.R, self.y, self.rows = R, y, np.arange(len(y))
@@ -122,20 +127,18 @@ class _Path:
         self.noise = 10 * float(np.finfo(R.dtype).eps)
         variances = np.einsum("ij,ij->j", R, R) / len(R)
         self.variances = np.append(variances, 1).astype(R.dtype)[:, None]  # (r + 1, 1); of the intercept: 1
-        small = int(
-            np.searchsorted(np.cumsum(variances), variances.sum() / 3)
-        )  # directions with a third of the variance
-        self.coarse = small if len(variances) >= _MANY else 0
+        third = int(np.searchsorted(np.cumsum(variances), variances.sum() / 3))  # the small directions that hold it
+        self.coarse = third if len(variances) >= _MANY else 0
         self.penalty = 0.0
         self.pairs: list[_Pair] = []
         theta = np.zeros((R.shape[1] + 1, n_classes), R.dtype)
-        theta[-1] = np.log(np.bincount(y, self.w, n_classes))  # the best without features
+        theta[-1] = np.log(np.bincount(y, self.w, n_classes))  # the optimum without features
         self.point = self.at(theta, np.tile(theta[-1], (len(y), 1)))
         self.before: _Point | None = None
         self.null = self.point.loss
 
     def begin(self, weights: Array, intercepts: Array) -> None:
-        """Start from (r, K) weights of the rotated features and (K,) intercepts, K 1 for two classes, if it beats none."""
+        """Start from (r, K) weights of rotated features and (K,) intercepts (K = 1 for two classes), if that beats zeros."""
         theta = np.vstack([weights, intercepts]).astype(self.R.dtype)
         theta = np.hstack([-theta, theta]) / 2 if theta.shape[1] == 1 else theta
         point = self.at(theta, self.R @ theta[:-1] + theta[-1])
@@ -143,11 +146,11 @@ class _Path:
             self.point = point
 
     def at(self, theta: Array, logits: Array) -> _Point:
-        """Mean loss and its residuals; accurate also where nearly every probability is 0 or 1."""
+        """The point's mean loss and residuals, accurate also where probabilities are close to 0 or 1."""
         top = logits.max(axis=1, keepdims=True)
         odds = np.exp(logits - top)
         own = np.exp(np.maximum(logits[self.rows, self.y] - top[:, 0], -700).astype(np.float64))
-        odds[self.rows, self.y] = 0  # 1 - p of the own class is the sum of the others: no cancellation
+        odds[self.rows, self.y] = 0  # 1 - p of the own class comes from the sum of the others: no cancellation
         others = odds.sum(axis=1).astype(np.float64)
         share = self.w / (others + own)
         odds *= share.astype(odds.dtype)[:, None]
@@ -156,7 +159,7 @@ class _Path:
 
     def solve(self, C: float) -> Array:
         """(r + 1, K) parameters at the optimum for this C."""
-        penalty = float(1 / (C * self.total))  # no numpy scalar, which would make all that it meets float64
+        penalty = float(1 / (C * self.total))  # a Python float: a NumPy one would turn float32 arrays into float64
         self.pairs = [_pair(s, y + _penalised(s, penalty - self.penalty)) for s, y, _ in self.pairs]
         self.penalty = penalty
         start = self.point
@@ -169,14 +172,16 @@ class _Path:
         return self.point.theta
 
     def descend(self, scale: Array, first: int) -> None:
-        """Go to the optimum over all but the ``first`` rows of the parameters, which stay as they are.
+        """Go to the optimum over all parameters but the ``first`` rows, which stay as they are.
 
-        A step along the few directions of large variance costs a fraction of one along all, and most of the way is theirs.
+        A step along the few directions of large variance costs a fraction of a step along all and covers most of the way.
         """
         gradient = self.gradient(self.point, first)
         for _ in range(_MAX_ITERATIONS):
             direction = self.direction(gradient, scale)
-            direction[:first] = 0  # still one of descent: a principal block of a positive definite matrix is one, too
+            direction[:first] = (
+                0  # what is left still descends: principal blocks of a positive definite matrix are that, too
+            )
             slope = _dot(gradient, direction)
             if not np.isfinite(slope) or slope > 0:
                 raise NotSolvedError(f"slope {slope}")
@@ -195,12 +200,12 @@ class _Path:
         return point.loss + self.penalty / 2 * _dot(point.theta[:-1], point.theta[:-1])
 
     def explained(self) -> float:
-        """What the objective's accuracy is measured by: itself or, if smaller, what features have lowered it by."""
+        """The scale of the tolerance: the objective or, if that is less, how far the features have lowered it."""
         objective = self.objective(self.point)
         return max(min(objective, self.null - objective), self.noise * objective)
 
     def gradient(self, point: _Point, first: int) -> Array:
-        """(r + 1, K) of the objective; its ``first`` rows are taken for 0."""
+        """(r + 1, K) of the objective; the ``first`` rows are set to 0."""
         gradient = _penalised(point.theta, self.penalty)
         gradient[:first] = 0
         gradient[first:-1] += (point.residual.T @ self.R[:, first:]).T  # a little faster than R.T @ residual
@@ -208,7 +213,7 @@ class _Path:
         return gradient
 
     def curvature(self, point: _Point) -> Array:
-        """(r + 1, K) approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
+        """(r + 1, K), the approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
         size = np.abs(point.residual)
         spread = (size * (1 - size / self.w.astype(size.dtype)[:, None])).sum(axis=0)
         spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(size.dtype).tiny))  # never divide by zero
@@ -217,13 +222,13 @@ class _Path:
         return curvature
 
     def direction(self, gradient: Array, scale: Array) -> Array:
-        """(r + 1, K) of descent: the two loops of L-BFGS around the preconditioner."""
+        """(r + 1, K), a direction of descent: the two loops of L-BFGS around the preconditioner."""
         q, shares = gradient.copy(), []
         for s, y, rho in reversed(self.pairs):
             shares.append(rho * _dot(s, q))
             q -= shares[-1] * y
         q /= scale
-        if self.pairs:  # the preconditioner's overall size is off: set it from the latest step
+        if self.pairs:  # the latest step sets the preconditioner's overall size
             _, y, rho = self.pairs[-1]
             q *= 1 / (rho * _dot(y, y / scale))
         for (s, y, rho), share in zip(self.pairs, reversed(shares), strict=True):
@@ -231,14 +236,14 @@ class _Path:
         return -q
 
     def extrapolate(self, earlier: _Point) -> None:
-        """Go on along the line from the last solution but one to the last, as far as that helps."""
+        """Continue along the line from the last solution but one to the last, as far as that helps."""
         direction, move = self.point.theta - earlier.theta, self.point.logits - earlier.logits
         slope = _dot(self.point.residual, move) + self.penalty * _dot(self.point.theta[:-1], direction[:-1])
         if slope < 0:
             self.search(direction, move, slope)
 
     def search(self, direction: Array, move: Array, slope: float) -> float | None:
-        """Step to a point on the line that meets the strong Wolfe conditions; returns how far, None if there is none."""
+        """Step to a point on the line that meets the strong Wolfe conditions; return its distance, None if there is none."""
         start, objective = self.point, self.objective(self.point)
         along, square = _dot(start.theta[:-1], direction[:-1]), _dot(direction[:-1], direction[:-1])
         low, low_slope, high, t = 0.0, slope, np.inf, 1.0
@@ -255,7 +260,7 @@ class _Path:
                 high, high_slope = t, here
             if high == np.inf:
                 t *= 4
-            else:  # where the slope would vanish if it changed evenly, but never close to an end
+            else:  # the zero of the slope if it were linear, kept away from both ends
                 share = low_slope / (low_slope - high_slope) if high_slope > low_slope else 0.5
                 t = low + (high - low) * min(0.9, max(0.1, share))
         return None
@@ -266,7 +271,7 @@ def _dot(a: Array, b: Array) -> float:
 
 
 def _penalised(theta: Array, penalty: float) -> Array:
-    """Gradient of the penalty: intercepts, the last row, have none."""
+    """Gradient of the penalty, which the last row, the intercepts, does not have."""
     gradient = penalty * theta
     gradient[-1] = 0
     return gradient

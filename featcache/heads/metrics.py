@@ -1,4 +1,4 @@
-"""Labels and probabilities in, a dictionary of scores out. numpy only.
+"""Labels and probabilities in, scores out. NumPy, and SciPy for one test.
 
 All functions take ``y`` (N,) integer labels in 0..C-1 and ``probabilities`` (N, C), rows summing to 1.
 """
@@ -38,21 +38,21 @@ def confusion_matrix(y: Array, probabilities: Array) -> npt.NDArray[np.int64]:
 
 
 def standard_error(accuracy: float, n: int) -> float:
-    """Of an accuracy in 0..1 measured on ``n`` independent rows: sqrt(p (1 - p) / n), the binomial's."""
+    """Standard error of an accuracy in 0..1 on ``n`` independent rows, the binomial's: sqrt(p (1 - p) / n)."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
     """Do two models differ in accuracy on the same rows? The exact, paired test of McNemar (1947).
 
-    Only rows that one of the two gets right tell them apart; if both were equally good, each such row would be a fair
-    coin. The p-value is that coin's two-sided binomial one, exact, not the chi-squared approximation.
+    Only rows that exactly one of the two gets right tell them apart. If both were equally good, each such row would be a
+    toss of a fair coin. The p-value is the two-sided, exact one of the binomial distribution, not the chi-squared one.
 
     Args:
-        y: (N,) labels. first, second: (N, C) probabilities of two models, row by row about the same image.
+        y: (N,) labels. first, second: (N, C) probabilities of two models for the same rows.
 
     Returns:
-        only_first_right, only_second_right, both, neither: counts that sum to N ("both" and "neither" being right);
+        only_first_right, only_second_right, both, neither: counts of who is right, which sum to N;
         p_value in 0..1, 1 where no row tells the two apart.
     """
     from scipy.special import bdtr  # late: it takes longer to import than all else that scores need
@@ -69,7 +69,7 @@ def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
 
 
 def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str]) -> dict[str, Any]:
-    """All scores of the module as plain JSON values.
+    """Scores of one model as plain JSON values.
 
     Returns:
         n, accuracy, log_loss, ece, confusion (list of rows), and per_class: name -> n, precision, recall (None where

@@ -1,4 +1,4 @@
-"""Comparing models on the same rows. What scores one model is tested with the heads."""
+"""Scores of one model and of two on the same rows; scikit-learn, SciPy and sums by hand are the oracles."""
 
 import json
 from itertools import pairwise
@@ -6,8 +6,32 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from sklearn import metrics as sklearn_metrics
 
-from featcache.heads.metrics import mcnemar, standard_error
+from featcache.heads.head import softmax
+from featcache.heads.metrics import evaluate_probabilities, expected_calibration_error, mcnemar, standard_error
+
+
+def test_metrics_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    y, probabilities = rng.integers(0, 4, 500), softmax(rng.normal(size=(500, 5)))  # class 4 never occurs
+    scores = evaluate_probabilities(y, probabilities, list("abcde"))
+    predicted = probabilities.argmax(axis=1)
+    labels = np.arange(5)
+    assert scores["n"] == 500
+    assert scores["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(y, predicted))
+    assert scores["log_loss"] == pytest.approx(sklearn_metrics.log_loss(y, probabilities, labels=labels))
+    assert scores["confusion"] == sklearn_metrics.confusion_matrix(y, predicted, labels=labels).tolist()
+    recall = sklearn_metrics.recall_score(y, predicted, labels=labels, average=None, zero_division=np.nan)
+    for k, name in enumerate("abcd"):
+        assert scores["per_class"][name]["recall"] == pytest.approx(recall[k])
+    assert scores["per_class"]["e"]["recall"] is None
+
+
+def test_calibration_error_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
+    # bin of 0.9: accuracy 1/2, gap 0.4, two rows; bin of 0.6: accuracy 1, gap 0.4, two rows
+    assert expected_calibration_error(np.array([0, 1, 0, 1]), probabilities) == pytest.approx(0.4)
 
 
 def right_or_wrong(y: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -140,7 +140,9 @@ def as_input(pixels: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- ONNX
 
 
-@pytest.mark.parametrize("head", [("squeezenet1_1", "standardise"), ("resnet18", "unit", 5)])
+@pytest.mark.parametrize(
+    "head", [("squeezenet1_1", "standardise"), pytest.param(("resnet18", "unit", 5), marks=pytest.mark.slow)]
+)
 def test_onnx_labels_images_as_the_model_does(
     exported: Callable[..., Any], tmp_path: Path, head: tuple[Any, ...]
 ) -> None:

@@ -197,6 +197,25 @@ def test_every_room_has_a_sign(room: str) -> None:
         assert path.name == "__init__.py" or re.search(rf"\b{path.stem}\b", sign), f"{path.name} is not on the sign"
 
 
+PROMISES = re.findall(r"^\| \*\*(.+?)\*\*.*\|(.+)\|$", (PACKAGE.parent / "SECURITY.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("promise", "files"), PROMISES, ids=[promise for promise, _ in PROMISES])
+def test_every_promise_is_tried_by_default(promise: str, files: str) -> None:
+    """The files that SECURITY.md names are there, and in each a test runs that is not marked slow or soak."""
+    names = re.findall(r"`([\w/]+(?:\.py|/))`", files)
+    assert names
+    for name in names:
+        found = sorted(Path(__file__).parent.rglob(name if name.endswith(".py") else f"{Path(name).name}/test_*.py"))
+        assert found, f"{name} is gone"
+        functions = [
+            node for path in found for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+        ]
+        tests = [node for node in functions if node.name.startswith("test_")]
+        marks = [{ast.unparse(mark).lower().split(".")[-1] for mark in node.decorator_list} for node in tests]
+        assert any(not {"slow", "soak"} & each for each in marks), f"{name} is not run by default"
+
+
 def describe(package: Path) -> str:
     """The graph in figures: of rooms, and of files. Before there were rooms, a file was one."""
     rooms = between_rooms(package)

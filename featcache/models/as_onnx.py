@@ -26,7 +26,7 @@ from featcache.models.export_candidate import (
 )
 from featcache.models.model import Model
 
-_ONNX_LIMIT = 2**31 - 2**24  # protobuf ends at 2 GiB; the graph itself needs a little
+MAX_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the graph itself needs a little
 
 
 def require_onnx() -> tuple[Any, Any]:
@@ -46,7 +46,7 @@ def make_onnx(model: Model, backbone: Backbone, name: str) -> Candidate:
     """Convert. ``name`` is the file's. Raises ExportError, MissingDependencyError."""
     network = Network(backbone, model.head).eval()
     size = sum(tensor.nbytes for tensor in network.state_dict().values())
-    if size > _ONNX_LIMIT:
+    if size > MAX_BYTES:
         raise ExportError(
             f"{backbone.name} has {size / 1e9:.1f} GB of weights, an ONNX file holds 2 GB; export to .safetensors instead"
         )

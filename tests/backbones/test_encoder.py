@@ -57,7 +57,9 @@ def test_features_equal_eager_torchvision_style_inference(tmp_path: Path, bf16_a
     assert error_of_the_spread(expected, chosen) <= 0.04
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "vit_b_32"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "vit_b_32"))]
+)
 def test_an_embedding_does_not_depend_on_neighbours_or_workers(tmp_path: Path, name: str) -> None:
     images = list_images(make_photos(tmp_path, each=3))
     backbone = load_backbone(name, "none")

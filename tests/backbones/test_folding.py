@@ -151,13 +151,13 @@ def test_convolutions_that_onednn_does_not_know(padding: str) -> None:
 @pytest.mark.parametrize(
     ("name", "fused"),
     [
-        ("mobilenet_v2", 52),
         ("mobilenet_v3_small", 52),
         ("resnet18", 20),
-        ("efficientnet_b0", 81),
-        ("googlenet", 57),
-        ("densenet121", 120),
-        ("vit_b_32", 1),
+        pytest.param("mobilenet_v2", 52, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", 81, marks=pytest.mark.slow),
+        pytest.param("googlenet", 57, marks=pytest.mark.slow),
+        pytest.param("densenet121", 120, marks=pytest.mark.slow),
+        pytest.param("vit_b_32", 1, marks=pytest.mark.slow),
     ],
 )
 def test_torchvision(name: str, fused: int) -> None:

@@ -1,6 +1,9 @@
 """Names, weights files and what the embeddings are: the input of the final classification layer."""
 
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +15,20 @@ from featcache.backbones.backbone import OFFLINE_BACKBONE, hash_tensors, save_we
 from featcache.backbones.load import load_backbone, load_provided
 from featcache.errors import BackboneError
 
-FAMILIES = [
+FAMILIES = ["mobilenet_v3_small", "resnet18", "squeezenet1_1"]
+OTHERS = [
     *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
-    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d"),
-    *("shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32", "wide_resnet50_2"),
+    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "regnet_y_400mf", "resnext50_32x4d", "shufflenet_v2_x0_5", "swin_t"),
+    *("swin_v2_t", "vgg11", "vit_b_32", "wide_resnet50_2"),
 ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def and_slowly(names: Iterable[str]) -> list[Any]:
+    """Parameters of tests that are marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", FAMILIES + and_slowly(OTHERS))
 def test_embedding_is_what_enters_the_classifier(name: str) -> None:
     """Oracle: the original network, with a hook on its last layer."""
     backbone = load_backbone(name, "none")
@@ -91,30 +100,27 @@ def test_weights_files(tmp_path: Path, checkpoint: dict[str, torch.Tensor], form
     assert load_backbone("resnet18", tmp_path / "copy.safetensors").weights_sha256 == expected
 
 
-def test_checkpoints_of_older_torchvision_are_migrated(tmp_path: Path) -> None:
-    """The published files of these families carry older names; the networks' own migration has to see them."""
-    import re
-
-    older = {
-        "densenet121": lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key),
-        "vit_b_32": lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."),
-        "mnasnet0_5": lambda key: key,
-    }
-    for name, rename in older.items():
-        network = torchvision.models.get_model(name, weights=None)
-        state = network.state_dict()
-        renamed = type(state)((rename(key), value) for key, value in state.items())
-        if name == "vit_b_32":
-            assert renamed.keys() != state.keys()
-            renamed._metadata = type(state)((key, {"version": 1}) for key in state._metadata)
-        elif name == "densenet121":
-            assert renamed.keys() != state.keys()
-        torch.save(renamed, tmp_path / "w.pth")
-        ours = load_backbone(name, tmp_path / "w.pth").module.state_dict()
-        for key, value in ours.items():
-            assert torch.equal(value, state[key]), (name, key)
+OLDER: dict[str, Callable[[str], str]] = {  # network -> what its parameters were called in published files
+    "mnasnet0_5": lambda key: key,
+    "densenet121": lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key),
+    "vit_b_32": lambda key: key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."),
+}
 
 
+@pytest.mark.parametrize("name", ["mnasnet0_5", "densenet121", *and_slowly(["vit_b_32"])])
+def test_checkpoints_of_older_torchvision_are_migrated(tmp_path: Path, name: str) -> None:
+    """The networks' own migration has to see the older names."""
+    state = torchvision.models.get_model(name, weights=None).state_dict()
+    renamed = type(state)((OLDER[name](key), value) for key, value in state.items())
+    assert (renamed.keys() != state.keys()) == (name != "mnasnet0_5")
+    if name == "vit_b_32":
+        renamed._metadata = type(state)((key, {"version": 1}) for key in state._metadata)
+    torch.save(renamed, tmp_path / "w.pth")
+    for key, value in load_backbone(name, tmp_path / "w.pth").module.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.slow
 def test_vit_takes_its_input_size_from_the_weights(tmp_path: Path) -> None:
     torch.save(torchvision.models.vit_b_32(image_size=384).state_dict(), tmp_path / "w.pth")
     backbone = load_backbone("vit_b_32", tmp_path / "w.pth")
@@ -210,7 +216,9 @@ def test_offline_weights_sit_on_the_right_layers() -> None:
         assert torch.equal(package[theirs], ours[name]), (theirs, name)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv3_small_050", *and_slowly(("resnet18", "vit_tiny_patch16_224", "convnext_atto"))]
+)
 def test_timm_embedding_is_what_enters_the_classifier(name: str) -> None:
     import timm
 

@@ -321,7 +321,15 @@ extract({source!r}, {output!r}, TINY)
 
 
 # 18 images in chunks of 8 make parts of 8, 8 and 2; the fourth rename is the packed file's.
-@pytest.mark.parametrize(("point", "before", "kept"), [(0, True, 0), (1, False, 16), (3, True, 18), (3, False, 18)])
+@pytest.mark.parametrize(
+    ("point", "before", "kept"),
+    [
+        (1, False, 16),
+        pytest.param(0, True, 0, marks=pytest.mark.slow),
+        pytest.param(3, True, 18, marks=pytest.mark.slow),
+        pytest.param(3, False, 18, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_a_commit_and_resumed_is_bit_for_bit_the_same(
     photos: Path, tmp_path: Path, point: int, before: bool, kept: int
 ) -> None:
@@ -386,7 +394,8 @@ def test_parts_of_another_spec_are_not_mixed_in(photos: Path, tmp_path: Path) ->
     assert extract(photos, tmp_path / "f.h5", other, force=True).embedded == 18
 
 
-def test_a_second_writer_is_turned_away(photos: Path, tmp_path: Path) -> None:
+def test_a_second_writer_is_turned_away(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.system.workdir.PATIENCE", 0.1)
     folder = work_folder(tmp_path / "f.h5")
     folder.mkdir()
     with filelock.FileLock(folder / "lock"), pytest.raises(StorageError, match=r"another featcache is writing .*f\.h5"):
@@ -520,12 +529,6 @@ def test_many_parts_need_few_file_descriptors(photos: Path, tmp_path: Path, monk
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert report.reused >= 80
     assert report.reused + report.embedded == 90
-
-
-def test_an_input_size_the_network_does_not_take(photos: Path, tmp_path: Path) -> None:
-    request = dataclasses.replace(TINY, backbone="vit_b_32", resize=192, crop=192)
-    with pytest.raises(UsageError, match="does not take inputs of 192x192"):
-        extract(photos, tmp_path / "f.h5", request)
 
 
 def test_modes_share_one_cache(tmp_path: Path) -> None:

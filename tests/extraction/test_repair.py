@@ -512,7 +512,8 @@ def test_rot_that_goes_on_during_repair_is_noticed(work: Work, monkeypatch: pyte
         work.mend()
 
 
-def test_a_second_writer_is_turned_away(work: Work) -> None:
+def test_a_second_writer_is_turned_away(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.system.workdir.PATIENCE", 0.1)
     work.flip("labels", 0)
     folder = work_folder(work.cache)
     folder.mkdir()

@@ -99,6 +99,7 @@ def test_an_image_that_crashes_its_decoder_is_refused_and_the_run_goes_on(
     assert "crashed" not in again.stderr  # known to be dangerous: tried apart from the start
 
 
+@pytest.mark.slow
 def test_rows_already_printed_are_not_printed_again(tmp_path: Path, broken: dict[str, str]) -> None:
     photos, model = make_photos(tmp_path / "photos"), tmp_path / "m"
     extracted = python(broken, "-m", "featcache", "extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)

@@ -36,7 +36,10 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise)
 
 
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize(
+    "interpolation",
+    ["bilinear", "bicubic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nearest", "lanczos"))],
+)
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str) -> None:
     image = picture(*size)

@@ -29,7 +29,9 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "f.h5"
 
 
-@pytest.mark.parametrize("clf", KINDS)
+@pytest.mark.parametrize(
+    "clf", ["logreg", *(pytest.param(clf, marks=pytest.mark.slow) for clf in KINDS if clf != "logreg")]
+)
 def test_only_training_rows_train_and_the_others_are_scored(tmp_path: Path, clf: Any) -> None:
     labels, splits = np.arange(150) % 3, 1 + np.arange(150) // 50
     X = make_classes(tmp_path / "f.h5", labels, splits)

@@ -1,7 +1,8 @@
 """Several at once: writers and readers of the same files, and folders that change under a running extraction.
 
 In: real processes, brought to the interesting moment by a gate. Out: whatever is read is one complete version, whatever is
-refused is refused for a reason that is true, and every row is about the bytes that were embedded.
+refused is refused for a reason that is true, and every row is about the bytes that were embedded. By default each once;
+``slow``: with two workers, with other time stamps.
 """
 
 import collections
@@ -394,7 +395,7 @@ def _read(output: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------- the same part, twice
 
 
-@pytest.mark.parametrize("other_times", [False, True])
+@pytest.mark.parametrize("other_times", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_same_part_twice(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, other_times: bool
 ) -> None:
@@ -492,7 +493,7 @@ def watch_and_change(root: str, log: str, trigger: str, nth: int, names: dict[st
     reading.read_file = read
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_folder_that_changes_during_the_run(tmp_path: Path, warm: Program, workers: int) -> None:
     """Every row is about the bytes that were embedded, under a path that had them; the next run makes it right."""
     names = {kind: f"green/{number:02d}" for number, kind in enumerate(_CHANGES)}

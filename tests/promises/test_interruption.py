@@ -1,8 +1,11 @@
 """Kill, fill and power cut at every step: nothing committed is lost, old files stay whole, the same command goes on.
 
 Scenarios are commands that write. Each is broken at a step on the disk (``faults.py``), its files are examined as they then
-lie there, and the same command is run again: the result must be that of a run that nobody disturbed. ``soak`` takes the
-same tests through every step of every command.
+lie there, and the same command is run again: the result must be that of a run that nobody disturbed.
+
+By default: an extraction that dies at every third step, in the middle of writes, by six signals, in a chain of kills, by lost
+power and on a full disk; a model folder that is replaced. ``slow``: every step, more signals, other commands and errors.
+``soak``: every step of every command.
 """
 
 import contextlib
@@ -27,7 +30,7 @@ from featcache.errors import FeatcacheError
 from featcache.models.model import load_model
 
 SETTINGS = {"extraction.parts.MAX_ROWS": 8}  # small parts, so that there are some to lose
-SOAK = pytest.mark.soak
+SOAK, SLOW = pytest.mark.soak, pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +263,13 @@ def without_second_part(scenario: Scenario) -> list[int]:
 
 
 # Dying after a step is dying before the next one, so that one of both is enough, and the very last.
-def test_dying_at_every_step_of_commits_and_of_packing(featcache: Program, extraction: Scenario) -> None:
-    die_everywhere(featcache, extraction, "die before", without_second_part(extraction))
-    die_everywhere(featcache, extraction, "die after", [len(extraction.steps) - 1])
+@pytest.mark.parametrize("first", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW)])
+def test_dying_at_every_third_step_of_commits_and_of_packing(
+    featcache: Program, extraction: Scenario, first: int
+) -> None:
+    die_everywhere(featcache, extraction, "die before", without_second_part(extraction)[first::3])
+    if first == 0:
+        die_everywhere(featcache, extraction, "die after", [len(extraction.steps) - 1])
 
 
 def test_dying_in_the_middle_of_a_write(featcache: Program, extraction: Scenario) -> None:
@@ -274,7 +281,7 @@ def test_a_system_that_writes_less_than_it_is_given(featcache: Program, extracti
     die_everywhere(featcache, extraction, "short", numbers(extraction, "write")[:2])
 
 
-@pytest.mark.parametrize("make", [fitting, predicting, repairing])
+@pytest.mark.parametrize("make", [fitting, pytest.param(predicting, marks=SLOW), pytest.param(repairing, marks=SLOW)])
 def test_dying_while_something_is_replaced(featcache: Program, tmp_path: Path, make: Any) -> None:
     scenario = make(featcache, tmp_path)
     die_everywhere(featcache, scenario, "die before", numbers(scenario, "rename", "exchange", "rmdir"))
@@ -321,11 +328,13 @@ def interrupt(featcache: Program, scenario: Scenario, seed: int, *, cold: bool) 
     scenario.check_resumed(featcache, context)
 
 
-def test_signals_at_random_moments_of_extract(featcache: Program, extraction: Scenario) -> None:
-    for seed in range(25):
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 25), marks=SLOW)], ids=["few", "more"])
+def test_signals_at_random_moments_of_extract(featcache: Program, extraction: Scenario, seeds: range) -> None:
+    for seed in seeds:  # six: each signal, to a warm process and to a cold one
         interrupt(featcache, extraction, seed, cold=seed % 2 == 0)
 
 
+@SLOW
 @pytest.mark.parametrize(("make", "count"), [(fitting, 6), (predicting, 6), (finetuning, 3)])
 def test_signals_at_random_moments(featcache: Program, tmp_path: Path, make: Any, count: int) -> None:
     scenario = make(featcache, tmp_path)
@@ -363,8 +372,9 @@ def chain(featcache: Program, scenario: Scenario, seed: int, rounds: int) -> Non
     scenario.check_resumed(featcache, (f"seed {seed}", "the last round"))
 
 
-def test_a_chain_of_kills(featcache: Program, extraction: Scenario) -> None:
-    chain(featcache, extraction, seed=0, rounds=20)
+@pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=SLOW)])
+def test_a_chain_of_kills(featcache: Program, extraction: Scenario, rounds: int) -> None:
+    chain(featcache, extraction, seed=0, rounds=rounds)
 
 
 @SOAK
@@ -571,7 +581,11 @@ def offsets(scenario: Scenario, count: int) -> list[int]:
     return [total * k // count for k in range(count)]
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "error",
+    [errno.ENOSPC, pytest.param(errno.EDQUOT, marks=SLOW), pytest.param(errno.EIO, marks=SLOW)],
+    ids=["ENOSPC", "EDQUOT", "EIO"],
+)
 def test_disk_full_at_many_offsets(featcache: Program, extraction: Scenario, error: int) -> None:
     for budget in offsets(extraction, 5):
         assert fill(featcache, extraction, Fault("full", error=error, budget=budget))
@@ -586,6 +600,7 @@ def test_the_message_says_how_much_is_needed(featcache: Program, extraction: Sce
     )
 
 
+@SLOW
 def test_a_limit_on_the_size_of_files(featcache: Program, extraction: Scenario) -> None:
     largest = max(len(step.data) for step in extraction.steps)
     for limit in (1000, 30_000, largest - 1):

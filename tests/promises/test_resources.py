@@ -1,6 +1,7 @@
 """What a run may take: file descriptors, memory, threads, folders it can write in, and that it gives all of it back.
 
 In: real processes under limits. Out: the same results as without them, or a refusal before any work; bytes per row.
+By default: memory per row of 300,000 images, 300 parts, one process that gives everything back. ``slow``: more of them, and pools.
 ``FEATCACHE_SOAK_SECONDS`` says how long the long runs take, together.
 """
 
@@ -89,8 +90,9 @@ def resume_from_many_parts(made: Path, folder: Path, warm: Program, *, count: in
     assert not (folder / "f.h5.parts").exists()
 
 
-def test_two_thousand_parts_under_a_small_limit_of_open_files(made: Path, tmp_path: Path, warm: Program) -> None:
-    resume_from_many_parts(made, tmp_path, warm, count=2000)  # half precision counts to 2,048
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])  # half precision counts to 2,048
+def test_many_parts_under_a_small_limit_of_open_files(made: Path, tmp_path: Path, warm: Program, count: int) -> None:
+    resume_from_many_parts(made, tmp_path, warm, count=count)
 
 
 def use_everything(made: str, work: str, rounds: int) -> list[tuple[int, int, int]]:
@@ -116,7 +118,7 @@ def _memory() -> int:
 
 
 def test_descriptors_and_threads_are_given_back(made: Path, tmp_path: Path, warm: Program) -> None:
-    taken = warm.call(functools.partial(use_everything, str(made), str(tmp_path), 12)).result
+    taken = warm.call(functools.partial(use_everything, str(made), str(tmp_path), 6)).result
     assert {tuple(entry[:2]) for entry in taken[1:]} == {tuple(taken[0][:2])}, taken
 
 
@@ -181,14 +183,16 @@ def bytes_per_row(folder: Path, warm: Program, *, few: int, many: int) -> dict[s
     return found
 
 
-def test_memory_per_row(tmp_path: Path, warm: Program) -> None:
-    found = bytes_per_row(tmp_path, warm, few=10_000, many=1_000_000)
-    assert {way: value for way, value in found.items() if value > MOST[way]} == {}, found
-
-
-@pytest.mark.soak
-def test_memory_per_row_of_ten_million(tmp_path: Path, warm: Program) -> None:
-    found = bytes_per_row(tmp_path, warm, few=10_000, many=10_000_000)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        300_000,
+        pytest.param(1_000_000, marks=pytest.mark.slow),
+        pytest.param(10_000_000, marks=pytest.mark.soak),
+    ],
+)
+def test_memory_per_row(tmp_path: Path, warm: Program, rows: int) -> None:
+    found = bytes_per_row(tmp_path, warm, few=10_000, many=rows)
     assert {way: value for way, value in found.items() if value > MOST[way]} == {}, found
 
 
@@ -218,6 +222,7 @@ def work_in_pools(made: str, work: str) -> None:
     print(json.dumps(found))
 
 
+@pytest.mark.slow
 def test_pools_of_processes(made: Path, tmp_path: Path) -> None:
     """Forked from a process that has embedded already, with all its threads, or started anew: the same results."""
     script = tmp_path / "script.py"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 import featcache.backbones.load
@@ -28,6 +30,7 @@ def test_the_compiler_is_imported_when_it_is_used() -> None:
     assert run(CODE).split() == ["4.0", "2.0"]
 
 
+@pytest.mark.slow
 def test_other_names_of_a_module_that_stands_in_are_the_real_ones() -> None:
     code = """
 from featcache.system.lazy_imports import compiler_on_demand

@@ -13,8 +13,9 @@ def start(folder: Path, seconds: float) -> subprocess.Popen[str]:
     """A process that says when it is in the middle of an import that takes so long, and how it was interrupted."""
     (folder / "slow.py").write_text(f"import time; print('importing', flush=True); time.sleep({seconds}); whole = True")
     program = """
-        import sys, time
+        import signal, sys, time
         from featcache.system.signals import interrupt_on_signals
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
         asked = interrupt_on_signals()
         try:
             import slow

@@ -88,11 +88,8 @@ def fit_torch_head(
 class FeatureBatches:
     """N training rows, in batches.
 
-    ``picked`` are some of 0..N-1, ascending. A batch is float32 (n, D) and its labels (n,), in memory that the next
-    batch overwrites.
-
-    Attributes:
-        rounds_per_epoch: see ``Budget.round_rows``.
+    ``picked`` are some of 0..N-1, ascending. A batch is (n, D) float32 features, in memory that the next batch overwrites,
+    and (n,) labels.
     """
 
     def __init__(self, features: FeatureSource, rows: Indices, y: Array, *, budget: Budget) -> None:
@@ -132,10 +129,6 @@ class FeatureBatches:
             for batch in np.array_split(shuffle.permutation(len(mixture)), -(-len(mixture) // size)):
                 yield self._batch(stored[batch], mixture[batch])
             del stored  # before the next is read
-
-    def subset(self, picked: Indices) -> "FeatureBatches":
-        """``picked`` alone, in memory if they fit."""
-        return FeatureBatches(self.features, self.rows[picked], self.y[picked], budget=self.budget)
 
     def moments(self, picked: Indices) -> tuple[Array, Array]:
         """(D,) mean and standard deviation, in one pass; a constant feature gets 1."""
@@ -198,7 +191,10 @@ class _Trainer:
 
     def _best_round(self, picked: Indices, held_out: Indices) -> int:
         """After which round of training on ``picked`` the loss on ``held_out`` is lowest (early stopping)."""
-        judge, budget = self.data.subset(held_out), self.data.budget
+        data, budget = self.data, self.data.budget
+        judge = FeatureBatches(
+            data.features, data.rows[held_out], data.y[held_out], budget=budget
+        )  # in memory if it fits
         lowest, best = np.inf, budget.max_rounds
         for number, network in enumerate(itertools.islice(self._rounds(picked), budget.max_rounds), 1):
             if (loss := self._mean_loss(network, judge)) < lowest:

@@ -31,7 +31,9 @@ def test_images_become_rows_with_a_spec(tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", each=4)
     (photos / "blue" / "01.jpg").write_text("no image")
     images, backbone = list_images(photos), small_backbone()
-    embedder = Embedder.prepare(backbone, choose_runtime("cpu", workers=2, batch_size=3), images, precision="fp32")
+    embedder = Embedder.prepare(
+        backbone, images, runtime=choose_runtime("cpu", workers=2, batch_size=3), precision="fp32"
+    )
     preprocess = backbone.preprocess
     pixels = {
         path: to_pixels(decode_pixels((photos / path).read_bytes()), preprocess)
@@ -66,7 +68,7 @@ def test_images_become_rows_with_a_spec(tmp_path: Path) -> None:
 def test_where_nothing_can_be_decoded_everything_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no image")
     files, backbone = Paths(tmp_path, ("a.jpg", "gone.jpg")), small_backbone()
-    embedder = Embedder.prepare(backbone, choose_runtime("cpu"), files, precision="fp32")
+    embedder = Embedder.prepare(backbone, files, runtime=choose_runtime("cpu"), precision="fp32")
     assert embedder.sample.shape[0] == 0
     [batch] = embedder.embed(files)
     assert (len(batch.indices), sorted(batch.refused)) == (0, [0, 1])
@@ -75,4 +77,4 @@ def test_where_nothing_can_be_decoded_everything_is_refused(tmp_path: Path) -> N
 def test_an_input_size_that_the_network_does_not_take(tmp_path: Path) -> None:
     backbone = dataclasses.replace(small_backbone(), preprocess=dataclasses.replace(SPEC.preprocess, crop=(8, 8)))
     with pytest.raises(UsageError, match="does not take inputs of 8x8"):
-        Embedder.prepare(backbone, choose_runtime("cpu"), Paths(tmp_path, ()))
+        Embedder.prepare(backbone, Paths(tmp_path, ()), runtime=choose_runtime("cpu"))

@@ -4,6 +4,7 @@ In: ``sys.argv``. Out: an exit code. 0 done; 1 failed; 2 wrong usage; 3 done, bu
 ``--max-bad`` allows; 128 + the signal when stopped by one.
 """
 
+import io
 import logging
 import os
 import sys
@@ -87,11 +88,14 @@ def _run() -> int:
 
 
 def _usage_error(error: Exception) -> int:
-    """Print a click error the way click does; anything else is a bug and keeps its traceback."""
+    """Print a click error as click words it, harmless to a terminal; anything else is a bug and keeps its traceback."""
     show = getattr(error, "show", None)
     if show is None:
         raise error
-    show()
+    text = io.StringIO()
+    show(file=text)
+    for line in text.getvalue().rstrip("\n").split("\n"):
+        say(line)
     return int(getattr(error, "exit_code", 2))
 
 

@@ -231,3 +231,15 @@ def test_demo_writes_the_digits_once(tmp_path: Path) -> None:
     before = files[0].stat().st_mtime_ns
     write_digits(tmp_path)
     assert files[0].stat().st_mtime_ns == before
+
+
+def test_a_usage_error_is_harmless_however_click_words_it(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        error = UserWarning()
+        error.show = lambda file: file.write(
+            "Usage: featcache\n\nError: No such option: -\x1b[31m\n"
+        )  # as older ones do
+        raise error
+
+    monkeypatch.setattr("featcache.cli.app.app", refuse)
+    assert run("-x") == (2, "", "Usage: featcache\n\nError: No such option: -\\x1b[31m\n")

@@ -38,8 +38,7 @@ def blocks(rows: int, dim: int, labels: np.ndarray, classes: int, distance: floa
 
 def write(path: Path, rows: int, dim: int, classes: int, distance: float) -> None:
     """The cache: every tenth row is test, the others are train."""
-    from featcache.cache.format import Rows, encode_names
-    from featcache.cache.provenance import Provenance
+    from featcache.cache.format import Provenance, Rows, encode_names
     from featcache.cache.write import write_cache
     from featcache.spec import PreprocessSpec, Spec
 

@@ -23,14 +23,13 @@ from featcache.cache.format import (
     FORMAT_VERSION,
     PROVENANCE,
     ROW_COLUMNS,
+    Provenance,
     Rows,
     bytes_of,
     damaged_columns,
     decode_names,
-    metadata_checksum,
 )
 from featcache.cache.hdf5_reader import SIGNATURE, Malformed, NotPlain, PlainDataset, PlainFile
-from featcache.cache.provenance import Provenance
 from featcache.errors import (
     CacheError,
     DamagedCacheError,
@@ -44,8 +43,6 @@ from featcache.spec import SPLITS, Spec
 from featcache.system.files import read_published
 from featcache.system.memory import available_memory
 from featcache.system.safe_load import parse_json
-
-# ---------------------------------------------------------------------------------------------------- reading
 
 CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
@@ -61,7 +58,7 @@ class FeatureCache:
         rows: the columns beside the features.
         refused: each image without an embedding, and why.
         dtype: of the features. dim: D, the number of values per embedding.
-        feature_checksums, rows_per_checksum, column_checksums: as recorded; the last are empty in the first files.
+        feature_checksums, rows_per_checksum: as recorded.
         damaged_columns: none, except after ``salvage``. opened: which file it was, see ``FeatureReader.identity``.
     """
 
@@ -75,7 +72,6 @@ class FeatureCache:
     dim: int
     feature_checksums: npt.NDArray[np.uint32]
     rows_per_checksum: int
-    column_checksums: dict[str, int]
     damaged_columns: tuple[str, ...]
     _offset: int
     opened: Identity
@@ -126,10 +122,6 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def holds(self, rows: Rows, classes: tuple[str, ...], refused: tuple[Refusal, ...]) -> bool:
-        """Whether all but the features is the same."""
-        return self.rows.equals(rows) and (self.classes, self.refused) == (classes, refused)
 
     @property
     def fingerprint(self) -> str:
@@ -276,10 +268,6 @@ def _anew(path: Path) -> str:
 
 def _read(path: Path, file: PlainFile) -> dict[str, Any]:
     """Everything in the file, checked. Raises CacheError or Malformed with the reason, KeyError for a lost attribute."""
-
-    def damaged(what: str) -> CacheError:
-        return DamagedCacheError(f"{path} is damaged beyond repair: {what}; {_anew(path)}")
-
     if file.attrs.get("format") != FORMAT:
         raise CacheError(f"{path} is an HDF5 file of another program; expected a cache written by `featcache extract`")
     version = int(file.attrs["format_version"])
@@ -289,50 +277,47 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
         )
     texts = (str(file.attrs["spec"]), str(file.attrs["provenance"]))
     if file.attrs["fingerprint"] != hashlib.sha256(texts[0].encode()).hexdigest():
-        raise damaged("the spec does not match its fingerprint")
+        raise Malformed("the spec does not match its fingerprint")
 
     features = _dataset(path, file, "features", "f", 2)
     n, dim = features.shape
     if features.dtype.str not in ("<f2", "<f4") or dim < 1:
-        raise damaged(f"features are {features.dtype} of shape {features.shape}")
+        raise Malformed(f"features are {features.dtype} of shape {features.shape}")
     wanted = {name: _dataset(path, file, name, kind, ndim) for name, kind, ndim in COLUMNS}
     if (needed := sum(found.nbytes for found in wanted.values())) > 2**28 and needed > available_memory():
         raise CacheError(f"{path} cannot be read: {needed / 1e9:,.1f} GB of rows do not fit into this machine's memory")
     columns = {name: file.read(found) for name, found in wanted.items()}
-    if any(len(columns[name]) != n for name in ROW_COLUMNS) or columns["digests"].shape[1] != 32:
-        raise damaged("its datasets differ in length")
-    if len(columns["refused/paths"]) != len(columns["refused/reasons"]):
-        raise damaged("its datasets differ in length")
-    recorded = file.attrs.get("column_crc32")
-    whole = int(file.attrs["metadata_crc32"]) == metadata_checksum(columns, texts)
-    wrong = damaged_columns(columns, texts[1], recorded, whole=whole)
-    if PROVENANCE in wrong:
-        raise damaged("checksum mismatch in its " + ("metadata" if recorded is None else "provenance"))
-    classes = decode_names(columns["classes"])
-    labels = columns["labels"]
+    lengths = {len(columns[name]) for name in ROW_COLUMNS} | {n}
     if (
-        not wrong
-        and len(labels)
-        and not (labels.min() >= -1 and labels.max() < len(classes) and columns["splits"].max() <= 3)
+        len(lengths) > 1
+        or columns["digests"].shape[1] != 32
+        or len(columns["refused/paths"]) != len(columns["refused/reasons"])
     ):
-        raise damaged("labels or splits out of range")
-
+        raise Malformed("its datasets differ in length")
+    recorded = file.attrs.get("column_crc32")
+    wrong = damaged_columns(columns, texts, recorded, whole=int(file.attrs["metadata_crc32"]))
+    if PROVENANCE in wrong:
+        raise Malformed("checksum mismatch in its " + ("metadata" if recorded is None else "provenance"))
+    classes = decode_names(columns["classes"])
+    in_range = (columns["labels"] >= -1) & (columns["labels"] < len(classes)) & (columns["splits"] <= 3)
+    if not (wrong or in_range.all()):
+        raise Malformed("labels or splits out of range")
     if features.offset + features.nbytes > path.stat().st_size:
-        raise damaged("it is truncated")
+        raise Malformed("it is truncated")
     per_checksum = int(file.attrs["rows_per_checksum"])
     checksums = np.asarray(file.attrs["features_crc32"], np.uint32)
     if per_checksum < 1 or checksums.shape != (-(-n // per_checksum),):
-        raise damaged("its checksums are incomplete")
+        raise Malformed("its checksums are incomplete")
     try:
         spec = Spec.from_json(parse_json(texts[0]))
     except FeatcacheError as error:
         raise CacheError(f"{path} cannot be used: {error}") from error
     if spec.storage != features.dtype.name:
-        raise damaged(f"features are {features.dtype}, its spec says {spec.storage}")
+        raise Malformed(f"features are {features.dtype}, its spec says {spec.storage}")
     try:
         provenance = Provenance.from_json(parse_json(texts[1]))
     except ValueError as error:
-        raise damaged(f"its provenance is unreadable: {error}") from error
+        raise Malformed(f"its provenance is unreadable: {error}") from error
     return {
         "spec": spec,
         "provenance": provenance,
@@ -344,7 +329,6 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
         "dtype": features.dtype,
         "dim": dim,
         "damaged_columns": wrong,
-        "column_checksums": {} if recorded is None else dict(zip(columns, recorded.tolist(), strict=False)),
         "_offset": features.offset,
         "feature_checksums": checksums,
         "rows_per_checksum": per_checksum,

@@ -8,12 +8,12 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.format import bytes_of
 from featcache.errors import CacheError, DamagedCacheError
 
 Features = npt.NDArray[np.floating[Any]]
@@ -44,9 +44,7 @@ class FeatureReader:
     def __enter__(self) -> "FeatureReader":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def __len__(self) -> int:
@@ -71,7 +69,7 @@ class FeatureReader:
         values: Features = np.empty((len(rows), self.shape[1]), self.dtype)
         cuts = [0, *(np.flatnonzero(steps > 1) + 1).tolist(), len(rows)]
         firsts = rows[cuts[:-1]].tolist()
-        memory = _bytes(values)
+        memory = bytes_of(values)
         for first, start, stop in zip(firsts, cuts[:-1], cuts[1:], strict=True):  # neighbours in one read
             self._fill(memory[start * self._row_bytes : stop * self._row_bytes], first)
         return values
@@ -81,7 +79,7 @@ class FeatureReader:
         buffer = np.empty((min(size, len(self)), self.shape[1]), self.dtype)
         for start in range(0, len(self), size):
             block = buffer[: min(size, len(self) - start)]
-            self._fill(_bytes(block), start)
+            self._fill(bytes_of(block), start)
             yield block
 
     def map(self) -> Features:
@@ -125,8 +123,3 @@ def is_finite(features: Features) -> npt.NDArray[np.bool_]:
     # NumPy takes float16 one by one; comparing exponents is ten times as fast: all ones mean infinity or NaN.
     exponents = features.view(np.uint16) & np.uint16(0x7C00)
     return np.asarray((exponents != 0x7C00).all(axis=1))
-
-
-def _bytes(values: Features) -> memoryview:
-    """The memory of a contiguous array."""
-    return values.reshape(-1).view(np.uint8).data

@@ -8,22 +8,20 @@ Datasets (all contiguous, uncompressed, little-endian; row i of each belongs to 
     sizes, mtimes    (N,)    int64, bytes and ns    refused/paths, refused/reasons  (R,) UTF-8 strings
 
 Root attributes: ``format``, ``format_version``, ``spec`` (canonical JSON of all that changes the numbers),
-``fingerprint`` (sha256 of ``spec``), ``provenance`` (JSON, never compared), and the checksums: ``features_crc32`` (one
+``fingerprint`` (sha256 of ``spec``), ``provenance`` (JSON), and the checksums: ``features_crc32`` (one
 for every ``rows_per_checksum`` rows of features), ``metadata_crc32`` (all the rest) and, missing in the first files,
 ``column_crc32`` (one for each dataset but ``features``, in the order of ``COLUMNS``, and one for ``provenance``).
 """
 
 import dataclasses
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 FORMAT = "featcache"
-
-
 FORMAT_VERSION = 1
 COLUMNS = (
     ("paths", "S", 1),
@@ -67,6 +65,58 @@ class Rows:
         return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How a cache came about: never compared, and believed only as far as it has the right form.
+
+    Attributes:
+        request: ``ExtractRequest.record()``: the same again means the same spec. None: not known.
+        source: where the weights came from, in words.
+        reload: what a library must be asked for to provide them again; None: a copy lies beside the cache.
+        self_check: ``PrecisionChoice`` as JSON values: the precision in use, and what was tried.
+        rest: everything else, versions and time among it.
+    """
+
+    request: Mapping[str, Any] | None = None
+    source: str = "unknown"
+    reload: str | None = None
+    self_check: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def precision(self) -> str | None:
+        """The precision that the embeddings were computed in."""
+        found = self.self_check.get("precision")
+        return found if isinstance(found, str) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values: dict[str, Any] = dict(self.rest)
+        if self.request is not None:
+            values["request"] = dict(self.request)
+        if (self.source, self.reload) != ("unknown", None):
+            values["weights"] = {"source": self.source, "reload": self.reload}
+        if self.self_check:
+            values["precision"] = dict(self.self_check)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Provenance":
+        """What ``to_json`` gave. What has not the form that is expected goes into ``rest``."""
+        rest, known = dict(values), dict[str, Any]()
+        if isinstance(rest.get("request"), dict):
+            known["request"] = rest.pop("request")
+        if isinstance(rest.get("precision"), dict):
+            known["self_check"] = rest.pop("precision")
+        weights = rest.get("weights")
+        if isinstance(weights, dict) and weights.keys() == {"source", "reload"}:
+            source, reload = weights["source"], weights["reload"]
+            if isinstance(source, str) and (reload is None or isinstance(reload, str)):
+                known |= {"source": source, "reload": reload}
+                del rest["weights"]
+        return cls(**known, rest=rest)
+
+
 def encode_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
     """Names as fixed-width bytes; file names that are not UTF-8 keep their own bytes."""
     encoded = [name.encode("utf-8", "surrogateescape") for name in names]
@@ -82,8 +132,7 @@ def metadata_checksum(columns: dict[str, npt.NDArray[Any]], texts: tuple[str, st
     """CRC-32 over the texts of spec and provenance, and over the name, type, shape and bytes of every column."""
     value = zlib.crc32("\0".join(texts).encode())
     for name, values in columns.items():
-        value = zlib.crc32(f"{name}{values.dtype.str}{values.shape}".encode(), value)
-        value = zlib.crc32(bytes_of(values), value)
+        value = column_checksum(name, values, value)
     return value
 
 
@@ -92,9 +141,9 @@ def bytes_of(values: npt.NDArray[Any]) -> memoryview:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
-def column_checksum(name: str, values: npt.NDArray[Any]) -> int:
-    """CRC-32 over the name, type, shape and bytes of a column."""
-    head = zlib.crc32(f"{name}{values.dtype.str}{values.shape}".encode())
+def column_checksum(name: str, values: npt.NDArray[Any], before: int = 0) -> int:
+    """CRC-32 over what came ``before``, and the name, type, shape and bytes of a column."""
+    head = zlib.crc32(f"{name}{values.dtype.str}{values.shape}".encode(), before)
     return zlib.crc32(bytes_of(values), head)
 
 
@@ -105,27 +154,27 @@ def column_checksums(columns: dict[str, npt.NDArray[Any]], provenance: str) -> n
 
 
 def damaged_columns(
-    columns: dict[str, npt.NDArray[Any]], provenance: str, recorded: npt.NDArray[np.uint32] | None, *, whole: bool
+    columns: dict[str, npt.NDArray[Any]], texts: tuple[str, str], recorded: npt.NDArray[np.uint32] | None, *, whole: int
 ) -> tuple[str, ...]:
     """Names of the columns that are damaged (``PROVENANCE`` may be among them), ``CHECKSUMS`` if only a checksum is.
 
     Args:
-        columns: C of them, as read. provenance: its text, as read.
+        columns: C of them, as read. texts: spec and provenance, as read.
         recorded: (C + 1,) as the file has them; None if it has none, and then all are suspects.
-        whole: whether the one checksum over all columns and texts matches.
+        whole: the one checksum over all columns and texts, as the file has it.
 
     Raises:
         ValueError: ``recorded`` is of another shape.
     """
-    suspects = (*columns, PROVENANCE)
+    suspects, intact = (*columns, PROVENANCE), whole == metadata_checksum(columns, texts)
     if recorded is None:
-        return () if whole else suspects
+        return () if intact else suspects
     if np.shape(recorded) != (len(suspects),):
         raise ValueError("its checksums are incomplete")
-    found = column_checksums(columns, provenance)
+    found = column_checksums(columns, texts[1])
     wrong = tuple(suspects[index] for index in np.flatnonzero(found != recorded))
     # Both kinds of checksum cover the same bytes: where they contradict each other, a checksum is what is damaged.
-    return wrong if whole == (not wrong) else (CHECKSUMS,)
+    return wrong if intact == (not wrong) else (CHECKSUMS,)
 
 
 def update_checksums(sums: npt.NDArray[np.uint32], data: npt.NDArray[Any], start: int, per_checksum: int) -> None:

@@ -11,6 +11,7 @@ virtual storage, newer layouts, other types) is refused. Every loop is bounded, 
 
 import dataclasses
 import io
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class PlainDataset:
     @property
     def nbytes(self) -> int:
         """Bytes of all values."""
-        return _count(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize  # Python's integers do not overflow
 
 
 class PlainFile:
@@ -173,9 +174,9 @@ class PlainFile:
         version, layout, offset, size = struct.unpack_from("<BBQQ", parts[_LAYOUT].ljust(18, b"\0"))
         if shape is None or not isinstance(dtype, np.dtype) or (version, layout) != (3, 1):
             raise refusal
-        if _count(shape) * dtype.itemsize > self._size:
-            raise Malformed(f"{name} is larger than the file")
         found = PlainDataset(shape, dtype, 0 if offset == _UNDEFINED and not size else offset)
+        if found.nbytes > self._size:
+            raise Malformed(f"{name} is larger than the file")
         if found.nbytes != size:
             raise Malformed(f"{name} has {size} bytes, its shape asks for {found.nbytes}")
         return found
@@ -194,9 +195,9 @@ class PlainFile:
             return name, self._text(*struct.unpack_from("<IQI", value))
         if not isinstance(kind, np.dtype) or kind.kind == "S" or shape is None:
             return name, None
-        if _count(shape) * kind.itemsize > len(value):
+        if math.prod(shape) * kind.itemsize > len(value):
             raise Malformed(f"the attribute {name!r} is incomplete")
-        return name, np.frombuffer(value, kind, _count(shape)).reshape(shape)[()]
+        return name, np.frombuffer(value, kind, math.prod(shape)).reshape(shape)[()]
 
     def _text(self, length: int, heap: int, index: int) -> str:
         """A text of variable length, which lies in a global heap."""
@@ -217,13 +218,6 @@ class PlainFile:
 
 
 # ------------------------------------------------------------------------------------------------------ messages
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1  # Python's integers do not overflow
-    for length in shape:
-        count *= length
-    return count
 
 
 def _shape(message: bytes) -> tuple[int, ...] | None:

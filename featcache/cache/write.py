@@ -6,7 +6,9 @@ libhdf5 takes the process down when it meets a full disk.
 
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from featcache.cache.features import Features
 from featcache.cache.format import (
     FORMAT,
     FORMAT_VERSION,
+    Provenance,
     Rows,
     bytes_of,
     column_checksums,
@@ -25,14 +28,13 @@ from featcache.cache.format import (
     metadata_checksum,
     update_checksums,
 )
-from featcache.cache.provenance import Provenance
-from featcache.cache.sparse_file import SparseFile
 from featcache.errors import Refusal
 from featcache.spec import Spec, canonical_json
 from featcache.system.files import check_free_space, publish_file
 
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
+_PAGE = 4096
 
 
 def write_cache(
@@ -117,7 +119,7 @@ def _layout(
     dtype: np.dtype[Any],
     per_checksum: int,
     checksums: npt.NDArray[np.uint32],
-) -> tuple[SparseFile, range]:
+) -> "tuple[SparseFile, range]":
     """Lay out the whole file in memory, except for the feature bytes; also return the byte range where they go."""
     frame = SparseFile()
     with h5py.File(
@@ -145,3 +147,56 @@ def _layout(
         start = dataset.get_offset() or 0  # HDF5 gives no offset to an empty dataset
         del dataset
     return frame, range(start, start + shape[0] * shape[1] * dtype.itemsize)
+
+
+class SparseFile(io.RawIOBase):
+    """A file in memory for h5py's file-object driver. Only what is written takes memory; the rest reads as zeros."""
+
+    def __init__(self) -> None:
+        self._pages: dict[int, bytearray] = {}
+        self._position = 0
+        self.size = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to ``offset``, counted as ``whence`` says; returns the position."""
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        return self._position
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data`` at the position; returns its length."""
+        view = memoryview(data).cast("B")
+        for page, start, stop, done in self._spans(len(view)):
+            self._pages.setdefault(page, bytearray(_PAGE))[start:stop] = view[done : done + stop - start]
+        self._position += len(view)
+        self.size = max(self.size, self._position)
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` from the position on; returns its length."""
+        view = memoryview(buffer).cast("B")
+        for page, start, stop, done in self._spans(len(view)):
+            view[done : done + stop - start] = self._pages.get(page, bytes(_PAGE))[start:stop]
+        self._position += len(view)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length of the file, in bytes."""
+        self.size = self._position if size is None else size
+        return self.size
+
+    def segments(self, hole: range) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) of all that was written, except inside ``hole``, in order."""
+        for page in sorted(self._pages):
+            start, stop = page * _PAGE, min((page + 1) * _PAGE, self.size)
+            for first, last in ((start, min(stop, hole.start)), (max(start, hole.stop), stop)):
+                if first < last:
+                    yield first, bytes(self._pages[page][first - start : last - start])
+
+    def _spans(self, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """(page, first byte in it, last, bytes before it) for ``length`` bytes from the position on."""
+        done = 0
+        while done < length:
+            page, start = divmod(self._position + done, _PAGE)
+            stop = min(_PAGE, start + length - done)
+            yield page, start, stop, done
+            done += stop - start

@@ -18,8 +18,7 @@ import numpy as np
 
 from featcache.backbones.saved import SavedBackbone
 from featcache.cache.cache import FeatureCache, weights_copy
-from featcache.cache.format import Rows, digest_keys, encode_names, find
-from featcache.cache.provenance import Provenance
+from featcache.cache.format import Provenance, Rows, digest_keys, encode_names, find
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, Refusal, SourceError, UsageError
 from featcache.extraction.match import gather
@@ -355,8 +354,10 @@ def _pack(job: _Job, plan: Plan, spec: Spec) -> Rows:
         mtimes=matches.mtimes[order],
     )
     refused = tuple(sorted([*images.refused, *(Refusal(images.paths[k], why) for k, why in plan.refused.items())]))
+    beside = (images.classes, refused, job.record)
     for old in caches:
-        if old.path == job.output and old.holds(rows, images.classes, refused) and old.provenance.request == job.record:
+        there = (old.classes, old.refused, old.provenance.request)
+        if old.path == job.output and there == beside and old.rows.equals(rows):
             return rows
     write_cache(
         job.output,

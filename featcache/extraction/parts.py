@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Indices, Rows, encode_names
-from featcache.cache.provenance import Provenance
+from featcache.cache.format import Indices, Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, NewerCacheError
 from featcache.images.read import ImageFiles

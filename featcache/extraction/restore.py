@@ -101,7 +101,7 @@ def restore(cache: FeatureCache, files: SourceFiles) -> Restored:
     """
     damaged = set(cache.damaged_columns) - {CHECKSUMS}
     if {"paths", "digests"} <= damaged:
-        what = ", ".join(cache.damaged_columns) if cache.column_checksums else "metadata"
+        what = ", ".join(cache.damaged_columns)
         raise DamagedCacheError(
             f"{cache.path} is damaged beyond repair: checksum mismatch in its {what}, so that nothing tells which image "
             f"a row is of; restore it, or make it anew with {_anew(cache, files)}"

@@ -12,7 +12,7 @@ from conftest import SPEC
 
 from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
-from featcache.cache.provenance import Provenance
+from featcache.cache.format import Provenance
 from featcache.errors import CacheError
 from featcache.spec import canonical_json, fingerprint_of
 

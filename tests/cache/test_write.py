@@ -1,6 +1,7 @@
 """What is written is read back, by us and by plain h5py; a cache is complete or as it was before."""
 
 import dataclasses
+import io
 import os
 import resource
 import shutil
@@ -15,7 +16,7 @@ from conftest import SPEC
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows, encode_names
-from featcache.cache.write import write_cache
+from featcache.cache.write import SparseFile, write_cache
 from featcache.errors import StorageError
 
 
@@ -98,3 +99,29 @@ def test_what_is_laid_out_in_memory_leaves_out_the_features(tmp_path: Path) -> N
         tracemalloc.stop()
     assert peak < row.nbytes / 4
     assert (tmp_path / "f.h5").stat().st_size > 3 * row.nbytes
+
+
+def test_a_sparse_file_behaves_like_a_file() -> None:
+    """Oracle: a real one in memory, under the same random operations."""
+    rng = np.random.default_rng(0)
+    real, ours = io.BytesIO(), SparseFile()
+    for _ in range(400):
+        position, length = int(rng.integers(0, 30_000)), int(rng.integers(0, 9_000))
+        data = rng.bytes(length)
+        for file in (real, ours):
+            file.seek(position)
+            file.write(data)
+        assert ours.seek(0, os.SEEK_END) == len(real.getvalue())
+        start = int(rng.integers(0, 20_000))
+        wanted, got = real.getvalue()[start : start + 7000], bytearray(7000)
+        ours.seek(start)
+        ours.readinto(got)
+        assert bytes(got[: len(wanted)]) == wanted
+    hole = range(5000, 17_001)
+    rebuilt = bytearray(ours.size)
+    for offset, data in ours.segments(hole):
+        assert offset + len(data) <= hole.start or offset >= hole.stop
+        rebuilt[offset : offset + len(data)] = data
+    expected = bytearray(real.getvalue())
+    expected[hole.start : hole.stop] = bytes(len(hole))
+    assert rebuilt == expected

@@ -27,8 +27,7 @@ from gates import Gate
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Rows, encode_names
-from featcache.cache.provenance import Provenance
+from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, FeatcacheError, ModelError
 from featcache.heads.head import FittedHead, Head
@@ -280,7 +279,7 @@ def replace_at(monkeypatch: pytest.MonkeyPatch, moment: str, replace: Callable[[
 @pytest.mark.parametrize("versions", [(1, 2), (2, 1)])
 @pytest.mark.parametrize(
     "moment",
-    ["cache.cache.identity_of", "cache.cache._read", "cache.cache.metadata_checksum", "cache.cache.FeatureReader"],
+    ["cache.cache.identity_of", "cache.cache._read", "cache.format.metadata_checksum", "cache.cache.FeatureReader"],
 )
 def test_a_cache_replaced_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, versions: tuple[int, int]

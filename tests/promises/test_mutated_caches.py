@@ -17,8 +17,7 @@ import pytest
 from conftest import SPEC
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Rows, encode_names
-from featcache.cache.provenance import Provenance
+from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError
 

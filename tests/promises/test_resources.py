@@ -28,8 +28,7 @@ from faults import Program
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Rows, encode_names
-from featcache.cache.provenance import Provenance
+from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
 from featcache.images.source import ImageList

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from conftest import SPEC
 
-from featcache.cache.format import Rows, encode_names
-from featcache.cache.provenance import Provenance
+from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 
 CLASSES_DIM = 12  # of ``make_classes``

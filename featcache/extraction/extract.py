@@ -128,14 +128,16 @@ def extract(
         if len(plan.todo) and job.spec != spec:
             of_spec(own, job.spec, output, force=False)
             spec, plan = job.spec, plan.without_donors()  # only they had the other one
-        reused, todo = int((plan.matches.source >= 0).sum()), plan.todo
-        done = job.embed(plan, progress) if len(todo) else Embedded.nothing()
-        plan = plan.with_parts(todo[done.images], done.parts, {int(todo[k]): why for k, why in done.refused.items()})
-        if not len(todo) and reused and _lacks_weights(plan.origin, output):
+        reused, seconds = len(plan.images) - len(plan.matches.missing), 0.0
+        if len(plan.todo):
+            done = job.embed(plan, progress)
+            plan, seconds = plan.once(done), done.seconds
+        elif reused and plan.origin.provenance.reload is None:
             job.keep_weights(spec)
         rows = _pack(job, plan, spec)
         remove_parts(work_folder(output))
-        _remove_old_weights(old, spec, output)
+        if old and old.spec.weights_sha256 != spec.weights_sha256:  # its copy of the weights has no use any more
+            weights_copy(output, old.spec).unlink(missing_ok=True)
     added, changed, removed = _compare(old, rows)
     total = len(plan.images) + len(plan.images.refused)
     return ExtractReport(
@@ -149,7 +151,7 @@ def extract(
         refused=total - len(rows),
         dim=plan.origin.dim,
         seconds=time.perf_counter() - started,
-        images_per_second=(len(rows) - reused) / done.seconds if done.seconds else 0.0,
+        images_per_second=(len(rows) - reused) / seconds if seconds else 0.0,
         fingerprint=spec.fingerprint,
     )
 
@@ -248,7 +250,7 @@ class _Job:
         from featcache.backbones.backbone import save_weights
 
         copy = weights_copy(self.output, spec)
-        if self.backbone.reload is None and not copy.is_file():
+        if not copy.is_file() and self.backbone.reload is None:  # in this order: a backbone takes long to load
             save_weights(self.backbone, copy, staging=work_folder(self.output))
 
     def embed(self, plan: Plan, progress: "Progress | None") -> Embedded:
@@ -306,16 +308,6 @@ def _compare_with_full_scale(embedder: "Embedder", images: ImageList) -> None:
         found,
         "" if found.passes else ", below what passes for the same embedding; --decode full does without",
     )
-
-
-def _lacks_weights(cache: FeatureCache, output: Path) -> bool:
-    return cache.provenance.reload is None and not weights_copy(output, cache.spec).is_file()
-
-
-def _remove_old_weights(old: FeatureCache | None, spec: Spec, output: Path) -> None:
-    """A replaced cache's copy of its weights has no use any more."""
-    if old and old.spec.weights_sha256 != spec.weights_sha256:
-        weights_copy(output, old.spec).unlink(missing_ok=True)
 
 
 def _list(source: str | Path | ImageList) -> ImageList:

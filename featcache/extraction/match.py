@@ -41,20 +41,10 @@ class Matches:
         """The images without an embedding."""
         return np.flatnonzero(self.source < 0)
 
-    def without(self, sources: int) -> "Matches":
-        """As if the first so many caches were not there."""
-        return dataclasses.replace(self, source=np.where(self.source < sources, -1, self.source))
-
-    def with_parts(self, images: Indices, parts: Sequence[FeatureCache], number: int) -> "Matches":
-        """``images`` as the rows of ``parts``, one after the other; these are the caches from position ``number`` on."""
-        changed = Matches(self.source.copy(), self.row.copy(), self.sizes.copy(), self.mtimes.copy())
-        start = 0
-        for offset, part in enumerate(parts):
-            here = images[start : start + len(part)]
-            changed.source[here], changed.row[here] = number + offset, np.arange(len(part))
-            changed.sizes[here], changed.mtimes[here] = part.rows.sizes, part.rows.mtimes
-            start += len(part)
-        return changed
+    def put(self, images: Indices, source: int, rows: Indices) -> None:
+        """Note that ``images`` are these rows of the cache ``source``, but for those whose row is -1."""
+        there = rows >= 0
+        self.source[images[there]], self.row[images[there]] = source, rows[there]
 
 
 def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
@@ -62,44 +52,34 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
 
     Reads only files whose path, size or time is new but whose size occurs.
     """
-    source, row = np.full(len(images), -1, np.intp), np.full(len(images), -1, np.intp)
-    sizes, mtimes = images.sizes.copy(), images.mtimes.copy()
-    paths = encode_names(images.paths)
+    nowhere = np.full(len(images), -1, np.intp)
+    matches = Matches(nowhere, nowhere.copy(), images.sizes.copy(), images.mtimes.copy())
+    paths, everything = encode_names(images.paths), np.arange(len(images))
     for number, cache in enumerate(caches):
         rows = find(cache.rows.paths, paths)
-        same = (rows >= 0) & (cache.rows.sizes[rows] == images.sizes) & (cache.rows.mtimes[rows] == images.mtimes)
-        source[same], row[same] = number, rows[same]
+        same = (cache.rows.sizes[rows] == images.sizes) & (cache.rows.mtimes[rows] == images.mtimes)
+        matches.put(everything, number, np.where(same, rows, -1))
     if caches:
-        missing = np.flatnonzero(source < 0)
+        missing = matches.missing
         suspects = missing[np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))]
-        read = hash_files(images, suspects)
-        sizes[read.indices], mtimes[read.indices] = read.sizes, read.mtimes
+        read, digests, sizes, mtimes = hash_files(images, suspects)
+        matches.sizes[read], matches.mtimes[read] = sizes, mtimes
         for number, cache in enumerate(caches):
-            rows = find(digest_keys(cache.rows.digests), read.digests)
-            found = read.indices[rows >= 0]
-            source[found], row[found] = number, rows[rows >= 0]
-    return Matches(source, row, sizes, mtimes)
+            matches.put(read, number, find(digest_keys(cache.rows.digests), digests))
+    return matches
 
 
-@dataclasses.dataclass(frozen=True)
-class HashedFiles:
-    """What reading n files told.
+def hash_files(
+    files: ImageFiles, indices: Indices
+) -> tuple[Indices, npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Read some of ``files``; those that cannot be read are left out: embedding them will give the reason.
 
-    Attributes:
-        indices: (n,) which, of those that could be read. digests: (n,) sha256, as ``digest_keys``. sizes, mtimes: (n,).
+    Returns:
+        (n,) which could be read, their sha256 as ``digest_keys``, their sizes and mtimes.
     """
-
-    indices: Indices
-    digests: npt.NDArray[np.bytes_]
-    sizes: npt.NDArray[np.int64]
-    mtimes: npt.NDArray[np.int64]
-
-
-def hash_files(files: ImageFiles, indices: Indices) -> HashedFiles:
-    """Read some of ``files``; those that cannot be read are left out: embedding them will give the reason."""
     workers = min(32, (os.cpu_count() or 1) + 4)
     reads = [read for read in read_images(files, indices.tolist(), len, workers=workers) if not read.reason]
-    return HashedFiles(
+    return (
         np.array([read.position for read in reads], np.intp),
         np.array([read.digest for read in reads], "S32"),
         np.array([read.size for read in reads], np.int64),

@@ -56,37 +56,35 @@ def remove_parts(folder: Path) -> None:
 class PartWriter:
     """Collects embedded rows and publishes them as a part when there are enough, or when it has been long enough."""
 
-    def __init__(self, folder: Path, *, spec: Spec, provenance: Provenance, dim: int) -> None:
-        self._folder, self._spec, self._provenance, self._dim = folder, spec, provenance, dim
-        self._pending: list[tuple[EmbeddedBatch, list[str]]] = []
+    def __init__(self, folder: Path, files: ImageFiles, *, spec: Spec, provenance: Provenance) -> None:
+        self._folder, self._files, self._spec, self._provenance = folder, files, spec, provenance
+        self._pending: list[EmbeddedBatch] = []
         self._rows = 0
         self._since = time.monotonic()
         self.written: list[FeatureCache] = []
 
-    def add(self, batch: "EmbeddedBatch", paths: list[str]) -> None:
-        """Take a batch and its rows' paths. Raises StorageError when publishing fails."""
-        if paths:
-            self._pending.append((batch, paths))
-            self._rows += len(paths)
+    def add(self, batch: "EmbeddedBatch") -> None:
+        """Take a batch. Raises StorageError when publishing fails."""
+        if len(batch.indices):
+            self._pending.append(batch)
+            self._rows += len(batch.indices)
         if self._rows >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Publish what has been collected. Raises StorageError."""
-        if self._pending:
-            batches = [batch for batch, _ in self._pending]
-            paths = [path for _, paths in self._pending for path in paths]
+        if batches := self._pending:
             rows = Rows(
-                paths=encode_names(paths),
-                labels=np.full(len(paths), -1, np.int32),
-                splits=np.zeros(len(paths), np.uint8),
+                paths=encode_names(self._files.paths[index] for batch in batches for index in batch.indices),
+                labels=np.full(self._rows, -1, np.int32),
+                splits=np.zeros(self._rows, np.uint8),
                 digests=np.concatenate([batch.digests for batch in batches]),
                 sizes=np.concatenate([batch.sizes for batch in batches]),
                 mtimes=np.concatenate([batch.mtimes for batch in batches]),
             )
             path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
-            blocks = (batch.features for batch in batches)
-            write_cache(path, rows, blocks, dim=self._dim, spec=self._spec, provenance=self._provenance)
+            blocks, dim = [batch.features for batch in batches], batches[0].features.shape[1]
+            write_cache(path, rows, blocks, dim=dim, spec=self._spec, provenance=self._provenance)
             self.written.append(FeatureCache.open(path))
         self._pending, self._rows, self._since = [], 0, time.monotonic()
 
@@ -105,11 +103,6 @@ class Embedded:
     refused: dict[int, str]
     seconds: float
 
-    @classmethod
-    def nothing(cls) -> "Embedded":
-        """Where there was nothing to do."""
-        return cls([], np.empty(0, np.intp), {}, 0.0)
-
 
 def embed_into_parts(
     files: ImageFiles,
@@ -127,7 +120,7 @@ def embed_into_parts(
     """
     from featcache.backbones.embed import Timings, storable
 
-    writer = PartWriter(folder, spec=spec, provenance=provenance, dim=embedder.backbone.dim)
+    writer = PartWriter(folder, files, spec=spec, provenance=provenance)
     timings, total = Timings(), len(files.paths)
     refused: dict[int, str] = {}
     embedded: list[Indices] = [np.empty(0, np.intp)]
@@ -141,7 +134,7 @@ def embed_into_parts(
             refused |= batch.refused
             embedded.append(batch.indices)
             with timings.measure("disk"):
-                writer.add(batch, [files.paths[index] for index in batch.indices])
+                writer.add(batch)
             done += len(batch)
             if progress:
                 progress(done, total, timings.bottleneck)

@@ -4,10 +4,11 @@ In: an ``ImageList`` and caches: the file to be brought up to date and its parts
 A cache of our own that does not fit stops the work; a donor that does not fit is passed over.
 """
 
+import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
 from featcache.extraction.match import Matches, match
+from featcache.extraction.parts import Embedded
 from featcache.images.crash_guard import FATAL
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
@@ -52,16 +54,20 @@ class Plan:
 
     def without_donors(self) -> "Plan":
         """The plan if no donor fits."""
-        return dataclasses.replace(self, matches=self.matches.without(self.donors))
+        source = np.where(self.matches.source < self.donors, -1, self.matches.source)
+        return dataclasses.replace(self, matches=dataclasses.replace(self.matches, source=source))
 
-    def with_parts(self, images: Indices, parts: Sequence[FeatureCache], refused: Mapping[int, str]) -> "Plan":
-        """The plan once ``images`` are the rows of ``parts``, one after the other, and others were refused."""
-        return dataclasses.replace(
-            self,
-            caches=(*self.caches, *parts),
-            matches=self.matches.with_parts(images, parts, len(self.caches)),
-            refused={**self.refused, **refused},
-        )
+    def once(self, done: Embedded) -> "Plan":
+        """The plan once ``todo`` is ``done``."""
+        todo, matches, start = self.todo, copy.deepcopy(self.matches), 0
+        for number, part in enumerate(done.parts, len(self.caches)):
+            here = todo[done.images[start : start + len(part)]]
+            matches.put(here, number, np.arange(len(part)))
+            matches.sizes[here], matches.mtimes[here] = part.rows.sizes, part.rows.mtimes
+            start += len(part)
+        refused = {int(todo[position]): why for position, why in done.refused.items()}
+        caches = (*self.caches, *done.parts)
+        return dataclasses.replace(self, caches=caches, matches=matches, refused={**self.refused, **refused})
 
     def check_features(self) -> None:
         """Verify the caches that give rows: damage is found before work starts. Raises CacheError."""

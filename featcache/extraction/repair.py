@@ -120,13 +120,15 @@ def _mend(
     anew = np.concatenate([restored.suspects, *(np.arange(start, stop) for start, stop in damaged)])
     anew = np.unique(anew).astype(np.intp)
     keys = digest_keys(restored.rows.digests)
-    sources = _sound_rows(found, restored, anew)
+    sources = Matches(np.zeros(len(found), np.intp), np.arange(len(found)), restored.rows.sizes, restored.rows.mtimes)
+    sources.source[anew] = -1
+    _find_rows(sources, keys, [np.where(sources.source < 0, b"", keys)], 0)
     parts = [part for part in open_parts(work_folder(found.path)) if part.spec == found.spec] if len(anew) else []
-    sources = _with_rows_of(sources, keys, parts, 1)
+    _find_rows(sources, keys, [digest_keys(part.rows.digests) for part in parts], 1)
     todo = np.sort(sources.missing[np.unique(keys[sources.missing], return_index=True)[1]])  # one of each content
     if files and len(todo):
         done = _embed(found, restored, files, todo, options, progress)
-        sources = _with_rows_of(sources, keys, done.parts, 1 + len(parts))
+        _find_rows(sources, keys, [digest_keys(part.rows.digests) for part in done.parts], 1 + len(parts))
         parts += done.parts
         _check_complete(found, files, sources, done)
     takes = [found.take_unverified, *(part.take for part in parts)]
@@ -146,24 +148,11 @@ def _mend(
     return len(todo)
 
 
-def _sound_rows(found: FeatureCache, restored: Restored, anew: Indices) -> Matches:
-    """Where each row's features lie: in the cache itself (source 0), also those of other rows of the same image; or nowhere."""
-    source, row = np.zeros(len(found), np.intp), np.arange(len(found))
-    source[anew] = -1
-    sound, keys = np.setdiff1d(row, anew), digest_keys(restored.rows.digests)
-    at = find(keys[sound], keys[anew])
-    source[anew[at >= 0]], row[anew[at >= 0]] = 0, sound[at[at >= 0]]
-    return Matches(source, row, restored.rows.sizes, restored.rows.mtimes)
-
-
-def _with_rows_of(sources: Matches, keys: Any, parts: list[FeatureCache], number: int) -> Matches:
-    """``sources``, and the rows of ``parts`` for what is missing; they are the sources from ``number`` on."""
-    source, row = sources.source.copy(), sources.row.copy()
-    for offset, part in enumerate(parts):
-        missing = np.flatnonzero(source < 0)
-        at = find(digest_keys(part.rows.digests), keys[missing])
-        source[missing[at >= 0]], row[missing[at >= 0]] = number + offset, at[at >= 0]
-    return dataclasses.replace(sources, source=source, row=row)
+def _find_rows(sources: Matches, keys: Any, known: list[Any], first: int) -> None:
+    """Look up what is missing, by the digests ``keys`` of all rows, in further sources: ``known`` are the digests of theirs."""
+    for number, digests in enumerate(known, first):
+        missing = sources.missing
+        sources.put(missing, number, find(digests, keys[missing]))
 
 
 def _embed(
@@ -275,11 +264,9 @@ def _tidy(cache: FeatureCache) -> None:
 def _mention_new_images(cache: FeatureCache, files: SourceFiles) -> None:
     if "paths" in cache.damaged_columns:
         return
-    refused = {refusal.path for refusal in cache.refused}
-    names = (path.decode("utf-8", "surrogateescape") for path in np.setdiff1d(files.paths, cache.rows.paths).tolist())
-    if new := sum(name not in refused for name in names):
+    if new := {*files.images.paths} - {*cache.paths} - {refusal.path for refusal in cache.refused}:
         log.info(
             "%d images of %s are not in the cache under these names; `featcache extract` brings it up to date",
-            new,
+            len(new),
             files.name,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import CHECKSUMS, ROW_COLUMNS, Indices, Rows, digest_keys, encode_names, find
+from featcache.cache.format import ROW_COLUMNS, Indices, Rows, digest_keys, encode_names, find
 from featcache.errors import DamagedCacheError, Refusal, SourceError
 from featcache.extraction.match import hash_files
 from featcache.images.read import refusals
@@ -40,9 +40,8 @@ class SourceFiles:
         """Read those of ``files`` that have not been read."""
         todo = np.unique(files[~self._tried[files]])
         self._tried[todo] = True
-        read = hash_files(self.images, todo)
-        at = read.indices
-        self.digests[at], self.sizes[at], self.mtimes[at], self.known[at] = read.digests, read.sizes, read.mtimes, True
+        at, digests, sizes, mtimes = hash_files(self.images, todo)
+        self.digests[at], self.sizes[at], self.mtimes[at], self.known[at] = digests, sizes, mtimes, True
 
     def with_content(self, keys: npt.NDArray[np.bytes_]) -> Indices:
         """For each digest the first file read that has it, -1 if none has."""
@@ -99,7 +98,7 @@ def restore(cache: FeatureCache, files: SourceFiles) -> Restored:
         DamagedCacheError: both paths and digests are damaged.
         SourceError: images are missing, or the source has other classes or labels.
     """
-    damaged = set(cache.damaged_columns) - {CHECKSUMS}
+    damaged = {*cache.damaged_columns}
     if {"paths", "digests"} <= damaged:
         what = ", ".join(cache.damaged_columns)
         raise DamagedCacheError(
@@ -109,7 +108,7 @@ def restore(cache: FeatureCache, files: SourceFiles) -> Restored:
     rows, suspects = dict(vars(cache.rows)), np.empty(0, np.intp)
     classes = files.images.classes if "classes" in damaged else cache.classes
     if damaged & {*ROW_COLUMNS}:
-        at = _files_of_rows(cache, files, damaged)
+        at = _files_of_rows(cache, files)
         if (missing := np.flatnonzero(at < 0)).size:
             raise not_found(cache, files, missing)
         suspects = _unproven(cache, files, at) if "digests" in damaged else suspects
@@ -125,9 +124,8 @@ def restore(cache: FeatureCache, files: SourceFiles) -> Restored:
         for name in ("sizes", "mtimes"):
             rows[name] = rows[name].copy()
             rows[name][suspects] = found[name][suspects]
-    _check_labels(cache, files, rows["labels"], classes, damaged)
-    refused = _refused(cache, files, rows["paths"], damaged)
-    return Restored(Rows(**rows), classes, refused, suspects)
+    _check_labels(cache, files, rows["labels"], classes)
+    return Restored(Rows(**rows), classes, _refused(cache, files, rows["paths"]), suspects)
 
 
 def not_found(cache: FeatureCache, files: SourceFiles, rows: Indices) -> SourceError:
@@ -145,41 +143,34 @@ def _anew(cache: FeatureCache, files: SourceFiles) -> str:
     return f"`featcache extract {files.name} -o {cache.path} --force`"
 
 
-def _files_of_rows(cache: FeatureCache, files: SourceFiles, damaged: set[str]) -> Indices:
+def _files_of_rows(cache: FeatureCache, files: SourceFiles) -> Indices:
     """(N,) the file of each row, -1 where there is none."""
-    rows, everything = cache.rows, np.arange(len(cache))
+    rows, everything, damaged = cache.rows, np.arange(len(cache)), {*cache.damaged_columns}
     if "digests" in damaged:
         at = find(files.paths, rows.paths)
         files.read(at[at >= 0])
         return np.where((at >= 0) & files.known[at], at, -1)
     by_stat = not damaged & {"paths", "sizes", "mtimes"}
     at = locate(rows, files, everything, by_stat=by_stat, by_size="sizes" not in damaged)
-    return _one_each(cache, files, at, damaged) if "paths" in damaged else at
+    return _one_each(cache, files, at) if "paths" in damaged else at
 
 
-def _one_each(cache: FeatureCache, files: SourceFiles, at: Indices, damaged: set[str]) -> Indices:
+def _one_each(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
     """Where several files have one content, each is of another row: the one that still names it, or has its label and split."""
     keys = digest_keys(cache.rows.digests)
     keeps = (at >= 0) & (files.paths[at] == cache.rows.paths)
     free: dict[bytes, list[int]] = {}
     for file in np.setdiff1d(np.flatnonzero(files.known), at[keeps]).tolist():
         free.setdefault(files.digests[file], []).append(file)
-    at = at.copy()
+    at, labels = at.copy(), _labels(files.images, np.arange(len(files.paths)), cache.classes)
     for row in np.flatnonzero(~keeps).tolist():
         choice = free.get(keys[row], [])
-        if "labels" not in damaged and "classes" not in damaged:
-            label = int(cache.y[row])
-            name = cache.classes[label] if 0 <= label < len(cache.classes) else None
-            choice.sort(key=lambda file: _class_of(files.images, file) != name)
-        if "splits" not in damaged:
-            split = cache.rows.splits[row]
-            choice.sort(key=lambda file: files.images.splits[file] != split)
+        if not {"labels", "classes"} & {*cache.damaged_columns}:
+            choice.sort(key=lambda file: labels[file] != cache.y[row])
+        if "splits" not in cache.damaged_columns:
+            choice.sort(key=lambda file: files.images.splits[file] != cache.rows.splits[row])
         at[row] = choice.pop(0) if choice else -1
     return at
-
-
-def _class_of(images: ImageList, file: int) -> str | None:
-    return images.classes[images.labels[file]] if images.labels[file] >= 0 else None
 
 
 def _unproven(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
@@ -200,37 +191,37 @@ def _labels(images: ImageList, at: Indices, classes: tuple[str, ...]) -> npt.NDA
 
 
 def _check_labels(
-    cache: FeatureCache, files: SourceFiles, labels: npt.NDArray[np.int32], classes: tuple[str, ...], damaged: set[str]
+    cache: FeatureCache, files: SourceFiles, labels: npt.NDArray[np.int32], classes: tuple[str, ...]
 ) -> None:
     """Labels and classes must fit where one of them comes from the source. Raises SourceError."""
-    if not damaged & {"labels", "classes"}:
+    damaged = sorted({"labels", "classes"} & {*cache.damaged_columns})
+    if not damaged:
         return
     wrong = bool(len(labels)) and not -1 <= labels.min() <= labels.max() < len(classes)
     if "classes" in damaged:  # every name must be seen on an image that has the recorded label
-        at = _files_of_rows(cache, files, damaged)
+        at = _files_of_rows(cache, files)
         there = (at >= 0) & (labels >= 0)
         wrong |= not np.array_equal(_labels(files.images, at[there], classes), labels[there])
         wrong |= len(np.unique(labels[there])) < len(np.unique(labels[labels >= 0]))
     if wrong:
         raise SourceError(
-            f"{files.name} gives other {' and '.join(sorted(damaged & {'labels', 'classes'}))} than {cache.path} had: it has "
+            f"{files.name} gives other {' and '.join(damaged)} than {cache.path} had: it has "
             "changed since, or is another source; nothing was changed; give it as it was, or make the cache anew with "
             f"{_anew(cache, files)}"
         )
 
 
-def _refused(
-    cache: FeatureCache, files: SourceFiles, paths: npt.NDArray[np.bytes_], damaged: set[str]
-) -> tuple[Refusal, ...]:
+def _refused(cache: FeatureCache, files: SourceFiles, paths: npt.NDArray[np.bytes_]) -> tuple[Refusal, ...]:
     """What is refused now, of files that have no row, where the columns about that are damaged. Raises SourceError."""
-    if not damaged & {"refused/paths", "refused/reasons"}:
+    known = "refused/paths" not in cache.damaged_columns
+    if known and "refused/reasons" not in cache.damaged_columns:
         return cache.refused
     others = np.flatnonzero(~np.isin(files.paths, paths))
     reasons = {files.images.paths[file]: why for file, why in refusals(files.images, others.tolist()).items()}
     now = dict(files.images.refused) | reasons
-    if "refused/paths" not in damaged and any(path in now for path, _ in cache.refused):
+    if known and any(path in now for path, _ in cache.refused):
         return tuple(Refusal(path, now.get(path, "refused before; the reason was lost")) for path, _ in cache.refused)
-    if len(now) != len(cache.refused) or "refused/paths" not in damaged:
+    if known or len(now) != len(cache.refused):
         raise SourceError(
             f"{files.name} has {len(now)} images that are refused, {cache.path} had {len(cache.refused)} others; nothing was "
             f"changed; give it as it was, or make the cache anew with {_anew(cache, files)}"

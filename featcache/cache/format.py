@@ -61,8 +61,12 @@ class Rows:
 
     def equals(self, other: "Rows") -> bool:
         """Whether all columns are the same."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
-        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        return all(map(np.array_equal, vars(self).values(), vars(other).values()))
+
+    @property
+    def keys(self) -> npt.NDArray[np.bytes_]:
+        """(N,) the digests as sortable keys."""
+        return np.ascontiguousarray(self.digests).view("S32").reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,11 +189,6 @@ def update_checksums(sums: npt.NDArray[np.uint32], data: npt.NDArray[Any], start
         stop = min(len(data), (number + 1) * per_checksum - start)
         sums[number] = zlib.crc32(bytes_of(data[position:stop]), int(sums[number]))
         position = stop
-
-
-def digest_keys(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
-    """(N, 32) uint8 as N sortable keys."""
-    return np.ascontiguousarray(digests).view("S32").reshape(-1)
 
 
 def find(haystack: npt.NDArray[Any], needles: npt.NDArray[Any]) -> Indices:

@@ -34,7 +34,6 @@ from featcache.system.files import check_free_space, publish_file
 
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
-_PAGE = 4096
 
 
 def write_cache(
@@ -153,7 +152,7 @@ class SparseFile(io.RawIOBase):
     """A file in memory for h5py's file-object driver. Only what is written takes memory; the rest reads as zeros."""
 
     def __init__(self) -> None:
-        self._pages: dict[int, bytearray] = {}
+        self._written: list[tuple[int, bytes]] = []
         self._position = 0
         self.size = 0
 
@@ -164,18 +163,19 @@ class SparseFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Write all of ``data`` at the position; returns its length."""
-        view = memoryview(data).cast("B")
-        for page, start, stop, done in self._spans(len(view)):
-            self._pages.setdefault(page, bytearray(_PAGE))[start:stop] = view[done : done + stop - start]
-        self._position += len(view)
+        self._written.append((self._position, bytes(data)))
+        self._position += len(self._written[-1][1])
         self.size = max(self.size, self._position)
-        return len(view)
+        return len(self._written[-1][1])
 
     def readinto(self, buffer: Any) -> int:
         """Fill ``buffer`` from the position on; returns its length."""
-        view = memoryview(buffer).cast("B")
-        for page, start, stop, done in self._spans(len(view)):
-            view[done : done + stop - start] = self._pages.get(page, bytes(_PAGE))[start:stop]
+        view, start = memoryview(buffer).cast("B"), self._position
+        view[:] = bytes(len(view))
+        for offset, data in self._written:
+            first, last = max(start, offset), min(start + len(view), offset + len(data))
+            if first < last:
+                view[first - start : last - start] = data[first - offset : last - offset]
         self._position += len(view)
         return len(view)
 
@@ -185,18 +185,9 @@ class SparseFile(io.RawIOBase):
         return self.size
 
     def segments(self, hole: range) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) of all that was written, except inside ``hole``, in order."""
-        for page in sorted(self._pages):
-            start, stop = page * _PAGE, min((page + 1) * _PAGE, self.size)
+        """(offset, bytes) of all that was written, except inside ``hole``, in the order in which it was."""
+        for start, data in self._written:
+            stop = start + len(data)
             for first, last in ((start, min(stop, hole.start)), (max(start, hole.stop), stop)):
                 if first < last:
-                    yield first, bytes(self._pages[page][first - start : last - start])
-
-    def _spans(self, length: int) -> Iterator[tuple[int, int, int, int]]:
-        """(page, first byte in it, last, bytes before it) for ``length`` bytes from the position on."""
-        done = 0
-        while done < length:
-            page, start = divmod(self._position + done, _PAGE)
-            stop = min(_PAGE, start + length - done)
-            yield page, start, stop, done
-            done += stop - start
+                    yield first, data[first - start : last - start]

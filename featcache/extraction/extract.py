@@ -9,7 +9,7 @@ import functools
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -18,7 +18,7 @@ import numpy as np
 
 from featcache.backbones.saved import SavedBackbone
 from featcache.cache.cache import FeatureCache, weights_copy
-from featcache.cache.format import Provenance, Rows, digest_keys, encode_names, find
+from featcache.cache.format import Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, Refusal, SourceError, UsageError
 from featcache.extraction.match import gather
@@ -119,9 +119,7 @@ def extract(
         donors = open_donors(map(Path, reuse), output)
         record = request.record()
         same = _spec_of_same_request(record, own, donors)
-        job = _Job(
-            request, record, images, output, own[0].spec if own else same, lambda: _runtime(device, workers, batch_size)
-        )
+        job = _Job(request, record, images, output, own[0].spec if own else same, device, workers, batch_size)
         spec = same if same and not force else job.spec
         own = of_spec(own, spec, output, force=force)
         plan = make_plan(images, donors, own, spec=spec, limit=limit)
@@ -165,18 +163,12 @@ def _spec_of_same_request(
     return next((cache.spec for cache in fitting if cache.provenance.request == record), None)
 
 
-def _runtime(device: str, workers: int | None, batch_size: int | None) -> "Runtime":
-    from featcache.system.device import choose_runtime  # here: it takes torch
-
-    return choose_runtime(device, workers=workers, batch_size=batch_size)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """What an extraction needs once there is something to embed; loads the model at most once, and late.
 
     Attributes:
-        request, record: what is asked for. images: as listed. output: the file.
+        request, record: what is asked for. images: as listed. output: the file. device, workers, batch_size: as given.
         before: the spec that an earlier run settled: what it measured stays, also if today's sample would just pass or fail.
     """
 
@@ -185,7 +177,9 @@ class _Job:
     images: ImageList
     output: Path
     before: Spec | None
-    choose_runtime: "Callable[[], Runtime]"
+    device: str
+    workers: int | None
+    batch_size: int | None
 
     @functools.cached_property
     def saved(self) -> SavedBackbone | None:
@@ -200,7 +194,9 @@ class _Job:
     @functools.cached_property
     def runtime(self) -> "Runtime":
         """Where to compute: settled before anything large is allocated."""
-        return self.choose_runtime()
+        from featcache.system.device import choose_runtime  # here: it takes torch
+
+        return choose_runtime(self.device, workers=self.workers, batch_size=self.batch_size)
 
     @functools.cached_property
     def backbone(self) -> "Backbone":
@@ -371,5 +367,5 @@ def _compare(old: FeatureCache | None, rows: Rows) -> tuple[int, int, int]:
         return len(rows), 0, 0
     at = find(old.rows.paths, rows.paths)
     there = at >= 0
-    changed = digest_keys(rows.digests)[there] != digest_keys(old.rows.digests)[at[there]]
+    changed = rows.keys[there] != old.rows.keys[at[there]]
     return int((~there).sum()), int(changed.sum()), int(len(old) - there.sum())

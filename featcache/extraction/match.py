@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.features import Features
-from featcache.cache.format import Indices, digest_keys, encode_names, find
+from featcache.cache.format import Indices, encode_names, find
 from featcache.images.read import ImageFiles, read_images
 from featcache.images.source import ImageList
 
@@ -65,7 +65,7 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
         read, digests, sizes, mtimes = hash_files(images, suspects)
         matches.sizes[read], matches.mtimes[read] = sizes, mtimes
         for number, cache in enumerate(caches):
-            matches.put(read, number, find(digest_keys(cache.rows.digests), digests))
+            matches.put(read, number, find(cache.rows.keys, digests))
     return matches
 
 
@@ -75,7 +75,7 @@ def hash_files(
     """Read some of ``files``; those that cannot be read are left out: embedding them will give the reason.
 
     Returns:
-        (n,) which could be read, their sha256 as ``digest_keys``, their sizes and mtimes.
+        (n,) which could be read, their sha256 as ``Rows.keys``, their sizes and mtimes.
     """
     workers = min(32, (os.cpu_count() or 1) + 4)
     reads = [read for read in read_images(files, indices.tolist(), len, workers=workers) if not read.reason]

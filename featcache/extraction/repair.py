@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.features import Features
-from featcache.cache.format import CHECKSUMS, Indices, digest_keys, find, update_checksums
+from featcache.cache.format import CHECKSUMS, Indices, find, update_checksums
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, CacheError, SourceError, SpecMismatchError, StorageError
 from featcache.extraction.match import Matches, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
-from featcache.extraction.restore import Restored, SourceFiles, locate, not_found, restore
-from featcache.images.source import ImageList, list_images
+from featcache.extraction.restore import SourceFiles, locate, not_found, restore
+from featcache.images.source import ImageList
 from featcache.system.files import check_free_space, check_output
 from featcache.system.workdir import locked, work_folder
 
@@ -111,35 +112,33 @@ def _mend(
     progress: "Progress | None",
 ) -> int:
     """Write the mended file; returns how many images were embedded for it."""
-    files, restored = None, Restored(found.rows, found.classes, found.refused, np.empty(0, np.intp))
+    files, mended, anew = None, found, np.zeros(len(found), bool)
     if damaged or set(found.damaged_columns) != {CHECKSUMS}:
-        images = source if isinstance(source, ImageList) else list_images(Path(source))
-        files = SourceFiles(images, str(images.root if source is images else source))
+        files = SourceFiles(source)
         _mention_new_images(found, files)
-        restored = restore(found, files)
-    anew = np.concatenate([restored.suspects, *(np.arange(start, stop) for start, stop in damaged)])
-    anew = np.unique(anew).astype(np.intp)
-    keys = digest_keys(restored.rows.digests)
-    sources = Matches(np.zeros(len(found), np.intp), np.arange(len(found)), restored.rows.sizes, restored.rows.mtimes)
-    sources.source[anew] = -1
-    _find_rows(sources, keys, [np.where(sources.source < 0, b"", keys)], 0)
-    parts = [part for part in open_parts(work_folder(found.path)) if part.spec == found.spec] if len(anew) else []
-    _find_rows(sources, keys, [digest_keys(part.rows.digests) for part in parts], 1)
+        mended, suspects = restore(found, files)
+        for rows in (suspects, *(np.arange(*block) for block in damaged)):
+            anew[rows] = True
+    keys = mended.rows.keys
+    sources = Matches(np.where(anew, -1, 0), np.arange(len(found)), mended.rows.sizes, mended.rows.mtimes)
+    _find_rows(sources, keys, [np.where(anew, b"", keys)], 0)
+    parts = [part for part in open_parts(work_folder(found.path)) if part.spec == found.spec] if anew.any() else []
+    _find_rows(sources, keys, [part.rows.keys for part in parts], 1)
     todo = np.sort(sources.missing[np.unique(keys[sources.missing], return_index=True)[1]])  # one of each content
     if files and len(todo):
-        done = _embed(found, restored, files, todo, options, progress)
-        _find_rows(sources, keys, [digest_keys(part.rows.digests) for part in done.parts], 1 + len(parts))
+        done = _embed(mended, files, todo, options, progress)
+        _find_rows(sources, keys, [part.rows.keys for part in done.parts], 1 + len(parts))
         parts += done.parts
         _check_complete(found, files, sources, done)
     takes = [found.take_unverified, *(part.take for part in parts)]
     write_cache(
         found.path,
-        restored.rows,
+        mended.rows,
         _unchanged(gather(takes, sources, np.arange(len(found))), found, anew),
         dim=found.dim,
         spec=found.spec,
-        classes=restored.classes,
-        refused=restored.refused,
+        classes=mended.classes,
+        refused=mended.refused,
         provenance=found.provenance,
         staging=work_folder(found.path),
         rows_per_checksum=found.rows_per_checksum,
@@ -156,22 +155,17 @@ def _find_rows(sources: Matches, keys: Any, known: list[Any], first: int) -> Non
 
 
 def _embed(
-    found: FeatureCache,
-    restored: Restored,
-    files: SourceFiles,
-    rows: Indices,
-    options: _Options,
-    progress: "Progress | None",
+    cache: FeatureCache, files: SourceFiles, rows: Indices, options: _Options, progress: "Progress | None"
 ) -> Embedded:
     """Embed the images of ``rows`` into parts. Raises SourceError: not among ``files``."""
-    at = locate(restored.rows, files, rows)
+    at = locate(cache.rows, files, rows)
     if (at < 0).any():
-        raise not_found(found, files, rows[at < 0])
+        raise not_found(cache, files, rows[at < 0])
     images = files.images.take(at)
-    embedder = _embedder(found, images, options)
-    check_free_space(found.path.parent, (len(rows) + len(found)) * found.dim * found.dtype.itemsize)
-    folder = work_folder(found.path)
-    return embed_into_parts(images, embedder, folder, spec=found.spec, provenance=found.provenance, progress=progress)
+    embedder = _embedder(cache, images, options)
+    check_free_space(cache.path.parent, (len(rows) + len(cache)) * cache.dim * cache.dtype.itemsize)
+    folder = work_folder(cache.path)
+    return embed_into_parts(images, embedder, folder, spec=cache.spec, provenance=cache.provenance, progress=progress)
 
 
 def _check_complete(found: FeatureCache, files: SourceFiles, sources: Matches, done: Embedded) -> None:
@@ -230,8 +224,8 @@ def backbone_of(cache: FeatureCache) -> "Backbone":
     return backbone
 
 
-def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: Indices) -> Iterator[Features]:
-    """``blocks``, and at their end the proof that where nothing was computed ``anew`` nothing is new.
+def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: npt.NDArray[np.bool_]) -> Iterator[Features]:
+    """``blocks``, and at their end the proof that where nothing was computed ``anew`` (N,) nothing is new.
 
     Raises:
         CacheError: something is; the file changed, or is damaged further, since it was verified.
@@ -241,7 +235,7 @@ def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: Indices) -
         update_checksums(sums, block, written, cache.rows_per_checksum)
         written += len(block)
         yield block
-    touched = np.unique(anew // cache.rows_per_checksum)
+    touched = np.flatnonzero(anew) // cache.rows_per_checksum
     if len(np.setdiff1d(np.flatnonzero(sums != cache.feature_checksums), touched)):
         raise CacheError(f"{cache.path} changed while it was repaired; nothing was changed; run the command again")
 
@@ -249,7 +243,7 @@ def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: Indices) -
 def _remove_known(parts: list[FeatureCache], keys: Any) -> None:
     """Delete parts whose every row a cache with the digests ``keys`` has; an interrupted ``extract`` may have left others."""
     for part in parts:
-        if np.isin(digest_keys(part.rows.digests), keys).all():
+        if np.isin(part.rows.keys, keys).all():
             part.path.unlink(missing_ok=True)
 
 
@@ -258,7 +252,7 @@ def _tidy(cache: FeatureCache) -> None:
     folder = work_folder(cache.path)
     with contextlib.suppress(StorageError), locked(folder):  # otherwise somebody is at work there
         parts = [part for part in open_parts(folder) if part.spec == cache.spec]
-        _remove_known(parts, digest_keys(cache.rows.digests))
+        _remove_known(parts, cache.rows.keys)
 
 
 def _mention_new_images(cache: FeatureCache, files: SourceFiles) -> None:

@@ -1,39 +1,41 @@
 """The columns of a damaged cache taken from its source again.
 
-In: a cache opened by ``FeatureCache.salvage`` and the ``SourceFiles`` of its source. Out: ``Restored``. Intact columns stay as they
-are, whatever the source says now. A row of which nothing tells the image, or whose image is gone, cannot be restored.
+In: a cache opened by ``FeatureCache.salvage`` and the ``SourceFiles`` of its source. Out: it as it should be. Intact columns stay as
+they are, whatever the source says now. A row of which nothing tells the image, or whose image is gone, cannot be restored.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import ROW_COLUMNS, Indices, Rows, digest_keys, encode_names, find
+from featcache.cache.format import ROW_COLUMNS, Indices, Rows, encode_names, find
 from featcache.errors import DamagedCacheError, Refusal, SourceError
 from featcache.extraction.match import hash_files
 from featcache.images.read import refusals
-from featcache.images.source import ImageList
+from featcache.images.source import ImageList, list_images
 
 
 class SourceFiles:
     """The images of a source, each read and hashed at most once, and only if it is asked for.
 
     Attributes:
-        images: M of them. name: of the source. paths: (M,) as a cache stores them.
-        known: (M,) whether ``digests``, ``sizes`` and ``mtimes`` are those of a file that was read.
+        images: M of them. name: of the source, as given. paths: (M,) as a cache stores them.
+        digests: (M,) sha256 of those that were read, whose ``sizes`` and ``mtimes`` are sound, too; empty for the others.
 
     Raises:
         SourceError: there is none.
     """
 
-    def __init__(self, images: ImageList, name: str) -> None:
+    def __init__(self, source: str | Path | ImageList) -> None:
+        self.images = images = source if isinstance(source, ImageList) else list_images(Path(source))
+        self.name = str(source.root if isinstance(source, ImageList) else source)
         if not len(images):
-            raise SourceError(f"no image in {name} can be read; nothing was changed; give the source of the cache")
-        self.images, self.name, self.paths = images, name, encode_names(images.paths)
-        self.known, self._tried = np.zeros(len(images), bool), np.zeros(len(images), bool)
-        self.digests = np.zeros(len(images), "S32")
+            raise SourceError(f"no image in {self.name} can be read; nothing was changed; give the source of the cache")
+        self.paths = encode_names(images.paths)
+        self.digests, self._tried = np.zeros(len(images), "S32"), np.zeros(len(images), bool)
         self.sizes, self.mtimes = images.sizes.copy(), images.mtimes.copy()
 
     def read(self, files: Indices) -> None:
@@ -41,13 +43,7 @@ class SourceFiles:
         todo = np.unique(files[~self._tried[files]])
         self._tried[todo] = True
         at, digests, sizes, mtimes = hash_files(self.images, todo)
-        self.digests[at], self.sizes[at], self.mtimes[at], self.known[at] = digests, sizes, mtimes, True
-
-    def with_content(self, keys: npt.NDArray[np.bytes_]) -> Indices:
-        """For each digest the first file read that has it, -1 if none has."""
-        read = np.flatnonzero(self.known)
-        found = find(self.digests[read], keys)
-        return np.where(found >= 0, read[found] if len(read) else -1, -1)
+        self.digests[at], self.sizes[at], self.mtimes[at] = digests, sizes, mtimes
 
 
 def locate(rows: Rows, files: SourceFiles, wanted: Indices, *, by_stat: bool = False, by_size: bool = True) -> Indices:
@@ -61,38 +57,26 @@ def locate(rows: Rows, files: SourceFiles, wanted: Indices, *, by_stat: bool = F
     Returns:
         Positions among ``files``, -1 where there is none.
     """
-    keys = digest_keys(rows.digests)[wanted]
+    keys = rows.keys[wanted]
     at = find(files.paths, rows.paths[wanted])
     there = at >= 0
     same = there & by_stat & (files.images.sizes[at] == rows.sizes[wanted])
     same &= files.images.mtimes[at] == rows.mtimes[wanted]
     files.read(at[there & ~same])
-    same |= there & files.known[at] & (files.digests[at] == keys)
+    same |= there & (files.digests[at] == keys)
     missing = np.flatnonzero(~same)
     if len(missing):
         suspects = np.isin(files.images.sizes, rows.sizes[wanted[missing]]) if by_size else files.images.sizes > -2
         files.read(np.flatnonzero(suspects))
-        at[missing] = files.with_content(keys[missing])
+        at[missing] = find(files.digests, keys[missing])
     return at
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What goes beside the features again.
-
-    Attributes:
-        rows, classes, refused: as ``write_cache`` takes them.
-        suspects: rows whose features are intact, and not known to be of the image that the row now names.
-    """
-
-    rows: Rows
-    classes: tuple[str, ...]
-    refused: tuple[Refusal, ...]
-    suspects: Indices
-
-
-def restore(cache: FeatureCache, files: SourceFiles) -> Restored:
+def restore(cache: FeatureCache, files: SourceFiles) -> tuple[FeatureCache, Indices]:
     """Take ``cache.damaged_columns`` from ``files``.
+
+    Returns:
+        The cache as it should be, and the rows whose features are not known to be of the image that the row now names.
 
     Raises:
         DamagedCacheError: both paths and digests are damaged.
@@ -125,7 +109,8 @@ def restore(cache: FeatureCache, files: SourceFiles) -> Restored:
             rows[name] = rows[name].copy()
             rows[name][suspects] = found[name][suspects]
     _check_labels(cache, files, rows["labels"], classes)
-    return Restored(Rows(**rows), classes, _refused(cache, files, rows["paths"]), suspects)
+    refused = _refused(cache, files, rows["paths"])
+    return dataclasses.replace(cache, rows=Rows(**rows), classes=classes, refused=refused), suspects
 
 
 def not_found(cache: FeatureCache, files: SourceFiles, rows: Indices) -> SourceError:
@@ -145,22 +130,22 @@ def _anew(cache: FeatureCache, files: SourceFiles) -> str:
 
 def _files_of_rows(cache: FeatureCache, files: SourceFiles) -> Indices:
     """(N,) the file of each row, -1 where there is none."""
-    rows, everything, damaged = cache.rows, np.arange(len(cache)), {*cache.damaged_columns}
+    damaged = {*cache.damaged_columns}
     if "digests" in damaged:
-        at = find(files.paths, rows.paths)
+        at = find(files.paths, cache.rows.paths)
         files.read(at[at >= 0])
-        return np.where((at >= 0) & files.known[at], at, -1)
+        return np.where((at >= 0) & (files.digests[at] != b""), at, -1)
     by_stat = not damaged & {"paths", "sizes", "mtimes"}
-    at = locate(rows, files, everything, by_stat=by_stat, by_size="sizes" not in damaged)
+    at = locate(cache.rows, files, np.arange(len(cache)), by_stat=by_stat, by_size="sizes" not in damaged)
     return _one_each(cache, files, at) if "paths" in damaged else at
 
 
 def _one_each(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
     """Where several files have one content, each is of another row: the one that still names it, or has its label and split."""
-    keys = digest_keys(cache.rows.digests)
+    keys = cache.rows.keys
     keeps = (at >= 0) & (files.paths[at] == cache.rows.paths)
     free: dict[bytes, list[int]] = {}
-    for file in np.setdiff1d(np.flatnonzero(files.known), at[keeps]).tolist():
+    for file in np.setdiff1d(np.flatnonzero(files.digests != b""), at[keeps]).tolist():
         free.setdefault(files.digests[file], []).append(file)
     at, labels = at.copy(), _labels(files.images, np.arange(len(files.paths)), cache.classes)
     for row in np.flatnonzero(~keeps).tolist():
@@ -175,11 +160,10 @@ def _one_each(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
 
 def _unproven(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
     """Rows whose features may be of other content than their file has now: neither digest nor size and time say so."""
-    same = digest_keys(cache.rows.digests) == files.digests[at]
-    if not {"sizes", "mtimes"} & set(cache.damaged_columns):
-        same |= (
-            (cache.rows.sizes == files.sizes[at]) & (cache.rows.mtimes == files.mtimes[at]) & (files.mtimes[at] >= 0)
-        )
+    same = cache.rows.keys == files.digests[at]
+    if not {"sizes", "mtimes"} & {*cache.damaged_columns}:
+        settled = (cache.rows.mtimes == files.mtimes[at]) & (files.mtimes[at] >= 0)
+        same |= settled & (cache.rows.sizes == files.sizes[at])
     return np.flatnonzero(~same)
 
 

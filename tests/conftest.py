@@ -50,6 +50,12 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, loading a backbone fails: what works does so without one."""
+    monkeypatch.setattr("featcache.backbones.load.load_backbone", None)
+
+
 @pytest.fixture(params=[False, True], ids=["without bf16", "with bf16"])
 def bf16_arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Runs a test as on both kinds of CPU. Whichever this one is not is pretended; PyTorch then computes bf16 slowly."""

@@ -2,18 +2,14 @@
 
 import dataclasses
 import os
-import signal
-import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, TINY, make_photos, write_photo
-from PIL import Image
+from conftest import COLOURS, TINY, write_photo
 
 from featcache.backbones import embed as embedding
 from featcache.backbones.load import load_backbone
@@ -37,7 +33,6 @@ from featcache.images.source import list_images
 from featcache.images.splits import hold_out
 from featcache.models.fit import fit_head
 from featcache.models.predict import predict
-from featcache.system.workdir import work_folder
 
 WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
 
@@ -60,14 +55,21 @@ def oracle(path: Path) -> np.ndarray:
         return backbone.module(normalise(torch.from_numpy(pixels.copy())[None], *constants))[0].numpy()
 
 
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading a backbone fails: what works under this does so without one."""
+def break_a_row(cache: Path, row: int = 7) -> bytes:
+    """Flip a bit of its features; returns the file."""
+    features = FeatureCache.open(cache).X[row].tobytes()
+    cache.write_bytes(cache.read_bytes().replace(features, features[:-1] + bytes([features[-1] ^ 1])))
+    return cache.read_bytes()
 
-    def refuse(*_: object) -> None:
-        raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("featcache.backbones.load.load_backbone", refuse)
+def stop_after(images: int, error: BaseException | None = None) -> Callable[[int, int, str], None]:
+    """As ``progress``: ends the run once so many are embedded, as Ctrl-C does or with an error."""
+
+    def progress(done: int, _total: int, _bottleneck: str) -> None:
+        if done >= images:
+            raise error or KeyboardInterrupt
+
+    return progress
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])
@@ -95,13 +97,10 @@ def test_a_precision_that_overflows_is_written_down(photos: Path, tmp_path: Path
     assert all(figures["mean_cosine"] is None for figures in cache.provenance.self_check["tried"].values())
 
 
-def test_unchanged_folder_is_left_alone_without_a_model(
-    photos: Path, tmp_path: Path, no_model: None, monkeypatch
-) -> None:
-    with monkeypatch.context() as loading:
-        loading.setattr("featcache.backbones.load.load_backbone", load_backbone)
-        extract(photos, tmp_path / "f.h5", TINY)
+def test_unchanged_folder_is_left_alone_without_a_model(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    extract(photos, tmp_path / "f.h5", TINY)
     before = (tmp_path / "f.h5").read_bytes()
+    monkeypatch.setattr("featcache.backbones.load.load_backbone", None)
     assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)  # fresh files: recognised by content
     for path in photos.rglob("*.jpg"):
         os.utime(path, (1e9, 1e9))
@@ -298,63 +297,11 @@ def test_features_too_large_for_float16_are_refused_not_infinite(photos: Path, t
 
 # ------------------------------------------------------------------------------------------------ interruption
 
-DIES = """
-import os, pathlib, signal, sys
-sys.path.insert(0, {tests!r})
-from conftest import TINY
-from featcache.extraction import parts
-from featcache.extraction.extract import extract
-parts.MAX_ROWS = 8
-rename, countdown = pathlib.Path.replace, [{point}]
-def replace(self, target):
-    if not str(target).endswith(".h5"):
-        return rename(self, target)
-    if {before} and countdown[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(self, target)
-    if countdown[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    countdown[0] -= 1
-pathlib.Path.replace = replace
-extract({source!r}, {output!r}, TINY)
-"""
 
-
-# 18 images in chunks of 8 make parts of 8, 8 and 2; the fourth rename is the packed file's.
-@pytest.mark.parametrize(
-    ("point", "before", "kept"),
-    [
-        (1, False, 16),
-        pytest.param(0, True, 0, marks=pytest.mark.slow),
-        pytest.param(3, True, 18, marks=pytest.mark.slow),
-        pytest.param(3, False, 18, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_at_a_commit_and_resumed_is_bit_for_bit_the_same(
-    photos: Path, tmp_path: Path, point: int, before: bool, kept: int
-) -> None:
-    whole, cache = tmp_path / "whole.h5", tmp_path / "f.h5"
-    extract(photos, whole, TINY)
-    script = DIES.format(
-        tests=str(Path(__file__).parents[1]), point=point, before=before, source=str(photos), output=str(cache)
-    )
-    died = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    report = extract(photos, cache, TINY)
-    assert (report.embedded, report.reused) == (18 - kept, kept)
-    resumed, uninterrupted = FeatureCache.open(cache), FeatureCache.open(whole)
-    np.testing.assert_array_equal(resumed.X, uninterrupted.X)
-    assert resumed.paths == uninterrupted.paths
-    assert sorted(os.listdir(tmp_path)) == ["f.h5", WEIGHTS, "photos", "whole.h5", f"whole.h5{WEIGHTS[4:]}"]
-
-
-def test_ctrl_c_keeps_what_is_finished(photos: Path, tmp_path: Path) -> None:
-    def stop(done: int, _total: int, _bottleneck: str) -> None:
-        if done >= 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        extract(photos, tmp_path / "f.h5", TINY, workers=1, progress=stop)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StorageError("No space left on device")])
+def test_what_is_finished_is_kept(photos: Path, tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        extract(photos, tmp_path / "f.h5", TINY, workers=1, progress=stop_after(8, error))
     assert not (tmp_path / "f.h5").exists()
     assert threading.active_count() < 5  # no worker is left behind
     report = extract(photos, tmp_path / "f.h5", TINY)
@@ -364,17 +311,14 @@ def test_ctrl_c_keeps_what_is_finished(photos: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_part_is_made_again(photos: Path, tmp_path: Path, monkeypatch, damage: str) -> None:
     monkeypatch.setattr(parts, "MAX_ROWS", 8)
-
-    def stop(done: int, _total: int, _bottleneck: str) -> None:
-        if done >= 16:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        extract(photos, tmp_path / "f.h5", TINY, progress=stop)
+        extract(photos, tmp_path / "f.h5", TINY, progress=stop_after(16))
     files = sorted((tmp_path / "f.h5.parts").glob("*.h5"))
     assert len(files) == 2
-    data, row = files[0].read_bytes(), FeatureCache.open(files[0]).X[3].tobytes()
-    files[0].write_bytes(data[:-100] if damage == "truncated" else data.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
+    if damage == "flipped":
+        break_a_row(files[0], 3)
+    else:
+        os.truncate(files[0], files[0].stat().st_size - 100)
     report = extract(photos, tmp_path / "f.h5", TINY)
     assert (report.embedded, report.reused) == (10, 8)
     extract(photos, tmp_path / "whole.h5", TINY)
@@ -382,43 +326,12 @@ def test_a_damaged_part_is_made_again(photos: Path, tmp_path: Path, monkeypatch,
 
 
 def test_parts_of_another_spec_are_not_mixed_in(photos: Path, tmp_path: Path) -> None:
-    def stop(done: int, _total: int, _bottleneck: str) -> None:
-        if done:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        extract(photos, tmp_path / "f.h5", TINY, progress=stop)
+        extract(photos, tmp_path / "f.h5", TINY, progress=stop_after(1))
     other = dataclasses.replace(TINY, resize=41)
     with pytest.raises(SpecMismatchError, match="unfinished work"):
         extract(photos, tmp_path / "f.h5", other)
     assert extract(photos, tmp_path / "f.h5", other, force=True).embedded == 18
-
-
-def test_a_second_writer_is_turned_away(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcache.system.workdir.PATIENCE", 0.1)
-    folder = work_folder(tmp_path / "f.h5")
-    folder.mkdir()
-    with filelock.FileLock(folder / "lock"), pytest.raises(StorageError, match=r"another featcache is writing .*f\.h5"):
-        extract(photos, tmp_path / "f.h5", TINY)
-    assert extract(photos, tmp_path / "f.h5", TINY).embedded == 18
-
-
-def test_disk_full_while_embedding_loses_nothing(photos: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(parts, "MAX_ROWS", 8)
-    original, calls = parts.write_cache, []
-
-    def fails_the_second_time(*arguments: object, **options: object) -> None:
-        calls.append(1)
-        if len(calls) > 1:
-            raise StorageError("cannot write: No space left on device")
-        original(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(parts, "write_cache", fails_the_second_time)
-        with pytest.raises(StorageError):
-            extract(photos, tmp_path / "f.h5", TINY)
-    report = extract(photos, tmp_path / "f.h5", TINY)
-    assert (report.embedded, report.reused) == (10, 8)
 
 
 # --------------------------------------------------------------------------------------------------- bad input
@@ -427,9 +340,7 @@ def test_disk_full_while_embedding_loses_nothing(photos: Path, tmp_path: Path, m
 def test_damage_is_found_before_work_starts(photos: Path, tmp_path: Path) -> None:
     cache = tmp_path / "f.h5"
     extract(photos, cache, TINY)
-    data = cache.read_bytes()
-    row = FeatureCache.open(cache).X[7].tobytes()
-    cache.write_bytes(data.replace(row, row[:-1] + bytes([row[-1] ^ 1])))
+    break_a_row(cache)
     write_photo(photos / "red" / "new.png", (200, 0, 0), 99)
     with pytest.raises(CacheError, match="damaged"):
         extract(photos, cache, TINY)
@@ -506,38 +417,6 @@ def test_outputs_inside_the_source_are_no_images_and_no_classes(photos: Path) ->
     (photos / "model" / "model.json").touch()
     (photos / "f.h5.parts").mkdir()
     assert counts(extract(photos, photos / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)
-
-
-def test_many_parts_need_few_file_descriptors(photos: Path, tmp_path: Path, monkeypatch) -> None:
-    import resource
-
-    make_photos(photos, each=30)
-    monkeypatch.setattr(parts, "MAX_ROWS", 1)
-
-    def stop(done: int, _total: int, _bottleneck: str) -> None:
-        if done >= 80:
-            raise KeyboardInterrupt
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, hard))
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            extract(photos, tmp_path / "f.h5", TINY, batch_size=1, progress=stop)
-        report = extract(photos, tmp_path / "f.h5", TINY, batch_size=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert report.reused >= 80
-    assert report.reused + report.embedded == 90
-
-
-def test_modes_share_one_cache(tmp_path: Path) -> None:
-    root = make_photos(tmp_path / "p", each=1)
-    Image.new("L", (50, 40), 90).save(root / "red" / "grey.png")
-    Image.new("CMYK", (50, 40), (1, 2, 3, 4)).save(root / "red" / "cmyk.jpg")
-    Image.fromarray(np.full((40, 50), 40_000, np.uint16)).save(root / "red" / "deep.png")
-    Image.new("RGBA", (50, 40), (1, 2, 3, 4)).save(root / "red" / "alpha.png")
-    assert counts(extract(root, tmp_path / "f.h5", TINY)) == (7, 0, 7, 0, 0, 0)
 
 
 def test_reduced_scale_is_part_of_the_spec_and_of_every_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

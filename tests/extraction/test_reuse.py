@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINY, TINY_FLAGS, make_photos, write_photo
-from test_extract import by_path, counts
+from test_extract import break_a_row, by_path, counts
 
 from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
@@ -26,16 +26,6 @@ def other(photos: Path, tmp_path: Path) -> Path:
     return tmp_path / "other.h5"
 
 
-@pytest.fixture
-def no_model(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on, loading a backbone fails."""
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("featcache.backbones.load.load_backbone", refuse)
-
-
 def rewrite(path: Path, request: ExtractRequest | None = None, **changes: object) -> None:
     """Write a cache again with other features, provenance or spec."""
     cache = FeatureCache.open(path)
@@ -45,12 +35,6 @@ def rewrite(path: Path, request: ExtractRequest | None = None, **changes: object
         changes["provenance"] = dataclasses.replace(cache.provenance, request=request.record())
     assert isinstance(rows, Rows)
     write_cache(path, rows, [features], dim=cache.dim, **(values | changes))  # type: ignore[arg-type, list-item]
-
-
-def break_a_row(path: Path, row: int = 7) -> bytes:
-    data, features = path.read_bytes(), FeatureCache.open(path).X[row].tobytes()
-    path.write_bytes(data.replace(features, features[:-1] + bytes([features[-1] ^ 1])))
-    return path.read_bytes()
 
 
 def test_known_rows_are_taken_over_and_the_other_file_is_left_alone(photos: Path, other: Path, tmp_path: Path) -> None:

@@ -38,15 +38,11 @@ def test_round_trip(tmp_path: Path, n: int, dim: int) -> None:
 
 
 def test_float32_is_kept(tmp_path: Path) -> None:
-    X = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-    write_cache(
-        tmp_path / "f.h5",
-        make_rows(7),
-        [X],
-        dim=5,
-        spec=dataclasses.replace(SPEC, storage="float32"),
-        classes=("a", "b"),
+    X, spec = (
+        np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32),
+        dataclasses.replace(SPEC, storage="float32"),
     )
+    write_cache(tmp_path / "f.h5", make_rows(7), [X], dim=5, spec=spec, classes=("a", "b"))
     np.testing.assert_array_equal(FeatureCache.open(tmp_path / "f.h5").X, X)
 
 

@@ -52,10 +52,8 @@ class FeatureCache:
     """A cache file, open for reading. Structure and metadata are verified by ``open``, features before first use.
 
     Attributes:
-        path: the file.
-        spec: all that changes the numbers. provenance: how the file came about.
-        classes: C class names.
-        rows: the columns beside the features.
+        path: the file. spec: all that changes the numbers. provenance: how the file came about.
+        classes: C class names. rows: the columns beside the features.
         refused: each image without an embedding, and why.
         dtype: of the features. dim: D, the number of values per embedding.
         feature_checksums, rows_per_checksum: as recorded.
@@ -112,13 +110,14 @@ class FeatureCache:
             raise
         except NotPlain as error:
             raise CacheError(f"{path} is refused: {error}; expected a cache written by `featcache extract`") from error
-        except Malformed as error:
-            raise DamagedCacheError(f"{path} is damaged beyond repair: {error}; {_anew(path)}") from error
         except Exception as error:  # damaged JSON, for one, raises several kinds
             if isinstance(error, MemoryError) or getattr(error, "errno", None):  # not the file's fault
                 raise CacheError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-            what = f"{path} is damaged beyond repair ({type(error).__name__} while reading it); {_anew(path)}"
-            raise DamagedCacheError(what) from error
+            what = f": {error}" if isinstance(error, Malformed) else f" ({type(error).__name__} while reading it)"
+            raise DamagedCacheError(
+                f"{path} is damaged beyond repair{what}; restore it, or make it anew with "
+                f"`featcache extract SOURCE -o {path} --force`"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -260,10 +259,6 @@ class FeatureCache:
         with self.reader() as features:
             for start in range(0, len(rows), size):
                 yield features[rows[start : start + size]]
-
-
-def _anew(path: Path) -> str:
-    return f"restore it, or make it anew with `featcache extract SOURCE -o {path} --force`"
 
 
 def _read(path: Path, file: PlainFile) -> dict[str, Any]:

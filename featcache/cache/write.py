@@ -52,14 +52,10 @@ def write_cache(
     """Publish a complete cache file under ``path``, atomically.
 
     Args:
-        path: the file; replaced if it exists.
-        rows: N rows.
+        path: the file; replaced if it exists. rows: N of them.
         blocks: arrays (n, D) whose rows, one block after the other, are the N feature rows; cast to ``spec.storage``.
-        dim: D.
-        spec: everything that changes the numbers; ``spec.storage`` is float16 or float32.
-        classes: sorted class names.
-        refused: each image without an embedding.
-        provenance: recorded, never compared.
+        dim: D. spec: everything that changes the numbers; ``spec.storage`` is float16 or float32.
+        classes: sorted class names. refused: each image without an embedding. provenance: recorded, never compared.
         staging: folder for the temporary file, on the same file system.
         rows_per_checksum: how finely damage is found; more, if there would be too many checksums.
 

@@ -45,12 +45,10 @@ class ExtractReport:
     """What ``extract`` did.
 
     Attributes:
-        cache: the file.
-        images: images found; always ``embedded + reused + refused``.
+        cache: the file. images: images found; always ``embedded + reused + refused``.
         embedded, reused, refused: computed now; taken over; without an embedding (the cache says why).
         added, changed, removed: paths, compared with the cache that was there before.
-        dim: D.
-        seconds: of the whole call. images_per_second: embedded / seconds of the embedding loop, start-up left out.
+        dim: D. seconds: of the whole call. images_per_second: embedded / seconds of the embedding loop, start-up left out.
         fingerprint: of the cache's spec.
     """
 
@@ -99,9 +97,6 @@ def extract(
         reuse: other caches, never changed, whose rows are taken over if their spec is the same; the first that has an image
             counts, and those that cannot be used are passed over.
         progress: called with (done, total, bottleneck) when embedding starts and after every batch.
-
-    Returns:
-        Counts and figures.
 
     Raises:
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made

@@ -19,7 +19,7 @@ from featcache.images.source import ImageList, list_images
 
 
 class SourceFiles:
-    """The images of a source, each read and hashed at most once, and only if it is asked for.
+    """The images of a source, each read and hashed once, and only if it is asked for.
 
     Attributes:
         images: M of them. name: of the source, as given. paths: (M,) as a cache stores them.
@@ -35,13 +35,12 @@ class SourceFiles:
         if not len(images):
             raise SourceError(f"no image in {self.name} can be read; nothing was changed; give the source of the cache")
         self.paths = encode_names(images.paths)
-        self.digests, self._tried = np.zeros(len(images), "S32"), np.zeros(len(images), bool)
+        self.digests = np.zeros(len(images), "S32")
         self.sizes, self.mtimes = images.sizes.copy(), images.mtimes.copy()
 
     def read(self, files: Indices) -> None:
         """Read those of ``files`` that have not been read."""
-        todo = np.unique(files[~self._tried[files]])
-        self._tried[todo] = True
+        todo = np.unique(files[self.digests[files] == b""])
         at, digests, sizes, mtimes = hash_files(self.images, todo)
         self.digests[at], self.sizes[at], self.mtimes[at] = digests, sizes, mtimes
 

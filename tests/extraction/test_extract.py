@@ -376,10 +376,6 @@ def test_useless_requests(photos: Path, tmp_path: Path) -> None:
         extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, resize=20))
     with pytest.raises(UsageError, match="unknown dtype"):
         dataclasses.replace(TINY, dtype="int8")
-    (tmp_path / "f.h5").write_text("mine")
-    with pytest.raises(CacheError, match="not an HDF5 file"):
-        extract(photos, tmp_path / "f.h5", TINY)
-    assert (tmp_path / "f.h5").read_text() == "mine"
 
 
 def test_weights_no_library_provides_lie_beside_the_cache(photos: Path, tmp_path: Path) -> None:
@@ -400,14 +396,15 @@ def test_a_batch_of_refused_images_only(photos: Path, tmp_path: Path) -> None:
     assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (18, 0, 18, 0, 0, 20)
 
 
-def test_force_never_replaces_a_file_that_is_not_ours(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_that_is_not_ours_is_never_replaced(photos: Path, tmp_path: Path, force: bool) -> None:
     (tmp_path / "thesis.h5").write_text("ten years of work")
     with pytest.raises(CacheError, match="not an HDF5 file"):
-        extract(photos, tmp_path / "thesis.h5", TINY, force=True)
+        extract(photos, tmp_path / "thesis.h5", TINY, force=force)
     assert (tmp_path / "thesis.h5").read_text() == "ten years of work"
     (tmp_path / "g.h5.parts").mkdir()
     (tmp_path / "g.h5.parts" / "thesis.txt").write_text("another one")
-    extract(photos, tmp_path / "g.h5", TINY)
+    extract(photos, tmp_path / "g.h5", TINY, force=force)
     assert (tmp_path / "g.h5.parts" / "thesis.txt").exists()
 
 

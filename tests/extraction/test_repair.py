@@ -47,28 +47,24 @@ class Work:
         self.photos, self.cache = folder / "photos", folder / "f.h5"
         self.good = self.cache.read_bytes()
 
-    def place(self, name: str) -> tuple[int, int]:
-        """First byte and number of bytes of a dataset."""
+    def data(self, name: str) -> np.ndarray:
+        """The bytes of a dataset; changing them changes the file."""
         with h5py.File(self.cache) as file:
-            return file[name].id.get_offset(), file[name].id.get_storage_size()
-
-    def write(self, name: str, position: int, change: Callable[[bytes], bytes], length: int = 1) -> None:
-        """Change ``length`` bytes of a dataset from ``position`` on."""
-        start, size = self.place(name)
-        assert position + length <= size
-        with self.cache.open("r+b") as file:
-            file.seek(start + position)
-            old = file.read(length)
-            new = change(old)
-            assert (len(new), new != old) == (length, True)
-            file.seek(start + position)
-            file.write(new)
+            place = file[name].id
+            return np.memmap(self.cache, np.uint8, "r+", place.get_offset(), place.get_storage_size())
 
     def flip(self, name: str, position: int) -> None:
-        self.write(name, position, lambda old: bytes([old[0] ^ 0x10]))
+        self.data(name)[position] ^= 0x10
 
     def flip_row(self, row: int) -> None:
-        self.flip("features", row * self.place("features")[1] // len(self))
+        self.flip("features", row * len(self.data("features")) // len(self))
+
+    def invert(self, name: str) -> None:
+        data = self.data(name)
+        data[:] = ~data
+
+    def lose_path(self, row: int) -> None:
+        self.data("paths").reshape(len(self), -1)[row, 0] = ord("?")
 
     def __len__(self) -> int:
         return len(FeatureCache.salvage(self.cache))
@@ -153,9 +149,8 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_only_damaged_blocks_are_computed_again(work: Work, embedded: list[str]) -> None:
     work.flip_row(9)
-    _, size = work.place("features")
-    sector = min(512, size // len(work) * 3)
-    work.write("features", size - sector, lambda old: bytes(len(old)), sector)  # the last block, of 5 rows
+    features = work.data("features")
+    features[-min(512, features.size // len(work) * 3) :] = 0  # a sector of the last block, of 5 rows
     with pytest.raises(DamagedCacheError, match=r"rows 8-15, 32-36; `featcache verify \S+ --repair SOURCE` mends it"):
         FeatureCache.open(work.cache).check_features()
     expected = [path for row, path in enumerate(work.paths) if 8 <= row < 16 or row >= 32]
@@ -230,7 +225,7 @@ def test_a_damaged_column_comes_back_from_the_source(work: Work, name: str) -> N
     """One byte, three bytes, a zeroed sector, all of it: named, and restored without embedding anything."""
     seed = 7
     rng = np.random.default_rng(seed)
-    _, size = work.place(name)
+    size = work.data(name).size
     for count in (1, 3):
         for position in rng.choice(size, count, replace=False).tolist():
             work.flip(name, position)
@@ -241,7 +236,7 @@ def test_a_damaged_column_comes_back_from_the_source(work: Work, name: str) -> N
         assert report.restored_columns == (name,)
         assert work.is_as_before(), f"seed {seed}"
     for length in (min(size, 512), size):
-        work.write(name, 0, lambda old: bytes([255] * len(old)), length)
+        work.data(name)[:length] = 255
         assert work.mend().damaged_columns == (name,)
         assert work.is_as_before()
 
@@ -251,7 +246,7 @@ def test_a_damaged_column_comes_back_from_the_source(work: Work, name: str) -> N
 def test_columns_and_features_at_once(work: Work, hidden: str) -> None:
     damaged = [name for name in COLUMNS if name not in {"paths", "digests"} - {hidden}]
     for name in damaged:
-        work.write(name, 0, lambda old: bytes(255 - byte for byte in old), work.place(name)[1])
+        work.invert(name)
     work.flip_row(17)
     work.embed_all()
     report = work.mend()
@@ -266,20 +261,15 @@ def test_paths_and_digests_both_damaged_cannot_be_repaired(work: Work) -> None:
     assert "--force" in said
 
 
-def swap_digests(work: Work, a: int, b: int) -> None:
-    rows = FeatureCache.salvage(work.cache).rows.digests
-    for row, other in ((a, rows[b].tobytes()), (b, rows[a].tobytes())):
-        work.write("digests", row * 32, lambda _, other=other: other, 32)
-
-
 def test_swapped_digests_attach_no_embedding_to_the_wrong_image(
     work: Work, embedded: list[str], tmp_path: Path
 ) -> None:
-    swap_digests(work, 4, 12)
+    digests = FeatureCache.open(work.cache).rows.digests
+    work.data("digests").reshape(-1, 32)[[4, 12]] = digests[[12, 4]]
     assert work.mend().embedded == 0  # files that have not changed since, by size and time, tell their digests
     assert work.is_as_before()
 
-    swap_digests(work, 4, 12)
+    work.data("digests").reshape(-1, 32)[[4, 12]] = digests[[12, 4]]
     for row, seed in ((20, 8), (4, 9)):  # of these files nothing tells that they are what was embedded
         write_photo(work.photos / work.paths[row], (3, 3, 3), seed)
     report = work.mend()
@@ -297,7 +287,7 @@ def test_damaged_labels_are_those_of_the_source_and_intact_ones_stay(work: Work)
     work.flip("splits", 30)
     assert work.mend().restored_columns == ("splits",)
     assert work.is_as_before()  # labels are as they were recorded
-    work.write("labels", 0, lambda old: bytes(len(old)), work.place("labels")[1])
+    work.data("labels")[:] = 0
     assert work.mend().restored_columns == ("labels",)
     mended = FeatureCache.open(work.cache)
     names = [path.split("/")[1] for path in mended.paths]
@@ -306,11 +296,11 @@ def test_damaged_labels_are_those_of_the_source_and_intact_ones_stay(work: Work)
 
 
 def test_a_source_with_other_classes_is_refused(work: Work) -> None:
-    for name, words in (("labels", "labels"), ("classes", "classes")):
-        work.write(name, 0, lambda old: bytes(255 - byte for byte in old), work.place(name)[1])
+    for name in ("labels", "classes"):
+        work.invert(name)
         for split in ("train", "val"):
             (work.photos / split / "red").rename(work.photos / split / "aardvark")
-        work.refuses(SourceError, f"gives other {words} than .* had: .*; nothing was changed; .* --force")
+        work.refuses(SourceError, f"gives other {name} than .* had: .*; nothing was changed; .* --force")
         for split in ("train", "val"):
             (work.photos / split / "aardvark").rename(work.photos / split / "red")
         work.mend()
@@ -331,7 +321,7 @@ def test_a_path_is_where_the_content_is(work: Work) -> None:
     """An image moved since, and its path damaged: content leaves no choice, but there is no way back to the old name."""
     row = work.paths.index("val/green/03.jpg")
     for other in (row - 2, row, row + 2):
-        work.write("paths", other * (work.place("paths")[1] // len(work)), lambda old: b"?")
+        work.lose_path(other)
     for number in (1, 3):
         (work.photos / "val" / "green" / f"0{number}.jpg").rename(work.photos / "val" / "green" / f"moved{number}.jpg")
     report = work.mend()
@@ -349,13 +339,12 @@ def test_a_path_is_where_the_content_is(work: Work) -> None:
 def test_twins_keep_their_labels(work: Work) -> None:
     """Two files of one content, both names damaged: label and split tell which row was which."""
     rows = [work.paths.index(name) for name in ("train/red/01.jpg", "val/blue/twin.jpg")]
-    width = work.place("paths")[1] // len(work)
     for row in rows:
-        work.write("paths", row * width, lambda old: b"?")
+        work.lose_path(row)
     work.mend()
     assert work.is_as_before()
     for row in rows:
-        work.write("paths", row * width, lambda old: b"?")
+        work.lose_path(row)
     (work.photos / "train" / "red" / "01.jpg").rename(work.photos / "train" / "red" / "elsewhere.jpg")
     work.mend()
     assert [work.paths[row] for row in rows] == ["train/red/elsewhere.jpg", "val/blue/twin.jpg"]

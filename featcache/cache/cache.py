@@ -278,7 +278,7 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
     n, dim = features.shape
     if features.dtype.str not in ("<f2", "<f4") or dim < 1:
         raise Malformed(f"features are {features.dtype} of shape {features.shape}")
-    wanted = {name: _dataset(path, file, name, kind, ndim) for name, kind, ndim in COLUMNS}
+    wanted = {name: _dataset(path, file, name, dtype, ndim) for name, dtype, ndim in COLUMNS}
     if (needed := sum(found.nbytes for found in wanted.values())) > 2**28 and needed > available_memory():
         raise CacheError(f"{path} cannot be read: {needed / 1e9:,.1f} GB of rows do not fit into this machine's memory")
     columns = {name: file.read(found) for name, found in wanted.items()}
@@ -330,12 +330,12 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
     }
 
 
-def _dataset(path: Path, file: PlainFile, name: str, kind: str, ndim: int) -> PlainDataset:
+def _dataset(path: Path, file: PlainFile, name: str, dtype: str, ndim: int) -> PlainDataset:
     """A dataset that really lies in this file: hard-linked, contiguous, no external, virtual or filtered storage."""
     found = file.dataset(name)
     if found is None:
         raise CacheError(f"{path} is refused: {name} is missing or a link to somewhere else")
-    if found.dtype.kind != kind or len(found.shape) != ndim:
+    if found.dtype.kind != np.dtype(dtype).kind or len(found.shape) != ndim:
         raise CacheError(f"{path} is refused: {name} is not a plain contiguous dataset of the expected type")
     return found
 

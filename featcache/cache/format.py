@@ -23,14 +23,14 @@ import numpy.typing as npt
 
 FORMAT = "featcache"
 FORMAT_VERSION = 1
-COLUMNS = (
+COLUMNS = (  # name, type, dimensions
     ("paths", "S", 1),
-    ("labels", "i", 1),
+    ("labels", "<i4", 1),
     ("classes", "S", 1),
-    ("splits", "u", 1),
-    ("digests", "u", 2),
-    ("sizes", "i", 1),
-    ("mtimes", "i", 1),
+    ("splits", "u1", 1),
+    ("digests", "u1", 2),
+    ("sizes", "<i8", 1),
+    ("mtimes", "<i8", 1),
     ("refused/paths", "S", 1),
     ("refused/reasons", "S", 1),
 )

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from featcache.cache.features import Features
 from featcache.cache.format import (
+    COLUMNS,
     FORMAT,
     FORMAT_VERSION,
     Provenance,
@@ -94,17 +95,13 @@ def write_cache(
 
 def _columns(rows: Rows, classes: tuple[str, ...], refused: Sequence[Refusal]) -> dict[str, npt.NDArray[Any]]:
     """The datasets other than ``features``, in the order in which they are laid out and checksummed."""
-    return {
-        "paths": rows.paths,
-        "labels": rows.labels.astype("<i4"),
+    values = {
+        **vars(rows),
         "classes": encode_names(classes),
-        "splits": rows.splits.astype("u1"),
-        "digests": rows.digests.astype("u1"),
-        "sizes": rows.sizes.astype("<i8"),
-        "mtimes": rows.mtimes.astype("<i8"),
         "refused/paths": encode_names(path for path, _ in refused),
         "refused/reasons": encode_names(reason for _, reason in refused),
     }
+    return {name: values[name].astype(dtype, copy=False) for name, dtype, _ in COLUMNS}
 
 
 def _layout(

@@ -246,7 +246,8 @@ class _Job:
 
     def embed(self, plan: Plan, progress: "Progress | None") -> Embedded:
         """Embed ``plan.todo`` into new parts. Raises StorageError; CacheError: what is to be reused is damaged."""
-        plan.check_features()
+        for number in np.unique(plan.matches.source[plan.matches.source >= 0]):  # damage is found before work starts
+            plan.caches[number].check_features()
         values = (len(plan.todo) + len(plan.images)) * self.backbone.dim
         check_free_space(self.output.parent, values * np.dtype(self.spec.storage).itemsize)
         self.keep_weights(self.spec)

@@ -93,12 +93,10 @@ def gather(
     """The features of the images ``order``, in blocks; ``takes`` give rows of the caches that ``matches`` counts."""
     for start in range(0, len(order), size):
         block = order[start : start + size]
-        features: Features | None = None
-        for number in np.unique(matches.source[block]):
-            here = matches.source[block] == number
-            rows = takes[number](matches.row[block][here])
-            if features is None:
-                features = np.empty((len(block), rows.shape[1]), rows.dtype)
-            features[here] = rows
-        if features is not None:
-            yield features
+        source, row = matches.source[block], matches.row[block]
+        taken = {number: takes[number](row[source == number]) for number in np.unique(source)}
+        some = next(iter(taken.values()))
+        features = np.empty((len(block), some.shape[1]), some.dtype)
+        for number, rows in taken.items():
+            features[source == number] = rows
+        yield features

@@ -69,11 +69,6 @@ class Plan:
         caches = (*self.caches, *done.parts)
         return dataclasses.replace(self, caches=caches, matches=matches, refused={**self.refused, **refused})
 
-    def check_features(self) -> None:
-        """Verify the caches that give rows: damage is found before work starts. Raises CacheError."""
-        for number in np.unique(self.matches.source[self.matches.source >= 0]):
-            self.caches[number].check_features()
-
 
 def make_plan(
     images: ImageList, donors: list[FeatureCache], own: list[FeatureCache], *, spec: Spec, limit: int | None

@@ -114,7 +114,7 @@ def _mend(
     """Write the mended file; returns how many images were embedded for it."""
     files, mended, anew = None, found, np.zeros(len(found), bool)
     if damaged or set(found.damaged_columns) != {CHECKSUMS}:
-        files = SourceFiles(source)
+        files = SourceFiles(source, found.path)
         _mention_new_images(found, files)
         mended, suspects = restore(found, files)
         for rows in (suspects, *(np.arange(*block) for block in damaged)):

@@ -133,13 +133,10 @@ def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Bac
     from featcache.backbones.load import load_backbone
 
     if saved is None:
-        return customise(load_backbone(request.backbone, request.weights), request)
-    backbone = saved.load()
-    return customise(dataclasses.replace(backbone, weights=f"{backbone.weights} of {saved.path.name}"), request)
-
-
-def customise(backbone: "Backbone", request: ExtractRequest) -> "Backbone":
-    """The backbone with the request's changes to its preprocessing. Raises UsageError for impossible sizes."""
+        backbone = load_backbone(request.backbone, request.weights)
+    else:
+        backbone = saved.load()
+        backbone = dataclasses.replace(backbone, weights=f"{backbone.weights} of {saved.path.name}")
     changes: dict[str, Any] = {
         "resize": request.resize,
         "crop": (request.crop, request.crop) if request.crop is not None else None,

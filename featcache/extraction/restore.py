@@ -23,17 +23,19 @@ class SourceFiles:
 
     Attributes:
         images: M of them. name: of the source, as given. paths: (M,) as a cache stores them.
+        anew: the command that makes the cache from it.
         digests: (M,) sha256 of those that were read, whose ``sizes`` and ``mtimes`` are sound, too; empty for the others.
 
     Raises:
         SourceError: there is none.
     """
 
-    def __init__(self, source: str | Path | ImageList) -> None:
+    def __init__(self, source: str | Path | ImageList, cache: Path) -> None:
         self.images = images = source if isinstance(source, ImageList) else list_images(Path(source))
         self.name = str(source.root if isinstance(source, ImageList) else source)
         if not len(images):
             raise SourceError(f"no image in {self.name} can be read; nothing was changed; give the source of the cache")
+        self.anew = f"`featcache extract {self.name} -o {cache} --force`"
         self.paths = encode_names(images.paths)
         self.digests = np.zeros(len(images), "S32")
         self.sizes, self.mtimes = images.sizes.copy(), images.mtimes.copy()
@@ -86,7 +88,7 @@ def restore(cache: FeatureCache, files: SourceFiles) -> tuple[FeatureCache, Indi
         what = ", ".join(cache.damaged_columns)
         raise DamagedCacheError(
             f"{cache.path} is damaged beyond repair: checksum mismatch in its {what}, so that nothing tells which image "
-            f"a row is of; restore it, or make it anew with {_anew(cache, files)}"
+            f"a row is of; restore it, or make it anew with {files.anew}"
         )
     rows, suspects = dict(vars(cache.rows)), np.empty(0, np.intp)
     classes = files.images.classes if "classes" in damaged else cache.classes
@@ -119,12 +121,8 @@ def not_found(cache: FeatureCache, files: SourceFiles, rows: Indices) -> SourceE
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     return SourceError(
         f"{len(rows)} images that repairing {cache.path} takes are not in {files.name} with the content they had: {names}{more}; "
-        f"nothing was changed; give a source that has them, or make the cache anew without them: {_anew(cache, files)}"
+        f"nothing was changed; give a source that has them, or make the cache anew without them: {files.anew}"
     )
-
-
-def _anew(cache: FeatureCache, files: SourceFiles) -> str:
-    return f"`featcache extract {files.name} -o {cache.path} --force`"
 
 
 def _files_of_rows(cache: FeatureCache, files: SourceFiles) -> Indices:
@@ -190,7 +188,7 @@ def _check_labels(
         raise SourceError(
             f"{files.name} gives other {' and '.join(damaged)} than {cache.path} had: it has "
             "changed since, or is another source; nothing was changed; give it as it was, or make the cache anew with "
-            f"{_anew(cache, files)}"
+            f"{files.anew}"
         )
 
 
@@ -207,6 +205,6 @@ def _refused(cache: FeatureCache, files: SourceFiles, paths: npt.NDArray[np.byte
     if known or len(now) != len(cache.refused):
         raise SourceError(
             f"{files.name} has {len(now)} images that are refused, {cache.path} had {len(cache.refused)} others; nothing was "
-            f"changed; give it as it was, or make the cache anew with {_anew(cache, files)}"
+            f"changed; give it as it was, or make the cache anew with {files.anew}"
         )
     return tuple(Refusal(*entry) for entry in sorted(now.items()))

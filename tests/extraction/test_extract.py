@@ -26,7 +26,7 @@ from featcache.errors import (
 )
 from featcache.extraction import parts
 from featcache.extraction.extract import ExtractReport, extract, weights_copy
-from featcache.extraction.request import ExtractRequest, customise
+from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.images.decode import decode
 from featcache.images.preprocess import channel_constants, normalise, to_pixels
 from featcache.images.source import list_images
@@ -48,7 +48,7 @@ def by_path(cache: Path) -> dict[str, np.ndarray]:
 
 
 def oracle(path: Path) -> np.ndarray:
-    backbone = customise(load_backbone(TINY.backbone, TINY.weights), TINY)
+    backbone = load_requested(TINY, None)
     pixels = to_pixels(np.array(decode(path.read_bytes())), backbone.preprocess)
     with torch.inference_mode():
         constants = channel_constants(backbone.preprocess, torch.device("cpu"))

@@ -112,10 +112,8 @@ class Provenance:
             known["request"] = rest.pop("request")
         if isinstance(rest.get("precision"), dict):
             known["self_check"] = rest.pop("precision")
-        weights = rest.get("weights")
-        if isinstance(weights, dict) and weights.keys() == {"source", "reload"}:
-            source, reload = weights["source"], weights["reload"]
-            if isinstance(source, str) and (reload is None or isinstance(reload, str)):
+        match rest.get("weights"):
+            case {"source": str(source), "reload": (str() | None) as reload, **more} if not more:
                 known |= {"source": source, "reload": reload}
                 del rest["weights"]
         return cls(**known, rest=rest)

@@ -111,9 +111,9 @@ def _layout(
     dtype: np.dtype[Any],
     per_checksum: int,
     checksums: npt.NDArray[np.uint32],
-) -> "tuple[SparseFile, range]":
+) -> "tuple[_SparseFile, range]":
     """Lay out the whole file in memory, except for the feature bytes; also return the byte range where they go."""
-    frame = SparseFile()
+    frame = _SparseFile()
     with h5py.File(
         frame, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
     ) as file:
@@ -141,7 +141,7 @@ def _layout(
     return frame, range(start, start + shape[0] * shape[1] * dtype.itemsize)
 
 
-class SparseFile(io.RawIOBase):
+class _SparseFile(io.RawIOBase):
     """A file in memory for h5py's file-object driver. Only what is written takes memory; the rest reads as zeros."""
 
     def __init__(self) -> None:
@@ -150,19 +150,16 @@ class SparseFile(io.RawIOBase):
         self.size = 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to ``offset``, counted as ``whence`` says; returns the position."""
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         return self._position
 
     def write(self, data: Any) -> int:
-        """Write all of ``data`` at the position; returns its length."""
         self._written.append((self._position, bytes(data)))
         self._position += len(self._written[-1][1])
         self.size = max(self.size, self._position)
         return len(self._written[-1][1])
 
     def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` from the position on; returns its length."""
         view, start = memoryview(buffer).cast("B"), self._position
         view[:] = bytes(len(view))
         for offset, data in self._written:
@@ -173,7 +170,6 @@ class SparseFile(io.RawIOBase):
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
-        """Set the length of the file, in bytes."""
         self.size = self._position if size is None else size
         return self.size
 

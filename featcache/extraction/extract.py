@@ -120,7 +120,10 @@ def extract(
         plan = make_plan(images, donors, own, spec=spec, limit=limit)
         if len(plan.todo) and job.spec != spec:
             of_spec(own, job.spec, output, force=False)
-            spec, plan = job.spec, plan.without_donors()  # only they had the other one
+            spec, plan = (
+                job.spec,
+                make_plan(images, [], own, spec=job.spec, limit=limit),
+            )  # only donors had the other one
         reused, seconds = len(plan.images) - len(plan.matches.missing), 0.0
         if len(plan.todo):
             done = job.embed(plan, progress)

@@ -32,13 +32,12 @@ class Plan:
     """What is there and what to do.
 
     Attributes:
-        images: N of them. caches: of one spec, ``donors`` of them first. matches: where in ``caches`` each image is.
+        images: N of them. caches: of one spec. matches: where in ``caches`` each image is.
         refused: image -> reason, for those that were refused before and would be again.
     """
 
     images: ImageList
     caches: tuple[FeatureCache, ...]
-    donors: int
     matches: Matches
     refused: Mapping[int, str]
 
@@ -51,11 +50,6 @@ class Plan:
     def origin(self) -> FeatureCache:
         """Whose provenance counts: the last of the caches that give rows. At least one must."""
         return self.caches[int(self.matches.source.max())]
-
-    def without_donors(self) -> "Plan":
-        """The plan if no donor fits."""
-        source = np.where(self.matches.source < self.donors, -1, self.matches.source)
-        return dataclasses.replace(self, matches=dataclasses.replace(self.matches, source=source))
 
     def once(self, done: Embedded) -> "Plan":
         """The plan once ``todo`` is ``done``."""
@@ -76,17 +70,15 @@ def make_plan(
     """Match the images to rows of ``own`` and, failing these, of those ``donors`` that were made with ``spec``.
 
     Args:
-        images: as listed.
+        images: as listed. spec: what embeddings must have been made with.
         donors, own: caches; the last that has an image gives its row. All of ``own`` are of ``spec``.
-        spec: what embeddings must have been made with.
         limit: plan for this many images and those that ``own`` holds; for all when None.
     """
     caches, matches = _match_intact(images, donors, own, spec)
-    count = len(caches) - len(own)
     if limit is not None:
-        kept = _spread(matches.source >= count, limit)
+        kept = _spread(matches.source >= len(caches) - len(own), limit)
         images, matches = images.take(kept), matches.take(kept)
-    return Plan(images, tuple(caches), count, matches, _refuse_again(images, matches, caches))
+    return Plan(images, tuple(caches), matches, _refuse_again(images, matches, caches))
 
 
 def open_old(output: Path, *, force: bool) -> FeatureCache | None:

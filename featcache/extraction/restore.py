@@ -85,10 +85,9 @@ def restore(cache: FeatureCache, files: SourceFiles) -> tuple[FeatureCache, Indi
     """
     damaged = {*cache.damaged_columns}
     if {"paths", "digests"} <= damaged:
-        what = ", ".join(cache.damaged_columns)
         raise DamagedCacheError(
-            f"{cache.path} is damaged beyond repair: checksum mismatch in its {what}, so that nothing tells which image "
-            f"a row is of; restore it, or make it anew with {files.anew}"
+            f"{cache.path} is damaged beyond repair: checksum mismatch in its {', '.join(cache.damaged_columns)}, so that "
+            f"nothing tells which image a row is of; restore it, or make it anew with {files.anew}"
         )
     rows, suspects = dict(vars(cache.rows)), np.empty(0, np.intp)
     classes = files.images.classes if "classes" in damaged else cache.classes
@@ -144,7 +143,7 @@ def _one_each(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
     free: dict[bytes, list[int]] = {}
     for file in np.setdiff1d(np.flatnonzero(files.digests != b""), at[keeps]).tolist():
         free.setdefault(files.digests[file], []).append(file)
-    at, labels = at.copy(), _labels(files.images, np.arange(len(files.paths)), cache.classes)
+    labels = _labels(files.images, np.arange(len(files.paths)), cache.classes)
     for row in np.flatnonzero(~keeps).tolist():
         choice = free.get(keys[row], [])
         if not {"labels", "classes"} & {*cache.damaged_columns}:

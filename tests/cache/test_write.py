@@ -16,7 +16,7 @@ from conftest import SPEC
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows, encode_names
-from featcache.cache.write import SparseFile, write_cache
+from featcache.cache.write import _SparseFile, write_cache
 from featcache.errors import StorageError
 
 
@@ -100,7 +100,7 @@ def test_what_is_laid_out_in_memory_leaves_out_the_features(tmp_path: Path) -> N
 def test_a_sparse_file_behaves_like_a_file() -> None:
     """Oracle: a real one in memory, under the same random operations."""
     rng = np.random.default_rng(0)
-    real, ours = io.BytesIO(), SparseFile()
+    real, ours = io.BytesIO(), _SparseFile()
     for _ in range(400):
         position, length = int(rng.integers(0, 30_000)), int(rng.integers(0, 9_000))
         data = rng.bytes(length)

@@ -62,29 +62,19 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     if caches:
         missing = matches.missing
         suspects = missing[np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))]
-        read, digests, sizes, mtimes = hash_files(images, suspects)
-        matches.sizes[read], matches.mtimes[read] = sizes, mtimes
+        read = hash_files(images, suspects)
+        matches.sizes[read["position"]], matches.mtimes[read["position"]] = read["size"], read["mtime"]
         for number, cache in enumerate(caches):
-            matches.put(read, number, find(cache.rows.keys, digests))
+            matches.put(read["position"], number, find(cache.rows.keys, read["digest"]))
     return matches
 
 
-def hash_files(
-    files: ImageFiles, indices: Indices
-) -> tuple[Indices, npt.NDArray[np.bytes_], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Read some of ``files``; those that cannot be read are left out: embedding them will give the reason.
-
-    Returns:
-        (n,) which could be read, their sha256 as ``Rows.keys``, their sizes and mtimes.
-    """
+def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:
+    """Read some of ``files``: (n,) position, digest, size and mtime of those that can be read; embedding says why others cannot."""
     workers = min(32, (os.cpu_count() or 1) + 4)
-    reads = [read for read in read_images(files, indices.tolist(), len, workers=workers) if not read.reason]
-    return (
-        np.array([read.position for read in reads], np.intp),
-        np.array([read.digest for read in reads], "S32"),
-        np.array([read.size for read in reads], np.int64),
-        np.array([read.mtime for read in reads], np.int64),
-    )
+    reads = read_images(files, indices.tolist(), len, workers=workers)
+    found = [(read.position, read.digest, read.size, read.mtime) for read in reads if not read.reason]
+    return np.array(found, [("position", np.intp), ("digest", "S32"), ("size", np.int64), ("mtime", np.int64)])
 
 
 def gather(

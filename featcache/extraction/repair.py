@@ -121,9 +121,8 @@ def _mend(
             anew[rows] = True
     keys = mended.rows.keys
     sources = Matches(np.where(anew, -1, 0), np.arange(len(found)), mended.rows.sizes, mended.rows.mtimes)
-    _find_rows(sources, keys, [np.where(anew, b"", keys)], 0)
     parts = [part for part in open_parts(work_folder(found.path)) if part.spec == found.spec] if anew.any() else []
-    _find_rows(sources, keys, [part.rows.keys for part in parts], 1)
+    _find_rows(sources, keys, [np.where(anew, b"", keys), *(part.rows.keys for part in parts)], 0)
     todo = np.sort(sources.missing[np.unique(keys[sources.missing], return_index=True)[1]])  # one of each content
     if files and len(todo):
         done = _embed(mended, files, todo, options, progress)
@@ -256,9 +255,8 @@ def _tidy(cache: FeatureCache) -> None:
 
 
 def _mention_new_images(cache: FeatureCache, files: SourceFiles) -> None:
-    if "paths" in cache.damaged_columns:
-        return
-    if new := {*files.images.paths} - {*cache.paths} - {refusal.path for refusal in cache.refused}:
+    new = {*files.images.paths} - {*cache.paths, *(path for path, _ in cache.refused)}
+    if new and "paths" not in cache.damaged_columns:
         log.info(
             "%d images of %s are not in the cache under these names; `featcache extract` brings it up to date",
             len(new),

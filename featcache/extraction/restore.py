@@ -43,8 +43,9 @@ class SourceFiles:
     def read(self, files: Indices) -> None:
         """Read those of ``files`` that have not been read."""
         todo = np.unique(files[self.digests[files] == b""])
-        at, digests, sizes, mtimes = hash_files(self.images, todo)
-        self.digests[at], self.sizes[at], self.mtimes[at] = digests, sizes, mtimes
+        read = hash_files(self.images, todo)
+        at = read["position"]
+        self.digests[at], self.sizes[at], self.mtimes[at] = read["digest"], read["size"], read["mtime"]
 
 
 def locate(rows: Rows, files: SourceFiles, wanted: Indices, *, by_stat: bool = False, by_size: bool = True) -> Indices:

@@ -282,12 +282,9 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
     if (needed := sum(found.nbytes for found in wanted.values())) > 2**28 and needed > available_memory():
         raise CacheError(f"{path} cannot be read: {needed / 1e9:,.1f} GB of rows do not fit into this machine's memory")
     columns = {name: file.read(found) for name, found in wanted.items()}
-    lengths = {len(columns[name]) for name in ROW_COLUMNS} | {n}
-    if (
-        len(lengths) > 1
-        or columns["digests"].shape[1] != 32
-        or len(columns["refused/paths"]) != len(columns["refused/reasons"])
-    ):
+    lengths = {n, *(len(columns[name]) for name in ROW_COLUMNS)}
+    refused = columns["refused/paths"], columns["refused/reasons"]
+    if len(lengths) > 1 or columns["digests"].shape[1] != 32 or len(refused[0]) != len(refused[1]):
         raise Malformed("its datasets differ in length")
     recorded = file.attrs.get("column_crc32")
     wrong = damaged_columns(columns, texts, recorded, whole=int(file.attrs["metadata_crc32"]))
@@ -318,9 +315,7 @@ def _read(path: Path, file: PlainFile) -> dict[str, Any]:
         "provenance": provenance,
         "classes": classes,
         "rows": Rows(**{name: columns[name] for name in ROW_COLUMNS}),
-        "refused": tuple(
-            map(Refusal, decode_names(columns["refused/paths"]), decode_names(columns["refused/reasons"]))
-        ),
+        "refused": tuple(map(Refusal, *map(decode_names, refused))),
         "dtype": features.dtype,
         "dim": dim,
         "damaged_columns": wrong,

@@ -120,10 +120,8 @@ def extract(
         plan = make_plan(images, donors, own, spec=spec, limit=limit)
         if len(plan.todo) and job.spec != spec:
             of_spec(own, job.spec, output, force=False)
-            spec, plan = (
-                job.spec,
-                make_plan(images, [], own, spec=job.spec, limit=limit),
-            )  # only donors had the other one
+            spec = job.spec  # only donors had the other one
+            plan = make_plan(images, [], own, spec=spec, limit=limit)
         reused, seconds = len(plan.images) - len(plan.matches.missing), 0.0
         if len(plan.todo):
             done = job.embed(plan, progress)

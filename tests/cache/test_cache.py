@@ -58,6 +58,16 @@ def test_a_pipe_in_the_place_of_a_cache_does_not_hang(tmp_path: Path) -> None:
         FeatureCache.open(tmp_path / "f.h5")
 
 
+def test_truncation_at_any_length_is_refused(tmp_path: Path) -> None:
+    """Also where only padding is missing."""
+    make_cache(tmp_path / "f.h5", 300)
+    original = (tmp_path / "f.h5").read_bytes()
+    for length in np.linspace(0, len(original) - 1, 60).astype(int):
+        (tmp_path / "f.h5").write_bytes(original[:length])
+        with pytest.raises(CacheError):
+            FeatureCache.open(tmp_path / "f.h5")
+
+
 @pytest.mark.parametrize("features", [None, np.zeros((50, 8), np.int16), np.zeros((50, 8, 1), np.float16)])
 def test_features_of_another_form_are_refused(tmp_path: Path, features: np.ndarray | None) -> None:
     """Other datasets, and what links, filters and other storage hide: ``tests/attacks``."""

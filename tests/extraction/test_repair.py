@@ -309,11 +309,9 @@ def test_a_source_with_other_classes_is_refused(work: Work) -> None:
 
 def test_an_intact_row_whose_image_is_gone_stays(work: Work) -> None:
     """Also one that shares nothing but the file with what is damaged."""
-    gone = work.paths[2]
-    (work.photos / gone).unlink()
+    (work.photos / work.paths[2]).unlink()
     work.flip_row(20)
-    report = work.mend()
-    assert report.embedded == len(range(16, 24))
+    assert work.mend().embedded == len(range(16, 24))
     assert work.is_as_before()
 
 
@@ -327,11 +325,8 @@ def test_a_path_is_where_the_content_is(work: Work) -> None:
     report = work.mend()
     assert (report.damaged_columns, report.embedded) == (("paths",), 0)
     mended = FeatureCache.open(work.cache)
-    assert [mended.paths[other] for other in (row - 2, row, row + 2)] == [
-        "val/green/moved1.jpg",
-        "val/green/moved3.jpg",
-        "val/green/05.jpg",
-    ]
+    names = [mended.paths[other] for other in (row - 2, row, row + 2)]
+    assert names == ["val/green/moved1.jpg", "val/green/moved3.jpg", "val/green/05.jpg"]
     work.cache.write_bytes(work.good)
     np.testing.assert_array_equal(mended.X, FeatureCache.open(work.cache).X)
 

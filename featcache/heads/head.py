@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import itertools
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -95,9 +96,7 @@ class Head:
             dim = layers[0][0].shape[1]
             mean, scale = tensors.get("mean", np.zeros(dim)), tensors.get("scale", np.ones(dim))
             sizes = [dim, *(len(bias) for _, bias in layers)]
-            fits = all(
-                w.shape == (after, before) for (w, _), before, after in zip(layers, sizes[:-1], sizes[1:], strict=True)
-            )
+            fits = [weight.shape[::-1] for weight, _ in layers] == list(itertools.pairwise(sizes))
         except (KeyError, IndexError, TypeError) as error:
             raise ModelError(f"the head's tensors are incomplete ({error})") from error
         floats = all(value.dtype in (np.float32, np.float64) for value in tensors.values())

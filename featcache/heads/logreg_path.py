@@ -16,12 +16,12 @@ divided by ``C * sum_i w_i``. The optimum is unique: how it is found changes spe
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from featcache.heads.head import Array
+
 _MEMORY = 10  # pairs of L-BFGS
 _MAX_ITERATIONS = 500
 _MANY = 64  # directions; with fewer, products with a part of them save nothing
@@ -61,16 +61,12 @@ def eigenbasis(X: Array) -> Array:
     """
     centred = X - X.mean(axis=0)
     if len(X) >= X.shape[1]:
-        return _normalised(np.linalg.eigh(centred.T @ centred)[1])
-    # With fewer rows than dimensions the optimum lies in the rows' span: weights outside of it only add to the penalty.
-    centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
-    values, vectors = np.linalg.eigh(centred @ centred.T)
-    kept = values > values[-1] * 1e-12
-    basis = (centred.T @ vectors[:, kept]) / np.sqrt(values[kept])
-    return _normalised(basis.astype(X.dtype))
-
-
-def _normalised(basis: Array) -> Array:
+        basis = np.linalg.eigh(centred.T @ centred)[1]
+    else:  # the optimum lies in the rows' span: weights outside of it only add to the penalty
+        centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
+        values, vectors = np.linalg.eigh(centred @ centred.T)
+        kept = values > values[-1] * 1e-12
+        basis = ((centred.T @ vectors[:, kept]) / np.sqrt(values[kept])).astype(X.dtype)
     if not np.isfinite(basis).all():
         raise NotSolvedError("the features' covariance is not finite")
     return basis
@@ -179,9 +175,8 @@ class _Path:
         gradient = self.gradient(self.point, first)
         for _ in range(_MAX_ITERATIONS):
             direction = self.direction(gradient, scale)
-            direction[:first] = (
-                0  # what is left still descends: principal blocks of a positive definite matrix are that, too
-            )
+            # What is left still descends: principal blocks of a positive definite matrix are that, too.
+            direction[:first] = 0
             slope = _dot(gradient, direction)
             if not np.isfinite(slope) or slope > 0:
                 raise NotSolvedError(f"slope {slope}")

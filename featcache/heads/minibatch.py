@@ -62,11 +62,9 @@ def fit_torch_head(
     Args:
         features: (M, D). rows: numbers of the N training rows. y: (N,) labels in 0..n_classes-1.
         kind: ``linear``, or ``mlp`` with one hidden layer of 512, ReLU and dropout.
-        n_classes: C classes.
         folds: of the cross-validation; 0 for none.
         balanced: weigh classes inversely to their frequency.
         seed: of weights, batches and folds; the same seed gives the same head.
-        budget: of memory and rounds.
     """
     use_one_thread_if_forked()
     data = FeatureBatches(features, rows, y, budget=budget)
@@ -192,9 +190,8 @@ class _Trainer:
     def _best_round(self, picked: Indices, held_out: Indices) -> int:
         """After which round of training on ``picked`` the loss on ``held_out`` is lowest (early stopping)."""
         data, budget = self.data, self.data.budget
-        judge = FeatureBatches(
-            data.features, data.rows[held_out], data.y[held_out], budget=budget
-        )  # in memory if it fits
+        # Kept in memory if it fits.
+        judge = FeatureBatches(data.features, data.rows[held_out], data.y[held_out], budget=budget)
         lowest, best = np.inf, budget.max_rounds
         for number, network in enumerate(itertools.islice(self._rounds(picked), budget.max_rounds), 1):
             if (loss := self._mean_loss(network, judge)) < lowest:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,10 +11,14 @@ from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 
 
-def test_a_manifest_of_another_format_is_refused(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"format": "other"}, "is not a featcache model's"), ({"classes": ["c", "b", "a"]}, "is not what was saved")],
+)
+def test_a_changed_manifest_is_refused(model: Path, changes: dict[str, Any], words: str) -> None:
     manifest = json.loads((model / "model.json").read_text())
-    (model / "model.json").write_text(json.dumps(manifest | {"format": "other"}))
-    with pytest.raises(ModelError, match="is not a featcache model's"):
+    (model / "model.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(ModelError, match=words):
         load_model(model)
 
 

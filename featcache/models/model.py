@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -30,7 +29,6 @@ from featcache.system.safe_load import parse_json
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
 
-log = logging.getLogger("featcache")
 _HEAD, _METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
 _FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
 

@@ -135,15 +135,18 @@ def test_softmax_does_not_overflow() -> None:
     np.testing.assert_allclose(softmax(np.array([[1e4, 1e4], [-1e4, 0]])), [[0.5, 0.5], [0, 1]])
 
 
+LAYER = {"layers.0.weight": np.ones((3, D)), "layers.0.bias": np.ones(3)}
+
+
 @pytest.mark.parametrize(
-    "tensors",
+    ("kind", "tensors"),
     [
-        {},
-        {"layers.0.weight": np.ones((3, D))},
-        {"layers.0.weight": np.ones((3, D)), "layers.0.bias": np.ones(3), "mean": np.zeros(D)},
+        ("linear", {}),
+        ("linear", {"layers.0.weight": np.ones((3, D))}),
+        ("linear", LAYER | {"mean": np.zeros(D)}),  # for which the scaling "none" has no use
+        ("forest", LAYER),
     ],
-    ids=["no layers", "no bias", "mean without need"],
 )
-def test_tensors_that_make_no_head_are_refused(tensors: dict[str, np.ndarray]) -> None:
+def test_tensors_that_make_no_head_are_refused(kind: str, tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(ModelError, match="the head's tensors"):
-        Head.from_tensors("linear", "none", tensors)
+        Head.from_tensors(kind, "none", tensors)

@@ -1,7 +1,4 @@
-"""A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; NumPy only.
-
-``logreg.py`` and ``minibatch.py`` train heads on a ``FeatureSource``; ``models/model.py`` stores them.
-"""
+"""A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; NumPy only."""
 
 import dataclasses
 import itertools

@@ -82,7 +82,7 @@ def predict(
         return _predict_caches(model, opened)
     entries = _list_inputs(paths)
     files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
-    return _fill_in(entries, _embed_and_score(model, files, device, workers, batch_size, progress))
+    return _fill_in(entries, _predict_images(model, files, device, workers, batch_size, progress))
 
 
 def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Prediction]:
@@ -114,20 +114,20 @@ def _list_inputs(paths: list[Path]) -> list[Prediction]:
     return entries
 
 
-def _fill_in(entries: list[Prediction], results: Iterator[tuple[Array | None, str]]) -> Iterator[Prediction]:
+def _fill_in(entries: list[Prediction], predictions: Iterator[Prediction]) -> Iterator[Prediction]:
     for entry in entries:
-        yield entry if entry.reason else Prediction(entry.path, *next(results))
+        yield entry if entry.reason else next(predictions)
 
 
-def _embed_and_score(
+def _predict_images(
     model: Model,
     files: ImageFiles,
     device: str,
     workers: int | None,
     batch_size: int | None,
     progress: "Progress | None",
-) -> Iterator[tuple[Array | None, str]]:
-    """(probabilities or None, reason) per image, in order."""
+) -> Iterator[Prediction]:
+    """One per image, in order."""
     from featcache.backbones.embed import Timings, storable
     from featcache.backbones.embedder import Embedder
     from featcache.system.device import choose_runtime
@@ -142,18 +142,15 @@ def _embed_and_score(
         progress(0, total, timings.bottleneck)
     with contextlib.closing(embedder.embed(files, timings=timings)) as batches:
         for batch in (storable(batch, model.spec.storage) for batch in batches):
-            results: dict[int, tuple[Array | None, str]] = {k: (None, why) for k, why in batch.refused.items()}
+            found = {k: Prediction(files.paths[k], None, why) for k, why in batch.refused.items()}
             if len(batch.indices):
                 stored = batch.features.astype(model.spec.storage)  # what the head saw in training
                 scores = model.head.probabilities(stored)
-                results |= {int(index): (row, "") for index, row in zip(batch.indices, scores, strict=True)}
-            yield from (results[index] for index in sorted(results))
+                found |= {k: Prediction(files.paths[k], row) for k, row in zip(batch.indices, scores, strict=True)}
+            yield from (found[k] for k in sorted(found))
             done += len(batch)
             if progress:
                 progress(done, total, timings.bottleneck)
-
-
-# ------------------------------------------------------------------------------------------------------ evaluate
 
 
 def evaluate(
@@ -197,14 +194,14 @@ def evaluate(
         split, rows = _choose_split(images.splits, split, source)
         images = images.take(rows[images.labels[rows] >= 0])
         y = _labels_of_model(model, images.classes, images.labels, source, split)
-        results = list(_embed_and_score(model, images, device, workers, batch_size, progress))
-        kept = np.array([probabilities is not None for probabilities, _ in results], bool)
-        y, refused = y[kept], int((~kept).sum()) + (len(images.refused) if split == "all" else 0)
-        if not kept.any():
+        found = list(_predict_images(model, images, device, workers, batch_size, progress))
+        scored = [prediction.probabilities for prediction in found if prediction.probabilities is not None]
+        if not scored:
             raise SourceError(
-                f"all {len(images)} images of {source} ({split}) were refused, the first because {results[0][1]}"
+                f"all {len(images)} images of {source} ({split}) were refused, the first because {found[0].reason}"
             )
-        probabilities = np.stack([row for row, _ in results if row is not None])
+        y, probabilities = y[[prediction.probabilities is not None for prediction in found]], np.stack(scored)
+        refused = len(found) - len(scored) + (len(images.refused) if split == "all" else 0)
     return evaluate_probabilities(y, probabilities, model.classes) | {"split": split, "refused": refused}
 
 

@@ -162,7 +162,7 @@ class _Path:
         if self.before is not None:
             self.extrapolate(self.before)
         self.before = start
-        scale = self.curvature(self.point)
+        scale = self.curvature()
         for first in (self.coarse, 0):
             self.descend(scale, first)
         return self.point.theta
@@ -172,7 +172,7 @@ class _Path:
 
         A step along the few directions of large variance costs a fraction of a step along all and covers most of the way.
         """
-        gradient = self.gradient(self.point, first)
+        gradient = self.gradient(first)
         for _ in range(_MAX_ITERATIONS):
             direction = self.direction(gradient, scale)
             # What is left still descends: principal blocks of a positive definite matrix are that, too.
@@ -186,7 +186,7 @@ class _Path:
             t = self.search(direction, move, slope)
             if t is None:
                 raise NotSolvedError("line search failed")
-            before, gradient = gradient, self.gradient(self.point, first)
+            before, gradient = gradient, self.gradient(first)
             self.pairs = [*self.pairs, _pair(t * direction, gradient - before)][-_MEMORY:]
         raise NotSolvedError(f"{_MAX_ITERATIONS} iterations")
 
@@ -199,17 +199,17 @@ class _Path:
         objective = self.objective(self.point)
         return max(min(objective, self.null - objective), self.noise * objective)
 
-    def gradient(self, point: _Point, first: int) -> Array:
+    def gradient(self, first: int) -> Array:
         """(r + 1, K) of the objective; the ``first`` rows are set to 0."""
-        gradient = _penalised(point.theta, self.penalty)
+        gradient = _penalised(self.point.theta, self.penalty)
         gradient[:first] = 0
-        gradient[first:-1] += (point.residual.T @ self.R[:, first:]).T  # a little faster than R.T @ residual
-        gradient[-1] = point.residual.sum(axis=0)
+        gradient[first:-1] += (self.point.residual.T @ self.R[:, first:]).T  # a little faster than R.T @ residual
+        gradient[-1] = self.point.residual.sum(axis=0)
         return gradient
 
-    def curvature(self, point: _Point) -> Array:
+    def curvature(self) -> Array:
         """(r + 1, K), the approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
-        size = np.abs(point.residual)
+        size = np.abs(self.point.residual)
         spread = (size * (1 - size / self.w.astype(size.dtype)[:, None])).sum(axis=0)
         spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(size.dtype).tiny))  # never divide by zero
         curvature: Array = self.variances * spread

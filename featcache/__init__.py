@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from featcache.finetuning.save import FinetuneReport
     from featcache.images.source import ImageList, list_images
     from featcache.images.splits import hold_out
-    from featcache.models.evaluate import evaluate
     from featcache.models.export import ExportReport, export_model
     from featcache.models.fit import FitReport, fit_head
     from featcache.models.model import Model, load_model
-    from featcache.models.predict import Prediction, predict
+    from featcache.models.predict import Prediction, evaluate, predict
     from featcache.reports.doctor import doctor
     from featcache.reports.info import describe
     from featcache.spec import PreprocessSpec
@@ -45,7 +44,7 @@ _HOME = {
     "backbone_names": "backbones.load",
     "describe": "reports.info",
     "doctor": "reports.doctor",
-    "evaluate": "models.evaluate",
+    "evaluate": "models.predict",
     "export_model": "models.export",
     "extract": "extraction.extract",
     "finetune": "finetuning.finetune",

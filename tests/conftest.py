@@ -95,6 +95,22 @@ def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "photos")
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """150 rows of three classes, a third of them in each split."""
+    from caches import make_classes  # which takes SPEC from here
+
+    make_classes(tmp_path / "f.h5", np.arange(150) % 3, 1 + np.arange(150) // 50)
+    return tmp_path / "f.h5"
+
+
+@pytest.fixture
+def model(cache: Path, tmp_path: Path) -> Path:
+    """A head trained on ``cache``."""
+    fit_head(cache, tmp_path / "m", C=1.0)
+    return tmp_path / "m"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photos/, f.h5 and a model m/."""

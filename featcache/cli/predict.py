@@ -89,7 +89,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Score a model on labelled images or on a cache."""
-    from featcache.models.evaluate import evaluate as run
+    from featcache.models.predict import evaluate as run
 
     with show_progress("evaluating") as progress:
         scores = run(

@@ -13,7 +13,7 @@ from featcache.errors import ModelError
 from featcache.finetuning.compare import Paired
 from featcache.heads.head import FittedHead, softmax
 from featcache.heads.metrics import evaluate_probabilities
-from featcache.models.model import Model, library_versions, save_model
+from featcache.models.model import Model, save_model
 from featcache.system.safe_load import parse_json
 from featcache.system.workdir import work_folder
 
@@ -128,10 +128,8 @@ def save_finetuned(
         weights={"source": source, "reload": None},
         training=training,
         metrics=metrics,
-        versions=library_versions(),
-        backbone_file=work / "backbone.safetensors",
+        files={"backbone.safetensors": work / "backbone.safetensors", "history.csv": _as_table(metrics["history"])},
         finetuned=True,
-        extra={"history.csv": _as_table(metrics["history"])},
     )
 
 

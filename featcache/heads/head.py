@@ -1,9 +1,7 @@
-"""A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; NumPy only.
-
-``logreg.py`` and ``minibatch.py`` train heads on a ``FeatureSource``; ``models/model.py`` stores them.
-"""
+"""A trained head: embeddings in, logits and probabilities out. The same few arrays whatever trained it; NumPy only."""
 
 import dataclasses
+import itertools
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -95,9 +93,7 @@ class Head:
             dim = layers[0][0].shape[1]
             mean, scale = tensors.get("mean", np.zeros(dim)), tensors.get("scale", np.ones(dim))
             sizes = [dim, *(len(bias) for _, bias in layers)]
-            fits = all(
-                w.shape == (after, before) for (w, _), before, after in zip(layers, sizes[:-1], sizes[1:], strict=True)
-            )
+            fits = [weight.shape[::-1] for weight, _ in layers] == list(itertools.pairwise(sizes))
         except (KeyError, IndexError, TypeError) as error:
             raise ModelError(f"the head's tensors are incomplete ({error})") from error
         floats = all(value.dtype in (np.float32, np.float64) for value in tensors.values())

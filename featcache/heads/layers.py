@@ -6,6 +6,8 @@ from torch import nn
 
 from featcache.heads.head import Head
 
+NO_LENGTH = 1e-30
+
 
 def linear_layers(head: Head, *, factor: float = 1.0) -> list[nn.Module]:
     """Linear layers in float32 with ReLU between them; the first holds the standardisation as well.
@@ -29,3 +31,8 @@ def linear_layers(head: Head, *, factor: float = 1.0) -> list[nn.Module]:
         layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
         modules += [nn.ReLU(), layer] if modules else [layer]
     return modules
+
+
+def unit_length(x: torch.Tensor) -> torch.Tensor:
+    """As ``heads.scale_features``: a row of zeros stays one, any other length that float32 can square is divided by."""
+    return nn.functional.normalize(x, dim=1, eps=NO_LENGTH)

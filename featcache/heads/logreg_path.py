@@ -16,12 +16,12 @@ divided by ``C * sum_i w_i``. The optimum is unique: how it is found changes spe
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from featcache.heads.head import Array
+
 _MEMORY = 10  # pairs of L-BFGS
 _MAX_ITERATIONS = 500
 _MANY = 64  # directions; with fewer, products with a part of them save nothing
@@ -61,16 +61,12 @@ def eigenbasis(X: Array) -> Array:
     """
     centred = X - X.mean(axis=0)
     if len(X) >= X.shape[1]:
-        return _normalised(np.linalg.eigh(centred.T @ centred)[1])
-    # With fewer rows than dimensions the optimum lies in the rows' span: weights outside of it only add to the penalty.
-    centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
-    values, vectors = np.linalg.eigh(centred @ centred.T)
-    kept = values > values[-1] * 1e-12
-    basis = (centred.T @ vectors[:, kept]) / np.sqrt(values[kept])
-    return _normalised(basis.astype(X.dtype))
-
-
-def _normalised(basis: Array) -> Array:
+        basis = np.linalg.eigh(centred.T @ centred)[1]
+    else:  # the optimum lies in the rows' span: weights outside of it only add to the penalty
+        centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
+        values, vectors = np.linalg.eigh(centred @ centred.T)
+        kept = values > values[-1] * 1e-12
+        basis = ((centred.T @ vectors[:, kept]) / np.sqrt(values[kept])).astype(X.dtype)
     if not np.isfinite(basis).all():
         raise NotSolvedError("the features' covariance is not finite")
     return basis
@@ -166,7 +162,7 @@ class _Path:
         if self.before is not None:
             self.extrapolate(self.before)
         self.before = start
-        scale = self.curvature(self.point)
+        scale = self.curvature()
         for first in (self.coarse, 0):
             self.descend(scale, first)
         return self.point.theta
@@ -176,12 +172,11 @@ class _Path:
 
         A step along the few directions of large variance costs a fraction of a step along all and covers most of the way.
         """
-        gradient = self.gradient(self.point, first)
+        gradient = self.gradient(first)
         for _ in range(_MAX_ITERATIONS):
             direction = self.direction(gradient, scale)
-            direction[:first] = (
-                0  # what is left still descends: principal blocks of a positive definite matrix are that, too
-            )
+            # What is left still descends: principal blocks of a positive definite matrix are that, too.
+            direction[:first] = 0
             slope = _dot(gradient, direction)
             if not np.isfinite(slope) or slope > 0:
                 raise NotSolvedError(f"slope {slope}")
@@ -191,7 +186,7 @@ class _Path:
             t = self.search(direction, move, slope)
             if t is None:
                 raise NotSolvedError("line search failed")
-            before, gradient = gradient, self.gradient(self.point, first)
+            before, gradient = gradient, self.gradient(first)
             self.pairs = [*self.pairs, _pair(t * direction, gradient - before)][-_MEMORY:]
         raise NotSolvedError(f"{_MAX_ITERATIONS} iterations")
 
@@ -204,17 +199,17 @@ class _Path:
         objective = self.objective(self.point)
         return max(min(objective, self.null - objective), self.noise * objective)
 
-    def gradient(self, point: _Point, first: int) -> Array:
+    def gradient(self, first: int) -> Array:
         """(r + 1, K) of the objective; the ``first`` rows are set to 0."""
-        gradient = _penalised(point.theta, self.penalty)
+        gradient = _penalised(self.point.theta, self.penalty)
         gradient[:first] = 0
-        gradient[first:-1] += (point.residual.T @ self.R[:, first:]).T  # a little faster than R.T @ residual
-        gradient[-1] = point.residual.sum(axis=0)
+        gradient[first:-1] += (self.point.residual.T @ self.R[:, first:]).T  # a little faster than R.T @ residual
+        gradient[-1] = self.point.residual.sum(axis=0)
         return gradient
 
-    def curvature(self, point: _Point) -> Array:
+    def curvature(self) -> Array:
         """(r + 1, K), the approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
-        size = np.abs(point.residual)
+        size = np.abs(self.point.residual)
         spread = (size * (1 - size / self.w.astype(size.dtype)[:, None])).sum(axis=0)
         spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(size.dtype).tiny))  # never divide by zero
         curvature: Array = self.variances * spread

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from featcache.heads.head import Array
 
 
 def accuracy(y: Array, probabilities: Array) -> float:
@@ -29,12 +28,6 @@ def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = 15
     bucket = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = np.bincount(bucket, weights=correct - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(y))
-
-
-def confusion_matrix(y: Array, probabilities: Array) -> npt.NDArray[np.int64]:
-    """(C, C) counts; row = true class, column = predicted class."""
-    c = probabilities.shape[1]
-    return np.bincount(y * c + probabilities.argmax(axis=1), minlength=c * c).reshape(c, c)
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -72,10 +65,11 @@ def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str
     """Scores of one model as plain JSON values.
 
     Returns:
-        n, accuracy, log_loss, ece, confusion (list of rows), and per_class: name -> n, precision, recall (None where
-        undefined).
+        n, accuracy, log_loss, ece, confusion (a row of counts per true class, a column per predicted one), and
+        per_class: name -> n, precision, recall (None where undefined).
     """
-    confusion = confusion_matrix(y, probabilities)
+    c = probabilities.shape[1]
+    confusion = np.bincount(y * c + probabilities.argmax(axis=1), minlength=c * c).reshape(c, c)
     true, predicted, hit = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
     per_class = {
         name: {

@@ -62,11 +62,9 @@ def fit_torch_head(
     Args:
         features: (M, D). rows: numbers of the N training rows. y: (N,) labels in 0..n_classes-1.
         kind: ``linear``, or ``mlp`` with one hidden layer of 512, ReLU and dropout.
-        n_classes: C classes.
         folds: of the cross-validation; 0 for none.
         balanced: weigh classes inversely to their frequency.
         seed: of weights, batches and folds; the same seed gives the same head.
-        budget: of memory and rounds.
     """
     use_one_thread_if_forked()
     data = FeatureBatches(features, rows, y, budget=budget)
@@ -164,6 +162,29 @@ def _mixtures(picked: Indices, size: int, shuffle: np.random.Generator) -> Itera
             yield picked[places]
 
 
+class _Network(nn.Module):
+    """The head in training: standardises its input in place, and starts from equal probabilities: nothing to unlearn."""
+
+    def __init__(self, kind: TorchKind, mean: Array, scale: Array, n_classes: int) -> None:
+        super().__init__()
+        self.kind, self.mean, self.scale = kind, mean.astype(np.float32), scale.astype(np.float32)
+        self.shift, self.factor = torch.from_numpy(self.mean), torch.from_numpy((1 / scale).astype(np.float32))
+        dim = len(mean)
+        body = [] if kind == "linear" else [nn.Linear(dim, HIDDEN), nn.ReLU(), nn.Dropout(DROPOUT)]
+        last = nn.Linear(HIDDEN if body else dim, n_classes)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*body, last)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layers(x.sub_(self.shift).mul_(self.factor))
+
+    def to_head(self) -> Head:
+        linear = [module for module in self.layers if isinstance(module, nn.Linear)]
+        layers = tuple((m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in linear)
+        return Head(self.kind, "standardise", self.mean, self.scale, layers)
+
+
 class _Trainer:
     """Trains heads of one kind, each on some of the rows of ``data``."""
 
@@ -177,7 +198,7 @@ class _Trainer:
         train, held_out = self._hold_out(picked)
         rounds = self._best_round(train, held_out) if len(held_out) else self.data.budget.max_rounds
         *_, network = itertools.islice(self._rounds(picked), rounds)
-        return _to_head(network, self.kind), rounds
+        return network.to_head(), rounds
 
     def _hold_out(self, picked: Indices) -> tuple[Indices, Indices]:
         """Rows that train, and a stratified tenth: at least one of a class that has two, and not many more than needed."""
@@ -192,9 +213,8 @@ class _Trainer:
     def _best_round(self, picked: Indices, held_out: Indices) -> int:
         """After which round of training on ``picked`` the loss on ``held_out`` is lowest (early stopping)."""
         data, budget = self.data, self.data.budget
-        judge = FeatureBatches(
-            data.features, data.rows[held_out], data.y[held_out], budget=budget
-        )  # in memory if it fits
+        # Kept in memory if it fits.
+        judge = FeatureBatches(data.features, data.rows[held_out], data.y[held_out], budget=budget)
         lowest, best = np.inf, budget.max_rounds
         for number, network in enumerate(itertools.islice(self._rounds(picked), budget.max_rounds), 1):
             if (loss := self._mean_loss(network, judge)) < lowest:
@@ -203,11 +223,11 @@ class _Trainer:
                 break
         return best
 
-    def _rounds(self, picked: Indices) -> Iterator[nn.Sequential]:
+    def _rounds(self, picked: Indices) -> Iterator[_Network]:
         """Train a new network on ``picked`` without end; yield it after each round."""
         data = self.data
         torch.manual_seed(self.seed)
-        network = _network(self.kind, *data.moments(picked), self.n_classes)
+        network = _Network(self.kind, *data.moments(picked), self.n_classes)
         optimizer_step = _adamw(list(network.parameters()))
         size = int(np.clip(2 ** round(np.log2(max(len(picked), 1) / 32)), 32, data.budget.batch_rows))
         shuffle = np.random.default_rng(self.seed)
@@ -223,39 +243,11 @@ class _Trainer:
             yield network
 
     @torch.inference_mode()
-    def _mean_loss(self, network: nn.Module, data: FeatureBatches) -> float:
+    def _mean_loss(self, network: _Network, data: FeatureBatches) -> float:
         """Over all rows of ``data``."""
         network.eval()
         n = len(data.rows)
         return sum(float(self.loss(network(x), y)) * len(y) for x, y in data.in_order(np.arange(n))) / n
-
-
-class _Standardise(nn.Module):
-    """(x - mean) / scale, in place."""
-
-    def __init__(self, mean: Array, scale: Array) -> None:
-        super().__init__()
-        self.mean, self.scale = mean.astype(np.float32), scale.astype(np.float32)
-        self.shift, self.factor = torch.from_numpy(self.mean), torch.from_numpy((1 / scale).astype(np.float32))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.sub_(self.shift).mul_(self.factor)
-
-
-def _network(kind: TorchKind, mean: Array, scale: Array, n_classes: int) -> nn.Sequential:
-    dim = len(mean)
-    body = [] if kind == "linear" else [nn.Linear(dim, HIDDEN), nn.ReLU(), nn.Dropout(DROPOUT)]
-    last = nn.Linear(HIDDEN if body else dim, n_classes)
-    nn.init.zeros_(last.weight)  # start from equal probabilities: nothing to unlearn
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(_Standardise(mean, scale), *body, last)
-
-
-def _to_head(network: nn.Sequential, kind: TorchKind) -> Head:
-    scaler, linear = network[0], [module for module in network if isinstance(module, nn.Linear)]
-    assert isinstance(scaler, _Standardise)
-    layers = tuple((m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in linear)
-    return Head(kind, "standardise", scaler.mean, scaler.scale, layers)
 
 
 def _adamw(parameters: list[torch.Tensor]) -> Callable[[], None]:

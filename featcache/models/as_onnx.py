@@ -15,15 +15,8 @@ from torch import nn
 
 from featcache.backbones.backbone import Backbone
 from featcache.errors import ExportError, MissingDependencyError
-from featcache.models.export_candidate import (
-    Array,
-    Candidate,
-    Network,
-    embed_sample,
-    metadata,
-    output_shape,
-    sample_pixels,
-)
+from featcache.heads.head import Array
+from featcache.models.export_candidate import Candidate, Network, metadata, sample_pixels
 from featcache.models.model import Model
 
 MAX_BYTES = 2**31 - 2**24  # protobuf ends at 2 GiB; the graph itself needs a little
@@ -51,16 +44,16 @@ def make_onnx(model: Model, backbone: Backbone, name: str) -> Candidate:
             f"{backbone.name} has {size / 1e9:.1f} GB of weights, an ONNX file holds 2 GB; export to .safetensors instead"
         )
     pixels = sample_pixels(backbone.preprocess)
-    data = _convert(network, pixels, metadata(model, backbone, normalised_inside=True))
+    data = _convert(network, pixels, metadata(model, backbone, normalisation="inside the network, do not repeat it"))
     probabilities, logits = _run_onnx(data, pixels)
     height, width = backbone.preprocess.crop
+    shape = f"float32 (N, {len(model.classes)})"
     return Candidate(
         data=data,
         inputs={"pixels": f"float32 (N, 3, {height}, {width}), RGB in 0..1"},
-        outputs={"probabilities": output_shape(model), "logits": output_shape(model)},
+        outputs={"probabilities": shape, "logits": shape},
         usage=f"session = onnxruntime.InferenceSession({name!r})\n"
         "probabilities, logits = session.run(['probabilities', 'logits'], {'pixels': pixels})",
-        embeddings=embed_sample(backbone, pixels),
         logits=logits,
         probabilities=probabilities,
     )

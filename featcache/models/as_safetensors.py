@@ -11,51 +11,40 @@ from torch import nn
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import build_network
 from featcache.errors import ExportError
-from featcache.heads.head import Head, softmax
-from featcache.heads.layers import linear_layers
-from featcache.images.preprocess import channel_constants
-from featcache.models.export_candidate import (
-    HEAD_PREFIX,
-    NO_LENGTH,
-    Array,
-    Candidate,
-    embed_sample,
-    metadata,
-    output_shape,
-    sample_pixels,
-    unit_length,
-)
+from featcache.heads.head import Array, Head, softmax
+from featcache.heads.layers import NO_LENGTH, linear_layers, unit_length
+from featcache.models.export_candidate import Candidate, metadata, normalise_pixels, sample_pixels
 from featcache.models.model import Model
+
+HEAD_PREFIX = "featcache_head"  # not "head", which some architectures call layers of their own
 
 
 def make_safetensors(model: Model, backbone: Backbone, name: str) -> Candidate:
     """Convert. ``name`` is the file's. Raises ExportError."""
     from safetensors.torch import load, save
 
-    layers = nn.Sequential(*linear_layers(model.head))
     network, build = build_network(backbone.name, len(model.classes), backbone.preprocess.crop[0])
-    original = _fits_original(network, backbone, model.head)
-    prefix = f"{backbone.layer}." if original else f"{HEAD_PREFIX}."
-    head = layers[0].state_dict() if original else layers.state_dict()
-    tensors = backbone.module.state_dict() | {prefix + key: value for key, value in head.items()}
-    usage = _usage(build, name, backbone, None if original else model.head)
-    facts = metadata(model, backbone, normalised_inside=False) | {
+    apart = None if _fits_original(network, backbone, model.head) else model.head
+    prefix = f"{backbone.layer}." if apart is None else f"{HEAD_PREFIX}."
+    layers = nn.Sequential(*linear_layers(model.head))
+    head = layers[0] if apart is None else layers
+    tensors = backbone.module.state_dict() | head.state_dict(prefix=prefix)
+    usage = _usage(build, name, backbone, apart)
+    facts = metadata(model, backbone, normalisation="subtract mean, divide by std") | {
         "format": "pt",
-        "head": f"{prefix}*" + ("" if original else ", after the network; see usage"),
+        "head": f"{prefix}*" + ("" if apart is None else ", after the network; see usage"),
         "usage": usage,
     }
     # clones: safetensors refuses tensors that share memory
     data = save({key: value.clone().contiguous() for key, value in tensors.items()}, facts)
-    pixels = sample_pixels(backbone.preprocess)
-    mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
-    logits = _reload(network, load(data), (pixels - mean) / std, backbone, None if original else model.head)
+    inputs = normalise_pixels(sample_pixels(backbone.preprocess), backbone.preprocess)
+    logits = _reload(network, load(data), inputs, backbone, apart)
     height, width = backbone.preprocess.crop
     return Candidate(
         data=data,
         inputs={"pixels": f"float32 (N, 3, {height}, {width}), RGB in 0..1, then normalised by mean and std"},
-        outputs={"logits": output_shape(model)},
+        outputs={"logits": f"float32 (N, {len(model.classes)})"},
         usage=usage,
-        embeddings=embed_sample(backbone, pixels),
         logits=logits,
         probabilities=softmax(logits),
     )
@@ -72,15 +61,8 @@ def _fits_original(network: nn.Module, backbone: Backbone, head: Head) -> bool:
 
 def _final_layers(backbone: Backbone) -> list[str]:
     """Names that the backbone took its classifier out of: mostly one; timm has some with two, or none."""
-    names = backbone.layer.split(" and ")
-    return [name for name in names if isinstance(_submodule(backbone.module, name), nn.Identity)]
-
-
-def _submodule(module: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        return None
+    modules = dict(backbone.module.named_modules(remove_duplicate=False))
+    return [name for name in backbone.layer.split(" and ") if isinstance(modules.get(name), nn.Identity)]
 
 
 def _usage(build: str, name: str, backbone: Backbone, head: Head | None) -> str:

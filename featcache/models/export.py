@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
+from featcache.backbones.backbone import Backbone
 from featcache.errors import ExportError, UsageError
 from featcache.heads.head import softmax
 from featcache.models.as_onnx import make_onnx, require_onnx
 from featcache.models.as_safetensors import make_safetensors
-from featcache.models.export_candidate import Candidate
+from featcache.models.export_candidate import Candidate, normalise_pixels, sample_pixels
 from featcache.models.model import Model, load_model
 from featcache.system.files import check_free_space, check_output, publish_file
 
 Format = Literal["onnx", "safetensors"]
+FORMATS: dict[str, Format] = {".onnx": "onnx", ".safetensors": "safetensors"}
 # What float32 arithmetic in another order explains: in probability, and in logits relative to the largest one.
 TOLERANCE = 1e-3
 
@@ -68,14 +71,13 @@ def export_model(model: Model | str | Path, output: str | Path, *, force: bool =
     """
     started = time.perf_counter()
     output = Path(output)
-    kind = _format_of(output)
-    _check_target(output, force)
+    kind = _check_target(output, force=force)
     if kind == "onnx":
         require_onnx()
     model = model if isinstance(model, Model) else load_model(model)
     backbone = model.load_backbone()
     candidate = (make_onnx if kind == "onnx" else make_safetensors)(model, backbone, output.name)
-    difference = _check_parity(candidate, model, output)
+    difference = _check_parity(candidate, model, backbone, output=output)
     check_free_space(output.parent, len(candidate.data))
     with publish_file(output, needed=len(candidate.data)) as file:
         file.write(candidate.data)
@@ -92,30 +94,25 @@ def export_model(model: Model | str | Path, output: str | Path, *, force: bool =
     )
 
 
-def _format_of(output: Path) -> Format:
-    suffix = output.suffix.lower()
-    if suffix == ".onnx":
-        return "onnx"
-    if suffix == ".safetensors":
-        return "safetensors"
-    raise UsageError(f"cannot tell the format of {output}; name it .onnx or .safetensors")
-
-
-def _check_target(output: Path, force: bool) -> None:
-    """Refuse, before any work, what cannot or must not be written."""
+def _check_target(output: Path, *, force: bool) -> Format:
+    """The format, by the suffix. Refuse, before any work, what cannot or must not be written."""
+    kind = FORMATS.get(output.suffix.lower())
+    if kind is None:
+        raise UsageError(f"cannot tell the format of {output}; name it .onnx or .safetensors")
     check_output(output)
     if (output.parent / "model.json").exists():  # a backbone.safetensors there would be taken for the model's own
         raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
     if os.path.lexists(output) and not force:
         raise UsageError(f"{output} exists; choose another -o, or give --force to replace it")
+    return kind
 
 
-# ------------------------------------------------------------------------------------------------------ parity
-
-
-def _check_parity(candidate: Candidate, model: Model, output: Path) -> dict[str, float]:
-    """Compare with the saved head itself, as numpy applies it. Raises ExportError."""
-    logits = model.head.logits(candidate.embeddings)
+def _check_parity(candidate: Candidate, model: Model, backbone: Backbone, *, output: Path) -> dict[str, float]:
+    """Compare with the untouched backbone and the saved head itself, as numpy applies it. Raises ExportError."""
+    pixels = sample_pixels(backbone.preprocess)
+    with torch.inference_mode():
+        embeddings = backbone.module(normalise_pixels(pixels, backbone.preprocess)).numpy()
+    logits = model.head.logits(embeddings)
     in_logits = np.abs(candidate.logits - logits)
     in_probability = np.abs(candidate.probabilities - softmax(logits))
     allowed = TOLERANCE * max(1.0, float(np.abs(logits).max()))

@@ -6,27 +6,16 @@ In: a model and its backbone. Out: ``Candidate``: bytes, how to use them, and wh
 import dataclasses
 import importlib.metadata
 import json
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from featcache.backbones.backbone import Backbone
-from featcache.heads.head import Head
-from featcache.heads.layers import linear_layers
+from featcache.heads.head import Array, Head
+from featcache.heads.layers import linear_layers, unit_length
 from featcache.images.preprocess import channel_constants
 from featcache.models.model import Model
 from featcache.spec import PreprocessSpec
-
-HEAD_PREFIX = "featcache_head"  # not "head", which some architectures call layers of their own
-
-
-NO_LENGTH = 1e-30
-
-
-Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +26,6 @@ class Candidate:
     inputs: dict[str, str]
     outputs: dict[str, str]
     usage: str
-    embeddings: Array  # (n, D), of the untouched backbone
     logits: Array
     probabilities: Array
 
@@ -64,11 +52,6 @@ class Network(nn.Module):
         return logits.softmax(dim=1), logits
 
 
-def unit_length(x: torch.Tensor) -> torch.Tensor:
-    """As ``heads.scale_features``: a row of zeros stays one, any other length that float32 can square is divided by."""
-    return nn.functional.normalize(x, dim=1, eps=NO_LENGTH)
-
-
 def sample_pixels(spec: PreprocessSpec) -> torch.Tensor:
     """Four made-up pictures, float32 (4, 3, H, W) in 0..1: blurred patches with noise, as photographs are, seeded."""
     generator = torch.Generator().manual_seed(0)
@@ -78,22 +61,36 @@ def sample_pixels(spec: PreprocessSpec) -> torch.Tensor:
     return (smooth + 0.05 * noise).clamp(0, 1)
 
 
-def embed_sample(backbone: Backbone, pixels: torch.Tensor) -> Array:
-    """(n, 3, H, W) in 0..1 -> (n, D) embeddings of the untouched backbone."""
-    mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
-    with torch.inference_mode():
-        return np.asarray(backbone.module((pixels - mean) / std).numpy())
+def normalise_pixels(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor:
+    """(n, 3, H, W) in 0..1 -> what a backbone takes."""
+    mean, std = channel_constants(spec, torch.device("cpu"))
+    return (pixels - mean) / std
 
 
-def describe_preprocess(spec: PreprocessSpec, *, normalised_inside: bool) -> dict[str, Any]:
-    """A preprocessing in words that need no featcache, as JSON values, in the order of the steps."""
+def metadata(model: Model, backbone: Backbone, *, normalisation: str) -> dict[str, str]:
+    """Classes, preprocessing and origin, as both formats carry them. ``normalisation``: who does it, in words."""
+    return {
+        "featcache_version": importlib.metadata.version("featcache"),
+        "fingerprint": model.fingerprint,
+        "head_sha256": model.manifest["head"]["sha256"],
+        "backbone": backbone.name,
+        # Names of files may hold bytes that are not UTF-8, on which both formats insist.
+        "weights": backbone.weights.encode("utf-8", "backslashreplace").decode(),
+        "weights_sha256": backbone.weights_sha256,
+        "classes": json.dumps(model.classes),
+        "preprocess": _preprocess_in_words(backbone.preprocess, normalisation),
+    }
+
+
+def _preprocess_in_words(spec: PreprocessSpec, normalisation: str) -> str:
+    """Words that need no featcache, as JSON, in the order of the steps."""
     height, width = spec.crop
     resize = (
         {"shorter_edge": spec.resize, "aspect_ratio": "kept"}
         if isinstance(spec.resize, int)
         else {"height": spec.resize[0], "width": spec.resize[1], "aspect_ratio": "not kept"}
     )
-    return {
+    steps = {
         "decode": f"{spec.decode}; 8 bit per channel; orientation: {spec.orientation}; alpha: {spec.alpha}; deep: {spec.deep}; "
         f"frame: {spec.frame}; colour profile: {spec.profile}",
         "channel_order": "RGB",
@@ -105,33 +102,7 @@ def describe_preprocess(spec: PreprocessSpec, *, normalised_inside: bool) -> dic
         "scale": "divide by 255",
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "normalisation": "inside the network, do not repeat it"
-        if normalised_inside
-        else "subtract mean, divide by std",
+        "normalisation": normalisation,
         "layout": "NCHW",
     }
-
-
-def metadata(model: Model, backbone: Backbone, *, normalised_inside: bool) -> dict[str, str]:
-    """Classes, preprocessing and origin, as both formats carry them."""
-    preprocess = describe_preprocess(backbone.preprocess, normalised_inside=normalised_inside)
-    return {
-        "featcache_version": importlib.metadata.version("featcache"),
-        "fingerprint": model.fingerprint,
-        "head_sha256": model.manifest["head"]["sha256"],
-        "backbone": backbone.name,
-        "weights": _encodable(backbone.weights),
-        "weights_sha256": backbone.weights_sha256,
-        "classes": json.dumps(model.classes),
-        "preprocess": json.dumps(preprocess),
-    }
-
-
-def _encodable(text: str) -> str:
-    """File names may hold bytes that are not UTF-8; both formats insist on it."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def output_shape(model: Model) -> str:
-    """Of logits and probabilities, in words."""
-    return f"float32 (N, {len(model.classes)})"
+    return json.dumps(steps)

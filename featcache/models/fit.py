@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from featcache.backbones.saved import WEIGHTS
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.images.splits import training_images
-from featcache.models.model import check_replaceable, library_versions, save_model
+from featcache.models.model import check_replaceable, save_model
 
 log = logging.getLogger("featcache")
 _SCORES = ("cv_accuracy", "cv_std", "val_accuracy", "test_accuracy")  # of metrics.json and the report
@@ -90,19 +91,15 @@ def fit_head(
         log.warning(note)
     settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}
     metrics = _metrics(opened, fitted, present=present)
-    source, reload = opened.provenance.source, opened.provenance.reload
-    weights_file, weights = _weights_to_keep(opened, reload, self_contained=self_contained)
     save_model(
         output,
         fitted,
         classes=classes,
         spec=opened.spec,
-        weights={"source": source, "reload": reload},
+        weights={"source": opened.provenance.source, "reload": opened.provenance.reload},
         training=settings | fitted.chosen,
         metrics=metrics,
-        versions=library_versions(),
-        backbone_file=weights_file,
-        extra=weights,
+        files=_weights_to_keep(opened, self_contained=self_contained),
     )
     scores: dict[str, Any] = {name: metrics[name] for name in _SCORES}
     return FitReport(
@@ -223,23 +220,19 @@ def _score(cache: FeatureCache, head: Head, *, split: str, present: Array) -> di
         return evaluate_probabilities(y, head.score(features, rows), [cache.classes[index] for index in present])
 
 
-def _weights_to_keep(
-    cache: FeatureCache, reload: str | None, *, self_contained: bool
-) -> tuple[Path | None, dict[str, bytes]]:
-    """The backbone's weights that have to travel with the model: a file to copy, or file names with their content."""
-    if reload is not None:  # a library provides them again
-        return None, _provided_weights(cache, reload) if self_contained else {}
-    copy = weights_copy(cache.path, cache.spec)
-    if copy.is_file():
-        return copy, {}
-    log.warning(
-        "%s is missing: the model will label caches, not images; run the same extract command again to restore it", copy
-    )
-    return None, {}
+def _weights_to_keep(cache: FeatureCache, *, self_contained: bool) -> dict[str, bytes | Path]:
+    """The backbone's weights if they have to travel with the model: under their file name, the content or the file to copy."""
+    copy, reload = weights_copy(cache.path, cache.spec), cache.provenance.reload
+    if reload is None and copy.is_file():
+        return {WEIGHTS: copy}
+    if reload is None:
+        log.warning(
+            "%s is missing: the model will label caches, not images; run the same extract command again to restore it",
+            copy,
+        )
+    elif self_contained:  # though a library provides them again
+        from featcache.backbones.backbone import weights_bytes
+        from featcache.backbones.load import load_provided
 
-
-def _provided_weights(cache: FeatureCache, reload: str) -> dict[str, bytes]:
-    from featcache.backbones.backbone import weights_bytes
-    from featcache.backbones.load import load_provided
-
-    return {"backbone.safetensors": weights_bytes(load_provided(cache.spec.backbone, reload))}
+        return {WEIGHTS: weights_bytes(load_provided(cache.spec.backbone, reload))}
+    return {}

@@ -5,11 +5,11 @@ library provides, ``backbone.safetensors``; for logistic regression ``head.jobli
 notebooks, written and never read: loading a pickle runs code.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -17,16 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from featcache.backbones.saved import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST,
-    WEIGHTS,
-    SavedBackbone,
-    as_model_error,
-    own_file,
-    read_manifest,
-)
+from featcache.backbones import saved
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names
 from featcache.errors import ModelError, SpecMismatchError
@@ -38,9 +29,8 @@ from featcache.system.safe_load import parse_json
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
 
-log = logging.getLogger("featcache")
 _HEAD, _METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
-_FILES = (_HEAD, WEIGHTS, MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
+_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +48,7 @@ class Model:
     path: Path
     classes: tuple[str, ...]
     head: Head
-    backbone: SavedBackbone
+    backbone: saved.SavedBackbone
     manifest: dict[str, Any]
 
     @property
@@ -98,11 +88,10 @@ def check_replaceable(path: Path) -> None:
     check_output(path, folder_allowed=True)
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
-    try:
-        manifest = parse_json((path / MANIFEST).read_text()) if path.is_dir() else None
-    except (OSError, ValueError):
-        manifest = None
-    if manifest is None or manifest.get("format") != FORMAT:
+    manifest: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        manifest = parse_json((path / saved.MANIFEST).read_text())
+    if manifest.get("format") != saved.FORMAT:
         raise ModelError(f"{path} exists and is not a featcache model; choose another -o")
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in _FILES):
         raise ModelError(
@@ -121,10 +110,8 @@ def save_model(
     weights: dict[str, Any],
     training: dict[str, Any],
     metrics: dict[str, Any],
-    versions: dict[str, Any],
-    backbone_file: Path | None = None,
+    files: Mapping[str, bytes | Path] = {},
     finetuned: bool = False,
-    extra: Mapping[str, bytes] | None = None,
 ) -> None:
     """Publish a model folder atomically, replacing an earlier one.
 
@@ -132,9 +119,9 @@ def save_model(
         path: the folder; see ``check_replaceable``.
         fitted: the head, and for logreg its pipeline.
         classes: C names. spec: of the cache it was trained on. weights: ``source`` and ``reload`` of the backbone.
-        training: settings. metrics: scores, as JSON values. versions: of the libraries.
-        backbone_file: safetensors to copy in, if the weights must travel along.
-        finetuned: whether it took long to make, so that it is never replaced. extra: further files, name -> content.
+        training: settings. metrics: scores, as JSON values.
+        files: further ones, name -> content, or the file to copy: ``backbone.safetensors`` if the weights must travel along.
+        finetuned: whether it took long to make, so that it is never replaced.
 
     Raises:
         StorageError: it cannot be written; ``path`` is then unchanged.
@@ -143,29 +130,35 @@ def save_model(
     from safetensors.numpy import save
 
     with publish_folder(path.resolve()) as folder:  # a link to a folder keeps being one
-        (folder / _HEAD).write_bytes(save(fitted.head.to_tensors()))
+        head = save(fitted.head.to_tensors())
+        (folder / _HEAD).write_bytes(head)
         if fitted.pipeline is not None:
             joblib.dump(fitted.pipeline, folder / _PIPELINE)
-        if backbone_file is not None:
-            shutil.copyfile(backbone_file, folder / WEIGHTS)
-        for name, content in (extra or {}).items():
-            (folder / name).write_bytes(content)
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / name)
+            else:
+                (folder / name).write_bytes(content)
         (folder / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
         manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
+            "format": saved.FORMAT,
+            "version": saved.FORMAT_VERSION,
             "classes": list(classes),
-            "head": {"kind": fitted.head.kind, "scaling": fitted.head.scaling, "sha256": _sha256(folder / _HEAD)},
+            "head": {
+                "kind": fitted.head.kind,
+                "scaling": fitted.head.scaling,
+                "sha256": hashlib.sha256(head).hexdigest(),
+            },
             "spec": spec.to_json(),
             "fingerprint": spec.fingerprint,
             "weights": weights,
             "training": training,
             "metrics": {key: value for key, value in metrics.items() if not isinstance(value, (dict, list))},
-            "versions": versions,
+            "versions": _versions(),
             "finetuned": finetuned,
         }
         manifest["sha256"] = fingerprint_of(manifest)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (folder / saved.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def load_model(path: str | Path) -> Model:
@@ -182,13 +175,13 @@ def load_model(path: str | Path) -> Model:
 def _load(path: Path) -> Model:
     from safetensors.numpy import load
 
-    manifest = read_manifest(path)
-    with as_model_error(path):
-        head_file = own_file(path, _HEAD)
+    manifest = saved.read_manifest(path)
+    with saved.as_model_error(path):
+        head_file = saved.own_file(path, _HEAD)
         data = head_file.read_bytes() if head_file.is_file() else b""  # read once: checked and loaded
         if hashlib.sha256(data).hexdigest() != manifest["head"]["sha256"]:
             raise ModelError(f"{path} is damaged: {_HEAD} is not the file that was saved; train it again")
-        backbone = SavedBackbone.of(path, manifest)
+        backbone = saved.SavedBackbone.of(path, manifest)
         try:
             head = Head.from_tensors(manifest["head"]["kind"], manifest["head"]["scaling"], load(data))
         except ModelError as error:
@@ -205,12 +198,7 @@ def _check_classes(path: Path, classes: list[Any], outputs: int) -> tuple[str, .
     return tuple(classes)
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what computes, for a model's manifest."""
+def _versions() -> dict[str, str]:
+    """What computes."""
     packages = ("featcache", "numpy", "scikit-learn", "torch", "torchvision")
     return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,7 @@
-"""``predict``: label images, or the rows of a cache, with a saved model.
+"""``predict`` and ``evaluate``: label images, or the rows of a cache, with a saved model; or score it by their labels.
 
-In: a model folder and images, folders, CSV files or caches. Out: one ``Prediction`` per input image, in order.
+In: a model folder and images, folders, CSV files or caches. Out: one ``Prediction`` per input image, in order; or a dictionary
+of scores (``heads.metrics``).
 """
 
 import contextlib
@@ -9,17 +10,19 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.features import is_finite
-from featcache.errors import Refusal, SourceError, UsageError
+from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
+from featcache.heads.metrics import evaluate_probabilities
 from featcache.images.read import ImageFiles, Paths
 from featcache.images.source import list_images
 from featcache.models.model import Model, load_model
+from featcache.spec import SPLITS
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -53,16 +56,13 @@ def predict(
     batch_size: int | None = None,
     progress: "Progress | None" = None,
 ) -> Iterator[Prediction]:
-    """Label images.
+    """Label images: one ``Prediction`` per input image, in the order of the inputs and of paths within a folder.
 
     Args:
         model: a model folder, or what ``load_model`` returned.
         inputs: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
         device, workers, batch_size: as in ``extract``.
         progress: called with (done, total, bottleneck).
-
-    Yields:
-        One ``Prediction`` per input image, in the order of the inputs and of paths within a folder.
 
     Raises:
         ModelError, BackboneError: the model cannot be used. SourceError: an input does not exist or holds no image.
@@ -80,7 +80,9 @@ def predict(
         for cache in opened:
             model.check_cache(cache)
         return _predict_caches(model, opened)
-    return _predict_images(model, _list_inputs(paths), device, workers, batch_size, progress)
+    entries = _list_inputs(paths)
+    files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
+    return _fill_in(entries, _predict_images(model, files, device, workers, batch_size, progress))
 
 
 def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Prediction]:
@@ -96,51 +98,36 @@ def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Predic
             yield Prediction(name, None, reason)
 
 
-_Entry = Refusal  # a path as typed, and why it is refused already: empty if it is not
-
-
-def _list_inputs(paths: list[Path]) -> list[_Entry]:
-    entries: list[_Entry] = []
+def _list_inputs(paths: list[Path]) -> list[Prediction]:
+    """What is refused already, with its reason, and in its place what has to be looked at, without."""
+    entries: list[Prediction] = []
     for path in paths:
         if path.is_dir() or path.suffix.lower() == ".csv":
             images = list_images(path, labelled=path.is_file())
-            here = [_Entry(str(images.root / name), "") for name in images.paths]
+            here = [Prediction(str(images.root / name), None) for name in images.paths]
             refused = zip(images.refused_at, images.refused, strict=True)
             for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true
-                here.insert(position, _Entry(str(images.root / refusal.path), refusal.reason))
+                here.insert(position, Prediction(str(images.root / refusal.path), None, refusal.reason))
             entries += here
         else:
-            entries.append(_Entry(str(path), ""))
+            entries.append(Prediction(str(path), None))
     return entries
 
 
-def _predict_images(
-    model: Model,
-    entries: list[_Entry],
-    device: str,
-    workers: int | None,
-    batch_size: int | None,
-    progress: "Progress | None",
-) -> Iterator[Prediction]:
-    files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
-    results = embed_and_score(model, files, device, workers, batch_size, progress)
+def _fill_in(entries: list[Prediction], predictions: Iterator[Prediction]) -> Iterator[Prediction]:
     for entry in entries:
-        if entry.reason:
-            yield Prediction(entry.path, None, entry.reason)
-        else:
-            probabilities, refusal = next(results)
-            yield Prediction(entry.path, probabilities, refusal)
+        yield entry if entry.reason else next(predictions)
 
 
-def embed_and_score(
+def _predict_images(
     model: Model,
     files: ImageFiles,
     device: str,
     workers: int | None,
     batch_size: int | None,
     progress: "Progress | None",
-) -> Iterator[tuple[Array | None, str]]:
-    """(probabilities or None, reason) per image, in order."""
+) -> Iterator[Prediction]:
+    """One per image, in order."""
     from featcache.backbones.embed import Timings, storable
     from featcache.backbones.embedder import Embedder
     from featcache.system.device import choose_runtime
@@ -155,12 +142,90 @@ def embed_and_score(
         progress(0, total, timings.bottleneck)
     with contextlib.closing(embedder.embed(files, timings=timings)) as batches:
         for batch in (storable(batch, model.spec.storage) for batch in batches):
-            results: dict[int, tuple[Array | None, str]] = {k: (None, why) for k, why in batch.refused.items()}
+            found = {k: Prediction(files.paths[k], None, why) for k, why in batch.refused.items()}
             if len(batch.indices):
                 stored = batch.features.astype(model.spec.storage)  # what the head saw in training
                 scores = model.head.probabilities(stored)
-                results |= {int(index): (row, "") for index, row in zip(batch.indices, scores, strict=True)}
-            yield from (results[index] for index in sorted(results))
+                found |= {k: Prediction(files.paths[k], row) for k, row in zip(batch.indices, scores, strict=True)}
+            yield from (found[k] for k in sorted(found))
             done += len(batch)
             if progress:
                 progress(done, total, timings.bottleneck)
+
+
+def evaluate(
+    model: Model | str | Path,
+    source: str | Path,
+    *,
+    split: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    batch_size: int | None = None,
+    progress: "Progress | None" = None,
+) -> dict[str, Any]:
+    """Score a model on labelled images or on a cache.
+
+    Args:
+        model: a model folder, or what ``load_model`` returned.
+        source: what ``extract`` takes, or a cache of the model's own spec.
+        split: train, val, test or all; when None, test if there is one, else val, else all.
+        device, workers, batch_size, progress: as in ``predict``.
+
+    Returns:
+        n, accuracy, per_class, log_loss, ece, confusion (``metrics.evaluate_probabilities``), split, refused.
+
+    Raises:
+        SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
+    """
+    model = model if isinstance(model, Model) else load_model(model)
+    source = Path(source)
+    if is_cache(source):
+        cache = FeatureCache.open(source)
+        model.check_cache(cache)
+        split, rows = _choose_split(cache.rows.splits, split, source)
+        rows = rows[cache.y[rows] >= 0]
+        y = _labels_of_model(model, cache.classes, cache.y[rows], source, split)
+        cache.check_finite(rows)
+        refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
+        with cache.reader() as features:
+            probabilities = model.head.score(features, rows)
+    else:
+        images = list_images(source)
+        split, rows = _choose_split(images.splits, split, source)
+        images = images.take(rows[images.labels[rows] >= 0])
+        y = _labels_of_model(model, images.classes, images.labels, source, split)
+        found = list(_predict_images(model, images, device, workers, batch_size, progress))
+        scored = [prediction.probabilities for prediction in found if prediction.probabilities is not None]
+        if not scored:
+            raise SourceError(
+                f"all {len(images)} images of {source} ({split}) were refused, the first because {found[0].reason}"
+            )
+        y, probabilities = y[[prediction.probabilities is not None for prediction in found]], np.stack(scored)
+        refused = len(found) - len(scored) + (len(images.refused) if split == "all" else 0)
+    return evaluate_probabilities(y, probabilities, model.classes) | {"split": split, "refused": refused}
+
+
+def _choose_split(splits: Array, asked: str | None, source: Path) -> tuple[str, Array]:
+    present = [name for number, name in enumerate(SPLITS) if (splits == number).any()]
+    if asked is None:
+        asked = next((name for name in ("test", "val") if name in present), "all")
+        log.info("split %s: %s", asked, "none was asked for" if asked == "all" else "the one that training never saw")
+    if asked == "all":
+        return asked, np.arange(len(splits))
+    if asked not in present:
+        raise SourceError(f"{source} has no split {asked!r}; it has {', '.join(present)}; or choose all")
+    return asked, np.flatnonzero(splits == SPLITS.index(asked))
+
+
+def _labels_of_model(model: Model, classes: tuple[str, ...], labels: Array, source: Path, split: str) -> Array:
+    """Labels as indices into the model's classes: names decide, not positions."""
+    if not len(labels):
+        raise SourceError(f"{source} has no labelled image in {split}; evaluating needs labels")
+    unknown = sorted({classes[label] for label in np.unique(labels)} - set(model.classes))
+    if unknown:
+        raise SourceError(
+            f"{source} has images of {', '.join(unknown[:5])}, which the model does not know "
+            f"(it knows {', '.join(model.classes[:10])})"
+        )
+    position = {name: number for number, name in enumerate(model.classes)}
+    return np.array([position[classes[label]] for label in labels], np.int64)

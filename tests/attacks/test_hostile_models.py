@@ -24,12 +24,13 @@ from conftest import SPEC
 from hostile import Bomb, watched
 from test_mutated_files import make_head, make_model
 
+from featcache.backbones.saved import own_file
 from featcache.cache.format import Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
 from featcache.finetuning import checkpoint
 from featcache.finetuning.save import read_report
-from featcache.models.model import check_replaceable, load_model, own_file
+from featcache.models.model import check_replaceable, load_model
 from featcache.reports.info import describe
 from featcache.spec import fingerprint_of
 from featcache.system.workdir import work_folder

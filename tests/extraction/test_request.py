@@ -20,10 +20,9 @@ from featcache.errors import BackboneError, ModelError, SpecMismatchError, Usage
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest
 from featcache.heads.head import FittedHead
-from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model, save_model
-from featcache.models.predict import predict
+from featcache.models.predict import evaluate, predict
 
 
 @pytest.fixture
@@ -51,8 +50,7 @@ def tune(plain: Path, tmp_path: Path) -> Callable[..., Path]:
             weights={"source": "fine-tuned", "reload": None},
             training={},
             metrics={},
-            versions={},
-            backbone_file=tmp_path / "w.safetensors",
+            files={"backbone.safetensors": tmp_path / "w.safetensors"},
         )
         return tmp_path / name
 

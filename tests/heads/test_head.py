@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blobs import SHORT, D, blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -13,20 +14,7 @@ from featcache.errors import ModelError
 from featcache.heads import metrics
 from featcache.heads.head import KINDS, FittedHead, Head, class_weights, softmax
 from featcache.heads.logreg import C_GRID, fit_logreg
-from featcache.heads.minibatch import Budget, fit_torch_head
-
-D = 12
-
-
-SHORT = Budget(max_rounds=40, patience=5)  # enough for blobs
-
-
-def blobs(n: int = 240, classes: int = 3, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Overlapping Gaussian classes, as float16 like a cache's."""
-    rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(1).normal(0, 2, (classes, D))
-    y = rng.permutation(np.arange(n) % classes)
-    return (centres[y] + rng.normal(0, spread, (n, D)) + 3).astype(np.float16), y
+from featcache.heads.minibatch import fit_torch_head
 
 
 def fit(kind: str, X: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None, **options: Any) -> FittedHead:
@@ -122,9 +110,8 @@ def test_given_c_is_used_and_edges_that_win_are_reported() -> None:
     X, y = blobs()
     assert fit("logreg", X, y, grid=(0.3,)).chosen["C"] == 0.3
     assert fit("logreg", X, y, grid=(0.3,), folds=0).fold_accuracies == ()
-    assert (
-        fit("logreg", np.zeros_like(X), y).notes == ()
-    )  # every C is as good: there is nothing to gain beyond the grid
+    # Every C is as good: there is nothing to gain beyond the grid.
+    assert fit("logreg", np.zeros_like(X), y).notes == ()
     assert fit("logreg", np.eye(3, 12)[y], y).notes == ()  # likewise where nothing is left to gain
     few = np.concatenate([np.flatnonzero(y != 0)[:15], np.flatnonzero(y == 0)])
     grid = (1e-9, 1e-8, 1.0)  # the first two only see the majority
@@ -148,23 +135,18 @@ def test_softmax_does_not_overflow() -> None:
     np.testing.assert_allclose(softmax(np.array([[1e4, 1e4], [-1e4, 0]])), [[0.5, 0.5], [0, 1]])
 
 
+LAYER = {"layers.0.weight": np.ones((3, D)), "layers.0.bias": np.ones(3)}
+
+
 @pytest.mark.parametrize(
-    "broken", ["missing bias", "wrong shape", "not finite", "no layers", "foreign kind", "mean without need"]
+    ("kind", "tensors"),
+    [
+        ("linear", {}),
+        ("linear", {"layers.0.weight": np.ones((3, D))}),
+        ("linear", LAYER | {"mean": np.zeros(D)}),  # for which the scaling "none" has no use
+        ("forest", LAYER),
+    ],
 )
-def test_tensors_that_make_no_head_are_refused(broken: str) -> None:
-    kind, scaling = "linear", "none"
-    tensors = {"layers.0.weight": np.ones((3, D)), "layers.0.bias": np.ones(3)}
-    if broken == "missing bias":
-        del tensors["layers.0.bias"]
-    elif broken == "wrong shape":
-        tensors["layers.0.bias"] = np.ones(4)
-    elif broken == "not finite":
-        tensors["layers.0.bias"] = np.array([1, np.nan, 1])
-    elif broken == "no layers":
-        tensors = {}
-    elif broken == "foreign kind":
-        kind = "forest"
-    else:
-        tensors["mean"] = np.zeros(D)
-    with pytest.raises(ModelError):
-        Head.from_tensors(kind, scaling, tensors)
+def test_tensors_that_make_no_head_are_refused(kind: str, tensors: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ModelError, match="the head's tensors"):
+        Head.from_tensors(kind, "none", tensors)

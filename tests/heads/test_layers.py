@@ -47,13 +47,6 @@ def test_layers_compute_the_heads_logits(kind: str, scaling: Any, dtype: Any, fa
     np.testing.assert_allclose(logits, exact, atol=1e-5 * np.abs(exact).max())
 
 
-def test_layers_are_linear_with_relu_between() -> None:
-    shapes = [(m.in_features, m.out_features) for m in linear_layers(make_head("mlp", "none"))[::2]]  # type: ignore
-    assert shapes == [(DIM, 7), (7, CLASSES)]
-    assert [type(m) for m in linear_layers(make_head("mlp", "standardise"))] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert [type(m) for m in linear_layers(make_head("logreg", "standardise"))] == [nn.Linear]
-
-
 def test_standardisation_is_folded_in_double_precision() -> None:
     head = make_head("linear", "standardise", np.float32, offset=1e4)
     (layer,) = linear_layers(head)

@@ -67,15 +67,6 @@ def test_mcnemar_is_the_exact_binomial_test(only_first: int, only_second: int) -
     assert found == {"only_first_right": only_first, "only_second_right": only_second, "both": 5, "neither": 2}
 
 
-@pytest.mark.parametrize(
-    ("only_first", "only_second", "p_value"),
-    [(0, 0, 1), (1, 0, 1), (0, 5, 2 / 32), (1, 4, 2 * (1 + 5) / 32), (2, 4, 2 * (1 + 6 + 15) / 64), (3, 3, 1)],
-)
-def test_mcnemar_by_hand(only_first: int, only_second: int, p_value: float) -> None:
-    """Twice the share of the 2^n equally likely outcomes that are as uneven, and never more than 1."""
-    assert compare(only_first, only_second, 1, 1)["p_value"] == pytest.approx(p_value, rel=1e-12)
-
-
 def test_mcnemar_ignores_rows_that_tell_nothing_and_is_symmetric() -> None:
     p = compare(3, 11, 0, 0)["p_value"]
     assert compare(3, 11, 4000, 70)["p_value"] == compare(11, 3, 8, 1)["p_value"] == p

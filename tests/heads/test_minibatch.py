@@ -1,29 +1,20 @@
 """Training by mini-batches: what is read and when, in memory and not; NumPy, PyTorch and logistic regression are the oracles."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from blobs import SHORT, D, blobs
 
 from featcache.heads import metrics
 from featcache.heads.head import FittedHead
 from featcache.heads.logreg import fit_logreg
 from featcache.heads.minibatch import Budget, FeatureBatches, fit_torch_head
 
-D = 12
-SHORT = Budget(max_rounds=40, patience=5)
 # Nothing fits in memory: mini-batches come from a buffer of some 256 rows.
 TIGHT = dataclasses.replace(SHORT, memory=0, buffer=256 * 2 * D)
-
-
-def blobs(n: int, *, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Three overlapping Gaussian classes, sorted and in float16 as in a cache."""
-    y = np.arange(n) * 3 // n
-    centres = np.random.default_rng(1).normal(0, 2, (3, D))
-    return (centres[y] + np.random.default_rng(seed).normal(0, spread, (n, D)) + 3).astype(np.float16), y
 
 
 def fit(kind: Any, X: Any, y: np.ndarray, *, budget: Budget = SHORT, **options: Any) -> FittedHead:
@@ -44,14 +35,6 @@ class Recorded:
 
 
 # ------------------------------------------------------------------------------------------------ what is read
-
-
-def test_reads_from_disk_without_taking_everything(tmp_path: Path) -> None:
-    X, y = blobs(600)
-    stored = np.memmap(tmp_path / "x", np.float16, "w+", shape=X.shape)
-    stored[:] = X
-    in_memory, from_disk = fit("linear", X, y).head, fit("linear", stored, y).head
-    np.testing.assert_array_equal(in_memory.logits(X), from_disk.logits(X))
 
 
 def test_features_that_fit_in_memory_are_read_once() -> None:

@@ -12,21 +12,12 @@ from caches import CLASSES_DIM, make_classes
 from conftest import SPEC
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Rows
 from featcache.cache.write import write_cache
 from featcache.errors import FeatcacheError, SourceError, SpecMismatchError, UsageError
 from featcache.heads.head import KINDS
-from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
-from featcache.models.predict import predict
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    labels = np.arange(150) % 3
-    make_classes(tmp_path / "f.h5", labels, 1 + np.arange(150) // 50 % 3)
-    return tmp_path / "f.h5"
+from featcache.models.predict import evaluate, predict
 
 
 @pytest.mark.parametrize(
@@ -41,9 +32,7 @@ def test_only_training_rows_train_and_the_others_are_scored(tmp_path: Path, clf:
     assert report.cv_accuracy > 0.9
     wrong = labels.copy()
     wrong[splits != 1] = (labels[splits != 1] + 1) % 3  # other val and test labels must not change the head
-    make_classes(tmp_path / "g.h5", labels, splits)
-    other = FeatureCache.open(tmp_path / "g.h5").rows
-    rows = Rows(**(vars(other) | {"labels": wrong.astype(np.int32)}))
+    rows = dataclasses.replace(FeatureCache.open(tmp_path / "f.h5").rows, labels=wrong.astype(np.int32))
     write_cache(tmp_path / "g.h5", rows, [X], dim=CLASSES_DIM, spec=SPEC, classes=("a", "b", "c"))
     again = fit_head(tmp_path / "g.h5", tmp_path / "n", clf=clf)
     one, two = load_model(tmp_path / "m").head, load_model(tmp_path / "n").head
@@ -63,12 +52,11 @@ def test_without_splits_every_labelled_row_trains(tmp_path: Path) -> None:
     assert (report.n_train, report.val_accuracy, report.test_accuracy) == (40, None, None)
 
 
-def test_three_ways_to_probabilities_agree(cache: Path, tmp_path: Path) -> None:
-    fit_head(cache, tmp_path / "m")
+def test_three_ways_to_probabilities_agree(model: Path, cache: Path) -> None:
     X = FeatureCache.open(cache).X
-    from_pipeline = joblib.load(tmp_path / "m" / "head.joblib").predict_proba(X.astype(np.float64))
-    from_tensors = load_model(tmp_path / "m").head.probabilities(X)
-    from_predict = np.stack([p.probabilities for p in predict(tmp_path / "m", [cache])])
+    from_pipeline = joblib.load(model / "head.joblib").predict_proba(X.astype(np.float64))
+    from_tensors = load_model(model).head.probabilities(X)
+    from_predict = np.stack([p.probabilities for p in predict(model, [cache])])
     np.testing.assert_allclose(from_tensors, from_pipeline, atol=1e-9)
     np.testing.assert_array_equal(from_predict, from_tensors)
 
@@ -139,13 +127,9 @@ def test_features_are_read_once_to_check_and_once_to_train(
     assert sum(counts) == (check + train + score) * CLASSES_DIM * 2
 
 
-def test_a_cache_of_another_spec_is_refused_with_the_difference(cache: Path, tmp_path: Path) -> None:
-    fit_head(cache, tmp_path / "m")
+@pytest.mark.parametrize("use", [lambda model, cache: list(predict(model, [cache])), evaluate])
+def test_a_cache_of_another_spec_is_refused_with_the_difference(model: Path, tmp_path: Path, use: Any) -> None:
     spec = dataclasses.replace(SPEC, preprocess=dataclasses.replace(SPEC.preprocess, resize=99))
     make_classes(tmp_path / "g.h5", [0, 1], spec=spec)
-    for use in (
-        lambda: list(predict(tmp_path / "m", [tmp_path / "g.h5"])),
-        lambda: evaluate(tmp_path / "m", tmp_path / "g.h5"),
-    ):
-        with pytest.raises(SpecMismatchError, match=r"preprocess\.resize: 99 -> 40"):
-            use()
+    with pytest.raises(SpecMismatchError, match=r"preprocess\.resize: 99 -> 40"):
+        use(model, tmp_path / "g.h5")

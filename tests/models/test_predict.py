@@ -1,15 +1,22 @@
-"""Predictions from images: every input image has its row, in order, and the row is about that image."""
+"""Every input image has its row, in order, and the row is about that image; scores match classes by name.
+
+Whether images or their cache are given makes no difference.
+"""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_photo
+from caches import CLASSES_DIM
+from conftest import SPEC, write_photo
 
+import featcache
 from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Rows
+from featcache.cache.write import write_cache
 from featcache.errors import ModelError, SourceError, UsageError
 from featcache.models.model import load_model
-from featcache.models.predict import predict
+from featcache.models.predict import evaluate, predict
 
 
 def test_images_and_cache_agree(trained: Path) -> None:
@@ -69,33 +76,31 @@ def test_useless_inputs(trained: Path, tmp_path: Path) -> None:
         predict(tmp_path, [trained / "photos"])
 
 
-def test_other_backbone_weights_in_the_model_are_refused(trained: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(trained / "m", tmp_path / "m")
-    path = tmp_path / "m" / "backbone.safetensors"
-    tensors = load_file(path)
-    tensors["features.0.bias"] += 1
-    save_file(tensors, path)
-    with pytest.raises(ModelError, match="trained on other weights"):
-        list(predict(tmp_path / "m", [trained / "photos"]))
-    path.unlink()
-    with pytest.raises(ModelError, match="it can label caches, not images"):
-        list(predict(tmp_path / "m", [trained / "photos"]))
-    assert len(list(predict(tmp_path / "m", [trained / "f.h5"]))) == 24
+def test_evaluate_images_and_cache_agree(trained: Path) -> None:
+    a, b = evaluate(trained / "m", trained / "photos"), evaluate(trained / "m", trained / "f.h5")
+    assert a["n"] == b["n"] == 24
+    assert a["confusion"] == b["confusion"]
+    with pytest.raises(SourceError, match="no split 'test'"):
+        evaluate(trained / "m", trained / "f.h5", split="test")
 
 
-def test_python_api_of_the_readme(trained: Path) -> None:
-    import featcache
+def test_evaluate_matches_classes_by_name(model: Path, cache: Path, tmp_path: Path) -> None:
+    direct = evaluate(model, cache, split="test")
+    # the same rows, but their classes are b, c only and so have other numbers
+    opened = FeatureCache.open(cache)
+    keep = np.flatnonzero((opened.rows.splits == 3) & (opened.y > 0))
+    columns = {name: column[keep] for name, column in vars(opened.rows).items()}
+    rows = Rows(**columns | {"labels": columns["labels"] - 1})
+    write_cache(tmp_path / "g.h5", rows, [opened.X[keep]], dim=CLASSES_DIM, spec=SPEC, classes=("b", "c"))
+    fewer = evaluate(model, tmp_path / "g.h5")
+    assert (direct["split"], fewer["split"]) == ("test", "test")
+    for name in "bc":
+        assert fewer["per_class"][name]["recall"] == direct["per_class"][name]["recall"]
+    write_cache(tmp_path / "h.h5", rows, [opened.X[keep]], dim=CLASSES_DIM, spec=SPEC, classes=("b", "zebra"))
+    with pytest.raises(SourceError, match="zebra, which the model does not know"):
+        evaluate(model, tmp_path / "h.h5")
 
-    cache = featcache.FeatureCache.open(trained / "f.h5")
-    assert cache.X.shape == (24, 512)
-    assert len(cache.paths) == len(cache.y) == 24
-    assert isinstance(cache, FeatureCache)
-    assert set(featcache.__all__) <= set(dir(featcache))
-    for name in featcache.__all__:
-        assert getattr(featcache, name) is not None
+
+def test_the_front_door_has_no_other_names() -> None:
     with pytest.raises(AttributeError):
         featcache.nothing  # noqa: B018

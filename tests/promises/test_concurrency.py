@@ -173,7 +173,6 @@ def write_model(path: Path, version: int) -> None:
         weights={"source": "none", "reload": None},
         training={"version": version},
         metrics={"version": version},
-        versions={},
     )
 
 

@@ -50,7 +50,6 @@ def make_model(path: Path, seed: int = 0, **changes: Any) -> Path:
         weights={"source": "x", "reload": None},
         training={"seed": seed},
         metrics={"accuracy": 0.5},
-        versions={"numpy": "2"},
     )
     if changes:
         manifest = json.loads((path / "model.json").read_text()) | changes

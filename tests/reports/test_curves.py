@@ -48,7 +48,6 @@ def model(tmp_path: Path) -> Path:
         weights={"source": "", "reload": None},
         training={"recipe": "gradual", "best_epoch": 3},
         metrics={"history": HISTORY, "head_val_accuracy": 0.7},
-        versions={},
         finetuned=True,
     )
     return tmp_path / "m"

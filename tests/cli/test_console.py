@@ -94,8 +94,7 @@ def test_names_cannot_command_a_terminal() -> None:
 
 def test_facts_become_lines() -> None:
     facts = {"a": 1, "b": {"c": [1, 2], "d": {}}, "e": [{"path": "x\ny", "reason": "z"}], "f": [], "g": None, "h": True}
-    lines = [line for key, value in facts.items() for line in console.facts_as_lines(key, value, "")]
-    assert lines == [
+    assert list(console.facts_as_lines(facts)) == [
         "a: 1",
         "b:",
         "  c: 1, 2",

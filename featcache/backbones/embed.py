@@ -120,9 +120,8 @@ def _without(batch: EmbeddedBatch, wrong: npt.NDArray[np.bool_], reason: str) ->
 
 def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> Pixels:
     """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0."""
-    with contextlib.closing(
-        read_images(files, range(len(files.paths)), lambda data: read_pixels(data, preprocess))
-    ) as reads:
+    reads = read_images(files, range(len(files.paths)), lambda data: read_pixels(data, preprocess))
+    with contextlib.closing(reads):
         found = list(itertools.islice((read.value for read in reads if read.value is not None), count))
     return np.stack(found) if found else np.empty((0, *preprocess.crop, 3), np.uint8)
 

@@ -8,9 +8,8 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
 from featcache.backbones.backbone import OFFLINE_BACKBONE
-from featcache.backbones.folding import fold_batchnorm
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions
 from featcache.backbones.load import load_backbone
-from featcache.backbones.onednn import fuse_convolutions
 
 
 def with_statistics(module: nn.Module) -> nn.Module:
@@ -23,6 +22,10 @@ def with_statistics(module: nn.Module) -> nn.Module:
             nn.init.uniform_(norm.weight, 0.5, 2)
             nn.init.normal_(norm.bias)
     return module.eval()
+
+
+def norms(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
 
 
 def check(module: nn.Module, x: torch.Tensor, fused: int) -> None:
@@ -84,61 +87,51 @@ class Residual(nn.Module):
         return torch.add(b, a, alpha=2)
 
 
-KINDS = [
-    "relu after",
-    "other first",
-    "other in place",
-    "own in place",
-    "used twice",
-    "twice itself",
-    "broadcast",
-    "alpha",
-    "input changed before the activation",
-    "input changed before the addition",
-]
+@pytest.mark.parametrize(
+    ("kind", "fused"),
+    [
+        ("relu after", 3),
+        ("other first", 3),
+        ("other in place", 4),
+        ("own in place", 3),
+        ("used twice", 3),
+        ("twice itself", 2),
+        ("broadcast", 2),
+        ("alpha", 2),
+        ("input changed before the activation", 2),
+        ("input changed before the addition", 3),
+    ],
+)
+def test_residuals(kind: str, fused: int) -> None:
+    check(Residual(kind).eval(), torch.randn(2, 3, 8, 8), fused)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_residuals(kind: str) -> None:
-    module = Residual(kind).eval()
-    calls = {
-        "other in place": 4,
-        "twice itself": 2,
-        "broadcast": 2,
-        "alpha": 2,
-        "input changed before the activation": 2,
-    }
-    check(module, torch.randn(2, 3, 8, 8), fused=calls.get(kind, 3))
+class Network(nn.Module):
+    """One convolution, two batch norms, called by a function."""
+
+    def __init__(self, compute: Callable[["Network", torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.compute = compute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(self, x)
 
 
-def test_a_convolution_that_is_called_twice_keeps_its_weights() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.two(self.conv(self.one(self.conv(x))))
-
-    check(with_statistics(Shared()), torch.randn(2, 3, 8, 8), fused=2)
-
-
-def test_two_batch_norms_in_a_row_are_both_folded() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batchnorm(module).modules())
-    check(with_statistics(module), torch.randn(2, 3, 8, 8), fused=1)
-
-
-def test_weights_that_something_else_reads_stay_as_they_are() -> None:
-    class Read(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
-
-    check(with_statistics(Read()), torch.randn(2, 3, 8, 8), fused=1)
+@pytest.mark.parametrize(
+    ("compute", "left", "fused"),
+    [
+        pytest.param(lambda net, x: net.other(net.conv(net.norm(net.conv(x)))), 2, 2, id="convolution called twice"),
+        pytest.param(lambda net, x: torch.relu(net.other(net.norm(net.conv(x)))), 0, 1, id="two norms in a row"),
+        pytest.param(lambda net, x: net.norm(net.conv(x)) + net.conv.weight.mean(), 1, 1, id="weights read elsewhere"),
+        pytest.param(lambda net, x: net.norm(input=net.conv(x)), 1, 1, id="called by keyword"),
+        pytest.param(lambda net, x: net.norm(net.conv(x if x.sum() > 0 else -x)), 2, 0, id="not to be traced"),
+    ],
+)
+def test_calls(compute: Callable[[Network, torch.Tensor], torch.Tensor], left: int, fused: int) -> None:
+    network = with_statistics(Network(compute))
+    assert norms(fold_batchnorm(network)) == left
+    check(network, torch.randn(2, 3, 8, 8), fused)
 
 
 @pytest.mark.parametrize("padding", ["same", "reflect"])
@@ -166,35 +159,10 @@ def test_torchvision(name: str, fused: int) -> None:
 
 
 def test_timm_with_real_weights() -> None:
-    module = load_backbone(OFFLINE_BACKBONE).module
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batchnorm(module).modules())
-    check(module, torch.randn(2, 3, 96, 96), fused=44)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 49  # the original is as it was
+    check(load_backbone(OFFLINE_BACKBONE).module, torch.randn(2, 3, 96, 96), fused=44)
 
 
-def test_what_cannot_be_traced_stays_as_it_is() -> None:
-    class Branching(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x if float(x.sum()) > 0 else -x)
-
-    module = with_statistics(Branching(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
-    check(module, torch.randn(2, 3, 8, 8), fused=0)
-
-
-def test_folding_removes_batch_norms_and_keeps_the_original() -> None:
-    module = load_backbone("resnet18", "none").module
-    folded = fold_batchnorm(module)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 0
-
-
-def test_modules_called_by_keyword() -> None:
-    class Keywords(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(input=self.conv(x))
-
-    check(with_statistics(Keywords()), torch.randn(2, 3, 8, 8), fused=1)
+@pytest.mark.parametrize(("name", "there"), [("resnet18", 20), (OFFLINE_BACKBONE, 49)])
+def test_folding_removes_batch_norms_and_keeps_the_original(name: str, there: int) -> None:
+    module = load_backbone(name, "none").module
+    assert (norms(fold_batchnorm(module)), norms(module)) == (0, there)

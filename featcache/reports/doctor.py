@@ -24,8 +24,7 @@ from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
 from featcache.reports.advice import Setting, advice
 from featcache.reports.machine import machine
-from featcache.reports.photos import generated_photos
-from featcache.reports.throughput import Rates, measure
+from featcache.reports.throughput import Rates, generated_photos, measure
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic, usable_cores
 
 log = logging.getLogger("featcache")

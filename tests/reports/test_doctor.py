@@ -16,8 +16,7 @@ from featcache.images.decode import decode, read_pixels
 from featcache.images.source import list_images
 from featcache.reports.advice import Setting, advice
 from featcache.reports.machine import machine
-from featcache.reports.photos import generated_photos
-from featcache.reports.throughput import Rates, measure
+from featcache.reports.throughput import Rates, generated_photos, measure
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime
 

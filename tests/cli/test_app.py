@@ -25,17 +25,7 @@ def test_three_commands(tmp_path: Path, run) -> None:
     assert code == 0
     facts = last_json(out)
     assert len(out.splitlines()) == 1
-    assert {
-        "cache",
-        "images",
-        "embedded",
-        "reused",
-        "removed",
-        "refused",
-        "dim",
-        "seconds",
-        "images_per_second",
-    } <= set(facts)
+    assert {"cache", "reused", "removed", "refused", "seconds", "images_per_second"} <= set(facts)
     assert (facts["images"], facts["embedded"], facts["dim"]) == (72, 72, 512)
     assert "72 embeddings of 512 dimensions" in err
 
@@ -67,12 +57,6 @@ def test_three_commands(tmp_path: Path, run) -> None:
         assert last_json(out)["fingerprint"]
         assert run("info", path)[0] == 0
     assert run("verify", cache, "--json")[0] == 0
-    data = bytearray(cache.read_bytes())
-    data[len(data) // 2] ^= 1
-    cache.write_bytes(data)
-    code, out, err = run("verify", cache)
-    assert (code, err.count("\n")) == (1, 1)
-    assert "damaged" in err
 
 
 def test_exit_codes(tmp_path: Path, run) -> None:
@@ -121,12 +105,9 @@ def test_texts_of_options() -> None:
             options.size(text)
 
 
-def test_all_refused_still_writes_the_rows(tmp_path: Path, run) -> None:
-    photos = make_photos(tmp_path / "photos", each=3)
-    run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
-    run("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m")
+def test_all_refused_still_writes_the_rows(trained: Path, tmp_path: Path, run) -> None:
     (tmp_path / "bad.jpg").write_text("no image")
-    code, out, err = run("predict", tmp_path / "m", tmp_path / "bad.jpg")
+    code, out, err = run("predict", trained / "m", tmp_path / "bad.jpg")
     assert code == 1
     assert out.splitlines()[1].endswith('refused,"not an image, or of an unsupported format"')
     assert "not one image could be labelled" in err
@@ -141,7 +122,7 @@ def test_flat_folder_can_be_embedded_but_not_fitted(tmp_path: Path, run) -> None
     assert "no labels" in err
 
 
-def test_lists_and_doctor(run) -> None:
+def test_lists(run) -> None:
     code, out, _ = run("backbones", "resnet50")
     assert code == 0
     assert {"resnet50", "wide_resnet50_2", "timm/resnet50"} <= set(out.split())
@@ -174,19 +155,16 @@ def test_doctor_measures_photos_of_its_own(run) -> None:
     assert all(cosines["min_cosine"] > 0.99 for cosines in measured["self_check"].values())
 
 
-def test_doctor_measures_with_what_it_is_given(tmp_path: Path, run) -> None:
-    photos = make_photos(tmp_path / "photos", each=2)
+def test_doctor_measures_with_what_it_is_given(trained: Path, photos: Path, tmp_path: Path, run) -> None:
     tiny = ("doctor", "--images", photos, "--backbone", "squeezenet1_1", "--batch-size", 2)
     code, out, err = run(*tiny, "--seconds", 0.1)
     assert code == 0
-    assert "\n  images: 6\n  median_shorter_edge: 47\n" in out
+    assert "\n  images: 18\n  median_shorter_edge: 47\n" in out
     assert "limits: it takes" in "".join(line for line in out.splitlines() if line.startswith(("Dec", "The")))
     assert "advice" not in out
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.jpg").write_text("no image")
-    assert run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)[0] == 0
-    assert run("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--self-contained")[0] == 0
-    code, out, _ = run("doctor", "--images", photos, "--backbone", tmp_path / "m", "--seconds", 0.1, "--json")
+    code, out, _ = run("doctor", "--images", photos, "--backbone", trained / "m", "--seconds", 0.1, "--json")
     assert (code, last_json(out)["measured"]["backbone"]) == (0, "squeezenet1_1")
     for expected, wrong in (
         (1, ("--images", tmp_path / "nowhere")),
@@ -236,9 +214,8 @@ def test_demo_writes_the_digits_once(tmp_path: Path) -> None:
 def test_a_usage_error_is_harmless_however_click_words_it(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         error = UserWarning()
-        error.show = lambda file: file.write(
-            "Usage: featcache\n\nError: No such option: -\x1b[31m\n"
-        )  # as older ones do
+        text = "Usage: featcache\n\nError: No such option: -\x1b[31m\n"  # as older ones do
+        error.show = lambda file: file.write(text)
         raise error
 
     monkeypatch.setattr("featcache.cli.app.app", refuse)

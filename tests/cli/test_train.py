@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
+from conftest import COLOURS, write_photo
 from PIL import Image
 
 from featcache.images.source import list_images
@@ -13,14 +13,11 @@ from featcache.images.source import list_images
 QUICK = ["--epochs", "1", "--batch-size", "6", "--precision", "fp32"]
 
 
-def test_curves_are_drawn_beside_the_model(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
-    photos = make_photos(tmp_path / "photos", each=4, splits=("train", "val"))
-    write_photo(photos / "train" / "red" / "a.curves.png", COLOURS["red"], 1)  # a photo like any other
-    cache, start = tmp_path / "f.h5", tmp_path / "m"
-    assert run("extract", photos, "-o", cache, *TINY_FLAGS)[0] == 0
-    assert run("fit-head", cache, "-o", start, "--C", 1, "--folds", 0)[0] == 0
+def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos, start = trained / "photos", trained / "m"
+    write_photo(photos / "red" / "a.curves.png", COLOURS["red"], 1)  # a photo like any other
     before = list_images(photos).paths
-    assert "train/red/a.curves.png" in before
+    assert "red/a.curves.png" in before
 
     model, curves = photos / "ft", photos / "ft.curves.png"  # among the photos, where it must not become one
     code, out, err = run("finetune", photos, "--init", start, "-o", model, *QUICK, "--json")

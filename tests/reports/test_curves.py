@@ -11,7 +11,7 @@ from conftest import SPEC
 from matplotlib.figure import Figure
 from PIL import Image
 
-from featcache.errors import MissingDependencyError, ModelError, StorageError, UsageError
+from featcache.errors import ModelError, StorageError, UsageError
 from featcache.heads.head import FittedHead, Head
 from featcache.models.model import save_model
 from featcache.reports.curves import draw_curves, plot_history
@@ -97,13 +97,6 @@ def test_no_global_state(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
     plot_history(HISTORY, tmp_path / "h.png", title="")
     assert ("matplotlib.pyplot" in sys.modules) == before
-
-
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'featcache\[report\]'"):
-        plot_history(HISTORY, tmp_path / "h.png", title="")
-    assert not list(tmp_path.iterdir())
 
 
 def test_curves_of_a_model_lie_beside_it(model: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SPEC, TINY, make_photos
+from conftest import SPEC
 
 import featcache
 from featcache.cache.format import Rows, encode_names
@@ -39,12 +39,10 @@ def test_a_cache(tmp_path: Path) -> None:
     json.dumps(facts)
 
 
-def test_a_model(tmp_path: Path) -> None:
-    featcache.extract(make_photos(tmp_path / "photos", each=2), tmp_path / "f.h5", TINY)
-    featcache.fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
-    facts = featcache.describe(tmp_path / "m")
+def test_a_model(trained: Path) -> None:
+    facts = featcache.describe(trained / "m")
     assert (facts["kind"], facts["classes"], facts["head"]["kind"]) == ("model", ["blue", "green", "red"], "logreg")
-    assert facts["fingerprint"] == featcache.describe(tmp_path / "f.h5")["fingerprint"]
+    assert facts["fingerprint"] == featcache.describe(trained / "f.h5")["fingerprint"]
     json.dumps(facts)
 
 

@@ -109,19 +109,13 @@ class Encoder:
 
 @sources_forgotten()
 def build_encoder(
-    backbone: Backbone,
-    runtime: Runtime,
-    sample: npt.NDArray[np.uint8],
-    *,
-    precision: Precision = "auto",
+    backbone: Backbone, runtime: Runtime, sample: npt.NDArray[np.uint8], *, precision: Precision = "auto"
 ) -> tuple[Encoder, PrecisionChoice]:
     """Make ``backbone`` fast on ``runtime.device`` and prove on ``sample`` that it stayed itself.
 
     Args:
-        backbone: frozen, on the CPU; left unchanged.
-        runtime: where to compute.
+        backbone: frozen, on the CPU; left unchanged. precision: as in ``Embedder.prepare``.
         sample: uint8 (N, H, W, 3), a few of the images to embed.
-        precision: ``auto`` takes the fastest one that passes; another is obeyed, and named if it does not pass.
 
     Raises:
         UsageError: unknown precision, or a sample that does not fit into memory.

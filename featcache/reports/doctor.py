@@ -1,14 +1,14 @@
-"""``doctor``: what this machine can do, how fast it embeds, and what limits.
+"""``doctor``: what this machine can do, how fast it embeds, what limits, and what would help.
 
-In: what ``extract`` would be given, and some seconds. Out: plain values for people and programs.
+In: what ``extract`` would be given, and some seconds. Out: plain values for people and programs; advice in sentences.
 """
 
-import contextlib
 import dataclasses
+import functools
 import logging
+import math
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +22,12 @@ from featcache.extraction.request import DEFAULT_BACKBONE, ExtractRequest, load_
 from featcache.images.decode import decode, has_fast_decoder
 from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
-from featcache.reports.advice import Setting, advice
 from featcache.reports.machine import machine
-from featcache.reports.throughput import Rates, generated_photos, measure
+from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic, usable_cores
 
 log = logging.getLogger("featcache")
+_SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of backbones that have no much faster ones
 
 
 def doctor(
@@ -66,14 +66,12 @@ def doctor(
     random_weights = weights is None and saved is None
     loaded = load_requested(dataclasses.replace(request, weights="none") if random_weights else request, saved)
     precision = (request.resolved(saved) if saved else request).precision
-    with _given_or_generated(given) as (found, source):
-        measured = {
-            "backbone": loaded.name,
-            "weights": loaded.weights,
-            "source": source,
-            "images": len(found),
-            **_measure(found, loaded, runtime, precision=precision, seconds=seconds),
-        }
+    measure_with = functools.partial(_measure, loaded, runtime, precision=precision, seconds=seconds)
+    if given is not None:
+        measured = measure_with(given, source=str(given.root))
+    else:
+        with tempfile.TemporaryDirectory(prefix="featcache-") as folder:
+            measured = measure_with(generated_photos(Path(folder)), source="generated photos, for want of --images")
     if random_weights:
         measured["note"] = (
             "random weights are as fast as trained ones, but the self-check's cosines are not those of them"
@@ -81,18 +79,8 @@ def doctor(
     return facts | {"measured": measured}
 
 
-@contextlib.contextmanager
-def _given_or_generated(given: ImageList | None) -> Iterator[tuple[ImageList, str]]:
-    """Images to measure with, and where they are from."""
-    if given is not None:
-        yield given, str(given.root)
-        return
-    with tempfile.TemporaryDirectory(prefix="featcache-") as folder:
-        yield generated_photos(Path(folder)), "generated photos, for want of --images"
-
-
 def _measure(
-    images: ImageList, backbone: Backbone, runtime: Runtime, *, precision: str, seconds: float
+    backbone: Backbone, runtime: Runtime, images: ImageList, *, source: str, precision: str, seconds: float
 ) -> dict[str, Any]:
     embedder = Embedder.prepare(backbone, images, runtime=runtime, precision=cast("Precision", precision))
     if not len(embedder.sample):
@@ -112,6 +100,10 @@ def _measure(
         resize=resize if isinstance(resize, int) else max(resize),
     )
     return {
+        "backbone": backbone.name,
+        "weights": backbone.weights,
+        "source": source,
+        "images": len(images),
         "median_shorter_edge": edge,
         **_rounded(rates),
         "precision": choice.precision,
@@ -135,3 +127,86 @@ def _median_edge(images: ImageList, count: int = 15) -> int:
     reads = read_images(images, rows.tolist(), lambda data: min(decode(data).size))
     edges = [read.value for read in reads if read.value is not None]
     return int(statistics.median(edges)) if edges else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What was measured with, as far as it bears on advice.
+
+    Attributes:
+        runtime: workers, batch size and device. cores: that may be used. seconds: of measuring. backbone: its name.
+        precision: in use. bf16: whether this CPU multiplies bfloat16.
+        fast_decoder: whether JPEGs are decoded faster than by Pillow.
+        edge, resize: median shorter edge of the images, and what the backbone takes it to, in pixels.
+    """
+
+    runtime: Runtime
+    cores: int
+    seconds: float
+    backbone: str
+    precision: str
+    bf16: bool
+    fast_decoder: bool
+    edge: int
+    resize: int
+
+
+def advice(rates: Rates, setting: Setting) -> list[str]:
+    """What limits, in numbers; what would help; what speaks against these rates. Sentences, the most important first."""
+    remedies = [remedy for helps, remedy in _remedies(rates, setting) if helps]
+    doubts = [doubt for applies, doubt in _doubts(rates, setting) if applies]
+    what_helps = [f"What would help: {', or '.join(remedies)}."] if remedies else []
+    return [_limit(rates, setting.runtime.workers), *what_helps, *doubts[:1]]
+
+
+def _limit(rates: Rates, workers: int) -> str:
+    cores = f"{workers} worker{'s' if workers > 1 else ''}"
+    decode, forward = f"{rates.decode:,.4g}", f"{rates.forward:,.4g}"
+    decoding, part = rates.limit == "decode", rates.ceiling / min(rates.decode, rates.forward)
+    if rates.shared:
+        name, rest = ("Decoding", "the backbone") if decoding else ("The backbone", "decoding")
+        shares = f"it takes {part:.0%} of the time of {cores}, {rest} {1 - part:.0%}"
+        return f"{name} limits: {shares} (decoding alone {decode} images/s, the backbone alone {forward})."
+    if decoding:
+        return f"Decoding limits: {cores} decode {decode} images/s, while the GPU could embed {forward}."
+    return f"The backbone limits: the GPU embeds {forward} images/s, while {cores} could decode {decode}."
+
+
+def _remedies(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
+    """(whether it would help, what to do), the most effective first."""
+    decoding, backbone, cpu = rates.limit == "decode", rates.limit == "forward", s.runtime.device.type == "cpu"
+    slow_cpu = backbone and cpu
+    few, emulated = s.runtime.workers < s.cores, s.precision != "fp32" and not s.bf16
+    there = f"{s.runtime.workers} for {s.cores} usable cores"
+    edges = f"shorter edge {s.resize} pixels instead of {s.edge}: that is all the backbone sees"
+    auto = "(--precision auto)"
+    return [
+        ((decoding or cpu) and few, f"more workers, of which there are {there} (--workers)"),
+        ((decoding or cpu) and not few, "more CPU cores"),
+        (decoding and not s.fast_decoder, "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
+        (decoding and s.edge > 1.5 * s.resize, f"smaller copies of the images ({edges})"),
+        (slow_cpu, "a GPU"),
+        (slow_cpu and emulated, f"float32, as this CPU only emulates {s.precision} {auto}"),
+        (slow_cpu and not s.bf16 and not emulated, "a CPU with bf16 arithmetic"),
+        (
+            slow_cpu and s.bf16 and s.precision == "fp32",
+            f"bf16, which this CPU multiplies, where it passes the self-check {auto}",
+        ),
+        (backbone and not any(part in s.backbone for part in _SMALL), "a smaller backbone (mobilenet_v3_large)"),
+    ]
+
+
+def _doubts(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
+    """(whether it applies, what speaks against the rates); the first that applies counts."""
+    enough = math.ceil(SLICES * s.runtime.workers * s.runtime.batch_size / rates.end_to_end)
+    rough = f"These rates are of a batch or two per worker, and rough; --seconds {enough} would make them certain."
+    reached = (
+        f"{rates.end_to_end:,.4g} images/s, {rates.efficiency:.0%} of the {rates.ceiling:,.4g} that both rates allow"
+    )
+    less = "something else (another process, a slow disk) takes the rest"
+    more = "this machine was not quiet; measure again, with more --seconds"
+    return [
+        (s.seconds < enough, rough),
+        (rates.efficiency < 0.8, f"But together they make {reached}: {less}."),
+        (rates.efficiency > 1.1, f"But together they make {reached}: {more}."),
+    ]

@@ -11,6 +11,8 @@ from featcache.backbones.backbone import OFFLINE_BACKBONE
 from featcache.backbones.folding import fold_batchnorm, fuse_convolutions
 from featcache.backbones.load import load_backbone
 
+SLOW = {"mobilenet_v2": 52, "efficientnet_b0": 81, "googlenet": 57, "densenet121": 120, "vit_b_32": 1}
+
 
 def with_statistics(module: nn.Module) -> nn.Module:
     """Batch norms that do something, as after training."""
@@ -146,11 +148,7 @@ def test_convolutions_that_onednn_does_not_know(padding: str) -> None:
     [
         ("mobilenet_v3_small", 52),
         ("resnet18", 20),
-        pytest.param("mobilenet_v2", 52, marks=pytest.mark.slow),
-        pytest.param("efficientnet_b0", 81, marks=pytest.mark.slow),
-        pytest.param("googlenet", 57, marks=pytest.mark.slow),
-        pytest.param("densenet121", 120, marks=pytest.mark.slow),
-        pytest.param("vit_b_32", 1, marks=pytest.mark.slow),
+        *(pytest.param(name, fused, marks=pytest.mark.slow) for name, fused in SLOW.items()),
     ],
 )
 def test_torchvision(name: str, fused: int) -> None:

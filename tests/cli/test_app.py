@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY_FLAGS, make_photos, write_photo
+from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
+from PIL import Image
 
 from featcache.cli import options
 from featcache.cli.demo import write_digits
 from featcache.errors import UsageError
+from featcache.images.source import list_images
+
+QUICK = ["--epochs", "1", "--batch-size", "6", "--precision", "fp32"]
 
 
 def last_json(out: str) -> dict:
@@ -120,6 +124,29 @@ def test_flat_folder_can_be_embedded_but_not_fitted(tmp_path: Path, run) -> None
     code, _, err = run("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m")
     assert code == 1
     assert "no labels" in err
+
+
+def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos, start = trained / "photos", trained / "m"
+    write_photo(photos / "red" / "a.curves.png", COLOURS["red"], 1)  # a photo like any other
+    before = list_images(photos).paths
+    assert "red/a.curves.png" in before
+
+    model, curves = photos / "ft", photos / "ft.curves.png"  # among the photos, where it must not become one
+    code, out, err = run("finetune", photos, "--init", start, "-o", model, *QUICK, "--json")
+    assert (code, last_json(out)["epochs"]) == (0, 1)
+    assert err.endswith(f"metrics.json and history.csv\n  curves in {curves}\n")
+    with Image.open(curves) as image:
+        assert (image.format, image.text["Software"]) == ("PNG", "featcache")
+    assert not list(model.glob("*.png"))
+    assert list_images(photos).paths == before
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, _, err = run("finetune", photos, "--init", start, "-o", tmp_path / "ft", *QUICK)
+    assert code == 0
+    remedy = "figures need matplotlib: pip install 'featcache[report]'"
+    assert err.endswith(f"history.csv\nno curves of {tmp_path / 'ft'}: {remedy}\n")
+    assert (tmp_path / "ft" / "history.csv").is_file()
 
 
 def test_lists(run) -> None:

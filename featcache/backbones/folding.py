@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, list[float]]]] = 
     nn.Sigmoid: lambda _: ("sigmoid", []),
 }
 _RELUS = {torch.relu, nn.functional.relu}
-_ADDITIONS = {operator.add, operator.iadd, torch.add}
+_ADDITIONS = {operator.add, torch.add}
 
 
 @contextlib.contextmanager
@@ -220,6 +220,4 @@ def _residual(node: fx.Node, conv: fx.Node, position: dict[fx.Node, int]) -> fx.
     other = node.args[1] if node.args[0] is conv else node.args[0]
     if not isinstance(other, fx.Node) or other is conv or position[other] > position[conv]:
         return None
-    changes_other = node.target is operator.iadd and node.args[0] is other and len(other.users) > 1
-    same_shape = other.meta.get("shape") == conv.meta["shape"]
-    return other if same_shape and not changes_other else None
+    return other if other.meta.get("shape") == conv.meta["shape"] else None

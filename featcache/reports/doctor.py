@@ -87,18 +87,7 @@ def _measure(
         raise SourceError(f"not one of {len(images)} images in {images.root} can be decoded")
     log.info("measuring for about %g s", seconds)
     rates, choice = measure(images, embedder.encoder, runtime, seconds=seconds), embedder.choice
-    edge, resize = _median_edge(images), backbone.preprocess.resize
-    setting = Setting(
-        runtime=runtime,
-        cores=usable_cores(),
-        seconds=seconds,
-        backbone=backbone.name,
-        precision=choice.precision,
-        bf16=has_bf16_arithmetic(),
-        fast_decoder=has_fast_decoder(),
-        edge=edge,
-        resize=resize if isinstance(resize, int) else max(resize),
-    )
+    edge = _median_edge(images)
     return {
         "backbone": backbone.name,
         "weights": backbone.weights,
@@ -112,7 +101,7 @@ def _measure(
             form: {name: value if value is None else round(value, 8) for name, value in figures.items()}
             for form, figures in choice.tried.items()
         },
-        "advice": advice(rates, setting),
+        "advice": advice(rates, embedder, seconds=seconds, edge=edge),
     }
 
 
@@ -129,34 +118,16 @@ def _median_edge(images: ImageList, count: int = 15) -> int:
     return int(statistics.median(edges)) if edges else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What was measured with, as far as it bears on advice.
+def advice(rates: Rates, embedder: Embedder, *, seconds: float, edge: int) -> list[str]:
+    """What limits, in numbers; what would help; what speaks against these rates. Sentences, the most important first.
 
-    Attributes:
-        runtime: workers, batch size and device. cores: that may be used. seconds: of measuring. backbone: its name.
-        precision: in use. bf16: whether this CPU multiplies bfloat16.
-        fast_decoder: whether JPEGs are decoded faster than by Pillow.
-        edge, resize: median shorter edge of the images, and what the backbone takes it to, in pixels.
+    Args:
+        rates: of ``embedder``, measured in ``seconds``. edge: median shorter edge of the images in pixels.
     """
-
-    runtime: Runtime
-    cores: int
-    seconds: float
-    backbone: str
-    precision: str
-    bf16: bool
-    fast_decoder: bool
-    edge: int
-    resize: int
-
-
-def advice(rates: Rates, setting: Setting) -> list[str]:
-    """What limits, in numbers; what would help; what speaks against these rates. Sentences, the most important first."""
-    remedies = [remedy for helps, remedy in _remedies(rates, setting) if helps]
-    doubts = [doubt for applies, doubt in _doubts(rates, setting) if applies]
+    remedies = [remedy for helps, remedy in _remedies(rates, embedder, edge) if helps]
+    doubts = [doubt for applies, doubt in _doubts(rates, embedder.runtime, seconds) if applies]
     what_helps = [f"What would help: {', or '.join(remedies)}."] if remedies else []
-    return [_limit(rates, setting.runtime.workers), *what_helps, *doubts[:1]]
+    return [_limit(rates, embedder.runtime.workers), *what_helps, *doubts[:1]]
 
 
 def _limit(rates: Rates, workers: int) -> str:
@@ -172,33 +143,35 @@ def _limit(rates: Rates, workers: int) -> str:
     return f"The backbone limits: the GPU embeds {forward} images/s, while {cores} could decode {decode}."
 
 
-def _remedies(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
+def _remedies(rates: Rates, embedder: Embedder, edge: int) -> list[tuple[bool, str]]:
     """(whether it would help, what to do), the most effective first."""
-    decoding, backbone, cpu = rates.limit == "decode", rates.limit == "forward", s.runtime.device.type == "cpu"
-    slow_cpu = backbone and cpu
-    few, emulated = s.runtime.workers < s.cores, s.precision != "fp32" and not s.bf16
-    there = f"{s.runtime.workers} for {s.cores} usable cores"
-    edges = f"shorter edge {s.resize} pixels instead of {s.edge}: that is all the backbone sees"
+    workers, cores, name = embedder.runtime.workers, usable_cores(), embedder.backbone.name
+    precision, bf16 = embedder.choice.precision, has_bf16_arithmetic()
+    size = embedder.backbone.preprocess.resize
+    resize = size if isinstance(size, int) else max(size)
+    decoding, backbone, cpu = rates.limit == "decode", rates.limit == "forward", embedder.runtime.device.type == "cpu"
+    slow_cpu, few, emulated = backbone and cpu, workers < cores, precision != "fp32" and not bf16
+    edges = f"shorter edge {resize} pixels instead of {edge}: that is all the backbone sees"
     auto = "(--precision auto)"
     return [
-        ((decoding or cpu) and few, f"more workers, of which there are {there} (--workers)"),
+        ((decoding or cpu) and few, f"more workers, of which there are {workers} for {cores} usable cores (--workers)"),
         ((decoding or cpu) and not few, "more CPU cores"),
-        (decoding and not s.fast_decoder, "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
-        (decoding and s.edge > 1.5 * s.resize, f"smaller copies of the images ({edges})"),
+        (decoding and not has_fast_decoder(), "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
+        (decoding and edge > 1.5 * resize, f"smaller copies of the images ({edges})"),
         (slow_cpu, "a GPU"),
-        (slow_cpu and emulated, f"float32, as this CPU only emulates {s.precision} {auto}"),
-        (slow_cpu and not s.bf16 and not emulated, "a CPU with bf16 arithmetic"),
+        (slow_cpu and emulated, f"float32, as this CPU only emulates {precision} {auto}"),
+        (slow_cpu and not bf16 and not emulated, "a CPU with bf16 arithmetic"),
         (
-            slow_cpu and s.bf16 and s.precision == "fp32",
+            slow_cpu and bf16 and precision == "fp32",
             f"bf16, which this CPU multiplies, where it passes the self-check {auto}",
         ),
-        (backbone and not any(part in s.backbone for part in _SMALL), "a smaller backbone (mobilenet_v3_large)"),
+        (backbone and not any(part in name for part in _SMALL), "a smaller backbone (mobilenet_v3_large)"),
     ]
 
 
-def _doubts(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
+def _doubts(rates: Rates, runtime: Runtime, seconds: float) -> list[tuple[bool, str]]:
     """(whether it applies, what speaks against the rates); the first that applies counts."""
-    enough = math.ceil(SLICES * s.runtime.workers * s.runtime.batch_size / rates.end_to_end)
+    enough = math.ceil(SLICES * runtime.workers * runtime.batch_size / rates.end_to_end)
     rough = f"These rates are of a batch or two per worker, and rough; --seconds {enough} would make them certain."
     reached = (
         f"{rates.end_to_end:,.4g} images/s, {rates.efficiency:.0%} of the {rates.ceiling:,.4g} that both rates allow"
@@ -206,7 +179,7 @@ def _doubts(rates: Rates, s: Setting) -> list[tuple[bool, str]]:
     less = "something else (another process, a slow disk) takes the rest"
     more = "this machine was not quiet; measure again, with more --seconds"
     return [
-        (s.seconds < enough, rough),
+        (seconds < enough, rough),
         (rates.efficiency < 0.8, f"But together they make {reached}: {less}."),
         (rates.efficiency > 1.1, f"But together they make {reached}: {more}."),
     ]

@@ -52,72 +52,58 @@ def test_activations(activation: Callable[[], nn.Module]) -> None:
     check(with_statistics(module), torch.randn(2, 3, 9, 9), fused=2)
 
 
-class Residual(nn.Module):
-    """Additions in every order, some of which must not be fused."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.third, self.relu, self.kind = nn.Conv2d(6, 6, 1), nn.ReLU(inplace=True), kind
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a = self.first(x)
-        b = self.second(a)
-        if self.kind == "relu after":
-            return self.third(self.relu(b + a)) + a
-        if self.kind == "other first":
-            return self.third(a) + b
-        if self.kind == "other in place":
-            a += self.second(a)  # whoever reads a below sees the sum
-            return self.third(a) + a
-        if self.kind == "own in place":
-            b += a
-            return self.third(b)
-        if self.kind == "used twice":
-            return self.third(self.relu(b.clone())) + b
-        if self.kind == "twice itself":
-            return b + b
-        if self.kind == "broadcast":
-            return b + a.mean((2, 3), keepdim=True)
-        if self.kind == "input changed before the activation":
-            a = self.relu(a)
-            return torch.relu(b) * a
-        if self.kind == "input changed before the addition":
-            c = self.third(a)
-            a = self.relu(a)
-            return b + c
-        return torch.add(b, a, alpha=2)
-
-
-@pytest.mark.parametrize(
-    ("kind", "fused"),
-    [
-        ("relu after", 3),
-        ("other first", 3),
-        ("other in place", 4),
-        ("own in place", 3),
-        ("used twice", 3),
-        ("twice itself", 2),
-        ("broadcast", 2),
-        ("alpha", 2),
-        ("input changed before the activation", 2),
-        ("input changed before the addition", 3),
-    ],
-)
-def test_residuals(kind: str, fused: int) -> None:
-    check(Residual(kind).eval(), torch.randn(2, 3, 8, 8), fused)
-
-
 class Network(nn.Module):
-    """One convolution, two batch norms, called by a function."""
+    """Layers, called by a function."""
 
     def __init__(self, compute: Callable[["Network", torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.conv, self.norm, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-        self.compute = compute
+        self.conv, self.third = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.second, self.relu = nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.ReLU(inplace=True)
+        self.norm, self.other, self.compute = nn.BatchNorm2d(3), nn.BatchNorm2d(3), compute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.compute(self, x)
+
+
+def other_in_place(net: Network, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a += net.second(a)  # whoever reads a below sees the sum
+    return net.third(a) + a
+
+
+def own_in_place(net: Network, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    b += a
+    return net.third(b)
+
+
+def changed_before_the_addition(net: Network, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    c = net.third(a)
+    net.relu(a)
+    return b + c
+
+
+@pytest.mark.parametrize(
+    ("compute", "fused"),
+    [
+        pytest.param(lambda net, a, b: net.third(net.relu(b + a)) + a, 3, id="relu after"),
+        pytest.param(lambda net, a, b: net.third(a) + b, 3, id="other first"),
+        (other_in_place, 4),
+        (own_in_place, 3),
+        pytest.param(lambda net, a, b: net.third(net.relu(b.clone())) + b, 3, id="used twice"),
+        pytest.param(lambda net, a, b: b + b, 2, id="twice itself"),
+        pytest.param(lambda net, a, b: b + a.mean((2, 3), keepdim=True), 2, id="broadcast"),
+        pytest.param(lambda net, a, b: torch.add(b, a, alpha=2), 2, id="alpha"),
+        pytest.param(lambda net, a, b: net.relu(a) * torch.relu(b), 2, id="input changed before the activation"),
+        (changed_before_the_addition, 3),
+    ],
+)
+def test_residuals(compute: Callable[..., torch.Tensor], fused: int) -> None:
+    """Additions in every order, some of which must not be fused."""
+
+    def forward(net: Network, x: torch.Tensor) -> torch.Tensor:
+        a = net.conv(x)
+        return compute(net, a, net.second(a))
+
+    check(Network(forward).eval(), torch.randn(2, 3, 8, 8), fused)
 
 
 @pytest.mark.parametrize(

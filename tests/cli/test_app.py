@@ -33,7 +33,7 @@ def test_three_commands(tmp_path: Path, run) -> None:
     assert (facts["images"], facts["embedded"], facts["dim"]) == (72, 72, 512)
     assert "72 embeddings of 512 dimensions" in err
 
-    code, out, _ = run("fit-head", cache, "-o", model, "--json")
+    code, out, _ = run("fit-head", cache, "-o", model, "--self-contained", "--json")
     assert code == 0
     facts = last_json(out)
     assert facts["clf"] == "logreg"

@@ -20,7 +20,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_rate_counts_from_the_start_of_embedding(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with console.show_progress("embedding") as progress:
-        assert progress
         clock[0] = 160.0  # a minute of loading does not count
         progress(0, 1000, "decode")
         clock[0] = 164.0
@@ -35,7 +34,6 @@ def test_rate_counts_from_the_start_of_embedding(clock: list[float], capsys: pyt
 
 def test_training_counts_over_all_epochs(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with console.show_training() as progress:
-        assert progress
         clock[0] = 140.0
         progress(Status(epoch=1, epochs=3, done=10, total=100, loss=1.5, accuracy=0.25))
         clock[0] = 160.0
@@ -59,11 +57,9 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with console.show_progress("embedding") as progress:
-        assert progress
         progress(0, 1000, "decode")
         progress(250, 1000, "forward")
     with console.show_training() as progress:
-        assert progress
         progress(Status(epoch=2, epochs=3, done=50, total=100, loss=0.5, accuracy=0.75))
     text = terminal.getvalue()
     frames = re.sub(r"\x1b\[[\d;]*m", "", text)  # without colours

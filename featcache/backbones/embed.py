@@ -113,8 +113,7 @@ def storable(batch: EmbeddedBatch, dtype: str) -> EmbeddedBatch:
 def _without(batch: EmbeddedBatch, wrong: npt.NDArray[np.bool_], reason: str) -> EmbeddedBatch:
     """``batch`` with its rows that are ``wrong`` (n,) refused."""
     refused = batch.refused | dict.fromkeys(batch.indices[wrong].tolist(), reason)
-    columns = ("indices", "features", "digests", "sizes", "mtimes")
-    kept: dict[str, Any] = {name: getattr(batch, name)[~wrong] for name in columns}
+    kept: dict[str, Any] = {name: column[~wrong] for name, column in vars(batch).items() if name != "refused"}
     return EmbeddedBatch(**kept, refused=refused)
 
 

@@ -27,6 +27,7 @@ from featcache.reports.throughput import SLICES, Rates, generated_photos, measur
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic, usable_cores
 
 log = logging.getLogger("featcache")
+_RATES = ("decode", "forward", "end_to_end", "ceiling", "efficiency")
 _SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of backbones that have no much faster ones
 
 
@@ -94,7 +95,8 @@ def _measure(
         "source": source,
         "images": len(images),
         "median_shorter_edge": edge,
-        **_rounded(rates),
+        **{name: float(f"{getattr(rates, name):.4g}") for name in _RATES},
+        "limit": rates.limit,
         "precision": choice.precision,
         "precision_reason": choice.reason,
         "self_check": {
@@ -103,11 +105,6 @@ def _measure(
         },
         "advice": advice(rates, embedder, seconds=seconds, edge=edge),
     }
-
-
-def _rounded(rates: Rates) -> dict[str, Any]:
-    values = ("decode", "forward", "end_to_end", "ceiling", "efficiency")
-    return {**{name: float(f"{getattr(rates, name):.4g}") for name in values}, "limit": rates.limit}
 
 
 def _median_edge(images: ImageList, count: int = 15) -> int:

@@ -77,6 +77,7 @@ def test_exit_codes(tmp_path: Path, run) -> None:
         ("extract", photos, "-o", tmp_path / "f.h5", "--batch-size", "99999999"),
         ("extract", photos, "-o", tmp_path / "f.h5", "--resize", "axb"),
         ("extract", photos, "-o", tmp_path / "f.h5", "--device", "abacus"),
+        ("extract", photos, "-o", tmp_path / "f.h5", "--device", "cuda:77"),
         ("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--C", "small"),
         ("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--seed", "-1"),
         ("predict", tmp_path / "m", photos, "-o", tmp_path / "out.txt"),

@@ -147,7 +147,7 @@ def together(jobs: list[Callable[[threading.Event], int]], seconds: float) -> fl
 
 def make_images(folder: Path) -> Path:
     """Generated photos in one class folder, as ImageFolder wants it."""
-    from featcache.reports.photos import generated_photos
+    from featcache.reports.throughput import generated_photos
 
     (folder / "photos").mkdir()
     generated_photos(folder / "photos", 256)

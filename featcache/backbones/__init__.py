@@ -9,6 +9,5 @@ embedder.py          Embedder: a backbone ready to embed
 embed.py             the one embedding loop
 encoder.py           a backbone made fast
 self_check.py        are embeddings still the network's own? Is bf16 good enough?
-folding.py           batch norms folded into convolutions
-onednn.py            what follows a convolution done in it
+folding.py           batch norms folded into convolutions, what follows these done in them
 """

@@ -7,6 +7,7 @@ the number of workers, or on where an earlier run was interrupted.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import time
@@ -91,12 +92,11 @@ def embed(
     An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. Memory is bounded by
     workers times batch size, whatever the number of files. Closing the iterator early stops the workers.
     """
-    job = _Job(files, encoder, runtime, timings or Timings())
-    starts = iter(range(0, len(files.paths), runtime.batch_size))
+    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local())
     pending: deque[Future[EmbeddedBatch]] = deque()
     with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool:
-        for start in starts:
-            pending.append(pool.submit(job.run, start))
+        for start in range(0, len(files.paths), runtime.batch_size):
+            pending.append(pool.submit(work, start))
             if len(pending) >= 2 * runtime.workers:
                 yield pending.popleft().result()
         while pending:
@@ -113,56 +113,45 @@ def storable(batch: EmbeddedBatch, dtype: str) -> EmbeddedBatch:
 def _without(batch: EmbeddedBatch, wrong: npt.NDArray[np.bool_], reason: str) -> EmbeddedBatch:
     """``batch`` with its rows that are ``wrong`` (n,) refused."""
     refused = batch.refused | dict.fromkeys(batch.indices[wrong].tolist(), reason)
-    columns = ("indices", "features", "digests", "sizes", "mtimes")
-    kept: dict[str, Any] = {name: getattr(batch, name)[~wrong] for name in columns}
+    kept: dict[str, Any] = {name: column[~wrong] for name, column in vars(batch).items() if name != "refused"}
     return EmbeddedBatch(**kept, refused=refused)
 
 
 def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> Pixels:
     """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0."""
-    with contextlib.closing(
-        read_images(files, range(len(files.paths)), lambda data: read_pixels(data, preprocess))
-    ) as reads:
+    reads = read_images(files, range(len(files.paths)), lambda data: read_pixels(data, preprocess))
+    with contextlib.closing(reads):
         found = list(itertools.islice((read.value for read in reads if read.value is not None), count))
     return np.stack(found) if found else np.empty((0, *preprocess.crop, 3), np.uint8)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    files: ImageFiles
-    encoder: EmbedsPixels
-    runtime: Runtime
-    timings: Timings
-    _local: threading.local = dataclasses.field(default_factory=threading.local)
-
-    def run(self, start: int) -> EmbeddedBatch:
-        """Embed the images from ``start`` on. Runs on a worker thread."""
-        pixels = self._buffer()
-        kept: list[ReadImage[Pixels]] = []
-        refused: dict[int, str] = {}
-        with self.timings.measure("decode"):
-            for index in range(start, min(start + self.runtime.batch_size, len(self.files.paths))):
-                read = read_image(self.files, index, lambda data: read_pixels(data, self.encoder.preprocess))
-                if read.value is None:
-                    refused[index] = read.reason
-                else:
-                    pixels[len(kept)] = read.value
-                    kept.append(read._replace(value=None))
-        with self.timings.measure("forward"):
-            # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
-            features = self.encoder(pixels)[: len(kept)] if kept else np.empty((0, 0), np.float32)
-        batch = EmbeddedBatch(
-            indices=np.array([read.position for read in kept], np.intp),
-            features=features,
-            digests=np.frombuffer(b"".join(read.digest for read in kept), np.uint8).reshape(-1, 32),
-            sizes=np.array([read.size for read in kept], np.int64),
-            mtimes=np.array([read.mtime for read in kept], np.int64),
-            refused=refused,
-        )
-        wrong = np.asarray(~np.isfinite(features).all(axis=1))
-        return _without(batch, wrong, "its embedding is not finite")
-
-    def _buffer(self) -> Pixels:
-        if not hasattr(self._local, "pixels"):
-            self._local.pixels = self.encoder.new_buffer(self.runtime.batch_size)
-        return self._local.pixels  # type: ignore[no-any-return]
+def _embed_from(
+    files: ImageFiles, encoder: EmbedsPixels, runtime: Runtime, timings: Timings, own: threading.local, start: int
+) -> EmbeddedBatch:
+    """Embed the images from ``start`` on, by way of a buffer of this worker's ``own``."""
+    if not hasattr(own, "pixels"):
+        own.pixels = encoder.new_buffer(runtime.batch_size)
+    pixels: Pixels = own.pixels
+    kept: list[ReadImage[Pixels]] = []
+    refused: dict[int, str] = {}
+    with timings.measure("decode"):
+        for index in range(start, min(start + runtime.batch_size, len(files.paths))):
+            read = read_image(files, index, lambda data: read_pixels(data, encoder.preprocess))
+            if read.value is None:
+                refused[index] = read.reason
+            else:
+                pixels[len(kept)] = read.value
+                kept.append(read._replace(value=None))
+    with timings.measure("forward"):
+        # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
+        features = encoder(pixels)[: len(kept)] if kept else np.empty((0, 0), np.float32)
+    batch = EmbeddedBatch(
+        indices=np.array([read.position for read in kept], np.intp),
+        features=features,
+        digests=np.frombuffer(b"".join(read.digest for read in kept), np.uint8).reshape(-1, 32),
+        sizes=np.array([read.size for read in kept], np.int64),
+        mtimes=np.array([read.mtime for read in kept], np.int64),
+        refused=refused,
+    )
+    wrong = np.asarray(~np.isfinite(features).all(axis=1))
+    return _without(batch, wrong, "its embedding is not finite")

@@ -1,7 +1,7 @@
 """A backbone made fast for inference, and the self-check that it still computes the same embeddings.
 
 In: a ``Backbone`` and a few sample images. Out: an ``Encoder``: uint8 pixels (N, H, W, 3) -> float32 embeddings (N, D),
-callable from many threads. Which precision was tried, measured and chosen is kept in ``Encoder.choice``.
+callable from many threads; and a ``PrecisionChoice``: which precision was tried, measured and chosen.
 """
 
 import copy
@@ -17,8 +17,7 @@ import torch
 from torch import fx, nn
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.folding import fold_batchnorm, sources_forgotten
-from featcache.backbones.onednn import fuse_convolutions
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, sources_forgotten
 from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
@@ -34,7 +33,7 @@ class PrecisionChoice:
     """What the self-check found.
 
     Attributes:
-        precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``onednn.py`` and ``folding.py``.
+        precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``folding.py``.
         precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
         reason: why, in words, with the figures.
         tried: per precision and form: ``Agreement.to_json`` with plain float32.
@@ -110,43 +109,34 @@ class Encoder:
 
 @sources_forgotten()
 def build_encoder(
-    backbone: Backbone,
-    runtime: Runtime,
-    sample: npt.NDArray[np.uint8],
-    *,
-    precision: Precision = "auto",
+    backbone: Backbone, runtime: Runtime, sample: npt.NDArray[np.uint8], *, precision: Precision = "auto"
 ) -> tuple[Encoder, PrecisionChoice]:
     """Make ``backbone`` fast on ``runtime.device`` and prove on ``sample`` that it stayed itself.
 
     Args:
-        backbone: frozen, on the CPU; left unchanged.
-        runtime: where to compute.
+        backbone: frozen, on the CPU; left unchanged. precision: as in ``Embedder.prepare``.
         sample: uint8 (N, H, W, 3), a few of the images to embed.
-        precision: ``auto`` takes the fastest one that passes; another is obeyed, and named if it does not pass.
 
     Raises:
         UsageError: unknown precision, or a sample that does not fit into memory.
     """
     if precision not in ("auto", *_TYPES):
         raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
-    _use_true_float32()
-
+    # float32 means float32: PyTorch would round the inputs of cuDNN's convolutions to TF32.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
     reference = _try_input(plain, backbone, sample)
     names = candidates(runtime.device) if precision == "auto" else [precision]
     tried: dict[str, Agreement] = {}
-    last: tuple[Encoder, str, str] = (plain, "fp32", "plain")
     for encoder, name, form in _encoders(backbone, runtime, names):
         # In order of known speed, not by a stopwatch: a resumed run must choose what the first one chose.
         features = _features_or_nan(encoder, sample, backbone.dim)
-        last, found = (encoder, name, form), agreement(reference, features)
-        tried[f"{name} {form}"] = found
+        found = tried[f"{name} {form}"] = agreement(reference, features)
         if only_rounded(reference, features) if name == "fp32" else found.passes:
             return encoder, _choice(name, form, "reference", _reason(name, precision, runtime, tried), tried)
     figures = _figures(tried)
     if "fp32" in names:  # folding did harm (a batch norm with tiny variance, say): do without
         return plain, _choice("fp32", "plain", "reference", f"fp32 plain: {figures} did not pass", tried)
-    encoder, name, form = last
     return encoder, _choice(name, form, name, f"{name} as asked: {figures}, below the bar", tried)
 
 
@@ -209,9 +199,3 @@ def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, Agreement]
 
 def _figures(tried: dict[str, Agreement]) -> str:
     return "; ".join(f"{name} {found}" for name, found in tried.items())
-
-
-def _use_true_float32() -> None:
-    """float32 means float32: PyTorch would round the inputs of cuDNN's convolutions to TF32."""
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False

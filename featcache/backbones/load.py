@@ -56,11 +56,7 @@ def load_provided(name: str, weights: str) -> Backbone:
 def load_again(spec: Spec, copy: Path, reload: str | None) -> Backbone | None:
     """The backbone that ``spec`` names, with its preprocessing; whoever asks compares the weights' sha256.
 
-    Args:
-        copy: a file with its weights, taken if it is there. reload: what to pass to ``load_provided`` if not.
-
-    Returns:
-        None if there is neither.
+    Its weights come from the file ``copy``, else from ``load_provided``; None if ``reload`` is None, too.
 
     Raises:
         BackboneError: the weights cannot be read, or the library cannot provide them here.
@@ -78,7 +74,7 @@ def build_network(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str]
     """The whole network with ``n_classes`` outputs and random weights, for tensors under its own names.
 
     Args:
-        name: as in ``load_backbone``; one that it loads.
+        name: one that ``load_backbone`` loads.
         n_classes: C. edge: of the input in pixels, for networks that are built for one size.
 
     Returns:

@@ -1,8 +1,7 @@
 """The command line: parse, call a plain function, print.
 
 app.py      all commands together, exit codes, logging
-extract.py  extract
-train.py    fit-head, finetune
+make.py     extract, fit-head, finetune
 predict.py  predict, evaluate, export
 inspect.py  info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits

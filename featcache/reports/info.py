@@ -26,7 +26,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def _describe_cache(path: Path) -> dict[str, Any]:
     cache = FeatureCache.open(path)
-    splits, known = cache.rows.splits, cache.y >= 0
+    splits, sizes, known = cache.rows.splits, cache.rows.sizes, cache.y >= 0
     pairs = cache.y[known] * len(SPLITS) + splits[known]
     counts = np.bincount(pairs, minlength=len(cache.classes) * len(SPLITS)).reshape(-1, len(SPLITS))  # (C, splits)
     used = np.unique(splits)
@@ -43,7 +43,7 @@ def _describe_cache(path: Path) -> dict[str, Any]:
             name: {SPLITS[split]: int(row[split]) for split in used}
             for name, row in zip(cache.classes, counts, strict=True)
         },
-        "image_bytes": _quartiles(cache.rows.sizes),
+        "image_bytes": [int(size) for size in np.percentile(sizes, (0, 25, 50, 75, 100))] if len(sizes) else [],
         "fingerprint": cache.fingerprint,
         "spec": cache.spec.to_json(),
         "provenance": cache.provenance.to_json(),
@@ -54,7 +54,3 @@ def _describe_model(path: Path) -> dict[str, Any]:
     manifest = load_model(path).manifest
     keys = ("classes", "head", "training", "metrics", "weights", "fingerprint", "spec", "versions")
     return {"kind": "model", "path": str(path), **{key: manifest[key] for key in keys}}
-
-
-def _quartiles(values: Any) -> list[int]:
-    return [int(value) for value in np.percentile(values, (0, 25, 50, 75, 100))] if len(values) else []

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import torch
 from PIL import features
 
@@ -29,6 +30,7 @@ _PACKAGES = {
 }
 # Instructions that decide how fast a backbone is, where PyTorch knows of them.
 _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "sve2")
+_CODECS = ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")
 
 
 def machine(runtime: Runtime) -> dict[str, Any]:
@@ -50,10 +52,10 @@ def machine(runtime: Runtime) -> dict[str, Any]:
         "gpus": _gpus,
         "automatic": lambda: _automatic(runtime),
         "decoders": _decoders,
-        "codecs": _codecs,
+        "codecs": lambda: {name: features.version(name) for name in _CODECS},
         "packages": _installed,
         "not_installed": _not_installed,
-        "hdf5": _hdf5,
+        "hdf5": lambda: str(h5py.version.hdf5_version),
     }
     facts: dict[str, Any] = {}
     for name, probe in probes.items():
@@ -104,14 +106,13 @@ def _memory() -> dict[str, float] | None:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     facts: list[dict[str, Any]] = [
         {
             "name": gpu.name,
             "memory_gb": round(gpu.total_memory / 1e9, 1),
             "compute_capability": f"{gpu.major}.{gpu.minor}",
         }
-        for gpu in found
+        for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
     if torch.backends.mps.is_available():
         facts.append({"name": "Apple GPU (mps)", "memory_gb": round(torch.mps.recommended_max_memory() / 1e9, 1)})
@@ -143,16 +144,6 @@ def _decoders() -> dict[str, str | None]:
     jpeg = f"libjpeg-turbo {turbo}" if turbo else "libjpeg, which is slower than libjpeg-turbo"
     installed = _installed()
     return {"pillow": f"{installed['pillow']}, JPEG by {jpeg}", "simplejpeg": installed.get("simplejpeg")}
-
-
-def _codecs() -> dict[str, str | None]:
-    return {name: features.version(name) for name in ("jpg", "zlib", "webp", "libtiff", "avif", "jpg_2000")}
-
-
-def _hdf5() -> str:
-    import h5py
-
-    return str(h5py.version.hdf5_version)
 
 
 def _installed() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """How fast images are decoded and embedded on this machine.
 
 In: images, an encoder, a runtime, some seconds. Out: ``Rates`` in images per second. What is measured is the code that
-``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for the one that is left out.
+``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for the one that is left out. Where the user gave no
+images, photographs are made.
 """
 
 import contextlib
@@ -11,14 +12,16 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from featcache.backbones.embed import EmbedsPixels, embed, sample_pixels
 from featcache.errors import SourceError, UsageError
 from featcache.images.decode import Pixels
-from featcache.images.source import ImageList
+from featcache.images.source import ImageList, list_images
 from featcache.system.device import Runtime, one_core_each
 
 _ROUNDS = 3
@@ -82,11 +85,9 @@ def measure(images: ImageList, encoder: EmbedsPixels, runtime: Runtime, *, secon
     slowest = min(stopwatch.decode(seconds / 40), stopwatch.forward(seconds / 40))
     one_batch = runtime.workers * runtime.batch_size / slowest
     rounds = _ROUNDS if one_batch <= seconds / SLICES else 1
-    found: dict[str, list[float]] = {name: [] for name in slices}
-    for _ in range(rounds):
-        for name, rate in slices.items():
-            found[name].append(rate(seconds / (rounds * len(slices))))
-    medians = {name: statistics.median(rates) for name, rates in found.items()}
+    each = seconds / (rounds * len(slices))
+    found = [{name: rate(each) for name, rate in slices.items()} for _ in range(rounds)]
+    medians = {name: statistics.median(rates[name] for rates in found) for name in slices}
     return Rates(**medians, shared=runtime.device.type == "cpu")
 
 
@@ -167,7 +168,7 @@ class _Stopwatch:
         end = time.perf_counter() + seconds
         with contextlib.closing(embed(images, clocked, self._runtime)) as chunks:
             for chunk in chunks:
-                self._next += len(chunk.indices) + len(chunk.refused)
+                self._next += len(chunk)
                 if time.perf_counter() >= end:
                     break
         return clocked.rate(self._runtime.batch_size)
@@ -178,3 +179,31 @@ class _Stopwatch:
         wanted = min(int(2000 * workers * seconds), _MOST_IMAGES)  # a core decodes some hundreds a second
         count = batch * max(math.ceil(wanted / batch), 4 * workers)
         return self._images.take(self._order[(self._next + np.arange(count)) % len(self._order)])
+
+
+def generated_photos(folder: Path, count: int = 64) -> ImageList:
+    """Write JPEGs that cost a decoder as much as photographs do. Every call writes the same ones.
+
+    Args:
+        folder: exists, and is empty.
+        count: of files of 500x375 pixels and some 25 to 60 KB.
+    """
+    rng = np.random.default_rng(0)
+    fine = _noise(rng, (1024, 768), 1) + _noise(rng, (1024, 768), 3)  # costly: each photo gets a part of the same
+    for number in range(count):
+        pixels = 128 + sum(_noise(rng, (500, 375), step) for step in (8, 20, 50, 125))
+        left, top = (int(rng.integers(edge)) for edge in (1024 - 500, 768 - 375))
+        pixels += rng.uniform(0.4, 1.6) * fine[top : top + 375, left : left + 500]  # some are smooth, some textured
+        picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        picture.save(folder / f"{number:04d}.jpg", quality=90)
+    return list_images(folder, labelled=False)
+
+
+def _noise(rng: np.random.Generator, size: tuple[int, int], step: int) -> npt.NDArray[np.float32]:
+    """Noise (height, width, 3) around 0, smooth over ``step`` pixels; the finer the fainter, as in natural images."""
+    width, height = size
+    coarse = (height // step + 2, width // step + 2)
+    levels = 128 + 40 * rng.standard_normal((*coarse, 1), np.float32)
+    levels = levels + 16 * rng.standard_normal((*coarse, 3), np.float32)
+    layer = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    return (np.asarray(layer, np.float32) - 128) * np.float32(step**0.5 / 14)

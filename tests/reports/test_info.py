@@ -1,14 +1,15 @@
 """``describe``: what it says of a cache and of a model is what went in."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SPEC, TINY, make_photos
+from caches import make_rows
+from conftest import SPEC
 
 import featcache
-from featcache.cache.format import Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, ModelError
 from featcache.spec import SPLITS
@@ -16,13 +17,11 @@ from featcache.spec import SPLITS
 
 def test_a_cache(tmp_path: Path) -> None:
     rng, n, path = np.random.default_rng(0), 200, tmp_path / "f.h5"
-    rows = Rows(
-        paths=encode_names(f"{number}.jpg" for number in range(n)),
+    rows = dataclasses.replace(
+        make_rows(n),
         labels=rng.integers(-1, 2, n).astype(np.int32),
         splits=rng.choice([1, 3], n).astype(np.uint8),
-        digests=rng.integers(0, 256, (n, 32)).astype(np.uint8),
         sizes=rng.permutation(n) + 1000,
-        mtimes=np.zeros(n, np.int64),
     )
     refused = (("bad.jpg", "not an image"),)
     write_cache(path, rows, [np.ones((n, 4))], dim=4, spec=SPEC, classes=("a", "b", "empty"), refused=refused)
@@ -39,12 +38,10 @@ def test_a_cache(tmp_path: Path) -> None:
     json.dumps(facts)
 
 
-def test_a_model(tmp_path: Path) -> None:
-    featcache.extract(make_photos(tmp_path / "photos", each=2), tmp_path / "f.h5", TINY)
-    featcache.fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
-    facts = featcache.describe(tmp_path / "m")
+def test_a_model(trained: Path) -> None:
+    facts = featcache.describe(trained / "m")
     assert (facts["kind"], facts["classes"], facts["head"]["kind"]) == ("model", ["blue", "green", "red"], "logreg")
-    assert facts["fingerprint"] == featcache.describe(tmp_path / "f.h5")["fingerprint"]
+    assert facts["fingerprint"] == featcache.describe(trained / "f.h5")["fingerprint"]
     json.dumps(facts)
 
 

@@ -46,6 +46,7 @@ class Network(nn.Module):
 
     Attributes:
         backbone: (N, 3, H, W) -> (N, D). head: (N, D) -> (N, C). mean, std: (1, 3, 1, 1), of the normalisation.
+        size: (H, W) of the pixels.
     """
 
     mean: torch.Tensor
@@ -54,7 +55,7 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone, head: nn.Sequential) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone.module).to(memory_format=torch.channels_last)
-        self.head = head
+        self.head, self.size = head, backbone.preprocess.crop
         mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)

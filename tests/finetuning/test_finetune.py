@@ -31,7 +31,8 @@ from featcache.errors import (
 from featcache.extraction.extract import extract
 from featcache.finetuning import finetune as finetuning
 from featcache.finetuning.finetune import finetune
-from featcache.finetuning.save import FinetuneReport, read_report
+from featcache.finetuning.network import assemble
+from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.trainer import Status, Trainer
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
@@ -145,16 +146,12 @@ def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(made: Path
 def test_a_wrong_start_is_found_by_the_parity_check(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featcache.finetuning import network
-
-    assemble = network.assemble
-
     def forgetful(backbone: Any, head: Any) -> Any:
         assembled = assemble(backbone, head)
         assembled.mean.zero_()  # another normalisation than the cache's
         return assembled
 
-    monkeypatch.setattr(network, "assemble", forgetful)
+    monkeypatch.setattr("featcache.finetuning.tune.assemble", forgetful)
     with pytest.raises(ModelError, match="does not compute what the cached head computes"):
         tune(made, tmp_path / "ft")
     assert not (tmp_path / "ft").exists()
@@ -181,12 +178,15 @@ def test_images_are_decoded_once(made: Path, tmp_path: Path, monkeypatch: pytest
     assert len(opened) == len(set(opened)) == 48
 
 
-def test_a_file_takes_over_where_memory_ends(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featcache.finetuning import pixels
-
-    tune(made, tmp_path / "one")
-    monkeypatch.setattr(pixels, "available_memory", lambda: 0)
-    tune(made, tmp_path / "two")
+def test_a_file_takes_over_where_memory_ends(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    size = 16 * 9 * 32 * 32  # of the training images, as estimated; two fifths of the memory may be used
+    for name, memory in (("one", size / 0.399), ("two", size / 0.401)):
+        monkeypatch.setattr("featcache.finetuning.pixels.available_memory", lambda memory=memory: memory)
+        tune(made, tmp_path / name)
+        assert ("decoded train images go to" in caplog.text) == (name == "two")
     assert_same_model(tmp_path / "one", tmp_path / "two")
 
 

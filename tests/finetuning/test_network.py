@@ -28,8 +28,8 @@ from featcache.finetuning.network import (
     with_new_head,
 )
 from featcache.finetuning.pixels import Pixels
-from featcache.finetuning.recipes import Recipe
-from featcache.finetuning.trainer import Trainer, TrainingImages, compute_logits
+from featcache.finetuning.recipes import Job, Recipe
+from featcache.finetuning.trainer import Trainer, compute_logits
 from featcache.heads.head import SCALINGS, Head
 from featcache.system.device import Runtime
 from featcache.system.distributed import Processes
@@ -67,8 +67,8 @@ def make_head(dim: int, scaling: Any, hidden: int = 0, classes: int = 3) -> Head
 
 
 def make_pixels(n: int, edge: int) -> Pixels:
-    flat = RANDOM.integers(0, 256, n * edge * edge * 3, dtype=np.uint8)
-    return Pixels(np.arange(n), {}, np.full((n, 2), edge), np.arange(n + 1) * 3 * edge * edge, flat, "")
+    pictures = list(RANDOM.integers(0, 256, (n, edge, edge, 3), dtype=np.uint8))
+    return Pixels(np.arange(n), {}, pictures, np.arange(n) % 3, (), "")
 
 
 def shrunk(backbone: Backbone, edge: int) -> Backbone:
@@ -81,14 +81,15 @@ def tiny() -> Backbone:
     return shrunk(load_backbone("squeezenet1_1", "none"), 32)
 
 
-CPU = Runtime(torch.device("cpu"), 1, 4, "")
+CPU = Runtime(torch.device("cpu"), 1, 3, "")
+JOB = Job(None, Path(), "", {}, seed=0, precision="fp32", runtime=CPU, processes=Processes())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("hidden", [0, 7])
 def test_the_assembled_network_computes_the_cached_head(tiny: Backbone, scaling: Any, hidden: int) -> None:
     head = make_head(tiny.dim, scaling, hidden)
-    pixels = np.stack([make_pixels(5, 32)[k] for k in range(5)])
+    pixels = np.stack(make_pixels(5, 32).pictures)
     features = Encoder(tiny.module, tiny.preprocess, CPU.device, torch.float32)(pixels)
     network = assemble(tiny, head).eval()
     with torch.inference_mode():
@@ -139,11 +140,8 @@ def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> N
     )
     network = with_new_head(backbone, recipe, 3, seed=0)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    data = TrainingImages(make_pixels(4, edge), np.array([0, 1, 2, 0]), (edge, edge))
-    trainer = Trainer(
-        network, data, recipe, seed=0, precision="fp32", micro_batch=4, runtime=CPU, processes=Processes()
-    )
-    loss, _ = trainer.run_epoch()
+    data = make_pixels(4, edge)
+    loss, _ = Trainer(network, data, recipe=recipe, job=JOB).run_epoch()
     assert 0 < loss < 1e4
     last = {id(parameter) for parameter in stages(network.backbone)[-1]}
     changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
@@ -156,9 +154,9 @@ def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> N
     save_weights(tuned, tmp_path / "b.safetensors")
     loaded = load_backbone(name, tmp_path / "b.safetensors")
     assert loaded.weights_sha256 == tuned.weights_sha256 != backbone.weights_sha256
-    logits = compute_logits(network, data.pixels, runtime=CPU, processes=Processes(), batch_size=3)
+    logits = compute_logits(network, data, job=JOB)
     encoder = Encoder(loaded.module, backbone.preprocess, CPU.device, torch.float32)
-    predicted = to_head(network).logits(encoder(np.stack([data.pixels[k] for k in range(4)])))
+    predicted = to_head(network).logits(encoder(np.stack(data.pictures)))
     np.testing.assert_allclose(logits, predicted, rtol=1e-3, atol=1e-3 * np.abs(predicted).max())
 
 

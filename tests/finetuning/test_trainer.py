@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_network import CPU, make_pixels, shrunk
+from test_network import CPU, JOB, make_pixels, shrunk
 from torch import nn
 
 from featcache.backbones.load import load_backbone
@@ -19,23 +19,23 @@ from featcache.finetuning.trainer import (
     Status,
     Stopped,
     Trainer,
-    TrainingImages,
     choose_training_precision,
     set_learning_rates,
 )
-from featcache.system.distributed import Processes
 
 N, EDGE = 11, 32
-DATA = TrainingImages(make_pixels(N, EDGE), np.arange(N) % 3, (EDGE, EDGE))
+DATA = make_pixels(N, EDGE)
 DROPPING = shrunk(load_backbone("squeezenet1_1", "none"), EDGE)  # it has a dropout layer
 BACKBONE = shrunk(load_backbone("resnet18", "none"), EDGE)  # none, but batch norms
 SIMPLE = Recipe(about="", hidden=(), optimizer="sgd", lr=0.01, backbone_lr=0.001, momentum=0.9, epochs=3, batch_size=4)
 
 
-def make_trainer(recipe: Recipe = SIMPLE, *, micro_batch: int = 4, backbone: Any = BACKBONE, **changes: Any) -> Trainer:
+def make_trainer(
+    recipe: Recipe = SIMPLE, *, micro_batch: int = 4, backbone: Any = BACKBONE, precision: str = "fp32"
+) -> Trainer:
     network = with_new_head(backbone, recipe, 3, seed=0)
-    options: dict[str, Any] = {"seed": 0, "precision": "fp32", "runtime": CPU, "processes": Processes()} | changes
-    return Trainer(network, DATA, recipe, micro_batch=micro_batch, **options)
+    runtime = dataclasses.replace(CPU, batch_size=micro_batch)
+    return Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, precision=precision, runtime=runtime))
 
 
 def weights(network: nn.Module) -> dict[str, torch.Tensor]:
@@ -75,7 +75,7 @@ def test_an_epoch_is_the_loop_one_would_write_by_hand() -> None:
     order = np.random.default_rng([0, 0]).permutation(N)
     for batch in np.array_split(order, 3):
         pixels = [
-            augment(torch.from_numpy(DATA.pixels[k]), recipe.augmentation, size=(EDGE, EDGE), seed=(0, 0, int(k)))
+            augment(torch.from_numpy(DATA.pictures[k]), recipe.augmentation, size=(EDGE, EDGE), seed=(0, 0, int(k)))
             for k in batch
         ]
         y = torch.from_numpy(DATA.labels[batch])

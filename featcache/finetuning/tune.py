@@ -22,14 +22,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
 from featcache.errors import Interrupted, SourceError, TrainingError
 from featcache.finetuning.checkpoint import Checkpoint
-from featcache.finetuning.network import (
-    Network,
-    assemble,
-    check_parity,
-    count_parameters,
-    interpolate,
-    with_new_head,
-)
+from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
 from featcache.finetuning.pixels import Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, choose_recipe, explain
 from featcache.finetuning.result import UNCHANGED, FinetuneReport, choose, compare, in_words, save_finetuned, score
@@ -90,7 +83,9 @@ def tune(
     comparison = {split: compare(*facts, split=split) for split, facts in logits.items()}
     report = _report(trainer, comparison, alpha=alpha, counts=counts, rate=rate, started=started)
     if job.processes.is_first:
-        scores = {k: evaluate_probabilities(y, softmax(after), model.classes) for k, (y, _, after) in logits.items()}
+        scores = {
+            split: evaluate_probabilities(y, softmax(after), model.classes) for split, (y, _, after) in logits.items()
+        }
         metrics = {
             "val": scores["val"],
             "test": scores.get("test"),
@@ -282,29 +277,19 @@ def _choose(trainer: Trainer, start: _Start) -> tuple[float | None, Network, Arr
     recipe, best, y = trainer.recipe, trainer.best, start.val.labels
     tuned, tuned_logits = trainer.evaluated, best["logits"].numpy()
     tuned.load_state_dict(best["weights"])
-
-    def mix(alpha: float) -> Network:
-        network = copy.deepcopy(tuned)
-        network.load_state_dict(interpolate(_weights(start.network), _weights(tuned), alpha))
-        return network
-
     log.info("best epoch on val: %d", best["epoch"])
     if not recipe.interpolate or recipe.hidden is not None:
         return None if recipe.hidden is not None else 1.0, tuned, tuned_logits
     logits = {0.0: start.val_logits, 1.0: tuned_logits}
-    logits |= {alpha: compute_logits(mix(alpha), start.val, job=trainer.job) for alpha in ALPHAS}
+    for share in ALPHAS:
+        logits[share] = compute_logits(interpolate(start.network, tuned, alpha=share), start.val, job=trainer.job)
     alpha = choose(y, logits)
     log.info(
         "share of the fine-tuned weights: %g, the best on val of %s",
         alpha,
         ", ".join(f"{share:g} ({score(y, logits[share])[0]:.2%})" for share in sorted(logits)),
     )
-    return alpha, mix(alpha), logits[alpha]
-
-
-def _weights(network: Network) -> dict[str, torch.Tensor]:
-    """On the CPU."""
-    return {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    return alpha, interpolate(start.network, tuned, alpha=alpha), logits[alpha]
 
 
 def _training_facts(

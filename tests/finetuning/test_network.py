@@ -101,12 +101,16 @@ def test_the_assembled_network_computes_the_cached_head(tiny: Backbone, scaling:
 
 
 def test_mixing_is_exact_at_its_ends_and_linear_between() -> None:
-    start = {"w": torch.tensor([0.0, 1.0]), "n": torch.tensor(3)}
-    tuned = {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor(5)}
-    assert interpolate(start, tuned, 0) is start
-    assert interpolate(start, tuned, 1) is tuned
-    assert interpolate(start, tuned, 0.25)["w"].tolist() == [0.25, 1.5]
-    assert interpolate(start, tuned, 0.25)["n"] == 5
+    start, tuned = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    start.load_state_dict(
+        start.state_dict() | {"weight": torch.tensor([0.0, 1.0]), "num_batches_tracked": torch.tensor(3)}
+    )
+    tuned.load_state_dict(
+        tuned.state_dict() | {"weight": torch.tensor([1.0, 3.0]), "num_batches_tracked": torch.tensor(5)}
+    )
+    for alpha, weight, counter in ((0, [0.0, 1.0], 3), (0.25, [0.25, 1.5], 5), (1, [1.0, 3.0], 5)):
+        mixed = interpolate(start, tuned, alpha=alpha)
+        assert (mixed.weight.tolist(), mixed.num_batches_tracked) == (weight, counter)
 
 
 def test_parity_tells_rounding_from_mistakes() -> None:

@@ -1,5 +1,6 @@
 """finetune from end to end: starts as the cached head, never ends below it, survives interruptions, refuses nonsense."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, make_photos, write_photo
 from safetensors.numpy import load_file
 
@@ -63,6 +63,13 @@ def tune(made: Path, output: Path | str, *, photos: Path | None = None, **option
 
 def tensors(model: Path) -> dict[str, np.ndarray]:
     return {**load_file(model / "backbone.safetensors"), **load_file(model / "head.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(made: Path) -> Path:
+    """The model of a quick run that nothing disturbs. There is nothing to resume, and so it starts."""
+    tune(made, made / "whole", resume=True)
+    return made / "whole"
 
 
 def assert_same_model(one: Path, two: Path) -> None:
@@ -157,13 +164,12 @@ def test_a_wrong_start_is_found_by_the_parity_check(
     assert not (tmp_path / "ft").exists()
 
 
-def test_test_images_change_nothing_but_their_score(made: Path, tmp_path: Path) -> None:
-    tune(made, tmp_path / "one")
+def test_test_images_change_nothing_but_their_score(made: Path, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "photos", tmp_path / "photos")
     (tmp_path / "photos" / "test" / "red").rename(tmp_path / "aside")
     (tmp_path / "photos" / "test" / "blue").rename(tmp_path / "photos" / "test" / "red")
-    report = tune(made, tmp_path / "two", photos=tmp_path / "photos")
-    assert_same_model(tmp_path / "one", tmp_path / "two")
+    report = tune(made, tmp_path / "ft", photos=tmp_path / "photos")
+    assert_same_model(whole, tmp_path / "ft")
     assert report.test_accuracy is not None
     assert report.test_accuracy < 0.6
 
@@ -178,16 +184,16 @@ def test_images_are_decoded_once(made: Path, tmp_path: Path, monkeypatch: pytest
     assert len(opened) == len(set(opened)) == 48
 
 
+@pytest.mark.parametrize(("share", "in_file"), [(0.399, False), (0.401, True)])
 def test_a_file_takes_over_where_memory_ends(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    made: Path, whole: Path, tmp_path: Path, caplog: Any, monkeypatch: Any, share: float, in_file: bool
 ) -> None:
     caplog.set_level("INFO")
-    size = 16 * 9 * 32 * 32  # of the training images, as estimated; two fifths of the memory may be used
-    for name, memory in (("one", size / 0.399), ("two", size / 0.401)):
-        monkeypatch.setattr("featcache.finetuning.pixels.available_memory", lambda memory=memory: memory)
-        tune(made, tmp_path / name)
-        assert ("decoded train images go to" in caplog.text) == (name == "two")
-    assert_same_model(tmp_path / "one", tmp_path / "two")
+    size = 16 * 9 * 32 * 32  # of the training images, as estimated
+    monkeypatch.setattr("featcache.finetuning.pixels.available_memory", lambda: size / share)
+    tune(made, tmp_path / "ft")
+    assert ("decoded train images go to" in caplog.text) == in_file
+    assert_same_model(whole, tmp_path / "ft")
 
 
 # ------------------------------------------------------------------------------------------- validation, classes
@@ -209,24 +215,19 @@ def test_without_val_a_tenth_is_held_out_from_the_head_too(
     assert report.test_accuracy is None
 
 
-def test_unreadable_and_unknown_images_are_named_and_left_out(
+def test_unreadable_unknown_and_missing_images_are_named(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(made / "photos", tmp_path / "photos")
+    shutil.rmtree(tmp_path / "photos" / "val" / "green")
     (tmp_path / "photos" / "train" / "blue" / "00.jpg").write_bytes(b"gone bad since extraction")
     write_photo(tmp_path / "photos" / "val" / "violet" / "00.jpg", (200, 0, 200), 1)
     tune(made, tmp_path / "ft", photos=tmp_path / "photos")
     assert "train/blue/00.jpg is left out: not an image" in caplog.text
     assert "1 val images are of classes that the model does not know" in caplog.text
-    training = load_model(tmp_path / "ft").manifest["training"]
-    assert (training["n_train"], training["n_val"]) == (15, 16)
-
-
-def test_a_class_without_val_images_is_named(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.copytree(made / "photos", tmp_path / "photos")
-    shutil.rmtree(tmp_path / "photos" / "val" / "green")
-    tune(made, tmp_path / "ft", photos=tmp_path / "photos")
     assert "no val image of green" in caplog.text
+    training = load_model(tmp_path / "ft").manifest["training"]
+    assert (training["n_train"], training["n_val"]) == (15, 11)
 
 
 def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> None:
@@ -237,26 +238,26 @@ def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> N
     (other / "train" / "red").rename(other / "train" / "purple")
     flat = tmp_path / "flat"
     shutil.copytree(photos / "train" / "red", flat)
-    out, init = tmp_path / "ft", made / "m"
-    cases: list[tuple[type[FeatcacheError], str, Callable[[], Any]]] = [
-        (SourceError, "of one class", lambda: finetune(one_class, out, init=init)),
-        (SourceError, "no labels", lambda: finetune(flat, out, init=init)),
-        (SourceError, "purple, which the model", lambda: finetune(other, out, init=init)),
-        (SourceError, "does not exist", lambda: finetune(tmp_path / "no", out, init=init)),
-        (UsageError, "--init brings its own backbone", lambda: finetune(photos, out, init=init, request=TINY)),
-        (UsageError, "no recipe is called", lambda: finetune(photos, out, init=init, recipe="best")),
-        (UsageError, "lr must be", lambda: tune(made, out, changes={"lr": -1.0})),
-        (UsageError, "choose one", lambda: tune(made, out, resume=True, force=True)),
-        (UsageError, "needs a CUDA GPU", lambda: tune(made, out, precision="fp16")),
-        (UsageError, "unknown precision", lambda: tune(made, out, precision="int8")),
-        (UsageError, "seed", lambda: tune(made, out, seed=-1)),
-        (ModelError, "not a featcache model", lambda: tune(made, photos)),
-        (ModelError, "is not a model", lambda: finetune(photos, out, init=photos)),
-        (FeatcacheError, "does not exist", lambda: tune(made, tmp_path / "no" / "ft")),
+    out = tmp_path / "ft"
+    cases: list[tuple[type[FeatcacheError], str, dict[str, Any]]] = [
+        (SourceError, "of one class", {"photos": one_class}),
+        (SourceError, "no labels", {"photos": flat}),
+        (SourceError, "purple, which the model", {"photos": other}),
+        (SourceError, "does not exist", {"photos": tmp_path / "no"}),
+        (UsageError, "--init brings its own backbone", {"init": made / "m", "request": TINY}),
+        (UsageError, "no recipe is called", {"recipe": "best"}),
+        (UsageError, "lr must be", {"changes": {"lr": -1.0}}),
+        (UsageError, "choose one", {"resume": True, "force": True}),
+        (UsageError, "needs a CUDA GPU", {"precision": "fp16"}),
+        (UsageError, "unknown precision", {"precision": "int8"}),
+        (UsageError, "seed", {"seed": -1}),
+        (ModelError, "not a featcache model", {"output": photos}),
+        (ModelError, "is not a model", {"init": photos}),
+        (FeatcacheError, "does not exist", {"output": tmp_path / "no" / "ft"}),
     ]
-    for kind, message, call in cases:
+    for kind, message, options in cases:
         with pytest.raises(kind, match=message):
-            call()
+            tune(made, **{"output": out} | options)
         assert not out.exists()
         assert not work_folder(out).exists()
     tune(made, out, changes=QUICK | {"epochs": 1})
@@ -267,8 +268,7 @@ def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> N
 def test_the_folder_one_is_in_can_become_the_model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ft").mkdir()
     monkeypatch.chdir(tmp_path / "ft")
-    with pytest.raises(Interrupted, match=r"ft\.parts"):
-        tune(made, ".", progress=interrupt_at(2, signal.SIGTERM))
+    interrupt(made, ".", step=2)
     assert tune(made, ".", resume=True).model == tmp_path / "ft"
     assert load_model(tmp_path / "ft").manifest["training"]["epochs"] == 2
     (tmp_path / "ft" / "sub").mkdir()
@@ -285,35 +285,39 @@ def test_the_folder_one_is_in_can_become_the_model(made: Path, tmp_path: Path, m
 # ------------------------------------------------------------------------------------------------ interruptions
 
 
-def interrupt_at(step: int, number: int) -> Callable[[Status], None]:
-    steps = iter(range(1, 1000))
+def interrupt(
+    made: Path, output: Path | str, *, step: int, number: int = signal.SIGTERM, **options: Any
+) -> Interrupted:
+    """Stop a run by a signal after so many of its steps."""
+    steps = itertools.count(1)
 
     def progress(status: Status) -> None:
         if next(steps) == step:
             os.kill(os.getpid(), number)
 
-    return progress
+    with pytest.raises(Interrupted, match=r"ft\.parts") as stopped:
+        tune(made, output, progress=progress, **options)
+    return stopped.value
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_keeps_the_work_and_resume_ends_in_the_same_bits(made: Path, tmp_path: Path, number: int) -> None:
+def test_a_signal_keeps_the_work_and_resume_ends_in_the_same_bits(
+    made: Path, whole: Path, tmp_path: Path, number: int
+) -> None:
     before = signal.getsignal(number)
-    tune(made, tmp_path / "whole")
-    with pytest.raises(Interrupted, match="--resume") as stopped:
-        tune(made, tmp_path / "ft", progress=interrupt_at(2, number))
-    assert stopped.value.exit_code == 128 + number
+    stopped = interrupt(made, tmp_path / "ft", step=2, number=number)
+    assert "--resume" in str(stopped)
+    assert stopped.exit_code == 128 + number
     with pytest.raises(UsageError, match="holds an interrupted run; add --resume"):
         tune(made, tmp_path / "ft")
-    with pytest.raises(Interrupted):
-        tune(made, tmp_path / "ft", resume=True, progress=interrupt_at(2, number))  # in the second epoch now
+    interrupt(made, tmp_path / "ft", step=2, number=number, resume=True)  # in the second epoch now
     tune(made, tmp_path / "ft", resume=True)
-    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+    assert_same_model(whole, tmp_path / "ft")
     assert signal.getsignal(number) == before
 
 
 def test_resuming_with_other_settings_names_the_difference(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        tune(made, tmp_path / "ft", progress=interrupt_at(4, signal.SIGTERM))
+    interrupt(made, tmp_path / "ft", step=4)
     with pytest.raises(UsageError, match=r"recipe.lr: 0.0001 -> 0.002; seed: 0 -> 1"):
         tune(made, tmp_path / "ft", resume=True, changes=QUICK | {"lr": 0.002}, seed=1)
     shutil.copytree(made / "photos", tmp_path / "photos")
@@ -325,42 +329,36 @@ def test_resuming_with_other_settings_names_the_difference(made: Path, tmp_path:
 
 
 def test_a_damaged_checkpoint_is_named(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        tune(made, tmp_path / "ft", progress=interrupt_at(1, signal.SIGTERM))
+    interrupt(made, tmp_path / "ft", step=1)
     (work_folder(tmp_path / "ft") / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
     with pytest.raises(ModelError, match=r"checkpoint\.pt is damaged"):
         tune(made, tmp_path / "ft", resume=True)
 
 
-def test_resume_without_anything_to_resume_starts(made: Path, tmp_path: Path) -> None:
-    assert tune(made, tmp_path / "ft", resume=True).epochs == 2
-
-
-@pytest.fixture
-def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
-    """Every trainer that begins an epoch."""
+@pytest.mark.parametrize(
+    ("done", "signalled", "message"),
+    [
+        (6, False, r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"),
+        (12, True, "not finite after step 2 of epoch 2"),  # gone bad in the very step in which a signal asks to stop
+    ],
+)
+def test_a_run_gone_bad_keeps_its_last_good_checkpoint(
+    made: Path, whole: Path, tmp_path: Path, monkeypatch: Any, done: int, signalled: bool, message: str
+) -> None:
     begun: list[Trainer] = []
     run_epoch = Trainer.run_epoch
     monkeypatch.setattr(Trainer, "run_epoch", lambda self, **how: begun.append(self) or run_epoch(self, **how))
-    return begun
 
-
-def spoil(trainer: Trainer) -> None:
-    with torch.no_grad():
-        next(iter(trainer.network.parameters())).fill_(float("nan"))
-
-
-def test_a_diverging_run_keeps_its_last_good_checkpoint(made: Path, tmp_path: Path, trainers: list[Trainer]) -> None:
     def progress(status: Status) -> None:
-        if (status.epoch, status.done) == (2, 6):
-            spoil(trainers[-1])
+        if (status.epoch, status.done) == (2, done):
+            next(begun[-1].network.parameters()).data.fill_(float("nan"))
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    message = r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"
     with pytest.raises(TrainingError, match=message):
         tune(made, tmp_path / "ft", progress=progress)
-    tune(made, tmp_path / "whole")
     tune(made, tmp_path / "ft", resume=True)
-    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+    assert_same_model(whole, tmp_path / "ft")
 
 
 def test_what_lies_in_the_way_is_refused_and_kept(made: Path, tmp_path: Path) -> None:
@@ -372,14 +370,11 @@ def test_what_lies_in_the_way_is_refused_and_kept(made: Path, tmp_path: Path) ->
     (tmp_path / "other.parts").write_text("a file")
     with pytest.raises(StorageError, match="in use for something else"):
         tune(made, tmp_path / "other")
-    cache = make_cache_file(tmp_path / "own.features.h5")
+    own = tmp_path / "own.features.h5"
+    extract(make_photos(tmp_path / "others", each=2), own, TINY)
+    before = own.read_bytes()
     tune(made, tmp_path / "own", request=TINY, changes=QUICK | {"epochs": 1})
-    assert (tmp_path / "own.features.h5").read_bytes() == cache
-
-
-def make_cache_file(path: Path) -> bytes:
-    extract(make_photos(path.parent / "others", each=2), path, TINY)
-    return path.read_bytes()
+    assert own.read_bytes() == before
 
 
 def test_a_run_killed_after_its_model_was_published_is_finished_by_resume(
@@ -418,23 +413,6 @@ def test_two_runs_never_write_one_model(made: Path, tmp_path: Path) -> None:
 
     assert tune(made, tmp_path / "ft", progress=another).epochs == 2
     assert refused
-
-
-def test_a_state_that_is_not_finite_never_replaces_a_good_one(
-    made: Path, tmp_path: Path, trainers: list[Trainer]
-) -> None:
-    """Weights gone bad in the very step in which a signal asks to stop."""
-
-    def progress(status: Status) -> None:
-        if (status.epoch, status.done) == (2, 12):
-            spoil(trainers[-1])
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(TrainingError, match="not finite after step 2 of epoch 2"):
-        tune(made, tmp_path / "ft", progress=progress)
-    tune(made, tmp_path / "whole")
-    tune(made, tmp_path / "ft", resume=True)
-    assert_same_model(tmp_path / "whole", tmp_path / "ft")
 
 
 @pytest.mark.parametrize("clf", [None, "linear"])

@@ -34,13 +34,14 @@ class Checkpoint:
     """A trainer's state on disk, written by the first process.
 
     Attributes:
+        identity: everything that changes the numbers of the run, JSON values.
         position: where training stood when it was written, in words; empty: there is none yet.
         written: when that was, or when the run was started or continued, by ``time.perf_counter``.
     """
 
     def __init__(self, trainer: "Trainer", identity: dict[str, Any]) -> None:
         """Load the state of an interrupted run, if there is one, into ``trainer``. Raises as ``open_work``."""
-        self._trainer, self._identity, self.position = trainer, identity, ""
+        self._trainer, self.identity, self.position = trainer, identity, ""
         job = trainer.job
         state = job.processes.broadcast(open_work(job.output, identity) if job.processes.is_first else None)
         if state is not None:
@@ -52,7 +53,7 @@ class Checkpoint:
     def save(self) -> None:
         """Write the state. Raises StorageError, TrainingError; the checkpoint before is then still there."""
         if self._trainer.job.processes.is_first:
-            save_state(self._trainer.job.output, self._identity, self._trainer.state())
+            save_state(self._trainer.job.output, self.identity, self._trainer.state())
             self.position = self._trainer.position
         self.written = time.perf_counter()
 

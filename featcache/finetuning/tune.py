@@ -73,8 +73,9 @@ def tune(
     trainer = Trainer(_network_to_train(start, recipe, job=job), train, recipe=recipe, job=job)
     counts = count_parameters(trainer.network, recipe)
     log.info("parameters: %s, of which %s train", *(f"{count:,}" for count in counts))
-    identity = _identity(trainer, start)
-    rate = _train(trainer, val, identity=identity, on_step=on_step)
+    checkpoint = Checkpoint(trainer, _identity(trainer, start))
+    with deferred_signals() as asked, kept_random_state(trainer.device):
+        rate = _train(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step)
     check_replaceable(job.output)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
@@ -83,16 +84,10 @@ def tune(
     comparison = {split: compare(*facts, split=split) for split, facts in logits.items()}
     report = _report(trainer, comparison, alpha=alpha, counts=counts, rate=rate, started=started)
     if job.processes.is_first:
-        scores = {
-            split: evaluate_probabilities(y, softmax(after), model.classes) for split, (y, _, after) in logits.items()
-        }
-        metrics = {
-            "val": scores["val"],
-            "test": scores.get("test"),
-            "comparison": comparison,
-            "history": trainer.history,
-        }
-        training = _training_facts(trainer, start, identity=identity, report=report)
+        metrics: dict[str, Any] = {"val": None, "test": None, "comparison": comparison, "history": trainer.history}
+        for split, (y, _, after) in logits.items():
+            metrics[split] = evaluate_probabilities(y, softmax(after), model.classes)
+        training = _training_facts(trainer, start, identity=checkpoint.identity, report=report)
         save_finetuned(report, tuned, backbone=backbone, start=model, training=training, metrics=metrics)
     return report
 
@@ -175,8 +170,10 @@ def _identity(trainer: Trainer, start: _Start) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def _train(trainer: Trainer, val: Pixels, *, identity: dict[str, Any], on_step: OnStep | None) -> float:
-    """Train until the epochs are used up, or patience is, from the run's checkpoint on if there is one.
+def _train(
+    trainer: Trainer, val: Pixels, *, checkpoint: Checkpoint, asked: StopRequest, on_step: OnStep | None
+) -> float:
+    """Train until the epochs are used up, or patience is.
 
     A checkpoint is written after every epoch, every ten minutes (one process only), and before Interrupted is raised.
 
@@ -184,9 +181,8 @@ def _train(trainer: Trainer, val: Pixels, *, identity: dict[str, Any], on_step: 
         Images per second of this call, evaluation left out; 0 if nothing was left to train.
 
     Raises:
-        Interrupted: by a signal. TrainingError: the loss or the weights are not finite, or the loss explodes.
+        Interrupted: ``asked`` to. TrainingError: the loss or the weights are not finite, or the loss explodes.
     """
-    checkpoint = Checkpoint(trainer, identity)
 
     def after_step(status: Status) -> None:
         if trainer.processes.world == 1 and time.perf_counter() - checkpoint.written > _SECONDS_BETWEEN_CHECKPOINTS:
@@ -194,29 +190,26 @@ def _train(trainer: Trainer, val: Pixels, *, identity: dict[str, Any], on_step: 
         if on_step:
             on_step(status)
 
-    seconds = images = 0.0
-    with deferred_signals() as asked, kept_random_state(trainer.device):
-        while trainer.epoch < (trainer.recipe.epochs or 1) and not _out_of_patience(trainer):
-            begun, first = time.perf_counter(), trainer.batch
-            try:
-                loss, accuracy = trainer.run_epoch(on_step=after_step, stop=lambda: _asked_to_stop(trainer, asked))
-                seconds += time.perf_counter() - begun
-                images += len(trainer.data) * (1 - first / trainer.steps_per_epoch)
-                _end_epoch(trainer, val, loss=loss, accuracy=accuracy, checkpoint=checkpoint)
-            except Stopped:
-                checkpoint.save()
-                raise Interrupted(
-                    f"stopped in epoch {trainer.epoch + 1} of {trainer.recipe.epochs}; the same command with --resume goes "
-                    f"on from there ({work_folder(trainer.job.output)})",
-                    asked.signal,
-                ) from None
-            except TrainingError as error:
-                kept = "there is no checkpoint yet"
-                if checkpoint.position:
-                    kept = (
-                        f"the last good checkpoint, {checkpoint.position}, is kept in {work_folder(trainer.job.output)}"
-                    )
-                raise TrainingError(f"{error} ({kept})") from error
+    folder, seconds, images = work_folder(trainer.job.output), 0.0, 0.0
+    while trainer.epoch < (trainer.recipe.epochs or 1) and not _out_of_patience(trainer):
+        begun, first = time.perf_counter(), trainer.batch
+        try:
+            loss, accuracy = trainer.run_epoch(on_step=after_step, stop=lambda: _asked_to_stop(trainer, asked))
+            seconds += time.perf_counter() - begun
+            images += len(trainer.data) * (1 - first / trainer.steps_per_epoch)
+            _end_epoch(trainer, val, loss=loss, accuracy=accuracy, checkpoint=checkpoint)
+        except Stopped:
+            checkpoint.save()
+            raise Interrupted(
+                f"stopped in epoch {trainer.epoch + 1} of {trainer.recipe.epochs}; the same command with --resume goes on "
+                f"from there ({folder})",
+                asked.signal,
+            ) from None
+        except TrainingError as error:
+            kept = "there is no checkpoint yet"
+            if checkpoint.position:
+                kept = f"the last good checkpoint, {checkpoint.position}, is kept in {folder}"
+            raise TrainingError(f"{error} ({kept})") from error
     return images / seconds if seconds else 0.0
 
 
@@ -292,25 +285,6 @@ def _choose(trainer: Trainer, start: _Start) -> tuple[float | None, Network, Arr
     return alpha, interpolate(start.network, tuned, alpha=alpha), logits[alpha]
 
 
-def _training_facts(
-    trainer: Trainer, start: _Start, *, identity: dict[str, Any], report: FinetuneReport
-) -> dict[str, Any]:
-    """How the model was trained, for its manifest; ``is_finished`` reads ``run``."""
-    return {
-        "recipe": report.recipe,
-        "settings": trainer.recipe.to_json(),
-        "run": fingerprint_of(identity),
-        "seed": trainer.job.seed,
-        "precision": trainer.job.precision,
-        "epochs": report.epochs,
-        "best_epoch": report.best_epoch,
-        "alpha": report.alpha,
-        "start": {"fingerprint": start.model.fingerprint, "head": start.model.head.kind},
-        "n_train": len(trainer.data),
-        "n_val": len(start.val),
-    }
-
-
 def _report(
     trainer: Trainer,
     comparison: dict[str, dict[str, Any]],
@@ -345,3 +319,22 @@ def _report(
         images_per_second=rate,
         seconds=time.perf_counter() - started,
     )
+
+
+def _training_facts(
+    trainer: Trainer, start: _Start, *, identity: dict[str, Any], report: FinetuneReport
+) -> dict[str, Any]:
+    """How the model was trained, for its manifest; ``is_finished`` reads ``run``."""
+    return {
+        "recipe": report.recipe,
+        "settings": trainer.recipe.to_json(),
+        "run": fingerprint_of(identity),
+        "seed": trainer.job.seed,
+        "precision": trainer.job.precision,
+        "epochs": report.epochs,
+        "best_epoch": report.best_epoch,
+        "alpha": report.alpha,
+        "start": {"fingerprint": start.model.fingerprint, "head": start.model.head.kind},
+        "n_train": len(trainer.data),
+        "n_val": len(start.val),
+    }

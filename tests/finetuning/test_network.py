@@ -72,12 +72,9 @@ def test_the_assembled_network_computes_the_cached_head(tiny: Backbone, scaling:
 
 def test_mixing_is_exact_at_its_ends_and_linear_between() -> None:
     start, tuned = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
-    start.load_state_dict(
-        start.state_dict() | {"weight": torch.tensor([0.0, 1.0]), "num_batches_tracked": torch.tensor(3)}
-    )
-    tuned.load_state_dict(
-        tuned.state_dict() | {"weight": torch.tensor([1.0, 3.0]), "num_batches_tracked": torch.tensor(5)}
-    )
+    for module, weight, counter in ((start, [0.0, 1.0], 3), (tuned, [1.0, 3.0], 5)):
+        module.weight.data = torch.tensor(weight)
+        module.num_batches_tracked.fill_(counter)
     for alpha, weight, counter in ((0, [0.0, 1.0], 3), (0.25, [0.25, 1.5], 5), (1, [1.0, 3.0], 5)):
         mixed = networks.interpolate(start, tuned, alpha=alpha)
         assert (mixed.weight.tolist(), mixed.num_batches_tracked) == (weight, counter)
@@ -87,12 +84,8 @@ def test_parity_tells_rounding_from_mistakes() -> None:
     head = make_head(20, "standardise")
     X = RANDOM.normal(0, 1, (30, 20))
     logits = head.logits(X)
-    assert (
-        networks.check_parity(
-            logits.astype(np.float32), head.logits(X.astype(np.float16).astype(float)), tolerance=0.01
-        )
-        < 0.002
-    )
+    rounded = head.logits(X.astype(np.float16).astype(float))
+    assert networks.check_parity(logits.astype(np.float32), rounded, tolerance=0.01) < 0.002
     assert networks.check_parity(logits + 5, logits, tolerance=1e-9) < 1e-9  # softmax does not see a constant
     weight, bias = head.layers[0]
     mistakes = {
@@ -112,9 +105,7 @@ def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> N
     edge = EDGES.get(name, 32)
     backbone = shrunk(load_backbone(name, "none"), edge)
     lr = 1e4 if name == "efficientnet_b0" else 0.1  # its random weights give embeddings of about 1e-10
-    recipe = Recipe(
-        about="", hidden=(), unfreeze="last-stage", optimizer="sgd", lr=lr, backbone_lr=lr, epochs=1, batch_size=4
-    )
+    recipe = Recipe(about="", hidden=(), unfreeze="last-stage", optimizer="sgd", lr=lr, backbone_lr=lr, batch_size=4)
     network = networks.with_new_head(backbone, recipe, 3, seed=0)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     data = make_pixels(4, edge)
@@ -175,9 +166,7 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
     ("name", "what", "batchnorm", "moving"),
     [("resnet18", "all", "frozen", 0), ("resnet18", "all", "train", 20), ("efficientnet_b0", "head", "train", 0)],
 )
-def test_batch_norms_move_only_if_the_recipe_says_so_and_a_frozen_body_behaves_as_in_prediction(
-    name: str, what: Any, batchnorm: Any, moving: int
-) -> None:
+def test_batch_norms_and_frozen_bodies_train_only_when_told(name: str, what: Any, batchnorm: Any, moving: int) -> None:
     recipe = Recipe(about="", hidden=(), unfreeze=what, batchnorm=batchnorm)
     network = networks.with_new_head(load_backbone(name, "none"), recipe, 2, seed=0)
     networks.unfreeze(network, recipe, epoch=0)
@@ -191,11 +180,8 @@ def test_batch_norms_move_only_if_the_recipe_says_so_and_a_frozen_body_behaves_a
 def test_learning_rates_and_weight_decay_by_stage(tiny: Backbone) -> None:
     recipe = Recipe(about="", hidden=(), lr=1.0, backbone_lr=0.1, layer_decay=0.5, weight_decay=0.01)
     network = networks.with_new_head(tiny, recipe, 3, seed=0)
-    rate = {
-        id(p): (g["peak_lr"], g["weight_decay"])
-        for g in networks.parameter_groups(network, recipe)
-        for p in g["params"]
-    }
+    groups = networks.parameter_groups(network, recipe)
+    rate = {id(p): (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(rate) == len(list(network.parameters()))
     assert rate[id(network.head[0].weight)] == (1.0, 0.01)
     assert rate[id(network.head[0].bias)] == (1.0, 0.0)

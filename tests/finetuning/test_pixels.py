@@ -43,10 +43,8 @@ def test_memory_and_file_hold_the_same(photos: Path, tmp_path: Path) -> None:
 def test_evaluation_sees_exactly_what_prediction_sees(photos: Path) -> None:
     images = list_images(photos)
     kept = decode_in_memory(images, network_input(PLAIN))
-    for number, path in enumerate(images.paths):
-        np.testing.assert_array_equal(
-            kept.pictures[number], to_pixels(np.array(decode(read_file(photos / path)[0])), PLAIN)
-        )
+    expected = [to_pixels(np.array(decode(read_file(photos / path)[0])), PLAIN) for path in images.paths]
+    np.testing.assert_array_equal(kept.pictures, expected)
 
 
 @pytest.mark.parametrize(("size", "stored"), [((400, 200), (92, 46)), ((200, 400), (46, 92)), ((30, 20), (30, 20))])

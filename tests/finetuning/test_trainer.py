@@ -40,25 +40,16 @@ def assert_same(one: nn.Module, two: nn.Module) -> None:
 
 
 def test_an_epoch_is_the_loop_one_would_write_by_hand() -> None:
-    recipe = dataclasses.replace(
-        SIMPLE, label_smoothing=0.1, weight_decay=0.01, clip_norm=0.5, augmentation=(("flip", 0.5),)
-    )
-    recipe = dataclasses.replace(recipe, optimizer="adamw", lr=1e-4, backbone_lr=1e-5)
+    changes = {"label_smoothing": 0.1, "weight_decay": 0.01, "clip_norm": 0.5, "augmentation": (("flip", 0.5),)}
+    recipe = dataclasses.replace(SIMPLE, **changes, optimizer="adamw", lr=1e-4, backbone_lr=1e-5)
     trainer = make_trainer(recipe, micro_batch=3)
     network = copy.deepcopy(trainer.network).requires_grad_(True)
     loss, hits = trainer.run_epoch()
 
-    plain = [p for p in network.parameters() if p.ndim == 1]
-    matrices = [p for p in network.parameters() if p.ndim > 1]
     head = {id(p) for p in network.head.parameters()}
     groups = [
-        {
-            "params": [p for p in chosen if (id(p) in head) == in_head],
-            "lr": 1e-4 if in_head else 1e-5,
-            "weight_decay": decay,
-        }
-        for chosen, decay in ((matrices, 0.01), (plain, 0.0))
-        for in_head in (True, False)
+        {"params": [p], "lr": 1e-4 if id(p) in head else 1e-5, "weight_decay": 0.01 if p.ndim > 1 else 0.0}
+        for p in network.parameters()
     ]
     optimizer = torch.optim.AdamW(groups)
     network.eval()  # batch norms frozen, and nothing else here behaves otherwise in training
@@ -82,13 +73,6 @@ def test_an_epoch_is_the_loop_one_would_write_by_hand() -> None:
     assert hits == pytest.approx(right / N)
     for name, tensor in trainer.network.state_dict().items():
         torch.testing.assert_close(tensor, network.state_dict()[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_micro_batches_change_rounding_only() -> None:
-    one, other = make_trainer(micro_batch=4), make_trainer(micro_batch=1)
-    assert one.run_epoch()[0] == pytest.approx(other.run_epoch()[0], rel=1e-4)
-    for name, tensor in one.network.state_dict().items():
-        torch.testing.assert_close(tensor, other.network.state_dict()[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_accumulation_is_a_larger_batch() -> None:
@@ -118,6 +102,7 @@ def test_a_run_stopped_after_any_step_continues_to_the_same_bits(name: str) -> N
             seen.append(part.run_epoch(stop=lambda: next(stops, False)))
         except Stopped:
             state = copy.deepcopy(part.state())
+            torch.manual_seed(99)  # the caller's random state is used by nothing
             part = make_trainer(recipe, backbone=backbone)
             part.load_state(state)
     assert next(stops, None) is None
@@ -138,16 +123,6 @@ def test_the_moving_average_lags_behind_and_is_not_stuck_at_its_start() -> None:
 def test_batch_norms_cannot_train_on_single_images() -> None:
     with pytest.raises(UsageError, match="at least two images per step"):
         make_trainer(dataclasses.replace(SIMPLE, batchnorm="train", batch_size=1))
-
-
-def test_the_callers_random_state_is_used_by_nothing() -> None:
-    torch.manual_seed(1)
-    one = make_trainer(backbone=DROPPING)
-    one.run_epoch()
-    torch.manual_seed(2)
-    other = make_trainer(backbone=DROPPING)
-    other.run_epoch()
-    assert_same(one.network, other.network)
 
 
 def test_progress_reports_the_epoch_so_far() -> None:
@@ -192,7 +167,7 @@ def refuse_more_than(limit: int, network: Network) -> None:
     network.forward = limited  # type: ignore[method-assign]
 
 
-def test_out_of_memory_halves_the_micro_batch_and_not_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+def test_out_of_memory_halves_the_micro_batch_and_not_the_batch_down_to_one(caplog: pytest.LogCaptureFixture) -> None:
     whole = make_trainer(micro_batch=1)
     loss, _ = whole.run_epoch()
     trainer = make_trainer(micro_batch=4)
@@ -201,10 +176,6 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_batch(caplog: pytest.L
     assert trainer.micro_batch == 1
     assert [record.getMessage() for record in caplog.records if "out of memory with 4" in record.getMessage()]
     assert_same(trainer.network, whole.network)
-
-
-def test_out_of_memory_with_one_image_says_what_to_do() -> None:
-    trainer = make_trainer()
     refuse_more_than(0, trainer.network)
     with pytest.raises(UsageError, match="1 images at once do not fit .* smaller --crop"):
         trainer.run_epoch()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from featcache.extraction.repair import RepairReport, repair
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune
-    from featcache.finetuning.save import FinetuneReport
+    from featcache.finetuning.result import FinetuneReport
     from featcache.images.source import ImageList, list_images
     from featcache.images.splits import hold_out
     from featcache.models.export import ExportReport, export_model
@@ -34,7 +34,7 @@ _HOME = {
     "ExtractRequest": "extraction.request",
     "FeatcacheError": "errors",
     "FeatureCache": "cache.cache",
-    "FinetuneReport": "finetuning.save",
+    "FinetuneReport": "finetuning.result",
     "FitReport": "models.fit",
     "ImageList": "images.source",
     "Model": "models.model",

@@ -4,72 +4,58 @@ In: a run's identity (everything that changes the numbers) and its state. Out: `
 ``checkpoint.pt`` with both, tensors and plain values only, replaced atomically; reading it runs no code.
 """
 
+import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from featcache.errors import ModelError, StorageError, UsageError
+from featcache.finetuning.recipes import Job
 from featcache.spec import difference, fingerprint_of
 from featcache.system.files import publish_file
 from featcache.system.safe_load import DamagedFile, load_tensors, parse_json
-from featcache.system.workdir import work_folder
+from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.finetuning.trainer import Trainer
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
 FORMAT_VERSION = 1
-
-
-class Position(NamedTuple):
-    """How far training has come: whole epochs, and steps of the next one."""
-
-    epochs: int
-    steps: int
-
-    def __str__(self) -> str:
-        steps = f" and {self.steps} steps" if self.steps else ""
-        return f"after {self.epochs} epochs{steps}"
+log = logging.getLogger("featcache")
 
 
 class Checkpoint:
-    """The checkpoint of one run on disk, and what is known of it.
+    """A trainer's state on disk, written by the first process.
 
     Attributes:
-        position: where training stood when it was written; None: there is none yet.
+        identity: everything that changes the numbers of the run, JSON values.
+        position: where training stood when it was written, in words; empty: there is none yet.
+        written: when that was, or when the run was started or continued, by ``time.perf_counter``.
     """
 
-    def __init__(self, output: Path, identity: dict[str, Any], *, position: Position | None, writes: bool) -> None:
-        """``writes``: whether this process is the one that writes."""
-        self.position = position
-        self._output, self._identity, self._writes = output, identity, writes
-        self._written = time.perf_counter()
+    def __init__(self, trainer: "Trainer", identity: dict[str, Any]) -> None:
+        """Load the state of an interrupted run, if there is one, into ``trainer``. Raises as ``open_work``."""
+        self._trainer, self.identity, self.position = trainer, identity, ""
+        job = trainer.job
+        state = job.processes.broadcast(open_work(job.output, identity) if job.processes.is_first else None)
+        if state is not None:
+            trainer.load_state(state)
+            self.position = trainer.position
+            log.info("resuming in epoch %d, after %d of its steps", trainer.epoch + 1, trainer.batch)
+        self.written = time.perf_counter()
 
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return work_folder(self._output)
-
-    @property
-    def age(self) -> float:
-        """Seconds since it was written, or since the run was started or continued."""
-        return time.perf_counter() - self._written
-
-    def save(self, trainer: "Trainer") -> None:
-        """Write the trainer's state. Raises StorageError, TrainingError; the checkpoint before is then still there."""
-        if self._writes:
-            save_state(self._output, self._identity, trainer.state())
-            self.position = Position(trainer.epoch, trainer.batch)
-        self._written = time.perf_counter()
-
-
-def has_state(output: Path) -> bool:
-    """Whether there is a checkpoint."""
-    return (work_folder(output) / _STATE).is_file()
+    def save(self) -> None:
+        """Write the state. Raises StorageError, TrainingError; the checkpoint before is then still there."""
+        if self._trainer.job.processes.is_first:
+            save_state(self._trainer.job.output, self.identity, self._trainer.state())
+            self.position = self._trainer.position
+        self.written = time.perf_counter()
 
 
 def is_finished(output: Path) -> bool:
@@ -90,7 +76,7 @@ def check_unfinished(output: Path, *, resume: bool, force: bool) -> None:
         file, of somebody else.
     """
     folder = work_folder(output)
-    if has_state(output) and not (resume or force):
+    if (folder / _STATE).is_file() and not (resume or force):
         raise UsageError(
             f"{folder} holds an interrupted run; add --resume to continue it, or --force to discard it and start anew"
         )
@@ -102,14 +88,30 @@ def check_unfinished(output: Path, *, resume: bool, force: bool) -> None:
         raise StorageError(f"{folder}, where unfinished work would go, is in use for something else; choose another -o")
 
 
-def claim_work(output: Path, *, force: bool) -> None:
-    """Mark the work folder, which exists, as that of a fine-tuning; with ``force`` remove an earlier run's files first."""
-    if force:
-        _empty(output)
-    run = work_folder(output) / _RUN
-    if not run.is_file():
-        with publish_file(run) as file:
-            file.write(b"{}\n")
+@contextlib.contextmanager
+def hold_work(job: Job, *, force: bool) -> Iterator[None]:
+    """Hold the work folder, which the first process writes, marked as that of a fine-tuning; ``force``: emptied before.
+
+    At the end it is gone if it has nothing to keep. Raises StorageError: another run holds it, or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+        if job.processes.is_first:
+            stack.enter_context(locked(work_folder(job.output)))
+            stack.callback(_tidy, job.output)
+            if force:
+                remove_work(job.output)
+            if not (run := work_folder(job.output) / _RUN).is_file():
+                with publish_file(run) as file:
+                    file.write(b"{}\n")
+        job.processes.barrier()
+        yield
+
+
+def _tidy(output: Path) -> None:
+    """Remove the files of a run that ended before it had features or a checkpoint to keep."""
+    folder = work_folder(output)
+    if not any((folder / name).exists() for name in (_STATE, "features.h5", work_folder(folder / "features.h5"))):
+        remove_work(output)
 
 
 def open_work(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -126,7 +128,7 @@ def open_work(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         cannot be written.
     """
     folder = work_folder(output)
-    if not has_state(output):
+    if not (folder / _STATE).is_file():
         with publish_file(folder / _RUN) as file:
             file.write((json.dumps(identity, indent=2) + "\n").encode())
         return None
@@ -151,18 +153,7 @@ def save_state(output: Path, identity: dict[str, Any], state: dict[str, Any]) ->
 
 
 def remove_work(output: Path) -> None:
-    """Remove the files of a run whose model is saved. Files of somebody else stay."""
-    _empty(output)
-
-
-def tidy_work(output: Path) -> None:
-    """Remove the files of a run that ended before it had features or a checkpoint to keep."""
-    folder = work_folder(output)
-    if not any((folder / name).exists() for name in (_STATE, "features.h5", work_folder(folder / "features.h5"))):
-        _empty(output)
-
-
-def _empty(output: Path) -> None:
+    """Remove the files of a run: its model is saved, or nothing of it is worth keeping. Files of somebody else stay."""
     folder = work_folder(output)
     if not (folder / _RUN).is_file():
         return
@@ -177,12 +168,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     try:
         state = load_tensors(path)
         version, identity = state.pop("version"), state["identity"]
-    except (
-        DamagedFile,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # the last three: another file than a checkpoint
+    except (DamagedFile, KeyError, TypeError, AttributeError) as error:
+        # the last three: another file than a checkpoint
         reason = error if isinstance(error, DamagedFile) else type(error).__name__
         raise ModelError(f"{path} is damaged ({reason}); discard the interrupted run with --force") from error
     except OSError as error:

@@ -6,7 +6,7 @@ it trains, and, after training, a ``Head`` again. Everything here works on any a
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from featcache.heads.layers import linear_layers
 from featcache.images.preprocess import channel_constants, normalise
 
 _FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
+Net = TypeVar("Net", bound=nn.Module)
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _WITH_WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
@@ -46,6 +47,7 @@ class Network(nn.Module):
 
     Attributes:
         backbone: (N, 3, H, W) -> (N, D). head: (N, D) -> (N, C). mean, std: (1, 3, 1, 1), of the normalisation.
+        size: (H, W) of the pixels.
     """
 
     mean: torch.Tensor
@@ -54,7 +56,7 @@ class Network(nn.Module):
     def __init__(self, backbone: Backbone, head: nn.Sequential) -> None:
         super().__init__()
         self.backbone = copy.deepcopy(backbone.module).to(memory_format=torch.channels_last)
-        self.head = head
+        self.head, self.size = head, backbone.preprocess.crop
         mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -140,19 +142,18 @@ def check_parity(network_logits: Array, head_logits: Array, *, tolerance: float)
     return difference
 
 
-def interpolate(
-    start: dict[str, torch.Tensor], tuned: dict[str, torch.Tensor], alpha: float
-) -> dict[str, torch.Tensor]:
-    """(1 - alpha) start + alpha tuned, exactly ``start`` at 0 and ``tuned`` at 1; counters are those of ``tuned``.
+def interpolate(start: Net, tuned: Net, *, alpha: float) -> Net:
+    """(1 - alpha) start + alpha tuned, exactly ``start`` at 0 and ``tuned`` at 1; counters between are those of ``tuned``.
 
-    Weight-space interpolation of WiSE-FT (Wortsman et al. 2022).
+    Weight-space interpolation of WiSE-FT (Wortsman et al. 2022), on the CPU.
     """
-    if alpha in (0, 1):
-        return tuned if alpha else start
-    return {
-        name: start[name].lerp(tensor, alpha) if tensor.is_floating_point() else tensor
-        for name, tensor in tuned.items()
-    }
+    mixed = copy.deepcopy(tuned if alpha else start)
+    if 0 < alpha < 1:
+        weights = start.state_dict()
+        for name, tensor in tuned.state_dict().items():
+            weights[name] = weights[name].cpu().lerp(tensor.cpu(), alpha) if tensor.is_floating_point() else tensor
+        mixed.load_state_dict(weights)
+    return mixed
 
 
 # ------------------------------------------------------------------------------------------- what of it trains
@@ -253,8 +254,8 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
     return groups
 
 
-def count_parameters(network: nn.Module, recipe: Recipe) -> tuple[int, int]:
+def count_parameters(network: Network, recipe: Recipe) -> tuple[int, int]:
     """(all, those that the recipe ever trains)."""
     total = sum(parameter.numel() for parameter in network.parameters())
-    trainable = sum(p.numel() for group in parameter_groups(network, recipe) for p in group["params"])  # type: ignore[arg-type]
+    trainable = sum(p.numel() for group in parameter_groups(network, recipe) for p in group["params"])
     return total, trainable

@@ -1,34 +1,32 @@
 """Decoded images, kept: every image of a run is read and decoded once, whatever the number of epochs.
 
-In: an ``ImageList``. Out: ``LabelledPixels`` of one split: labels, and ``Pixels``, uint8 (H, W, 3) per image, in memory, or in
-a file when memory is short. The file is scratch: all bytes, a table as JSON, the table's length. It can always be made again,
-and several processes of one machine share it.
+In: an ``ImageList``. Out: ``Pixels`` of one split: labels, and a picture, uint8 (H, W, 3), per image, in memory, or in a file
+when memory is short. The file is scratch: all bytes, a table as JSON, the table's length. It can always be made again, and
+several processes of one machine share it.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
-import os
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from featcache.errors import SourceError
+from featcache.finetuning.recipes import Job
 from featcache.images.decode import decode, read_pixels
-from featcache.images.read import ReadImage, read_images
+from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.files import check_free_space, publish_file
 from featcache.system.memory import available_memory
-
-if TYPE_CHECKING:
-    from featcache.system.device import Runtime
-    from featcache.system.distributed import Processes
+from featcache.system.workdir import work_folder
 
 Picture = npt.NDArray[np.uint8]
 Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
@@ -41,30 +39,24 @@ log = logging.getLogger("featcache")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pixels:
-    """Decoded images.
+    """Decoded images of one list.
 
     Attributes:
-        kept: (n,) positions in the list of the images that could be decoded; image i below is image kept[i] of the list.
-        refused: position -> reason, of the others.
-        shapes: (n, 2) height and width. starts: (n + 1,) first byte of each image in ``flat``.
-        flat: all bytes in a row, in memory or in a file; a slice from one start to the next is an image.
-        digest: sha256 over the content of all files, in order, refused ones included.
+        kept: (n,) positions in the list of the images that could be decoded. refused: position -> reason, of the others.
+        pictures: n, uint8 (H, W, 3); views of a file, or the only copy in memory: do not write into them.
+        labels: (n,) int64, as the list numbers its classes. paths: n, relative to the source.
+        digest: sha256 (hex) over names, labels and the content of all files, in order, refused ones included.
     """
 
     kept: npt.NDArray[np.intp]
     refused: dict[int, str]
-    shapes: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    flat: Any
+    pictures: list[Picture]
+    labels: npt.NDArray[np.int64]
+    paths: tuple[str, ...]
     digest: str
 
     def __len__(self) -> int:
         return len(self.kept)
-
-    def __getitem__(self, index: int) -> Picture:
-        """uint8 (H, W, 3). It may be the stored array itself: do not write into it."""
-        height, width = self.shapes[index]
-        return np.asarray(self.flat[self.starts[index] : self.starts[index + 1]]).reshape(height, width, 3)
 
 
 def network_input(spec: PreprocessSpec) -> Convert:
@@ -87,20 +79,11 @@ def training_input(spec: PreprocessSpec) -> Convert:
     return shrink
 
 
-def fits_memory(size: int) -> bool:
-    """Whether ``size`` bytes of decoded images may be kept in this process's memory."""
-    return size < _SHARE_OF_MEMORY * available_memory()
-
-
 def decode_in_memory(images: ImageList, convert: Convert, *, workers: int = 1) -> Pixels:
     """Decode every image once, on ``workers`` threads, and keep them. ``convert``: a file's bytes -> uint8 (H, W, 3)."""
     pictures: list[Picture] = []
-    table = _Table()
-    for read in read_images(images, range(len(images)), convert, workers=workers):
-        table.add(read)
-        if read.value is not None:
-            pictures.append(read.value.reshape(-1))
-    return _to_pixels(table.to_json(), _FlatMemory(pictures, np.array(table.starts)))
+    table = _decode_each(images, convert, pictures.append, workers=workers)
+    return _to_pixels(images, table, pictures)
 
 
 def decode_into_file(images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1) -> None:
@@ -114,163 +97,89 @@ def decode_into_file(images: ImageList, convert: Convert, file: Path, *, typical
     """
     check_free_space(file.parent, len(images) * typical)
     file.unlink(missing_ok=True)
-    table = _Table()
+    shapes: list[tuple[int, ...]] = []
     with publish_file(file, needed=len(images) * typical) as target:
-        for read in read_images(images, range(len(images)), convert, workers=workers):
-            table.add(read)
-            if read.value is not None:
-                target.write(np.ascontiguousarray(read.value).data)
-        text = json.dumps(table.to_json()).encode()
+
+        def write(picture: Picture) -> None:
+            target.write(np.ascontiguousarray(picture).data)
+            shapes.append(picture.shape)
+
+        table = _decode_each(images, convert, write, workers=workers)
+        text = json.dumps(table | {"shapes": shapes}).encode()
         target.write(text + len(text).to_bytes(8, "little"))
 
 
-def open_pixels(file: Path) -> Pixels:
-    """What ``decode_into_file`` wrote, in this process or in another."""
-    with file.open("rb") as source:
-        end = source.seek(-8, os.SEEK_END)
-        length = int.from_bytes(source.read(), "little")
-        source.seek(end - length)
-        table = json.loads(source.read(length))
-    return _to_pixels(table, _FlatFile(file))
+def open_pixels(images: ImageList, file: Path) -> Pixels:
+    """What ``decode_into_file`` wrote of ``images``, in this process or in another."""
+    flat = np.asarray(np.memmap(file, np.uint8, "r"))
+    length = int.from_bytes(flat[-8:].tobytes(), "little")
+    table = json.loads(flat[-8 - length : -8].tobytes())
+    shapes = table.pop("shapes")
+    parts = np.split(flat, np.cumsum([math.prod(shape) for shape in shapes], dtype=np.intp))[:-1]  # the last: the table
+    return _to_pixels(images, table, [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
 
 
-class _Table:
-    """Where each picture lies, as they come."""
-
-    def __init__(self) -> None:
-        self.kept: list[int] = []
-        self.refused: dict[int, str] = {}
-        self.shapes: list[tuple[int, ...]] = []
-        self.starts = [0]
-        self.digest = hashlib.sha256()
-
-    def add(self, read: ReadImage[Picture]) -> None:
-        self.digest.update(read.digest or b"unreadable")
+def _decode_each(
+    images: ImageList, convert: Convert, keep: Callable[[Picture], None], *, workers: int
+) -> dict[str, Any]:
+    """Give every picture to ``keep``, in order. Returns, as JSON values, which were kept, which refused, and a digest."""
+    kept, refused, digest = [], [], hashlib.sha256()
+    for read in read_images(images, range(len(images)), convert, workers=workers):
+        digest.update(read.digest or b"unreadable")
         if read.value is None:
-            self.refused[read.position] = read.reason
-            return
-        self.kept.append(read.position)
-        self.shapes.append(read.value.shape[:2])
-        self.starts.append(self.starts[-1] + read.value.size)
-
-    def to_json(self) -> dict[str, Any]:
-        columns = {"kept": self.kept, "shapes": self.shapes, "starts": self.starts, "digest": self.digest.hexdigest()}
-        return columns | {"refused_at": list(self.refused), "reasons": list(self.refused.values())}
+            refused.append((read.position, read.reason))
+        else:
+            kept.append(read.position)
+            keep(read.value)
+    return {"kept": kept, "refused": refused, "digest": digest.hexdigest()}
 
 
-def _to_pixels(table: dict[str, Any], flat: Any) -> Pixels:
-    return Pixels(
-        kept=np.array(table["kept"], np.intp),
-        refused=dict(zip(table["refused_at"], table["reasons"], strict=True)),
-        shapes=np.array(table["shapes"], np.int64).reshape(-1, 2),
-        starts=np.array(table["starts"], np.int64),
-        flat=flat,
-        digest=table["digest"],
-    )
+def _to_pixels(images: ImageList, table: dict[str, Any], pictures: list[Picture]) -> Pixels:
+    kept = np.array(table["kept"], np.intp)
+    labels, paths = images.labels[kept].astype(np.int64), tuple(images.paths[position] for position in kept)
+    text = "\n".join([*paths, table["digest"], *map(str, labels)])
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return Pixels(kept, dict(table["refused"]), pictures, labels, paths, digest)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _FlatMemory:
-    """Pictures that lie one by one in memory, addressed as if in a row: no second copy is ever made."""
-
-    pictures: list[Picture]
-    starts: npt.NDArray[np.int64]
-
-    def __getitem__(self, span: slice) -> Picture:
-        return self.pictures[int(np.searchsorted(self.starts, span.start))]
-
-
-class _FlatFile:
-    """The bytes of a scratch file, copied out of a memory map."""
-
-    def __init__(self, path: Path) -> None:
-        self._flat = np.memmap(path, np.uint8, "r")
-
-    def __getitem__(self, span: slice) -> Picture:
-        return np.array(self._flat[span])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LabelledPixels:
-    """Decoded images of one split.
-
-    Attributes:
-        pixels: n images. labels: (n,) int64, as the model numbers its classes. paths: n, relative to the source.
-    """
-
-    pixels: Pixels
-    labels: npt.NDArray[np.int64]
-    paths: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) over names, labels and content."""
-        text = "\n".join([*self.paths, self.pixels.digest, *map(str, self.labels)])
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def decode_split(
-    images: ImageList,
-    split: str,
-    classes: tuple[str, ...],
-    preprocess: PreprocessSpec,
-    *,
-    folder: Path,
-    runtime: "Runtime",
-    processes: "Processes",
-) -> LabelledPixels:
+def decode_split(job: Job, split: str, *, classes: tuple[str, ...], preprocess: PreprocessSpec) -> Pixels:
     """Decode the images of a split once: train with room for random crops, the others exactly as in prediction.
 
     Args:
         classes: as the model numbers them; images of others are left out, with a warning.
-        folder: for the scratch file, if memory is short or several processes share it.
 
     Raises:
         SourceError: nothing left to train on or to choose by. StorageError: too little space.
     """
     number = {name: position for position, name in enumerate(classes)}
-    to_model = np.array([number.get(name, -1) for name in images.classes], np.int64)
-    rows = np.flatnonzero(images.splits == SPLITS.index(split))
-    known = to_model[images.labels[rows]] >= 0
-    if not known.all():
-        log.warning("%d %s images are of classes that the model does not know: left out", int((~known).sum()), split)
-    images = images.take(rows[known])
-    pixels = _decode(images, split, preprocess, folder, runtime, processes)
-    _name_refused(pixels.refused, images, split)
-    labels = to_model[images.labels[pixels.kept]]
-    if not len(labels) and split != "test":
-        raise SourceError(f"not one {split} image of {images.root} could be decoded")
-    if split == "train" and len(np.unique(labels)) < 2:
-        raise SourceError(f"the training images of {images.root} that could be decoded are all of one class")
-    return LabelledPixels(pixels, labels, tuple(images.paths[position] for position in pixels.kept))
-
-
-def _name_refused(refused: dict[int, str], images: ImageList, split: str) -> None:
-    for position, reason in list(refused.items())[:_NAMED]:
+    to_model = np.array([number.get(name, -1) for name in job.images.classes], np.int32)
+    images = job.images.take(np.flatnonzero(job.images.splits == SPLITS.index(split)))
+    images = dataclasses.replace(images, labels=to_model[images.labels], classes=classes)
+    if unknown := int((images.labels < 0).sum()):
+        log.warning("%d %s images are of classes that the model does not know: left out", unknown, split)
+    images = images.take(np.flatnonzero(images.labels >= 0))
+    pixels = _decode(job, images, split=split, preprocess=preprocess)
+    for position, reason in list(pixels.refused.items())[:_NAMED]:
         log.warning("%s is left out: %s", images.paths[position], reason)
-    if len(refused) > _NAMED:
-        log.warning("and %d more %s images are left out", len(refused) - _NAMED, split)
+    if len(pixels.refused) > _NAMED:
+        log.warning("and %d more %s images are left out", len(pixels.refused) - _NAMED, split)
+    if not len(pixels) and split != "test":
+        raise SourceError(f"not one {split} image of {images.root} could be decoded")
+    if split == "train" and len(np.unique(pixels.labels)) < 2:
+        raise SourceError(f"the training images of {images.root} that could be decoded are all of one class")
+    return pixels
 
 
-def _decode(
-    images: ImageList,
-    split: str,
-    preprocess: PreprocessSpec,
-    folder: Path,
-    runtime: "Runtime",
-    processes: "Processes",
-) -> Pixels:
+def _decode(job: Job, images: ImageList, *, split: str, preprocess: PreprocessSpec) -> Pixels:
     """In memory if they fit; else, or with several processes, in a file that one process per machine writes."""
     convert = training_input(preprocess) if split == "train" else network_input(preprocess)
     typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
-    if processes.world == 1 and fits_memory(len(images) * typical):
-        return decode_in_memory(images, convert, workers=runtime.workers)
-    file = folder / f"{split}-{processes.node}.pixels"
+    processes, workers = job.processes, job.runtime.workers
+    if processes.world == 1 and len(images) * typical < _SHARE_OF_MEMORY * available_memory():
+        return decode_in_memory(images, convert, workers=workers)
+    file = work_folder(job.output) / f"{split}-{processes.node}.pixels"
     if processes.local_rank == 0:
         log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
-        decode_into_file(images, convert, file, typical=typical, workers=runtime.workers)
+        decode_into_file(images, convert, file, typical=typical, workers=workers)
     processes.barrier()
-    return open_pixels(file)
+    return open_pixels(images, file)

@@ -1,24 +1,45 @@
 """How to fine-tune, as data: optimizer, schedule, head, what is unfrozen, augmentation. Nothing here runs.
 
 In: a name, the user's changes, the number of training images. Out: a frozen ``Recipe`` with every value settled. Recipe, images,
-start, seed and precision decide the numbers of a run; the recipe is stored with the model.
+start, seed and precision decide the numbers of a run, the ``Job``; the recipe is stored with the model.
 """
 
 import dataclasses
 import difflib
-from typing import Any, Literal
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from featcache.errors import UsageError
+from featcache.images.source import ImageList
+
+if TYPE_CHECKING:
+    from featcache.system.device import Runtime
+    from featcache.system.distributed import Processes
 
 Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see augment.py
-Unfreeze = Literal["head", "last-stage", "all", "gradual"]
 _MOST = 1e6
-_CHOICES = {
-    "unfreeze": ("head", "last-stage", "all", "gradual"),
-    "batchnorm": ("frozen", "train"),
-    "optimizer": ("adamw", "adam", "sgd"),
-    "schedule": ("cosine", "step", "constant"),
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        images: labelled, each in train, val or test. output: the model folder to be written.
+        recipe: its name. changes: fields of ``Recipe`` to override. seed: of everything random.
+        precision: fp32, bf16 or fp16, of training.
+        runtime: what to compute with. processes: who computes along.
+    """
+
+    images: ImageList
+    output: Path
+    recipe: str
+    changes: dict[str, Any]
+    seed: int
+    precision: str
+    runtime: "Runtime"
+    processes: "Processes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +73,7 @@ class Recipe:
     about: str
     hidden: tuple[int, ...] | None = None
     dropout: tuple[float, ...] = ()
-    unfreeze: Unfreeze = "all"
+    unfreeze: Literal["head", "last-stage", "all", "gradual"] = "all"
     batchnorm: Literal["frozen", "train"] = "frozen"
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 1e-3
@@ -75,9 +96,10 @@ class Recipe:
     interpolate: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in allowed:
+                raise UsageError(f"unknown {field.name} {value!r}; choose one of {', '.join(allowed)}")
         shares = {"momentum": self.momentum, "ema": self.ema, "label_smoothing": self.label_smoothing}
         shares |= {"warmup": self.warmup, **{f"dropout {k + 1}": value for k, value in enumerate(self.dropout)}}
         for name, value in shares.items():
@@ -94,12 +116,9 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of everything that changes the numbers (all but ``about``)."""
-        values = {k: _as_json(v) for k, v in vars(self).items() if k != "about"}
-        return dict(values)
-
-
-def _as_json(value: Any) -> Any:
-    return [_as_json(entry) for entry in value] if isinstance(value, tuple) else value
+        values: dict[str, Any] = json.loads(json.dumps(vars(self)))  # tuples become lists
+        del values["about"]
+        return values
 
 
 _CROP, _FLIP = ("resized_crop", 0.08, 1.0, 1.0), ("flip", 0.5)

@@ -6,33 +6,25 @@ features are extracted and whose head is fit here.
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache.cache.cache import CACHE_SUFFIXES, FeatureCache, weights_copy
-from featcache.cache.format import encode_names, find
 from featcache.errors import SourceError
+from featcache.extraction.extract import extract
 from featcache.extraction.request import ExtractRequest
-from featcache.finetuning.job import Job
-from featcache.finetuning.pixels import LabelledPixels
+from featcache.finetuning.recipes import Job
 from featcache.images.source import ImageList, list_images
 from featcache.images.splits import hold_out, usable
+from featcache.models.fit import fit_head
 from featcache.models.model import Model, load_model
 from featcache.spec import SPLITS
 from featcache.system.files import sync_folder
 from featcache.system.workdir import work_folder
 
-if TYPE_CHECKING:
-    from featcache.backbones.backbone import Backbone
-    from featcache.system.device import Runtime
-
 log = logging.getLogger("featcache")
 _CACHE = "features.h5"
-_COMPARED = 64  # images of the parity check, where they must be embedded for it
-_TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
-_TOLERANCE_REDUCED = 0.1  # where the cache was computed in half precision
 _TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
 
 
@@ -75,7 +67,7 @@ def _check_splits(images: ImageList, source: Path) -> None:
 
 
 def prepare_start(
-    job: Job, init: str | Path | None, request: ExtractRequest | None, *, held_out: bool
+    job: Job, init: str | Path | None, *, request: ExtractRequest | None, held_out: bool
 ) -> tuple[Model, FeatureCache | None]:
     """The model to start from, and the cache it was fit on if that happened here.
 
@@ -95,26 +87,19 @@ def prepare_start(
         log.info(
             "%s was trained on images that are now held out for validation: its head is fit again without them", init
         )
-        settings |= _settings_of(model)
+        told = model.manifest["training"]  # what ``fit_head`` was told when it made the model
+        settings |= {"clf": model.head.kind, "C": told.get("C"), "class_weight": told.get("class_weight", "none")}
         request = ExtractRequest(backbone=str(init))
     cache, head = work_folder(job.output) / _CACHE, work_folder(job.output) / "head"
     if job.processes.is_first:
         _extract(job, cache, request or ExtractRequest())
-        _fit(cache, head, settings, rarest=_rarest(job.images))
+        _fit(job, cache, head=head, settings=settings)
     job.processes.barrier()
     return load_model(head), FeatureCache.open(cache)
 
 
-def _settings_of(model: Model) -> dict[str, Any]:
-    """What ``fit_head`` was told when it made ``model``."""
-    training = model.manifest["training"]
-    return {"clf": model.head.kind, "C": training.get("C"), "class_weight": training.get("class_weight", "none")}
-
-
 def _extract(job: Job, cache: Path, request: ExtractRequest) -> None:
     """Features of the job's images, taken over from caches beside the output where they have them."""
-    from featcache.extraction.extract import extract
-
     neighbours = job.output.absolute().parent.iterdir()
     beside = sorted(path for path in neighbours if path.suffix.lower() in CACHE_SUFFIXES)
     runtime = job.runtime
@@ -122,11 +107,10 @@ def _extract(job: Job, cache: Path, request: ExtractRequest) -> None:
     log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)
 
 
-def _fit(cache: Path, head: Path, settings: dict[str, Any], *, rarest: int) -> None:
-    """The head. ``rarest``: training images of the smallest class."""
-    from featcache.models.fit import fit_head
-
-    if rarest < 2:
+def _fit(job: Job, cache: Path, *, head: Path, settings: dict[str, Any]) -> None:
+    """The head."""
+    counts = np.bincount(job.images.labels[job.images.splits == _TRAIN])
+    if counts[counts > 0].min() < 2:
         settings = settings | {"folds": 0}  # nothing to cross-validate with
         if settings.get("clf", "logreg") == "logreg":
             settings |= {"C": settings.get("C") or 1.0}
@@ -137,12 +121,6 @@ def _fit(cache: Path, head: Path, settings: dict[str, Any], *, rarest: int) -> N
         fitted.clf,
         ", ".join(f"{name} accuracy {value:.2%}" for name, value in scores.items() if value is not None),
     )
-
-
-def _rarest(images: ImageList) -> int:
-    """Training images of the class that has the fewest, of those that have any."""
-    counts = np.bincount(images.labels[images.splits == _TRAIN])
-    return int(counts[counts > 0].min())
 
 
 def keep_cache(output: Path) -> None:
@@ -164,29 +142,3 @@ def _check_classes(images: ImageList, model: Model) -> None:
             f"the images are of {', '.join(unknown[:5])}, which the model {model.path} does not know (it knows "
             f"{', '.join(model.classes[:10])}); fit a head on these images first, or leave --init out"
         )
-
-
-def reference_features(
-    val: LabelledPixels, start: Model, cache: FeatureCache | None, backbone: "Backbone", runtime: "Runtime"
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[Any], float]:
-    """What to compare the assembled network with: cached features, or some embedded now as ``predict`` embeds them.
-
-    Returns:
-        (n,) images of ``val``, their (n, D) features, and the tolerance that their precision asks for.
-
-    Raises:
-        SourceError: not one image of ``val`` is in the cache.
-    """
-    from featcache.backbones.encoder import build_encoder
-
-    if cache is None:
-        images = np.arange(min(_COMPARED, len(val)))
-        pixels = np.stack([val.pixels[index] for index in images.tolist()])
-        encoder, _ = build_encoder(backbone, runtime, pixels, precision="fp32")
-        return images, encoder(pixels).astype(start.spec.storage), _TOLERANCE
-    rows = find(cache.rows.paths, encode_names(val.paths))
-    images = np.flatnonzero(rows >= 0)
-    if not len(images):
-        raise SourceError(f"not one val image is in {cache.path}, so that nothing can be compared with it")
-    exact = cache.provenance.precision == "fp32"
-    return images, cache.take(rows[images]), _TOLERANCE if exact else _TOLERANCE_REDUCED

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,29 +23,14 @@ from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment
 from featcache.finetuning.network import Network, parameter_groups, training_mode, unfreeze
 from featcache.finetuning.pixels import Pixels
-from featcache.finetuning.recipes import Recipe
-from featcache.heads.head import Array
-from featcache.system.device import Runtime, has_bf16_arithmetic, one_core_each
-from featcache.system.distributed import Processes
+from featcache.finetuning.recipes import Job, Recipe
+from featcache.heads.head import Array, Indices
+from featcache.system.device import has_bf16_arithmetic, one_core_each
 
 log = logging.getLogger("featcache")
-Indices = npt.NDArray[np.intp]
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]  # pixels, labels, weights, images of all processes
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DIVERGED = 3.0  # times the larger of the first epoch's and a coin toss's loss
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainingImages:
-    """What there is to train on.
-
-    Attributes:
-        pixels: n decoded images. labels: (n,) class indices.
-        size: (height, width) of the network's input.
-    """
-
-    pixels: Pixels
-    labels: npt.NDArray[np.int64]
-    size: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,34 +55,16 @@ class Stopped(Exception):  # noqa: N818 - a state of the run, not an error
 class Trainer:
     """Trains a network by a recipe, one epoch per call."""
 
-    def __init__(
-        self,
-        network: Network,
-        data: TrainingImages,
-        recipe: Recipe,
-        *,
-        seed: int,
-        precision: str,
-        micro_batch: int,
-        runtime: Runtime,
-        processes: Processes,
-    ) -> None:
-        """Prepare training.
-
-        Args:
-            network: on ``runtime.device``; trained in place.
-            data: the images. recipe: settled. seed: of everything random.
-            precision: fp32, bf16 or fp16 (autocast).
-            micro_batch: most images per forward pass; gradients add up over a batch.
-            runtime: device and worker threads. processes: who trains along.
-        """
-        self.network, self.data, self.recipe, self.seed = network, data, recipe, seed
-        self.runtime, self.processes, self.micro_batch = runtime, processes, micro_batch
-        self._dtype = _TYPES[precision]
-        self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=precision == "fp16")
+    def __init__(self, network: Network, data: Pixels, *, recipe: Recipe, job: Job) -> None:
+        """``network``: on the job's device, trained in place. ``data``: to train on. ``recipe``: the job's, settled."""
+        self.network, self.data, self.recipe, self.job = network, data, recipe, job
+        self.device, self.processes = job.runtime.device, job.processes
+        self.micro_batch = job.runtime.batch_size  # most images per forward pass; gradients add up over a batch
+        self._dtype = _TYPES[job.precision]
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=job.precision == "fp16")
         self.optimizer = make_optimizer(network, recipe)
         self._average = AveragedModel(network, multi_avg_fn=_moving_average(recipe.ema)) if recipe.ema else None
-        if recipe.batchnorm == "train" and len(data.labels) // self.steps_per_epoch < 2:
+        if recipe.batchnorm == "train" and len(data) // self.steps_per_epoch < 2:
             raise UsageError("batch norms that train need at least two images per step; use a larger --batch-size")
         self.epoch, self.batch = 0, 0  # the next batch to train on
         self._sums = np.zeros(3)  # loss, hits and images of this epoch, up to the step before the last
@@ -119,7 +85,12 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps."""
-        return -(-len(self.data.labels) // self.step_size)
+        return -(-len(self.data) // self.step_size)
+
+    @property
+    def position(self) -> str:
+        """How far training has come, in words."""
+        return f"after {self.epoch} epochs" + (f" and {self.batch} steps" if self.batch else "")
 
     def run_epoch(
         self, *, on_step: OnStep | None = None, stop: Callable[[], bool] = lambda: False
@@ -135,14 +106,14 @@ class Trainer:
         """
         unfreeze(self.network, self.recipe, epoch=self.epoch)
         training_mode(self.network, self.recipe)
-        wrapped = self.processes.wrap(self.network, self.runtime.device)
+        wrapped = self.processes.wrap(self.network, self.device)
         with contextlib.closing(self._batches()) as batches:
-            for pixels, labels, weights, size in batches:
+            for batch in batches:
                 if stop():
                     self._settle()
                     self._share_sums()
                     raise Stopped
-                sums = self._step(wrapped, pixels, labels, weights, size)
+                sums = self._step(wrapped, batch)
                 self._settle()
                 self._pending = sums  # looked at one step later: a GPU never waits for the question how it went
                 self.batch += 1
@@ -150,21 +121,21 @@ class Trainer:
                     on_step(self._status())
         self._settle()
         self._share_sums()
-        loss, hits, images = self._sums if self.processes.world == 1 else self.processes.all_gather(self._sums)[0]
+        loss, hits, images = self.processes.broadcast(self._sums)
         self._check_divergence(loss / images)
         self.epoch, self.batch, self._sums = self.epoch + 1, 0, np.zeros(3)
         return float(loss / images), float(hits / images)
 
-    def _batches(self) -> Generator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
-        """(pixels, labels, weights, images of all processes) of the epoch's remaining steps, prepared ahead."""
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.data.labels))
+    def _batches(self) -> Generator[Batch]:
+        """Those of the epoch's remaining steps, prepared ahead."""
+        order = np.random.default_rng([self.job.seed, self.epoch]).permutation(len(self.data))
         steps = np.array_split(order, self.steps_per_epoch)[self.batch :]
-        threads = 1 if self.runtime.device.type == "cpu" else self.runtime.workers
+        threads = 1 if self.device.type == "cpu" else self.job.runtime.workers
         pool = ThreadPoolExecutor(threads, "featcache-augment")
         ahead: deque[Future[Any]] = deque()
         try:
             for step in steps:
-                ahead.append(pool.submit(self._prepare, step, self.epoch))
+                ahead.append(pool.submit(self._prepare, step))
                 if len(ahead) > threads + 1:
                     yield ahead.popleft().result()
             while ahead:
@@ -172,38 +143,35 @@ class Trainer:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, step: Indices, epoch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def _prepare(self, step: Indices) -> Batch:
         mine = step[self.processes.rank :: self.processes.world]
         weights = np.ones(len(mine), np.float32)
         if not len(mine):  # fewer images than processes: take part in the backward pass, without weight
             mine, weights = step[:1], np.zeros(1, np.float32)
-        device = self.runtime.device
         pictures = [
             augment(
-                torch.from_numpy(np.ascontiguousarray(self.data.pixels[index])).to(device),
+                torch.from_numpy(np.require(self.data.pictures[index], requirements=["C", "W"])).to(self.device),
                 self.recipe.augmentation,
-                size=self.data.size,
-                seed=(self.seed, epoch, int(self.data.pixels.kept[index])),
+                size=self.network.size,
+                seed=(self.job.seed, self.epoch, int(self.data.kept[index])),
             )
             for index in mine
         ]
-        labels = torch.from_numpy(self.data.labels[mine]).to(device)
-        return torch.stack(pictures), labels, torch.from_numpy(weights).to(device), len(step)
+        labels = torch.from_numpy(self.data.labels[mine]).to(self.device)
+        return torch.stack(pictures), labels, torch.from_numpy(weights).to(self.device), len(step)
 
-    def _step(
-        self, wrapped: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, size: int
-    ) -> torch.Tensor:
+    def _step(self, wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         """One optimizer step. Returns (loss, hits, images) summed over this process's images, on the device."""
         number = self.epoch * self.steps_per_epoch + self.batch
         set_learning_rates(self.optimizer, self.recipe, number, self.steps_per_epoch)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            torch.manual_seed(hash((self.seed, number, self.processes.rank)) % 2**63)  # dropout, drop path
+            torch.manual_seed(hash((self.job.seed, number, self.processes.rank)) % 2**63)  # dropout, drop path
             try:
-                sums = self._accumulate(wrapped, pixels, labels, weights, size)
+                sums = self._accumulate(wrapped, batch)
                 break
             except torch.OutOfMemoryError as error:
-                self._halve_micro_batch(len(pixels), error)
+                self._halve_micro_batch(len(batch[0]), error)
         if self.recipe.clip_norm:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -214,17 +182,16 @@ class Trainer:
             self._average.update_parameters(self.network)
         return sums
 
-    def _accumulate(
-        self, wrapped: nn.Module, pixels: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, size: int
-    ) -> torch.Tensor:
-        """Gradients of the mean loss over the ``size`` images of all processes, one micro-batch after the other."""
+    def _accumulate(self, wrapped: nn.Module, batch: Batch) -> torch.Tensor:
+        """Gradients of the mean loss over the images of all processes, one micro-batch after the other."""
+        pixels, labels, weights, size = batch
         sums = torch.zeros(3, device=pixels.device)
         micro = len(pixels) if self.recipe.batchnorm == "train" else self.micro_batch
         for start in range(0, len(pixels), micro):
             part = slice(start, start + micro)
             last = start + micro >= len(pixels)
             with self.processes.no_sync(wrapped, unless=last):
-                with self._autocast():
+                with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
                     logits = wrapped(pixels[part])
                 smoothing = self.recipe.label_smoothing
                 losses = functional.cross_entropy(
@@ -236,11 +203,6 @@ class Trainer:
             sums += torch.stack((loss.detach(), hits, weights[part].sum()))
         return sums
 
-    def _autocast(self) -> Any:
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.runtime.device.type, self._dtype)
-
     def _halve_micro_batch(self, images: int, error: Exception) -> None:
         micro = min(self.micro_batch, images)
         whole = self.recipe.batchnorm == "train"
@@ -249,10 +211,10 @@ class Trainer:
             if whole:
                 why, what = "; batch norms that train need whole batches", "--batch-size"
             raise UsageError(
-                f"{micro} images at once do not fit into {self.runtime.device}'s memory{why}: use a smaller {what}"
+                f"{micro} images at once do not fit into {self.device}'s memory{why}: use a smaller {what}"
             ) from error
         self.micro_batch = micro // 2
-        if self.runtime.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
         log.warning(
             "out of memory with %d images at once: going on with %d, adding up gradients to the same batch",
@@ -290,21 +252,13 @@ class Trainer:
 
     def _share_sums(self) -> None:
         """Add all processes' sums on the first one, whose state is saved."""
-        if self.processes.world > 1:
-            everybody = np.sum(self.processes.all_gather(self._sums), axis=0)
-            self._sums = everybody if self.processes.is_first else np.zeros(3)
+        everybody = np.sum(self.processes.all_gather(self._sums), axis=0)
+        self._sums = everybody if self.processes.is_first else np.zeros(3)
 
     def _status(self) -> Status:
         loss, hits, images = self._sums
-        done = min(self.batch * self.step_size, len(self.data.labels))
-        return Status(
-            self.epoch + 1,
-            self.recipe.epochs or 1,
-            done,
-            len(self.data.labels),
-            loss / max(images, 1),
-            hits / max(images, 1),
-        )
+        done, seen = min(self.batch * self.step_size, len(self.data)), max(images, 1)
+        return Status(self.epoch + 1, self.recipe.epochs or 1, done, len(self.data), loss / seen, hits / seen)
 
     # ---------------------------------------------------------------------------------------------------- state
 
@@ -376,31 +330,29 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: i
         group["lr"] = group["peak_lr"] * factor
 
 
-def compute_logits(
-    network: Network, pixels: Pixels, *, runtime: Runtime, processes: Processes, batch_size: int
-) -> Array:
+def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
     """(n, C) float32 logits of all images, each process computing its share; float32 whatever training used."""
     network.eval()
+    runtime, processes, batch_size = job.runtime, job.processes, job.runtime.batch_size
     mine = range(processes.rank, len(pixels), processes.world)
 
     def compute(start: int) -> Array:
-        batch = np.stack([pixels[index] for index in mine[start : start + batch_size]])
+        batch = np.stack([pixels.pictures[index] for index in mine[start : start + batch_size]])
         with torch.inference_mode():  # per thread
             logits: Array = network(torch.from_numpy(batch).to(runtime.device)).float().cpu().numpy()
         return logits
 
-    starts = range(0, len(mine), batch_size)
     if runtime.device.type == "cpu":
         with one_core_each(runtime.workers, "featcache-evaluate") as pool:
-            parts = list(pool.map(compute, starts))
+            parts = list(pool.map(compute, range(0, len(mine), batch_size)))
     else:
         try:
-            parts = [compute(start) for start in starts]
+            parts = [compute(start) for start in range(0, len(mine), batch_size)]
         except torch.OutOfMemoryError:
             if batch_size == 1 or processes.world > 1:
                 raise
-            half = batch_size // 2
-            return compute_logits(network, pixels, runtime=runtime, processes=processes, batch_size=half)
+            smaller = dataclasses.replace(runtime, batch_size=batch_size // 2)
+            return compute_logits(network, pixels, job=dataclasses.replace(job, runtime=smaller))
     shares = processes.all_gather(np.concatenate(parts) if parts else None)
     width = next(share.shape[1] for share in shares if share is not None)
     logits = np.empty((len(pixels), width), np.float32)

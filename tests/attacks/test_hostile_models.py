@@ -29,7 +29,7 @@ from featcache.cache.format import Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
 from featcache.finetuning import checkpoint
-from featcache.finetuning.save import read_report
+from featcache.finetuning.result import read_report
 from featcache.models.model import check_replaceable, load_model
 from featcache.reports.info import describe
 from featcache.spec import fingerprint_of

@@ -1,5 +1,7 @@
 """finetune from end to end: starts as the cached head, never ends below it, survives interruptions, refuses nonsense."""
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -13,32 +15,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, make_photos, write_photo
 from safetensors.numpy import load_file
 
 import featcache
+from featcache import errors
 from featcache.cache.cache import FeatureCache
-from featcache.errors import (
-    FeatcacheError,
-    Interrupted,
-    ModelError,
-    SourceError,
-    StorageError,
-    TrainingError,
-    UsageError,
-)
 from featcache.extraction.extract import extract
 from featcache.finetuning import finetune as finetuning
 from featcache.finetuning.finetune import finetune
-from featcache.finetuning.save import FinetuneReport, read_report
+from featcache.finetuning.network import assemble
+from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.trainer import Status, Trainer
+from featcache.images import read as reading
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import evaluate, predict
 from featcache.system.workdir import work_folder
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": 1e-4, "backbone_lr": 1e-5}
+FLAGS = ["--lr", "1e-4", "--backbone-lr", "1e-5", "--precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +49,53 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tune(made: Path, output: Path | str, *, photos: Path | None = None, **options: Any) -> FinetuneReport:
-    """Quickly, from the head m unless an option says otherwise; in float32, whatever the CPU would take."""
-    start = {} if "request" in options else {"init": made / "m"}
-    return finetune(photos or made / "photos", output, **start | {"changes": QUICK, "precision": "fp32"} | options)
+class Tuner:
+    """Fine-tunes ``made``'s photos into the folder ``ft``, quickly, in float32, whatever the CPU would take."""
+
+    def __init__(self, made: Path, ft: Path, log: Any = None) -> None:
+        self.made, self.ft, self.log = made, ft, log
+
+    def __call__(self, **options: Any) -> FinetuneReport:
+        """Start from the head m, unless an option says otherwise."""
+        usual = {"source": self.made / "photos", "output": self.ft, "changes": QUICK, "precision": "fp32"}
+        if "request" not in options:
+            usual["init"] = self.made / "m"
+        return finetune(**usual | options)
+
+    def interrupt(self, *, step: int, number: int = signal.SIGTERM, **options: Any) -> errors.Interrupted:
+        """Stop a run by a signal after so many of its steps."""
+        steps = itertools.count(1)
+
+        def progress(status: Status) -> None:
+            if next(steps) == step:
+                os.kill(os.getpid(), number)
+
+        with pytest.raises(errors.Interrupted, match=r"ft\.parts") as stopped:
+            self(progress=progress, **options)
+        return stopped.value
+
+
+@pytest.fixture
+def tune(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Tuner:
+    caplog.set_level("INFO")
+    return Tuner(made, tmp_path / "ft", caplog)
+
+
+@pytest.fixture
+def photos(made: Path, tmp_path: Path) -> Path:
+    """A copy of made's, to be changed."""
+    return shutil.copytree(made / "photos", tmp_path / "photos")
 
 
 def tensors(model: Path) -> dict[str, np.ndarray]:
     return {**load_file(model / "backbone.safetensors"), **load_file(model / "head.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(made: Path) -> Path:
+    """The model of a quick run that nothing disturbs. There is nothing to resume, and so it starts."""
+    Tuner(made, made / "whole")(resume=True)
+    return made / "whole"
 
 
 def assert_same_model(one: Path, two: Path) -> None:
@@ -71,69 +106,60 @@ def assert_same_model(one: Path, two: Path) -> None:
     assert (one / "history.csv").read_text() == (two / "history.csv").read_text()
 
 
-def test_the_result_is_a_model_like_any_other(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, bf16_arithmetic: bool
-) -> None:
-    caplog.set_level("INFO")
-    report = tune(made, tmp_path / "ft")
-    said = caplog.text
-    assert "parity: the assembled network gives the cached head's logits on 16 images" in said
-    assert "LP-FT" in said
-    model = load_model(tmp_path / "ft")
+def test_the_result_is_a_model_like_any_other(tune: Tuner, made: Path, tmp_path: Path, bf16_arithmetic: bool) -> None:
+    report = tune()
+    assert "parity: the assembled network gives the cached head's logits on 16 images" in tune.log.text
+    assert "LP-FT" in tune.log.text
+    model = load_model(tune.ft)
     assert model.classes == load_model(made / "m").classes
     assert (report.epochs, report.recipe) == (2, "default")
     assert report.parameters == report.trainable_parameters > 700_000
-    assert (
-        report.val_accuracy >= report.head_val_accuracy == evaluate(made / "m", made / "f.h5", split="val")["accuracy"]
-    )
+    frozen = evaluate(made / "m", made / "f.h5", split="val")["accuracy"]
+    assert report.val_accuracy >= report.head_val_accuracy == frozen
     scores = {split: evaluate(model, made / "photos", split=split) for split in ("val", "test")}
     assert report.val_accuracy == scores["val"]["accuracy"]
     assert report.test_accuracy == scores["test"]["accuracy"]
-    metrics = json.loads((tmp_path / "ft" / "metrics.json").read_text())
-    assert metrics["test"]["log_loss"] == pytest.approx(
-        scores["test"]["log_loss"],
-        rel=0.05 if bf16_arithmetic else 0.01,  # predict may take bf16
-    )
+    metrics = json.loads((tune.ft / "metrics.json").read_text())
+    rounding = 0.05 if bf16_arithmetic else 0.01  # predict may take bf16
+    assert metrics["test"]["log_loss"] == pytest.approx(scores["test"]["log_loss"], rel=rounding)
     assert metrics["comparison"]["test"]["p_value"] == report.p_value
-    assert read_report(tmp_path / "ft") == report
+    assert read_report(tune.ft) == report
     for name in ("val_accuracy", "head_val_accuracy", "test_accuracy", "head_test_accuracy"):
         assert metrics[name] == metrics["report"][name]
     assert [row["epoch"] for row in metrics["history"]] == [1, 2]
-    assert len((tmp_path / "ft" / "history.csv").read_text().splitlines()) == 3
+    assert len((tune.ft / "history.csv").read_text().splitlines()) == 3
     assert not list(tmp_path.rglob("*.png"))  # pictures are drawn by the command, beside the model
-    assert not work_folder(tmp_path / "ft").exists()
-    labels = [prediction.probabilities.argmax() for prediction in predict(model, [made / "photos" / "val" / "blue"])]  # type: ignore[union-attr]
-    assert len(labels) == 5
+    assert not work_folder(tune.ft).exists()
+    assert [row.reason for row in predict(model, [made / "photos" / "val" / "blue"])] == [""] * 5
 
 
-def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(made: Path, tmp_path: Path) -> None:
-    tune(made, tmp_path / "ft", recipe="flowers")
-    with pytest.raises(FeatcacheError, match="weights_sha256"):
-        list(predict(tmp_path / "ft", [made / "f.h5"]))
-    report = extract(made / "photos", tmp_path / "new.h5", featcache.ExtractRequest(backbone=str(tmp_path / "ft")))
+def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(tune: Tuner, made: Path, tmp_path: Path) -> None:
+    tune(recipe="flowers")
+    with pytest.raises(errors.FeatcacheError, match="weights_sha256"):
+        list(predict(tune.ft, [made / "f.h5"]))
+    report = extract(made / "photos", tmp_path / "new.h5", featcache.ExtractRequest(backbone=str(tune.ft)))
     assert report.embedded == 48
-    from_cache = list(predict(tmp_path / "ft", [tmp_path / "new.h5"]))
-    from_images = list(predict(tmp_path / "ft", [made / "photos"]))
+    from_cache = list(predict(tune.ft, [tmp_path / "new.h5"]))
+    from_images = list(predict(tune.ft, [made / "photos"]))
     for one, other in zip(from_cache, from_images, strict=True):
         np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-5)
 
 
 def test_without_init_it_extracts_and_fits_first_and_reuses_what_lies_beside(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tune: Tuner, made: Path, tmp_path: Path
 ) -> None:
-    caplog.set_level("INFO")
     for file in made.glob("f.h5*"):
         shutil.copy(file, tmp_path / file.name.replace(".h5", ".hdf5", 1))
-    tune(made, tmp_path / "ft", request=TINY)
-    assert "embedded 0, reused 48" in caplog.text
-    assert "on 16 images" in caplog.text  # parity, on cached rows
+    tune(request=TINY)
+    assert "embedded 0, reused 48" in tune.log.text
+    assert "on 16 images" in tune.log.text  # parity, on cached rows
     assert len(FeatureCache.open(tmp_path / "ft.features.h5")) == 48
 
 
-def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(made: Path, tmp_path: Path) -> None:
-    report = tune(made, tmp_path / "ft", changes=QUICK | {"lr": 1e-30, "backbone_lr": 0.0})  # no weight moves
+def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(tune: Tuner, made: Path) -> None:
+    report = tune(changes=QUICK | {"lr": 1e-30, "backbone_lr": 0.0})  # no weight moves
     assert report.alpha == 0
-    start, tuned = load_model(made / "m"), load_model(tmp_path / "ft")
+    start, tuned = load_model(made / "m"), load_model(tune.ft)
     for name, values in tuned.head.to_tensors().items():
         np.testing.assert_array_equal(values, start.head.to_tensors()[name])
     assert tuned.fingerprint == start.fingerprint
@@ -141,94 +167,75 @@ def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(made: Path
     assert report.val_accuracy == report.head_val_accuracy
 
 
-def test_a_wrong_start_is_found_by_the_parity_check(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from featcache.finetuning import network
-
-    assemble = network.assemble
-
+def test_a_wrong_start_is_found_by_the_parity_check(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(backbone: Any, head: Any) -> Any:
         assembled = assemble(backbone, head)
         assembled.mean.zero_()  # another normalisation than the cache's
         return assembled
 
-    monkeypatch.setattr(network, "assemble", forgetful)
-    with pytest.raises(ModelError, match="does not compute what the cached head computes"):
-        tune(made, tmp_path / "ft")
-    assert not (tmp_path / "ft").exists()
+    monkeypatch.setattr("featcache.finetuning.tune.assemble", forgetful)
+    with pytest.raises(errors.ModelError, match="does not compute what the cached head computes"):
+        tune()
+    assert not tune.ft.exists()
 
 
-def test_test_images_change_nothing_but_their_score(made: Path, tmp_path: Path) -> None:
-    tune(made, tmp_path / "one")
-    shutil.copytree(made / "photos", tmp_path / "photos")
-    (tmp_path / "photos" / "test" / "red").rename(tmp_path / "aside")
-    (tmp_path / "photos" / "test" / "blue").rename(tmp_path / "photos" / "test" / "red")
-    report = tune(made, tmp_path / "two", photos=tmp_path / "photos")
-    assert_same_model(tmp_path / "one", tmp_path / "two")
+def test_test_images_change_nothing_but_their_score(tune: Tuner, photos: Path, whole: Path, tmp_path: Path) -> None:
+    (photos / "test" / "red").rename(tmp_path / "aside")
+    (photos / "test" / "blue").rename(photos / "test" / "red")
+    report = tune(source=photos)
+    assert_same_model(whole, tune.ft)
     assert report.test_accuracy is not None
     assert report.test_accuracy < 0.6
 
 
-def test_images_are_decoded_once(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featcache.images import read as reading
-
+def test_images_are_decoded_once(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Path] = []
     read = reading.read_file
     monkeypatch.setattr(reading, "read_file", lambda path: opened.append(path) or read(path))
-    tune(made, tmp_path / "ft", changes=QUICK | {"epochs": 3})
+    tune(changes=QUICK | {"epochs": 3})
     assert len(opened) == len(set(opened)) == 48
 
 
-def test_a_file_takes_over_where_memory_ends(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featcache.finetuning import pixels
-
-    tune(made, tmp_path / "one")
-    monkeypatch.setattr(pixels, "available_memory", lambda: 0)
-    tune(made, tmp_path / "two")
-    assert_same_model(tmp_path / "one", tmp_path / "two")
+@pytest.mark.parametrize(("share", "in_file"), [(0.399, False), (0.401, True)])
+def test_a_file_takes_over_where_memory_ends(
+    tune: Tuner, whole: Path, monkeypatch: pytest.MonkeyPatch, share: float, in_file: bool
+) -> None:
+    size = 16 * 9 * 32 * 32  # of the training images, as estimated
+    monkeypatch.setattr("featcache.finetuning.pixels.available_memory", lambda: size / share)
+    tune()
+    assert ("decoded train images go to" in tune.log.text) == in_file
+    assert_same_model(whole, tune.ft)
 
 
 # ------------------------------------------------------------------------------------------- validation, classes
 
 
-def test_without_val_a_tenth_is_held_out_from_the_head_too(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def test_without_val_a_tenth_is_held_out_from_the_head_too(tune: Tuner, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", each=12)
     extract(photos, tmp_path / "f.h5", TINY)
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
-    report = tune(made, tmp_path / "ft", photos=photos, init=tmp_path / "m")
-    assert "its head is fit again without them" in caplog.text
-    training = load_model(tmp_path / "ft").manifest["training"]
+    report = tune(source=photos, init=tmp_path / "m")
+    assert "its head is fit again without them" in tune.log.text
+    training = load_model(tune.ft).manifest["training"]
     assert (training["n_train"], training["n_val"]) == (33, 3)
     cache = FeatureCache.open(tmp_path / "ft.features.h5")
     assert [len(cache.where(split)) for split in ("train", "val")] == [33, 3]
     assert report.test_accuracy is None
 
 
-def test_unreadable_and_unknown_images_are_named_and_left_out(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(made / "photos", tmp_path / "photos")
-    (tmp_path / "photos" / "train" / "blue" / "00.jpg").write_bytes(b"gone bad since extraction")
-    write_photo(tmp_path / "photos" / "val" / "violet" / "00.jpg", (200, 0, 200), 1)
-    tune(made, tmp_path / "ft", photos=tmp_path / "photos")
-    assert "train/blue/00.jpg is left out: not an image" in caplog.text
-    assert "1 val images are of classes that the model does not know" in caplog.text
-    training = load_model(tmp_path / "ft").manifest["training"]
-    assert (training["n_train"], training["n_val"]) == (15, 16)
+def test_unreadable_unknown_and_missing_images_are_named(tune: Tuner, photos: Path) -> None:
+    shutil.rmtree(photos / "val" / "green")
+    (photos / "train" / "blue" / "00.jpg").write_bytes(b"gone bad since extraction")
+    write_photo(photos / "val" / "violet" / "00.jpg", (200, 0, 200), 1)
+    tune(source=photos)
+    assert "train/blue/00.jpg is left out: not an image" in tune.log.text
+    assert "1 val images are of classes that the model does not know" in tune.log.text
+    assert "no val image of green" in tune.log.text
+    training = load_model(tune.ft).manifest["training"]
+    assert (training["n_train"], training["n_val"]) == (15, 11)
 
 
-def test_a_class_without_val_images_is_named(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    shutil.copytree(made / "photos", tmp_path / "photos")
-    shutil.rmtree(tmp_path / "photos" / "val" / "green")
-    tune(made, tmp_path / "ft", photos=tmp_path / "photos")
-    assert "no val image of green" in caplog.text
-
-
-def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> None:
+def test_nonsense_is_refused_before_work_starts(tune: Tuner, made: Path, tmp_path: Path) -> None:
     photos = made / "photos"
     one_class = tmp_path / "one"
     shutil.copytree(photos / "train" / "red", one_class / "train" / "red")
@@ -236,208 +243,149 @@ def test_nonsense_is_refused_before_work_starts(made: Path, tmp_path: Path) -> N
     (other / "train" / "red").rename(other / "train" / "purple")
     flat = tmp_path / "flat"
     shutil.copytree(photos / "train" / "red", flat)
-    out, init = tmp_path / "ft", made / "m"
-    cases: list[tuple[type[FeatcacheError], str, Callable[[], Any]]] = [
-        (SourceError, "of one class", lambda: finetune(one_class, out, init=init)),
-        (SourceError, "no labels", lambda: finetune(flat, out, init=init)),
-        (SourceError, "purple, which the model", lambda: finetune(other, out, init=init)),
-        (SourceError, "does not exist", lambda: finetune(tmp_path / "no", out, init=init)),
-        (UsageError, "--init brings its own backbone", lambda: finetune(photos, out, init=init, request=TINY)),
-        (UsageError, "no recipe is called", lambda: finetune(photos, out, init=init, recipe="best")),
-        (UsageError, "lr must be", lambda: tune(made, out, changes={"lr": -1.0})),
-        (UsageError, "choose one", lambda: tune(made, out, resume=True, force=True)),
-        (UsageError, "needs a CUDA GPU", lambda: tune(made, out, precision="fp16")),
-        (UsageError, "unknown precision", lambda: tune(made, out, precision="int8")),
-        (UsageError, "seed", lambda: tune(made, out, seed=-1)),
-        (ModelError, "not a featcache model", lambda: tune(made, photos)),
-        (ModelError, "is not a model", lambda: finetune(photos, out, init=photos)),
-        (FeatcacheError, "does not exist", lambda: tune(made, tmp_path / "no" / "ft")),
+    cases: list[tuple[type[errors.FeatcacheError], str, dict[str, Any]]] = [
+        (errors.SourceError, "of one class", {"source": one_class}),
+        (errors.SourceError, "no labels", {"source": flat}),
+        (errors.SourceError, "purple, which the model", {"source": other}),
+        (errors.SourceError, "does not exist", {"source": tmp_path / "no"}),
+        (errors.UsageError, "--init brings its own backbone", {"init": made / "m", "request": TINY}),
+        (errors.UsageError, "no recipe is called 'best'; choose default, ants-bees", {"recipe": "best"}),
+        (errors.UsageError, "no recipe is called 'flower'; choose flowers", {"recipe": "flower"}),
+        (errors.UsageError, "lr must be", {"changes": {"lr": -1.0}}),
+        (errors.UsageError, "choose one", {"resume": True, "force": True}),
+        (errors.UsageError, "needs a CUDA GPU", {"precision": "fp16"}),
+        (errors.UsageError, "unknown precision", {"precision": "int8"}),
+        (errors.UsageError, "seed", {"seed": -1}),
+        (errors.ModelError, "not a featcache model", {"output": photos}),
+        (errors.ModelError, "is not a model", {"init": photos}),
+        (errors.FeatcacheError, "does not exist", {"output": tmp_path / "no" / "ft"}),
     ]
-    for kind, message, call in cases:
+    for kind, message, options in cases:
         with pytest.raises(kind, match=message):
-            call()
-        assert not out.exists()
-        assert not work_folder(out).exists()
-    tune(made, out, changes=QUICK | {"epochs": 1})
-    with pytest.raises(ModelError, match="took long to make"):
-        tune(made, out)
+            tune(**options)
+        assert not tune.ft.exists()
+        assert not work_folder(tune.ft).exists()
+    tune(changes=QUICK | {"epochs": 1})
+    with pytest.raises(errors.ModelError, match="took long to make"):
+        tune()
 
 
-def test_the_folder_one_is_in_can_become_the_model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "ft").mkdir()
-    monkeypatch.chdir(tmp_path / "ft")
-    with pytest.raises(Interrupted, match=r"ft\.parts"):
-        tune(made, ".", progress=interrupt_at(2, signal.SIGTERM))
-    assert tune(made, ".", resume=True).model == tmp_path / "ft"
-    assert load_model(tmp_path / "ft").manifest["training"]["epochs"] == 2
-    (tmp_path / "ft" / "sub").mkdir()
-    monkeypatch.chdir(tmp_path / "ft" / "sub")
-    with pytest.raises(ModelError, match="ft also holds sub"):
-        tune(made, "..")
+def test_the_folder_one_is_in_can_become_the_model(tune: Tuner, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tune.ft).mkdir()
+    monkeypatch.chdir(tune.ft)
+    tune.interrupt(output=".", step=2)
+    assert tune(output=".", resume=True).model == tune.ft
+    assert load_model(tune.ft).manifest["training"]["epochs"] == 2
+    (tune.ft / "sub").mkdir()
+    monkeypatch.chdir(tune.ft / "sub")
+    with pytest.raises(errors.ModelError, match="ft also holds sub"):
+        tune(output="..")
     for resume in (False, True):
-        with pytest.raises(StorageError, match="cannot write /: it is the root of a file system"):
-            tune(made, "/", resume=resume)
-    with pytest.raises(StorageError, match="cannot write /: it is the root of a file system"):
+        with pytest.raises(errors.StorageError, match="cannot write /: it is the root of a file system"):
+            tune(output="/", resume=resume)
+    with pytest.raises(errors.StorageError, match="cannot write /: it is the root of a file system"):
         fit_head(made / "f.h5", "/", C=1.0, folds=0)
 
 
 # ------------------------------------------------------------------------------------------------ interruptions
 
 
-def interrupt_at(step: int, number: int) -> Callable[[Status], None]:
-    steps = iter(range(1, 1000))
-
-    def progress(status: Status) -> None:
-        if next(steps) == step:
-            os.kill(os.getpid(), number)
-
-    return progress
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_keeps_the_work_and_resume_ends_in_the_same_bits(made: Path, tmp_path: Path, number: int) -> None:
+def test_a_signal_keeps_the_work_and_resume_ends_in_the_same_bits(tune: Tuner, whole: Path, number: int) -> None:
     before = signal.getsignal(number)
-    tune(made, tmp_path / "whole")
-    with pytest.raises(Interrupted, match="--resume") as stopped:
-        tune(made, tmp_path / "ft", progress=interrupt_at(2, number))
-    assert stopped.value.exit_code == 128 + number
-    with pytest.raises(UsageError, match="holds an interrupted run; add --resume"):
-        tune(made, tmp_path / "ft")
-    with pytest.raises(Interrupted):
-        tune(made, tmp_path / "ft", resume=True, progress=interrupt_at(2, number))  # in the second epoch now
-    tune(made, tmp_path / "ft", resume=True)
-    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+    stopped = tune.interrupt(step=2, number=number)
+    assert "--resume" in str(stopped)
+    assert stopped.exit_code == 128 + number
+    with pytest.raises(errors.UsageError, match="holds an interrupted run; add --resume"):
+        tune()
+    tune.interrupt(step=2, number=number, resume=True)  # in the second epoch now
+    tune(resume=True)
+    assert_same_model(whole, tune.ft)
     assert signal.getsignal(number) == before
 
 
-def test_resuming_with_other_settings_names_the_difference(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        tune(made, tmp_path / "ft", progress=interrupt_at(4, signal.SIGTERM))
-    with pytest.raises(UsageError, match=r"recipe.lr: 0.0001 -> 0.002; seed: 0 -> 1"):
-        tune(made, tmp_path / "ft", resume=True, changes=QUICK | {"lr": 0.002}, seed=1)
-    shutil.copytree(made / "photos", tmp_path / "photos")
-    write_photo(tmp_path / "photos" / "train" / "red" / "00.jpg", COLOURS["red"], 77)  # another picture, same name
-    with pytest.raises(UsageError, match=r"images.train: 16, \w+ -> 16, "):
-        tune(made, tmp_path / "ft", photos=tmp_path / "photos", resume=True)
-    tune(made, tmp_path / "ft", force=True, changes=QUICK | {"lr": 0.002})
-    assert load_model(tmp_path / "ft").manifest["training"]["settings"]["lr"] == 0.002
+def test_resuming_with_other_settings_names_the_difference(tune: Tuner, photos: Path) -> None:
+    tune.interrupt(step=4)
+    with pytest.raises(errors.UsageError, match=r"recipe.lr: 0.0001 -> 0.002; seed: 0 -> 1"):
+        tune(resume=True, changes=QUICK | {"lr": 0.002}, seed=1)
+    write_photo(photos / "train" / "red" / "00.jpg", COLOURS["red"], 77)  # another picture, same name
+    with pytest.raises(errors.UsageError, match=r"images.train: 16, \w+ -> 16, "):
+        tune(source=photos, resume=True)
+    tune(force=True, changes=QUICK | {"lr": 0.002})
+    assert load_model(tune.ft).manifest["training"]["settings"]["lr"] == 0.002
 
 
-def test_a_damaged_checkpoint_is_named(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        tune(made, tmp_path / "ft", progress=interrupt_at(1, signal.SIGTERM))
-    (work_folder(tmp_path / "ft") / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
-    with pytest.raises(ModelError, match=r"checkpoint\.pt is damaged"):
-        tune(made, tmp_path / "ft", resume=True)
-
-
-def test_resume_without_anything_to_resume_starts(made: Path, tmp_path: Path) -> None:
-    assert tune(made, tmp_path / "ft", resume=True).epochs == 2
-
-
-@pytest.fixture
-def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
-    """Every trainer that begins an epoch."""
+@pytest.mark.parametrize(
+    ("done", "signalled", "message"),
+    [
+        (6, False, r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"),
+        (12, True, "not finite after step 2 of epoch 2"),  # gone bad in the very step in which a signal asks to stop
+    ],
+)
+def test_a_run_gone_bad_keeps_its_last_good_checkpoint(
+    tune: Tuner, whole: Path, monkeypatch: pytest.MonkeyPatch, done: int, signalled: bool, message: str
+) -> None:
     begun: list[Trainer] = []
     run_epoch = Trainer.run_epoch
     monkeypatch.setattr(Trainer, "run_epoch", lambda self, **how: begun.append(self) or run_epoch(self, **how))
-    return begun
 
-
-def spoil(trainer: Trainer) -> None:
-    with torch.no_grad():
-        next(iter(trainer.network.parameters())).fill_(float("nan"))
-
-
-def test_a_diverging_run_keeps_its_last_good_checkpoint(made: Path, tmp_path: Path, trainers: list[Trainer]) -> None:
     def progress(status: Status) -> None:
-        if (status.epoch, status.done) == (2, 6):
-            spoil(trainers[-1])
+        if (status.epoch, status.done) == (2, done):
+            next(begun[-1].network.parameters()).data.fill_(float("nan"))
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    message = r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"
-    with pytest.raises(TrainingError, match=message):
-        tune(made, tmp_path / "ft", progress=progress)
-    tune(made, tmp_path / "whole")
-    tune(made, tmp_path / "ft", resume=True)
-    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+    with pytest.raises(errors.TrainingError, match=message):
+        tune(progress=progress)
+    tune(resume=True)
+    assert_same_model(whole, tune.ft)
 
 
-def test_what_lies_in_the_way_is_refused_and_kept(made: Path, tmp_path: Path) -> None:
+def test_what_lies_in_the_way_is_refused_and_kept(tune: Tuner, tmp_path: Path) -> None:
     (tmp_path / "ft.parts").mkdir()
     (tmp_path / "ft.parts" / "thesis.txt").write_text("three years")
-    with pytest.raises(StorageError, match="in use for something else"):
-        tune(made, tmp_path / "ft", force=True)
+    with pytest.raises(errors.StorageError, match="in use for something else"):
+        tune(force=True)
     assert (tmp_path / "ft.parts" / "thesis.txt").read_text() == "three years"
     (tmp_path / "other.parts").write_text("a file")
-    with pytest.raises(StorageError, match="in use for something else"):
-        tune(made, tmp_path / "other")
-    cache = make_cache_file(tmp_path / "own.features.h5")
-    tune(made, tmp_path / "own", request=TINY, changes=QUICK | {"epochs": 1})
-    assert (tmp_path / "own.features.h5").read_bytes() == cache
-
-
-def make_cache_file(path: Path) -> bytes:
-    extract(make_photos(path.parent / "others", each=2), path, TINY)
-    return path.read_bytes()
+    with pytest.raises(errors.StorageError, match="in use for something else"):
+        tune(output=tmp_path / "other")
+    own = tmp_path / "own.features.h5"
+    extract(make_photos(tmp_path / "others", each=2), own, TINY)
+    before = own.read_bytes()
+    tune(output=tmp_path / "own", request=TINY, changes=QUICK | {"epochs": 1})
+    assert own.read_bytes() == before
 
 
 def test_a_run_killed_after_its_model_was_published_is_finished_by_resume(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tune: Tuner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def die(output: Path) -> None:
-        raise Killed
-
-    monkeypatch.setattr(finetuning, "keep_cache", die)
-    with pytest.raises(Killed):
-        tune(made, tmp_path / "ft")
+    monkeypatch.setattr(finetuning, "keep_cache", lambda output: sys.exit())
+    with pytest.raises(SystemExit):
+        tune()
     monkeypatch.undo()
-    assert work_folder(tmp_path / "ft").exists()
-    before = (tmp_path / "ft" / "model.json").read_bytes()
-    report = tune(made, tmp_path / "ft", resume=True)
-    assert report.model == tmp_path / "ft"
+    assert work_folder(tune.ft).exists()
+    before = (tune.ft / "model.json").read_bytes()
+    report = tune(resume=True)
+    assert report.model == tune.ft
     assert report.epochs == 2
     assert "val: frozen head" in report.comparison[0]
-    assert (tmp_path / "ft" / "model.json").read_bytes() == before
-    assert not work_folder(tmp_path / "ft").exists()
-    with pytest.raises(ModelError, match="took long to make"):
-        tune(made, tmp_path / "ft", resume=True)
+    assert (tune.ft / "model.json").read_bytes() == before
+    assert not work_folder(tune.ft).exists()
+    with pytest.raises(errors.ModelError, match="took long to make"):
+        tune(resume=True)
 
 
-def test_two_runs_never_write_one_model(made: Path, tmp_path: Path) -> None:
-    refused = []
-
+def test_two_runs_never_write_one_model(tune: Tuner) -> None:
     def another(status: Status) -> None:
-        if not refused:
-            with pytest.raises(StorageError, match="another featcache is writing") as error:
-                tune(made, tmp_path / "ft", force=True)
-            refused.append(error)
+        with pytest.raises(errors.StorageError, match="another featcache is writing"):
+            tune(force=True)
 
-    assert tune(made, tmp_path / "ft", progress=another).epochs == 2
-    assert refused
-
-
-def test_a_state_that_is_not_finite_never_replaces_a_good_one(
-    made: Path, tmp_path: Path, trainers: list[Trainer]
-) -> None:
-    """Weights gone bad in the very step in which a signal asks to stop."""
-
-    def progress(status: Status) -> None:
-        if (status.epoch, status.done) == (2, 12):
-            spoil(trainers[-1])
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(TrainingError, match="not finite after step 2 of epoch 2"):
-        tune(made, tmp_path / "ft", progress=progress)
-    tune(made, tmp_path / "whole")
-    tune(made, tmp_path / "ft", resume=True)
-    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+    assert tune(changes=QUICK | {"epochs": 1, "batch_size": 16}, progress=another).epochs == 1  # one step
 
 
 @pytest.mark.parametrize("clf", [None, "linear"])
-def test_a_class_with_one_training_image_still_trains(made: Path, tmp_path: Path, clf: Any) -> None:
+def test_a_class_with_one_training_image_still_trains(tune: Tuner, tmp_path: Path, clf: Any) -> None:
     photos = make_photos(tmp_path / "photos", each=3, splits=("train", "val"))
     for file in sorted((photos / "train" / "red").iterdir())[1:]:
         file.unlink()
@@ -447,58 +395,52 @@ def test_a_class_with_one_training_image_still_trains(made: Path, tmp_path: Path
         extract(photos, tmp_path / "f.h5", TINY)
         fit_head(tmp_path / "f.h5", tmp_path / "m", clf=clf, folds=0)
         start = {"init": tmp_path / "m"}
-    assert tune(made, tmp_path / "ft", photos=photos, **start, changes=QUICK | {"epochs": 1}).epochs == 1
+    assert tune(source=photos, **start, changes=QUICK | {"epochs": 1}).epochs == 1
 
 
-def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    report = tune(made, tmp_path / "ft", recipe="cats-dogs", changes={"lr": 1e-9, "batch_size": 6})
+def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(tune: Tuner) -> None:
+    report = tune(recipe="cats-dogs", changes={"lr": 1e-9, "batch_size": 6})
     assert report.alpha is None
     assert report.val_accuracy < report.head_val_accuracy
-    assert "ended below the cached head on val" in caplog.text
+    assert "ended below the cached head on val" in tune.log.text
 
 
-def test_kill_and_resume(made: Path, tmp_path: Path) -> None:
+def test_kill_and_resume(tune: Tuner, made: Path, tmp_path: Path) -> None:
     """SIGKILL during the second epoch of a real process."""
     command = [sys.executable, "-m", "featcache", "finetune", str(made / "photos"), "--init", str(made / "m")]
-    command += ["--epochs", "3", "--batch-size", "6", "--lr", "1e-4", "--backbone-lr", "1e-5", "--precision", "fp32"]
-    tune(made, tmp_path / "whole", changes=QUICK | {"epochs": 3})
-    killed = subprocess.Popen([*command, "-o", str(tmp_path / "ft")], stderr=subprocess.DEVNULL)
-    checkpoint = work_folder(tmp_path / "ft") / "checkpoint.pt"
+    command += ["--epochs", "3", "--batch-size", "6", *FLAGS]
+    tune(output=tmp_path / "whole", changes=QUICK | {"epochs": 3})
+    killed = subprocess.Popen([*command, "-o", str(tune.ft)], stderr=subprocess.DEVNULL)
+    checkpoint = work_folder(tune.ft) / "checkpoint.pt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline and killed.poll() is None:
         time.sleep(0.01)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert checkpoint.exists()
-    subprocess.run([*command, "-o", str(tmp_path / "ft"), "--resume"], check=True, stderr=subprocess.DEVNULL)
-    assert_same_model(tmp_path / "whole", tmp_path / "ft")
+    subprocess.run([*command, "-o", str(tune.ft), "--resume"], check=True, stderr=subprocess.DEVNULL)
+    assert_same_model(tmp_path / "whole", tune.ft)
 
 
 # ------------------------------------------------------------------------------------------- several processes
 
 
-def test_two_processes_do_what_one_does(made: Path, tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path) -> None:
     """gloo on the CPU, batches that do not divide by two: the same metrics, weights but for rounding.
 
     With a network without dropout, which each process draws for its own images.
     """
-    extract(
-        made / "photos",
-        tmp_path / "f.h5",
-        featcache.ExtractRequest(backbone="resnet18", weights="none", resize=40, crop=32, precision="fp32"),
-    )
+    extract(made / "photos", tmp_path / "f.h5", dataclasses.replace(TINY, backbone="resnet18"))
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     flags = ["finetune", str(made / "photos"), "--init", str(tmp_path / "m"), "--json", "-o", str(tmp_path / "two")]
-    flags += ["--epochs", "2", "--batch-size", "5", "--lr", "1e-4", "--backbone-lr", "1e-5", "--precision", "fp32"]
+    flags += ["--epochs", "2", "--batch-size", "5", *FLAGS]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featcache"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"model"') == 1  # one of them talks
     assert done.stderr.count("parity:") == 1
-    one = tune(made, tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
+    one = tune(output=tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
     two = json.loads(done.stdout.splitlines()[-1])
     for key in ("val_accuracy", "test_accuracy", "head_val_accuracy", "best_epoch", "alpha"):
         assert two[key] == getattr(one, key), key
@@ -513,9 +455,9 @@ def test_two_processes_do_what_one_does(made: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def test_the_command(made: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+def test_the_command(tune: Tuner, made: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = run(
-        "finetune", made / "photos", "-o", tmp_path / "ft", *TINY_FLAGS, "--epochs", 1, "--recipe", "gradual", "--json"
+        "finetune", made / "photos", "-o", tune.ft, *TINY_FLAGS, "--epochs", 1, "--recipe", "gradual", "--json"
     )
     assert code == 0, err
     facts = json.loads(out.splitlines()[-1])
@@ -530,5 +472,5 @@ def test_the_command(made: Path, tmp_path: Path, run: Callable[..., tuple[int, s
         "finetune", made / "photos", "-o", tmp_path / "x", "--init", made / "m", "--backbone", "resnet18"
     )
     assert (code, "--init brings its own backbone" in err) == (2, True)
-    code, out, _ = run("info", tmp_path / "ft", "--json")
+    code, out, _ = run("info", tune.ft, "--json")
     assert json.loads(out)["training"]["recipe"] == "gradual"

@@ -14,49 +14,19 @@ from featcache.backbones.backbone import Backbone, save_weights
 from featcache.backbones.encoder import Encoder
 from featcache.backbones.load import load_backbone
 from featcache.errors import ModelError
-from featcache.finetuning.network import (
-    assemble,
-    check_parity,
-    count_parameters,
-    interpolate,
-    parameter_groups,
-    stages,
-    to_backbone,
-    to_head,
-    training_mode,
-    unfreeze,
-    with_new_head,
-)
+from featcache.finetuning import network as networks
 from featcache.finetuning.pixels import Pixels
-from featcache.finetuning.recipes import Recipe
-from featcache.finetuning.trainer import Trainer, TrainingImages, compute_logits
+from featcache.finetuning.recipes import Job, Recipe
+from featcache.finetuning.trainer import Trainer, compute_logits
 from featcache.heads.head import SCALINGS, Head
 from featcache.system.device import Runtime
 from featcache.system.distributed import Processes
 
 RANDOM = np.random.default_rng(0)
-# One of each of torchvision's families, the smallest, and the smallest input it takes.
-FAMILIES = {
-    "alexnet": 64,
-    "convnext_tiny": 32,
-    "densenet121": 32,
-    "efficientnet_b0": 32,
-    "efficientnet_v2_s": 32,
-    "googlenet": 32,
-    "inception_v3": 75,
-    "maxvit_t": 224,
-    "mnasnet0_5": 32,
-    "mobilenet_v2": 32,
-    "mobilenet_v3_small": 32,
-    "regnet_y_400mf": 32,
-    "resnet18": 32,
-    "shufflenet_v2_x0_5": 32,
-    "squeezenet1_1": 32,
-    "swin_t": 32,
-    "swin_v2_t": 64,
-    "vgg11": 32,
-    "vit_b_32": 224,
-}
+# One of each of torchvision's families, the smallest; and the smallest input it takes, where that is not 32.
+FAMILIES = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
+    mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vgg11 vit_b_32"""
+EDGES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224, "swin_v2_t": 64, "vit_b_32": 224}
 
 
 def make_head(dim: int, scaling: Any, hidden: int = 0, classes: int = 3) -> Head:
@@ -67,8 +37,8 @@ def make_head(dim: int, scaling: Any, hidden: int = 0, classes: int = 3) -> Head
 
 
 def make_pixels(n: int, edge: int) -> Pixels:
-    flat = RANDOM.integers(0, 256, n * edge * edge * 3, dtype=np.uint8)
-    return Pixels(np.arange(n), {}, np.full((n, 2), edge), np.arange(n + 1) * 3 * edge * edge, flat, "")
+    pictures = list(RANDOM.integers(0, 256, (n, edge, edge, 3), dtype=np.uint8))
+    return Pixels(np.arange(n), {}, pictures, np.arange(n) % 3, (), "")
 
 
 def shrunk(backbone: Backbone, edge: int) -> Backbone:
@@ -81,41 +51,42 @@ def tiny() -> Backbone:
     return shrunk(load_backbone("squeezenet1_1", "none"), 32)
 
 
-CPU = Runtime(torch.device("cpu"), 1, 4, "")
+CPU = Runtime(torch.device("cpu"), 1, 3, "")
+JOB = Job(None, Path(), "", {}, seed=0, precision="fp32", runtime=CPU, processes=Processes())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("hidden", [0, 7])
 def test_the_assembled_network_computes_the_cached_head(tiny: Backbone, scaling: Any, hidden: int) -> None:
     head = make_head(tiny.dim, scaling, hidden)
-    pixels = np.stack([make_pixels(5, 32)[k] for k in range(5)])
+    pixels = np.stack(make_pixels(5, 32).pictures)
     features = Encoder(tiny.module, tiny.preprocess, CPU.device, torch.float32)(pixels)
-    network = assemble(tiny, head).eval()
+    network = networks.assemble(tiny, head).eval()
     with torch.inference_mode():
         logits = network(torch.from_numpy(pixels)).numpy()
     np.testing.assert_allclose(logits, head.logits(features.astype(np.float64)), rtol=1e-4, atol=1e-4)
-    again = to_head(network)
+    again = networks.to_head(network)
     np.testing.assert_allclose(again.logits(features), logits, rtol=1e-4, atol=1e-4)
     assert sum(isinstance(module, nn.Linear) for module in network.head) == 1 + bool(hidden)  # the scaler is folded in
 
 
 def test_mixing_is_exact_at_its_ends_and_linear_between() -> None:
-    start = {"w": torch.tensor([0.0, 1.0]), "n": torch.tensor(3)}
-    tuned = {"w": torch.tensor([1.0, 3.0]), "n": torch.tensor(5)}
-    assert interpolate(start, tuned, 0) is start
-    assert interpolate(start, tuned, 1) is tuned
-    assert interpolate(start, tuned, 0.25)["w"].tolist() == [0.25, 1.5]
-    assert interpolate(start, tuned, 0.25)["n"] == 5
+    start, tuned = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    for module, weight, counter in ((start, [0.0, 1.0], 3), (tuned, [1.0, 3.0], 5)):
+        module.weight.data = torch.tensor(weight)
+        module.num_batches_tracked.fill_(counter)
+    for alpha, weight, counter in ((0, [0.0, 1.0], 3), (0.25, [0.25, 1.5], 5), (1, [1.0, 3.0], 5)):
+        mixed = networks.interpolate(start, tuned, alpha=alpha)
+        assert (mixed.weight.tolist(), mixed.num_batches_tracked) == (weight, counter)
 
 
 def test_parity_tells_rounding_from_mistakes() -> None:
     head = make_head(20, "standardise")
     X = RANDOM.normal(0, 1, (30, 20))
     logits = head.logits(X)
-    assert (
-        check_parity(logits.astype(np.float32), head.logits(X.astype(np.float16).astype(float)), tolerance=0.01) < 0.002
-    )
-    assert check_parity(logits + 5, logits, tolerance=1e-9) < 1e-9  # softmax does not see a constant
+    rounded = head.logits(X.astype(np.float16).astype(float))
+    assert networks.check_parity(logits.astype(np.float32), rounded, tolerance=0.01) < 0.002
+    assert networks.check_parity(logits + 5, logits, tolerance=1e-9) < 1e-9  # softmax does not see a constant
     weight, bias = head.layers[0]
     mistakes = {
         "scaling forgotten": Head("logreg", "none", head.mean, head.scale, head.layers).logits(X),
@@ -126,39 +97,34 @@ def test_parity_tells_rounding_from_mistakes() -> None:
     }
     for wrong in mistakes.values():
         with pytest.raises(ModelError, match="does not compute what the cached head computes"):
-            check_parity(wrong, logits, tolerance=0.01)
+            networks.check_parity(wrong, logits, tolerance=0.01)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES.split())
 def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> None:
-    edge = FAMILIES[name]
+    edge = EDGES.get(name, 32)
     backbone = shrunk(load_backbone(name, "none"), edge)
     lr = 1e4 if name == "efficientnet_b0" else 0.1  # its random weights give embeddings of about 1e-10
-    recipe = Recipe(
-        about="", hidden=(), unfreeze="last-stage", optimizer="sgd", lr=lr, backbone_lr=lr, epochs=1, batch_size=4
-    )
-    network = with_new_head(backbone, recipe, 3, seed=0)
+    recipe = Recipe(about="", hidden=(), unfreeze="last-stage", optimizer="sgd", lr=lr, backbone_lr=lr, batch_size=4)
+    network = networks.with_new_head(backbone, recipe, 3, seed=0)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    data = TrainingImages(make_pixels(4, edge), np.array([0, 1, 2, 0]), (edge, edge))
-    trainer = Trainer(
-        network, data, recipe, seed=0, precision="fp32", micro_batch=4, runtime=CPU, processes=Processes()
-    )
-    loss, _ = trainer.run_epoch()
+    data = make_pixels(4, edge)
+    loss, _ = Trainer(network, data, recipe=recipe, job=JOB).run_epoch()
     assert 0 < loss < 1e4
-    last = {id(parameter) for parameter in stages(network.backbone)[-1]}
+    last = {id(parameter) for parameter in networks.stages(network.backbone)[-1]}
     changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[key])}
     trained = {key for key, parameter in network.named_parameters() if id(parameter) in last or key.startswith("head.")}
     frozen = {key for key, _ in network.named_parameters()} - trained
     assert frozen
     assert {"head.0.weight", "head.0.bias"} <= changed <= trained  # and so no statistic of a batch norm, either
     assert len(changed) > 2  # the stage, too
-    tuned = to_backbone(network, backbone, "a test")
+    tuned = networks.to_backbone(network, backbone, "a test")
     save_weights(tuned, tmp_path / "b.safetensors")
     loaded = load_backbone(name, tmp_path / "b.safetensors")
     assert loaded.weights_sha256 == tuned.weights_sha256 != backbone.weights_sha256
-    logits = compute_logits(network, data.pixels, runtime=CPU, processes=Processes(), batch_size=3)
+    logits = compute_logits(network, data, job=JOB)
     encoder = Encoder(loaded.module, backbone.preprocess, CPU.device, torch.float32)
-    predicted = to_head(network).logits(encoder(np.stack([data.pixels[k] for k in range(4)])))
+    predicted = networks.to_head(network).logits(encoder(np.stack(data.pictures)))
     np.testing.assert_allclose(logits, predicted, rtol=1e-3, atol=1e-3 * np.abs(predicted).max())
 
 
@@ -173,7 +139,7 @@ def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> N
 )
 def test_stages_are_the_architectures_own(name: str, first_of_last: str) -> None:
     module = load_backbone(name, "none").module
-    parts = stages(module)
+    parts = networks.stages(module)
     names = {id(parameter): key for key, parameter in module.named_parameters()}
     assert [names[id(parameter)] for part in parts for parameter in part] == list(names.values())
     assert names[id(parts[-1][0])] == first_of_last
@@ -183,12 +149,12 @@ def test_stages_are_the_architectures_own(name: str, first_of_last: str) -> None
 def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
     def trained(unfreezing: Any, epoch: int) -> int:
         recipe = Recipe(about="", hidden=(), unfreeze=unfreezing, epochs=10)
-        network = with_new_head(tiny, recipe, 3, seed=0)
-        unfreeze(network, recipe, epoch=epoch)
+        network = networks.with_new_head(tiny, recipe, 3, seed=0)
+        networks.unfreeze(network, recipe, epoch=epoch)
         assert all(parameter.requires_grad for parameter in network.head.parameters())
-        return sum(all(parameter.requires_grad for parameter in part) for part in stages(network.backbone))
+        return sum(all(parameter.requires_grad for parameter in part) for part in networks.stages(network.backbone))
 
-    n = len(stages(tiny.module))
+    n = len(networks.stages(tiny.module))
     assert [trained(what, 0) for what in ("head", "last-stage", "all")] == [0, 1, n]
     opened = [trained("gradual", epoch) for epoch in range(10)]
     assert opened[0] == 0
@@ -196,41 +162,39 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
     assert opened[5:] == [n] * 5
 
 
-@pytest.mark.parametrize(("batchnorm", "moving"), [("frozen", 0), ("train", 20)])
-def test_batch_norms_move_only_if_the_recipe_says_so(batchnorm: Any, moving: int) -> None:
-    recipe = Recipe(about="", hidden=(), batchnorm=batchnorm)
-    network = with_new_head(load_backbone("resnet18", "none"), recipe, 2, seed=0)
-    unfreeze(network, recipe, epoch=0)
-    training_mode(network, recipe)
-    assert sum(module.training for module in network.modules() if isinstance(module, nn.BatchNorm2d)) == moving
+@pytest.mark.parametrize(
+    ("name", "what", "batchnorm", "moving"),
+    [("resnet18", "all", "frozen", 0), ("resnet18", "all", "train", 20), ("efficientnet_b0", "head", "train", 0)],
+)
+def test_batch_norms_and_frozen_bodies_train_only_when_told(name: str, what: Any, batchnorm: Any, moving: int) -> None:
+    recipe = Recipe(about="", hidden=(), unfreeze=what, batchnorm=batchnorm)
+    network = networks.with_new_head(load_backbone(name, "none"), recipe, 2, seed=0)
+    networks.unfreeze(network, recipe, epoch=0)
+    networks.training_mode(network, recipe)
+    training = [module for module in network.backbone.modules() if module.training]
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in training) == moving
+    assert bool(training) == (what == "all")  # the other one drops paths when training
     assert network.head.training
-
-
-def test_a_frozen_body_behaves_as_in_prediction() -> None:
-    recipe = Recipe(about="", hidden=(), unfreeze="head", batchnorm="train")
-    network = with_new_head(load_backbone("efficientnet_b0", "none"), recipe, 2, seed=0)  # drops paths when training
-    unfreeze(network, recipe, epoch=0)
-    training_mode(network, recipe)
-    assert not any(module.training for module in network.backbone.modules())
 
 
 def test_learning_rates_and_weight_decay_by_stage(tiny: Backbone) -> None:
     recipe = Recipe(about="", hidden=(), lr=1.0, backbone_lr=0.1, layer_decay=0.5, weight_decay=0.01)
-    network = with_new_head(tiny, recipe, 3, seed=0)
-    rate = {id(p): (g["peak_lr"], g["weight_decay"]) for g in parameter_groups(network, recipe) for p in g["params"]}
+    network = networks.with_new_head(tiny, recipe, 3, seed=0)
+    groups = networks.parameter_groups(network, recipe)
+    rate = {id(p): (group["peak_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(rate) == len(list(network.parameters()))
     assert rate[id(network.head[0].weight)] == (1.0, 0.01)
     assert rate[id(network.head[0].bias)] == (1.0, 0.0)
-    for depth, part in enumerate(reversed(stages(network.backbone))):
+    for depth, part in enumerate(reversed(networks.stages(network.backbone))):
         for parameter in part:
             assert rate[id(parameter)] == (0.1 * 0.5**depth, 0.01 if parameter.ndim > 1 else 0.0)
 
 
 def test_parameters_are_counted(tiny: Backbone) -> None:
     recipe = Recipe(about="", hidden=(8,), dropout=(0.5,), unfreeze="head")
-    network = with_new_head(tiny, recipe, 3, seed=0)
+    network = networks.with_new_head(tiny, recipe, 3, seed=0)
     backbone = sum(parameter.numel() for parameter in tiny.module.parameters())
     head = tiny.dim * 8 + 8 + 8 * 3 + 3
-    assert count_parameters(network, recipe) == (backbone + head, head)
+    assert networks.count_parameters(network, recipe) == (backbone + head, head)
     everything = Recipe(about="", hidden=(8,))
-    assert count_parameters(network, everything) == (backbone + head, backbone + head)
+    assert networks.count_parameters(network, everything) == (backbone + head, backbone + head)

@@ -52,8 +52,3 @@ def test_epochs_and_batch_follow_the_number_of_images() -> None:
 def test_impossible_values_are_refused(changes: dict[str, Any], part: str) -> None:
     with pytest.raises(UsageError, match=part):
         choose_recipe("default", 100, **changes)
-
-
-def test_an_unknown_recipe_names_near_ones() -> None:
-    with pytest.raises(UsageError, match="flowers"):
-        choose_recipe("flower", 100)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from featcache.finetuning.compare import Candidate, choose, compare, in_words
+from featcache.finetuning.result import choose, compare, in_words
 
 Y = np.array([0, 1, 0, 1, 0, 1])
 
@@ -15,19 +15,18 @@ def logits(right: str, margin: float = 1.0) -> np.ndarray:
 
 
 def test_the_most_accurate_is_chosen_then_the_surest_then_the_nearest_to_the_start() -> None:
-    start, better = Candidate(0.0, logits("++++--")), Candidate(0.4, logits("+++++-"))
-    surer = Candidate(0.6, logits("+++++-", margin=1.5))
-    assert choose(Y, [start, better]) is better
-    assert choose(Y, [start, better, surer]) is surer
-    assert choose(Y, [Candidate(1.0, start.logits), start]) is start
+    start, better, surer = logits("++++--"), logits("+++++-"), logits("+++++-", margin=1.5)
+    assert choose(Y, {0.0: start, 0.4: better}) == 0.4
+    assert choose(Y, {0.0: start, 0.4: better, 0.6: surer}) == 0.6
+    assert choose(Y, {1.0: start, 0.0: start}) == 0.0
 
 
 def test_it_can_never_end_below_the_start() -> None:
     random = np.random.default_rng(0)
     for _ in range(50):
-        candidates = [Candidate(alpha, random.normal(size=(6, 2))) for alpha in (1.0, 0.5, 0.0)]
-        accuracies = [(candidate.logits.argmax(1) == Y).mean() for candidate in candidates]
-        assert (choose(Y, candidates).logits.argmax(1) == Y).mean() == max(accuracies)
+        candidates = {alpha: random.normal(size=(6, 2)) for alpha in (1.0, 0.5, 0.0)}
+        accuracies = {alpha: (values.argmax(1) == Y).mean() for alpha, values in candidates.items()}
+        assert accuracies[choose(Y, candidates)] == max(accuracies.values())
 
 
 def test_a_difference_within_noise_is_called_that() -> None:

@@ -1,0 +1,179 @@
+"""What comes out of fine-tuning: which weights to keep, whether they are better, a report, and a model folder like any other.
+
+In: logits of several networks on the same images, the network to keep, the model it started from. Out: a paired comparison with
+the cached head; the report; the folder, with ``backbone.safetensors`` and the history as a table in it.
+"""
+
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from featcache.errors import ModelError
+from featcache.heads.head import Array, FittedHead, softmax
+from featcache.heads.metrics import accuracy, log_loss, mcnemar, standard_error
+from featcache.models.model import Model, save_model
+from featcache.system.safe_load import parse_json
+from featcache.system.workdir import work_folder
+
+if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
+    from featcache.finetuning.network import Network
+
+_SIGNIFICANT = 0.05
+UNCHANGED = "nothing better than the cached head was found on val: the saved model is that head, unchanged"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneReport:
+    """What ``finetune`` did; accuracies in 0..1, None where there are no such images.
+
+    Attributes:
+        model: the folder. recipe: its name.
+        epochs: trained. best_epoch: the one kept.
+        alpha: share of the fine-tuned weights in the saved model, the rest is the start; 0: the cached head itself; None:
+            the head was a new one, so that there is nothing to mix with.
+        val_accuracy, head_val_accuracy: of the saved model and of the cached head, on the images by which epoch and
+            alpha were chosen. test_accuracy, head_test_accuracy: on images by which nothing was chosen.
+        p_value: of McNemar's test between the two, on test, or on val where there is no test.
+        verdict: the comparison in a sentence. comparison: a line per split, with standard errors.
+        parameters, trainable_parameters: of the network.
+        images_per_second: in training. seconds: of the whole call.
+    """
+
+    model: Path
+    recipe: str
+    epochs: int
+    best_epoch: int
+    alpha: float | None
+    val_accuracy: float
+    head_val_accuracy: float
+    test_accuracy: float | None
+    head_test_accuracy: float | None
+    p_value: float
+    verdict: str
+    comparison: tuple[str, ...]
+    parameters: int
+    trainable_parameters: int
+    images_per_second: float
+    seconds: float
+
+
+def read_report(output: Path) -> FinetuneReport:
+    """The report that was saved with the model. Raises ModelError if it cannot be read."""
+    try:
+        facts = parse_json((output / "metrics.json").read_text())["report"]
+        return FinetuneReport(model=output, **(facts | {"comparison": tuple(facts["comparison"])}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{output} holds no report of a fine-tuning ({error})") from error
+
+
+def score(y: Array, logits: Array) -> tuple[float, float]:
+    """(accuracy, -log loss): better is larger; the loss decides between equal accuracies, which are common on few images."""
+    probabilities = softmax(logits.astype(np.float64))
+    return accuracy(y, probabilities), -log_loss(y, probabilities)
+
+
+def choose(y: Array, candidates: dict[float, Array]) -> float:
+    """The share of the fine-tuned weights whose logits (n, C) have the best ``score``; of equal ones the smallest."""
+    return max(sorted(candidates), key=lambda alpha: score(y, candidates[alpha]))
+
+
+def compare(y: Array, head_logits: Array, tuned_logits: Array, *, split: str) -> dict[str, Any]:
+    """Frozen head against fine-tuned model on the same images.
+
+    Returns:
+        split, n, head_accuracy, tuned_accuracy and their standard errors, the counts and p-value of McNemar's test, and a
+        verdict in words.
+    """
+    head, tuned = softmax(head_logits.astype(np.float64)), softmax(tuned_logits.astype(np.float64))
+    test = mcnemar(y, head, tuned)
+    before, after = accuracy(y, head), accuracy(y, tuned)
+    facts = {
+        "split": split,
+        "n": len(y),
+        "head_accuracy": before,
+        "head_standard_error": standard_error(before, len(y)),
+        "tuned_accuracy": after,
+        "tuned_standard_error": standard_error(after, len(y)),
+        **test,
+    }
+    return facts | {"verdict": _verdict(before, after, test, split, len(y))}
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """``compare``'s accuracies as a line."""
+    remark = ", by which epoch and mixture were chosen" if facts["split"] == "val" else ", by which nothing was chosen"
+    return (
+        f"{facts['split']}: frozen head {facts['head_accuracy']:.2%} (standard error {facts['head_standard_error']:.2%}), "
+        f"fine-tuned {facts['tuned_accuracy']:.2%} ({facts['tuned_standard_error']:.2%}), on {facts['n']} images{remark}"
+    )
+
+
+def _verdict(before: float, after: float, test: dict[str, Any], split: str, n: int) -> str:
+    remark = "; optimistic, as epoch and mixture were chosen on these images" if split == "val" else ""
+    won, lost, p = test["only_second_right"], test["only_first_right"], test["p_value"]
+    counts = f"{won} image{'s' * (won != 1)} won, {lost} lost of {n} in {split}; McNemar p = {p:.2g}{remark}"
+    if won == lost == 0:
+        return f"fine-tuned and frozen head agree on every image of {split}: fine-tuning made no difference"
+    if p >= _SIGNIFICANT:
+        return f"the difference is within noise ({counts}): the frozen head may serve you just as well"
+    better = "better" if after > before else "worse"
+    return f"the fine-tuned model is {better} than the frozen head ({counts})"
+
+
+def save_finetuned(
+    report: FinetuneReport,
+    network: "Network",
+    *,
+    backbone: "Backbone",
+    start: Model,
+    training: dict[str, Any],
+    metrics: dict[str, Any],
+) -> None:
+    """Publish the model folder atomically.
+
+    Args:
+        report: stored in ``metrics.json``; its four accuracies stand there twice, as both are read. With ``alpha`` 0 the
+            cached head is saved as it was.
+        network: with the weights to keep. backbone, start: what it was made from; its spec becomes that of the new model,
+            with the new weights.
+        training: settings. metrics: further scores, with ``history``: a row per epoch.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    from featcache.backbones.backbone import save_weights
+    from featcache.finetuning.network import to_backbone, to_head
+
+    origin = start.manifest["weights"]["source"]
+    head, source = to_head(network), f"fine-tuned from {origin}"
+    if report.alpha == 0:
+        head, source = start.head, origin
+    tuned = to_backbone(network, backbone, source)
+    work = work_folder(report.model)
+    save_weights(tuned, work / "backbone.safetensors")
+    facts = dataclasses.asdict(report)
+    accuracies = ("val_accuracy", "test_accuracy", "head_val_accuracy", "head_test_accuracy")
+    save_model(
+        facts.pop("model"),
+        FittedHead(head, (), {}, []),
+        classes=start.classes,
+        spec=dataclasses.replace(start.spec, weights_sha256=tuned.weights_sha256),
+        weights={"source": source, "reload": None},
+        training=training,
+        metrics={name: facts[name] for name in accuracies} | metrics | {"report": facts},
+        files={"backbone.safetensors": work / "backbone.safetensors", "history.csv": _as_table(metrics["history"])},
+        finetuned=True,
+    )
+
+
+def _as_table(history: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()

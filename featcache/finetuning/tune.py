@@ -1,0 +1,340 @@
+"""The stages of a run once its start is settled: assemble, train epoch after epoch, choose, compare, save.
+
+In: a ``Job``, and the model to start from. Out: a ``FinetuneReport``, and the model folder. Images are decoded once; the assembled
+network is proved to be the cached head; a checkpoint is written per epoch; the best epoch and the best mixture with the start are
+chosen on val. Training ends with the recipe's epochs or patience, and with Interrupted when a signal asks.
+"""
+
+import copy
+import dataclasses
+import functools
+import logging
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.encoder import build_encoder
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import encode_names, find
+from featcache.errors import Interrupted, SourceError, TrainingError
+from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
+from featcache.finetuning.pixels import Pixels, decode_split
+from featcache.finetuning.recipes import Job, Recipe, choose_recipe, explain
+from featcache.finetuning.result import UNCHANGED, FinetuneReport, choose, compare, in_words, save_finetuned, score
+from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compute_logits
+from featcache.heads.head import Array, Indices, softmax
+from featcache.heads.metrics import evaluate_probabilities
+from featcache.models.model import Model, check_replaceable
+from featcache.spec import fingerprint_of
+from featcache.system.device import kept_random_state
+from featcache.system.signals import StopRequest, deferred_signals
+from featcache.system.workdir import work_folder
+
+log = logging.getLogger("featcache")
+ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
+_COMPARED = 64  # images of the parity check, where they must be embedded for it
+_TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
+_TOLERANCE_REDUCED = 0.1  # where the cache was computed in half precision
+_SECONDS_BETWEEN_CHECKPOINTS = 600.0
+_STEPS_BETWEEN_QUESTIONS = 4  # asking all processes whether to stop costs a round trip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Start:
+    """What training starts from and is measured against.
+
+    Attributes:
+        model: with the cached head. backbone: its backbone. network: both assembled; it computes what the head computes.
+        val: images to choose by. val_logits: (n, C) of ``network``.
+    """
+
+    model: Model
+    backbone: Backbone
+    network: Network
+    val: Pixels
+    val_logits: Array
+
+
+def tune(
+    job: Job, model: Model, *, cache: FeatureCache | None, on_step: OnStep | None, started: float
+) -> FinetuneReport:
+    """Fine-tune ``model``. ``cache``: of the features that it was fit on, if that happened in this run."""
+    backbone = model.load_backbone()
+    log.info("backbone %s: weights %s", backbone.name, backbone.weights)
+    decode = functools.partial(decode_split, job, classes=model.classes, preprocess=backbone.preprocess)
+    train, val = decode("train"), decode("val")
+    recipe = _settle_recipe(job, len(train))
+    start = _assemble_start(job, model, backbone=backbone, val=val, cache=cache)
+    trainer = Trainer(_network_to_train(start, recipe, job=job), train, recipe=recipe, job=job)
+    counts = count_parameters(trainer.network, recipe)
+    log.info("parameters: %s, of which %s train", *(f"{count:,}" for count in counts))
+    checkpoint = Checkpoint(trainer, _identity(trainer, start))
+    with deferred_signals() as asked, kept_random_state(trainer.device):
+        rate = _train(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step)
+    check_replaceable(job.output)  # again: it took a while
+    alpha, tuned, val_logits = _choose(trainer, start)
+    logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
+    if len(test := decode("test")):  # only now
+        logits["test"] = (test.labels, *(compute_logits(network, test, job=job) for network in (start.network, tuned)))
+    comparison = {split: compare(*facts, split=split) for split, facts in logits.items()}
+    report = _report(trainer, comparison, alpha=alpha, counts=counts, rate=rate, started=started)
+    if job.processes.is_first:
+        metrics: dict[str, Any] = {"val": None, "test": None, "comparison": comparison, "history": trainer.history}
+        for split, (y, _, after) in logits.items():
+            metrics[split] = evaluate_probabilities(y, softmax(after), model.classes)
+        training = _training_facts(trainer, start, identity=checkpoint.identity, report=report)
+        save_finetuned(report, tuned, backbone=backbone, start=model, training=training, metrics=metrics)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------- start
+
+
+def _settle_recipe(job: Job, n_train: int) -> Recipe:
+    recipe = choose_recipe(job.recipe, n_train, **job.changes)
+    log.info("recipe %s: %s", job.recipe, recipe.about)
+    for line in explain(recipe, n_train):
+        log.info("  %s", line)
+    log.info("precision %s", job.precision)
+    asked = job.changes.get("batch_size")
+    if asked is not None and asked > n_train:
+        log.warning("batch size %d is larger than the %d training images: %d", asked, n_train, n_train)
+    return recipe
+
+
+def _assemble_start(job: Job, model: Model, *, backbone: Backbone, val: Pixels, cache: FeatureCache | None) -> _Start:
+    """Backbone and cached head as one network. Raises ModelError unless it computes what the cached head computes."""
+    network = assemble(backbone, model.head).to(job.runtime.device)
+    start = _Start(model, backbone, network, val, compute_logits(network, val, job=job))
+    images, features, tolerance = _reference_features(start, cache, job=job)
+    difference = check_parity(start.val_logits[images], model.head.logits(features), tolerance=tolerance)
+    text = "parity: the assembled network gives the cached head's logits on %d images (they differ by %.4f%%)"
+    log.info(text, len(images), 100 * difference)
+    return start
+
+
+def _reference_features(start: _Start, cache: FeatureCache | None, *, job: Job) -> tuple[Indices, Array, float]:
+    """What to compare the assembled network with: cached features, or some embedded now as ``predict`` embeds them.
+
+    Returns:
+        (n,) images of val, their (n, D) features, and the tolerance that their precision asks for.
+
+    Raises:
+        SourceError: not one image of val is in the cache.
+    """
+    if cache is None:
+        images = np.arange(min(_COMPARED, len(start.val)))
+        pixels = np.stack(start.val.pictures[:_COMPARED])
+        encoder, _ = build_encoder(start.backbone, job.runtime, pixels, precision="fp32")
+        return images, encoder(pixels).astype(start.model.spec.storage), _TOLERANCE
+    rows = find(cache.rows.paths, encode_names(start.val.paths))
+    images = np.flatnonzero(rows >= 0)
+    if not len(images):
+        raise SourceError(f"not one val image is in {cache.path}, so that nothing can be compared with it")
+    exact = cache.provenance.precision == "fp32"
+    return images, cache.take(rows[images]), _TOLERANCE if exact else _TOLERANCE_REDUCED
+
+
+def _network_to_train(start: _Start, recipe: Recipe, *, job: Job) -> Network:
+    """A copy of the cached head's network, or one with a new head."""
+    if recipe.hidden is None:
+        return copy.deepcopy(start.network)
+    network = with_new_head(start.backbone, recipe, len(start.model.classes), seed=job.seed)
+    return network.to(job.runtime.device)
+
+
+def _identity(trainer: Trainer, start: _Start) -> dict[str, Any]:
+    """Everything that changes the numbers, to be equal when a run is resumed."""
+    job = trainer.job
+    return {
+        "recipe": trainer.recipe.to_json(),
+        "seed": job.seed,
+        "precision": job.precision,
+        "device": job.runtime.device.type,
+        "processes": job.processes.world,
+        "micro_batch": job.runtime.batch_size,
+        "classes": list(start.model.classes),
+        "start": {"spec": start.model.fingerprint, "head": start.model.manifest["head"]["sha256"]},
+        "images": {
+            split: f"{len(pixels)}, {pixels.digest[:16]}"
+            for split, pixels in (("train", trainer.data), ("val", start.val))
+        },
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def _train(
+    trainer: Trainer, val: Pixels, *, checkpoint: Checkpoint, asked: StopRequest, on_step: OnStep | None
+) -> float:
+    """Train until the epochs are used up, or patience is.
+
+    A checkpoint is written after every epoch, every ten minutes (one process only), and before Interrupted is raised.
+
+    Returns:
+        Images per second of this call, evaluation left out; 0 if nothing was left to train.
+
+    Raises:
+        Interrupted: ``asked`` to. TrainingError: the loss or the weights are not finite, or the loss explodes.
+    """
+
+    def after_step(status: Status) -> None:
+        if trainer.processes.world == 1 and time.perf_counter() - checkpoint.written > _SECONDS_BETWEEN_CHECKPOINTS:
+            checkpoint.save()
+        if on_step:
+            on_step(status)
+
+    folder, seconds, images = work_folder(trainer.job.output), 0.0, 0.0
+    while trainer.epoch < (trainer.recipe.epochs or 1) and not _out_of_patience(trainer):
+        begun, first = time.perf_counter(), trainer.batch
+        try:
+            loss, accuracy = trainer.run_epoch(on_step=after_step, stop=lambda: _asked_to_stop(trainer, asked))
+            seconds += time.perf_counter() - begun
+            images += len(trainer.data) * (1 - first / trainer.steps_per_epoch)
+            _end_epoch(trainer, val, loss=loss, accuracy=accuracy, checkpoint=checkpoint)
+        except Stopped:
+            checkpoint.save()
+            raise Interrupted(
+                f"stopped in epoch {trainer.epoch + 1} of {trainer.recipe.epochs}; the same command with --resume goes on "
+                f"from there ({folder})",
+                asked.signal,
+            ) from None
+        except TrainingError as error:
+            kept = "there is no checkpoint yet"
+            if checkpoint.position:
+                kept = f"the last good checkpoint, {checkpoint.position}, is kept in {folder}"
+            raise TrainingError(f"{error} ({kept})") from error
+    return images / seconds if seconds else 0.0
+
+
+def _asked_to_stop(trainer: Trainer, asked: StopRequest) -> bool:
+    """All processes stop after the same step."""
+    if trainer.processes.world > 1:
+        if trainer.batch % _STEPS_BETWEEN_QUESTIONS:
+            return False
+        asked.signal = max(trainer.processes.all_gather(asked.signal))
+    return bool(asked)
+
+
+def _out_of_patience(trainer: Trainer) -> bool:
+    patience, best = trainer.recipe.patience, trainer.best.get("epoch", 0)
+    return patience > 0 and best > 0 and trainer.epoch - best >= patience
+
+
+def _end_epoch(trainer: Trainer, val: Pixels, *, loss: float, accuracy: float, checkpoint: Checkpoint) -> None:
+    """Score on val, add to the history, remember the best, write the checkpoint, say how it went."""
+    logits = compute_logits(trainer.evaluated, val, job=trainer.job)
+    val_accuracy, negative_loss = score(val.labels, logits)
+    val_loss = -negative_loss
+    if not math.isfinite(val_loss):
+        raise TrainingError(f"the loss on val is {val_loss} after epoch {trainer.epoch}; try a lower learning rate")
+    row = {"train_loss": loss, "train_accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
+    trainer.history.append({"epoch": trainer.epoch, **row})
+    better = not trainer.best or (val_accuracy, -val_loss) > (trainer.best["accuracy"], -trainer.best["loss"])
+    if better:
+        trainer.best = {
+            "epoch": trainer.epoch,
+            "accuracy": val_accuracy,
+            "loss": val_loss,
+            "weights": {name: tensor.detach().cpu().clone() for name, tensor in trainer.evaluated.state_dict().items()},
+            "logits": torch.from_numpy(logits),
+        }
+    checkpoint.save()
+    log.info(
+        "epoch %d/%d: loss %.4f, accuracy %.2f%%; val loss %.4f, accuracy %.2f%%%s",
+        trainer.epoch,
+        trainer.recipe.epochs,
+        loss,
+        100 * accuracy,
+        val_loss,
+        100 * val_accuracy,
+        " (best so far)" if better else "",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ result
+
+
+def _choose(trainer: Trainer, start: _Start) -> tuple[float | None, Network, Array]:
+    """The best epoch, or its best mixture with the start (WiSE-FT), on val.
+
+    Returns:
+        Share of the fine-tuned weights (None: their head was a new one), the network with these weights, and its logits on val.
+    """
+    recipe, best, y = trainer.recipe, trainer.best, start.val.labels
+    tuned, tuned_logits = trainer.evaluated, best["logits"].numpy()
+    tuned.load_state_dict(best["weights"])
+    log.info("best epoch on val: %d", best["epoch"])
+    if not recipe.interpolate or recipe.hidden is not None:
+        return None if recipe.hidden is not None else 1.0, tuned, tuned_logits
+    logits = {0.0: start.val_logits, 1.0: tuned_logits}
+    for share in ALPHAS:
+        logits[share] = compute_logits(interpolate(start.network, tuned, alpha=share), start.val, job=trainer.job)
+    alpha = choose(y, logits)
+    log.info(
+        "share of the fine-tuned weights: %g, the best on val of %s",
+        alpha,
+        ", ".join(f"{share:g} ({score(y, logits[share])[0]:.2%})" for share in sorted(logits)),
+    )
+    return alpha, interpolate(start.network, tuned, alpha=alpha), logits[alpha]
+
+
+def _report(
+    trainer: Trainer,
+    comparison: dict[str, dict[str, Any]],
+    *,
+    alpha: float | None,
+    counts: tuple[int, int],
+    rate: float,
+    started: float,
+) -> FinetuneReport:
+    """The report. Warns if a new head ended below the cached one."""
+    val, test = comparison["val"], comparison.get("test")
+    decisive = test or val
+    if alpha is None and val["tuned_accuracy"] < val["head_accuracy"]:
+        log.warning(
+            "this recipe's own head ended below the cached head on val: use the cached head's model, or --recipe default"
+        )
+    return FinetuneReport(
+        model=trainer.job.output,
+        recipe=trainer.job.recipe,
+        epochs=trainer.epoch,
+        best_epoch=trainer.best["epoch"],
+        alpha=alpha,
+        val_accuracy=val["tuned_accuracy"],
+        head_val_accuracy=val["head_accuracy"],
+        test_accuracy=test["tuned_accuracy"] if test else None,
+        head_test_accuracy=test["head_accuracy"] if test else None,
+        p_value=decisive["p_value"],
+        verdict=decisive["verdict"] if alpha != 0 else UNCHANGED,
+        comparison=tuple(in_words(facts) for facts in comparison.values()),
+        parameters=counts[0],
+        trainable_parameters=counts[1],
+        images_per_second=rate,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _training_facts(
+    trainer: Trainer, start: _Start, *, identity: dict[str, Any], report: FinetuneReport
+) -> dict[str, Any]:
+    """How the model was trained, for its manifest; ``is_finished`` reads ``run``."""
+    return {
+        "recipe": report.recipe,
+        "settings": trainer.recipe.to_json(),
+        "run": fingerprint_of(identity),
+        "seed": trainer.job.seed,
+        "precision": trainer.job.precision,
+        "epochs": report.epochs,
+        "best_epoch": report.best_epoch,
+        "alpha": report.alpha,
+        "start": {"fingerprint": start.model.fingerprint, "head": start.model.head.kind},
+        "n_train": len(trainer.data),
+        "n_val": len(start.val),
+    }

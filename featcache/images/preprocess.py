@@ -14,13 +14,6 @@ from featcache.spec import PreprocessSpec
 if TYPE_CHECKING:
     import torch
 
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
 
 def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
     """Resize and centre-crop, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images.
@@ -42,7 +35,8 @@ def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray
     elif spec.interpolation in ("bilinear", "bicubic"):
         resized = _resize(image, size, spec.interpolation)
     else:
-        resized = np.asarray(Image.fromarray(image).resize(size[::-1], _RESAMPLING[spec.interpolation]))
+        method = Image.Resampling[spec.interpolation.upper()]
+        resized = np.asarray(Image.fromarray(image).resize(size[::-1], method))
     return resized[top : top + spec.crop[0], left : left + spec.crop[1]]
 
 

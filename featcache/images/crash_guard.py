@@ -48,15 +48,7 @@ def decoding(
 
 
 def try_apart(data: bytes, program: Sequence[str], *, notes: Notes | None = None, patience: float = 120.0) -> None:
-    """Decode ``data`` in a process of its own, only to see whether that survives.
-
-    Args:
-        data, program, notes: as for ``decoding``.
-        patience: seconds.
-
-    Raises:
-        RefusedImage: it does not, or takes longer than ``patience``.
-    """
+    """Decode ``data`` in a process of its own. Raises RefusedImage if that crashes, or takes longer than ``patience`` (s)."""
     # It imports from where this process does, never from the user's working folder.
     command, environment = [sys.executable, "-P", *program], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
@@ -68,7 +60,7 @@ def try_apart(data: bytes, program: Sequence[str], *, notes: Notes | None = None
         reason = f"{_ENDLESS}, {patience:g} s were not enough"
     if reason:
         if notes:
-            notes.crashed_images += 1
+            notes.shared.crashed_images += 1
         raise RefusedImage(reason)
 
 

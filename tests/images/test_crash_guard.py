@@ -149,11 +149,11 @@ def test_only_what_a_worker_crashed_on_is_tried_apart(photo: bytes) -> None:
         pass
     with decoding(photo + b"another one", crash, notes=notes):
         pass
-    assert (notes.take(), notes.crashed_images) == (frozenset(), 0)
+    assert (notes.take(), notes.shared.crashed_images) == (frozenset(), 0)
     for options in ({"notes": notes}, {"suspect": True}):
         with pytest.raises(RefusedImage, match=r"^its decoder crashed \(SIGABRT\)$"), decoding(photo, crash, **options):
             pytest.fail("it was decoded")
-    assert (notes.take(), notes.crashed_images) == (frozenset(), 1)
+    assert (notes.take(), notes.shared.crashed_images) == (frozenset(), 1)
 
 
 def test_a_decoder_without_end_is_refused(photo: bytes) -> None:
@@ -161,7 +161,7 @@ def test_a_decoder_without_end_is_refused(photo: bytes) -> None:
     with pytest.raises(RefusedImage, match="^its decoder comes to no end, 0.5 s were not enough$") as refused:
         try_apart(photo, ("-c", "import time; time.sleep(60)"), notes=notes, patience=0.5)
     assert str(refused.value).startswith(FATAL)
-    assert notes.crashed_images == 1
+    assert notes.shared.crashed_images == 1
 
 
 @pytest.mark.parametrize("name", ["JpegImageFile.load", "simplejpeg.decode_jpeg"])

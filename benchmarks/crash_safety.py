@@ -8,6 +8,7 @@ the backbone. All give the same embeddings, which is checked. The ceiling is wha
 """
 
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -93,10 +94,9 @@ def main() -> None:  # noqa: D103 - the module says it
     from featcache.backbones.embed import sample_pixels
     from featcache.backbones.encoder import build_encoder
     from featcache.backbones.load import load_backbone
-    from featcache.images import crash_guard
+    from featcache.images import decode
     from featcache.images.source import list_images
     from featcache.system.device import choose_runtime
-    from featcache.system.supervisor import Notes
 
     backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")
     images = list_images(arguments.folder, labelled=False)
@@ -111,8 +111,8 @@ def main() -> None:  # noqa: D103 - the module says it
         for number in range(arguments.pairs):
             order = list(seconds) if number % 2 else list(seconds)[::-1]
             for way in order:
-                notes = Notes() if way == "threads and notes" else None
-                with mock.patch.object(crash_guard, "current_notes", return_value=notes):
+                without_notes = mock.patch.object(decode, "decoding", return_value=contextlib.nullcontext())
+                with contextlib.nullcontext() if way == "threads and notes" else without_notes:
                     started = time.perf_counter()
                     got = (
                         in_processes(images, encoder, runtime, pool)

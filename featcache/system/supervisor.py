@@ -63,18 +63,7 @@ class Notes:
         return keys
 
 
-_notes: Notes | None = None
-
-
-def current_notes() -> Notes | None:
-    """Return the notes of this process; None if no other process waits for it."""
-    return _notes
-
-
-def output_started() -> None:
-    """Make a crash final from here on: output has been handed over that another worker would hand over again."""
-    if _notes:
-        _notes.shared.output_started = True
+notes = Notes()  # of this process and of those that it forks; read by nobody if none of them is ``supervised``
 
 
 def supervised() -> int | None:
@@ -84,13 +73,11 @@ def supervised() -> int | None:
         None in the worker (or where there are no workers: not Linux, under torchrun, with ``FEATCACHE_SUPERVISE=0``, or once
         torch is loaded), which goes on; in the process that waited the exit code of the last worker.
     """
-    global _notes
     parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if sys.platform != "linux" or os.environ.get("FEATCACHE_SUPERVISE") == "0" or parallel or "torch" in sys.modules:
         return None
-    _notes = Notes()
     while True:
-        crashed_images = _notes.shared.crashed_images
+        crashed_images = notes.shared.crashed_images
         # What comes before this process forwards signals waits until it does, instead of ending this process alone.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         if not (worker := _fork()):
@@ -103,16 +90,16 @@ def supervised() -> int | None:
             )
         if -code not in _CRASHES:
             return code if code >= 0 else 128 - code
-        suspects = _notes.take() - _notes.suspects
+        suspects = notes.take() - notes.suspects
         in_vain = (
-            bool(_notes.suspects) and _notes.shared.crashed_images == crashed_images
+            bool(notes.suspects) and notes.shared.crashed_images == crashed_images
         )  # nothing was found out last time
-        if not suspects or _notes.shared.output_started or in_vain:
-            advice = _advice(streaming=_notes.shared.output_started and bool(suspects))
+        if not suspects or notes.shared.output_started or in_vain:
+            advice = _advice(streaming=notes.shared.output_started and bool(suspects))
             log.error("the process crashed (%s)%s", signal_name(-code), advice)
             return 128 - code
         log.warning("a decoder crashed (%s); going on without the image that did it", signal_name(-code))
-        _notes.suspects |= suspects
+        notes.suspects |= suspects
 
 
 def signal_name(number: int) -> str:

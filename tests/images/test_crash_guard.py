@@ -140,26 +140,30 @@ def photo(tmp_path: Path) -> bytes:
     return write_photo(tmp_path / "photo.jpg", (1, 2, 3), 1).read_bytes()
 
 
-def test_only_what_a_worker_crashed_on_is_tried_apart(photo: bytes) -> None:
-    notes, crash = Notes(), ("-c", "import os; os.abort()")
-    with decoding(photo, crash, notes=notes):
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
+    monkeypatch.setattr("featcache.images.crash_guard.notes", notes := Notes())
+    return notes
+
+
+def test_only_what_a_worker_crashed_on_is_tried_apart(photo: bytes, notes: Notes) -> None:
+    crash, crashed = ("-c", "import os; os.abort()"), r"^its decoder crashed \(SIGABRT\)$"
+    with decoding(photo, crash):
         notes.suspects = notes.take()
     assert len(notes.suspects) == 1
-    with decoding(photo, PROGRAM, notes=notes):
-        pass
-    with decoding(photo + b"another one", crash, notes=notes):
+    with decoding(photo, PROGRAM), decoding(photo + b"another one", crash):
         pass
     assert (notes.take(), notes.shared.crashed_images) == (frozenset(), 0)
-    for options in ({"notes": notes}, {"suspect": True}):
-        with pytest.raises(RefusedImage, match=r"^its decoder crashed \(SIGABRT\)$"), decoding(photo, crash, **options):
-            pytest.fail("it was decoded")
-    assert (notes.take(), notes.shared.crashed_images) == (frozenset(), 1)
+    with pytest.raises(RefusedImage, match=crashed), decoding(photo, crash):
+        pytest.fail("it was decoded")
+    with pytest.raises(RefusedImage, match=crashed), decoding(photo + b"another one", crash, suspect=True):
+        pytest.fail("it was decoded")
+    assert (notes.take(), notes.shared.crashed_images) == (frozenset(), 2)
 
 
-def test_a_decoder_without_end_is_refused(photo: bytes) -> None:
-    notes = Notes()
+def test_a_decoder_without_end_is_refused(photo: bytes, notes: Notes) -> None:
     with pytest.raises(RefusedImage, match="^its decoder comes to no end, 0.5 s were not enough$") as refused:
-        try_apart(photo, ("-c", "import time; time.sleep(60)"), notes=notes, patience=0.5)
+        try_apart(photo, ("-c", "import time; time.sleep(60)"), patience=0.5)
     assert str(refused.value).startswith(FATAL)
     assert notes.shared.crashed_images == 1
 

@@ -72,10 +72,9 @@ class PreprocessSpec:
         if self.decode not in DECODING:
             raise UsageError(f"unknown decoding {self.decode!r}; choose one of {', '.join(DECODING)}")
         for field in dataclasses.fields(self):
-            if field.name == "decode":
-                continue
-            if field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default:
-                raise UsageError(f"{field.name} {getattr(self, field.name)!r} is not known, only {field.default!r} is")
+            value, only = getattr(self, field.name), field.default
+            if field.name != "decode" and only is not dataclasses.MISSING and value != only:
+                raise UsageError(f"{field.name} {value!r} is not known, only {only!r} is")
 
     @property
     def decode_at_least(self) -> int | None:

@@ -11,6 +11,7 @@ Whatever decodes a file enters the crash guard once, here. Run as a program, thi
 import contextlib
 import functools
 import io
+import itertools
 import os
 import sys
 import warnings
@@ -88,14 +89,9 @@ def reduction(shorter_edge: int, at_least: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
 
 
-def has_fast_decoder() -> bool:
-    """Whether JPEGs are decoded by something faster than Pillow."""
-    return fast_jpeg() is not None
-
-
 def decoder_in_words() -> str:
     """Which decoder is used for JPEGs, and why."""
-    if has_fast_decoder():
+    if fast_jpeg():
         return "JPEGs by simplejpeg, whose pixels equal Pillow's; FEATCACHE_DECODER=pillow turns it off"
     if os.environ.get("FEATCACHE_DECODER") == "pillow":
         return "JPEGs by Pillow, as FEATCACHE_DECODER says"
@@ -219,12 +215,11 @@ def _examples() -> list[bytes]:
     """JPEGs of noise in every usual way of storing colour, of odd sizes."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8))
     found = []
-    for image in (noise, noise.convert("L")):
-        for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
-            for progressive in (False, True):
-                file = io.BytesIO()
-                image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
-                found.append(file.getvalue())
+    ways = itertools.product((noise, noise.convert("L")), ("4:4:4", "4:2:2", "4:2:0"), (False, True))
+    for image, subsampling, progressive in ways:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+        found.append(file.getvalue())
     return found
 
 

@@ -19,7 +19,7 @@ from featcache.backbones.embedder import Embedder
 from featcache.backbones.encoder import Precision
 from featcache.errors import SourceError
 from featcache.extraction.request import DEFAULT_BACKBONE, ExtractRequest, load_requested
-from featcache.images.decode import decode, has_fast_decoder
+from featcache.images.decode import decode, fast_jpeg
 from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
 from featcache.reports.advice import Setting, advice
@@ -108,7 +108,7 @@ def _measure(
         backbone=backbone.name,
         precision=choice.precision,
         bf16=has_bf16_arithmetic(),
-        fast_decoder=has_fast_decoder(),
+        fast_decoder=fast_jpeg() is not None,
         edge=edge,
         resize=resize if isinstance(resize, int) else max(resize),
     )

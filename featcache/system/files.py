@@ -27,7 +27,6 @@ except ImportError:  # Windows: left-overs of killed processes stay where they a
     fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
-_REPLACED = ".replaced"
 _MAX_TRIES = 100  # where another process may have been faster
 _TEMPORARY = r"\.{name}\.\d+-[0-9a-f]{{8}}\.tmp"
 _REMEDIES = {
@@ -39,11 +38,7 @@ _SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file 
 
 
 def check_output(path: Path, *, folder_allowed: bool = False) -> None:
-    """Refuse early, before any work, if ``path`` could not be created in its folder.
-
-    Raises:
-        StorageError: the folder is missing or not writable, or a folder is where a file is to be.
-    """
+    """Raise StorageError, before any work, if ``path``'s folder is missing or not writable, or ``path`` is a folder."""
     folder = path.parent
     if path.is_dir() and not folder_allowed:
         raise StorageError(f"cannot write {path}: it is a folder; give the name of a file")
@@ -115,18 +110,15 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
 
 @contextlib.contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; on success it becomes ``path``, replacing what was there.
-
-    Raises:
-        StorageError: the operating system refused a step. ``path`` is then unchanged.
-    """
+    """Yield an empty temporary folder beside ``path``; on success it replaces ``path``. Raises as ``publish_file`` does."""
     try:
         sweep(path.parent, path.name)
         temporary, lock = _claim(path, path.parent, None)
         try:
             yield temporary
-            for file in temporary.iterdir():
-                _sync_file(file)
+            for path_inside in temporary.iterdir():
+                with path_inside.open("rb+") as file:
+                    os.fsync(file.fileno())
             sync_folder(temporary)
             _take_name(temporary, path)
             sync_folder(path.parent)
@@ -258,7 +250,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_REPLACED}")
+    return path.with_name(f".{path.name}.replaced")
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -268,11 +260,6 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _failure(path: Path, error: OSError, written: int | None, needed: int | None) -> StorageError:

@@ -15,9 +15,8 @@ import filelock
 from featcache.errors import StorageError
 from featcache.system.files import sweep, sync_folder
 
-_CONTENT = re.compile(
-    r"lock|run\.json|\d{20}-[0-9a-f]{8}\.h5"
-)  # at least one of these, while it is in use or to be resumed
+# At least one of these is there, while it is in use or to be resumed.
+_CONTENT = re.compile(r"lock|run\.json|\d{20}-[0-9a-f]{8}\.h5")
 PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 
 

@@ -14,56 +14,34 @@ from featcache.images.source import list_images
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file kinds")
 
 
-def test_class_folders(tmp_path: Path) -> None:
-    images = list_images(make_photos(tmp_path / "p", each=2))
-    assert images.classes == ("blue", "green", "red")
-    assert images.paths == ("blue/00.jpg", "blue/01.jpg", "green/00.jpg", "green/01.jpg", "red/00.jpg", "red/01.jpg")
-    assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert images.splits.tolist() == [0] * 6
-    assert images.sizes[0] == (tmp_path / "p/blue/00.jpg").stat().st_size
+# What is in a folder -> its classes; each image's label and split.
+LAYOUTS = {
+    "class folders": ("blue/0 blue/1 red/0", "blue red", "0 0 1", "0 0 0"),
+    "flat": ("0", "", "-1", "0"),
+    "classes called like splits": ("bus/0 train/0", "bus train", "0 1", "0 0"),
+    "splits": ("test/0 train/a/0 train/b/0 validation/b/0", "a b", "-1 0 1 1", "3 1 1 2"),
+    "nothing but splits": ("test/a/0 val/b/0", "a b", "0 1", "3 2"),
+    "one split with class folders": ("train/a/0 train/b/0", "a b", "0 1", "1 1"),
+    "splits without class folders": ("test/0 train/0", "", "-1 -1", "3 1"),
+}
 
 
-def test_split_folders_and_a_class_missing_from_one_split(tmp_path: Path) -> None:
-    root = make_photos(tmp_path / "p", each=1, splits=("train", "validation", "test"))
-    for path in (root / "validation" / "blue").iterdir():
-        path.unlink()
-    (root / "train" / "amber").mkdir()  # empty, yet it counts: indices must not depend on what happens to be there
-    write_photo(root / "test" / "unlabelled.png", (1, 2, 3), 9)
-    images = list_images(root)
-    assert images.classes == ("amber", "blue", "green", "red")
-    found = {
-        path: (int(label), int(split))
-        for path, label, split in zip(images.paths, images.labels, images.splits, strict=True)
-    }
-    assert found["train/blue/00.jpg"] == (1, 1)
-    assert found["validation/green/00.jpg"] == (2, 2)
-    assert found["test/red/00.jpg"] == (3, 3)
-    assert found["test/unlabelled.png"] == (-1, 3)
-
-
-def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    write_photo(tmp_path / "a.png", (1, 2, 3), 1)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folders_are_classes_or_splits(tmp_path: Path, layout: str) -> None:
+    paths, classes, labels, splits = (text.split() for text in LAYOUTS[layout])
+    for path in paths:
+        write_photo(tmp_path / f"{path}.jpg", (1, 2, 3), 1)
     images = list_images(tmp_path)
-    assert (images.classes, images.labels.tolist()) == ((), [-1])
+    assert images.paths == tuple(f"{path}.jpg" for path in paths)
+    assert images.sizes.tolist() == [(tmp_path / path).stat().st_size for path in images.paths]
+    assert (list(images.classes), images.labels.tolist()) == (classes, [int(label) for label in labels])
+    assert images.splits.tolist() == [int(split) for split in splits]
 
 
-def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
-    for name in ("train", "bus"):
-        write_photo(tmp_path / name / "a.png", (1, 2, 3), 1)
-    assert list_images(tmp_path).classes == ("bus", "train")
-
-
-@pytest.mark.parametrize("splits", [("val", "test"), ("train",), ("train", "test")])
-def test_folders_all_called_like_splits_are_splits(tmp_path: Path, splits: tuple[str, ...]) -> None:
-    images = list_images(make_photos(tmp_path, each=1, splits=splits))
-    assert images.classes == ("blue", "green", "red")
-
-
-def test_splits_without_class_folders_have_no_labels(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_photo(tmp_path / split / "a.png", (1, 2, 3), 1)
-    images = list_images(tmp_path)
-    assert (images.classes, images.splits.tolist()) == ((), [3, 1])
+def test_an_empty_class_folder_counts(tmp_path: Path) -> None:
+    """Indices must not depend on what happens to be there."""
+    (make_photos(tmp_path, each=1, splits=("train", "test")) / "train" / "amber").mkdir()
+    assert list_images(tmp_path).classes == ("amber", "blue", "green", "red")
 
 
 def test_splits_beside_other_folders_are_ambiguous(tmp_path: Path) -> None:

@@ -11,18 +11,10 @@ from featcache.images.source import ImageList
 from featcache.images.splits import hold_out, training_images, usable
 
 
-def image_list(names: dict[str, int], splits: int = 0) -> ImageList:
+def image_list(names: dict[str, int]) -> ImageList:
     """A list of ``names``: path -> label."""
-    n = len(names)
-    return ImageList(
-        Path(),
-        tuple(names),
-        np.array(list(names.values()), np.int32),
-        ("a", "b", "c"),
-        np.full(n, splits, np.uint8),
-        np.zeros(n, np.int64),
-        np.zeros(n, np.int64),
-    )
+    labels, zeros = np.array(list(names.values()), np.int32), np.zeros(len(names), np.int64)
+    return ImageList(Path(), tuple(names), labels, ("a", "b", "c"), zeros.astype(np.uint8), zeros, zeros)
 
 
 @pytest.mark.parametrize("n_splits", [1, 3, 4])

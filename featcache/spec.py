@@ -161,11 +161,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, values: Any) -> "Spec":
-        """Rebuild a spec that nobody vouches for.
-
-        Raises:
-            UsageError: a field is missing, of the wrong type, or asks for something this version does not do.
-        """
+        """Rebuild a spec that nobody vouches for. Raises UsageError for missing or wrong fields, or of other versions."""
         if not isinstance(values, dict) or not isinstance(backbone := values.get("backbone"), dict):
             raise UsageError("the spec is not a JSON object with a backbone")
         try:

@@ -21,15 +21,10 @@ FATAL = (_CRASHED, _ENDLESS)  # how the reasons begin
 
 @contextlib.contextmanager
 def decoding(data: bytes, program: Sequence[str], *, suspect: bool = False) -> Iterator[None]:
-    """Note ``data`` while it is decoded inside of this context. Try it apart first if a worker crashed on what looks like it.
+    """Note ``data``, a file, while it is decoded inside of this context.
 
-    Args:
-        data: the file.
-        program: Python's arguments for a program that decodes what it finds on stdin.
-        suspect: try it apart in any case.
-
-    Raises:
-        RefusedImage: it crashes the process in which it is tried, or does not end there.
+    If it is ``suspect``, or a worker crashed on what looks like it, it is first tried apart: by ``program``, Python's
+    arguments for a program that decodes what it finds on stdin. Raises RefusedImage if that crashes or does not end.
     """
     # It tells this content from others, well enough: whatever is suspected wrongly is only tried apart.
     key = (len(data) << 32 | zlib.crc32(data[-4096:], zlib.crc32(data[:4096]))) & (2**64 - 1) or 1

@@ -55,7 +55,6 @@ def decode(data: bytes, *, at_least: int | None = None, suspect: bool = False) -
     Where pixels are missing or known to be damaged the image is refused; ``integrity`` says what goes unnoticed.
 
     Args:
-        data: the file.
         at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
         suspect: try it in a process of its own first.
 
@@ -106,7 +105,8 @@ def fast_jpeg() -> Callable[..., Pixels] | None:
     try:
         from simplejpeg import decode_jpeg
 
-        same = all(_are_the_same(decode_jpeg, data, factor) for data in _examples() for factor in (1, 2, 4, 8))
+        files = [(data, at_least) for data in _examples() for at_least in (None, 9, 4, 2)]  # at every scale
+        same = all(np.array_equal(_decode_plain(decode_jpeg, *file), _decode_whole(*file)) for file in files)
     except Exception:  # not installed, or broken
         return None
     return decode_jpeg if same else None
@@ -151,12 +151,20 @@ def _decode_whole(data: bytes, at_least: int | None) -> Pixels:
 
 def _decode_fast(data: bytes, at_least: int | None) -> Pixels | None:
     """By something faster than Pillow; None if there is nothing, or it has any objection: Pillow then decides."""
-    decode_jpeg = fast_jpeg()
-    if decode_jpeg and data.startswith(b"\xff\xd8\xff"):
+    if (decode_jpeg := fast_jpeg()) and data.startswith(b"\xff\xd8\xff"):
         with contextlib.suppress(Exception):
-            if size := _size_of_plain_jpeg(data):
-                return decode_jpeg(data, **_smallest(size, reduction(min(size), at_least)))
+            return _decode_plain(decode_jpeg, data, at_least)
     return None
+
+
+def _decode_plain(decode_jpeg: Callable[..., Pixels], data: bytes, at_least: int | None) -> Pixels:
+    """Raises anything if anything about a JPEG needs a decision: orientation, CMYK, absurd size. Pillow reads the header."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        plain = image.width * image.height <= MAX_PIXELS and image.mode in ("RGB", "L") and not _is_turned(image)
+        if not plain or may_have_many_scans(image, data):
+            raise ValueError("not for this decoder")
+        factor = reduction(min(image.size), at_least)
+        return decode_jpeg(data, min_width=-(-image.width // factor), min_height=-(-image.height // factor))
 
 
 @functools.cache
@@ -189,26 +197,6 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
         white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layers).convert("RGB")
     return image.convert("RGB")
-
-
-def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) if nothing about it needs a decision: no orientation, CMYK, absurd size. Reads the header only."""
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        small = image.width * image.height <= MAX_PIXELS
-        plain = small and image.mode in ("RGB", "L") and not _is_turned(image)
-        plain = plain and not may_have_many_scans(image, data)
-        return image.size if plain else None
-
-
-def _smallest(size: tuple[int, int], factor: int) -> dict[str, int]:
-    """What to ask for so that an image of (width, height) is decoded at 1/``factor``."""
-    return {"min_width": -(-size[0] // factor), "min_height": -(-size[1] // factor)} if factor > 1 else {}
-
-
-def _are_the_same(decode_jpeg: Callable[..., Pixels], data: bytes, factor: int) -> bool:
-    size = _decode(data, None).size
-    expected = _decode_whole(data, min(size) // (2 * factor) if factor > 1 else None)
-    return np.array_equal(decode_jpeg(data, **_smallest(size, factor)), expected)
 
 
 def _examples() -> list[bytes]:

@@ -54,8 +54,7 @@ def read_images(
 ) -> Generator[ReadImage[T]]:
     """Read some of ``files`` on ``workers`` threads, results in the order of ``indices``. Never far ahead of who takes them.
 
-    Args:
-        convert: a file's bytes -> what is wanted of them; may raise RefusedImage. A refused image never ends the loop.
+    ``convert`` makes what is wanted of a file's bytes, and may raise RefusedImage. A refused image never ends the loop.
     """
     pending = iter(indices)
     with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool:

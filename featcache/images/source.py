@@ -157,14 +157,13 @@ def _is_split_layout(root: Path, folders: set[str]) -> bool:
     """
     splits = sorted(folder for folder in folders if folder.lower() in _SPLIT_FOLDERS)
     others = sorted(folders - set(splits))
-    if not others:
-        return len(splits) > 1 or any(_subfolders(root / folder) for folder in splits)
-    if len(splits) > 1 and any(_subfolders(root / folder) for folder in splits):
+    hold_classes = any(_subfolders(root / folder) for folder in splits)
+    if others and len(splits) > 1 and hold_classes:
         raise SourceError(
             f"{root} holds the splits {', '.join(splits)} beside other folders ({', '.join(others[:3])}); "
             "move those out, or list the images in a CSV with the header path,label,split"
         )
-    return False
+    return not others and (len(splits) > 1 or hold_classes)
 
 
 def _subfolders(folder: Path) -> set[str]:

@@ -26,11 +26,8 @@ def usable(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> 
 def training_images(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> tuple[_Mask, int]:
     """Which images train: the labelled ones of the split train, or all labelled ones if there are no splits.
 
-    Args:
-        labels: (N,) class indices, -1: none. splits: (N,) positions in ``SPLITS``, 0: none.
-
-    Returns:
-        (N,) mask, and how many images without a label or outside the splits are left out; val and test do not count.
+    Of class indices (N,), -1: none, and positions in ``SPLITS`` (N,), 0: none. Returns a mask (N,), and how many images
+    without a label or outside the splits are left out; val and test do not count.
     """
     wanted, elsewhere = usable(labels, splits), splits > _TRAIN
     return wanted & ~elsewhere, int((~wanted & ~elsewhere).sum())
@@ -43,7 +40,6 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
     The seed and an image's own path decide, not the order of the list, and one more image moves at most one other.
 
     Args:
-        images: as listed.
         share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
         seed: another one holds out other images.
 

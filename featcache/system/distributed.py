@@ -74,8 +74,7 @@ class Processes:
 def init(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
     """Join the processes that torchrun started (none: world 1); yields this one, and ``runtime`` with its own device.
 
-    Raises:
-        UsageError: fewer GPUs on this machine than processes.
+    Raises UsageError if this machine has fewer GPUs than processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

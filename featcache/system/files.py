@@ -51,8 +51,7 @@ def check_output(path: Path, *, folder_allowed: bool = False) -> None:
 def named(path: Path) -> Path:
     """``path`` as typed, but for ``.`` and ``..``: what lies beside an output is named after it, so it needs a name.
 
-    Raises:
-        StorageError: the root of a file system, which has none.
+    Raises StorageError for the root of a file system, which has none.
     """
     if path.name in ("", ".."):
         path = path.resolve()
@@ -136,10 +135,7 @@ def read_published(path: Path, read: Callable[[Path], T]) -> T:
     """Return ``read(path)`` of one version of a file or folder that other processes may publish again at any moment.
 
     Opening several files, or one several times, may give half of one version and half of the next. Then ``read`` is called
-    again, whether it raised an error or not.
-
-    Raises:
-        StorageError: ``path`` is replaced each time. Otherwise what ``read`` raises.
+    again, whether it raised an error or not. Raises StorageError if ``path`` is replaced each time.
     """
     for _ in range(_MAX_TRIES):
         before = _identity(path)

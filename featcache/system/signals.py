@@ -40,10 +40,7 @@ def interrupt_on_signals() -> StopRequest:
 
     A signal that comes while a module is imported waits for the end of the import: the C++ libraries behind PyTorch abort the
     process when their initialisation is interrupted. A second signal interrupts at once, also then. Where the shell has
-    told the process to ignore SIGINT, as it does in the background, that stays so.
-
-    Returns:
-        What holds the signal that came last.
+    told the process to ignore SIGINT, as it does in the background, that stays so. Returns what holds the last signal.
     """
     request = StopRequest()
 

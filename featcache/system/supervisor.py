@@ -17,11 +17,8 @@ import threading
 from typing import Any
 
 log = logging.getLogger("featcache")
-_FORWARDED = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-)
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP", "SIGUSR1", "SIGUSR2")  # Windows lacks some
+_FORWARDED = tuple(number for number in signal.Signals if number.name in _NAMES)
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, getattr(signal, "SIGBUS", signal.SIGSEGV)}
 _THREADS = 4096  # of one worker, before two share a place
 

@@ -40,10 +40,8 @@ def is_work_folder(path: str) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the right to write into ``folder`` (made if missing), so that two runs never write one output.
 
-    The operating system frees the lock of a process that died. An empty folder is removed at the end.
-
-    Raises:
-        StorageError: another process holds it, or the folder cannot be made.
+    The operating system frees the lock of a process that died. An empty folder is removed at the end. Raises StorageError
+    if another process holds the right, or the folder cannot be made.
     """
     try:
         lock = _acquire(folder)

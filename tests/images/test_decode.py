@@ -105,7 +105,7 @@ def test_the_fast_decoder_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_decoder_with_other_pixels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     import simplejpeg
 
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data: np.asarray(decode(data)) ^ 1)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda data, **_: np.asarray(decode(data)) ^ 1)
     assert "by Pillow" in decoder_in_words()
     same_as_pillow(FILES["photo"])
 

@@ -3,12 +3,11 @@
     python benchmarks/crash_safety.py FOLDER [--backbone mobilenet_v2] [--weights none] [--images 500] [--pairs 5]
 
 Three ways to embed the same images, in turn: threads as ``extract`` uses them, with and without the notes of
-``images/crash_guard.py``; and as many spawned processes that read, decode and resize into shared memory while threads of this one run
+``images/decode.py``; and as many spawned processes that read, decode and resize into shared memory while threads of this one run
 the backbone. All give the same embeddings, which is checked. The ceiling is what the first takes.
 """
 
 import argparse
-import contextlib
 import json
 import resource
 import statistics
@@ -17,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -97,6 +97,7 @@ def main() -> None:  # noqa: D103 - the module says it
     from featcache.images import decode
     from featcache.images.source import list_images
     from featcache.system.device import choose_runtime
+    from featcache.system.supervisor import Notes
 
     backbone, runtime = load_backbone(arguments.backbone, arguments.weights), choose_runtime("cpu")
     images = list_images(arguments.folder, labelled=False)
@@ -111,8 +112,8 @@ def main() -> None:  # noqa: D103 - the module says it
         for number in range(arguments.pairs):
             order = list(seconds) if number % 2 else list(seconds)[::-1]
             for way in order:
-                without_notes = mock.patch.object(decode, "decoding", return_value=contextlib.nullcontext())
-                with contextlib.nullcontext() if way == "threads and notes" else without_notes:
+                nobody = SimpleNamespace(suspects=(), write=lambda key: None)
+                with mock.patch.object(decode, "notes", Notes() if way == "threads and notes" else nobody):
                     started = time.perf_counter()
                     got = (
                         in_processes(images, encoder, runtime, pool)

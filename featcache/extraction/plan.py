@@ -17,7 +17,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
 from featcache.extraction.match import Matches, match
-from featcache.images.crash_guard import FATAL
+from featcache.images.decode import FATAL
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec

@@ -4,8 +4,10 @@ In: the bytes of an image file. Out: uint8 (H, W, 3), or ``RefusedImage``. Pillo
 taken for what it decodes without a single warning, and only if its pixels are the same, so that an embedding does not
 depend on what is installed. ``FEATCACHE_DECODER=pillow`` turns others off.
 
-Whatever decodes a file enters the crash guard once, here. Run as a program, this module is what the guard tries suspects with:
+A decoder that crashes does not end the run. An image is noted for the process that waits while it is decoded. If a worker
+crashed while such an image was noted, it is first tried in a process of its own, and refused if it crashes that one:
 ``python -m featcache.images.decode AT_LEAST`` decodes stdin by every decoder, for nothing but seeing whether it survives.
+An image costs a few microseconds this way; to decode each in another process would cost copying its pixels.
 """
 
 import contextlib
@@ -13,8 +15,10 @@ import functools
 import io
 import itertools
 import os
+import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,16 +26,19 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.errors import RefusedImage
-from featcache.images.crash_guard import decoding
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
 from featcache.images.preprocess import to_pixels
 from featcache.spec import PreprocessSpec
+from featcache.system.supervisor import notes, signal_name
 
 Pixels = npt.NDArray[np.uint8]
 # A list of its own, not "whatever Pillow opens": EPS, for one, would start another program. TGA, which has no signature,
 # comes last: some icons would pass for one.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+_CRASHED, _ENDLESS = "its decoder crashed", "its decoder comes to no end"
+FATAL = (_CRASHED, _ENDLESS)  # how the reasons begin
+_TRIAL = ("-m", "featcache.images.decode")
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
@@ -63,6 +70,21 @@ def decode(data: bytes, *, at_least: int | None = None, suspect: bool = False) -
     """
     with _guarded(data, at_least, suspect=suspect):
         return _decode(data, at_least)
+
+
+def try_apart(data: bytes, at_least: int | None, *, patience: float = 120.0) -> None:
+    """Decode ``data`` in a process of its own. Raises RefusedImage if it crashes, or is not done in ``patience`` seconds."""
+    # It imports from where this process does, never from the user's working folder.
+    command = [sys.executable, "-P", *_TRIAL, str(at_least or 0)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=patience, check=False, env=environment)
+        reason = f"{_CRASHED} ({signal_name(-done.returncode)})" if done.returncode < 0 else ""
+    except subprocess.TimeoutExpired:
+        reason = f"{_ENDLESS}, {patience:g} s were not enough"
+    if reason:
+        notes.shared.crashed_images += 1
+        raise RefusedImage(reason)
 
 
 @contextlib.contextmanager
@@ -117,9 +139,13 @@ def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Ite
     """Around decoding one file: what a decoder ends in, an error or a crash, becomes RefusedImage. Entered once per file."""
     if not data:
         raise RefusedImage("empty file")
+    # It tells this content from others, well enough: whatever is suspected wrongly is only tried apart.
+    key = (len(data) << 32 | zlib.crc32(data[-4096:], zlib.crc32(data[:4096]))) & (2**64 - 1) or 1
     try:
-        with decoding(data, ("-m", __name__, str(at_least or 0)), suspect=suspect):
-            yield
+        if suspect or key in notes.suspects:
+            try_apart(data, at_least)
+        notes.write(key)
+        yield
     except RefusedImage:
         raise
     except UnidentifiedImageError as error:
@@ -130,6 +156,8 @@ def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Ite
         raise RefusedImage("too large for the memory at hand") from error
     except Exception as error:  # decoders raise nearly anything on damaged files; one image must not end a run
         raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
+    finally:
+        notes.write(0)
 
 
 def _decode(data: bytes, at_least: int | None) -> Image.Image:

@@ -1,5 +1,6 @@
 """Decoders that really crash: the worker dies of a segmentation fault, the run goes on without that image."""
 
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from conftest import TINY_FLAGS, make_photos, write_photo
 import featcache
 from featcache.cache.cache import FeatureCache
 from featcache.errors import RefusedImage
-from featcache.images.crash_guard import FATAL, decoding, try_apart
+from featcache.images.decode import FATAL, decode, decode_pixels, try_apart
 from featcache.system.supervisor import Notes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
@@ -129,9 +130,6 @@ def test_pixels_are_guarded_until_they_are_there(tmp_path: Path, broken: dict[st
     assert (done.stdout, done.returncode) == ("its decoder crashed (SIGSEGV)\n(13, 17, 3)\n", 0), done.stderr
 
 
-PROGRAM = ("-m", "featcache.images.decode", "0")
-
-
 @pytest.fixture
 def photo(tmp_path: Path) -> bytes:
     return write_photo(tmp_path / "photo.jpg", (1, 2, 3), 1).read_bytes()
@@ -139,28 +137,31 @@ def photo(tmp_path: Path) -> bytes:
 
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
-    monkeypatch.setattr("featcache.images.crash_guard.notes", notes := Notes())
+    monkeypatch.setattr("featcache.images.decode.notes", notes := Notes())
     return notes
 
 
-def test_only_what_a_worker_crashed_on_is_tried_apart(photo: bytes, notes: Notes) -> None:
-    crash, crashed = ("-c", "import os; os.abort()"), r"^its decoder crashed \(SIGABRT\)$"
-    with decoding(photo, crash):
-        notes.suspects = notes.take()
-    assert len(notes.suspects) == 1
-    with decoding(photo, PROGRAM), decoding(photo + b"another one", crash):
-        pass
-    assert (notes.take(), notes.shared.crashed_images) == (frozenset(), 0)
-    with pytest.raises(RefusedImage, match=crashed), decoding(photo, crash):
-        pytest.fail("it was decoded")
-    with pytest.raises(RefusedImage, match=crashed), decoding(photo + b"another one", crash, suspect=True):
-        pytest.fail("it was decoded")
-    assert (notes.take(), notes.shared.crashed_images) == (frozenset(), 2)
+def test_only_what_a_worker_crashed_on_is_tried_apart(
+    photo: bytes, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[frozenset[int]] = []
+    monkeypatch.setattr("featcache.images.decode._decode_fast", lambda *_: noted.append(notes.take()))
+    decode_pixels(photo)
+    notes.suspects = noted[0]
+    decode_pixels(photo)  # tried apart, and cleared
+    monkeypatch.setattr("featcache.images.decode._TRIAL", ("-c", "import os; os.abort()"))
+    decode_pixels(photo + b"another one")
+    assert ([len(keys) for keys in noted], notes.shared.crashed_images) == ([1, 1, 1], 0)
+    for data, way in ((photo, decode_pixels), (photo + b"another one", functools.partial(decode, suspect=True))):
+        with pytest.raises(RefusedImage, match=r"^its decoder crashed \(SIGABRT\)$"):
+            way(data)
+    assert (len(noted), notes.take(), notes.shared.crashed_images) == (3, frozenset(), 2)
 
 
-def test_a_decoder_without_end_is_refused(photo: bytes, notes: Notes) -> None:
+def test_a_decoder_without_end_is_refused(photo: bytes, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.images.decode._TRIAL", ("-c", "import time; time.sleep(60)"))
     with pytest.raises(RefusedImage, match="^its decoder comes to no end, 0.5 s were not enough$") as refused:
-        try_apart(photo, ("-c", "import time; time.sleep(60)"), patience=0.5)
+        try_apart(photo, None, patience=0.5)
     assert str(refused.value).startswith(FATAL)
     assert notes.shared.crashed_images == 1
 
@@ -184,7 +185,7 @@ def broken(image, *arguments, **options):
     (tmp_path / "sitecustomize.py").write_text(program)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RefusedImage, match="SIGSEGV"):
-        try_apart(photo, PROGRAM)
+        try_apart(photo, None)
 
 
 def test_a_trial_imports_nothing_from_the_users_folder(
@@ -193,7 +194,7 @@ def test_a_trial_imports_nothing_from_the_users_folder(
     for name in ("numpy", "PIL", "featcache"):
         (tmp_path / f"{name}.py").write_text("import os; os.abort()")
     monkeypatch.chdir(tmp_path)
-    try_apart(photo, PROGRAM)
+    try_apart(photo, None)
 
 
 def test_a_trial_needs_no_torch() -> None:

@@ -23,7 +23,7 @@ _MAX_EDGE = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """Everything between a file's bytes and the backbone's input.
+    """Everything between a file's bytes and the backbone's input. Raises UsageError for what makes no sense.
 
     Attributes:
         resize: pixels of the shorter edge (aspect ratio kept), or ``(height, width)`` (aspect ratio not kept).
@@ -34,9 +34,6 @@ class PreprocessSpec:
             their size, several times as fast, to somewhat other pixels (``images.decode.reduction``).
         orientation, alpha, deep, frame, profile: how unusual files become 8-bit RGB (``images.decode.decode``).
             They have one value each today; they are stored so that a later change can never pass unnoticed.
-
-    Raises:
-        UsageError: sizes, filter or normalisation make no sense.
     """
 
     resize: int | tuple[int, int]
@@ -107,7 +104,7 @@ class PreprocessSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """All that changes the numbers of an embedding.
+    """All that changes the numbers of an embedding. Raises UsageError for a value that this version does not know.
 
     Attributes:
         backbone: its name. weights_sha256: over its tensors. layer: whose input the embeddings are, in the network's own words.
@@ -115,9 +112,6 @@ class Spec:
         precision: ``reference`` if the features pass for the float32 network's own, else the precision's name.
         storage: ``float16`` or ``float32``.
         pooling, views: one value each today; stored so that a later change can never pass unnoticed.
-
-    Raises:
-        UsageError: a value that this version does not know.
     """
 
     backbone: str

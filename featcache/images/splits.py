@@ -37,14 +37,12 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
     """A copy in which a part of each class's training images is val, for a source without a val split.
 
     Touched are labelled images of the split train, or of none if there are no splits at all: they become train or val.
-    The seed and an image's own path decide, not the order of the list, and one more image moves at most one other.
+    The seed and an image's own path decide, not the order of the list, and one more image moves at most one other. Raises
+    UsageError for an impossible share.
 
     Args:
         share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
         seed: another one holds out other images.
-
-    Raises:
-        UsageError: impossible share.
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to hold out must lie between 0 and 1, found {share}")

@@ -85,7 +85,6 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
     folder = staging or path.parent
     written = 0
     try:
-        sweep(folder, path.name)
         temporary, lock = _claim(path, folder, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0))
         try:
             with os.fdopen(lock, "r+b") as file:
@@ -111,7 +110,6 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
 def publish_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; on success it replaces ``path``. Raises as ``publish_file`` does."""
     try:
-        sweep(path.parent, path.name)
         temporary, lock = _claim(path, path.parent, None)
         try:
             yield temporary
@@ -167,8 +165,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         return
     pattern = re.compile(_TEMPORARY.format(name=re.escape(name[:100]) if name else ".+"))
     with contextlib.suppress(OSError):
-        left = [entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)]
-        for entry in left:
+        for entry in [entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
                 descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
@@ -194,6 +191,7 @@ def sync_folder(folder: Path) -> None:
 
 def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
     """Make and lock a temporary file, or without ``flags`` a folder. Returns its path and descriptor (-1: no such locks)."""
+    sweep(folder, path.name)
     while True:
         temporary = folder / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         if flags is None:

@@ -73,8 +73,9 @@ def supervised() -> int | None:
     parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if sys.platform != "linux" or os.environ.get("FEATCACHE_SUPERVISE") == "0" or parallel or "torch" in sys.modules:
         return None
+    shared = notes.shared
     while True:
-        crashed_images = notes.shared.crashed_images
+        crashed_images = shared.crashed_images
         # What comes before this process forwards signals waits until it does, instead of ending this process alone.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         if not (worker := _fork()):
@@ -88,11 +89,11 @@ def supervised() -> int | None:
         if -code not in _CRASHES:
             return code if code >= 0 else 128 - code
         suspects = notes.take() - notes.suspects
-        in_vain = (
-            bool(notes.suspects) and notes.shared.crashed_images == crashed_images
-        )  # nothing was found out last time
-        if not suspects or notes.shared.output_started or in_vain:
-            advice = _advice(streaming=notes.shared.output_started and bool(suspects))
+        in_vain = notes.suspects and shared.crashed_images == crashed_images  # nothing was found out last time
+        if not suspects or shared.output_started or in_vain:
+            advice = ", and not while decoding an image; the same command goes on from what is finished"
+            if suspects and shared.output_started:
+                advice = "; with -o FILE the same command goes on without the image that did it"
             log.error("the process crashed (%s)%s", signal_name(-code), advice)
             return 128 - code
         log.warning("a decoder crashed (%s); going on without the image that did it", signal_name(-code))
@@ -138,9 +139,3 @@ def _wait(worker: int, unblocked: set[signal.Signals] | set[int]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _advice(*, streaming: bool) -> str:
-    if streaming:
-        return "; with -o FILE the same command goes on without the image that did it"
-    return ", and not while decoding an image; the same command goes on from what is finished"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from featcache.finetuning.finetune import finetune as finetune
     from featcache.finetuning.save import FinetuneReport as FinetuneReport
     from featcache.images.source import ImageList as ImageList
+    from featcache.images.source import hold_out as hold_out
     from featcache.images.source import list_images as list_images
-    from featcache.images.splits import hold_out as hold_out
     from featcache.models.evaluate import evaluate as evaluate
     from featcache.models.export import ExportReport as ExportReport
     from featcache.models.export import export_model as export_model
@@ -58,7 +58,7 @@ _HOME = {
     "extract": "extraction.extract",
     "finetune": "finetuning.finetune",
     "fit_head": "models.fit",
-    "hold_out": "images.splits",
+    "hold_out": "images.source",
     "list_images": "images.source",
     "load_backbone": "backbones.load",
     "load_model": "models.model",

@@ -17,8 +17,7 @@ from featcache.errors import SourceError
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.job import Job
 from featcache.finetuning.pixels import LabelledPixels
-from featcache.images.source import ImageList, list_images
-from featcache.images.splits import hold_out, usable
+from featcache.images.source import ImageList, hold_out, list_images, usable
 from featcache.models.model import Model, load_model
 from featcache.spec import SPLITS
 from featcache.system.files import sync_folder

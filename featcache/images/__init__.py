@@ -1,7 +1,6 @@
 """A folder or a list in; upright RGB pixels, or a reason why not, out.
 
-source.py       which images a folder or CSV holds
-splits.py       which of them train, which are held out
+source.py       which images a folder or CSV holds, and which of them train
 read.py         files read: the one loop over them
 decode.py       bytes to pixels, or why not; what if the decoder crashes
 integrity.py    are all pixels there? PNG, TIFF

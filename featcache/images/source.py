@@ -1,11 +1,12 @@
-"""Find the images of a source, without decoding any.
+"""Find the images of a source, without decoding any: their paths, labels and splits, and which of them train.
 
-In: a folder or CSV. Out: an ``ImageList``: paths, labels, splits, in a stable order. The user's files are only ever read.
+In: a folder or CSV. Out: an ``ImageList``, in a stable order, or a copy with other splits. The user's files are only ever read.
 """
 
 import bisect
 import csv
 import dataclasses
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,9 @@ from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.spec import SPLITS
 from featcache.system.workdir import is_work_folder
 
-_SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
+_Mask = npt.NDArray[np.bool_]
+_TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
+_SPLIT_FOLDERS = {"train": _TRAIN, "val": _VAL, "valid": _VAL, "validation": _VAL, "test": _TEST}
 # fmt: off
 _EXTENSIONS = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
@@ -61,8 +64,7 @@ class ImageList:
 
     def all_refused(self, refused: Mapping[int, str]) -> str:
         """What to say when not one image is left: those of the list were ``refused`` (number -> reason), too."""
-        reasons = [Refusal(self.paths[index], reason) for index, reason in refused.items()]
-        reasons += self.refused
+        reasons = [*(Refusal(self.paths[index], reason) for index, reason in refused.items()), *self.refused]
         return (
             f"all {len(reasons)} images of {self.root} were refused, the first, {reasons[0].path}: {reasons[0].reason}"
         )
@@ -303,3 +305,50 @@ def _resolved(entry: _Entry, real_root: str) -> _Entry:
     except OSError:
         return entry._replace(path=path)
     return entry._replace(path=path, size=status.st_size, mtime=status.st_mtime_ns)
+
+
+# ----------------------------------------------------------------------------------------------------- splits
+
+
+def usable(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> _Mask:
+    """(N,) which images have a label (N,), and a split (N,) if any image has one."""
+    return (labels >= 0) & ((splits > 0) | (not splits.any()))
+
+
+def training_images(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> tuple[_Mask, int]:
+    """Which images train: the labelled ones of the split train, or all labelled ones if there are no splits.
+
+    Of class indices (N,), -1: none, and positions in ``SPLITS`` (N,), 0: none. Returns a mask (N,), and how many images
+    without a label or outside the splits are left out; val and test do not count.
+    """
+    wanted, elsewhere = usable(labels, splits), splits > _TRAIN
+    return wanted & ~elsewhere, int((~wanted & ~elsewhere).sum())
+
+
+def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageList:
+    """A copy in which a part of each class's training images is val, for a source without a val split.
+
+    Touched are labelled images of the split train, or of none if there are no splits at all: they become train or val.
+    The seed and an image's own path decide, not the order of the list, and one more image moves at most one other. Raises
+    UsageError for an impossible share.
+
+    Args:
+        share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
+        seed: another one holds out other images.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"the share to hold out must lie between 0 and 1, found {share}")
+    touched, _ = training_images(images.labels, images.splits)
+    splits = images.splits.copy()
+    splits[touched] = _TRAIN
+    for label in np.unique(images.labels[touched]):
+        rows = np.flatnonzero(touched & (images.labels == label)).tolist()
+        wanted = min(max(round(share * len(rows)), 1), len(rows) - 1)
+        rows.sort(key=lambda row: _rank(images.paths[row], seed))
+        splits[rows[:wanted]] = _VAL
+    return dataclasses.replace(images, splits=splits)
+
+
+def _rank(path: str, seed: int) -> bytes:
+    """A place in a random order that depends on nothing but the path and the seed."""
+    return hashlib.sha256(f"{seed} {path}".encode("utf-8", "surrogateescape")).digest()

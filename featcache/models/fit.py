@@ -15,7 +15,7 @@ from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind
 from featcache.heads.metrics import evaluate_probabilities
-from featcache.images.splits import training_images
+from featcache.images.source import training_images
 from featcache.models.model import check_replaceable, library_versions, save_model
 
 log = logging.getLogger("featcache")

@@ -33,8 +33,7 @@ from featcache.extraction.extract import ExtractReport, extract, weights_copy
 from featcache.extraction.request import ExtractRequest, customise
 from featcache.images.decode import decode
 from featcache.images.preprocess import channel_constants, normalise, to_pixels
-from featcache.images.source import list_images
-from featcache.images.splits import hold_out
+from featcache.images.source import hold_out, list_images
 from featcache.models.fit import fit_head
 from featcache.models.predict import predict
 from featcache.system.workdir import work_folder

@@ -38,7 +38,7 @@ Pixels = npt.NDArray[np.uint8]
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 _CRASHED, _ENDLESS = "its decoder crashed", "its decoder comes to no end"
 FATAL = (_CRASHED, _ENDLESS)  # how the reasons begin
-_TRIAL = ("-m", "featcache.images.decode")
+_TRIAL = ("-m", "featcache.images.decode")  # Python's arguments; AT_LEAST follows
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 

@@ -3,7 +3,7 @@
     python benchmarks/crash_safety.py FOLDER [--backbone mobilenet_v2] [--weights none] [--images 500] [--pairs 5]
 
 Three ways to embed the same images, in turn: threads as ``extract`` uses them, with and without the notes of
-``images/crash_guard.py``; and as many spawned processes that read, decode and resize into shared memory while threads of this one run
+``images/decode.py``; and as many spawned processes that read, decode and resize into shared memory while threads of this one run
 the backbone. All give the same embeddings, which is checked. The ceiling is what the first takes.
 """
 
@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -93,7 +94,7 @@ def main() -> None:  # noqa: D103 - the module says it
     from featcache.backbones.embed import sample_pixels
     from featcache.backbones.encoder import build_encoder
     from featcache.backbones.load import load_backbone
-    from featcache.images import crash_guard
+    from featcache.images import decode
     from featcache.images.source import list_images
     from featcache.system.device import choose_runtime
     from featcache.system.supervisor import Notes
@@ -111,8 +112,8 @@ def main() -> None:  # noqa: D103 - the module says it
         for number in range(arguments.pairs):
             order = list(seconds) if number % 2 else list(seconds)[::-1]
             for way in order:
-                notes = Notes() if way == "threads and notes" else None
-                with mock.patch.object(crash_guard, "current_notes", return_value=notes):
+                nobody = SimpleNamespace(suspects=(), write=lambda key: None)
+                with mock.patch.object(decode, "notes", Notes() if way == "threads and notes" else nobody):
                     started = time.perf_counter()
                     got = (
                         in_processes(images, encoder, runtime, pool)

@@ -7,24 +7,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from featcache.backbones.embedder import Embedder
-    from featcache.backbones.load import backbone_names, load_backbone
-    from featcache.cache.cache import FeatureCache
-    from featcache.errors import FeatcacheError
-    from featcache.extraction.extract import ExtractReport, extract
-    from featcache.extraction.repair import RepairReport, repair
-    from featcache.extraction.request import ExtractRequest
-    from featcache.finetuning.finetune import finetune
-    from featcache.finetuning.result import FinetuneReport
-    from featcache.images.source import ImageList, list_images
-    from featcache.images.splits import hold_out
-    from featcache.models.export import ExportReport, export_model
-    from featcache.models.fit import FitReport, fit_head
-    from featcache.models.model import Model, load_model
-    from featcache.models.predict import Prediction, evaluate, predict
-    from featcache.reports.doctor import doctor
-    from featcache.reports.info import describe
-    from featcache.spec import PreprocessSpec
+    from featcache.backbones.embedder import Embedder as Embedder
+    from featcache.backbones.load import backbone_names as backbone_names
+    from featcache.backbones.load import load_backbone as load_backbone
+    from featcache.cache.cache import FeatureCache as FeatureCache
+    from featcache.errors import FeatcacheError as FeatcacheError
+    from featcache.extraction.extract import ExtractReport as ExtractReport
+    from featcache.extraction.extract import extract as extract
+    from featcache.extraction.repair import RepairReport as RepairReport
+    from featcache.extraction.repair import repair as repair
+    from featcache.extraction.request import ExtractRequest as ExtractRequest
+    from featcache.finetuning.finetune import finetune as finetune
+    from featcache.finetuning.result import FinetuneReport as FinetuneReport
+    from featcache.images.source import ImageList as ImageList
+    from featcache.images.source import list_images as list_images
+    from featcache.images.splits import hold_out as hold_out
+    from featcache.models.export import ExportReport as ExportReport
+    from featcache.models.export import export_model as export_model
+    from featcache.models.fit import FitReport as FitReport
+    from featcache.models.fit import fit_head as fit_head
+    from featcache.models.model import Model as Model
+    from featcache.models.model import load_model as load_model
+    from featcache.models.predict import Prediction as Prediction
+    from featcache.models.predict import evaluate as evaluate
+    from featcache.models.predict import predict as predict
+    from featcache.reports.doctor import doctor as doctor
+    from featcache.reports.info import describe as describe
+    from featcache.spec import PreprocessSpec as PreprocessSpec
 
 __version__ = "0.1.0"
 _HOME = {
@@ -56,35 +65,7 @@ _HOME = {
     "predict": "models.predict",
     "repair": "extraction.repair",
 }
-__all__ = [
-    "Embedder",
-    "ExportReport",
-    "ExtractReport",
-    "ExtractRequest",
-    "FeatcacheError",
-    "FeatureCache",
-    "FinetuneReport",
-    "FitReport",
-    "ImageList",
-    "Model",
-    "Prediction",
-    "PreprocessSpec",
-    "RepairReport",
-    "backbone_names",
-    "describe",
-    "doctor",
-    "evaluate",
-    "export_model",
-    "extract",
-    "finetune",
-    "fit_head",
-    "hold_out",
-    "list_images",
-    "load_backbone",
-    "load_model",
-    "predict",
-    "repair",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

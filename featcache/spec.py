@@ -23,7 +23,7 @@ _MAX_EDGE = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PreprocessSpec:
-    """Everything between a file's bytes and the backbone's input.
+    """Everything between a file's bytes and the backbone's input. Raises UsageError for what makes no sense.
 
     Attributes:
         resize: pixels of the shorter edge (aspect ratio kept), or ``(height, width)`` (aspect ratio not kept).
@@ -34,9 +34,6 @@ class PreprocessSpec:
             their size, several times as fast, to somewhat other pixels (``images.decode.reduction``).
         orientation, alpha, deep, frame, profile: how unusual files become 8-bit RGB (``images.decode.decode``).
             They have one value each today; they are stored so that a later change can never pass unnoticed.
-
-    Raises:
-        UsageError: sizes, filter or normalisation make no sense.
     """
 
     resize: int | tuple[int, int]
@@ -72,10 +69,9 @@ class PreprocessSpec:
         if self.decode not in DECODING:
             raise UsageError(f"unknown decoding {self.decode!r}; choose one of {', '.join(DECODING)}")
         for field in dataclasses.fields(self):
-            if field.name == "decode":
-                continue
-            if field.default is not dataclasses.MISSING and getattr(self, field.name) != field.default:
-                raise UsageError(f"{field.name} {getattr(self, field.name)!r} is not known, only {field.default!r} is")
+            value, only = getattr(self, field.name), field.default
+            if field.name != "decode" and only is not dataclasses.MISSING and value != only:
+                raise UsageError(f"{field.name} {value!r} is not known, only {only!r} is")
 
     @property
     def decode_at_least(self) -> int | None:
@@ -108,7 +104,7 @@ class PreprocessSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """All that changes the numbers of an embedding.
+    """All that changes the numbers of an embedding. Raises UsageError for a value that this version does not know.
 
     Attributes:
         backbone: its name. weights_sha256: over its tensors. layer: whose input the embeddings are, in the network's own words.
@@ -116,9 +112,6 @@ class Spec:
         precision: ``reference`` if the features pass for the float32 network's own, else the precision's name.
         storage: ``float16`` or ``float32``.
         pooling, views: one value each today; stored so that a later change can never pass unnoticed.
-
-    Raises:
-        UsageError: a value that this version does not know.
     """
 
     backbone: str
@@ -162,11 +155,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, values: Any) -> "Spec":
-        """Rebuild a spec that nobody vouches for.
-
-        Raises:
-            UsageError: a field is missing, of the wrong type, or asks for something this version does not do.
-        """
+        """Rebuild a spec that nobody vouches for. Raises UsageError for missing or wrong fields, or of other versions."""
         if not isinstance(values, dict) or not isinstance(backbone := values.get("backbone"), dict):
             raise UsageError("the spec is not a JSON object with a backbone")
         try:

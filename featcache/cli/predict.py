@@ -12,7 +12,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import print_json, printable_row, say, show_progress
 from featcache.errors import SourceError, UsageError
-from featcache.system.supervisor import output_started
+from featcache.system.supervisor import notes
 
 
 def predict(
@@ -63,7 +63,7 @@ def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, in
     if output is not None:
         with publish_file(output) as file:
             return write_rows(rows, file, "jsonl" if output.suffix == ".jsonl" else "csv")
-    output_started()
+    notes.shared.output_started = True
     if sys.stdout.isatty():  # which would obey what a name holds; a file or a pipe gets names as they are
         rows = map(printable_row, rows)
     counts = write_rows(rows, sys.stdout.buffer, "csv")

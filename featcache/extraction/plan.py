@@ -19,7 +19,7 @@ from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
 from featcache.extraction.match import Matches, match
 from featcache.extraction.parts import Embedded
-from featcache.images.crash_guard import FATAL
+from featcache.images.decode import FATAL
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec

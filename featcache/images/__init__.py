@@ -3,9 +3,8 @@
 source.py       which images a folder or CSV holds
 splits.py       which of them train, which are held out
 read.py         files read: the one loop over them
-decode.py       bytes to pixels, or why not
+decode.py       bytes to pixels, or why not; what if the decoder crashes
 integrity.py    are all pixels there? PNG, TIFF
 jpeg.py         the same for JPEG
-crash_guard.py  images whose decoder crashes
 preprocess.py   resize, crop, normalise
 """

@@ -4,16 +4,21 @@ In: the bytes of an image file. Out: uint8 (H, W, 3), or ``RefusedImage``. Pillo
 taken for what it decodes without a single warning, and only if its pixels are the same, so that an embedding does not
 depend on what is installed. ``FEATCACHE_DECODER=pillow`` turns others off.
 
-Whatever decodes a file enters the crash guard once, here. Run as a program, this module is what the guard tries suspects with:
+A decoder that crashes does not end the run. An image is noted for the process that waits while it is decoded. If a worker
+crashed while such an image was noted, it is first tried in a process of its own, and refused if it crashes that one:
 ``python -m featcache.images.decode AT_LEAST`` decodes stdin by every decoder, for nothing but seeing whether it survives.
+An image costs a few microseconds this way; to decode each in another process would cost copying its pixels.
 """
 
 import contextlib
 import functools
 import io
+import itertools
 import os
+import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,16 +26,19 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.errors import RefusedImage
-from featcache.images.crash_guard import decoding
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
 from featcache.images.preprocess import to_pixels
 from featcache.spec import PreprocessSpec
+from featcache.system.supervisor import notes, signal_name
 
 Pixels = npt.NDArray[np.uint8]
 # A list of its own, not "whatever Pillow opens": EPS, for one, would start another program. TGA, which has no signature,
 # comes last: some icons would pass for one.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+_CRASHED, _ENDLESS = "its decoder crashed", "its decoder comes to no end"
+FATAL = (_CRASHED, _ENDLESS)  # how the reasons begin
+_TRIAL = ("-m", "featcache.images.decode")  # Python's arguments; AT_LEAST follows
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
@@ -54,7 +62,6 @@ def decode(data: bytes, *, at_least: int | None = None, suspect: bool = False) -
     Where pixels are missing or known to be damaged the image is refused; ``integrity`` says what goes unnoticed.
 
     Args:
-        data: the file.
         at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
         suspect: try it in a process of its own first.
 
@@ -63,6 +70,21 @@ def decode(data: bytes, *, at_least: int | None = None, suspect: bool = False) -
     """
     with _guarded(data, at_least, suspect=suspect):
         return _decode(data, at_least)
+
+
+def try_apart(data: bytes, at_least: int | None, *, patience: float = 120.0) -> None:
+    """Decode ``data`` in a process of its own. Raises RefusedImage if it crashes, or is not done in ``patience`` seconds."""
+    # It imports from where this process does, never from the user's working folder.
+    command = [sys.executable, "-P", *_TRIAL, str(at_least or 0)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, timeout=patience, check=False, env=environment)
+        reason = f"{_CRASHED} ({signal_name(-done.returncode)})" if done.returncode < 0 else ""
+    except subprocess.TimeoutExpired:
+        reason = f"{_ENDLESS}, {patience:g} s were not enough"
+    if reason:
+        notes.shared.crashed_images += 1
+        raise RefusedImage(reason)
 
 
 @contextlib.contextmanager
@@ -88,14 +110,9 @@ def reduction(shorter_edge: int, at_least: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
 
 
-def has_fast_decoder() -> bool:
-    """Whether JPEGs are decoded by something faster than Pillow."""
-    return fast_jpeg() is not None
-
-
 def decoder_in_words() -> str:
     """Which decoder is used for JPEGs, and why."""
-    if has_fast_decoder():
+    if fast_jpeg():
         return "JPEGs by simplejpeg, whose pixels equal Pillow's; FEATCACHE_DECODER=pillow turns it off"
     if os.environ.get("FEATCACHE_DECODER") == "pillow":
         return "JPEGs by Pillow, as FEATCACHE_DECODER says"
@@ -110,7 +127,8 @@ def fast_jpeg() -> Callable[..., Pixels] | None:
     try:
         from simplejpeg import decode_jpeg
 
-        same = all(_are_the_same(decode_jpeg, data, factor) for data in _examples() for factor in (1, 2, 4, 8))
+        files = [(data, at_least) for data in _examples() for at_least in (None, 9, 4, 2)]  # at every scale
+        same = all(np.array_equal(_decode_plain(decode_jpeg, *file), _decode_whole(*file)) for file in files)
     except Exception:  # not installed, or broken
         return None
     return decode_jpeg if same else None
@@ -121,9 +139,13 @@ def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Ite
     """Around decoding one file: what a decoder ends in, an error or a crash, becomes RefusedImage. Entered once per file."""
     if not data:
         raise RefusedImage("empty file")
+    # It tells this content from others, well enough: whatever is suspected wrongly is only tried apart.
+    key = (len(data) << 32 | zlib.crc32(data[-4096:], zlib.crc32(data[:4096]))) & (2**64 - 1) or 1
     try:
-        with decoding(data, ("-m", __name__, str(at_least or 0)), suspect=suspect):
-            yield
+        if suspect or key in notes.suspects:
+            try_apart(data, at_least)
+        notes.write(key)
+        yield
     except RefusedImage:
         raise
     except UnidentifiedImageError as error:
@@ -134,6 +156,8 @@ def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Ite
         raise RefusedImage("too large for the memory at hand") from error
     except Exception as error:  # decoders raise nearly anything on damaged files; one image must not end a run
         raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
+    finally:
+        notes.write(0)
 
 
 def _decode(data: bytes, at_least: int | None) -> Image.Image:
@@ -155,12 +179,20 @@ def _decode_whole(data: bytes, at_least: int | None) -> Pixels:
 
 def _decode_fast(data: bytes, at_least: int | None) -> Pixels | None:
     """By something faster than Pillow; None if there is nothing, or it has any objection: Pillow then decides."""
-    decode_jpeg = fast_jpeg()
-    if decode_jpeg and data.startswith(b"\xff\xd8\xff"):
+    if (decode_jpeg := fast_jpeg()) and data.startswith(b"\xff\xd8\xff"):
         with contextlib.suppress(Exception):
-            if size := _size_of_plain_jpeg(data):
-                return decode_jpeg(data, **_smallest(size, reduction(min(size), at_least)))
+            return _decode_plain(decode_jpeg, data, at_least)
     return None
+
+
+def _decode_plain(decode_jpeg: Callable[..., Pixels], data: bytes, at_least: int | None) -> Pixels:
+    """Raises anything if anything about a JPEG needs a decision: orientation, CMYK, absurd size. Pillow reads the header."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        plain = image.width * image.height <= MAX_PIXELS and image.mode in ("RGB", "L") and not _is_turned(image)
+        if not plain or may_have_many_scans(image, data):
+            raise ValueError("not for this decoder")
+        factor = reduction(min(image.size), at_least)
+        return decode_jpeg(data, min_width=-(-image.width // factor), min_height=-(-image.height // factor))
 
 
 @functools.cache
@@ -195,36 +227,15 @@ def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _size_of_plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) if nothing about it needs a decision: no orientation, CMYK, absurd size. Reads the header only."""
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        small = image.width * image.height <= MAX_PIXELS
-        plain = small and image.mode in ("RGB", "L") and not _is_turned(image)
-        plain = plain and not may_have_many_scans(image, data)
-        return image.size if plain else None
-
-
-def _smallest(size: tuple[int, int], factor: int) -> dict[str, int]:
-    """What to ask for so that an image of (width, height) is decoded at 1/``factor``."""
-    return {"min_width": -(-size[0] // factor), "min_height": -(-size[1] // factor)} if factor > 1 else {}
-
-
-def _are_the_same(decode_jpeg: Callable[..., Pixels], data: bytes, factor: int) -> bool:
-    size = _decode(data, None).size
-    expected = _decode_whole(data, min(size) // (2 * factor) if factor > 1 else None)
-    return np.array_equal(decode_jpeg(data, **_smallest(size, factor)), expected)
-
-
 def _examples() -> list[bytes]:
     """JPEGs of noise in every usual way of storing colour, of odd sizes."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 51, 3), dtype=np.uint8))
     found = []
-    for image in (noise, noise.convert("L")):
-        for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
-            for progressive in (False, True):
-                file = io.BytesIO()
-                image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
-                found.append(file.getvalue())
+    ways = itertools.product((noise, noise.convert("L")), ("4:4:4", "4:2:2", "4:2:0"), (False, True))
+    for image, subsampling, progressive in ways:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+        found.append(file.getvalue())
     return found
 
 

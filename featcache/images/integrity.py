@@ -25,27 +25,19 @@ from featcache.errors import RefusedImage
 from featcache.images.jpeg import load_jpeg
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
-_ADAM7 = (
-    (0, 0, 8, 8),
-    (4, 0, 8, 8),
-    (0, 4, 4, 8),
-    (2, 0, 4, 4),
-    (0, 2, 2, 4),
-    (1, 0, 2, 2),
-    (0, 1, 1, 2),
-)  # x, y, steps
+# Of the seven passes of an interlaced PNG: x and y of the first pixel, steps to the next ones.
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 def load_whole(image: Image.Image, data: bytes) -> None:
     """Load as ``image.load()`` does, but raise RefusedImage instead of inventing pixels. Other errors are Pillow's."""
     if isinstance(image, JpegImagePlugin.JpegImageFile):
         load_jpeg(image, data)
-    elif isinstance(image, TiffImagePlugin.TiffImageFile):
-        _check_tiff(image)
-        image.load()
     elif isinstance(image, PngImagePlugin.PngImageFile):
         _load_png(image, data)
     else:
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            _check_tiff(image)
         image.load()
 
 
@@ -54,9 +46,8 @@ def _load_png(image: PngImagePlugin.PngImageFile, data: bytes) -> None:
         raise RefusedImage("damaged: first frame of the PNG does not cover it")
     clear = image.info.get("transparency")
     if isinstance(clear, int) and image.tile:  # grey of 2 or 4 bits is scaled to 8 bits everywhere but here
-        image.info["transparency"] = {"L;2": 85 * (clear & 3), "L;4": 17 * (clear & 15)}.get(
-            str(image.tile[0][3]), clear
-        )
+        scaled = {"L;2": 85 * (clear & 3), "L;4": 17 * (clear & 15)}
+        image.info["transparency"] = scaled.get(str(image.tile[0][3]), clear)
     interlaced = bool(image.info.get("interlace"))
     pieces = _pixel_data(data)
     image.load()

@@ -62,16 +62,13 @@ def may_have_many_scans(image: Any, data: bytes) -> bool:
 
 
 class _Feeder:
-    """One of Pillow's decoders, given the file piece by piece.
-
-    Attributes:
-        rest: what it has not used yet.
-        done: it wants no more.
-        failed: it wants no more because of an error.
-    """
+    """One of Pillow's decoders, given the file piece by piece."""
 
     def __init__(self, decoder: Any) -> None:
-        self._decoder, self.rest, self.done, self.failed = decoder, b"", False, False
+        self._decoder = decoder
+        self.rest = b""  # what it has not used yet
+        self.done = False  # it wants no more
+        self.failed = False  # it wants no more, because of an error
 
     def takes(self, piece: bytes) -> bool:
         """Give it ``piece``, unless it is done. Returns whether it used all of that at once and wants more."""
@@ -83,13 +80,9 @@ class _Feeder:
 
 
 def _decode(feeder: _Feeder, data: bytes, runs: list[int], *, single: bool) -> bool:
-    """Give the decoder the whole file. Returns whether all is decoded; if not, the decoder failed. Raises RefusedImage.
+    """Give the decoder the whole file, whose ``runs`` end there; of a ``single`` scan, it is done with the last one.
 
-    Args:
-        feeder: the decoder.
-        data: the file.
-        runs: where each run ends.
-        single: whether all runs are of one scan, so that the decoder is done with the last one.
+    Returns whether all is decoded; if not, the decoder failed. Raises RefusedImage.
     """
     start = 0
     for end in runs:

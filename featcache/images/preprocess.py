@@ -14,26 +14,14 @@ from featcache.spec import PreprocessSpec
 if TYPE_CHECKING:
     import torch
 
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
 
 def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
     """Resize and centre-crop, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images.
 
+    From upright RGB, uint8 (height, width, 3), to uint8 (H, W, 3), ``(H, W) == spec.crop``.
+
     Bilinear and bicubic by PyTorch's antialiased filters for uint8: Pillow's algorithm, vectorised, twice as fast; its
     weights are rounded to 16 bits, so that a few values in a hundred differ by one of the 256 levels. Others by Pillow.
-
-    Args:
-        image: upright RGB, uint8 (height, width, 3), as ``decode.decode_pixels`` returns it.
-        spec: sizes and filter.
-
-    Returns:
-        uint8 array (H, W, 3), ``(H, W) == spec.crop``.
     """
     size = spec.resized(*image.shape[:2])
     top, left = (round((edge - kept) / 2.0) for edge, kept in zip(size, spec.crop, strict=True))
@@ -42,7 +30,8 @@ def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray
     elif spec.interpolation in ("bilinear", "bicubic"):
         resized = _resize(image, size, spec.interpolation)
     else:
-        resized = np.asarray(Image.fromarray(image).resize(size[::-1], _RESAMPLING[spec.interpolation]))
+        method = Image.Resampling[spec.interpolation.upper()]
+        resized = np.asarray(Image.fromarray(image).resize(size[::-1], method))
     return resized[top : top + spec.crop[0], left : left + spec.crop[1]]
 
 
@@ -67,14 +56,9 @@ def channel_constants(spec: PreprocessSpec, device: "torch.device") -> tuple["to
 
 
 def normalise(pixels: "torch.Tensor", mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":
-    """Scale uint8 pixels to 0..1 and normalise per channel, on the device they are on.
+    """Scale uint8 pixels (N, H, W, 3) to 0..1 and normalise per channel, on the device they are on.
 
-    Args:
-        pixels: uint8 tensor (N, H, W, 3).
-        mean, std: as ``channel_constants`` returns them.
-
-    Returns:
-        float32 tensor (N, 3, H, W), channels_last in memory.
+    By ``channel_constants``. Returns float32 (N, 3, H, W), channels_last in memory.
     """
     n, height, width, _ = pixels.shape
     # Over whole rows, the constants repeated: across three interleaved channels the same arithmetic takes eight times as long.

@@ -13,32 +13,24 @@ import time
 from collections.abc import Callable, Generator, Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from featcache.errors import RefusedImage
 from featcache.images.decode import decode, strict_decoding
+from featcache.images.source import ImageList
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 2**30
 
 
-class ImageFiles(Protocol):
-    """Files of images: an ``ImageList``, or less."""
-
-    @property
-    def root(self) -> Path:
-        """What ``paths`` are relative to."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """N of them."""
-
-
 class Paths(NamedTuple):
-    """``ImageFiles`` that nobody listed: paths as somebody typed them."""
+    """Files of images that nobody listed: ``paths`` relative to ``root``, as somebody typed them."""
 
     root: Path
     paths: tuple[str, ...]
+
+
+ImageFiles = ImageList | Paths
 
 
 class ReadImage(NamedTuple, Generic[T]):
@@ -62,8 +54,7 @@ def read_images(
 ) -> Generator[ReadImage[T]]:
     """Read some of ``files`` on ``workers`` threads, results in the order of ``indices``. Never far ahead of who takes them.
 
-    Args:
-        convert: a file's bytes -> what is wanted of them; may raise RefusedImage. A refused image never ends the loop.
+    ``convert`` makes what is wanted of a file's bytes, and may raise RefusedImage. A refused image never ends the loop.
     """
     pending = iter(indices)
     with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool:
@@ -117,7 +108,6 @@ def read_file(path: Path) -> tuple[bytes, int, int]:
 
 def refusals(files: ImageFiles, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
     """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
-
     found: dict[int, str] = {}
     with strict_decoding():
         for index in indices:

@@ -1,12 +1,13 @@
-"""Find the images of a source, without decoding any.
+"""Find the images of a source, without decoding any: their paths, labels and splits.
 
-In: a folder or CSV. Out: an ``ImageList``: paths, labels, splits, in a stable order. The user's files are only ever read.
+In: a folder or CSV. Out: an ``ImageList``, in a stable order. The user's files are only ever read.
 """
 
 import bisect
 import csv
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.spec import SPLITS
 from featcache.system.workdir import is_work_folder
 
-_SPLIT_FOLDERS = {"train": 1, "val": 2, "valid": 2, "validation": 2, "test": 3}
+_TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
+_SPLIT_FOLDERS = {"train": _TRAIN, "val": _VAL, "valid": _VAL, "validation": _VAL, "test": _TEST}
 # fmt: off
 _EXTENSIONS = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
@@ -60,8 +62,7 @@ class ImageList:
 
     def all_refused(self, refused: Mapping[int, str]) -> str:
         """What to say when not one image is left: those of the list were ``refused`` (number -> reason), too."""
-        reasons = [Refusal(self.paths[index], reason) for index, reason in refused.items()]
-        reasons += self.refused
+        reasons = [*(Refusal(self.paths[index], reason) for index, reason in refused.items()), *self.refused]
         return (
             f"all {len(reasons)} images of {self.root} were refused, the first, {reasons[0].path}: {reasons[0].reason}"
         )
@@ -81,16 +82,6 @@ class _Entry(NamedTuple):
     split: int = 0
 
 
-class _Listing(NamedTuple):
-    """What was found below ``root``; ``classes`` are those of folders, which may be empty."""
-
-    root: Path
-    entries: list[_Entry]
-    classes: set[str]
-    refused: list[Refusal]
-    refused_at: list[int]
-
-
 def list_images(source: Path, *, labelled: bool = True) -> ImageList:
     """List the images of ``source`` without decoding any.
 
@@ -104,107 +95,94 @@ def list_images(source: Path, *, labelled: bool = True) -> ImageList:
         UsageError: the CSV's header or a split name is not understood.
     """
     if source.is_dir():
-        listing = _list_folder(source, labelled)
+        images = _list_folder(source, labelled)
     elif source.is_file() and source.suffix.lower() == ".csv":
-        listing = _list_csv(source)
+        images = _list_csv(source)
     elif source.exists():
         raise SourceError(f"{source} is neither a folder of images nor a .csv file")
     else:
         raise SourceError(f"{source} does not exist; give a folder of images or a CSV with the header path,label,split")
-    if not listing.entries and not listing.refused:
+    if not images.paths and not images.refused:
         expected = "rows below its header" if source.is_file() else f"files such as {source / 'CLASS' / 'photo.jpg'}"
         raise SourceError(f"no image found in {source}; expected {expected}")
-    return _image_list(listing)
+    return images
 
 
-def _image_list(listing: _Listing) -> ImageList:
-    found = listing.entries
-    classes = tuple(sorted(listing.classes | {entry.label for entry in found if entry.label is not None}))
+def _image_list(
+    root: Path, found: list[_Entry], folders: set[str], refused: list[Refusal], refused_at: list[int]
+) -> ImageList:
+    """``folders``: classes that may be empty."""
+    classes = tuple(sorted(folders | {entry.label for entry in found if entry.label is not None}))
     index = {name: number for number, name in enumerate(classes)}
     return ImageList(
-        root=listing.root,
+        root=root,
         paths=tuple(entry.path for entry in found),
         labels=np.array([-1 if entry.label is None else index[entry.label] for entry in found], np.int32),
         classes=classes,
         splits=np.array([entry.split for entry in found], np.uint8),
         sizes=np.array([entry.size for entry in found], np.int64),
         mtimes=np.array([entry.mtime for entry in found], np.int64),
-        refused=tuple(listing.refused),
-        refused_at=tuple(listing.refused_at),
+        refused=tuple(refused),
+        refused_at=tuple(refused_at),
     )
 
 
 # ---------------------------------------------------------------------------------------------------- folders
 
 
-def _list_folder(root: Path, labelled: bool) -> _Listing:
+def _list_folder(root: Path, labelled: bool) -> ImageList:
     refused: list[Refusal] = []
     files = sorted(_walk(root, refused), key=lambda entry: entry.path)
     refused.sort(key=lambda refusal: refusal.path)
-    order = [entry.path for entry in files]
-    refused_at = [bisect.bisect(order, refusal.path) for refusal in refused]
+    refused_at = [bisect.bisect(files, refusal.path, key=lambda entry: entry.path) for refusal in refused]
     if not labelled:
-        return _Listing(root, files, set(), refused, refused_at)
-    top_folders = _subfolders(root)
-    names: set[str] = set()
-    if _is_split_layout(root, top_folders):
-        for folder in top_folders:
-            names.update(_subfolders(root / folder))
-        depth = 1
-    else:
-        names.update(top_folders)
-        depth = 0
+        return _image_list(root, files, set(), refused, refused_at)
+    classes, depth = _subfolders(root), 0
+    if _is_split_layout(root, classes):
+        classes, depth = {name for split in classes for name in _subfolders(root / split)}, 1
     found = []
     for entry in files:
         folders = entry.path.split("/")[:-1]
         split = _SPLIT_FOLDERS[folders[0].lower()] if depth and folders else 0
         label = folders[depth] if len(folders) > depth else None
         found.append(_Entry(entry.path, entry.size, entry.mtime, label, split))
-    return _Listing(root, found, names, refused, refused_at)
+    return _image_list(root, found, classes, refused, refused_at)
 
 
-def _is_split_layout(root: Path, folders: list[str]) -> bool:
+def _is_split_layout(root: Path, folders: set[str]) -> bool:
     """Whether the top folders are splits; a mixture of splits and others is refused.
 
     One folder called like a split may be a class (train, bus, ship); several and nothing else, or one that holds class
     folders, are splits.
     """
-    splits = [folder for folder in folders if folder.lower() in _SPLIT_FOLDERS]
-    others = sorted(set(folders) - set(splits))
-    if not others:
-        return len(splits) > 1 or any(_subfolders(root / folder) for folder in splits)
-    if len(splits) > 1 and any(_subfolders(root / folder) for folder in splits):
+    splits = sorted(folder for folder in folders if folder.lower() in _SPLIT_FOLDERS)
+    others = sorted(folders - set(splits))
+    hold_classes = any(_subfolders(root / folder) for folder in splits)
+    if others and len(splits) > 1 and hold_classes:
         raise SourceError(
             f"{root} holds the splits {', '.join(splits)} beside other folders ({', '.join(others[:3])}); "
             "move those out, or list the images in a CSV with the header path,label,split"
         )
-    return False
+    return not others and (len(splits) > 1 or hold_classes)
 
 
-def _subfolders(folder: Path) -> list[str]:
+def _subfolders(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not _is_passed_over(e) and e.is_dir(follow_symlinks=False))
+            return {e.name for e in entries if not _is_passed_over(e) and e.is_dir(follow_symlinks=False)}
     except OSError:
-        return []  # walking it gives the reason
+        return set()  # walking it gives the reason
 
 
 def _is_passed_over(entry: "os.DirEntry[str]") -> bool:
-    """Hidden entries, and what featcache itself writes: a cache's parts, unfinished fine-tunings and model folders."""
-    if _is_hidden(entry.name):
+    """Hidden entries, and what featcache writes: parts of caches, unfinished fine-tunings, model folders, their curves."""
+    if entry.name.startswith(".") or entry.name == "__MACOSX":
         return True
-    return entry.is_dir(follow_symlinks=False) and (
-        is_work_folder(entry.path) or os.path.lexists(f"{entry.path}/model.json")
-    )
-
-
-def _is_curves(path: str) -> bool:
-    """Whether it is ``MODEL.curves.png`` beside a model folder ``MODEL``."""
-    return path.endswith(".curves.png") and os.path.lexists(f"{path.removesuffix('.curves.png')}/model.json")
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    if entry.is_dir(follow_symlinks=False):
+        return is_work_folder(entry.path) or os.path.lexists(f"{entry.path}/model.json")
+    if entry.name.endswith(".curves.png") and entry.is_file(follow_symlinks=False):
+        return os.path.lexists(f"{entry.path.removesuffix('.curves.png')}/model.json")
+    return False
 
 
 def _walk(root: Path, refused: list[Refusal]) -> Iterator[_Entry]:
@@ -220,24 +198,17 @@ def _walk(root: Path, refused: list[Refusal]) -> Iterator[_Entry]:
             continue
         with entries:
             for entry in entries:
-                name = entry.name
-                path = prefix + name
-                if entry.is_file(follow_symlinks=False):  # nearly always: no call that it does not need
-                    if _is_hidden(name) or _is_curves(entry.path):
-                        continue
-                    if _has_extension(name) or _looks_like_image(entry.path):
-                        status = entry.stat()
-                        yield _Entry(path, status.st_size, status.st_mtime_ns)
-                elif _is_passed_over(entry):
+                path = prefix + entry.name
+                if _is_passed_over(entry):
                     continue
-                elif entry.is_symlink() and (reason := _why_not_follow(entry, real_root, ancestors)):
+                if entry.is_symlink() and (reason := _why_not_follow(entry, real_root, ancestors)):
                     refused.append(Refusal(path, reason))
                 elif entry.is_dir():
                     real = os.path.realpath(entry.path) if entry.is_symlink() else f"{ancestors[-1]}/{entry.name}"
                     pending.append((path + "/", (*ancestors, real)))
                 elif not entry.is_file():
                     refused.append(Refusal(path, "not a regular file (pipe, socket or device)"))
-                elif _has_extension(name) or _looks_like_image(entry.path):
+                elif _looks_like_image(entry):
                     status = entry.stat()
                     yield _Entry(path, status.st_size, status.st_mtime_ns)
 
@@ -252,14 +223,12 @@ def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[
     return "link loop" if target in ancestors else None
 
 
-def _has_extension(name: str) -> bool:
-    return name[name.rfind(".") :].lower() in _EXTENSIONS
-
-
-def _looks_like_image(path: str) -> bool:
-    """Whether a regular file without an image's extension starts like one: content counts, not the name."""
+def _looks_like_image(entry: "os.DirEntry[str]") -> bool:
+    """Whether a regular file has an image's extension, or starts like one: content counts, not the name."""
+    if entry.name[entry.name.rfind(".") :].lower() in _EXTENSIONS:
+        return True
     try:
-        with open(path, "rb") as file:  # noqa: PTH123
+        with open(entry, "rb") as file:  # noqa: PTH123
             head = file.read(16)
     except OSError:
         return False
@@ -269,7 +238,7 @@ def _looks_like_image(path: str) -> bool:
 # -------------------------------------------------------------------------------------------------------- CSV
 
 
-def _list_csv(source: Path) -> _Listing:
+def _list_csv(source: Path) -> ImageList:
     root = source.parent
     real_root = os.path.realpath(root)
     found: list[_Entry] = []
@@ -289,7 +258,7 @@ def _list_csv(source: Path) -> _Listing:
             raise SourceError(f"{where}: {entry.path} is listed twice, with different labels or splits")
         if known is entry:
             found.append(entry)
-    return _Listing(root, found, set(), refused, refused_at)
+    return _image_list(root, found, set(), refused, refused_at)
 
 
 def _csv_rows(source: Path) -> Iterator[tuple[dict[str, str | None], str]]:
@@ -298,11 +267,8 @@ def _csv_rows(source: Path) -> Iterator[tuple[dict[str, str | None], str]]:
         reader = csv.DictReader(file, strict=True)
         try:
             columns = [column.strip() for column in reader.fieldnames or []]
-            if (
-                "path" not in columns
-                or not set(columns) <= {"path", "label", "split"}
-                or len(set(columns)) < len(columns)
-            ):
+            unexpected = Counter(columns) - Counter(("path", "label", "split"))  # unknown, or twice
+            if "path" not in columns or unexpected:
                 raise UsageError(f"{source} has the columns {columns}, expected the header path[,label[,split]]")
             reader.fieldnames = columns
             for row in reader:

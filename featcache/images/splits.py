@@ -1,7 +1,6 @@
-"""Which images train and which are held out.
+"""Which images train and which are held out. In: labels and splits, or an ``ImageList``. Out: a mask, or a list with other splits.
 
-In: labels and splits, or an ``ImageList``. Out: which images train, or a copy of the list with other splits. What is drawn
-depends on a seed and on the image, not on the order of the list.
+What is drawn depends on a seed and on the image, not on the order of the list.
 """
 
 import dataclasses
@@ -14,8 +13,8 @@ from featcache.errors import UsageError
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS
 
-_TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
 _Mask = npt.NDArray[np.bool_]
+_TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
 
 
 def usable(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> _Mask:
@@ -26,11 +25,8 @@ def usable(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> 
 def training_images(labels: npt.NDArray[np.integer], splits: npt.NDArray[np.integer]) -> tuple[_Mask, int]:
     """Which images train: the labelled ones of the split train, or all labelled ones if there are no splits.
 
-    Args:
-        labels: (N,) class indices, -1: none. splits: (N,) positions in ``SPLITS``, 0: none.
-
-    Returns:
-        (N,) mask, and how many images without a label or outside the splits are left out; val and test do not count.
+    Of class indices (N,), -1: none, and positions in ``SPLITS`` (N,), 0: none. Returns a mask (N,), and how many images
+    without a label or outside the splits are left out; val and test do not count.
     """
     wanted, elsewhere = usable(labels, splits), splits > _TRAIN
     return wanted & ~elsewhere, int((~wanted & ~elsewhere).sum())
@@ -40,15 +36,12 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
     """A copy in which a part of each class's training images is val, for a source without a val split.
 
     Touched are labelled images of the split train, or of none if there are no splits at all: they become train or val.
-    The seed and an image's own path decide, not the order of the list, and one more image moves at most one other.
+    The seed and an image's own path decide, not the order of the list, and one more image moves at most one other. Raises
+    UsageError for an impossible share.
 
     Args:
-        images: as listed.
         share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
         seed: another one holds out other images.
-
-    Raises:
-        UsageError: impossible share.
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to hold out must lie between 0 and 1, found {share}")

@@ -19,7 +19,7 @@ from featcache.backbones.embedder import Embedder
 from featcache.backbones.encoder import Precision
 from featcache.errors import SourceError
 from featcache.extraction.request import DEFAULT_BACKBONE, ExtractRequest, load_requested
-from featcache.images.decode import decode, has_fast_decoder
+from featcache.images.decode import decode, fast_jpeg
 from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
 from featcache.reports.machine import machine
@@ -153,7 +153,7 @@ def _remedies(rates: Rates, embedder: Embedder, edge: int) -> list[tuple[bool, s
     return [
         ((decoding or cpu) and few, f"more workers, of which there are {workers} for {cores} usable cores (--workers)"),
         ((decoding or cpu) and not few, "more CPU cores"),
-        (decoding and not has_fast_decoder(), "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
+        (decoding and not fast_jpeg(), "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
         (decoding and edge > 1.5 * resize, f"smaller copies of the images ({edges})"),
         (slow_cpu, "a GPU"),
         (slow_cpu and emulated, f"float32, as this CPU only emulates {precision} {auto}"),

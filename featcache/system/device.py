@@ -19,19 +19,12 @@ _LOADED_BY = os.getpid()
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """What to compute with.
-
-    Attributes:
-        device: torch device.
-        workers: threads that read and decode images; on a CPU each also runs the backbone, on one core.
-        batch_size: images per forward pass, always exactly this many.
-        reason: why these were chosen, in words for the user.
-    """
+    """What to compute with."""
 
     device: torch.device
-    workers: int
-    batch_size: int
-    reason: str
+    workers: int  # threads that read and decode images; on a CPU each also runs the backbone, on one core
+    batch_size: int  # images per forward pass, always exactly this many
+    reason: str  # why these were chosen, in words for the user
 
 
 def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_size: int | None = None) -> Runtime:

@@ -23,19 +23,12 @@ _TIMEOUT = timedelta(hours=12)  # the others wait while the first extracts
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among ``world``.
-
-    Attributes:
-        rank: this process's number; 0 writes files and talks.
-        world: how many there are.
-        local_rank: this process's number among those of this machine.
-        node: number of this machine.
-    """
+    """This process among ``world``."""
 
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
-    node: int = 0
+    local_rank: int = 0  # among the processes of this machine
+    node: int = 0  # number of this machine
 
     @property
     def is_first(self) -> bool:
@@ -81,8 +74,7 @@ class Processes:
 def init(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
     """Join the processes that torchrun started (none: world 1); yields this one, and ``runtime`` with its own device.
 
-    Raises:
-        UsageError: fewer GPUs on this machine than processes.
+    Raises UsageError if this machine has fewer GPUs than processes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

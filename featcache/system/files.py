@@ -27,7 +27,6 @@ except ImportError:  # Windows: left-overs of killed processes stay where they a
     fcntl = None  # type: ignore[assignment]
 
 T = TypeVar("T")
-_REPLACED = ".replaced"
 _MAX_TRIES = 100  # where another process may have been faster
 _TEMPORARY = r"\.{name}\.\d+-[0-9a-f]{{8}}\.tmp"
 _REMEDIES = {
@@ -39,11 +38,7 @@ _SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file 
 
 
 def check_output(path: Path, *, folder_allowed: bool = False) -> None:
-    """Refuse early, before any work, if ``path`` could not be created in its folder.
-
-    Raises:
-        StorageError: the folder is missing or not writable, or a folder is where a file is to be.
-    """
+    """Raise StorageError, before any work, if ``path``'s folder is missing or not writable, or ``path`` is a folder."""
     folder = path.parent
     if path.is_dir() and not folder_allowed:
         raise StorageError(f"cannot write {path}: it is a folder; give the name of a file")
@@ -56,8 +51,7 @@ def check_output(path: Path, *, folder_allowed: bool = False) -> None:
 def named(path: Path) -> Path:
     """``path`` as typed, but for ``.`` and ``..``: what lies beside an output is named after it, so it needs a name.
 
-    Raises:
-        StorageError: the root of a file system, which has none.
+    Raises StorageError for the root of a file system, which has none.
     """
     if path.name in ("", ".."):
         path = path.resolve()
@@ -91,7 +85,6 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
     folder = staging or path.parent
     written = 0
     try:
-        sweep(folder, path.name)
         temporary, lock = _claim(path, folder, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0))
         try:
             with os.fdopen(lock, "r+b") as file:
@@ -115,18 +108,14 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
 
 @contextlib.contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; on success it becomes ``path``, replacing what was there.
-
-    Raises:
-        StorageError: the operating system refused a step. ``path`` is then unchanged.
-    """
+    """Yield an empty temporary folder beside ``path``; on success it replaces ``path``. Raises as ``publish_file`` does."""
     try:
-        sweep(path.parent, path.name)
         temporary, lock = _claim(path, path.parent, None)
         try:
             yield temporary
-            for file in temporary.iterdir():
-                _sync_file(file)
+            for path_inside in temporary.iterdir():
+                with path_inside.open("rb+") as file:
+                    os.fsync(file.fileno())
             sync_folder(temporary)
             _take_name(temporary, path)
             sync_folder(path.parent)
@@ -144,10 +133,7 @@ def read_published(path: Path, read: Callable[[Path], T]) -> T:
     """Return ``read(path)`` of one version of a file or folder that other processes may publish again at any moment.
 
     Opening several files, or one several times, may give half of one version and half of the next. Then ``read`` is called
-    again, whether it raised an error or not.
-
-    Raises:
-        StorageError: ``path`` is replaced each time. Otherwise what ``read`` raises.
+    again, whether it raised an error or not. Raises StorageError if ``path`` is replaced each time.
     """
     for _ in range(_MAX_TRIES):
         before = _identity(path)
@@ -179,8 +165,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         return
     pattern = re.compile(_TEMPORARY.format(name=re.escape(name[:100]) if name else ".+"))
     with contextlib.suppress(OSError):
-        left = [entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)]
-        for entry in left:
+        for entry in [entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
                 descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
@@ -206,6 +191,7 @@ def sync_folder(folder: Path) -> None:
 
 def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
     """Make and lock a temporary file, or without ``flags`` a folder. Returns its path and descriptor (-1: no such locks)."""
+    sweep(folder, path.name)
     while True:
         temporary = folder / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         if flags is None:
@@ -258,7 +244,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_REPLACED}")
+    return path.with_name(f".{path.name}.replaced")
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -268,11 +254,6 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _failure(path: Path, error: OSError, written: int | None, needed: int | None) -> StorageError:

@@ -16,10 +16,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def compiler_on_demand() -> Iterator[None]:
-    """Import torchvision inside of this context, and PyTorch's compiler is imported when it is used.
+    """Put off, by stand-ins for two modules, that an ``import torchvision`` in this context imports all of the compiler.
 
-    One of torchvision's operators for object detection asks the compiler, each time it runs, whether a device is
-    supported. For that one question torchvision imports all of the compiler. Stand-ins for two modules put it off.
+    It does so for one question, which an operator for object detection asks each time it runs: is a device supported?
     """
     names = ("torch._dynamo", "torch._dynamo.utils")
     if sys.modules.keys() & {"torchvision", *names}:

@@ -14,10 +14,7 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed memory, where it would return each layer's buffers to the system and fault them in again.
 
     The usual loop over images spends half its CPU time on that. The setting is of the whole process, and of what is
-    allocated later. ``FEATCACHE_KEEP_MEMORY=0`` turns it off.
-
-    Returns:
-        Whether it took effect; never without glibc.
+    allocated later. ``FEATCACHE_KEEP_MEMORY=0`` turns it off. Returns whether it took effect; never without glibc.
     """
     if not sys.platform.startswith("linux") or os.environ.get("FEATCACHE_KEEP_MEMORY") == "0":
         return False

@@ -41,11 +41,7 @@ def load_tensors(path: Path) -> Any:
 
 
 def parse_json(text: str) -> dict[str, Any]:
-    """Read one JSON object.
-
-    Raises:
-        ValueError: no JSON, no object, a key twice, NaN or infinity (which JSON does not have), or nested beyond reason.
-    """
+    """Read one JSON object. Raises ValueError: no JSON, no object, a key twice, NaN or infinity, or nested beyond reason."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(found := dict(pairs)) < len(pairs):

@@ -20,13 +20,19 @@ _IMPORT_MACHINERY = "<frozen importlib._bootstrap>"  # the file name of its fram
 
 
 class StopRequest:
-    """Whether a signal has come, and which: ``signal``, 0 if none has."""
+    """Whether a signal has come, which, and when: ``signal`` is 0 if none has."""
 
     def __init__(self) -> None:
         self.signal = 0
+        self.came = float("-inf")
 
     def __bool__(self) -> bool:
         return self.signal != 0
+
+    def is_echo(self) -> bool:
+        """Note that a signal comes. Returns whether another one came just before."""
+        before, self.came = self.came, time.monotonic()
+        return self.came - before < _ECHO
 
 
 def interrupt_on_signals() -> StopRequest:
@@ -34,19 +40,16 @@ def interrupt_on_signals() -> StopRequest:
 
     A signal that comes while a module is imported waits for the end of the import: the C++ libraries behind PyTorch abort the
     process when their initialisation is interrupted. A second signal interrupts at once, also then. Where the shell has
-    told the process to ignore SIGINT, as it does in the background, that stays so.
-
-    Returns:
-        What holds the signal that came last.
+    told the process to ignore SIGINT, as it does in the background, that stays so. Returns what holds the last signal.
     """
-    request, came = StopRequest(), _Clock()
+    request = StopRequest()
 
     def stop(number: int, frame: FrameType | None) -> None:
         first, request.signal = not request, number
-        if came.just_now():
+        if request.is_echo():
             return
         if first and _is_importing(frame):
-            threading.Thread(target=_send_after_imports, args=(number, came), daemon=True).start()
+            threading.Thread(target=_send_after_imports, args=(number, request), daemon=True).start()
             return
         raise KeyboardInterrupt
 
@@ -66,38 +69,18 @@ def deferred_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    came = _Clock()
 
     def note(number: int, frame: Any) -> None:
-        if request and not came.just_now():
+        if request and not request.is_echo():
             raise KeyboardInterrupt
         request.signal = request.signal or number
 
-    for number in before:
-        signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Clock:
-    """Tells whether it was asked within the last half second."""
-
-    def __init__(self) -> None:
-        self._last = float("-inf")
-
-    def just_now(self) -> bool:
-        """Whether it was asked a moment before; the first time it was not."""
-        before, self._last = self._last, time.monotonic()
-        return self._last - before < _ECHO
-
-    def forget(self) -> None:
-        """As if it had never been asked."""
-        self._last = float("-inf")
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -106,10 +89,10 @@ def _is_importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _send_after_imports(number: int, came: _Clock) -> None:
+def _send_after_imports(number: int, request: StopRequest) -> None:
     """Send this process the signal again once its main thread imports nothing any more."""
     main = threading.main_thread().ident or 0
     while _is_importing(sys._current_frames().get(main)):
         time.sleep(0.02)
-    came.forget()
+    request.came = float("-inf")  # no echo
     os.kill(os.getpid(), number)

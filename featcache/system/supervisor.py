@@ -17,25 +17,32 @@ import threading
 from typing import Any
 
 log = logging.getLogger("featcache")
-_FORWARDED = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-)
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP", "SIGUSR1", "SIGUSR2")  # Windows lacks some
+_FORWARDED = tuple(number for number in signal.Signals if number.name in _NAMES)
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, getattr(signal, "SIGBUS", signal.SIGSEGV)}
 _THREADS = 4096  # of one worker, before two share a place
-_CRASHED_IMAGES, _OUTPUT_STARTED, _FIRST = range(3)  # places in the shared memory
+
+
+class _Shared(ctypes.Structure):
+    _fields_ = (
+        ("places", ctypes.c_uint64 * _THREADS),
+        ("crashed_images", ctypes.c_uint64),
+        ("output_started", ctypes.c_bool),
+    )
 
 
 class Notes:
     """What survives a worker, in memory shared with all forked children.
 
     Attributes:
+        shared: ``crashed_images``: how many images have crashed the process in which they were tried; ``output_started``:
+            whether output has been handed over that another worker would hand over again, so that a crash is final.
         suspects: what was noted when a worker crashed.
     """
 
     def __init__(self) -> None:
-        self._places = memoryview(mmap.mmap(-1, 8 * (_FIRST + _THREADS))).cast("Q")
+        self.shared = _Shared.from_buffer(mmap.mmap(-1, ctypes.sizeof(_Shared)))
+        self._places = self.shared.places
         self._threads = itertools.count()
         self._local = threading.local()
         self.suspects: frozenset[int] = frozenset()
@@ -43,47 +50,17 @@ class Notes:
     def write(self, key: int) -> None:
         """Note that this thread is at ``key``, between 1 and 2**64 - 1; with 0, at nothing."""
         if not hasattr(self._local, "place"):
-            self._local.place = _FIRST + next(self._threads) % _THREADS
+            self._local.place = next(self._threads) % _THREADS
         self._places[self._local.place] = key
 
     def take(self) -> frozenset[int]:
         """Return what the threads of the worker are at, and forget it."""
-        keys = frozenset(self._places[_FIRST:]) - {0}
-        for place in range(_FIRST, len(self._places)):
-            self._places[place] = 0
+        keys = frozenset(self._places) - {0}
+        self._places[:] = [0] * _THREADS
         return keys
 
-    @property
-    def crashed_images(self) -> int:
-        """How many images have crashed the process in which they were tried."""
-        return self._places[_CRASHED_IMAGES]
 
-    @crashed_images.setter
-    def crashed_images(self, count: int) -> None:
-        self._places[_CRASHED_IMAGES] = count
-
-    @property
-    def output_started(self) -> bool:
-        """Whether output has been handed over that another worker would hand over again: a crash is then final."""
-        return bool(self._places[_OUTPUT_STARTED])
-
-    @output_started.setter
-    def output_started(self, value: bool) -> None:
-        self._places[_OUTPUT_STARTED] = value
-
-
-_notes: Notes | None = None
-
-
-def current_notes() -> Notes | None:
-    """Return the notes of this process; None if no other process waits for it."""
-    return _notes
-
-
-def output_started() -> None:
-    """Make a crash final from here on: output has been handed over that another worker would hand over again."""
-    if _notes:
-        _notes.output_started = True
+notes = Notes()  # of this process and of those that it forks; read by nobody if none of them is ``supervised``
 
 
 def supervised() -> int | None:
@@ -93,13 +70,12 @@ def supervised() -> int | None:
         None in the worker (or where there are no workers: not Linux, under torchrun, with ``FEATCACHE_SUPERVISE=0``, or once
         torch is loaded), which goes on; in the process that waited the exit code of the last worker.
     """
-    global _notes
     parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if sys.platform != "linux" or os.environ.get("FEATCACHE_SUPERVISE") == "0" or parallel or "torch" in sys.modules:
         return None
-    _notes = Notes()
+    shared = notes.shared
     while True:
-        crashed_images = _notes.crashed_images
+        crashed_images = shared.crashed_images
         # What comes before this process forwards signals waits until it does, instead of ending this process alone.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
         if not (worker := _fork()):
@@ -112,14 +88,16 @@ def supervised() -> int | None:
             )
         if -code not in _CRASHES:
             return code if code >= 0 else 128 - code
-        suspects = _notes.take() - _notes.suspects
-        in_vain = bool(_notes.suspects) and _notes.crashed_images == crashed_images  # nothing was found out last time
-        if not suspects or _notes.output_started or in_vain:
-            advice = _advice(streaming=_notes.output_started and bool(suspects))
+        suspects = notes.take() - notes.suspects
+        in_vain = notes.suspects and shared.crashed_images == crashed_images  # nothing was found out last time
+        if not suspects or shared.output_started or in_vain:
+            advice = ", and not while decoding an image; the same command goes on from what is finished"
+            if suspects and shared.output_started:
+                advice = "; with -o FILE the same command goes on without the image that did it"
             log.error("the process crashed (%s)%s", signal_name(-code), advice)
             return 128 - code
         log.warning("a decoder crashed (%s); going on without the image that did it", signal_name(-code))
-        _notes.suspects |= suspects
+        notes.suspects |= suspects
 
 
 def signal_name(number: int) -> str:
@@ -161,9 +139,3 @@ def _wait(worker: int, unblocked: set[signal.Signals] | set[int]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _advice(*, streaming: bool) -> str:
-    if streaming:
-        return "; with -o FILE the same command goes on without the image that did it"
-    return ", and not while decoding an image; the same command goes on from what is finished"

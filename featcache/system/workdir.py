@@ -15,9 +15,8 @@ import filelock
 from featcache.errors import StorageError
 from featcache.system.files import sweep, sync_folder
 
-_CONTENT = re.compile(
-    r"lock|run\.json|\d{20}-[0-9a-f]{8}\.h5"
-)  # at least one of these, while it is in use or to be resumed
+# At least one of these is there, while it is in use or to be resumed.
+_CONTENT = re.compile(r"lock|run\.json|\d{20}-[0-9a-f]{8}\.h5")
 PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 
 
@@ -41,10 +40,8 @@ def is_work_folder(path: str) -> bool:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the right to write into ``folder`` (made if missing), so that two runs never write one output.
 
-    The operating system frees the lock of a process that died. An empty folder is removed at the end.
-
-    Raises:
-        StorageError: another process holds it, or the folder cannot be made.
+    The operating system frees the lock of a process that died. An empty folder is removed at the end. Raises StorageError
+    if another process holds the right, or the folder cannot be made.
     """
     try:
         lock = _acquire(folder)

@@ -1,5 +1,6 @@
 """Decoders that really crash: the worker dies of a segmentation fault, the run goes on without that image."""
 
+import functools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from conftest import TINY_FLAGS, make_photos, write_photo
 import featcache
 from featcache.cache.cache import FeatureCache
 from featcache.errors import RefusedImage
-from featcache.images.crash_guard import FATAL, decoding, try_apart
+from featcache.images.decode import FATAL, decode, decode_pixels, try_apart
 from featcache.system.supervisor import Notes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
@@ -100,20 +101,17 @@ def test_an_image_that_crashes_its_decoder_is_refused_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_rows_already_printed_are_not_printed_again(tmp_path: Path, broken: dict[str, str]) -> None:
-    photos, model = make_photos(tmp_path / "photos"), tmp_path / "m"
-    extracted = python(broken, "-m", "featcache", "extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
-    assert extracted.returncode == 0, extracted.stderr
-    assert python(broken, "-m", "featcache", "fit-head", tmp_path / "f.h5", "-o", model).returncode == 0
-    mark(photos / "red" / "05.jpg")
-    printed = python(broken, "-m", "featcache", "predict", model, photos)
+def test_rows_already_printed_are_not_printed_again(trained: Path, tmp_path: Path, broken: dict[str, str]) -> None:
+    mark(trained / "photos" / "red" / "05.jpg")
+    command = ("-m", "featcache", "predict", trained / "m", trained / "photos")
+    printed = python(broken, *command)
     assert printed.returncode == 128 + signal.SIGSEGV
     assert "with -o FILE the same command goes on" in printed.stderr
-    written = python(broken, "-m", "featcache", "predict", model, photos, "-o", tmp_path / "out.csv")
+    written = python(broken, *command, "-o", tmp_path / "out.csv")
     assert written.returncode == 0
     rows = (tmp_path / "out.csv").read_text().splitlines()
-    assert len(rows) == 19
-    assert rows[-1].endswith("red/05.jpg,,,refused,its decoder crashed (SIGSEGV)")
+    assert len(rows) == 25
+    assert rows[-3].endswith("red/05.jpg,,,refused,its decoder crashed (SIGSEGV)")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
@@ -132,36 +130,41 @@ def test_pixels_are_guarded_until_they_are_there(tmp_path: Path, broken: dict[st
     assert (done.stdout, done.returncode) == ("its decoder crashed (SIGSEGV)\n(13, 17, 3)\n", 0), done.stderr
 
 
-PROGRAM = ("-m", "featcache.images.decode", "0")
-
-
 @pytest.fixture
 def photo(tmp_path: Path) -> bytes:
     return write_photo(tmp_path / "photo.jpg", (1, 2, 3), 1).read_bytes()
 
 
-def test_only_what_a_worker_crashed_on_is_tried_apart(photo: bytes) -> None:
-    notes, crash = Notes(), ("-c", "import os; os.abort()")
-    with decoding(photo, crash, notes=notes):
-        notes.suspects = notes.take()
-    assert len(notes.suspects) == 1
-    with decoding(photo, PROGRAM, notes=notes):
-        pass
-    with decoding(photo + b"another one", crash, notes=notes):
-        pass
-    assert (notes.take(), notes.crashed_images) == (frozenset(), 0)
-    for options in ({"notes": notes}, {"suspect": True}):
-        with pytest.raises(RefusedImage, match=r"^its decoder crashed \(SIGABRT\)$"), decoding(photo, crash, **options):
-            pytest.fail("it was decoded")
-    assert (notes.take(), notes.crashed_images) == (frozenset(), 1)
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Notes:
+    monkeypatch.setattr("featcache.images.decode.notes", notes := Notes())
+    return notes
 
 
-def test_a_decoder_without_end_is_refused(photo: bytes) -> None:
-    notes = Notes()
+def test_only_what_a_worker_crashed_on_is_tried_apart(
+    photo: bytes, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[frozenset[int]] = []
+    is_noted = functools.partial(frozenset, notes.shared.places)
+    monkeypatch.setattr("featcache.images.decode._decode_fast", lambda *_: noted.append(is_noted() - {0}))
+    decode_pixels(photo)
+    notes.suspects = noted[0]
+    decode_pixels(photo)  # tried apart, and cleared
+    monkeypatch.setattr("featcache.images.decode._TRIAL", ("-c", "import os; os.abort()"))
+    decode_pixels(photo + b"another one")
+    assert ([len(keys) for keys in noted], notes.shared.crashed_images) == ([1, 1, 1], 0)
+    for data, way in ((photo, decode_pixels), (photo + b"another one", functools.partial(decode, suspect=True))):
+        with pytest.raises(RefusedImage, match=r"^its decoder crashed \(SIGABRT\)$"):
+            way(data)
+    assert (len(noted), notes.take(), notes.shared.crashed_images) == (3, frozenset(), 2)
+
+
+def test_a_decoder_without_end_is_refused(photo: bytes, notes: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.images.decode._TRIAL", ("-c", "import time; time.sleep(60)"))
     with pytest.raises(RefusedImage, match="^its decoder comes to no end, 0.5 s were not enough$") as refused:
-        try_apart(photo, ("-c", "import time; time.sleep(60)"), notes=notes, patience=0.5)
+        try_apart(photo, None, patience=0.5)
     assert str(refused.value).startswith(FATAL)
-    assert notes.crashed_images == 1
+    assert notes.shared.crashed_images == 1
 
 
 @pytest.mark.parametrize("name", ["JpegImageFile.load", "simplejpeg.decode_jpeg"])
@@ -183,7 +186,7 @@ def broken(image, *arguments, **options):
     (tmp_path / "sitecustomize.py").write_text(program)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RefusedImage, match="SIGSEGV"):
-        try_apart(photo, PROGRAM)
+        try_apart(photo, None)
 
 
 def test_a_trial_imports_nothing_from_the_users_folder(
@@ -192,7 +195,7 @@ def test_a_trial_imports_nothing_from_the_users_folder(
     for name in ("numpy", "PIL", "featcache"):
         (tmp_path / f"{name}.py").write_text("import os; os.abort()")
     monkeypatch.chdir(tmp_path)
-    try_apart(photo, PROGRAM)
+    try_apart(photo, None)
 
 
 def test_a_trial_needs_no_torch() -> None:

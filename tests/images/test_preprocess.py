@@ -11,7 +11,6 @@ from featcache.images.preprocess import channel_constants, normalise, to_pixels
 from featcache.spec import PreprocessSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CPU = torch.device("cpu")
 SIZES = [
     (500, 375),
     (375, 500),
@@ -44,7 +43,8 @@ def picture(width: int, height: int) -> Image.Image:
 def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str) -> None:
     image = picture(*size)
     mode = functional.InterpolationMode(interpolation)
-    for resize, crop in ((256, (224, 224)), (255, (224, 224)), (232, (224, 224)), (224, (224, 224)), (40, (33, 32))):
+    crops = {256: (224, 224), 255: (224, 224), 232: (224, 224), 224: (224, 224), 40: (33, 32), (50, 61): (41, 60)}
+    for resize, crop in crops.items():
         expected = functional.center_crop(functional.resize(image, resize, mode), list(crop))
         ours = to_pixels(np.array(image), spec(resize=resize, crop=crop, interpolation=interpolation))
         difference = np.abs(ours.astype(int) - np.asarray(expected))
@@ -53,25 +53,12 @@ def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str
         assert difference.mean() <= 0.05
 
 
-def test_resize_to_both_edges_distorts_as_torchvision_does() -> None:
-    image = picture(500, 375)
-    expected = functional.resize(image, [224, 224], functional.InterpolationMode.BILINEAR)
-    difference = np.abs(to_pixels(np.array(image), spec(resize=(224, 224))).astype(int) - np.asarray(expected))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() <= 0.01
-
-
 @pytest.mark.parametrize("size", [(256, 256), (300, 256), (256, 411)])
 def test_whole_path_equals_the_preset_bit_for_bit_where_nothing_is_resampled(size: tuple[int, int]) -> None:
     image = picture(*size)
     expected = ImageClassification(crop_size=224, resize_size=256)(image)
-    ours = normalise(
-        torch.from_numpy(to_pixels(np.array(image), spec()).copy())[None], *channel_constants(spec(), CPU)
-    )[0]
-    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
-
-
-def test_normalised_batch_is_channels_last() -> None:
-    batch = normalise(torch.zeros(2, 5, 4, 3, dtype=torch.uint8), *channel_constants(spec(), CPU))
-    assert batch.shape == (2, 3, 5, 4)
+    pixels = torch.from_numpy(np.stack([to_pixels(np.array(image), spec())] * 2))
+    batch = normalise(pixels, *channel_constants(spec(), torch.device("cpu")))
+    for ours in batch:
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
     assert batch.is_contiguous(memory_format=torch.channels_last)

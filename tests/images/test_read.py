@@ -78,11 +78,8 @@ def test_refusals_are_those_that_cannot_be_decoded(tmp_path: Path) -> None:
 @posix
 def test_reading_never_hangs_and_says_why(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in (
-        ("pipe", "not a regular file"),
-        ("gone", "cannot be read"),
-        ("", "not a regular|cannot be read"),
-    ):
+    reasons = {"pipe": "not a regular file", "gone": "cannot be read", "": "not a regular|cannot be read"}
+    for name, reason in reasons.items():
         with pytest.raises(RefusedImage, match=reason):
             read_file(tmp_path / name)
 

@@ -1,69 +1,50 @@
-"""Every entry of a source ends up listed, or refused with a reason."""
+"""Every entry of a source ends up listed, or refused with a reason; a share of every class can be held out."""
 
+import dataclasses
 import os
 import socket
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_photos, write_photo
 
 from featcache.errors import SourceError, UsageError
-from featcache.images.source import list_images
+from featcache.images.source import ImageList, list_images
+from featcache.images.splits import hold_out, training_images, usable
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file kinds")
 
 
-def test_class_folders(tmp_path: Path) -> None:
-    images = list_images(make_photos(tmp_path / "p", each=2))
-    assert images.classes == ("blue", "green", "red")
-    assert images.paths == ("blue/00.jpg", "blue/01.jpg", "green/00.jpg", "green/01.jpg", "red/00.jpg", "red/01.jpg")
-    assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert images.splits.tolist() == [0] * 6
-    assert images.sizes[0] == (tmp_path / "p/blue/00.jpg").stat().st_size
+# What is in a folder -> its classes; each image's label and split.
+LAYOUTS = {
+    "class folders": ("blue/0 blue/1 red/0", "blue red", "0 0 1", "0 0 0"),
+    "flat": ("0", "", "-1", "0"),
+    "classes called like splits": ("bus/0 train/0", "bus train", "0 1", "0 0"),
+    "splits": ("test/0 train/a/0 train/b/0 validation/b/0", "a b", "-1 0 1 1", "3 1 1 2"),
+    "nothing but splits": ("test/a/0 val/b/0", "a b", "0 1", "3 2"),
+    "one split with class folders": ("train/a/0 train/b/0", "a b", "0 1", "1 1"),
+    "splits without class folders": ("test/0 train/0", "", "-1 -1", "3 1"),
+}
 
 
-def test_split_folders_and_a_class_missing_from_one_split(tmp_path: Path) -> None:
-    root = make_photos(tmp_path / "p", each=1, splits=("train", "validation", "test"))
-    for path in (root / "validation" / "blue").iterdir():
-        path.unlink()
-    (root / "train" / "amber").mkdir()  # empty, yet it counts: indices must not depend on what happens to be there
-    write_photo(root / "test" / "unlabelled.png", (1, 2, 3), 9)
-    images = list_images(root)
-    assert images.classes == ("amber", "blue", "green", "red")
-    found = {
-        path: (int(label), int(split))
-        for path, label, split in zip(images.paths, images.labels, images.splits, strict=True)
-    }
-    assert found["train/blue/00.jpg"] == (1, 1)
-    assert found["validation/green/00.jpg"] == (2, 2)
-    assert found["test/red/00.jpg"] == (3, 3)
-    assert found["test/unlabelled.png"] == (-1, 3)
-
-
-def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
-    write_photo(tmp_path / "a.png", (1, 2, 3), 1)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folders_are_classes_or_splits(tmp_path: Path, layout: str) -> None:
+    paths, classes, labels, splits = (text.split() for text in LAYOUTS[layout])
+    for path in paths:
+        write_photo(tmp_path / f"{path}.jpg", (1, 2, 3), 1)
     images = list_images(tmp_path)
-    assert (images.classes, images.labels.tolist()) == ((), [-1])
+    assert images.paths == tuple(f"{path}.jpg" for path in paths)
+    assert images.sizes.tolist() == [(tmp_path / path).stat().st_size for path in images.paths]
+    assert (list(images.classes), images.labels.tolist()) == (classes, [int(label) for label in labels])
+    assert images.splits.tolist() == [int(split) for split in splits]
 
 
-def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
-    for name in ("train", "bus"):
-        write_photo(tmp_path / name / "a.png", (1, 2, 3), 1)
-    assert list_images(tmp_path).classes == ("bus", "train")
-
-
-@pytest.mark.parametrize("splits", [("val", "test"), ("train",), ("train", "test")])
-def test_folders_all_called_like_splits_are_splits(tmp_path: Path, splits: tuple[str, ...]) -> None:
-    images = list_images(make_photos(tmp_path, each=1, splits=splits))
-    assert images.classes == ("blue", "green", "red")
-
-
-def test_splits_without_class_folders_have_no_labels(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        write_photo(tmp_path / split / "a.png", (1, 2, 3), 1)
-    images = list_images(tmp_path)
-    assert (images.classes, images.splits.tolist()) == ((), [3, 1])
+def test_an_empty_class_folder_counts(tmp_path: Path) -> None:
+    """Indices must not depend on what happens to be there."""
+    (make_photos(tmp_path, each=1, splits=("train", "test")) / "train" / "amber").mkdir()
+    assert list_images(tmp_path).classes == ("amber", "blue", "green", "red")
 
 
 def test_splits_beside_other_folders_are_ambiguous(tmp_path: Path) -> None:
@@ -172,3 +153,72 @@ def test_a_running_fine_tuning_is_no_class_and_its_files_are_no_images(tmp_path:
     images = list_images(tmp_path)
     assert images.classes == ("old.parts", "red", "runs")
     assert images.paths == ("old.parts/b.png", "red/a.png", "runs/c.png")
+
+
+# ------------------------------------------------------------------------------------- splits, by seed and paths alone
+
+
+def image_list(names: dict[str, int]) -> ImageList:
+    """A list of ``names``: path -> label."""
+    labels, zeros = np.array(list(names.values()), np.int32), np.zeros(len(names), np.int64)
+    return ImageList(Path(), tuple(names), labels, ("a", "b", "c"), zeros.astype(np.uint8), zeros, zeros)
+
+
+@pytest.mark.parametrize("n_splits", [1, 3, 4])
+def test_which_images_train(n_splits: int) -> None:
+    random = np.random.default_rng(n_splits)
+    labels, splits = random.integers(-1, 3, 60), random.integers(0, n_splits, 60).astype(np.uint8)
+    own = 1 if n_splits > 1 else 0  # the split that trains
+    train, left_out = training_images(labels, splits)
+    assert train.tolist() == [label >= 0 and split == own for label, split in zip(labels, splits, strict=True)]
+    assert left_out == sum(split <= 1 for split in splits) - train.sum()
+    later = [label >= 0 and split > 1 for label, split in zip(labels, splits, strict=True)]
+    assert usable(labels, splits).tolist() == (train | later).tolist()
+
+
+def held(images: ImageList) -> set[str]:
+    return {path for path, split in zip(images.paths, images.splits, strict=True) if split == 2}
+
+
+NAMES = {
+    f"{name}{number}": label for label, (name, n) in enumerate((("a", 40), ("b", 15), ("c", 2))) for number in range(n)
+}
+
+
+def test_held_out_images_are_a_share_of_each_class() -> None:
+    images = image_list(NAMES)
+    out = hold_out(images, share=0.2)
+    assert np.bincount(out.labels[out.splits == 2]).tolist() == [8, 3, 1]
+    assert (out.splits[out.splits != 2] == 1).all()
+    assert not images.splits.any()  # the list given is left alone
+    out = hold_out(images, share=0.01)
+    assert np.bincount(out.labels[out.splits == 2]).tolist() == [1, 1, 1]
+    out = hold_out(images, share=0.99)
+    assert np.bincount(out.labels[out.splits == 1]).tolist() == [1, 1, 1]
+    assert held(hold_out(image_list({"a": 0, "b": 1, "c": 1}))) < {"b", "c"}  # a class's only image trains
+    for share in (0, 1, -0.1, float("nan")):
+        with pytest.raises(UsageError, match="share"):
+            hold_out(images, share=share)
+
+
+def test_what_is_held_out_depends_on_seed_and_paths_alone() -> None:
+    images = image_list(NAMES)
+    backwards = images.take(np.arange(len(images))[::-1])
+    assert held(hold_out(images)) == held(hold_out(backwards))
+    assert held(hold_out(images)) != held(hold_out(images, seed=1))
+    before = held(hold_out(images, share=0.25))
+    moved = [before ^ held(hold_out(image_list(NAMES | {f"new{k}": 0}), share=0.25)) - {f"new{k}"} for k in range(30)]
+    assert max(len(paths) for paths in moved) == 1
+    assert sum(len(paths) for paths in moved) < 15  # mostly none at all
+
+
+def test_holding_out_leaves_test_and_unlabelled_images_alone() -> None:
+    images = image_list(NAMES | {"no label": -1})
+    out = hold_out(images)
+    assert out.splits[-1] == 0
+    splits = np.full(len(images), 1, np.uint8)
+    splits[:10], splits[10:20] = 3, 0  # as soon as there are splits, an image outside them is not for training
+    out = hold_out(dataclasses.replace(images, splits=splits), share=0.5)
+    assert out.splits[:20].tolist() == splits[:20].tolist()
+    assert np.bincount(out.labels[:-1][out.splits[:-1] == 2]).tolist() == [10, 8, 1]
+    assert out.splits[-1] == 1

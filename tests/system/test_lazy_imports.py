@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-CODE = """
+LATE = """
 import sys
 import featcache.backbones.load
 assert not [name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor"))]
@@ -20,19 +20,7 @@ import torch._dynamo
 assert hasattr(torch._dynamo, "optimize")
 print(float(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(()))))
 """
-
-
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-
-
-def test_the_compiler_is_imported_when_it_is_used() -> None:
-    assert run(CODE).split() == ["4.0", "2.0"]
-
-
-@pytest.mark.slow
-def test_other_names_of_a_module_that_stands_in_are_the_real_ones() -> None:
-    code = """
+OTHER_NAMES = """
 from featcache.system.lazy_imports import compiler_on_demand
 import sys
 with compiler_on_demand():
@@ -41,4 +29,13 @@ with compiler_on_demand():
     from torch._dynamo import optimize
 print(type(sys.modules["torch._dynamo"]).__name__, type(counters).__name__, optimize.__name__)
 """
-    assert run(code).split() == ["module", "defaultdict", "optimize"]
+
+
+@pytest.mark.parametrize(
+    ("program", "printed"),
+    [(LATE, "4.0\n2.0\n"), pytest.param(OTHER_NAMES, "module defaultdict optimize\n", marks=pytest.mark.slow)],
+    ids=["late", "other names of its modules"],
+)
+def test_the_compiler_is_imported_when_it_is_used(program: str, printed: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == printed

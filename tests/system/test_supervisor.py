@@ -15,13 +15,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for
 
 PROGRAM = """
 import ctypes, os, sys, time
-from featcache.system.supervisor import current_notes, output_started, supervised
+from featcache.system.supervisor import notes, supervised
 code = supervised()
 if code is not None:
     print(code)
     sys.exit()
 os.write(1, b"worker\\n")
-notes = current_notes()
+shared = notes.shared
 {work}
 """
 
@@ -32,9 +32,9 @@ notes = current_notes()
         ("sys.exit(3)", 1, 3),
         ("notes.write(7); notes.write(0); ctypes.string_at(0)", 1, 128 + signal.SIGSEGV),  # nothing was being decoded
         ("notes.write(os.getpid()); ctypes.string_at(0)", 2, 128 + signal.SIGSEGV),  # twice, and nothing found out
-        ("notes.write(7); notes.crashed_images += 1; ctypes.string_at(0)", 2, 128 + signal.SIGSEGV),  # nothing new
-        ("notes.crashed_images += 1; notes.write(min(notes.crashed_images, 3)); os.abort()", 4, 128 + signal.SIGABRT),
-        ("notes.write(7); output_started(); os.abort()", 1, 128 + signal.SIGABRT),
+        ("notes.write(7); shared.crashed_images += 1; ctypes.string_at(0)", 2, 128 + signal.SIGSEGV),  # nothing new
+        ("shared.crashed_images += 1; notes.write(min(shared.crashed_images, 3)); os.abort()", 4, 128 + signal.SIGABRT),
+        ("notes.write(7); shared.output_started = True; os.abort()", 1, 128 + signal.SIGABRT),
         ("notes.write(7); os.kill(os.getpid(), 9)", 1, 137),  # killed: somebody wanted that
         ("os.kill(os.getppid(), 15); time.sleep(60)", 1, 143),  # passed on
     ],

@@ -4,6 +4,7 @@ In: a small model whose manifest says anything, its checksum right. Out: refused
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -19,12 +20,12 @@ import joblib
 import numpy as np
 import pytest
 import safetensors.numpy
-import test_mutated_caches as caches
+import test_mutated_caches
+from caches import plain_rows
 from conftest import SPEC
-from hostile import Bomb, watched
-from test_mutated_files import make_head, make_model
+from hostile import NO_JSON, Bomb, watched
+from test_mutated_files import change_manifest, make_head, make_model
 
-from featcache.cache.format import Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
 from featcache.finetuning import checkpoint
@@ -91,28 +92,16 @@ def test_a_manifest_that_does_not_hold_is_refused(tmp_path: Path, kind: str) -> 
     changes, words = MANIFESTS[kind]
     model = make_model(tmp_path / "m")
     sha256 = json.loads((model / "model.json").read_text())["head"]["sha256"]
-    text = json.dumps(changes).replace("SAME", sha256)
-    make_model(model, **json.loads(text))
+    change_manifest(model, **json.loads(json.dumps(changes).replace("SAME", sha256)))
     with pytest.raises(ModelError, match=words):
         load_model(model)
     use(model)
 
 
-TEXTS = (
-    "[" * 200_000,
-    '{"a":' * 100_000,
-    '{"format":"featcache-model","a":NaN}',
-    '{"a":1,"a":2}',
-    "9" * 9999,
-    "null",
-    "",
-)
-
-
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:12] or "empty")
+@pytest.mark.parametrize("kind", NO_JSON)
 @pytest.mark.parametrize("name", ["model.json", "metrics.json"])
-def test_json_that_is_none_is_refused(tmp_path: Path, name: str, text: str) -> None:
-    model = make_model(tmp_path / "m")
+def test_json_that_is_none_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    model, text = make_model(tmp_path / "m"), NO_JSON[kind]
     (model / name).write_text(text)
     use(model)
     with pytest.raises(ModelError):
@@ -122,17 +111,10 @@ def test_json_that_is_none_is_refused(tmp_path: Path, name: str, text: str) -> N
     assert not checkpoint.is_finished(model)
 
 
-BACKBONES = (
-    *("../../x", "/etc/passwd", "timm/../../x", "timm/hf-hub:timm/resnet18", "timm/hf_hub:a/b", "timm/local-dir:/etc"),
-    *(
-        "timm/resnet18.hf-hub:x/y",
-        "timm/resnet18/../../x",
-        "https://example.org/resnet18",
-        "resnet18\0",
-        "",
-        "__class__",
-    ),
-)
+# Paths, addresses, what timm would follow, what Python would.
+BACKBONES = ["../../x", "/etc/passwd", "timm/../../x", "timm/hf-hub:timm/resnet18", "timm/hf_hub:a/b"]
+BACKBONES += ["timm/local-dir:/etc", "timm/resnet18.hf-hub:x/y", "timm/resnet18/../../x"]
+BACKBONES += ["https://example.org/resnet18", "resnet18\0", "", "__class__"]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -202,15 +184,11 @@ def test_a_pipe_in_a_model_does_not_hang(tmp_path: Path) -> None:
 
 def with_head(path: Path, data: bytes) -> Path:
     """A model whose ``head.safetensors`` is ``data``, its sha256 right."""
-    import hashlib
-
     model = make_model(path)
     (model / "head.safetensors").write_bytes(data)
-    head = {"kind": "mlp", "scaling": "standardise", "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = json.loads((model / "model.json").read_text()) | {"head": head}
-    del manifest["sha256"]
-    (model / "model.json").write_text(json.dumps(manifest | {"sha256": fingerprint_of(manifest)}))
-    return model
+    return change_manifest(
+        model, head={"kind": "mlp", "scaling": "standardise", "sha256": hashlib.sha256(data).hexdigest()}
+    )
 
 
 def header(table: dict[str, Any] | str, data: bytes = b"", length: int | None = None) -> bytes:
@@ -236,9 +214,7 @@ HEADERS = {
     "product that is 0": header({"mean": entry([2**63, 2], 0, 0)}),
     "hole": header({"mean": entry([1], 8, 16)}, bytes(16)),
     "left over": header({"mean": entry([1], 0, 8)}, bytes(80)),
-    "name twice": header(
-        '{"mean":' + json.dumps(entry([1], 0, 8)) + ',"mean":' + json.dumps(entry([1], 0, 8)) + "}", bytes(8)
-    ),
+    "name twice": header('{{"mean":{0},"mean":{0}}}'.format(json.dumps(entry([1], 0, 8))), bytes(8)),
     "unknown type": header({"mean": entry([1], 0, 8, "OBJECT")}, bytes(8)),
     "empty": b"",
 }
@@ -283,14 +259,7 @@ NASTY = "\x1b]0;owned\x07\x1b[2J\r\u202eant"
 def nasty(tmp_path: Path) -> tuple[Path, Path]:
     """A model and a cache whose names hold what a terminal obeys."""
     model = make_model(tmp_path / "m", classes=[NASTY, "bee"], versions={NASTY: NASTY}, weights={"source": NASTY})
-    rows = Rows(
-        encode_names([f"{NASTY}{k}.jpg" for k in range(4)]),
-        np.array([0, 1, 0, 1], np.int32),
-        np.zeros(4, np.uint8),
-        np.zeros((4, 32), np.uint8),
-        np.zeros(4, np.int64),
-        np.zeros(4, np.int64),
-    )
+    rows = plain_rows((f"{NASTY}{k}.jpg" for k in range(4)), labels=np.array([0, 1, 0, 1], np.int32))
     options: dict[str, Any] = {"spec": SPEC, "classes": (NASTY, "bee"), "refused": ((NASTY, NASTY),)}
     write_cache(tmp_path / "f.h5", rows, [np.eye(4, 3)], dim=3, **options)
     return model, tmp_path / "f.h5"
@@ -322,5 +291,5 @@ def test_predictions_are_escaped_on_a_terminal_and_exact_in_a_pipe(nasty: tuple[
 def test_a_model_is_what_it_was(tmp_path: Path) -> None:
     """The good neighbour of all the above."""
     assert load_model(make_model(tmp_path / "m")).classes == ("ant", "bee0")
-    caches.write_shape(tmp_path / "f.h5", 4)
-    assert len(caches.contents(tmp_path / "f.h5")[0]) == 0
+    test_mutated_caches.write_shape(tmp_path / "f.h5", 4)
+    assert test_mutated_caches.contents(tmp_path / "f.h5")[0] == []

@@ -7,7 +7,6 @@ import functools
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,28 +86,25 @@ def test_two_processes_and_a_third_that_reuses(
     assert_same(tmp_path / "f.h5", whole)
 
 
-class _Shuffled:
-    """A folder's entries in another order, as another file system lists them."""
-
-    def __init__(self, entries: Any, seed: int) -> None:
-        with entries:
-            self._entries = list(entries)
-        random.Random(seed).shuffle(self._entries)
-
+class _Shuffled(list[Any]):
     def __enter__(self) -> "_Shuffled":
         return self
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._entries)
 
     def __exit__(self, *_: object) -> None:
         pass
 
 
 def shuffle_folders(seed: int) -> None:
-    """From now on, folders are listed in an order that the seed decides."""
+    """From now on, folders are listed in an order that the seed decides, as another file system does."""
     original = os.scandir
-    os.scandir = lambda path=".": _Shuffled(original(path), seed)  # type: ignore[assignment,misc,return-value]
+
+    def shuffled(path: Any = ".") -> _Shuffled:
+        with original(path) as entries:
+            found = _Shuffled(entries)
+        random.Random(seed).shuffle(found)
+        return found
+
+    os.scandir = shuffled  # type: ignore[assignment]
 
 
 def test_any_order_of_the_folder(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
@@ -117,32 +113,21 @@ def test_any_order_of_the_folder(photos: Path, whole: FeatureCache, tmp_path: Pa
     assert_same(tmp_path / "f.h5", whole)
 
 
-def interrupted_and_resumed(photos: Path, whole: FeatureCache, folder: Path, warm: Program, *, seed: int) -> None:
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 101))])
+def test_interrupted_and_resumed(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, seed: int) -> None:
     """Die at random steps on the disk, with any number of workers, until a run gets through."""
     random_ = random.Random(seed)
     deaths = 0
-    command = ("extract", photos, "-o", folder / "f.h5", *FLAGS, "--max-bad", 1)
+    command = ("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, "--max-bad", 1)
     while True:
         fault = Fault(random_.choice(["die before", "die after", "torn"]), random_.randrange(12, 90))
         workers = random_.choice([1, 2, 5])
-        done = warm.run(*command, "--workers", workers, below=folder, fault=fault, settings=SETTINGS)
+        done = warm.run(*command, "--workers", workers, below=tmp_path, fault=fault, settings=SETTINGS)
         if not done.died:
             break
         deaths += 1
         assert deaths < 60, (seed, "never gets through")
     assert done.code == 0, (seed, done.err)
     assert deaths, seed
-    assert_same(folder / "f.h5", whole, seed)
-    assert sorted(os.listdir(folder)) == ["f.h5", next(p.name for p in folder.glob("f.h5.*.safetensors"))], seed
-
-
-def test_interrupted_and_resumed(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
-    interrupted_and_resumed(photos, whole, tmp_path, warm, seed=0)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("seed", range(1, 101))
-def test_interrupted_and_resumed_often(
-    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, seed: int
-) -> None:
-    interrupted_and_resumed(photos, whole, tmp_path, warm, seed=seed)
+    assert_same(tmp_path / "f.h5", whole, seed)
+    assert sorted(os.listdir(tmp_path)) == ["f.h5", next(p.name for p in tmp_path.glob("f.h5.*.safetensors"))], seed

@@ -4,8 +4,6 @@ In: good caches, changed through h5py or byte by byte, checksums set right where
 """
 
 import hashlib
-import json
-import shutil
 import struct
 import time
 import zlib
@@ -25,16 +23,9 @@ from featcache.errors import CacheError, DamagedCacheError, FeatcacheError
 from featcache.spec import Spec, canonical_json
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "f.h5"
-    caches.write_shape(path, 4)
-    return path
-
-
 @pytest.fixture
-def path(template: Path, tmp_path: Path) -> Path:
-    shutil.copy(template, tmp_path / "f.h5")
+def path(tmp_path: Path) -> Path:
+    caches.write_shape(tmp_path / "f.h5", 4)
     return tmp_path / "f.h5"
 
 
@@ -270,45 +261,33 @@ def test_columns_beyond_memory_are_refused(path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", NO_JSON)
 def test_json_that_is_none_is_refused(path: Path, kind: str) -> None:
     for place, words in (("provenance", "damaged"), ("spec", "damaged|cannot be used")):
-        copy = path.with_name(f"{place}.h5")
-        shutil.copy(path, copy)
-        reseal(copy, **{place: NO_JSON[kind]})
-        refused(copy, words)
+        caches.write_shape(path, 4)
+        reseal(path, **{place: NO_JSON[kind]})
+        refused(path, words)
 
 
-SPECS: dict[str, dict[str, Any]] = {
-    "weights elsewhere": {"backbone": {"weights_sha256": "../../../../etc/passwd"}},
-    "weights, absolute": {"backbone": {"weights_sha256": "/etc/passwd"}},
-    "weights, NUL": {"backbone": {"weights_sha256": "\0" * 64}},
-    "weights, number": {"backbone": {"weights_sha256": 7}},
-    "name, list": {"backbone": {"name": ["resnet18"]}},
-    "no whole pixels": {"preprocess": {"resize": 40.5}},
-    "yes as a size": {"preprocess": {"resize": True}},
-    "huge": {"preprocess": {"resize": 10**30}},
-    "crop of three": {"preprocess": {"crop": [32, 32, 32]}},
-    "mean of words": {"preprocess": {"mean": ["a", "b", "c"]}},
-    "mean beyond floats": {"preprocess": {"mean": [10**400, 0, 0]}},
-    "no filter": {"preprocess": {"interpolation": ["bilinear"]}},
+SPECS: dict[str, tuple[str, dict[str, Any]]] = {
+    "weights elsewhere": ("backbone", {"weights_sha256": "../../../../etc/passwd"}),
+    "weights, absolute": ("backbone", {"weights_sha256": "/etc/passwd"}),
+    "weights, NUL": ("backbone", {"weights_sha256": "\0" * 64}),
+    "weights, number": ("backbone", {"weights_sha256": 7}),
+    "name, list": ("backbone", {"name": ["resnet18"]}),
+    "no whole pixels": ("preprocess", {"resize": 40.5}),
+    "yes as a size": ("preprocess", {"resize": True}),
+    "huge": ("preprocess", {"resize": 10**30}),
+    "crop of three": ("preprocess", {"crop": [32, 32, 32]}),
+    "mean of words": ("preprocess", {"mean": ["a", "b", "c"]}),
+    "mean beyond floats": ("preprocess", {"mean": [10**400, 0, 0]}),
+    "no filter": ("preprocess", {"interpolation": ["bilinear"]}),
 }
 
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_a_spec_that_asks_for_harm_is_refused(path: Path, kind: str) -> None:
     spec = FeatureCache.open(path).spec.to_json()
-    (part, changes), *_ = SPECS[kind].items()
+    part, changes = SPECS[kind]
     reseal(path, spec=canonical_json(spec | {part: spec[part] | changes}))
     refused(path, "cannot be used: ")
-
-
-def test_escape_sequences_do_not_reach_the_terminal(path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
-    reseal(path, provenance=canonical_json({"device": "\x1b]0;owned\x07\x1b[2J", "\x1b[31mkey": ["\u202e", "\r\n"]}))
-    code, out, err = run("info", path)
-    assert code == 0
-    assert not {"\x1b", "\x07", "\r", "\u202e"} & set(out + err)
-    assert r"\x1b]0;owned\x07" in out
-    code, out, _ = run("info", path, "--json")
-    assert json.loads(out)["provenance"]["device"] == "\x1b]0;owned\x07\x1b[2J"
-    assert "\x1b" not in out
 
 
 def test_a_cache_may_be_a_link_that_the_user_names(path: Path) -> None:

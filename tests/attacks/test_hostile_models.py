@@ -20,12 +20,12 @@ import joblib
 import numpy as np
 import pytest
 import safetensors.numpy
-import test_mutated_caches
 from caches import plain_rows
 from conftest import SPEC
 from hostile import NO_JSON, Bomb, watched
 from test_mutated_files import change_manifest, make_head, make_model
 
+from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
 from featcache.finetuning import checkpoint
@@ -140,15 +140,30 @@ def test_weights_are_reloaded_by_a_library_or_not_at_all(tmp_path: Path, reload:
 # ------------------------------------------------------------------------------------------------------------- links
 
 
-@pytest.mark.parametrize("name", ["model.json", "head.safetensors", "backbone.safetensors"])
-def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, name: str) -> None:
-    """The file behind it is a good one; followed, a link could as well name any file of the user."""
+OUTSIDE = [(name, "../outside") for name in ("model.json", "head.safetensors", "backbone.safetensors")]
+DEVICES = [("head.safetensors", f"/{name}") for name in ("dev/zero", "proc/kmsg", "dev/stdin", "missing")]
+
+
+@pytest.mark.parametrize(("name", "target"), [*OUTSIDE, *DEVICES])
+def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, name: str, target: str) -> None:
+    """The file outside is a good one; followed, a link could as well name any file of the user."""
     model = make_model(tmp_path / "m")
     (model / "backbone.safetensors").write_bytes(b"x")
     (model / name).rename(tmp_path / "outside")
-    (model / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(ModelError, match="is refused: it is a link to .*outside; put a copy of that file in its place"):
+    (model / name).symlink_to(target)
+    words = f"is refused: it is a link to .*{Path(target).name}; put a copy of that file in its place"
+    with watched() as seen, pytest.raises(ModelError, match=words):
         load_model(model).load_backbone()
+    assert not [entry for entry in seen if entry.startswith(("open /dev", "open /proc/kmsg")) or "outside" in entry]
+
+
+@pytest.mark.parametrize("target", ["missing", "model.json"])
+def test_links_within_the_folder_lead_to_what_was_saved(tmp_path: Path, target: str) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "head.safetensors").unlink()
+    (model / "head.safetensors").symlink_to(target)
+    with pytest.raises(ModelError, match="is refused: it is a link|is not the file that was saved"):
+        load_model(model)
 
 
 def test_a_model_folder_may_be_a_link_and_hold_links_within(tmp_path: Path) -> None:
@@ -157,16 +172,6 @@ def test_a_model_folder_may_be_a_link_and_hold_links_within(tmp_path: Path) -> N
     (model / "head.safetensors").symlink_to("blob")
     (tmp_path / "link").symlink_to(model, target_is_directory=True)
     assert load_model(tmp_path / "link").classes == ("ant", "bee0")
-
-
-@pytest.mark.parametrize("target", ["/dev/zero", "/proc/kmsg", "/dev/stdin", "missing", "model.json"])
-def test_a_head_that_is_a_device_is_not_read(tmp_path: Path, target: str) -> None:
-    model = make_model(tmp_path / "m")
-    (model / "head.safetensors").unlink()
-    (model / "head.safetensors").symlink_to(target)
-    with watched() as seen, pytest.raises(ModelError, match="is refused: it is a link|is not the file that was saved"):
-        load_model(model)
-    assert not [entry for entry in seen if entry.startswith(("open /dev", "open /proc"))]
 
 
 def test_a_pipe_in_a_model_does_not_hang(tmp_path: Path) -> None:
@@ -261,6 +266,7 @@ def nasty(tmp_path: Path) -> tuple[Path, Path]:
     model = make_model(tmp_path / "m", classes=[NASTY, "bee"], versions={NASTY: NASTY}, weights={"source": NASTY})
     rows = plain_rows((f"{NASTY}{k}.jpg" for k in range(4)), labels=np.array([0, 1, 0, 1], np.int32))
     options: dict[str, Any] = {"spec": SPEC, "classes": (NASTY, "bee"), "refused": ((NASTY, NASTY),)}
+    options["provenance"] = Provenance(rest={"device": NASTY, NASTY: [NASTY, "\r\n"]})
     write_cache(tmp_path / "f.h5", rows, [np.eye(4, 3)], dim=3, **options)
     return model, tmp_path / "f.h5"
 
@@ -271,6 +277,10 @@ def test_names_reach_no_terminal_raw(nasty: tuple[Path, Path], run: Callable[...
         code, out, err = run(*arguments)
         assert code == 0, err
         assert not {"\x1b", "\x07", "\r", "\u202e"} & set(out + err), arguments
+        assert arguments[0] != "info" or r"\x1b]0;owned\x07" in out
+    _, out, _ = run("info", cache, "--json")
+    assert json.loads(out)["provenance"]["device"] == NASTY
+    assert "\x1b" not in out
 
 
 def test_predictions_are_escaped_on_a_terminal_and_exact_in_a_pipe(nasty: tuple[Path, Path]) -> None:
@@ -286,10 +296,3 @@ def test_predictions_are_escaped_on_a_terminal_and_exact_in_a_pipe(nasty: tuple[
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
     piped = subprocess.run(command, capture_output=True, check=True).stdout.decode()
     assert piped.count(NASTY) > 4
-
-
-def test_a_model_is_what_it_was(tmp_path: Path) -> None:
-    """The good neighbour of all the above."""
-    assert load_model(make_model(tmp_path / "m")).classes == ("ant", "bee0")
-    test_mutated_caches.write_shape(tmp_path / "f.h5", 4)
-    assert test_mutated_caches.contents(tmp_path / "f.h5")[0] == []

@@ -9,21 +9,19 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import importlib
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from caches import plain_rows
+from caches import plain_rows, save_head
 from conftest import COLOURS, SPEC, TINY_FLAGS, make_photos, write_photo
-from faults import Program
+from faults import Program, before_next
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
@@ -31,8 +29,8 @@ from featcache.cache.format import Rows
 from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, FeatcacheError, ModelError
-from featcache.heads.head import FittedHead, Head
-from featcache.models.model import load_model, save_model
+from featcache.heads.head import Head
+from featcache.models.model import load_model
 from featcache.models.predict import predict
 from featcache.system import files as publish
 
@@ -42,7 +40,7 @@ REFUSAL = "another featcache is writing"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("concurrent") / "photos")
+    return make_photos(tmp_path_factory.mktemp("concurrent") / "photos", settled=True)
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +138,7 @@ def rows_of(version: int) -> int:
 def write_model(path: Path, version: int) -> None:
     classes = tuple(f"{version}-{number}" for number in range(2 + version % 3))
     layer = np.full((len(classes), 4), version, np.float32), np.full(len(classes), version, np.float32)
-    save_model(
-        path,
-        FittedHead(Head("linear", "none", np.zeros(4), np.ones(4), (layer,)), (), {}, []),
-        classes=classes,
-        spec=SPEC,
-        weights={"source": "none", "reload": None},
-        training={"version": version},
-        metrics={"version": version},
-        versions={},
-    )
+    save_head(path, Head("linear", "none", np.zeros(4), np.ones(4), (layer,)), classes, version)
 
 
 def check_cache_version(cache: FeatureCache) -> None:
@@ -164,7 +153,7 @@ def check_cache_version(cache: FeatureCache) -> None:
 
 def check_model_version(folder: Path) -> None:
     model = load_model(folder / "m")
-    version = model.manifest["training"]["version"]
+    version = model.manifest["training"]["number"]
     assert model.classes == tuple(f"{version}-{number}" for number in range(2 + version % 3))
     assert {*model.head.layers[0][0].reshape(-1).tolist(), *model.head.layers[0][1].tolist()} == {version}
     rows = list(predict(model, [folder / "f.h5"]))
@@ -232,21 +221,6 @@ def test_two_writers_of_models_at_the_same_moments(tmp_path: Path, warm: Program
     write_and_read(tmp_path, warm, 40, readers=0, exchange=exchange)
 
 
-def replace_at(monkeypatch: pytest.MonkeyPatch, moment: str, replace: Callable[[], None]) -> None:
-    """When ``featcache.MOMENT`` is next called, replace the files first."""
-    module, *names, name = moment.split(".")
-    home = functools.reduce(getattr, names, importlib.import_module(f"featcache.{module}"))
-    original = getattr(home, name)
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        if getattr(home, name) is call:
-            monkeypatch.setattr(home, name, original)
-            replace()
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(home, name, call)
-
-
 @pytest.mark.parametrize("versions", [(1, 2), (2, 1)])
 @pytest.mark.parametrize(
     "moment",
@@ -257,7 +231,7 @@ def test_a_cache_replaced_while_it_is_read(
 ) -> None:
     """At whichever moment: opening gives one version, and reading on what was replaced says that it was."""
     write_version(tmp_path, versions[0])
-    replace_at(monkeypatch, moment, lambda: write_version(tmp_path, versions[1]))
+    before_next(moment, lambda: write_version(tmp_path, versions[1]), patch=monkeypatch.setattr)
     cache = FeatureCache.open(tmp_path / "f.h5")
     for read in (lambda: cache.X, cache.verify):
         if moment == "cache.cache.FeatureReader":
@@ -275,7 +249,7 @@ def test_a_cache_replaced_while_it_is_read(
 )
 def test_a_model_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     write_version(tmp_path, 1)
-    replace_at(monkeypatch, moment, lambda: write_version(tmp_path, 4))  # as many classes
+    before_next(moment, lambda: write_version(tmp_path, 4), patch=monkeypatch.setattr)  # as many classes
     check_model_version(tmp_path)
 
 
@@ -295,18 +269,18 @@ def test_two_models_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """The other one comes first by an instant: the later replaces it, whole."""
     if there:
         write_model(tmp_path / "m", 3)
-    replace_at(monkeypatch, moment, lambda: write_model(tmp_path / "m", 4))
+    before_next(moment, lambda: write_model(tmp_path / "m", 4), patch=monkeypatch.setattr)
     write_model(tmp_path / "m", 1)
-    assert load_model(tmp_path / "m").manifest["training"] == {"version": 1}
+    assert load_model(tmp_path / "m").manifest["training"] == {"number": 1}
     assert os.listdir(tmp_path) == ["m"]
 
 
 def test_a_temporary_folder_that_is_swept_away_before_it_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_at(monkeypatch, "system.files.os.open", lambda: publish.sweep(tmp_path))
+    before_next("system.files.os.open", lambda: publish.sweep(tmp_path), patch=monkeypatch.setattr)
     write_model(tmp_path / "m", 1)
-    assert load_model(tmp_path / "m").manifest["training"] == {"version": 1}
+    assert load_model(tmp_path / "m").manifest["training"] == {"number": 1}
     assert os.listdir(tmp_path) == ["m"]
 
 
@@ -349,23 +323,14 @@ def test_the_same_part_twice(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, other_times: bool
 ) -> None:
     """As if two runs, or two machines, had done the same work: one row per image."""
-    for path in photos.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
     folder = tmp_path / "f.h5.parts"
     folder.mkdir()
-    for number, rows in enumerate((range(18), range(18), range(4, 9), range(0, 18, 3))):
-        part = whole.rows
-        columns = {field.name: getattr(part, field.name)[list(rows)] for field in dataclasses.fields(Rows)}
+    for number, chosen in enumerate((range(18), range(18), range(4, 9), range(0, 18, 3))):
+        rows = np.array(chosen)
+        columns = {field.name: getattr(whole.rows, field.name)[rows] for field in dataclasses.fields(Rows)}
         columns["mtimes"] = np.full(len(rows), number if other_times else 10**18)
-        write_cache(
-            folder / f"{number}.h5",
-            Rows(**columns),
-            [whole.X[list(rows)]],
-            dim=whole.dim,
-            spec=whole.spec,
-            classes=whole.classes,
-            provenance=whole.provenance,
-        )
+        facts = {"spec": whole.spec, "classes": whole.classes, "provenance": whole.provenance}
+        write_cache(folder / f"{number}.h5", Rows(**columns), [whole.X[rows]], dim=whole.dim, **facts)
     shutil.copy(folder / "0.h5", folder / "9.h5")
     done = warm.check("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     assert (done.result["embedded"], done.result["reused"]) == (0, 18)
@@ -466,10 +431,8 @@ def run_while_it_changes(
     folder: Path, warm: Program, trigger: tuple[str, int], names: dict[str, str], when: str, workers: int
 ) -> dict[str, str]:
     """What was refused. Everything else is compared with what was read."""
-    root, log = make_photos(folder / "p", each=10), folder / "read"
+    root, log = make_photos(folder / "p", each=10, settled=True), folder / "read"
     log.mkdir()
-    for path in root.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
     before = {path: path.lstat() for path in root.rglob("*")}
     hook = functools.partial(watch_and_change, str(root), str(log), *trigger, names, when)
     options = (*TINY_FLAGS, "--max-bad", 1, "--workers", workers, "--json")

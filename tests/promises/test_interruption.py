@@ -8,6 +8,7 @@ power and on a full disk; a model folder that is replaced. ``slow``: every step,
 ``soak``: every step of every command.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -88,8 +89,8 @@ class Scenario:
         shutil.rmtree(self.folder)
         shutil.copytree(self.base, self.folder, symlinks=True)
 
-    def run(self, **options: Any) -> Outcome:
-        return self._program.run(*self.arguments, below=self.folder, settings=SETTINGS, **options)
+    def run(self, *more: object, **options: Any) -> Outcome:
+        return self._program.run(*self.arguments, *more, below=self.folder, settings=SETTINGS, **options)
 
     def list_files(self) -> list[str]:
         """What lies there, but for the curves of a saved model, which are not drawn again."""
@@ -117,24 +118,17 @@ class Scenario:
         return again
 
 
-def old_photos(folder: Path, *, each: int = 6) -> Path:
-    """Photos whose time stamps are old enough to be trusted, whenever they are read."""
-    for photo in make_photos(folder, each=each).rglob("*.jpg"):
-        os.utime(photo, (1_600_000_000, 1_600_000_000))
-    return folder
-
-
 def extracting(program: Program, root: Path, work: Path) -> Scenario:
     """An existing cache of 6 images is brought up to date with 18, 16 of them new: two parts are published, and packed."""
     command = ("extract", root / "photos", "-o", work / "f.h5", *TINY_FLAGS)
-    old_photos(root / "photos", each=2)
+    make_photos(root / "photos", each=2, settled=True)
     program.check(*command)
-    old_photos(root / "photos")
+    make_photos(root / "photos", settled=True)
     return Scenario(program, work / "f.h5", *command, "--json")
 
 
 def _model(program: Program, root: Path, folder: Path) -> Path:
-    program.check("extract", old_photos(root / "photos"), "-o", root / "f.h5", *TINY_FLAGS)
+    program.check("extract", make_photos(root / "photos", settled=True), "-o", root / "f.h5", *TINY_FLAGS)
     program.check("fit-head", root / "f.h5", "-o", folder / "m", "--C", "1", "--folds", "0")
     return folder / "m"
 
@@ -167,7 +161,7 @@ def finetuning(program: Program, root: Path, work: Path) -> Scenario:
 
 def repairing(program: Program, root: Path, work: Path) -> Scenario:
     """A cache with one flipped bit is repaired from its images."""
-    photos, target = old_photos(root / "photos"), work / "f.h5"
+    photos, target = make_photos(root / "photos", settled=True), work / "f.h5"
     program.check("extract", photos, "-o", target, *TINY_FLAGS)
     with h5py.File(target) as file:
         offset = file["features"].id.get_offset()
@@ -225,15 +219,11 @@ def die_everywhere(scenario: Scenario, mode: str, steps: list[int]) -> None:
 
 def numbers(scenario: Scenario, *what: str) -> list[int]:
     """The steps of these kinds; of many writes to one file the first, one in the middle, and the last."""
-    found: list[int] = []
-    steps = scenario.steps
-    for number, step in enumerate(steps):
-        if what and step.what not in what:
-            continue
-        same = [k for k, other in enumerate(steps) if (other.what, other.path) == (step.what, step.path)]
-        if number in (same[0], same[len(same) // 2], same[-1]):
-            found.append(number)
-    return found
+    same: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
+    for number, step in enumerate(scenario.steps):
+        if not what or step.what in what:
+            same[step.what, step.path].append(number)
+    return sorted({alike[place] for alike in same.values() for place in (0, len(alike) // 2, -1)})
 
 
 def without_second_part(scenario: Scenario) -> list[int]:
@@ -289,23 +279,6 @@ def test_every_step_of_every_command(rehearsed: Rehearsed, make: Make, mode: str
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def interrupt(scenario: Scenario, seed: int, *, cold: bool) -> None:
-    """One signal at a random moment; every second one in the first second of a new process."""
-    chance = random.Random(seed)
-    number = SIGNALS[seed % 3]
-    after = chance.uniform(0, 1.0 if cold else 1.2 * scenario.seconds)
-    context = (f"seed {seed}", number, after, "cold" if cold else "warm")
-    scenario.reset()
-    outcome = scenario.run(kill=number, after=after, cold=cold)
-    starting = cold and "Fatal Python error: init" in outcome.err  # what Python makes of a signal while it starts
-    over = outcome.code in (0, -number, 128 + number)  # before the signal came, or nobody was listening yet
-    assert over or starting, (context, outcome.code, outcome.err)
-    # Where Python cannot raise an exception, in a finalizer, it prints it and goes on.
-    assert "Traceback" not in outcome.err or cold or "Exception ignored in" in outcome.err, (context, outcome.err)
-    scenario.check_whole(context)
-    scenario.check_resumed(context)
-
-
 @pytest.mark.parametrize(
     ("make", "seeds"),
     [
@@ -319,8 +292,21 @@ def interrupt(scenario: Scenario, seed: int, *, cold: bool) -> None:
     ],
 )
 def test_signals_at_random_moments(rehearsed: Rehearsed, make: Make, seeds: range) -> None:
+    """Every second one in the first second of a new process."""
+    scenario = rehearsed(make)
     for seed in seeds:
-        interrupt(rehearsed(make), seed, cold=seed % 2 == 0)
+        chance, number, cold = random.Random(seed), SIGNALS[seed % 3], seed % 2 == 0
+        after = chance.uniform(0, 1.0 if cold else 1.2 * scenario.seconds)
+        context = (f"seed {seed}", number, after, "cold" if cold else "warm")
+        scenario.reset()
+        outcome = scenario.run(kill=number, after=after, cold=cold)
+        starting = cold and "Fatal Python error: init" in outcome.err  # what Python makes of a signal while it starts
+        over = outcome.code in (0, -number, 128 + number)  # before the signal came, or nobody was listening yet
+        assert over or starting, (context, outcome.code, outcome.err)
+        # Where Python cannot raise an exception, in a finalizer, it prints it and goes on.
+        assert "Traceback" not in outcome.err or cold or "Exception ignored in" in outcome.err, (context, outcome.err)
+        scenario.check_whole(context)
+        scenario.check_resumed(context)
 
 
 # ---------------------------------------------------------------------------------------- chains of kills
@@ -331,13 +317,13 @@ def test_signals_at_random_moments(rehearsed: Rehearsed, make: Make, seeds: rang
     [(0, 6), pytest.param(0, 20, marks=SLOW), *(pytest.param(seed, 20, marks=SOAK) for seed in range(1, 51))],
 )
 def test_a_chain_of_kills(extraction: Scenario, seed: int, rounds: int) -> None:
-    """Killed again and again on one cache; whatever is committed by then stays."""
+    """Killed again and again on one cache, with any number of workers; whatever is committed by then stays."""
     chance = random.Random(seed)
     extraction.reset()
     kept = 0
     for number in range(rounds):
         context = (f"seed {seed}", f"round {number}")
-        extraction.run(after=chance.uniform(0.3, 1.0) * extraction.seconds)
+        extraction.run("--workers", chance.choice([1, 2, 5]), after=chance.uniform(0.3, 1.0) * extraction.seconds)
         extraction.check_whole(context)
         rows = extraction.rows_in_parts()
         packed = contents(extraction.target) == extraction.after

@@ -61,22 +61,12 @@ def write_shape(path: Path, number: int) -> None:
 def contents(path: Path) -> list[Any]:
     """All that a cache says, read in every way there is."""
     cache = FeatureCache.open(path)
-    damaged = cache.verify()
     picked = np.arange(len(cache))[::-2]
     features = [np.asarray(cache.X).tobytes(), cache.take(picked).tobytes(), cache.dtype.str, cache.dim, len(cache)]
     columns = [getattr(cache.rows, name) for name in ("labels", "splits", "digests", "sizes", "mtimes")]
     table = [(column.dtype.str, column.shape, column.tobytes()) for column in columns]
-    return [
-        damaged,
-        *features,
-        *table,
-        cache.paths,
-        cache.classes,
-        cache.refused,
-        cache.spec,
-        cache.fingerprint,
-        cache.provenance,
-    ]
+    facts = [cache.paths, cache.classes, cache.refused, cache.spec, cache.fingerprint, cache.provenance]
+    return [cache.verify(), *features, *table, *facts]
 
 
 @functools.cache

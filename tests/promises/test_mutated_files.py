@@ -18,16 +18,17 @@ import mutation
 import numpy as np
 import pytest
 import safetensors.torch
-import test_mutated_caches as caches
+import test_mutated_caches
 import torch
+from caches import save_head
 from conftest import SPEC
 
 from featcache.backbones.backbone import hash_tensors, read_weights
 from featcache.errors import FeatcacheError, NewerCacheError
 from featcache.extraction.parts import open_parts
 from featcache.finetuning import checkpoint
-from featcache.heads.head import FittedHead, Head
-from featcache.models.model import load_model, save_model
+from featcache.heads.head import Head
+from featcache.models.model import load_model
 from featcache.spec import fingerprint_of
 from featcache.system.workdir import work_folder
 
@@ -42,16 +43,7 @@ def make_head(seed: int) -> Head:
 
 def make_model(path: Path, seed: int = 0, **changes: Any) -> Path:
     """A saved model with a small head. ``changes`` go into its manifest, whose checksum is then set right."""
-    save_model(
-        path,
-        FittedHead(make_head(seed), (), {}, []),
-        classes=("ant", f"bee{seed}"),
-        spec=SPEC,
-        weights={"source": "x", "reload": None},
-        training={"seed": seed},
-        metrics={"accuracy": 0.5},
-        versions={"numpy": "2"},
-    )
+    save_head(path, make_head(seed), ("ant", f"bee{seed}"), seed)
     return change_manifest(path, **changes)
 
 
@@ -75,7 +67,7 @@ def write_good(folder: Path, kind: str, seed: int) -> Path:
         return make_model(folder / f"model{seed}", seed) / kind
     if kind == "part":
         (folder / f"parts{seed}").mkdir()
-        caches.write_shape(folder / f"parts{seed}" / "1.h5", 3 + seed)
+        test_mutated_caches.write_shape(folder / f"parts{seed}" / "1.h5", 3 + seed)
         return folder / f"parts{seed}" / "1.h5"
     if kind == "checkpoint":
         work_folder(folder / f"run{seed}").mkdir()
@@ -98,7 +90,7 @@ def contents(path: Path, kind: str) -> Any:
     if kind == "part":
         parts = open_parts(path.parent)
         assert len(parts) == path.is_file(), "a part that is not used must be gone, so that it is made again"
-        return caches.contents(path) if parts else "made again"
+        return test_mutated_caches.contents(path) if parts else "made again"
     if kind == "checkpoint":
         output = path.parent.with_name(path.parent.name.removesuffix(".parts"))
         state = checkpoint.open_work(output, {"lr": 0.1}) or {"network": {}}

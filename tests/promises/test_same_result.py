@@ -18,7 +18,7 @@ from faults import Fault, Program
 from featcache.cache.cache import FeatureCache
 
 # Of this one the bits of an embedding do depend on how many images a forward pass has: 1 to 3 are not like 8.
-FLAGS = ["--backbone", "mobilenet_v3_small", *TINY_FLAGS[2:]]
+FLAGS = ["--backbone", "mobilenet_v3_small", *TINY_FLAGS[2:], "--max-bad", "1"]
 SETTINGS = {"extraction.parts.MAX_ROWS": 4}  # parts are published often
 
 
@@ -34,7 +34,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(photos: Path, warm: Program) -> FeatureCache:
     """The cache of all photos, made in one go on one thread."""
-    warm.check("extract", photos, "-o", photos.parent / "whole.h5", *FLAGS, "--workers", 1, "--max-bad", 1)
+    warm.check("extract", photos, "-o", photos.parent / "whole.h5", *FLAGS, "--workers", 1)
     return FeatureCache.open(photos.parent / "whole.h5")
 
 
@@ -51,7 +51,7 @@ def assert_same(path: Path, whole: FeatureCache, hint: object = "") -> None:
 
 @pytest.mark.parametrize("workers", [2, 5])
 def test_any_number_of_workers(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, workers: int) -> None:
-    warm.check("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, "--workers", workers, "--max-bad", 1)
+    warm.check("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, "--workers", workers)
     assert_same(tmp_path / "f.h5", whole)
 
 
@@ -59,7 +59,7 @@ def test_another_batch_size_is_another_shape(photos: Path, whole: FeatureCache, 
     """The same again for any number of workers; to that of another shape only close."""
     for workers in (1, 3):
         output = tmp_path / f"{workers}.h5"
-        warm.check(*("extract", photos, "-o", output, *FLAGS, "--max-bad", 1, "--batch-size", 5, "--workers", workers))
+        warm.check("extract", photos, "-o", output, *FLAGS, "--batch-size", 5, "--workers", workers)
     assert_same(tmp_path / "3.h5", FeatureCache.open(tmp_path / "1.h5"))
     np.testing.assert_allclose(
         FeatureCache.open(tmp_path / "3.h5").X, whole.X, rtol=1e-3, atol=1e-3 * np.abs(whole.X).max()
@@ -77,9 +77,9 @@ def test_two_processes_and_a_third_that_reuses(
             if index % 5 in ((0, 1, 2), (2, 3))[number]:
                 (half / path.parent.name).mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, half / path.parent.name)
-        warm.check("extract", half, "-o", tmp_path / f"{number}.h5", *FLAGS, "--max-bad", 1, "--workers", number + 1)
+        warm.check("extract", half, "-o", tmp_path / f"{number}.h5", *FLAGS, "--workers", number + 1)
         halves += ["--reuse", tmp_path / f"{number}.h5"]
-    done = warm.check("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, *halves, "--max-bad", 1, "--json")
+    done = warm.check("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, *halves, "--json")
     known = {digest for n in range(2) for digest in map(bytes, FeatureCache.open(tmp_path / f"{n}.h5").rows.digests)}
     assert (done.result["reused"], done.result["embedded"]) == (len(known), 24 - len(known))
     assert 0 < done.result["embedded"] < 10
@@ -109,7 +109,7 @@ def shuffle_folders(seed: int) -> None:
 
 def test_any_order_of_the_folder(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
     hook = functools.partial(shuffle_folders, seed=1)
-    warm.check("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, "--max-bad", 1, before=hook)
+    warm.check("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, before=hook)
     assert_same(tmp_path / "f.h5", whole)
 
 
@@ -118,7 +118,7 @@ def test_interrupted_and_resumed(photos: Path, whole: FeatureCache, tmp_path: Pa
     """Die at random steps on the disk, with any number of workers, until a run gets through."""
     random_ = random.Random(seed)
     deaths = 0
-    command = ("extract", photos, "-o", tmp_path / "f.h5", *FLAGS, "--max-bad", 1)
+    command = ("extract", photos, "-o", tmp_path / "f.h5", *FLAGS)
     while True:
         fault = Fault(random_.choice(["die before", "die after", "torn"]), random_.randrange(12, 90))
         workers = random_.choice([1, 2, 5])

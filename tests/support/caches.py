@@ -1,4 +1,4 @@
-"""Cache files that tests write by hand.
+"""Cache files and models that tests write by hand.
 
 In: how many rows, of how many values. Out: the file, and the features in it.
 """
@@ -13,6 +13,8 @@ from conftest import SPEC
 from featcache.cache.format import Rows, encode_names
 from featcache.cache.provenance import Provenance
 from featcache.cache.write import write_cache
+from featcache.heads.head import FittedHead, Head
+from featcache.models.model import save_model
 
 CLASSES_DIM = 12  # of ``make_classes``
 
@@ -59,3 +61,11 @@ def make_classes(
     options = {"dim": CLASSES_DIM, "spec": SPEC, "classes": classes, "provenance": provenance}
     write_cache(path, rows, [X], **(options | changes))
     return X
+
+
+def save_head(path: Path, head: Head, classes: tuple[str, ...], number: int) -> Path:
+    """A model that consists of this head; ``number`` is all that it says about its training."""
+    facts: dict[str, Any] = {"weights": {"source": "x", "reload": None}, "metrics": {"accuracy": 0.5}, "versions": {}}
+    fitted = FittedHead(head, (), {}, [])
+    save_model(path, fitted, classes=classes, spec=SPEC, training={"number": number}, **facts)
+    return path

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import pickle
+import pkgutil
 import select
 import shutil
 import signal
@@ -101,7 +102,23 @@ def library() -> Path:
 def _environment() -> dict[str, str]:
     # Without fusing, which takes a second per start and is the same on the disk. One core: threads that spin waiting for
     # each other take minutes where other processes run.
-    return os.environ | {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1"}
+    ours = {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1"}
+    return os.environ | ours | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where what is called before was pickled
+
+
+def before_next(moment: str, act: Callable[[], object], *, patch: Callable[..., None] = setattr) -> None:
+    """When ``featcache.MOMENT`` is next called in this process, ``act`` first."""
+    where, _, name = moment.rpartition(".")
+    home = pkgutil.resolve_name(f"featcache.{where}")
+    original = getattr(home, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if getattr(home, name) is call:
+            patch(home, name, original)
+            act()
+        return original(*arguments, **options)
+
+    patch(home, name, call)
 
 
 class Gate:
@@ -112,24 +129,14 @@ class Gate:
         os.mkfifo(self._arrived)
         os.mkfifo(self._go)
 
-    def stop_before(self, moment: str, *, die: bool = False) -> None:
-        """Let this process wait here when it first calls ``featcache.MOMENT``, and then go on, or be killed."""
-        module, _, attribute = moment.rpartition(".")
-        home = importlib.import_module(f"featcache.{module}")
-        original = getattr(home, attribute)
+    def pass_through(self, *, die: bool) -> None:
+        """The process's side: say that it is here, and wait; then go on, or be killed."""
+        Path(self._arrived).write_text("here")
+        Path(self._go).read_text()
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def wait(*arguments: Any, **options: Any) -> Any:
-            if getattr(home, attribute) is wait:
-                setattr(home, attribute, original)
-                Path(self._arrived).write_text("here")
-                Path(self._go).read_text()
-                if die:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
-
-        setattr(home, attribute, wait)
-
-    def wait(self, seconds: float = 60.0) -> None:
+    def wait(self, seconds: float = 300.0) -> None:
         """The test's side: wait until the process is there."""
         pipe = os.open(self._arrived, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -182,17 +189,15 @@ class Program:
                 "limits": limits or {},
                 "before": base64.b64encode(pickle.dumps(before)).decode(),
                 "settings": settings or {},
-                "out": f"{folder}/out",
-                "err": f"{folder}/err",
-                "log": f"{folder}/log" if trace else "",
-                "answer": f"{folder}/answer",
+                **{name: f"{folder}/{name}" for name in ("out", "err", "log", "answer")},
                 "timeout": timeout,
+                "trace": trace,
             }
-            for name in ("out", "err"):  # even a process that is killed at once has printed nothing
+            for name in ("out", "err", "log"):  # also of a process that is killed at once
                 Path(plan[name]).touch()
             code, seconds, peak = _run_cold(plan) if cold else self._ask(plan)
             texts = [Path(plan[name]).read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
-            steps = tuple(read_log(Path(plan["log"]))) if trace else ()
+            steps = tuple(read_log(Path(plan["log"]).read_bytes()))
         if code == -signal.SIGALRM:
             pytest.fail(f"featcache {arguments} took longer than {timeout} s: {texts}")
         return Outcome(code, *texts, seconds, peak, steps)
@@ -211,7 +216,7 @@ class Program:
         thread = concurrent.futures.ThreadPoolExecutor(1)
         with tempfile.TemporaryDirectory(prefix="gate-") as folder:
             gate = Gate(folder)
-            hook = functools.partial(gate.stop_before, moment, die=die)
+            hook = functools.partial(before_next, moment, functools.partial(gate.pass_through, die=die))
             running = thread.submit(self.run, *arguments, before=hook, **options)
             gate.wait()
             try:
@@ -243,9 +248,9 @@ def program() -> Iterator[Program]:
         yield Program(server)
 
 
-def read_log(path: Path) -> Iterator[Step]:
+def read_log(data: bytes) -> Iterator[Step]:
     """The steps that ``faults.c`` wrote down."""
-    data, position = path.read_bytes() if path.exists() else b"", 0
+    position = 0
     while position < len(data):
         (length,) = struct.unpack_from("=I", data, position)
         head = data[position + 4 : position + 4 + length].rstrip(b"\n").split(b"\0")
@@ -261,9 +266,7 @@ def read_log(path: Path) -> Iterator[Step]:
 
 # What ``python -m featcache`` does, with other settings.
 _COLD = """
-import json, sys
-sys.path.insert(0, sys.argv.pop(1))
-import faults
+import faults, json, sys
 faults.change(json.loads(sys.argv.pop(1)))
 import featcache.__main__
 """
@@ -271,7 +274,7 @@ import featcache.__main__
 
 def _run_cold(plan: dict[str, Any]) -> tuple[int, float, int]:
     environment = _environment() | {"FAULTS": ":".join(map(str, (*plan["fault"], plan["root"])))}
-    command = [sys.executable, "-c", _COLD, str(_SOURCE.parent), json.dumps(plan["settings"]), *plan["arguments"]]
+    command = [sys.executable, "-c", _COLD, json.dumps(plan["settings"]), *plan["arguments"]]
     with Path(plan["out"]).open("wb") as out, Path(plan["err"]).open("wb") as err:
         started = time.monotonic()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
@@ -337,11 +340,11 @@ def _become(plan: dict[str, Any]) -> None:
     import resource
 
     for number, name in ((0, os.devnull), (1, plan["out"]), (2, plan["err"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+        os.dup2(os.open(name, os.O_RDWR), number)
     os.setpgid(0, 0)
     for name, limit in plan["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
-    log = os.open(plan["log"], os.O_WRONLY | os.O_CREAT, 0o600) if plan["log"] else -1
+    log = os.open(plan["log"], os.O_WRONLY) if plan["trace"] else -1
     arm = ctypes.CDLL(os.environ["LD_PRELOAD"]).faults_arm
     arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
     arm(os.fsencode(plan["root"]), *plan["fault"], log)
@@ -371,7 +374,4 @@ def _become(plan: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import folders  # noqa: F401 - where what is to be called before was pickled
-
-    sys.path.insert(0, str(_SOURCE.parents[2]))
     _serve()

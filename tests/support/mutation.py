@@ -8,6 +8,7 @@ import collections
 import faulthandler
 import importlib
 import json
+import os
 import re
 import resource
 import subprocess
@@ -158,7 +159,8 @@ def run_isolated(module: str, folder: Path, seeds: range, *, megabytes: int) -> 
     while todo:
         arguments = (module, folder, todo.start, todo.stop, megabytes)
         command = [sys.executable, __file__, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, check=False)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where the module is
+        done = subprocess.run(command, capture_output=True, check=False, env=environment)
         lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
         outcomes += [Outcome(*line) for line in lines if len(line) == 4]
         open_ends = [line[0] for line in lines[-1:] if len(line) == 1]
@@ -203,6 +205,4 @@ def _child(name: str, folder: str, first: str, last: str, megabytes: str) -> Non
 
 
 if __name__ == "__main__":
-    import folders  # noqa: F401 - where the module of the attempt is
-
     _child(*sys.argv[1:])

@@ -192,10 +192,11 @@ class Program:
                 **{name: f"{folder}/{name}" for name in ("out", "err", "log", "answer")},
                 "timeout": timeout,
                 "trace": trace,
+                "cold": cold,
             }
             for name in ("out", "err", "log"):  # also of a process that is killed at once
                 Path(plan[name]).touch()
-            code, seconds, peak = _run_cold(plan) if cold else self._ask(plan)
+            code, seconds, peak = self._ask(plan)
             texts = [Path(plan[name]).read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
             steps = tuple(read_log(Path(plan["log"]).read_bytes()))
         if code == -signal.SIGALRM:
@@ -272,17 +273,6 @@ import featcache.__main__
 """
 
 
-def _run_cold(plan: dict[str, Any]) -> tuple[int, float, int]:
-    environment = _environment() | {"FAULTS": ":".join(map(str, (*plan["fault"], plan["root"])))}
-    command = [sys.executable, "-c", _COLD, json.dumps(plan["settings"]), *plan["arguments"]]
-    with Path(plan["out"]).open("wb") as out, Path(plan["err"]).open("wb") as err:
-        started = time.monotonic()
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
-        code, *rest = _wait(child.pid, plan, started)
-        child.returncode = code  # Popen did not see it end
-        return code, *rest
-
-
 def _wait(pid: int, plan: dict[str, Any], started: float) -> tuple[int, float, int]:
     """Wait for a child, sending it what the plan says: exit code, seconds, most bytes of memory."""
     descriptor = os.pidfd_open(pid)
@@ -344,6 +334,9 @@ def _become(plan: dict[str, Any]) -> None:
     os.setpgid(0, 0)
     for name, limit in plan["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
+    if plan["cold"]:
+        command = [sys.executable, "-c", _COLD, json.dumps(plan["settings"]), *plan["arguments"]]
+        os.execve(sys.executable, command, os.environ | {"FAULTS": ":".join(map(str, (*plan["fault"], plan["root"])))})
     log = os.open(plan["log"], os.O_WRONLY) if plan["trace"] else -1
     arm = ctypes.CDLL(os.environ["LD_PRELOAD"]).faults_arm
     arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]

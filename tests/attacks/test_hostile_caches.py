@@ -14,8 +14,8 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import test_mutated_caches as caches
 from hostile import NO_JSON, watched
+from test_mutated_caches import write_shape
 
 from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
@@ -25,7 +25,7 @@ from featcache.spec import Spec, canonical_json
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    caches.write_shape(tmp_path / "f.h5", 4)
+    write_shape(tmp_path / "f.h5", 4)
     return tmp_path / "f.h5"
 
 
@@ -261,7 +261,7 @@ def test_columns_beyond_memory_are_refused(path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", NO_JSON)
 def test_json_that_is_none_is_refused(path: Path, kind: str) -> None:
     for place, words in (("provenance", "damaged"), ("spec", "damaged|cannot be used")):
-        caches.write_shape(path, 4)
+        write_shape(path, 4)
         reseal(path, **{place: NO_JSON[kind]})
         refused(path, words)
 

@@ -56,17 +56,15 @@ def made(tmp_path_factory: pytest.TempPathFactory, warm: Program) -> Path:
 def test_many_parts_under_a_small_limit_of_open_files(tmp_path: Path, warm: Program, each: int) -> None:
     """A part per image, of a run that died before it packed them."""
     source, output, count = make_photos(tmp_path / "photos", each=each), tmp_path / "f.h5", 3 * each
-    flags = (*TINY_FLAGS, "--batch-size", 1, "--json")
-    short = {"extraction.parts.MAX_ROWS": 1}
-    with warm.held(
-        "extraction.extract._pack", "extract", source, "-o", output, *flags, die=True, settings=short
-    ) as first:
+    command = ("extract", source, *TINY_FLAGS, "--batch-size", 1, "--json", "-o")
+    options = {"settings": {"extraction.parts.MAX_ROWS": 1}, "timeout": 3600}
+    with warm.held("extraction.extract._pack", *command, output, die=True, **options) as first:
         assert len(list(tmp_path.glob("f.h5.parts/*.h5"))) == count
     assert first.result().died
     write_photo(source / "red" / "new.jpg", (1, 2, 3), 0)
-    done = warm.check("extract", source, "-o", output, *flags, limits={"RLIMIT_NOFILE": 64}, timeout=3600)
+    done = warm.check(*command, output, limits={"RLIMIT_NOFILE": 64}, timeout=3600)
     assert (done.result["reused"], done.result["embedded"]) == (count, 1)
-    warm.check("extract", source, "-o", tmp_path / "whole.h5", *flags, timeout=3600)
+    warm.check(*command, tmp_path / "whole.h5", timeout=3600)
     assert_same(output, FeatureCache.open(tmp_path / "whole.h5"))
     assert not (tmp_path / "f.h5.parts").exists()
 

@@ -136,7 +136,7 @@ class Gate:
         if die:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def wait(self, seconds: float = 300.0) -> None:
+    def wait(self, seconds: float) -> None:
         """The test's side: wait until the process is there."""
         pipe = os.open(self._arrived, os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -211,15 +211,15 @@ class Program:
 
     @contextlib.contextmanager
     def held(
-        self, moment: str, *arguments: object, die: bool = False, **options: Any
+        self, moment: str, *arguments: object, die: bool = False, timeout: float = 120.0, **options: Any
     ) -> Iterator[concurrent.futures.Future[Outcome]]:
         """``run``, waiting before ``featcache.MOMENT`` while the block runs; then it goes on, or is killed."""
         thread = concurrent.futures.ThreadPoolExecutor(1)
         with tempfile.TemporaryDirectory(prefix="gate-") as folder:
             gate = Gate(folder)
             hook = functools.partial(before_next, moment, functools.partial(gate.pass_through, die=die))
-            running = thread.submit(self.run, *arguments, before=hook, **options)
-            gate.wait()
+            running = thread.submit(self.run, *arguments, before=hook, timeout=timeout, **options)
+            gate.wait(timeout)
             try:
                 yield running
             finally:

@@ -9,9 +9,8 @@ from pathlib import Path
 # Several test processes share the cores: threads that spin waiting for each other would take minutes. Before NumPy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-sys.path.insert(0, str(Path(__file__).parent / "support"))
+sys.path.extend(str(folder) for folder in Path(__file__).parent.iterdir() if folder.is_dir())
 
-import folders  # noqa: F401 - before the others, which are found by it
 import numpy as np
 import pytest
 from faults import Program, program
@@ -79,14 +78,16 @@ def write_photo(path: Path, colour: tuple[int, int, int], seed: int, size: tuple
     return path
 
 
-def make_photos(root: Path, *, each: int = 6, splits: tuple[str, ...] = ()) -> Path:
-    """``each`` photos of every class, below every split if any are given."""
+def make_photos(root: Path, *, each: int = 6, splits: tuple[str, ...] = (), settled: bool = False) -> Path:
+    """``each`` photos of every class, below every split if any are given; ``settled``: their times can be trusted at once."""
     seed = 0
     for split in splits or ("",):
         for name, colour in COLOURS.items():
             for number in range(each):
                 seed += 1
-                write_photo(root / split / name / f"{number:02d}.jpg", colour, seed)
+                path = write_photo(root / split / name / f"{number:02d}.jpg", colour, seed)
+                if settled:
+                    os.utime(path, (1e9, 1e9))
     return root
 
 

@@ -1,12 +1,12 @@
 """The plan of the house, held: which room may import which, where each library may be used, what starts without torch.
 
-Run as a program it prints the import graph: ``python tests/test_architecture.py [PACKAGE_FOLDER]``.
+Run as a program it prints the import graph: ``python tests/test_architecture.py``.
 """
 
 import ast
 import functools
+import graphlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,16 +65,12 @@ LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "cli", "__
 HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.export_candidate")
 
 
-def modules(package: Path) -> dict[str, Path]:
-    """name -> file, of everything but the signs of rooms: ``cache.write``, ``spec``, ``__init__``."""
-    found = {}
-    for path in sorted(package.rglob("*.py")):
-        if path.name != "__init__.py" or path.parent == package:
-            found[".".join(path.relative_to(package).with_suffix("").parts)] = path
-    return found
-
-
-MODULES = modules(PACKAGE)
+# name -> file, of everything but the signs of rooms: ``cache.write``, ``spec``, ``__init__``.
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.name != "__init__.py" or path.parent == PACKAGE
+}
 
 
 def room_of(module: str) -> str:
@@ -109,38 +105,37 @@ def imported(path: Path, *, run_at_import: bool = False) -> set[str]:
 
 
 @functools.cache
-def arrows(package: Path, *, run_at_import: bool = False) -> dict[str, set[str]]:
-    """module -> modules of the same package that it imports."""
-    there = modules(package)
+def arrows(*, run_at_import: bool = False) -> dict[str, set[str]]:
+    """module -> modules of the package that it imports."""
     found: dict[str, set[str]] = {}
-    for module, path in there.items():
+    for module, path in MODULES.items():
         names = imported(path, run_at_import=run_at_import)
-        own = {name.removeprefix(f"{package.name}.") for name in names if name.startswith(f"{package.name}.")}
-        inside = {name for name in own if name in there}
-        door = {name for name in own if name not in there and name.startswith("_")}  # featcache.__version__
-        found[module] = inside - {module} | ({"__init__"} if door and module != "__init__" else set())
-    if "__init__" in there and not run_at_import:  # the front door imports by name, late
-        text = there["__init__"].read_text()
-        found["__init__"] |= {name for name in re.findall(r'": "([\w.]+)"', text) if name in there}
+        own = {name.removeprefix("featcache.") for name in names if name.startswith("featcache.")}
+        found[module] = own & MODULES.keys() - {module}
+        if module != "__init__" and any(name.startswith("_") for name in own - MODULES.keys()):
+            found[module].add("__init__")  # the door: featcache.__version__
+    if not run_at_import:  # the front door imports by name, late
+        found["__init__"] |= set(re.findall(r'": "([\w.]+)"', MODULES["__init__"].read_text())) & MODULES.keys()
     return found
 
 
-def between_rooms(package: Path) -> dict[str, set[str]]:
+def between_rooms() -> dict[str, set[str]]:
     """room -> rooms that it imports."""
     found: dict[str, set[str]] = {}
-    for module, targets in arrows(package).items():
+    for module, targets in arrows().items():
         here = room_of(module)
-        found.setdefault(here, set()).update(room_of(target) for target in targets if room_of(target) != here)
+        found.setdefault(here, set()).update({room_of(target) for target in targets} - {here})
     return found
 
 
 def floors(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Each on the floor above all that it imports; what is on a circle, or above one, is left out."""
+    """Each on the floor above all that it imports. Raises CycleError, which names the circle."""
+    sorter = graphlib.TopologicalSorter(graph)
+    sorter.prepare()
     built: list[list[str]] = []
-    done: set[str] = set()
-    while ready := sorted(name for name in graph if name not in done and graph[name] <= done):
-        built.append(ready)
-        done |= set(ready)
+    while ready := sorter.get_ready():
+        built.append(sorted(ready))
+        sorter.done(*ready)
     return built
 
 
@@ -151,13 +146,13 @@ def is_in(module: str, homes: str) -> bool:
 @pytest.mark.parametrize("module", MODULES)
 def test_rooms_import_what_is_below_them(module: str) -> None:
     allowed = {"errors", room_of(module), *ROOMS[room_of(module)].split()}
-    for target in arrows(PACKAGE)[module]:
+    for target in arrows()[module]:
         assert room_of(target) in allowed, f"{module} imports {target}; its room may import {sorted(allowed)}"
 
 
 def test_there_are_no_circles() -> None:
-    for graph in (between_rooms(PACKAGE), arrows(PACKAGE, run_at_import=True)):
-        assert sorted(name for floor in floors(graph) for name in floor) == sorted(graph)
+    for graph in (between_rooms(), arrows(run_at_import=True)):
+        assert floors(graph)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -173,7 +168,7 @@ def test_libraries_and_calls_have_homes(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) in LIGHT and name not in HEAVY])
 def test_torch_is_imported_late(module: str) -> None:
-    graph, pending, seen = arrows(PACKAGE, run_at_import=True), [module], set()
+    graph, pending, seen = arrows(run_at_import=True), [module], set()
     while pending:
         name = pending.pop()
         seen.add(name)
@@ -206,42 +201,25 @@ def test_every_promise_is_tried_by_default(promise: str, files: str) -> None:
     names = re.findall(r"`([\w/]+(?:\.py|/))`", files)
     assert names
     for name in names:
-        found = sorted(Path(__file__).parent.rglob(name if name.endswith(".py") else f"{Path(name).name}/test_*.py"))
-        assert found, f"{name} is gone"
-        functions = [
-            node for path in found for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
-        ]
-        tests = [node for node in functions if node.name.startswith("test_")]
+        found = Path(__file__).parent.rglob(name if name.endswith(".py") else f"{Path(name).name}/test_*.py")
+        trees = [ast.parse(path.read_text()) for path in found]
+        assert trees, f"{name} is gone"
+        nodes = [node for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)]
+        tests = [node for node in nodes if node.name.startswith("test_")]
         marks = [{ast.unparse(mark).lower().split(".")[-1] for mark in node.decorator_list} for node in tests]
         assert any(not {"slow", "soak"} & each for each in marks), f"{name} is not run by default"
 
 
-def describe(package: Path) -> str:
-    """The graph in figures: of rooms, and of files. Before there were rooms, a file was one."""
-    rooms = between_rooms(package)
-    held = {room: {"errors", *ROOMS.get(room, "").split()} for room in rooms} if set(rooms) <= set(ROOMS) else None
+def describe() -> str:
+    """The graph in figures: of rooms, and of files."""
     lines = []
-    for what, graph in (("rooms", rooms), ("files", arrows(package))):
-        pairs = [(name, target) for name, targets in graph.items() for target in sorted(targets)]
-        up = [
-            (name, target)
-            for name, target in pairs
-            if target == "__init__" and room_of(name) not in ("cli", "__main__")
-        ]
-        if held and what == "rooms":
-            up = [(name, target) for name, target in pairs if target not in held[name]]
-        built = floors(
-            {name: targets - {target for one, target in up if one == name} for name, targets in graph.items()}
-        )
-        circles = len(graph) - sum(map(len, built))
-        lines.append(
-            f"{len(graph)} {what}: {len(built)} floors, {len(pairs)} arrows, {len(up)} up, {circles} on circles or above them"
-        )
-        lines += [f"  up: {name} -> {target}" for name, target in up]
+    for what, graph in (("rooms", between_rooms()), ("files", arrows())):
+        built = floors(graph)
+        lines.append(f"{len(graph)} {what}: {len(built)} floors, {sum(map(len, graph.values()))} arrows")
         if what == "rooms":
             lines += [f"  {number:2}  {'  '.join(names)}" for number, names in enumerate(built)][::-1]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(describe(Path(sys.argv[1]) if sys.argv[1:] else PACKAGE))
+    print(describe())

@@ -24,23 +24,19 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "insects", tmp_path / "pets"
 
 
-@pytest.mark.parametrize(
-    ("workflow", "counts"),
-    [
-        ("T1", {"train": 12, "val": 12}),
-        ("T2", {"train": 12, "test": 12}),
-        ("T3", {"train": 44, "val": 4}),
-        ("T4", {"train": 24, "valid": 12, "test": 12}),
-        ("T5", {"train": 12, "val": 12}),
-    ],
-)
-def test_splits(
-    workflow: str,
-    counts: dict[str, int],
-    folders: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+PETS, INSECTS = {"cat", "dog"}, {"ants", "bees"}
+WORKFLOWS = {
+    "T1": ({"train": 12, "val": 12}, INSECTS),
+    "T2": ({"train": 12, "test": 12}, PETS),
+    "T3": ({"train": 44, "val": 4}, INSECTS | PETS),
+    "T4": ({"train": 24, "valid": 12, "test": 12}, INSECTS | PETS),
+    "T5": ({"train": 12, "val": 12}, PETS),
+}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS)
+def test_splits(workflow: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, classes = WORKFLOWS[workflow]
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import tutorials
 
@@ -52,7 +48,6 @@ def test_splits(
         layouts.append([path.relative_to(tmp_path / name) for path in files])
     assert layouts[0] == layouts[1]
     assert not [path for path in layouts[0] if path.suffix == ".gif"]
-    classes = {"T1": {"ants", "bees"}, "T2": {"cat", "dog"}, "T5": {"cat", "dog"}}
-    assert {path.parts[1] for path in layouts[0]} == classes.get(workflow, {"ants", "bees", "cat", "dog"})
+    assert {path.parts[1] for path in layouts[0]} == classes
     if workflow in ("T3", "T4"):
         assert len({path.parts[1:] for path in layouts[0]}) == len(layouts[0])  # no image in two splits

@@ -4,8 +4,6 @@ In: good caches, changed through h5py or byte by byte, checksums set right where
 """
 
 import hashlib
-import json
-import shutil
 import struct
 import time
 import zlib
@@ -16,38 +14,30 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import test_mutated_caches as caches
-from hostile import watched
+from hostile import NO_JSON, watched
+from test_mutated_caches import write_shape
 
 from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import column_checksums
 from featcache.errors import CacheError, DamagedCacheError, FeatcacheError
 from featcache.spec import Spec, canonical_json
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "f.h5"
-    caches.write_shape(path, 4)
-    return path
-
-
 @pytest.fixture
-def path(template: Path, tmp_path: Path) -> Path:
-    shutil.copy(template, tmp_path / "f.h5")
+def path(tmp_path: Path) -> Path:
+    write_shape(tmp_path / "f.h5", 4)
     return tmp_path / "f.h5"
 
 
-def reseal(path: Path, *, spec: str | None = None, provenance: str | None = None) -> None:
-    """Other texts in a well-formed cache, every checksum right."""
+def reseal(path: Path, **texts: str) -> None:
+    """Another spec or provenance in a well-formed cache, every checksum right."""
     with h5py.File(path, "r+") as file:
-        texts = (spec or file.attrs["spec"], provenance or file.attrs["provenance"])
-        file.attrs["spec"], file.attrs["provenance"] = texts
-        file.attrs["fingerprint"] = hashlib.sha256(texts[0].encode()).hexdigest()
+        file.attrs.update(texts)
+        spec, provenance = file.attrs["spec"], file.attrs["provenance"]
+        file.attrs["fingerprint"] = hashlib.sha256(spec.encode()).hexdigest()
         columns = {name: file[name][()] for name, _, _ in cache_format.COLUMNS}
-        file.attrs["metadata_crc32"] = cache_format.metadata_checksum(columns, texts)
-        file.attrs["column_crc32"] = column_checksums(columns, texts[1])
+        file.attrs["metadata_crc32"] = cache_format.metadata_checksum(columns, (spec, provenance))
+        file.attrs["column_crc32"] = cache_format.column_checksums(columns, provenance)
 
 
 def refused(path: Path, words: str) -> str:
@@ -77,9 +67,27 @@ def test_libhdf5_never_sees_a_cache_that_is_read(path: Path, monkeypatch: pytest
 # ------------------------------------------------------------------------------------------ what h5py itself can write
 
 
-def external_link(file: h5py.File) -> None:
-    del file["paths"]
-    file["paths"] = h5py.ExternalLink("/etc/passwd", "/paths")
+Change = Callable[[h5py.File], object]
+
+
+def linked(name: str, target: Any) -> Change:
+    """Under ``name`` lies a link, or what has another name, too."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file[name] = file[target] if isinstance(target, str) else target
+
+    return change
+
+
+def made(name: str, *arguments: Any, **options: Any) -> Change:
+    """Under ``name`` lies another dataset: shape, type."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, *arguments, **options)
+
+    return change
 
 
 def soft_link(file: h5py.File) -> None:
@@ -94,26 +102,6 @@ def virtual(file: h5py.File) -> None:
     file.create_virtual_dataset("labels", layout)
 
 
-def external_storage(file: h5py.File) -> None:
-    del file["digests"]
-    file.create_dataset("digests", (40, 32), "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
-
-
-def gzip_bomb(file: h5py.File) -> None:
-    del file["labels"]
-    file.create_dataset("labels", (2**33,), "i4", chunks=(2**20,), compression="gzip")
-
-
-def shape_bomb(file: h5py.File) -> None:
-    del file["digests"]
-    file.create_dataset("digests", (2**40, 32), "u1")
-
-
-def overflow(file: h5py.File) -> None:  # 2**62 * 32 is 0 in 64 bits
-    del file["digests"]
-    file.create_dataset("digests", (2**62, 32), "u1")
-
-
 def plugin(file: h5py.File) -> None:  # a filter that libhdf5 would look for in HDF5_PLUGIN_PATH
     values = file["labels"][()]
     del file["labels"]
@@ -125,49 +113,29 @@ def plugin(file: h5py.File) -> None:  # a filter that libhdf5 would look for in 
     dataset.write_direct_chunk((0,), b"xxxx")
 
 
-def of_type(dtype: Any) -> Callable[[h5py.File], None]:
-    def change(file: h5py.File) -> None:
-        del file["paths"]
-        file.create_dataset("paths", (40,), dtype)
-
-    return change
-
-
-def cycle(file: h5py.File) -> None:
-    del file["refused"]
-    file["refused"] = file["/"]
-
-
-def features_are_paths(file: h5py.File) -> None:
-    del file["features"]
-    file["features"] = file["paths"]
-
-
-def many_names(file: h5py.File) -> None:
-    for number in range(3000):
-        file.create_group(f"group{number}")
-
-
 PLAIN = "is not a plain contiguous dataset of the expected type"
 NO_LINK = "is missing or a link to somewhere else|a group is missing, or of a kind"
-DATASETS = {
-    "external link": (external_link, NO_LINK),
+DATASETS: dict[str, tuple[Change, str]] = {
+    "external link": (linked("paths", h5py.ExternalLink("/etc/passwd", "/paths")), NO_LINK),
     "soft link": (soft_link, "labels is missing or a link to somewhere else"),
     "virtual": (virtual, PLAIN),
-    "external storage": (external_storage, PLAIN),
-    "gzip bomb": (gzip_bomb, PLAIN),
-    "shape bomb": (shape_bomb, "digests is larger than the file"),
-    "shape overflow": (overflow, "digests is larger than the file"),
+    "external storage": (made("digests", (40, 32), "u1", external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)]), PLAIN),
+    "gzip bomb": (made("labels", (2**33,), "i4", chunks=(2**20,), compression="gzip"), PLAIN),
+    "shape bomb": (made("digests", (2**40, 32), "u1"), "digests is larger than the file"),
+    "shape overflow": (made("digests", (2**62, 32), "u1"), "digests is larger than the file"),  # 0 in 64 bits
     "filter": (plugin, PLAIN),
-    "vlen": (of_type(h5py.string_dtype()), PLAIN),
-    "vlen arrays": (of_type(h5py.vlen_dtype("i4")), PLAIN),
-    "references": (of_type(h5py.ref_dtype), PLAIN),
-    "compound": (of_type([("a", "i4"), ("b", "S3")]), PLAIN),
-    "opaque": (of_type(h5py.opaque_dtype("M8[s]")), PLAIN),
-    "enum": (of_type(h5py.enum_dtype({"A": 1}, "i4")), PLAIN),
-    "cycle of groups": (cycle, "refused/(paths|reasons) is missing"),
-    "features that are paths": (features_are_paths, PLAIN),
-    "a crowd": (many_names, "index never ends|not inside the file"),
+    "vlen": (made("paths", (40,), h5py.string_dtype()), PLAIN),
+    "vlen arrays": (made("paths", (40,), h5py.vlen_dtype("i4")), PLAIN),
+    "references": (made("paths", (40,), h5py.ref_dtype), PLAIN),
+    "compound": (made("paths", (40,), [("a", "i4"), ("b", "S3")]), PLAIN),
+    "opaque": (made("paths", (40,), h5py.opaque_dtype("M8[s]")), PLAIN),
+    "enum": (made("paths", (40,), h5py.enum_dtype({"A": 1}, "i4")), PLAIN),
+    "cycle of groups": (linked("refused", "/"), "refused/(paths|reasons) is missing"),
+    "features that are paths": (linked("features", "paths"), PLAIN),
+    "a crowd": (
+        lambda file: [file.create_group(f"group{k}") for k in range(3000)],
+        "index never ends|not inside the file",
+    ),
 }
 
 
@@ -180,24 +148,15 @@ def object_pointer(file: h5py.File) -> None:
     attribute.write(np.frombuffer(b"AAAAAAAA", "V8").reshape(()), kind)
 
 
-def attribute(name: str, value: Any, dtype: Any = None) -> Callable[[h5py.File], None]:
-    def change(file: h5py.File) -> None:
-        del file.attrs[name]
-        if isinstance(value, list) and dtype is not None:
-            value[:] = [np.asarray(entry, "i4") for entry in value]
-            table = np.empty(len(value), object)
-            table[:] = value
-            file.attrs.create(name, table, dtype=dtype)
-        else:
-            file.attrs.create(name, value, dtype=dtype)
-
-    return change
+def attribute(name: str, value: Any, dtype: Any = None) -> Change:
+    return lambda file: file.attrs.create(name, value, dtype=dtype)  # in place of the one that is there
 
 
-ATTRIBUTES = {
+VLEN = np.array([np.arange(3, dtype="i4"), np.arange(2, dtype="i4")], object)
+ATTRIBUTES: dict[str, tuple[Change, str]] = {
     "object pointer": (object_pointer, "another program"),
     "format, list": (attribute("format", ["featcache", "x"]), "another program"),
-    "spec, vlen numbers": (attribute("spec", [np.arange(3), np.arange(2)], h5py.vlen_dtype("i4")), "damaged"),
+    "spec, vlen numbers": (attribute("spec", VLEN, h5py.vlen_dtype("i4")), "damaged"),
     "spec, reference": (attribute("spec", h5py.Reference(), h5py.ref_dtype), "damaged"),
     "spec, huge": (attribute("spec", "x" * 10**7), "spec does not match its fingerprint"),
     "spec, compound": (attribute("spec", np.zeros((), [("a", "i4")])), "damaged"),
@@ -226,77 +185,53 @@ def test_a_user_block_is_not_read_past(path: Path) -> None:
 # ------------------------------------------------------------------------------------- what only an editor of bytes can
 
 
-def put(data: bytearray, position: int, form: str, *values: int) -> None:
-    struct.pack_into(form, data, position, *values)
+def numbers(mark: bytes, offset: int, form: str, *values: int) -> Callable[[bytearray], None]:
+    """Other numbers behind the first ``mark`` of a file."""
+    return lambda data: struct.pack_into(form, data, data.find(mark) + offset, *values)
 
 
 def endless_header(data: bytearray) -> None:  # the root's header continues in itself
     root = struct.unpack_from("<Q", data, 64)[0]
-    put(data, root + 24, "<QQ", root + 16, 24)
+    struct.pack_into("<QQ", data, root + 24, root + 16, 24)
 
 
 def endless_index(data: bytearray) -> None:  # a B-tree node that is its own child
     tree = data.find(b"TREE")
-    put(data, tree + 32, "<Q", tree)
+    struct.pack_into("<Q", data, tree + 32, tree)
 
 
-def wide_index(data: bytearray) -> None:
-    put(data, data.find(b"TREE") + 6, "<H", 65535)
-
-
-def endless_heap(data: bytearray) -> None:  # an object of no size: libhdf5 2.0 never comes past it
-    put(data, data.find(b"GCOL") + 16, "<HHIQ", 9, 0, 0, 0)
-
-
-def text_beyond_its_object(data: bytearray) -> None:  # libhdf5 copies the object, whatever room was made for the text
-    put(data, data.find(b"GCOL") + 24, "<Q", 4000)
-
-
-def huge_heap(data: bytearray) -> None:
-    put(data, data.find(b"GCOL") + 8, "<Q", 2**62)
-
-
-def moved_base(data: bytearray) -> None:
-    put(data, 24, "<Q", 512)
-
-
-def other_driver(data: bytearray) -> None:  # "family" and "multi" files open further files by name
-    put(data, 48, "<Q", 96)
-
-
-def newer_superblock(data: bytearray) -> None:
-    data[8] = 3
-
-
+SUPERBLOCK = b"\x89HDF"
 BYTES = {
-    endless_header: "does not hold together|damaged",
-    endless_index: "index never ends|names do not hold together",
-    wide_index: "not inside the file",
-    endless_heap: "a text is lost|another program|does not match",
-    text_beyond_its_object: "a text is lost",
-    huge_heap: "not inside the file",
-    moved_base: "superblock",
-    other_driver: "superblock",
-    newer_superblock: "superblock",
+    "endless header": (endless_header, "does not hold together|damaged"),
+    "endless index": (endless_index, "index never ends|names do not hold together"),
+    "wide index": (numbers(b"TREE", 6, "<H", 65535), "not inside the file"),
+    # an object of no size: libhdf5 2.0 never comes past it
+    "endless heap": (numbers(b"GCOL", 16, "<HHIQ", 9, 0, 0, 0), "a text is lost|another program|does not match"),
+    # libhdf5 copies the object, whatever room was made for the text
+    "text beyond its object": (numbers(b"GCOL", 24, "<Q", 4000), "a text is lost"),
+    "huge heap": (numbers(b"GCOL", 8, "<Q", 2**62), "not inside the file"),
+    "moved base": (numbers(SUPERBLOCK, 24, "<Q", 512), "superblock"),
+    # "family" and "multi" files open further files by name
+    "other driver": (numbers(SUPERBLOCK, 48, "<Q", 96), "superblock"),
+    "newer superblock": (numbers(SUPERBLOCK, 8, "<B", 3), "superblock"),
 }
 
 
-@pytest.mark.parametrize("change", BYTES, ids=lambda change: change.__name__)
-def test_structures_that_deceive_are_refused(path: Path, change: Callable[[bytearray], None]) -> None:
+@pytest.mark.parametrize("kind", BYTES)
+def test_structures_that_deceive_are_refused(path: Path, kind: str) -> None:
+    change, words = BYTES[kind]
     data = bytearray(path.read_bytes())
     change(data)
     path.write_bytes(data)
-    refused(path, BYTES[change])
+    refused(path, words)
 
 
 def test_a_hole_of_terabytes_is_not_read_into_memory(path: Path) -> None:
     """A sparse file costs nothing, its zeros would cost all memory there is."""
     rows = 2**37
     data = bytearray(path.read_bytes())
-    labels = data.find(struct.pack("<QQ", 40, 40), 0)
-    while labels >= 0:  # every column claims as many rows, from the file's start on
-        put(data, labels, "<QQ", rows, rows)
-        labels = data.find(struct.pack("<QQ", 40, 40), labels + 1)
+    shape = struct.pack("<QQ", 40, 40)
+    data = data.replace(shape, struct.pack("<QQ", rows, rows))  # every column claims as many, from the file's start on
     path.write_bytes(data)
     with path.open("r+b") as file:
         file.truncate(2**43)
@@ -304,15 +239,17 @@ def test_a_hole_of_terabytes_is_not_read_into_memory(path: Path) -> None:
 
 
 def test_columns_beyond_memory_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("digests", "sizes", "mtimes"):
-        with h5py.File(path, "r+") as file:
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(path, "r+") as file:
+        for name, shape, kind in (
+            (b"digests", (2**25, 32), h5py.h5t.STD_U8LE),
+            (b"sizes", (2**25,), h5py.h5t.STD_I64LE),
+            (b"mtimes", (2**25,), h5py.h5t.STD_I64LE),
+        ):
             del file[name]
-            creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            width = (2**25, 32) if name == "digests" else (2**25,)
-            kind = h5py.h5t.STD_U8LE if name == "digests" else h5py.h5t.STD_I64LE
-            h5py.h5d.create(file.id, name.encode(), kind, h5py.h5s.create_simple(width), creation)
+            h5py.h5d.create(file.id, name, kind, h5py.h5s.create_simple(shape), creation)
     monkeypatch.setattr("featcache.cache.cache.available_memory", lambda: 2**30)
     assert path.stat().st_blocks * 512 < 2**24
     refused(path, "1.6 GB of rows do not fit into this machine's memory")
@@ -320,64 +257,37 @@ def test_columns_beyond_memory_are_refused(path: Path, monkeypatch: pytest.Monke
 
 # ------------------------------------------------------------------------------------------------ JSON in attributes
 
-TEXTS = {
-    "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
-    "rather deep": '{"a":' * 500 + "1" + "}" * 500,
-    "NaN": '{"a":NaN}',
-    "infinite": '{"a":1e999}',
-    "minus infinity": '{"a":-Infinity}',
-    "huge number": '{"a":' + "9" * 10_000 + "}",
-    "twice": '{"a":1,"a":2}',
-    "list": "[1]",
-    "number": "7",
-    "text": '"' + "x" * 100_000 + '"',
-    "broken": '{"a":',
-    "nothing": " ",
-}
 
-
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("kind", NO_JSON)
 def test_json_that_is_none_is_refused(path: Path, kind: str) -> None:
     for place, words in (("provenance", "damaged"), ("spec", "damaged|cannot be used")):
-        copy = path.with_name(f"{place}.h5")
-        shutil.copy(path, copy)
-        reseal(copy, **{place: TEXTS[kind]})
-        refused(copy, words)
+        write_shape(path, 4)
+        reseal(path, **{place: NO_JSON[kind]})
+        refused(path, words)
 
 
-SPECS: dict[str, dict[str, Any]] = {
-    "weights elsewhere": {"backbone": {"weights_sha256": "../../../../etc/passwd"}},
-    "weights, absolute": {"backbone": {"weights_sha256": "/etc/passwd"}},
-    "weights, NUL": {"backbone": {"weights_sha256": "\0" * 64}},
-    "weights, number": {"backbone": {"weights_sha256": 7}},
-    "name, list": {"backbone": {"name": ["resnet18"]}},
-    "no whole pixels": {"preprocess": {"resize": 40.5}},
-    "yes as a size": {"preprocess": {"resize": True}},
-    "huge": {"preprocess": {"resize": 10**30}},
-    "crop of three": {"preprocess": {"crop": [32, 32, 32]}},
-    "mean of words": {"preprocess": {"mean": ["a", "b", "c"]}},
-    "mean beyond floats": {"preprocess": {"mean": [10**400, 0, 0]}},
-    "no filter": {"preprocess": {"interpolation": ["bilinear"]}},
+SPECS: dict[str, tuple[str, dict[str, Any]]] = {
+    "weights elsewhere": ("backbone", {"weights_sha256": "../../../../etc/passwd"}),
+    "weights, absolute": ("backbone", {"weights_sha256": "/etc/passwd"}),
+    "weights, NUL": ("backbone", {"weights_sha256": "\0" * 64}),
+    "weights, number": ("backbone", {"weights_sha256": 7}),
+    "name, list": ("backbone", {"name": ["resnet18"]}),
+    "no whole pixels": ("preprocess", {"resize": 40.5}),
+    "yes as a size": ("preprocess", {"resize": True}),
+    "huge": ("preprocess", {"resize": 10**30}),
+    "crop of three": ("preprocess", {"crop": [32, 32, 32]}),
+    "mean of words": ("preprocess", {"mean": ["a", "b", "c"]}),
+    "mean beyond floats": ("preprocess", {"mean": [10**400, 0, 0]}),
+    "no filter": ("preprocess", {"interpolation": ["bilinear"]}),
 }
 
 
 @pytest.mark.parametrize("kind", SPECS)
 def test_a_spec_that_asks_for_harm_is_refused(path: Path, kind: str) -> None:
     spec = FeatureCache.open(path).spec.to_json()
-    (part, changes), *_ = SPECS[kind].items()
+    part, changes = SPECS[kind]
     reseal(path, spec=canonical_json(spec | {part: spec[part] | changes}))
     refused(path, "cannot be used: ")
-
-
-def test_escape_sequences_do_not_reach_the_terminal(path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
-    reseal(path, provenance=canonical_json({"device": "\x1b]0;owned\x07\x1b[2J", "\x1b[31mkey": ["\u202e", "\r\n"]}))
-    code, out, err = run("info", path)
-    assert code == 0
-    assert not {"\x1b", "\x07", "\r", "\u202e"} & set(out + err)
-    assert r"\x1b]0;owned\x07" in out
-    code, out, _ = run("info", path, "--json")
-    assert json.loads(out)["provenance"]["device"] == "\x1b]0;owned\x07\x1b[2J"
-    assert "\x1b" not in out
 
 
 def test_a_cache_may_be_a_link_that_the_user_names(path: Path) -> None:

@@ -4,6 +4,7 @@ In: a small model whose manifest says anything, its checksum right. Out: refused
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -19,13 +20,13 @@ import joblib
 import numpy as np
 import pytest
 import safetensors.numpy
-import test_mutated_caches as caches
+from caches import plain_rows
 from conftest import SPEC
-from hostile import Bomb, watched
-from test_mutated_files import make_head, make_model
+from hostile import NO_JSON, Bomb, watched
+from test_mutated_files import change_manifest, make_head, make_model
 
 from featcache.backbones.saved import own_file
-from featcache.cache.format import Rows, encode_names
+from featcache.cache.format import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
 from featcache.finetuning import checkpoint
@@ -92,28 +93,16 @@ def test_a_manifest_that_does_not_hold_is_refused(tmp_path: Path, kind: str) -> 
     changes, words = MANIFESTS[kind]
     model = make_model(tmp_path / "m")
     sha256 = json.loads((model / "model.json").read_text())["head"]["sha256"]
-    text = json.dumps(changes).replace("SAME", sha256)
-    make_model(model, **json.loads(text))
+    change_manifest(model, **json.loads(json.dumps(changes).replace("SAME", sha256)))
     with pytest.raises(ModelError, match=words):
         load_model(model)
     use(model)
 
 
-TEXTS = (
-    "[" * 200_000,
-    '{"a":' * 100_000,
-    '{"format":"featcache-model","a":NaN}',
-    '{"a":1,"a":2}',
-    "9" * 9999,
-    "null",
-    "",
-)
-
-
-@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:12] or "empty")
+@pytest.mark.parametrize("kind", NO_JSON)
 @pytest.mark.parametrize("name", ["model.json", "metrics.json"])
-def test_json_that_is_none_is_refused(tmp_path: Path, name: str, text: str) -> None:
-    model = make_model(tmp_path / "m")
+def test_json_that_is_none_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    model, text = make_model(tmp_path / "m"), NO_JSON[kind]
     (model / name).write_text(text)
     use(model)
     with pytest.raises(ModelError):
@@ -123,17 +112,10 @@ def test_json_that_is_none_is_refused(tmp_path: Path, name: str, text: str) -> N
     assert not checkpoint.is_finished(model)
 
 
-BACKBONES = (
-    *("../../x", "/etc/passwd", "timm/../../x", "timm/hf-hub:timm/resnet18", "timm/hf_hub:a/b", "timm/local-dir:/etc"),
-    *(
-        "timm/resnet18.hf-hub:x/y",
-        "timm/resnet18/../../x",
-        "https://example.org/resnet18",
-        "resnet18\0",
-        "",
-        "__class__",
-    ),
-)
+# Paths, addresses, what timm would follow, what Python would.
+BACKBONES = ["../../x", "/etc/passwd", "timm/../../x", "timm/hf-hub:timm/resnet18", "timm/hf_hub:a/b"]
+BACKBONES += ["timm/local-dir:/etc", "timm/resnet18.hf-hub:x/y", "timm/resnet18/../../x"]
+BACKBONES += ["https://example.org/resnet18", "resnet18\0", "", "__class__"]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -159,15 +141,30 @@ def test_weights_are_reloaded_by_a_library_or_not_at_all(tmp_path: Path, reload:
 # ------------------------------------------------------------------------------------------------------------- links
 
 
-@pytest.mark.parametrize("name", ["model.json", "head.safetensors", "backbone.safetensors"])
-def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, name: str) -> None:
-    """The file behind it is a good one; followed, a link could as well name any file of the user."""
+OUTSIDE = [(name, "../outside") for name in ("model.json", "head.safetensors", "backbone.safetensors")]
+DEVICES = [("head.safetensors", f"/{name}") for name in ("dev/zero", "proc/kmsg", "dev/stdin", "missing")]
+
+
+@pytest.mark.parametrize(("name", "target"), [*OUTSIDE, *DEVICES])
+def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, name: str, target: str) -> None:
+    """The file outside is a good one; followed, a link could as well name any file of the user."""
     model = make_model(tmp_path / "m")
     (model / "backbone.safetensors").write_bytes(b"x")
     (model / name).rename(tmp_path / "outside")
-    (model / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(ModelError, match="is refused: it is a link to .*outside; put a copy of that file in its place"):
+    (model / name).symlink_to(target)
+    words = f"is refused: it is a link to .*{Path(target).name}; put a copy of that file in its place"
+    with watched() as seen, pytest.raises(ModelError, match=words):
         load_model(model).load_backbone()
+    assert not [entry for entry in seen if entry.startswith(("open /dev", "open /proc/kmsg")) or "outside" in entry]
+
+
+@pytest.mark.parametrize("target", ["missing", "model.json"])
+def test_links_within_the_folder_lead_to_what_was_saved(tmp_path: Path, target: str) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "head.safetensors").unlink()
+    (model / "head.safetensors").symlink_to(target)
+    with pytest.raises(ModelError, match="is refused: it is a link|is not the file that was saved"):
+        load_model(model)
 
 
 def test_a_model_folder_may_be_a_link_and_hold_links_within(tmp_path: Path) -> None:
@@ -176,16 +173,6 @@ def test_a_model_folder_may_be_a_link_and_hold_links_within(tmp_path: Path) -> N
     (model / "head.safetensors").symlink_to("blob")
     (tmp_path / "link").symlink_to(model, target_is_directory=True)
     assert load_model(tmp_path / "link").classes == ("ant", "bee0")
-
-
-@pytest.mark.parametrize("target", ["/dev/zero", "/proc/kmsg", "/dev/stdin", "missing", "model.json"])
-def test_a_head_that_is_a_device_is_not_read(tmp_path: Path, target: str) -> None:
-    model = make_model(tmp_path / "m")
-    (model / "head.safetensors").unlink()
-    (model / "head.safetensors").symlink_to(target)
-    with watched() as seen, pytest.raises(ModelError, match="is refused: it is a link|is not the file that was saved"):
-        load_model(model)
-    assert not [entry for entry in seen if entry.startswith(("open /dev", "open /proc"))]
 
 
 def test_a_pipe_in_a_model_does_not_hang(tmp_path: Path) -> None:
@@ -203,15 +190,11 @@ def test_a_pipe_in_a_model_does_not_hang(tmp_path: Path) -> None:
 
 def with_head(path: Path, data: bytes) -> Path:
     """A model whose ``head.safetensors`` is ``data``, its sha256 right."""
-    import hashlib
-
     model = make_model(path)
     (model / "head.safetensors").write_bytes(data)
-    head = {"kind": "mlp", "scaling": "standardise", "sha256": hashlib.sha256(data).hexdigest()}
-    manifest = json.loads((model / "model.json").read_text()) | {"head": head}
-    del manifest["sha256"]
-    (model / "model.json").write_text(json.dumps(manifest | {"sha256": fingerprint_of(manifest)}))
-    return model
+    return change_manifest(
+        model, head={"kind": "mlp", "scaling": "standardise", "sha256": hashlib.sha256(data).hexdigest()}
+    )
 
 
 def header(table: dict[str, Any] | str, data: bytes = b"", length: int | None = None) -> bytes:
@@ -237,9 +220,7 @@ HEADERS = {
     "product that is 0": header({"mean": entry([2**63, 2], 0, 0)}),
     "hole": header({"mean": entry([1], 8, 16)}, bytes(16)),
     "left over": header({"mean": entry([1], 0, 8)}, bytes(80)),
-    "name twice": header(
-        '{"mean":' + json.dumps(entry([1], 0, 8)) + ',"mean":' + json.dumps(entry([1], 0, 8)) + "}", bytes(8)
-    ),
+    "name twice": header('{{"mean":{0},"mean":{0}}}'.format(json.dumps(entry([1], 0, 8))), bytes(8)),
     "unknown type": header({"mean": entry([1], 0, 8, "OBJECT")}, bytes(8)),
     "empty": b"",
 }
@@ -284,15 +265,9 @@ NASTY = "\x1b]0;owned\x07\x1b[2J\r\u202eant"
 def nasty(tmp_path: Path) -> tuple[Path, Path]:
     """A model and a cache whose names hold what a terminal obeys."""
     model = make_model(tmp_path / "m", classes=[NASTY, "bee"], versions={NASTY: NASTY}, weights={"source": NASTY})
-    rows = Rows(
-        encode_names([f"{NASTY}{k}.jpg" for k in range(4)]),
-        np.array([0, 1, 0, 1], np.int32),
-        np.zeros(4, np.uint8),
-        np.zeros((4, 32), np.uint8),
-        np.zeros(4, np.int64),
-        np.zeros(4, np.int64),
-    )
+    rows = plain_rows((f"{NASTY}{k}.jpg" for k in range(4)), labels=np.array([0, 1, 0, 1], np.int32))
     options: dict[str, Any] = {"spec": SPEC, "classes": (NASTY, "bee"), "refused": ((NASTY, NASTY),)}
+    options["provenance"] = Provenance(rest={"device": NASTY, NASTY: [NASTY, "\r\n"]})
     write_cache(tmp_path / "f.h5", rows, [np.eye(4, 3)], dim=3, **options)
     return model, tmp_path / "f.h5"
 
@@ -303,6 +278,10 @@ def test_names_reach_no_terminal_raw(nasty: tuple[Path, Path], run: Callable[...
         code, out, err = run(*arguments)
         assert code == 0, err
         assert not {"\x1b", "\x07", "\r", "\u202e"} & set(out + err), arguments
+        assert arguments[0] != "info" or r"\x1b]0;owned\x07" in out
+    _, out, _ = run("info", cache, "--json")
+    assert json.loads(out)["provenance"]["device"] == NASTY
+    assert "\x1b" not in out
 
 
 def test_predictions_are_escaped_on_a_terminal_and_exact_in_a_pipe(nasty: tuple[Path, Path]) -> None:
@@ -318,10 +297,3 @@ def test_predictions_are_escaped_on_a_terminal_and_exact_in_a_pipe(nasty: tuple[
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
     piped = subprocess.run(command, capture_output=True, check=True).stdout.decode()
     assert piped.count(NASTY) > 4
-
-
-def test_a_model_is_what_it_was(tmp_path: Path) -> None:
-    """The good neighbour of all the above."""
-    assert load_model(make_model(tmp_path / "m")).classes == ("ant", "bee0")
-    caches.write_shape(tmp_path / "f.h5", 4)
-    assert len(caches.contents(tmp_path / "f.h5")[0]) == 0

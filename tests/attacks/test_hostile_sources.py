@@ -8,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TINY, TINY_FLAGS, make_photos, write_photo
+from conftest import TINY_FLAGS, make_photos, write_photo
 from hostile import watched
 
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError, RefusedImage
-from featcache.extraction.extract import extract
 from featcache.images.read import read_file
 from featcache.images.source import list_images
-from featcache.models.fit import fit_head
 from featcache.models.predict import predict
 
 Run = Callable[..., tuple[int, str, str]]
@@ -109,14 +107,12 @@ def test_lists_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) 
         assert all(refusal.reason for refusal in images.refused)
 
 
-def test_inputs_of_predict_follow_the_same_rules(tmp_path: Path, secret: Path) -> None:
+def test_inputs_of_predict_follow_the_same_rules(tmp_path: Path, secret: Path, trained: Path) -> None:
     folder = make_photos(tmp_path / "photos", each=1)
     (folder / "out.jpg").symlink_to(secret)
     (folder / "list.csv").write_text("path\n../home/secret.jpg\n")
-    extract(make_photos(tmp_path / "own", each=2), tmp_path / "f.h5", TINY)
-    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     with watched() as seen:
-        rows = list(predict(tmp_path / "m", [folder, folder / "list.csv"]))
+        rows = list(predict(trained / "m", [folder, folder / "list.csv"]))
     reasons = [row.reason for row in rows if row.path.endswith(("out.jpg", "secret.jpg"))]
     assert reasons == ["link that leaves the source folder", "lies outside the folder of the CSV"]
     assert not [line for line in seen if "secret" in line]

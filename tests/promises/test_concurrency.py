@@ -9,29 +9,27 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import importlib
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from caches import plain_rows, save_head
 from conftest import COLOURS, SPEC, TINY_FLAGS, make_photos, write_photo
-from faults import Program
-from gates import Gate
+from faults import Program, before_next
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Provenance, Rows, encode_names
+from featcache.cache.format import Provenance, Rows
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, FeatcacheError, ModelError
-from featcache.heads.head import FittedHead, Head
-from featcache.models.model import load_model, save_model
+from featcache.heads.head import Head
+from featcache.models.model import load_model
 from featcache.models.predict import predict
 from featcache.system import files as publish
 
@@ -41,7 +39,7 @@ REFUSAL = "another featcache is writing"
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_photos(tmp_path_factory.mktemp("concurrent") / "photos")
+    return make_photos(tmp_path_factory.mktemp("concurrent") / "photos", settled=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +49,15 @@ def whole(photos: Path, warm: Program) -> FeatureCache:
     return FeatureCache.open(photos.parent / "whole.h5")
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
-
-
 # ------------------------------------------------------------------------------------------------- two writers
 
 
 def test_a_second_writer_is_refused_and_the_first_unharmed(
-    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program
 ) -> None:
-    gate, command = Gate.make(tmp_path / "gate"), ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
-    first = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, "extraction.extract._pack"))
-    gate.wait()
-    second = warm.run(*command, settings={"system.workdir.PATIENCE": 0.3})
-    gate.open()
+    command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+    with warm.held("extraction.extract._pack", *command) as first:
+        second = warm.run(*command, settings={"system.workdir.PATIENCE": 0.3})
     assert (second.code, second.out) == (1, "")
     assert second.err == f"error: {REFUSAL} {tmp_path / 'f.h5'}; wait for it, or choose another -o\n"
     assert second.seconds > 0.3
@@ -78,42 +68,34 @@ def test_a_second_writer_is_refused_and_the_first_unharmed(
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_second_writer_takes_over_from_one_that_ends(
-    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, killed: bool
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, killed: bool
 ) -> None:
     """Whether it ends well or is killed while it holds the lock; what it has finished is not done again."""
-    first, second = Gate.make(tmp_path / "first"), Gate.make(tmp_path / "second")
     command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
-    one = pool.submit(warm.run, *command, before=functools.partial(_stop_and_say_who, first, str(tmp_path / "pid")))
-    first.wait()
-    hook = functools.partial(second.stop_before, "system.workdir.sync_folder")  # the last step before the lock
-    other = pool.submit(warm.run, *command, before=hook, settings={"system.workdir.PATIENCE": 60})
-    second.wait()
-    second.open()
-    if killed:
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    else:
-        first.open()
-    assert one.result().code == (-signal.SIGKILL if killed else 0)
-    assert other.result().code == 0, other.result().err
-    assert (other.result().result["embedded"], other.result().result["reused"]) == (0, 18)
+    patient = {"system.workdir.PATIENCE": 60}
+    with (
+        warm.held("extraction.extract._pack", *command, die=killed) as first,
+        warm.held("system.workdir.sync_folder", *command, settings=patient) as second,  # the last step before the lock
+    ):
+        pass
+    assert first.result().code == (-signal.SIGKILL if killed else 0)
+    assert second.result().code == 0, second.result().err
+    assert (second.result().result["embedded"], second.result().result["reused"]) == (0, 18)
     assert_same(tmp_path / "f.h5", whole)
 
 
-def _stop_and_say_who(gate: Gate, file: str) -> None:
-    Path(file).write_text(str(os.getpid()))
-    gate.stop_before("extraction.extract._pack")
-
-
-def writers_in_a_race(photos: Path, folder: Path, warm: Program, *, rounds: int) -> None:
+@pytest.mark.parametrize("rounds", [3, pytest.param(150, marks=pytest.mark.soak)])
+def test_writers_in_a_race(photos: Path, tmp_path: Path, warm: Program, rounds: int) -> None:
     """Three at a time, as soon as they can; in every round one image is another one."""
-    shutil.copytree(photos, folder / "p")
-    command = ("extract", folder / "p", "-o", folder / "f.h5", *TINY_FLAGS, "--json")
+    source, output = tmp_path / "p", tmp_path / "f.h5"
+    shutil.copytree(photos, source)
+    command = ("extract", source, "-o", output, *TINY_FLAGS, "--json")
     for number in range(rounds):
-        write_photo(folder / "p" / "red" / "00.jpg", COLOURS["red"], 1000 + number)
+        write_photo(source / "red" / "00.jpg", COLOURS["red"], 1000 + number)
         with ThreadPoolExecutor(3) as threads:
-            patience = (0.0, 0.05, 60.0)
             running = [
-                threads.submit(warm.run, *command, settings={"system.workdir.PATIENCE": value}) for value in patience
+                threads.submit(warm.run, *command, settings={"system.workdir.PATIENCE": patience})
+                for patience in (0.0, 0.05, 60.0)
             ]
         ended = [entry.result() for entry in running]
         for outcome in ended:
@@ -121,21 +103,12 @@ def writers_in_a_race(photos: Path, folder: Path, warm: Program, *, rounds: int)
         assert ended[-1].code == 0, (number, ended[-1].err)  # it had the time to wait
         embedded = [outcome.result["embedded"] for outcome in ended if outcome.code == 0]
         assert sum(embedded) == (1 if number else 18), (number, embedded)
-        cache = FeatureCache.open(folder / "f.h5")
-        expected = [hashlib.sha256((folder / "p" / path).read_bytes()).digest() for path in cache.paths]
+        cache = FeatureCache.open(output)
+        expected = [hashlib.sha256((source / path).read_bytes()).digest() for path in cache.paths]
         assert (len(cache), list(map(bytes, cache.rows.digests))) == (18, expected), number
         assert cache.verify() == []
-    warm.check("extract", folder / "p", "-o", folder / "whole.h5", *TINY_FLAGS)
-    assert_same(folder / "f.h5", FeatureCache.open(folder / "whole.h5"))
-
-
-def test_writers_in_a_race(photos: Path, tmp_path: Path, warm: Program) -> None:
-    writers_in_a_race(photos, tmp_path, warm, rounds=3)
-
-
-@pytest.mark.soak
-def test_writers_in_many_races(photos: Path, tmp_path: Path, warm: Program) -> None:
-    writers_in_a_race(photos, tmp_path, warm, rounds=150)
+    warm.check("extract", source, "-o", tmp_path / "whole.h5", *TINY_FLAGS)
+    assert_same(output, FeatureCache.open(tmp_path / "whole.h5"))
 
 
 # ------------------------------------------------------------------------------- versions that replace one another
@@ -144,10 +117,9 @@ def test_writers_in_many_races(photos: Path, tmp_path: Path, warm: Program) -> N
 def write_version(folder: Path, version: int) -> None:
     """A cache and a model all of whose values say which version they are of; neighbouring versions differ in size."""
     n = rows_of(version)
-    rows = Rows(
-        paths=encode_names(f"{version}/{row}.jpg" for row in range(n)),
+    rows = plain_rows(
+        (f"{version}/{row}.jpg" for row in range(n)),
         labels=np.arange(n, dtype=np.int32) % 2,
-        splits=np.zeros(n, np.uint8),
         digests=np.full((n, 32), version % 251, np.uint8),
         sizes=np.full(n, version),
         mtimes=np.full(n, version),
@@ -165,15 +137,7 @@ def rows_of(version: int) -> int:
 def write_model(path: Path, version: int) -> None:
     classes = tuple(f"{version}-{number}" for number in range(2 + version % 3))
     layer = np.full((len(classes), 4), version, np.float32), np.full(len(classes), version, np.float32)
-    save_model(
-        path,
-        FittedHead(Head("linear", "none", np.zeros(4), np.ones(4), (layer,)), (), {}, []),
-        classes=classes,
-        spec=SPEC,
-        weights={"source": "none", "reload": None},
-        training={"version": version},
-        metrics={"version": version},
-    )
+    save_head(path, Head("linear", "none", np.zeros(4), np.ones(4), (layer,)), classes, version)
 
 
 def check_cache_version(cache: FeatureCache) -> None:
@@ -188,7 +152,7 @@ def check_cache_version(cache: FeatureCache) -> None:
 
 def check_model_version(folder: Path) -> None:
     model = load_model(folder / "m")
-    version = model.manifest["training"]["version"]
+    version = model.manifest["training"]["number"]
     assert model.classes == tuple(f"{version}-{number}" for number in range(2 + version % 3))
     assert {*model.head.layers[0][0].reshape(-1).tolist(), *model.head.layers[0][1].tolist()} == {version}
     rows = list(predict(model, [folder / "f.h5"]))
@@ -222,57 +186,38 @@ def read_versions(folder: str) -> dict[str, int]:
     return dict(seen)
 
 
-def readers_meet_writers(folder: Path, warm: Program, *, versions: int) -> None:
-    """Two write caches and models under the same names, two read: every read is of one version, or is told the truth."""
-    write_version(folder, 1)
+def write_and_read(folder: Path, warm: Program, versions: int, *, readers: int, exchange: bool = True) -> list[Any]:
+    """Two write caches and models under the same names, as others read them: what these have seen."""
+    hooks = [functools.partial(write_versions, str(folder), range(n, versions, 2), exchange) for n in (1, 2)]
+    hooks += [functools.partial(read_versions, str(folder))] * readers
     with ThreadPoolExecutor(4) as threads:
-        both = (range(1, versions, 2), range(2, versions, 2))
-        writing = [
-            threads.submit(warm.call, functools.partial(write_versions, str(folder), part), timeout=7200)
-            for part in both
-        ]
-        reading = [
-            threads.submit(warm.call, functools.partial(read_versions, str(folder)), timeout=7200) for _ in range(2)
-        ]
-    for entry in writing:
-        entry.result()
+        running = [threads.submit(warm.check, before=hook, timeout=7200) for hook in hooks]
+    results = [entry.result().result for entry in running]
+    check_model_version(folder)
+    assert sorted(os.listdir(folder)) == ["1 is done", "2 is done", "f.h5", "m"]
+    return results[2:]
+
+
+@pytest.mark.parametrize("versions", [60, pytest.param(2000, marks=pytest.mark.soak)])  # half precision counts to 2,048
+def test_readers_meet_writers(tmp_path: Path, warm: Program, versions: int) -> None:
+    """Every read is of one version, or is told the truth."""
+    write_version(tmp_path, 1)
     allowed = {
         "cache",
         "model",
-        f"{folder / 'f.h5'} was replaced or changed since it was opened; run the command again",
-        f"{folder / 'f.h5'} ends too early: it was cut off or replaced since it was opened; run the command again",
+        f"{tmp_path / 'f.h5'} was replaced or changed since it was opened; run the command again",
+        f"{tmp_path / 'f.h5'} ends too early: it was cut off or replaced since it was opened; run the command again",
     }
-    for seen in (entry.result().result for entry in reading):
+    for seen in write_and_read(tmp_path, warm, versions, readers=2):
         assert set(seen) <= allowed, seen
         assert seen["cache"] > 5 and seen["model"] > 5, seen
-    check_cache_version(FeatureCache.open(folder / "f.h5"))
-    check_model_version(folder)
-    assert sorted(os.listdir(folder)) == ["1 is done", "2 is done", "f.h5", "m"]
-    assert sorted(os.listdir(folder / "m")) == ["head.safetensors", "metrics.json", "model.json"]
+    check_cache_version(FeatureCache.open(tmp_path / "f.h5"))
+    assert sorted(os.listdir(tmp_path / "m")) == ["head.safetensors", "metrics.json", "model.json"]
 
 
-def test_readers_meet_writers(tmp_path: Path, warm: Program) -> None:
-    readers_meet_writers(tmp_path, warm, versions=60)
-
-
-@pytest.mark.soak
-def test_readers_meet_writers_for_long(tmp_path: Path, warm: Program) -> None:
-    readers_meet_writers(tmp_path, warm, versions=2000)  # half precision counts to 2,048
-
-
-def replace_at(monkeypatch: pytest.MonkeyPatch, moment: str, replace: Callable[[], None]) -> None:
-    """When ``featcache.MOMENT`` is next called, replace the files first."""
-    module, *names, name = moment.split(".")
-    home = functools.reduce(getattr, names, importlib.import_module(f"featcache.{module}"))
-    original = getattr(home, name)
-
-    def call(*arguments: Any, **options: Any) -> Any:
-        if getattr(home, name) is call:
-            monkeypatch.setattr(home, name, original)
-            replace()
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(home, name, call)
+@pytest.mark.parametrize("exchange", [True, False])
+def test_two_writers_of_models_at_the_same_moments(tmp_path: Path, warm: Program, exchange: bool) -> None:
+    write_and_read(tmp_path, warm, 40, readers=0, exchange=exchange)
 
 
 @pytest.mark.parametrize("versions", [(1, 2), (2, 1)])
@@ -285,7 +230,7 @@ def test_a_cache_replaced_while_it_is_read(
 ) -> None:
     """At whichever moment: opening gives one version, and reading on what was replaced says that it was."""
     write_version(tmp_path, versions[0])
-    replace_at(monkeypatch, moment, lambda: write_version(tmp_path, versions[1]))
+    before_next(moment, lambda: write_version(tmp_path, versions[1]), patch=monkeypatch.setattr)
     cache = FeatureCache.open(tmp_path / "f.h5")
     for read in (lambda: cache.X, cache.verify):
         if moment == "cache.cache.FeatureReader":
@@ -303,7 +248,7 @@ def test_a_cache_replaced_while_it_is_read(
 )
 def test_a_model_replaced_while_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     write_version(tmp_path, 1)
-    replace_at(monkeypatch, moment, lambda: write_version(tmp_path, 4))  # as many classes
+    before_next(moment, lambda: write_version(tmp_path, 4), patch=monkeypatch.setattr)  # as many classes
     check_model_version(tmp_path)
 
 
@@ -323,55 +268,34 @@ def test_two_models_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """The other one comes first by an instant: the later replaces it, whole."""
     if there:
         write_model(tmp_path / "m", 3)
-    replace_at(monkeypatch, moment, lambda: write_model(tmp_path / "m", 4))
+    before_next(moment, lambda: write_model(tmp_path / "m", 4), patch=monkeypatch.setattr)
     write_model(tmp_path / "m", 1)
-    assert load_model(tmp_path / "m").manifest["training"] == {"version": 1}
+    assert load_model(tmp_path / "m").manifest["training"] == {"number": 1}
     assert os.listdir(tmp_path) == ["m"]
 
 
 def test_a_temporary_folder_that_is_swept_away_before_it_is_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_at(monkeypatch, "system.files.os.open", lambda: publish.sweep(tmp_path))
+    before_next("system.files.os.open", lambda: publish.sweep(tmp_path), patch=monkeypatch.setattr)
     write_model(tmp_path / "m", 1)
-    assert load_model(tmp_path / "m").manifest["training"] == {"version": 1}
+    assert load_model(tmp_path / "m").manifest["training"] == {"number": 1}
     assert os.listdir(tmp_path) == ["m"]
 
 
-@pytest.mark.parametrize("exchange", [True, False])
-def test_two_writers_of_models_at_the_same_moments(tmp_path: Path, warm: Program, exchange: bool) -> None:
-    with ThreadPoolExecutor(2) as threads:
-        both = [functools.partial(write_versions, str(tmp_path), range(n, 40, 2), exchange) for n in (1, 2)]
-        running = [threads.submit(warm.call, part) for part in both]
-    for entry in running:
-        entry.result()
-    check_model_version(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["1 is done", "2 is done", "f.h5", "m"]
-
-
 @pytest.mark.parametrize("command", ["fit-head", "predict"])
-def test_two_commands_write_one_name_at_the_same_moment(
-    tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, command: str
-) -> None:
+def test_two_commands_write_one_name_at_the_same_moment(tmp_path: Path, warm: Program, command: str) -> None:
     write_version(tmp_path, 1)
     if command == "fit-head":
         output, moment = tmp_path / "new", "system.files.sync_folder"
-        ways = [("fit-head", tmp_path / "f.h5", "-o", output, "--C", c, "--folds", 0) for c in (1, 50)]
-        ways = [(*way[:-2], "--folds", "0") for way in ways]
+        ways = [("fit-head", tmp_path / "f.h5", "-o", output, "--C", c, "--folds", "0") for c in (1, 50)]
     else:
         output, moment = tmp_path / "new.csv", "reports.predictions_table.write_rows"
         ways = [("predict", tmp_path / "m", tmp_path / "f.h5", "-o", output, "--top-k", k) for k in (1, 2)]
     alone = [_content(warm, way, output) for way in ways]
-    gates = [Gate.make(tmp_path / f"gate{number}") for number in range(2)]
-    running = [
-        pool.submit(warm.run, *way, before=functools.partial(gate.stop_before, moment))
-        for way, gate in zip(ways, gates, strict=True)
-    ]
-    for gate in gates:
-        gate.wait()
-    for gate in gates[::-1]:
-        gate.open()
-    for entry in running:
+    with warm.held(moment, *ways[0]) as first, warm.held(moment, *ways[1]) as second:
+        pass
+    for entry in (first, second):
         assert entry.result().code == 0, entry.result().err
     assert _read(output) in alone
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
@@ -398,23 +322,14 @@ def test_the_same_part_twice(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, other_times: bool
 ) -> None:
     """As if two runs, or two machines, had done the same work: one row per image."""
-    for path in photos.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
     folder = tmp_path / "f.h5.parts"
     folder.mkdir()
-    for number, rows in enumerate((range(18), range(18), range(4, 9), range(0, 18, 3))):
-        part = whole.rows
-        columns = {field.name: getattr(part, field.name)[list(rows)] for field in dataclasses.fields(Rows)}
+    for number, chosen in enumerate((range(18), range(18), range(4, 9), range(0, 18, 3))):
+        rows = np.array(chosen)
+        columns = {field.name: getattr(whole.rows, field.name)[rows] for field in dataclasses.fields(Rows)}
         columns["mtimes"] = np.full(len(rows), number if other_times else 10**18)
-        write_cache(
-            folder / f"{number}.h5",
-            Rows(**columns),
-            [whole.X[list(rows)]],
-            dim=whole.dim,
-            spec=whole.spec,
-            classes=whole.classes,
-            provenance=whole.provenance,
-        )
+        facts = {"spec": whole.spec, "classes": whole.classes, "provenance": whole.provenance}
+        write_cache(folder / f"{number}.h5", Rows(**columns), [whole.X[rows]], dim=whole.dim, **facts)
     shutil.copy(folder / "0.h5", folder / "9.h5")
     done = warm.check("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     assert (done.result["embedded"], done.result["reused"]) == (0, 18)
@@ -515,10 +430,8 @@ def run_while_it_changes(
     folder: Path, warm: Program, trigger: tuple[str, int], names: dict[str, str], when: str, workers: int
 ) -> dict[str, str]:
     """What was refused. Everything else is compared with what was read."""
-    root, log = make_photos(folder / "p", each=10), folder / "read"
+    root, log = make_photos(folder / "p", each=10, settled=True), folder / "read"
     log.mkdir()
-    for path in root.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
     before = {path: path.lstat() for path in root.rglob("*")}
     hook = functools.partial(watch_and_change, str(root), str(log), *trigger, names, when)
     options = (*TINY_FLAGS, "--max-bad", 1, "--workers", workers, "--json")
@@ -554,7 +467,7 @@ def check_against_what_was_read(cache: FeatureCache, log: Path, warm: Program) -
 
 @pytest.mark.parametrize("moment", ["extraction.extract.load_requested", "extraction.extract._compare_with_full_scale"])
 def test_weights_that_are_replaced_during_the_run(
-    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor, moment: str
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, moment: str
 ) -> None:
     """Whichever file was read, a cache never says that it was made with the other."""
     from safetensors.numpy import load_file, save_file
@@ -564,12 +477,10 @@ def test_weights_that_are_replaced_during_the_run(
     tensors = load_file(weights)
     save_file({name: value * np.float32(1.25) for name, value in tensors.items()}, other)
     flags = [weights if part == "none" else part for part in TINY_FLAGS]
-    original, gate = weights.read_bytes(), Gate.make(tmp_path / "gate")
+    original = weights.read_bytes()
     command = ("extract", photos, "-o", tmp_path / "f.h5", *flags)
-    running = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, moment))
-    gate.wait()
-    shutil.copy(other, weights)
-    gate.open()
+    with warm.held(moment, *command) as running:
+        shutil.copy(other, weights)
     done = running.result()
     if moment == "extraction.extract.load_requested":  # after its sha256 was noted, before it is read
         assert (done.code, done.err.splitlines()[-1]) == (
@@ -587,18 +498,15 @@ def test_weights_that_are_replaced_during_the_run(
     assert refused.code == 1 and "another spec (backbone.weights_sha256" in refused.err
 
 
-def test_a_csv_that_changes_during_the_run(
-    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, pool: ThreadPoolExecutor
-) -> None:
+def test_a_csv_that_changes_during_the_run(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
     """It counts as it was when it was read; the next run follows the new one, without embedding anything again."""
     shutil.copytree(photos, tmp_path / "p")
     source, names = tmp_path / "p" / "list.csv", [*whole.paths]
     source.write_text("path,label\n" + "".join(f"{name},{name.split('/')[0]}\n" for name in names))
-    gate, command = Gate.make(tmp_path / "gate"), ("extract", source, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
-    running = pool.submit(warm.run, *command, before=functools.partial(gate.stop_before, "backbones.embed.embed"))
-    gate.wait()
-    source.write_text("path,label\n" + "".join(f"{name},{'ab'[row % 2]}\n" for row, name in enumerate(names[::-1])))
-    gate.open()
+    command = ("extract", source, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
+    with warm.held("backbones.embed.embed", *command) as running:
+        rows = [f"{name},{'ab'[row % 2]}\n" for row, name in enumerate(names[::-1])]
+        source.write_text("path,label\n" + "".join(rows))
     assert running.result().code == 0, running.result().err
     assert_same(tmp_path / "f.h5", whole)
     assert warm.check(*command).result["embedded"] == 0

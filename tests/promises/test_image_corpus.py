@@ -24,32 +24,18 @@ from featcache.extraction.extract import extract
 from featcache.images.source import list_images
 
 Run = Callable[..., tuple[int, str, str]]
-Decoded = tuple[list[tuple[int, Case]], list[Outcome], list[str]]
+Cases = Sequence[tuple[int, Case]]  # with their seed
+SEEDS = range(100, 120)  # of the large version
 _SECONDS = 20  # for one file; the slowest takes a fraction of that
 _MEGABYTES = 900  # at the peak, of the small version
 # libtiff and Pillow's log write to stderr on their own; what must not be there is a warning or a traceback.
 _LEAK = re.compile(r"Warning|Traceback|Fatal|Timeout")
 
 
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """How large a version is: damaged files per seed, and seeds."""
-
-    damaged: int
-    seeds: range
-
-    def cases(self) -> list[tuple[int, Case]]:
-        """All of them, with their seed."""
-        found = []
-        for seed in self.seeds:
-            whole = corpus.intact(seed)
-            every = [*whole, *damage.odd(seed), *damage.damaged(whole, self.damaged, seed)]
-            found += [(seed, case) for case in every]
-        return found
-
-
-SMALL = Size(damaged=920, seeds=range(1))
-LARGE = Size(damaged=720, seeds=range(100, 120))
+def draw(seed: int, *, damaged: int) -> Cases:
+    """Everything that a seed gives, ``damaged`` images of it by chance."""
+    whole = corpus.intact(seed)
+    return [(seed, case) for case in (*whole, *damage.odd(seed), *damage.damaged(whole, damaged, seed))]
 
 
 def close(pixels: np.ndarray | None, case: Case) -> bool:
@@ -94,8 +80,8 @@ def blameless(case: Case, pixels: np.ndarray | None, whole: np.ndarray | None) -
     return case.suffix == ".jpg" and bool(near_end) and np.abs(pixels.astype(int) - whole).mean() < 4
 
 
-def decode_all(cases: Sequence[tuple[int, Case]]) -> tuple[list[Outcome], list[str]]:
-    """The outcomes of all cases, and what is wrong with them."""
+def decode_all(cases: Cases) -> list[Outcome]:
+    """The outcomes of all cases, which must be right."""
     outcomes, errors = decode_apart([case.data for _, case in cases], seconds=_SECONDS)
     if len(outcomes) < len(cases):
         seed, case = cases[len(outcomes)]
@@ -107,29 +93,19 @@ def decode_all(cases: Sequence[tuple[int, Case]]) -> tuple[list[Outcome], list[s
             intact.setdefault(case.name, outcome.pixels)
         if found := fault(case, outcome, intact):
             faults.append(f"seed {seed}: {case.name}: {found}")
-    return outcomes, faults
-
-
-def decode_and_check(size: Size) -> list[Outcome]:
-    found: list[Outcome] = []
-    faults: list[str] = []
-    for seed in size.seeds:
-        outcomes, more = decode_all(Size(size.damaged, range(seed, seed + 1)).cases())
-        found, faults = found + [dataclasses.replace(o, pixels=None) for o in outcomes], faults + more
-    assert not faults, f"{len(faults)} of {len(found)}:\n" + "\n".join(faults[:40])
-    return found
+    assert not faults, f"{len(faults)} of {len(cases)}:\n" + "\n".join(faults[:40])
+    return outcomes
 
 
 @pytest.fixture(scope="module")
-def small() -> Decoded:
-    """The small version: its cases, what became of them, and what is wrong with that."""
-    cases = SMALL.cases()
-    return cases, *decode_all(cases)
+def small() -> tuple[Cases, list[Outcome]]:
+    """The small version: its cases, and what became of them."""
+    cases = draw(0, damaged=920)
+    return cases, decode_all(cases)
 
 
-def test_every_image_is_decoded_as_itself_or_refused(small: Decoded) -> None:
-    cases, outcomes, faults = small
-    assert not faults, f"{len(faults)} of {len(cases)}:\n" + "\n".join(faults[:40])
+def test_every_image_is_decoded_as_itself_or_refused(small: tuple[Cases, list[Outcome]]) -> None:
+    _, outcomes = small
     assert len(outcomes) > 1150
     assert max(outcome.megabytes for outcome in outcomes) < _MEGABYTES
     embedded = sum(outcome.shape is not None for outcome in outcomes)
@@ -139,7 +115,7 @@ def test_every_image_is_decoded_as_itself_or_refused(small: Decoded) -> None:
 # ------------------------------------------------------------------------------------- through the whole program
 
 
-def write(cases: Sequence[tuple[int, Case]], root: Path) -> list[str]:
+def write(cases: Cases, root: Path) -> list[str]:
     """One file per case, in two classes; the paths, in the order in which they are listed."""
     paths = []
     for number, (_, case) in enumerate(cases):
@@ -163,17 +139,17 @@ def check_cache(cache: FeatureCache, paths: Sequence[str], report: dict) -> None
     assert np.isfinite(cache.X).all()
 
 
-def check_rows(cache: FeatureCache, root: Path, rows: Sequence[int], folder: Path) -> None:
-    """Each of these rows is, to the bit, what its image gets when it is alone in the world."""
+def check_rows(cache: FeatureCache, root: Path, count: int, folder: Path) -> None:
+    """So many rows are, to the bit, what their images get when they are alone in the world."""
     listed = dataclasses.replace(list_images(root, labelled=False), refused=())
-    for row in rows:
+    for row in np.random.default_rng(0).permutation(len(cache))[:count].tolist():
         alone = listed.take(np.array([listed.paths.index(cache.paths[row])]))
         extract(alone, folder / f"alone{row}.h5", TINY)
         np.testing.assert_array_equal(FeatureCache.open(folder / f"alone{row}.h5").X[0], cache.X[row], cache.paths[row])
 
 
-def embed_and_check(cases: Sequence[tuple[int, Case]], outcomes: Sequence[Outcome], folder: Path, run: Run) -> int:
-    """Through the command line: the same files embedded as decoded alone. Returns how many rows there are."""
+def embed_and_check(cases: Cases, outcomes: Sequence[Outcome], folder: Path, run: Run, *, alone: int) -> None:
+    """Through the command line: the same files embedded as decoded alone; ``alone`` so many rows are embedded alone, too."""
     paths = write(cases, folder / "corpus")
     arguments = ("extract", folder / "corpus", "-o", folder / "f.h5", *TINY_FLAGS)
     code, out, errors = run(*arguments, "--json")
@@ -188,15 +164,12 @@ def embed_and_check(cases: Sequence[tuple[int, Case]], outcomes: Sequence[Outcom
     before = (folder / "f.h5").read_bytes()
     assert run(*arguments, "--max-bad", 1)[0] == 0
     assert (folder / "f.h5").read_bytes() == before  # the same order, the same refusals
-    return len(cache)
+    check_rows(cache, folder / "corpus", alone, folder)
 
 
-def test_the_program_embeds_what_can_be_decoded(tmp_path: Path, run: Run, small: Decoded) -> None:
-    cases, outcomes, _ = small
-    count = embed_and_check(cases[::5], outcomes[::5], tmp_path, run)
-    cache = FeatureCache.open(tmp_path / "f.h5")
-    rows = np.random.default_rng(0).permutation(count)[:2].tolist()
-    check_rows(cache, tmp_path / "corpus", rows, tmp_path)
+def test_the_program_embeds_what_can_be_decoded(tmp_path: Path, run: Run, small: tuple[Cases, list[Outcome]]) -> None:
+    cases, outcomes = small
+    embed_and_check(cases[::5], outcomes[::5], tmp_path, run, alone=2)
 
 
 def test_exit_codes_of_all_and_nothing(tmp_path: Path, run: Run) -> None:
@@ -226,15 +199,15 @@ def kinds(outcomes: Sequence[Outcome]) -> str:
 
 @pytest.mark.soak
 def test_many_images(tmp_path: Path, run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    outcomes = decode_and_check(LARGE)
+    cases = [case for seed in SEEDS for case in draw(seed, damaged=720)]
+    outcomes = []
+    for seed in SEEDS:
+        found = decode_all([case for case in cases if case[0] == seed])
+        outcomes += [dataclasses.replace(outcome, pixels=None) for outcome in found]
     with capfd.disabled():
         print(f"\n{kinds(outcomes)}")
     assert len(outcomes) >= 20_000
-    cases = LARGE.cases()[::4]
-    count = embed_and_check(cases, outcomes[::4], tmp_path, run)
-    cache = FeatureCache.open(tmp_path / "f.h5")
-    rows = np.random.default_rng(1).permutation(count)[:60].tolist()
-    check_rows(cache, tmp_path / "corpus", rows, tmp_path)
+    embed_and_check(cases[::4], outcomes[::4], tmp_path, run, alone=60)
 
 
 def fetch_pillow(folder: Path) -> Path:
@@ -268,5 +241,4 @@ def test_pillows_own_images(tmp_path: Path, run: Run, capfd: pytest.CaptureFixtu
     check_cache(cache, sorted([*listed.paths, *skipped]), report)
     known = {file.relative_to(source).as_posix(): outcome for file, outcome in zip(files, outcomes, strict=True)}
     assert {path for path in listed.paths if known[path].reason} == set(dict(cache.refused)) - set(skipped)
-    rows = np.random.default_rng(2).permutation(len(cache))[:40].tolist()
-    check_rows(cache, source, rows, tmp_path)
+    check_rows(cache, source, 40, tmp_path)

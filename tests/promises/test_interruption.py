@@ -8,22 +8,25 @@ power and on a full disk; a model folder that is replaced. ``slow``: every step,
 ``soak``: every step of every command.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 from conftest import TINY_FLAGS, make_photos
-from faults import Fault, Outcome, Program, Step, program
+from faults import Fault, Outcome, Program, Step
 
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError
@@ -33,18 +36,12 @@ SETTINGS = {"extraction.parts.MAX_ROWS": 8}  # small parts, so that there are so
 SOAK, SLOW = pytest.mark.soak, pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def featcache() -> Iterator[Program]:
-    with program(SETTINGS) as started:
-        yield started
-
-
 def contents(path: Path) -> Any:
     """What a user gets from a file or folder that featcache wrote; raises FeatcacheError if that is not whole."""
     if path.suffix == ".h5":
         cache = FeatureCache.open(path)
         rows = tuple(getattr(cache.rows, field.name).tobytes() for field in dataclasses.fields(cache.rows))
-        everything = cache.take(cache.where("none")) if not cache.rows.splits.any() else cache.X
+        everything = cache.take(np.arange(len(cache)))
         return everything.tobytes(), rows, cache.classes, cache.refused, cache.fingerprint
     if path.is_dir():
         load_model(path).load_backbone()
@@ -65,7 +62,6 @@ def contents_or_damage(path: Path) -> Any:
         return "damaged"
 
 
-@dataclasses.dataclass(frozen=True)
 class Scenario:
     """A command that writes ``target`` into a folder where, perhaps, an earlier version lies.
 
@@ -74,23 +70,34 @@ class Scenario:
         steps: that it takes on the disk. seconds: that it takes.
     """
 
-    arguments: tuple[object, ...]
-    folder: Path
-    target: Path
-    base: Path
-    before: Any
-    after: Any
-    listing: list[str]
-    steps: tuple[Step, ...]
-    seconds: float
+    def __init__(self, program: Program, target: Path, *arguments: object) -> None:
+        self._program, self.target, self.arguments = program, target, arguments
+        self.folder, self.base = target.parent, target.parent.with_name("before")
+        shutil.copytree(self.folder, self.base, symlinks=True)
+        self.before = contents_or_damage(target) if os.path.lexists(target) else None
+        first = self.run()  # in a folder: it compiles and caches this and that
+        assert first.code == 0, first.err
+        self.after, self.listing = contents(target), self.list_files()
+        self.reset()
+        outcome = self.run(trace=True)
+        assert outcome.code == 0, outcome.err
+        assert contents(target) == self.after != self.before
+        self.steps, self.seconds = outcome.steps, outcome.seconds
 
     def reset(self) -> None:
         """The folder as before the command."""
         shutil.rmtree(self.folder)
         shutil.copytree(self.base, self.folder, symlinks=True)
 
-    def run(self, featcache: Program, **options: Any) -> Outcome:
-        return featcache.run(*self.arguments, below=self.folder, **options)
+    def run(self, *more: object, **options: Any) -> Outcome:
+        return self._program.run(*self.arguments, *more, below=self.folder, settings=SETTINGS, **options)
+
+    def list_files(self) -> list[str]:
+        """What lies there, but for the curves of a saved model, which are not drawn again."""
+        return sorted(name for name in os.listdir(self.folder) if ".curves.png" not in name)
+
+    def rows_in_parts(self) -> int:
+        return sum(len(FeatureCache.open(part)) for part in self.folder.glob("*.parts/*.h5"))
 
     def check_whole(self, context: object) -> None:
         """The target is the earlier version or the new one; every part is whole."""
@@ -101,122 +108,90 @@ class Scenario:
         for part in self.folder.glob("*.parts/*.h5"):
             contents(part)
 
-    def check_resumed(self, featcache: Program, context: object) -> Outcome:
+    def check_resumed(self, context: object) -> Outcome:
         """Run it again: the result is that of an undisturbed run, and nothing is left lying about."""
-        again = self.run(featcache)
+        again = self.run()
         complete = "holds a fine-tuned model" in again.err  # nothing is left to do, and that is never replaced
         assert again.code == 0 or complete, (context, again.err)
         assert contents(self.target) == self.after, context
-        assert list_files(self.folder) == self.listing, context
+        assert self.list_files() == self.listing, context
         return again
 
 
-def list_files(folder: Path) -> list[str]:
-    """What lies there, but for the curves of a saved model, which are not drawn again."""
-    return sorted(name for name in os.listdir(folder) if ".curves.png" not in name)
-
-
-def rehearse(featcache: Program, folder: Path, target: str, *arguments: object) -> Scenario:
-    """Run a command once, undisturbed, in ``folder``."""
-    base = folder.with_name(folder.name + "-before")
-    shutil.copytree(folder, base, symlinks=True)
-    path = folder / target
-    before = contents_or_damage(path) if os.path.lexists(path) else None
-    featcache.check(*arguments, below=folder)  # the first run in a folder compiles and caches this and that
-    after, listing = contents(path), list_files(folder)
-    scenario = Scenario(arguments, folder, path, base, before, after, listing, (), 0.0)
-    scenario.reset()
-    outcome = scenario.run(featcache, trace=True)
-    assert outcome.code == 0, outcome.err
-    assert contents(path) == after != before
-    return dataclasses.replace(scenario, steps=outcome.steps, seconds=outcome.seconds)
-
-
-def old_photos(folder: Path, *, each: int = 6) -> Path:
-    """Photos whose time stamps are old enough to be trusted, whenever they are read."""
-    for photo in make_photos(folder, each=each).rglob("*.jpg"):
-        os.utime(photo, (1_600_000_000, 1_600_000_000))
-    return folder
-
-
-def extracting(featcache: Program, root: Path) -> Scenario:
+def extracting(program: Program, root: Path, work: Path) -> Scenario:
     """An existing cache of 6 images is brought up to date with 18, 16 of them new: two parts are published, and packed."""
-    photos, folder = root / "photos", root / "extract"
-    folder.mkdir()
-    old_photos(photos, each=2)
-    featcache.check("extract", photos, "-o", folder / "f.h5", *TINY_FLAGS)
-    old_photos(photos)
-    return rehearse(featcache, folder, "f.h5", "extract", photos, "-o", folder / "f.h5", *TINY_FLAGS, "--json")
+    command = ("extract", root / "photos", "-o", work / "f.h5", *TINY_FLAGS)
+    make_photos(root / "photos", each=2, settled=True)
+    program.check(*command)
+    make_photos(root / "photos", settled=True)
+    return Scenario(program, work / "f.h5", *command, "--json")
 
 
-def fitting(featcache: Program, root: Path) -> Scenario:
+def _model(program: Program, root: Path, folder: Path) -> Path:
+    program.check("extract", make_photos(root / "photos", settled=True), "-o", root / "f.h5", *TINY_FLAGS)
+    program.check("fit-head", root / "f.h5", "-o", folder / "m", "--C", "1", "--folds", "0")
+    return folder / "m"
+
+
+def fitting(program: Program, root: Path, work: Path) -> Scenario:
     """A model is replaced."""
-    folder = root / "fit"
-    folder.mkdir()
-    featcache.check("extract", old_photos(root / "photos"), "-o", root / "f.h5", *TINY_FLAGS)
-    featcache.check("fit-head", root / "f.h5", "-o", folder / "m", "--C", "1", "--folds", "0")
-    return rehearse(featcache, folder, "m", "fit-head", root / "f.h5", "-o", folder / "m", "--C", "2", "--folds", "0")
+    model = _model(program, root, work)
+    return Scenario(program, model, "fit-head", root / "f.h5", "-o", model, "--C", "2", "--folds", "0")
 
 
-def _model(featcache: Program, root: Path) -> Path:
-    featcache.check("extract", old_photos(root / "photos"), "-o", root / "f.h5", *TINY_FLAGS)
-    featcache.check("fit-head", root / "f.h5", "-o", root / "m", "--C", "1", "--folds", "0")
-    return root / "m"
-
-
-def predicting(featcache: Program, root: Path) -> Scenario:
+def predicting(program: Program, root: Path, work: Path) -> Scenario:
     """A table is replaced."""
-    model, folder = _model(featcache, root), root / "predict"
-    folder.mkdir()
-    (folder / "out.csv").write_text("yesterday's")
-    return rehearse(featcache, folder, "out.csv", "predict", model, root / "photos", "-o", folder / "out.csv")
+    target = work / "out.csv"
+    target.write_text("yesterday's")
+    return Scenario(program, target, "predict", _model(program, root, root), root / "photos", "-o", target)
 
 
-def exporting(featcache: Program, root: Path) -> Scenario:
+def exporting(program: Program, root: Path, work: Path) -> Scenario:
     """An exported file is replaced."""
-    model, folder = _model(featcache, root), root / "export"
-    folder.mkdir()
-    name = "w.safetensors"
-    (folder / name).write_bytes(b"yesterday's")
-    return rehearse(featcache, folder, name, "export", model, "-o", folder / name, "--force")
+    target = work / "w.safetensors"
+    target.write_bytes(b"yesterday's")
+    return Scenario(program, target, "export", _model(program, root, root), "-o", target, "--force")
 
 
-def finetuning(featcache: Program, root: Path) -> Scenario:
+def finetuning(program: Program, root: Path, work: Path) -> Scenario:
     """A fine-tuning of two epochs; going on is asked for with --resume, which does no harm where there is nothing yet."""
-    model, folder = _model(featcache, root), root / "finetune"
-    folder.mkdir()
-    options = ["--epochs", 2, "--batch-size", 8, "--resume"]
-    return rehearse(
-        featcache, folder, "ft", "finetune", root / "photos", "--init", model, "-o", folder / "ft", *options
-    )
+    command = ("finetune", root / "photos", "--init", _model(program, root, root), "-o", work / "ft")
+    return Scenario(program, work / "ft", *command, "--epochs", 2, "--batch-size", 8, "--resume")
 
 
-def repairing(featcache: Program, root: Path) -> Scenario:
+def repairing(program: Program, root: Path, work: Path) -> Scenario:
     """A cache with one flipped bit is repaired from its images."""
-    photos, folder = old_photos(root / "photos"), root / "repair"
-    folder.mkdir()
-    featcache.check("extract", photos, "-o", folder / "f.h5", *TINY_FLAGS)
-    with h5py.File(folder / "f.h5") as file:
+    photos, target = make_photos(root / "photos", settled=True), work / "f.h5"
+    program.check("extract", photos, "-o", target, *TINY_FLAGS)
+    with h5py.File(target) as file:
         offset = file["features"].id.get_offset()
-    data = bytearray((folder / "f.h5").read_bytes())
+    data = bytearray(target.read_bytes())
     data[offset + 100] ^= 1
-    (folder / "f.h5").write_bytes(data)
-    return rehearse(featcache, folder, "f.h5", "verify", folder / "f.h5", "--repair", photos)
+    target.write_bytes(data)
+    return Scenario(program, target, "verify", target, "--repair", photos)
 
 
-SCENARIOS: list[Callable[[Program, Path], Scenario]] = [
-    extracting,
-    fitting,
-    predicting,
-    exporting,
-    finetuning,
-    repairing,
-]
+Make = Callable[[Program, Path, Path], Scenario]
+Rehearsed = Callable[[Make], Scenario]
+SCENARIOS: list[Make] = [extracting, fitting, predicting, exporting, finetuning, repairing]
 
 
 @pytest.fixture(scope="module")
-def extraction(featcache: Program, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    return extracting(featcache, tmp_path_factory.mktemp("extraction"))
+def rehearsed(warm: Program, tmp_path_factory: pytest.TempPathFactory) -> Rehearsed:
+    """A scenario, which runs undisturbed before any test breaks it."""
+
+    @functools.cache
+    def rehearse(make: Make) -> Scenario:
+        root = tmp_path_factory.mktemp(make.__name__)
+        (root / "work").mkdir()
+        return make(warm, root, root / "work")
+
+    return rehearse
+
+
+@pytest.fixture
+def extraction(rehearsed: Rehearsed) -> Scenario:
+    return rehearsed(extracting)
 
 
 # ------------------------------------------------------------------------------------------------ every step
@@ -228,15 +203,14 @@ def committed(steps: tuple[Step, ...]) -> int:
     return 8 * len(renamed)
 
 
-def die_everywhere(featcache: Program, scenario: Scenario, mode: str, steps: list[int]) -> None:
+def die_everywhere(scenario: Scenario, mode: str, steps: list[int]) -> None:
     for number in steps:
         scenario.reset()
-        step = scenario.steps[number] if number < len(scenario.steps) else "the end"
-        outcome = scenario.run(featcache, fault=Fault(mode, number))
-        context = (mode, number, step)
+        outcome = scenario.run(fault=Fault(mode, number))
+        context = (mode, number, scenario.steps[number])
         assert outcome.died or mode == "short", context
         scenario.check_whole(context)
-        again = scenario.check_resumed(featcache, context)
+        again = scenario.check_resumed(context)
         if "extract" in scenario.arguments and mode.startswith("die"):
             done = committed(scenario.steps[: number + (mode == "die after")])
             assert again.result["embedded"] == 16 - done, context
@@ -245,15 +219,11 @@ def die_everywhere(featcache: Program, scenario: Scenario, mode: str, steps: lis
 
 def numbers(scenario: Scenario, *what: str) -> list[int]:
     """The steps of these kinds; of many writes to one file the first, one in the middle, and the last."""
-    found: list[int] = []
-    steps = scenario.steps
-    for number, step in enumerate(steps):
-        if what and step.what not in what:
-            continue
-        same = [k for k, other in enumerate(steps) if (other.what, other.path) == (step.what, step.path)]
-        if number in (same[0], same[len(same) // 2], same[-1]):
-            found.append(number)
-    return found
+    same: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
+    for number, step in enumerate(scenario.steps):
+        if not what or step.what in what:
+            same[step.what, step.path].append(number)
+    return sorted({alike[place] for alike in same.values() for place in (0, len(alike) // 2, -1)})
 
 
 def without_second_part(scenario: Scenario) -> list[int]:
@@ -264,28 +234,26 @@ def without_second_part(scenario: Scenario) -> list[int]:
 
 # Dying after a step is dying before the next one, so that one of both is enough, and the very last.
 @pytest.mark.parametrize("first", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW)])
-def test_dying_at_every_third_step_of_commits_and_of_packing(
-    featcache: Program, extraction: Scenario, first: int
-) -> None:
-    die_everywhere(featcache, extraction, "die before", without_second_part(extraction)[first::3])
+def test_dying_at_every_third_step_of_commits_and_of_packing(extraction: Scenario, first: int) -> None:
+    die_everywhere(extraction, "die before", without_second_part(extraction)[first::3])
     if first == 0:
-        die_everywhere(featcache, extraction, "die after", [len(extraction.steps) - 1])
+        die_everywhere(extraction, "die after", [len(extraction.steps) - 1])
 
 
-def test_dying_in_the_middle_of_a_write(featcache: Program, extraction: Scenario) -> None:
+def test_dying_in_the_middle_of_a_write(extraction: Scenario) -> None:
     largest = sorted(numbers(extraction, "write"), key=lambda number: -len(extraction.steps[number].data))
-    die_everywhere(featcache, extraction, "torn", largest[:2])
+    die_everywhere(extraction, "torn", largest[:2])
 
 
-def test_a_system_that_writes_less_than_it_is_given(featcache: Program, extraction: Scenario) -> None:
-    die_everywhere(featcache, extraction, "short", numbers(extraction, "write")[:2])
+def test_a_system_that_writes_less_than_it_is_given(extraction: Scenario) -> None:
+    die_everywhere(extraction, "short", numbers(extraction, "write")[:2])
 
 
 @pytest.mark.parametrize("make", [fitting, pytest.param(predicting, marks=SLOW), pytest.param(repairing, marks=SLOW)])
-def test_dying_while_something_is_replaced(featcache: Program, tmp_path: Path, make: Any) -> None:
-    scenario = make(featcache, tmp_path)
-    die_everywhere(featcache, scenario, "die before", numbers(scenario, "rename", "exchange", "rmdir"))
-    die_everywhere(featcache, scenario, "die after", numbers(scenario, "rename", "exchange"))
+def test_dying_while_something_is_replaced(rehearsed: Rehearsed, make: Make) -> None:
+    scenario = rehearsed(make)
+    die_everywhere(scenario, "die before", numbers(scenario, "rename", "exchange", "rmdir"))
+    die_everywhere(scenario, "die after", numbers(scenario, "rename", "exchange"))
 
 
 KINDS = {
@@ -299,11 +267,11 @@ KINDS = {
 @SOAK
 @pytest.mark.parametrize("make", SCENARIOS)
 @pytest.mark.parametrize("mode", KINDS)
-def test_every_step_of_every_command(featcache: Program, tmp_path: Path, make: Any, mode: str) -> None:
-    scenario = make(featcache, tmp_path)
+def test_every_step_of_every_command(rehearsed: Rehearsed, make: Make, mode: str) -> None:
+    scenario = rehearsed(make)
     steps = numbers(scenario, *KINDS[mode])[:: 3 if make is finetuning else 1]
     print(f"{make.__name__}: {mode} at {len(steps)} of {len(scenario.steps)} steps")
-    die_everywhere(featcache, scenario, mode, steps)
+    die_everywhere(scenario, mode, steps)
 
 
 # --------------------------------------------------------------------------------- signals at random moments
@@ -311,79 +279,94 @@ def test_every_step_of_every_command(featcache: Program, tmp_path: Path, make: A
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def interrupt(featcache: Program, scenario: Scenario, seed: int, *, cold: bool) -> None:
-    """One signal at a random moment; every second one in the first second of a new process."""
-    chance = random.Random(seed)
-    number = SIGNALS[seed % 3]
-    after = chance.uniform(0, 1.0 if cold else 1.2 * scenario.seconds)
-    context = (f"seed {seed}", number, after, "cold" if cold else "warm")
-    scenario.reset()
-    outcome = scenario.run(featcache, kill=number, after=after, cold=cold)
-    starting = cold and "Fatal Python error: init" in outcome.err  # what Python makes of a signal while it starts
-    over = outcome.code in (0, -number, 128 + number)  # before the signal came, or nobody was listening yet
-    assert over or starting, (context, outcome.code, outcome.err)
-    # Where Python cannot raise an exception, in a finalizer, it prints it and goes on.
-    assert "Traceback" not in outcome.err or cold or "Exception ignored in" in outcome.err, (context, outcome.err)
-    scenario.check_whole(context)
-    scenario.check_resumed(featcache, context)
-
-
-@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 25), marks=SLOW)], ids=["few", "more"])
-def test_signals_at_random_moments_of_extract(featcache: Program, extraction: Scenario, seeds: range) -> None:
-    for seed in seeds:  # six: each signal, to a warm process and to a cold one
-        interrupt(featcache, extraction, seed, cold=seed % 2 == 0)
-
-
-@SLOW
-@pytest.mark.parametrize(("make", "count"), [(fitting, 6), (predicting, 6), (finetuning, 3)])
-def test_signals_at_random_moments(featcache: Program, tmp_path: Path, make: Any, count: int) -> None:
-    scenario = make(featcache, tmp_path)
-    for seed in range(count):
-        interrupt(featcache, scenario, seed, cold=seed % 2 == 0)
-
-
-@SOAK
-@pytest.mark.parametrize(("make", "count"), [(extracting, 450), (fitting, 250), (predicting, 250), (finetuning, 50)])
-def test_a_thousand_signals(featcache: Program, tmp_path: Path, make: Any, count: int) -> None:
-    scenario = make(featcache, tmp_path)
-    for seed in range(1000, 1000 + count):
-        interrupt(featcache, scenario, seed, cold=seed % 2 == 0)
+@pytest.mark.parametrize(
+    ("make", "seeds"),
+    [
+        (extracting, range(6)),  # each signal, to a warm process and to a cold one
+        pytest.param(extracting, range(6, 25), marks=SLOW),
+        *(pytest.param(make, range(count), marks=SLOW) for make, count in ((fitting, 6), (predicting, 6))),
+        pytest.param(finetuning, range(3), marks=SLOW),
+        pytest.param(extracting, range(1000, 1450), marks=SOAK),
+        *(pytest.param(make, range(1000, 1250), marks=SOAK) for make in (fitting, predicting)),
+        pytest.param(finetuning, range(1000, 1050), marks=SOAK),
+    ],
+)
+def test_signals_at_random_moments(rehearsed: Rehearsed, make: Make, seeds: range) -> None:
+    """Every second one in the first second of a new process."""
+    scenario = rehearsed(make)
+    for seed in seeds:
+        chance, number, cold = random.Random(seed), SIGNALS[seed % 3], seed % 2 == 0
+        after = chance.uniform(0, 1.0 if cold else 1.2 * scenario.seconds)
+        context = (f"seed {seed}", number, after, "cold" if cold else "warm")
+        scenario.reset()
+        outcome = scenario.run(kill=number, after=after, cold=cold)
+        starting = cold and "Fatal Python error: init" in outcome.err  # what Python makes of a signal while it starts
+        over = outcome.code in (0, -number, 128 + number)  # before the signal came, or nobody was listening yet
+        assert over or starting, (context, outcome.code, outcome.err)
+        # Where Python cannot raise an exception, in a finalizer, it prints it and goes on.
+        assert "Traceback" not in outcome.err or cold or "Exception ignored in" in outcome.err, (context, outcome.err)
+        scenario.check_whole(context)
+        scenario.check_resumed(context)
 
 
 # ---------------------------------------------------------------------------------------- chains of kills
 
 
-def chain(featcache: Program, scenario: Scenario, seed: int, rounds: int) -> None:
-    """Killed again and again on one cache; whatever is committed by then stays."""
+@pytest.mark.parametrize(
+    ("seed", "rounds"),
+    [(0, 6), pytest.param(0, 20, marks=SLOW), *(pytest.param(seed, 20, marks=SOAK) for seed in range(1, 51))],
+)
+def test_a_chain_of_kills(extraction: Scenario, seed: int, rounds: int) -> None:
+    """Killed again and again on one cache, with any number of workers; whatever is committed by then stays."""
     chance = random.Random(seed)
-    scenario.reset()
+    extraction.reset()
     kept = 0
     for number in range(rounds):
         context = (f"seed {seed}", f"round {number}")
-        scenario.run(featcache, after=chance.uniform(0.3, 1.0) * scenario.seconds)
-        scenario.check_whole(context)
-        rows = sum(len(FeatureCache.open(part)) for part in scenario.folder.glob("*.parts/*.h5"))
-        packed = contents(scenario.target) == scenario.after
+        extraction.run("--workers", chance.choice([1, 2, 5]), after=chance.uniform(0.3, 1.0) * extraction.seconds)
+        extraction.check_whole(context)
+        rows = extraction.rows_in_parts()
+        packed = contents(extraction.target) == extraction.after
         assert packed or rows >= kept, context
         kept = rows
         if packed:
-            scenario.reset()
+            extraction.reset()
             kept = 0
-    scenario.check_resumed(featcache, (f"seed {seed}", "the last round"))
-
-
-@pytest.mark.parametrize("rounds", [6, pytest.param(20, marks=SLOW)])
-def test_a_chain_of_kills(featcache: Program, extraction: Scenario, rounds: int) -> None:
-    chain(featcache, extraction, seed=0, rounds=rounds)
-
-
-@SOAK
-@pytest.mark.parametrize("seed", range(1, 51))
-def test_chains_of_kills(featcache: Program, extraction: Scenario, seed: int) -> None:
-    chain(featcache, extraction, seed, rounds=20)
+    extraction.check_resumed((f"seed {seed}", "the last round"))
 
 
 # ------------------------------------------------------------------------------------------------ lost power
+
+Names = dict[str, "Inode | None"]  # path -> what a file's name stands for; None: a folder
+
+
+@dataclasses.dataclass(eq=False)
+class Inode:
+    """A file: its bytes as a running system sees them, as last synced, and the (offset, length) written since then."""
+
+    now: bytearray
+    durable: bytes
+    written: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+    def sync(self) -> None:
+        self.durable, self.written = bytes(self.now), []
+
+    def after_power_cut(self, chance: random.Random) -> bytes:
+        """One of the states in which a disk may hold it."""
+        new, old = self.now, self.durable
+        if not self.written and len(new) == len(old):
+            return old
+        size = chance.choice([len(old), len(new), chance.randint(0, max(len(new), len(old)))])
+        data = bytearray(old[:size].ljust(size, b"\0"))
+        touched = {
+            sector for start, length in self.written for sector in range(start // 512, (start + length) // 512 + 1)
+        }
+        whole = chance.random() < 0.5  # pages of 4 KiB arrive, or sectors of 512 bytes
+        arrived: dict[int, bool] = {}
+        for sector in sorted(touched):
+            if arrived.setdefault(sector // 8 if whole else -sector, chance.random() < 0.5):
+                data[sector * 512 : (sector + 1) * 512] = new[sector * 512 : (sector + 1) * 512]
+        return bytes(data[:size])
 
 
 class Disk:
@@ -394,147 +377,97 @@ class Disk:
     there: a journal keeps their order, and promises no more.
     """
 
-    def __init__(self, base: Path, root: Path, steps: tuple[Step, ...], chance: random.Random) -> None:
-        self._root, self._chance = root, chance
-        self._files: dict[int, bytearray] = {}  # inode -> what a running system sees
-        self._durable: dict[int, bytearray] = {}  # inode -> what has been synced
-        self._written: dict[int, list[tuple[int, int]]] = {}  # inode -> (offset, length) since then
-        self._names: dict[str, int] = {}
-        self._folders: set[str] = set()
-        self._inodes = 0
-        for path in sorted(base.rglob("*")):
-            name = str(root / path.relative_to(base))
-            if path.is_dir():
-                self._folders.add(name)
-            else:
-                inode = self._new(bytearray(path.read_bytes()))
-                self._names[name] = inode
-        self._kept = (dict(self._names), set(self._folders))
-        self._pending: list[tuple[set[str], Callable[[dict[str, int], set[str]], None]]] = []
+    def __init__(self, base: Path, root: Path, steps: tuple[Step, ...]) -> None:
+        self._root = root
+        self._names: Names = {}  # as a running system sees them
+        for path in base.rglob("*"):
+            inode = None if path.is_dir() else Inode(bytearray(path.read_bytes()), path.read_bytes())
+            self._names[str(root / path.relative_to(base))] = inode
+        self._kept = dict(self._names)
+        self._pending: list[tuple[set[str], Callable[[Names], object]]] = []  # folders, and what happens to the names
         for step in steps:
             self._take(step)
 
-    def _new(self, data: bytearray) -> int:
-        self._inodes += 1
-        self._files[self._inodes], self._durable[self._inodes] = data, bytearray(data)
-        self._written[self._inodes] = []
-        return self._inodes
-
-    def _change(self, folders: set[str], change: Callable[[dict[str, int], set[str]], None]) -> None:
-        change(self._names, self._folders)
+    def _change(self, folders: set[str], change: Callable[[Names], object]) -> None:
+        change(self._names)
         self._pending.append((folders, change))
 
     def _take(self, step: Step) -> None:
-        here = {str(Path(step.path).parent)}
+        here, inode = {str(Path(step.path).parent)}, self._names.get(step.path)
         if step.what in ("open", "truncate"):
-            if step.path not in self._names:
-                inode = self._new(bytearray())
-                self._change(here, lambda names, _: names.__setitem__(step.path, inode))
-            elif step.what == "truncate":
-                self._files[self._names[step.path]].clear()
-        elif step.what == "write":
-            inode = self._names[step.path]
-            data = self._files[inode]
-            data.extend(bytes(max(0, step.offset + len(step.data) - len(data))))
-            data[step.offset : step.offset + len(step.data)] = step.data
-            self._written[inode].append((step.offset, len(step.data)))
-        elif step.what == "resize":
-            data = self._files[self._names[step.path]]
-            del data[step.offset :]
-            data.extend(bytes(step.offset - len(data)))
-        elif step.what == "fsync" and step.path in self._names:
-            inode = self._names[step.path]
-            self._durable[inode], self._written[inode] = bytearray(self._files[inode]), []
+            if inode:
+                del inode.now[0 if step.what == "truncate" else len(inode.now) :]
+            else:
+                created = Inode(bytearray(), b"")
+                self._change(here, lambda names: names.update({step.path: created}))
+        elif step.what == "write" and inode:
+            stop = step.offset + len(step.data)
+            inode.now.extend(bytes(max(0, stop - len(inode.now))))
+            inode.now[step.offset : stop] = step.data
+            inode.written.append((step.offset, len(step.data)))
+        elif step.what == "resize" and inode:
+            del inode.now[step.offset :]
+            inode.now.extend(bytes(step.offset - len(inode.now)))
+        elif step.what == "fsync" and inode:
+            inode.sync()
         elif step.what == "fsync":
             self._settle(step.path)
         elif step.what == "mkdir":
-            self._change(here, lambda _, folders: folders.add(step.path))
-        elif step.what == "rmdir":
-            self._change(here, lambda _, folders: folders.discard(step.path))
-        elif step.what == "unlink":
-            self._change(here, lambda names, _: names.pop(step.path, None))
-        elif step.what != "failed":
-            self._change({*here, str(Path(step.other).parent)}, lambda *disk: _rename(*disk, step))
+            self._change(here, lambda names: names.update({step.path: None}))
+        elif step.what in ("rmdir", "unlink"):
+            self._change(here, lambda names: names.pop(step.path, None))
+        elif step.what in ("rename", "exchange"):
+            self._change({*here, str(Path(step.other).parent)}, lambda names: _rename(names, step))
+        else:
+            assert step.what == "failed", step
 
     def _settle(self, folder: str) -> None:
         """Names in ``folder`` are durable now; a journal takes along all that came before."""
         last = max((k for k, (folders, _) in enumerate(self._pending) if folder in folders), default=-1)
         for _, change in self._pending[: last + 1]:
-            change(*self._kept)
+            change(self._kept)
         self._pending = self._pending[last + 1 :]
 
-    def after_power_cut(self, target: Path) -> None:
+    def after_power_cut(self, target: Path, chance: random.Random) -> None:
         """Write one of the states it may be in into ``target``."""
-        names, folders = dict(self._kept[0]), set(self._kept[1])
-        for _, change in self._pending[: self._chance.randint(0, len(self._pending))]:
-            change(names, folders)
+        names = dict(self._kept)
+        for _, change in self._pending[: chance.randint(0, len(self._pending))]:
+            change(names)
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        for folder in sorted(folders):
-            (target / Path(folder).relative_to(self._root)).mkdir(parents=True, exist_ok=True)
-        for name, inode in names.items():
-            path = target / Path(name).relative_to(self._root)
-            if path.parent.is_dir():  # a file in a folder that was never recorded is lost with it
-                path.write_bytes(self._torn(inode))
-
-    def _torn(self, inode: int) -> bytes:
-        new, old, chance = self._files[inode], self._durable[inode], self._chance
-        if not self._written[inode] and len(new) == len(old):
-            return bytes(old)
-        size = chance.choice([len(old), len(new), chance.randint(0, max(len(new), len(old)))])
-        data = bytearray(old[:size].ljust(size, b"\0"))
-        touched = {
-            page for start, length in self._written[inode] for page in range(start // 512, (start + length) // 512 + 1)
-        }
-        whole = chance.random() < 0.5  # pages of 4 KiB arrive, or sectors of 512 bytes
-        arrived: dict[int, bool] = {}
-        for sector in sorted(touched):
-            if arrived.setdefault(sector // 8 if whole else -sector, chance.random() < 0.5):
-                data[sector * 512 : (sector + 1) * 512] = new[sector * 512 : (sector + 1) * 512]
-        return bytes(data[:size])
+        for name in sorted(names):
+            path, inode = target / Path(name).relative_to(self._root), names[name]
+            if inode is None:
+                path.mkdir(parents=True, exist_ok=True)
+            elif path.parent.is_dir():  # a file in a folder that was never recorded is lost with it
+                path.write_bytes(inode.after_power_cut(chance))
 
 
-def _rename(names: dict[str, int], folders: set[str], step: Step) -> None:
+def _rename(names: Names, step: Step) -> None:
     """Rename or exchange files, or folders with all that is in them."""
-    moved: list[tuple[str, str]] = []
     pairs = [(step.path, step.other), (step.other, step.path)][: 2 if step.what == "exchange" else 1]
-    for first, second in pairs:
-        moved += [(name, second + name[len(first) :]) for name in (*names, *folders) if _below(name, first)]
-    inodes = {old: names.pop(old) for old, _ in moved if old in names}
-    there = {old for old, _ in moved if old in folders}
-    folders -= there
-    for old, new in moved:
-        if old in inodes:
-            names[new] = inodes[old]
-        elif old in there:
-            folders.add(new)
+    moves = [(name, old, new) for old, new in pairs for name in names if Path(name).is_relative_to(old)]
+    moved = {new + name[len(old) :]: names.pop(name) for name, old, new in moves}
+    names.update(moved)
 
 
-def _below(name: str, folder: str) -> bool:
-    return name == folder or name.startswith(folder + "/")
-
-
-def lose_power(featcache: Program, scenario: Scenario, seeds: range, *, resume_every: int) -> None:
+@pytest.mark.parametrize(
+    ("make", "count", "resume_every"),
+    [(extracting, 200, 20), *(pytest.param(make, 1000, 25, marks=SOAK) for make in SCENARIOS)],
+)
+def test_power_lost_at_any_step(rehearsed: Rehearsed, make: Make, count: int, resume_every: int) -> None:
     """After any number of steps, in any state the disk may be in."""
-    scenario.reset()
-    for seed in seeds:
-        chance = random.Random(seed)
-        cut = (seed - seeds.start) % (len(scenario.steps) + 1)  # every first part of the steps in turn
-        disk = Disk(scenario.base, scenario.folder, scenario.steps[:cut], chance)
-        disk.after_power_cut(scenario.folder)
-        context = (f"seed {seed}", f"after {cut} steps", scenario.steps[cut - 1] if cut else None)
+    scenario = rehearsed(make)
+    for seed in range(count):
+        cut = seed % (len(scenario.steps) + 1)  # every first part of the steps in turn
+        steps = scenario.steps[:cut]
+        Disk(scenario.base, scenario.folder, steps).after_power_cut(scenario.folder, random.Random(seed))
+        context = (f"seed {seed}", f"after {cut} steps", steps[-1:])
         scenario.check_whole(context)
-        if "extract" in scenario.arguments and contents(scenario.target) != scenario.after:
-            rows = sum(len(contents_of_part(part)) for part in scenario.folder.glob("*.parts/*.h5"))
-            assert rows >= synced_rows(scenario.steps[:cut]), (context, "committed rows are gone")
+        if make is extracting and contents(scenario.target) != scenario.after:
+            assert scenario.rows_in_parts() >= synced_rows(steps), (context, "committed rows are gone")
         if seed % resume_every == 0:
-            scenario.check_resumed(featcache, context)
-
-
-def contents_of_part(path: Path) -> FeatureCache:
-    cache = FeatureCache.open(path)
-    cache.check_features()
-    return cache
+            scenario.check_resumed(context)
 
 
 def synced_rows(steps: tuple[Step, ...]) -> int:
@@ -545,23 +478,13 @@ def synced_rows(steps: tuple[Step, ...]) -> int:
     return committed(steps[:synced])
 
 
-def test_power_lost_at_any_step(featcache: Program, extraction: Scenario) -> None:
-    lose_power(featcache, extraction, range(200), resume_every=20)
-
-
-@SOAK
-@pytest.mark.parametrize("make", SCENARIOS)
-def test_power_lost_a_thousand_times(featcache: Program, tmp_path: Path, make: Any) -> None:
-    lose_power(featcache, make(featcache, tmp_path), range(1000), resume_every=25)
-
-
 # ------------------------------------------------------------------------------------------------ full disks
 
 
-def fill(featcache: Program, scenario: Scenario, fault: Fault | None, limits: dict[str, int] | None = None) -> bool:
+def fill(scenario: Scenario, fault: Fault | None, limits: dict[str, int] | None = None) -> bool:
     """Fail as ``fault`` or the limits say, then go on with room: whether it failed at all."""
     scenario.reset()
-    outcome = scenario.run(featcache, fault=fault, limits=limits)
+    outcome = scenario.run(fault=fault, limits=limits)
     context = (fault, limits, outcome.err)
     if outcome.code == 0:  # a step that may fail, such as removing what is not needed any more
         assert contents(scenario.target) == scenario.after, context
@@ -572,7 +495,7 @@ def fill(featcache: Program, scenario: Scenario, fault: Fault | None, limits: di
     assert str(scenario.folder) in reason, context
     assert "Traceback" not in outcome.err, context
     scenario.check_whole(context)
-    scenario.check_resumed(featcache, context)
+    scenario.check_resumed(context)
     return True
 
 
@@ -586,14 +509,14 @@ def offsets(scenario: Scenario, count: int) -> list[int]:
     [errno.ENOSPC, pytest.param(errno.EDQUOT, marks=SLOW), pytest.param(errno.EIO, marks=SLOW)],
     ids=["ENOSPC", "EDQUOT", "EIO"],
 )
-def test_disk_full_at_many_offsets(featcache: Program, extraction: Scenario, error: int) -> None:
+def test_disk_full_at_many_offsets(extraction: Scenario, error: int) -> None:
     for budget in offsets(extraction, 5):
-        assert fill(featcache, extraction, Fault("full", error=error, budget=budget))
+        assert fill(extraction, Fault("full", error=error, budget=budget))
 
 
-def test_the_message_says_how_much_is_needed(featcache: Program, extraction: Scenario) -> None:
+def test_the_message_says_how_much_is_needed(extraction: Scenario) -> None:
     extraction.reset()
-    outcome = extraction.run(featcache, fault=Fault("full", budget=0))
+    outcome = extraction.run(fault=Fault("full", budget=0))
     needed = next(step.offset for step in extraction.steps if step.what == "resize")  # the first part's final size
     assert outcome.err.splitlines()[-1].endswith(
         f"No space left on device ({needed:,} bytes are needed); free some space and run the same command again"
@@ -601,54 +524,48 @@ def test_the_message_says_how_much_is_needed(featcache: Program, extraction: Sce
 
 
 @SLOW
-def test_a_limit_on_the_size_of_files(featcache: Program, extraction: Scenario) -> None:
+def test_a_limit_on_the_size_of_files(extraction: Scenario) -> None:
     largest = max(len(step.data) for step in extraction.steps)
     for limit in (1000, 30_000, largest - 1):
-        assert fill(featcache, extraction, None, {"RLIMIT_FSIZE": limit}), limit
+        assert fill(extraction, None, {"RLIMIT_FSIZE": limit}), limit
 
 
-def test_a_step_that_fails_once(featcache: Program, extraction: Scenario) -> None:
-    failed = [
-        fill(featcache, extraction, Fault("fail once", number, errno.EIO)) for number in numbers(extraction, "fsync")
-    ]
+def test_a_step_that_fails_once(extraction: Scenario) -> None:
+    failed = [fill(extraction, Fault("fail once", number, errno.EIO)) for number in numbers(extraction, "fsync")]
     assert sum(failed) >= 4
 
 
 @SOAK
 @pytest.mark.parametrize("make", SCENARIOS)
-def test_every_step_fails(featcache: Program, tmp_path: Path, make: Any) -> None:
-    scenario = make(featcache, tmp_path)
+def test_every_step_fails(rehearsed: Rehearsed, make: Make) -> None:
+    scenario = rehearsed(make)
     steps = numbers(scenario)[:: 4 if make is finetuning else 1]
     for mode in ("fail", "fail once"):
         failed = [
-            fill(featcache, scenario, Fault(mode, number, error))
+            fill(scenario, Fault(mode, number, error))
             for number, error in zip(steps, [errno.ENOSPC, errno.EDQUOT, errno.EIO] * len(steps), strict=False)
         ]
         print(f"{make.__name__}: {mode} at {len(steps)} steps, {sum(failed)} ended with exit 1")
-    full = [fill(featcache, scenario, Fault("full", budget=budget)) for budget in offsets(scenario, 30)]
+    full = [fill(scenario, Fault("full", budget=budget)) for budget in offsets(scenario, 30)]
     assert all(full)
 
 
 @SOAK
-def test_a_small_disk(featcache: Program, tmp_path: Path) -> None:
+def test_a_small_disk(extraction: Scenario) -> None:
     """A real one: a tmpfs with room for less and less."""
-    scenario = extracting(featcache, tmp_path)
     for size in (64, 2900, 3000, 5700, 5800, 5850):  # KiB
-        scenario.reset()
-        kept = tmp_path / "kept"
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.move(scenario.folder, kept)
-        scenario.folder.mkdir()
-        if os.system(f"mount -t tmpfs -o size={size}k none {scenario.folder}"):
+        shutil.rmtree(extraction.folder)
+        extraction.folder.mkdir()
+        if os.system(f"mount -t tmpfs -o size={size}k none {extraction.folder}"):
             pytest.skip("mounting a file system is not allowed here")
         try:
             with contextlib.suppress(OSError, shutil.Error):
-                shutil.copytree(kept, scenario.folder, dirs_exist_ok=True)
-            outcome = scenario.run(featcache)
+                shutil.copytree(extraction.base, extraction.folder, dirs_exist_ok=True)
+            outcome = extraction.run()
             assert outcome.code == 1, (size, outcome.err)
             assert any(words in outcome.err for words in ("not enough space", "No space left", "damaged")), outcome.err
         finally:
-            os.system(f"umount {scenario.folder}")
+            os.system(f"umount {extraction.folder}")
 
 
 def test_contents_notice_damage(tmp_path: Path) -> None:

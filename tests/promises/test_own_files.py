@@ -41,17 +41,10 @@ def test_images_are_no_caches(photos: Path) -> None:
 
 
 DIES = """
-import os, sys
-from featcache.cli import app
-from featcache.extraction import parts
-parts.MAX_ROWS = 4
-flush = parts.PartWriter.flush
-def die(self):
-    flush(self)
-    if self.written:
-        os._exit(9)
-parts.PartWriter.flush = die
-app.main()
+import faults, os
+faults.change({"extraction.parts.MAX_ROWS": 4})
+faults.before_next("extraction.parts.FeatureCache.open", lambda: os._exit(9))  # which has been published just now
+import featcache.__main__
 """
 
 
@@ -60,7 +53,8 @@ def test_unfinished_work_inside_the_source_is_no_class(tmp_path: Path, name: str
     """Killed after its first part, with everything inside the folder of images; the same command goes on, to the same cache."""
     photos = make_photos(tmp_path / "photos")
     command = ["extract", str(photos), "-o", str(photos / name), *TINY_FLAGS, "--workers", "1", "--json"]
-    died = subprocess.run([sys.executable, "-c", DIES, *command], capture_output=True, text=True, check=False)
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    died = subprocess.run([sys.executable, "-c", DIES, *command], capture_output=True, text=True, check=False, env=here)
     assert died.returncode == 9, died.stderr
     assert (photos / f"{name}.parts").is_dir()
     assert list_images(photos).classes == ("blue", "green", "red")

@@ -1,8 +1,8 @@
 """What a run may take: file descriptors, memory, threads, folders it can write in, and that it gives all of it back.
 
 In: real processes under limits. Out: the same results as without them, or a refusal before any work; bytes per row.
-By default: memory per row of 300,000 images, 300 parts, one process that gives everything back. ``slow``: more of them, and pools.
-``FEATCACHE_SOAK_SECONDS`` says how long the long runs take, together.
+By default: memory per row of 300,000 images, 120 parts, one process that gives everything back. ``slow``: more of them, and pools.
+``FEATCACHE_SOAK_SECONDS`` says how long the long run takes.
 """
 
 import ctypes
@@ -10,11 +10,10 @@ import functools
 import gc
 import hashlib
 import json
+import math
 import multiprocessing
 import os
-import random
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SPEC, TINY, TINY_FLAGS, make_photos
+from conftest import SPEC, TINY, TINY_FLAGS, make_photos, write_photo
 from faults import Program
 from test_same_result import assert_same
 
@@ -52,54 +51,29 @@ def made(tmp_path_factory: pytest.TempPathFactory, warm: Program) -> Path:
 # -------------------------------------------------------------------------------------------------- descriptors
 
 
-def write_parts(folder: Path, source: Path, whole: FeatureCache, count: int) -> None:
-    """``count`` parts of one image each, as of an earlier run; the images are nothing that could be decoded."""
-    folder.mkdir()
-    (source / "grey").mkdir()
-    for number in range(count):
-        path = source / "grey" / f"{number:05d}.jpg"
-        path.write_text(f"{number}")
-        os.utime(path, ns=(10**18, 10**18))
-        status = path.stat()
-        rows = Rows(
-            paths=encode_names([f"grey/{path.name}"]),
-            labels=np.full(1, -1, np.int32),
-            splits=np.zeros(1, np.uint8),
-            digests=np.frombuffer(hashlib.sha256(path.read_bytes()).digest(), np.uint8)[None],
-            sizes=np.array([status.st_size]),
-            mtimes=np.array([status.st_mtime_ns]),
-        )
-        features = np.full((1, whole.dim), number, np.float16)
-        part = folder / f"{number:020d}.h5"
-        write_cache(part, rows, [features], dim=whole.dim, spec=whole.spec, provenance=whole.provenance)
+@pytest.mark.parametrize("each", [40, pytest.param(700, marks=pytest.mark.slow)])
+def test_many_parts_under_a_small_limit_of_open_files(tmp_path: Path, warm: Program, each: int) -> None:
+    """A part per image, of a run that died before it packed them."""
+    source, output, count = make_photos(tmp_path / "photos", each=each), tmp_path / "f.h5", 3 * each
+    command = ("extract", source, *TINY_FLAGS, "--batch-size", 1, "--json", "-o")
+    options = {"settings": {"extraction.parts.MAX_ROWS": 1}, "timeout": 3600}
+    with warm.held("extraction.extract._pack", *command, output, die=True, **options) as first:
+        assert len(list(tmp_path.glob("f.h5.parts/*.h5"))) == count
+    assert first.result().died
+    write_photo(source / "red" / "new.jpg", (1, 2, 3), 0)
+    done = warm.check(*command, output, limits={"RLIMIT_NOFILE": 64}, timeout=3600)
+    assert (done.result["reused"], done.result["embedded"]) == (count, 1)
+    warm.check(*command, tmp_path / "whole.h5", timeout=3600)
+    assert_same(output, FeatureCache.open(tmp_path / "whole.h5"))
+    assert not (tmp_path / "f.h5.parts").exists()
 
 
-def resume_from_many_parts(made: Path, folder: Path, warm: Program, *, count: int) -> None:
-    source = make_photos(folder / "photos")
-    whole = FeatureCache.open(made / "f.h5")
-    write_parts(folder / "f.h5.parts", source, whole, count)
-    done = warm.check(
-        *("extract", source, "-o", folder / "f.h5", *TINY_FLAGS, "--json"), limits={"RLIMIT_NOFILE": 64}, timeout=3600
-    )
-    assert (done.result["reused"], done.result["embedded"]) == (count, 18)
-    cache = FeatureCache.open(folder / "f.h5")
-    grey = cache.y == cache.classes.index("grey")
-    np.testing.assert_array_equal(cache.X[grey, 0], np.arange(count, dtype=np.float16))
-    np.testing.assert_array_equal(cache.X[~grey], whole.X)
-    assert not (folder / "f.h5.parts").exists()
-
-
-@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])  # half precision counts to 2,048
-def test_many_parts_under_a_small_limit_of_open_files(made: Path, tmp_path: Path, warm: Program, count: int) -> None:
-    resume_from_many_parts(made, tmp_path, warm, count=count)
-
-
-def use_everything(made: str, work: str, rounds: int) -> list[tuple[int, int, int]]:
-    """Whole jobs in one process: after each (open descriptors, threads, bytes of memory)."""
-    taken, root, output = [], Path(made), Path(work)
-    for number in range(rounds):
+def use_everything(made: str, work: str, *, rounds: float = math.inf, seconds: float = math.inf) -> list[list[int]]:
+    """Whole jobs in one process: after each [open descriptors, threads, bytes of memory]."""
+    taken, root, output, until = [], Path(made), Path(work), time.monotonic() + seconds
+    while len(taken) < rounds and time.monotonic() < until:
         (output / "f.h5").unlink(missing_ok=True)
-        extract(root / "photos", output / "f.h5", TINY, workers=1 + number % 3)
+        extract(root / "photos", output / "f.h5", TINY, workers=1 + len(taken) % 3)
         fit_head(output / "f.h5", output / "m", C=1.0, folds=0)
         assert len(list(predict(output / "m", [root / "photos"]))) == 18
         assert len(list(predict(output / "m", [output / "f.h5"]))) == 18
@@ -107,17 +81,13 @@ def use_everything(made: str, work: str, rounds: int) -> list[tuple[int, int, in
         assert cache.verify() == [] and cache.X.shape[0] == 18
         del cache
         gc.collect()
-        taken.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), _memory()))
+        memory = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        taken.append([len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), memory])
     return taken
 
 
-def _memory() -> int:
-    """Bytes of memory in use now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def test_descriptors_and_threads_are_given_back(made: Path, tmp_path: Path, warm: Program) -> None:
-    taken = warm.call(functools.partial(use_everything, str(made), str(tmp_path), 6)).result
+    taken = warm.check(before=functools.partial(use_everything, str(made), str(tmp_path), rounds=6)).result
     assert {tuple(entry[:2]) for entry in taken[1:]} == {tuple(taken[0][:2])}, taken
 
 
@@ -153,12 +123,8 @@ def go_over_many(folder: str, rows: int, way: str) -> tuple[int, int]:
     cache = Path(folder) / "f.h5"
     if way == "verify":
         return len(FeatureCache.open(cache).verify()), rows
-    if way == "unchanged":
-        report = extract(list_many(rows), cache, TINY)
-    elif way == "packing":
-        report = extract(list_many(rows, shift=1), cache, TINY)
-    else:
-        report = extract(list_many(rows), Path(folder) / "g.h5", TINY, reuse=[cache])
+    images, output = list_many(rows, shift=way == "packing"), Path(folder) / "g.h5" if way == "reuse" else cache
+    report = extract(images, output, TINY, reuse=[cache] if way == "reuse" else [])
     return report.embedded, report.reused
 
 
@@ -167,31 +133,23 @@ def go_over_many(folder: str, rows: int, way: str) -> tuple[int, int]:
 MOST = {"verify": 90, "unchanged": 450, "packing": 580, "reuse": 580}
 
 
-def bytes_per_row(folder: Path, warm: Program, *, few: int, many: int) -> dict[str, float]:
+@pytest.mark.parametrize(
+    "many",
+    [300_000, pytest.param(1_000_000, marks=pytest.mark.slow), pytest.param(10_000_000, marks=pytest.mark.soak)],
+)
+def test_memory_per_row(tmp_path: Path, warm: Program, many: int) -> None:
     """Peak memory with many rows less that with few, over the difference."""
+    few, folder = 10_000, str(tmp_path)
     peaks: dict[str, list[int]] = {way: [] for way in MOST}
     for rows in (few, many):
-        warm.call(functools.partial(make_many, str(folder), rows), timeout=3600)
+        warm.check(before=functools.partial(make_many, folder, rows), timeout=3600)
         for way in MOST:
-            done = warm.call(functools.partial(go_over_many, str(folder), rows, way), timeout=3600)
+            done = warm.check(before=functools.partial(go_over_many, folder, rows, way), timeout=3600)
             assert done.result == [0, rows], (way, done.result)
             peaks[way].append(done.peak)
-        (folder / "g.h5").unlink()
+        (tmp_path / "g.h5").unlink()
     found = {way: (peak[1] - peak[0]) / (many - few) for way, peak in peaks.items()}
     print({way: round(value) for way, value in found.items()}, "bytes per row,", many, "rows")
-    return found
-
-
-@pytest.mark.parametrize(
-    "rows",
-    [
-        300_000,
-        pytest.param(1_000_000, marks=pytest.mark.slow),
-        pytest.param(10_000_000, marks=pytest.mark.soak),
-    ],
-)
-def test_memory_per_row(tmp_path: Path, warm: Program, rows: int) -> None:
-    found = bytes_per_row(tmp_path, warm, few=10_000, many=rows)
     assert {way: value for way, value in found.items() if value > MOST[way]} == {}, found
 
 
@@ -272,21 +230,10 @@ def read_only_but(*folders: str, temporary: str | None = None) -> None:
     assert not writable, writable
 
 
-def can_make_read_only() -> bool:
-    """Whether this user may: root may, unless in a container that forbids it."""
-    child = os.fork()
-    if not child:
-        try:
-            read_only_but()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1] == 0
-
-
 @pytest.fixture(scope="module")
-def _may_mount() -> None:
-    if not can_make_read_only():
+def _may_mount(warm: Program) -> None:
+    """Root may, unless in a container that forbids it."""
+    if warm.run(before=read_only_but).code:
         pytest.skip("needs the right to mount in a name space of its own")
 
 
@@ -338,60 +285,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(made: Path, tmp
 # ---------------------------------------------------------------------------------------------------- the long run
 
 
-def seconds_of_soak() -> float:
-    return float(os.environ.get("FEATCACHE_SOAK_SECONDS", "3600"))
-
-
-def slope(values: list[float]) -> float:
-    """Least squares over the second half: change per step."""
-    half = np.array(values[len(values) // 2 :], float)
-    return float(np.polyfit(np.arange(len(half)), half, 1)[0])
-
-
-def use_for_long(made: str, work: str, seconds: float) -> list[tuple[int, int, int]]:
-    taken, until = [], time.monotonic() + seconds
-    while time.monotonic() < until:
-        taken += use_everything(made, work, 1)
-    return taken
+SECONDS = float(os.environ.get("FEATCACHE_SOAK_SECONDS", "1800"))
 
 
 @pytest.mark.soak
 def test_one_process_for_long(made: Path, tmp_path: Path, warm: Program) -> None:
     """Descriptors, threads and memory do not grow, whatever the number of jobs."""
-    seconds = seconds_of_soak() / 2
-    hook = functools.partial(use_for_long, str(made), str(tmp_path), seconds)
-    taken = warm.call(hook, timeout=2 * seconds + 600).result
-    grows = [slope([entry[column] for entry in taken]) for column in range(3)]
+    hook = functools.partial(use_everything, str(made), str(tmp_path), seconds=SECONDS)
+    taken = warm.check(before=hook, timeout=2 * SECONDS + 600).result
+    half = np.array(taken[len(taken) // 2 :], float)
+    grows = np.polyfit(np.arange(len(half)), half, 1)[0]  # per round, by least squares
     per_round = f"per round: descriptors {grows[0]:+.4f}, threads {grows[1]:+.4f}, memory {grows[2] / 1024:+.1f} KiB"
     print(f"{len(taken)} rounds of extract, fit-head, predict twice, verify; {per_round}; at the end {taken[-1]}")
     assert abs(grows[0]) < 0.01 and abs(grows[1]) < 0.01, per_round
     assert grows[2] < 4 * 1024 + 2**20 / len(taken), per_round  # few rounds say little
-
-
-@pytest.mark.soak
-def test_killed_again_and_again(tmp_path: Path, warm: Program) -> None:
-    """kill -9 at any moment, at least every ten seconds; every time a run gets through, its features are the same."""
-    seed = int(time.time())
-    random_, until = random.Random(seed), time.monotonic() + seconds_of_soak() / 2
-    root = make_photos(tmp_path / "photos", each=100)
-    flags, settings = [*TINY_FLAGS, "--max-bad", 1], {"extraction.parts.MAX_ROWS": 16}
-    warm.check("extract", root, "-o", tmp_path / "whole.h5", *flags)
-    whole = FeatureCache.open(tmp_path / "whole.h5")
-    deaths = complete = 0
-    while time.monotonic() < until:
-        output = tmp_path / "work" / "f.h5"
-        output.parent.mkdir(exist_ok=True)
-        command = ("extract", root, "-o", output, *flags, "--workers", random_.choice([1, 2, 5]))
-        done = warm.run(*command, kill=signal.SIGKILL, after=random_.uniform(0.1, 10) ** 2 / 10, settings=settings)
-        if done.died:
-            deaths += 1
-            continue
-        assert done.code == 0, (seed, deaths, done.err)
-        assert_same(output, whole, seed)
-        left = sorted(path.name for path in output.parent.iterdir())
-        assert left[0] == "f.h5" and left[1].endswith(".safetensors") and len(left) == 2, (seed, left)
-        complete += 1
-        for path in output.parent.iterdir():
-            path.unlink()
-    print(f"seed {seed}: killed {deaths} times, {complete} complete and equal")
-    assert complete and deaths, seed

@@ -1,8 +1,9 @@
-"""Cache files that tests write by hand.
+"""Cache files and models that tests write by hand.
 
 In: how many rows, of how many values. Out: the file, and the features in it.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,27 @@ from conftest import SPEC
 
 from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
+from featcache.heads.head import FittedHead, Head
+from featcache.models.model import save_model
 
 CLASSES_DIM = 12  # of ``make_classes``
 
 
+def plain_rows(paths: Iterable[str], **columns: Any) -> Rows:
+    """Rows of images of which nothing is known but what ``columns`` say."""
+    names = encode_names(paths)
+    n = len(names)
+    unknown = {"labels": np.full(n, -1, np.int32), "splits": np.zeros(n, np.uint8)}
+    unknown |= {"digests": np.zeros((n, 32), np.uint8), "sizes": np.zeros(n, np.int64), "mtimes": np.zeros(n, np.int64)}
+    return Rows(names, **(unknown | columns))
+
+
 def make_rows(n: int) -> Rows:
-    rng = np.random.default_rng(n)
-    return Rows(
-        paths=encode_names([f"class/ü-{number}.jpg" for number in range(n)]),
+    return plain_rows(
+        (f"class/ü-{number}.jpg" for number in range(n)),
         labels=(np.arange(n) % 3 - 1).astype(np.int32),
         splits=(np.arange(n) % 4).astype(np.uint8),
-        digests=rng.integers(0, 256, (n, 32), dtype=np.uint8),
+        digests=np.random.default_rng(n).integers(0, 256, (n, 32), dtype=np.uint8),
         sizes=np.arange(n, dtype=np.int64) * 1000,
         mtimes=np.arange(n, dtype=np.int64) * 10**18,
     )
@@ -42,17 +53,18 @@ def make_classes(
     n = len(labels)
     centres = np.random.default_rng(1).normal(0, 2, (6, CLASSES_DIM))
     X = (centres[labels] + np.random.default_rng(seed).normal(0, spread, (n, CLASSES_DIM))).astype(np.float16)
-    rows = Rows(
-        paths=encode_names(f"{k:04d}.jpg" for k in range(n)),
-        labels=labels.astype(np.int32),
-        splits=np.zeros(n, np.uint8) if splits is None else np.asarray(splits, np.uint8),
-        digests=np.zeros((n, 32), np.uint8),
-        sizes=np.zeros(n, np.int64),
-        mtimes=np.zeros(n, np.int64),
-    )
+    splits = np.zeros(n, np.uint8) if splits is None else np.asarray(splits, np.uint8)
+    rows = plain_rows((f"{k:04d}.jpg" for k in range(n)), labels=labels.astype(np.int32), splits=splits)
     classes = tuple("abcdef"[: max(labels.max() + 1, 1)])
     provenance = Provenance(source="torchvision", reload="IMAGENET1K_V1")
-    write_cache(
-        path, rows, [X], **({"dim": CLASSES_DIM, "spec": SPEC, "classes": classes, "provenance": provenance} | changes)
-    )
+    options = {"dim": CLASSES_DIM, "spec": SPEC, "classes": classes, "provenance": provenance}
+    write_cache(path, rows, [X], **(options | changes))
     return X
+
+
+def save_head(path: Path, head: Head, classes: tuple[str, ...], number: int) -> Path:
+    """A model that consists of this head; ``number`` is all that it says about its training."""
+    facts: dict[str, Any] = {"weights": {"source": "x", "reload": None}, "metrics": {"accuracy": 0.5}, "versions": {}}
+    fitted = FittedHead(head, (), {}, [])
+    save_model(path, fitted, classes=classes, spec=SPEC, training={"number": number}, **facts)
+    return path

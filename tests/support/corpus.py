@@ -120,9 +120,8 @@ def pngs(rng: np.random.Generator, rgb: Array) -> Iterator[Case]:
         note = " interlaced" if interlaced else ""
         keep = {"interlaced": interlaced, "pieces": int(rng.integers(1, 4))}
         for depth in (1, 2, 4, 8, 16):
-            top = 2**depth - 1
-            grey = rng.integers(0, top + 1, (height, width))
-            shown = grey_as_rgb(np.round(grey * (255 / top)))
+            grey = rng.integers(0, 2**depth, (height, width))
+            shown = grey_as_rgb(np.round(grey * (255 / (2**depth - 1))))
             yield Case(f"png grey {depth} bit{note}", png(grey[..., None], depth, 0, **keep), shown)
             clear = chunk(b"tRNS", struct.pack(">H", grey[0, 0]))
             seen = np.where((grey == grey[0, 0])[..., None], 255, shown).astype(np.uint8)
@@ -133,37 +132,29 @@ def pngs(rng: np.random.Generator, rgb: Array) -> Iterator[Case]:
 
 
 def _palette_pngs(
-    rng: np.random.Generator, shape: tuple[int, int], depth: int, note: str, keep: dict
+    rng: np.random.Generator, shape: tuple[int, ...], depth: int, note: str, keep: dict
 ) -> Iterator[Case]:
-    index = rng.integers(0, 2**depth, shape)
-    colours = rng.integers(0, 256, (2**depth, 3))
-    palette = chunk(b"PLTE", colours.astype(np.uint8).tobytes())
-    yield Case(f"png palette {depth} bit{note}", png(index[..., None], depth, 3, palette, **keep), colours[index])
+    index, colours = _indexed(rng, shape, 2**depth)
+    palette, samples, name = chunk(b"PLTE", colours.tobytes()), index[..., None], f"png palette {depth} bit"
+    yield Case(f"{name}{note}", png(samples, depth, 3, palette, **keep), colours[index])
     alphas = rng.choice([0, 255, 128], 2**depth)
     clear = chunk(b"tRNS", alphas.astype(np.uint8).tobytes())
     seen = on_white(colours[index], alphas[index])
-    yield Case(
-        f"png palette {depth} bit tRNS{note}", png(index[..., None], depth, 3, palette, clear, **keep), seen, 0.6
-    )
+    yield Case(f"{name} tRNS{note}", png(samples, depth, 3, palette, clear, **keep), seen, 0.6)
 
 
 def _colour_pngs(rng: np.random.Generator, rgb: Array, note: str, keep: dict) -> Iterator[Case]:
     alpha = rng.choice([0, 255, 100], rgb.shape[:2])
-    first = struct.pack(">HHH", *rgb[0, 0].tolist())
     seen = np.where((rgb == rgb[0, 0]).all(axis=2, keepdims=True), 255, rgb).astype(np.uint8)
-    yield Case(f"png rgb{note}", png(rgb, 8, 2, **keep), rgb)
-    yield Case(f"png rgb tRNS{note}", png(rgb, 8, 2, chunk(b"tRNS", first), **keep), seen)
-    yield Case(f"png rgba{note}", png(np.dstack([rgb, alpha]), 8, 6, **keep), on_white(rgb, alpha), 0.6)
-    both = np.dstack([rgb[..., 0], alpha])
-    yield Case(f"png grey alpha{note}", png(both, 8, 4, **keep), on_white(grey_as_rgb(rgb[..., 0]), alpha), 0.6)
-    deep = rgb.astype(int) * 257  # so that whatever becomes of the lower byte, the result is the same
-    yield Case(f"png rgb 16 bit{note}", png(deep, 16, 2, **keep), rgb)
-    clear = chunk(b"tRNS", struct.pack(">HHH", *deep[0, 0].tolist()))
-    yield Case(f"png rgb 16 bit tRNS{note}", png(deep, 16, 2, clear, **keep), seen)
-    yield Case(f"png rgba 16 bit{note}", png(np.dstack([deep, alpha * 257]), 16, 6, **keep), on_white(rgb, alpha), 0.6)
-    both = np.dstack([deep[..., 0], alpha * 257])
     grey = on_white(grey_as_rgb(rgb[..., 0]), alpha)
-    yield Case(f"png grey alpha 16 bit{note}", png(both, 16, 4, **keep), grey, 0.6)
+    for depth, scale in ((8, 1), (16, 257)):  # so that whatever becomes of the lower byte, the result is the same
+        samples, opacity, name = rgb.astype(int) * scale, alpha * scale, f"{depth} bit{note}"
+        clear = chunk(b"tRNS", struct.pack(">HHH", *samples[0, 0].tolist()))
+        yield Case(f"png rgb {name}", png(samples, depth, 2, **keep), rgb)
+        yield Case(f"png rgb tRNS {name}", png(samples, depth, 2, clear, **keep), seen)
+        yield Case(f"png rgba {name}", png(np.dstack([samples, opacity]), depth, 6, **keep), on_white(rgb, alpha), 0.6)
+        both = np.dstack([samples[..., 0], opacity])
+        yield Case(f"png grey alpha {name}", png(both, depth, 4, **keep), grey, 0.6)
 
 
 # ------------------------------------------------------------------------------------------------------- TIFF
@@ -192,21 +183,18 @@ def tiff(
     blocks = _blocks(samples, rows or height, tile)
     if compression == 8:
         blocks = [zlib.compress(block) for block in blocks]
-    start, offsets = 8, []
-    for block in blocks:
-        offsets.append(start)
-        start += len(block)
     lengths = [len(block) for block in blocks]
-    kept = len(blocks) - omit
+    start = 8 + sum(lengths)
+    offsets = [8 + sum(lengths[:number]) for number in range(len(blocks) - omit)]
+    lengths = lengths[: len(offsets)]
     tags = {256: ("I", [width]), 257: ("I", [height]), 258: ("H", [samples.dtype.itemsize * 8] * bands)}
     tags |= {259: ("H", [compression]), 262: ("H", [photometric]), 277: ("H", [bands])}
     if tile:
-        tags |= {322: ("I", [tile]), 323: ("I", [tile]), 324: ("I", offsets[:kept]), 325: ("I", lengths[:kept])}
+        tags |= {322: ("I", [tile]), 323: ("I", [tile]), 324: ("I", offsets), 325: ("I", lengths)}
     else:
-        tags |= {273: ("I", offsets[:kept]), 278: ("I", [rows or height]), 279: ("I", lengths[:kept])}
+        tags |= {273: ("I", offsets), 278: ("I", [rows or height]), 279: ("I", lengths)}
     tags |= more or {}
-    at = start + start % 2
-    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, at)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, start + start % 2)
     body = head + b"".join(blocks) + bytes(start % 2)
     for page in range(pages):
         body += _directory(tags, order, len(body), last=page == pages - 1)
@@ -313,15 +301,14 @@ def jpegs(rgb: Array) -> Iterator[Case]:
 
 def turned(rgb: Array) -> Iterator[Case]:
     """Every orientation in every format that Pillow writes EXIF to."""
-    for kind, near in (("JPEG", 4), ("PNG", 0), ("WEBP", 0), ("AVIF", 8)):
-        if not writes(kind):
-            continue
-        options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind != "PNG" else {}
-        if kind == "JPEG":
-            options["subsampling"] = 0
-        for number, upright in UPRIGHT.items():
+    for kind, suffix, near, options in (
+        ("JPEG", "jpg", 4, {"quality": 95, "subsampling": 0}),
+        ("PNG", "png", 0, {}),
+        ("WEBP", "webp", 0, {"lossless": True}),
+        ("AVIF", "avif", 8, {"quality": 95}),
+    ):
+        for number, upright in UPRIGHT.items() if writes(kind) else ():
             data = saved(rgb, kind, exif=exif_of(number), **options)
-            suffix = "jpg" if kind == "JPEG" else kind.lower()
             yield Case(f"{suffix} orientation {number}", data, upright(rgb), near)
 
 

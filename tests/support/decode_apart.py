@@ -8,6 +8,7 @@ what libtiff prints itself.
 import contextlib
 import dataclasses
 import faulthandler
+import io
 import pickle
 import subprocess
 import sys
@@ -42,12 +43,9 @@ def decode_apart(
         capture_output=True,
         timeout=60 + seconds * len(files),
     )
-    outcomes = []
-    rest = memoryview(process.stdout)
-    while rest:
-        length = int.from_bytes(rest[:8], "little")
-        outcomes.append(pickle.loads(rest[8 : 8 + length]))
-        rest = rest[8 + length :]
+    stream, outcomes = io.BytesIO(process.stdout), []
+    while stream.tell() < len(process.stdout):
+        outcomes.append(pickle.load(stream))
     return outcomes, process.stderr.decode(errors="replace")
 
 
@@ -69,10 +67,9 @@ def _peak() -> int:
 def _decode(data: bytes) -> tuple[np.ndarray | None, str, bool]:
     from featcache.errors import RefusedImage
     from featcache.images import decode as decoders
-    from featcache.images.decode import decode
 
     results: list[tuple[np.ndarray | None, str]] = []
-    for way in (decoders.decode_pixels, lambda content: np.asarray(decode(content))):
+    for way in (decoders.decode_pixels, lambda content: np.asarray(decoders.decode(content))):
         try:
             results.append((way(data), ""))
         except RefusedImage as reason:
@@ -86,7 +83,7 @@ def main() -> None:
     """Decode what stdin holds."""
     from featcache.images.decode import strict_decoding
 
-    # What runs inside is tests/test_image_corpus.py's own pickle, made a moment ago by the process that waits for us.
+    # It was made a moment ago, by the process that waits for us.
     files, seconds, megabytes = pickle.loads(sys.stdin.buffer.read())
     _limit(megabytes)
     with strict_decoding():
@@ -99,8 +96,7 @@ def main() -> None:
             faulthandler.cancel_dump_traceback_later()
             shape = None if pixels is None else pixels.shape
             sent = None if pixels is None or pixels.size > 3 * _HUGE else pixels
-            packed = pickle.dumps(Outcome(shape, sent, reason, agrees, took, _peak()))
-            sys.stdout.buffer.write(len(packed).to_bytes(8, "little") + packed)
+            pickle.dump(Outcome(shape, sent, reason, agrees, took, _peak()), sys.stdout.buffer)
             sys.stdout.buffer.flush()
 
 

@@ -38,8 +38,6 @@ void faults_arm(const char *folder, long step, int how, int error, long bytes, i
     target = step, steps = 0, mode = how, error_number = error, budget = bytes, log_file = log;
 }
 
-long faults_steps(void) { return steps; }
-
 __attribute__((constructor)) static void arm_from_environment(void) {
     const char *plan = getenv("FAULTS"); /* STEP:MODE:ERROR:BYTES:FOLDER */
     long step, bytes;

@@ -7,6 +7,7 @@ caught. Commands run in forks of one warm process, because importing torch takes
 """
 
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -15,6 +16,7 @@ import importlib
 import json
 import os
 import pickle
+import pkgutil
 import select
 import shutil
 import signal
@@ -100,28 +102,58 @@ def library() -> Path:
 def _environment() -> dict[str, str]:
     # Without fusing, which takes a second per start and is the same on the disk. One core: threads that spin waiting for
     # each other take minutes where other processes run.
-    return os.environ | {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1"}
+    ours = {"LD_PRELOAD": str(library()), "FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1"}
+    return os.environ | ours | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where what is called before was pickled
+
+
+def before_next(moment: str, act: Callable[[], object], *, patch: Callable[..., None] = setattr) -> None:
+    """When ``featcache.MOMENT`` is next called in this process, ``act`` first."""
+    where, _, name = moment.rpartition(".")
+    home = pkgutil.resolve_name(f"featcache.{where}")
+    original = getattr(home, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if getattr(home, name) is call:
+            patch(home, name, original)
+            act()
+        return original(*arguments, **options)
+
+    patch(home, name, call)
+
+
+class Gate:
+    """Where one process waits for the test, so that two things happen in a chosen order without sleeping."""
+
+    def __init__(self, folder: str) -> None:
+        self._arrived, self._go = f"{folder}/arrived", f"{folder}/go"
+        os.mkfifo(self._arrived)
+        os.mkfifo(self._go)
+
+    def pass_through(self, *, die: bool) -> None:
+        """The process's side: say that it is here, and wait; then go on, or be killed."""
+        Path(self._arrived).write_text("here")
+        Path(self._go).read_text()
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wait(self, seconds: float) -> None:
+        """The test's side: wait until the process is there."""
+        pipe = os.open(self._arrived, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            assert select.select([pipe], [], [], seconds)[0], "nobody came to the gate"
+        finally:
+            os.close(pipe)
+
+    def open(self) -> None:
+        """The test's side: let it go on."""
+        Path(self._go).write_text("go")
 
 
 class Program:
-    """featcache, to be run and broken. ``settings`` change module variables in every run: ``{"extraction.parts.MAX_ROWS": 8}``.
+    """featcache, to be run and broken; ``server`` forks it. Several threads may each have something running."""
 
-    Several threads may each have something running.
-    """
-
-    def __init__(self, settings: dict[str, Any] | None = None) -> None:
-        self._settings = settings or {}
-        self._lock = threading.Lock()
-        self._server = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(self._settings)],
-            stdin=subprocess.PIPE,
-            env=_environment(),
-            text=True,
-        )
-
-    def close(self) -> None:
-        """End the warm process."""
-        self._server.communicate()
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self._server, self._lock = server, threading.Lock()
 
     def run(
         self,
@@ -137,53 +169,65 @@ class Program:
         cold: bool = False,
         timeout: float = 120.0,
     ) -> Outcome:
-        """Run ``featcache ARGUMENTS``.
+        """Run ``featcache ARGUMENTS``; without arguments only what is to be called ``before``.
 
         Args:
             below: the folder whose changes count as steps. fault: what goes wrong there. trace: return all steps.
             kill: signal to send, ``after`` so many seconds. limits: resource limits, ``{"RLIMIT_NOFILE": 64}``.
-            before: called first, in the process that is to run; it is pickled. settings: in this run only.
+            before: called first, in the process that is to run; it is pickled. What it returns is the outcome's ``result``.
+            settings: module variables, ``{"extraction.parts.MAX_ROWS": 8}``.
             cold: start a new process, as a user does, instead of forking a warm one. timeout: fail after it.
         """
+        fault = fault or Fault("count")
         with tempfile.TemporaryDirectory(prefix="outcome-") as folder:
             plan = {
                 "arguments": [os.fsdecode(str(argument)) for argument in arguments],
-                "root": str(below) if below else "",
-                "fault": dataclasses.asdict(fault or Fault("count")),
+                "root": str(below or ""),
+                "fault": (fault.step, MODES.index(fault.mode), fault.error, fault.budget),
                 "kill": int(kill),
                 "after": after,
                 "limits": limits or {},
                 "before": base64.b64encode(pickle.dumps(before)).decode(),
                 "settings": settings or {},
-                "out": f"{folder}/out",
-                "err": f"{folder}/err",
-                "log": f"{folder}/log" if trace else "",
+                **{name: f"{folder}/{name}" for name in ("out", "err", "log", "answer")},
                 "timeout": timeout,
+                "trace": trace,
+                "cold": cold,
             }
-            for name in ("out", "err"):  # even a process that is killed at once has printed nothing
+            for name in ("out", "err", "log"):  # also of a process that is killed at once
                 Path(plan[name]).touch()
-            code, seconds, peak = _run_cold(plan, self._settings | (settings or {})) if cold else self._ask(plan)
+            code, seconds, peak = self._ask(plan)
             texts = [Path(plan[name]).read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
-            steps = tuple(read_log(Path(plan["log"]))) if trace else ()
+            steps = tuple(read_log(Path(plan["log"]).read_bytes()))
         if code == -signal.SIGALRM:
             pytest.fail(f"featcache {arguments} took longer than {timeout} s: {texts}")
         return Outcome(code, *texts, seconds, peak, steps)
 
-    def call(self, function: Callable[[], Any], **options: Any) -> Outcome:
-        """Run ``function`` instead of the command line; it is pickled. What it returns is the outcome's ``result``."""
-        outcome = self.run(before=function, **options)
-        assert outcome.code == 0, (function, outcome.code, outcome.err)
-        return outcome
-
     def check(self, *arguments: object, **options: Any) -> Outcome:
         """``run``, which must succeed."""
         outcome = self.run(*arguments, **options)
-        assert outcome.code == 0, (arguments, outcome.code, outcome.err)
+        assert outcome.code == 0, (arguments, options, outcome.code, outcome.err)
         return outcome
+
+    @contextlib.contextmanager
+    def held(
+        self, moment: str, *arguments: object, die: bool = False, timeout: float = 120.0, **options: Any
+    ) -> Iterator[concurrent.futures.Future[Outcome]]:
+        """``run``, waiting before ``featcache.MOMENT`` while the block runs; then it goes on, or is killed."""
+        thread = concurrent.futures.ThreadPoolExecutor(1)
+        with tempfile.TemporaryDirectory(prefix="gate-") as folder:
+            gate = Gate(folder)
+            hook = functools.partial(before_next, moment, functools.partial(gate.pass_through, die=die))
+            running = thread.submit(self.run, *arguments, before=hook, timeout=timeout, **options)
+            gate.wait(timeout)
+            try:
+                yield running
+            finally:
+                gate.open()
+                thread.shutdown(wait=False)
 
     def _ask(self, plan: dict[str, Any]) -> tuple[int, float, int]:
         assert self._server.stdin
-        plan["answer"] = plan["out"] + ".answer"
         os.mkfifo(plan["answer"])
         answer = os.open(plan["answer"], os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -198,18 +242,16 @@ class Program:
 
 
 @contextlib.contextmanager
-def program(settings: dict[str, Any] | None = None) -> Iterator[Program]:
-    """A ``Program``, closed at the end."""
-    started = Program(settings)
-    try:
-        yield started
-    finally:
-        started.close()
+def program() -> Iterator[Program]:
+    """A ``Program``, whose warm process is ended at the end."""
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(), text=True) as server:
+        yield Program(server)
 
 
-def read_log(path: Path) -> Iterator[Step]:
+def read_log(data: bytes) -> Iterator[Step]:
     """The steps that ``faults.c`` wrote down."""
-    data, position = path.read_bytes() if path.exists() else b"", 0
+    position = 0
     while position < len(data):
         (length,) = struct.unpack_from("=I", data, position)
         head = data[position + 4 : position + 4 + length].rstrip(b"\n").split(b"\0")
@@ -223,28 +265,12 @@ def read_log(path: Path) -> Iterator[Step]:
 # ------------------------------------------------------------------------------------------------- inside
 
 
-def _run_cold(plan: dict[str, Any], settings: dict[str, Any]) -> tuple[int, float, int]:
-    fault = plan["fault"]
-    values = (fault["step"], MODES.index(fault["mode"]), fault["error"], fault["budget"], plan["root"])
-    environment = _environment() | {"FAULTS": ":".join(map(str, values))}
-    command = [sys.executable, "-m", "featcache", *plan["arguments"]]
-    if settings:
-        change = "import sys; sys.path.insert(0, sys.argv.pop(1)); import faults, json; faults.change(json.loads(sys.argv.pop(1)))"
-        start = "from featcache.__main__ import main; sys.argv[0] = 'featcache'; main()"
-        command = [
-            sys.executable,
-            "-c",
-            f"{change}; {start}",
-            str(_SOURCE.parent),
-            json.dumps(settings),
-            *plan["arguments"],
-        ]
-    with Path(plan["out"]).open("wb") as out, Path(plan["err"]).open("wb") as err:
-        started = time.monotonic()
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
-        code, *rest = _wait(child.pid, plan, started)
-        child.returncode = code  # Popen did not see it end
-        return code, *rest
+# What ``python -m featcache`` does, with other settings.
+_COLD = """
+import faults, json, sys
+faults.change(json.loads(sys.argv.pop(1)))
+import featcache.__main__
+"""
 
 
 def _wait(pid: int, plan: dict[str, Any], started: float) -> tuple[int, float, int]:
@@ -272,24 +298,17 @@ def change(settings: dict[str, Any]) -> None:
         setattr(importlib.import_module(f"featcache.{module}"), variable, value)
 
 
-def _serve(settings: dict[str, Any]) -> None:
+# All that commands import, also late; simplejpeg may be missing.
+_IMPORTED = "models.fit models.predict models.export finetuning.finetune backbones.load backbones.embed heads.logreg"
+_IMPORTED += " heads.minibatch extraction.parts cli.app"
+
+
+def _serve() -> None:
     """Fork a child for every plan on stdin. Imports everything first, and computes nothing: no thread may be running."""
-    for name in (
-        "models.fit",
-        "models.predict",
-        "models.export",
-        "finetuning.finetune",
-        "backbones.load",
-        "backbones.embed",
-    ):
-        importlib.import_module(f"featcache.{name}")
-    for name in ("heads.logreg", "heads.minibatch", "cli.app"):
-        importlib.import_module(f"featcache.{name}")
-    for name in ("sklearn.linear_model", "simplejpeg", "featcache.extraction.parts"):  # what they import late
+    for name in (*(f"featcache.{module}" for module in _IMPORTED.split()), "sklearn.linear_model", "simplejpeg"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     Image.init()
-    change(settings)
     for line in sys.stdin:
         plan = json.loads(line)
         if not os.fork():  # a process that waits, so that the next plan need not
@@ -311,15 +330,17 @@ def _become(plan: dict[str, Any]) -> None:
     import resource
 
     for number, name in ((0, os.devnull), (1, plan["out"]), (2, plan["err"])):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), number)
+        os.dup2(os.open(name, os.O_RDWR), number)
     os.setpgid(0, 0)
     for name, limit in plan["limits"].items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
-    log = os.open(plan["log"], os.O_WRONLY | os.O_CREAT, 0o600) if plan["log"] else -1
-    fault = plan["fault"]
+    if plan["cold"]:
+        command = [sys.executable, "-c", _COLD, json.dumps(plan["settings"]), *plan["arguments"]]
+        os.execve(sys.executable, command, os.environ | {"FAULTS": ":".join(map(str, (*plan["fault"], plan["root"])))})
+    log = os.open(plan["log"], os.O_WRONLY) if plan["trace"] else -1
     arm = ctypes.CDLL(os.environ["LD_PRELOAD"]).faults_arm
     arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_int]
-    arm(os.fsencode(plan["root"]), fault["step"], MODES.index(fault["mode"]), fault["error"], fault["budget"], log)
+    arm(os.fsencode(plan["root"]), *plan["fault"], log)
     from featcache.cli import app as cli
 
     change(plan["settings"])
@@ -339,15 +360,11 @@ def _become(plan: dict[str, Any]) -> None:
         code = 70  # a bug: no error of featcache's own
     else:
         code = 0
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    with contextlib.suppress(Exception):
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    import folders  # noqa: F401 - where what is to be called before was pickled
-
-    sys.path.insert(0, str(_SOURCE.parents[2]))
-    _serve(json.loads(sys.argv[1]))
+    _serve()

@@ -1,7 +1,4 @@
-"""For the tests beside it: code that leaves a trace if anything runs it, and an eye on every file that is opened.
-
-In: a folder. Out: objects to pickle, and the list of paths that Python opened meanwhile.
-"""
+"""For the tests of attacks: code that leaves a trace if anything runs it, texts that are no JSON, an eye on what is opened."""
 
 import contextlib
 import os
@@ -10,6 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+EVENTS = ("open", "os.listdir", "os.scandir", "subprocess.Popen", "os.system", "ctypes.dlopen")
+NO_JSON = {
+    "deep": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "rather deep": '{"a":' * 500 + "1" + "}" * 500,
+    "deep and open": '{"a":' * 100_000,
+    "deep list": "[" * 200_000,
+    "NaN": '{"format":"featcache-model","a":NaN}',
+    "infinite": '{"a":1e999}',
+    "minus infinity": '{"a":-Infinity}',
+    "huge number": '{"a":' + "9" * 10_000 + "}",
+    "only a huge number": "9" * 9999,
+    "twice": '{"a":1,"a":2}',
+    "list": "[1]",
+    "number": "7",
+    "null": "null",
+    "text": '"' + "x" * 100_000 + '"',
+    "broken": '{"a":',
+    "blank": " ",
+    "empty": "",
+}
 _watching: list[list[str]] = []
 
 
@@ -24,14 +41,14 @@ class Bomb:
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _watching and event in ("open", "os.listdir", "os.scandir", "subprocess.Popen", "os.system", "ctypes.dlopen"):
+    if _watching and arguments and event in EVENTS:
         what = (
             arguments[0] if isinstance(arguments[0], str | bytes | os.PathLike) else ""
         )  # a descriptor is open already
         _watching[-1].append(f"{event} {os.fsdecode(what)}")
 
 
-sys.addaudithook(lambda event, arguments: _hook(event, arguments) if _watching and arguments else None)
+sys.addaudithook(_hook)
 
 
 @contextlib.contextmanager

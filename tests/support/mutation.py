@@ -1,17 +1,19 @@
 """Damage, made at random from a seed, and a child process in which what reads the damaged file may crash or hang.
 
-In: the bytes of a good file, or the name of a test module with ``attempt(folder, seed)``. Out: other bytes; or one
-``Outcome`` per seed, also for those that took the child down, which is then started again for the rest.
+In: the bytes of a good file, or the name of a test module with ``attempt(folder, seed)`` and ``good(folder)``, called first.
+Out: other bytes; or one ``Outcome`` per seed, also for those that took the child down, which is then started again for the rest.
 """
 
 import collections
 import faulthandler
 import importlib
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import numpy as np
 
 SIZES = (1, 2, 4, 8)
 SECTORS = (512, 4096)
+SECONDS = 10.0  # for one seed
 GOOD = ("same", "refused")
 
 
@@ -43,18 +46,19 @@ def damage(
         data: the good file. rng: decides everything.
         others: further good files, to swap parts with. aims: offsets of what is worth hitting: structure, headers.
     """
-    kinds = [flip, truncate, extend, blank, swap, duplicate, splice]
+    kinds: list[Callable[..., None]] = [flip, truncate, extend, blank, swap, duplicate, splice]
     if aims:  # twice as often: chance alone rarely meets a length or an address
         kinds += [flip_aimed, overwrite] * 3
     kind = kinds[rng.integers(len(kinds))]
     buffer = bytearray(data)
-    if kind is splice:
-        splice(buffer, rng, others)
-    elif kind in (flip_aimed, overwrite):
-        kind(buffer, rng, aims)
-    else:
-        kind(buffer, rng)
+    more = {splice: others, flip_aimed: aims, overwrite: aims}
+    kind(buffer, rng, *([more[kind]] if kind in more else []))
     return kind.__name__, bytes(buffer)
+
+
+def places(data: bytes, marks: Sequence[bytes]) -> list[int]:
+    """Where any of ``marks`` stands."""
+    return [found.start() for mark in marks for found in re.finditer(re.escape(mark), data)]
 
 
 def flip(buffer: bytearray, rng: np.random.Generator) -> None:
@@ -74,7 +78,7 @@ def overwrite(buffer: bytearray, rng: np.random.Generator, aims: Sequence[int]) 
     """A number near an aim becomes one that breaks assumptions: none, all ones, the file's size, another aim."""
     size = SIZES[rng.integers(len(SIZES))]
     start = min(int(rng.choice(aims)) + int(rng.integers(48)), len(buffer) - size)
-    values = (
+    values = [
         0,
         1,
         2**7,
@@ -85,7 +89,7 @@ def overwrite(buffer: bytearray, rng: np.random.Generator, aims: Sequence[int]) 
         len(buffer),
         int(rng.choice(aims)),
         int(rng.integers(300)),
-    )
+    ]
     value = int(values[rng.integers(len(values))]) & (2 ** (8 * size) - 1)
     buffer[start : start + size] = value.to_bytes(size, "little")
 
@@ -148,16 +152,15 @@ def splice(buffer: bytearray, rng: np.random.Generator, others: Sequence[bytes])
 # ------------------------------------------------------------------------------------------------- the child process
 
 
-def run_isolated(
-    module: str, folder: Path, seeds: range, *, seconds: float = 10.0, megabytes: int = 512
-) -> list[Outcome]:
+def run_isolated(module: str, folder: Path, seeds: range, *, megabytes: int) -> list[Outcome]:
     """``module.attempt(folder, seed)`` for every seed, in a child with limits on time per seed and on memory."""
     outcomes: list[Outcome] = []
     todo = seeds
     while todo:
-        arguments = (module, folder, todo.start, todo.stop, seconds, megabytes)
+        arguments = (module, folder, todo.start, todo.stop, megabytes)
         command = [sys.executable, __file__, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, check=False)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where the module is
+        done = subprocess.run(command, capture_output=True, check=False, env=environment)
         lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
         outcomes += [Outcome(*line) for line in lines if len(line) == 4]
         open_ends = [line[0] for line in lines[-1:] if len(line) == 1]
@@ -171,27 +174,29 @@ def run_isolated(
     return outcomes
 
 
-def check(outcomes: Sequence[Outcome]) -> None:
+def check(module: str, folder: Path, count: int, *, megabytes: int = 512) -> None:
     """Print the table of outcomes; fail on all that is neither a refusal nor the truth, naming the seeds."""
+    outcomes = run_isolated(module, folder, range(count), megabytes=megabytes)
     table = collections.Counter((o.kind, o.detail if o.kind == "refused" else "") for o in outcomes)
-    for (kind, detail), count in sorted(table.items(), key=lambda item: -item[1]):
-        print(f"{count:7} {kind} {detail}")
+    for (kind, detail), times in table.most_common():
+        print(f"{times:7} {kind} {detail}")
     bad = [outcome for outcome in outcomes if outcome.kind not in GOOD]
     assert not bad, f"{len(bad)} of {len(outcomes)}: " + "\n".join(map(str, bad[:20]))
 
 
-def _child(module: str, folder: str, first: str, last: str, seconds: str, megabytes: str) -> None:
-    attempt = importlib.import_module(module).attempt
-    attempt(Path(folder), None)  # imports and caches are paid for before the limits count
-    limit = _address_space() + int(megabytes) * 2**20
+def _child(name: str, folder: str, first: str, last: str, megabytes: str) -> None:
+    module = importlib.import_module(name)
+    module.good(Path(folder))  # imports and caches are paid for before the limits count
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = taken + int(megabytes) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable()
     for seed in range(int(first), int(last)):
         print(json.dumps([seed]), flush=True)
-        faulthandler.dump_traceback_later(float(seconds), exit=True)
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        how, kind, detail = attempt(Path(folder), seed)
+        how, kind, detail = module.attempt(Path(folder), seed)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         if grown > int(megabytes) / 4:
             kind, detail = "memory", f"{grown:.0f} MiB, {detail}"
@@ -199,11 +204,5 @@ def _child(module: str, folder: str, first: str, last: str, seconds: str, megaby
     faulthandler.cancel_dump_traceback_later()
 
 
-def _address_space() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
 if __name__ == "__main__":
-    import folders  # noqa: F401 - where the module of the attempt is
-
     _child(*sys.argv[1:])

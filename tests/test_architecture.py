@@ -215,7 +215,10 @@ def describe() -> str:
     lines = []
     for what, graph in (("rooms", between_rooms()), ("files", arrows())):
         built = floors(graph)
-        lines.append(f"{len(graph)} {what}: {len(built)} floors, {sum(map(len, graph.values()))} arrows")
+        pairs = [(name, target) for name, targets in graph.items() for target in targets]
+        up = sum(room_of(b) not in {"errors", room_of(a), *ROOMS[room_of(a)].split()} for a, b in pairs)
+        circles = len(graph) - sum(map(len, built))
+        lines.append(f"{len(graph)} {what}: {len(built)} floors, {len(pairs)} arrows, {up} up, {circles} on circles")
         if what == "rooms":
             lines += [f"  {number:2}  {'  '.join(names)}" for number, names in enumerate(built)][::-1]
     return "\n".join(lines)

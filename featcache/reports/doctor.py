@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def _measure(
         raise SourceError(f"not one of {len(images)} images in {images.root} can be decoded")
     log.info("measuring for about %g s", seconds)
     rates, choice = measure(images, embedder.encoder, runtime, seconds=seconds), embedder.choice
-    edge = _median_edge(images)
+    edge, here = _median_edge(images), Abilities(usable_cores(), has_bf16_arithmetic(), fast_jpeg() is not None)
     return {
         "backbone": backbone.name,
         "weights": backbone.weights,
@@ -103,7 +103,7 @@ def _measure(
             form: {name: value if value is None else round(value, 8) for name, value in figures.items()}
             for form, figures in choice.tried.items()
         },
-        "advice": advice(rates, embedder, seconds=seconds, edge=edge),
+        "advice": advice(rates, embedder, here, seconds=seconds, edge=edge),
     }
 
 
@@ -115,13 +115,21 @@ def _median_edge(images: ImageList, count: int = 15) -> int:
     return int(statistics.median(edges)) if edges else 0
 
 
-def advice(rates: Rates, embedder: Embedder, *, seconds: float, edge: int) -> list[str]:
+class Abilities(NamedTuple):
+    """What the machine can do: usable cores, whether it multiplies bf16, whether JPEGs are decoded fast."""
+
+    cores: int
+    bf16: bool
+    fast_decoder: bool
+
+
+def advice(rates: Rates, embedder: Embedder, here: Abilities, *, seconds: float, edge: int) -> list[str]:
     """What limits, in numbers; what would help; what speaks against these rates. Sentences, the most important first.
 
     Args:
         rates: of ``embedder``, measured in ``seconds``. edge: median shorter edge of the images in pixels.
     """
-    remedies = [remedy for helps, remedy in _remedies(rates, embedder, edge) if helps]
+    remedies = [remedy for helps, remedy in _remedies(rates, embedder, here, edge) if helps]
     doubts = [doubt for applies, doubt in _doubts(rates, embedder.runtime, seconds) if applies]
     what_helps = [f"What would help: {', or '.join(remedies)}."] if remedies else []
     return [_limit(rates, embedder.runtime.workers), *what_helps, *doubts[:1]]
@@ -140,10 +148,10 @@ def _limit(rates: Rates, workers: int) -> str:
     return f"The backbone limits: the GPU embeds {forward} images/s, while {cores} could decode {decode}."
 
 
-def _remedies(rates: Rates, embedder: Embedder, edge: int) -> list[tuple[bool, str]]:
+def _remedies(rates: Rates, embedder: Embedder, here: Abilities, edge: int) -> list[tuple[bool, str]]:
     """(whether it would help, what to do), the most effective first."""
-    workers, cores, name = embedder.runtime.workers, usable_cores(), embedder.backbone.name
-    precision, bf16 = embedder.choice.precision, has_bf16_arithmetic()
+    workers, cores, name = embedder.runtime.workers, here.cores, embedder.backbone.name
+    precision, bf16 = embedder.choice.precision, here.bf16
     size = embedder.backbone.preprocess.resize
     resize = size if isinstance(size, int) else max(size)
     decoding, backbone, cpu = rates.limit == "decode", rates.limit == "forward", embedder.runtime.device.type == "cpu"
@@ -153,7 +161,7 @@ def _remedies(rates: Rates, embedder: Embedder, edge: int) -> list[tuple[bool, s
     return [
         ((decoding or cpu) and few, f"more workers, of which there are {workers} for {cores} usable cores (--workers)"),
         ((decoding or cpu) and not few, "more CPU cores"),
-        (decoding and not fast_jpeg(), "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
+        (decoding and not here.fast_decoder, "the fast decoder for JPEGs (pip install 'featcache[fast]')"),
         (decoding and edge > 1.5 * resize, f"smaller copies of the images ({edges})"),
         (slow_cpu, "a GPU"),
         (slow_cpu and emulated, f"float32, as this CPU only emulates {precision} {auto}"),

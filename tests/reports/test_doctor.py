@@ -15,7 +15,7 @@ from featcache.backbones import embed as embedding
 from featcache.errors import SourceError, UsageError
 from featcache.images.decode import decode, read_pixels
 from featcache.images.source import list_images
-from featcache.reports.doctor import advice
+from featcache.reports.doctor import Abilities, advice
 from featcache.reports.machine import machine
 from featcache.reports.throughput import Rates, generated_photos, measure
 from featcache.spec import PreprocessSpec
@@ -108,17 +108,13 @@ def test_ceiling() -> None:
         (Rates(400, 9, 8, True), {"precision": "bf16"}, ["this CPU only emulates bf16"], ["--seconds", "arithmetic"]),
     ],
 )
-def test_advice_follows_from_rates(
-    rates: Rates, changes: dict, there: list[str], not_there: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_advice_follows_from_rates(rates: Rates, changes: dict, there: list[str], not_there: list[str]) -> None:
     s = SETTING | changes
-    facts = {"usable_cores": 2, "has_bf16_arithmetic": s["bf16"], "has_fast_decoder": s["fast_decoder"]}
-    for name, fact in facts.items():
-        monkeypatch.setattr(f"featcache.reports.doctor.{name}", lambda fact=fact: fact)
+    here = Abilities(2, s["bf16"], s["fast_decoder"])
     backbone = SimpleNamespace(name=s["backbone"], preprocess=SimpleNamespace(resize=232))
     runtime, choice = Runtime(torch.device(s["device"]), s["workers"], 8, ""), SimpleNamespace(precision=s["precision"])
     embedder: Any = SimpleNamespace(backbone=backbone, runtime=runtime, choice=choice)
-    text = " ".join(advice(rates, embedder, seconds=20.0, edge=s["edge"]))
+    text = " ".join(advice(rates, embedder, here, seconds=20.0, edge=s["edge"]))
     assert [words for words in there if words not in text] == [], text
     assert [words for words in not_there if words in text] == [], text
 

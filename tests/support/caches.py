@@ -64,7 +64,7 @@ def make_classes(
 
 def save_head(path: Path, head: Head, classes: tuple[str, ...], number: int) -> Path:
     """A model that consists of this head; ``number`` is all that it says about its training."""
-    facts: dict[str, Any] = {"weights": {"source": "x", "reload": None}, "metrics": {"accuracy": 0.5}, "versions": {}}
+    facts: dict[str, Any] = {"weights": {"source": "x", "reload": None}, "metrics": {"accuracy": 0.5}}
     fitted = FittedHead(head, (), {}, [])
     save_model(path, fitted, classes=classes, spec=SPEC, training={"number": number}, **facts)
     return path

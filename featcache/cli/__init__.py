@@ -1,7 +1,8 @@
 """The command line: parse, call a plain function, print.
 
 app.py      all commands together, exit codes, logging
-make.py     extract, fit-head, finetune
+extract.py  extract
+train.py    fit-head, finetune
 predict.py  predict, evaluate, export
 inspect.py  info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from featcache import __version__
-from featcache.cli import demo, inspect, make, predict
+from featcache.cli import demo, extract, inspect, predict, train
 from featcache.cli.console import is_first_process, printable, say
 from featcache.errors import FeatcacheError
 from featcache.system.signals import interrupt_on_signals
@@ -31,7 +31,7 @@ app = typer.Typer(
     epilog="[bold]Three commands:[/]  featcache extract photos/ -o features.h5  ·  "
     "featcache fit-head features.h5 -o model/  ·  featcache predict model/ new_photos/",
 )
-for group in (make, predict, inspect, demo):  # in the order in which the help shows them
+for group in (extract, train, predict, inspect, demo):  # in the order in which the help shows them
     for command, examples in group.COMMANDS.items():
         app.command(epilog=f"[bold]Examples:[/]  {examples}")(command)
 

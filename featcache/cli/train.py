@@ -1,7 +1,4 @@
-"""``extract``, ``fit-head`` and ``finetune``: the commands that make a cache or a model.
-
-In: what was typed. Out: lines on stderr, facts on stdout with ``--json``.
-"""
+"""``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores on stderr, facts with ``--json``."""
 
 import dataclasses
 from pathlib import Path
@@ -10,74 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import interruptible, is_first_process, print_json, say, show_progress, show_training
+from featcache.cli.console import is_first_process, print_json, say, show_training
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
-
-
-def extract(
-    source: Annotated[
-        Path, typer.Argument(readable=False, help="Folder of class folders, of splits of these, of images; or a CSV.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
-    backbone: options.Backbone = "resnet50",
-    weights: options.Weights = "auto",
-    batch_size: options.BatchSize = "auto",
-    precision: options.Precision = "auto",
-    dtype: options.Dtype = "auto",
-    resize: options.Resize = "auto",
-    crop: options.Crop = "auto",
-    interpolation: options.Interpolation = "auto",
-    decode: options.Decode = "auto",
-    device: options.Device = "auto",
-    workers: options.Workers = "auto",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many images, evenly spread over the source.")
-    ] = None,
-    max_bad: options.MaxBad = 0.05,
-    reuse: Annotated[
-        list[Path] | None, typer.Option(help="Another cache to take embeddings from; may be given several times.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a cache made with another spec, or damaged.")] = False,
-    as_json: options.Json = False,
-) -> None:
-    """Embed images into a cache file, or bring it up to date: only new content is embedded, an interrupted run resumes."""
-    from featcache.extraction.extract import extract as run
-    from featcache.extraction.request import ExtractRequest
-
-    request = ExtractRequest(
-        backbone=backbone,
-        weights=weights,
-        resize=options.size(resize),
-        crop=options.count(crop, "crop"),
-        interpolation=None if interpolation == "auto" else interpolation,
-        decode=None if decode == "auto" else decode,
-        precision=precision,
-        dtype=dtype,
-    )
-    with interruptible(output), show_progress("embedding") as progress:
-        report = run(
-            source,
-            output,
-            request,
-            device=device,
-            workers=options.count(workers, "workers"),
-            batch_size=options.count(batch_size, "batch size"),
-            limit=limit,
-            force=force,
-            reuse=reuse or (),
-            progress=progress,
-        )
-    rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
-    say(
-        f"{report.cache}: {report.embedded + report.reused} embeddings of {report.dim} dimensions; embedded {report.embedded}, "
-        f"reused {report.reused}, refused {report.refused} (added {report.added}, changed {report.changed}, "
-        f"removed {report.removed}) in {report.seconds:.1f} s{rate}"
-    )
-    if report.refused:
-        say(f"why images were refused: featcache info {report.cache}")
-    print_json(dataclasses.asdict(report), wanted=as_json)
-    options.exit_if_bad(report.refused, report.images, max_bad)
 
 
 def fit_head(
@@ -214,7 +146,6 @@ def _draw_curves(model: Path) -> None:
 
 
 COMMANDS: options.Commands = {
-    extract: "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100",
     fit_head: "featcache fit-head features.h5 -o model/  ·  featcache fit-head features.h5 -o mlp/ --clf mlp",
     finetune: "featcache finetune photos/ --init model/ -o model-ft/  ·  "
     "featcache finetune photos/ -o model-ft/ --backbone resnet18 --recipe gradual",

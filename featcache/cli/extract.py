@@ -1,0 +1,80 @@
+"""``extract``: the command that makes a cache. In: what was typed. Out: a line on stderr, facts on stdout with ``--json``."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featcache.cli import options
+from featcache.cli.console import interruptible, print_json, say, show_progress
+
+
+def extract(
+    source: Annotated[
+        Path, typer.Argument(readable=False, help="Folder of class folders, of splits of these, of images; or a CSV.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
+    backbone: options.Backbone = "resnet50",
+    weights: options.Weights = "auto",
+    batch_size: options.BatchSize = "auto",
+    precision: options.Precision = "auto",
+    dtype: options.Dtype = "auto",
+    resize: options.Resize = "auto",
+    crop: options.Crop = "auto",
+    interpolation: options.Interpolation = "auto",
+    decode: options.Decode = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many images, evenly spread over the source.")
+    ] = None,
+    max_bad: options.MaxBad = 0.05,
+    reuse: Annotated[
+        list[Path] | None, typer.Option(help="Another cache to take embeddings from; may be given several times.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a cache made with another spec, or damaged.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Embed images into a cache file, or bring it up to date: only new content is embedded, an interrupted run resumes."""
+    from featcache.extraction.extract import extract as run
+    from featcache.extraction.request import ExtractRequest
+
+    request = ExtractRequest(
+        backbone=backbone,
+        weights=weights,
+        resize=options.size(resize),
+        crop=options.count(crop, "crop"),
+        interpolation=None if interpolation == "auto" else interpolation,
+        decode=None if decode == "auto" else decode,
+        precision=precision,
+        dtype=dtype,
+    )
+    with interruptible(output), show_progress("embedding") as progress:
+        report = run(
+            source,
+            output,
+            request,
+            device=device,
+            workers=options.count(workers, "workers"),
+            batch_size=options.count(batch_size, "batch size"),
+            limit=limit,
+            force=force,
+            reuse=reuse or (),
+            progress=progress,
+        )
+    rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
+    say(
+        f"{report.cache}: {report.embedded + report.reused} embeddings of {report.dim} dimensions; embedded {report.embedded}, "
+        f"reused {report.reused}, refused {report.refused} (added {report.added}, changed {report.changed}, "
+        f"removed {report.removed}) in {report.seconds:.1f} s{rate}"
+    )
+    if report.refused:
+        say(f"why images were refused: featcache info {report.cache}")
+    print_json(dataclasses.asdict(report), wanted=as_json)
+    options.exit_if_bad(report.refused, report.images, max_bad)
+
+
+COMMANDS: options.Commands = {
+    extract: "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100",
+}

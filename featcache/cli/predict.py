@@ -83,7 +83,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Score a model on labelled images or on a cache."""
-    from featcache.models.predict import evaluate as run
+    from featcache.models.evaluate import evaluate as run
 
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")

@@ -1,12 +1,11 @@
 """Copies: images whose files hold the same bytes. In: digests, labels and splits of N rows. Out: which are copies, counted."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.format import Indices, digest_keys
+from featcache.cache.format import Indices, decode_names, digest_keys
 from featcache.spec import SPLITS
 
 _NOWHERE = len(SPLITS)
@@ -48,12 +47,13 @@ def find_copies(
     digests: npt.NDArray[np.uint8],
     labels: npt.NDArray[np.integer],
     splits: npt.NDArray[np.integer],
-    paths: Sequence[str],
+    paths: npt.NDArray[np.bytes_],
 ) -> Copies:
     """Count copies.
 
     Args:
-        digests: (N, 32). labels: (N,), -1: none. splits: (N,) positions in ``SPLITS``, 0: none. paths: N names.
+        digests: (N, 32). labels: (N,), -1: none. splits: (N,) positions in ``SPLITS``, 0: none.
+        paths: (N,) as ``encode_names`` gives them.
     """
     first = first_copies(digests)
     earliest = np.full(len(first), _NOWHERE)
@@ -68,15 +68,14 @@ def find_copies(
     if len(across_splits):
         row = across_splits[0]
         other = np.flatnonzero((first == first[row]) & (splits == earliest[first[row]]))[0]
+        copy, original = decode_names(paths[[row, other]])
         examples.append(
             f"{len(across_splits)} images of val or test are copies of images of an earlier split, "
-            f"the first {paths[row]} of {paths[other]}: a score on them flatters"
+            f"the first {copy} of {original}: a score on them flatters"
         )
     if len(across_labels):
         rows = np.flatnonzero((first == across_labels[0]) & labelled)
-        other = rows[labels[rows] != labels[rows[0]]][0]
-        examples.append(
-            f"{len(across_labels)} images lie under several labels, the first {paths[rows[0]]} and {paths[other]}"
-        )
+        one, other = decode_names(paths[[rows[0], rows[labels[rows] != labels[rows[0]]][0]]])
+        examples.append(f"{len(across_labels)} images lie under several labels, the first as {one} and as {other}")
     within = len(first) - len(np.unique(first * len(SPLITS) + splits))
     return Copies(within, len(across_splits), len(across_labels), tuple(examples))

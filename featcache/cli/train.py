@@ -45,7 +45,10 @@ def fit_head(
         f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
     )
     if report.cv_accuracy is not None:
-        say(f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})")
+        choice = "corrected for the choice of the setting; " if report.clf == "logreg" else ""
+        say(
+            f"  cross-validated accuracy {report.cv_accuracy:.2%} ({choice}standard deviation over folds {report.cv_std:.2%})"
+        )
     for name in ("val", "test"):
         value, without = (getattr(report, f"{name}_accuracy{which}") for which in ("", "_without_copies"))
         if value is not None and not report.copies["across_splits"]:

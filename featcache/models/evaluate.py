@@ -12,6 +12,7 @@ import numpy as np
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import find_copies
+from featcache.cache.format import decode_names, encode_names
 from featcache.errors import SourceError
 from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, evaluate_probabilities
@@ -65,7 +66,7 @@ def evaluate(
         refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
         with cache.reader() as features:
             probabilities = model.head.score(features, rows)
-        digests, names = cache.rows.digests[rows], [cache.paths[row] for row in rows]
+        digests, names = cache.rows.digests[rows], cache.rows.paths[rows]
     else:
         images = list_images(source)
         split, rows = _choose_split(images.splits, split, source)
@@ -80,13 +81,13 @@ def evaluate(
         y = y[[prediction.probabilities is not None for prediction in found]]
         probabilities = np.stack([prediction.probabilities for prediction in kept])  # type: ignore[misc]
         digests = np.frombuffer(b"".join(prediction.digest for prediction in kept), np.uint8).reshape(-1, 32)
-        names = [prediction.path for prediction in kept]
+        names = encode_names(prediction.path for prediction in kept)
         refused = len(found) - len(kept) + (len(images.refused) if split == "all" else 0)
     scores = evaluate_probabilities(y, probabilities, model.classes)
     return scores | _copies(model, y, probabilities, digests, names) | {"split": split, "refused": refused}
 
 
-def _copies(model: Model, y: Array, probabilities: Array, digests: Array, names: list[str]) -> dict[str, Any]:
+def _copies(model: Model, y: Array, probabilities: Array, digests: Array, names: Array) -> dict[str, Any]:
     """How many images repeat each other or were seen in training, and the accuracy on those that were not."""
     copies = find_copies(digests, y, np.zeros(len(y), np.int64), names)
     for sentence in copies.examples:
@@ -95,7 +96,7 @@ def _copies(model: Model, y: Array, probabilities: Array, digests: Array, names:
     if rows is not None:
         new = ~rows.contain(digests)
         if seen := int((~new).sum()):
-            first = names[int(np.argmin(new))]
+            first = decode_names(names[~new][:1])[0]
             log.warning(
                 "training has seen %d of the %d images, the first %s: a score on them flatters", seen, len(y), first
             )

@@ -232,7 +232,7 @@ def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, pre
         metrics[f"{split}_accuracy_without_copies"] = scores and scores["accuracy_without_copies"]
     rows = np.flatnonzero(usable(cache.y, cache.rows.splits))
     columns = cache.rows.digests[rows], cache.y[rows], cache.rows.splits[rows]
-    copies = find_copies(*columns, [cache.paths[row] for row in rows])
+    copies = find_copies(*columns, cache.rows.paths[rows])
     for sentence in copies.examples:
         log.warning(sentence)
     return metrics | {"copies": copies.counts(), "curve": fitted.curve}

@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 
 from featcache.cache.copies import are_among, find_copies, first_copies
+from featcache.cache.format import encode_names
 
 
 def digests(contents: str) -> np.ndarray:
@@ -13,9 +14,8 @@ def digests(contents: str) -> np.ndarray:
 
 
 def found(contents: str, labels: list[int], splits: list[int]):
-    return find_copies(
-        digests(contents), np.array(labels), np.array(splits), [f"{letter}{k}" for k, letter in enumerate(contents)]
-    )
+    names = encode_names(f"{letter}{k}" for k, letter in enumerate(contents))
+    return find_copies(digests(contents), np.array(labels), np.array(splits), names)
 
 
 def test_first_copies():
@@ -27,7 +27,7 @@ def test_counts_and_names():
     copies = found("abacaad", [0, 1, 0, 1, 1, 1, -1], [1, 1, 2, 1, 1, 3, 2])
     assert copies.counts() == {"within": 1, "across_splits": 2, "across_labels": 1}
     assert "2 images of val or test" in copies.examples[0] and "a2 of a0" in copies.examples[0]
-    assert "a0 and a4" in copies.examples[1]
+    assert "as a0 and as a4" in copies.examples[1]
 
 
 def test_what_is_no_leak():

@@ -69,13 +69,18 @@ def find_copies(
         row = across_splits[0]
         other = np.flatnonzero((first == first[row]) & (splits == earliest[first[row]]))[0]
         copy, original = decode_names(paths[[row, other]])
+        found = _count(len(across_splits), "image of val or test is a copy", "images of val or test are copies")
         examples.append(
-            f"{len(across_splits)} images of val or test are copies of images of an earlier split, "
-            f"the first {copy} of {original}: a score on them flatters"
+            f"{found} of what an earlier split holds, the first {copy} of {original}: a score on them flatters"
         )
     if len(across_labels):
         rows = np.flatnonzero((first == across_labels[0]) & labelled)
         one, other = decode_names(paths[[rows[0], rows[labels[rows] != labels[rows[0]]][0]]])
-        examples.append(f"{len(across_labels)} images lie under several labels, the first as {one} and as {other}")
+        found = _count(len(across_labels), "image lies", "images lie")
+        examples.append(f"{found} under several labels, the first as {one} and as {other}")
     within = len(first) - len(np.unique(first * len(SPLITS) + splits))
     return Copies(within, len(across_splits), len(across_labels), tuple(examples))
+
+
+def _count(n: int, one: str, several: str) -> str:
+    return f"{n} {one if n == 1 else several}"

@@ -93,6 +93,13 @@ def evaluate(
     say(
         f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"
     )
+    if scores["copies"]["across_splits"]:
+        new = scores["accuracy_without_copies"]
+        say(
+            "  training has seen all of them"
+            if new is None
+            else f"  accuracy {new:.2%} on images that training has not seen"
+        )
     for name, entry in scores["per_class"].items():
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"

@@ -93,7 +93,7 @@ def test_copies_are_counted_and_named(photos: Path, tmp_path: Path, caplog: pyte
     shutil.copy(first, photos / "red" / "zz.jpg")
     report = extract(photos, tmp_path / "f.h5", TINY)
     assert report.copies == {"within": 2, "across_splits": 0, "across_labels": 1}
-    assert f"1 images lie under several labels, the first as blue/{first.name} and as red/zz.jpg" in caplog.text
+    assert f"1 image lies under several labels, the first as blue/{first.name} and as red/zz.jpg" in caplog.text
 
 
 def test_a_precision_that_overflows_is_written_down(photos: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_leaked_rows_are_counted_named_and_left_out(tmp_path: Path, caplog: pyte
     report = fit_head(cache.path, tmp_path / "m")
     assert report.copies == {"within": 0, "across_splits": 12, "across_labels": 0}
     assert (
-        "12 images of val or test are copies of images of an earlier split, the first 0030.jpg of 0000.jpg"
+        "12 images of val or test are copies of what an earlier split holds, the first 0030.jpg of 0000.jpg"
         in caplog.text
     )
     head = load_model(tmp_path / "m").head
@@ -75,7 +75,7 @@ def test_several_labels_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     contents[4] = contents[0]
     report = fit_head(make_cache(tmp_path / "f.h5", contents).path, tmp_path / "m")
     assert report.copies == {"within": 1, "across_splits": 0, "across_labels": 1}
-    assert "1 images lie under several labels, the first as 0000.jpg and as 0004.jpg" in caplog.text
+    assert "1 image lies under several labels, the first as 0000.jpg and as 0004.jpg" in caplog.text
 
 
 def test_folds_count_different_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ STORAGE_TYPES = ("float16", "float32")
 PRECISION_CLASSES = ("reference", "bf16", "fp16")
 SPLITS = ("none", "train", "val", "test")  # position = the number stored
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+WHITE_AT = "16 bit scaled to 8, white at "  # and the level: ``PreprocessSpec.deep`` with one
 DECODING = ("full scale", "reduced scale")
 _POOLING = "the network's own"
 _MAX_EDGE = 2048
@@ -33,7 +34,7 @@ class PreprocessSpec:
         decode: ``full scale``, or ``reduced scale``: JPEGs much larger than ``resize`` are decoded at 1/2, 1/4 or 1/8 of
             their size, several times as fast, to somewhat other pixels (``images.decode.reduction``).
         orientation, alpha, deep, frame, profile: how unusual files become 8-bit RGB (``images.decode.decode``).
-            They have one value each today; they are stored so that a later change can never pass unnoticed.
+            They are stored so that a change can never pass unnoticed; all have one value today but ``deep``: ``white_level``.
     """
 
     resize: int | tuple[int, int]
@@ -70,7 +71,8 @@ class PreprocessSpec:
             raise UsageError(f"unknown decoding {self.decode!r}; choose one of {', '.join(DECODING)}")
         for field in dataclasses.fields(self):
             value, only = getattr(self, field.name), field.default
-            if field.name != "decode" and only is not dataclasses.MISSING and value != only:
+            chosen = field.name == "decode" or (field.name == "deep" and self.white_level)
+            if not chosen and only is not dataclasses.MISSING and value != only:
                 raise UsageError(f"{field.name} {value!r} is not known, only {only!r} is")
 
     @property
@@ -79,6 +81,12 @@ class PreprocessSpec:
         if self.decode == "full scale":
             return None
         return self.resize if isinstance(self.resize, int) else max(self.resize)
+
+    @property
+    def white_level(self) -> int | None:
+        """The sample of a 16-bit image that is white, where its data has fewer bits; None: 65535."""
+        level = str(self.deep).removeprefix(WHITE_AT)
+        return int(level) if re.fullmatch("[1-9][0-9]{0,4}", level) and int(level) < 65535 else None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` gives back an equal spec."""

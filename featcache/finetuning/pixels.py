@@ -21,6 +21,7 @@ from PIL import Image
 from featcache.errors import SourceError
 from featcache.finetuning.recipes import Job
 from featcache.images.decode import decode, read_pixels
+from featcache.images.preprocess import MOST_PIXELS
 from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS, PreprocessSpec
@@ -69,7 +70,7 @@ def training_input(spec: PreprocessSpec) -> Convert:
     edge = round(max(spec.crop) * _ENLARGED)
 
     def shrink(data: bytes) -> Picture:
-        image = decode(data)
+        image = _shortened(decode(data, white_level=spec.white_level), edge)
         factor = edge / min(image.size)
         if factor < 1:
             size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
@@ -77,6 +78,14 @@ def training_input(spec: PreprocessSpec) -> Convert:
         return np.array(image)  # a copy: Pillow's own memory is read-only, which tensors dislike
 
     return shrink
+
+
+def _shortened(image: Image.Image, edge: int) -> Image.Image:
+    """Cut off both ends of an image so narrow that it would have more than ``MOST_PIXELS``, its shorter edge ``edge``."""
+    shorter = min(image.size)
+    longest = MOST_PIXELS // min(shorter, edge) * max(shorter, edge) // edge
+    left, top = (max(0, length - longest) // 2 for length in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def decode_in_memory(images: ImageList, convert: Convert, *, workers: int = 1) -> Pixels:

@@ -4,6 +4,7 @@ source.py       which images a folder or CSV holds
 splits.py       which of them train, which are held out
 read.py         files read: the one loop over them
 decode.py       bytes to pixels, or why not; what if the decoder crashes
+formats.py      what samples mean, format by format; to RGB
 integrity.py    are all pixels there? PNG, TIFF
 jpeg.py         the same for JPEG
 preprocess.py   resize, crop, normalise

@@ -20,12 +20,15 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.errors import RefusedImage
+from featcache.images import formats
+from featcache.images.formats import Brightest, is_turned, plain_png, reading_of, to_rgb
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
 from featcache.images.preprocess import to_pixels
@@ -39,37 +42,50 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000
 _CRASHED, _ENDLESS = "its decoder crashed", "its decoder comes to no end"
 FATAL = (_CRASHED, _ENDLESS)  # how the reasons begin
 _TRIAL = ("-m", "featcache.images.decode")  # Python's arguments; AT_LEAST follows
+_ALWAYS_RIGHT = {".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".avif", ".ico", ".ppm", ".pgm", ".pbm", ".pnm"}
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
-def read_pixels(data: bytes, spec: PreprocessSpec) -> Pixels:
+def read_pixels(data: bytes, spec: PreprocessSpec, *, seen: Brightest | None = None) -> Pixels:
     """From a file to the pixels a backbone takes: uint8 (H, W, 3), ``(H, W) == spec.crop``. Raises RefusedImage."""
-    return to_pixels(decode_pixels(data, at_least=spec.decode_at_least), spec)
+    pixels = decode_pixels(data, at_least=spec.decode_at_least, white_level=spec.white_level, seen=seen)
+    return to_pixels(pixels, spec)
 
 
-def decode_pixels(data: bytes, *, at_least: int | None = None) -> Pixels:
+def decode_pixels(
+    data: bytes, *, at_least: int | None = None, white_level: int | None = None, seen: Brightest | None = None
+) -> Pixels:
     """Decode a file into upright 8-bit RGB, uint8 (H, W, 3), as ``decode`` does, but faster. Raises RefusedImage."""
     with _guarded(data, at_least):
         pixels = _decode_fast(data, at_least)
-        return _decode_whole(data, at_least) if pixels is None else pixels
+        return _decode_whole(data, at_least, white_level, seen) if pixels is None else pixels
 
 
-def decode(data: bytes, *, at_least: int | None = None, suspect: bool = False) -> Image.Image:
+def decode(
+    data: bytes,
+    *,
+    at_least: int | None = None,
+    white_level: int | None = None,
+    seen: Brightest | None = None,
+    suspect: bool = False,
+) -> Image.Image:
     """Decode a file's bytes into an upright 8-bit RGB image, by Pillow.
 
     Orientation is applied; palettes are expanded, CMYK converted, grey replicated, alpha composited on white, 16 bits
     scaled to 8; of several frames the first counts; colour profiles are ignored, as the backbones' training did.
-    Where pixels are missing or known to be damaged the image is refused; ``integrity`` says what goes unnoticed.
+    Where pixels are missing or known to be damaged the image is refused (``integrity`` says what goes unnoticed), and where
+    black and white are not defined, as of signed and floating-point samples (``formats``).
 
     Args:
         at_least: JPEGs may be decoded at a reduced scale that leaves their shorter edge twice this.
+        white_level, seen: of 16-bit images, see ``formats.to_rgb``.
         suspect: try it in a process of its own first.
 
     Raises:
         RefusedImage: not an image, truncated, too large, of a kind without a defined conversion, or its decoder crashes.
     """
     with _guarded(data, at_least, suspect=suspect):
-        return _decode(data, at_least)
+        return _decode(data, at_least, white_level, seen)
 
 
 def try_apart(data: bytes, at_least: int | None, *, patience: float = 120.0) -> None:
@@ -110,6 +126,22 @@ def reduction(shorter_edge: int, at_least: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
 
 
+def was_misread(file: Path) -> bool:
+    """Whether a version before ``formats.REVISION`` may have made another picture of a file; its header tells."""
+    if file.suffix.lower() in _ALWAYS_RIGHT:
+        return False
+    try:
+        with file.open("rb") as content:
+            head = content.read(26)
+            if head.startswith(b"\x89PNG") and head[24:] != b"\x10\x02":  # all but RGB of 16 bits
+                return False
+            data = plain_png(head + content.read())
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            return formats.was_misread(image, data)
+    except Exception:  # nearly anything; what cannot be opened is not known to be right
+        return True
+
+
 def decoder_in_words() -> str:
     """Which decoder is used for JPEGs, and why."""
     if fast_jpeg():
@@ -142,9 +174,19 @@ def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Ite
     # It tells this content from others, well enough: whatever is suspected wrongly is only tried apart.
     key = (len(data) << 32 | zlib.crc32(data[-4096:], zlib.crc32(data[:4096]))) & (2**64 - 1) or 1
     try:
-        if suspect or key in notes.suspects:
-            try_apart(data, at_least)
-        notes.write(key)
+        with refusing_errors():
+            if suspect or key in notes.suspects:
+                try_apart(data, at_least)
+            notes.write(key)
+            yield
+    finally:
+        notes.write(0)
+
+
+@contextlib.contextmanager
+def refusing_errors() -> Iterator[None]:
+    """Around whatever is done to one image: what it ends in, be it memory that ran out, becomes RefusedImage."""
+    try:
         yield
     except RefusedImage:
         raise
@@ -155,26 +197,34 @@ def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Ite
     except MemoryError as error:
         raise RefusedImage("too large for the memory at hand") from error
     except Exception as error:  # decoders raise nearly anything on damaged files; one image must not end a run
-        raise RefusedImage(f"damaged: {' '.join(str(error).split()) or type(error).__name__}"[:300]) from error
-    finally:
-        notes.write(0)
+        text = " ".join(str(error).split()) or type(error).__name__
+        if "allocate memory" in text:  # PyTorch's allocator
+            raise RefusedImage("too large for the memory at hand") from error
+        raise RefusedImage(f"damaged: {text}"[:300]) from error
 
 
-def _decode(data: bytes, at_least: int | None) -> Image.Image:
+def _decode(
+    data: bytes, at_least: int | None, white_level: int | None = None, seen: Brightest | None = None
+) -> Image.Image:
     """``decode`` without the guard. Raises nearly anything."""
+    data = plain_png(data)
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
         factor = reduction(min(image.size), at_least)
         if factor > 1 and isinstance(image, JpegImagePlugin.JpegImageFile):
             image.draft(image.mode, (image.width // factor, image.height // factor))
+        reading = reading_of(image, data)
         load_whole(image, data)
-        upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
-        return _to_rgb(upright, image.format)
+        upright = ImageOps.exif_transpose(image) if is_turned(image) else image
+        return to_rgb(upright, reading, data, white_level=white_level, seen=seen)
 
 
-def _decode_whole(data: bytes, at_least: int | None) -> Pixels:
-    return np.array(_decode(data, at_least))  # a copy: Pillow's own memory is read-only, which tensors dislike
+def _decode_whole(
+    data: bytes, at_least: int | None, white_level: int | None = None, seen: Brightest | None = None
+) -> Pixels:
+    image = _decode(data, at_least, white_level, seen)
+    return np.array(image)  # a copy: Pillow's own memory is read-only, which tensors dislike
 
 
 def _decode_fast(data: bytes, at_least: int | None) -> Pixels | None:
@@ -188,7 +238,7 @@ def _decode_fast(data: bytes, at_least: int | None) -> Pixels | None:
 def _decode_plain(decode_jpeg: Callable[..., Pixels], data: bytes, at_least: int | None) -> Pixels:
     """Raises anything if anything about a JPEG needs a decision: orientation, CMYK, absurd size. Pillow reads the header."""
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        plain = image.width * image.height <= MAX_PIXELS and image.mode in ("RGB", "L") and not _is_turned(image)
+        plain = image.width * image.height <= MAX_PIXELS and image.mode in ("RGB", "L") and not is_turned(image)
         if not plain or may_have_many_scans(image, data):
             raise ValueError("not for this decoder")
         factor = reduction(min(image.size), at_least)
@@ -200,31 +250,6 @@ def _formats() -> tuple[str, ...]:
     """Those of ``_FORMATS`` that this build of Pillow reads."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF data of an opened image asks for another orientation; none that can be read asks for nothing."""
-    try:
-        return image.getexif().get(0x0112, 1) in range(2, 9)
-    except Exception:  # nearly anything; it says nothing about the pixels
-        return False
-
-
-def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.uint32)
-        if "transparency" in image.info:
-            values[values == image.info["transparency"]] = 65535
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise RefusedImage(f"32-bit pixels (mode {image.mode}) have no defined range; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layers).convert("RGB")
-    return image.convert("RGB")
 
 
 def _examples() -> list[bytes]:

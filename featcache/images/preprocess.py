@@ -3,6 +3,7 @@
 In: upright 8-bit RGB pixels and a ``PreprocessSpec``. Out: uint8 pixels (H, W, 3), then float32 (N, 3, H, W).
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,8 @@ from featcache.spec import PreprocessSpec
 if TYPE_CHECKING:
     import torch
 
+MOST_PIXELS = 2**23  # of an image resized whole: 128 times as long as wide at 256 pixels
+
 
 def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
     """Resize and centre-crop, as torchvision's ``Resize`` and ``CenterCrop`` do on PIL images.
@@ -21,17 +24,19 @@ def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray
     From upright RGB, uint8 (height, width, 3), to uint8 (H, W, 3), ``(H, W) == spec.crop``.
 
     Bilinear and bicubic by PyTorch's antialiased filters for uint8: Pillow's algorithm, vectorised, twice as fast; its
-    weights are rounded to 16 bits, so that a few values in a hundred differ by one of the 256 levels. Others by Pillow.
+    weights are rounded to 16 bits, so that a few values in a hundred differ by one of the 256 levels. Others by Pillow, as
+    is what the crop shows of images so narrow that whole they would have more than ``MOST_PIXELS``.
     """
     size = spec.resized(*image.shape[:2])
     top, left = (round((edge - kept) / 2.0) for edge, kept in zip(size, spec.crop, strict=True))
     if size == image.shape[:2]:
         resized = image
+    elif size[0] * size[1] > MOST_PIXELS:
+        return _resize_window(image, size, (top, left), spec)
     elif spec.interpolation in ("bilinear", "bicubic"):
         resized = _resize(image, size, spec.interpolation)
     else:
-        method = Image.Resampling[spec.interpolation.upper()]
-        resized = np.asarray(Image.fromarray(image).resize(size[::-1], method))
+        resized = np.asarray(Image.fromarray(image).resize(size[::-1], _method(spec)))
     return resized[top : top + spec.crop[0], left : left + spec.crop[1]]
 
 
@@ -43,6 +48,30 @@ def _resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], interpolation:
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels_last in memory, as the fast kernel wants it
     result = interpolate(planes, size, mode=interpolation, antialias=True, align_corners=False)
     return result[0].permute(1, 2, 0).numpy()
+
+
+def _resize_window(
+    pixels: npt.NDArray[np.uint8], size: tuple[int, int], corner: tuple[int, int], spec: PreprocessSpec
+) -> npt.NDArray[np.uint8]:
+    """What the crop at ``corner`` (top, left) shows of (h, w, 3) resized to ``size``, without resizing the rest."""
+    kept, box = [], []
+    for edge, whole, first, count in zip(pixels.shape, size, corner, spec.crop, strict=False):
+        scale = edge / whole
+        start, stop, reach = (
+            first * scale,
+            (first + count) * scale,
+            math.ceil(3 * max(scale, 1)),
+        )  # 3: Lanczos's support
+        low, high = max(int(start) - reach, 0), min(math.ceil(stop) + reach, edge)
+        kept.append(slice(low, high))
+        box.append((start - low, min(stop, high) - low))
+    (top, bottom), (left, right) = box
+    window = Image.fromarray(np.ascontiguousarray(pixels[kept[0], kept[1]]))
+    return np.asarray(window.resize(spec.crop[::-1], _method(spec), box=(left, top, right, bottom)))
+
+
+def _method(spec: PreprocessSpec) -> Image.Resampling:
+    return Image.Resampling[spec.interpolation.upper()]
 
 
 def channel_constants(spec: PreprocessSpec, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor"]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from featcache.errors import RefusedImage
-from featcache.images.decode import decode, strict_decoding
+from featcache.images.decode import decode, refusing_errors, strict_decoding
 from featcache.images.source import ImageList
 
 T = TypeVar("T")
@@ -70,7 +70,8 @@ def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> 
     try:
         data, size, mtime = read_file(files.root / files.paths[index])
         digest = hashlib.sha256(data).digest()
-        return ReadImage(index, convert(data), "", digest, size, mtime)
+        with refusing_errors():
+            return ReadImage(index, convert(data), "", digest, size, mtime)
     except RefusedImage as reason:
         return ReadImage(index, None, str(reason), digest, size, mtime)
 

@@ -1,5 +1,10 @@
 """Oracle: torchvision's own transforms on PIL images, bit for bit."""
 
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
-from featcache.images.preprocess import channel_constants, normalise, to_pixels
+from featcache.images.preprocess import MOST_PIXELS, channel_constants, normalise, to_pixels
 from featcache.spec import PreprocessSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,6 +29,11 @@ SIZES = [
     (640, 481),
 ]
 
+FILTERS = pytest.mark.parametrize(
+    "interpolation",
+    ["bilinear", "bicubic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nearest", "lanczos"))],
+)
+
 
 def spec(**changes: object) -> PreprocessSpec:
     values: dict = {"resize": 256, "crop": (224, 224), "interpolation": "bilinear", "mean": MEAN, "std": STD}
@@ -35,10 +45,7 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(noise)
 
 
-@pytest.mark.parametrize(
-    "interpolation",
-    ["bilinear", "bicubic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nearest", "lanczos"))],
-)
+@FILTERS
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str) -> None:
     image = picture(*size)
@@ -62,3 +69,53 @@ def test_whole_path_equals_the_preset_bit_for_bit_where_nothing_is_resampled(siz
     for ours in batch:
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
     assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+@FILTERS
+@pytest.mark.parametrize(
+    ("size", "resize", "crop"), [((1, 9000), 40, 32), ((16_001, 2), 33, 20), ((300, 40_000), 256, 224)]
+)
+def test_of_a_narrow_image_only_what_the_crop_shows_is_resized(
+    size: tuple[int, int], resize: int, crop: int, interpolation: str
+) -> None:
+    """To the pixels that torchvision gets by resizing it whole."""
+    y, x = (90 * np.sin(np.arange(edge)[:, None] / [3, 5, 7]) for edge in size[::-1])
+    image = (120 + y[:, None] / 2 + x[None] / 2).astype(np.uint8)
+    whole = functional.resize(Image.fromarray(image), resize, functional.InterpolationMode(interpolation))
+    assert whole.width * whole.height > MOST_PIXELS
+    expected = functional.center_crop(whole, [crop, crop])
+    ours = to_pixels(image, spec(resize=resize, crop=(crop, crop), interpolation=interpolation))
+    difference = np.abs(ours.astype(int) - np.asarray(expected))
+    assert difference.max() <= 2 or (
+        interpolation == "nearest" and (difference > 0).mean() <= 0.05
+    )  # halves are rounded
+
+
+def test_memory_is_bounded_by_the_crop(tmp_path: Path) -> None:
+    """A PNG of 270 bytes, 65,000 pixels wide, in 150 MB more than the libraries take; resized whole it would be 12.8 GB.
+
+    Another, whose pixels alone take more, is refused, and the next image is read.
+    """
+    sizes = {"wide": (65_000, 1), "tall": (1, 65_000), "narrow": (4, 20_000), "large": (6000, 6000), "last": (9, 9)}
+    for name, size in sizes.items():
+        Image.new("L", size, 200).save(tmp_path / f"{name}.png")
+    assert (tmp_path / "wide.png").stat().st_size < 300
+    code = f"""
+        import resource
+        from pathlib import Path
+        import numpy as np, torch
+        from featcache.finetuning.pixels import network_input, training_input
+        from featcache.images.read import Paths, read_images
+        from featcache.spec import PreprocessSpec
+        spec = PreprocessSpec(resize=256, crop=(224, 224), interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
+        files = Paths(Path({str(tmp_path)!r}), tuple(f"{{name}}.png" for name in {list(sizes)}))
+        inputs = network_input(spec), training_input(spec)
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + 150_000_000,) * 2)
+        for convert in inputs:
+            for read in read_images(files, range(5), convert):
+                print(read.reason or set(np.unique(read.value)))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    lines = ["{200}"] * 3 + ["too large for the memory at hand", "{200}"]
+    assert done.stdout.replace("np.uint8(200)", "200").splitlines() == 2 * lines, done.stderr

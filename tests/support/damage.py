@@ -129,9 +129,9 @@ def bombs(rgb: Array) -> Iterator[Case]:
     """Small files that ask for much: time, memory, or both."""
     blown = zlib.compress(bytes(60_000_000))
     for kind, head in ((b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")):
-        yield Case(
-            f"png {kind.decode()} bomb", png(rgb, 8, 2, chunk(kind, head + blown)), fate="refused", reason="large"
-        )
+        yield Case(f"png {kind.decode()} bomb", png(rgb, 8, 2, chunk(kind, head + blown)), rgb)  # never inflated
+    xmp = chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + blown)  # which may say how to turn the picture
+    yield Case("png XMP bomb", png(rgb, 8, 2, xmp), fate="refused", reason="large")
     rows = packed(rgb, 8)
     more = chunk(b"IDAT", zlib.compress(rows + bytes(60_000_000)))
     whole = png(rgb, 8, 2)

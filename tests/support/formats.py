@@ -59,6 +59,11 @@ def samples(bands: int, top: int, seed: int = 0) -> Array:
     return np.where(ends == 0, 0, np.where(ends == 1, top, found))
 
 
+def colours_of(count: int, top: int) -> Array:
+    """(count, 3), of a palette."""
+    return np.random.default_rng(count).integers(0, top + 1, (count, 3))
+
+
 def grey(values: Array, top: int) -> Array:
     """(H, W, 1) of 0 (black) to ``top`` (white) as RGB."""
     return np.repeat(values * (255 / top), 3, axis=2)
@@ -95,8 +100,7 @@ def pngs() -> Iterator[Entry]:
 
 
 def _palette_pngs(note: str, depth: int, how: dict[str, bool]) -> Iterator[Entry]:
-    index, colours = samples(1, 2**depth - 1)[..., 0], samples(3, 255).reshape(-1, 3)
-    colours = np.resize(colours, (2**depth, 3))
+    index, colours = samples(1, 2**depth - 1)[..., 0], colours_of(2**depth, 255)
     palette = chunk(b"PLTE", colours.astype(np.uint8).tobytes())
     yield Entry(f"{note} palette", png(index[..., None], depth, 3, palette, **how), colours[index].astype(float))
     for alphas in ([0], [7, 255][: 2**depth], [128] * 2**depth):
@@ -170,26 +174,34 @@ def tiff(
     planar: bool = False,
     fill: int = 1,
     rows: int = HEIGHT,
+    tiled: bool = False,
     deflate: bool = False,
     colours: Array | None = None,
     more: dict[int, tuple[str, list[int]]] | None = None,
 ) -> bytes:
-    """A TIFF of (H, W, C) samples of ``bits`` bits in strips of ``rows``.
+    """A TIFF of (H, W, C) samples of ``bits`` bits in strips of ``rows`` or in tiles of 16 x 16.
 
     Args:
         kind: u, i or f, numpy's letter for SampleFormat. extra: ExtraSamples. fill: FillOrder. colours: (2^bits, 3) uint16.
         more: further tags: struct letter and values.
     """
     planes = [values[..., band : band + 1] for band in range(values.shape[2])] if planar else [values]
-    strips = [_packed(plane[at : at + rows], bits, order, kind) for plane in planes for at in range(0, HEIGHT, rows)]
+    if tiled:  # of which one covers the picture
+        planes, rows = [np.pad(plane, ((0, 16 - HEIGHT), (0, 16 - WIDTH), (0, 0))) for plane in planes], 16
+    parts = [plane[at : at + rows] for plane in planes for at in range(0, len(plane), rows)]
+    strips = [_packed(part, bits, order, kind) for part in parts]
     if fill == 2:
         strips = [np.packbits(np.unpackbits(np.frombuffer(s, np.uint8)), bitorder="little").tobytes() for s in strips]
     strips = [zlib.compress(strip) for strip in strips] if deflate else strips
     starts = np.cumsum([8, *map(len, strips)]).tolist()
     bands = values.shape[2]
     tags = {256: ("I", [WIDTH]), 257: ("I", [HEIGHT]), 258: ("H", [bits] * bands), 259: ("H", [8 if deflate else 1])}
-    tags |= {273: ("I", starts[:-1]), 277: ("H", [bands]), 278: ("I", [rows]), 279: ("I", [len(s) for s in strips])}
-    tags |= {284: ("H", [1 + planar]), 339: ("H", ["uif".index(kind) + 1] * bands)}
+    lengths = [len(strip) for strip in strips]
+    if tiled:
+        tags |= {322: ("I", [16]), 323: ("I", [16]), 324: ("I", starts[:-1]), 325: ("I", lengths)}
+    else:
+        tags |= {273: ("I", starts[:-1]), 278: ("I", [rows]), 279: ("I", lengths)}
+    tags |= {277: ("H", [bands]), 284: ("H", [1 + planar]), 339: ("H", ["uif".index(kind) + 1] * bands)}
     tags |= {} if photometric is None else {262: ("H", [photometric])}
     tags |= {266: ("H", [fill])} if fill != 1 else {}
     tags |= {338: ("H", list(extra))} if extra else {}
@@ -213,6 +225,7 @@ def tiffs() -> Iterator[Entry]:
     layouts = (
         {},
         {"rows": 3},
+        {"tiled": True},
         {"deflate": True},
         {"fill": 2},
         {"planar": True},
@@ -238,7 +251,7 @@ def tiffs() -> Iterator[Entry]:
 
 def _colour_tiffs(note: str, how: dict[str, object]) -> Iterator[Entry]:
     for bits in (1, 2, 4, 8, 16):
-        index, colours = samples(1, 2**bits - 1), samples(2**bits * 3, 65535)[0, 0].reshape(-1, 3)
+        index, colours = samples(1, 2**bits - 1), colours_of(2**bits, 65535)
         right = colours[index[..., 0]] / 257
         yield Entry(
             f"{note} palette {bits}",
@@ -414,7 +427,7 @@ _BMP_MASKS: tuple[tuple[int, tuple[int, ...]], ...] = (
 
 def _bmp_palettes(bits: int, header: int) -> Iterator[tuple[int, Array]]:
     """How many colours, and colours: of any kind, and those that look like grey scales, so that readers take short cuts."""
-    any_kind = samples(3 * 256, 255)[0, 0].reshape(-1, 3)
+    any_kind = colours_of(256, 255)
     black_white, ramp = np.array([[0] * 3, [255] * 3]), np.repeat(np.arange(256)[:, None], 3, 1)
     for count in {2, min(9, 2**bits), 2**bits} if header != 12 else {2**bits}:
         yield from ((count, any_kind[:count]), (count, ramp[:count]), (count, 255 - ramp[:count]))
@@ -538,21 +551,13 @@ def jpeg2000s() -> Iterator[Entry]:
 
 
 def _white_jpeg2000s() -> Iterator[Entry]:
-    """White ones, of so few bytes that some samples come out above white, and have to be cut off there."""
-    noise = samples(4, 255)
+    """Nearly white ones, of so few bytes that some samples come out above white, and have to be cut off there."""
+    how = {"irreversible": True, "quality_mode": "rates", "quality_layers": [6], "no_jp2": True, "num_resolutions": 2}
     for bands, bits in itertools.product((1, 3), (8, 10, 12, 16)):
-        white = np.where(noise[..., :bands] > 99, 255, noise[..., :bands])
-        how = {
-            "irreversible": True,
-            "quality_mode": "rates",
-            "quality_layers": [6],
-            "no_jp2": True,
-            "num_resolutions": 2,
-        }
+        white = np.where(samples(bands, 255) > 99, 255, 225)
         data = _of_depth(_encoded(white, "JPEG2000", **how), bits)
-        yield Entry(
-            f"jpeg 2000 white {bands} bands {bits} bit", data, np.broadcast_to(white, (HEIGHT, WIDTH, 3)) * 1.0, 90
-        )
+        right = np.broadcast_to(white, (HEIGHT, WIDTH, 3)) * 1.0
+        yield Entry(f"jpeg 2000 white {bands} bands {bits} bit", data, right, 60)
 
 
 def _of_depth(data: bytes, bits: int, *, signed: bool = False) -> bytes:

@@ -78,6 +78,7 @@ class Provenance:
         source: where the weights came from, in words.
         reload: what a library must be asked for to provide them again; None: a copy lies beside the cache.
         self_check: ``PrecisionChoice`` as JSON values: the precision in use, and what was tried.
+        decoder: revision of what turned the files into pixels (``images.formats``); 0: from before that was recorded.
         rest: everything else, versions and time among it.
     """
 
@@ -85,6 +86,7 @@ class Provenance:
     source: str = "unknown"
     reload: str | None = None
     self_check: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decoder: int = 0
     rest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -102,6 +104,8 @@ class Provenance:
             values["weights"] = {"source": self.source, "reload": self.reload}
         if self.self_check:
             values["precision"] = dict(self.self_check)
+        if self.decoder:
+            values["decoder_revision"] = self.decoder
         return values
 
     @classmethod
@@ -112,6 +116,8 @@ class Provenance:
             known["request"] = rest.pop("request")
         if isinstance(rest.get("precision"), dict):
             known["self_check"] = rest.pop("precision")
+        if type(rest.get("decoder_revision")) is int:
+            known["decoder"] = rest.pop("decoder_revision")
         match rest.get("weights"):
             case {"source": str(source), "reload": (str() | None) as reload, **more} if not more:
                 known |= {"source": source, "reload": reload}

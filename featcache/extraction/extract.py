@@ -26,6 +26,7 @@ from featcache.extraction.match import gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, remove_parts
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, load_requested
+from featcache.images.formats import REVISION
 from featcache.images.source import ImageList, list_images
 from featcache.spec import Spec
 from featcache.system.files import check_free_space, check_output
@@ -274,6 +275,7 @@ class _Job:
             source=embedder.backbone.weights,
             reload=embedder.backbone.reload,
             self_check=dataclasses.asdict(embedder.choice),
+            decoder=REVISION,
             rest={
                 "runtime": embedder.runtime.reason,
                 "python": platform.python_version(),
@@ -283,8 +285,8 @@ class _Job:
         )
 
     def provenance_of(self, origin: FeatureCache) -> Provenance:
-        """That of ``origin`` with this request, so that the next run recognises itself."""
-        provenance = dataclasses.replace(origin.provenance, request=self.record)
+        """That of ``origin`` with this request, so that the next run recognises itself, and of rows that are all right."""
+        provenance = dataclasses.replace(origin.provenance, request=self.record, decoder=REVISION)
         if "backbone" in vars(self) and provenance.reload is None:  # as of the copy that was kept, or not needed
             backbone = self.backbone
             provenance = dataclasses.replace(provenance, source=backbone.weights, reload=backbone.reload)
@@ -345,9 +347,9 @@ def _pack(job: _Job, plan: Plan, spec: Spec) -> Rows:
         mtimes=matches.mtimes[order],
     )
     refused = tuple(sorted([*images.refused, *(Refusal(images.paths[k], why) for k, why in plan.refused.items())]))
-    beside = (images.classes, refused, job.record)
+    beside = (images.classes, refused, job.record, REVISION)
     for old in caches:
-        there = (old.classes, old.refused, old.provenance.request)
+        there = (old.classes, old.refused, old.provenance.request, old.provenance.decoder)
         if old.path == job.output and there == beside and old.rows.equals(rows):
             return rows
     write_cache(

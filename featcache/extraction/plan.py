@@ -19,7 +19,8 @@ from featcache.cache.format import Indices
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
 from featcache.extraction.match import Matches, match
 from featcache.extraction.parts import Embedded
-from featcache.images.decode import FATAL
+from featcache.images.decode import FATAL, was_misread
+from featcache.images.formats import REVISION
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec
@@ -75,10 +76,27 @@ def make_plan(
         limit: plan for this many images and those that ``own`` holds; for all when None.
     """
     caches, matches = _match_intact(images, donors, own, spec)
+    matches = _without_misread(images, matches, caches)
     if limit is not None:
         kept = _spread(matches.source >= len(caches) - len(own), limit)
         images, matches = images.take(kept), matches.take(kept)
     return Plan(images, tuple(caches), matches, _refuse_again(images, matches, caches))
+
+
+def _without_misread(images: ImageList, matches: Matches, caches: list[FeatureCache]) -> Matches:
+    """As if rows were not there whose images an earlier version of the decoder may have made other pictures of."""
+    older = [number for number, cache in enumerate(caches) if cache.provenance.decoder < REVISION]
+    suspects = np.flatnonzero(np.isin(matches.source, older)).tolist()
+    if not (misread := [image for image in suspects if was_misread(images.root / images.paths[image])]):
+        return matches
+    log.warning(
+        "%d images, the first %s, were embedded by a version that decodes files of their kind otherwise: they are embedded again",
+        len(misread),
+        images.paths[misread[0]],
+    )
+    source = matches.source.copy()
+    source[misread] = -1
+    return dataclasses.replace(matches, source=source)
 
 
 def open_old(output: Path, *, force: bool) -> FeatureCache | None:

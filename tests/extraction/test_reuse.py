@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINY, TINY_FLAGS, make_photos, write_photo
+from formats import samples, tiff
 from test_extract import break_a_row, by_path, counts
 
 from featcache.backbones.load import load_backbone
@@ -16,6 +18,7 @@ from featcache.cache.format import Rows
 from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest
+from featcache.images.formats import REVISION
 
 OTHER = dataclasses.replace(TINY, resize=41)
 
@@ -176,3 +179,29 @@ def test_reuse_on_the_command_line(tmp_path: Path, run) -> None:
     code, _, err = run(*arguments, "--reuse", tmp_path / "a.h5", "--reuse", tmp_path / "b.h5")
     assert code == 0
     assert "embedded 3, reused 3" in err
+
+
+def test_rows_of_files_that_an_older_version_misread_are_embedded_again(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those alone, once, and said; whether the cache is brought up to date or gives its rows to another."""
+    (photos / "red" / "inverted.tif").write_bytes(tiff(samples(1, 65535), 16, 0))
+    (photos / "red" / "plain.tif").write_bytes(tiff(samples(1, 255), 8, 1))
+    extract(photos, tmp_path / "old.h5", TINY)
+    cache, right = FeatureCache.open(tmp_path / "old.h5"), by_path(tmp_path / "old.h5")["red/inverted.tif"]
+    assert cache.provenance.decoder == REVISION
+    older = dataclasses.replace(cache.provenance, decoder=0)
+    rewrite(tmp_path / "old.h5", features=np.ones_like(cache.X), provenance=older)  # any reused row is one of ones
+    assert "decoder_revision" not in FeatureCache.open(tmp_path / "old.h5").provenance.to_json()
+    shutil.copy(tmp_path / "old.h5", tmp_path / "donor.h5")
+    for name, reuse in (("old.h5", []), ("new.h5", [tmp_path / "donor.h5"])):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "featcache"):
+            report = extract(photos, tmp_path / name, TINY, reuse=reuse)
+        assert (report.embedded, report.reused) == (1, 19)
+        assert "1 images, the first red/inverted.tif, were embedded by a version that decodes" in caplog.text
+        rows = by_path(tmp_path / name)
+        np.testing.assert_array_equal(rows.pop("red/inverted.tif"), right)
+        assert all((row == 1).all() for row in rows.values())
+        assert FeatureCache.open(tmp_path / name).provenance.decoder == REVISION
+        assert extract(photos, tmp_path / name, TINY).embedded == 0

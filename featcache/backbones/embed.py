@@ -21,10 +21,12 @@ import numpy.typing as npt
 
 from featcache.backbones.self_check import fits_float16
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
+from featcache.images.formats import Brightest
 from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
+_MANY = 64  # images of 16 bits that tell what the others will be like
 Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
 
 
@@ -92,15 +94,18 @@ def embed(
     An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. Memory is bounded by
     workers times batch size, whatever the number of files. Closing the iterator early stops the workers.
     """
-    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local())
+    seen = Brightest()
+    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), seen)
     pending: deque[Future[EmbeddedBatch]] = deque()
     with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool:
         for start in range(0, len(files.paths), runtime.batch_size):
             pending.append(pool.submit(work, start))
             if len(pending) >= 2 * runtime.workers:
                 yield pending.popleft().result()
+                seen.warn(at_least=_MANY)
         while pending:
             yield pending.popleft().result()
+        seen.warn()
 
 
 def storable(batch: EmbeddedBatch, dtype: str) -> EmbeddedBatch:
@@ -126,7 +131,13 @@ def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> 
 
 
 def _embed_from(
-    files: ImageFiles, encoder: EmbedsPixels, runtime: Runtime, timings: Timings, own: threading.local, start: int
+    files: ImageFiles,
+    encoder: EmbedsPixels,
+    runtime: Runtime,
+    timings: Timings,
+    own: threading.local,
+    seen: Brightest,
+    start: int,
 ) -> EmbeddedBatch:
     """Embed the images from ``start`` on, by way of a buffer of this worker's ``own``."""
     if not hasattr(own, "pixels"):
@@ -136,7 +147,7 @@ def _embed_from(
     refused: dict[int, str] = {}
     with timings.measure("decode"):
         for index in range(start, min(start + runtime.batch_size, len(files.paths))):
-            read = read_image(files, index, lambda data: read_pixels(data, encoder.preprocess))
+            read = read_image(files, index, lambda data: read_pixels(data, encoder.preprocess, seen=seen))
             if read.value is None:
                 refused[index] = read.reason
             else:

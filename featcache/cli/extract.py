@@ -24,6 +24,7 @@ def extract(
     crop: options.Crop = "auto",
     interpolation: options.Interpolation = "auto",
     decode: options.Decode = "auto",
+    white_level: options.WhiteLevel = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     limit: Annotated[
@@ -47,6 +48,7 @@ def extract(
         crop=options.count(crop, "crop"),
         interpolation=None if interpolation == "auto" else interpolation,
         decode=None if decode == "auto" else decode,
+        white_level=options.count(white_level, "white level"),
         precision=precision,
         dtype=dtype,
     )

@@ -27,6 +27,9 @@ Dtype = Annotated[str, typer.Option(help="How embeddings are stored: auto (float
 Resize = Annotated[str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH; auto: the weights' own.")]
 Crop = Annotated[str, typer.Option(help="Edge of the centre crop in pixels; auto: the weights' own.")]
 Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic, lanczos; auto: the weights' own.")]
+WhiteLevel = Annotated[
+    str, typer.Option(help="Sample of 16-bit images that is white: 4095 for 12 bits of data; auto: 65535.")
+]
 Decode = Annotated[
     str, typer.Option(help="Scale at which large JPEGs are decoded: full, reduced (faster, other pixels), auto: full.")
 ]

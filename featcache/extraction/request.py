@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbones.saved import MANIFEST, SavedBackbone
 from featcache.errors import BackboneError, UsageError
-from featcache.spec import DECODING, STORAGE_TYPES
+from featcache.spec import DECODING, STORAGE_TYPES, WHITE_AT
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -32,12 +32,13 @@ class ExtractRequest:
         crop: edge of the square centre crop in pixels; the weights' own when None.
         interpolation: resampling filter; the weights' own when None.
         decode: ``full`` or ``reduced`` scale of large JPEGs; the model's own, else full, when None.
+        white_level: the sample of 16-bit images that is white, of data of fewer bits; the model's own, else 65535, when None.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         dtype: how features are stored: ``float16``, ``float32``, or ``auto``, which is float16 unless the embeddings are
             too large or too small for it.
 
     Raises:
-        UsageError: unknown dtype or decode.
+        UsageError: unknown dtype or decode, impossible white level.
     """
 
     backbone: str = DEFAULT_BACKBONE
@@ -46,6 +47,7 @@ class ExtractRequest:
     crop: int | None = None
     interpolation: str | None = None
     decode: str | None = None
+    white_level: int | None = None
     precision: str = "auto"
     dtype: str = "auto"
 
@@ -54,6 +56,8 @@ class ExtractRequest:
             raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
         if self.decode is not None and f"{self.decode} scale" not in DECODING:
             raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
+        if self.white_level is not None and not 1 <= self.white_level <= 65535:
+            raise UsageError(f"white level must lie between 1 and 65535, found {self.white_level}")
 
     def saved(self) -> SavedBackbone | None:
         """The saved model's backbone that is asked for; None if ``backbone`` is a name.
@@ -92,6 +96,8 @@ class ExtractRequest:
             BackboneError: the weights file cannot be read. Otherwise as ``saved``.
         """
         record, backbone = dataclasses.asdict(self), self.backbone
+        if self.white_level is None:  # as in the records of caches from before it could be chosen
+            del record["white_level"]
         if saved := self.saved():
             record["backbone"], backbone = f"model:{saved.spec.fingerprint}", saved.spec.backbone
         packages = ["featcache", "torch", "torchvision"]
@@ -142,6 +148,7 @@ def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Bac
         "crop": (request.crop, request.crop) if request.crop is not None else None,
         "interpolation": request.interpolation,
         "decode": f"{request.decode} scale" if request.decode is not None else None,
+        "deep": f"{WHITE_AT}{request.white_level}" if request.white_level not in (None, 65535) else None,
     }
     changes = {key: value for key, value in changes.items() if value is not None}
     return dataclasses.replace(backbone, preprocess=dataclasses.replace(backbone.preprocess, **changes))

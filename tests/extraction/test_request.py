@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, TINY_FLAGS
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_extract import by_path, counts
 
@@ -19,6 +21,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.errors import BackboneError, ModelError, SpecMismatchError, UsageError
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest
+from featcache.finetuning.pixels import training_input
 from featcache.heads.head import FittedHead
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
@@ -182,3 +185,40 @@ def test_on_the_command_line(photos: Path, tmp_path: Path, tune, run) -> None:
     assert (code, err.count("\n")) == (2, 1)
     code, _, err = run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
     assert (code, err.count("\n")) == (1, 1)
+
+
+def test_a_white_level_is_part_of_the_spec_and_of_every_model(
+    tmp_path: Path, run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pictures of 12 bits in files of 16 give, with it, what the same pictures of 8 bits give."""
+    for name, darkest in (("a", 0), ("b", 90)):
+        for number in range(4):
+            grey = np.random.default_rng(number).integers(darkest, 160 + darkest // 2, (33, 47)).astype(np.uint8)
+            deep = np.round(grey * (4095 / 255)).astype(np.uint16)
+            for kind, pixels in (("plain", grey), ("deep", deep)):
+                (tmp_path / kind / name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / kind / name / f"{number}.png")
+    level = dataclasses.replace(TINY, white_level=4095)
+    extract(tmp_path / "plain", tmp_path / "plain.h5", TINY)
+    with caplog.at_level(logging.WARNING, "featcache"):
+        extract(tmp_path / "deep", tmp_path / "deep.h5", level)
+        assert not caplog.messages
+        extract(tmp_path / "deep", tmp_path / "dark.h5", TINY)
+    assert ["--white-level 4095" in message for message in caplog.messages] == [True]
+    deep, plain = (FeatureCache.open(tmp_path / f"{kind}.h5") for kind in ("deep", "plain"))
+    np.testing.assert_array_equal(deep.X, plain.X)
+    assert (
+        plain.spec.difference(deep.spec) == "preprocess.deep: 16 bit scaled to 8 -> 16 bit scaled to 8, white at 4095"
+    )
+    arguments = (tmp_path / "deep", "-o", tmp_path / "deep.h5", *TINY_FLAGS, "--json")
+    assert run("extract", *arguments, "--white-level", 4095)[0] == 0
+    assert run("extract", *arguments)[0] == 1
+    model = load_model(fit_head(deep.path, tmp_path / "m").model)
+    files = [tmp_path / kind / "a" / "0.png" for kind in ("deep", "plain")]
+    one, other = (row.probabilities for row in predict(model, files))
+    np.testing.assert_array_equal(one, other)
+    convert = training_input(model.spec.preprocess)
+    np.testing.assert_array_equal(*(convert(file.read_bytes()) for file in files))
+    for impossible in (0, 65536):
+        with pytest.raises(UsageError, match="white level"):
+            dataclasses.replace(TINY, white_level=impossible)

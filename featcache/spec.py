@@ -16,7 +16,6 @@ STORAGE_TYPES = ("float16", "float32")
 PRECISION_CLASSES = ("reference", "bf16", "fp16")
 SPLITS = ("none", "train", "val", "test")  # position = the number stored
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-WHITE_AT = "16 bit scaled to 8, white at "  # and the level: ``PreprocessSpec.deep`` with one
 DECODING = ("full scale", "reduced scale")
 _POOLING = "the network's own"
 _MAX_EDGE = 2048
@@ -82,10 +81,15 @@ class PreprocessSpec:
             return None
         return self.resize if isinstance(self.resize, int) else max(self.resize)
 
+    @staticmethod
+    def deep_with(white_level: int) -> str:
+        """``deep`` for a white level, 1 to 65535."""
+        return PreprocessSpec.deep + (f", white at {white_level}" if white_level < 65535 else "")
+
     @property
     def white_level(self) -> int | None:
         """The sample of a 16-bit image that is white, where its data has fewer bits; None: 65535."""
-        level = str(self.deep).removeprefix(WHITE_AT)
+        level = str(self.deep).removeprefix(f"{PreprocessSpec.deep}, white at ")
         return int(level) if re.fullmatch("[1-9][0-9]{0,4}", level) and int(level) < 65535 else None
 
     def to_json(self) -> dict[str, Any]:

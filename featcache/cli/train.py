@@ -81,6 +81,7 @@ def finetune(
     weights: _AsForExtract = None,
     resize: _AsForExtract = None,
     crop: _AsForExtract = None,
+    white_level: _AsForExtract = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch, instead of the recipe's.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of the head, instead of the recipe's.")] = None,
@@ -109,6 +110,7 @@ def finetune(
         "weights": weights,
         "resize": None if resize is None else options.size(resize),
         "crop": None if crop is None else options.count(crop, "crop"),
+        "white_level": None if white_level is None else options.count(white_level, "white level"),
     }
     asked = {name: value for name, value in asked.items() if value is not None}
     with show_training() as progress:

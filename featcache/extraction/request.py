@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.backbones.saved import MANIFEST, SavedBackbone
 from featcache.errors import BackboneError, UsageError
-from featcache.spec import DECODING, STORAGE_TYPES, WHITE_AT
+from featcache.spec import DECODING, STORAGE_TYPES, PreprocessSpec
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -148,7 +148,7 @@ def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Bac
         "crop": (request.crop, request.crop) if request.crop is not None else None,
         "interpolation": request.interpolation,
         "decode": f"{request.decode} scale" if request.decode is not None else None,
-        "deep": f"{WHITE_AT}{request.white_level}" if request.white_level not in (None, 65535) else None,
+        "deep": PreprocessSpec.deep_with(request.white_level) if request.white_level is not None else None,
     }
     changes = {key: value for key, value in changes.items() if value is not None}
     return dataclasses.replace(backbone, preprocess=dataclasses.replace(backbone.preprocess, **changes))

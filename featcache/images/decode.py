@@ -127,7 +127,10 @@ def reduction(shorter_edge: int, at_least: int | None) -> int:
 
 
 def was_misread(file: Path) -> bool:
-    """Whether a version before ``formats.REVISION`` may have made another picture of a file; its header tells."""
+    """Whether a version before ``formats.REVISION`` may have made another picture of a file; its header tells.
+
+    Suffixes of formats that were always read right are taken at their word, so that photographs need not be opened.
+    """
     if file.suffix.lower() in _ALWAYS_RIGHT:
         return False
     try:

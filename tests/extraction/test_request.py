@@ -214,6 +214,9 @@ def test_a_white_level_is_part_of_the_spec_and_of_every_model(
     assert run("extract", *arguments, "--white-level", 4095)[0] == 0
     assert run("extract", *arguments)[0] == 1
     model = load_model(fit_head(deep.path, tmp_path / "m").model)
+    for other, cache in ((None, deep.path), (65535, tmp_path / "dark.h5")):  # the model's own, or as asked for
+        extract(tmp_path / "deep", tmp_path / "own.h5", request(model.path, white_level=other), force=True)
+        np.testing.assert_array_equal(FeatureCache.open(tmp_path / "own.h5").X, FeatureCache.open(cache).X)
     files = [tmp_path / kind / "a" / "0.png" for kind in ("deep", "plain")]
     one, other = (row.probabilities for row in predict(model, files))
     np.testing.assert_array_equal(one, other)

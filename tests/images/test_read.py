@@ -67,6 +67,24 @@ def test_never_far_ahead_of_who_takes_the_images(tmp_path: Path, workers: int) -
     assert not [thread for thread in threading.enumerate() if "featcache-read" in thread.name]
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "too large for the memory at hand"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "too large for the memory at hand"),
+        (RuntimeError("no\nkernel"), "damaged: no kernel"),
+        (OSError(), "damaged: OSError"),
+    ],
+)
+def test_whatever_converting_an_image_ends_in_is_a_refusal(files: Paths, error: Exception, reason: str) -> None:
+    def convert(data: bytes) -> bytes:
+        if data.startswith(b"11"):
+            raise error
+        return data
+
+    assert [read.reason for read in read_images(files, [11, 12], convert)] == [reason, ""]
+
+
 def test_refusals_are_those_that_cannot_be_decoded(tmp_path: Path) -> None:
     photos = make_photos(tmp_path, each=1)
     (photos / "red" / "00.jpg").write_text("no image")

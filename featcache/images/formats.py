@@ -12,6 +12,7 @@ import io
 import logging
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -27,11 +28,7 @@ REVISION = 1  # of all that a file's bytes are turned into; more whenever a pict
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PICTURE = {b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"}  # ancillary chunks of a PNG that change the picture
 _TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
-_TURNING = (
-    b"XML:com.adobe.xmp\0",
-    b"Raw profile type exif\0",
-    b"exif\0",
-)  # keywords of texts that may hold an orientation
+_TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"exif\0")  # texts that may hold an orientation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,26 +219,26 @@ def is_turned(image: Image.Image) -> bool:
 
 
 class Brightest:
-    """The largest sample of each 16-bit image that was read. Threads may share it."""
+    """The largest sample of the 16-bit images that were read. Threads may share it."""
 
     def __init__(self) -> None:
-        self.samples: list[int] = []
-        self._said = False
+        self.images, self.sample, self._said, self._lock = 0, 0, False, threading.Lock()
+
+    def see(self, sample: int) -> None:
+        """One more image, whose largest sample this is."""
+        with self._lock:
+            self.images, self.sample = self.images + 1, max(self.sample, sample)
 
     def warn(self, *, at_least: int = 1) -> None:
         """Say, once, that images use too little of the range, if there are ``at_least`` so many."""
-        count, most = len(self.samples), max(self.samples, default=65535)
-        if not self._said and count >= at_least and most * 10 < 65535:
-            self._said = True
-            log.warning(
-                "%d images of 16 bits use at most %.0f %% of the range (%d of 65535) and come out nearly black; if their "
-                "samples have %d bits, extract with --white-level %d",
-                count,
-                most / 655.35,
-                most,
-                most.bit_length(),
-                2 ** most.bit_length() - 1,
-            )
+        if self._said or self.images < at_least or not 0 < self.sample * 10 < 65535:
+            return
+        self._said, bits = True, self.sample.bit_length()
+        log.warning(
+            "%d images of 16 bits use at most %.0f %% of the range (%d of 65535) and come out nearly black; if their "
+            "samples have %d bits, extract with --white-level %d",
+            *(self.images, self.sample / 655.35, self.sample, bits, 2**bits - 1),
+        )
 
 
 def to_rgb(
@@ -262,7 +259,7 @@ def to_rgb(
         return _grey(image, reading, white_level, seen)
     if reading.assumed and seen and not white_level:
         bands: Any = image.getextrema()
-        seen.samples.append(257 * max(high for _, high in bands[:3]))
+        seen.see(257 * max(high for _, high in bands[:3]))
     if reading.clear or (reading.assumed and white_level):
         image = _deep_colour(image, reading, data, white_level or reading.white)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -277,7 +274,7 @@ def _grey(image: Image.Image, reading: Reading, white_level: int | None, seen: B
     """Of more than 8 bits."""
     values, white = np.asarray(image).astype(np.uint32), reading.white
     if reading.assumed and seen and not white_level:
-        seen.samples.append(int(values.max()))
+        seen.see(int(values.max()))
     white = white_level or white if reading.assumed else white
     clear = values == image.info.get("transparency", -1)
     values = white - np.minimum(values, white) if reading.inverted else values

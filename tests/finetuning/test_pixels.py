@@ -10,7 +10,7 @@ from PIL import Image
 from featcache.errors import StorageError
 from featcache.finetuning.pixels import decode_in_memory, decode_into_file, network_input, open_pixels, training_input
 from featcache.images.decode import decode
-from featcache.images.preprocess import to_pixels
+from featcache.images.preprocess import MOST_PIXELS, to_pixels
 from featcache.images.read import read_file
 from featcache.images.source import list_images
 from featcache.spec import PreprocessSpec
@@ -56,6 +56,22 @@ def test_training_images_keep_their_shape_and_are_never_enlarged(
     picture = training_input(PLAIN)(file.getvalue())
     assert picture.shape == (stored[1], stored[0], 3)
     assert picture.flags.writeable
+
+
+@pytest.mark.parametrize("size", [(300_000, 60), (60, 300_000), (300_000, 30)])
+def test_of_narrow_training_images_the_middle_is_kept(size: tuple[int, int]) -> None:
+    """As much as ``MOST_PIXELS``, resized as the whole is."""
+    ramp = np.abs(np.linspace(-255, 255, max(size))).astype(np.uint8)[:, None].repeat(min(size), axis=1)
+    file = io.BytesIO()
+    image = Image.fromarray(ramp if size[1] > size[0] else ramp.T)
+    image.save(file, "PNG")
+    picture = training_input(PLAIN)(file.getvalue())
+    height, width = picture.shape[:2]
+    assert min(height, width) == min(46, *size)
+    assert 0.99 * MOST_PIXELS < height * width <= MOST_PIXELS
+    line = picture[:, 0, 0] if height > width else picture[0, :, 0]
+    np.testing.assert_array_equal(line[: len(line) // 2], line[: -len(line) // 2 - 1 : -1][: len(line) // 2])
+    assert line.min() == 0
 
 
 def test_the_digest_follows_content_and_order(photos: Path) -> None:

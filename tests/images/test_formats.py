@@ -96,14 +96,14 @@ def test_a_folder_of_dark_16_bit_images_is_warned_of_once(caplog: pytest.LogCapt
         decode_pixels(data, seen=seen)
     for other in (png(samples(3, 25), 8, 2), tiff(samples(1, 4095), 12, 1)):  # white is what they say
         decode_pixels(other, seen=bright)
-    assert bright.samples == []
+    assert bright.images == 0
     decode_pixels(png(samples(1, 65535), 16, 0), seen=bright)
     with caplog.at_level(logging.WARNING, "featcache"):
         for brightest in (seen, seen, bright, Brightest()):
-            brightest.warn(at_least=len(seen.samples) + 1)
+            brightest.warn(at_least=seen.images + 1)
             brightest.warn()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{len(seen.samples)} images of 16 bits use at most 6 % of the range (4095 of 65535) and come out nearly black; if "
+        f"{seen.images} images of 16 bits use at most 6 % of the range (4095 of 65535) and come out nearly black; if "
         "their samples have 12 bits, extract with --white-level 4095"
     ]
 

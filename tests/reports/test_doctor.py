@@ -54,9 +54,9 @@ def test_rates_are_those_of_known_delays(
 ) -> None:
     images = list_images(make_photos(tmp_path, each=2))  # fewer than a slice needs: they come again and again
 
-    def slow(data: bytes, spec: PreprocessSpec) -> object:
+    def slow(data: bytes, spec: PreprocessSpec, **more: Any) -> object:
         time.sleep(0.01)
-        return read_pixels(data, spec)
+        return read_pixels(data, spec, **more)
 
     monkeypatch.setattr(embedding, "read_pixels", slow)
     rates = measure(images, Sleeper(forward), CPU, seconds=0.8)

@@ -90,15 +90,21 @@ def _arguments(tile: Any) -> tuple[Any, ...]:
 def plain_png(data: bytes) -> bytes:
     """A PNG without the chunks that say nothing of the picture, so that neither their size nor their damage matters.
 
-    Other files as they are. Checksums of what is left are not looked at, but for texts, which are left out if wrong.
+    Other files as they are. Raises RefusedImage where a checksum is wrong that matters; those of pixels are not looked at.
     """
     if not data.startswith(_PNG):
         return data
     view, kept, start = memoryview(data), [], 0
     for kind, at, end in _chunks(data):
-        if kind[0] & 32 and kind not in _PICTURE and not _may_turn(kind, view[at + 4 : end]):
+        if kind in (b"IDAT", b"fdAT"):
+            continue
+        sound = zlib.crc32(view[at + 4 : end - 4]) == int.from_bytes(view[end - 4 : end], "big")
+        turning = sound and kind in _TEXTS and bytes(view[at + 8 : at + 40]).startswith(_TURNING)
+        if kind[0] & 32 and kind not in _PICTURE and not turning:
             kept.append(view[start:at])
             start = end
+        elif not sound and kind in (b"IHDR", b"PLTE", b"tRNS", b"eXIf"):
+            raise RefusedImage(f"damaged: wrong checksum of PNG chunk {kind.decode()}")
     return b"".join([*kept, view[start:]]) if kept else data
 
 
@@ -111,13 +117,6 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
             return
         yield kind, at, at + 12 + length
         at += 12 + length
-
-
-def _may_turn(kind: bytes, chunk: memoryview) -> bool:
-    """Whether a text chunk, from its kind to its checksum, is sound and may say how to turn the picture."""
-    if kind not in _TEXTS or not bytes(chunk[4:30]).startswith(_TURNING):
-        return False
-    return zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:], "big")
 
 
 def _png(image: Any, _: bytes) -> Reading:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import io
 import itertools
+import mmap
 import os
 import subprocess
 import sys
@@ -27,7 +28,6 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.errors import RefusedImage
-from featcache.images import formats
 from featcache.images.formats import Brightest, is_turned, plain_png, reading_of, to_rgb
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
@@ -134,13 +134,11 @@ def was_misread(file: Path) -> bool:
     if file.suffix.lower() in _ALWAYS_RIGHT:
         return False
     try:
-        with file.open("rb") as content:
-            head = content.read(26)
-            if head.startswith(b"\x89PNG") and head[24:] != b"\x10\x02":  # all but RGB of 16 bits
+        with file.open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if data[:4] == b"\x89PNG" and data[24:26] != b"\x10\x02":  # all but RGB of 16 bits
                 return False
-            data = plain_png(head + content.read())
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
-            return formats.was_misread(image, data)
+            with Image.open(content, formats=_formats()) as image:
+                return reading_of(image, data).is_new
     except Exception:  # nearly anything; what cannot be opened is not known to be right
         return True
 

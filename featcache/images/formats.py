@@ -10,6 +10,7 @@ Sources: PNG ISO 15948, TIFF 6.0, Truevision TGA 2.0, Microsoft's BITMAPINFOHEAD
 import dataclasses
 import io
 import logging
+import mmap
 import struct
 import sys
 import threading
@@ -23,6 +24,7 @@ from PIL import Image, ImageChops, ImageOps, ImagePalette
 
 from featcache.errors import RefusedImage
 
+Content = bytes | mmap.mmap
 log = logging.getLogger("featcache")
 REVISION = 1  # of all that a file's bytes are turned into; more whenever a picture comes out otherwise than before
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -50,21 +52,17 @@ class Reading:
     clear: tuple[int, int, int] | None = None
     mended: bool = False
 
+    @property
+    def is_new(self) -> bool:
+        """Whether revision 0 of this module made another picture of such an image."""
+        return dataclasses.replace(self, assumed=False, white=self.white % 65535) != Reading()
 
-def reading_of(image: Any, data: bytes) -> Reading:
+
+def reading_of(image: Any, data: Content) -> Reading:
     """How to read an opened image, which is mended in place. Raises RefusedImage."""
     kinds = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "BMP": _bmp, "DIB": _bmp, "JPEG2000": _jpeg2000}
     reading = kinds[image.format](image, data) if image.format in kinds else Reading()
     return reading if reading.white else dataclasses.replace(reading, **_depth(image))
-
-
-def was_misread(image: Any, data: bytes) -> bool:
-    """Whether revision 0 of this module made another picture of an opened image, or one where now it is refused."""
-    try:
-        reading = reading_of(image, data)
-    except RefusedImage:
-        return True
-    return dataclasses.replace(reading, assumed=False, white=reading.white % 65535) != Reading()
 
 
 def _depth(image: Any) -> dict[str, Any]:
@@ -75,7 +73,7 @@ def _depth(image: Any) -> dict[str, Any]:
     if image.format == "PPM":  # which knows what is white
         top = rest[0] if rest and image.tile[0].codec_name.startswith("ppm") else 65535 if ";16" in raw else 255
         return {"white": 65535, "assumed": top == 65535} if top > 255 else {}
-    deep = image.format in ("PNG", "TIFF") and ";16" in raw
+    deep = image.format in ("PNG", "TIFF") and ";16" in raw and image.mode != "CMYK"
     return {"white": 65535, "assumed": True} if deep or image.mode.startswith("I;16") else {}
 
 
@@ -119,7 +117,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         at += 12 + length
 
 
-def _png(image: Any, _: bytes) -> Reading:
+def _png(image: Any, _: Content) -> Reading:
     clear = image.info.get("transparency")
     return Reading(clear=clear) if image.tile and image.tile[0].args == "RGB;16B" and clear is not None else Reading()
 
@@ -127,7 +125,7 @@ def _png(image: Any, _: bytes) -> Reading:
 # ------------------------------------------------------------------------------------------------------------- TIFF
 
 
-def _tiff(image: Any, _: bytes) -> Reading:
+def _tiff(image: Any, _: Content) -> Reading:
     tags = image.tag_v2
     bits, photometric, kinds = tags.get(258, (1,))[0], tags.get(262), tags.get(339, (1,))
     if photometric is None:
@@ -162,13 +160,13 @@ def _mend_planes(image: Any, bits: int) -> bool:
 # ------------------------------------------------------------------------------------------------ TGA, BMP, JPEG 2000
 
 
-def _tga(image: Any, data: bytes) -> Reading:
+def _tga(image: Any, data: Content) -> Reading:
     """Alpha is what the descriptor and, in version 2, the extension area say; Pillow also inverts that of 16 bits."""
-    depth = data[7] if data[1] else data[16]  # of the colours in the palette, if there is one
-    if depth == 24 or (depth == 8 and not data[1]):
+    depth = data[7] if image.mode == "P" else data[16]
+    if depth not in (16, 32):
         return Reading()
     kind = 3
-    if data.endswith(b"TRUEVISION-XFILE.\0") and (start := int.from_bytes(data[-26:-22], "little")):
+    if data[-18:] == b"TRUEVISION-XFILE.\0" and (start := int.from_bytes(data[-26:-22], "little")):
         kind = (data[start + 494 : start + 495] or b"\3")[0]
     if not data[17] & 15 or kind in (0, 1, 2):
         return Reading(alpha="none")
@@ -176,7 +174,7 @@ def _tga(image: Any, data: bytes) -> Reading:
     return Reading(alpha="premultiplied" if kind == 4 else straight)
 
 
-def _bmp(image: Any, data: bytes) -> Reading:
+def _bmp(image: Any, data: Content) -> Reading:
     """A palette that looks like a scale of greys makes Pillow take indices for greys, whatever their depth."""
     start = 14 if image.format == "BMP" else 0
     size = int.from_bytes(data[start : start + 4], "little")
@@ -193,7 +191,7 @@ def _bmp(image: Any, data: bytes) -> Reading:
     return Reading(mended=True)
 
 
-def _jpeg2000(_: Any, data: bytes) -> Reading:
+def _jpeg2000(_: Any, data: Content) -> Reading:
     """Pillow shifts samples to 8 bits: those of fewer bits come out too dark, of more than 8 in colour white comes out black."""
     start = data.find(b"\xff\x4f\xff\x51") + 2  # SIZ
     count = int.from_bytes(data[start + 38 : start + 40], "big")
@@ -301,7 +299,7 @@ def _lower_bytes(image: Image.Image, data: bytes) -> Image.Image:
         reading_of(low, data)  # which mends it as it mended the first
         for number, tile in enumerate(low.tile):
             raw, *rest = _arguments(tile)
-            if raw.split(";")[0] not in ("RGB", "RGBA", "RGBX", "R", "G", "B"):
+            if raw.split(";16")[0] not in ("RGB", "RGBA", "RGBX", "R", "G", "B") or ";16" not in raw:
                 raise RefusedImage(f"16-bit samples of {image.format} {raw} cannot be read with a white level")
             low.tile[number] = tile._replace(args=(raw[:-1] + other[raw[-1]], *rest))
         low.load()

@@ -20,8 +20,10 @@ RIGHT = {"PNG": 87, "TIFF": 349, "TGA": 120, "BMP": 178, "PNM": 42, "WebP": 2, "
 @pytest.mark.parametrize("name", FORMATS)
 def test_right_or_refused(name: str) -> None:
     faults, right = [], 0
+    if not (entries := list(FORMATS[name]())):
+        pytest.skip(f"this build of Pillow has no codec of {name}")
     with strict_decoding():
-        for entry in FORMATS[name]():
+        for entry in entries:
             try:
                 fault = formats.wrong(entry, decode_pixels(entry.data))
             except RefusedImage as reason:
@@ -84,8 +86,10 @@ def test_white_level(bands: int, level: int) -> None:
 
 def test_a_white_level_that_cannot_be_applied_is_a_refusal_and_what_has_its_own_white_needs_none() -> None:
     values = samples(2, 65535)
-    with pytest.raises(RefusedImage, match="white level"):
-        decode_pixels(png(values, 16, 4), white_level=4095)
+    ppm = b"P6 13 7 65535\n" + samples(3, 65535).astype(">u2").tobytes()
+    for data in (png(values, 16, 4), ppm, tiff(np.dstack([values, values]), 16, 2, extra=[1])):
+        with pytest.raises(RefusedImage, match="white level"):
+            decode_pixels(data, white_level=4095)
     for own in (tiff(samples(1, 4095), 12, 1), png(samples(3, 255), 8, 2), tiff(samples(1, 255), 8, 1)):
         np.testing.assert_array_equal(decode_pixels(own, white_level=9), decode_pixels(own))
 

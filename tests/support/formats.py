@@ -534,7 +534,8 @@ def jpeg2000s() -> Iterator[Entry]:
     A sample of n bits is coded as its difference to 2^(n - 1), so that changing n in the header moves all samples by
     as much as the middle moves.
     """
-    for boxed, bands, bits in itertools.product((False, True), (1, 2, 3, 4), (1, 4, 8, 10, 12, 16)):
+    ways = itertools.product((False, True), (1, 2, 3, 4), (1, 4, 8, 10, 12, 16)) if writes("JPEG2000") else ()
+    for boxed, bands, bits in ways:
         wide = bands == 1 and bits > 8
         middle, own = 2 ** (bits - 1), 2 ** (15 if wide else 7)
         values = samples(bands, 2**bits - 1)
@@ -547,7 +548,7 @@ def jpeg2000s() -> Iterator[Entry]:
         note = f"jpeg 2000 {'boxed' if boxed else 'bare'} {bands} bands"
         yield Entry(f"{note} {bits} bit", _of_depth(data, bits), right, 2.0)
         yield Entry(f"{note} {bits} bit signed", _of_depth(data, bits, signed=True), None)
-    yield from _white_jpeg2000s()
+    yield from _white_jpeg2000s() if writes("JPEG2000") else ()
 
 
 def _white_jpeg2000s() -> Iterator[Entry]:

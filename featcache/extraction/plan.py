@@ -90,9 +90,9 @@ def _without_misread(images: ImageList, matches: Matches, caches: list[FeatureCa
     if not (misread := [image for image in suspects if was_misread(images.root / images.paths[image])]):
         return matches
     log.warning(
-        "%d images, the first %s, were embedded by a version that decodes files of their kind otherwise: they are embedded again",
-        len(misread),
+        "decoded otherwise than by the version that embedded it, and therefore embedded again: %s%s",
         images.paths[misread[0]],
+        f" and {len(misread) - 1} more" if len(misread) > 1 else "",
     )
     source = matches.source.copy()
     source[misread] = -1

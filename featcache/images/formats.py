@@ -232,9 +232,9 @@ class Brightest:
             return
         self._said, bits = True, self.sample.bit_length()
         log.warning(
-            "%d images of 16 bits use at most %.0f %% of the range (%d of 65535) and come out nearly black; if their "
+            "images of 16 bits use at most %.0f %% of the range (%d of 65535, in %d seen) and come out nearly black; if their "
             "samples have %d bits, extract with --white-level %d",
-            *(self.images, self.sample / 655.35, self.sample, bits, 2**bits - 1),
+            *(self.sample / 655.35, self.sample, self.images, bits, 2**bits - 1),
         )
 
 

@@ -107,7 +107,7 @@ def test_a_folder_of_dark_16_bit_images_is_warned_of_once(caplog: pytest.LogCapt
             brightest.warn(at_least=seen.images + 1)
             brightest.warn()
     assert [record.getMessage() for record in caplog.records] == [
-        f"{seen.images} images of 16 bits use at most 6 % of the range (4095 of 65535) and come out nearly black; if "
+        f"images of 16 bits use at most 6 % of the range (4095 of 65535, in {seen.images} seen) and come out nearly black; if "
         "their samples have 12 bits, extract with --white-level 4095"
     ]
 

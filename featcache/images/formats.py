@@ -40,7 +40,8 @@ class Reading:
     Attributes:
         white: the sample that is white, of more than 8 bits; 0 if there is none. inverted: white is 0, black is ``white``.
         assumed: nothing says that ``white`` is white, it is the largest number of 16 bits.
-        alpha: ``straight``, ``premultiplied``, ``inverted`` (0 is opaque), or ``none``: what looks like alpha means nothing.
+        alpha: ``straight``, ``premultiplied``, a ``bit`` that some take for opaque and some for clear, or ``none``: what looks
+            like alpha means nothing.
         clear: the 16-bit colour that is transparent.
         mended: whether the opened image was changed.
     """
@@ -161,7 +162,7 @@ def _mend_planes(image: Any, bits: int) -> bool:
 
 
 def _tga(image: Any, data: Content) -> Reading:
-    """Alpha is what the descriptor and, in version 2, the extension area say; Pillow also inverts that of 16 bits."""
+    """Alpha is what the descriptor and, in version 2, the extension area say."""
     depth = data[7] if image.mode == "P" else data[16]
     if depth not in (16, 32):
         return Reading()
@@ -170,7 +171,7 @@ def _tga(image: Any, data: Content) -> Reading:
         kind = (data[start + 494 : start + 495] or b"\3")[0]
     if not data[17] & 15 or kind in (0, 1, 2):
         return Reading(alpha="none")
-    straight = "inverted" if depth == 16 and image.mode != "LA" else "straight"
+    straight = "bit" if depth == 16 and image.mode != "LA" else "straight"
     return Reading(alpha="premultiplied" if kind == 4 else straight)
 
 
@@ -308,8 +309,12 @@ def _lower_bytes(image: Image.Image, data: bytes) -> Image.Image:
 
 def _on_white(image: Image.Image, kind: str) -> Image.Image:
     layers = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    if kind == "inverted":
-        layers.putalpha(ImageChops.invert(layers.getchannel("A")))
+    if kind == "bit":
+        if layers.getchannel("A").getextrema() == (0, 255):
+            raise RefusedImage(
+                "TGA of 16 bits does not define which value of its alpha bit is opaque; save it with 32 bits"
+            )
+        return layers.convert("RGB")
     if kind == "premultiplied":
         light = ImageChops.invert(layers.getchannel("A"))
         return ImageChops.add(layers.convert("RGB"), Image.merge("RGB", [light] * 3))

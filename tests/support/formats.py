@@ -328,7 +328,7 @@ def tgas() -> Iterator[Entry]:
             yield Entry(f"{note} palette of {depth}", data, shown[np.maximum(index[..., 0], 2)])
 
 
-def _tga_kinds() -> Iterator[tuple[str, int, int, int, Array, Array]]:
+def _tga_kinds() -> Iterator[tuple[str, int, int, int, Array, Array | None]]:
     """Name, kind, depth, alpha bits, (H, W, bytes) as stored, right."""
     rgba, one = samples(4, 255), samples(2, 255)
     rgb, alpha = rgba[..., :3].astype(float), rgba[..., 3:] / 255
@@ -338,10 +338,18 @@ def _tga_kinds() -> Iterator[tuple[str, int, int, int, Array, Array]]:
     yield "colour", 2, 24, 0, bgra[..., :3], rgb
     yield "colour", 2, 32, 0, bgra, rgb
     yield "colour", 2, 32, 8, bgra, on_white(rgb, alpha)
-    for depth, bit in ((15, 0), (16, 0), (16, 1)):
-        stored, shown = _tga_colours(rgba.reshape(-1, 4), depth)
-        seen = on_white(shown, (rgba[..., 3] > 127).reshape(-1, 1)) if bit else shown
-        yield "colour", 2, depth, bit, stored.reshape(HEIGHT, WIDTH, 2), seen.reshape(HEIGHT, WIDTH, 3)
+    # Truevision does not say which value of a single alpha bit is opaque, and readers differ: it must be the same everywhere.
+    mixed = rgba[..., 3]
+    for depth, bit, bits in (
+        (15, 0, mixed),
+        (16, 0, mixed),
+        (16, 1, mixed),
+        (16, 1, mixed * 0),
+        (16, 1, mixed * 0 + 255),
+    ):
+        stored, shown = _tga_colours(np.dstack([rgba[..., :3], bits]).reshape(-1, 4), depth)
+        right = None if bit and bits is mixed else shown.reshape(HEIGHT, WIDTH, 3)
+        yield "colour", 2, depth, bit, stored.reshape(HEIGHT, WIDTH, 2), right
 
 
 def _tga_colours(rgba: Array, depth: int) -> tuple[Array, Array]:

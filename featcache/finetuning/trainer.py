@@ -130,12 +130,17 @@ class Trainer:
         """(n, C) logits of images as they are, in the mode and precision of the next step."""
         unfreeze(self.network, self.recipe, epoch=self.epoch)
         training_mode(self.network, self.recipe)
-        parts = []
-        for start in range(0, len(images), self.micro_batch):
+
+        def compute(start: int) -> Array:
             batch = np.stack([pixels.pictures[index] for index in images[start : start + self.micro_batch]])
             with torch.no_grad(), self._autocast():
-                parts.append(self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy())
-        return np.concatenate(parts)
+                logits: Array = self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+            return logits
+
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return np.concatenate([compute(start) for start in range(0, len(images), self.micro_batch)])
+            self._halve_micro_batch(len(images))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)

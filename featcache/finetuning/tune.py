@@ -140,7 +140,7 @@ def _some_of(train: Pixels, size: tuple[int, int]) -> Picture:
 
 
 def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:
-    """Compare the assembled network with the rows that the head was fit beside. Raises ModelError, SourceError.
+    """Compare the assembled network with val's rows of the cache that the head was fit on. Raises ModelError, SourceError.
 
     Which precision a row was computed in is not known: rows of every precision that passes the self-check belong together.
     Rows of a precision that did not pass were asked for, and prove nothing; how far off they are is said.

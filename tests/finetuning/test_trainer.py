@@ -206,10 +206,13 @@ def test_retrying_lets_go_of_what_the_failed_attempt_held() -> None:
     trainer.network.forward = limited  # type: ignore[method-assign]
     trainer.run_epoch()
     assert (trainer.micro_batch, alive) == (2, [False])
+    trainer.micro_batch = 4
+    trainer.logits_in_training(DATA, np.arange(N))
+    assert (trainer.micro_batch, alive) == (2, [False] * 2)
     job = dataclasses.replace(JOB, runtime=dataclasses.replace(CPU, batch_size=4))
     four = make_pixels(4, EDGE)
     logits = compute_logits(trainer.network, four, job=job)
-    assert alive == [False, False]
+    assert alive == [False] * 3
     trainer.network.forward = forward  # type: ignore[method-assign]
     np.testing.assert_allclose(logits, compute_logits(trainer.network, four, job=job), rtol=1e-4, atol=1e-4)
 

@@ -83,7 +83,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Score a model on labelled images or on a cache."""
-    from featcache.models.predict import evaluate as run
+    from featcache.models.evaluate import evaluate as run
 
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
@@ -93,6 +93,13 @@ def evaluate(
     say(
         f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"
     )
+    if scores["copies"]["across_splits"]:
+        new = scores["accuracy_without_copies"]
+        say(
+            "  training has seen all of them"
+            if new is None
+            else f"  accuracy {new:.2%} on images that training has not seen"
+        )
     for name, entry in scores["per_class"].items():
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"

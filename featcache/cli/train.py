@@ -45,10 +45,21 @@ def fit_head(
         f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
     )
     if report.cv_accuracy is not None:
-        say(f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})")
-    for name, value in (("val", report.val_accuracy), ("test", report.test_accuracy)):
-        if value is not None:
+        choice = "corrected for the choice of the setting; " if report.clf == "logreg" else ""
+        say(
+            f"  cross-validated accuracy {report.cv_accuracy:.2%} ({choice}standard deviation over folds {report.cv_std:.2%})"
+        )
+    for name in ("val", "test"):
+        value, without = (getattr(report, f"{name}_accuracy{which}") for which in ("", "_without_copies"))
+        if value is not None and not report.copies["across_splits"]:
             say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
+        elif value is not None:
+            new = (
+                "all of them are copies of training images"
+                if without is None
+                else f"{without:.2%} without copies of training images"
+            )
+            say(f"  {name} accuracy {value:.2%}, {new}")
     say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
     print_json(dataclasses.asdict(report), wanted=as_json)
 

@@ -15,7 +15,7 @@ from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.checkpoint import check_unfinished, hold_work, is_finished, remove_work
 from featcache.finetuning.recipes import Job, choose_recipe
 from featcache.finetuning.result import FinetuneReport, read_report
-from featcache.finetuning.start import keep_cache, prepare_start, read_source
+from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.models.model import check_replaceable
 from featcache.system.files import named
 
@@ -99,7 +99,8 @@ def finetune(
                 log.info("%s was finished already", output)
             else:
                 model, cache = prepare_start(job, init, request=request, held_out=held_out)
-                report = tune(job, model, cache=cache, on_step=progress, started=started)
+                earlier = seen_before(init, request=request, held_out=held_out)
+                report = tune(job, model, cache=cache, earlier=earlier, on_step=progress, started=started)
             processes.barrier()
             if processes.is_first:
                 keep_cache(output)

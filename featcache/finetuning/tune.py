@@ -31,6 +31,7 @@ from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compu
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable
+from featcache.models.training_rows import TrainingRows
 from featcache.spec import fingerprint_of
 from featcache.system.device import kept_random_state
 from featcache.system.signals import StopRequest, deferred_signals
@@ -63,13 +64,25 @@ class _Start:
 
 
 def tune(
-    job: Job, model: Model, *, cache: FeatureCache | None, on_step: OnStep | None, started: float
+    job: Job,
+    model: Model,
+    *,
+    cache: FeatureCache | None,
+    earlier: list[TrainingRows],
+    on_step: OnStep | None,
+    started: float,
 ) -> FinetuneReport:
-    """Fine-tune ``model``. ``cache``: of the features that it was fit on, if that happened in this run."""
+    """Fine-tune ``model``.
+
+    Args:
+        cache: of the features that it was fit on, if that happened in this run. earlier: what it has seen before that.
+    """
     backbone = model.load_backbone()
     log.info("backbone %s: weights %s", backbone.name, backbone.weights)
     decode = functools.partial(decode_split, job, classes=model.classes, preprocess=backbone.preprocess)
     train, val = decode("train"), decode("val")
+    rows = TrainingRows(train.digests, train.labels).after(earlier)
+    seen = {"val": _seen(rows, val, split="val")}
     recipe = _settle_recipe(job, len(train))
     start = _assemble_start(job, model, backbone=backbone, train=train, val=val, cache=cache)
     trainer = Trainer(_network_to_train(start, recipe, job=job), train, recipe=recipe, job=job)
@@ -84,19 +97,29 @@ def tune(
     alpha, tuned, val_logits = _choose(trainer, start)
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
     if len(test := decode("test")):  # only now
+        seen["test"] = _seen(rows, test, split="test")
         logits["test"] = (test.labels, *(compute_logits(network, test, job=job) for network in (start.network, tuned)))
-    comparison = {split: compare(*facts, split=split) for split, facts in logits.items()}
+    comparison = {split: compare(*facts, split=split, seen=seen[split]) for split, facts in logits.items()}
     report = _report(trainer, comparison, alpha=alpha, counts=counts, rate=rate, started=started)
     if job.processes.is_first:
         metrics: dict[str, Any] = {"val": None, "test": None, "comparison": comparison, "history": trainer.history}
         for split, (y, _, after) in logits.items():
             metrics[split] = evaluate_probabilities(y, softmax(after), model.classes)
         training = _training_facts(trainer, start, identity=checkpoint.identity, report=report)
-        save_finetuned(report, tuned, backbone=backbone, start=model, training=training, metrics=metrics)
+        save_finetuned(report, tuned, backbone=backbone, start=model, training=training, metrics=metrics, rows=rows)
     return report
 
 
 # ------------------------------------------------------------------------------------------------------- start
+
+
+def _seen(rows: TrainingRows, pixels: Pixels, *, split: str) -> Array:
+    """(n,) which images of a split training has seen, or sees; said if there are any."""
+    seen = rows.contain(pixels.digests)
+    if seen.any():
+        text = "training has seen %d of the %d %s images, the first %s: a score on them flatters"
+        log.warning(text, seen.sum(), len(pixels), split, pixels.paths[int(seen.argmax())])
+    return seen
 
 
 def _settle_recipe(job: Job, n_train: int) -> Recipe:
@@ -348,6 +371,8 @@ def _report(
         val_accuracy=val["tuned_accuracy"],
         head_val_accuracy=val["head_accuracy"],
         test_accuracy=test["tuned_accuracy"] if test else None,
+        val_accuracy_without_copies=val["tuned_accuracy_without_copies"],
+        test_accuracy_without_copies=test["tuned_accuracy_without_copies"] if test else None,
         head_test_accuracy=test["head_accuracy"] if test else None,
         p_value=decisive["p_value"],
         verdict=decisive["verdict"] if alpha != 0 else UNCHANGED,

@@ -265,6 +265,30 @@ def test_without_val_a_tenth_is_held_out_from_the_head_too(tune: Tuner, tmp_path
     assert report.test_accuracy is None
 
 
+def test_scores_are_also_given_without_images_that_training_has_seen(
+    tune: Tuner, made: Path, photos: Path, tmp_path: Path
+) -> None:
+    first, *_ = sorted(path for path in (photos / "train").rglob("*.jpg"))
+    label = first.parent.name
+    shutil.copy(first, photos / "val" / label / "leak.jpg")
+    report = tune(source=photos)
+    n = len(list((photos / "val").rglob("*.jpg")))
+    assert f"training has seen 2 of the {n} val images, the first val/{label}/leak.jpg" in tune.log.text
+    rows = load_model(tune.ft).training_rows()
+    assert rows is not None
+    assert len(rows.digests) == len(list((photos / "train").rglob("*.jpg")))
+    scores = evaluate(tune.ft, photos, split="val")
+    assert scores["copies"]["across_splits"] == 2  # and one that all splits have
+    assert scores["accuracy"] == pytest.approx(report.val_accuracy)
+    assert scores["accuracy_without_copies"] == pytest.approx(report.val_accuracy_without_copies)
+    assert "of which training has seen 2: fine-tuned" in report.comparison[0]
+    # What the start has seen counts as well: its training images are val here.
+    for split, other in (("train", "x"), ("val", "train"), ("x", "val")):
+        (photos / split).rename(photos / other)
+    again = finetune(photos, tmp_path / "again", init=made / "m", changes=QUICK, precision="fp32")
+    assert again.val_accuracy_without_copies is None
+
+
 def test_unreadable_unknown_and_missing_images_are_named(tune: Tuner, photos: Path) -> None:
     shutil.rmtree(photos / "val" / "green")
     (photos / "train" / "blue" / "00.jpg").write_bytes(b"gone bad since extraction")

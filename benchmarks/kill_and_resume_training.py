@@ -45,8 +45,10 @@ def main() -> None:  # noqa: D103 - the module says it
         subprocess.run(featcache("extract", arguments.folder, "-o", root / "f.h5", *origin, *size), check=True)
         subprocess.run(featcache("fit-head", root / "f.h5", "-o", root / "m"), check=True)
 
-        def command(output: Path, *more: str) -> list[str]:
+        def command(output: Path) -> list[str]:
             words = ["finetune", arguments.folder, "--init", root / "m", "-o", output, "--device", "cpu"]
+            begun = output.with_name(f"{output.name}.parts").joinpath("run.json").exists()
+            more = ["--resume"] if begun else []
             return featcache(*words, "--epochs", arguments.epochs, "--patience", 0, *more)
 
         started = time.perf_counter()
@@ -58,7 +60,7 @@ def main() -> None:  # noqa: D103 - the module says it
             seed, output, how = arguments.seed + number, root / f"ft{number}", []
             moments = random.Random(seed)
             for _ in range(arguments.kills):
-                child = subprocess.Popen(command(output, "--resume"), stderr=subprocess.DEVNULL)
+                child = subprocess.Popen(command(output), stderr=subprocess.DEVNULL)
                 try:
                     child.wait(moments.uniform(0.3, 1.0) * duration)
                 except subprocess.TimeoutExpired:
@@ -70,7 +72,7 @@ def main() -> None:  # noqa: D103 - the module says it
                 resumed += (root / f"ft{number}.parts" / "checkpoint.pt").exists()
             tidy = (output / "model.json").exists() and not (root / f"ft{number}.parts" / "run.json").exists()
             if how[-1] != 0 and not tidy:  # killed before its very last act
-                subprocess.run(command(output, "--resume"), check=True, stderr=subprocess.DEVNULL)
+                subprocess.run(command(output), check=True, stderr=subprocess.DEVNULL)
             equal = [(output / name).read_bytes() for name in FILES] == expected
             same += equal
             print(f"seed {seed}: exit codes {how}, same bits: {equal}", flush=True)

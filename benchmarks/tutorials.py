@@ -21,7 +21,7 @@ backbone in every epoch, validation after each (T2: test after every 5 steps), t
 as well: ``model.train()`` moves the batch-norm statistics of the "frozen" backbone, the best epoch is reported on the
 images by which it was picked (T1, T3, T5), and the loop in T3 that should freeze batch norms freezes other tensors.
 Where the tutorials leave something open: T4 has Adam at .001, batches of 128, at most 20 epochs, and stops after 5
-without a lower validation loss; T3's fine-tuning has Adam at .001 and 20 epochs.
+without a lower validation loss. T3's fine-tuning has Adam at .001, the .0005 that its script defines being unused.
 
 featcache's side: `extract` and `fit_head`, with their defaults, for the frozen stage; `finetune` from that head for the
 fine-tune stage, by the recipe that repeats the tutorial's, and for T1 by the default recipe, too. Seconds of
@@ -92,12 +92,10 @@ LOOPS = {
     ("T1", "frozen"): _ANTS_BEES,
     ("T1", "finetune"): dataclasses.replace(_ANTS_BEES, whole=True),
     ("T2", "frozen"): Loop(
-        epochs=1, batch=64, optimizer="adam", lr=3e-3, hidden=(1024, 256), dropout=(0.2, 0.2), nll=True, test_every=5
+        epochs=1, batch=64, optimizer="adam", lr=3e-3, hidden=(256,), dropout=(0.2,), nll=True, test_every=5
     ),
     ("T3", "frozen"): _FLOWERS,
-    ("T3", "finetune"): dataclasses.replace(
-        _FLOWERS, batch=64, every=1, hidden=(512, 256), dropout=(0.25, 0.5), whole=True
-    ),
+    ("T3", "finetune"): dataclasses.replace(_FLOWERS, batch=64, hidden=(512, 256), dropout=(0.25, 0.5), whole=True),
     ("T4", "frozen"): Loop(
         epochs=20, batch=128, optimizer="adam", lr=1e-3, hidden=(256,), dropout=(0.4,), nll=True, patience=5
     ),

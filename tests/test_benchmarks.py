@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import write_photo
 
+from featcache.finetuning.recipes import choose_recipe
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "tutorials.py"
 
 
@@ -32,6 +34,35 @@ WORKFLOWS = {
     "T4": ({"train": 24, "valid": 12, "test": 12}, INSECTS | PETS),
     "T5": ({"train": 12, "val": 12}, PETS),
 }
+
+
+TUTORIALS = {
+    ("T1", "frozen"): "ants-bees-frozen",
+    ("T1", "finetune"): "ants-bees",
+    ("T2", "frozen"): "cats-dogs",
+    ("T3", "frozen"): "flowers-frozen",
+    ("T3", "finetune"): "flowers",
+    ("T4", "frozen"): "caltech101",
+    ("T5", "frozen"): "ants-bees-frozen",
+    ("T5", "finetune"): "ants-bees",
+}
+
+
+def test_loops_and_recipes_repeat_the_same_tutorials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import tutorials
+
+    assert tutorials.LOOPS.keys() == TUTORIALS.keys()
+    for stage, name in TUTORIALS.items():
+        loop, recipe = tutorials.LOOPS[stage], choose_recipe(name, 10_000)
+        same = {"hidden", "dropout", "lr", "optimizer", "epochs", "patience"}
+        assert {field: getattr(loop, field) for field in same} == {field: getattr(recipe, field) for field in same}
+        assert (loop.batch, loop.every, loop.whole) == (
+            recipe.batch_size,
+            recipe.accumulation,
+            recipe.unfreeze == "all",
+        )
+        assert loop.step_lr == (recipe.schedule == "step")
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS)

@@ -99,6 +99,7 @@ def finetune(
     workers: options.Workers = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
@@ -135,6 +136,7 @@ def finetune(
             micro_batch=options.count(micro_batch, "micro batch"),
             resume=resume,
             force=force,
+            overwrite=overwrite,
             progress=progress,
         )
     if not is_first_process():

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from featcache.backbones.saved import MANIFEST
 from featcache.errors import ModelError, StorageError, UsageError
 from featcache.finetuning.recipes import Job
 from featcache.spec import difference, fingerprint_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.trainer import Trainer
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the backbone's dropout was on, the head's steps were of another size
 log = logging.getLogger("featcache")
 
 
@@ -72,10 +73,16 @@ def check_unfinished(output: Path, *, resume: bool, force: bool) -> None:
     """Refuse, before any work, if something is in the way.
 
     Raises:
-        UsageError: an interrupted run, and neither ``resume`` nor ``force`` was asked for. StorageError: a folder, or
-        file, of somebody else.
+        UsageError: an interrupted run, and neither ``resume`` nor ``force`` was asked for; or ``resume``, and there is none.
+        StorageError: a folder, or file, of somebody else.
     """
     folder = work_folder(output)
+    if resume and not (folder / _RUN).is_file():
+        done = f"; {output} is finished" if (output / MANIFEST).is_file() else ""
+        raise UsageError(
+            f"there is nothing to resume: {folder}, where an interrupted run would be, "
+            f"{'holds none' if folder.is_dir() else 'does not exist'}{done}; leave --resume out to start one, or give the -o of that run"
+        )
     if (folder / _STATE).is_file() and not (resume or force):
         raise UsageError(
             f"{folder} holds an interrupted run; add --resume to continue it, or --force to discard it and start anew"
@@ -175,5 +182,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
     if version != FORMAT_VERSION or not isinstance(identity, dict):
-        raise ModelError(f"{path} was written by another version of featcache; discard it with --force")
+        raise ModelError(
+            f"{path} was written by another version of featcache, which trains otherwise; finish that run with it, or "
+            "discard the interrupted run with --force"
+        )
     return dict(state)

@@ -4,6 +4,7 @@ In: images and, if there is one, the model of their cached features. Out: a mode
 travels along. Here the options are checked and the start is settled; ``tune.py`` does the work.
 """
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.checkpoint import check_unfinished, hold_work, is_finished, remove_work
 from featcache.finetuning.recipes import Job, choose_recipe
 from featcache.finetuning.result import FinetuneReport, read_report
-from featcache.finetuning.start import keep_cache, prepare_start, read_source
+from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.models.model import check_replaceable
 from featcache.system.files import named
 
@@ -39,6 +40,7 @@ def finetune(
     micro_batch: int | None = None,
     resume: bool = False,
     force: bool = False,
+    overwrite: bool = False,
     progress: "OnStep | None" = None,
 ) -> FinetuneReport:
     """Fine-tune a backbone and its head on labelled images.
@@ -58,11 +60,13 @@ def finetune(
         micro_batch: most images per forward pass; 8 on a CPU, 64 on a GPU when None. Changes speed and memory, and what
             dropout draws if there is any; nothing else but rounding.
         resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
+        overwrite: replace a model that is there already; never the one that the run starts from.
         progress: called after every step.
 
     Raises:
         SourceError: no labels, one class, classes that ``init`` does not know. UsageError: impossible or contradictory
-        values, or another interrupted run is in the way. ModelError: ``init`` cannot be used, or the parity check failed.
+        values, another interrupted run is in the way, or there is none to resume. ModelError: ``output`` is taken, ``init``
+        cannot be used, or training would not start from the cached head.
         TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
     """
     from featcache.finetuning.trainer import choose_training_precision
@@ -73,11 +77,12 @@ def finetune(
     started = time.perf_counter()
     source, output, changes = Path(source), named(Path(output)), changes or {}
     _check_options(init, request, seed=seed, resume=resume, force=force)
+    _check_start_is_kept(output, init, request=request)
     norms_train = choose_recipe(recipe, 1, **changes).batchnorm == "train"
+    check_unfinished(output, resume=resume, force=force)
     finished = resume and is_finished(output)
     if not finished:
-        check_replaceable(output)
-    check_unfinished(output, resume=resume, force=force)
+        check_replaceable(output, overwrite=overwrite)
     images, held_out = read_source(source, seed=seed)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     precision = choose_training_precision(precision, runtime.device)
@@ -87,14 +92,15 @@ def finetune(
                 f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
             )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
-        job = Job(images, output, recipe, changes, seed, precision, runtime, processes)
+        job = Job(images, output, recipe, changes, seed, precision, runtime, processes, overwrite)
         with hold_work(job, force=force):
             report = None
             if finished:
                 log.info("%s was finished already", output)
             else:
                 model, cache = prepare_start(job, init, request=request, held_out=held_out)
-                report = tune(job, model, cache=cache, on_step=progress, started=started)
+                earlier = seen_before(init, request=request, held_out=held_out)
+                report = tune(job, model, cache=cache, earlier=earlier, on_step=progress, started=started)
             processes.barrier()
             if processes.is_first:
                 keep_cache(output)
@@ -111,3 +117,16 @@ def _check_options(
         raise UsageError("--resume continues an interrupted run, --force discards it; choose one")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed must lie between 0 and {2**32 - 1}, found {seed}")
+
+
+def _check_start_is_kept(output: Path, init: str | Path | None, *, request: ExtractRequest | None) -> None:
+    """Raise UsageError if the model would replace the one that it starts from, whatever path leads to it."""
+    for start in (init, request.backbone if request else None):
+        same = False
+        if start is not None:
+            with contextlib.suppress(OSError, ValueError):  # one of them is not there
+                same = Path(start).samefile(output)
+        if same:
+            raise UsageError(
+                f"-o {output} is the model that the run starts from, which is never replaced; choose another -o"
+            )

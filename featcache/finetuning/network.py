@@ -11,35 +11,39 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from featcache.backbones.backbone import Backbone, hash_tensors
 from featcache.errors import ModelError
 from featcache.finetuning.recipes import Recipe
-from featcache.heads.head import Array, Head
-from featcache.heads.layers import linear_layers
+from featcache.heads.head import Array, Head, scale_features
+from featcache.heads.layers import linear_layers, unit_length
 from featcache.images.preprocess import channel_constants, normalise
 
 _FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
+_LENGTH = 32.0  # of embeddings as the head sees them, root mean square: that of 1,024 values of size 1
 Net = TypeVar("Net", bound=nn.Module)
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _WITH_WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 class EmbeddingScale(nn.Module):
-    """Scales embeddings to about unit size per value, so that one learning rate of the head fits any backbone.
+    """Scales embeddings to one length, so that one learning rate of the head fits any backbone.
 
     Attributes:
         unit: whether to divide each row by its norm, the one scaling that does not fold into a linear layer.
         factor: one constant; it is folded into the weights again when the head is stored.
     """
 
+    factor: torch.Tensor
+
     def __init__(self, *, unit: bool, factor: float) -> None:
         super().__init__()
-        self.unit, self.factor = unit, factor
+        self.unit = unit
+        self.register_buffer("factor", torch.tensor(factor))  # part of the state: a resumed run takes the same
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, D) -> (N, D)
-        return (functional.normalize(x, dim=1) if self.unit else x) * self.factor
+        x = x.float()  # half precision has no room for the factor of very small embeddings
+        return (unit_length(x) if self.unit else x) * self.factor
 
 
 class Network(nn.Module):
@@ -67,19 +71,28 @@ class Network(nn.Module):
         return logits
 
 
-def assemble(backbone: Backbone, head: Head) -> Network:
-    """The network that computes what ``head`` computes on the backbone's embeddings."""
-    scale = EmbeddingScale(unit=head.scaling == "unit", factor=_factor(head))
-    return Network(backbone, nn.Sequential(scale, *linear_layers(head, factor=scale.factor)))
+def assemble(backbone: Backbone, head: Head, features: Array) -> Network:
+    """The network that computes what ``head`` computes on the backbone's embeddings.
+
+    Args:
+        features: (n, D) embeddings of training images, some at least: how large they are decides how far a step of the
+            optimizer moves the logits, and so the factor that ``EmbeddingScale`` takes.
+    """
+    scale = EmbeddingScale(unit=head.scaling == "unit", factor=_factor(head, features))
+    return Network(backbone, nn.Sequential(scale, *linear_layers(head, factor=float(scale.factor))))
 
 
-def _factor(head: Head) -> float:
-    """1 / root mean square of what the first layer sees, as far as the head knows it."""
+def _factor(head: Head, features: Array) -> float:
+    """What brings the rows that the first layer sees to one length, whatever their scaling, size and number of values.
+
+    Adam moves every weight by about its learning rate, so that a logit moves by that times the sum of |x|, which is at most
+    sqrt(D) times the length of x. Values that are always zero take no part in either.
+    """
+    x = features.astype(np.float64)
     if head.scaling == "unit":
-        return float(np.sqrt(head.dim))
-    if head.scaling == "standardise":
-        return float(1 / np.sqrt(np.mean(head.mean.astype(np.float64) ** 2 + head.scale.astype(np.float64) ** 2)))
-    return 1.0
+        x = scale_features(x, "unit", head.mean, head.scale)
+    length = float(np.sqrt((x**2).sum(axis=1).mean()))
+    return _LENGTH / length if length > 0 else 1.0
 
 
 def with_new_head(backbone: Backbone, recipe: Recipe, n_classes: int, *, seed: int) -> Network:
@@ -103,7 +116,7 @@ def to_head(network: Network) -> Head:
     scaling = "none"
     if isinstance(first, EmbeddingScale):
         scaling = "unit" if first.unit else "none"
-        layers = ((layers[0][0] * np.float32(first.factor), layers[0][1]), *layers[1:])
+        layers = ((layers[0][0] * np.float32(float(first.factor)), layers[0][1]), *layers[1:])
     zeros, ones = np.zeros(dim, np.float32), np.ones(dim, np.float32)
     return Head("mlp" if len(layers) > 1 else "linear", scaling, zeros, ones, layers)  # type: ignore[arg-type]
 
@@ -220,14 +233,18 @@ def _opened(n_stages: int, epoch: int, epochs: int) -> int:
 
 
 def training_mode(network: Network, recipe: Recipe) -> None:
-    """Switch to training; what is frozen behaves as in prediction, and so do batch norms, unless the recipe trains them."""
+    """Switch the head to training; the backbone behaves as in prediction, but for what the recipe switches on where it trains.
+
+    Dropout and drop path of the backbone are those of its own pre-training. The cached head never saw them, so that with
+    them the first step would start from another network than the one that was compared with it.
+    """
     network.train()
-    if not any(parameter.requires_grad for parameter in network.backbone.parameters()):
-        network.backbone.eval()
+    opened = any(parameter.requires_grad for parameter in network.backbone.parameters())
+    network.backbone.train(opened and recipe.backbone_dropout)
     for module in network.backbone.modules():
-        still = recipe.batchnorm == "frozen" or not any(p.requires_grad for p in module.parameters(recurse=False))
-        if isinstance(module, _BatchNorm) and still:
-            module.eval()
+        if isinstance(module, _BatchNorm):
+            trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            module.train(recipe.batchnorm == "train" and trains)
 
 
 def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:

@@ -47,6 +47,7 @@ class Pixels:
         pictures: n, uint8 (H, W, 3); views of a file, or the only copy in memory: do not write into them.
         labels: (n,) int64, as the list numbers its classes. paths: n, relative to the source.
         digest: sha256 (hex) over names, labels and the content of all files, in order, refused ones included.
+        digests: (n, 32) uint8, sha256 of each image's file.
     """
 
     kept: npt.NDArray[np.intp]
@@ -55,6 +56,7 @@ class Pixels:
     labels: npt.NDArray[np.int64]
     paths: tuple[str, ...]
     digest: str
+    digests: npt.NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -131,16 +133,17 @@ def open_pixels(images: ImageList, file: Path) -> Pixels:
 def _decode_each(
     images: ImageList, convert: Convert, keep: Callable[[Picture], None], *, workers: int
 ) -> dict[str, Any]:
-    """Give every picture to ``keep``, in order. Returns, as JSON values, which were kept, which refused, and a digest."""
-    kept, refused, digest = [], [], hashlib.sha256()
+    """Give every picture to ``keep``, in order. Returns, as JSON values, which were kept, which refused, and digests."""
+    kept, refused, digests, digest = [], [], [], hashlib.sha256()
     for read in read_images(images, range(len(images)), convert, workers=workers):
         digest.update(read.digest or b"unreadable")
         if read.value is None:
             refused.append((read.position, read.reason))
         else:
             kept.append(read.position)
+            digests.append(read.digest.hex())
             keep(read.value)
-    return {"kept": kept, "refused": refused, "digest": digest.hexdigest()}
+    return {"kept": kept, "refused": refused, "digest": digest.hexdigest(), "digests": digests}
 
 
 def _to_pixels(images: ImageList, table: dict[str, Any], pictures: list[Picture]) -> Pixels:
@@ -148,7 +151,8 @@ def _to_pixels(images: ImageList, table: dict[str, Any], pictures: list[Picture]
     labels, paths = images.labels[kept].astype(np.int64), tuple(images.paths[position] for position in kept)
     text = "\n".join([*paths, table["digest"], *map(str, labels)])
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-    return Pixels(kept, dict(table["refused"]), pictures, labels, paths, digest)
+    digests = np.frombuffer(bytes.fromhex("".join(table["digests"])), np.uint8).reshape(-1, 32)
+    return Pixels(kept, dict(table["refused"]), pictures, labels, paths, digest, digests)
 
 
 def decode_split(job: Job, split: str, *, classes: tuple[str, ...], preprocess: PreprocessSpec) -> Pixels:

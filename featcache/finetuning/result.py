@@ -16,6 +16,7 @@ from featcache.errors import ModelError
 from featcache.heads.head import Array, FittedHead, softmax
 from featcache.heads.metrics import accuracy, log_loss, mcnemar, standard_error
 from featcache.models.model import Model, save_model
+from featcache.models.training_rows import TrainingRows
 from featcache.system.safe_load import parse_json
 from featcache.system.workdir import work_folder
 
@@ -38,6 +39,7 @@ class FinetuneReport:
             the head was a new one, so that there is nothing to mix with.
         val_accuracy, head_val_accuracy: of the saved model and of the cached head, on the images by which epoch and
             alpha were chosen. test_accuracy, head_test_accuracy: on images by which nothing was chosen.
+        val_accuracy_without_copies, test_accuracy_without_copies: of the saved model, on images that no training has seen.
         p_value: of McNemar's test between the two, on test, or on val where there is no test.
         verdict: the comparison in a sentence. comparison: a line per split, with standard errors.
         parameters, trainable_parameters: of the network.
@@ -60,6 +62,8 @@ class FinetuneReport:
     trainable_parameters: int
     images_per_second: float
     seconds: float
+    val_accuracy_without_copies: float | None = None  # defaults: reports of earlier versions lack them
+    test_accuracy_without_copies: float | None = None
 
 
 def read_report(output: Path) -> FinetuneReport:
@@ -82,13 +86,19 @@ def choose(y: Array, candidates: dict[float, Array]) -> float:
     return max(sorted(candidates), key=lambda alpha: score(y, candidates[alpha]))
 
 
-def compare(y: Array, head_logits: Array, tuned_logits: Array, *, split: str) -> dict[str, Any]:
+def compare(
+    y: Array, head_logits: Array, tuned_logits: Array, *, split: str, seen: Array | None = None
+) -> dict[str, Any]:
     """Frozen head against fine-tuned model on the same images.
 
+    Args:
+        y: (n,) labels. head_logits, tuned_logits: (n, C). seen: (n,) whether training has seen the image; None: no.
+
     Returns:
-        split, n, head_accuracy, tuned_accuracy and their standard errors, the counts and p-value of McNemar's test, and a
-        verdict in words.
+        split, n, head_accuracy, tuned_accuracy and their standard errors, the counts and p-value of McNemar's test, a
+        verdict in words, how many images training has ``seen``, and tuned_accuracy_without_copies, on the others.
     """
+    new = np.ones(len(y), bool) if seen is None else ~seen
     head, tuned = softmax(head_logits.astype(np.float64)), softmax(tuned_logits.astype(np.float64))
     test = mcnemar(y, head, tuned)
     before, after = accuracy(y, head), accuracy(y, tuned)
@@ -99,6 +109,8 @@ def compare(y: Array, head_logits: Array, tuned_logits: Array, *, split: str) ->
         "head_standard_error": standard_error(before, len(y)),
         "tuned_accuracy": after,
         "tuned_standard_error": standard_error(after, len(y)),
+        "seen": int((~new).sum()),
+        "tuned_accuracy_without_copies": accuracy(y[new], tuned[new]) if new.any() else None,
         **test,
     }
     return facts | {"verdict": _verdict(before, after, test, split, len(y))}
@@ -107,6 +119,10 @@ def compare(y: Array, head_logits: Array, tuned_logits: Array, *, split: str) ->
 def in_words(facts: dict[str, Any]) -> str:
     """``compare``'s accuracies as a line."""
     remark = ", by which epoch and mixture were chosen" if facts["split"] == "val" else ", by which nothing was chosen"
+    if facts["seen"]:
+        without = facts["tuned_accuracy_without_copies"]
+        score_without = "no score without them" if without is None else f"fine-tuned {without:.2%} without them"
+        remark = f", of which training has seen {facts['seen']}: {score_without}"
     return (
         f"{facts['split']}: frozen head {facts['head_accuracy']:.2%} (standard error {facts['head_standard_error']:.2%}), "
         f"fine-tuned {facts['tuned_accuracy']:.2%} ({facts['tuned_standard_error']:.2%}), on {facts['n']} images{remark}"
@@ -133,6 +149,7 @@ def save_finetuned(
     start: Model,
     training: dict[str, Any],
     metrics: dict[str, Any],
+    rows: TrainingRows,
 ) -> None:
     """Publish the model folder atomically.
 
@@ -141,7 +158,7 @@ def save_finetuned(
             cached head is saved as it was.
         network: with the weights to keep. backbone, start: what it was made from; its spec becomes that of the new model,
             with the new weights.
-        training: settings. metrics: further scores, with ``history``: a row per epoch.
+        training: settings. metrics: further scores, with ``history``: a row per epoch. rows: all that training has seen.
 
     Raises:
         StorageError: it cannot be written.
@@ -167,6 +184,7 @@ def save_finetuned(
         training=training,
         metrics={name: facts[name] for name in accuracies} | metrics | {"report": facts},
         files={"backbone.safetensors": work / "backbone.safetensors", "history.csv": _as_table(metrics["history"])},
+        rows=rows,
         finetuned=True,
     )
 

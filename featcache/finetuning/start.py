@@ -19,6 +19,7 @@ from featcache.images.source import ImageList, list_images
 from featcache.images.splits import hold_out, usable
 from featcache.models.fit import fit_head
 from featcache.models.model import Model, load_model
+from featcache.models.training_rows import TrainingRows
 from featcache.spec import SPLITS
 from featcache.system.files import sync_folder
 from featcache.system.workdir import work_folder
@@ -96,6 +97,17 @@ def prepare_start(
         _fit(job, cache, head=head, settings=settings)
     job.processes.barrier()
     return load_model(head), FeatureCache.open(cache)
+
+
+def seen_before(init: str | Path | None, *, request: ExtractRequest | None, held_out: bool) -> list[TrainingRows]:
+    """What earlier trainings of the backbone have seen, and those of the head if it was not fit again; as far as known."""
+    start = Path(init or (request.backbone if request else ""))
+    if not start.is_dir():
+        return []
+    model = load_model(start)
+    rows = model.training_rows()
+    counts = model.manifest.get("finetuned") or (init is not None and not held_out)
+    return [rows] if rows is not None and counts else []
 
 
 def _extract(job: Job, cache: Path, request: ExtractRequest) -> None:

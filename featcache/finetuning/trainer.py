@@ -22,10 +22,10 @@ from torch.optim.swa_utils import AveragedModel
 from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment
 from featcache.finetuning.network import Network, parameter_groups, training_mode, unfreeze
-from featcache.finetuning.pixels import Pixels
+from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.heads.head import Array, Indices
-from featcache.system.device import has_bf16_arithmetic, one_core_each
+from featcache.system.device import Runtime, has_bf16_arithmetic, one_core_each
 
 log = logging.getLogger("featcache")
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]  # pixels, labels, weights, images of all processes
@@ -126,6 +126,25 @@ class Trainer:
         self.epoch, self.batch, self._sums = self.epoch + 1, 0, np.zeros(3)
         return float(loss / images), float(hits / images)
 
+    def logits_in_training(self, pixels: Pixels, images: Indices) -> Array:
+        """(n, C) logits of images as they are, in the mode and precision of the next step."""
+        unfreeze(self.network, self.recipe, epoch=self.epoch)
+        training_mode(self.network, self.recipe)
+
+        def compute(start: int) -> Array:
+            batch = np.stack([pixels.pictures[index] for index in images[start : start + self.micro_batch]])
+            with torch.no_grad(), self._autocast():
+                logits: Array = self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+            return logits
+
+        while True:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                return np.concatenate([compute(start) for start in range(0, len(images), self.micro_batch)])
+            self._halve_micro_batch(len(images))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
+
     def _batches(self) -> Generator[Batch]:
         """Those of the epoch's remaining steps, prepared ahead."""
         order = np.random.default_rng([self.job.seed, self.epoch]).permutation(len(self.data))
@@ -167,11 +186,10 @@ class Trainer:
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(hash((self.job.seed, number, self.processes.rank)) % 2**63)  # dropout, drop path
-            try:
+            with contextlib.suppress(torch.OutOfMemoryError):  # its frames hold what was computed: retry without it
                 sums = self._accumulate(wrapped, batch)
                 break
-            except torch.OutOfMemoryError as error:
-                self._halve_micro_batch(len(batch[0]), error)
+            self._halve_micro_batch(len(batch[0]))
         if self.recipe.clip_norm:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -191,7 +209,7 @@ class Trainer:
             part = slice(start, start + micro)
             last = start + micro >= len(pixels)
             with self.processes.no_sync(wrapped, unless=last):
-                with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
+                with self._autocast():
                     logits = wrapped(pixels[part])
                 smoothing = self.recipe.label_smoothing
                 losses = functional.cross_entropy(
@@ -203,7 +221,7 @@ class Trainer:
             sums += torch.stack((loss.detach(), hits, weights[part].sum()))
         return sums
 
-    def _halve_micro_batch(self, images: int, error: Exception) -> None:
+    def _halve_micro_batch(self, images: int) -> None:
         micro = min(self.micro_batch, images)
         whole = self.recipe.batchnorm == "train"
         if micro == 1 or whole or self.processes.world > 1:
@@ -212,10 +230,10 @@ class Trainer:
                 why, what = "; batch norms that train need whole batches", "--batch-size"
             raise UsageError(
                 f"{micro} images at once do not fit into {self.device}'s memory{why}: use a smaller {what}"
-            ) from error
+            )
         self.micro_batch = micro // 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self.optimizer.zero_grad(set_to_none=True)
+        _return_memory(self.device)
         log.warning(
             "out of memory with %d images at once: going on with %d, adding up gradients to the same batch",
             micro,
@@ -333,26 +351,18 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: i
 def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
     """(n, C) float32 logits of all images, each process computing its share; float32 whatever training used."""
     network.eval()
-    runtime, processes, batch_size = job.runtime, job.processes, job.runtime.batch_size
-    mine = range(processes.rank, len(pixels), processes.world)
-
-    def compute(start: int) -> Array:
-        batch = np.stack([pixels.pictures[index] for index in mine[start : start + batch_size]])
-        with torch.inference_mode():  # per thread
-            logits: Array = network(torch.from_numpy(batch).to(runtime.device)).float().cpu().numpy()
-        return logits
-
-    if runtime.device.type == "cpu":
-        with one_core_each(runtime.workers, "featcache-evaluate") as pool:
-            parts = list(pool.map(compute, range(0, len(mine), batch_size)))
-    else:
+    runtime, processes = job.runtime, job.processes
+    mine = pixels.pictures[processes.rank :: processes.world]
+    parts: list[Array] | None = None
+    while parts is None:
         try:
-            parts = [compute(start) for start in range(0, len(mine), batch_size)]
+            parts = _in_batches(network, mine, runtime=runtime)
         except torch.OutOfMemoryError:
-            if batch_size == 1 or processes.world > 1:
+            if runtime.batch_size == 1 or processes.world > 1:
                 raise
-            smaller = dataclasses.replace(runtime, batch_size=batch_size // 2)
-            return compute_logits(network, pixels, job=dataclasses.replace(job, runtime=smaller))
+        if parts is None:  # only now: until its block is left, the exception's frames hold what was computed
+            runtime = dataclasses.replace(runtime, batch_size=runtime.batch_size // 2)
+            _return_memory(runtime.device)
     shares = processes.all_gather(np.concatenate(parts) if parts else None)
     width = next(share.shape[1] for share in shares if share is not None)
     logits = np.empty((len(pixels), width), np.float32)
@@ -360,6 +370,28 @@ def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
         if share is not None:
             logits[rank :: processes.world] = share
     return logits
+
+
+def _in_batches(network: Network, pictures: list[Picture], *, runtime: Runtime) -> list[Array]:
+    """Logits of each batch."""
+
+    def compute(start: int) -> Array:
+        batch = np.stack(pictures[start : start + runtime.batch_size])
+        with torch.inference_mode():  # per thread
+            logits: Array = network(torch.from_numpy(batch).to(runtime.device)).float().cpu().numpy()
+        return logits
+
+    starts = range(0, len(pictures), runtime.batch_size)
+    if runtime.device.type != "cpu":
+        return [compute(start) for start in starts]
+    with one_core_each(runtime.workers, "featcache-evaluate") as pool:
+        return list(pool.map(compute, starts))
+
+
+def _return_memory(device: torch.device) -> None:
+    """Hand back the blocks that PyTorch keeps for reuse, after something did not fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def choose_training_precision(asked: str, device: torch.device) -> str:

@@ -20,16 +20,18 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.encoder import build_encoder
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
-from featcache.errors import Interrupted, SourceError, TrainingError
+from featcache.errors import Interrupted, ModelError, SourceError, TrainingError
+from featcache.finetuning.augment import augment
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
-from featcache.finetuning.pixels import Pixels, decode_split
+from featcache.finetuning.pixels import Picture, Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, choose_recipe, explain
 from featcache.finetuning.result import UNCHANGED, FinetuneReport, choose, compare, in_words, save_finetuned, score
 from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compute_logits
-from featcache.heads.head import Array, Indices, softmax
+from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable
+from featcache.models.training_rows import TrainingRows
 from featcache.spec import fingerprint_of
 from featcache.system.device import kept_random_state
 from featcache.system.signals import StopRequest, deferred_signals
@@ -39,7 +41,8 @@ log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
 _COMPARED = 64  # images of the parity check, where they must be embedded for it
 _TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
-_TOLERANCE_REDUCED = 0.1  # where the cache was computed in half precision
+_TOLERANCE_REDUCED = 0.1  # against cached rows, which may be in half precision: three times what the self-check allows
+_TOLERANCE_LOSS, _TOLERANCE_LOSS_REDUCED = 0.001, 0.1  # of the loss before step 1; of it relatively where it is above 1
 _SECONDS_BETWEEN_CHECKPOINTS = 600.0
 _STEPS_BETWEEN_QUESTIONS = 4  # asking all processes whether to stop costs a round trip
 
@@ -61,38 +64,62 @@ class _Start:
 
 
 def tune(
-    job: Job, model: Model, *, cache: FeatureCache | None, on_step: OnStep | None, started: float
+    job: Job,
+    model: Model,
+    *,
+    cache: FeatureCache | None,
+    earlier: list[TrainingRows],
+    on_step: OnStep | None,
+    started: float,
 ) -> FinetuneReport:
-    """Fine-tune ``model``. ``cache``: of the features that it was fit on, if that happened in this run."""
+    """Fine-tune ``model``.
+
+    Args:
+        cache: of the features that it was fit on, if that happened in this run. earlier: what it has seen before that.
+    """
     backbone = model.load_backbone()
     log.info("backbone %s: weights %s", backbone.name, backbone.weights)
     decode = functools.partial(decode_split, job, classes=model.classes, preprocess=backbone.preprocess)
     train, val = decode("train"), decode("val")
+    rows = TrainingRows(train.digests, train.labels).after(earlier)
+    seen = {"val": _seen(rows, val, split="val")}
     recipe = _settle_recipe(job, len(train))
-    start = _assemble_start(job, model, backbone=backbone, val=val, cache=cache)
+    start = _assemble_start(job, model, backbone=backbone, train=train, val=val, cache=cache)
     trainer = Trainer(_network_to_train(start, recipe, job=job), train, recipe=recipe, job=job)
     counts = count_parameters(trainer.network, recipe)
     log.info("parameters: %s, of which %s train", *(f"{count:,}" for count in counts))
     checkpoint = Checkpoint(trainer, _identity(trainer, start))
     with deferred_signals() as asked, kept_random_state(trainer.device):
+        if not checkpoint.position:
+            _check_first_step(trainer, start)
         rate = _train(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step)
-    check_replaceable(job.output)  # again: it took a while
+    check_replaceable(job.output, overwrite=job.overwrite)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
     if len(test := decode("test")):  # only now
+        seen["test"] = _seen(rows, test, split="test")
         logits["test"] = (test.labels, *(compute_logits(network, test, job=job) for network in (start.network, tuned)))
-    comparison = {split: compare(*facts, split=split) for split, facts in logits.items()}
+    comparison = {split: compare(*facts, split=split, seen=seen[split]) for split, facts in logits.items()}
     report = _report(trainer, comparison, alpha=alpha, counts=counts, rate=rate, started=started)
     if job.processes.is_first:
         metrics: dict[str, Any] = {"val": None, "test": None, "comparison": comparison, "history": trainer.history}
         for split, (y, _, after) in logits.items():
             metrics[split] = evaluate_probabilities(y, softmax(after), model.classes)
         training = _training_facts(trainer, start, identity=checkpoint.identity, report=report)
-        save_finetuned(report, tuned, backbone=backbone, start=model, training=training, metrics=metrics)
+        save_finetuned(report, tuned, backbone=backbone, start=model, training=training, metrics=metrics, rows=rows)
     return report
 
 
 # ------------------------------------------------------------------------------------------------------- start
+
+
+def _seen(rows: TrainingRows, pixels: Pixels, *, split: str) -> Array:
+    """(n,) which images of a split training has seen, or sees; said if there are any."""
+    seen = rows.contain(pixels.digests)
+    if seen.any():
+        text = "training has seen %d of the %d %s images, the first %s: a score on them flatters"
+        log.warning(text, seen.sum(), len(pixels), split, pixels.paths[int(seen.argmax())])
+    return seen
 
 
 def _settle_recipe(job: Job, n_train: int) -> Recipe:
@@ -107,37 +134,71 @@ def _settle_recipe(job: Job, n_train: int) -> Recipe:
     return recipe
 
 
-def _assemble_start(job: Job, model: Model, *, backbone: Backbone, val: Pixels, cache: FeatureCache | None) -> _Start:
-    """Backbone and cached head as one network. Raises ModelError unless it computes what the cached head computes."""
-    network = assemble(backbone, model.head).to(job.runtime.device)
+def _assemble_start(
+    job: Job, model: Model, *, backbone: Backbone, train: Pixels, val: Pixels, cache: FeatureCache | None
+) -> _Start:
+    """Backbone and cached head as one network. Raises ModelError unless it computes what the cached head computes.
+
+    Compared with embeddings that are computed now, in float32, as ``predict`` does; and with cached rows if there are any.
+    """
+    pixels = np.stack(val.pictures[:_COMPARED])
+    encoder, _ = build_encoder(backbone, job.runtime, pixels, precision="fp32")
+    network = assemble(backbone, model.head, encoder(_some_of(train, backbone.preprocess.crop)))
+    network = network.to(job.runtime.device)
     start = _Start(model, backbone, network, val, compute_logits(network, val, job=job))
-    images, features, tolerance = _reference_features(start, cache, job=job)
-    difference = check_parity(start.val_logits[images], model.head.logits(features), tolerance=tolerance)
+    expected = model.head.logits(encoder(pixels).astype(model.spec.storage))
+    difference = check_parity(start.val_logits[: len(pixels)], expected, tolerance=_TOLERANCE)
     text = "parity: the assembled network gives the cached head's logits on %d images (they differ by %.4f%%)"
-    log.info(text, len(images), 100 * difference)
+    log.info(text, len(pixels), 100 * difference)
+    if cache is not None:
+        _check_cached_rows(start, cache)
     return start
 
 
-def _reference_features(start: _Start, cache: FeatureCache | None, *, job: Job) -> tuple[Indices, Array, float]:
-    """What to compare the assembled network with: cached features, or some embedded now as ``predict`` embeds them.
+def _some_of(train: Pixels, size: tuple[int, int]) -> Picture:
+    """uint8 (n, H, W, 3): some training images from all over the list, at the network's size."""
+    chosen = np.linspace(0, len(train) - 1, min(_COMPARED, len(train))).astype(np.intp)
+    pictures = (np.require(train.pictures[k], requirements=["C", "W"]) for k in chosen)
+    return np.stack([augment(torch.from_numpy(p), (), size=size, seed=(0, 0, 0)).numpy() for p in pictures])
 
-    Returns:
-        (n,) images of val, their (n, D) features, and the tolerance that their precision asks for.
 
-    Raises:
-        SourceError: not one image of val is in the cache.
+def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:
+    """Compare the assembled network with val's rows of the cache that the head was fit on. Raises ModelError, SourceError.
+
+    Which precision a row was computed in is not known: rows of every precision that passes the self-check belong together.
+    Rows of a precision that did not pass were asked for, and prove nothing; how far off they are is said.
     """
-    if cache is None:
-        images = np.arange(min(_COMPARED, len(start.val)))
-        pixels = np.stack(start.val.pictures[:_COMPARED])
-        encoder, _ = build_encoder(start.backbone, job.runtime, pixels, precision="fp32")
-        return images, encoder(pixels).astype(start.model.spec.storage), _TOLERANCE
     rows = find(cache.rows.paths, encode_names(start.val.paths))
     images = np.flatnonzero(rows >= 0)
     if not len(images):
         raise SourceError(f"not one val image is in {cache.path}, so that nothing can be compared with it")
-    exact = cache.provenance.precision == "fp32"
-    return images, cache.take(rows[images]), _TOLERANCE if exact else _TOLERANCE_REDUCED
+    tolerance = _TOLERANCE_REDUCED if cache.spec.precision == "reference" else math.inf
+    logits = start.model.head.logits(cache.take(rows[images]))
+    difference = check_parity(start.val_logits[images], logits, tolerance=tolerance)
+    log.info("parity: from %d cached rows the cached head's logits differ by %.4f%%", len(images), 100 * difference)
+
+
+def _check_first_step(trainer: Trainer, start: _Start) -> None:
+    """Refuse to train from another loss than the cached head's, on images as they are. Raises ModelError.
+
+    Not where the recipe asks for another start: a new head, batch norms that train, dropout inside the backbone.
+    """
+    recipe = trainer.recipe
+    if recipe.hidden is not None or recipe.batchnorm == "train" or recipe.backbone_dropout:
+        return
+    images = np.arange(min(_COMPARED, len(start.val)))
+    y, precision = start.val.labels[images], trainer.job.precision
+    expected = -score(y, start.val_logits[images])[1]
+    found = -score(y, trainer.logits_in_training(start.val, images))[1]
+    tolerance = (_TOLERANCE_LOSS if precision == "fp32" else _TOLERANCE_LOSS_REDUCED) * max(1.0, expected)
+    text = "loss before step 1, in training mode and %s: %.4f; the cached head's: %.4f, on the same %d images"
+    log.info(text, precision, found, expected, len(images))
+    if not abs(found - expected) <= tolerance:
+        advice = "please report it" if precision == "fp32" else "train with --precision fp32"
+        raise ModelError(
+            f"training would not start from the cached head: in training mode and {precision} the loss of {len(images)} images "
+            f"is {found:.4g}, expected {expected:.4g} within {tolerance:.2g}; {advice}"
+        )
 
 
 def _network_to_train(start: _Start, recipe: Recipe, *, job: Job) -> Network:
@@ -310,6 +371,8 @@ def _report(
         val_accuracy=val["tuned_accuracy"],
         head_val_accuracy=val["head_accuracy"],
         test_accuracy=test["tuned_accuracy"] if test else None,
+        val_accuracy_without_copies=val["tuned_accuracy_without_copies"],
+        test_accuracy_without_copies=test["tuned_accuracy_without_copies"] if test else None,
         head_test_accuracy=test["head_accuracy"] if test else None,
         p_value=decisive["p_value"],
         verdict=decisive["verdict"] if alpha != 0 else UNCHANGED,

@@ -89,13 +89,15 @@ class Model:
             )
 
 
-def check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path, *, overwrite: bool | None = None) -> None:
     """Refuse, before any work, to write a model where something precious lies.
 
-    Heads are trained again in seconds from their cache, so a head-only model may be replaced; anything else is kept.
+    Args:
+        overwrite: whether a model may be replaced; None: a head-only one, as heads are trained again in seconds from
+            their cache.
 
     Raises:
-        ModelError: ``path`` exists and is not a head-only model, or holds files of somebody else.
+        ModelError: ``path`` is a model that is to be kept, is something else, or holds files of somebody else.
         StorageError: its folder is missing or not writable.
     """
     path = named(path)
@@ -112,8 +114,11 @@ def check_replaceable(path: Path) -> None:
         raise ModelError(
             f"{path} also holds {', '.join(foreign[:3])}, not part of a model; choose another -o or move that out"
         )
-    if manifest.get("finetuned"):
-        raise ModelError(f"{path} holds a fine-tuned model, which took long to make; choose another -o")
+    kind = "a fine-tuned model, which took long to make" if manifest.get("finetuned") else "a model"
+    if overwrite is False:
+        raise ModelError(f"{path} holds {kind}; choose another -o, or replace it with --overwrite")
+    if overwrite is None and manifest.get("finetuned"):
+        raise ModelError(f"{path} holds {kind}; choose another -o")
 
 
 def save_model(

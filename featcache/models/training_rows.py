@@ -4,6 +4,7 @@ In and out: ``training.safetensors`` in the model's folder.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,12 @@ class TrainingRows:
     def contain(self, digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """(M, 32) digests -> (M,) whether training has seen an image of these bytes."""
         return are_among(digests, self.digests)
+
+    def after(self, earlier: Sequence["TrainingRows"]) -> "TrainingRows":
+        """These rows, and those of ``earlier`` trainings, without their labels, which are positions among other classes."""
+        new = [rows.digests[~self.contain(rows.digests)] for rows in earlier]
+        unknown = np.full(sum(map(len, new)), -1, np.int64)
+        return TrainingRows(np.concatenate([self.digests, *new]), np.concatenate([self.labels, unknown]))
 
     def to_bytes(self) -> bytes:
         """As a safetensors file."""

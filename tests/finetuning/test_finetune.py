@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, make_photos, write_photo
 from safetensors.numpy import load_file
 
 import featcache
 from featcache import errors
 from featcache.cache.cache import FeatureCache
+from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
 from featcache.finetuning import finetune as finetuning
 from featcache.finetuning.finetune import finetune
@@ -94,8 +96,8 @@ def tensors(model: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def whole(made: Path) -> Path:
-    """The model of a quick run that nothing disturbs. There is nothing to resume, and so it starts."""
-    Tuner(made, made / "whole")(resume=True)
+    """The model of a quick run that nothing disturbs."""
+    Tuner(made, made / "whole")()
     return made / "whole"
 
 
@@ -110,6 +112,7 @@ def assert_same_model(one: Path, two: Path) -> None:
 def test_the_result_is_a_model_like_any_other(tune: Tuner, made: Path, tmp_path: Path, bf16_arithmetic: bool) -> None:
     report = tune()
     assert "parity: the assembled network gives the cached head's logits on 16 images" in tune.log.text
+    assert "loss before step 1, in training mode and fp32: " in tune.log.text
     assert "LP-FT" in tune.log.text
     model = load_model(tune.ft)
     assert model.classes == load_model(made / "m").classes
@@ -169,8 +172,8 @@ def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(tune: Tune
 
 
 def test_a_wrong_start_is_found_by_the_parity_check(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forgetful(backbone: Any, head: Any) -> Any:
-        assembled = assemble(backbone, head)
+    def forgetful(*start: Any) -> Any:
+        assembled = assemble(*start)
         assembled.mean.zero_()  # another normalisation than the cache's
         return assembled
 
@@ -178,6 +181,44 @@ def test_a_wrong_start_is_found_by_the_parity_check(tune: Tuner, monkeypatch: py
     with pytest.raises(errors.ModelError, match="does not compute what the cached head computes"):
         tune()
     assert not tune.ft.exists()
+
+
+def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when dropout, or whatever else the cached head never saw, is on in training."""
+    monkeypatch.setattr("featcache.finetuning.trainer.training_mode", lambda network, _: network.train())
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, _, training, __: x * 5 if training else x)
+    with pytest.raises(
+        errors.ModelError, match=r"not start from the cached head: .* fp32 the loss of 16 images is [\d.]+, "
+    ):
+        tune()
+    assert not tune.ft.exists()
+    monkeypatch.undo()
+    tune.log.clear()
+    tune(changes=QUICK | {"epochs": 1, "backbone_dropout": True})
+    assert "dropout and drop path of the backbone on, as in its pre-training" in tune.log.text
+    assert "loss before step 1" not in tune.log.text
+
+
+@pytest.mark.parametrize(("off_by", "right"), [(0.15, True), (2.0, False)])
+def test_rows_of_any_precision_that_passes_belong_to_the_network(
+    tune: Tuner, made: Path, tmp_path: Path, off_by: float, right: bool
+) -> None:
+    """Rows taken over may be in half precision whatever computed the last ones; what is further off is another network's."""
+    cache = FeatureCache.open(made / "f.h5")
+    X = cache.take(np.arange(len(cache))).astype(np.float32)
+    noise = np.random.default_rng(0).normal(0, 1, X.shape) * X.std(axis=0)
+    facts = {"spec": cache.spec, "classes": cache.classes, "provenance": cache.provenance}
+    assert cache.provenance.precision == "fp32"
+    write_cache(tmp_path / "f.h5", cache.rows, [(X + off_by * noise).astype(np.float16)], dim=X.shape[1], **facts)
+    for copy in made.glob("f.h5.*"):
+        shutil.copy(copy, tmp_path / copy.name)
+    if right:
+        tune(request=TINY, changes=QUICK | {"epochs": 1})
+        assert "embedded 0, reused 48" in tune.log.text
+        assert "from 16 cached rows the cached head's logits differ by" in tune.log.text
+    else:
+        with pytest.raises(errors.ModelError, match="expected at most 10.00%"):
+            tune(request=TINY)
 
 
 def test_test_images_change_nothing_but_their_score(tune: Tuner, photos: Path, whole: Path, tmp_path: Path) -> None:
@@ -224,6 +265,30 @@ def test_without_val_a_tenth_is_held_out_from_the_head_too(tune: Tuner, tmp_path
     assert report.test_accuracy is None
 
 
+def test_scores_are_also_given_without_images_that_training_has_seen(
+    tune: Tuner, made: Path, photos: Path, tmp_path: Path
+) -> None:
+    first, *_ = sorted(path for path in (photos / "train").rglob("*.jpg"))
+    label = first.parent.name
+    shutil.copy(first, photos / "val" / label / "leak.jpg")
+    report = tune(source=photos)
+    n = len(list((photos / "val").rglob("*.jpg")))
+    assert f"training has seen 2 of the {n} val images, the first val/{label}/leak.jpg" in tune.log.text
+    rows = load_model(tune.ft).training_rows()
+    assert rows is not None
+    assert len(rows.digests) == len(list((photos / "train").rglob("*.jpg")))
+    scores = evaluate(tune.ft, photos, split="val")
+    assert scores["copies"]["across_splits"] == 2  # and one that all splits have
+    assert scores["accuracy"] == pytest.approx(report.val_accuracy)
+    assert scores["accuracy_without_copies"] == pytest.approx(report.val_accuracy_without_copies)
+    assert "of which training has seen 2: fine-tuned" in report.comparison[0]
+    # What the start has seen counts as well: its training images are val here.
+    for split, other in (("train", "x"), ("val", "train"), ("x", "val")):
+        (photos / split).rename(photos / other)
+    again = finetune(photos, tmp_path / "again", init=made / "m", changes=QUICK, precision="fp32")
+    assert again.val_accuracy_without_copies is None
+
+
 def test_unreadable_unknown_and_missing_images_are_named(tune: Tuner, photos: Path) -> None:
     shutil.rmtree(photos / "val" / "green")
     (photos / "train" / "blue" / "00.jpg").write_bytes(b"gone bad since extraction")
@@ -266,9 +331,37 @@ def test_nonsense_is_refused_before_work_starts(tune: Tuner, made: Path, tmp_pat
             tune(**options)
         assert not tune.ft.exists()
         assert not work_folder(tune.ft).exists()
-    tune(changes=QUICK | {"epochs": 1})
-    with pytest.raises(errors.ModelError, match="took long to make"):
+
+
+def test_a_model_is_replaced_only_when_told_and_never_the_one_started_from(
+    tune: Tuner, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "m", tmp_path / "m")
+    (tmp_path / "link").symlink_to("m")
+    shutil.copytree(made / "m", tune.ft)
+    before = tensors_of_head(tune.ft)
+    with pytest.raises(errors.ModelError, match="ft holds a model; choose another -o, or replace it with --overwrite"):
         tune()
+    assert tensors_of_head(tune.ft) == before
+    quick: dict[str, Any] = {"changes": QUICK | {"epochs": 1}, "recipe": "flowers"}
+    tune(overwrite=True, **quick)
+    with pytest.raises(errors.ModelError, match=r"fine-tuned model, which took long to make; .* --overwrite"):
+        tune(**quick)
+    tune(overwrite=True, seed=1, **quick)
+    assert load_model(tune.ft).manifest["training"]["seed"] == 1
+    (tune.ft / "thesis.txt").write_text("three years")
+    with pytest.raises(errors.ModelError, match=r"also holds thesis.txt"):
+        tune(overwrite=True)
+    for init, output in (("m", "m"), ("link", "m"), ("m", "link"), ("m", f"../{tmp_path.name}/m")):
+        with pytest.raises(errors.UsageError, match="is the model that the run starts from, which is never replaced"):
+            tune(init=tmp_path / init, output=tmp_path / output, overwrite=True, force=True)
+    with pytest.raises(errors.UsageError, match="is the model that the run starts from"):
+        tune(request=featcache.ExtractRequest(backbone=str(tmp_path / "link")), output=tmp_path / "m", overwrite=True)
+    assert tensors_of_head(tmp_path / "m") == tensors_of_head(made / "m")
+
+
+def tensors_of_head(model: Path) -> bytes:
+    return (model / "head.safetensors").read_bytes()
 
 
 def test_the_folder_one_is_in_can_become_the_model(tune: Tuner, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +396,33 @@ def test_a_signal_keeps_the_work_and_resume_ends_in_the_same_bits(tune: Tuner, w
     tune(resume=True)
     assert_same_model(whole, tune.ft)
     assert signal.getsignal(number) == before
+
+
+def test_there_must_be_something_to_resume(tune: Tuner, tmp_path: Path) -> None:
+    with pytest.raises(
+        errors.UsageError, match=r"nothing to resume: .*ft.parts, .* does not exist; leave --resume out"
+    ):
+        tune(resume=True)
+    assert not list(tmp_path.iterdir())
+    tune(changes=QUICK | {"epochs": 1})
+    with pytest.raises(errors.UsageError, match=r"nothing to resume: .* does not exist; .*ft is finished; "):
+        tune(resume=True)
+    work_folder(tmp_path / "killed").mkdir()  # before the first checkpoint, and by nothing that could be caught
+    (work_folder(tmp_path / "killed") / "run.json").write_text("{}")
+    assert tune(output=tmp_path / "killed", resume=True, changes=QUICK | {"epochs": 1}).epochs == 1
+
+
+def test_a_run_of_another_version_is_not_continued(tune: Tuner) -> None:
+    tune.interrupt(step=4)
+    checkpoint = work_folder(tune.ft) / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"version": 1}, checkpoint)
+    with pytest.raises(
+        errors.ModelError, match="by another version of featcache, which trains otherwise; finish that run"
+    ):
+        tune(resume=True)
+    assert checkpoint.exists()
+    assert tune(force=True).epochs == 2
 
 
 def test_resuming_with_other_settings_names_the_difference(tune: Tuner, photos: Path) -> None:
@@ -373,8 +493,6 @@ def test_a_run_killed_after_its_model_was_published_is_finished_by_resume(
     assert "val: frozen head" in report.comparison[0]
     assert (tune.ft / "model.json").read_bytes() == before
     assert not work_folder(tune.ft).exists()
-    with pytest.raises(errors.ModelError, match="took long to make"):
-        tune(resume=True)
 
 
 def test_two_runs_never_write_one_model(tune: Tuner) -> None:

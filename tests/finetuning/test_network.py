@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from featcache.backbones.backbone import Backbone, save_weights
 from featcache.backbones.encoder import Encoder
@@ -16,9 +17,9 @@ from featcache.backbones.load import load_backbone
 from featcache.errors import ModelError
 from featcache.finetuning import network as networks
 from featcache.finetuning.pixels import Pixels
-from featcache.finetuning.recipes import Job, Recipe
+from featcache.finetuning.recipes import Job, Recipe, choose_recipe
 from featcache.finetuning.trainer import Trainer, compute_logits
-from featcache.heads.head import SCALINGS, Head
+from featcache.heads.head import SCALINGS, Head, scale_features, softmax
 from featcache.system.device import Runtime
 from featcache.system.distributed import Processes
 
@@ -38,7 +39,7 @@ def make_head(dim: int, scaling: Any, hidden: int = 0, classes: int = 3) -> Head
 
 def make_pixels(n: int, edge: int) -> Pixels:
     pictures = list(RANDOM.integers(0, 256, (n, edge, edge, 3), dtype=np.uint8))
-    return Pixels(np.arange(n), {}, pictures, np.arange(n) % 3, (), "")
+    return Pixels(np.arange(n), {}, pictures, np.arange(n) % 3, (), "", np.zeros((n, 32), np.uint8))
 
 
 def shrunk(backbone: Backbone, edge: int) -> Backbone:
@@ -61,7 +62,9 @@ def test_the_assembled_network_computes_the_cached_head(tiny: Backbone, scaling:
     head = make_head(tiny.dim, scaling, hidden)
     pixels = np.stack(make_pixels(5, 32).pictures)
     features = Encoder(tiny.module, tiny.preprocess, CPU.device, torch.float32)(pixels)
-    network = networks.assemble(tiny, head).eval()
+    network = networks.assemble(tiny, head, features).eval()
+    seen = network.head[0](torch.from_numpy(features)).norm(dim=1)  # what the first layer sees: one length for all
+    assert float((seen**2).mean()) == pytest.approx(1024, rel=1e-5)
     with torch.inference_mode():
         logits = network(torch.from_numpy(pixels)).numpy()
     np.testing.assert_allclose(logits, head.logits(features.astype(np.float64)), rtol=1e-4, atol=1e-4)
@@ -98,6 +101,77 @@ def test_parity_tells_rounding_from_mistakes() -> None:
     for wrong in mistakes.values():
         with pytest.raises(ModelError, match="does not compute what the cached head computes"):
             networks.check_parity(wrong, logits, tolerance=0.01)
+
+
+def fitted_head(scaling: Any, X: np.ndarray) -> Head:
+    """A random head of three classes on (n, D) features, its logits of about unit size whatever the size of X."""
+    X = X.astype(np.float64)
+    mean, scale = X.mean(axis=0), X.std(axis=0)
+    scale[scale == 0] = 1
+    seen = scale_features(X, scaling, mean, scale)
+    weight, bias = np.random.default_rng(1).normal(0, 1, (3, X.shape[1])), np.zeros(3)
+    logits = seen @ weight.T
+    return Head("logreg", scaling, mean, scale, ((weight / logits.std(), bias - logits.mean(axis=0) / logits.std()),))
+
+
+DROPPING = ("alexnet", "swin_t", "efficientnet_b0")  # they drop values or paths in their own training
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DROPPING else pytest.mark.slow) for name in FAMILIES.split()]
+)
+def test_the_first_step_starts_from_the_cached_heads_loss(name: str) -> None:
+    """Measured by the step itself: the loss that it reports, of images as they are, against what the head makes of them."""
+    edge = EDGES.get(name, 32)
+    backbone, data = shrunk(load_backbone(name, "none"), edge), make_pixels(6, edge)
+    X = Encoder(backbone.module, backbone.preprocess, CPU.device, torch.float32)(np.stack(data.pictures))
+    head = fitted_head("standardise", X)
+    expected = -np.log(head.probabilities(X.astype(np.float64))[np.arange(6), data.labels]).mean()
+    recipe = choose_recipe(
+        "default", 6, augmentation=(), label_smoothing=0.0, optimizer="sgd", ema=0.0
+    )  # little memory
+    trainer = Trainer(networks.assemble(backbone, head, X), data, recipe=recipe, job=JOB)
+    before = -np.log(softmax(trainer.logits_in_training(data, np.arange(6)))[np.arange(6), data.labels]).mean()
+    loss, _ = trainer.run_epoch()
+    assert 0.1 < expected < 10
+    assert (before, loss) == (pytest.approx(expected, abs=1e-3), pytest.approx(expected, abs=1e-3))
+
+
+class Scaled(nn.Module):
+    """A backbone whose embeddings are of another size."""
+
+    def __init__(self, module: nn.Module, size: float) -> None:
+        super().__init__()
+        self.module, self.size = module, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x) * self.size
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_training_does_not_depend_on_the_size_of_embeddings(tiny: Backbone, scaling: Any) -> None:
+    """The same head on embeddings 1/128 to 128 times as large, which is exact in floating point, learns the same."""
+    data, losses = make_pixels(9, 32), {}
+    X = Encoder(tiny.module, tiny.preprocess, CPU.device, torch.float32)(np.stack(data.pictures))
+    recipe = choose_recipe("default", 9, batch_size=3, epochs=4, augmentation=(), lr=1e-3, backbone_lr=1e-6)
+    for size in (1.0, 1 / 128, 128.0):
+        backbone = dataclasses.replace(tiny, module=Scaled(tiny.module, size))
+        trainer = Trainer(
+            networks.assemble(backbone, fitted_head(scaling, X * size), X * size), data, recipe=recipe, job=JOB
+        )
+        losses[size] = [trainer.run_epoch()[0] for _ in range(4)]
+    assert losses[1.0][3] < 0.95 * losses[1.0][0]
+    assert losses[1 / 128] == pytest.approx(losses[1.0], rel=1e-5)
+    assert losses[128.0] == pytest.approx(losses[1.0], rel=1e-5)
+
+
+def test_a_step_of_the_head_is_as_long_whatever_stays_zero_and_however_many_values_there_are(tiny: Backbone) -> None:
+    """Dead values, as AlexNet with random weights has, change nothing; no values at all are left as they are."""
+    X = RANDOM.normal(0, 0.009, (40, 300))
+    dead = np.hstack([X, np.zeros((40, 700))])
+    factors = [float(networks.assemble(tiny, fitted_head("none", x), x).head[0].factor) for x in (X, dead)]
+    assert factors == pytest.approx([32 / (0.009 * np.sqrt(300))] * 2, rel=0.05)
+    assert networks.assemble(tiny, make_head(5, "unit"), np.zeros((3, 5))).head[0].factor == 1
 
 
 @pytest.mark.parametrize("name", FAMILIES.split())
@@ -163,17 +237,25 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what", "batchnorm", "moving"),
-    [("resnet18", "all", "frozen", 0), ("resnet18", "all", "train", 20), ("efficientnet_b0", "head", "train", 0)],
+    ("name", "what", "batchnorm", "dropout", "moving"),
+    [
+        ("resnet18", "all", "frozen", False, 0),
+        ("resnet18", "all", "train", False, 20),
+        ("efficientnet_b0", "all", "frozen", True, 0),
+        ("efficientnet_b0", "head", "train", True, 0),
+    ],
 )
-def test_batch_norms_and_frozen_bodies_train_only_when_told(name: str, what: Any, batchnorm: Any, moving: int) -> None:
-    recipe = Recipe(about="", hidden=(), unfreeze=what, batchnorm=batchnorm)
+def test_the_backbone_behaves_as_in_prediction_unless_told(
+    name: str, what: Any, batchnorm: Any, dropout: bool, moving: int
+) -> None:
+    recipe = Recipe(about="", hidden=(), unfreeze=what, batchnorm=batchnorm, backbone_dropout=dropout)
     network = networks.with_new_head(load_backbone(name, "none"), recipe, 2, seed=0)
     networks.unfreeze(network, recipe, epoch=0)
     networks.training_mode(network, recipe)
     training = [module for module in network.backbone.modules() if module.training]
     assert sum(isinstance(module, nn.BatchNorm2d) for module in training) == moving
-    assert bool(training) == (what == "all")  # the other one drops paths when training
+    assert len(training) == moving or dropout
+    assert any(isinstance(module, StochasticDepth) for module in training) == (dropout and what == "all")
     assert network.head.training
 
 

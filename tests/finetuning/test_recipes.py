@@ -1,5 +1,6 @@
 """Recipes are data: complete, checked, and settled by the number of images."""
 
+import itertools
 import json
 from typing import Any
 
@@ -26,6 +27,12 @@ def test_the_default_starts_from_the_cached_head_with_the_backbone_far_below_it(
     assert recipe.hidden is None
     assert recipe.backbone_lr * 9 < recipe.lr
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
+
+
+def test_cats_and_dogs_has_the_course_s_head() -> None:
+    """On DenseNet-121, whose embeddings have 1,024 values, as the course counts its parameters."""
+    sizes = [1024, *(choose_recipe("cats-dogs", 1000).hidden or ()), 2]
+    assert sum(a * b + b for a, b in itertools.pairwise(sizes)) == 262_914
 
 
 def test_epochs_and_batch_follow_the_number_of_images() -> None:

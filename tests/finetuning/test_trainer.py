@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import weakref
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,14 @@ from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment
 from featcache.finetuning.network import Network, with_new_head
 from featcache.finetuning.recipes import RECIPES, Recipe, choose_recipe
-from featcache.finetuning.trainer import Status, Stopped, Trainer, choose_training_precision, set_learning_rates
+from featcache.finetuning.trainer import (
+    Status,
+    Stopped,
+    Trainer,
+    choose_training_precision,
+    compute_logits,
+    set_learning_rates,
+)
 
 N, EDGE = 11, 32
 DATA = make_pixels(N, EDGE)
@@ -179,6 +187,34 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_batch_down_to_one(capl
     refuse_more_than(0, trainer.network)
     with pytest.raises(UsageError, match="1 images at once do not fit .* smaller --crop"):
         trainer.run_epoch()
+
+
+def test_retrying_lets_go_of_what_the_failed_attempt_held() -> None:
+    """Activations of an attempt that ran out of memory are gone when the next one starts, in training and in evaluation."""
+    trainer, held, alive = make_trainer(micro_batch=4), list[Any](), list[bool]()
+    forward = trainer.network.forward
+
+    def limited(pixels: torch.Tensor) -> torch.Tensor:
+        alive.extend(reference() is not None for reference in held)
+        held.clear()
+        activation = forward(pixels)
+        if len(pixels) > 2:
+            held.append(weakref.ref(activation))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return activation
+
+    trainer.network.forward = limited  # type: ignore[method-assign]
+    trainer.run_epoch()
+    assert (trainer.micro_batch, alive) == (2, [False])
+    trainer.micro_batch = 4
+    trainer.logits_in_training(DATA, np.arange(N))
+    assert (trainer.micro_batch, alive) == (2, [False] * 2)
+    job = dataclasses.replace(JOB, runtime=dataclasses.replace(CPU, batch_size=4))
+    four = make_pixels(4, EDGE)
+    logits = compute_logits(trainer.network, four, job=job)
+    assert alive == [False] * 3
+    trainer.network.forward = forward  # type: ignore[method-assign]
+    np.testing.assert_allclose(logits, compute_logits(trainer.network, four, job=job), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ class Scenario:
         shutil.copytree(self.base, self.folder, symlinks=True)
 
     def run(self, *more: object, **options: Any) -> Outcome:
+        if self.target.with_name(f"{self.target.name}.parts").joinpath("run.json").exists():
+            more += ("--resume",)
         return self._program.run(*self.arguments, *more, below=self.folder, settings=SETTINGS, **options)
 
     def list_files(self) -> list[str]:
@@ -154,9 +156,9 @@ def exporting(program: Program, root: Path, work: Path) -> Scenario:
 
 
 def finetuning(program: Program, root: Path, work: Path) -> Scenario:
-    """A fine-tuning of two epochs; going on is asked for with --resume, which does no harm where there is nothing yet."""
+    """A fine-tuning of two epochs; ``Scenario.run`` asks for --resume where there is something to go on with."""
     command = ("finetune", root / "photos", "--init", _model(program, root, root), "-o", work / "ft")
-    return Scenario(program, work / "ft", *command, "--epochs", 2, "--batch-size", 8, "--resume")
+    return Scenario(program, work / "ft", *command, "--epochs", 2, "--batch-size", 8)
 
 
 def repairing(program: Program, root: Path, work: Path) -> Scenario:

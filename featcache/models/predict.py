@@ -20,7 +20,7 @@ from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.images.read import ImageFiles, Paths
-from featcache.images.source import list_images
+from featcache.images.source import check_class_level, list_images
 from featcache.models.model import Model, load_model
 from featcache.spec import SPLITS
 
@@ -49,7 +49,7 @@ class Prediction:
 
 def predict(
     model: Model | str | Path,
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     *,
     device: str = "auto",
     workers: int | None = None,
@@ -60,7 +60,7 @@ def predict(
 
     Args:
         model: a model folder, or what ``load_model`` returned.
-        inputs: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
+        inputs: one or several: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
         device, workers, batch_size: as in ``extract``.
         progress: called with (done, total, bottleneck).
 
@@ -69,7 +69,7 @@ def predict(
         SpecMismatchError: a cache of another spec. UsageError: caches mixed with images.
     """
     model = model if isinstance(model, Model) else load_model(model)
-    paths = [Path(entry) for entry in inputs]
+    paths = [Path(entry) for entry in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     if missing := [path for path in paths if not os.path.lexists(path)]:
         raise SourceError(f"{missing[0]} does not exist; give image files, folders, a CSV or a cache")
     caches = [is_cache(path) for path in paths]
@@ -158,6 +158,7 @@ def evaluate(
     source: str | Path,
     *,
     split: str | None = None,
+    class_level: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -169,6 +170,7 @@ def evaluate(
         model: a model folder, or what ``load_model`` returned.
         source: what ``extract`` takes, or a cache of the model's own spec.
         split: train, val, test or all; when None, test if there is one, else val, else all.
+        class_level: which folder names the class, as for ``list_images``.
         device, workers, batch_size, progress: as in ``predict``.
 
     Returns:
@@ -180,6 +182,7 @@ def evaluate(
     model = model if isinstance(model, Model) else load_model(model)
     source = Path(source)
     if is_cache(source):
+        check_class_level(class_level, applies=False)
         cache = FeatureCache.open(source)
         model.check_cache(cache)
         split, rows = _choose_split(cache.rows.splits, split, source)
@@ -190,7 +193,7 @@ def evaluate(
         with cache.reader() as features:
             probabilities = model.head.score(features, rows)
     else:
-        images = list_images(source)
+        images = list_images(source, class_level=class_level)
         split, rows = _choose_split(images.splits, split, source)
         images = images.take(rows[images.labels[rows] >= 0])
         y = _labels_of_model(model, images.classes, images.labels, source, split)

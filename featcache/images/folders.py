@@ -38,7 +38,8 @@ _BEGINNING = re.compile(b"|".join((
     rb"\0\0\0\x0c(?:jP  |JXL )", rb"\xff\x4f\xff\x51", rb"\xff\x0a",  # JPEG 2000, JPEG XL
     rb".{4}ftyp(?:avi[fs]|he[iv][cxms]|mif1|msf1|crx )",  # AVIF, HEIC, CR3
     rb"\0\0[\1\2]\0[^\0]\0.{3}\0", rb"\n[\0-\5]\x01[\1\2\4\x08]",  # icons, PCX
-    rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
+    rb"\(\0{3}.{8}\x01\0[\1\4\x08\x10\x18 ]\0",  # DIB
+    rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
 )), re.DOTALL)
 # fmt: on
 _HIDDEN, _OWN, _OTHERS = "hidden or system files and folders", "what featcache made", "files that are no images"

@@ -21,6 +21,7 @@ log = logging.getLogger("featcache")
 _COLUMNS = dict.fromkeys(("path", "file", "filename", "filepath", "image", "imagepath"), "path")
 _COLUMNS |= dict.fromkeys(("label", "class", "category", "species"), "label")
 _COLUMNS |= dict.fromkeys(("split", "set", "subset"), "split")
+_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")  # beyond ASCII
 _Encoding = tuple[str, str]  # a codec, and what to do about bytes that it lacks
 _BYTES: _Encoding = ("utf-8-sig", "surrogateescape")  # names as a file system has them that knows no encoding
 _WINDOWS: _Encoding = ("cp1252", "strict")
@@ -74,13 +75,13 @@ def _encoding_of(source: Path, real_root: str) -> _Encoding:
 
 
 def _not_utf8(source: Path) -> tuple[int, bytes, bool]:
-    """The first line that is not UTF-8, from 1; 0: none. What is around its odd bytes; and whether other lines are UTF-8."""
+    """The first line that is not UTF-8, from 1; 0: none. What is around its odd bytes; and whether others are UTF-8."""
     number, text, mixed = 0, b"", False
     with source.open("rb") as file:
         for here, line in enumerate(file, 1):
+            mixed |= _UTF8.search(line) is not None
             try:
                 line.decode()
-                mixed |= not line.isascii()
             except UnicodeDecodeError as error:
                 if not number:
                     number, text = here, line[max(error.start - 12, 0) : error.end + 12].strip()

@@ -95,10 +95,9 @@ def _say_what_splits_are_called(root: Path, folders: set[str], layout: Layout) -
 
 def _meaning(folder: str, layout: Layout) -> tuple[str | None, int]:
     """The label and the split of the images in ``folder``."""
-    names = folder.split("/") if folder else []
+    names, split_at = folder.split("/") if folder else [], layout.split_at
     label = names[layout.class_at] if len(names) > layout.class_at else None
-    split_at = layout.split_at
-    return label, 0 if split_at is None or len(names) <= split_at else split_of(names[split_at])
+    return label, split_of(names[split_at]) if split_at is not None and len(names) > split_at else 0
 
 
 class _Walk:
@@ -126,16 +125,14 @@ class _Walk:
                 continue
             with entries:
                 for entry in entries:
-                    path = prefix + entry.name
+                    path, linked = prefix + entry.name, entry.is_symlink()
                     if entry.name.startswith("."):
                         self.passed[_HIDDEN, entry.name] += 1
-                    elif entry.is_symlink() and (reason := _why_not_follow(entry, real_root, ancestors)):
+                    elif linked and (reason := _why_not_follow(entry, real_root, ancestors)):
                         self.refused.append(Refusal(path, reason))
                     elif entry.is_dir():
                         if self._enters(entry):
-                            real = (
-                                os.path.realpath(entry.path) if entry.is_symlink() else f"{ancestors[-1]}/{entry.name}"
-                            )
+                            real = os.path.realpath(entry.path) if linked else f"{ancestors[-1]}/{entry.name}"
                             pending.append((path + "/", (*ancestors, real)))
                             self.folders.add(path)
                     elif not entry.is_file():

@@ -308,7 +308,8 @@ def _compare_with_full_scale(embedder: "Embedder", images: ImageList) -> None:
 def _list(source: str | Path | ImageList, class_level: int | None) -> ImageList:
     if not isinstance(source, ImageList):
         images = list_images(Path(source), class_level=class_level)
-        name, remedy = source, f"give {Path(source) / ''.join(images.classes[:1])} itself"
+        name, inside = source, Path(source) / "".join(images.classes[:1])
+        remedy = f"or classes inside of it, give {inside} itself" if inside.is_dir() else "leave the labels out"
     else:
         check_class_level(class_level, applies=False)
         images, name = source, f"the list of images in {source.root}"

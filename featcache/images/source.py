@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from featcache.errors import Refusal, SourceError, UsageError
 from featcache.images.folders import Listing, list_folder
-from featcache.images.layout import CLASS_LEVELS, alike
+from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.tables import list_table
 from featcache.spec import SPLITS
 
@@ -63,7 +63,7 @@ class ImageList:
         return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), refused_at=at, **picked)
 
 
-def list_images(source: Path, *, labelled: bool = True, class_level: int | None = None) -> ImageList:
+def list_images(source: str | Path, *, labelled: bool = True, class_level: int | None = None) -> ImageList:
     """List the images of ``source`` without decoding any, and log how many there are of each class in each split.
 
     Args:
@@ -77,6 +77,7 @@ def list_images(source: Path, *, labelled: bool = True, class_level: int | None 
         SourceError: missing, ambiguous, without a single image, or a table in an unknown encoding.
         UsageError: the CSV's header or a split name is not understood; ``class_level`` is impossible.
     """
+    source = Path(source)
     check_class_level(class_level, applies=source.is_dir() or not source.exists())
     if source.is_dir():
         listing = list_folder(source, labelled=labelled, class_level=class_level)
@@ -131,14 +132,14 @@ def _say(source: Path, images: ImageList) -> None:
     log.info("%s: %d images, %d classes%s%s", source, len(images), len(images.classes), refused, first)
     for line in _table(images):
         log.info("%s", line)
-    for names in alike(images.classes):
-        written = " and ".join(ascii(name) for name in names)
-        log.warning("classes that differ in capitals, blanks or Unicode form alone are trained apart: %s", written)
+    if groups := [" and ".join(map(ascii, names)) for names in alike(images.classes)]:
+        differ = "classes that differ in capitals, blanks or Unicode form alone count as different ones"
+        log.warning("%s: %s: %s", source, differ, some(groups))
 
 
 def _table(images: ImageList) -> list[str]:
     """Images per class and split, aligned; nothing if there are neither classes nor splits."""
-    if not images.classes and not images.splits.any():
+    if not len(images) or not (images.classes or images.splits.any()):
         return []
     counts = np.zeros((len(images.classes) + 1, len(SPLITS)), np.int64)
     np.add.at(counts, (images.labels, images.splits), 1)  # -1, no label, is the last row

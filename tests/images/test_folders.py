@@ -66,7 +66,7 @@ def test_an_images_suffix_is_enough(tmp_path: Path, suffix: str) -> None:
     assert list_images(tmp_path).paths == (f"photo{suffix}",)
 
 
-@pytest.mark.parametrize("name", ["bare", "IMG_0001.HEIC.download", "photo."])
+@pytest.mark.parametrize("name", ["bare", "IMG_0001.HEIC.download", "photo.jpg~"])
 def test_first_bytes_are_enough(tmp_path: Path, name: str) -> None:
     for kind, data in {**{kind: written(kind) for kind in WRITTEN}, **BYTES}.items():
         (tmp_path / name).write_bytes(data)

@@ -13,6 +13,8 @@ from featcache.images.layout import split_of
 from featcache.images.source import list_images
 from featcache.spec import SPLITS
 
+links = pytest.mark.skipif(sys.platform == "win32", reason="links take rights there")
+
 # A folder as people have it -> the class and split of each image in the order of its path, as "class split".
 READINGS = {
     "any case": ("TRAIN/a/0 Test/b/0 VaL/a/0", None, "a train, b test, a val"),
@@ -41,7 +43,7 @@ AMBIGUOUS = {
     "unknown splits": ("a/cat/0 a/dog/0 b/cat/0 b/dog/0", r"of the same names \(cat, dog\)"),
     "one known split": ("holdout/cat/0 holdout/dog/0 train/cat/0", r"of the same names \(cat\)"),
     "splits in classes": ("cat/test/0 cat/train/0 dog/train/0", r"has splits \(test, train\) inside"),
-    "splits below one folder": ("images/train/0 images/val/0", r"give .*/images itself"),
+    "splits below one folder": ("images/train/0 images/val/0", r"give .*images itself"),
     "two folders of a split": ("train_1/a/0 train_2/b/0 val/a/0", r"one split \(train_1, train_2, val\)"),
     "dev and eval": ("dev/a/0 eval/a/0 train/a/0", r"one split \(dev, eval, train\)"),
     "splits beside another": (
@@ -97,7 +99,7 @@ def test_names_of_splits(split: str, names: str) -> None:
     assert {name: SPLITS[split_of(name)] for name in names.split()} == dict.fromkeys(names.split(), split)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="links take rights there")
+@links
 def test_links_to_folders_are_folders(tmp_path: Path) -> None:
     make_files(tmp_path / "p", ".store/a/x/0 .store/a/y/0 .store/b/x/0")
     (tmp_path / "p" / "Train").symlink_to(".store/a")
@@ -130,6 +132,47 @@ def test_classes_that_look_alike_are_one_warning(tmp_path: Path, caplog: pytest.
     assert len(list_images(tmp_path).classes) == 3
     (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert all(ascii(name) in said for name in names)
+
+
+@links
+def test_a_table_of_classes_and_splits_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "featcache")
+    make_files(tmp_path, "Training/ant/0 Training/ant/1 Training/bee/0 valid/bee/0 valid/1 extra")
+    (tmp_path / "Training" / "wasp").mkdir()
+    (tmp_path / "pipe").symlink_to("nothing")
+    list_images(tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}: split folders: Training as train, valid as val",
+        f"{tmp_path}: 6 images, 3 classes, 1 refused unopened (the first, pipe: dangling link)",
+        "  class       no split  train  val",
+        "  ant                0      2    0",
+        "  bee                0      1    1",
+        "  wasp               0      0    0",
+        "  (no label)         1      0    1",
+        "  all                1      3    2",
+    ]
+
+
+def test_of_many_classes_the_largest_and_smallest_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "featcache")
+    make_files(tmp_path, " ".join(f"{number:02d}/{k}" for number in range(21) for k in range(30 - number)))
+    list_images(tmp_path)
+    lines = [record.getMessage().split() for record in caplog.records][2:]
+    assert lines[:5] == [[f"{number:02d}", str(30 - number)] for number in range(5)]
+    assert lines[5] == ["...", "11", "classes", "between"]
+    assert lines[6:] == [[f"{number:02d}", str(30 - number)] for number in range(16, 21)] + [["all", "420"]]
+
+
+@links
+@pytest.mark.parametrize(("names", "lines"), [("0 1", 1), ("north/fox/0 south/deer/0 south/fox/0", 5), ("", 1)])
+def test_what_is_no_table_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, names: str, lines: int) -> None:
+    """Images without labels; classes in places, which are no splits; nothing but what is refused."""
+    caplog.set_level("INFO", "featcache")
+    make_files(tmp_path, names)
+    (tmp_path / "a" if not names else tmp_path).mkdir(exist_ok=True)
+    (tmp_path / "pipe").symlink_to("nothing")
+    list_images(tmp_path, class_level=2 if "/" in names else None)
+    assert len(caplog.records) == lines
 
 
 def test_places_below_splits_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,7 +21,7 @@ ClassLevel = Annotated[
     typer.Option(
         min=1,
         max=3,
-        help="Which folder of SOURCE names the class: 1 the top one, 2 the one inside of it, 3; told by names if not given.",
+        help="Which folder of SOURCE names the class: 1 the top one, 2 the one inside of it, 3 one deeper; if not given, names decide.",
     ),
 ]
 BatchSize = Annotated[str, typer.Option(help="Images per forward pass, or auto. Never changes what is computed.")]

@@ -153,7 +153,7 @@ class _Walk:
 
     def _takes(self, file: "os.DirEntry[str]") -> bool:
         """Images, but the curves that featcache draws beside a model."""
-        suffix = file.name[file.name.rfind(".") :].lower()
+        suffix = file.name[file.name.rfind(".") :].rstrip().lower()
         if file.name.endswith(".curves.png") and os.path.lexists(f"{file.path.removesuffix('.curves.png')}/model.json"):
             self.passed[_OWN, file.name] += 1
         elif suffix in _EXTENSIONS or _begins_like_an_image(file):

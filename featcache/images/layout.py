@@ -3,6 +3,7 @@
 Nothing here touches the disk. A name is never guessed at where it may mean two things: the user is asked.
 """
 
+import functools
 import logging
 import re
 import unicodedata
@@ -37,6 +38,7 @@ class Layout(NamedTuple):
     split_at: int | None
 
 
+@functools.lru_cache(maxsize=4096)
 def split_of(name: str) -> int:
     """The position in ``SPLITS`` that a name means: train, val or test as people write them; 0 if it means none."""
     found = _SPLIT.fullmatch(re.sub(r"[\s_.-]", "", name).lower())

@@ -69,7 +69,7 @@ def list_images(source: str | Path, *, labelled: bool = True, class_level: int |
     Args:
         source: a folder of class folders; a folder with split folders on top of that (train, val, test, and the names people
             use for them); a flat folder (no labels); or a CSV file with the header ``path[,label[,split]]``.
-        labelled: whether folders mean classes and splits; if not, any tree of folders will do.
+        labelled: whether folders mean classes and splits; if not, any tree of folders will do, and nothing is counted.
         class_level: the folder that names the class, 1: directly in ``source``, 2: one further down, 3: two; when None, 2
             below folders called like splits, else 1.
 

@@ -21,7 +21,9 @@ log = logging.getLogger("featcache")
 _COLUMNS = dict.fromkeys(("path", "file", "filename", "filepath", "image", "imagepath"), "path")
 _COLUMNS |= dict.fromkeys(("label", "class", "category", "species"), "label")
 _COLUMNS |= dict.fromkeys(("split", "set", "subset"), "split")
-_UTF8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")  # beyond ASCII
+_UTF8 = re.compile(
+    rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
+)  # a character beyond ASCII
 _Encoding = tuple[str, str]  # a codec, and what to do about bytes that it lacks
 _BYTES: _Encoding = ("utf-8-sig", "surrogateescape")  # names as a file system has them that knows no encoding
 _WINDOWS: _Encoding = ("cp1252", "strict")
@@ -59,13 +61,13 @@ def _encoding_of(source: Path, real_root: str) -> _Encoding:
     with source.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             return "utf-16", "strict"
-    number, text, mixed = _not_utf8(source)
-    if not number:
+    if (odd := _not_utf8(source)) is None:
         return "utf-8-sig", "strict"
+    number, text = odd
     if _files_proving(source, _BYTES, real_root):
         log.warning("%s, line %d: %a is not UTF-8; names and labels are kept byte for byte", source, number, text)
         return _BYTES
-    if not mixed and _files_proving(source, _WINDOWS, real_root):
+    if not _is_partly_utf8(source) and _files_proving(source, _WINDOWS, real_root):
         log.warning("%s is not UTF-8; it is read as Windows-1252 (Latin-1), which the names of its files prove", source)
         return _WINDOWS
     raise SourceError(
@@ -74,18 +76,21 @@ def _encoding_of(source: Path, real_root: str) -> _Encoding:
     )
 
 
-def _not_utf8(source: Path) -> tuple[int, bytes, bool]:
-    """The first line that is not UTF-8, from 1; 0: none. What is around its odd bytes; and whether others are UTF-8."""
-    number, text, mixed = 0, b"", False
+def _not_utf8(source: Path) -> tuple[int, bytes] | None:
+    """The first line that is not UTF-8, from 1, and its first odd bytes with what is around them."""
     with source.open("rb") as file:
-        for here, line in enumerate(file, 1):
-            mixed |= _UTF8.search(line) is not None
+        for number, line in enumerate(file, 1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
-                if not number:
-                    number, text = here, line[max(error.start - 12, 0) : error.end + 12].strip()
-    return number, text, mixed
+                return number, line[max(error.start - 12, 0) : error.end + 12].strip()
+    return None
+
+
+def _is_partly_utf8(source: Path) -> bool:
+    """Whether there is a character of UTF-8 beyond ASCII: lines of several tables, which no one encoding reads."""
+    with source.open("rb") as file:
+        return any(map(_UTF8.search, file))
 
 
 def _files_proving(source: Path, encoding: _Encoding, real_root: str) -> bool:

@@ -103,7 +103,7 @@ def _list_inputs(paths: list[Path]) -> list[Prediction]:
     entries: list[Prediction] = []
     for path in paths:
         if path.is_dir() or path.suffix.lower() == ".csv":
-            images = list_images(path, labelled=path.is_file())
+            images = list_images(path, labelled=False)
             here = [Prediction(str(images.root / name), None) for name in images.paths]
             refused = zip(images.refused_at, images.refused, strict=True)
             for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true

@@ -15,6 +15,7 @@ def extract(
         Path, typer.Argument(readable=False, help="Folder of class folders, of splits of these, of images; or a CSV.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
+    class_level: options.ClassLevel = None,
     backbone: options.Backbone = "resnet50",
     weights: options.Weights = "auto",
     batch_size: options.BatchSize = "auto",
@@ -57,6 +58,7 @@ def extract(
             source,
             output,
             request,
+            class_level=class_level,
             device=device,
             workers=options.count(workers, "workers"),
             batch_size=options.count(batch_size, "batch size"),

@@ -31,6 +31,7 @@ def verify(
         Path | None,
         typer.Option(metavar="SOURCE", readable=False, help="Mend what is damaged from the images it was made from."),
     ] = None,
+    class_level: options.ClassLevel = None,
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     batch_size: options.BatchSize = "auto",
@@ -39,11 +40,11 @@ def verify(
     """Read every byte of a cache and compare it with the checksums; mend what is damaged, and only that, if asked to."""
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     if repair is not None:
-        _mend(cache, repair, device=device, workers=threads, batch_size=batch, as_json=as_json)
+        _mend(cache, repair, class_level, device=device, workers=threads, batch_size=batch, as_json=as_json)
         return
-    if (device, threads, batch) != ("auto", None, None):
+    if (device, threads, batch, class_level) != ("auto", None, None, None):
         raise UsageError(
-            "--device, --workers and --batch-size are for repairing; add --repair SOURCE or leave them out"
+            "--class-level, --device, --workers and --batch-size are for repairing; add --repair SOURCE or leave them out"
         )
     from featcache.cache.cache import FeatureCache
 
@@ -58,12 +59,27 @@ def verify(
 
 
 def _mend(
-    cache: Path, source: Path, *, device: str, workers: int | None, batch_size: int | None, as_json: bool
+    cache: Path,
+    source: Path,
+    class_level: int | None,
+    *,
+    device: str,
+    workers: int | None,
+    batch_size: int | None,
+    as_json: bool,
 ) -> None:
     from featcache.extraction.repair import repair
 
     with interruptible(cache), show_progress("embedding") as progress:
-        report = repair(cache, source, device=device, workers=workers, batch_size=batch_size, progress=progress)
+        report = repair(
+            cache,
+            source,
+            class_level=class_level,
+            device=device,
+            workers=workers,
+            batch_size=batch_size,
+            progress=progress,
+        )
     if report.damaged or report.damaged_columns:
         restored = ", ".join(report.restored_columns) or "no column"
         say(

@@ -16,6 +16,14 @@ Commands = dict[Callable[..., None], str]  # what a file of commands offers: eac
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Workers = Annotated[str, typer.Option(help="Threads that read and decode (on a CPU: that do everything), or auto.")]
+ClassLevel = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=3,
+        help="Which folder of SOURCE names the class: 1 the top one, 2 the one inside of it, 3 one deeper; if not given, names decide.",
+    ),
+]
 BatchSize = Annotated[str, typer.Option(help="Images per forward pass, or auto. Never changes what is computed.")]
 MaxBad = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of refused images above which to exit with 3.")]
 

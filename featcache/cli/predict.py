@@ -77,6 +77,7 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
     ] = "auto",
+    class_level: options.ClassLevel = None,
     batch_size: options.BatchSize = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
@@ -88,7 +89,16 @@ def evaluate(
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     with show_progress("evaluating") as progress:
-        scores = run(model, source, split=chosen, device=device, workers=threads, batch_size=batch, progress=progress)
+        scores = run(
+            model,
+            source,
+            split=chosen,
+            class_level=class_level,
+            device=device,
+            workers=threads,
+            batch_size=batch,
+            progress=progress,
+        )
     say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
     say(
         f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"

@@ -67,6 +67,7 @@ def fit_head(
 def finetune(
     source: Annotated[Path, typer.Argument(readable=False, help="Labelled images: folders or a CSV, as for extract.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
+    class_level: options.ClassLevel = None,
     init: Annotated[
         Path | None,
         typer.Option(readable=False, help="Model to start from; without it, one is extracted and fit first."),
@@ -118,6 +119,7 @@ def finetune(
         report = run(
             source,
             output,
+            class_level=class_level,
             init=init,
             request=ExtractRequest(**asked) if asked else None,
             recipe=recipe,

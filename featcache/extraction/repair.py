@@ -63,6 +63,7 @@ def repair(
     cache: str | Path,
     source: str | Path | ImageList,
     *,
+    class_level: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -75,7 +76,7 @@ def repair(
 
     Args:
         cache: the file. source: what it was made from: a folder or a CSV (see ``list_images``), or a list of images.
-        device, workers, batch_size: as for ``extract``.
+        class_level, device, workers, batch_size: as for ``extract``.
         progress: called with (done, total, bottleneck) when embedding starts and after every batch.
 
     Raises:
@@ -90,7 +91,7 @@ def repair(
         check_output(found.path)
         with locked(work_folder(found.path)):
             found.check_unchanged()
-            embedded = _mend(found, damaged, source, (device, workers, batch_size), progress)
+            embedded = _mend(found, damaged, source, (device, workers, batch_size), progress, class_level=class_level)
     elif work_folder(found.path).is_dir():
         _tidy(found)
     return RepairReport(
@@ -110,11 +111,13 @@ def _mend(
     source: str | Path | ImageList,
     options: _Options,
     progress: "Progress | None",
+    *,
+    class_level: int | None,
 ) -> int:
     """Write the mended file; returns how many images were embedded for it."""
     files, mended, anew = None, found, np.zeros(len(found), bool)
     if damaged or set(found.damaged_columns) != {CHECKSUMS}:
-        files = SourceFiles(source, found.path)
+        files = SourceFiles(source, found.path, class_level)
         _mention_new_images(found, files)
         mended, suspects = restore(found, files)
         for rows in (suspects, *(np.arange(*block) for block in damaged)):

@@ -29,6 +29,7 @@ def finetune(
     source: str | Path,
     output: str | Path,
     *,
+    class_level: int | None = None,
     init: str | Path | None = None,
     request: ExtractRequest | None = None,
     recipe: str = "default",
@@ -50,6 +51,7 @@ def finetune(
     Args:
         source: as for ``extract``, with labels. Without a val split a stratified tenth of train becomes one.
         output: folder of the new model; unfinished work lies beside it in ``OUTPUT.parts``.
+        class_level: which folder names the class, as for ``list_images``.
         init: model to start from; when None, features are extracted into ``OUTPUT.features.h5`` (rows of caches beside
             it are taken over) and a head is fit first; an existing file of that name is left alone.
         request: which backbone, when there is no ``init``.
@@ -83,7 +85,7 @@ def finetune(
     finished = resume and is_finished(output)
     if not finished:
         check_replaceable(output, overwrite=overwrite)
-    images, held_out = read_source(source, seed=seed)
+    images, held_out = read_source(source, seed=seed, class_level=class_level)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     precision = choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):

@@ -29,7 +29,7 @@ _CACHE = "features.h5"
 _TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
 
 
-def read_source(source: Path, *, seed: int) -> tuple[ImageList, bool]:
+def read_source(source: Path, *, seed: int, class_level: int | None = None) -> tuple[ImageList, bool]:
     """The labelled images of a source, each in train, val or test.
 
     Returns:
@@ -38,7 +38,7 @@ def read_source(source: Path, *, seed: int) -> tuple[ImageList, bool]:
     Raises:
         SourceError: no labels, or fewer than two classes to train on.
     """
-    images = list_images(source)
+    images = list_images(source, class_level=class_level)
     if not (images.labels >= 0).any():
         raise SourceError(f"{source} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
     wanted = usable(images.labels, images.splits)

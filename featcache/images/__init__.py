@@ -1,6 +1,9 @@
 """A folder or a list in; upright RGB pixels, or a reason why not, out.
 
-source.py       which images a folder or CSV holds
+source.py       which images a source holds
+folders.py      below a folder
+tables.py       named by a CSV
+layout.py       what the names of folders mean: splits, classes
 splits.py       which of them train, which are held out
 read.py         files read: the one loop over them
 decode.py       bytes to pixels, or why not; what if the decoder crashes

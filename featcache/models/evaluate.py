@@ -16,7 +16,7 @@ from featcache.cache.format import decode_names, encode_names
 from featcache.errors import SourceError
 from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, evaluate_probabilities
-from featcache.images.source import list_images
+from featcache.images.source import check_class_level, list_images
 from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
 from featcache.spec import SPLITS
@@ -32,6 +32,7 @@ def evaluate(
     source: str | Path,
     *,
     split: str | None = None,
+    class_level: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -43,6 +44,7 @@ def evaluate(
         model: a model folder, or what ``load_model`` returned.
         source: what ``extract`` takes, or a cache of the model's own spec.
         split: train, val, test or all; when None, test if there is one, else val, else all.
+        class_level: which folder names the class, as for ``list_images``.
         device, workers, batch_size, progress: as in ``predict``.
 
     Returns:
@@ -57,6 +59,7 @@ def evaluate(
     model = model if isinstance(model, Model) else load_model(model)
     source = Path(source)
     if is_cache(source):
+        check_class_level(class_level, applies=False)
         cache = FeatureCache.open(source)
         model.check_cache(cache)
         split, rows = _choose_split(cache.rows.splits, split, source)
@@ -68,7 +71,7 @@ def evaluate(
             probabilities = model.head.score(features, rows)
         digests, names = cache.rows.digests[rows], cache.rows.paths[rows]
     else:
-        images = list_images(source)
+        images = list_images(source, class_level=class_level)
         split, rows = _choose_split(images.splits, split, source)
         images = images.take(rows[images.labels[rows] >= 0])
         y = _labels_of_model(model, images.classes, images.labels, source, split)

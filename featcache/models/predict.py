@@ -48,7 +48,7 @@ class Prediction:
 
 def predict(
     model: Model | str | Path,
-    inputs: Sequence[str | Path],
+    inputs: str | Path | Sequence[str | Path],
     *,
     device: str = "auto",
     workers: int | None = None,
@@ -59,7 +59,7 @@ def predict(
 
     Args:
         model: a model folder, or what ``load_model`` returned.
-        inputs: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
+        inputs: one or several: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
         device, workers, batch_size: as in ``extract``.
         progress: called with (done, total, bottleneck).
 
@@ -68,7 +68,7 @@ def predict(
         SpecMismatchError: a cache of another spec. UsageError: caches mixed with images.
     """
     model = model if isinstance(model, Model) else load_model(model)
-    paths = [Path(entry) for entry in inputs]
+    paths = [Path(entry) for entry in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     if missing := [path for path in paths if not os.path.lexists(path)]:
         raise SourceError(f"{missing[0]} does not exist; give image files, folders, a CSV or a cache")
     caches = [is_cache(path) for path in paths]
@@ -117,7 +117,7 @@ def _list_inputs(paths: list[Path]) -> list[Prediction]:
     entries: list[Prediction] = []
     for path in paths:
         if path.is_dir() or path.suffix.lower() == ".csv":
-            images = list_images(path, labelled=path.is_file())
+            images = list_images(path, labelled=False)
             here = [Prediction(str(images.root / name), None) for name in images.paths]
             refused = zip(images.refused_at, images.refused, strict=True)
             for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true

@@ -9,9 +9,11 @@ import pytest
 from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
 from PIL import Image
 
+from featcache.cache.cache import FeatureCache
 from featcache.cli import options
 from featcache.cli.demo import write_digits
 from featcache.errors import UsageError
+from featcache.extraction.extract import extract
 from featcache.images.source import list_images
 
 QUICK = ["--epochs", "1", "--batch-size", "6", "--precision", "fp32"]
@@ -248,3 +250,28 @@ def test_a_usage_error_is_harmless_however_click_words_it(run, monkeypatch: pyte
 
     monkeypatch.setattr("featcache.cli.app.app", refuse)
     assert run("-x") == (2, "", "Usage: featcache\n\nError: No such option: -\\x1b[31m\n")
+
+
+def test_the_level_of_classes_reaches_every_listing(tmp_path: Path, cache: Path, model: Path, run) -> None:
+    """Places with species in them: refused by every command that takes a source, and read as it is told to."""
+    for folder in ("north/deer", "north/fox", "south/fox"):
+        write_photo(tmp_path / "sites" / folder / "0.jpg", (1, 2, 3), 1)
+    broken = tmp_path / "broken.h5"
+    row = FeatureCache.open(cache).X[7].tobytes()
+    broken.write_bytes(cache.read_bytes().replace(row, row[::-1]))
+    sites = tmp_path / "sites"
+    for command in (
+        ("extract", sites, "-o", tmp_path / "g.h5"),
+        ("finetune", sites, "-o", tmp_path / "ft"),
+        ("evaluate", model, sites),
+        ("verify", broken, "--repair", sites),
+    ):
+        code, _, err = run(*command)
+        assert code == 1 and "say --class-level 1 if" in err, (command, err)
+        code, _, err = run(*command, "--class-level", 3)
+        assert code == 2 and f"{sites} has no image 3 folders deep" in err, (command, err)
+    for command in (("evaluate", model, cache), ("verify", cache)):
+        code, _, err = run(*command, "--class-level", 2)
+        assert code == 2 and "leave" in err, (command, err)
+    with pytest.raises(UsageError, match="leave it out"):
+        extract(list_images(sites, class_level=2), tmp_path / "g.h5", class_level=2)

@@ -118,9 +118,9 @@ def test_one_file_under_several_spellings_is_one_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("file,label\na.png,x\n", UsageError),
+        ("picture,label\na.png,x\n", UsageError),
         ("", UsageError),
-        ("path,split\na.png,training\n", UsageError),
+        ("path,split\na.png,practice\n", UsageError),
         ("path,label\na.png,x\na.png,y\n", SourceError),
         ("path\na.png,x\n", SourceError),
         ("path,path\na.png,a.png\n", UsageError),

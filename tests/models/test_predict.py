@@ -31,6 +31,15 @@ def test_images_and_cache_agree(trained: Path) -> None:
     assert list(names) == [p.path.split("/")[-2] for p in from_images]
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_input_needs_no_list(trained: Path, kind: type[str] | type[Path]) -> None:
+    photo = next((trained / "photos" / "red").iterdir())
+    for entry in (photo, trained / "f.h5"):
+        assert [p.path for p in predict(str(trained / "m"), kind(entry))] == [
+            p.path for p in predict(trained / "m", [entry])
+        ]
+
+
 def test_refused_images_keep_their_rows(trained: Path, tmp_path: Path) -> None:
     for number in range(20):  # more than a batch, every third unusable, in any order of kinds
         if number % 3 == 0:

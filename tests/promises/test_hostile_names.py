@@ -195,7 +195,7 @@ def test_what_a_terminal_sees(made: Path, tmp_path: Path, warm: Program) -> None
             (("verify", hostile / "f\n\x1b.h5"), 1),
             (("evaluate", made / "m", made / "classes"), None),
             (("fit-head", hostile / "f\n\x1b.h5", "-o", hostile / "m", "--C", "1", "--folds", "0"), None),
-            (("extract", made / "classes", "-o", hostile / "f\n\x1b.h5", *TINY_FLAGS), 2),
+            (("extract", made / "classes", "-o", hostile / "f\n\x1b.h5", *TINY_FLAGS), 10),
             (("predict", made / "m", hostile / "f\n\x1b.h5", "-o", hostile / "\x07.csv"), 1),
         ):
             done = warm.check(*command)

@@ -1,0 +1,192 @@
+"""Find the images below a folder, and what its folders mean. In: a folder. Out: a ``Listing``, ordered by path.
+
+Nothing is decoded; a file is opened only if its name does not say what it is. What cannot be followed safely is refused unopened.
+"""
+
+import bisect
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from featcache.errors import Refusal
+from featcache.images.layout import Layout, is_system, read_layout, some, split_of
+from featcache.spec import SPLITS
+from featcache.system.workdir import is_work_folder
+
+log = logging.getLogger("featcache")
+# fmt: off
+_EXTENSIONS = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico",
+    ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".apng", ".jpx", ".jpf", ".j2c", ".jpc",
+    # images that nothing here decodes: refused with that reason, not passed over in silence
+    ".heic", ".heif", ".hif", ".heics", ".heifs", ".avifs", ".jxl", ".jxr", ".wdp", ".hdp", ".pcx", ".pam", ".pfm", ".exr",
+    ".qoi", ".dds", ".cur", ".icns", ".svg", ".svgz", ".eps", ".psd", ".psb", ".xcf", ".bpg", ".dcm",
+    ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".raw", ".pef", ".srw",
+    ".x3f", ".mrw", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mef", ".rwl", ".gpr",
+))
+# How images begin, TGA aside, which begins like anything; strict enough for a text not to pass for one.
+_BEGINNING = re.compile(b"|".join((
+    rb"\xff\xd8\xff", rb"\x89PNG\r\n\x1a\n", rb"GIF8", rb"RIFF.{4}WEBP",
+    rb"II[*+]\0", rb"MM\0[*+]",  # TIFF, BigTIFF, and most raw formats
+    rb"II(?:U\0|R[OS]|\xbc|\x1a\0)", rb"MMOR", rb"FUJIFILMCCD-RAW", rb"FOVb", rb"\0MRM",  # raw formats, JPEG XR
+    rb"BM.{12}[\x0c\x10(48@l|]\0{3}", rb"P[1-6]\s+[\d#]", rb"P7\n", rb"P[Ff]\n\d",
+    rb"\0\0\0\x0c(?:jP  |JXL )", rb"\xff\x4f\xff\x51", rb"\xff\x0a",  # JPEG 2000, JPEG XL
+    rb".{4}ftyp(?:avi[fs]|he[iv][cxms]|mif1|msf1|crx )",  # AVIF, HEIC, CR3
+    rb"\0\0[\1\2]\0[^\0]\0.{3}\0", rb"\n[\0-\5]\x01[\1\2\4\x08]",  # icons, PCX
+    rb"\(\0{3}.{8}\x01\0[\1\4\x08\x10\x18 ]\0",  # DIB
+    rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
+)), re.DOTALL)
+# fmt: on
+_HIDDEN, _OWN, _OTHERS = "hidden or system files and folders", "what featcache made", "files that are no images"
+
+
+class Entry(NamedTuple):
+    """An image: its path below the root, bytes and nanoseconds (-1: unknown), label, position in ``SPLITS``."""
+
+    path: str
+    size: int
+    mtime: int
+    label: str | None = None
+    split: int = 0
+
+
+class Listing(NamedTuple):
+    """What was found: images, classes (also empty ones), what was refused and how many images are listed before each."""
+
+    root: Path
+    entries: list[Entry]
+    classes: set[str]
+    refused: list[Refusal]
+    refused_at: list[int]
+
+
+def list_folder(root: Path, *, labelled: bool, class_level: int | None) -> Listing:
+    """The images below ``root``; if ``labelled`` with classes and splits (see ``layout.read_layout``).
+
+    Raises:
+        SourceError: the folders can be read in two ways. UsageError: no image lies as deep as ``class_level``.
+    """
+    walk = _Walk(root)
+    files = sorted(walk, key=lambda entry: entry.path)
+    refused = sorted(walk.refused, key=lambda refusal: refusal.path)
+    refused_at = [bisect.bisect(files, refusal.path, key=lambda entry: entry.path) for refusal in refused]
+    walk.say_what_was_passed_over()
+    if not labelled:
+        return Listing(root, files, set(), refused, refused_at)
+    filled = {entry.path.rpartition("/")[0] for entry in files}
+    layout = read_layout(root, walk.folders, filled, class_level)
+    _say_what_splits_are_called(root, walk.folders, layout)
+    meaning = {folder: _meaning(folder, layout) for folder in filled}
+    entries = [Entry(*entry[:3], *meaning[entry.path.rpartition("/")[0]]) for entry in files]
+    classes = {label for label, _ in (_meaning(folder, layout) for folder in walk.folders) if label is not None}
+    return Listing(root, entries, classes, refused, refused_at)
+
+
+def _say_what_splits_are_called(root: Path, folders: set[str], layout: Layout) -> None:
+    names = {folder.split("/")[layout.split_at or 0] for folder in folders if folder.count("/") == layout.split_at}
+    if renamed := [f"{name} as {SPLITS[split_of(name)]}" for name in sorted(names) if name not in SPLITS]:
+        log.info("%s: split folders: %s", root, ", ".join(renamed))
+
+
+def _meaning(folder: str, layout: Layout) -> tuple[str | None, int]:
+    """The label and the split of the images in ``folder``."""
+    names, split_at = folder.split("/") if folder else [], layout.split_at
+    label = names[layout.class_at] if len(names) > layout.class_at else None
+    return label, split_of(names[split_at]) if split_at is not None and len(names) > split_at else 0
+
+
+class _Walk:
+    """Every image below a folder, once, in no order; and what was met on the way.
+
+    Attributes:
+        folders: all that were entered, relative. refused: what cannot be followed safely, unopened.
+        passed: how often what was passed over: (kind, name or suffix).
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.folders = root, set[str]()
+        self.refused: list[Refusal] = []
+        self.passed: Counter[tuple[str, str]] = Counter()
+
+    def __iter__(self) -> Iterator[Entry]:
+        real_root = os.path.realpath(self.root)
+        pending: list[tuple[str, tuple[str, ...]]] = [("", (real_root,))]
+        while pending:
+            prefix, ancestors = pending.pop()
+            try:
+                entries = os.scandir(os.path.join(self.root, prefix))  # noqa: PTH118 - names may be any bytes, speed matters
+            except OSError as error:
+                self.refused.append(Refusal(prefix.rstrip("/"), f"folder cannot be read: {error.strerror}"))
+                continue
+            with entries:
+                for entry in entries:
+                    path, linked = prefix + entry.name, entry.is_symlink()
+                    if entry.name.startswith("."):
+                        self.passed[_HIDDEN, entry.name] += 1
+                    elif linked and (reason := _why_not_follow(entry, real_root, ancestors)):
+                        self.refused.append(Refusal(path, reason))
+                    elif entry.is_dir():
+                        if self._enters(entry):
+                            real = os.path.realpath(entry.path) if linked else f"{ancestors[-1]}/{entry.name}"
+                            pending.append((path + "/", (*ancestors, real)))
+                            self.folders.add(path)
+                    elif not entry.is_file():
+                        self.refused.append(Refusal(path, "not a regular file (pipe, socket or device)"))
+                    elif self._takes(entry):
+                        status = entry.stat()
+                        yield Entry(path, status.st_size, status.st_mtime_ns)
+
+    def _enters(self, folder: "os.DirEntry[str]") -> bool:
+        """Not what a system keeps, nor what featcache writes: parts of caches, unfinished fine-tunings, model folders."""
+        if is_system(folder.name):
+            self.passed[_HIDDEN, folder.name] += 1
+        elif is_work_folder(folder.path) or os.path.lexists(f"{folder.path}/model.json"):
+            self.passed[_OWN, folder.name] += 1
+        else:
+            return True
+        return False
+
+    def _takes(self, file: "os.DirEntry[str]") -> bool:
+        """Images, but the curves that featcache draws beside a model."""
+        suffix = file.name[file.name.rfind(".") :].rstrip().lower()
+        if file.name.endswith(".curves.png") and os.path.lexists(f"{file.path.removesuffix('.curves.png')}/model.json"):
+            self.passed[_OWN, file.name] += 1
+        elif suffix in _EXTENSIONS or _begins_like_an_image(file):
+            return True
+        else:
+            self.passed[_OTHERS, suffix if suffix.startswith(".") else file.name] += 1
+        return False
+
+    def say_what_was_passed_over(self) -> None:
+        """Say it in one line, counted by kind, with some names."""
+        parts = []
+        for kind in (_HIDDEN, _OTHERS, _OWN):
+            names = {name: count for (of, name), count in self.passed.items() if of == kind}
+            if names:
+                parts.append(f"{kind}: {sum(names.values())} ({some(names)})")
+        if parts:
+            log.info("%s: passed over %s", self.root, "; ".join(parts))
+
+
+def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[str, ...]) -> str | None:
+    try:
+        target = os.path.realpath(entry.path, strict=True)
+    except OSError as error:
+        return "dangling link" if isinstance(error, FileNotFoundError) else "link loop"
+    if os.path.commonpath([real_root, target]) != real_root:
+        return "link that leaves the source folder"
+    return "link loop" if target in ancestors else None
+
+
+def _begins_like_an_image(file: "os.DirEntry[str]") -> bool:
+    """Of a regular file: content counts, not the name."""
+    try:
+        with open(file, "rb") as opened:  # noqa: PTH123
+            return _BEGINNING.match(opened.read(32)) is not None
+    except OSError:
+        return False

@@ -1,4 +1,4 @@
-"""``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores on stderr, facts with ``--json``."""
+"""``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores, or facts with ``--json``."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import is_first_process, print_json, say, show_training
+from featcache.cli.console import is_first_process, note, show_result, show_training
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
 
@@ -41,16 +41,18 @@ def fit_head(
         self_contained=self_contained,
     )
     chosen = f"C {report.C:g}, " if report.C is not None else ""
-    say(
+    lines = [
         f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
-    )
+    ]
     if report.cv_accuracy is not None:
-        say(f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})")
+        lines.append(
+            f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})"
+        )
     for name, value in (("val", report.val_accuracy), ("test", report.test_accuracy)):
         if value is not None:
-            say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
-    say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
-    print_json(dataclasses.asdict(report), wanted=as_json)
+            lines.append(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
+    lines.append(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
+    show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 
 def finetune(
@@ -126,13 +128,15 @@ def finetune(
         )
     if not is_first_process():
         return
-    say(f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s")
-    for line in report.comparison:
-        say(f"  {line}")
-    say(f"  {report.verdict}")
-    say(f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv")
-    print_json(dataclasses.asdict(report), wanted=as_json)
-    _draw_curves(report.model)
+    lines = [
+        f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s",
+        *(f"  {line}" for line in (*report.comparison, report.verdict)),
+        f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv",
+    ]
+    try:
+        show_result(lines, dataclasses.asdict(report), as_json=as_json)
+    finally:  # also where the reader of stdout went away
+        _draw_curves(report.model)
 
 
 def _draw_curves(model: Path) -> None:
@@ -140,9 +144,9 @@ def _draw_curves(model: Path) -> None:
     from featcache.reports.curves import draw_curves
 
     try:
-        say(f"  curves in {draw_curves(model)}")
+        note(f"  curves in {draw_curves(model)}")
     except Exception as error:
-        say(f"no curves of {model}: {error}")
+        note(f"no curves of {model}: {error}")
 
 
 COMMANDS: options.Commands = {

@@ -17,6 +17,7 @@ from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source
 from featcache.models.model import check_replaceable
 from featcache.system.files import named
+from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
     from featcache.finetuning.trainer import OnStep
@@ -72,6 +73,7 @@ def finetune(
 
     started = time.perf_counter()
     source, output, changes = Path(source), named(Path(output)), changes or {}
+    check_runtime_options(device, workers=workers, batch_size=micro_batch)
     _check_options(init, request, seed=seed, resume=resume, force=force)
     norms_train = choose_recipe(recipe, 1, **changes).batchnorm == "train"
     finished = resume and is_finished(output)

@@ -23,6 +23,7 @@ from featcache.images.read import ImageFiles, Paths
 from featcache.images.source import list_images
 from featcache.models.model import Model, load_model
 from featcache.spec import SPLITS
+from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -66,8 +67,9 @@ def predict(
 
     Raises:
         ModelError, BackboneError: the model cannot be used. SourceError: an input does not exist or holds no image.
-        SpecMismatchError: a cache of another spec. UsageError: caches mixed with images.
+        SpecMismatchError: a cache of another spec. UsageError: caches mixed with images, impossible options.
     """
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = model if isinstance(model, Model) else load_model(model)
     paths = [Path(entry) for entry in inputs]
     if missing := [path for path in paths if not os.path.lexists(path)]:
@@ -177,6 +179,7 @@ def evaluate(
     Raises:
         SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
     """
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = model if isinstance(model, Model) else load_model(model)
     source = Path(source)
     if is_cache(source):

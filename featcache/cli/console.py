@@ -4,7 +4,6 @@ In: plain values. Out: text on stderr (``say``, ``note``, ``show_progress``, ``s
 """
 
 import contextlib
-import io
 import json
 import logging
 import os
@@ -142,8 +141,8 @@ def open_missing_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w" if number else "r"))  # noqa: SIM115 - for as long as this process
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name that cannot be shown ends no run
+    with contextlib.suppress(AttributeError, OSError):  # as stderr: a name that cannot be shown ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def silence(stream: TextIO) -> None:

@@ -42,7 +42,7 @@ for group in (extract, train, predict, inspect, demo):  # in the order in which 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"featcache {__version__}")
+        print(f"featcache {__version__}", flush=True)
         raise typer.Exit
 
 
@@ -91,7 +91,6 @@ def _run(*, command: str) -> int:
             return code  # of a worker, which has said what there is to say
         asked = interrupt_on_signals()
         code = app(prog_name="featcache", standalone_mode=False)
-        sys.stdout.flush()
     except typer.Exit as error:
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):

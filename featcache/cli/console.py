@@ -132,15 +132,12 @@ def is_quiet() -> bool:
 def open_missing_streams() -> None:
     """Let stdin, stdout and stderr lead nowhere where they are closed, as for daemons and under pythonw.
 
-    Otherwise the next file that is opened gets the number of a closed one, and with it what libraries print.
+    Each gets back the number that is free. Otherwise the next file that is opened gets it, and with it what libraries print.
     """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w" if number else "r"))  # noqa: SIM115 - for as long as this process
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as this process
     with contextlib.suppress(AttributeError, OSError):  # as stderr: a name that cannot be shown ends no run
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 

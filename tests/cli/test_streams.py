@@ -196,11 +196,10 @@ def test_a_run_survives_the_loss_of_its_streams(trained: Path, tmp_path: Path, w
         assert done.out.count("\n") == 25
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["facts", "rows"])
+@pytest.mark.parametrize("command", ["info MODEL", "predict MODEL CACHE", "--version"])
 @pytest.mark.parametrize(("broken", "words"), [(break_pipe, ""), (fill, "error: [Errno 28] No space left on device\n")])
-def test_results_that_nobody_takes(trained: Path, warm: Program, rows: bool, broken: object, words: str) -> None:
-    command = ("predict", trained / "m", trained / "f.h5") if rows else ("info", trained / "m")
-    done = warm.run(*command, before=functools.partial(broken, 1))
+def test_results_that_nobody_takes(trained: Path, warm: Program, command: str, broken: object, words: str) -> None:
+    done = warm.run(*arguments(command, trained), before=functools.partial(broken, 1))
     assert done.code == 1
     assert done.err.endswith(words)
     assert "Traceback" not in done.err and "BrokenPipe" not in done.err

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from featcache.images.source import ImageList as ImageList
     from featcache.images.source import list_images as list_images
     from featcache.images.splits import hold_out as hold_out
+    from featcache.models.evaluate import evaluate as evaluate
     from featcache.models.export import ExportReport as ExportReport
     from featcache.models.export import export_model as export_model
     from featcache.models.fit import FitReport as FitReport
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from featcache.models.model import Model as Model
     from featcache.models.model import load_model as load_model
     from featcache.models.predict import Prediction as Prediction
-    from featcache.models.predict import evaluate as evaluate
     from featcache.models.predict import predict as predict
     from featcache.reports.doctor import doctor as doctor
     from featcache.reports.info import describe as describe
@@ -53,7 +53,7 @@ _HOME = {
     "backbone_names": "backbones.load",
     "describe": "reports.info",
     "doctor": "reports.doctor",
-    "evaluate": "models.predict",
+    "evaluate": "models.evaluate",
     "export_model": "models.export",
     "extract": "extraction.extract",
     "finetune": "finetuning.finetune",

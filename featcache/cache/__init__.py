@@ -4,5 +4,6 @@ format.py       what the file looks like inside: columns, checksums, provenance
 write.py        write one, complete or not at all
 cache.py        FeatureCache: one open for reading
 features.py     rows out of it
+copies.py       which rows hold the same image
 hdf5_reader.py  HDF5 read byte by byte, for files that nobody vouches for
 """

@@ -66,7 +66,7 @@ class Rows:
     @property
     def keys(self) -> npt.NDArray[np.bytes_]:
         """(N,) the digests as sortable keys."""
-        return np.ascontiguousarray(self.digests).view("S32").reshape(-1)
+        return digest_keys(self.digests)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,11 @@ def encode_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
 def decode_names(names: npt.NDArray[np.bytes_]) -> tuple[str, ...]:
     """Inverse of ``encode_names``."""
     return tuple(name.decode("utf-8", "surrogateescape") for name in names.tolist())
+
+
+def digest_keys(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
+    """(N, 32) -> (N,), sortable."""
+    return np.ascontiguousarray(digests).view("S32").reshape(-1)
 
 
 def metadata_checksum(columns: dict[str, npt.NDArray[Any]], texts: tuple[str, str]) -> int:

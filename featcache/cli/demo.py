@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import show_result
+from featcache.cli.console import is_quiet, show_result
 from featcache.errors import FeatcacheError, MissingDependencyError, StorageError
 
 _EDGE = 64  # pixels; the backbone's own resize does the rest
@@ -45,7 +45,7 @@ def demo(
     )
     for command in commands:
         show(f"\n$ featcache {' '.join(command)}")
-        child = [sys.executable, "-m", "featcache", *command]
+        child = [sys.executable, "-m", "featcache", *(["-q"] if is_quiet() else []), *command]
         if subprocess.run(child, stdout=sys.stderr if as_json else None, check=False).returncode:
             raise FeatcacheError(f"the demo stopped: `featcache {command[0]}` failed, see its message above")
     show(

@@ -114,7 +114,7 @@ def evaluate(
     as_json: options.Json = False,
 ) -> None:
     """Score a model on labelled images or on a cache."""
-    from featcache.models.predict import evaluate as run
+    from featcache.models.evaluate import evaluate as run
 
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
@@ -124,6 +124,13 @@ def evaluate(
         f"{scores['n']} images ({scores['split']}), refused {scores['refused']}",
         f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
     ]
+    if scores["copies"]["across_splits"]:
+        new = scores["accuracy_without_copies"]
+        lines.append(
+            "  training has seen all of them"
+            if new is None
+            else f"  accuracy {new:.2%} on images that training has not seen"
+        )
     for name, entry in scores["per_class"].items():
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"

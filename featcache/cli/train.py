@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import is_first_process, note, show_result, show_training
+from featcache.cli.console import is_first_process, note, say, show_result, show_training
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
 
@@ -45,12 +45,21 @@ def fit_head(
         f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
     ]
     if report.cv_accuracy is not None:
+        choice = "corrected for the choice of the setting; " if report.clf == "logreg" else ""
         lines.append(
-            f"  cross-validated accuracy {report.cv_accuracy:.2%} (standard deviation over folds {report.cv_std:.2%})"
+            f"  cross-validated accuracy {report.cv_accuracy:.2%} ({choice}standard deviation over folds {report.cv_std:.2%})"
         )
-    for name, value in (("val", report.val_accuracy), ("test", report.test_accuracy)):
-        if value is not None:
+    for name in ("val", "test"):
+        value, without = (getattr(report, f"{name}_accuracy{which}") for which in ("", "_without_copies"))
+        if value is not None and not report.copies["across_splits"]:
             lines.append(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
+        elif value is not None:
+            new = (
+                "all of them are copies of training images"
+                if without is None
+                else f"{without:.2%} without copies of training images"
+            )
+            lines.append(f"  {name} accuracy {value:.2%}, {new}")
     lines.append(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
     show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
@@ -146,7 +155,7 @@ def _draw_curves(model: Path) -> None:
     try:
         note(f"  curves in {draw_curves(model)}")
     except Exception as error:
-        note(f"no curves of {model}: {error}")
+        say(f"no curves of {model}: {error}")
 
 
 COMMANDS: options.Commands = {

@@ -18,6 +18,7 @@ import numpy as np
 
 from featcache.backbones.saved import SavedBackbone
 from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.copies import find_copies
 from featcache.cache.format import Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, Refusal, SourceError, UsageError
@@ -50,7 +51,7 @@ class ExtractReport:
         embedded, reused, refused: computed now; taken over; without an embedding (the cache says why).
         added, changed, removed: paths, compared with the cache that was there before.
         dim: D. seconds: of the whole call. images_per_second: embedded / seconds of the embedding loop, start-up left out.
-        fingerprint: of the cache's spec.
+        fingerprint: of the cache's spec. copies: ``within``, ``across_splits``, ``across_labels``, see ``cache.copies``.
     """
 
     cache: Path
@@ -65,6 +66,7 @@ class ExtractReport:
     seconds: float
     images_per_second: float
     fingerprint: str
+    copies: dict[str, int]
 
 
 def extract(
@@ -136,6 +138,9 @@ def extract(
             weights_copy(output, old.spec).unlink(missing_ok=True)
     added, changed, removed = _compare(old, rows)
     total = len(plan.images) + len(plan.images.refused)
+    copies = find_copies(rows.digests, rows.labels, rows.splits, rows.paths)
+    for sentence in copies.examples:
+        log.warning(sentence)
     return ExtractReport(
         cache=output,
         images=total,
@@ -149,6 +154,7 @@ def extract(
         seconds=time.perf_counter() - started,
         images_per_second=(len(rows) - reused) / seconds if seconds else 0.0,
         fingerprint=spec.fingerprint,
+        copies=copies.counts(),
     )
 
 

@@ -4,6 +4,7 @@ head.py         a trained head, and what it takes as features
 logreg.py       logistic regression: C and scaling chosen by cross-validation
 logreg_path.py  its solver, along a path of C
 minibatch.py    linear and MLP heads, of features that need not fit in memory
+validation.py   folds that keep copies together; scores corrected for the choice of a setting
 layers.py       a head as PyTorch layers
 metrics.py      accuracy, log loss, calibration, comparison of two models
 """

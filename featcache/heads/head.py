@@ -17,6 +17,9 @@ Scaling = Literal["none", "standardise", "unit"]
 SCALINGS: tuple[Scaling, ...] = ("none", "standardise", "unit")
 
 
+MAX_LOGITS = 2**24  # out of fold, that are kept: 64 MB
+
+
 class FeatureSource(Protocol):
     """(M, D) float16 or float32 embeddings, read by row number: an array, or the reader of an open cache."""
 
@@ -111,6 +114,9 @@ class FittedHead:
     Attributes:
         head: trained on all rows.
         fold_accuracies: out-of-fold accuracy of the chosen setting, per fold; empty without cross-validation.
+        cv_accuracy, cv_log_loss: out of fold, corrected for the choice of the setting (``validation.py``).
+        out_of_fold: (N, C) logits of each training row, from the head that was trained without its fold; None without
+            cross-validation, or if they were more than ``MAX_LOGITS``.
         chosen: the setting: C, scaling, epochs, ...
         curve: every setting tried, with its cross-validated scores.
         notes: sentences that the user should read (best C on the edge, no convergence, ...).
@@ -123,6 +129,9 @@ class FittedHead:
     curve: list[dict[str, Any]]
     notes: tuple[str, ...] = ()
     pipeline: Any = None
+    cv_accuracy: float | None = None
+    cv_log_loss: float | None = None
+    out_of_fold: Array | None = None
 
 
 def scale_features(x: Array, scaling: Scaling, mean: Array, scale: Array) -> Array:

@@ -4,11 +4,11 @@ In: features (N, D) and labels, of training rows alone. Out: a ``FittedHead``. `
 the features, has the last word on the head, and takes over where ``logreg_path.py`` fails.
 """
 
-import functools
+import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,15 +16,24 @@ import numpy as np
 from joblib import cpu_count
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from featcache.errors import UsageError
-from featcache.heads.head import SCALINGS, Array, FeatureSource, FittedHead, Head, Scaling, class_weights, softmax
+from featcache.heads.head import (
+    MAX_LOGITS,
+    SCALINGS,
+    Array,
+    FeatureSource,
+    FittedHead,
+    Head,
+    Indices,
+    Scaling,
+    class_weights,
+)
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
-from featcache.heads.metrics import accuracy, log_loss
+from featcache.heads.validation import OutOfFold, judge, stratified_folds
 from featcache.system.memory import available_memory
 
 log = logging.getLogger("featcache")
@@ -40,8 +49,10 @@ _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
+Setting = tuple[Scaling, float]  # and C
+Split = tuple[Indices, Indices]  # rows that train, rows held out
 _Solution = tuple[Array, Array]  # (K, D) weights and (K,) intercepts
-_Scored = tuple[float, float, _Solution | None]  # accuracy, log loss, and the solution if it is kept
+_Result = tuple[float, Array, _Solution]  # C, (m, K) logits of rows held out, and the solution that gave them
 
 
 def fit_logreg(
@@ -53,6 +64,7 @@ def fit_logreg(
     folds: int = 5,
     balanced: bool = False,
     seed: int = 0,
+    copies: Indices | None = None,
 ) -> FittedHead:
     """Choose C and scaling on ``rows`` by cross-validation, then refit on all of them.
 
@@ -63,7 +75,8 @@ def fit_logreg(
         grid: of C, the inverse regularisation strength as in scikit-learn, ascending.
         folds: of the cross-validation; 0 for none: then the first C of ``grid`` and the scaling "standardise" are taken.
         balanced: weigh classes inversely to their frequency.
-        seed: of the folds.
+        seed: of the folds and of the correction for the choice.
+        copies: (N,) which of the N rows are copies, as ``stratified_folds`` wants it; None: none are.
 
     Raises:
         UsageError: not enough memory.
@@ -72,9 +85,18 @@ def fit_logreg(
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
     solver = Solver(X, y, grid=grid, balanced=balanced)
-    curve = solver.cross_validate(folds=folds, seed=seed) if folds else []
+    copies = np.arange(len(rows)) if copies is None else copies
     best: dict[str, Any] = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
-    best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]), default=best)
+    curve: Curve = []
+    validation: dict[str, Any] = {}
+    if folds:
+        splits = stratified_folds(y, copies, folds=folds, seed=seed)
+        found = solver.cross_validate(splits)
+        curve = _curve(found, solver.settings)
+        best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
+        validation["cv_accuracy"], validation["cv_log_loss"] = found.corrected(copies, seed=seed)
+        if len(y) * solver.n_classes <= MAX_LOGITS:
+            validation["out_of_fold"] = solver.out_of_fold(splits, (best["scaling"], best["C"]))
     pipeline, converged = solver.fit(best["scaling"], best["C"])
     notes = _notes_on_choice(curve, best, grid)
     if not converged:
@@ -86,6 +108,7 @@ def fit_logreg(
         curve=curve,
         notes=tuple(notes),
         pipeline=pipeline,
+        **validation,
     )
 
 
@@ -108,43 +131,77 @@ class Solver:
         grid: of C, ascending. balanced: weigh classes inversely to their frequency.
         tolerance: of solutions while settings are compared, see ``regularisation_path``.
         bases: per scaling, a basis of all rows that suits every fold; None where there is none.
-        starts: per (scaling, C), the mean of the folds' solutions, if those fit in ``memory``, in bytes.
+        settings: every (scaling, C), in the order of the results of ``cross_validate``.
+        solutions: per setting, what each fold ended with, if all those fit in ``memory``, in bytes.
     """
 
     def __init__(
-        self, X: Array, y: Array, *, grid: Grid, balanced: bool = False, tolerance: float = 2e-4, memory: int = 2**28
+        self,
+        X: Array,
+        y: Array,
+        *,
+        grid: Grid,
+        scalings: Sequence[Scaling] = SCALINGS,
+        balanced: bool = False,
+        tolerance: float = 2e-4,
+        memory: int = 2**28,
     ) -> None:
         self.X, self.y, self.grid, self.balanced = X, y, grid, balanced
+        self.settings: list[Setting] = list(itertools.product(scalings, grid))
         self.tolerance, self.memory = tolerance, memory
         self.n_classes = int(y.max()) + 1
         self.dtype = np.dtype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32)
         self.bases: dict[Scaling, Array | None] = {}
-        self.starts: dict[tuple[Scaling, float], _Solution] = {}
+        self.solutions: dict[Setting, list[_Solution]] = {}
 
-    def cross_validate(self, *, folds: int, seed: int = 0, scalings: Sequence[Scaling] = SCALINGS) -> Curve:
-        """Mean out-of-fold scores of every (scaling, C)."""
-        splits = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(self.X, self.y))
+    def cross_validate(self, splits: Sequence[Split]) -> OutOfFold:
+        """Out-of-fold results of every setting."""
         # A square basis is only a rotation and may come from all rows; a narrower one is each fold's own.
         square = min(len(train) for train, _ in splits) >= self.X.shape[1]
+        scalings = dict.fromkeys(scaling for scaling, _ in self.settings)
         self.bases = {scaling: self._basis(scaling) if square else None for scaling in scalings}
         solution_bytes = self.n_classes * self.X.shape[1] * self.dtype.itemsize
-        keep = len(scalings) * folds * len(self.grid) * solution_bytes <= self.memory
-        jobs = [(scaling, *split) for scaling in scalings for split in splits]
+        keep = len(self.settings) * len(splits) * solution_bytes <= self.memory
+        right, loss = (
+            np.empty((len(self.y), len(self.settings)), bool),
+            np.empty((len(self.y), len(self.settings)), self.dtype),
+        )
+        fold = np.empty(len(self.y), np.intp)
+        for number, (_, held_out) in enumerate(splits):
+            fold[held_out] = number
+
+        def one(scaling: Scaling, split: Split) -> dict[Setting, _Solution]:
+            kept, held_out = {}, split[1]
+            for C, logits, solution in self._fold(
+                scaling, split, self.grid
+            ):  # each at once: together they may be large
+                number = self.settings.index((scaling, C))
+                right[held_out, number], loss[held_out, number] = judge(self.y[held_out], logits)
+                if keep:
+                    kept[scaling, C] = solution
+            return kept
+
+        jobs = [(scaling, split) for scaling in scalings for split in splits]
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
         # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
         with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
-            results = list(pool.map(functools.partial(self._fold, keep=keep), *zip(*jobs, strict=True)))
-        curve = []
-        for number, scaling in enumerate(scalings):
-            of_folds = results[number * folds : (number + 1) * folds]
-            for C, scored in zip(self.grid, zip(*of_folds, strict=True), strict=True):
-                accuracies, losses, solutions = zip(*scored, strict=True)
-                if keep:
-                    weights, intercepts = zip(*solutions, strict=True)
-                    self.starts[scaling, C] = np.mean(weights, axis=0), np.mean(intercepts, axis=0)
-                scores = {"accuracy": float(np.mean(accuracies)), "log_loss": float(np.mean(losses))}
-                curve.append({"scaling": scaling, "C": C, **scores, "fold_accuracies": list(accuracies)})
-        return curve
+            for kept in pool.map(one, *zip(*jobs, strict=True)):
+                for setting, solution in kept.items():
+                    self.solutions.setdefault(setting, []).append(solution)
+        return OutOfFold(right, loss, fold)
+
+    def out_of_fold(self, splits: Sequence[Split], setting: Setting) -> Array:
+        """(N, K) logits of each row from its fold's solution, to the bit those that ``cross_validate`` judged."""
+        scaling, C = setting
+        logits = np.empty((len(self.y), self.n_classes), self.dtype)
+        for number, (train, held_out) in enumerate(splits):
+            if setting in self.solutions:
+                _, X = self._scaled(scaling, train, held_out)
+                logits[held_out] = _logits(X, *self.solutions[setting][number])
+            else:  # along the same path, since where it starts decides where it ends
+                grid = self.grid[: self.grid.index(C) + 1]
+                *_, (_, logits[held_out], _) = self._fold(scaling, (train, held_out), grid)
+        return logits
 
     def _basis(self, scaling: Scaling) -> Array | None:
         try:
@@ -152,20 +209,23 @@ class Solver:
         except _FAILURES:
             return None
 
-    def _fold(self, scaling: Scaling, train: Array, held_out: Array, *, keep: bool) -> list[_Scored]:
-        """Scores on one held-out fold along the grid of C."""
-        scaler, y, y_held_out = _scaler(scaling), self.y[train], self.y[held_out]
+    def _scaled(self, scaling: Scaling, train: Indices, held_out: Indices) -> tuple[Array, Array]:
+        scaler = _scaler(scaling)
         X = scaler.fit_transform(self.X[train].astype(self.dtype, copy=False))
-        X_held_out = scaler.transform(self.X[held_out].astype(self.dtype, copy=False))
+        return X, scaler.transform(self.X[held_out].astype(self.dtype, copy=False))
 
-        def scored(solutions: Iterable[_Solution]) -> list[_Scored]:  # each at once: together they may be large
-            return [(*_scores(X_held_out @ W.T + b, y_held_out), (W, b) if keep else None) for W, b in solutions]
-
+    def _fold(self, scaling: Scaling, split: Split, grid: Grid) -> Iterator[_Result]:
+        """Results on one held-out fold along a grid of C; from its beginning again if another solver has to take over."""
+        y, (X, X_held_out) = self.y[split[0]], self._scaled(scaling, *split)
         try:
-            return scored(self._path(X, y, self.grid, basis=self.bases[scaling], tolerance=self.tolerance))
+            for C, solution in zip(
+                grid, self._path(X, y, grid, basis=self.bases[scaling], tolerance=self.tolerance), strict=True
+            ):
+                yield C, _logits(X_held_out, *solution), solution
         except _FAILURES as error:
             log.info("scikit-learn's solver takes over in one fold (%s)", error)
-            return scored(self._path_of_scikit_learn(X, y))
+            for C, solution in zip(grid, self._path_of_scikit_learn(X, y, grid), strict=True):
+                yield C, _logits(X_held_out, *solution), solution
 
     def fit(self, scaling: Scaling, C: float) -> tuple[Any, bool]:
         """A (scaler, LogisticRegression) pipeline fitted on all rows, and whether its solver converged.
@@ -174,7 +234,8 @@ class Solver:
         """
         scaler, classifier = _scaler(scaling), self._classifier(C)
         X = scaler.fit_transform(self.X)
-        start, basis = self.starts.get((scaling, C)), self.bases.get(scaling)
+        solutions, basis = self.solutions.get((scaling, C)), self.bases.get(scaling)
+        start = tuple(np.mean(parts, axis=0) for parts in zip(*solutions, strict=True)) if solutions else None
         grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
         tolerance = _FINAL_TOLERANCE_OF_SMALL if self.dtype == np.float64 else _FINAL_TOLERANCE
         try:
@@ -191,9 +252,9 @@ class Solver:
     def _path(self, X: Array, y: Array, grid: Grid, **options: Any) -> Iterator[_Solution]:
         return regularisation_path(X, y, class_weights(y, self.n_classes, balanced=self.balanced), grid, **options)
 
-    def _path_of_scikit_learn(self, X: Array, y: Array) -> Iterator[_Solution]:
-        classifier = self._classifier(self.grid[0]).set_params(warm_start=True)
-        for C in self.grid:
+    def _path_of_scikit_learn(self, X: Array, y: Array, grid: Grid) -> Iterator[_Solution]:
+        classifier = self._classifier(grid[0]).set_params(warm_start=True)
+        for C in grid:
             _fit_quietly(classifier.set_params(C=C), X, y)
             yield classifier.coef_, classifier.intercept_
 
@@ -207,10 +268,25 @@ def _scaler(scaling: Scaling) -> Any:
     return Normalizer() if scaling == "unit" else FunctionTransformer()
 
 
-def _scores(logits: Array, y: Array) -> tuple[float, float]:
-    logits = np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
-    probabilities = softmax(logits)
-    return accuracy(y, probabilities), log_loss(y, probabilities)
+def _logits(X: Array, weights: Array, intercepts: Array) -> Array:
+    """(n, K), also for two classes."""
+    logits = X @ weights.T + intercepts
+    return np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
+
+
+def _curve(found: OutOfFold, settings: Sequence[Setting]) -> Curve:
+    """Per setting its scores, means over folds."""
+    accuracies, losses = found.of_folds(found.right), found.of_folds(found.loss).mean(axis=0)
+    return [
+        {
+            "scaling": scaling,
+            "C": C,
+            "accuracy": float(row.mean()),
+            "log_loss": float(loss),
+            "fold_accuracies": row.tolist(),
+        }
+        for (scaling, C), row, loss in zip(settings, accuracies.T, losses, strict=True)
+    ]
 
 
 def _fit_quietly(classifier: LogisticRegression, X: Array, y: Array) -> None:

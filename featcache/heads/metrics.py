@@ -17,9 +17,15 @@ def accuracy(y: Array, probabilities: Array) -> float:
     return float((probabilities.argmax(axis=1) == y).mean())
 
 
+def row_losses(y: Array, probabilities: Array) -> Array:
+    """(N,) negative log-probability of the true class, in nats; probabilities are clipped at 1e-12."""
+    losses: Array = -np.log(np.clip(probabilities[np.arange(len(y)), y], 1e-12, 1.0))
+    return losses
+
+
 def log_loss(y: Array, probabilities: Array) -> float:
-    """Mean negative log-probability of the true class, in nats; probabilities are clipped at 1e-12."""
-    return float(-np.log(np.clip(probabilities[np.arange(len(y)), y], 1e-12, 1.0)).mean())
+    """Mean of ``row_losses``."""
+    return float(row_losses(y, probabilities).mean())
 
 
 def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = 15) -> float:

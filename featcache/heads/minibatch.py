@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.model_selection import StratifiedKFold
 from torch import nn
 from torch.optim.adamw import adamw
 
-from featcache.heads.head import Array, FeatureSource, FittedHead, Head, Indices, class_weights
+from featcache.heads.head import MAX_LOGITS, Array, FeatureSource, FittedHead, Head, Indices, class_weights
+from featcache.heads.validation import OutOfFold, judge, stratified_folds
 from featcache.system.device import use_one_thread_if_forked
 
 TorchKind = Literal["linear", "mlp"]
@@ -53,6 +53,7 @@ def fit_torch_head(
     balanced: bool = False,
     seed: int = 0,
     budget: Budget = Budget(),
+    copies: Indices | None = None,
 ) -> FittedHead:
     """Train a head with AdamW on standardised features.
 
@@ -65,22 +66,27 @@ def fit_torch_head(
         folds: of the cross-validation; 0 for none.
         balanced: weigh classes inversely to their frequency.
         seed: of weights, batches and folds; the same seed gives the same head.
+        copies: (N,) which of the N rows are copies, as ``stratified_folds`` wants it; None: none are.
     """
     use_one_thread_if_forked()
     data = FeatureBatches(features, rows, y, budget=budget)
-    trainer = _Trainer(data, kind=kind, n_classes=n_classes, balanced=balanced, seed=seed)
-    accuracies = []
+    copies = np.arange(len(rows)) if copies is None else copies
+    trainer = _Trainer(data, copies, kind=kind, n_classes=n_classes, balanced=balanced, seed=seed)
+    validation: dict[str, Any] = {}
+    accuracies = np.empty(0)
     with torch.random.fork_rng(devices=[]):
         if folds:
-            for train, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(np.zeros(len(y)), y):
-                accuracies.append(data.accuracy(trainer.train(train)[0], held_out))
+            found, logits = trainer.cross_validate(stratified_folds(y, copies, folds=folds, seed=seed))
+            accuracies = found.of_folds(found.right)[:, 0]
+            validation["cv_accuracy"], validation["cv_log_loss"] = found.corrected(copies, seed=seed)
+            validation["out_of_fold"] = logits
         head, rounds = trainer.train(np.arange(len(rows)))
     epochs = rounds / data.rounds_per_epoch
     notes: tuple[str, ...] = ()
     if rounds == budget.max_rounds:
         notes = (f"trained for {epochs:g} epochs, the most there are: more data or logreg may do better",)
     chosen = {"scaling": "standardise", "epochs": rounds if data.rounds_per_epoch == 1 else round(epochs, 2)}
-    return FittedHead(head, tuple(accuracies), chosen, [], notes)
+    return FittedHead(head, tuple(accuracies.tolist()), chosen, [], notes, **validation)
 
 
 class FeatureBatches:
@@ -141,11 +147,6 @@ class FeatureBatches:
         deviation = np.sqrt(np.maximum(square / len(picked) - mean**2, 0))
         return mean + first[0].double().numpy(), np.where(deviation < 1e-6, 1.0, deviation)
 
-    def accuracy(self, head: Head, picked: Indices) -> float:
-        """Share of ``picked`` that ``head`` labels right."""
-        right = sum(int((head.logits(x.numpy()).argmax(axis=1) == y.numpy()).sum()) for x, y in self.in_order(picked))
-        return right / len(picked)
-
 
 def _mixtures(picked: Indices, size: int, shuffle: np.random.Generator) -> Iterator[Indices]:
     """Cut ``picked`` into runs, and yield about ``size`` of it at a time, as ascending runs from all over it.
@@ -188,10 +189,29 @@ class _Network(nn.Module):
 class _Trainer:
     """Trains heads of one kind, each on some of the rows of ``data``."""
 
-    def __init__(self, data: FeatureBatches, *, kind: TorchKind, n_classes: int, balanced: bool, seed: int) -> None:
+    def __init__(
+        self, data: FeatureBatches, copies: Indices, *, kind: TorchKind, n_classes: int, balanced: bool, seed: int
+    ) -> None:
+        self.copies = copies
         self.data, self.kind, self.n_classes, self.seed = data, kind, n_classes, seed
         weights = class_weights(data.y, n_classes, balanced=balanced)
         self.loss = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)))
+
+    def cross_validate(self, splits: list[tuple[Indices, Indices]]) -> tuple[OutOfFold, Array | None]:
+        """What each fold's head makes of its rows, and the (N, C) logits of that unless they are too many."""
+        n = len(self.data.y)
+        logits = np.empty((n, self.n_classes), np.float32) if n * self.n_classes <= MAX_LOGITS else None
+        right, loss, fold = np.empty((n, 1), bool), np.empty((n, 1), np.float32), np.empty(n, np.intp)
+        for number, (train, held_out) in enumerate(splits):
+            head, _ = self.train(train)
+            fold[held_out] = number
+            start = 0
+            for x, y in self.data.in_order(held_out):
+                found, rows = head.logits(x.numpy()), held_out[start : (start := start + len(y))]
+                right[rows, 0], loss[rows, 0] = judge(y.numpy(), found)
+                if logits is not None:
+                    logits[rows] = found
+        return OutOfFold(right, loss, fold), logits
 
     def train(self, picked: Indices) -> tuple[Head, int]:
         """A head trained on all of ``picked`` for as many rounds as were best on a held-out tenth; and how many."""
@@ -201,14 +221,18 @@ class _Trainer:
         return network.to_head(), rounds
 
     def _hold_out(self, picked: Indices) -> tuple[Indices, Indices]:
-        """Rows that train, and a stratified tenth: at least one of a class that has two, and not many more than needed."""
+        """Rows that train, and a stratified tenth: at least one image of a class that has two, and not many more than needed.
+
+        Copies of an image lie on its side.
+        """
         generator, y = np.random.default_rng(self.seed), self.data.y
         share = min(0.1, self.data.budget.held_out_rows / len(picked))
-        held_out = np.zeros(len(y), bool)
-        for label in np.unique(y[picked]):
-            members = generator.permutation(picked[y[picked] == label])
+        images, held_out = np.unique(self.copies[picked]), np.zeros(len(y), bool)
+        for label in np.unique(y[images]):
+            members = generator.permutation(images[y[images] == label])
             held_out[members[: max(1, round(len(members) * share)) if len(members) > 1 else 0]] = True
-        return picked[~held_out[picked]], np.flatnonzero(held_out)
+        left_out = held_out[self.copies[picked]]
+        return picked[~left_out], picked[left_out]
 
     def _best_round(self, picked: Indices, held_out: Indices) -> int:
         """After which round of training on ``picked`` the loss on ``held_out`` is lowest (early stopping)."""

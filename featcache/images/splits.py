@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError
+from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS
 
@@ -37,7 +38,7 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
 
     Touched are labelled images of the split train, or of none if there are no splits at all: they become train or val.
     The seed and an image's own path decide, not the order of the list, and one more image moves at most one other. Raises
-    UsageError for an impossible share.
+    UsageError for an impossible share. Copies of an image lie on one side, that of the class it is first found in.
 
     Args:
         share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
@@ -48,12 +49,29 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
     touched, _ = training_images(images.labels, images.splits)
     splits = images.splits.copy()
     splits[touched] = _TRAIN
+    rows = sorted(np.flatnonzero(touched).tolist(), key=lambda row: _rank(images.paths[row], seed))
+    copies = _copies(images, rows)
     for label in np.unique(images.labels[touched]):
-        rows = np.flatnonzero(touched & (images.labels == label)).tolist()
-        wanted = min(max(round(share * len(rows)), 1), len(rows) - 1)
-        rows.sort(key=lambda row: _rank(images.paths[row], seed))
-        splits[rows[:wanted]] = _VAL
+        groups = [group for group in copies if images.labels[group[0]] == label]
+        n, held_out = sum(map(len, groups)), 0
+        for group in groups[:-1]:
+            if held_out < min(max(round(share * n), 1), n - 1):
+                splits[group] = _VAL
+                held_out += len(group)
     return dataclasses.replace(images, splits=splits)
+
+
+def _copies(images: ImageList, rows: list[int]) -> list[list[int]]:
+    """``rows`` in their order, those of equal content together. Only files that share their size with others are read."""
+    sizes, counts = np.unique(images.sizes[rows], return_counts=True)
+    suspects = np.array(rows)[np.isin(images.sizes[rows], sizes[counts > 1])]
+    digests = {
+        read.position: read.digest for read in read_images(images, suspects.tolist(), len, workers=8) if read.digest
+    }
+    groups: dict[bytes | int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(digests.get(row, row), []).append(row)
+    return list(groups.values())
 
 
 def _rank(path: str, seed: int) -> bytes:

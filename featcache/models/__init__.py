@@ -2,7 +2,9 @@
 
 model.py             what it is: saved, loaded, checked
 fit.py               fit-head
-predict.py           labels for images or caches, and scores where they have labels
+predict.py           labels for images or caches
+evaluate.py          scores on labelled ones
+training_rows.py     what training has seen
 export.py            one file that runs without featcache
 export_candidate.py  what every format shares
 as_onnx.py           ONNX

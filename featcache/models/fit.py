@@ -13,14 +13,25 @@ import numpy as np
 
 from featcache.backbones.saved import MANIFEST, WEIGHTS
 from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.copies import find_copies, first_copies
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind
-from featcache.heads.metrics import evaluate_probabilities
-from featcache.images.splits import training_images
+from featcache.heads.metrics import accuracy, evaluate_probabilities
+from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
+from featcache.models.training_rows import TrainingRows
 
 log = logging.getLogger("featcache")
-_SCORES = ("cv_accuracy", "cv_std", "val_accuracy", "test_accuracy")  # of metrics.json and the report
+_SCORES = (
+    "cv_accuracy",
+    "cv_std",
+    "cv_log_loss",
+    "val_accuracy",
+    "test_accuracy",
+    "val_accuracy_without_copies",
+    "test_accuracy_without_copies",
+    "copies",
+)  # of metrics.json and the report
 _MANY_ROWS = 100_000  # from here on training takes minutes
 
 
@@ -31,8 +42,11 @@ class FitReport:
     Attributes:
         model: the folder. clf: kind of head. C, scaling: as chosen (C is None for torch heads).
         classes: how many. n_train: training rows.
-        cv_accuracy, cv_std: mean and standard deviation over folds, out of fold, for the chosen setting.
-        val_accuracy, test_accuracy: on rows that nothing was chosen on.
+        cv_accuracy, cv_log_loss: out of fold, corrected for having chosen the setting (``heads.validation``).
+        cv_std: standard deviation over folds of the chosen setting's accuracy.
+        val_accuracy, test_accuracy: on rows that nothing was chosen on, unless they are copies of training images.
+        val_accuracy_without_copies, test_accuracy_without_copies: without those.
+        copies: within, across_splits, across_labels (``cache.copies``), over all labelled rows.
         seconds: of the whole call.
     """
 
@@ -44,8 +58,12 @@ class FitReport:
     n_train: int
     cv_accuracy: float | None
     cv_std: float | None
+    cv_log_loss: float | None
     val_accuracy: float | None
     test_accuracy: float | None
+    val_accuracy_without_copies: float | None
+    test_accuracy_without_copies: float | None
+    copies: dict[str, int]
     seconds: float
 
 
@@ -85,13 +103,16 @@ def fit_head(
     rows, labels = _training_rows(opened)
     present, y = np.unique(labels, return_inverse=True)
     classes = tuple(opened.classes[index] for index in present)
-    folds = _possible_folds(opened, y, present=present, folds=folds)
+    copies = first_copies(opened.rows.digests[rows])
+    folds = _possible_folds(opened, y, copies, present=present, folds=folds)
     opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
-    fitted = _train(opened, rows, y=y, clf=clf, C=C, folds=folds, balanced=class_weight == "balanced", seed=seed)
+    options = {"folds": folds, "balanced": class_weight == "balanced", "seed": seed, "copies": copies}
+    fitted = _train(opened, rows, y, clf=clf, C=C, **options)
     for note in fitted.notes:
         log.warning(note)
     settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}
-    metrics = _metrics(opened, fitted, present=present)
+    seen = TrainingRows(opened.rows.digests[rows], y, fitted.out_of_fold)
+    metrics = _metrics(opened, fitted, seen, present=present)
     save_model(
         output,
         fitted,
@@ -100,6 +121,7 @@ def fit_head(
         weights={"source": opened.provenance.source, "reload": opened.provenance.reload},
         training=settings | fitted.chosen,
         metrics=metrics,
+        rows=seen,
         files=_weights_to_keep(opened, self_contained=self_contained),
     )
     if replaces:
@@ -148,8 +170,12 @@ def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
     return rows, labels[rows]
 
 
-def _possible_folds(cache: FeatureCache, y: Array, *, present: Array, folds: int) -> int:
-    """``folds``, or as many as the smallest class has training images. ``present``: the labels that train, ascending."""
+def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: Array, folds: int) -> int:
+    """``folds``, or as many as the smallest class has different training images.
+
+    Args:
+        y: (N,) and copies (N,): of the training rows. present: the labels that train, ascending.
+    """
     if len(present) < 2:
         raise SourceError(
             f"the training rows of {cache.path} hold one class only ({cache.classes[present[0]]}); a classifier needs at least two"
@@ -161,52 +187,61 @@ def _possible_folds(cache: FeatureCache, y: Array, *, present: Array, folds: int
             ", ".join(missing[:5]),
             "them" if missing[1:] else "it",
         )
-    counts = np.bincount(y)
+    counts = np.bincount(y[np.unique(copies)], minlength=len(present))
     single = [cache.classes[present[k]] for k in np.flatnonzero(counts < 2)]
     if folds and single:
         raise SourceError(
-            f"class {', '.join(single[:5])} has one training image; cross-validation needs at least two of each class: "
-            "add images, take the class out, or do without (--folds 0 --C 1)"
+            f"class {', '.join(single[:5])} has one training image{_not_counting(y, copies)}; "
+            "cross-validation needs at least two of each class: add images, take the class out, or do without (--folds 0 --C 1)"
         )
     if folds > counts.min():
-        log.info("folds: %d instead of %d, the smallest class has that many training images", counts.min(), folds)
+        text = "folds: %d instead of %d, the smallest class has that many training images%s"
+        log.info(text, counts.min(), folds, _not_counting(y, copies))
         return int(counts.min())
     return folds
 
 
-def _train(
-    cache: FeatureCache, rows: Indices, *, y: Array, clf: Kind, C: float | None, folds: int, balanced: bool, seed: int
-) -> FittedHead:
+def _not_counting(y: Array, copies: Indices) -> str:
+    return ", copies not counted" if len(np.unique(copies)) < len(y) else ""
+
+
+def _train(cache: FeatureCache, rows: Indices, y: Array, *, clf: Kind, C: float | None, **options: Any) -> FittedHead:
     with cache.reader() as features:
         if clf == "logreg":
             from featcache.heads.logreg import C_GRID, fit_logreg
 
             grid = C_GRID if C is None else (C,)
-            return fit_logreg(features, rows, y, grid=grid, folds=folds, balanced=balanced, seed=seed)
+            return fit_logreg(features, rows, y, grid=grid, **options)
         from featcache.heads.minibatch import fit_torch_head
 
-        if folds and len(rows) > _MANY_ROWS:
-            log.info("the head is trained %d times, for an estimate and for good; --folds 0: once", folds + 1)
-        n_classes = int(y.max()) + 1
-        return fit_torch_head(
-            features, rows, y, kind=clf, n_classes=n_classes, folds=folds, balanced=balanced, seed=seed
-        )
+        if options["folds"] and len(rows) > _MANY_ROWS:
+            text = "the head is trained %d times, for an estimate and for good; --folds 0: once"
+            log.info(text, options["folds"] + 1)
+        return fit_torch_head(features, rows, y, kind=clf, n_classes=int(y.max()) + 1, **options)
 
 
-def _metrics(cache: FeatureCache, fitted: FittedHead, *, present: Array) -> dict[str, Any]:
+def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, present: Array) -> dict[str, Any]:
     """The content of metrics.json."""
     folds = np.array(fitted.fold_accuracies)
     metrics: dict[str, Any] = {
-        "cv_accuracy": float(folds.mean()) if len(folds) else None,
+        "cv_accuracy": fitted.cv_accuracy,
+        "cv_accuracy_uncorrected": float(folds.mean()) if len(folds) else None,
         "cv_std": float(folds.std()) if len(folds) else None,
+        "cv_log_loss": fitted.cv_log_loss,
     }
     for split in ("val", "test"):
-        metrics[split] = scores = _score(cache, fitted.head, split=split, present=present)
-        metrics[f"{split}_accuracy"] = scores["accuracy"] if scores else None
-    return metrics | {"curve": fitted.curve}
+        metrics[split] = scores = _score(cache, fitted.head, seen, split=split, present=present)
+        metrics[f"{split}_accuracy"] = scores and scores["accuracy"]
+        metrics[f"{split}_accuracy_without_copies"] = scores and scores["accuracy_without_copies"]
+    rows = np.flatnonzero(usable(cache.y, cache.rows.splits))
+    columns = cache.rows.digests[rows], cache.y[rows], cache.rows.splits[rows]
+    copies = find_copies(*columns, cache.rows.paths[rows])
+    for sentence in copies.examples:
+        log.warning(sentence)
+    return metrics | {"copies": copies.counts(), "curve": fitted.curve}
 
 
-def _score(cache: FeatureCache, head: Head, *, split: str, present: Array) -> dict[str, Any] | None:
+def _score(cache: FeatureCache, head: Head, seen: TrainingRows, *, split: str, present: Array) -> dict[str, Any] | None:
     """Scores on the rows of a split whose class training knows; None where there are none."""
     position = np.full(len(cache.classes) + 1, -1)
     position[present] = np.arange(len(present))
@@ -220,7 +255,10 @@ def _score(cache: FeatureCache, head: Head, *, split: str, present: Array) -> di
     if not len(rows):
         return None
     with cache.reader() as features:
-        return evaluate_probabilities(y, head.score(features, rows), [cache.classes[index] for index in present])
+        probabilities = head.score(features, rows)
+    new = ~seen.contain(cache.rows.digests[rows])
+    without = {"accuracy_without_copies": accuracy(y[new], probabilities[new]) if new.any() else None}
+    return evaluate_probabilities(y, probabilities, [cache.classes[index] for index in present]) | without
 
 
 def _weights_to_keep(cache: FeatureCache, *, self_contained: bool) -> dict[str, bytes | Path]:

@@ -1,8 +1,8 @@
 """The saved model, version 1: a folder with everything needed to label images, and nothing that runs when loaded.
 
 ``model.json`` (what it is, classes, spec, training, metrics), ``head.safetensors``, ``metrics.json``; with weights that no
-library provides, ``backbone.safetensors``; for logistic regression ``head.joblib``, the scikit-learn pipeline for
-notebooks, written and never read: loading a pickle runs code.
+library provides, ``backbone.safetensors``; ``training.safetensors``, what training has seen; for logistic regression
+``head.joblib``, the scikit-learn pipeline for notebooks, written and never read: loading a pickle runs code.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names
 from featcache.errors import ModelError, SpecMismatchError
 from featcache.heads.head import FittedHead, Head
+from featcache.models import training_rows
+from featcache.models.training_rows import TrainingRows
 from featcache.spec import Spec, fingerprint_of
 from featcache.system.files import check_output, named, publish_folder, read_published, recover_folder
 from featcache.system.safe_load import parse_json
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
 
 _HEAD, _METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
-_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, _METRICS, _PIPELINE, "history.csv", "curves.png")
+_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, _METRICS, _PIPELINE, training_rows.FILE, "history.csv", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,6 +66,19 @@ class Model:
     def load_backbone(self) -> "Backbone":
         """The backbone that the model was trained on. Raises ModelError, BackboneError: as ``SavedBackbone.load``."""
         return self.backbone.load()
+
+    def training_rows(self) -> TrainingRows | None:
+        """What the model was trained on; None for one that an earlier version saved. Raises ModelError if it is damaged."""
+        if "training_rows" not in self.manifest:
+            return None
+        with saved.as_model_error(self.path):
+            file = saved.own_file(self.path, training_rows.FILE)
+            data = file.read_bytes() if file.is_file() else b""
+            if hashlib.sha256(data).hexdigest() != self.manifest["training_rows"]["sha256"]:
+                raise ModelError(
+                    f"{self.path} is damaged: {training_rows.FILE} is not the file that was saved; train it again"
+                )
+            return TrainingRows.from_bytes(data)
 
     def check_cache(self, cache: FeatureCache) -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
@@ -110,6 +125,7 @@ def save_model(
     weights: dict[str, Any],
     training: dict[str, Any],
     metrics: dict[str, Any],
+    rows: TrainingRows | None = None,
     files: Mapping[str, bytes | Path] = {},
     finetuned: bool = False,
 ) -> None:
@@ -119,7 +135,7 @@ def save_model(
         path: the folder; see ``check_replaceable``.
         fitted: the head, and for logreg its pipeline.
         classes: C names. spec: of the cache it was trained on. weights: ``source`` and ``reload`` of the backbone.
-        training: settings. metrics: scores, as JSON values.
+        training: settings. metrics: scores, as JSON values. rows: what trained it.
         files: further ones, name -> content, or the file to copy: ``backbone.safetensors`` if the weights must travel along.
         finetuned: whether it took long to make, so that it is never replaced.
 
@@ -134,7 +150,8 @@ def save_model(
         (folder / _HEAD).write_bytes(head)
         if fitted.pipeline is not None:
             joblib.dump(fitted.pipeline, folder / _PIPELINE)
-        for name, content in files.items():
+        seen = {} if rows is None else {training_rows.FILE: rows.to_bytes()}
+        for name, content in (seen | dict(files)).items():
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
             else:
@@ -157,6 +174,9 @@ def save_model(
             "versions": _versions(),
             "finetuned": finetuned,
         }
+        if rows is not None:
+            digest = hashlib.sha256(seen[training_rows.FILE]).hexdigest()
+            manifest["training_rows"] = {"n": len(rows.digests), "sha256": digest}
         manifest["sha256"] = fingerprint_of(manifest)
         (folder / saved.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 

@@ -1,7 +1,6 @@
-"""``predict`` and ``evaluate``: label images, or the rows of a cache, with a saved model; or score it by their labels.
+"""``predict``: label images, or the rows of a cache, with a saved model.
 
-In: a model folder and images, folders, CSV files or caches. Out: one ``Prediction`` per input image, in order; or a dictionary
-of scores (``heads.metrics``).
+In: a model folder and images, folders, CSV files or caches. Out: one ``Prediction`` per input image, in order.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -18,11 +17,9 @@ from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.features import is_finite
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
-from featcache.heads.metrics import evaluate_probabilities
 from featcache.images.read import ImageFiles, Paths
 from featcache.images.source import list_images
 from featcache.models.model import Model, load_model
-from featcache.spec import SPLITS
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -41,11 +38,13 @@ class Prediction:
         path: as the user would type it (from a cache: relative to the source of the cache).
         probabilities: (C,), in the order of the model's classes; None if the image was refused.
         reason: why it was refused, else empty.
+        digest: sha256 of the image's bytes; empty if it was refused.
     """
 
     path: str
     probabilities: Array | None
     reason: str = ""
+    digest: bytes = b""
 
 
 def predict(
@@ -81,21 +80,36 @@ def predict(
         opened = [FeatureCache.open(path) for path in paths]
         for cache in opened:
             model.check_cache(cache)
-        return _predict_caches(model, opened)
+        return _note_seen(model, _predict_caches(model, opened))
     entries = _list_inputs(paths)
     files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
-    return _fill_in(entries, _predict_images(model, files, device, workers, batch_size, progress))
+    return _note_seen(model, _fill_in(entries, predict_images(model, files, device, workers, batch_size, progress)))
+
+
+def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
+    """The same; says in the end how many of them training has seen."""
+    rows, labelled, seen, first = model.training_rows(), 0, 0, ""
+    known = set() if rows is None else {digest.tobytes() for digest in rows.digests}
+    for prediction in predictions:
+        yield prediction
+        labelled += prediction.probabilities is not None
+        if prediction.digest in known:
+            seen, first = seen + 1, first or prediction.path
+    if seen:
+        log.info("training has seen %d of these %d images, the first %s", seen, labelled, first)
 
 
 def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Prediction]:
     """The rows of each cache in their order, then the images it has no embedding of."""
     for cache in caches:
         for number, block in enumerate(cache.blocks(np.arange(len(cache)), size=_BLOCK)):
-            names = cache.paths[number * _BLOCK : (number + 1) * _BLOCK]
+            here = slice(number * _BLOCK, (number + 1) * _BLOCK)
+            names, digests = cache.paths[here], cache.rows.digests[here]
             finite = is_finite(block)
             scores = model.head.probabilities(np.where(finite[:, None], block, 0))
-            for name, row, usable in zip(names, scores, finite, strict=True):
-                yield Prediction(name, row) if usable else Prediction(name, None, "its embedding is not finite")
+            for name, digest, row, usable in zip(names, digests, scores, finite, strict=True):
+                scored = Prediction(name, row, digest=digest.tobytes())
+                yield scored if usable else Prediction(name, None, "its embedding is not finite")
         for name, reason in cache.refused:
             yield Prediction(name, None, reason)
 
@@ -121,7 +135,7 @@ def _fill_in(entries: list[Prediction], predictions: Iterator[Prediction]) -> It
         yield entry if entry.reason else next(predictions)
 
 
-def _predict_images(
+def predict_images(
     model: Model,
     files: ImageFiles,
     device: str,
@@ -148,87 +162,9 @@ def _predict_images(
             if len(batch.indices):
                 stored = batch.features.astype(model.spec.storage)  # what the head saw in training
                 scores = model.head.probabilities(stored)
-                found |= {k: Prediction(files.paths[k], row) for k, row in zip(batch.indices, scores, strict=True)}
+                rows = zip(batch.indices, scores, batch.digests, strict=True)
+                found |= {k: Prediction(files.paths[k], row, "", digest.tobytes()) for k, row, digest in rows}
             yield from (found[k] for k in sorted(found))
             done += len(batch)
             if progress:
                 progress(done, total, timings.bottleneck)
-
-
-def evaluate(
-    model: Model | str | Path,
-    source: str | Path,
-    *,
-    split: str | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    batch_size: int | None = None,
-    progress: "Progress | None" = None,
-) -> dict[str, Any]:
-    """Score a model on labelled images or on a cache.
-
-    Args:
-        model: a model folder, or what ``load_model`` returned.
-        source: what ``extract`` takes, or a cache of the model's own spec.
-        split: train, val, test or all; when None, test if there is one, else val, else all.
-        device, workers, batch_size, progress: as in ``predict``.
-
-    Returns:
-        n, accuracy, per_class, log_loss, ece, confusion (``metrics.evaluate_probabilities``), split, refused.
-
-    Raises:
-        SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
-    """
-    check_runtime_options(device, workers=workers, batch_size=batch_size)
-    model = model if isinstance(model, Model) else load_model(model)
-    source = Path(source)
-    if is_cache(source):
-        cache = FeatureCache.open(source)
-        model.check_cache(cache)
-        split, rows = _choose_split(cache.rows.splits, split, source)
-        rows = rows[cache.y[rows] >= 0]
-        y = _labels_of_model(model, cache.classes, cache.y[rows], source, split)
-        cache.check_finite(rows)
-        refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
-        with cache.reader() as features:
-            probabilities = model.head.score(features, rows)
-    else:
-        images = list_images(source)
-        split, rows = _choose_split(images.splits, split, source)
-        images = images.take(rows[images.labels[rows] >= 0])
-        y = _labels_of_model(model, images.classes, images.labels, source, split)
-        found = list(_predict_images(model, images, device, workers, batch_size, progress))
-        scored = [prediction.probabilities for prediction in found if prediction.probabilities is not None]
-        if not scored:
-            raise SourceError(
-                f"all {len(images)} images of {source} ({split}) were refused, the first because {found[0].reason}"
-            )
-        y, probabilities = y[[prediction.probabilities is not None for prediction in found]], np.stack(scored)
-        refused = len(found) - len(scored) + (len(images.refused) if split == "all" else 0)
-    return evaluate_probabilities(y, probabilities, model.classes) | {"split": split, "refused": refused}
-
-
-def _choose_split(splits: Array, asked: str | None, source: Path) -> tuple[str, Array]:
-    present = [name for number, name in enumerate(SPLITS) if (splits == number).any()]
-    if asked is None:
-        asked = next((name for name in ("test", "val") if name in present), "all")
-        log.info("split %s: %s", asked, "none was asked for" if asked == "all" else "the one that training never saw")
-    if asked == "all":
-        return asked, np.arange(len(splits))
-    if asked not in present:
-        raise SourceError(f"{source} has no split {asked!r}; it has {', '.join(present)}; or choose all")
-    return asked, np.flatnonzero(splits == SPLITS.index(asked))
-
-
-def _labels_of_model(model: Model, classes: tuple[str, ...], labels: Array, source: Path, split: str) -> Array:
-    """Labels as indices into the model's classes: names decide, not positions."""
-    if not len(labels):
-        raise SourceError(f"{source} has no labelled image in {split}; evaluating needs labels")
-    unknown = sorted({classes[label] for label in np.unique(labels)} - set(model.classes))
-    if unknown:
-        raise SourceError(
-            f"{source} has images of {', '.join(unknown[:5])}, which the model does not know "
-            f"(it knows {', '.join(model.classes[:10])})"
-        )
-    position = {name: number for number, name in enumerate(model.classes)}
-    return np.array([position[classes[label]] for label in labels], np.int64)

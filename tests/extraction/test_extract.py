@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_every_row_is_its_own_image(photos: Path, tmp_path: Path, precision: str
         expected = oracle(photos / path)
         np.testing.assert_allclose(row, expected, rtol=rounding, atol=rounding * np.abs(expected).max())
     assert cache.spec.precision == "reference"
+
+
+def test_copies_are_counted_and_named(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, *_ = sorted((photos / "blue").iterdir())
+    shutil.copy(first, photos / "blue" / "zz.jpg")
+    shutil.copy(first, photos / "red" / "zz.jpg")
+    report = extract(photos, tmp_path / "f.h5", TINY)
+    assert report.copies == {"within": 2, "across_splits": 0, "across_labels": 1}
+    assert f"1 image lies under several labels, the first as blue/{first.name} and as red/zz.jpg" in caplog.text
 
 
 def test_a_precision_that_overflows_is_written_down(photos: Path, tmp_path: Path) -> None:

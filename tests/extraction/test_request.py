@@ -20,9 +20,10 @@ from featcache.errors import BackboneError, ModelError, SpecMismatchError, Usage
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest
 from featcache.heads.head import FittedHead
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model, save_model
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 
 
 @pytest.fixture

@@ -28,9 +28,10 @@ from featcache.finetuning.network import assemble
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.trainer import Status, Trainer
 from featcache.images import read as reading
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 from featcache.system.workdir import work_folder
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": 1e-4, "backbone_lr": 1e-5}

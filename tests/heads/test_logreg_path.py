@@ -13,6 +13,7 @@ from featcache.errors import UsageError
 from featcache.heads import logreg
 from featcache.heads.logreg import Solver, fit_logreg
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
+from featcache.heads.validation import judge, stratified_folds
 
 GRID = [1e-5, 1e-3, 0.1, 10, 1e3, 1e5]
 SCALERS: dict[str, Any] = {"none": None, "standardise": StandardScaler(), "unit": Normalizer()}
@@ -142,19 +143,32 @@ def test_scikit_learn_takes_over(classes: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("memory", [0, 2**28])
 def test_the_last_fit_is_the_same_wherever_it_starts(memory: int) -> None:
     X, y = awkward(200, 15, 3)
-    solver, fresh = Solver(X, y, grid=(0.01, 0.1), memory=memory), Solver(X, y, grid=())
-    solver.cross_validate(folds=3, scalings=("standardise",))
-    assert len(solver.starts) == (2 if memory else 0)
+    solver = Solver(X, y, grid=(0.01, 0.1), scalings=("standardise",), memory=memory)
+    fresh = Solver(X, y, grid=())
+    solver.cross_validate(stratified_folds(y, np.arange(200), folds=3, seed=0))
+    assert len(solver.solutions) == (2 if memory else 0)
     (started, _), (expected, _) = solver.fit("standardise", 0.1), fresh.fit("standardise", 0.1)
     np.testing.assert_allclose(started.predict_proba(X), expected.predict_proba(X), atol=3e-3)
-    for weights, _ in solver.starts.values():
+    for solutions in solver.solutions.values():
+        weights = np.mean([weights for weights, _ in solutions], axis=0)
         assert np.corrcoef(weights.ravel(), expected[-1].coef_.ravel())[0, 1] > 0.9  # the folds' solutions are near
+
+
+@pytest.mark.parametrize("memory", [0, 2**28])
+def test_out_of_fold_logits_are_those_that_were_judged(memory: int) -> None:
+    X, y = awkward(200, 15, 3)
+    solver = Solver(X, y, grid=(0.01, 0.1, 1.0), memory=memory)
+    splits = stratified_folds(y, np.arange(200), folds=3, seed=0)
+    found = solver.cross_validate(splits)
+    for number, setting in enumerate(solver.settings):
+        right, loss = judge(y, solver.out_of_fold(splits, setting))
+        assert (right == found.right[:, number]).all() and (loss == found.loss[:, number]).all()
 
 
 def test_held_out_rows_teach_nothing() -> None:
     """Labels without relation to the features are guessed at chance, whatever basis and statistics were shared."""
     X = np.random.default_rng(1).normal(size=(400, 100))
-    curve = Solver(X, np.arange(400) % 4, grid=(1e-3, 1.0)).cross_validate(folds=5)
+    curve = fit_logreg(X, np.arange(400), np.arange(400) % 4, grid=(1e-3, 1.0)).curve
     assert all(entry["accuracy"] < 0.25 + 4 * (0.25 * 0.75 / 400) ** 0.5 for entry in curve)
     assert all(entry["log_loss"] > np.log(4) - 1e-3 for entry in curve)
 

@@ -222,3 +222,19 @@ def test_holding_out_leaves_test_and_unlabelled_images_alone() -> None:
     assert out.splits[:20].tolist() == splits[:20].tolist()
     assert np.bincount(out.labels[:-1][out.splits[:-1] == 2]).tolist() == [10, 8, 1]
     assert out.splits[-1] == 1
+
+
+def test_copies_are_held_out_together(tmp_path: Path) -> None:
+    for k in range(40):  # 20 images of 2 classes, each twice, all of one size; one lies in both classes
+        path = tmp_path / "ab"[k % 2] / f"{k}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"%3d" % (k // 4 * 2 + k % 2))
+    (tmp_path / "a" / "x.jpg").write_bytes(b"  1")
+    images = list_images(tmp_path)
+    for seed in range(10):
+        out = hold_out(images, share=0.3, seed=seed)
+        sides: dict[bytes, set[int]] = {}
+        for path, split in zip(out.paths, out.splits.tolist(), strict=True):
+            sides.setdefault((tmp_path / path).read_bytes(), set()).add(split)
+        assert all(len(side) == 1 for side in sides.values())
+        assert 6 <= (out.splits[out.labels == 0] == 2).sum() <= 9

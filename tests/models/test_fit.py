@@ -15,9 +15,10 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
 from featcache.errors import FeatcacheError, SourceError, SpecMismatchError, UsageError
 from featcache.heads.head import KINDS
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows
 from featcache.cache.write import write_cache
 from featcache.errors import ModelError, SourceError, UsageError
+from featcache.models.evaluate import evaluate
 from featcache.models.model import load_model
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 
 
 def test_images_and_cache_agree(trained: Path) -> None:

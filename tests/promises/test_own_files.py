@@ -14,8 +14,9 @@ from featcache.cache.cache import is_cache
 from featcache.errors import UsageError
 from featcache.extraction.extract import extract
 from featcache.images.source import list_images
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
-from featcache.models.predict import evaluate, predict
+from featcache.models.predict import predict
 
 NAMES = ("f.h5", "f.hdf5", "f.H5", "features", "f.cache")
 

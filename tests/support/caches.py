@@ -3,6 +3,7 @@
 In: how many rows, of how many values. Out: the file, and the features in it.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ def plain_rows(paths: Iterable[str], **columns: Any) -> Rows:
     names = encode_names(paths)
     n = len(names)
     unknown = {"labels": np.full(n, -1, np.int32), "splits": np.zeros(n, np.uint8)}
-    unknown |= {"digests": np.zeros((n, 32), np.uint8), "sizes": np.zeros(n, np.int64), "mtimes": np.zeros(n, np.int64)}
+    digests = b"".join(hashlib.sha256(name).digest() for name in names.tolist())  # no two are copies
+    unknown |= {"digests": np.frombuffer(digests, np.uint8).reshape(-1, 32)}
+    unknown |= {"sizes": np.zeros(n, np.int64), "mtimes": np.zeros(n, np.int64)}
     return Rows(names, **(unknown | columns))
 
 

@@ -1,0 +1,86 @@
+"""Copies: images whose files hold the same bytes. In: digests, labels and splits of N rows. Out: which are copies, counted."""
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.format import Indices, decode_names, digest_keys
+from featcache.spec import SPLITS
+
+_NOWHERE = len(SPLITS)
+
+
+def first_copies(digests: npt.NDArray[np.uint8]) -> Indices:
+    """(N, 32) digests -> (N,) for each row the first row of the same content; its own number where there is none before."""
+    _, first, content = np.unique(digest_keys(digests), return_index=True, return_inverse=True)
+    return first[content]
+
+
+def are_among(digests: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """(N, 32) and (M, 32) digests -> (N,) whether the content occurs among ``others``."""
+    return np.isin(digest_keys(digests), digest_keys(others))
+
+
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """How many images repeat others, byte for byte.
+
+    Attributes:
+        within: images beyond the first of their content in the same split.
+        across_splits: images of val and test that also lie in a split before theirs (train, val, test).
+        across_labels: contents that lie under several labels.
+        examples: a sentence for each of the last two kinds that occurs, with names.
+    """
+
+    within: int
+    across_splits: int
+    across_labels: int
+    examples: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+
+    def counts(self) -> dict[str, int]:
+        """As JSON values."""
+        return {"within": self.within, "across_splits": self.across_splits, "across_labels": self.across_labels}
+
+
+def find_copies(
+    digests: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.integer],
+    splits: npt.NDArray[np.integer],
+    paths: npt.NDArray[np.bytes_],
+) -> Copies:
+    """Count copies.
+
+    Args:
+        digests: (N, 32). labels: (N,), -1: none. splits: (N,) positions in ``SPLITS``, 0: none.
+        paths: (N,) as ``encode_names`` gives them.
+    """
+    first = first_copies(digests)
+    earliest = np.full(len(first), _NOWHERE)
+    np.minimum.at(earliest, first, np.where(splits > 0, splits, _NOWHERE))
+    across_splits = np.flatnonzero(splits > earliest[first])
+    lowest, highest = np.full(len(first), np.iinfo(np.int64).max), np.full(len(first), -1)
+    labelled = labels >= 0
+    np.minimum.at(lowest, first[labelled], labels[labelled])
+    np.maximum.at(highest, first[labelled], labels[labelled])
+    across_labels = np.flatnonzero(lowest < highest)
+    examples = []
+    if len(across_splits):
+        row = across_splits[0]
+        other = np.flatnonzero((first == first[row]) & (splits == earliest[first[row]]))[0]
+        copy, original = decode_names(paths[[row, other]])
+        found = _count(len(across_splits), "image of val or test is a copy", "images of val or test are copies")
+        examples.append(
+            f"{found} of what an earlier split holds, the first {copy} of {original}: a score on them flatters"
+        )
+    if len(across_labels):
+        rows = np.flatnonzero((first == across_labels[0]) & labelled)
+        one, other = decode_names(paths[[rows[0], rows[labels[rows] != labels[rows[0]]][0]]])
+        found = _count(len(across_labels), "image lies", "images lie")
+        examples.append(f"{found} under several labels, the first as {one} and as {other}")
+    within = len(first) - len(np.unique(first * len(SPLITS) + splits))
+    return Copies(within, len(across_splits), len(across_labels), tuple(examples))
+
+
+def _count(n: int, one: str, several: str) -> str:
+    return f"{n} {one if n == 1 else several}"

@@ -1,0 +1,37 @@
+"""Copies are found by content, whatever their names, labels and splits."""
+
+import hashlib
+
+import numpy as np
+
+from featcache.cache.copies import are_among, find_copies, first_copies
+from featcache.cache.format import encode_names
+
+
+def digests(contents: str) -> np.ndarray:
+    """Of one-letter files."""
+    return np.stack([np.frombuffer(hashlib.sha256(letter.encode()).digest(), np.uint8) for letter in contents])
+
+
+def found(contents: str, labels: list[int], splits: list[int]):
+    names = encode_names(f"{letter}{k}" for k, letter in enumerate(contents))
+    return find_copies(digests(contents), np.array(labels), np.array(splits), names)
+
+
+def test_first_copies():
+    assert first_copies(digests("abacadb")).tolist() == [0, 1, 0, 3, 0, 5, 1]
+    assert are_among(digests("abc"), digests("xcaa")).tolist() == [True, False, True]
+
+
+def test_counts_and_names():
+    copies = found("abacaad", [0, 1, 0, 1, 1, 1, -1], [1, 1, 2, 1, 1, 3, 2])
+    assert copies.counts() == {"within": 1, "across_splits": 2, "across_labels": 1}
+    assert "2 images of val or test" in copies.examples[0] and "a2 of a0" in copies.examples[0]
+    assert "as a0 and as a4" in copies.examples[1]
+
+
+def test_what_is_no_leak():
+    assert found("abc", [0, 1, 1], [1, 2, 3]).counts() == {"within": 0, "across_splits": 0, "across_labels": 0}
+    assert found("aaa", [0, 0, 0], [0, 0, 0]).counts() == {"within": 2, "across_splits": 0, "across_labels": 0}
+    assert found("aa", [0, -1], [0, 1]).counts() == {"within": 0, "across_splits": 0, "across_labels": 0}  # of no split
+    assert found("a", [0], [1]).examples == ()

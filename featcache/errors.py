@@ -5,13 +5,22 @@ reason is kept.
 """
 
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 
 class FeatcacheError(Exception):
-    """Base of all errors below; ``exit_code`` is what the command line exits with."""
+    """Base of all errors below; ``exit_code`` is what the command line exits with.
+
+    ``facts``: what was found before it failed, for ``--json``.
+    """
 
     exit_code = 1
+
+    def __init__(self, *message: str, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init__(*message)
+        self.facts = dict(facts)
 
 
 class UsageError(FeatcacheError):
@@ -57,7 +66,7 @@ class TrainingError(FeatcacheError):
 
 
 class Interrupted(FeatcacheError):  # noqa: N818 - asked for, not an error
-    """The user or the system asked to stop; what is finished is kept, and the message says how to go on."""
+    """A signal stopped the work; what is finished is kept, and the message says how to go on if that is known."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

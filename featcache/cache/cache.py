@@ -236,8 +236,14 @@ class FeatureCache:
         return np.flatnonzero(self.rows.splits == SPLITS.index(split))
 
     def split(self, name: str) -> tuple[Features, npt.NDArray[np.int32]]:
-        """(X, y) of one split's rows, copied into memory. Raises SourceError, CacheError."""
+        """(X, y) of one split's rows, copied into memory. Raises SourceError, also if there are none; CacheError."""
         rows = self.where(name)
+        if not len(rows):
+            there = ", ".join(SPLITS[number] for number in np.unique(self.rows.splits) if number)
+            what = (
+                f"no image in the split {name!r}, only in {there}" if there else "no splits; X and y hold all its rows"
+            )
+            raise SourceError(f"{self.path} has {what}")
         return self.take(rows), self.y[rows]
 
     def check_finite(self, rows: npt.NDArray[np.intp]) -> None:

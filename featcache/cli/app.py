@@ -1,4 +1,4 @@
-"""The command line as a whole: its commands, and how it ends. Messages go to stderr, results to stdout.
+"""The command line as a whole: its commands, and how it ends. What was found goes to stdout, everything else to stderr.
 
 In: ``sys.argv``. Out: an exit code. 0 done; 1 failed; 2 wrong usage; 3 done, but more images were refused than
 ``--max-bad`` allows; 128 + the signal when stopped by one.
@@ -6,20 +6,24 @@ In: ``sys.argv``. Out: an exit code. 0 done; 1 failed; 2 wrong usage; 3 done, bu
 
 import io
 import logging
-import os
+import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from featcache import __version__
 from featcache.cli import demo, extract, inspect, predict, train
-from featcache.cli.console import is_first_process, printable, say
-from featcache.errors import FeatcacheError
+from featcache.cli.console import is_first_process, open_missing_streams, say, show_result, silence
+from featcache.errors import FeatcacheError, Interrupted, UsageError
 from featcache.system.signals import interrupt_on_signals
 from featcache.system.supervisor import supervised
 
 _DECODING = ("extract", "finetune", "predict", "evaluate")  # commands that decode images
+_EVERYWHERE = ("-q", "--quiet", "-v", "--verbose")  # options that may stand before or behind the command
+
+log = logging.getLogger("featcache")
 
 app = typer.Typer(
     name="featcache",
@@ -38,7 +42,7 @@ for group in (extract, train, predict, inspect, demo):  # in the order in which 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"featcache {__version__}")
+        print(f"featcache {__version__}", flush=True)
         raise typer.Exit
 
 
@@ -47,67 +51,98 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Leave out notes and progress; warnings and errors stay.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="If it fails, show where and what led to it.")
+    ] = False,
 ) -> None:
-    pass
+    if quiet and verbose:
+        raise UsageError("-q leaves things out and -v adds some; choose one")
+    if is_first_process():
+        log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
 def main() -> None:
-    """Entry point: errors become one line and an exit code."""
+    """Entry point: errors become one line and an exit code, with ``--json`` also an object."""
+    open_missing_streams()
     _log_to_stderr()
-    decodes = sys.argv[1:2] and (sys.argv[1] in _DECODING or "--repair" in sys.argv)
-    if decodes and (worker_code := supervised()) is not None:
-        sys.exit(worker_code)
-    asked = interrupt_on_signals()
-    code = _run()
-    if code == 130:  # also what typer makes of an interruption
-        say("interrupted")
-        code = 128 + asked.signal if asked else 130
-    sys.exit(code)
+    typed = _options_typed()
+    first = [text for text in typed if text in _EVERYWHERE]
+    rest = [text for text in typed if text not in _EVERYWHERE]
+    sys.argv[1:] = [*first, *rest, *sys.argv[1 + len(typed) :]]
+    sys.exit(_run(command=next(iter(rest), "")))
 
 
-def _run() -> int:
+def _options_typed() -> list[str]:
+    """The command and its options: the arguments before ``--``, if there is one."""
+    arguments = sys.argv[1:]
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+
+
+def _run(*, command: str) -> int:
     """Run the command of ``sys.argv``; its exit code."""
+    asked = None
     try:
+        if (command in _DECODING or any(text.startswith("--repair") for text in sys.argv)) and (
+            code := supervised()
+        ) is not None:
+            return code  # of a worker, which has said what there is to say
+        asked = interrupt_on_signals()
         code = app(prog_name="featcache", standalone_mode=False)
-    except FeatcacheError as error:
-        say(f"error: {error}")
-        return error.exit_code
     except typer.Exit as error:
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return 130
+        code = 130  # also what typer makes of an interruption
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 1
-    except OSError as error:
+    except (FeatcacheError, OSError) as error:
         say(f"error: {error}")
-        return 1
+        return _fail(error, str(error))
     except Exception as error:
         return _usage_error(error)
+    if code == 130:
+        say("interrupted")
+        return _fail(Interrupted("interrupted", asked.signal if asked else signal.SIGINT), "interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _fail(error: Exception, message: str, *, code: int = 1) -> int:
+    """Show what has no place in the one line that was said: the way to it with ``-v``, an object with ``--json``."""
+    code = int(getattr(error, "exit_code", code))
+    if log.isEnabledFor(logging.DEBUG):
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            say(line)
+    found = {"type": type(error).__name__, "message": message, "exit_code": code}
+    try:
+        if "--json" in _options_typed() and is_first_process():
+            show_result((), {**getattr(error, "facts", {}), "error": found}, as_json=True)
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+    return code
 
 
 def _usage_error(error: Exception) -> int:
     """Print a click error as click words it, harmless to a terminal; anything else is a bug and keeps its traceback."""
     show = getattr(error, "show", None)
     if show is None:
+        _fail(error, str(error))
         raise error
     text = io.StringIO()
     show(file=text)
     for line in text.getvalue().rstrip("\n").split("\n"):
         say(line)
-    return int(getattr(error, "exit_code", 2))
+    return _fail(error, getattr(error, "format_message", error.__str__)(), code=2)
 
 
-class _PlainFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        return prefix + printable(record.getMessage())
+class _ToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(_PlainFormatter())
-    logger = logging.getLogger("featcache")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    log.addHandler(_ToStderr())
+    log.setLevel(logging.INFO if is_first_process() else logging.ERROR)

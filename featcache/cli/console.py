@@ -1,18 +1,18 @@
-"""What the user sees: results on stdout; messages and progress on stderr.
+"""What the user sees: what a command found on stdout; errors, notes and progress on stderr.
 
-In: plain values. Out: text on stderr (``say``, ``show_progress``, ``show_training``) and stdout (``print_facts``,
-``print_json``).
+In: plain values. Out: text on stderr (``say``, ``note``, ``show_progress``, ``show_training``) and stdout (``show_result``).
 """
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -74,7 +74,7 @@ class _Speed:
 
 
 def show_progress(what: str, *, show: bool = True) -> AbstractContextManager[_Progress | None]:
-    """A context with a callback (images done, images to do, the stage that limits); with None unless ``show``."""
+    """A context with a callback (images done, images to do, the stage that limits); with None unless ``show``, or if quiet."""
     speed = _Speed()
 
     def describe(done: int, total: int, bottleneck: str) -> _State:
@@ -83,13 +83,13 @@ def show_progress(what: str, *, show: bool = True) -> AbstractContextManager[_Pr
         left = f"{(total - done) / rate:,.0f} s left" if rate else "starting"
         return what, done, total, f"{facts}, left", f"{what} {done}/{total}, {facts}, {left}"
 
-    if not show:
+    if not show or is_quiet():
         return contextlib.nullcontext()
     return contextlib.closing(_Progress(describe, seconds_per_line=10.0, time_left=True))
 
 
 def show_training() -> AbstractContextManager[_Progress | None]:
-    """A context with a callback (a ``Status`` of training); with None in processes that do not talk to the user."""
+    """A context with a callback (a ``Status`` of training); with None if quiet."""
     speed = _Speed()  # pauses for validation count, as they will recur
 
     def describe(status: "Status") -> _State:
@@ -102,7 +102,7 @@ def show_training() -> AbstractContextManager[_Progress | None]:
         facts = f"loss {status.loss:.4f}, accuracy {status.accuracy:.2%}, {pace}"
         return title, status.done, status.total, facts, f"{title}, image {status.done}/{status.total}: {facts}"
 
-    if not is_first_process():
+    if is_quiet():
         return contextlib.nullcontext()
     return contextlib.closing(_Progress(describe, seconds_per_line=30.0, time_left=False))
 
@@ -124,9 +124,42 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_quiet() -> bool:
+    """Whether notes and progress are left out: with ``-q``, and in processes that do not talk to the user."""
+    return not is_first_process() or logging.getLogger("featcache").level > logging.INFO
+
+
+def open_missing_streams() -> None:
+    """Let stdin, stdout and stderr lead nowhere where they are closed, as for daemons and under pythonw.
+
+    Each gets back the number that is free. Otherwise the next file that is opened gets it, and with it what libraries print.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - for as long as this process
+    with contextlib.suppress(AttributeError, OSError):  # as stderr: a name that cannot be shown ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def silence(stream: TextIO) -> None:
+    """Let a stream that takes nothing any more lead nowhere, what it still holds included."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(text: str) -> None:
     """Print a message of one line for the user, whatever names are in it: to stderr, stdout is for results."""
-    print(printable(text), file=sys.stderr, flush=True)
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:  # its reader went away, or the disk of a log is full: no reason to stop the work
+        silence(sys.stderr)
+
+
+def note(text: str) -> None:
+    """``say`` it, unless notes are not wanted."""
+    if not is_quiet():
+        say(text)
 
 
 def printable(text: str) -> str:
@@ -161,13 +194,8 @@ def _word(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
-def print_facts(facts: dict[str, Any]) -> None:
-    """Print results to stdout, in readable lines."""
-    for line in facts_as_lines(facts):
+def show_result(lines: Iterable[str], facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what a command found to stdout: ``lines``, whatever names are in them; or else ``facts`` as one line of JSON."""
+    for line in [json.dumps(facts, default=str)] if as_json else map(printable, lines):
         print(line)
-
-
-def print_json(facts: dict[str, Any], *, wanted: bool) -> None:
-    """Print ``facts`` to stdout as one line of JSON, if that is wanted."""
-    if wanted:
-        print(json.dumps(facts, default=str), flush=True)
+    sys.stdout.flush()

@@ -4,6 +4,7 @@ In: a folder to work in. Out: handwritten digits (scikit-learn's, 1,797 of 8x8 p
 and predictions, in that folder; each command is shown before it runs.
 """
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import print_json
+from featcache.cli.console import is_quiet, show_result
 from featcache.errors import FeatcacheError, MissingDependencyError, StorageError
 
 _EDGE = 64  # pixels; the backbone's own resize does the rest
@@ -34,7 +35,8 @@ def demo(
         count = write_digits(digits)
     except OSError as error:
         raise StorageError(f"cannot write the digits to {folder}: {error.strerror}; choose another --folder") from error
-    _show(f"{count} handwritten digits from scikit-learn are in {digits}: train/0 ... train/9, test/0 ... test/9")
+    show = functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)  # before a child prints
+    show(f"{count} handwritten digits from scikit-learn are in {digits}: train/0 ... train/9, test/0 ... test/9")
     cache, model = folder / "features.h5", folder / "model"
     commands = (
         ["extract", str(digits), "-o", str(cache), "--backbone", "timm/tf_efficientnet_lite0"],
@@ -42,10 +44,11 @@ def demo(
         ["predict", str(model), *(str(path) for path in sorted(digits.glob("test/*/*0.png"))[::6][:6])],
     )
     for command in commands:
-        _show(f"\n$ featcache {' '.join(command)}")
-        if subprocess.run([sys.executable, "-m", "featcache", *command], check=False).returncode:
+        show(f"\n$ featcache {' '.join(command)}")
+        child = [sys.executable, "-m", "featcache", *(["-q"] if is_quiet() else []), *command]
+        if subprocess.run(child, stdout=sys.stderr if as_json else None, check=False).returncode:
             raise FeatcacheError(f"the demo stopped: `featcache {command[0]}` failed, see its message above")
-    _show(
+    show(
         "\nThat was the whole job. With your own folder of class folders:\n"
         "  featcache extract photos/ -o features.h5\n"
         "  featcache fit-head features.h5 -o model/\n"
@@ -54,11 +57,7 @@ def demo(
     )
     accuracy = json.loads((model / "metrics.json").read_text())["test_accuracy"]
     facts = {"images": digits, "cache": cache, "model": model, "test_accuracy": accuracy}
-    print_json(facts, wanted=as_json)
-
-
-def _show(text: str) -> None:
-    print(text, flush=True)  # before a child process prints
+    show_result((), facts, as_json=as_json)
 
 
 def write_digits(folder: Path) -> int:

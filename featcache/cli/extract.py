@@ -1,4 +1,4 @@
-"""``extract``: the command that makes a cache. In: what was typed. Out: a line on stderr, facts on stdout with ``--json``."""
+"""``extract``: the command that makes a cache. In: what was typed. Out: a line on stdout, or facts with ``--json``."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import interruptible, print_json, say, show_progress
+from featcache.cli.console import interruptible, note, show_progress, show_result
 
 
 def extract(
@@ -68,14 +68,14 @@ def extract(
             progress=progress,
         )
     rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
-    say(
+    line = (
         f"{report.cache}: {report.embedded + report.reused} embeddings of {report.dim} dimensions; embedded {report.embedded}, "
         f"reused {report.reused}, refused {report.refused} (added {report.added}, changed {report.changed}, "
         f"removed {report.removed}) in {report.seconds:.1f} s{rate}"
     )
+    show_result([line], dataclasses.asdict(report), as_json=as_json)
     if report.refused:
-        say(f"why images were refused: featcache info {report.cache}")
-    print_json(dataclasses.asdict(report), wanted=as_json)
+        note(f"why images were refused: featcache info {report.cache}")
     options.exit_if_bad(report.refused, report.images, max_bad)
 
 

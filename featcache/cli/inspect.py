@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import interruptible, print_facts, print_json, say, show_progress
+from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, UsageError, repair_advice
 
 
@@ -20,9 +20,7 @@ def info(
     from featcache.reports.info import describe
 
     facts = describe(path)
-    print_json(facts, wanted=as_json)
-    if not as_json:
-        print_facts(facts)
+    show_result(facts_as_lines(facts), facts, as_json=as_json)
 
 
 def verify(
@@ -51,11 +49,10 @@ def verify(
     opened = FeatureCache.salvage(cache)
     damaged = opened.verify()
     facts = {"cache": cache, "rows": len(opened), "damaged": damaged, "damaged_columns": opened.damaged_columns}
-    print_json(facts, wanted=as_json)
     if damaged or opened.damaged_columns:
         what = damage_in_words(damaged, opened.damaged_columns)
-        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {repair_advice(cache)}")
-    say(f"{cache}: {len(opened)} rows, all intact")
+        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {repair_advice(cache)}", facts=facts)
+    show_result([f"{cache}: {len(opened)} rows, all intact"], facts, as_json=as_json)
 
 
 def _mend(
@@ -82,13 +79,13 @@ def _mend(
         )
     if report.damaged or report.damaged_columns:
         restored = ", ".join(report.restored_columns) or "no column"
-        say(
+        line = (
             f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}; "
             f"embedded {report.embedded} images again, took {restored} from {source} ({report.seconds:.1f} s)"
         )
     else:
-        say(f"{cache}: {report.rows} rows, all intact, nothing to repair")
-    print_json(dataclasses.asdict(report), wanted=as_json)
+        line = f"{cache}: {report.rows} rows, all intact, nothing to repair"
+    show_result([line], dataclasses.asdict(report), as_json=as_json)
 
 
 def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) -> str:
@@ -106,10 +103,8 @@ def backbones(
     from featcache.backbones.load import backbone_names
 
     names = backbone_names(pattern)
-    print_json({"backbones": names}, wanted=as_json)
-    if not as_json:
-        print("\n".join(names))
-    say(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
+    show_result(names, {"backbones": names}, as_json=as_json)
+    note(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
 
 
 def doctor(
@@ -142,12 +137,11 @@ def doctor(
         batch_size=options.count(batch_size, "batch size"),
         seconds=seconds,
     )
-    print_json(facts, wanted=as_json)
-    if not as_json:
-        sentences = facts["measured"].pop("advice") if seconds else []
-        print_facts(facts)
-        for sentence in sentences:
-            print(sentence)
+    shown, sentences = dict(facts), []
+    if seconds:
+        shown["measured"] = dict(facts["measured"])
+        sentences = shown["measured"].pop("advice")
+    show_result([*facts_as_lines(shown), *sentences], facts, as_json=as_json)
 
 
 COMMANDS: options.Commands = {

@@ -1,6 +1,7 @@
 """``predict``, ``evaluate`` and ``export``: the commands that use a model. In: what was typed. Out: rows, scores or a file."""
 
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import print_json, printable_row, say, show_progress
+from featcache.cli.console import note, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
 from featcache.system.supervisor import notes
 
@@ -23,6 +24,7 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
     probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     batch_size: options.BatchSize = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
@@ -33,26 +35,55 @@ def predict(
     from featcache.models.model import load_model
     from featcache.models.predict import predict as run
     from featcache.reports.predictions_table import prediction_rows
-    from featcache.system.files import check_output
+    from featcache.system.runtime_options import check_runtime_options
 
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    check_runtime_options(device, workers=threads, batch_size=batch)
     if output is not None:
-        if output.suffix not in (".csv", ".jsonl"):
-            raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
-        check_output(output)
+        _check_table(output, inputs, overwrite=overwrite)
+    elif overwrite:
+        raise UsageError("--overwrite is for the file that -o names; leave it out, or add -o")
     started = time.perf_counter()
     loaded = load_model(model)
-    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     with show_progress("predicting", show=output is not None) as progress:
         predictions = run(loaded, inputs, device=device, workers=threads, batch_size=batch, progress=progress)
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
         written, refused = _write(rows, output)
     seconds = time.perf_counter() - started
-    say(f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else ""))
-    facts = {"model": model, "output": output, "images": written, "labelled": written - refused, "refused": refused}
-    print_json(facts | {"seconds": seconds}, wanted=as_json)
-    if written == refused:
-        raise SourceError("not one image could be labelled; each row says why in its reason column")
+    line = f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else "")
+    facts = {
+        "model": model,
+        "output": output,
+        "images": written,
+        "labelled": written - refused,
+        "refused": refused,
+        "seconds": seconds,
+    }
+    if output is None:  # the rows are the result
+        note(line)
+    failed = written == refused
+    if not (failed and as_json):
+        show_result([line] if output else [], facts, as_json=as_json)
+    if failed:
+        raise SourceError("not one image could be labelled; each row says why in its reason column", facts=facts)
     options.exit_if_bad(refused, written, max_bad)
+
+
+def _check_table(output: Path, inputs: list[Path], *, overwrite: bool) -> None:
+    """Refuse, before any work, a file that cannot or must not be written. Raises UsageError, StorageError."""
+    from featcache.system.files import check_output
+
+    if output.suffix not in (".csv", ".jsonl"):
+        raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
+    check_output(output)
+    if (output.parent / "model.json").exists():
+        raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
+    if not os.path.lexists(output):
+        return
+    if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
+        raise UsageError(f"{output} is what is to be labelled, and would be replaced; choose another -o")
+    if not overwrite:
+        raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
 
 
 def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, int]:
@@ -99,13 +130,13 @@ def evaluate(
             batch_size=batch,
             progress=progress,
         )
-    say(f"{scores['n']} images ({scores['split']}), refused {scores['refused']}")
-    say(
-        f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}"
-    )
+    lines = [
+        f"{scores['n']} images ({scores['split']}), refused {scores['refused']}",
+        f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
+    ]
     if scores["copies"]["across_splits"]:
         new = scores["accuracy_without_copies"]
-        say(
+        lines.append(
             "  training has seen all of them"
             if new is None
             else f"  accuracy {new:.2%} on images that training has not seen"
@@ -113,8 +144,8 @@ def evaluate(
     for name, entry in scores["per_class"].items():
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
-            say(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
-    print_json(scores, wanted=as_json)
+            lines.append(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+    show_result(lines, scores, as_json=as_json)
 
 
 def export(
@@ -127,13 +158,15 @@ def export(
     from featcache.models.export import export_model
 
     report = export_model(model, output, force=force)
-    for heading, entries in (("in", report.inputs), ("out", report.outputs)):
-        say(f"  {heading}: " + "; ".join(f"{name}, {what}" for name, what in entries.items()))
-    say(
+    lines = [
+        f"  {heading}: " + "; ".join(f"{name}, {what}" for name, what in entries.items())
+        for heading, entries in (("in", report.inputs), ("out", report.outputs))
+    ]
+    lines.append(
         f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model "
         f"{report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits"
     )
-    print_json(dataclasses.asdict(report), wanted=as_json)
+    show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 
 COMMANDS: options.Commands = {

@@ -1,4 +1,4 @@
-"""``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores on stderr, facts with ``--json``."""
+"""``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores, or facts with ``--json``."""
 
 import dataclasses
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import is_first_process, print_json, say, show_training
+from featcache.cli.console import is_first_process, note, say, show_result, show_training
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
 
@@ -41,27 +41,27 @@ def fit_head(
         self_contained=self_contained,
     )
     chosen = f"C {report.C:g}, " if report.C is not None else ""
-    say(
+    lines = [
         f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
-    )
+    ]
     if report.cv_accuracy is not None:
         choice = "corrected for the choice of the setting; " if report.clf == "logreg" else ""
-        say(
+        lines.append(
             f"  cross-validated accuracy {report.cv_accuracy:.2%} ({choice}standard deviation over folds {report.cv_std:.2%})"
         )
     for name in ("val", "test"):
         value, without = (getattr(report, f"{name}_accuracy{which}") for which in ("", "_without_copies"))
         if value is not None and not report.copies["across_splits"]:
-            say(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
+            lines.append(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
         elif value is not None:
             new = (
                 "all of them are copies of training images"
                 if without is None
                 else f"{without:.2%} without copies of training images"
             )
-            say(f"  {name} accuracy {value:.2%}, {new}")
-    say(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
-    print_json(dataclasses.asdict(report), wanted=as_json)
+            lines.append(f"  {name} accuracy {value:.2%}, {new}")
+    lines.append(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
+    show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 
 def finetune(
@@ -143,13 +143,15 @@ def finetune(
         )
     if not is_first_process():
         return
-    say(f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s")
-    for line in report.comparison:
-        say(f"  {line}")
-    say(f"  {report.verdict}")
-    say(f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv")
-    print_json(dataclasses.asdict(report), wanted=as_json)
-    _draw_curves(report.model)
+    lines = [
+        f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s",
+        *(f"  {line}" for line in (*report.comparison, report.verdict)),
+        f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv",
+    ]
+    try:
+        show_result(lines, dataclasses.asdict(report), as_json=as_json)
+    finally:  # also where the reader of stdout went away
+        _draw_curves(report.model)
 
 
 def _draw_curves(model: Path) -> None:
@@ -157,7 +159,7 @@ def _draw_curves(model: Path) -> None:
     from featcache.reports.curves import draw_curves
 
     try:
-        say(f"  curves in {draw_curves(model)}")
+        note(f"  curves in {draw_curves(model)}")
     except Exception as error:
         say(f"no curves of {model}: {error}")
 

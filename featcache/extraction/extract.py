@@ -30,6 +30,7 @@ from featcache.images.formats import REVISION
 from featcache.images.source import ImageList, check_class_level, list_images
 from featcache.spec import Spec
 from featcache.system.files import check_free_space, check_output
+from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def extract(
     """
     started = time.perf_counter()
     output, request = Path(output), request or ExtractRequest()
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")

@@ -25,6 +25,7 @@ from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import SourceFiles, locate, not_found, restore
 from featcache.images.source import ImageList
 from featcache.system.files import check_free_space, check_output
+from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
@@ -80,11 +81,12 @@ def repair(
         progress: called with (done, total, bottleneck) when embedding starts and after every batch.
 
     Raises:
-        DamagedCacheError: damage that cannot be repaired. SourceError: ``source`` lacks an image that is needed, or is
-        another one. BackboneError, SpecMismatchError: the backbone cannot be had again. StorageError: the file cannot be
-        written, or another process is writing it. The file is then as it was before.
+        UsageError: impossible options. DamagedCacheError: damage that cannot be repaired. SourceError: ``source`` lacks an
+        image that is needed, or is another one. BackboneError, SpecMismatchError: the backbone cannot be had again.
+        StorageError: the file cannot be written, or another process is writing it. The file is then as it was before.
     """
     started = time.perf_counter()
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     found = FeatureCache.salvage(cache)
     damaged, embedded = tuple(found.verify()), 0
     if damaged or found.damaged_columns:

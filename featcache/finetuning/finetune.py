@@ -18,6 +18,7 @@ from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.models.model import check_replaceable
 from featcache.system.files import named
+from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
     from featcache.finetuning.trainer import OnStep
@@ -78,6 +79,7 @@ def finetune(
 
     started = time.perf_counter()
     source, output, changes = Path(source), named(Path(output)), changes or {}
+    check_runtime_options(device, workers=workers, batch_size=micro_batch)
     _check_options(init, request, seed=seed, resume=resume, force=force)
     _check_start_is_kept(output, init, request=request)
     norms_train = choose_recipe(recipe, 1, **changes).batchnorm == "train"

@@ -20,6 +20,7 @@ from featcache.images.source import check_class_level, list_images
 from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
 from featcache.spec import SPLITS
+from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -56,6 +57,7 @@ def evaluate(
     Raises:
         SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
     """
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = model if isinstance(model, Model) else load_model(model)
     source = Path(source)
     if is_cache(source):

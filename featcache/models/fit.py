@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from featcache.backbones.saved import WEIGHTS
+from featcache.backbones.saved import MANIFEST, WEIGHTS
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.copies import find_copies, first_copies
 from featcache.errors import SourceError, UsageError
@@ -98,6 +98,7 @@ def fit_head(
     _check_options(clf, C, folds=folds, class_weight=class_weight, seed=seed)
     output = Path(output)
     check_replaceable(output)
+    replaces = (output / MANIFEST).exists()
     opened = FeatureCache.open(cache)
     rows, labels = _training_rows(opened)
     present, y = np.unique(labels, return_inverse=True)
@@ -123,6 +124,8 @@ def fit_head(
         rows=seen,
         files=_weights_to_keep(opened, self_contained=self_contained),
     )
+    if replaces:
+        log.info("the head-only model that was in %s is replaced", output)
     scores: dict[str, Any] = {name: metrics[name] for name in _SCORES}
     return FitReport(
         model=output,

@@ -20,6 +20,7 @@ from featcache.heads.head import Array
 from featcache.images.read import ImageFiles, Paths
 from featcache.images.source import list_images
 from featcache.models.model import Model, load_model
+from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -65,8 +66,9 @@ def predict(
 
     Raises:
         ModelError, BackboneError: the model cannot be used. SourceError: an input does not exist or holds no image.
-        SpecMismatchError: a cache of another spec. UsageError: caches mixed with images.
+        SpecMismatchError: a cache of another spec. UsageError: caches mixed with images, impossible options.
     """
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = model if isinstance(model, Model) else load_model(model)
     paths = [Path(entry) for entry in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     if missing := [path for path in paths if not os.path.lexists(path)]:

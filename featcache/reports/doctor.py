@@ -25,6 +25,7 @@ from featcache.images.source import ImageList, list_images
 from featcache.reports.machine import machine
 from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic, usable_cores
+from featcache.system.runtime_options import check_runtime_options
 
 log = logging.getLogger("featcache")
 _RATES = ("decode", "forward", "end_to_end", "ceiling", "efficiency")
@@ -57,6 +58,7 @@ def doctor(
     Raises:
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. UsageError: impossible values.
     """
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     request = ExtractRequest(backbone=backbone, weights=weights or "auto", precision=precision)
     given = list_images(Path(images), labelled=False) if images is not None else None
     runtime = choose_runtime(device, workers=workers, batch_size=batch_size)

@@ -1,5 +1,6 @@
 """The process and the disk: what to compute with, how to survive, how to write. Nothing here knows an image or a cache.
 
+- ``runtime_options``: which device and counts may be asked for
 - ``device``: device, workers, threads, and why
 - ``memory``: how much there is; keeping what was freed
 - ``signals``: stop between two steps

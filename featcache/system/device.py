@@ -13,6 +13,7 @@ import torch
 
 from featcache.errors import UsageError
 from featcache.system.memory import keep_freed_memory
+from featcache.system.runtime_options import check_runtime_options
 
 _LOADED_BY = os.getpid()
 
@@ -38,9 +39,7 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     Raises:
         UsageError: no such device here, or a count below 1.
     """
-    for name, value, most in (("workers", workers, 1024), ("batch size", batch_size, 8192)):
-        if value is not None and not 1 <= value <= most:
-            raise UsageError(f"{name} must lie between 1 and {most}, found {value}")
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
     use_one_thread_if_forked()
     cores = usable_cores()
     chosen, reason = _choose_device(device)
@@ -99,10 +98,7 @@ def _choose_device(name: str) -> tuple[torch.device, str]:
         if torch.backends.mps.is_available():
             return torch.device("mps"), "device mps: Apple GPU, no CUDA GPU found"
         return torch.device("cpu"), "device cpu: no GPU found"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}; choose auto, cpu, cuda, cuda:N or mps") from error
+    device = torch.device(name)
     found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if device.type not in found or (device.index or 0) >= found[device.type]:
         there = [kind for kind, count in found.items() if count]

@@ -16,10 +16,13 @@ import sys
 import threading
 from typing import Any
 
+from featcache.errors import Interrupted
+
 log = logging.getLogger("featcache")
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGTSTP", "SIGUSR1", "SIGUSR2")  # Windows lacks some
 _FORWARDED = tuple(number for number in signal.Signals if number.name in _NAMES)
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGILL, getattr(signal, "SIGBUS", signal.SIGSEGV)}
+_GOES_ON = "the same command goes on from what is finished"
 _THREADS = 4096  # of one worker, before two share a place
 
 
@@ -69,6 +72,9 @@ def supervised() -> int | None:
     Returns:
         None in the worker (or where there are no workers: not Linux, under torchrun, with ``FEATCACHE_SUPERVISE=0``, or once
         torch is loaded), which goes on; in the process that waited the exit code of the last worker.
+
+    Raises:
+        Interrupted: in the process that waited, when a signal ended the last worker, which could say nothing about it.
     """
     parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if sys.platform != "linux" or os.environ.get("FEATCACHE_SUPERVISE") == "0" or parallel or "torch" in sys.modules:
@@ -82,21 +88,20 @@ def supervised() -> int | None:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             return None
         code = _wait(worker, unblocked)
-        if code == -signal.SIGKILL:
-            log.error(
-                "the process was killed, perhaps for want of memory; the same command goes on from what is finished"
-            )
+        if code >= 0:
+            return code
+        name = signal_name(-code)
         if -code not in _CRASHES:
-            return code if code >= 0 else 128 - code
+            reason = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+            raise Interrupted(f"the process was killed ({name}){reason}; {_GOES_ON}", -code)
         suspects = notes.take() - notes.suspects
         in_vain = notes.suspects and shared.crashed_images == crashed_images  # nothing was found out last time
         if not suspects or shared.output_started or in_vain:
-            advice = ", and not while decoding an image; the same command goes on from what is finished"
+            advice = f", and not while decoding an image; {_GOES_ON}"
             if suspects and shared.output_started:
                 advice = "; with -o FILE the same command goes on without the image that did it"
-            log.error("the process crashed (%s)%s", signal_name(-code), advice)
-            return 128 - code
-        log.warning("a decoder crashed (%s); going on without the image that did it", signal_name(-code))
+            raise Interrupted(f"the process crashed ({name}){advice}", -code)
+        log.warning("a decoder crashed (%s); going on without the image that did it", name)
         notes.suspects |= suspects
 
 

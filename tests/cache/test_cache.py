@@ -6,12 +6,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from caches import make_cache
+from caches import make_cache, make_classes
 from conftest import SPEC
 
 from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
-from featcache.errors import CacheError
+from featcache.errors import CacheError, SourceError
 from featcache.spec import canonical_json, fingerprint_of
 
 GOLDEN = Path(__file__).with_name("golden-v1.h5")
@@ -23,6 +23,23 @@ def test_splits(tmp_path: Path) -> None:
     got, y = cache.split("train")
     np.testing.assert_array_equal(got, X[1::4])
     np.testing.assert_array_equal(y, cache.y[1::4])
+
+
+def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """Not an empty table that trains or scores nothing; which row numbers a split has is another question."""
+    make_classes(tmp_path / "some.h5", np.arange(20) % 2, 1 + np.arange(20) // 10)
+    make_classes(tmp_path / "none.h5", np.arange(20) % 2)
+    some, none = FeatureCache.open(tmp_path / "some.h5"), FeatureCache.open(tmp_path / "none.h5")
+    for cache, name, words in (
+        (some, "test", "has no image in the split 'test', only in train, val"),
+        (some, "none", "has no image in the split 'none', only in train, val"),
+        (none, "train", "has no splits; X and y hold all its rows"),
+        (some, "Train", "choose one of none, train, val, test"),
+    ):
+        with pytest.raises(SourceError, match=words):
+            cache.split(name)
+    assert len(none.split("none")[1]) == 20
+    assert len(some.where("test")) == 0
 
 
 def test_golden_file_of_version_1() -> None:

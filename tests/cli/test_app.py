@@ -27,13 +27,12 @@ def test_three_commands(tmp_path: Path, run) -> None:
     photos = make_photos(tmp_path / "photos", each=8, splits=("train", "val", "test"))
     cache, model = tmp_path / "f.h5", tmp_path / "m"
 
-    code, out, err = run("extract", photos, "-o", cache, *TINY_FLAGS, "--json")
+    code, out, _ = run("extract", photos, "-o", cache, *TINY_FLAGS, "--json")
     assert code == 0
     facts = last_json(out)
     assert len(out.splitlines()) == 1
     assert {"cache", "reused", "removed", "refused", "seconds", "images_per_second"} <= set(facts)
     assert (facts["images"], facts["embedded"], facts["dim"]) == (72, 72, 512)
-    assert "72 embeddings of 512 dimensions" in err
 
     code, out, _ = run("fit-head", cache, "-o", model, "--self-contained", "--json")
     assert code == 0
@@ -51,10 +50,10 @@ def test_three_commands(tmp_path: Path, run) -> None:
     assert json.loads(rows[-1])["labelled"] == 9
 
     code, out, _ = run("predict", model, photos / "val", "-o", tmp_path / "out.jsonl")
-    assert (code, out) == (0, "")
+    assert (code, out.count("\n")) == (0, 1)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 24
 
-    code, out, err = run("evaluate", model, cache, "--json")
+    code, out, _ = run("evaluate", model, cache, "--json")
     assert (code, last_json(out)["accuracy"], last_json(out)["split"]) == (0, 1.0, "test")
 
     for path in (cache, model):
@@ -120,6 +119,58 @@ def test_all_refused_still_writes_the_rows(trained: Path, tmp_path: Path, run) -
     assert "not one image could be labelled" in err
 
 
+def test_a_table_is_replaced_only_when_asked_and_never_if_it_is_the_input(trained: Path, tmp_path: Path, run) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"path\n{trained / 'f.h5'}\n")
+    (tmp_path / "link.csv").symlink_to(table)
+    before = table.read_bytes()
+    for output, words in (
+        ((trained / "f.h5", "-o", table), "exists; choose another -o, or give --overwrite"),
+        ((table, "-o", table), "is what is to be labelled"),
+        ((table, "-o", table, "--overwrite"), "is what is to be labelled"),
+        ((table, "-o", tmp_path / "link.csv", "--overwrite"), "is what is to be labelled"),
+        ((trained / "f.h5", "-o", trained / "m" / "t.csv"), "is a model folder, which keeps no other files"),
+        ((trained / "f.h5", "--overwrite"), "add -o"),
+    ):
+        code, out, err = run("predict", trained / "m", *output)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert words in err
+        assert table.read_bytes() == before
+    assert run("predict", trained / "m", trained / "f.h5", "-o", table, "--overwrite")[0] == 0
+    assert len(table.read_text().splitlines()) == 25
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("extract", "photos", "-o", "f.h5"),
+        ("finetune", "photos", "-o", "ft", "--init", "m"),
+        ("predict", "m", "f.h5"),
+        ("evaluate", "m", "f.h5"),
+        ("verify", "f.h5", "--repair", "photos"),
+        ("doctor", "--seconds", "0"),
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--device", "gpu"), "unknown device 'gpu'; choose auto, cpu, cuda, cuda:N or mps"),
+        (("--device", "cuda:one"), "unknown device 'cuda:one'"),
+        (("--workers", "5000"), "workers must lie between 1 and 1024, found 5000"),
+    ],
+    ids=str,
+)
+def test_what_no_machine_has_is_refused_also_where_nothing_is_computed(
+    trained: Path, run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], option: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.chdir(trained)
+    extra = TINY_FLAGS if command[0] == "extract" else []
+    code, out, err = run(*command, *extra, *option)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
 def test_flat_folder_can_be_embedded_but_not_fitted(tmp_path: Path, run) -> None:
     for number in range(3):
         write_photo(tmp_path / "p" / f"{number}.png", (1, 2, 3), number)
@@ -138,17 +189,19 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     model, curves = photos / "ft", photos / "ft.curves.png"  # among the photos, where it must not become one
     code, out, err = run("finetune", photos, "--init", start, "-o", model, *QUICK, "--json")
     assert (code, last_json(out)["epochs"]) == (0, 1)
-    assert err.endswith(f"metrics.json and history.csv\n  curves in {curves}\n")
+    assert err.endswith(f"  curves in {curves}\n")
     with Image.open(curves) as image:
         assert (image.format, image.text["Software"]) == ("PNG", "featcache")
     assert not list(model.glob("*.png"))
     assert list_images(photos).paths == before
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, _, err = run("finetune", photos, "--init", start, "-o", tmp_path / "ft", *QUICK)
+    code, out, err = run("finetune", photos, "--init", start, "-o", tmp_path / "ft", *QUICK)
     assert code == 0
+    assert "val: frozen head" in out
+    assert out.endswith("metrics.json and history.csv\n")
     remedy = "figures need matplotlib: pip install 'featcache[report]'"
-    assert err.endswith(f"history.csv\nno curves of {tmp_path / 'ft'}: {remedy}\n")
+    assert err.endswith(f"no curves of {tmp_path / 'ft'}: {remedy}\n")
     assert (tmp_path / "ft" / "history.csv").is_file()
 
 

@@ -104,9 +104,10 @@ def test_an_image_that_crashes_its_decoder_is_refused_and_the_run_goes_on(
 def test_rows_already_printed_are_not_printed_again(trained: Path, tmp_path: Path, broken: dict[str, str]) -> None:
     mark(trained / "photos" / "red" / "05.jpg")
     command = ("-m", "featcache", "predict", trained / "m", trained / "photos")
-    printed = python(broken, *command)
+    printed = python(broken, *command, "--json")
     assert printed.returncode == 128 + signal.SIGSEGV
     assert "with -o FILE the same command goes on" in printed.stderr
+    assert json.loads(printed.stdout.splitlines()[-1])["error"]["exit_code"] == printed.returncode
     written = python(broken, *command, "-o", tmp_path / "out.csv")
     assert written.returncode == 0
     rows = (tmp_path / "out.csv").read_text().splitlines()

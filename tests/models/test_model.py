@@ -22,8 +22,12 @@ def test_a_changed_manifest_is_refused(model: Path, changes: dict[str, Any], wor
         load_model(model)
 
 
-def test_a_head_only_model_is_replaced_and_nothing_else_is(model: Path, cache: Path, tmp_path: Path) -> None:
-    fit_head(cache, model, C=2.0)
+def test_a_head_only_model_is_replaced_and_nothing_else_is(
+    model: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "featcache"):
+        fit_head(cache, model, C=2.0)
+    assert caplog.messages[-1] == f"the head-only model that was in {model} is replaced"
     assert load_model(model).manifest["training"]["C"] == 2.0
     (tmp_path / "link").symlink_to(model)
     fit_head(cache, tmp_path / "link", C=3.0)

@@ -291,7 +291,9 @@ def test_two_commands_write_one_name_at_the_same_moment(tmp_path: Path, warm: Pr
         ways = [("fit-head", tmp_path / "f.h5", "-o", output, "--C", c, "--folds", "0") for c in (1, 50)]
     else:
         output, moment = tmp_path / "new.csv", "reports.predictions_table.write_rows"
-        ways = [("predict", tmp_path / "m", tmp_path / "f.h5", "-o", output, "--top-k", k) for k in (1, 2)]
+        ways = [
+            ("predict", tmp_path / "m", tmp_path / "f.h5", "-o", output, "--overwrite", "--top-k", k) for k in (1, 2)
+        ]
     alone = [_content(warm, way, output) for way in ways]
     with warm.held(moment, *ways[0]) as first, warm.held(moment, *ways[1]) as second:
         pass

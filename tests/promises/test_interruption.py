@@ -145,7 +145,8 @@ def predicting(program: Program, root: Path, work: Path) -> Scenario:
     """A table is replaced."""
     target = work / "out.csv"
     target.write_text("yesterday's")
-    return Scenario(program, target, "predict", _model(program, root, root), root / "photos", "-o", target)
+    command = ("predict", _model(program, root, root), root / "photos", "-o", target, "--overwrite")
+    return Scenario(program, target, *command)
 
 
 def exporting(program: Program, root: Path, work: Path) -> Scenario:

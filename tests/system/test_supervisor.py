@@ -15,8 +15,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are for
 
 PROGRAM = """
 import ctypes, os, sys, time
+from featcache.errors import Interrupted
 from featcache.system.supervisor import notes, supervised
-code = supervised()
+try:
+    code = supervised()
+except Interrupted as ended:
+    print(ended.exit_code)
+    sys.exit()
 if code is not None:
     print(code)
     sys.exit()

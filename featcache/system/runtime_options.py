@@ -1,0 +1,14 @@
+"""What may be asked of a machine, checked before any work and without torch, also where nothing has to be computed."""
+
+import re
+
+from featcache.errors import UsageError
+
+
+def check_runtime_options(device: str, *, workers: int | None = None, batch_size: int | None = None) -> None:
+    """Raise UsageError for the name of no device, or for counts that no machine has; None is for choosing by oneself."""
+    if not re.fullmatch(r"auto|(cpu|mps)(:0)?|cuda(:\d{1,2})?", str(device), re.ASCII):
+        raise UsageError(f"unknown device {str(device)!r}; choose auto, cpu, cuda, cuda:N or mps")
+    for name, value, most in (("workers", workers, 1024), ("batch size", batch_size, 8192)):
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"{name} must lie between 1 and {most}, found {value}")

@@ -73,13 +73,35 @@ def load(name: str, weights: str | Path) -> Backbone:
         tables, source = read_weights(Path(weights), []), f"file {Path(weights).name}"
     dim = int(model.num_features)
     for layer in layers:  # not reset_classifier(0): in some families that drops layers before the classifier, too
-        classifier = model.get_submodule(layer)
+        try:
+            classifier = model.get_submodule(layer)
+        except AttributeError as error:  # the encoder of a larger model
+            raise BackboneError(
+                f"{name} has no classifier, whose input the embedding would be; choose another"
+            ) from error
         dim = int(getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None) or dim)
         model.set_submodule(layer, nn.Identity())
+    config = timm.data.resolve_model_data_config(model)
+    if len(layers) > 1:
+        dim = _joined_width(name, model.eval(), config["input_size"])
     if tables:
         source = load_tables(model, tables, ignore=tuple(f"{layer}." for layer in layers), source=source)
-    spec, reload = _timm_spec(name, timm.data.resolve_model_data_config(model)), "auto" if weights == "auto" else None
+    spec, reload = _timm_spec(name, config), "auto" if weights == "auto" else None
     return freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
+
+
+@torch.no_grad()
+def _joined_width(name: str, model: Any, size: tuple[int, int, int]) -> int:
+    """Values per image where several classifiers are gone: how a network joins what entered them is its own affair."""
+    pixels = torch.zeros(1, *size)
+    try:
+        joined = model(pixels)
+    except RuntimeError:  # it would add up scores; without classes it puts side by side what enters its classifiers
+        model.num_classes = 0
+        joined = model(pixels)
+    if not isinstance(joined, torch.Tensor) or joined.ndim != 2:
+        raise BackboneError(f"{name} gives no single vector per image; choose another")
+    return int(joined.shape[1])
 
 
 def _timm() -> Any:

@@ -56,6 +56,39 @@ def test_embedding_is_what_enters_the_classifier(name: str) -> None:
     torch.testing.assert_close(ours, entered, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("crossvit_9_240", ("head.0", "head.1")),  # two branches, of 128 and 256
+        # which adds up the scores of four stages
+        pytest.param("efficientvim_m1", ("heads.0", "heads.1", "heads.2", "heads.3"), marks=pytest.mark.slow),
+        pytest.param("crossvit_9_dagger_240", ("head.0", "head.1"), marks=pytest.mark.slow),
+    ],
+)
+def test_branches_are_joined_side_by_side(name: str, layers: tuple[str, ...]) -> None:
+    """Oracle: the original network, with a hook on each of its classifiers."""
+    backbone = load_backbone(f"timm/{name}", "none")
+    network = timm.create_model(name).eval()
+    network.load_state_dict(backbone.module.state_dict(), strict=False)
+    seen: list[torch.Tensor] = []
+    for layer in layers:
+        network.get_submodule(layer).register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    images = torch.randn(2, 3, *backbone.preprocess.crop, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        network(images)
+        ours = backbone.module(images)
+    torch.testing.assert_close(ours, torch.cat(seen, dim=1), rtol=1e-5, atol=1e-5)
+    assert backbone.dim == ours.shape[1]
+
+
+def test_a_network_without_classifier_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = timm.create_model("mobilenetv3_small_050", num_classes=0)
+    del encoder.classifier  # as of timm's "_enc" models
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: encoder)
+    with pytest.raises(BackboneError, match="mobilenetv3_small_050 has no classifier"):
+        load_backbone("timm/mobilenetv3_small_050", "none")
+
+
 def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone() -> None:
     torch.manual_seed(7)
     before = torch.get_rng_state()

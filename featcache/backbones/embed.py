@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
+log = logging.getLogger("featcache")
 Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
 
 
@@ -32,6 +34,10 @@ class EmbedsPixels(Protocol):
     """An ``Encoder``, or a stand-in for one: turns images of the size that ``preprocess`` gives into embeddings."""
 
     preprocess: PreprocessSpec
+
+    @property
+    def exact(self) -> "EmbedsPixels | None":
+        """The same in float32, for images that overflow; None if there is no such thing."""
 
     def new_buffer(self, batch_size: int) -> Pixels:
         """Pixels (batch_size, H, W, 3) for a worker to fill."""
@@ -89,10 +95,12 @@ def embed(
 ) -> Generator[EmbeddedBatch]:
     """Embed ``files``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
 
-    An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. Memory is bounded by
-    workers times batch size, whatever the number of files. Closing the iterator early stops the workers.
+    An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. One that overflows in a
+    lower precision is embedded again in float32, which is said at the end. Memory is bounded by workers times batch size,
+    whatever the number of files. Closing the iterator early stops the workers.
     """
-    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local())
+    again: list[int] = []
+    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), again)
     pending: deque[Future[EmbeddedBatch]] = deque()
     with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool:
         for start in range(0, len(files.paths), runtime.batch_size):
@@ -101,6 +109,9 @@ def embed(
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    if again:
+        first = files.paths[min(again)]
+        log.info("images that overflowed and were embedded again in float32: %d, %s first", len(again), first)
 
 
 def storable(batch: EmbeddedBatch, dtype: str) -> EmbeddedBatch:
@@ -126,9 +137,15 @@ def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> 
 
 
 def _embed_from(
-    files: ImageFiles, encoder: EmbedsPixels, runtime: Runtime, timings: Timings, own: threading.local, start: int
+    files: ImageFiles,
+    encoder: EmbedsPixels,
+    runtime: Runtime,
+    timings: Timings,
+    own: threading.local,
+    again: list[int],
+    start: int,
 ) -> EmbeddedBatch:
-    """Embed the images from ``start`` on, by way of a buffer of this worker's ``own``."""
+    """Embed the images from ``start`` on, by way of a buffer of this worker's ``own``; note which were computed ``again``."""
     if not hasattr(own, "pixels"):
         own.pixels = encoder.new_buffer(runtime.batch_size)
     pixels: Pixels = own.pixels
@@ -145,6 +162,10 @@ def _embed_from(
     with timings.measure("forward"):
         # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
         features = encoder(pixels)[: len(kept)] if kept else np.empty((0, 0), np.float32)
+        wrong = np.asarray(~np.isfinite(features).all(axis=1))
+        if wrong.any() and encoder.exact:
+            features[wrong] = encoder.exact(pixels)[: len(kept)][wrong]
+            again.extend(read.position for read, row in zip(kept, wrong, strict=True) if row)
     batch = EmbeddedBatch(
         indices=np.array([read.position for read in kept], np.intp),
         features=features,
@@ -153,5 +174,4 @@ def _embed_from(
         mtimes=np.array([read.mtime for read in kept], np.int64),
         refused=refused,
     )
-    wrong = np.asarray(~np.isfinite(features).all(axis=1))
-    return _without(batch, wrong, "its embedding is not finite")
+    return _without(batch, np.asarray(~np.isfinite(features).all(axis=1)), "its embedding is not finite")

@@ -70,7 +70,7 @@ def supervised() -> int | None:
         None in the worker (or where there are no workers: not Linux, under torchrun, with ``FEATCACHE_SUPERVISE=0``, or once
         torch is loaded), which goes on; in the process that waited the exit code of the last worker.
     """
-    parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    parallel = (os.environ.get("WORLD_SIZE") or "1") != "1"
     if sys.platform != "linux" or os.environ.get("FEATCACHE_SUPERVISE") == "0" or parallel or "torch" in sys.modules:
         return None
     shared = notes.shared

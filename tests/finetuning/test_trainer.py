@@ -15,7 +15,14 @@ from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment
 from featcache.finetuning.network import Network, with_new_head
 from featcache.finetuning.recipes import RECIPES, Recipe, choose_recipe
-from featcache.finetuning.trainer import Status, Stopped, Trainer, choose_training_precision, set_learning_rates
+from featcache.finetuning.trainer import (
+    Status,
+    Stopped,
+    Trainer,
+    choose_training_precision,
+    compute_logits,
+    set_learning_rates,
+)
 
 N, EDGE = 11, 32
 DATA = make_pixels(N, EDGE)
@@ -204,3 +211,30 @@ def test_bfloat16_stays_near_float32() -> None:
     assert a != b
     assert a == pytest.approx(b, rel=0.02)
     assert all(parameter.dtype == torch.float32 for parameter in other.network.parameters())
+
+
+def test_memory_runs_out_on_mps_in_other_words() -> None:
+    trainer = make_trainer(micro_batch=4)
+    forward = trainer.network.forward
+
+    def limited(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > 2:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)")
+        return forward(pixels)
+
+    trainer.network.forward = limited  # type: ignore[method-assign]
+    trainer.run_epoch()
+    assert trainer.micro_batch == 2
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", "ieee"), ("bf16", "tf32")])
+def test_training_and_evaluation_in_float32_are_not_rounded(precision: str, inside: str) -> None:
+    switch, seen = torch.backends.cudnn.conv, []
+    trainer = make_trainer(precision=precision)
+    trainer.network.register_forward_pre_hook(lambda *_: seen.append(switch.fp32_precision))
+    trainer.run_epoch()
+    assert set(seen) == {inside}
+    seen.clear()
+    compute_logits(trainer.network, trainer.data, job=trainer.job)
+    assert set(seen) == {"ieee"}
+    assert switch.fp32_precision == "tf32"

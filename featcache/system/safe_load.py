@@ -15,7 +15,6 @@ _FOLDER = 0x10  # among an entry's attributes
 _MAX_DEPTH = 32  # of nested JSON; ours has four levels
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # PyTorch's messages have some
 _REFUSED_TYPE = re.compile(r"GLOBAL ([\w.]+)")  # in the message of PyTorch's ``weights_only`` reader
-_PROGRAMS = {"constants.pkl": "a TorchScript program", "archive_format": "a torch.export program"}
 
 
 class DamagedFile(Exception):  # noqa: N818 - whoever knows what the file is for makes an error of it
@@ -82,9 +81,11 @@ def _check_archive(file: Any, size: int) -> None:
     """Check what PyTorch takes on trust: the archive's names, sizes and checksums. Raises DamagedFile."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        for entry in entries:
-            if kind := _PROGRAMS.get(entry.filename.rpartition("/")[2]):
-                raise ForeignFile(f"it holds {kind}")
+        kinds = {entry.filename.rpartition("/")[2] for entry in entries}
+        if "constants.pkl" in kinds:
+            raise ForeignFile("it holds a TorchScript program")
+        if "archive_format" in kinds:
+            raise DamagedFile("it holds a torch.export program, whose table is torch.export.load(...).state_dict")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise DamagedFile("it is a compressed archive, which torch.save does not write")
         if any(entry.external_attr & _FOLDER or entry.is_dir() for entry in entries):

@@ -369,3 +369,40 @@ def test_offline_weights_sit_on_the_right_layers() -> None:
     }
     for theirs, name in pairs.items():
         assert torch.equal(package[theirs], ours[name]), (theirs, name)
+
+
+class Settings:
+    """A class of somebody's own, in a table beside the weights."""
+
+
+UNSAFE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "whole network": (lambda path: torch.save(small(), path), "torch.nn.modules.container.Sequential"),
+    "old format": (
+        lambda path: torch.save({"model": small()}, path, _use_new_zipfile_serialization=False),
+        "torch.nn.modules.container.Sequential",
+    ),
+    "settings beside": (
+        lambda path: torch.save({"state_dict": small().state_dict(), "args": Settings()}, path),
+        "test_load.Settings",
+    ),
+    "a path beside": (lambda path: torch.save({"best": path, "model": {}}, path), "pathlib.PosixPath"),
+    "a script": (
+        lambda path: torch.jit.trace(small().eval()[0], torch.zeros(1, 3, 2, 2)).save(path),
+        "a TorchScript program",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("kind", UNSAFE)
+def test_a_file_that_holds_more_than_tensors_says_its_type_and_how_to_convert_it(tmp_path: Path, kind: str) -> None:
+    write, found = UNSAFE[kind]
+    write(tmp_path / "w.pth")
+    with pytest.raises(BackboneError) as error:
+        read_weights(tmp_path / "w.pth", [])
+    assert f"it holds a {found.removeprefix('a ')}); if you trust it, convert it" in str(error.value)
+    assert "x = torch.load('w.pth', weights_only=False), then torch.save(x.state_dict()" in str(error.value)
+    assert str(error.value).isprintable()
+    x = torch.load(tmp_path / "w.pth", weights_only=False)  # as it says
+    for key, value in (x.state_dict() if hasattr(x, "state_dict") else x.get("state_dict", {})).items():
+        assert torch.equal(value, small().state_dict()[key if kind != "a script" else f"0.{key}"])

@@ -86,10 +86,11 @@ def test_float32_is_exact_inside_and_the_programs_choice_stays(choice: str) -> N
 
 
 def test_a_switch_that_followed_the_one_above_it_still_does() -> None:
+    BACKENDS.fp32_precision = "tf32"
     with true_float32:
         pass
-    BACKENDS.fp32_precision = "tf32"
-    assert BACKENDS.cuda.matmul.fp32_precision == BACKENDS.mkldnn.conv.fp32_precision == "tf32"
+    BACKENDS.fp32_precision = "ieee"
+    assert BACKENDS.cuda.matmul.fp32_precision == BACKENDS.mkldnn.conv.fp32_precision == "ieee"
 
 
 def test_the_last_of_several_threads_turns_the_switches_back() -> None:

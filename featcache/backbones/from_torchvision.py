@@ -8,14 +8,21 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from featcache.backbones.backbone import OFFLINE_HELP, Backbone, freeze, load_state, read_weights, rename_tensors
+from featcache.backbones.backbone import (
+    OFFLINE_HELP,
+    Backbone,
+    Table,
+    freeze,
+    load_tables,
+    read_weights,
+    rename_tensors,
+)
 from featcache.errors import BackboneError
 from featcache.spec import PreprocessSpec
 from featcache.system.lazy_imports import compiler_on_demand
@@ -59,7 +66,7 @@ def load(name: str, weights: str | Path) -> Backbone:
     """``load.load_backbone`` for a model of torchvision's."""
     available = {member.name: member for member in torchvision.models.get_model_weights(name)}
     chosen, reason = _prefer(list(available))
-    state: dict[str, torch.Tensor] | None = None
+    tables: list[Table] = []
     reload: str | None = None
     if weights == "none":
         source = "random, seed 0"
@@ -67,11 +74,11 @@ def load(name: str, weights: str | Path) -> Backbone:
         if weights != "auto":
             chosen, reason = str(weights), ""
         source, reload = f"torchvision {chosen}{reason}", chosen
-        state = _download(name, available[chosen])
+        tables = [_download(name, available[chosen])]
     else:
-        state, source = read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
+        tables, source = read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
     preprocess = _preset_spec(available[chosen].transforms())
-    edge = _vit_input_size(name, state)
+    edge = _vit_input_size(name, tables)
     if edge and edge != preprocess.crop[0]:
         preprocess = dataclasses.replace(preprocess, resize=edge, crop=(edge, edge))
     with torch.random.fork_rng(devices=[]):
@@ -82,19 +89,24 @@ def load(name: str, weights: str | Path) -> Backbone:
     model.set_submodule(layer, nn.Identity())
     # SqueezeNet classifies with a convolution; the pooling after it is the network's own.
     dim = int(classifier.in_channels if isinstance(classifier, nn.Conv2d) else classifier.in_features)
-    if state is not None:
-        if name.startswith("densenet"):  # its published files carry names from before modules could not have dots
-            state = rename_tensors(state, lambda key: re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key))
-        load_state(model, state, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
+    if name.startswith("densenet"):  # its published files carry names from before modules could not have dots
+        tables = [dataclasses.replace(table, tensors=rename_tensors(table.tensors, _without_dots)) for table in tables]
+    if tables:
+        source = load_tables(model, tables, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
     return freeze(name, model, dim, layer, preprocess, source, reload)
 
 
-def _vit_input_size(name: str, state: Mapping[str, torch.Tensor] | None) -> int | None:
-    """Pixels per edge that a ViT's position embeddings were made for; None if ``state`` fixes no size."""
-    position = (state or {}).get("encoder.pos_embedding") if name.startswith("vit_") else None
-    if position is None or position.ndim != 3:
-        return None
-    return math.isqrt(position.shape[1] - 1) * int(name.rsplit("_", 1)[1])
+def _without_dots(key: str) -> str:
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key)
+
+
+def _vit_input_size(name: str, tables: list[Table]) -> int | None:
+    """Pixels per edge that a ViT's position embeddings were made for; None if ``tables`` fix no size."""
+    for table in tables if name.startswith("vit_") else []:
+        for key, position in table.tensors.items():
+            if key.endswith("encoder.pos_embedding") and position.ndim == 3:
+                return math.isqrt(position.shape[1] - 1) * int(name.rsplit("_", 1)[1])
+    return None
 
 
 def _prefer(names: list[str]) -> tuple[str, str]:
@@ -111,12 +123,12 @@ def _prefer(names: list[str]) -> tuple[str, str]:
     return first, f" (also there, under a non-commercial licence: {', '.join(others)})" if others else ""
 
 
-def _download(name: str, member: Any) -> dict[str, torch.Tensor]:
+def _download(name: str, member: Any) -> Table:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             _check_downloaded(Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1])
             state = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        return rename_tensors(state, str)
+        return Table(rename_tensors(state, str), "")
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a wrong hash is a RuntimeError
         raise BackboneError(
             f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {OFFLINE_HELP}"

@@ -25,7 +25,7 @@ from featcache.finetuning.network import Network, parameter_groups, training_mod
 from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.heads.head import Array, Indices
-from featcache.system.device import Runtime, has_bf16_arithmetic, one_core_each
+from featcache.system.device import Runtime, has_bf16_arithmetic, memory_errors, one_core_each, true_float32
 
 log = logging.getLogger("featcache")
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]  # pixels, labels, weights, images of all processes
@@ -107,7 +107,8 @@ class Trainer:
         unfreeze(self.network, self.recipe, epoch=self.epoch)
         training_mode(self.network, self.recipe)
         wrapped = self.processes.wrap(self.network, self.device)
-        with contextlib.closing(self._batches()) as batches:
+        exact = true_float32 if self._dtype is None else contextlib.nullcontext()
+        with exact, contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 if stop():
                     self._settle()
@@ -200,6 +201,7 @@ class Trainer:
             self._average.update_parameters(self.network)
         return sums
 
+    @memory_errors()
     def _accumulate(self, wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         """Gradients of the mean loss over the images of all processes, one micro-batch after the other."""
         pixels, labels, weights, size = batch
@@ -348,6 +350,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: i
         group["lr"] = group["peak_lr"] * factor
 
 
+@true_float32
 def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
     """(n, C) float32 logits of all images, each process computing its share; float32 whatever training used."""
     network.eval()
@@ -375,6 +378,7 @@ def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
 def _in_batches(network: Network, pictures: list[Picture], *, runtime: Runtime) -> list[Array]:
     """Logits of each batch."""
 
+    @memory_errors()
     def compute(start: int) -> Array:
         batch = np.stack(pictures[start : start + runtime.batch_size])
         with torch.inference_mode():  # per thread

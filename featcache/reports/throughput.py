@@ -98,6 +98,8 @@ class _Clocked:
     would be wrong by a batch per worker.
     """
 
+    exact: EmbedsPixels | None = None  # forward may give no embeddings at all
+
     def __init__(self, encoder: EmbedsPixels, forward: Callable[[Pixels], npt.NDArray[np.float32]]) -> None:
         self.preprocess = encoder.preprocess
         self._encoder = encoder

@@ -6,8 +6,10 @@ In: what the user asked for. Out: a frozen ``Runtime``, which changes only the s
 import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from featcache.system.memory import keep_freed_memory
 from featcache.system.runtime_options import check_runtime_options
 
 _LOADED_BY = os.getpid()
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of MPS and of the CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,51 @@ def has_bf16_arithmetic() -> bool:
     """Return whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+class _TrueFloat32(contextlib.ContextDecorator):
+    """A context in which float32 is float32, in convolutions and matrix products on every device; for several threads.
+
+    By default cuDNN's convolutions round their inputs to TF32, and a program may allow more. The switches are the
+    process's: the first thread to enter turns them, the last to leave turns them back. What the program chose, by the new
+    interface (``fp32_precision``) or the old one (``allow_tf32``), is then there again, to be read by either.
+    """
+
+    def __init__(self) -> None:
+        backends: Any = torch.backends
+        self._switches = backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul
+        self._lock, self._inside, self._before = threading.Lock(), 0, list[str]()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before = [switch.fp32_precision for switch in self._switches]
+                for switch in self._switches:
+                    switch.fp32_precision = "ieee"
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            for switch, before in zip(self._switches, self._before, strict=True) if not self._inside else ():
+                switch.fp32_precision = "none"  # follow the switch of all operations, if that comes to the same
+                if switch.fp32_precision != before:
+                    switch.fp32_precision = before
+
+
+true_float32 = _TrueFloat32()
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Let memory that runs out inside be a torch.OutOfMemoryError; on MPS and the CPU it is some RuntimeError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, torch.OutOfMemoryError)
+        if known or not (isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def _choose_device(name: str) -> tuple[torch.device, str]:

@@ -70,18 +70,37 @@ class Processes:
         return wrapped.no_sync()
 
 
+def _this_one() -> Processes:
+    """Who this process is, as the environment says. Raises UsageError."""
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK")
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if found.get("WORLD_SIZE", "1") == "1":
+        return Processes()
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        what = f"WORLD_SIZE is {found['WORLD_SIZE']} and {', '.join(missing)} not set"
+    elif wrong := [f"{name} is {value!r}" for name, value in found.items() if not value.isdecimal()]:
+        what = f"{' and '.join(wrong)}, expected a number"
+    else:
+        rank, world, local, node = (
+            int(found.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK")
+        )
+        if rank < world:
+            return Processes(rank, world, local, node)
+        what = f"RANK is {rank} and WORLD_SIZE {world}"
+    raise UsageError(f"{what}; start several processes with torchrun, or one with WORLD_SIZE unset")
+
+
 @contextlib.contextmanager
 def init(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
     """Join the processes that torchrun started (none: world 1); yields this one, and ``runtime`` with its own device.
 
-    Raises UsageError if this machine has fewer GPUs than processes.
+    Raises UsageError if this machine has fewer GPUs than processes, or only half of torchrun's environment is there.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield Processes(), runtime
+    processes = _this_one()
+    if processes.world == 1:
+        yield processes, runtime
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    processes = Processes(int(os.environ["RANK"]), world, local, int(os.environ.get("GROUP_RANK", "0")))
+    local = processes.local_rank
     if runtime.device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise UsageError(

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -34,6 +35,8 @@ _REMEDIES = {
     getattr(errno, "EDQUOT", errno.ENOSPC): "free some space, or have your quota raised",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or write to another file system",
 }
+_IN_USE = {5, 32}  # Windows: access denied, sharing violation: what a rename over a file that a reader has open ends in
+_PATIENCE = 5.0  # seconds to wait for that reader
 _SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file system's own bookkeeping, need some
 
 
@@ -91,13 +94,13 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
                 try:
                     yield file
                     file.flush()
-                    os.fsync(file.fileno())
+                    _sync(file.fileno())
                 finally:
                     written = os.fstat(file.fileno()).st_size
                 if os.name != "nt":  # Windows renames no open file; elsewhere it stays locked until it has its name
-                    temporary.replace(path)
+                    _move(temporary, path)
             if os.name == "nt":
-                temporary.replace(path)
+                _move(temporary, path)
             sync_folder(path.parent)
         finally:
             with contextlib.suppress(OSError):
@@ -115,7 +118,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for path_inside in temporary.iterdir():
                 with path_inside.open("rb+") as file:
-                    os.fsync(file.fileno())
+                    _sync(file.fileno())
             sync_folder(temporary)
             _take_name(temporary, path)
             sync_folder(path.parent)
@@ -167,12 +170,19 @@ def sweep(folder: Path, name: str | None = None) -> None:
     with contextlib.suppress(OSError):
         for entry in [entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
-                descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                descriptor = _open_to_lock(entry)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
                 finally:
                     os.close(descriptor)
+
+
+def _open_to_lock(entry: Path) -> int:
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    with contextlib.suppress(OSError):  # a folder, or another user's
+        return os.open(entry, os.O_RDWR | flags)  # NFS locks exclusively only what is open for writing
+    return os.open(entry, os.O_RDONLY | flags)
 
 
 def sync_folder(folder: Path) -> None:
@@ -181,12 +191,34 @@ def sync_folder(folder: Path) -> None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot
             raise
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Make durable what was written. On macOS fsync alone leaves it in the drive's own cache, which loses its power, too."""
+    if full_sync := getattr(fcntl, "F_FULLFSYNC", None):
+        with contextlib.suppress(OSError):  # a file system that cannot
+            fcntl.fcntl(descriptor, full_sync)
+            return
+    os.fsync(descriptor)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename ``source``, over ``target`` if that is a file. On Windows a reader that has it open is waited for."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _IN_USE or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
@@ -221,8 +253,8 @@ def _take_name(temporary: Path, path: Path) -> None:
             return
         try:
             if path.exists():  # a folder cannot be renamed over a full one: step aside, step in
-                path.rename(_replaced(path))
-            temporary.rename(path)
+                _move(path, _replaced(path))
+            _move(temporary, path)
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not tries_left:
@@ -261,4 +293,7 @@ def _failure(path: Path, error: OSError, written: int | None, needed: int | None
     what = f"cannot write {path}: {error.strerror or error}"
     if error.errno in _REMEDIES and (needed or written):
         what += f" ({needed:,} bytes are needed)" if needed else f" after {written:,} bytes"
-    return StorageError(f"{what}; {_REMEDIES.get(error.errno or 0, 'mend that')} and run the same command again")
+    remedy = _REMEDIES.get(error.errno or 0, "mend that")
+    if getattr(error, "winerror", None) in _IN_USE:
+        remedy = "close the program that has it open"
+    return StorageError(f"{what}; {remedy} and run the same command again")

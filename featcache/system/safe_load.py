@@ -6,24 +6,31 @@ flipped bit would become a weight like any other; here they are compared first. 
 
 import json
 import math
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 _FOLDER = 0x10  # among an entry's attributes
 _MAX_DEPTH = 32  # of nested JSON; ours has four levels
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")  # PyTorch's messages have some
+_REFUSED_TYPE = re.compile(r"GLOBAL ([\w.]+)")  # in the message of PyTorch's ``weights_only`` reader
 
 
 class DamagedFile(Exception):  # noqa: N818 - whoever knows what the file is for makes an error of it
     """The file is not, or no longer, what ``torch.save`` writes; ``str()`` says why."""
 
 
+class ForeignFile(DamagedFile):
+    """It holds what only its own code can read; ``str()`` says of which type."""
+
+
 def load_tensors(path: Path) -> Any:
     """Read a file of ``torch.save``: what it was given, on the CPU.
 
     Raises:
-        DamagedFile: a checksum differs; it is no file of ``torch.save``, holds more than tensors and plain values, or
-            claims to be larger than it is.
+        DamagedFile: a checksum differs; it is no file of ``torch.save``, or claims to be larger than it is.
+        ForeignFile: it holds more than tensors and plain values.
         OSError: the system cannot read it.
     """
     import torch
@@ -37,7 +44,10 @@ def load_tensors(path: Path) -> Any:
         except (DamagedFile, OSError):
             raise
         except Exception as error:  # pickle and zip each have their own, dozens in all
-            raise DamagedFile(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+            text = _COLOURS.sub("", str(error))
+            if kind := _REFUSED_TYPE.search(text):
+                raise ForeignFile(f"it holds a {kind[1][:100]}") from error
+            raise DamagedFile(f"{type(error).__name__}: {' '.join(text.split())[:200]}") from error
 
 
 def parse_json(text: str) -> dict[str, Any]:
@@ -71,6 +81,11 @@ def _check_archive(file: Any, size: int) -> None:
     """Check what PyTorch takes on trust: the archive's names, sizes and checksums. Raises DamagedFile."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
+        kinds = {entry.filename.rpartition("/")[2] for entry in entries}
+        if "constants.pkl" in kinds:
+            raise ForeignFile("it holds a TorchScript program")
+        if "archive_format" in kinds:
+            raise DamagedFile("it holds a torch.export program, whose table is torch.export.load(...).state_dict")
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise DamagedFile("it is a compressed archive, which torch.save does not write")
         if any(entry.external_attr & _FOLDER or entry.is_dir() for entry in entries):

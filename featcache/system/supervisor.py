@@ -76,7 +76,7 @@ def supervised() -> int | None:
     Raises:
         Interrupted: in the process that waited, when a signal ended the last worker, which could say nothing about it.
     """
-    parallel = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    parallel = (os.environ.get("WORLD_SIZE") or "1") != "1"
     if sys.platform != "linux" or os.environ.get("FEATCACHE_SUPERVISE") == "0" or parallel or "torch" in sys.modules:
         return None
     shared = notes.shared

@@ -176,7 +176,7 @@ def test_versions_that_make_no_sense_are_no_traceback(tmp_path: Path, metadata: 
     state = torch.nn.Linear(3, 2).state_dict()
     state._metadata = metadata  # type: ignore[attr-defined]
     torch.save(state, tmp_path / "w.pth")
-    read = read_weights(tmp_path / "w.pth", [])
+    read = read_weights(tmp_path / "w.pth", [])[0].tensors
     assert sorted(read) == ["bias", "weight"]
     load_state(torch.nn.Linear(3, 2), read, ignore=(), source="file w.pth")
 

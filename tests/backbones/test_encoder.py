@@ -1,6 +1,7 @@
 """Embeddings are the network's own: compared with the eager float32 model, and bit for bit with themselves."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_photos
+from PIL import Image
 from torch import nn
 from torchvision.transforms import functional
 
@@ -225,3 +227,88 @@ def test_fusing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_FUSE", "0")
     backbone, pixels = tiny(colours(1.0))
     assert build_encoder(backbone, choose_runtime("cpu"), pixels)[1].form == "folded"
+
+
+OVERFLOWS: dict[str, Callable[[Net, torch.Tensor], torch.Tensor]] = {
+    "in the middle": lambda net, x: net.mix(x.mean((2, 3)) * 4e4) * 1e-4,  # float16 ends at 65,504; white is 2.2 to 2.6
+    "everywhere": lambda net, x: net.mix(x.mean((2, 3)) * 1e38),
+}
+
+
+@pytest.mark.parametrize("where", OVERFLOWS)
+def test_what_overflows_in_float16_is_computed_in_float32(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """And only that; what is not finite in float32 either is refused."""
+    rng = np.random.default_rng(0)
+    for number in range(5):
+        grey = rng.integers(90, 140, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(grey if number != 3 else np.full_like(grey, 255)).save(tmp_path / f"{number}.png")
+    torch.manual_seed(0)
+    net = Net(OVERFLOWS[where])
+    nn.init.constant_(net.mix.weight, 1.0)
+    backbone, _ = tiny(net)
+    images, runtime = list_images(tmp_path), choose_runtime("cpu", workers=2, batch_size=2)
+    encoder, _ = build_encoder(backbone, runtime, sample_pixels(images, backbone.preprocess, 3), precision="fp16")
+    with caplog.at_level(logging.INFO, "featcache"):
+        batches = list(embed(images, encoder, runtime))
+    found = np.concatenate([batch.features for batch in batches])
+    refused = {index: reason for batch in batches for index, reason in batch.refused.items()}
+    if where == "everywhere":
+        assert refused == {3: "its embedding is not finite"}
+        return
+    assert not refused
+    expected = plain(backbone, sample_pixels(images, backbone.preprocess, 5))
+    np.testing.assert_array_equal(found[3], expected[3])
+    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=5e-3)
+    assert not np.array_equal(found, expected)  # the others are float16's
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["images that overflowed and were embedded again in float32: 1, 3.png first"]
+
+
+def observed(see: Callable[[], None]) -> Net:
+    """A network that cannot be traced and calls ``see`` in every forward pass."""
+
+    def compute(net: Net, x: torch.Tensor) -> torch.Tensor:
+        if float(x.sum()) != 1e9:
+            see()
+        return net.mix(x.mean((2, 3)))
+
+    return Net(compute)
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", {"ieee"}), ("bf16", {"ieee", "tf32"})])
+def test_float32_is_not_rounded_and_the_programs_switch_stays(precision: Precision, inside: set[str]) -> None:
+    """The reference is float32 in any case; a bf16 network computes as the program lets it."""
+    switch, seen = torch.backends.cudnn.conv, []
+    assert switch.fp32_precision == "tf32"  # PyTorch's default
+    backbone, pixels = tiny(observed(lambda: seen.append(switch.fp32_precision)))
+    encoder, _ = build_encoder(backbone, choose_runtime("cpu"), pixels, precision=precision)
+    encoder(pixels)
+    assert set(seen) == inside
+    assert switch.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "becomes", "words"),
+    [
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), UsageError, "halve --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), UsageError, "halve --batch-size"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), torch.AcceleratorError, "device-side"),
+    ],
+)
+def test_want_of_memory_and_a_failed_gpu_are_no_faults_of_the_network(
+    error: Exception, becomes: type[Exception], words: str, calls_before: int
+) -> None:
+    """In the first forward pass, which an unfit input size would fail, as in the self-check's, which may fail."""
+    calls: list[None] = []
+
+    def fail_later() -> None:
+        calls.append(None)
+        if len(calls) > calls_before:
+            raise error
+
+    backbone, pixels = tiny(observed(fail_later))
+    with pytest.raises(becomes, match=words):
+        build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")

@@ -240,3 +240,30 @@ def test_bfloat16_stays_near_float32() -> None:
     assert a != b
     assert a == pytest.approx(b, rel=0.02)
     assert all(parameter.dtype == torch.float32 for parameter in other.network.parameters())
+
+
+def test_memory_runs_out_on_mps_in_other_words() -> None:
+    trainer = make_trainer(micro_batch=4)
+    forward = trainer.network.forward
+
+    def limited(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > 2:
+            raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)")
+        return forward(pixels)
+
+    trainer.network.forward = limited  # type: ignore[method-assign]
+    trainer.run_epoch()
+    assert trainer.micro_batch == 2
+
+
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", "ieee"), ("bf16", "tf32")])
+def test_training_and_evaluation_in_float32_are_not_rounded(precision: str, inside: str) -> None:
+    switch, seen = torch.backends.cudnn.conv, []
+    trainer = make_trainer(precision=precision)
+    trainer.network.register_forward_pre_hook(lambda *_: seen.append(switch.fp32_precision))
+    trainer.run_epoch()
+    assert set(seen) == {inside}
+    seen.clear()
+    compute_logits(trainer.network, trainer.data, job=trainer.job)
+    assert set(seen) == {"ieee"}
+    assert switch.fp32_precision == "tf32"

@@ -95,7 +95,7 @@ def contents(path: Path, kind: str) -> Any:
         output = path.parent.with_name(path.parent.name.removesuffix(".parts"))
         state = checkpoint.open_work(output, {"lr": 0.1}) or {"network": {}}
         return [hash_tensors(state.pop("network")), state]
-    return hash_tensors(read_weights(path, []))
+    return hash_tensors(read_weights(path, [])[0].tensors)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Where unfinished work lies, and who may write there."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,25 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path) -> Non
         locked(tmp_path / "f.h5.parts"),
     ):
         pytest.fail("it was locked")
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_whoever_waits_never_holds_a_lock_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unfinished: bool
+) -> None:
+    """The holder removes the file and lets go just after the waiter has opened it: filelock notices since 3.21."""
+    fcntl = pytest.importorskip("fcntl")
+    folder, holder, flock = tmp_path / "f.h5.parts", contextlib.ExitStack(), fcntl.flock
+    holder.enter_context(locked(folder))
+    if unfinished:
+        (folder / "part").touch()
+
+    def overtaken(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        holder.close()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    with locked(folder):
+        assert (folder / "lock").is_file()
+        assert fcntl.flock is flock  # it came to that

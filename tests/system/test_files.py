@@ -1,0 +1,136 @@
+"""What other systems do otherwise, pretended: Windows' open files, the cache of a Mac's drive, locks on NFS."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from featcache.errors import StorageError
+from featcache.system import files
+from featcache.system.workdir import locked
+
+fcntl = pytest.importorskip("fcntl")
+has_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are looked up there")
+
+
+def in_use(winerror: int) -> PermissionError:
+    error = PermissionError(errno.EACCES, "Access is denied")
+    error.winerror = winerror  # type: ignore[attr-defined]
+    return error
+
+
+def is_open(path: Path) -> bool:
+    return any(os.path.realpath(link) == os.path.realpath(path) for link in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither renames nor removes a file that is open."""
+    for module in ("files", "workdir"):
+        monkeypatch.setattr(f"featcache.system.{module}.os", SimpleNamespace(**vars(os) | {"name": "nt"}))
+
+    def unless_open(call: Callable[..., object]) -> Callable[..., object]:
+        def checked(path: Path, *arguments: object, **options: object) -> object:
+            if is_open(path):
+                raise in_use(32)
+            return call(path, *arguments, **options)
+
+        return checked
+
+    for name in ("replace", "rename", "unlink"):
+        monkeypatch.setattr(Path, name, unless_open(getattr(Path, name)))
+
+
+@has_proc
+@pytest.mark.usefixtures("windows")
+def test_windows_publishes_and_leaves_no_lock_behind(tmp_path: Path) -> None:
+    with files.publish_file(tmp_path / "f.h5") as file:
+        file.write(b"whole")
+    with locked(tmp_path / "f.h5.parts"):
+        assert (tmp_path / "f.h5.parts" / "lock").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["f.h5"]
+
+
+@pytest.mark.parametrize("winerror", [5, 32])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_reader_that_has_the_target_open_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winerror: int, folder: bool
+) -> None:
+    replace, tries = Path.replace, iter([in_use(winerror)] * 3)
+
+    def busy(source: Path, target: Path) -> Path:
+        for error in tries:
+            raise error
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    if folder:
+        with files.publish_folder(tmp_path / "m") as temporary:
+            monkeypatch.setattr(files, "_exchange", lambda *_: False)  # as where the system has none
+            (temporary / "model.json").write_text("{}")
+    else:
+        with files.publish_file(tmp_path / "m") as file:
+            file.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert not list(tries)
+
+
+def test_a_reader_that_stays_is_named_as_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(source: Path, target: Path) -> Path:
+        raise in_use(32)
+
+    monkeypatch.setattr(Path, "replace", busy)
+    monkeypatch.setattr(files, "_PATIENCE", 0.2)
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(StorageError, match="close the program that has it open"), files.publish_file(tmp_path / "f"):
+        pass
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_permission_that_is_missing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(source: Path, target: Path) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", forbidden)
+    monkeypatch.setattr(files.time, "sleep", None)
+    with pytest.raises(StorageError, match="Permission denied; mend that"), files.publish_file(tmp_path / "f"):
+        pass
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_on_a_mac_the_drives_own_cache_is_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
+    """fcntl(F_FULLFSYNC), by file and folder; fsync where the file system cannot."""
+    called: list[object] = []
+
+    def control(descriptor: int, command: int) -> int:
+        called.append(command)
+        if not able:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        return 0
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: called.append("fsync"))
+    with files.publish_file(tmp_path / "f") as file:
+        file.write(b"whole")
+    assert called == ([51, 51] if able else [51, "fsync"] * 2)
+
+
+def test_nfs_locks_for_itself_only_what_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock = fcntl.flock
+
+    def emulated(descriptor: int, how: int) -> None:
+        if how & fcntl.LOCK_EX and not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", emulated)
+    left_over = tmp_path / ".f.1-0123abcd.tmp"
+    left_over.write_bytes(b"half")
+    with files.publish_file(tmp_path / "f") as file:
+        file.write(b"whole")
+        files.sweep(tmp_path)  # as another process would
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]

@@ -89,14 +89,14 @@ def finetune(
         check_replaceable(output, overwrite=overwrite)
     images, held_out = read_source(source, seed=seed, class_level=class_level)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
-    precision = choose_training_precision(precision, runtime.device)
+    asked, precision = precision, choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):
         if processes.world > 1 and norms_train:
             raise UsageError(
                 f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
             )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
-        job = Job(images, output, recipe, changes, seed, precision, runtime, processes, overwrite)
+        job = Job(images, output, recipe, changes, seed, precision, runtime, processes, overwrite, asked == "auto")
         with hold_work(job, force=force):
             report = None
             if finished:

@@ -31,6 +31,7 @@ class Job:
         precision: fp32, bf16 or fp16, of training.
         runtime: what to compute with. processes: who computes along.
         overwrite: whether a model that is there already may be replaced.
+        precision_is_auto: whether ``precision`` was chosen here, so that float32 may take its place.
     """
 
     images: ImageList
@@ -42,6 +43,7 @@ class Job:
     runtime: "Runtime"
     processes: "Processes"
     overwrite: bool = False
+    precision_is_auto: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ _FLOWERS = Recipe(
     dropout=(0.25, 0.5),
     optimizer="adam",
     lr=1e-3,
-    backbone_lr=1e-4,  # FIXME
+    backbone_lr=1e-4,  # the tutorial: 1e-3, which ruins a backbone whose batch norms are frozen (benchmarks/LOG.md)
     epochs=20,
     batch_size=64,
     accumulation=2,

@@ -85,13 +85,11 @@ def tune(
     seen = {"val": _seen(rows, val, split="val")}
     recipe = _settle_recipe(job, len(train))
     start = _assemble_start(job, model, backbone=backbone, train=train, val=val, cache=cache)
-    trainer = Trainer(_network_to_train(start, recipe, job=job), train, recipe=recipe, job=job)
+    trainer = _make_trainer(start, train, recipe=recipe, job=job)
     counts = count_parameters(trainer.network, recipe)
     log.info("parameters: %s, of which %s train", *(f"{count:,}" for count in counts))
     checkpoint = Checkpoint(trainer, _identity(trainer, start))
     with deferred_signals() as asked, kept_random_state(trainer.device):
-        if not checkpoint.position:
-            _check_first_step(trainer, start)
         rate = _train(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step)
     check_replaceable(job.output, overwrite=job.overwrite)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
@@ -178,27 +176,43 @@ def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:
     log.info("parity: from %d cached rows the cached head's logits differ by %.4f%%", len(images), 100 * difference)
 
 
-def _check_first_step(trainer: Trainer, start: _Start) -> None:
-    """Refuse to train from another loss than the cached head's, on images as they are. Raises ModelError.
+def _make_trainer(start: _Start, train: Pixels, *, recipe: Recipe, job: Job) -> Trainer:
+    """The trainer, proved to start from the cached head's loss; in float32 where ``auto`` took less and would not.
 
-    Not where the recipe asks for another start: a new head, batch norms that train, dropout inside the backbone.
+    Not compared where the recipe asks for another start: a new head, batch norms that train, dropout inside the backbone.
+
+    Raises:
+        ModelError: it would start from another loss.
     """
-    recipe = trainer.recipe
+    trainer = Trainer(_network_to_train(start, recipe, job=job), train, recipe=recipe, job=job)
     if recipe.hidden is not None or recipe.batchnorm == "train" or recipe.backbone_dropout:
-        return
+        return trainer
+    problem = job.processes.broadcast(_compare_first_step(trainer, start))
+    if not problem:
+        return trainer
+    if job.precision == "fp32" or not job.precision_is_auto:
+        advice = "please report it" if job.precision == "fp32" else "train with --precision fp32"
+        raise ModelError(f"training would not start from the cached head: {problem}; {advice}")
+    log.info("precision fp32 after all: %s", problem)
+    del trainer  # before there is another one
+    return _make_trainer(start, train, recipe=recipe, job=dataclasses.replace(job, precision="fp32"))
+
+
+def _compare_first_step(trainer: Trainer, start: _Start) -> str:
+    """Say with which loss training starts, on images as they are. Returns what is wrong with it, or nothing."""
     images = np.arange(min(_COMPARED, len(start.val)))
     y, precision = start.val.labels[images], trainer.job.precision
     expected = -score(y, start.val_logits[images])[1]
     found = -score(y, trainer.logits_in_training(start.val, images))[1]
     tolerance = (_TOLERANCE_LOSS if precision == "fp32" else _TOLERANCE_LOSS_REDUCED) * max(1.0, expected)
-    text = "loss before step 1, in training mode and %s: %.4f; the cached head's: %.4f, on the same %d images"
-    log.info(text, precision, found, expected, len(images))
-    if not abs(found - expected) <= tolerance:
-        advice = "please report it" if precision == "fp32" else "train with --precision fp32"
-        raise ModelError(
-            f"training would not start from the cached head: in training mode and {precision} the loss of {len(images)} images "
-            f"is {found:.4g}, expected {expected:.4g} within {tolerance:.2g}; {advice}"
-        )
+    if abs(found - expected) <= tolerance:
+        text = "loss before step 1, in training mode and %s: %.4f; the cached head's: %.4f, on the same %d images"
+        log.info(text, precision, found, expected, len(images))
+        return ""
+    return (
+        f"in training mode and {precision} the loss of {len(images)} images before step 1 is {found:.4g}, expected "
+        f"{expected:.4g} within {tolerance:.2g}"
+    )
 
 
 def _network_to_train(start: _Start, recipe: Recipe, *, job: Job) -> Network:

@@ -188,7 +188,7 @@ def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monke
     monkeypatch.setattr("featcache.finetuning.trainer.training_mode", lambda network, _: network.train())
     monkeypatch.setattr("torch.nn.functional.dropout", lambda x, _, training, __: x * 5 if training else x)
     with pytest.raises(
-        errors.ModelError, match=r"not start from the cached head: .* fp32 the loss of 16 images is [\d.]+, "
+        errors.ModelError, match=r"not start from the cached head: .* fp32 the loss of 16 images before"
     ):
         tune()
     assert not tune.ft.exists()
@@ -197,6 +197,18 @@ def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monke
     tune(changes=QUICK | {"epochs": 1, "backbone_dropout": True})
     assert "dropout and drop path of the backbone on, as in its pre-training" in tune.log.text
     assert "loss before step 1" not in tune.log.text
+
+
+def test_a_precision_that_starts_elsewhere_is_not_taken_by_itself(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = Trainer.logits_in_training
+    monkeypatch.setattr("featcache.finetuning.trainer.has_bf16_arithmetic", lambda: True)
+    factor = {"fp32": 1, "bf16": -9}  # of the logits: as far off as can be
+    monkeypatch.setattr(Trainer, "logits_in_training", lambda self, *a: compute(self, *a) * factor[self.job.precision])
+    with pytest.raises(errors.ModelError, match="train with --precision fp32"):
+        tune(precision="bf16")
+    tune(precision="auto")
+    assert "precision fp32 after all: in training mode and bf16 the loss of 16 images before step 1 is" in tune.log.text
+    assert load_model(tune.ft).manifest["training"]["precision"] == "fp32"
 
 
 @pytest.mark.parametrize(("off_by", "right"), [(0.15, True), (2.0, False)])

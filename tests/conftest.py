@@ -1,5 +1,6 @@
 """Shared by all tests: small image folders, a small backbone, and no network."""
 
+import logging
 import os
 import socket
 import sys
@@ -47,6 +48,16 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("the tests run without a network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    """The command line sets the log's level for good, which the next test must not inherit."""
+    log = logging.getLogger("featcache")
+    level, handlers = log.level, log.handlers[:]
+    yield
+    log.setLevel(level)
+    log.handlers[:] = handlers
 
 
 @pytest.fixture

@@ -13,8 +13,17 @@ _NOWHERE = len(SPLITS)
 
 def first_copies(digests: npt.NDArray[np.uint8]) -> Indices:
     """(N, 32) digests -> (N,) for each row the first row of the same content; its own number where there is none before."""
-    _, first, content = np.unique(digest_keys(digests), return_index=True, return_inverse=True)
-    return first[content]
+    rows, result = _repeated(digests), np.arange(len(digests))
+    _, first, content = np.unique(digest_keys(digests[rows]), return_index=True, return_inverse=True)
+    result[rows] = rows[first[content]]
+    return result
+
+
+def _repeated(digests: npt.NDArray[np.uint8]) -> Indices:
+    """Rows that share the first eight bytes with others: all copies, and next to nothing else. It saves time and memory."""
+    starts = np.ascontiguousarray(digests[:, :8]).view(np.uint64)[:, 0]
+    ordered = np.sort(starts)
+    return np.flatnonzero(np.isin(starts, ordered[1:][ordered[1:] == ordered[:-1]]))
 
 
 def are_among(digests: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
@@ -55,7 +64,8 @@ def find_copies(
         digests: (N, 32). labels: (N,), -1: none. splits: (N,) positions in ``SPLITS``, 0: none.
         paths: (N,) as ``encode_names`` gives them.
     """
-    first = first_copies(digests)
+    rows = _repeated(digests)
+    labels, splits, paths, first = labels[rows], splits[rows], paths[rows], first_copies(digests[rows])
     earliest = np.full(len(first), _NOWHERE)
     np.minimum.at(earliest, first, np.where(splits > 0, splits, _NOWHERE))
     across_splits = np.flatnonzero(splits > earliest[first])

@@ -179,7 +179,7 @@ def test_exit_codes_of_all_and_nothing(tmp_path: Path, run: Run) -> None:
     assert (code, json.loads(out)["refused"]) == (0, 0)
     write([(0, case) for case in damage.odd(0) if case.fate == "refused"], tmp_path / "bad")
     code, out, errors = run("extract", tmp_path / "bad", "-o", tmp_path / "g.h5", *TINY_FLAGS, "--json")
-    assert (code, out) == (1, "")
+    assert (code, json.loads(out)["error"]["type"]) == (1, "SourceError")
     assert "were refused, the first" in errors
     assert not (tmp_path / "g.h5").exists()
 

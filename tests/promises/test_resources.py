@@ -30,6 +30,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
+from featcache.images.formats import REVISION
 from featcache.images.source import ImageList
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
@@ -100,7 +101,7 @@ def make_many(folder: str, rows: int) -> None:
     digests = np.random.default_rng(0).integers(0, 256, (rows, 32), np.uint8)
     columns = Rows(encode_names(images.paths), images.labels, images.splits, digests, images.sizes, images.mtimes)
     blocks = (np.full((min(4096, rows - start), 64), 1, np.float16) for start in range(0, rows, 4096))
-    provenance = Provenance(request=TINY.record(), source="somewhere", reload="IMAGENET1K_V1")
+    provenance = Provenance(request=TINY.record(), source="somewhere", reload="IMAGENET1K_V1", decoder=REVISION)
     path = Path(folder) / "f.h5"
     write_cache(path, columns, blocks, dim=64, spec=SPEC, classes=images.classes, provenance=provenance)
 

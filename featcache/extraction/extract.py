@@ -250,10 +250,10 @@ class _Job:
 
     def keep_weights(self, spec: Spec) -> None:
         """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
-        from featcache.backbones.backbone import save_weights
-
         copy = weights_copy(self.output, spec)
         if not copy.is_file() and self.backbone.reload is None:  # in this order: a backbone takes long to load
+            from featcache.backbones.backbone import save_weights  # and so does PyTorch
+
             save_weights(self.backbone, copy, staging=work_folder(self.output))
 
     def embed(self, plan: Plan, progress: "Progress | None") -> Embedded:

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, TINY, write_photo
+from conftest import COLOURS, TINY, TINY_FLAGS, write_photo
 
 from featcache.backbones import embed as embedding
 from featcache.backbones.load import load_backbone
@@ -121,6 +123,10 @@ def test_unchanged_folder_is_left_alone_without_a_model(photos: Path, tmp_path: 
     assert (tmp_path / "f.h5").stat().st_mtime_ns == settled.st_mtime_ns
     assert len(before) == settled.st_size
     assert sorted(os.listdir(tmp_path)) == ["f.h5", WEIGHTS, "photos"]
+    program = "import sys, atexit, os; from featcache.cli.app import app; "
+    program += "atexit.register(lambda: 'torch' in sys.modules and os._exit(99)); app()"
+    arguments = ["extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS]
+    subprocess.run([sys.executable, "-c", program, *map(str, arguments)], check=True)  # nor is PyTorch imported
 
 
 def test_add_change_rename_relabel_remove(photos: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, ope
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.images.formats import REVISION
 from featcache.images.source import ImageList, check_class_level, list_images
-from featcache.spec import Spec
+from featcache.spec import SPLITS, Spec
 from featcache.system.files import check_free_space, check_output
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
@@ -52,7 +52,8 @@ class ExtractReport:
         embedded, reused, refused: computed now; taken over; without an embedding (the cache says why).
         added, changed, removed: paths, compared with the cache that was there before.
         dim: D. seconds: of the whole call. images_per_second: embedded / seconds of the embedding loop, start-up left out.
-        fingerprint: of the cache's spec. copies: ``within``, ``across_splits``, ``across_labels``, see ``cache.copies``.
+        fingerprint: of the cache's spec. classes: how many. splits: images with an embedding in each split that has any.
+        copies: ``within``, ``across_splits``, ``across_labels``, see ``cache.copies``.
     """
 
     cache: Path
@@ -67,6 +68,8 @@ class ExtractReport:
     seconds: float
     images_per_second: float
     fingerprint: str
+    classes: int
+    splits: dict[str, int]
     copies: dict[str, int]
 
 
@@ -157,6 +160,8 @@ def extract(
         seconds=time.perf_counter() - started,
         images_per_second=(len(rows) - reused) / seconds if seconds else 0.0,
         fingerprint=spec.fingerprint,
+        classes=len(plan.images.classes),
+        splits={SPLITS[split]: int(n) for split, n in zip(*np.unique(rows.splits, return_counts=True), strict=True)},
         copies=copies.counts(),
     )
 

@@ -95,6 +95,7 @@ def test_copies_are_counted_and_named(photos: Path, tmp_path: Path, caplog: pyte
     shutil.copy(first, photos / "red" / "zz.jpg")
     report = extract(photos, tmp_path / "f.h5", TINY)
     assert report.copies == {"within": 2, "across_splits": 0, "across_labels": 1}
+    assert (report.classes, report.splits) == (3, {"none": 20})
     assert f"1 image lies under several labels, the first as blue/{first.name} and as red/zz.jpg" in caplog.text
 
 

@@ -116,7 +116,11 @@ def _choose_split(splits: Array, asked: str | None, source: Path) -> tuple[str, 
     present = [name for number, name in enumerate(SPLITS) if (splits == number).any()]
     if asked is None:
         asked = next((name for name in ("test", "val") if name in present), "all")
-        log.info("split %s: %s", asked, "none was asked for" if asked == "all" else "the one that training never saw")
+        log.info(
+            "split %s: %s",
+            asked,
+            "none was asked for" if asked == "all" else "none was asked for, and training leaves it out",
+        )
     if asked == "all":
         return asked, np.arange(len(splits))
     if asked not in present:

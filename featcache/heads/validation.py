@@ -57,12 +57,6 @@ class OutOfFold:
     loss: Array
     fold: Indices
 
-    @classmethod
-    def of(cls, y: Array, logits: Array, fold: Indices) -> "OutOfFold":
-        """Of one setting: (N, C) out-of-fold logits."""
-        right, loss = judge(y, logits)
-        return cls(right[:, None], loss[:, None], fold)
-
     def of_folds(self, results: Array) -> Array:
         """(N, S) results of rows -> (F, S), means over the rows of each fold."""
         return np.stack([results[self.fold == number].mean(axis=0) for number in range(self.fold.max() + 1)])

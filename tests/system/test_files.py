@@ -134,3 +134,25 @@ def test_nfs_locks_for_itself_only_what_is_open_for_writing(tmp_path: Path, monk
         file.write(b"whole")
         files.sweep(tmp_path)  # as another process would
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+@has_proc
+def test_a_name_is_durable_only_once_its_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content before it gets its name, then the folder that holds the name."""
+    synced: list[tuple[str, list[str]]] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), sorted(os.listdir(tmp_path))))
+
+    monkeypatch.setattr(files, "_sync", sync)
+    with files.publish_file(tmp_path / "f") as file:
+        file.write(b"x")
+    (content, before), (folder, after) = synced
+    assert Path(content).parent == tmp_path
+    assert (folder, after) == (str(tmp_path), ["f"])
+    assert "f" not in before
+    synced.clear()
+    with files.publish_folder(tmp_path / "m") as made:
+        (made / "part").write_bytes(b"x")
+    assert Path(synced[0][0]).name == "part"  # what is in it first, the folder that names it last
+    assert [path for path, _ in synced[1:]][-1] == str(tmp_path)

@@ -2,7 +2,10 @@
 
 source.py       which images a source holds
 folders.py      below a folder
-tables.py       named by a CSV
+tables.py       named by a table or list, also on stdin
+metadata.py     labelled by a table inside of their folder
+records.py      text of a table: encoding, separators, rows
+columns.py      which column holds what
 layout.py       what the names of folders mean: splits, classes
 splits.py       which of them train, which are held out
 read.py         files read: the one loop over them

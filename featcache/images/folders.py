@@ -42,6 +42,7 @@ _BEGINNING = re.compile(b"|".join((
     rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
 )), re.DOTALL)
 # fmt: on
+_METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
 _HIDDEN, _OWN, _OTHERS = "hidden or system files and folders", "what featcache made", "files that are no images"
 
 
@@ -63,6 +64,7 @@ class Listing(NamedTuple):
     classes: set[str]
     refused: list[Refusal]
     refused_at: list[int]
+    metadata: tuple[str, ...] = ()  # tables that describe images of the folder they lie in
 
 
 def list_folder(root: Path, *, labelled: bool, class_level: int | None) -> Listing:
@@ -78,13 +80,14 @@ def list_folder(root: Path, *, labelled: bool, class_level: int | None) -> Listi
     walk.say_what_was_passed_over()
     if not labelled:
         return Listing(root, files, set(), refused, refused_at)
+    metadata = tuple(sorted(walk.metadata))
     filled = {entry.path.rpartition("/")[0] for entry in files}
     layout = read_layout(root, walk.folders, filled, class_level)
     _say_what_splits_are_called(root, walk.folders, layout)
     meaning = {folder: _meaning(folder, layout) for folder in filled}
     entries = [Entry(*entry[:3], *meaning[entry.path.rpartition("/")[0]]) for entry in files]
     classes = {label for label, _ in (_meaning(folder, layout) for folder in walk.folders) if label is not None}
-    return Listing(root, entries, classes, refused, refused_at)
+    return Listing(root, entries, classes, refused, refused_at, metadata)
 
 
 def _say_what_splits_are_called(root: Path, folders: set[str], layout: Layout) -> None:
@@ -105,11 +108,11 @@ class _Walk:
 
     Attributes:
         folders: all that were entered, relative. refused: what cannot be followed safely, unopened.
-        passed: how often what was passed over: (kind, name or suffix).
+        passed: how often what was passed over: (kind, name or suffix). metadata: paths of tables called as Hugging Face does.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root, self.folders = root, set[str]()
+        self.root, self.folders, self.metadata = root, set[str](), list[str]()
         self.refused: list[Refusal] = []
         self.passed: Counter[tuple[str, str]] = Counter()
 
@@ -137,6 +140,8 @@ class _Walk:
                             self.folders.add(path)
                     elif not entry.is_file():
                         self.refused.append(Refusal(path, "not a regular file (pipe, socket or device)"))
+                    elif entry.name in _METADATA:
+                        self.metadata.append(path)
                     elif self._takes(entry):
                         status = entry.stat()
                         yield Entry(path, status.st_size, status.st_mtime_ns)
@@ -153,10 +158,10 @@ class _Walk:
 
     def _takes(self, file: "os.DirEntry[str]") -> bool:
         """Images, but the curves that featcache draws beside a model."""
-        suffix = file.name[file.name.rfind(".") :].rstrip().lower()
+        suffix = _suffix(file.name)
         if file.name.endswith(".curves.png") and os.path.lexists(f"{file.path.removesuffix('.curves.png')}/model.json"):
             self.passed[_OWN, file.name] += 1
-        elif suffix in _EXTENSIONS or _begins_like_an_image(file):
+        elif suffix in _EXTENSIONS or begins_like_an_image(file):
             return True
         else:
             self.passed[_OTHERS, suffix if suffix.startswith(".") else file.name] += 1
@@ -173,6 +178,15 @@ class _Walk:
             log.info("%s: passed over %s", self.root, "; ".join(parts))
 
 
+def has_image_suffix(name: str) -> bool:
+    """Whether a file of this name is listed whatever it holds."""
+    return _suffix(name) in _EXTENSIONS
+
+
+def _suffix(name: str) -> str:
+    return name[name.rfind(".") :].rstrip().lower()
+
+
 def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[str, ...]) -> str | None:
     try:
         target = os.path.realpath(entry.path, strict=True)
@@ -183,7 +197,7 @@ def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[
     return "link loop" if target in ancestors else None
 
 
-def _begins_like_an_image(file: "os.DirEntry[str]") -> bool:
+def begins_like_an_image(file: "os.DirEntry[str] | Path") -> bool:
     """Of a regular file: content counts, not the name."""
     try:
         with open(file, "rb") as opened:  # noqa: PTH123

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from featcache.errors import Refusal, SourceError, UsageError
 from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
-from featcache.images.tables import list_table
+from featcache.images.metadata import describe
+from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
 
 log = logging.getLogger("featcache")
@@ -30,11 +31,14 @@ class Source:
 
     Attributes:
         path: a folder of class folders; a folder with split folders on top of that (train, val, test, and the names people use
-            for them); a flat folder (no labels); or a table with a column of paths, see ``tables.list_table``.
+            for them); a flat folder (no labels); a table with a column of paths, or a list of paths, see ``tables.py``; ``-``,
+            the table or list that the command line finds on stdin. A folder may hold a ``metadata.csv``, see ``metadata.py``.
         class_level: of a folder: which one inside of it names the class, 1: directly in it, 2: one further down, 3: two; when
             None, 2 below folders called like splits, else 1.
-        root: of a table: what its paths are relative to, and must not lead out of; the folder of the table when None.
-        path_column, label_column, split_column: of a table: headers; known by the names people use for them when None.
+        root: of a table: what its paths are relative to, and must not lead out of; when None the folder of the table, of stdin
+            the current one.
+        path_column, label_column, split_column: of a table: headers; known by the names people use for them when None. For label
+            and split ``none``: it has no such column.
 
     Raises:
         UsageError: ``class_level`` is impossible.
@@ -74,15 +78,27 @@ class Source:
         words = [str(self), *itertools.chain.from_iterable(self.options.items())]
         return " ".join(shlex.quote(str(word)) for word in words)
 
+    @property
+    def columns(self) -> dict[str, str | None]:
+        """What the user said about the columns of a table."""
+        return {"path": self.path_column, "label": self.label_column, "split": self.split_column}
+
     def check_options(self, kind: str) -> None:
-        """Raise UsageError if an option is given that does not apply to a ``folder``, a ``table`` or a ``cache``."""
-        applies = {"folder": {"--class-level"}, "table": set(_OF_TABLES)}.get(kind, set())
+        """Raise UsageError if an option is given that does not apply to such a source.
+
+        ``kind``: ``folder``, ``folder with metadata``, ``table``, or any other to which none applies, as ``cache``.
+        """
+        columns = {f"--{role}-column" for role in self.columns}
+        applies = {
+            "folder": {"--class-level"},
+            "folder with metadata": {"--class-level", *columns},
+            "table": {"--root", *columns},
+        }.get(kind, set())
         if wrong := [option for option in self.options if option not in applies]:
             what = "which folders name the classes" if wrong[0] == "--class-level" else "how a table is read"
             raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; leave it out")
 
 
-_OF_TABLES = ("--root", "--path-column", "--label-column", "--split-column")
 AnySource = str | Path | Source
 
 
@@ -144,18 +160,21 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True) -> Imag
     source = Source.of(source)
     path = source.path
     if path.is_dir():
-        source.check_options("folder")
         listing = list_folder(path, labelled=labelled, class_level=source.class_level)
-    elif path.is_file() and path.suffix.lower() == ".csv":
+        source.check_options("folder with metadata" if listing.metadata else "folder")
+        if listing.metadata:
+            listing = describe(listing, source.columns)
+    elif is_table(path):
         source.check_options("table")
-        columns = {"path": source.path_column, "label": source.label_column, "split": source.split_column}
-        listing = list_table(path, source.root or path.parent, columns)
+        if not (root := source.root or path.parent).is_dir():
+            raise SourceError(f"--root {root} is no folder; give the one that the paths of {path} are relative to")
+        listing = list_table(path, root, source.columns, labelled=labelled)
     elif path.exists():
         raise SourceError(f"{path} is neither a folder of images nor a .csv file")
     else:
         raise SourceError(f"{path} does not exist; give a folder of images or a CSV with the header path,label,split")
     if not listing.entries and not listing.refused:
-        expected = "rows below its header" if path.is_file() else f"files such as {path / 'CLASS' / 'photo.jpg'}"
+        expected = "rows below its header" if is_table(path) else f"files such as {path / 'CLASS' / 'photo.jpg'}"
         raise SourceError(f"no image found in {path}; expected {expected}")
     images = _image_list(listing)
     if labelled:

@@ -1,53 +1,59 @@
-"""Read a table of images. In: a CSV. Out: a ``Listing``, in the order of its rows. No image is opened.
+"""Read a table or list of images. In: a file, or stdin. Out: a ``Listing``, in the order of its rows. No image is opened.
 
-Names and labels are text of a known encoding: UTF-8, UTF-16, or what the file names prove; never what merely looks right.
+``records.py`` reads the text, ``columns.py`` says what its columns hold, and here names become files below one root. What a name
+may mean besides what is written is settled by the files that are there.
 """
 
-import codecs
-import csv
+import itertools
 import logging
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import unicodedata
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
-from featcache.images.folders import Entry, Listing
-from featcache.images.layout import split_of
+from featcache.images.columns import NONE, Columns, find_columns, quoted, shown, split_in, without_header
+from featcache.images.folders import Entry, Listing, begins_like_an_image, has_image_suffix
+from featcache.images.records import STDIN, Table, as_text, read_table
 
 log = logging.getLogger("featcache")
-# Headers of tables, small and without what separates words -> what the column is.
-_COLUMNS = dict.fromkeys(("path", "file", "filename", "filepath", "image", "imagepath"), "path")
-_COLUMNS |= dict.fromkeys(("label", "class", "category", "species"), "label")
-_COLUMNS |= dict.fromkeys(("split", "set", "subset"), "split")
-_UTF8 = re.compile(
-    rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
-)  # a character beyond ASCII
-_Encoding = tuple[str, str]  # a codec, and what to do about bytes that it lacks
-_BYTES: _Encoding = ("utf-8-sig", "surrogateescape")  # names as a file system has them that knows no encoding
-_WINDOWS: _Encoding = ("cp1252", "strict")
+TABLES = (".csv", ".tsv", ".tab", ".txt", ".jsonl", ".ndjson")
+_SAMPLE = 20  # paths that are looked for elsewhere when none is where it should be
+_COLUMNS = 50  # in which paths are looked for
+_FOLDERS = 200  # in which they are looked for
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # an absolute path of Windows
+_ADDRESS = re.compile(r"file:(?://(?:localhost)?)?(?=/)", re.IGNORECASE)
+_NO_CLASSES = frozenset(("nan", "na", "n/a", "null", "none", "<na>", "?"))
 
 
-def list_table(source: Path, root: Path, chosen: Mapping[str, str | None]) -> Listing:
-    """The images that a CSV with the header ``path[,label[,split]]`` names.
+def is_table(path: Path) -> bool:
+    """Whether ``path`` is a file that is read as a table or list, or ``-``: stdin."""
+    return path == STDIN or (path.suffix.lower() in TABLES and path.is_file() and not begins_like_an_image(path))
+
+
+def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, labelled: bool) -> Listing:
+    """The images that a table or list names.
 
     Args:
-        source: the file. root: the folder that its paths are relative to. chosen: ``path``, ``label`` and ``split`` -> the
-            header of that column; None: one of the names people use.
+        source: the file, or ``-``. root: the folder that its paths are relative to. chosen: ``path``, ``label`` and ``split`` ->
+            the header of that column; None: one of the names people use. labelled: whether labels and splits are read.
 
     Raises:
-        SourceError: a row, or the encoding, cannot be understood. UsageError: the header or a split cannot.
+        SourceError: a row, or the encoding, cannot be understood; not one of its files is there. UsageError: the columns or a
+        split cannot.
     """
-    real_root = os.path.realpath(root)
+    files = Files(root)
+    table, columns = read_columns(source, files, chosen)
+    log.info("%s: %s%s", table.name, "" if table.header else "no header; ", columns)
     found: list[Entry] = []
     refused: list[Refusal] = []
     refused_at: list[int] = []
     seen: dict[str, Entry] = {}
-    encoding = _encoding_of(source, real_root)
-    for entry, where in _entries(source, encoding):
+    for entry, where in entries(table, columns if labelled else columns._replace(label=None, split=None)):
         try:
-            entry = _resolved(entry, real_root)
+            entry = files.resolved(entry)
         except RefusedImage as reason:
             refused.append(Refusal(entry.path, str(reason)))
             refused_at.append(len(found))
@@ -57,121 +63,188 @@ def list_table(source: Path, root: Path, chosen: Mapping[str, str | None]) -> Li
             raise SourceError(f"{where}: {entry.path} is listed twice, with different labels or splits")
         if known is entry:
             found.append(entry)
+    if (found or refused) and all(entry.size < 0 for entry in found):
+        raise _not_one_there(table, columns, files)
+    if odd := {entry.label for entry in found if entry.label and entry.label.lower() in _NO_CLASSES}:
+        log.warning("%s: %s is taken for a class; leave the cell empty where there is no label", table.name, shown(odd))
     return Listing(root, found, set(), refused, refused_at)
 
 
-def _encoding_of(source: Path, real_root: str) -> _Encoding:
-    """Raises SourceError: neither UTF-8, nor UTF-16, and no file tells what else."""
-    with source.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return "utf-16", "strict"
-    if (odd := _not_utf8(source)) is None:
-        return "utf-8-sig", "strict"
-    number, text = odd
-    if _files_proving(source, _BYTES, real_root):
-        log.warning("%s, line %d: %a is not UTF-8; names and labels are kept byte for byte", source, number, text)
-        return _BYTES
-    if not _is_partly_utf8(source) and _files_proving(source, _WINDOWS, real_root):
-        log.warning("%s is not UTF-8; it is read as Windows-1252 (Latin-1), which the names of its files prove", source)
-        return _WINDOWS
-    raise SourceError(
-        f"{source}, line {number}: {text!a} is not UTF-8, and no file of such a name tells what else it is; save the table as "
-        "UTF-8 (in a spreadsheet: CSV UTF-8)"
+def read_columns(source: Path, files: "Files", chosen: Mapping[str, str | None]) -> tuple[Table, Columns]:
+    """A table or list, and what its columns hold. Raises as ``list_table``."""
+    table = read_table(source, files.has, chosen)
+    if not table.header:
+        first = [files.has(cell) or has_image_suffix(cell) for cell in next(table.rows())[0][:_COLUMNS]]
+        first[0] = True  # or it would not have been taken for a list
+        return table, without_header(table.name, (cells for cells, _ in table.rows()), first)
+    hints: list[str] = []
+    for cells, _ in itertools.islice(table.rows(), _SAMPLE):
+        pairs = zip(table.header[:_COLUMNS], cells, strict=False)
+        hints += [name for name, cell in pairs if files.has(str(cell))]
+    return table, find_columns(table.name, table.header, chosen, hint=next(iter(hints), ""))
+
+
+def entries(table: Table, columns: Columns) -> Iterator[tuple[Entry, str]]:
+    """Each row as it is written, and where it stands. Raises SourceError, UsageError."""
+    for cells, where in table.rows():
+        path = as_text(cells[columns.path], where)
+        if not path.strip():
+            raise SourceError(f"{where}: found no path, expected one in each row that is not blank")
+        label = None if columns.label is None else _label(as_text(cells[columns.label], where), where)
+        split = 0 if columns.split is None else _split(as_text(cells[columns.split], where), columns, where)
+        yield Entry(path, -1, -1, label, split), where
+
+
+def _label(cell: str, where: str) -> str | None:
+    label = cell.strip()
+    if (
+        label != cell and len(label) > 1 and label[0] == label[-1] == '"'
+    ):  # "a" after a blank: quotes that CSV takes for text
+        label = label[1:-1].strip()
+    try:
+        label.encode("utf-8", "surrogateescape")
+    except UnicodeError as error:
+        raise SourceError(f"{where}: the label {label!a} is no text ({error})") from error
+    return label or None
+
+
+def _split(cell: str, columns: Columns, where: str) -> int:
+    header = columns.header[columns.split or 0] if columns.header else "split"
+    if (split := split_in(header, cell)) is None:
+        raise UsageError(
+            f"{where}: {header} is {cell.strip()[:60]!r}, expected train, val, test (or what people call them) or nothing; "
+            f"--split-column NAME takes another column, --split-column {NONE} no splits"
+        )
+    return split
+
+
+class Files:
+    """The files below a folder, by the names that people write for them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.real_root = root, os.path.realpath(root)
+        self._stems: dict[str, dict[str, list[str]]] = {}  # folder -> names of images by their names without suffix
+
+    def has(self, cell: str) -> bool:
+        """Whether ``cell`` names a file below the root."""
+        try:
+            found = self.resolved(Entry(cell, -1, -1))
+        except RefusedImage:
+            return False
+        return found.size >= 0 and os.path.isfile(os.path.join(self.real_root, found.path))  # noqa: PTH113, PTH118
+
+    def resolved(self, entry: Entry) -> Entry:
+        """The entry under its one real path, so that no spelling of it counts twice.
+
+        A missing file stays in the list: reading it gives the reason, in its place.
+
+        Raises:
+            RefusedImage: it lies elsewhere, or may be one of several files.
+        """
+        outside, written, tried = RefusedImage("cannot be found"), None, set[str]()
+        for spelling in _spellings(entry.path):
+            if spelling in tried:
+                continue
+            try:
+                found = self._at(entry, spelling)
+            except RefusedImage as reason:
+                outside = outside if tried else reason
+            else:
+                if found.size >= 0:
+                    return found
+                written = written or found
+            tried.add(spelling)
+        if written and (named := self._without_suffix(written)):
+            return self._at(entry, named)
+        if os.name != "nt" and _DRIVE.match(entry.path):
+            raise RefusedImage("is a whole path of Windows, outside of the table's folder or --root")
+        if not written:
+            raise outside
+        return written
+
+    def _at(self, entry: Entry, path: str) -> Entry:
+        try:
+            target = os.path.realpath(os.path.join(self.real_root, path))  # noqa: PTH118 - an absolute path may replace it
+            if os.path.commonpath([self.real_root, target]) != self.real_root:
+                raise RefusedImage("lies outside of the table's folder or --root")
+        except ValueError as error:  # another drive, or a NUL in the name
+            raise RefusedImage(f"cannot be found: {error}") from error
+        path = os.path.relpath(target, self.real_root).replace(os.sep, "/")
+        try:
+            status = os.stat(target)  # noqa: PTH116
+        except OSError:
+            return entry._replace(path=path)
+        return entry._replace(path=path, size=status.st_size, mtime=status.st_mtime_ns)
+
+    def _without_suffix(self, entry: Entry) -> str | None:
+        """The one image of this name and a suffix, as in Kaggle's tables. Raises RefusedImage: there are several."""
+        folder, _, stem = entry.path.rpartition("/")
+        if has_image_suffix(stem):
+            return None
+        if folder not in self._stems:
+            names: dict[str, list[str]] = {}
+            try:
+                for name in os.listdir(os.path.join(self.real_root, folder)):  # noqa: PTH118, PTH208
+                    if has_image_suffix(name):
+                        names.setdefault(name[: name.rfind(".")], []).append(name)
+            except OSError:
+                pass
+            self._stems[folder] = names
+        found = self._stems[folder].get(stem, [])
+        if len(found) > 1:
+            raise RefusedImage(f"may be any of {', '.join(sorted(found))}")
+        return f"{folder}/{found[0]}" if folder and found else next(iter(found), None)
+
+
+def _spellings(cell: str) -> Iterator[str]:
+    """As it is written, and what else it may mean: the first that is there counts."""
+    yield cell
+    text = cell.strip().strip('"').strip()
+    yield text
+    yield text.removeprefix("'")  # before what a spreadsheet would take for a formula
+    if address := _ADDRESS.match(text):
+        yield os.fsdecode(urllib.parse.unquote_to_bytes(text[address.end() :]))
+    text = text.replace("\\", "/")
+    yield text
+    yield unicodedata.normalize("NFC", text)
+    yield unicodedata.normalize("NFD", text)
+
+
+def _not_one_there(table: Table, columns: Columns, files: Files) -> SourceError:
+    """What to say of a table none of whose files is there; and where they are, if that can be seen."""
+    sample = [str(cells[columns.path]) for cells, _ in itertools.islice(table.rows(), _SAMPLE)]
+    looked = Path(os.path.normpath(files.root / sample[0]))
+    hint = _where_they_are(sample, files) or "--root FOLDER says what its paths are relative to"
+    return SourceError(
+        f"{table.name}: not one of its images is a file below {files.root}; the first, {sample[0][:200]!r}, was looked for as "
+        f"{looked}; {hint}"
     )
 
 
-def _not_utf8(source: Path) -> tuple[int, bytes] | None:
-    """The first line that is not UTF-8, from 1, and its first odd bytes with what is around them."""
-    with source.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return number, line[max(error.start - 12, 0) : error.end + 12].strip()
-    return None
+def _where_they_are(sample: Sequence[str], files: Files) -> str:
+    """The option that would find some of ``sample``, or what to leave out of the table; empty if nothing does."""
+    first = sample[0].strip()
+    if first.startswith("/") and not first.startswith("//") and os.path.isfile(first):  # noqa: PTH113
+        folder = os.path.commonpath([os.path.dirname(path.strip()) for path in sample if path.strip().startswith("/")])  # noqa: PTH120
+        return f"--root {quoted(folder)} takes them"
+    if first.startswith("/") or _DRIVE.match(first):
+        parts = re.split(r"[\\/]+", first)
+        tails = ("/".join(parts[k:]) for k in range(1, len(parts)))
+        if tail := next(filter(files.has, tails), ""):
+            return f"{tail} is there: leave {first[: len(first) - len(tail)]} out of the table"
+        return ""
+    real, here = Path(files.real_root), Path.cwd()
+    folders = [here, *itertools.islice(real.parents, 8), *_folders_in(files.root)]
+    found = {folder: sum(map(Files(folder).has, sample)) for folder in folders}
+    best = max(found, key=lambda folder: found[folder])
+    typed = "." if best == here else str(best)
+    return f"--root {quoted(typed)} has {found[best]} of the first {len(sample)}" if found[best] else ""
 
 
-def _is_partly_utf8(source: Path) -> bool:
-    """Whether there is a character of UTF-8 beyond ASCII: lines of several tables, which no one encoding reads."""
-    with source.open("rb") as file:
-        return any(map(_UTF8.search, file))
-
-
-def _files_proving(source: Path, encoding: _Encoding, real_root: str) -> bool:
-    """Whether a file is there whose name takes this encoding to be read."""
+def _folders_in(root: Path) -> list[Path]:
     try:
-        for entry, _ in _entries(source, encoding):
-            telling = not entry.path.isascii() and (encoding != _BYTES or not _is_text(entry.path))
-            if telling and _is_there(entry, real_root):
-                return True
-    except (SourceError, UsageError):  # for one, bytes that the codec lacks
-        pass
-    return False
-
-
-def _is_text(name: str) -> bool:
-    return not any("\udc80" <= character <= "\udcff" for character in name)
-
-
-def _is_there(entry: Entry, real_root: str) -> bool:
-    try:
-        return _resolved(entry, real_root).size >= 0
-    except RefusedImage:
-        return False
-
-
-def _entries(source: Path, encoding: _Encoding) -> Iterator[tuple[Entry, str]]:
-    """Each row, and where it stands. Raises SourceError, UsageError."""
-    for row, where in _rows(source, encoding):
-        yield _entry(row, where), where
-
-
-def _rows(source: Path, encoding: _Encoding) -> Iterator[tuple[dict[str, str | None], str]]:
-    """Each row, and where it stands."""
-    with source.open(newline="", encoding=encoding[0], errors=encoding[1]) as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            columns = [_column(name) for name in reader.fieldnames or []]
-            unexpected = Counter(columns) - Counter(("path", "label", "split"))  # unknown, or twice
-            if "path" not in columns or unexpected:
-                raise UsageError(
-                    f"{source} has the columns {reader.fieldnames}, expected the header path[,label[,split]]"
-                )
-            reader.fieldnames = columns
-            for row in reader:
-                yield row, f"{source}, line {reader.line_num}"
-        except (csv.Error, UnicodeError) as error:
-            raise SourceError(f"{source}, after line {reader.line_num}: not a CSV row ({error})") from error
-
-
-def _column(header: str) -> str:
-    """``path``, ``label`` or ``split`` by any of its names; any other header as it is."""
-    return _COLUMNS.get(re.sub(r"[\s_-]", "", header).lower(), header.strip())
-
-
-def _entry(row: dict[str, str | None], where: str) -> Entry:
-    path, label, split = row.get("path"), (row.get("label") or "").strip() or None, (row.get("split") or "").strip()
-    if not path or None in row:
-        raise SourceError(f"{where}: found {len(row)} fields with path {path!r}, expected the header's columns")
-    if not split_of(split) and split.lower() not in ("", "none"):
-        raise UsageError(f"{where}: split {split!r} is not one of train, val, test or empty")
-    return Entry(path, -1, -1, label, split_of(split))
-
-
-def _resolved(entry: Entry, real_root: str) -> Entry:
-    """The entry under its one real path, so that no spelling of it counts twice; refused if that lies elsewhere.
-
-    A missing file stays in the list: reading it gives the reason, in its place.
-    """
-    try:
-        target = os.path.realpath(os.path.join(real_root, entry.path))  # noqa: PTH118 - an absolute path may replace it
-        if os.path.commonpath([real_root, target]) != real_root:
-            raise RefusedImage("lies outside the folder of the CSV")
-    except ValueError as error:  # another drive, or a NUL in the name
-        raise RefusedImage(f"cannot be found: {error}") from error
-    path = os.path.relpath(target, real_root).replace(os.sep, "/")
-    try:
-        status = os.stat(target)  # noqa: PTH116
+        with os.scandir(root) as inside:
+            names = sorted(each.name for each in itertools.islice(inside, 100_000) if each.is_dir())
     except OSError:
-        return entry._replace(path=path)
-    return entry._replace(path=path, size=status.st_size, mtime=status.st_mtime_ns)
+        return []
+    return [root / name for name in names[:_FOLDERS]]

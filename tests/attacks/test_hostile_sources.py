@@ -46,7 +46,7 @@ def test_rows_that_leave_the_folder_are_refused_unopened(tmp_path: Path, secret:
     with watched() as seen:
         images = list_images(folder / "list.csv")
     assert images.paths == ("red/00.jpg",)
-    assert [refusal.reason for refusal in images.refused] == ["lies outside the folder of the CSV"]
+    assert [refusal.reason for refusal in images.refused] == ["lies outside of the table's folder or --root"]
     assert not [line for line in seen if "secret" in line or "/proc" in line or "/dev" in line]
 
 
@@ -110,11 +110,11 @@ def test_lists_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) 
 def test_inputs_of_predict_follow_the_same_rules(tmp_path: Path, secret: Path, trained: Path) -> None:
     folder = make_photos(tmp_path / "photos", each=1)
     (folder / "out.jpg").symlink_to(secret)
-    (folder / "list.csv").write_text("path\n../home/secret.jpg\n")
+    (folder / "list.csv").write_text("path\n../home/secret.jpg\nred/00.jpg\n")
     with watched() as seen:
         rows = list(predict(trained / "m", [folder, folder / "list.csv"]))
     reasons = [row.reason for row in rows if row.path.endswith(("out.jpg", "secret.jpg"))]
-    assert reasons == ["link that leaves the source folder", "lies outside the folder of the CSV"]
+    assert reasons == ["link that leaves the source folder", "lies outside of the table's folder or --root"]
     assert not [line for line in seen if "secret" in line]
 
 

@@ -118,8 +118,8 @@ def test_one_file_under_several_spellings_is_one_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("picture,label\na.png,x\n", UsageError),
-        ("", UsageError),
+        ("Bild,label\na.png,x\n", UsageError),
+        ("", SourceError),
         ("path,split\na.png,practice\n", UsageError),
         ("path,label\na.png,x\na.png,y\n", SourceError),
         ("path\na.png,x\n", SourceError),

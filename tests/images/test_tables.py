@@ -73,7 +73,9 @@ def test_other_encodings_are_refused_by_line(table: Path, data: bytes, line: int
     assert str(refused.value).isascii()
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe" + TEXT.encode("utf-16-le")[:-1], TEXT.encode("utf-16-le"), b"\xff\xfe\0"])
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe" + TEXT.encode("utf-16-le")[:-1], TEXT.encode("utf-16-le")[:-1], b"\xff\xfe\0"]
+)
 def test_broken_utf16_is_refused(table: Path, data: bytes) -> None:
     table.write_bytes(data)
     with pytest.raises((SourceError, UsageError)):

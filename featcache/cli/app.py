@@ -6,8 +6,11 @@ In: ``sys.argv``. Out: an exit code. 0 done; 1 failed; 2 wrong usage; 3 done, bu
 
 import io
 import logging
+import os
+import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from typing import Annotated
 
@@ -85,10 +88,10 @@ def _run(*, command: str) -> int:
     """Run the command of ``sys.argv``; its exit code."""
     asked = None
     try:
-        if (command in _DECODING or any(text.startswith("--repair") for text in sys.argv)) and (
-            code := supervised()
-        ) is not None:
-            return code  # of a worker, which has said what there is to say
+        if command in _DECODING or any(text.startswith("--repair") for text in sys.argv):
+            _keep_stdin()
+            if (code := supervised()) is not None:
+                return code  # of a worker, which has said what there is to say
         asked = interrupt_on_signals()
         code = app(prog_name="featcache", standalone_mode=False)
     except typer.Exit as error:
@@ -107,6 +110,29 @@ def _run(*, command: str) -> int:
         say("interrupted")
         return _fail(Interrupted("interrupted", asked.signal if asked else signal.SIGINT), "interrupted")
     return code if isinstance(code, int) else 0
+
+
+def _keep_stdin() -> None:
+    """Where ``-`` is given, make stdin a file with what is piped in: each worker reads it anew, and listing it takes several passes.
+
+    Raises UsageError: it is given twice or as an output, nothing is piped in, or several processes would each read a part.
+    """
+    if not (places := [place for place, text in enumerate(sys.argv) if place and text == "-"]):
+        return
+    if any(sys.argv[place - 1] in ("-o", "--output") for place in places):
+        raise UsageError("-o takes the name of what is to be written, found -; predict without -o writes to stdout")
+    if len(places) > 1:
+        raise UsageError("- is what is piped in, which can be read once; give it once")
+    if (os.environ.get("WORLD_SIZE") or "1") != "1":
+        raise UsageError("- is what is piped in, which several processes cannot all read; give a file")
+    if sys.stdin.isatty():
+        raise UsageError(
+            "- is a list of images that is piped in, as by `find photos -name '*.jpg' | featcache ... -`; nothing is"
+        )
+    with tempfile.TemporaryFile() as kept:
+        shutil.copyfileobj(sys.stdin.buffer, kept)
+        kept.flush()
+        os.dup2(kept.fileno(), sys.stdin.fileno())
 
 
 def _fail(error: Exception, message: str, *, code: int = 1) -> int:

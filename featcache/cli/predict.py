@@ -18,13 +18,18 @@ from featcache.system.supervisor import notes
 
 def predict(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
-    inputs: Annotated[list[Path], typer.Argument(readable=False, help="Images, folders, CSV files; or cache files.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(readable=False, help="Images, folders, tables, - for a list on stdin; or cache files."),
+    ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file; stdout if not given.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
     probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
     batch_size: options.BatchSize = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
@@ -32,6 +37,7 @@ def predict(
     as_json: options.Json = False,
 ) -> None:
     """Label images: one row per input image, in order, refused ones included."""
+    from featcache.images.source import Source
     from featcache.models.model import load_model
     from featcache.models.predict import predict as run
     from featcache.reports.predictions_table import prediction_rows
@@ -46,7 +52,8 @@ def predict(
     started = time.perf_counter()
     loaded = load_model(model)
     with show_progress("predicting", show=output is not None) as progress:
-        predictions = run(loaded, inputs, device=device, workers=threads, batch_size=batch, progress=progress)
+        sources = [Source(path, root=root, path_column=path_column) for path in inputs]
+        predictions = run(loaded, sources, device=device, workers=threads, batch_size=batch, progress=progress)
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
         written, refused = _write(rows, output)
     seconds = time.perf_counter() - started

@@ -74,13 +74,13 @@ def find_columns(source: str, header: Sequence[str], chosen: Mapping[str, str | 
         UsageError: there is no column of paths; a chosen one is not there; there are several for one thing.
     """
     found = {role: _chosen(source, header, role, name) for role, name in chosen.items() if name is not None}
-    taken = [column for column in found.values() if column is not None]
-    if len(set(taken)) < len(taken):
-        raise UsageError(f"{source}: one column cannot be two things, {_options(chosen)}; give each its own")
+    taken = {column for column in found.values() if column is not None}
     for role in [role for role in chosen if role not in found]:
-        columns = [k for k, name in enumerate(header) if _ROLES.get(_plain(name)) == role and k not in taken]
+        columns = [k for k, name in enumerate(header) if _ROLES.get(_plain(name)) == role]
         if not columns and role == "path":
-            columns = [k for k, name in enumerate(header) if _plain(name) in _LESS and k not in taken]
+            columns = [k for k, name in enumerate(header) if _plain(name) in _LESS]
+        if role != "path" or len(columns) > 1:
+            columns = [column for column in columns if column not in taken]
         if len(columns) > 1:
             names = [header[column] for column in columns]
             leave_out = "" if role == "path" else f", or --{role}-column {NONE}"
@@ -89,6 +89,11 @@ def find_columns(source: str, header: Sequence[str], chosen: Mapping[str, str | 
                 f"{quoted(hint if hint in names else names[-1])}{leave_out}"
             )
         found[role] = columns[0] if columns else None
+    used = [column for column in found.values() if column is not None]
+    if len(set(used)) < len(used):
+        raise UsageError(
+            f"{source}: one column cannot be two things, see {_options(chosen)}; it has {shown(map(repr, header))}"
+        )
     if found["path"] is None:
         example = quoted(hint or next((name for name in header if name.strip()), "NAME"))
         raise UsageError(
@@ -113,7 +118,12 @@ def without_header(source: str, rows: Iterable[Sequence[str]], files: Sequence[b
     kinds = ["path" if file else "split" if split else "label" for file, split in zip(files, are_splits, strict=False)]
     if kinds in (["path"], ["path", "label"], ["path", "label", "split"]):
         return Columns(0, 1 if len(kinds) > 1 else None, 2 if len(kinds) > 2 else None)
-    names = [kind if kinds.index(kind) == k else f"other{k}" for k, kind in enumerate(kinds)]
+    path = kinds.index("path") if "path" in kinds else 0
+    label = next((k for k, kind in enumerate(kinds) if kind == "label" and k > path), None)
+    names = ["label" if k == label else f"other{k}" for k in range(len(kinds))]
+    for kind in ("split", "path"):
+        if kind in kinds:
+            names[kinds.index(kind)] = kind
     raise UsageError(
         f"{source} has no header, and nothing proves what its {len(kinds)} columns hold; put a line above it that names them, "
         f"such as {','.join(names[:_MOST])}"

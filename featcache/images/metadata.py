@@ -1,7 +1,8 @@
 """Labels of a folder's images from a table inside of it. In: the folder's ``Listing``. Out: the same, relabelled.
 
 ``metadata.csv`` or ``metadata.jsonl`` as in Hugging Face's ImageFolder: it may lie in any folder, and names images of that folder,
-or below it. With a column of labels it decides them, for all images; without one the folders do.
+or below it. With a column of labels it decides them; without one the folders do. An image that it does not name is kept, without a
+label: none is passed over in silence, and none trains under a label that nobody gave it.
 """
 
 import bisect
@@ -41,14 +42,15 @@ def describe(listing: Listing, chosen: Mapping[str, str | None]) -> Listing:
     if found is None or not (found.labels or found.splits):
         return listing
     known = {entry.path for entry in listing.entries}
-    every = sorted([*listing.entries, *(found.entries[path] for path in found.entries.keys() - known)])
+    unlisted = [entry for path, entry in found.entries.items() if path not in known]
+    every = sorted([*listing.entries, *unlisted], key=lambda entry: entry.path)
     if found.labels and chosen["label"] is None:
         _check_labels(listing, found)
     merged = [_merged(listing, entry, found) for entry in every]
     if found.labels and (bare := [entry.path for entry in every if entry.path not in found.entries]):
         log.warning("%s: %d images without a label, which no metadata names (%s)", listing.root, len(bare), some(bare))
     refused = sorted({*listing.refused, *found.refused})
-    at = [bisect.bisect([entry.path for entry in merged], refusal.path) for refusal in refused] if refused else []
+    at = [bisect.bisect(merged, refusal.path, key=lambda entry: entry.path) for refusal in refused]
     return listing._replace(
         entries=merged, classes=set() if found.labels else listing.classes, refused=refused, refused_at=at
     )
@@ -82,10 +84,6 @@ def _read(listing: Listing, chosen: Mapping[str, str | None]) -> _Described | No
                 continue
             if found.setdefault(entry.path, entry) != entry:
                 raise SourceError(f"{where}: {entry.path} is named twice, with different labels or splits")
-    if max(len(labels), len(splits)) > 1:
-        raise SourceError(
-            f"{listing.root}: {some(listing.metadata)} have different columns; give all of them a label, or none"
-        )
     if not any(entry.size >= 0 for entry in found.values()):
         if labels:
             log.warning("%s: no image is named by %s, which is not used", listing.root, some(listing.metadata))
@@ -96,7 +94,7 @@ def _read(listing: Listing, chosen: Mapping[str, str | None]) -> _Described | No
 def _found(entry: Entry, folder: str, known: Mapping[str, Entry], files: Files) -> Entry:
     """The entry under its path below the source. Raises RefusedImage: it lies outside of the metadata's folder."""
     path = posixpath.normpath(posixpath.join(folder, entry.path.replace(os.sep, "/")))
-    if there := known.get(path):
+    if path.startswith(f"{folder}/" if folder else "") and (there := known.get(path)):
         return there._replace(label=entry.label, split=entry.split)
     resolved = files.resolved(entry)
     path = posixpath.join(folder, resolved.path)
@@ -106,15 +104,14 @@ def _found(entry: Entry, folder: str, known: Mapping[str, Entry], files: Files) 
 
 def _check_labels(listing: Listing, found: _Described) -> None:
     """Raise SourceError if folders name classes, too, and other ones."""
-    pairs = {(entry.label, found.entries[entry.path].label) for entry in listing.entries if entry.path in found.entries}
-    folders = {label for label, _ in pairs} - {None}
-    odd = sorted(
-        (str(one), str(other)) for one, other in pairs if one != other and one is not None and other is not None
-    )
-    if len(folders) > 1 and odd:
+    nothing = Entry("", -1, -1)
+    pairs = {(entry.label, found.entries.get(entry.path, nothing).label) for entry in listing.entries if entry.label}
+    odd = sorted((str(one), other or "") for one, other in pairs if one != other)
+    if len({one for one, _ in pairs}) > 1 and odd:
         raise SourceError(
-            f"{listing.root} can be read in two ways: a folder is called {odd[0][0]} where the metadata says {odd[0][1]}; say "
-            f"--label-column {quoted(found.column)} to take the metadata's classes, --label-column {NONE} to take the folders'"
+            f"{listing.root} can be read in two ways: a folder is called {odd[0][0]} where the metadata says "
+            f"{odd[0][1] or 'nothing'}; say --label-column {quoted(found.column)} to take the metadata's classes, --label-column "
+            f"{NONE} to take the folders'"
         )
 
 

@@ -27,6 +27,7 @@ STDIN = Path("-")
 MAX_ROW = 2**20  # characters
 _MAX_KEYS = 10_000  # of JSON objects
 _LOOKED_AT = 1000  # lines, for one that names a file
+_CELLS = 50  # the same
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|"}
 _UTF8 = re.compile(
     rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
@@ -189,7 +190,7 @@ class _Text(NamedTuple):
         rest = b""
         with self.open() as file:
             while data := file.read(65536):
-                *names, rest = (rest + data).split(b"\0")
+                *names, rest = re.split(rb"\0+", rest + data)
                 if len(rest) > MAX_ROW:
                     raise self._too_long(1)
                 for name in filter(bytes.strip, names):
@@ -246,7 +247,7 @@ def _without_header(text: _Text, first: str, headers: Mapping[str, Sequence[str]
     if is_file(first):
         return whole
     for delimiter, cells in headers.items():
-        if is_path(cells[0]) and (len(cells) > 1 or cells[0] != first):
+        if any(map(is_path, cells[:_CELLS])) and (len(cells) > 1 or cells[0] != first):
             return Table(text.name, (), functools.partial(_as_wide, text, delimiter, len(cells)))
     if not (is_path(before) or is_path(first) or re.search(r"[/\\]", first)):
         return None
@@ -255,6 +256,13 @@ def _without_header(text: _Text, first: str, headers: Mapping[str, Sequence[str]
             return whole
         if " " in line.strip() and is_file(line.rsplit(None, 1)[0]):
             return words
+    for blank in itertools.islice(re.finditer(r"\s+", first), _CELLS):
+        if is_file(first[: blank.start()]):
+            line = f"{first[: blank.start()]},{first[blank.end() :]}"
+            raise SourceError(
+                f"{text.name}, line 1: {first[:200]!r} begins with a file, and what follows is more than a word; write a CSV "
+                f"with the header path,label and lines such as {line[:200]}"
+            )
     return words if has_image_suffix(before) and not has_image_suffix(first) else whole
 
 

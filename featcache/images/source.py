@@ -18,6 +18,7 @@ from featcache.errors import Refusal, SourceError, UsageError
 from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.metadata import describe
+from featcache.images.records import STDIN
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
 
@@ -64,7 +65,7 @@ class Source:
         return source if isinstance(source, Source) else cls(Path(source))
 
     def __str__(self) -> str:
-        return str(self.path)
+        return "stdin" if self.path == STDIN else str(self.path)
 
     @property
     def options(self) -> dict[str, object]:
@@ -75,7 +76,7 @@ class Source:
     @property
     def typed(self) -> str:
         """As a user would type it in a command."""
-        words = [str(self), *itertools.chain.from_iterable(self.options.items())]
+        words = [self.path, *itertools.chain.from_iterable(self.options.items())]
         return " ".join(shlex.quote(str(word)) for word in words)
 
     @property
@@ -175,10 +176,10 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True) -> Imag
         raise SourceError(f"{path} does not exist; give a folder of images or a CSV with the header path,label,split")
     if not listing.entries and not listing.refused:
         expected = "rows below its header" if is_table(path) else f"files such as {path / 'CLASS' / 'photo.jpg'}"
-        raise SourceError(f"no image found in {path}; expected {expected}")
+        raise SourceError(f"no image found in {source}; expected {expected}")
     images = _image_list(listing)
     if labelled:
-        _say(path, images)
+        _say(source, images)
     return images
 
 
@@ -199,7 +200,7 @@ def _image_list(listing: Listing) -> ImageList:
     )
 
 
-def _say(source: Path, images: ImageList) -> None:
+def _say(source: Source, images: ImageList) -> None:
     """Log the table, and what is probably a mistake in the names of classes."""
     refused = f", {len(images.refused)} refused unopened" if images.refused else ""
     first = f" (the first, {images.refused[0].path}: {images.refused[0].reason})" if images.refused else ""

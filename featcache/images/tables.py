@@ -75,7 +75,7 @@ def read_columns(source: Path, files: "Files", chosen: Mapping[str, str | None])
     table = read_table(source, files.has, chosen)
     if not table.header:
         first = [files.has(cell) or has_image_suffix(cell) for cell in next(table.rows())[0][:_COLUMNS]]
-        first[0] = True  # or it would not have been taken for a list
+        first[0] |= not any(first)  # or it would not have been taken for a list
         return table, without_header(table.name, (cells for cells, _ in table.rows()), first)
     hints: list[str] = []
     for cells, _ in itertools.islice(table.rows(), _SAMPLE):
@@ -88,8 +88,10 @@ def entries(table: Table, columns: Columns) -> Iterator[tuple[Entry, str]]:
     """Each row as it is written, and where it stands. Raises SourceError, UsageError."""
     for cells, where in table.rows():
         path = as_text(cells[columns.path], where)
-        if not path.strip():
-            raise SourceError(f"{where}: found no path, expected one in each row that is not blank")
+        if not path.strip() or not _is_storable(path):
+            raise SourceError(
+                f"{where}: found the path {path[:200]!a}, expected the name of a file in each row that is not blank"
+            )
         label = None if columns.label is None else _label(as_text(cells[columns.label], where), where)
         split = 0 if columns.split is None else _split(as_text(cells[columns.split], where), columns, where)
         yield Entry(path, -1, -1, label, split), where
@@ -101,11 +103,17 @@ def _label(cell: str, where: str) -> str | None:
         label != cell and len(label) > 1 and label[0] == label[-1] == '"'
     ):  # "a" after a blank: quotes that CSV takes for text
         label = label[1:-1].strip()
-    try:
-        label.encode("utf-8", "surrogateescape")
-    except UnicodeError as error:
-        raise SourceError(f"{where}: the label {label!a} is no text ({error})") from error
+    if "\0" in label or not _is_storable(label):
+        raise SourceError(f"{where}: the label {label[:200]!a} is no text; expected the name of a class")
     return label or None
+
+
+def _is_storable(name: str) -> bool:
+    try:
+        name.encode("utf-8", "surrogateescape")
+    except UnicodeError:
+        return False
+    return True
 
 
 def _split(cell: str, columns: Columns, where: str) -> int:
@@ -233,6 +241,8 @@ def _where_they_are(sample: Sequence[str], files: Files) -> str:
         if tail := next(filter(files.has, tails), ""):
             return f"{tail} is there: leave {first[: len(first) - len(tail)]} out of the table"
         return ""
+    if re.match(r"[a-z][a-z\d+.-]+://", first, re.IGNORECASE):
+        return "addresses are not followed: download what is to be embedded, and name the files"
     real, here = Path(files.real_root), Path.cwd()
     folders = [here, *itertools.islice(real.parents, 8), *_folders_in(files.root)]
     found = {folder: sum(map(Files(folder).has, sample)) for folder in folders}

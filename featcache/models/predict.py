@@ -1,6 +1,6 @@
 """``predict``: label images, or the rows of a cache, with a saved model.
 
-In: a model folder and images, folders, CSV files or caches. Out: one ``Prediction`` per input image, in order.
+In: a model folder and images, folders, tables or caches. Out: one ``Prediction`` per input image, in order.
 """
 
 import contextlib
@@ -18,7 +18,9 @@ from featcache.cache.features import is_finite
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
 from featcache.images.read import ImageFiles, Paths
-from featcache.images.source import list_images
+from featcache.images.records import STDIN
+from featcache.images.source import AnySource, Source, list_images
+from featcache.images.tables import is_table
 from featcache.models.model import Model, load_model
 from featcache.system.runtime_options import check_runtime_options
 
@@ -49,7 +51,7 @@ class Prediction:
 
 def predict(
     model: Model | str | Path,
-    inputs: str | Path | Sequence[str | Path],
+    inputs: AnySource | Sequence[AnySource],
     *,
     device: str = "auto",
     workers: int | None = None,
@@ -60,7 +62,7 @@ def predict(
 
     Args:
         model: a model folder, or what ``load_model`` returned.
-        inputs: one or several: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
+        inputs: one or several: image files, folders, tables and lists of paths (see ``Source``); or caches of the model's own spec.
         device, workers, batch_size: as in ``extract``.
         progress: called with (done, total, bottleneck).
 
@@ -70,18 +72,21 @@ def predict(
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = model if isinstance(model, Model) else load_model(model)
-    paths = [Path(entry) for entry in ([inputs] if isinstance(inputs, str | Path) else inputs)]
-    if missing := [path for path in paths if not os.path.lexists(path)]:
+    sources = [Source.of(entry) for entry in ([inputs] if isinstance(inputs, AnySource) else inputs)]
+    paths = [source.path for source in sources]
+    if missing := [path for path in paths if path != STDIN and not os.path.lexists(path)]:
         raise SourceError(f"{missing[0]} does not exist; give image files, folders, a CSV or a cache")
     caches = [is_cache(path) for path in paths]
     if any(caches):
         if not all(caches):
             raise UsageError("caches and images cannot be mixed in one prediction; run it once for each")
+        for source in sources:
+            source.check_options("cache")
         opened = [FeatureCache.open(path) for path in paths]
         for cache in opened:
             model.check_cache(cache)
         return _note_seen(model, _predict_caches(model, opened))
-    entries = _list_inputs(paths)
+    entries = _list_inputs(sources)
     files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
     return _note_seen(model, _fill_in(entries, predict_images(model, files, device, workers, batch_size, progress)))
 
@@ -114,19 +119,20 @@ def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Predic
             yield Prediction(name, None, reason)
 
 
-def _list_inputs(paths: list[Path]) -> list[Prediction]:
+def _list_inputs(sources: list[Source]) -> list[Prediction]:
     """What is refused already, with its reason, and in its place what has to be looked at, without."""
     entries: list[Prediction] = []
-    for path in paths:
-        if path.is_dir() or path.suffix.lower() == ".csv":
-            images = list_images(path, labelled=False)
+    for source in sources:
+        if source.path.is_dir() or is_table(source.path):
+            images = list_images(source, labelled=False)
             here = [Prediction(str(images.root / name), None) for name in images.paths]
             refused = zip(images.refused_at, images.refused, strict=True)
             for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true
                 here.insert(position, Prediction(str(images.root / refusal.path), None, refusal.reason))
             entries += here
         else:
-            entries.append(Prediction(str(path), None))
+            source.check_options("single image")
+            entries.append(Prediction(str(source), None))
     return entries
 
 

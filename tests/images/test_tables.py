@@ -1,14 +1,17 @@
 """A table's names are read in an encoding that is known or proven, or the table is refused with the line in question."""
 
+import logging
 import os
 import sys
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import write_photo
 
 from featcache.errors import SourceError, UsageError
-from featcache.images.source import list_images
+from featcache.images.source import Source, list_images
 
 TEXT = "path,label\r\nx/a.png,caf\xe9 \u03a9\r\n"
 BYTES_FOR_NAMES = pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
@@ -82,16 +85,151 @@ def test_broken_utf16_is_refused(table: Path, data: bytes) -> None:
         list_images(table)
 
 
+# What is wrong with a table -> its file, options, and what is said of it.
+MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "two labels": (
+        "path,label,breed\nx/a.png,0,fox\n",
+        {},
+        "'label', 'breed' may each hold the label; .* --label-column breed",
+    ),
+    "two paths": (
+        "image,filepath\n7,x/a.png\n",
+        {},
+        "'image', 'filepath' may each hold the path; .* --path-column filepath",
+    ),
+    "twice": ("path,label,label\nx/a.png,a,a\n", {"label_column": "label"}, "has 2 columns called 'label'"),
+    "one for two": (
+        "path,label\nx/a.png,a\n",
+        {"label_column": "PATH"},
+        "one column cannot be two things, see --label-column PATH",
+    ),
+    "none known": (
+        "id 2,Bild,Art\n1,x/a.png,a\n",
+        {},
+        "columns 'id 2', 'Bild', 'Art', none of them .* --path-column Bild",
+    ),
+    "unknown": (
+        "path,species\nx/a.png,a\n",
+        {"label_column": "specis"},
+        "it has 'path', 'species'; did you mean species",
+    ),
+    "unknown in a list": ("x/a.png\n", {"label_column": "art"}, "no column for --label-column art; it has 'x/a.png'"),
+    "folds": ("path,set\nx/a.png,3\n", {}, "line 2: set is '3', expected train.* --split-column none no splits"),
+    "usage": ("path,Usage\nx/a.png,Public\n", {"split_column": "usage"}, "line 2: Usage is 'Public', expected train"),
+    "neither yes nor no": ("path,is_valid\nx/a.png,maybe\n", {}, "line 2: is_valid is 'maybe'"),
+    "no header, four columns": ("x/a.png,a,train,Ann\n", {}, "no header.* such as path,label,split,other3$"),
+    "no header, splits only": ("x/a.png,train\n", {}, "no header.* such as path,split$"),
+    "no header, an index": ("0,x/a.png,a\n", {}, "no header.* such as other0,path,label$"),
+    "no header, masks": ("x/a.png,x/\xe4.png\n", {}, "no header.* such as path,other1$"),
+    "no header, uneven": ("x/a.png,a\nx/\xe4.png\n", {}, "line 2: found 1 cells, expected 2"),
+    "a heading": ("My photos\nx/a.png\n", {}, "'My photos'.* none of them known as one of paths"),
+    "a header that is a file": ("image\nx/a.png\n", {}, "line 1: 'image' is a header, and a file"),
+    "words": ("x/a.png red fox\n", {}, "begins with a file.* write a CSV .* such as x/a.png,red fox$"),
+    "some words": ("x/a.png fox\nx/\xe4.png\n", {}, "line 2: found 'x/\xe4.png', expected a path, a blank and a label"),
+    "too many cells": ("path,label\nx/a.png,a,b\n", {}, "line 2: found 3 cells, expected at most 2"),
+    "no path": ("path,label\nx/a.png,a\n,b\n", {}, "line 3: found the path '', expected the name of a file"),
+    "several labels": (
+        '{"path": "x/a.png", "label": ["a", "b"]}',
+        {},
+        r'line 1: found \["a", "b"\], expected one text or number',
+    ),
+    "no JSON": ('{"path": "x/a.png"}\n{"path"\n', {}, "line 2: not a JSON object"),
+    "JSON twice": ('{"path": "x/a.png", "path": "b"}\n', {}, r"line 1: not a JSON object \(a key occurs twice\)"),
+    "labels that cannot be stored": ('{"path": "x/a.png", "label": "\\ud800"}', {}, r"label '\\ud800' is no text"),
+    "labels with NUL": ('{"path": "x/a.png", "label": "a\\u0000"}', {}, r"label 'a\\x00' is no text"),
+    "paths that cannot be stored": ('{"path": "x/\\ud800.png"}', {}, r"line 1: found the path 'x/\\ud800.png'"),
+    "addresses": ("path\nhttps://example.org/1.jpg\n", {}, "addresses are not followed: download"),
+    "no such root": ("path\nx/a.png\n", {"root": Path("nowhere")}, "--root nowhere is no folder"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_answered_in_a_line_that_helps(table: Path, case: str) -> None:
+    text, options, message = MISTAKES[case]
+    (table.parent / "image").write_bytes(b"\xff\xd8\xff")
+    table.write_text(text)
+    with pytest.raises((SourceError, UsageError), match=message) as refused:
+        list_images(Source(table, **options))
+    assert "\n" not in str(refused.value)
+
+
+# A table none of whose files is there -> what would find them.
+ELSEWHERE = {
+    "path\n1.jpg\n2.jpg\n": "--root {root}/train_images has 2 of the first 2",
+    "id,label\n1,a\n2,b\n": "--root {root}/train_images has 2 of the first 2",
+    "path\nphotos/x/a.png\nphotos/x/gone.png\n": "--root {parent} has 1 of the first 2",
+    "{parent}/other/1.jpg\n{parent}/other/b/2.jpg\n": "--root {parent}/other takes them",
+    "path\nC:\\me\\photos\\x\\a.png\n": r"x/a.png is there: leave C:\me\photos\ out of the table",
+    "path\n/home/me/x/a.png\n": "x/a.png is there: leave /home/me/ out of the table",
+    "path\nnowhere.png\n": "--root FOLDER says what its paths are relative to",
+    "path\n../other/1.jpg\n": "--root FOLDER says what its paths are relative to",
+}
+
+
+@pytest.mark.parametrize("text", ELSEWHERE)
+def test_a_table_of_files_elsewhere_says_where_they_are(tmp_path: Path, text: str) -> None:
+    root = tmp_path / "photos"
+    for path in ("x/a.png", "train_images/1.jpg", "train_images/2.jpg", "../other/1.jpg", "../other/b/2.jpg"):
+        write_photo(root / path, (1, 2, 3), 1)
+    (root / "list.csv").write_text(text.format(parent=tmp_path))
+    with pytest.raises(SourceError) as refused:
+        list_images(root / "list.csv")
+    assert "not one of its images is a file below" in str(refused.value)
+    assert str(refused.value).endswith(f"; {ELSEWHERE[text].format(root=root, parent=tmp_path)}")
+
+
 @pytest.mark.parametrize(
-    "header", ["PATH,Label,Split", "filename, species ,subset", "Image Path,Class,set", "file_name,category,SPLIT"]
+    ("text", "said"),
+    [
+        ("ID,filename,species,by\n1,x/a.png,fox,Ann\n", "path from 'filename', label from 'species'; ignored: ID, by"),
+        (
+            "path,kind,\nx/a.png,fox,\n",
+            "path from 'path'; ignored: kind, 1 without a name (--label-column NAME takes one",
+        ),
+        ("x/a.png,fox,train\n", "no header; path from column 1, label from column 2, split from column 3"),
+        ("path,label\nx/a.png,nan\n", "nan is taken for a class; leave the cell empty where there is no label"),
+    ],
 )
-def test_columns_by_the_names_people_use(table: Path, header: str) -> None:
-    table.write_text(f"{header}\nx/a.png,fox,Training\n")
-    images = list_images(table)
-    assert (images.paths, images.classes, images.splits.tolist()) == (("x/a.png",), ("fox",), [1])
+def test_what_was_decided_is_said(table: Path, caplog: pytest.LogCaptureFixture, text: str, said: str) -> None:
+    caplog.set_level(logging.INFO, "featcache")
+    table.write_text(text)
+    assert list_images(table).paths == ("x/a.png",)
+    assert f"{table}: {said}" in caplog.text
 
 
-def test_two_columns_for_one_thing_are_refused(table: Path) -> None:
-    table.write_text("path,filename\nx/a.png,a.png\n")
-    with pytest.raises(UsageError, match="'path', 'filename'"):
-        list_images(table)
+def test_what_stands_there_counts_before_what_it_may_mean(tmp_path: Path) -> None:
+    """Backslashes, blanks, a leading apostrophe, a name without suffix: first as a name of its own."""
+    names = ("a\\1.jpg", " 2.jpg", "'=3.jpg", "4")
+    if sys.platform == "win32":
+        pytest.skip("such names cannot be")
+    for name in (*names, "a/1.jpg", "2.jpg", "=3.jpg", "4.jpg"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "list.csv").write_text("path\n" + "".join(f"{name}\n" for name in names))
+    assert list_images(tmp_path / "list.csv").paths == names
+    for name in names:
+        (tmp_path / name).unlink()
+    assert list_images(tmp_path / "list.csv").paths == ("a/1.jpg", "2.jpg", "=3.jpg", "4.jpg")
+
+
+def test_a_name_without_suffix_that_several_images_have_is_refused(tmp_path: Path) -> None:
+    for name in ("1.jpg", "1.PNG", "1.txt", "2.jpg"):
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "list.csv").write_text("id,label\n1,a\n2,b\n3,b\n")
+    images = list_images(tmp_path / "list.csv")
+    assert images.paths == ("2.jpg", "3")
+    assert images.refused == (("1", "may be any of 1.PNG, 1.jpg"),)
+
+
+def test_names_of_other_unicode_forms_are_found(tmp_path: Path) -> None:
+    """As macOS writes them, and as Linux does."""
+    (tmp_path / unicodedata.normalize("NFD", "\xe4.jpg")).write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "list.csv").write_text("path\n\xe4.jpg\n")
+    images = list_images(tmp_path / "list.csv")
+    assert images.sizes.tolist() == [3]
+
+
+def test_only_paths_are_read_where_images_are_to_be_labelled(table: Path) -> None:
+    table.write_text("path,label,set\nx/a.png,a,fold 3\nx/a.png,b,fold 4\n")
+    assert list_images(table, labelled=False).paths == ("x/a.png",)

@@ -4,6 +4,7 @@ In: a folder or list that somebody sent. Out: every row embedded or refused with
 """
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hostile import watched
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError, RefusedImage
 from featcache.images.read import read_file
-from featcache.images.source import list_images
+from featcache.images.source import Source, list_images
 from featcache.models.predict import predict
 
 Run = Callable[..., tuple[int, str, str]]
@@ -93,8 +94,44 @@ def test_a_link_put_in_place_of_a_listed_image_is_still_only_an_image(tmp_path: 
         "path,label\na.jpg,x,y,z\n",
         "path;label\na.jpg;x\n",
         "",
+        "\0" * 3_000_000,
+        "a.jpg\0" + "b" * 3_000_000,
+        "path" + ",label" * 100_000 + "\n",
+        "path\n" + ",".join("ab" * 500_000) + "\n",
+        "path,label\na.jpg" + ',"x\ny"' * 300_000 + "\n",
+        '{"path": ' * 100_000,
+        '{"path": "a.jpg", "x": ' + "[" * 10_000 + "]" * 10_000 + "}\n",
+        "".join(f'{{"path": "a.jpg", "k{number}": 1}}\n' for number in range(20_000)),
+        "sep=;\n",
+        "path\nfile://[/a.jpg\nfile:////etc/passwd\nfile:///%00\n",
+        "path\n\\\\server\\share\\a.jpg\n",
     ],
-    ids=["long", "open quote", "twice", "columns", "NUL", "no rows", "fields", "semicolons", "empty"],
+    ids=[
+        *(
+            "long",
+            "open quote",
+            "twice",
+            "columns",
+            "NUL",
+            "no rows",
+            "fields",
+            "semicolons",
+            "empty",
+            "NULs",
+            "long name",
+        ),
+        *(
+            "many labels",
+            "many cells",
+            "long row",
+            "open JSON",
+            "deep JSON",
+            "many keys",
+            "only sep",
+            "addresses",
+            "share",
+        ),
+    ],
 )
 def test_lists_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "list.csv").write_text(text)
@@ -102,9 +139,52 @@ def test_lists_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) 
         images = list_images(tmp_path / "list.csv")
     except FeatcacheError as error:
         assert "\n" not in str(error)
+        assert len(str(error)) < 2000
     else:
         assert not len(images) or all(not (tmp_path / path).exists() for path in images.paths)
         assert all(refusal.reason for refusal in images.refused)
+
+
+@pytest.mark.parametrize("start", [b"", b"path\n", b'path,label\na.jpg,"', b'{"path": "', b"a.jpg\0"])
+def test_memory_is_bounded_by_a_row(tmp_path: Path, start: bytes) -> None:
+    """A line without an end, and rows without an end, of 64 MB."""
+    with (tmp_path / "list.csv").open("wb") as file:
+        file.write(start)
+        for _ in range(64):
+            file.write(b"x" * 2**20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FeatcacheError, match="a row of more than 1,048,576 characters"):
+            list_images(tmp_path / "list.csv")
+        assert tracemalloc.get_traced_memory()[1] < 24e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "'../home/secret.jpg",
+        "..\\home\\secret.jpg",
+        " ../home/secret.jpg",
+        "file:///{home}/secret.jpg",
+        "file://localhost{home}/%73ecret.jpg",
+        "../home/secret",
+        "link/secret",
+        "link\\secret.jpg",
+    ],
+)
+def test_other_spellings_lead_nowhere_else(tmp_path: Path, secret: Path, row: str) -> None:
+    folder = make_photos(tmp_path / "photos", each=1)
+    (folder / "link").symlink_to(secret.parent)
+    for name in ("list.csv", "metadata.csv"):
+        (folder / name).write_text(f"file_name,label\nred/00.jpg,a\n{row.format(home=secret.parent)},b\n")
+    with watched() as seen:
+        found = [list_images(folder / "list.csv"), list_images(Source(folder, label_column="label"))]
+    for images in found:
+        there = [path for path, size in zip(images.paths, images.sizes, strict=True) if size >= 0]
+        assert set(there) <= {"red/00.jpg", "blue/00.jpg", "green/00.jpg"}
+    assert not [line for line in seen if "secret" in line or "home" in line]
 
 
 def test_inputs_of_predict_follow_the_same_rules(tmp_path: Path, secret: Path, trained: Path) -> None:

@@ -56,6 +56,12 @@ for path in sys.argv[1:]:
     except RefusedImage as reason:
         print(reason)
 """
+# The same of what is listed on stdin, as the command line reads it: once, for all workers.
+DECODE_LISTED = DECODE.replace(
+    "if (code",
+    "from featcache.cli.app import _keep_stdin\nfrom featcache.images.source import list_images\n_keep_stdin()\nif (code",
+    1,
+).replace("in sys.argv[1:]", "in list_images('-').paths")
 
 
 @pytest.fixture
@@ -67,9 +73,13 @@ def broken(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{package}"}
 
 
-def python(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+def python(
+    environment: dict[str, str], *arguments: object, stdin: str | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300, input=stdin, cwd=cwd
+    )
 
 
 def mark(path: Path, text: bytes = b"CRASH ME") -> Path:
@@ -129,6 +139,15 @@ def test_pixels_are_guarded_until_they_are_there(tmp_path: Path, broken: dict[st
     deadly, good = (write_photo(tmp_path / f"{size}.png", (1, 2, 3), 1, size) for size in ((13, 17), (17, 13)))
     done = python(broken, "-c", DECODE, deadly, good)
     assert (done.stdout, done.returncode) == ("its decoder crashed (SIGSEGV)\n(13, 17, 3)\n", 0), done.stderr
+
+
+def test_a_list_on_stdin_outlives_a_worker(tmp_path: Path, broken: dict[str, str]) -> None:
+    write_photo(tmp_path / "a.png", (1, 2, 3), 1, (17, 13))
+    mark(write_photo(tmp_path / "b.png", (1, 2, 3), 1))
+    write_photo(tmp_path / "c.png", (1, 2, 3), 1, (19, 11))
+    done = python(broken, "-c", DECODE_LISTED, "-", stdin="a.png\nb.png\nc.png\n", cwd=tmp_path)
+    assert done.stderr.count("a decoder crashed (SIGSEGV); going on") == 1, done.stderr
+    assert done.stdout.splitlines()[-3:] == ["(13, 17, 3)", "its decoder crashed (SIGSEGV)", "(11, 19, 3)"]
 
 
 @pytest.fixture

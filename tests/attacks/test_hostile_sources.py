@@ -161,6 +161,22 @@ def test_memory_is_bounded_by_a_row(tmp_path: Path, start: bytes) -> None:
         tracemalloc.stop()
 
 
+ROWS_TOO_LONG = {
+    "line": "path\n" + "x" * 1_100_000,
+    "lines": "path,label\na.jpg" + ',"x\ny"' * 200_000,
+    "name": "a.jpg\n" + "x" * 1_100_000,
+    "JSON": '{"path": "a.jpg"}\n{"path": "' + "x" * 1_100_000 + '"}\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("text", ROWS_TOO_LONG.values(), ids=ROWS_TOO_LONG)
+def test_a_row_that_is_too_long_is_never_cut(tmp_path: Path, text: str, encoding: str) -> None:
+    (tmp_path / "list.csv").write_text(text, encoding)
+    with pytest.raises(FeatcacheError, match="line [0-9]+: a row of more than 1,048,576 characters"):
+        list_images(tmp_path / "list.csv")
+
+
 @pytest.mark.parametrize(
     "row",
     [

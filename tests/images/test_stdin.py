@@ -125,6 +125,7 @@ def test_a_terminal_is_not_waited_for(pipe: Pipe, run: Run, monkeypatch: pytest.
     pipe(b"")
     terminal, keyboard = os.openpty()
     os.dup2(keyboard, 0)
+    os.write(terminal, b"\x04")  # the end of what is typed, for whoever waits
     code, _, err = run("predict", "m", "-")
     os.close(terminal)
     os.close(keyboard)

@@ -126,6 +126,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a header that is a file": ("image\nx/a.png\n", {}, "line 1: 'image' is a header, and a file"),
     "words": ("x/a.png red fox\n", {}, "begins with a file.* write a CSV .* such as x/a.png,red fox$"),
     "some words": ("x/a.png fox\nx/\xe4.png\n", {}, "line 2: found 'x/\xe4.png', expected a path, a blank and a label"),
+    "a word of a name": (
+        "x/a.png fox\nx/b c.png\n",
+        {},
+        "line 2: found 'x/b c.png', expected a path, a blank and a label",
+    ),
     "too many cells": ("path,label\nx/a.png,a,b\n", {}, "line 2: found 3 cells, expected at most 2"),
     "no path": ("path,label\nx/a.png,a\n,b\n", {}, "line 3: found the path '', expected the name of a file"),
     "several labels": (
@@ -146,7 +151,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_answered_in_a_line_that_helps(table: Path, case: str) -> None:
     text, options, message = MISTAKES[case]
-    (table.parent / "image").write_bytes(b"\xff\xd8\xff")
+    for name in ("image", "x/b c.png"):
+        (table.parent / name).write_bytes(b"\xff\xd8\xff")
     table.write_text(text)
     with pytest.raises((SourceError, UsageError), match=message) as refused:
         list_images(Source(table, **options))

@@ -59,11 +59,11 @@ def read_table(path: Path, is_file: IsFile, chosen: Mapping[str, str | None]) ->
         path: the file, or ``-``. is_file: whether a cell names a file. chosen: see ``columns.find_columns``.
 
     Raises:
-        SourceError: it is empty, or in an unknown encoding. UsageError: it can be read in two ways or in none.
+        SourceError: it is empty, or in an unknown encoding, or changes while it is read. UsageError: it can be read in two ways or in none.
     """
     text = _Text(path, "stdin" if path == STDIN else str(path), *_BYTES)
     with text.open() as file:
-        start = file.read(8192)
+        text, start = text._replace(version=_version(file)), file.read(8192)
     first, nul, _ = start.partition(b"\0")
     if codec := _utf16(start):
         return _read(text._replace(codec=codec, errors="strict"), is_file, chosen)
@@ -94,10 +94,15 @@ class _Text(NamedTuple):
     name: str
     codec: str
     errors: str
+    version: tuple[int, ...] = ()  # of the file, which its columns must not outlive
 
     def open(self) -> BinaryIO:
         if self.path != STDIN:
-            return self.path.open("rb")
+            file = self.path.open("rb")
+            if self.version and self.version != _version(file):
+                file.close()
+                raise SourceError(f"{self.name} was changed while it was read; run it again")
+            return file
         file = os.fdopen(os.dup(0), "rb")
         try:
             file.seek(0)
@@ -204,6 +209,11 @@ class _Text(NamedTuple):
         )
 
 
+def _version(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _read(text: _Text, is_file: IsFile, chosen: Mapping[str, str | None]) -> Table:
     """What kind of table or list it is."""
     first = next((line.strip("\r\n") for line in text.lines() if line.strip()), "")
@@ -220,7 +230,7 @@ def _read(text: _Text, is_file: IsFile, chosen: Mapping[str, str | None]) -> Tab
     rows = functools.partial(text.below_header, found, skipped)
     options = any(name not in (None, NONE) for name in chosen.values())
     if known(header, chosen) or options or marked:
-        if not options and is_file(first):
+        if not options and len(header) == 1 and is_file(first):
             raise UsageError(
                 f"{text.name}, line 1: {first!r} is a header, and a file; put the line path above it, or rename the file"
             )

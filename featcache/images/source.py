@@ -161,6 +161,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True) -> Imag
     source = Source.of(source)
     path = source.path
     if path.is_dir():
+        source.check_options("folder with metadata" if labelled else "folder")
         listing = list_folder(path, labelled=labelled, class_level=source.class_level)
         source.check_options("folder with metadata" if listing.metadata else "folder")
         if listing.metadata:

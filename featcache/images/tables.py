@@ -77,11 +77,19 @@ def read_columns(source: Path, files: "Files", chosen: Mapping[str, str | None])
         first = [files.has(cell) or has_image_suffix(cell) for cell in next(table.rows())[0][:_COLUMNS]]
         first[0] |= not any(first)  # or it would not have been taken for a list
         return table, without_header(table.name, (cells for cells, _ in table.rows()), first)
-    hints: list[str] = []
+    try:
+        return table, find_columns(table.name, table.header, chosen)
+    except UsageError:  # which a column of files might help to answer
+        return table, find_columns(table.name, table.header, chosen, hint=_column_of_files(table, files))
+
+
+def _column_of_files(table: Table, files: "Files") -> str:
+    """The header of the first column that holds names of files; empty if none does."""
     for cells, _ in itertools.islice(table.rows(), _SAMPLE):
-        pairs = zip(table.header[:_COLUMNS], cells, strict=False)
-        hints += [name for name, cell in pairs if files.has(str(cell))]
-    return table, find_columns(table.name, table.header, chosen, hint=next(iter(hints), ""))
+        for name, cell in zip(table.header[:_COLUMNS], cells, strict=False):
+            if files.has(str(cell)):
+                return name
+    return ""
 
 
 def entries(table: Table, columns: Columns) -> Iterator[tuple[Entry, str]]:

@@ -11,6 +11,7 @@ import pytest
 from conftest import write_photo
 
 from featcache.errors import SourceError, UsageError
+from featcache.images.columns import Columns
 from featcache.images.source import Source, list_images
 
 TEXT = "path,label\r\nx/a.png,caf\xe9 \u03a9\r\n"
@@ -234,6 +235,20 @@ def test_names_of_other_unicode_forms_are_found(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path\n\xe4.jpg\n")
     images = list_images(tmp_path / "list.csv")
     assert images.sizes.tolist() == [3]
+
+
+def test_a_table_that_changes_meanwhile_is_refused(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns are those of the old one."""
+    table.write_text("path,label,breed\nx/a.png,b,fox\n")
+
+    def swap(*_: object, **__: object) -> Columns:
+        table.write_text("path,breed,label\nx/a.png,b,fox\n")
+        os.utime(table, (1, 1))
+        return Columns(0, 1, None, ("path", "label", "breed"))
+
+    monkeypatch.setattr("featcache.images.tables.find_columns", swap)
+    with pytest.raises(SourceError, match="was changed while it was read; run it again"):
+        list_images(table)
 
 
 def test_only_paths_are_read_where_images_are_to_be_labelled(table: Path) -> None:

@@ -137,7 +137,7 @@ def was_misread(file: Path) -> bool:
         with file.open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] == b"\x89PNG" and data[24:26] != b"\x10\x02":  # all but RGB of 16 bits
                 return False
-            with Image.open(content, formats=_formats()) as image:
+            with Image.open(content, formats=readable_formats()) as image:
                 return reading_of(image, data).is_new
     except Exception:  # nearly anything; what cannot be opened is not known to be right
         return True
@@ -209,7 +209,7 @@ def _decode(
 ) -> Image.Image:
     """``decode`` without the guard. Raises nearly anything."""
     data = plain_png(data)
-    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+    with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
         factor = reduction(min(image.size), at_least)
@@ -247,7 +247,7 @@ def _decode_plain(decode_jpeg: Callable[..., Pixels], data: bytes, at_least: int
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def readable_formats() -> tuple[str, ...]:
     """Those of ``_FORMATS`` that this build of Pillow reads."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)

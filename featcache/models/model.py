@@ -103,8 +103,10 @@ class Model:
         return frozenset() if rows is None else frozenset(digest.tobytes() for digest in rows.digests)
 
     def __repr__(self) -> str:
-        some = ", ".join(self.classes[:5]) + (", ..." if len(self.classes) > 5 else "")
-        return f"Model({str(self.path)!r}: {self.head.kind} on {self.spec.backbone}, {len(self.classes)} classes: {some!r})"
+        some = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
+        return (
+            f"Model({str(self.path)!r}: {self.head.kind} on {self.spec.backbone}, {len(self.classes)} classes: {some})"
+        )
 
     def _repr_html_(self) -> str:
         scores = {k: v for k, v in self.manifest["metrics"].items() if k.endswith("accuracy") and isinstance(v, float)}

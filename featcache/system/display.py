@@ -121,7 +121,7 @@ def bar_in_notebook(
 
 def describe_images(what: str) -> Callable[[int, int, str], State]:
     """For reports of images done, images to do, and the stage that limits."""
-    first: list[tuple[float, int]] = []  # the first report comes when the work starts: loading a model does not count
+    first: list[tuple[float, int]] = []  # the time and the images of the first report
 
     def describe(done: int, total: int, bottleneck: str) -> State:
         now = time.perf_counter()
@@ -134,14 +134,17 @@ def describe_images(what: str) -> Callable[[int, int, str], State]:
 
 class _Bar:
     def __init__(self, describe: Callable[..., State], delay: float) -> None:
-        self._describe, self._handle = describe, None
-        self._next = time.perf_counter() + delay
+        self._describe, self._delay, self._handle = describe, delay, None
+        self._next: float | None = None
 
     def __call__(self, *report: Any) -> None:
         done, total, text = self._describe(*report)
-        if time.perf_counter() < self._next:
+        now = time.perf_counter()
+        if self._next is None:  # the first report comes when the work starts: loading a model does not count
+            self._next = now + self._delay
+        if now < self._next:
             return
-        self._next = time.perf_counter() + _PAUSE
+        self._next = now + _PAUSE
         self._show(
             {"text/html": f'<progress value="{done}" max="{total}"></progress> {_escaped(text)}', "text/plain": text}
         )

@@ -66,4 +66,5 @@ def _pnm(pixels: npt.NDArray[np.unsignedinteger]) -> bytes:
     if not pixels.size:
         raise RefusedImage("an image without pixels")
     kind, top, order = ("P6" if pixels.ndim == 3 else "P5"), np.iinfo(pixels.dtype).max, pixels.dtype.newbyteorder(">")
-    return f"{kind} {pixels.shape[1]} {pixels.shape[0]} {top}\n".encode() + pixels.astype(order, copy=False).tobytes()
+    header = f"{kind} {pixels.shape[1]} {pixels.shape[0]} {top}\n".encode()
+    return b"".join([header, np.ascontiguousarray(pixels, order).data])

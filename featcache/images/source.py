@@ -4,7 +4,6 @@ In: a ``Source``: a folder or table, and how to read it. Out: an ``ImageList``, 
 The user's files are only ever read.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -51,9 +50,7 @@ class Source:
     def __post_init__(self) -> None:
         for name in ("path", "root"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(value))
-                with contextlib.suppress(RuntimeError):  # ~x.jpg is a file where nobody is called so
-                    object.__setattr__(self, name, Path(value).expanduser())
+                object.__setattr__(self, name, Path(value).expanduser())
         if self.class_level not in (None, *CLASS_LEVELS):
             raise UsageError(f"the class level must be one of {CLASS_LEVELS}, found {self.class_level}")
 

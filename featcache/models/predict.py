@@ -96,7 +96,7 @@ def predict_all(model: Model, inputs: Input | Iterable[Input], **options: Any) -
 def _named(inputs: Any) -> Iterator[tuple[str, Source | Held]]:
     """Each input and its name in messages and results; of an array of several images, each. Raises UsageError."""
     one = isinstance(inputs, str | os.PathLike | Source | Image.Image | np.ndarray)
-    if one and not (isinstance(inputs, np.ndarray) and inputs.dtype.kind in "OU"):  # an array of paths
+    if one and not (isinstance(inputs, np.ndarray) and inputs.ndim and inputs.dtype.kind in "OU"):  # of paths
         yield from _named_one("inputs", inputs)
     elif isinstance(inputs, bytes | dict) or not hasattr(inputs, "__iter__") or _advice(inputs):
         raise _unusable("inputs", inputs)

@@ -4,6 +4,7 @@ import io
 import logging
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,11 @@ def test_any_number_of_images_is_predicted_lazily(model: Model, files: list[str]
     assert isinstance(found, Iterator)
     assert next(found).label == "blue"
     found.close()  # type: ignore[attr-defined]
+
+
+def test_several_threads_share_one_model(trained: Path, files: list[str]) -> None:
+    """As a server's do; the first call, which loads the backbone, included."""
+    fresh = load_model(trained / "m")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda number: fresh.predict(opened(files[number % 6]), device="cpu"), range(24)))
+    assert [rows[0].label for rows in found] == ["blue", "blue", "green", "green", "red", "red"] * 4

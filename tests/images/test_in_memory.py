@@ -1,6 +1,7 @@
 """A picture in memory is embedded as the same picture in a file is: the oracle is a lossless file, decoded."""
 
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,9 +106,10 @@ def test_what_is_only_opened_is_read_as_its_file(tmp_path: Path) -> None:
     small = Image.open(io.BytesIO(data))
     small.draft("RGB", (17, 10))
     assert decode(as_file(small)).size == small.size == (17, 11)
-    animated = Image.open(io.BytesIO(saved(PICTURE, "GIF", save_all=True, append_images=[PICTURE.rotate(180)])))
-    animated.seek(1)
-    assert np.array_equal(decode(as_file(animated)), animated.convert("RGB"))
+    for kind in ("GIF", "TIFF"):  # the second of two frames
+        frames = Image.open(io.BytesIO(saved(PICTURE, kind, save_all=True, append_images=[PICTURE.rotate(180)])))
+        frames.seek(1)
+        assert np.array_equal(decode(as_file(frames)), frames.convert("RGB"))
     cut = Image.open(io.BytesIO(data[: len(data) // 2] + b"\xff\xd9"))
     with pytest.raises(RefusedImage, match="damaged"):
         decode(as_file(cut))
@@ -123,11 +125,20 @@ def test_what_has_no_meaning_is_refused_with_its_reason() -> None:
     assert reasons == ["", deep.format("F"), deep.format("I"), "an image without pixels", "damaged"]
 
 
-def test_one_image_in_many_threads() -> None:
-    """Pillow loads an image when it is used, which two threads must not do at a time."""
-    image = Image.open(io.BytesIO(saved(PICTURE, "PPM")))
-    image.load()
+def test_no_two_threads_load_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow loads an image when it is used."""
     opened = Image.open(io.BytesIO(saved(PICTURE, "PCX")))  # of a kind that is not read as its file
-    files = Paths(Path(), ("x",) * 64, dict(enumerate([image, opened] * 32)))
-    for read in read_images(files, range(64), decode, workers=8):
+    load, inside, most = opened.load, [], []
+
+    def slow() -> object:
+        inside.append(0)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return load()
+
+    monkeypatch.setattr(opened, "load", slow)
+    files = Paths(Path(), ("x",) * 16, dict.fromkeys(range(16), opened))
+    for read in read_images(files, range(16), decode, workers=8):
         assert np.array_equal(read.value, RGB)
+    assert max(most) == 1

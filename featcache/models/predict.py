@@ -201,6 +201,7 @@ def _list_inputs(named: list[tuple[str, Source | Held]]) -> tuple[list[Predictio
 def _fill_in(model: Model, entries: list[Prediction], predictions: Iterator[Prediction]) -> Iterator[Prediction]:
     for entry in entries:
         yield dataclasses.replace(entry, classes=model.classes) if entry.reason else next(predictions)
+    next(predictions, None)  # to its end, where it says what there is to say of all images
 
 
 def predict_images(

@@ -220,6 +220,14 @@ def test_any_number_of_images_is_predicted_lazily(model: Model, files: list[str]
     found.close()  # type: ignore[attr-defined]
 
 
+def test_what_is_known_only_at_the_end_is_said(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Of all images together: that samples of 12 bits came out nearly black."""
+    deep = Image.fromarray(np.full((40, 50), 4095, np.uint16))
+    with caplog.at_level(logging.WARNING, "featcache"):
+        model.predict([deep, deep])
+    assert ["images of 16 bits use at most" in message for message in caplog.messages] == [True]
+
+
 def test_several_threads_share_one_model(trained: Path, files: list[str]) -> None:
     """As a server's do; the first call, which loads the backbone, included."""
     fresh = load_model(trained / "m")

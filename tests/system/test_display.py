@@ -3,8 +3,6 @@
 import logging
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -46,23 +44,6 @@ def test_a_report_is_short() -> None:
     shown = Report()._repr_html_()
     assert "<td>val accuracy</td><td>66.67%</td>" in shown and "<td>train 3, val 1</td>" in shown
     assert "test accuracy" not in shown and "<script>" not in shown
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """Pretend that this is a notebook's kernel; what it is shown. The real one: ``tests/notebooks``."""
-    shown: list[dict[str, str]] = []
-
-    def display(content: dict[str, str], **_: Any) -> SimpleNamespace:
-        shown.append(content)
-        return SimpleNamespace(update=lambda content, **_: shown.append(content))
-
-    modules = {"IPython": ModuleType("IPython"), "IPython.display": ModuleType("IPython.display")}
-    vars(modules["IPython"])["get_ipython"] = lambda: SimpleNamespace(kernel="there")
-    vars(modules["IPython.display"])["display"] = display
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return shown
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -130,10 +130,10 @@ def test_a_pil_image_without_meaning_is_one_refusal(model: Model, files: list[st
 
 
 def test_images_in_memory_among_refused_ones_keep_their_places(model: Model, files: list[str], tmp_path: Path) -> None:
-    (tmp_path / "list.csv").write_text("path\n../outside.jpg\n")  # refused when listed, not when read
+    (tmp_path / "list.csv").write_text("path\n../outside.jpg\nbroken.jpg\n")  # refused when listed; when read
     (tmp_path / "broken.jpg").touch()
     inputs = [tmp_path / "list.csv", arrays(files)[0], tmp_path / "broken.jpg", arrays(files)[4], tmp_path / "list.csv"]
-    assert [prediction.label for prediction in model.predict(inputs)] == [None, "blue", None, "red", None]
+    assert [prediction.label for prediction in model.predict(inputs)] == [None, None, "blue", None, "red", None, None]
 
 
 def test_caches_do_not_mix_with_images_in_memory(model: Model, trained: Path, files: list[str]) -> None:

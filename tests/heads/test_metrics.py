@@ -17,7 +17,6 @@ from featcache.heads.metrics import (
     standard_error,
 )
 
-
 CLASSES_MISSING = pytest.mark.filterwarnings("ignore:(y_pred contains classes not in|A single label was found)")
 
 
@@ -46,7 +45,12 @@ def test_metrics_equal_scikit_learn() -> None:
     ("y", "predicted", "balanced", "f1"),
     [
         ([0, 0, 0, 1], [0, 0, 0, 0], 0.5, (6 / 7 + 0) / 2),  # all that occurs counts alike, however rare
-        ([0, 0, 1, 1], [0, 0, 1, 2], 0.75, (1 + 2 / 3 + 0) / 3),  # a class that is only predicted has no recall, but an F1
+        (
+            [0, 0, 1, 1],
+            [0, 0, 1, 2],
+            0.75,
+            (1 + 2 / 3 + 0) / 3,
+        ),  # a class that is only predicted has no recall, but an F1
         ([0, 0, 0, 0], [0, 0, 0, 0], 1.0, 1.0),  # the others neither occur nor are predicted
         ([0, 1], [1, 0], 0.0, 0.0),
     ],

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.finetune import finetune as finetune
     from featcache.finetuning.result import FinetuneReport as FinetuneReport
     from featcache.images.source import ImageList as ImageList
+    from featcache.images.source import Source as Source
     from featcache.images.source import list_images as list_images
     from featcache.images.splits import hold_out as hold_out
     from featcache.models.evaluate import evaluate as evaluate
@@ -50,6 +51,7 @@ _HOME = {
     "Prediction": "models.predict",
     "PreprocessSpec": "spec",
     "RepairReport": "extraction.repair",
+    "Source": "images.source",
     "backbone_names": "backbones.load",
     "describe": "reports.info",
     "doctor": "reports.doctor",

@@ -16,6 +16,10 @@ def extract(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
     class_level: options.ClassLevel = None,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
+    split_column: options.SplitColumn = None,
     backbone: options.Backbone = "resnet50",
     weights: options.Weights = "auto",
     batch_size: options.BatchSize = "auto",
@@ -41,7 +45,16 @@ def extract(
     """Embed images into a cache file, or bring it up to date: only new content is embedded, an interrupted run resumes."""
     from featcache.extraction.extract import extract as run
     from featcache.extraction.request import ExtractRequest
+    from featcache.images.source import Source
 
+    images = Source(
+        source,
+        class_level=class_level,
+        root=root,
+        path_column=path_column,
+        label_column=label_column,
+        split_column=split_column,
+    )
     request = ExtractRequest(
         backbone=backbone,
         weights=weights,
@@ -55,10 +68,9 @@ def extract(
     )
     with interruptible(output), show_progress("embedding") as progress:
         report = run(
-            source,
+            images,
             output,
             request,
-            class_level=class_level,
             device=device,
             workers=options.count(workers, "workers"),
             batch_size=options.count(batch_size, "batch size"),

@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, UsageError, repair_advice
+
+if TYPE_CHECKING:
+    from featcache.images.source import Source
 
 
 def info(
@@ -30,6 +33,10 @@ def verify(
         typer.Option(metavar="SOURCE", readable=False, help="Mend what is damaged from the images it was made from."),
     ] = None,
     class_level: options.ClassLevel = None,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
+    split_column: options.SplitColumn = None,
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     batch_size: options.BatchSize = "auto",
@@ -38,12 +45,30 @@ def verify(
     """Read every byte of a cache and compare it with the checksums; mend what is damaged, and only that, if asked to."""
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     if repair is not None:
-        _mend(cache, repair, class_level, device=device, workers=threads, batch_size=batch, as_json=as_json)
-        return
-    if (device, threads, batch, class_level) != ("auto", None, None, None):
-        raise UsageError(
-            "--class-level, --device, --workers and --batch-size are for repairing; add --repair SOURCE or leave them out"
+        from featcache.images.source import Source
+
+        images = Source(
+            repair,
+            class_level=class_level,
+            root=root,
+            path_column=path_column,
+            label_column=label_column,
+            split_column=split_column,
         )
+        _mend(cache, images, device=device, workers=threads, batch_size=batch, as_json=as_json)
+        return
+    given = {
+        "--class-level": class_level,
+        "--root": root,
+        "--path-column": path_column,
+        "--label-column": label_column,
+        "--split-column": split_column,
+        "--device": None if device == "auto" else device,
+        "--workers": threads,
+        "--batch-size": batch,
+    }
+    if wrong := [option for option, value in given.items() if value is not None]:
+        raise UsageError(f"{wrong[0]} is for repairing; add --repair SOURCE or leave it out")
     from featcache.cache.cache import FeatureCache
 
     opened = FeatureCache.salvage(cache)
@@ -57,8 +82,7 @@ def verify(
 
 def _mend(
     cache: Path,
-    source: Path,
-    class_level: int | None,
+    source: "Source",
     *,
     device: str,
     workers: int | None,
@@ -71,7 +95,6 @@ def _mend(
         report = repair(
             cache,
             source,
-            class_level=class_level,
             device=device,
             workers=workers,
             batch_size=batch_size,

@@ -4,6 +4,7 @@ In: what was typed. Out: a value, or None where ``auto`` was typed and the funct
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,15 @@ ClassLevel = Annotated[
         help="Which folder of SOURCE names the class: 1 the top one, 2 the one inside of it, 3 one deeper; if not given, names decide.",
     ),
 ]
+Root = Annotated[
+    Path | None,
+    typer.Option(readable=False, help="Of a table: the folder that its paths are relative to; its own if not given."),
+]
+PathColumn = Annotated[str | None, typer.Option(help="Of a table: the column of paths, if its name does not say so.")]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="Of a table: the column of classes, if its name does not say so.")
+]
+SplitColumn = Annotated[str | None, typer.Option(help="Of a table: the column of splits, if its name does not say so.")]
 BatchSize = Annotated[str, typer.Option(help="Images per forward pass, or auto. Never changes what is computed.")]
 MaxBad = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of refused images above which to exit with 3.")]
 

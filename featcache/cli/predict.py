@@ -109,22 +109,34 @@ def evaluate(
         str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
     ] = "auto",
     class_level: options.ClassLevel = None,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
+    split_column: options.SplitColumn = None,
     batch_size: options.BatchSize = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Score a model on labelled images or on a cache."""
+    from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
 
+    images = Source(
+        source,
+        class_level=class_level,
+        root=root,
+        path_column=path_column,
+        label_column=label_column,
+        split_column=split_column,
+    )
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     with show_progress("evaluating") as progress:
         scores = run(
             model,
-            source,
+            images,
             split=chosen,
-            class_level=class_level,
             device=device,
             workers=threads,
             batch_size=batch,

@@ -68,6 +68,10 @@ def finetune(
     source: Annotated[Path, typer.Argument(readable=False, help="Labelled images: folders or a CSV, as for extract.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
     class_level: options.ClassLevel = None,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
+    split_column: options.SplitColumn = None,
     init: Annotated[
         Path | None,
         typer.Option(readable=False, help="Model to start from; without it, one is extracted and fit first."),
@@ -106,6 +110,7 @@ def finetune(
     """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune as run
+    from featcache.images.source import Source
 
     asked: dict[str, Any] = {
         "backbone": backbone,
@@ -115,11 +120,18 @@ def finetune(
         "white_level": None if white_level is None else options.count(white_level, "white level"),
     }
     asked = {name: value for name, value in asked.items() if value is not None}
+    images = Source(
+        source,
+        class_level=class_level,
+        root=root,
+        path_column=path_column,
+        label_column=label_column,
+        split_column=split_column,
+    )
     with show_training() as progress:
         report = run(
-            source,
+            images,
             output,
-            class_level=class_level,
             init=init,
             request=ExtractRequest(**asked) if asked else None,
             recipe=recipe,

@@ -27,7 +27,7 @@ from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, r
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.images.formats import REVISION
-from featcache.images.source import ImageList, check_class_level, list_images
+from featcache.images.source import AnySource, ImageList, list_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.files import check_free_space, check_output
 from featcache.system.runtime_options import check_runtime_options
@@ -74,11 +74,10 @@ class ExtractReport:
 
 
 def extract(
-    source: str | Path | ImageList,
+    source: AnySource | ImageList,
     output: str | Path,
     request: ExtractRequest | None = None,
     *,
-    class_level: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -93,10 +92,9 @@ def extract(
     cost nothing. An interrupted run is resumed by calling it again.
 
     Args:
-        source: folder of class folders, of splits of these, of images, or a CSV (see ``list_images``); or a list of images,
+        source: folder of class folders, of splits of these, of images, or a table (see ``Source``); or a list of images,
             taken as it is: what changes after listing is not noticed.
         output: the cache file; its folder must exist.
-        class_level: which folder names the class, as for ``list_images``.
         request: backbone, weights, preprocessing, precision; the defaults of ``ExtractRequest`` when None.
         device: auto, cpu, cuda, cuda:N or mps.
         workers: threads; one per usable core when None.
@@ -117,7 +115,7 @@ def extract(
     check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
-    images = _list(source, class_level)
+    images = _list(source)
     with locked(work_folder(output)):
         old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(work_folder(output))
@@ -320,13 +318,12 @@ def _compare_with_full_scale(embedder: "Embedder", images: ImageList) -> None:
     )
 
 
-def _list(source: str | Path | ImageList, class_level: int | None) -> ImageList:
+def _list(source: AnySource | ImageList) -> ImageList:
     if not isinstance(source, ImageList):
-        images = list_images(Path(source), class_level=class_level)
-        name, inside = source, Path(source) / "".join(images.classes[:1])
+        images, name = list_images(source), str(source)
+        inside = images.root / "".join(images.classes[:1])
         remedy = f"or classes inside of it, give {inside} itself" if inside.is_dir() else "leave the labels out"
     else:
-        check_class_level(class_level, applies=False)
         images, name = source, f"the list of images in {source.root}"
         remedy = "leave the classes out and set labels to -1"
     if not len(images) and not images.refused:

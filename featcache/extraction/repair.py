@@ -23,7 +23,7 @@ from featcache.errors import BackboneError, CacheError, SourceError, SpecMismatc
 from featcache.extraction.match import Matches, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import SourceFiles, locate, not_found, restore
-from featcache.images.source import ImageList
+from featcache.images.source import AnySource, ImageList
 from featcache.system.files import check_free_space, check_output
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
@@ -62,9 +62,8 @@ class RepairReport:
 
 def repair(
     cache: str | Path,
-    source: str | Path | ImageList,
+    source: AnySource | ImageList,
     *,
-    class_level: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -76,8 +75,8 @@ def repair(
     An interrupted repair goes on when it is called again.
 
     Args:
-        cache: the file. source: what it was made from: a folder or a CSV (see ``list_images``), or a list of images.
-        class_level, device, workers, batch_size: as for ``extract``.
+        cache: the file. source: what it was made from: a folder or a table (see ``Source``), or a list of images.
+        device, workers, batch_size: as for ``extract``.
         progress: called with (done, total, bottleneck) when embedding starts and after every batch.
 
     Raises:
@@ -93,7 +92,7 @@ def repair(
         check_output(found.path)
         with locked(work_folder(found.path)):
             found.check_unchanged()
-            embedded = _mend(found, damaged, source, (device, workers, batch_size), progress, class_level=class_level)
+            embedded = _mend(found, damaged, source, (device, workers, batch_size), progress)
     elif work_folder(found.path).is_dir():
         _tidy(found)
     return RepairReport(
@@ -110,16 +109,14 @@ def repair(
 def _mend(
     found: FeatureCache,
     damaged: tuple[tuple[int, int], ...],
-    source: str | Path | ImageList,
+    source: AnySource | ImageList,
     options: _Options,
     progress: "Progress | None",
-    *,
-    class_level: int | None,
 ) -> int:
     """Write the mended file; returns how many images were embedded for it."""
     files, mended, anew = None, found, np.zeros(len(found), bool)
     if damaged or set(found.damaged_columns) != {CHECKSUMS}:
-        files = SourceFiles(source, found.path, class_level)
+        files = SourceFiles(source, found.path)
         _mention_new_images(found, files)
         mended, suspects = restore(found, files)
         for rows in (suspects, *(np.arange(*block) for block in damaged)):

@@ -15,7 +15,7 @@ from featcache.cache.format import ROW_COLUMNS, Indices, Rows, encode_names, fin
 from featcache.errors import DamagedCacheError, Refusal, SourceError
 from featcache.extraction.match import hash_files
 from featcache.images.read import refusals
-from featcache.images.source import ImageList, check_class_level, list_images
+from featcache.images.source import AnySource, ImageList, Source, list_images
 
 
 class SourceFiles:
@@ -30,17 +30,14 @@ class SourceFiles:
         SourceError: there is none.
     """
 
-    def __init__(self, source: str | Path | ImageList, cache: Path, class_level: int | None = None) -> None:
-        if isinstance(source, ImageList):
-            check_class_level(class_level, applies=False)
-            self.images = images = source
-        else:
-            self.images = images = list_images(Path(source), class_level=class_level)
+    def __init__(self, source: AnySource | ImageList, cache: Path) -> None:
+        source = source if isinstance(source, ImageList) else Source.of(source)
+        self.images = images = list_images(source)
         self.name = str(source.root if isinstance(source, ImageList) else source)
         if not len(images):
             raise SourceError(f"no image in {self.name} can be read; nothing was changed; give the source of the cache")
-        level = f" --class-level {class_level}" if class_level else ""
-        self.anew = f"`featcache extract {self.name} -o {cache}{level} --force`"
+        typed = source.typed if isinstance(source, Source) else self.name
+        self.anew = f"`featcache extract {typed} -o {cache} --force`"
         self.paths = encode_names(images.paths)
         self.digests = np.zeros(len(images), "S32")
         self.sizes, self.mtimes = images.sizes.copy(), images.mtimes.copy()

@@ -16,6 +16,7 @@ from featcache.finetuning.checkpoint import check_unfinished, hold_work, is_fini
 from featcache.finetuning.recipes import Job, choose_recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
+from featcache.images.source import AnySource, ImageList
 from featcache.models.model import check_replaceable
 from featcache.system.files import named
 from featcache.system.runtime_options import check_runtime_options
@@ -27,10 +28,9 @@ log = logging.getLogger("featcache")
 
 
 def finetune(
-    source: str | Path,
+    source: AnySource | ImageList,
     output: str | Path,
     *,
-    class_level: int | None = None,
     init: str | Path | None = None,
     request: ExtractRequest | None = None,
     recipe: str = "default",
@@ -52,7 +52,6 @@ def finetune(
     Args:
         source: as for ``extract``, with labels. Without a val split a stratified tenth of train becomes one.
         output: folder of the new model; unfinished work lies beside it in ``OUTPUT.parts``.
-        class_level: which folder names the class, as for ``list_images``.
         init: model to start from; when None, features are extracted into ``OUTPUT.features.h5`` (rows of caches beside
             it are taken over) and a head is fit first; an existing file of that name is left alone.
         request: which backbone, when there is no ``init``.
@@ -78,7 +77,7 @@ def finetune(
     from featcache.system.device import choose_runtime
 
     started = time.perf_counter()
-    source, output, changes = Path(source), named(Path(output)), changes or {}
+    output, changes = named(Path(output)), changes or {}
     check_runtime_options(device, workers=workers, batch_size=micro_batch)
     _check_options(init, request, seed=seed, resume=resume, force=force)
     _check_start_is_kept(output, init, request=request)
@@ -87,7 +86,7 @@ def finetune(
     finished = resume and is_finished(output)
     if not finished:
         check_replaceable(output, overwrite=overwrite)
-    images, held_out = read_source(source, seed=seed, class_level=class_level)
+    images, held_out = read_source(source, seed=seed)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     asked, precision = precision, choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):

@@ -15,7 +15,7 @@ from featcache.errors import SourceError
 from featcache.extraction.extract import extract
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.recipes import Job
-from featcache.images.source import ImageList, list_images
+from featcache.images.source import AnySource, ImageList, list_images
 from featcache.images.splits import hold_out, usable
 from featcache.models.fit import fit_head
 from featcache.models.model import Model, load_model
@@ -29,7 +29,7 @@ _CACHE = "features.h5"
 _TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
 
 
-def read_source(source: Path, *, seed: int, class_level: int | None = None) -> tuple[ImageList, bool]:
+def read_source(source: AnySource | ImageList, *, seed: int) -> tuple[ImageList, bool]:
     """The labelled images of a source, each in train, val or test.
 
     Returns:
@@ -38,9 +38,10 @@ def read_source(source: Path, *, seed: int, class_level: int | None = None) -> t
     Raises:
         SourceError: no labels, or fewer than two classes to train on.
     """
-    images = list_images(source, class_level=class_level)
+    images = list_images(source)
+    name = f"the list of images in {images.root}" if isinstance(source, ImageList) else str(source)
     if not (images.labels >= 0).any():
-        raise SourceError(f"{source} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
+        raise SourceError(f"{name} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
     wanted = usable(images.labels, images.splits)
     if left_out := int((~wanted).sum()):
         log.info("%d images without a label or outside the splits are left out", left_out)
@@ -50,11 +51,11 @@ def read_source(source: Path, *, seed: int, class_level: int | None = None) -> t
         images = hold_out(images, seed=seed)
         count = int((images.splits == _VAL).sum())
         log.info("no val split: a stratified tenth of the training images, %d, becomes one", count)
-    _check_splits(images, source)
+    _check_splits(images, name)
     return images, held_out
 
 
-def _check_splits(images: ImageList, source: Path) -> None:
+def _check_splits(images: ImageList, source: str) -> None:
     in_train, in_val = (np.unique(images.labels[images.splits == split]) for split in (_TRAIN, _VAL))
     if len(in_train) < 2:
         names = ", ".join(images.classes[label] for label in in_train) or "none"

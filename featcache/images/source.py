@@ -1,10 +1,13 @@
 """Find the images of a source, without decoding any: their paths, labels and splits.
 
-In: a folder or CSV. Out: an ``ImageList``, in a stable order; and a table of it for the user. The user's files are only ever read.
+In: a ``Source``: a folder or table, and how to read it. Out: an ``ImageList``, in a stable order; and a table of it for the user.
+The user's files are only ever read.
 """
 
 import dataclasses
+import itertools
 import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +22,68 @@ from featcache.spec import SPLITS
 
 log = logging.getLogger("featcache")
 _MOST_CLASSES = 20  # that the table of a listing shows one by one; of more the largest and smallest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where images are, and what decides how it is read where there are several ways; a path alone is enough for most.
+
+    Attributes:
+        path: a folder of class folders; a folder with split folders on top of that (train, val, test, and the names people use
+            for them); a flat folder (no labels); or a table with a column of paths, see ``tables.list_table``.
+        class_level: of a folder: which one inside of it names the class, 1: directly in it, 2: one further down, 3: two; when
+            None, 2 below folders called like splits, else 1.
+        root: of a table: what its paths are relative to, and must not lead out of; the folder of the table when None.
+        path_column, label_column, split_column: of a table: headers; known by the names people use for them when None.
+
+    Raises:
+        UsageError: ``class_level`` is impossible.
+    """
+
+    path: Path = dataclasses.field(kw_only=False)
+    class_level: int | None = None
+    root: Path | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("path", "root"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(value).expanduser())
+        if self.class_level not in (None, *CLASS_LEVELS):
+            raise UsageError(f"the class level must be one of {CLASS_LEVELS}, found {self.class_level}")
+
+    @classmethod
+    def of(cls, source: "str | Path | Source") -> "Source":
+        """``source``, of which perhaps only the path is given."""
+        return source if isinstance(source, Source) else cls(Path(source))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def options(self) -> dict[str, object]:
+        """What is given beside the path, by its name on the command line."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[1:]}
+        return {f"--{name.replace('_', '-')}": value for name, value in given.items() if value is not None}
+
+    @property
+    def typed(self) -> str:
+        """As a user would type it in a command."""
+        words = [str(self), *itertools.chain.from_iterable(self.options.items())]
+        return " ".join(shlex.quote(str(word)) for word in words)
+
+    def check_options(self, kind: str) -> None:
+        """Raise UsageError if an option is given that does not apply to a ``folder``, a ``table`` or a ``cache``."""
+        applies = {"folder": {"--class-level"}, "table": set(_OF_TABLES)}.get(kind, set())
+        if wrong := [option for option in self.options if option not in applies]:
+            what = "which folders name the classes" if wrong[0] == "--class-level" else "how a table is read"
+            raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; leave it out")
+
+
+_OF_TABLES = ("--root", "--path-column", "--label-column", "--split-column")
+AnySource = str | Path | Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,49 +128,39 @@ class ImageList:
         return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), refused_at=at, **picked)
 
 
-def list_images(source: str | Path, *, labelled: bool = True, class_level: int | None = None) -> ImageList:
+def list_images(source: AnySource | ImageList, *, labelled: bool = True) -> ImageList:
     """List the images of ``source`` without decoding any, and log how many there are of each class in each split.
 
     Args:
-        source: a folder of class folders; a folder with split folders on top of that (train, val, test, and the names people
-            use for them); a flat folder (no labels); or a CSV file with the header ``path[,label[,split]]``.
+        source: a folder, a table, or either with how to read it; a list is returned as it is.
         labelled: whether folders mean classes and splits; if not, any tree of folders will do, and nothing is counted.
-        class_level: the folder that names the class, 1: directly in ``source``, 2: one further down, 3: two; when None, 2
-            below folders called like splits, else 1.
 
     Raises:
         SourceError: missing, ambiguous, without a single image, or a table in an unknown encoding.
-        UsageError: the CSV's header or a split name is not understood; ``class_level`` is impossible.
+        UsageError: the table's header or a split name is not understood; an option does not apply.
     """
-    source = Path(source)
-    check_class_level(class_level, applies=source.is_dir() or not source.exists())
-    if source.is_dir():
-        listing = list_folder(source, labelled=labelled, class_level=class_level)
-    elif source.is_file() and source.suffix.lower() == ".csv":
-        listing = list_table(source)
-    elif source.exists():
-        raise SourceError(f"{source} is neither a folder of images nor a .csv file")
+    if isinstance(source, ImageList):
+        return source
+    source = Source.of(source)
+    path = source.path
+    if path.is_dir():
+        source.check_options("folder")
+        listing = list_folder(path, labelled=labelled, class_level=source.class_level)
+    elif path.is_file() and path.suffix.lower() == ".csv":
+        source.check_options("table")
+        columns = {"path": source.path_column, "label": source.label_column, "split": source.split_column}
+        listing = list_table(path, source.root or path.parent, columns)
+    elif path.exists():
+        raise SourceError(f"{path} is neither a folder of images nor a .csv file")
     else:
-        raise SourceError(f"{source} does not exist; give a folder of images or a CSV with the header path,label,split")
+        raise SourceError(f"{path} does not exist; give a folder of images or a CSV with the header path,label,split")
     if not listing.entries and not listing.refused:
-        expected = "rows below its header" if source.is_file() else f"files such as {source / 'CLASS' / 'photo.jpg'}"
-        raise SourceError(f"no image found in {source}; expected {expected}")
+        expected = "rows below its header" if path.is_file() else f"files such as {path / 'CLASS' / 'photo.jpg'}"
+        raise SourceError(f"no image found in {path}; expected {expected}")
     images = _image_list(listing)
     if labelled:
-        _say(source, images)
+        _say(path, images)
     return images
-
-
-def check_class_level(class_level: int | None, *, applies: bool) -> None:
-    """Raises UsageError: it is none, or given where it does not apply."""
-    if class_level is None:
-        return
-    if class_level not in CLASS_LEVELS:
-        raise UsageError(f"the class level must be one of {CLASS_LEVELS}, found {class_level}")
-    if not applies:
-        raise UsageError(
-            "--class-level says which folders name the classes; leave it out where no folder of images is given"
-        )
 
 
 def _image_list(listing: Listing) -> ImageList:

@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
@@ -29,13 +29,17 @@ _BYTES: _Encoding = ("utf-8-sig", "surrogateescape")  # names as a file system h
 _WINDOWS: _Encoding = ("cp1252", "strict")
 
 
-def list_table(source: Path) -> Listing:
+def list_table(source: Path, root: Path, chosen: Mapping[str, str | None]) -> Listing:
     """The images that a CSV with the header ``path[,label[,split]]`` names.
+
+    Args:
+        source: the file. root: the folder that its paths are relative to. chosen: ``path``, ``label`` and ``split`` -> the
+            header of that column; None: one of the names people use.
 
     Raises:
         SourceError: a row, or the encoding, cannot be understood. UsageError: the header or a split cannot.
     """
-    real_root = os.path.realpath(source.parent)
+    real_root = os.path.realpath(root)
     found: list[Entry] = []
     refused: list[Refusal] = []
     refused_at: list[int] = []
@@ -53,7 +57,7 @@ def list_table(source: Path) -> Listing:
             raise SourceError(f"{where}: {entry.path} is listed twice, with different labels or splits")
         if known is entry:
             found.append(entry)
-    return Listing(source.parent, found, set(), refused, refused_at)
+    return Listing(root, found, set(), refused, refused_at)
 
 
 def _encoding_of(source: Path, real_root: str) -> _Encoding:

@@ -16,7 +16,7 @@ from featcache.cache.format import decode_names, encode_names
 from featcache.errors import SourceError
 from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, evaluate_probabilities
-from featcache.images.source import check_class_level, list_images
+from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
 from featcache.spec import SPLITS
@@ -30,10 +30,9 @@ log = logging.getLogger("featcache")
 
 def evaluate(
     model: Model | str | Path,
-    source: str | Path,
+    source: AnySource | ImageList,
     *,
     split: str | None = None,
-    class_level: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -45,7 +44,6 @@ def evaluate(
         model: a model folder, or what ``load_model`` returned.
         source: what ``extract`` takes, or a cache of the model's own spec.
         split: train, val, test or all; when None, test if there is one, else val, else all.
-        class_level: which folder names the class, as for ``list_images``.
         device, workers, batch_size, progress: as in ``predict``.
 
     Returns:
@@ -59,29 +57,29 @@ def evaluate(
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = model if isinstance(model, Model) else load_model(model)
-    source = Path(source)
-    if is_cache(source):
-        check_class_level(class_level, applies=False)
-        cache = FeatureCache.open(source)
+    name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
+    if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
+        given.check_options("cache")
+        cache = FeatureCache.open(given.path)
         model.check_cache(cache)
-        split, rows = _choose_split(cache.rows.splits, split, source)
+        split, rows = _choose_split(cache.rows.splits, split, name)
         rows = rows[cache.y[rows] >= 0]
-        y = _labels_of_model(model, cache.classes, cache.y[rows], source, split)
+        y = _labels_of_model(model, cache.classes, cache.y[rows], name, split)
         cache.check_finite(rows)
         refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
         with cache.reader() as features:
             probabilities = model.head.score(features, rows)
         digests, names = cache.rows.digests[rows], cache.rows.paths[rows]
     else:
-        images = list_images(source, class_level=class_level)
-        split, rows = _choose_split(images.splits, split, source)
+        images = list_images(source)
+        split, rows = _choose_split(images.splits, split, name)
         images = images.take(rows[images.labels[rows] >= 0])
-        y = _labels_of_model(model, images.classes, images.labels, source, split)
+        y = _labels_of_model(model, images.classes, images.labels, name, split)
         found = list(predict_images(model, images, device, workers, batch_size, progress))
         kept = [prediction for prediction in found if prediction.probabilities is not None]
         if not kept:
             raise SourceError(
-                f"all {len(images)} images of {source} ({split}) were refused, the first because {found[0].reason}"
+                f"all {len(images)} images of {name} ({split}) were refused, the first because {found[0].reason}"
             )
         y = y[[prediction.probabilities is not None for prediction in found]]
         probabilities = np.stack([prediction.probabilities for prediction in kept])  # type: ignore[misc]
@@ -112,7 +110,7 @@ def _copies(model: Model, y: Array, probabilities: Array, digests: Array, names:
     }
 
 
-def _choose_split(splits: Array, asked: str | None, source: Path) -> tuple[str, Array]:
+def _choose_split(splits: Array, asked: str | None, source: str) -> tuple[str, Array]:
     present = [name for number, name in enumerate(SPLITS) if (splits == number).any()]
     if asked is None:
         asked = next((name for name in ("test", "val") if name in present), "all")
@@ -128,7 +126,7 @@ def _choose_split(splits: Array, asked: str | None, source: Path) -> tuple[str, 
     return asked, np.flatnonzero(splits == SPLITS.index(asked))
 
 
-def _labels_of_model(model: Model, classes: tuple[str, ...], labels: Array, source: Path, split: str) -> Array:
+def _labels_of_model(model: Model, classes: tuple[str, ...], labels: Array, source: str, split: str) -> Array:
     """Labels as indices into the model's classes: names decide, not positions."""
     if not len(labels):
         raise SourceError(f"{source} has no labelled image in {split}; evaluating needs labels")

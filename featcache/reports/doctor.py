@@ -60,7 +60,7 @@ def doctor(
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     request = ExtractRequest(backbone=backbone, weights=weights or "auto", precision=precision)
-    given = list_images(Path(images), labelled=False) if images is not None else None
+    given = list_images(images, labelled=False) if images is not None else None
     runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
     facts = machine(runtime)
     if not seconds:

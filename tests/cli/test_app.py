@@ -13,7 +13,6 @@ from featcache.cache.cache import FeatureCache
 from featcache.cli import options
 from featcache.cli.demo import write_digits
 from featcache.errors import UsageError
-from featcache.extraction.extract import extract
 from featcache.images.source import list_images
 
 QUICK = ["--epochs", "1", "--batch-size", "6", "--precision", "fp32"]
@@ -326,5 +325,3 @@ def test_the_level_of_classes_reaches_every_listing(tmp_path: Path, cache: Path,
     for command in (("evaluate", model, cache), ("verify", cache)):
         code, _, err = run(*command, "--class-level", 2)
         assert code == 2 and "leave" in err, (command, err)
-    with pytest.raises(UsageError, match="leave it out"):
-        extract(list_images(sites, class_level=2), tmp_path / "g.h5", class_level=2)

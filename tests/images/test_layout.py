@@ -10,7 +10,7 @@ import pytest
 
 from featcache.errors import SourceError, UsageError
 from featcache.images.layout import split_of
-from featcache.images.source import list_images
+from featcache.images.source import Source, list_images
 from featcache.spec import SPLITS
 
 links = pytest.mark.skipif(sys.platform == "win32", reason="links take rights there")
@@ -61,7 +61,7 @@ def make_files(root: Path, paths: str) -> None:
 
 
 def read(root: Path, class_level: int | None = None) -> str:
-    images = list_images(root, class_level=class_level)
+    images = list_images(Source(root, class_level=class_level))
     names = [*images.classes, "-"]
     pairs = zip(images.labels.tolist(), images.splits.tolist(), strict=True)
     return ", ".join(f"{names[label]} {SPLITS[split]}" for label, split in pairs)
@@ -82,7 +82,7 @@ def test_two_ways_to_read_a_folder_are_both_named(tmp_path: Path, case: str) -> 
         list_images(tmp_path)
     assert "\n" not in str(refused.value)
     for level in (1, 2) if "/a/0" in paths or "/fox/" in paths else (1,):
-        list_images(tmp_path, class_level=level)  # settled
+        list_images(Source(tmp_path, class_level=level))  # settled
     assert len(list_images(tmp_path, labelled=False)) == len(paths.split())  # predict does not ask
 
 
@@ -115,10 +115,10 @@ def test_links_to_folders_are_folders(tmp_path: Path) -> None:
 def test_an_impossible_class_level_is_refused(tmp_path: Path, level: int) -> None:
     make_files(tmp_path, "north/fox/0 south/fox/0")
     with pytest.raises(UsageError, match="one of|no image 3 folders deep"):
-        list_images(tmp_path, class_level=level)
+        list_images(Source(tmp_path, class_level=level))
     (tmp_path / "list.csv").write_text("path\nnorth/fox/0.jpg\n")
     with pytest.raises(UsageError, match="leave it out|one of"):
-        list_images(tmp_path / "list.csv", class_level=level)
+        list_images(Source(tmp_path / "list.csv", class_level=level))
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="one name there")
@@ -171,7 +171,7 @@ def test_what_is_no_table_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureF
     make_files(tmp_path, names)
     (tmp_path / "a" if not names else tmp_path).mkdir(exist_ok=True)
     (tmp_path / "pipe").symlink_to("nothing")
-    list_images(tmp_path, class_level=2 if "/" in names else None)
+    list_images(Source(tmp_path, class_level=2 if "/" in names else None))
     assert len(caplog.records) == lines
 
 

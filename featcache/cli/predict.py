@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import note, printable_row, show_progress, show_result
+from featcache.cli.console import note, printable, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
 from featcache.system.supervisor import notes
 
@@ -121,6 +121,7 @@ def evaluate(
     """Score a model on labelled images or on a cache."""
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
+    from featcache.reports.scores import evaluation_lines
 
     images = Source(
         source,
@@ -142,21 +143,7 @@ def evaluate(
             batch_size=batch,
             progress=progress,
         )
-    lines = [
-        f"{scores['n']} images ({scores['split']}), refused {scores['refused']}",
-        f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
-    ]
-    if scores["copies"]["across_splits"]:
-        new = scores["accuracy_without_copies"]
-        lines.append(
-            "  training has seen all of them"
-            if new is None
-            else f"  accuracy {new:.2%} on images that training has not seen"
-        )
-    for name, entry in scores["per_class"].items():
-        if entry["n"]:
-            precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
-            lines.append(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+    lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
     show_result(lines, scores, as_json=as_json)
 
 

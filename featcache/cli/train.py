@@ -89,9 +89,14 @@ def finetune(
     recipe: Annotated[
         str,
         typer.Option(
-            help="default, gradual, ants-bees, ants-bees-frozen, cats-dogs, flowers, flowers-frozen, caltech101."
+            help="default, gradual, ants-bees, ants-bees-frozen, cats-dogs, flowers, flowers-frozen, caltech101; "
+            "or a .toml file of its fields."
         ),
     ] = "default",
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe: lr=0.001, hidden=500,200."),
+    ] = [],  # noqa: B006 - typer's own
     backbone: _AsForExtract = None,
     weights: _AsForExtract = None,
     resize: _AsForExtract = None,
@@ -120,8 +125,11 @@ def finetune(
     """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune as run
+    from featcache.finetuning.recipe_files import parse_settings
     from featcache.images.source import Source
 
+    named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "backbone_lr": backbone_lr}
+    changes = parse_settings(settings, named | {"unfreeze": unfreeze, "patience": patience})
     asked: dict[str, Any] = {
         "backbone": backbone,
         "weights": weights,
@@ -145,14 +153,7 @@ def finetune(
             init=init,
             request=ExtractRequest(**asked) if asked else None,
             recipe=recipe,
-            changes={
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "lr": lr,
-                "backbone_lr": backbone_lr,
-                "unfreeze": unfreeze,
-                "patience": patience,
-            },
+            changes=changes,
             seed=seed,
             precision=precision,
             device=device,

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-import numbers
+import operator
 from typing import Any, Literal, get_args, get_origin
 
 from featcache.errors import UsageError
@@ -52,12 +52,13 @@ def _is_whole(kind: Any) -> bool:
 
 def _number(value: Any, *, whole: bool) -> Any:
     """As int or float where that is what ``value`` says, else as it is."""
-    numeric = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, str | numeric):
+    if isinstance(value, bool):
         return value
     try:
-        return int(value) if whole else float(value)
-    except ValueError:
+        if isinstance(value, str):
+            return int(value) if whole else float(value)
+        return operator.index(value) if whole else float(value)
+    except (ValueError, TypeError, OverflowError):
         return value
 
 

@@ -14,6 +14,7 @@ from featcache.cli import options
 from featcache.cli.demo import write_digits
 from featcache.errors import UsageError
 from featcache.images.source import list_images
+from featcache.models.model import load_model
 
 QUICK = ["--epochs", "1", "--batch-size", "6", "--precision", "fp32"]
 
@@ -244,13 +245,50 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     assert list_images(photos).paths == before
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, out, err = run("finetune", photos, "--init", start, "-o", tmp_path / "ft", *QUICK)
+    (tmp_path / "quick.toml").write_text("epochs = 1\nbatch-size = 6\nlr = 1\n")
+    settings = (
+        "--recipe",
+        tmp_path / "quick.toml",
+        "--set",
+        "lr=1e-3",
+        "--set",
+        "hidden=9,8",
+        "--set",
+        "optimizer=sgd",
+    )
+    code, out, err = run("finetune", photos, "--init", start, "-o", tmp_path / "ft", *settings, *QUICK[-2:])
     assert code == 0
+    training = load_model(tmp_path / "ft").manifest["training"]
+    assert training["recipe"] == "quick.toml"
+    expected = {"epochs": 1, "batch_size": 6, "lr": 0.001, "hidden": [9, 8], "optimizer": "sgd", "ema": 0.98}
+    assert expected.items() <= training["settings"].items()
     assert "val: frozen head" in out
     assert out.endswith("metrics.json and history.csv\n")
     remedy = "figures need matplotlib: pip install 'featcache[report]'"
     assert err.endswith(f"no curves of {tmp_path / 'ft'}: {remedy}\n")
     assert (tmp_path / "ft" / "history.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--recipe", "list"), "no recipe is called 'list'; choose default ("),
+        (("--recipe", "nowhere.toml"), "the recipe nowhere.toml is not a file"),
+        (("--set", "learning"), "--set takes FIELD=VALUE"),
+        (("--set", "epoch=3"), "did you mean epochs?"),
+        (("--lr", "1", "--set", "lr=2"), "lr is given twice, by --lr and by --set lr=2; leave one out"),
+        (("--set", 'augmentation=[["sharpen", 1]]'), "unknown augmentation 'sharpen'"),
+        (("--set", "hidden=many"), "hidden must be a whole number from 1 to 1e+06, found 'many'"),
+        (("--set", "lr=\x1b[31m"), "lr must be a number from 0 to 1e+06, found '\\x1b[31m'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_any_work(
+    trained: Path, tmp_path: Path, run, no_model: None, options: tuple, words: str
+) -> None:
+    code, out, err = run("finetune", trained / "photos", "--init", trained / "m", "-o", tmp_path / "ft", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_lists(run) -> None:

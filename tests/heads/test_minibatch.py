@@ -169,11 +169,14 @@ def test_a_plain_network_with_the_heads_tensors_gives_its_probabilities() -> Non
 
 def test_every_dropout_acts_on_its_layer() -> None:
     X, y = blobs(60)
-    shares = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5,)]
-    fitted = [fit("mlp", X, y, settings=TorchSettings((9, 9), dropout=each, epochs=3)).head for each in shares]
+    cases = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5,)]
+    fitted = [fit("mlp", X, y, settings=TorchSettings((9, 9), dropout=each, epochs=3)).head for each in cases]
     heads = [head.logits(X) for head in fitted]
     np.testing.assert_array_equal(heads[3], heads[4])  # one for all
     assert len({head.tobytes() for head in heads}) == 4
+    for shares, blind in (((0.0, 1 - 1e-9), True), ((1 - 1e-9, 0.0), False)):
+        last = fit("mlp", X, y, settings=TorchSettings((9, 9), dropout=shares, epochs=3)).head.layers[-1][0]
+        assert (not last.any()) == blind  # it starts from zeros, and learns only from what it gets to see
 
 
 @pytest.mark.parametrize("budget", [SHORT, TIGHT])

@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args, get_origin
 from featcache.errors import UsageError
 
 Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see augment.py
-# Of numbers: the least and the most, from 0 to 1e6 where nothing is said. A share lies below 1.
-_MOST = 1e6
+# Of numbers: the least and the most, from 0 to a million where nothing is said. A share lies below 1.
+_MOST = 1_000_000
 _SHARES = ("dropout", "momentum", "warmup", "label_smoothing", "ema")
 _LEAST = dict.fromkeys(("hidden", "epochs", "batch_size", "accumulation", "step_epochs"), 1)
-_MOST_OF = {"layer_decay": 1.0, "gamma": 1.0}
+_MOST_OF = {"layer_decay": 1, "gamma": 1}
 # Augmentations: what each number is, the least and the most it can be.
 STEP_NUMBERS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "resized_crop": (
@@ -47,7 +47,7 @@ def _is_tuple(kind: Any) -> bool:
 
 
 def _is_whole(kind: Any) -> bool:
-    return "int" in str(kind)
+    return "int" in str(kind)  # also in a tuple, and where it may be None
 
 
 def _number(value: Any, *, whole: bool) -> Any:
@@ -85,7 +85,7 @@ def _check_number(name: str, value: Any, *, whole: bool) -> None:
     fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and least <= value <= most
     if not fits or (name in _SHARES and value == 1):
         what = "a whole number" if whole else "a number"
-        to = "below 1" if name in _SHARES else f"{most:g}"
+        to = "below 1" if name in _SHARES else f"{most:,}"
         raise UsageError(f"{name} must be {what} from {least} to {to}, found {value!r}")
 
 

@@ -7,6 +7,8 @@ start, seed and precision decide the numbers of a run, the ``Job``; the recipe i
 import dataclasses
 import difflib
 import json
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,8 @@ from featcache.images.source import ImageList
 if TYPE_CHECKING:
     from featcache.system.device import Runtime
     from featcache.system.distributed import Processes
+
+log = logging.getLogger("featcache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +165,14 @@ _DEFAULT = Recipe(
     patience=5,
     interpolate=True,
 )
+# field -> the other field on which it depends, and the values of that with which it does something.
+_ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "momentum": ("optimizer", ("sgd",)),
+    **dict.fromkeys(("gamma", "step_epochs"), ("schedule", ("step",))),
+    **dict.fromkeys(("backbone_lr", "batchnorm", "backbone_dropout"), ("unfreeze", ("last-stage", "all", "gradual"))),
+    "layer_decay": ("unfreeze", ("all", "gradual")),
+    "interpolate": ("hidden", (None,)),
+}
 RECIPES: dict[str, Recipe] = {
     "default": _DEFAULT,
     "ants-bees": _ANTS_BEES,
@@ -237,15 +249,23 @@ def find_recipe(name: str, changes: dict[str, Any]) -> Recipe:
     for field in given:
         if field not in kinds:
             near = difflib.get_close_matches(field, kinds, n=1)
-            raise UsageError(
-                f"a recipe has no {field}; " + (f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}")
-            )
-    base = RECIPES[name]
-    values = {field: converted(kinds[field], value) for field, value in given.items()}
-    different = [f"{field} = {as_toml(value)}" for field, value in values.items() if value != getattr(base, field)]
-    if different and "about" not in values:
-        values["about"] = f"as {name}, but {', '.join(different)}"
-    return dataclasses.replace(base, **values)
+            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}"
+            raise UsageError(f"a recipe has no {field}; {remedy}")
+    base, values = RECIPES[name], {field: converted(kinds[field], value) for field, value in given.items()}
+    different = {field: value for field, value in values.items() if value != getattr(base, field)}
+    changed = ", ".join(f"{field} = {as_toml(value)}" for field, value in different.items())
+    about = {"about": f"as {name}, but {changed}"} if changed else {}
+    recipe = dataclasses.replace(base, **(about | values))
+    _warn_of_idle(recipe, different)
+    return recipe
+
+
+def _warn_of_idle(recipe: Recipe, changed: Iterable[str]) -> None:
+    """Say which changes do nothing in this recipe."""
+    for field, (other, allowed) in _ONLY_WITH.items():
+        if field in changed and (value := getattr(recipe, other)) not in allowed:
+            wanted = " or ".join(map(as_toml, allowed))
+            log.warning("%s changes nothing: it takes %s = %s, found %s", field, other, wanted, as_toml(value))
 
 
 def settle(recipe: Recipe, n_train: int) -> Recipe:

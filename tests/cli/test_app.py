@@ -278,8 +278,8 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
         (("--set", "epoch=3"), "did you mean epochs?"),
         (("--lr", "1", "--set", "lr=2"), "lr is given twice, by --lr and by --set lr=2; leave one out"),
         (("--set", 'augmentation=[["sharpen", 1]]'), "unknown augmentation 'sharpen'"),
-        (("--set", "hidden=many"), "hidden must be a whole number from 1 to 1e+06, found 'many'"),
-        (("--set", "lr=\x1b[31m"), "lr must be a number from 0 to 1e+06, found '\\x1b[31m'"),
+        (("--set", "hidden=many"), "hidden must be a whole number from 1 to 1,000,000, found 'many'"),
+        (("--set", "lr=\x1b[31m"), "lr must be a number from 0 to 1,000,000, found '\\x1b[31m'"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_before_any_work(

@@ -135,6 +135,26 @@ def test_a_changed_recipe_says_what_it_is() -> None:
     assert choose_recipe("default", 1000, lr=1.0, about="mine").about == "mine"
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"momentum": 0.5}, 'momentum changes nothing: it takes optimizer = "sgd", found "adamw"'),
+        ({"gamma": 0.5}, 'gamma changes nothing: it takes schedule = "step", found "cosine"'),
+        ({"unfreeze": "head", "backbone_lr": 0.1}, 'backbone_lr changes nothing: it takes unfreeze = "last-stage" or'),
+        ({"unfreeze": "last-stage", "layer_decay": 0.5}, 'takes unfreeze = "all" or "gradual", found "last-stage"'),
+        ({"hidden": 5, "interpolate": True}, ""),  # as it is in the recipe
+        ({"momentum": 0.5, "optimizer": "sgd"}, ""),
+        ({"unfreeze": "head"}, ""),
+    ],
+)
+def test_a_change_that_does_nothing_is_said(
+    changes: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    find_recipe("default", changes)
+    assert words in caplog.text
+    assert bool(words) == bool(caplog.records)
+
+
 def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="no recipe is called 'list'; choose ") as error:
         choose_recipe("list", 100)

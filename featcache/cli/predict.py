@@ -126,6 +126,7 @@ def evaluate(
     """Score a model on labelled images or on a cache: accuracy, per class, and which class is taken for which."""
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
+    from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import evaluation_lines
 
     images = Source(
@@ -152,7 +153,7 @@ def evaluate(
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
     if output is not None:
-        written, _ = _write(scores.pop("rows"), output)
+        written, _ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")
     show_result(lines, scores | {"output": output}, as_json=as_json)
 

@@ -20,7 +20,8 @@ from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.model import Model, load_model
-from featcache.models.predict import Prediction, predict_images
+from featcache.models.predict import predict_images
+from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
 from featcache.system.runtime_options import check_runtime_options
 
@@ -57,8 +58,8 @@ def evaluate(
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
         ``across_labels``: as in ``cache.copies``;
         rows, if asked for: an iterator, to be gone through once, over a dictionary per image, refused ones last: the columns
-        of ``predict``'s table (path, label: the most probable class, probability, status, reason), then true_label,
-        true_probability, correct, and seen: whether training has seen it. What is unknown is None, or an empty text.
+        of ``Prediction.to_row`` (path, label: the most probable class, probability, status, reason), then true_label,
+        true_probability, correct, and seen: whether training has seen it. What is unknown is None.
 
     Raises:
         SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
@@ -138,20 +139,20 @@ def _score_images(images: ImageList, y: Array, found: list[Prediction], *, name:
 def _rows(model: Model, scored: _Scored, *, seen: Array | None) -> Iterator[dict[str, Any]]:
     """A row per image, made when it is asked for: of those that were scored, in order, then of the refused ones."""
 
-    def row(path: str, reason: str, true: int | None) -> dict[str, Any]:
+    def row(path: str, values: Array | None, reason: str, true: int | None) -> dict[str, Any]:
         path = path if scored.root is None else str(scored.root / path)
-        facts = {"path": path, "label": "", "probability": None, "status": "refused", "reason": reason}
-        label = "" if true is None else model.classes[true]
-        return facts | {"true_label": label, "true_probability": None, "correct": None, "seen": None}
+        facts = Prediction(path, values, reason, classes=model.classes).to_row()
+        label, probability = None if true is None else model.classes[true], None
+        if values is not None:
+            probability = float(values[true])
+        right = None if values is None else facts["label"] == label
+        return facts | {"true_label": label, "true_probability": probability, "correct": right, "seen": None}
 
     for k, (name, true, values) in enumerate(zip(scored.names, scored.y.tolist(), scored.probabilities, strict=True)):
-        best = int(values.argmax())
-        found = {"label": model.classes[best], "probability": round(float(values[best]), 6), "status": "ok"}
-        found |= {"true_probability": round(float(values[true]), 6), "correct": best == true}
         (path,) = decode_names(np.array([name]))
-        yield row(path, "", true) | found | {"seen": None if seen is None else bool(seen[k])}
-    for refusal, label in scored.refused:
-        yield row(*refusal, label)
+        yield row(path, values, "", true) | {"seen": None if seen is None else bool(seen[k])}
+    for (path, reason), label in scored.refused:
+        yield row(path, None, reason, label)
 
 
 def _copies(scored: _Scored, *, seen: Array | None) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
-from featcache.reports.predictions_table import prediction_rows
 
 OF_PREDICT = ["path", "label", "probability", "status", "reason"]
 OWN = ["true_label", "true_probability", "correct", "seen"]
@@ -47,7 +46,7 @@ def test_rows_can_be_joined_with_predictions(tmp_path: Path, monkeypatch: pytest
         scores = evaluate("m", source, split="all", rows=True)
         rows = {row["path"]: row for row in scores["rows"]}
         assert {tuple(row) for row in rows.values()} == {(*OF_PREDICT, *OWN)}
-        predicted = list(prediction_rows(predict("m", source), ("blue", "green", "red")))
+        predicted = [prediction.to_row() for prediction in predict("m", source)]
         assert {path: {name: row[name] for name in OF_PREDICT} for path, row in rows.items()} == {
             row["path"]: row for row in predicted
         }

@@ -5,6 +5,7 @@ In: ``sys.argv``. Out: an exit code. 0 done; 1 failed; 2 wrong usage; 3 done, bu
 """
 
 import io
+import itertools
 import logging
 import os
 import shutil
@@ -88,10 +89,10 @@ def _run(*, command: str) -> int:
     """Run the command of ``sys.argv``; its exit code."""
     asked = None
     try:
-        if command in _DECODING or any(text.startswith("--repair") for text in sys.argv):
-            _keep_stdin()
-            if (code := supervised()) is not None:
-                return code  # of a worker, which has said what there is to say
+        decodes = command in _DECODING or any(text.startswith("--repair") for text in sys.argv)
+        _keep_stdin(read=decodes)
+        if decodes and (code := supervised()) is not None:
+            return code  # of a worker, which has said what there is to say
         asked = interrupt_on_signals()
         code = app(prog_name="featcache", standalone_mode=False)
     except typer.Exit as error:
@@ -112,15 +113,17 @@ def _run(*, command: str) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _keep_stdin() -> None:
+def _keep_stdin(*, read: bool) -> None:
     """Where ``-`` is given, make stdin a file with what is piped in: each worker reads it anew, and listing it takes several passes.
 
-    Raises UsageError: it is given twice or as an output, nothing is piped in, or several processes would each read a part.
+    Raises UsageError: it is given as an output, or twice; nothing is piped in, or several processes would each read a part.
     """
-    if not (places := [place for place, text in enumerate(sys.argv) if place and text == "-"]):
-        return
-    if any(sys.argv[place - 1] in ("-o", "--output") for place in places):
+    pairs = list(itertools.pairwise(sys.argv))
+    if any(pair in (("-o", "-"), ("--output", "-")) or pair[1] in ("-o-", "--output=-") for pair in pairs):
         raise UsageError("-o takes the name of what is to be written, found -; predict without -o writes to stdout")
+    places = [text for text in sys.argv[1:] if text in ("-", "--repair=-")]
+    if not read or not places:
+        return
     if len(places) > 1:
         raise UsageError("- is what is piped in, which can be read once; give it once")
     if (os.environ.get("WORLD_SIZE") or "1") != "1":

@@ -40,17 +40,14 @@ class Columns(NamedTuple):
         """Positions of those that there are."""
         return [column for column in self[:3] if isinstance(column, int)]
 
-    def __str__(self) -> str:
-        """``path from 'filename', label from 'species'; ignored: id``."""
+    def said(self, *, hint: bool) -> str:
+        """``path from 'filename', label from 'species'; ignored: id``; ``hint``: also how to name a label if there is none."""
         pairs = zip(("path", "label", "split"), self[:3], strict=True)
         titles = {k: repr(name) for k, name in enumerate(self.header)}
         parts = [f"{role} from {titles.get(k, f'column {k + 1}')}" for role, k in pairs if isinstance(k, int)]
         ignored = [name for k, name in enumerate(self.header) if k not in self.used]
-        more = (
-            ""
-            if self.label is not None or not any(map(str.strip, ignored))
-            else " (--label-column NAME takes one for the label)"
-        )
+        hint = hint and self.label is None and any(map(str.strip, ignored))
+        more = " (--label-column NAME takes one for the label)" if hint else ""
         return ", ".join(parts) + (f"; ignored: {shown(ignored)}{more}" if ignored else "")
 
 

@@ -72,7 +72,7 @@ def _read(listing: Listing, chosen: Mapping[str, str | None]) -> _Described | No
                 raise
             log.warning("%s is not read: %s", path, error)
             continue
-        log.info("%s: %s", table.name, columns)
+        log.info("%s: %s", table.name, columns.said(hint=chosen["label"] is None))
         labels.add(columns.label is not None)
         splits.add(columns.split is not None)
         column = column or (columns.header[columns.label] if columns.label is not None else "")

@@ -46,12 +46,14 @@ def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, la
     """
     files = Files(root)
     table, columns = read_columns(source, files, chosen)
-    log.info("%s: %s%s", table.name, "" if table.header else "no header; ", columns)
+    columns = columns if labelled else columns._replace(label=None, split=None)
+    said = columns.said(hint=labelled and chosen["label"] is None)
+    log.info("%s: %s%s", table.name, "" if table.header else "no header; ", said)
     found: list[Entry] = []
     refused: list[Refusal] = []
     refused_at: list[int] = []
     seen: dict[str, Entry] = {}
-    for entry, where in entries(table, columns if labelled else columns._replace(label=None, split=None)):
+    for entry, where in entries(table, columns):
         try:
             entry = files.resolved(entry)
         except RefusedImage as reason:

@@ -59,7 +59,7 @@ for path in sys.argv[1:]:
 # The same of what is listed on stdin, as the command line reads it: once, for all workers.
 DECODE_LISTED = DECODE.replace(
     "if (code",
-    "from featcache.cli.app import _keep_stdin\nfrom featcache.images.source import list_images\n_keep_stdin()\nif (code",
+    "from featcache.cli.app import _keep_stdin\nfrom featcache.images.source import list_images\n_keep_stdin(read=True)\nif (code",
     1,
 ).replace("in sys.argv[1:]", "in list_images('-').paths")
 

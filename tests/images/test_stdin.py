@@ -99,6 +99,8 @@ def test_predict_takes_tables_of_images_elsewhere(trained: Path, tmp_path: Path,
             "-o takes the name of what is to be written, found -; predict without -o writes to stdout",
         ),
         ("extract photos --output -", "-o takes the name of what is to be written"),
+        ("fit-head f.h5 -o -", "-o takes the name of what is to be written"),
+        ("export m --output=-", "-o takes the name of what is to be written"),
         ("predict m -", "stdin is empty; expected a table of images, or a path on each line"),
         ("predict - photos", "- "),
         ("evaluate - photos", "- "),
@@ -146,7 +148,7 @@ def test_python_is_told_that_a_pipe_is_the_command_lines(pipe: Pipe) -> None:
         list_images("-")
 
 
-def test_a_cache_of_a_table_elsewhere_is_kept_up_to_date_and_mended(tmp_path: Path, run: Run) -> None:
+def test_a_cache_of_a_table_elsewhere_is_kept_up_to_date_and_mended(tmp_path: Path, pipe: Pipe, run: Run) -> None:
     photos, table, cache = (
         make_photos(tmp_path / "photos", each=2, settled=True),
         tmp_path / "lists" / "t.csv",
@@ -167,7 +169,8 @@ def test_a_cache_of_a_table_elsewhere_is_kept_up_to_date_and_mended(tmp_path: Pa
     cache.write_bytes(whole[:at] + b"XXXX" + whole[at + 4 :])
     code, _, err = run("verify", cache)
     assert (code, "paths" in err) == (1, True), err
-    code, _, err = run("verify", cache, "--repair", table, *options)
+    pipe(table.read_bytes())
+    code, _, err = run("verify", cache, "--repair=-", *options)
     assert code == 0, err
     assert [*FeatureCache.open(cache).paths] == [row.split(",")[0] for row in rows]
     shutil.rmtree(photos / "red")

@@ -144,8 +144,13 @@ def shown(names: Iterable[str]) -> str:
 
 
 def quoted(name: str) -> str:
-    """``name`` as an argument on the command line."""
-    return name if re.fullmatch(r"[\w./-]+", name) else f"'{name[:60]}'"
+    """``name`` as an argument on the command line, in one line."""
+    return name if re.fullmatch(r"[\w./-]+", name) else f"'{printable(name[:200])}'"
+
+
+def printable(text: str) -> str:
+    """``text`` without what ends a line or moves the cursor."""
+    return "".join(filter(str.isprintable, text))
 
 
 def _chosen(source: str, header: Sequence[str], role: str, name: str) -> int | None:

@@ -67,6 +67,8 @@ def _read(listing: Listing, chosen: Mapping[str, str | None]) -> _Described | No
         files = Files(path.parent)
         try:
             table, columns = read_columns(path, files, chosen)
+            if not table.header:
+                raise SourceError(f"{table.name} has no header; expected one with file_name")
         except FeatcacheError as error:
             if any(chosen.values()):
                 raise

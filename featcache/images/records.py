@@ -67,7 +67,7 @@ def read_table(path: Path, is_file: IsFile, chosen: Mapping[str, str | None]) ->
     first, nul, _ = start.partition(b"\0")
     if codec := _utf16(start):
         return _read(text._replace(codec=codec, errors="strict"), is_file, chosen)
-    if nul and first and (b"\n" not in first or is_file(os.fsdecode(first))):  # find -print0
+    if nul and first.strip() and (b"\n" not in first or is_file(os.fsdecode(first))):  # find -print0
         return Table(text.name, (), text.between_nuls)
     if (odd := _not_utf8(text)) is None:
         return _read(text._replace(errors="strict"), is_file, chosen)

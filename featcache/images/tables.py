@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
-from featcache.images.columns import NONE, Columns, find_columns, quoted, shown, split_in, without_header
+from featcache.images.columns import NONE, Columns, find_columns, printable, quoted, shown, split_in, without_header
 from featcache.images.folders import Entry, Listing, begins_like_an_image, has_image_suffix
 from featcache.images.records import STDIN, Table, as_text, read_table
 
@@ -220,8 +220,8 @@ def _spellings(cell: str) -> Iterator[str]:
     text = cell.strip().strip('"').strip()
     yield text
     yield text.removeprefix("'")  # before what a spreadsheet would take for a formula
-    if address := _ADDRESS.match(text):
-        yield os.fsdecode(urllib.parse.unquote_to_bytes(text[address.end() :]))
+    if (address := _ADDRESS.match(text)) and _is_storable(text):
+        yield os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(text[address.end() :])))
     text = text.replace("\\", "/")
     yield text
     yield unicodedata.normalize("NFC", text)
@@ -235,7 +235,7 @@ def _not_one_there(table: Table, columns: Columns, files: Files) -> SourceError:
     hint = _where_they_are(sample, files) or "--root FOLDER says what its paths are relative to"
     return SourceError(
         f"{table.name}: not one of its images is a file below {files.root}; the first, {sample[0][:200]!r}, was looked for as "
-        f"{looked}; {hint}"
+        f"{str(looked)!r}; {hint}"
     )
 
 
@@ -249,7 +249,7 @@ def _where_they_are(sample: Sequence[str], files: Files) -> str:
         parts = re.split(r"[\\/]+", first)
         tails = ("/".join(parts[k:]) for k in range(1, len(parts)))
         if tail := next(filter(files.has, tails), ""):
-            return f"{tail} is there: leave {first[: len(first) - len(tail)]} out of the table"
+            return f"{printable(tail)} is there: leave {printable(first[: len(first) - len(tail)])} out of the table"
         return ""
     if re.match(r"[a-z][a-z\d+.-]+://", first, re.IGNORECASE):
         return "addresses are not followed: download what is to be embedded, and name the files"

@@ -103,7 +103,9 @@ def test_a_link_put_in_place_of_a_listed_image_is_still_only_an_image(tmp_path: 
         '{"path": "a.jpg", "x": ' + "[" * 10_000 + "]" * 10_000 + "}\n",
         "".join(f'{{"path": "a.jpg", "k{number}": 1}}\n' for number in range(20_000)),
         "sep=;\n",
-        "path\nfile://[/a.jpg\nfile:////etc/passwd\nfile:///%00\n",
+        "path\nfile://[/a.jpg\nfile:////etc/passwd\nfile:///%00\nfile:///\udce9\n",
+        "a\rb.jpg\n",
+        " \0",
         "path\n\\\\server\\share\\a.jpg\n",
     ],
     ids=[
@@ -129,12 +131,14 @@ def test_a_link_put_in_place_of_a_listed_image_is_still_only_an_image(tmp_path: 
             "many keys",
             "only sep",
             "addresses",
+            "return",
+            "blank",
             "share",
         ),
     ],
 )
 def test_lists_that_are_none_are_refused_in_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "list.csv").write_text(text)
+    (tmp_path / "list.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
     try:
         images = list_images(tmp_path / "list.csv")
     except FeatcacheError as error:

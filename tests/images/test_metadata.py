@@ -57,6 +57,7 @@ def test_every_row_and_every_image_is_accounted_for(photos: Path, caplog: pytest
         ("name;size\nhard drive;3\n", "no image is named by metadata.csv, which is not used"),
         ("city,population\nBonn,3\n", "is not read: .* none of them known as one of paths"),
         ("", "is not read: .* is empty"),
+        ("fox/1.jpg,red\n", "is not read: .* has no header"),
         ("file_name,text\nfox/1.jpg,a fox\n", "path from 'file_name'; ignored: text"),
     ],
 )

@@ -1,6 +1,8 @@
 """The ways in which people write a table or a folder, each with the paths, classes and splits that it says, written by hand."""
 
 import codecs
+import csv
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -187,6 +189,35 @@ def read(source: Source) -> list[str]:
 def test_what_people_write_is_read(tmp_path: Path, stdin: int, case: str) -> None:
     way = WAYS[case]
     assert " ".join(read(make(way, tmp_path / "photos", stdin))) == way.says
+
+
+# Names and labels that take quotes in a CSV, and what pandas writes for none.
+ODD = {
+    "a b/1.jpg": "x, y",
+    "c,2.jpg": 'say "hi"',
+    "d;3.jpg": "a;b",
+    "\xfc4.jpg": "na\xefve",
+    "'5.jpg": None,
+    "6.jpg": "two\n|lines",
+    "7": "'q",
+}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+def test_what_pandas_writes_is_read(tmp_path: Path, separator: str, encoding: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    for path in ODD:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"\xff\xd8\xff")
+    frame = pandas.DataFrame({"Image": [*ODD], "n": range(len(ODD)), "Class": [*ODD.values()]})
+    for quoting, index, end in itertools.product((csv.QUOTE_MINIMAL, csv.QUOTE_ALL), (True, False), ("\n", "\r\n")):
+        frame.to_csv(
+            tmp_path / "list.csv", sep=separator, encoding=encoding, quoting=quoting, index=index, lineterminator=end
+        )
+        images = list_images(tmp_path / "list.csv")
+        labels = [(*images.classes, None)[label] for label in images.labels]
+        assert dict(zip(images.paths, labels, strict=True)) == ODD
 
 
 if __name__ == "__main__":  # the same as a table, for people: python tests/images/test_ways.py

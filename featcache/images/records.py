@@ -162,7 +162,7 @@ class _Text(NamedTuple):
     def below_header(self, delimiter: str, skipped: int) -> Iterator[Row]:
         """The rows below ``skipped`` ones, which have at most as many cells as the last of these; blank ones do not count."""
         rows = self.cells(delimiter)
-        width = [len(cells) for cells, _ in itertools.islice(rows, skipped)][-1]
+        width = [0, *(len(cells) for cells, _ in itertools.islice(rows, skipped))][-1]
         for cells, where in rows:
             if any(map(str.strip, cells[width:])):
                 raise SourceError(f"{where}: found {len(cells)} cells, expected at most {width}, as in the first line")

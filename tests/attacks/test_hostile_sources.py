@@ -106,6 +106,7 @@ def test_a_link_put_in_place_of_a_listed_image_is_still_only_an_image(tmp_path: 
         "path\nfile://[/a.jpg\nfile:////etc/passwd\nfile:///%00\nfile:///\udce9\n",
         "a\rb.jpg\n",
         " \0",
+        '""\n',
         "path\n\\\\server\\share\\a.jpg\n",
     ],
     ids=[
@@ -133,6 +134,7 @@ def test_a_link_put_in_place_of_a_listed_image_is_still_only_an_image(tmp_path: 
             "addresses",
             "return",
             "blank",
+            "quotes",
             "share",
         ),
     ],

@@ -20,7 +20,7 @@ def predict(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
     inputs: Annotated[list[Path], typer.Argument(readable=False, help="Images, folders, CSV files; or cache files.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file; stdout if not given.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .csv or .jsonl file. Default: stdout.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
     probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
@@ -31,7 +31,10 @@ def predict(
     max_bad: options.MaxBad = 1.0,
     as_json: options.Json = False,
 ) -> None:
-    """Label images: one row per input image, in order, refused ones included."""
+    """Label images.
+
+    One row per image, in order, refused ones included.
+    """
     from featcache.models.model import load_model
     from featcache.models.predict import predict as run
     from featcache.reports.predictions_table import prediction_rows
@@ -162,11 +165,14 @@ def evaluate(
 
 def export(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .safetensors file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .onnx or .safetensors file.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write backbone and head as one file that runs without featcache, checked against the model first."""
+    """Write a model as one file that runs without featcache.
+
+    The file is checked against the model before it is published.
+    """
     from featcache.models.export import export_model
 
     report = export_model(model, output, force=force)

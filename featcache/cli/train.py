@@ -14,7 +14,7 @@ _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for 
 
 def fit_head(
     cache: Annotated[Path, typer.Argument(readable=False, help="A cache file written by extract.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The model.")],
     clf: Annotated[str, typer.Option(help="logreg, linear or mlp.")] = "logreg",
     c: Annotated[
         str, typer.Option("--C", help="Inverse regularisation strength of logreg; auto: cross-validated.")
@@ -27,7 +27,10 @@ def fit_head(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a classifier on cached embeddings; everything is chosen on training rows, val and test stay untouched."""
+    """Train a classifier on cached embeddings, in seconds.
+
+    Everything is chosen on training rows; val and test stay untouched.
+    """
     from featcache.models.fit import fit_head as run
 
     report = run(
@@ -66,7 +69,7 @@ def fit_head(
 
 def finetune(
     source: Annotated[Path, typer.Argument(readable=False, help="Labelled images: folders or a CSV, as for extract.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The new model.")],
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -107,7 +110,10 @@ def finetune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
+    """Train the backbone, too, end to end, from the cached head on.
+
+    The result is by default never below that head on val.
+    """
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune as run
     from featcache.images.source import Source

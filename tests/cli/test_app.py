@@ -103,7 +103,7 @@ def test_texts_of_options() -> None:
     assert (options.count("3", "workers"), options.number("0.5", "C")) == (3, 0.5)
     assert (options.size("40"), options.size("40x30")) == (40, (40, 30))
     for convert, text in ((options.count, "0"), (options.count, "1.5"), (options.count, "²"), (options.number, "few")):
-        with pytest.raises(UsageError, match=f"^head C must be auto or .*, found {text!r}$"):
+        with pytest.raises(UsageError, match=f"^--head-C must be auto or .*, found {text!r}$"):
             convert(text, "head C")
     for text in ("axb", "40x", "x40", "0"):
         with pytest.raises(UsageError, match="resize must be auto or a whole number"):
@@ -291,17 +291,6 @@ def test_demo_writes_the_digits_once(tmp_path: Path) -> None:
     before = files[0].stat().st_mtime_ns
     write_digits(tmp_path)
     assert files[0].stat().st_mtime_ns == before
-
-
-def test_a_usage_error_is_harmless_however_click_words_it(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> None:
-        error = UserWarning()
-        text = "Usage: featcache\n\nError: No such option: -\x1b[31m\n"  # as older ones do
-        error.show = lambda file: file.write(text)
-        raise error
-
-    monkeypatch.setattr("featcache.cli.app.app", refuse)
-    assert run("-x") == (2, "", "Usage: featcache\n\nError: No such option: -\\x1b[31m\n")
 
 
 def test_the_level_of_classes_reaches_every_listing(tmp_path: Path, cache: Path, model: Path, run) -> None:

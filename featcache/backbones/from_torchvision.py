@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import math
 import pickle
 import re
@@ -30,6 +31,8 @@ from featcache.system.lazy_imports import compiler_on_demand
 with compiler_on_demand():
     import torchvision
 
+log = logging.getLogger("featcache")
+_LICENCE = " (its licence is non-commercial, CC-BY-NC 4.0)"
 # Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
 _BUILD = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": False}
@@ -72,8 +75,9 @@ def load(name: str, weights: str | Path) -> Backbone:
         source = "random, seed 0"
     elif weights == "auto" or str(weights) in available:
         if weights != "auto":
-            chosen, reason = str(weights), ""
-        source, reload = f"torchvision {chosen}{reason}", chosen
+            chosen, reason = str(weights), "as asked"
+        log.debug("weights %s: %s", chosen, reason)
+        source, reload = f"torchvision {chosen}{_LICENCE if 'SWAG' in chosen else ''}", chosen
         tables = [_download(name, available[chosen])]
     else:
         tables, source = read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
@@ -113,14 +117,17 @@ def _prefer(names: list[str]) -> tuple[str, str]:
     """Which generation of weights to take, and why."""
     first, swag = "IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1"
     if swag in names and first not in names:
-        return swag, " (made for frozen use; its licence is non-commercial, CC-BY-NC 4.0)"
+        return swag, "made for frozen use"
     if first not in names:
-        return names[-1], ""
+        return names[-1], "there are no others"
     others = [name for name in names if name != first]
     if "IMAGENET1K_V2" in others:
         # Kornblith et al. 2021, "Why do better loss functions lead to less transferable features?"
-        return first, " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)"
-    return first, f" (also there, under a non-commercial licence: {', '.join(others)})" if others else ""
+        return first, "V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen"
+    return (
+        first,
+        f"also there, under a non-commercial licence: {', '.join(others)}" if others else "there are no others",
+    )
 
 
 def _download(name: str, member: Any) -> Table:

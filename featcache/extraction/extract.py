@@ -52,7 +52,8 @@ class ExtractReport:
         embedded, reused, refused: computed now; taken over; without an embedding (the cache says why).
         added, changed, removed: paths, compared with the cache that was there before.
         dim: D. seconds: of the whole call. images_per_second: embedded / seconds of the embedding loop, start-up left out.
-        fingerprint: of the cache's spec. classes: how many. splits: images with an embedding in each split that has any.
+        fingerprint: of the cache's spec. classes: how many. class_names: in the order of their indices.
+        splits: images with an embedding in each split that has any.
         copies: ``within``, ``across_splits``, ``across_labels``, see ``cache.copies``.
     """
 
@@ -69,6 +70,7 @@ class ExtractReport:
     images_per_second: float
     fingerprint: str
     classes: int
+    class_names: tuple[str, ...]
     splits: dict[str, int]
     copies: dict[str, int]
 
@@ -159,6 +161,7 @@ def extract(
         images_per_second=(len(rows) - reused) / seconds if seconds else 0.0,
         fingerprint=spec.fingerprint,
         classes=len(plan.images.classes),
+        class_names=plan.images.classes,
         splits={SPLITS[split]: int(n) for split, n in zip(*np.unique(rows.splits, return_counts=True), strict=True)},
         copies=copies.counts(),
     )
@@ -227,6 +230,8 @@ class _Job:
 
         precision = cast("Precision", self.resolved.precision)
         embedder = Embedder.prepare(self.backbone, self.images, runtime=self.runtime, precision=precision)
+        if advice := embedder.choice.advice:
+            log.info(advice)
         if not len(embedder.sample):
             raise SourceError(self.images.all_refused(refusals(self.images, range(len(self.images)))))
         _compare_with_full_scale(embedder, self.images)
@@ -247,8 +252,10 @@ class _Job:
         if self.before:
             return self.before.storage
         fits = survives_rounding(self.embedder.encoder(self.embedder.sample))
-        reason = "half the size of float32, and these embeddings fit" if fits else "these embeddings do not fit float16"
-        log.info("storage %s: %s", "float16" if fits else "float32", reason)
+        level = logging.DEBUG if fits else logging.INFO  # what costs twice the space is worth a word
+        log.log(
+            level, "these embeddings %s float16, which is half the size of float32", "fit" if fits else "do not fit"
+        )
         return "float16" if fits else "float32"
 
     def keep_weights(self, spec: Spec) -> None:

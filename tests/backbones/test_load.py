@@ -329,7 +329,8 @@ def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_backbone("resnet18")
 
 
-def test_auto_prefers_what_transfers_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prefers_what_transfers_frozen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "featcache")
     asked: list[str] = []
 
     def fake(member: object, **_: object) -> dict[str, torch.Tensor]:
@@ -339,7 +340,9 @@ def test_auto_prefers_what_transfers_frozen(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", fake)
     automatic, second = load_backbone("resnet50"), load_backbone("resnet50", "IMAGENET1K_V2")
     assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
-    assert "transfer worse frozen" in automatic.weights
+    assert (automatic.weights, second.weights) == ("torchvision IMAGENET1K_V1", "torchvision IMAGENET1K_V2")
+    assert [record.levelname for record in caplog.records] == ["DEBUG", "DEBUG"]
+    assert "transfer worse frozen" in caplog.text and "IMAGENET1K_V2: as asked" in caplog.text
     assert (automatic.reload, second.reload) == ("IMAGENET1K_V1", "IMAGENET1K_V2")
     assert (automatic.preprocess.resize, second.preprocess.resize) == (256, 232)
 

@@ -1,6 +1,7 @@
 """The command line: what it prints where, and how it exits."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,55 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     remedy = "figures need matplotlib: pip install 'featcache[report]'"
     assert err.endswith(f"no curves of {tmp_path / 'ft'}: {remedy}\n")
     assert (tmp_path / "ft" / "history.csv").is_file()
+
+
+def test_the_log_is_short_and_says_more_when_asked(
+    trained: Path, tmp_path: Path, run, caplog: pytest.LogCaptureFixture, bf16_arithmetic: bool
+) -> None:
+    """One line each for device and backbone, one on the precision where another could be chosen; figures only with -v."""
+
+    def lines(*words: object) -> list[str]:
+        caplog.clear()
+        assert run(*words)[0] == 0
+        return [
+            record.getMessage() for record in caplog.records if not record.getMessage().startswith((" ", str(photos)))
+        ]
+
+    photos, flags = trained / "photos", TINY_FLAGS[: TINY_FLAGS.index("--precision")]
+    said = lines("extract", photos, "-o", tmp_path / "f.h5", *flags)
+    assert said[0].startswith("device ")
+    assert said[1] == "backbone squeezenet1_1: 512 dimensions, weights random, seed 0"
+    rest = [line for line in said[2:] if not line.startswith("decoder: JPEGs by Pillow; pip install")]
+    told = re.fullmatch(
+        r"precision float32: bf16 would change these embeddings by \d+\.\d % \(3.2 % is allowed\); -v shows more",
+        "".join(rest),
+    )
+    assert bool(told) == bf16_arithmetic
+    assert all(len(line) <= 100 for line in said)
+    said = lines("extract", photos, "-o", tmp_path / "g.h5", *flags, "-v")
+    assert ("bf16 fused cosine" in "".join(said)) == bf16_arithmetic
+    assert any(line.startswith("decoder: ") for line in said)
+    new = [write_photo(tmp_path / "new" / f"{seed}.jpg", COLOURS["red"], seed) for seed in (998, 999)]
+    for words in (("predict", trained / "m", new[0].parent), ("predict", trained / "m", new[0])):
+        said = [line for line in lines(*words) if not line.startswith("decoder: JPEGs by Pillow; pip install")]
+        assert [line.split()[0] for line in said] == ["device", "backbone"]
+    assert "bf16" not in "".join(lines("-v", *words))  # which a single image cannot prove
+
+
+def test_the_summary_names_classes_and_splits(tmp_path: Path, run) -> None:
+    photos = make_photos(tmp_path / "photos", each=2, splits=("train", "test"))
+    out = run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)[1].splitlines()
+    assert out[:3] == [
+        f"{tmp_path / 'f.h5'}: 12 embeddings of 512 dimensions",
+        "  3 classes: blue, green, red; train 6, test 6",
+        "  embedded 12, reused 0, refused 0; added 12, changed 0, removed 0",
+    ]
+    out = run("extract", photos / "train" / "red", "-o", tmp_path / "g.h5", *TINY_FLAGS)[1].splitlines()
+    assert out[1] == "  no classes; no splits"
+    for number in range(10):
+        write_photo(tmp_path / "many" / f"c{number}" / "0.png", (number, 2, 3), number)
+    out = run("extract", tmp_path / "many", "-o", tmp_path / "h.h5", *TINY_FLAGS)[1].splitlines()
+    assert out[1] == "  10 classes: c0, c1, c2, c3, c4, c5, c6, c7, ...; no splits"
 
 
 def test_lists(run) -> None:

@@ -1,13 +1,11 @@
 """torchvision's classification models as backbones."""
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
 import math
 import pickle
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,15 @@ import torch
 from torch import nn
 
 from featcache.backbones.backbone import (
-    OFFLINE_HELP,
     Backbone,
     Table,
+    downloading,
     freeze,
     load_tables,
     read_weights,
     rename_tensors,
 )
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, DownloadError
 from featcache.spec import PreprocessSpec
 from featcache.system.lazy_imports import compiler_on_demand
 
@@ -131,15 +129,19 @@ def _prefer(names: list[str]) -> tuple[str, str]:
 
 
 def _download(name: str, member: Any) -> Table:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            _check_downloaded(Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1])
+        _check_downloaded(path)
+        if not path.exists():
+            log.info("downloading %s", member.url)
+        with downloading():
             state = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return Table(rename_tensors(state, str), "")
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a wrong hash is a RuntimeError
-        raise BackboneError(
-            f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {OFFLINE_HELP}"
-        ) from error
+        reason = str(error).strip("<>").removeprefix("urlopen error ")
+        failed = DownloadError(f"the weights {member.name} of {name} could not be downloaded ({reason})")
+        failed.place = str(path)
+        raise failed from error
 
 
 def _check_downloaded(path: Path) -> None:

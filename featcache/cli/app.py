@@ -16,8 +16,8 @@ from featcache import __version__
 from featcache.cli import demo, extract, inspect, predict, train
 from featcache.cli.console import is_first_process, open_missing_streams, say, show_result, silence
 from featcache.cli.help import Command, Group
-from featcache.cli.usage import explain
-from featcache.errors import FeatcacheError, Interrupted, UsageError
+from featcache.cli.usage import explain, with_backbone
+from featcache.errors import DownloadError, FeatcacheError, Interrupted, UsageError
 from featcache.system.signals import interrupt_on_signals
 from featcache.system.supervisor import supervised
 
@@ -103,8 +103,11 @@ def _run(*, command: str) -> int:
         silence(sys.stdout)
         return 1
     except (FeatcacheError, OSError) as error:
-        say(f"error: {error}")
-        return _fail(error, str(error))
+        message = str(error)
+        if isinstance(error, DownloadError) and error.instead:
+            message += f": {with_backbone(sys.argv[1:], error.instead)}"
+        say(f"error: {message}")
+        return _fail(error, message)
     except Exception as error:
         return _usage_error(error)
     if code == 130:

@@ -6,6 +6,7 @@ In: what typer refused, and all commands. Out: the line. Words that people know 
 import difflib
 import itertools
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,6 +126,19 @@ def check_words(params: Iterable[Any], words: Sequence[str]) -> None:
         if word[1:2] != "-" and f"-{word.partition('=')[0]}" in options:
             raise UsageError(f"no option is called {word}; did you mean -{word}?")
         position += 1 + valued
+
+
+def with_backbone(words: Sequence[str], backbone: str) -> str:
+    """The command that was typed, with another backbone and its own weights: to be pasted into a shell."""
+    options = list(itertools.takewhile("--".__ne__, words))
+    kept, behind = [], words[len(options) :]
+    while options:
+        name, equals, _ = (word := options.pop(0)).partition("=")
+        if name in ("--backbone", "--weights"):
+            options = options if equals else options[1:]
+        else:
+            kept.append(word)
+    return shlex.join(["featcache", *kept, "--backbone", backbone, *behind])
 
 
 def value_type(command: Any, param: Any) -> tuple[Any, Any]:

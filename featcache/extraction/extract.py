@@ -214,7 +214,7 @@ class _Job:
     @functools.cached_property
     def backbone(self) -> "Backbone":
         """Raises BackboneError, ModelError, UsageError."""
-        log.info(self.runtime.reason)
+        log.log(logging.INFO if self.device == "auto" else logging.DEBUG, self.runtime.reason)
         backbone = load_requested(self.resolved, self.saved)
         if self.request.record() != self.record:  # it would be taken for the file that was there before
             raise BackboneError(

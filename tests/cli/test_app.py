@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
 from PIL import Image
 
+from featcache.backbones.backbone import OFFLINE_BACKBONE
 from featcache.cache.cache import FeatureCache
 from featcache.cli import options
 from featcache.cli.demo import write_digits
@@ -252,6 +254,33 @@ def test_the_summary_names_classes_and_splits(tmp_path: Path, run) -> None:
         write_photo(tmp_path / "many" / f"c{number}" / "0.png", (number, 2, 3), number)
     out = run("extract", tmp_path / "many", "-o", tmp_path / "h.h5", *TINY_FLAGS)[1].splitlines()
     assert out[1] == "  10 classes: c0, c1, c2, c3, c4, c5, c6, c7, ...; no splits"
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("extract 'my photos' -o f.h5", "featcache extract 'my photos' -o f.h5 --backbone BACKBONE"),
+        (
+            "extract 'my photos' -o f.h5 --backbone resnet18 --weights IMAGENET1K_V1 --device cpu",
+            "featcache extract 'my photos' -o f.h5 --device cpu --backbone BACKBONE",
+        ),
+        (
+            "extract --backbone=resnet18 -o f.h5 -- 'my photos'",
+            "featcache extract -o f.h5 --backbone BACKBONE -- 'my photos'",
+        ),
+        ("finetune 'my photos' -o m", "featcache finetune 'my photos' -o m --backbone BACKBONE"),
+    ],
+)
+def test_without_a_network_the_command_that_works_is_shown(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, typed: str, answer: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    make_photos(Path("my photos"), each=3)
+    code, out, err = run(*shlex.split(typed))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: the weights IMAGENET1K_V1 of resnet")
+    assert err.endswith(f"which is installed: {answer}\n".replace("BACKBONE", OFFLINE_BACKBONE))
 
 
 def test_lists(run) -> None:

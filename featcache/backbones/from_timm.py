@@ -60,9 +60,8 @@ def load(name: str, weights: str | Path) -> Backbone:
     except Exception as error:  # the hub client raises a dozen kinds, all meaning the same here
         if not pretrained:
             raise BackboneError(f"timm cannot build {short}: {error}") from error
-        raise DownloadError(
-            f"the weights of {name} could not be downloaded ({silent or type(error).__name__})"
-        ) from error
+        reason = silent or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
     layers = model.pretrained_cfg.get("classifier") or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     tables: list[Table] = []

@@ -12,6 +12,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from timm.models._hub import has_hf_hub
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -367,6 +368,7 @@ def test_no_network_says_what_to_do(
     assert failed.value.instead == ""
 
 
+@pytest.mark.skipif(not has_hf_hub(), reason="this timm does not know this version of the hub's client")
 def test_what_the_hub_has_given_before_needs_no_network(nothing_downloaded: Path) -> None:
     entry = nothing_downloaded / "models--timm--test_vit.r160_in1k"
     (entry / "refs").mkdir(parents=True)

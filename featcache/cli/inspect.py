@@ -105,13 +105,13 @@ def _mend(
         )
     if report.damaged or report.damaged_columns:
         restored = ", ".join(report.restored_columns) or "no column"
-        line = (
-            f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}; "
-            f"embedded {report.embedded} images again, took {restored} from {source} ({report.seconds:.1f} s)"
-        )
+        lines = [
+            f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}",
+            f"  embedded {report.embedded} images again, took {restored} from {source} ({report.seconds:.1f} s)",
+        ]
     else:
-        line = f"{cache}: {report.rows} rows, all intact, nothing to repair"
-    show_result([line], dataclasses.asdict(report), as_json=as_json)
+        lines = [f"{cache}: {report.rows} rows, all intact, nothing to repair"]
+    show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 
 def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) -> str:

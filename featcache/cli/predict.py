@@ -180,10 +180,10 @@ def export(
         f"  {heading}: " + "; ".join(f"{name}, {what}" for name, what in entries.items())
         for heading, entries in (("in", report.inputs), ("out", report.outputs))
     ]
-    lines.append(
-        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model "
-        f"{report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits"
-    )
+    lines += [
+        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model:",
+        f"  {report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits",
+    ]
     show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 

@@ -153,15 +153,16 @@ def value_type(command: Any, param: Any) -> tuple[Any, Any]:
 
 
 def _no_command(typed: str | None, commands: Iterable[str]) -> str:
-    known = f"the commands are {', '.join(commands)}"
     if typed is None:
-        return f"a command is missing; {known}"
+        return "a command is missing; featcache --help lists them"
     words = {_plain(word): _with_word(word, _COMMANDS) for words in _COMMANDS.values() for word in words.split()}
     words |= {_plain(command): [command] for command in commands}
     near = difflib.get_close_matches(_plain(typed), words, n=1, cutoff=_NEAR)
     meant = words[near[0]] if near else []
     about = [f"{name} ({_ABOUT[name]})" if name in _ABOUT and len(meant) > 1 else name for name in meant]
-    return f"no command is called {typed}; " + (f"did you mean {' or '.join(about)}?" if about else known)
+    return f"no command is called {typed}; " + (
+        f"did you mean {' or '.join(about)}?" if about else "featcache --help lists them all"
+    )
 
 
 def _no_option(typed: str, command: Any, commands: Mapping[str, Any], examples: Mapping[str, str]) -> str:

@@ -8,9 +8,6 @@ import typer
 
 from featcache.cli import app, usage
 
-COMMANDS = (
-    "the commands are extract, fit-head, finetune, predict, evaluate, export, info, verify, backbones, doctor, demo"
-)
 SPLITS = "splits come from folders called train, val and test, or from a column of the table"
 EXTRACT = "as in: featcache extract photos/ -o features.h5"
 
@@ -44,8 +41,8 @@ ANSWERS = {
     "fit_head f.h5": "no command is called fit_head; did you mean fit-head?",
     "trian f.h5": "no command is called trian; did you mean fit-head (on cached embeddings) or finetune (end to end)?",
     "Predict m x.jpg": "no command is called Predict; did you mean predict?",
-    "photos": f"no command is called photos; {COMMANDS}",
-    "-q": f"a command is missing; {COMMANDS}",
+    "photos": "no command is called photos; featcache --help lists them all",
+    "-q": "a command is missing; featcache --help lists them",
     # another word for an option
     "extract photos -o f.h5 --gpu": "extract has no option --gpu; did you mean --device cuda?",
     "extract photos --out f.h5": "extract has no option --out; did you mean -o?",

@@ -3,7 +3,7 @@
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -334,16 +334,14 @@ def test_unknown_names_get_near_ones() -> None:
 
 
 @pytest.fixture
-def nothing_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No weights of earlier downloads, and whoever waits to try again fails; the folder of the hub's cache."""
-
-    def wait(_: float) -> None:
-        raise AssertionError("no network will come")
-
+def nothing_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No weights of earlier downloads, and nobody waits to try again; the folder of the hub's cache."""
+    waits: list[float] = []
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("time.sleep", wait)
-    return tmp_path / "hub"
+    monkeypatch.setattr("time.sleep", waits.append)
+    yield tmp_path / "hub"
+    assert not waits
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])

@@ -97,18 +97,20 @@ def explain(error: Any, commands: Mapping[str, Any], examples: Mapping[str, str]
     context, kind = getattr(error, "ctx", None), type(error).__name__
     name = context.command.name if context else next((word for word in words if word in commands), None)
     command: Any = commands.get(name or "")
-    if kind == "NoSuchOption":
+    if kind == "NoSuchOption" and command:
         return _no_option(error.option_name, command, commands, examples)
-    if kind == "UsageError" and command is None:
-        return _no_command(next((word for word in words if not word.startswith("-")), None), commands)
-    if kind == "UsageError":
+    if kind == "NoSuchOption":
+        return _no_option_alone(error.option_name, commands, examples)
+    if kind == "UsageError" and command:
         return _too_many(error.message, command)
-    if kind == "MissingParameter":
+    if kind == "UsageError":
+        return _no_command(next((word for word in words if not word.startswith("-")), None), commands)
+    if kind == "MissingParameter" and command:
         return _missing(error.param, command.name, examples[command.name])
     if kind == "BadOptionUsage" and command and (param := _options(command).get(error.option_name)):
         needs = f"needs a value: {_as_typed(error.option_name, param, examples[command.name])}"
         return f"{error.option_name} {'takes no value; write it alone' if param.is_flag else needs}"
-    if kind == "BadParameter" and value_type(command, error.param)[0] in (int, float):
+    if kind == "BadParameter" and command and value_type(command, error.param)[0] in (int, float):
         return _no_number(error.param, command, words)
     return " ".join(getattr(error, "format_message", error.__str__)().split())
 
@@ -165,23 +167,22 @@ def _no_command(typed: str | None, commands: Iterable[str]) -> str:
     )
 
 
+def _no_option_alone(typed: str, commands: Mapping[str, Any], examples: Mapping[str, str]) -> str:
+    """What an option before the command might mean."""
+    if owner := next((name for name, other in commands.items() if typed in _options(other)), None):
+        return f"{typed} stands behind a command, as in: {examples[owner]} {typed}"
+    return f"no option is called {typed}" + (_did_you_mean(_near(typed, _EVERYWHERE)) or "; featcache --help shows all")
+
+
 def _no_option(typed: str, command: Any, commands: Mapping[str, Any], examples: Mapping[str, str]) -> str:
     """What ``typed`` might mean: by another name, in another command, or misspelt."""
-    if command is None:
-        if owner := next((name for name, other in commands.items() if typed in _options(other)), None):
-            return f"{typed} stands behind a command, as in: {examples[owner]} {typed}"
-        return f"no option is called {typed}" + (
-            _did_you_mean(_near(typed, _EVERYWHERE)) or "; featcache --help shows all"
-        )
     options, none = _options(command), f"{command.name} has no option {typed}"
     synonyms = _with_word(typed, _OPTIONS)
     if own := [target for target in synonyms if target.split()[0] in options]:
         if not own[0].startswith("-"):
             return f"{none}; {own[0]} stands without one, as in: {examples[command.name]}"
-        shown = [
-            " ".join([options[first].opts[0], *rest]) for first, *rest in map(str.split, own) if first.startswith("-")
-        ]
-        return none + _did_you_mean(shown[:3])
+        named = (target.split() for target in own if target.startswith("-"))
+        return none + _did_you_mean([" ".join([options[first].opts[0], *value]) for first, *value in named])
     if owners := [name for name, other in commands.items() if typed in _options(other)]:
         return f"{none}; {' and '.join(owners[:3])} {'has' if len(owners) == 1 else 'have'} it"
     if sentence := next((target for target in synonyms if target[0].islower()), None):

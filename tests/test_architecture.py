@@ -47,6 +47,8 @@ ONLY_IN = {
     "filelock": "system.workdir",
     "simplejpeg": "images.decode",
     "matplotlib": "reports",
+    "pandas": "models.prediction",
+    "IPython": "system.display",
     "onnx": "models.as_onnx",
     "onnxruntime": "models.as_onnx",
     "onnxscript": "models.as_onnx",

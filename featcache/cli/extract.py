@@ -2,17 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import interruptible, note, show_progress, show_result
-
-if TYPE_CHECKING:
-    from featcache.extraction.extract import ExtractReport
-
-_NAMED = 8  # classes at most, in the summary
+from featcache.cli.console import show_progress, show_result
 
 
 def extract(
@@ -74,7 +69,7 @@ def extract(
         precision=precision,
         dtype=dtype,
     )
-    with interruptible(output), show_progress("embedding") as progress:
+    with show_progress("embedding") as progress:
         report = run(
             images,
             output,
@@ -87,28 +82,8 @@ def extract(
             reuse=reuse or (),
             progress=progress,
         )
-    show_result(_lines(report), dataclasses.asdict(report), as_json=as_json)
-    if report.refused:
-        note(f"why images were refused: featcache info {report.cache}")
+    show_result(report.lines(), dataclasses.asdict(report), as_json=as_json)
     options.exit_if_bad(report.refused, report.images, max_bad)
-
-
-def _lines(report: "ExtractReport") -> list[str]:
-    """What is in the cache, and what was done for it."""
-    names = [*report.class_names[:_NAMED], *(["..."] if report.classes > _NAMED else [])]
-    splits = [f"{name} {count}" for name, count in report.splits.items() if name != "none"]
-    held = [
-        f"{report.classes} classes: {', '.join(names)}" if names else "no classes",
-        ", ".join(splits) or "no splits",
-    ]
-    rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
-    return [
-        f"{report.cache}: {report.embedded + report.reused} embeddings of {report.dim} dimensions",
-        f"  {'; '.join(held)}",
-        f"  embedded {report.embedded}, reused {report.reused}, refused {report.refused}; "
-        f"added {report.added}, changed {report.changed}, removed {report.removed}",
-        f"  {report.seconds:.1f} s{rate}",
-    ]
 
 
 COMMANDS: options.Commands = {

@@ -18,6 +18,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -103,19 +104,40 @@ def try_apart(data: bytes, at_least: int | None, *, patience: float = 120.0) -> 
         raise RefusedImage(reason)
 
 
-@contextlib.contextmanager
-def strict_decoding() -> Iterator[None]:
-    """Silence Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd metadata.
+class _StrictDecoding:
+    """A context that silences Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd
+    metadata; nor may Pillow load truncated images in it, as notebooks like to allow it.
 
-    Nor may Pillow load truncated images, as notebooks like to allow it. Such settings are global, so this belongs around a
-    whole run, never around one image on one thread.
+    Such settings are the process's, so this belongs around a whole run, never around one image; of several runs at a time
+    the first changes them, and the last to end restores them.
     """
-    allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    with contextlib.ExitStack() as after, warnings.catch_warnings():
-        after.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", allowed)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        yield
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.close()
+
+
+_strict = _StrictDecoding()
+
+
+def strict_decoding() -> contextlib.AbstractContextManager[None]:
+    """See ``_StrictDecoding``."""
+    return _strict
 
 
 def reduction(shorter_edge: int, at_least: int | None) -> int:
@@ -137,7 +159,7 @@ def was_misread(file: Path) -> bool:
         with file.open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if data[:4] == b"\x89PNG" and data[24:26] != b"\x10\x02":  # all but RGB of 16 bits
                 return False
-            with Image.open(content, formats=_formats()) as image:
+            with Image.open(content, formats=readable_formats()) as image:
                 return reading_of(image, data).is_new
     except Exception:  # nearly anything; what cannot be opened is not known to be right
         return True
@@ -209,7 +231,7 @@ def _decode(
 ) -> Image.Image:
     """``decode`` without the guard. Raises nearly anything."""
     data = plain_png(data)
-    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+    with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
         factor = reduction(min(image.size), at_least)
@@ -247,7 +269,7 @@ def _decode_plain(decode_jpeg: Callable[..., Pixels], data: bytes, at_least: int
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def readable_formats() -> tuple[str, ...]:
     """Those of ``_FORMATS`` that this build of Pillow reads."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)

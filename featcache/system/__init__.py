@@ -6,6 +6,7 @@
 - ``signals``: stop between two steps
 - ``supervisor``: a worker, and the process that waits for it
 - ``distributed``: several processes that train one network (torchrun)
+- ``display``: tables, and what a notebook shows
 - ``lazy_imports``: torchvision without PyTorch's compiler
 - ``files``: atomic, durable files and folders
 - ``workdir``: where unfinished work lies, and its lock

@@ -5,6 +5,7 @@ In: ``sys.argv``. Out: an exit code. 0 done; 1 failed; 2 wrong usage; 3 done, bu
 """
 
 import logging
+import re
 import signal
 import sys
 import traceback
@@ -22,7 +23,7 @@ from featcache.system.signals import interrupt_on_signals
 from featcache.system.supervisor import supervised
 
 _DECODING = ("extract", "finetune", "predict", "evaluate")  # commands that decode images
-_EVERYWHERE = ("-q", "--quiet", "-v", "--verbose")  # options that may stand before or behind the command
+_EVERYWHERE = re.compile("-q+|--quiet|-v+|--verbose")  # options that may stand before or behind the command
 
 log = logging.getLogger("featcache")
 
@@ -73,8 +74,8 @@ def main() -> None:
     open_missing_streams()
     _log_to_stderr()
     typed = _options_typed()
-    first = [text for text in typed if text in _EVERYWHERE]
-    rest = [text for text in typed if text not in _EVERYWHERE]
+    first = [text for text in typed if _EVERYWHERE.fullmatch(text)]
+    rest = [text for text in typed if not _EVERYWHERE.fullmatch(text)]
     sys.argv[1:] = [*first, *rest, *sys.argv[1 + len(typed) :]]
     sys.exit(_run(command=next(iter(rest), "")))
 

@@ -184,7 +184,7 @@ def _no_option(typed: str, command: Any, commands: Mapping[str, Any], examples: 
         named = (target.split() for target in own if target.startswith("-"))
         return none + _did_you_mean([" ".join([options[first].opts[0], *value]) for first, *value in named])
     if owners := [name for name, other in commands.items() if typed in _options(other)]:
-        return f"{none}; {' and '.join(owners[:3])} {'has' if len(owners) == 1 else 'have'} it"
+        return f"{none}; {', '.join(owners[:3])} {'has' if len(owners) == 1 else 'have'} it"
     if sentence := next((target for target in synonyms if target[0].islower()), None):
         return f"{none}; {sentence}"
     if near := _near(typed, [*options, *_EVERYWHERE]):

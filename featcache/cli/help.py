@@ -87,7 +87,12 @@ def _described(param: Any, command: Any) -> Any:
     number = "N" if param.name in _NUMBERS else ""  # and nothing behind a flag
     param.metavar = param.metavar or number or _TYPED.get(value_type(command, param)[0], "")
     param.min = param.max = None  # of the range that typer shows; what checks has its own
-    if param.show_default and param.default is not None and param.default is not False and param.default != "auto":
+    if (
+        param.show_default
+        and isinstance(param.default, str | int | float)
+        and param.default is not False
+        and param.default != "auto"
+    ):
         default = f"{param.default:g}" if isinstance(param.default, float) else param.default
         param.help += f" Default: {default}."
     param.show_default = False

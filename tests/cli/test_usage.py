@@ -54,6 +54,7 @@ ANSWERS = {
     "extract photos -o f.h5 --half": "extract has no option --half; did you mean --precision fp16?",
     "finetune photos -o m --model m0": "finetune has no option --model; did you mean --backbone or --init?",
     "finetune photos -o m --learning-rate 1": "finetune has no option --learning-rate; did you mean --lr?",
+    "finetune photos -o m --optimizer sgd": "finetune has no option --optimizer; did you mean --set?",
     "fit-head f.h5 -o m --reg 1": "fit-head has no option --reg; did you mean --C?",
     "fit-head f.h5 -o m --val 0.1": f"fit-head has no option --val; {SPLITS}",
     "evaluate m photos --subset val": "evaluate has no option --subset; did you mean --split?",

@@ -161,7 +161,7 @@ class _Walk:
         suffix = _suffix(file.name)
         if file.name.endswith(".curves.png") and os.path.lexists(f"{file.path.removesuffix('.curves.png')}/model.json"):
             self.passed[_OWN, file.name] += 1
-        elif suffix in _EXTENSIONS or begins_like_an_image(file):
+        elif suffix in _EXTENSIONS or holds_an_image(file):
             return True
         else:
             self.passed[_OTHERS, suffix if suffix.startswith(".") else file.name] += 1
@@ -197,7 +197,7 @@ def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[
     return "link loop" if target in ancestors else None
 
 
-def begins_like_an_image(file: "os.DirEntry[str] | Path") -> bool:
+def holds_an_image(file: "os.DirEntry[str] | Path") -> bool:
     """Of a regular file: content counts, not the name."""
     try:
         with open(file, "rb") as opened:  # noqa: PTH123

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.images.columns import NONE, Columns, find_columns, printable, quoted, shown, split_in, without_header
-from featcache.images.folders import Entry, Listing, begins_like_an_image, has_image_suffix
+from featcache.images.folders import Entry, Listing, has_image_suffix, holds_an_image
 from featcache.images.records import STDIN, Table, as_text, read_table
 
 log = logging.getLogger("featcache")
@@ -30,7 +30,7 @@ _NO_CLASSES = frozenset(("nan", "na", "n/a", "null", "none", "<na>", "?"))
 
 def is_table(path: Path) -> bool:
     """Whether ``path`` is a file that is read as a table or list, or ``-``: stdin."""
-    return path == STDIN or (path.suffix.lower() in TABLES and path.is_file() and not begins_like_an_image(path))
+    return path == STDIN or (path.suffix.lower() in TABLES and path.is_file() and not holds_an_image(path))
 
 
 def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, labelled: bool) -> Listing:

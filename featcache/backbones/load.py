@@ -17,6 +17,7 @@ from featcache.backbones import from_timm, from_torchvision
 from featcache.backbones.backbone import Backbone
 from featcache.errors import BackboneError
 from featcache.spec import Spec
+from featcache.system.path_kinds import as_path
 
 
 def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
@@ -32,7 +33,7 @@ def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
         BackboneError: no such name (near ones are shown), or weights that are missing or do not fit (keys are named).
         MissingDependencyError: ``timm/...`` without timm.
     """
-    library = _library(name)
+    library, weights = _library(name), as_path(weights) if str(weights).startswith("~") else weights
     if not library.is_name(name):
         near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""

@@ -13,6 +13,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import note, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
+from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.supervisor import notes
 
 
@@ -40,9 +41,11 @@ def predict(
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     check_runtime_options(device, workers=threads, batch_size=batch)
     if output is not None:
+        output = as_path(output)
         _check_table(output, inputs, overwrite=overwrite)
     elif overwrite:
         raise UsageError("--overwrite is for the file that -o names; leave it out, or add -o")
+    check_path(model, "model", ("predict", HERE, *inputs))
     started = time.perf_counter()
     loaded = load_model(model)
     with show_progress("predicting", show=output is not None) as progress:

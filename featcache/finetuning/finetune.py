@@ -16,9 +16,10 @@ from featcache.finetuning.checkpoint import check_unfinished, hold_work, is_fini
 from featcache.finetuning.recipes import Job, choose_recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
-from featcache.images.source import AnySource, ImageList
+from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.model import check_replaceable
 from featcache.system.files import named
+from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ def finetune(
     from featcache.system.device import choose_runtime
 
     started = time.perf_counter()
-    output, changes = named(Path(output)), changes or {}
+    output, changes, init = named(as_path(output)), changes or {}, None if init is None else as_path(init)
     check_runtime_options(device, workers=workers, batch_size=micro_batch)
     _check_options(init, request, seed=seed, resume=resume, force=force)
+    _check_paths(source, output, init, request=request)
     _check_start_is_kept(output, init, request=request)
     norms_train = choose_recipe(recipe, 1, **changes).batchnorm == "train"
     check_unfinished(output, resume=resume, force=force)
@@ -120,6 +122,19 @@ def _check_options(
         raise UsageError("--resume continues an interrupted run, --force discards it; choose one")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed must lie between 0 and {2**32 - 1}, found {seed}")
+
+
+def _check_paths(
+    source: AnySource | ImageList, output: Path, init: Path | None, *, request: ExtractRequest | None
+) -> None:
+    """Raises SourceError, ModelError, BackboneError, StorageError: one of them is something else."""
+    images = "SOURCE" if isinstance(source, ImageList) else Source.of(source).path
+    if isinstance(images, Path):
+        check_path(images, "images", ("finetune", HERE, "-o", output, *(("--init", init) if init else ())))
+    if init:
+        check_path(init, "model", ("finetune", images, "-o", output, "--init", HERE))
+    if request:
+        request.check_paths()
 
 
 def _check_start_is_kept(output: Path, init: str | Path | None, *, request: ExtractRequest | None) -> None:

@@ -20,6 +20,7 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
 from featcache.spec import SPLITS
+from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def evaluate(
         SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
-    model = model if isinstance(model, Model) else load_model(model)
+    model = _checked(model, source)
     name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
     if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
         given.check_options("cache")
@@ -88,6 +89,18 @@ def evaluate(
         refused = len(found) - len(kept) + (len(images.refused) if split == "all" else 0)
     scores = evaluate_probabilities(y, probabilities, model.classes)
     return scores | _copies(model, y, probabilities, digests, names) | {"split": split, "refused": refused}
+
+
+def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
+    """The model, loaded; paths that are something else are refused before."""
+    folder, images = (
+        as_path(model.path if isinstance(model, Model) else model),
+        None if isinstance(source, ImageList) else Source.of(source).path,
+    )
+    check_path(folder, "model", ("evaluate", HERE, images or "SOURCE"))
+    if images is not None:
+        check_path(images, "images or cache", ("evaluate", folder, HERE))
+    return model if isinstance(model, Model) else load_model(model)
 
 
 def _copies(model: Model, y: Array, probabilities: Array, digests: Array, names: Array) -> dict[str, Any]:

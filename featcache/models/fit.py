@@ -20,6 +20,7 @@ from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import TrainingRows
+from featcache.system.path_kinds import HERE, as_path, check_path
 
 log = logging.getLogger("featcache")
 _SCORES = (
@@ -96,7 +97,8 @@ def fit_head(
     """
     started = time.perf_counter()
     _check_options(clf, C, folds=folds, class_weight=class_weight, seed=seed)
-    output = Path(output)
+    cache, output = as_path(cache), as_path(output)
+    check_path(cache, "cache", ("fit-head", HERE, "-o", output))
     check_replaceable(output)
     replaces = (output / MANIFEST).exists()
     opened = FeatureCache.open(cache)

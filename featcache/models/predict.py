@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from featcache.cache.cache import FeatureCache, is_cache
+from featcache.cache.cache import FeatureCache
 from featcache.cache.features import is_finite
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
 from featcache.images.read import ImageFiles, Paths
 from featcache.images.source import list_images
 from featcache.models.model import Model, load_model
+from featcache.system.path_kinds import HERE, Kind, as_path, check_path, is_wanted, kind_of, missing
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -69,11 +70,11 @@ def predict(
         SpecMismatchError: a cache of another spec. UsageError: caches mixed with images, impossible options.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
-    model = model if isinstance(model, Model) else load_model(model)
-    paths = [Path(entry) for entry in ([inputs] if isinstance(inputs, str | Path) else inputs)]
-    if missing := [path for path in paths if not os.path.lexists(path)]:
-        raise SourceError(f"{missing[0]} does not exist; give image files, folders, a CSV or a cache")
-    caches = [is_cache(path) for path in paths]
+    paths = [as_path(entry) for entry in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    if not isinstance(model, Model):
+        check_path(model, "model", ("predict", HERE, *paths))
+        model = load_model(model)
+    caches = _which_are_caches(model.path, paths)
     if any(caches):
         if not all(caches):
             raise UsageError("caches and images cannot be mixed in one prediction; run it once for each")
@@ -84,6 +85,18 @@ def predict(
     entries = _list_inputs(paths)
     files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
     return _note_seen(model, _fill_in(entries, predict_images(model, files, device, workers, batch_size, progress)))
+
+
+def _which_are_caches(model: Path, paths: list[Path]) -> list[bool]:
+    """Raises SourceError for what is never an image; for files that are none, which are refused, only if there are no others."""
+    kinds = [kind_of(path) for path in paths]
+    hopeless = not any(is_wanted(kind, "inputs") for kind in kinds)
+    for place, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
+        if hopeless or not path.is_file():
+            check_path(path, "inputs", ("predict", model, *paths[:place], HERE, *paths[place + 1 :]))
+        if kind is Kind.MISSING and not os.path.lexists(path):
+            raise SourceError(missing(path, "give image files, folders, a CSV or a cache"))
+    return [kind is Kind.CACHE for kind in kinds]
 
 
 def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Prediction]:

@@ -76,7 +76,7 @@ class Kind(enum.Enum):
     WEIGHTS = "a file of weights"
     ARCHIVE = "an archive"
     TABLE = "a table"
-    SHEET = "a table of another format"
+    SHEET = "a spreadsheet or data file"
     IMAGE = "an image"
     VIDEO = "a video"
     DOCUMENT = "a document"
@@ -198,13 +198,22 @@ def _head(path: Path, size: int) -> bytes:
 _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
     "model": (ModelError, "the folder of a model", (Kind.MODEL,)),
     "cache": (CacheError, "a cache", (Kind.CACHE,)),
-    "images": (SourceError, "a folder of images or a table", (*_FOLDERS, Kind.TABLE)),
-    "images or cache": (SourceError, "a folder of images, a table or a cache", (*_FOLDERS, Kind.TABLE, Kind.CACHE)),
-    "inputs": (SourceError, "images, a folder, a table or a cache", (*_FOLDERS, Kind.TABLE, Kind.CACHE, Kind.IMAGE)),
+    "images": (SourceError, "a folder of images or a table", (*_FOLDERS, Kind.TABLE, Kind.FILE)),
+    "images or cache": (
+        SourceError,
+        "a folder of images, a table or a cache",
+        (*_FOLDERS, Kind.TABLE, Kind.FILE, Kind.CACHE),
+    ),
+    "inputs": (
+        SourceError,
+        "images, a folder, a table or a cache",
+        (*_FOLDERS, Kind.TABLE, Kind.CACHE, Kind.IMAGE, Kind.FILE),
+    ),
     "cache or model": (CacheError, "a cache or the folder of a model", (Kind.CACHE, Kind.MODEL)),
 }
 HERE = ...  # the place of a path among the words of a command
 Words = Sequence[object]
+_EXPORTED = "it is for other programs to run"
 _EXAMPLES = {"extract": "features.h5", "fit-head": "model", "finetune": "model-ft", "export": "model.onnx"}  # of -o
 
 
@@ -218,6 +227,8 @@ def check_path(path: AnyPath, wanted: str, words: Words) -> None:
     Raises:
         SourceError, ModelError, CacheError: it holds something else. StorageError: it is what ``-o`` names.
     """
+    if str(path) == "-":  # what is piped in
+        return
     path, kind = as_path(path), kind_of(path)
     error, expected, accepted = _WANTED[wanted]
     if kind in accepted or (wanted == "model" and os.path.lexists(path / "model.json")):
@@ -227,10 +238,17 @@ def check_path(path: AnyPath, wanted: str, words: Words) -> None:
                 f"{typed(_apart(_EXAMPLES[str(words[0])], path))}"
             )
         return
+    if wanted == "model" and os.path.lexists(path.parent / "model.json"):
+        raise error(f"{typed(path)} lies in a model; did you mean {_again(words, path.parent)}?")
     if swapped := _swapped(path, kind, accepted, words):
         raise error(swapped)
     if kind is not Kind.MISSING:
         raise error(f"{typed(path)} is {kind.value}, expected {expected}; {_advice(path, kind, wanted, words)}")
+
+
+def is_wanted(kind: Kind, wanted: str) -> bool:
+    """Whether a command takes a ``kind`` where it wants what ``_WANTED`` calls ``wanted``."""
+    return kind in _WANTED[wanted][2]
 
 
 def missing(path: AnyPath, otherwise: str) -> str:
@@ -249,7 +267,9 @@ def missing(path: AnyPath, otherwise: str) -> str:
 
 def typed(path: object) -> str:
     """A path as it is typed in a shell."""
-    text = _ADDRESS.sub(r"\1://\2", str(path)) if _ADDRESS.match(str(path)) else str(path)
+    text = str(path)
+    if found := _ADDRESS.fullmatch(text):
+        text = f"{found[1]}://{'/' if found[1].lower() == 'file' else ''}{found[2]}"
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
@@ -287,11 +307,11 @@ def _swapped(path: Path, kind: Kind, accepted: tuple[Kind, ...], words: Words) -
 
 def _apart(name: str, *sources: object) -> str:
     """``name`` in the working folder; outside of ``sources`` if that is one of them or lies in one: no place for anything else."""
-    here = Path.cwd()
-    for source in sources:
-        folder = Path(str(source)).resolve()
-        if folder.is_dir() and (folder == here or folder in here.parents):
-            return os.path.relpath(folder.parent / name)
+    with contextlib.suppress(OSError):  # the working folder is gone
+        here = Path.cwd()
+        for folder in (Path(str(source)).resolve() for source in sources):
+            if folder.is_dir() and (folder == here or folder in here.parents):
+                return os.path.relpath(folder.parent / name)
     return name
 
 
@@ -300,12 +320,11 @@ def _apart(name: str, *sources: object) -> str:
 
 def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
     """What to do about a path of the wrong kind."""
-    if wanted == "model" and os.path.lexists(path.parent / "model.json"):
-        return f"it lies in a model; did you mean {_again(words, path.parent)}?"
     if kind is Kind.ADDRESS:
         return _download(path, words)
     if kind is Kind.ARCHIVE:
-        return _unpack(path, words)
+        line, into = _unpack(path)
+        return f"unpack it: `{line}`" + ("" if wanted.startswith("cache") else f", then {_again(words, into)}")
     if kind is Kind.WORK:
         return "the command that began it goes on with it when it is run again"
     to = {"model": _to_model, "cache": _to_cache, "cache or model": _to_cache}.get(wanted, _to_images)
@@ -313,32 +332,38 @@ def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
 
 
 def _to_images(path: Path, kind: Kind, words: Words) -> str:
-    command, given, source = str(words[0]), typed(path), _again(words, "SOURCE")[:-1]
-    output = typed(_output(words) or "model")
-    known = {
-        ("extract", Kind.CACHE): f"did you mean `featcache fit-head {given} -o {typed(_apart('model'))}`?",
-        (
-            "finetune",
-            Kind.CACHE,
-        ): f"fine-tuning takes the images themselves; did you mean `featcache fit-head {given} -o {output}`?",
-        ("extract", Kind.MODEL): f"did you mean {source} --backbone {given}`?",
-        ("finetune", Kind.MODEL): f"did you mean {source} --init {given}`?",
-        ("extract", Kind.WEIGHTS): f"did you mean {source} --backbone NAME --weights {given}`?",
-        ("finetune", Kind.WEIGHTS): f"did you mean {source} --backbone NAME --weights {given}`?",
-        ("evaluate", Kind.IMAGE): f"did you mean `featcache predict {typed(words[1])} {given}`?",
-    }
-    general = {
-        Kind.CACHE: "give the images that it was made from",
-        Kind.EXPORT: "it is for other programs to run, see https://onnx.ai"
-        if path.suffix == ".onnx"
-        else "it is for other programs to load",
-        Kind.IMAGE: f"single images are for predict: `featcache predict MODEL {given}`",
-        Kind.SHEET: f"save it as CSV, then {_again(words, path.with_suffix('.csv'))}",
-        Kind.VIDEO: f"take frames out of it: `mkdir frames && ffmpeg -i {given} -r 1 frames/%06d.jpg`, then {_again(words, 'frames')}",
-        Kind.DOCUMENT: "save its pages or pictures as PNG or JPEG files first",
-        Kind.FILE: "the names of tables end in .csv, .tsv or .txt",
-    }
-    return known.get((command, kind)) or general.get(kind, "give the name of a folder or file")
+    given, source, option = (
+        typed(path),
+        _again(words, "SOURCE").rstrip("`"),
+        {"extract": "--backbone", "finetune": "--init"},
+    )
+    match str(words[0]), kind:
+        case "extract", Kind.CACHE:
+            return f"did you mean `featcache fit-head {given} -o {typed(_apart('model'))}`?"
+        case "finetune", Kind.CACHE:
+            return f"fine-tuning takes the images themselves; did you mean `featcache fit-head {given} -o {typed(_output(words))}`?"
+        case "extract" | "finetune" as command, Kind.MODEL:
+            return f"did you mean {source} {option[command]} {given}`?"
+        case "extract" | "finetune", Kind.WEIGHTS:
+            return f"did you mean {source} --backbone NAME --weights {given}`?"
+        case "evaluate", Kind.IMAGE:
+            return f"did you mean `featcache predict {typed(words[1])} {given}`?"
+        case _, Kind.CACHE:
+            return "give the images that it was made from"
+        case _, Kind.MODEL | Kind.WEIGHTS:
+            return f"did you mean {source}`?"
+        case _, Kind.IMAGE:
+            return f"single images are for predict: `featcache predict MODEL {given}`"
+        case _, Kind.SHEET:
+            return f"save it as CSV, then {_again(words, path.with_suffix('.csv'))}"
+        case _, Kind.VIDEO:
+            frames = f"`mkdir frames && ffmpeg -i {given} -r 1 frames/%06d.jpg`"
+            return f"take frames out of it: {frames}, then {_again(words, 'frames')}"
+        case _, Kind.DOCUMENT:
+            return "save its pages or pictures as PNG or JPEG files"
+        case _, Kind.EXPORT:
+            return _EXPORTED
+    return "give the name of a folder or file"
 
 
 def _to_model(path: Path, kind: Kind, words: Words) -> str:
@@ -351,7 +376,7 @@ def _to_model(path: Path, kind: Kind, words: Words) -> str:
             f"make one: `featcache extract {given} -o {cache}`, `featcache fit-head {cache} -o {model}`, then {again}"
         )
     if kind is Kind.EXPORT:
-        return "it is for other programs to run; give the folder that it was exported from"
+        return f"{_EXPORTED}; give the folder that it was exported from"
     if kind is Kind.WEIGHTS:
         return (
             f"make one: `featcache extract SOURCE -o features.h5 --backbone NAME --weights {given}`, "
@@ -366,6 +391,8 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
         return f"it is trained already; did you mean `featcache finetune SOURCE -o {typed(output)} --init {given}`?"
     if kind is Kind.MODEL:
         return f"did you mean `featcache info {given}`?"
+    if kind is Kind.EXPORT:
+        return _EXPORTED
     if kind is Kind.WEIGHTS:
         return f"`featcache extract SOURCE -o features.h5 --backbone NAME --weights {given}` makes one with it"
     if kind not in (Kind.FOLDER, Kind.TABLE):
@@ -377,41 +404,37 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
     return f"make one: `featcache extract {given} -o {typed(cache)}`{then}"
 
 
-def _unpack(path: Path, words: Words) -> str:
-    """For an archive, by its name."""
-    name, given = path.name.lower(), typed(path)
-    stem = re.sub(r"(\.tar)?\.\w+$", "", path.name)
-    into = typed(_apart(stem))
-    if name.endswith((".gz", ".bz2", ".xz", ".zst")) and ".tar." not in name:
-        tool = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}[path.suffix.lower()]
-        return f"unpack it: `{tool} -k {given}`, then {_again(words, path.with_suffix(''))}"
-    line = f"unzip {given} -d {into}"
+def _unpack(path: Path) -> tuple[str, str]:
+    """Of an archive, by its name: the line that unpacks it, and what it is then."""
+    name, given, into = path.name.lower(), typed(path), _apart(re.sub(r"(\.tar)?\.\w+$", "", path.name))
+    tools = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
+    if path.suffix.lower() in tools and ".tar." not in name:
+        return f"{tools[path.suffix.lower()]} -k {given}", str(path.with_suffix(""))
     if name.endswith(".7z"):
-        line = f"7z x {given} -o{into}"
-    elif name.endswith(".rar"):
-        line = f"unrar x {given} {into}/"
-    elif ".tar" in name or name.endswith((".tgz", ".tbz", ".txz")):
-        line = f"mkdir {into} && tar -xf {given} -C {into}"
-    return f"unpack it: `{line}`, then {_again(words, _apart(stem))}"
+        return f"7z x {given} -o{typed(into)}", into
+    if name.endswith(".rar"):
+        return f"unrar x {given} {typed(into)}/", into
+    if ".tar" in name or name.endswith((".tgz", ".tbz", ".txz")):
+        return f"mkdir {typed(into)} && tar -xf {given} -C {typed(into)}", into
+    return f"unzip {given} -d {typed(into)}", into
 
 
 def _download(path: Path, words: Words) -> str:
     """For an address, by its scheme."""
     scheme, rest = _ADDRESS.fullmatch(str(path)).groups()  # type: ignore[union-attr]
-    scheme, address, name = (
-        scheme.lower(),
-        typed(path),
-        urllib.parse.unquote(rest.split("?")[0].rstrip("/").split("/")[-1]),
-    )
+    scheme, address, name = scheme.lower(), typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
     if scheme == "file":
         return f"did you mean {_again(words, urllib.parse.unquote('/' + rest))}?"
+    repository = rest.removeprefix("datasets/").split("/")[:2]
     kind, target = _BY_SUFFIX.get(Path(name).suffix.lower()), _apart(name)
     line = {
         "s3": f"aws s3 {'cp' if kind else 'sync'} {address} {typed(target)}",
-        "hf": f"hf download {shlex.quote(rest.removeprefix('datasets/'))} --repo-type dataset --local-dir {typed(target)}",
+        "hf": f"hf download {typed('/'.join(repository))} --repo-type dataset --local-dir {typed(target)}",
         **dict.fromkeys(("gs", "gcs"), f"gcloud storage {'cp' if kind else 'rsync -r'} {address} {typed(target)}"),
     }.get(scheme, f"curl -L -o {typed(target)} {address}" if kind else "")
     if not line:
         return "save what is there as files first, and give their folder"
-    then = _unpack(Path(target), words) if kind is Kind.ARCHIVE else f"then {_again(words, target)}"
-    return f"download it: `{line}`, {then}"
+    if kind is not Kind.ARCHIVE:
+        return f"download it: `{line}`, then {_again(words, target)}"
+    unpack, into = _unpack(Path(target))
+    return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"

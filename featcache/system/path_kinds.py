@@ -187,8 +187,10 @@ def _head(path: Path, size: int) -> bytes:
     try:
         # Not blocking, in case a pipe takes its place.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read(size) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+        try:
+            return os.read(descriptor, size) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError):
         return b""
 
@@ -232,13 +234,13 @@ def check_path(path: AnyPath, wanted: str, words: Words) -> None:
     path, kind = as_path(path), kind_of(path)
     error, expected, accepted = _WANTED[wanted]
     if kind in accepted or (wanted == "model" and os.path.lexists(path / "model.json")):
-        if (output := _output(words)) is not None and _same(path, output):
+        if words[1:2] == (HERE,) and (output := _output(words)) is not None and _same(path, output):
             raise StorageError(
                 f"cannot write {typed(path)}: it is what is read; choose another -o, such as "
                 f"{typed(_apart(_EXAMPLES[str(words[0])], path))}"
             )
         return
-    if wanted == "model" and os.path.lexists(path.parent / "model.json"):
+    if wanted == "model" and kind is not Kind.MISSING and os.path.lexists(path.parent / "model.json"):
         raise error(f"{typed(path)} lies in a model; did you mean {_again(words, path.parent)}?")
     if swapped := _swapped(path, kind, accepted, words):
         raise error(swapped)

@@ -29,6 +29,7 @@ from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageEr
 
 from featcache.errors import RefusedImage
 from featcache.images.formats import Brightest, is_turned, plain_png, reading_of, to_rgb
+from featcache.images.heif import is_heif, open_heif
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
 from featcache.images.preprocess import to_pixels
@@ -209,7 +210,7 @@ def _decode(
 ) -> Image.Image:
     """``decode`` without the guard. Raises nearly anything."""
     data = plain_png(data)
-    with Image.open(io.BytesIO(data), formats=_formats()) as image:
+    with open_heif(data) if is_heif(data) else Image.open(io.BytesIO(data), formats=_formats()) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
         factor = reduction(min(image.size), at_least)

@@ -61,7 +61,7 @@ class Reading:
 
 def reading_of(image: Any, data: Content) -> Reading:
     """How to read an opened image, which is mended in place. Raises RefusedImage."""
-    kinds = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "BMP": _bmp, "DIB": _bmp, "JPEG2000": _jpeg2000}
+    kinds = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "BMP": _bmp, "DIB": _bmp, "JPEG2000": _jpeg2000, "HEIF": _heif}
     reading = kinds[image.format](image, data) if image.format in kinds else Reading()
     return reading if reading.white else dataclasses.replace(reading, **_depth(image))
 
@@ -158,7 +158,7 @@ def _mend_planes(image: Any, bits: int) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ TGA, BMP, JPEG 2000
+# ------------------------------------------------------------------------------------------------ TGA, BMP, JPEG 2000, HEIF
 
 
 def _tga(image: Any, data: Content) -> Reading:
@@ -203,6 +203,12 @@ def _jpeg2000(_: Any, data: Content) -> Reading:
     if bits != 8 and (count > 1 or not 8 < bits <= 16):
         raise RefusedImage(f"JPEG 2000 with {count} samples of {bits} bits is not read; save it with 8 bits")
     return Reading(white=65535 if bits > 8 else 0, assumed=bits == 16)  # Pillow shifts them to 16 bits
+
+
+def _heif(image: Any, _: Content) -> Reading:
+    """Grey of more than 8 bits is shifted to 16; colour comes with 8."""
+    bits = image.info["bit_depth"]
+    return Reading(white=(1 << 16) - (1 << 16 - bits)) if image.mode.startswith("I") else Reading()
 
 
 # ------------------------------------------------------------------------------------------------------ conversions

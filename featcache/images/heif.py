@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+from PIL import Image
+
 from featcache.errors import RefusedImage
 
 _BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"mif2", b"msf1"}
@@ -30,12 +32,12 @@ def is_heif(data: Any) -> bool:
     return bool(brands & _BRANDS) and not brands & {b"avif", b"avis"}
 
 
-def open_heif(data: bytes) -> Any:
+def open_heif(data: bytes) -> Image.Image:
     """A Pillow image, opened. Raises RefusedImage: pillow-heif is missing, or pixels are. Otherwise what libheif raises."""
     try:
         from pillow_heif import HeifImageFile
 
-        image = HeifImageFile(io.BytesIO(data))  # Pillow's own list of formats stays as it is
+        image: Image.Image = HeifImageFile(io.BytesIO(data))  # Pillow's own list of formats stays as it is
     except ImportError as error:
         raise RefusedImage("HEIC needs pillow-heif, which is not installed: pip install 'featcache[heif]'") from error
     _check_whole(data)

@@ -17,7 +17,7 @@ from featcache.finetuning.recipes import Job, choose_recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.images.source import AnySource, ImageList, Source
-from featcache.models.model import check_replaceable
+from featcache.models.model import check_replaceable, load_model
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
@@ -133,6 +133,7 @@ def _check_paths(
         check_path(images, "images", ("finetune", HERE, "-o", output, *(("--init", init) if init else ())))
     if init:
         check_path(init, "model", ("finetune", images, "-o", output, "--init", HERE))
+        load_model(init)  # what is wrong with it is said before anything is listed
     if request:
         request.check_paths()
 

@@ -409,6 +409,7 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
 def _unpack(path: Path) -> tuple[str, str]:
     """Of an archive, by its name: the line that unpacks it, and what it is then."""
     name, given, into = path.name.lower(), typed(path), _apart(re.sub(r"(\.tar)?\.\w+$", "", path.name))
+    into += "-unpacked" if os.path.lexists(into) else ""
     tools = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}
     if path.suffix.lower() in tools and ".tar." not in name:
         return f"{tools[path.suffix.lower()]} -k {given}", str(path.with_suffix(""))

@@ -95,7 +95,7 @@ def _without_misread(images: ImageList, matches: Matches, caches: list[FeatureCa
     if not misread:
         return matches
     log.warning(
-        "decoded otherwise than by the version that embedded it, and therefore embedded again: %s%s",
+        "decoded otherwise than by the version that embedded it, and therefore decoded again: %s%s",
         images.paths[misread[0]],
         f" and {len(misread) - 1} more" if len(misread) > 1 else "",
     )

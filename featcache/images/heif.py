@@ -53,12 +53,16 @@ def _check_whole(data: bytes) -> None:
     if properties:
         inside = found[b"iprp"][slice(*properties)]
         sizes = {1 + (inside[start + 21] & 3) for kind, start, _ in _boxes(inside, 0) if kind == b"hvcC"}
+    read = 0
     for item, method, extents in _items(found.get(b"iloc", b"")):
         source = {0: data, 1: found.get(b"idat", b"")}.get(method)
         if source is None:  # made of other items
             continue
         if any(start + length > len(source) for start, length in extents):
             raise RefusedImage(_CUT)
+        read += sum(length for _, length in extents)
+        if read > 4 * len(data):  # which would take too long
+            raise RefusedImage("damaged: HEIF items lie upon each other")
         if kinds.get(item) == b"hvc1" and len(sizes) == 1:
             _check_units(b"".join(source[start : start + length] for start, length in extents), *sizes)
 
@@ -98,12 +102,13 @@ def _kinds_of_items(iinf: bytes) -> dict[int, bytes]:
 
 def _items(iloc: bytes) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
     """Of each item its number, where it lies (0: the file, 1: ``idat``), and start and length of its pieces there."""
-    fields, version = io.BytesIO(iloc), iloc[:1]
+    fields, version = io.BytesIO(iloc[4:]), iloc[:1]  # of which libheif has counted items and pieces
 
     def number(size: int) -> int:
-        return int.from_bytes(fields.read(size), "big")
+        if len(found := fields.read(size)) < size:
+            raise RefusedImage("damaged: HEIF does not say where its items lie")
+        return int.from_bytes(found, "big")
 
-    fields.seek(4)
     of_offset, of_length, of_base, of_index = (digit for byte in fields.read(2) for digit in divmod(byte, 16))
     wide = 4 if version == b"\2" else 2
     for _ in range(number(wide)):

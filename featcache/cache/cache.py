@@ -43,7 +43,7 @@ from featcache.spec import SPLITS, Spec
 from featcache.system.files import read_published
 from featcache.system.memory import available_memory
 from featcache.system.path_kinds import CACHE_SUFFIXES as CACHE_SUFFIXES
-from featcache.system.path_kinds import Kind, as_path, kind_of, missing, typed
+from featcache.system.path_kinds import Kind, as_path, kind_of, missing, place_for, typed
 from featcache.system.safe_load import parse_json
 
 
@@ -97,7 +97,7 @@ class FeatureCache:
     @classmethod
     def _open(cls, path: Path) -> "FeatureCache":
         if not os.path.lexists(path):
-            raise CacheError(missing(path, f"make it with `featcache extract SOURCE -o {typed(path)}`"))
+            raise CacheError(missing(path, f"make it with `featcache extract SOURCE -o {place_for(path)}`"))
         if not path.is_file():
             raise CacheError(f"{path} is {kind_of(path).value}; expected a cache written by `featcache extract`")
         try:
@@ -118,7 +118,7 @@ class FeatureCache:
             what = f": {error}" if isinstance(error, Malformed) else f" ({type(error).__name__} while reading it)"
             raise DamagedCacheError(
                 f"{path} is damaged beyond repair{what}; restore it, or make it anew with "
-                f"`featcache extract SOURCE -o {path} --force`"
+                f"`featcache extract SOURCE -o {typed(path)} --force`"
             ) from error
 
     def __len__(self) -> int:

@@ -267,6 +267,12 @@ def missing(path: AnyPath, otherwise: str) -> str:
     return f"{typed(path)} does not exist; {otherwise}"
 
 
+def place_for(path: Path) -> str:
+    """Where a hint has somebody write what was looked for on ``path``: there, unless that is among images. As typed in a shell."""
+    among = str(path.parent) != "." and kind_of(path.parent) is Kind.FOLDER
+    return typed(path.name if among else path)
+
+
 def typed(path: object) -> str:
     """A path as it is typed in a shell."""
     text = str(path)

@@ -54,8 +54,8 @@ class ExtractRequest:
 
     def __post_init__(self) -> None:
         for name in ("backbone", "weights"):
-            if (value := getattr(self, name)).startswith("~"):
-                object.__setattr__(self, name, str(as_path(value)))
+            value = str(getattr(self, name))
+            object.__setattr__(self, name, str(as_path(value)) if value.startswith("~") else value)
         if self.dtype not in ("auto", *STORAGE_TYPES):
             raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
         if self.decode is not None and f"{self.decode} scale" not in DECODING:

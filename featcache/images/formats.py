@@ -154,9 +154,8 @@ def _png(image: Any, _: Content) -> Reading:
 
 def _tiff(image: Any, data: Content) -> Reading:
     tags = image.tag_v2
-    if (
-        data[8:10] == b"CR" or 50706 in tags or (330 in tags and tags.get(254, 0) & 1)
-    ):  # CR2; DNG; others begin with a thumbnail
+    # CR2; DNG; others begin with a thumbnail, NewSubfileType 1, and say where the whole image is, SubIFDs.
+    if data[8:10] == b"CR" or 50706 in tags or (330 in tags and tags.get(254, 0) & 1):
         raise RefusedImage(_RAW)
     bits, photometric, kinds = tags.get(258, (1,))[0], tags.get(262), tags.get(339, (1,))
     if photometric is None:

@@ -112,6 +112,10 @@ def as_path(path: AnyPath) -> Path:
         return found
 
 
+def _address(path: AnyPath) -> re.Match[str] | None:
+    return _ADDRESS.fullmatch(Path(path).as_posix())
+
+
 def begins_like_an_image(head: bytes) -> bool:
     """Whether a file is an image by its first 32 bytes."""
     return _IMAGE.match(head) is not None
@@ -123,7 +127,7 @@ def kind_of(path: AnyPath) -> Kind:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return Kind.ADDRESS if _ADDRESS.match(str(path)) and not os.path.lexists(path) else Kind.MISSING
+        return Kind.ADDRESS if _address(path) and not os.path.lexists(path) else Kind.MISSING
     if stat.S_ISDIR(status.st_mode):
         return _kind_of_folder(path)
     return _kind_of_file(path) if stat.S_ISREG(status.st_mode) else Kind.SPECIAL
@@ -274,9 +278,9 @@ def place_for(path: Path) -> str:
 
 
 def typed(path: object) -> str:
-    """A path as it is typed in a shell."""
+    """A path, or another word, as it is typed in a shell."""
     text = str(path)
-    if found := _ADDRESS.fullmatch(text):
+    if found := _address(text):
         text = f"{found[1]}://{'/' if found[1].lower() == 'file' else ''}{found[2]}"
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
@@ -376,6 +380,8 @@ def _to_images(path: Path, kind: Kind, words: Words) -> str:
 
 def _to_model(path: Path, kind: Kind, words: Words) -> str:
     given, model, again = typed(path), typed(_apart("model", path)), _again(words, _apart("model", path))
+    if kind in _FOLDERS and (inside := sorted(path.glob("*/model.json"))):
+        return f"there is one in it: {_again(words, inside[0].parent)}"
     if kind is Kind.CACHE:
         return f"train one on it: `featcache fit-head {given} -o {model}`, then {again}"
     if kind in (Kind.FOLDER, Kind.TABLE):
@@ -403,6 +409,8 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
         return _EXPORTED
     if kind is Kind.WEIGHTS:
         return f"`featcache extract SOURCE -o features.h5 --backbone NAME --weights {given}` makes one with it"
+    if kind in _FOLDERS and (inside := sorted(found for found in path.glob("*.h5") if kind_of(found) is Kind.CACHE)):
+        return f"there is one in it: {_again(words, inside[0])}"
     if kind not in (Kind.FOLDER, Kind.TABLE):
         return "`featcache extract SOURCE -o features.h5` makes one"
     if command == "fit-head" and output is not None and output.suffix.lower() in CACHE_SUFFIXES:
@@ -430,7 +438,7 @@ def _unpack(path: Path) -> tuple[str, str]:
 
 def _download(path: Path, words: Words) -> str:
     """For an address, by its scheme."""
-    scheme, rest = _ADDRESS.fullmatch(str(path)).groups()  # type: ignore[union-attr]
+    scheme, rest = _address(path).groups()  # type: ignore[union-attr]
     scheme, address, name = scheme.lower(), typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
     if scheme == "file":
         return f"did you mean {_again(words, urllib.parse.unquote('/' + rest))}?"

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from featcache.models.fit import fit_head as fit_head
     from featcache.models.model import Model as Model
     from featcache.models.model import load_model as load_model
-    from featcache.models.predict import Prediction as Prediction
     from featcache.models.predict import predict as predict
+    from featcache.models.prediction import Prediction as Prediction
+    from featcache.models.prediction import Predictions as Predictions
     from featcache.reports.doctor import doctor as doctor
     from featcache.reports.info import describe as describe
     from featcache.spec import PreprocessSpec as PreprocessSpec
@@ -48,7 +49,8 @@ _HOME = {
     "FitReport": "models.fit",
     "ImageList": "images.source",
     "Model": "models.model",
-    "Prediction": "models.predict",
+    "Prediction": "models.prediction",
+    "Predictions": "models.prediction",
     "PreprocessSpec": "spec",
     "RepairReport": "extraction.repair",
     "Source": "images.source",

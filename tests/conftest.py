@@ -6,6 +6,8 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 # Several test processes share the cores: threads that spin waiting for each other would take minutes. Before NumPy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -64,6 +66,23 @@ def _own_log() -> Iterator[None]:
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, loading a backbone fails: what works does so without one."""
     monkeypatch.setattr("featcache.backbones.load.load_backbone", None)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Pretend that this is a notebook's kernel; what it is shown. The real one: ``tests/notebooks``."""
+    shown: list[dict[str, str]] = []
+
+    def display(content: dict[str, str], **_: Any) -> SimpleNamespace:
+        shown.append(content)
+        return SimpleNamespace(update=lambda content, **_: shown.append(content))
+
+    modules = {"IPython": ModuleType("IPython"), "IPython.display": ModuleType("IPython.display")}
+    vars(modules["IPython"])["get_ipython"] = lambda: SimpleNamespace(kernel="there")
+    vars(modules["IPython.display"])["display"] = display
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return shown
 
 
 @pytest.fixture(params=[False, True], ids=["without bf16", "with bf16"])

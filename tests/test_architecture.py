@@ -48,6 +48,8 @@ ONLY_IN = {
     "simplejpeg": "images.decode",
     "pillow_heif": "images.heif",
     "matplotlib": "reports",
+    "pandas": "models.prediction",
+    "IPython": "system.display",
     "onnx": "models.as_onnx",
     "onnxruntime": "models.as_onnx",
     "onnxscript": "models.as_onnx",

@@ -18,7 +18,7 @@ from featcache.spec import Spec
 from featcache.system.device import Runtime, choose_runtime
 
 log = logging.getLogger("featcache")
-_SAMPLE = 32  # images at most
+SAMPLE = 32  # images at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Embedder:
         """
         runtime = runtime or choose_runtime()
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
-        sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, _SAMPLE))
+        sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, SAMPLE))
         pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)
         encoder, choice = build_encoder(backbone, runtime, pixels, precision=precision)
         log.info("precision %s", choice.reason)

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -40,14 +40,17 @@ from featcache.errors import (
     repair_advice,
 )
 from featcache.spec import SPLITS, Spec
+from featcache.system.display import count_rows, html_table
 from featcache.system.files import read_published
 from featcache.system.memory import available_memory
 from featcache.system.path_kinds import CACHE_SUFFIXES as CACHE_SUFFIXES
 from featcache.system.path_kinds import Kind, as_path, kind_of, missing, place_for, typed
 from featcache.system.safe_load import parse_json
 
+Labels = npt.NDArray[np.int32]
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FeatureCache:
     """A cache file, open for reading. Structure and metadata are verified by ``open``, features before first use.
 
@@ -123,6 +126,14 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        refused = f", {len(self.refused)} images refused" if self.refused else ""
+        made = f"{len(self)} rows of {self.dim} {self.dtype.name} by {self.spec.backbone}, {len(self.classes)} classes"
+        return f"FeatureCache({str(self.path)!r}: {made}{refused})"
+
+    def _repr_html_(self) -> str:
+        return html_table(count_rows(self.classes, self.y, self.rows.splits, names=SPLITS), caption=repr(self))
 
     @property
     def fingerprint(self) -> str:
@@ -237,8 +248,16 @@ class FeatureCache:
             raise SourceError(f"no split is called {split!r}; choose one of {', '.join(SPLITS)}")
         return np.flatnonzero(self.rows.splits == SPLITS.index(split))
 
-    def split(self, name: str) -> tuple[Features, npt.NDArray[np.int32]]:
-        """(X, y) of one split's rows, copied into memory. Raises SourceError, also if there are none; CacheError."""
+    @overload
+    def split(self, name: str) -> tuple[Features, Labels]: ...
+    @overload
+    def split(self, name: str, *, paths: Literal[True]) -> tuple[Features, Labels, npt.NDArray[np.object_]]: ...
+    def split(self, name: str, *, paths: bool = False) -> tuple[npt.NDArray[Any], ...]:
+        """(X, y) of one split's rows, copied into memory; with ``paths`` also their (n,) paths, to be indexed as y is.
+
+        Raises:
+            SourceError: an unknown split, or one without a row. CacheError: as ``reader``.
+        """
         rows = self.where(name)
         if not len(rows):
             there = ", ".join(SPLITS[number] for number in np.unique(self.rows.splits) if number)
@@ -246,7 +265,8 @@ class FeatureCache:
                 f"no image in the split {name!r}, only in {there}" if there else "no splits; X and y hold all its rows"
             )
             raise SourceError(f"{self.path} has {what}")
-        return self.take(rows), self.y[rows]
+        pair = self.take(rows), self.y[rows]
+        return (*pair, np.array(self.paths, object)[rows]) if paths else pair
 
     def check_finite(self, rows: npt.NDArray[np.intp]) -> None:
         """Verify all features and, in the same pass, look for numbers that are not finite.

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import interruptible, note, show_progress, show_result
+from featcache.cli.console import show_progress, show_result
 
 
 def extract(
@@ -66,7 +66,7 @@ def extract(
         precision=precision,
         dtype=dtype,
     )
-    with interruptible(output), show_progress("embedding") as progress:
+    with show_progress("embedding") as progress:
         report = run(
             images,
             output,
@@ -79,15 +79,7 @@ def extract(
             reuse=reuse or (),
             progress=progress,
         )
-    rate = f", {report.images_per_second:,.0f} images/s once started" if report.embedded else ""
-    line = (
-        f"{report.cache}: {report.embedded + report.reused} embeddings of {report.dim} dimensions; embedded {report.embedded}, "
-        f"reused {report.reused}, refused {report.refused} (added {report.added}, changed {report.changed}, "
-        f"removed {report.removed}) in {report.seconds:.1f} s{rate}"
-    )
-    show_result([line], dataclasses.asdict(report), as_json=as_json)
-    if report.refused:
-        note(f"why images were refused: featcache info {report.cache}")
+    show_result([str(report)], dataclasses.asdict(report), as_json=as_json)
     options.exit_if_bad(report.refused, report.images, max_bad)
 
 

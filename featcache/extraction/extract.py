@@ -4,15 +4,16 @@ In: a source of images and an ``ExtractRequest``. Out: ``features.h5``. The orde
 spec, match what is embedded already, embed the rest into parts, pack everything into one file, atomically.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Unpack, cast
 
 import numpy as np
 
@@ -25,10 +26,11 @@ from featcache.errors import BackboneError, Refusal, SourceError, UsageError
 from featcache.extraction.match import gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, remove_parts
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
-from featcache.extraction.request import ExtractRequest, load_requested
+from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, settle_request
 from featcache.images.formats import REVISION
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
+from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import check_free_space, check_output
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("featcache")
 
 
-@dataclasses.dataclass(frozen=True)
-class ExtractReport:
-    """What ``extract`` did.
+@dataclasses.dataclass(frozen=True, repr=False)
+class ExtractReport(Shown):
+    """What ``extract`` did; ``str`` gives it as a sentence.
 
     Attributes:
         cache: the file. images: images found; always ``embedded + reused + refused``.
@@ -73,6 +75,16 @@ class ExtractReport:
     splits: dict[str, int]
     copies: dict[str, int]
 
+    _shown = ("cache", "images", "embedded", "reused", "refused", "dim", "classes", "splits", "seconds")
+
+    def __str__(self) -> str:
+        rate = f", {self.images_per_second:,.0f} images/s once started" if self.embedded else ""
+        return (
+            f"{self.cache}: {self.embedded + self.reused} embeddings of {self.dim} dimensions; embedded {self.embedded}, "
+            f"reused {self.reused}, refused {self.refused} (added {self.added}, changed {self.changed}, "
+            f"removed {self.removed}) in {self.seconds:.1f} s{rate}"
+        )
+
 
 def extract(
     source: AnySource | ImageList,
@@ -86,6 +98,7 @@ def extract(
     force: bool = False,
     reuse: str | Path | Sequence[str | Path] = (),
     progress: "Progress | None" = None,
+    **options: Unpack[RequestOptions],
 ) -> ExtractReport:
     """Embed the images of ``source`` into the cache file ``output``, or bring that file up to date.
 
@@ -104,14 +117,15 @@ def extract(
         force: replace a cache that was made with another spec, or is damaged.
         reuse: other caches, never changed, whose rows are taken over if their spec is the same; the first that has an image
             counts, and those that cannot be used are passed over.
-        progress: called with (done, total, bottleneck) when embedding starts and after every batch.
+        progress: called with (done, total, bottleneck) when embedding starts and after every batch; a bar in notebooks when None.
+        options: the fields of ``ExtractRequest`` as keywords, instead of ``request``: ``extract("photos", "f.h5", crop=224)``.
 
     Raises:
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made
         with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
     started = time.perf_counter()
-    output, request = as_path(output), request or ExtractRequest()
+    output, request = as_path(output), settle_request(request, options, extract) or ExtractRequest()
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     if not isinstance(source, ImageList):
         check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
@@ -120,7 +134,8 @@ def extract(
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
     images = _list(source)
-    with locked(work_folder(output)):
+    bar = bar_in_notebook(progress, describe_images("embedding"))
+    with _interruption_noted(output), locked(work_folder(output)), bar as progress:
         old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(work_folder(output))
         donors = open_donors([as_path(path) for path in ([reuse] if isinstance(reuse, str | Path) else reuse)], output)
@@ -149,6 +164,8 @@ def extract(
     copies = find_copies(rows.digests, rows.labels, rows.splits, rows.paths)
     for sentence in copies.examples:
         log.warning(sentence)
+    if total > len(rows):
+        log.info("why images were refused: featcache info %s", output)
     return ExtractReport(
         cache=output,
         images=total,
@@ -166,6 +183,16 @@ def extract(
         splits={SPLITS[split]: int(n) for split, n in zip(*np.unique(rows.splits, return_counts=True), strict=True)},
         copies=copies.counts(),
     )
+
+
+@contextlib.contextmanager
+def _interruption_noted(output: Path) -> Iterator[None]:
+    """Say, when the user interrupts what is inside, how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.warning("finished work is kept in %s; the same once more goes on from there", work_folder(output))
+        raise
 
 
 def _spec_of_same_request(

@@ -4,11 +4,15 @@ In: options. Out: a frozen ``ExtractRequest``, its record for the provenance, an
 """
 
 import dataclasses
+import difflib
 import hashlib
 import importlib.metadata
+import inspect
+import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from featcache.backbones.saved import SavedBackbone
 from featcache.errors import BackboneError, UsageError
@@ -134,6 +138,47 @@ class ExtractRequest:
         if isinstance(self.resize, tuple):
             record["resize"] = list(self.resize)  # as it comes back from JSON
         return record
+
+
+class BackboneOptions(TypedDict, total=False):
+    """The fields of ``ExtractRequest`` but ``precision``, for functions that take them as keywords."""
+
+    backbone: str | Path
+    weights: str | Path
+    resize: int | tuple[int, int] | None
+    crop: int | None
+    interpolation: str | None
+    decode: str | None
+    white_level: int | None
+    dtype: str
+
+
+class RequestOptions(BackboneOptions, total=False):
+    """All fields of ``ExtractRequest``."""
+
+    precision: str
+
+
+def settle_request(
+    request: ExtractRequest | None, options: Mapping[str, Any], function: Callable[..., Any]
+) -> ExtractRequest | None:
+    """``request``, or one of the keywords ``options`` that ``function`` was called with; None if there are neither.
+
+    Raises:
+        UsageError: an unknown keyword, with the nearest of those that the function takes; both are given.
+    """
+    names = [field.name for field in dataclasses.fields(ExtractRequest)]
+    if unknown := [name for name in options if name not in names]:
+        known = list(dict.fromkeys([*names, *inspect.signature(function).parameters]))[:-1]  # the last one is **options
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
+        raise UsageError(f"{function.__name__} has no option {unknown[0]!r}; {hint}")
+    if request is not None and options:
+        raise UsageError(
+            f"request= and {', '.join(f'{name}=' for name in options)} say what is wanted twice; leave one out"
+        )
+    values: dict[str, Any] = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    return ExtractRequest(**values) if values else request
 
 
 def _is_folder(backbone: str) -> bool:

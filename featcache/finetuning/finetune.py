@@ -5,25 +5,27 @@ travels along. Here the options are checked and the start is settled; ``tune.py`
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from featcache.errors import UsageError
-from featcache.extraction.request import ExtractRequest
+from featcache.extraction.request import BackboneOptions, ExtractRequest, settle_request
 from featcache.finetuning.checkpoint import check_unfinished, hold_work, is_finished, remove_work
-from featcache.finetuning.recipes import Job, choose_recipe
+from featcache.finetuning.recipes import Job, Recipe, choose_recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.model import check_replaceable, load_model
+from featcache.system.display import State, bar_in_notebook
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
-    from featcache.finetuning.trainer import OnStep
+    from featcache.finetuning.trainer import OnStep, Status
 
 log = logging.getLogger("featcache")
 
@@ -45,6 +47,7 @@ def finetune(
     force: bool = False,
     overwrite: bool = False,
     progress: "OnStep | None" = None,
+    **options: Unpack[BackboneOptions],
 ) -> FinetuneReport:
     """Fine-tune a backbone and its head on labelled images.
 
@@ -64,7 +67,8 @@ def finetune(
             dropout draws if there is any; nothing else but rounding.
         resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
         overwrite: replace a model that is there already; never the one that the run starts from.
-        progress: called after every step.
+        progress: called after every step; a bar in notebooks when None.
+        options: the fields of ``ExtractRequest`` but its precision as keywords, instead of ``request``.
 
     Raises:
         SourceError: no labels, one class, classes that ``init`` does not know. UsageError: impossible or contradictory
@@ -80,6 +84,9 @@ def finetune(
     started = time.perf_counter()
     output, changes, init = named(as_path(output)), changes or {}, None if init is None else as_path(init)
     check_runtime_options(device, workers=workers, batch_size=micro_batch)
+    if of_recipe := [name for name in options if name in {field.name for field in dataclasses.fields(Recipe)}]:
+        raise UsageError(f"{of_recipe[0]} belongs to the recipe; give changes={{{of_recipe[0]!r}: ...}}")
+    request = settle_request(request, options, finetune)
     _check_options(init, request, seed=seed, resume=resume, force=force)
     _check_paths(source, output, init, request=request)
     _check_start_is_kept(output, init, request=request)
@@ -105,12 +112,18 @@ def finetune(
             else:
                 model, cache = prepare_start(job, init, request=request, held_out=held_out)
                 earlier = seen_before(init, request=request, held_out=held_out)
-                report = tune(job, model, cache=cache, earlier=earlier, on_step=progress, started=started)
+                with bar_in_notebook(progress, _describe) as on_step:
+                    report = tune(job, model, cache=cache, earlier=earlier, on_step=on_step, started=started)
             processes.barrier()
             if processes.is_first:
                 keep_cache(output)
                 remove_work(output)
             return report or read_report(output)
+
+
+def _describe(status: "Status") -> State:
+    text = f"epoch {status.epoch}/{status.epochs}, image {status.done}/{status.total}"
+    return status.done, status.total, f"{text}: loss {status.loss:.4f}, accuracy {status.accuracy:.2%}"
 
 
 def _check_options(

@@ -17,6 +17,7 @@ from featcache.heads.head import Array, FittedHead, softmax
 from featcache.heads.metrics import accuracy, log_loss, mcnemar, standard_error
 from featcache.models.model import Model, save_model
 from featcache.models.training_rows import TrainingRows
+from featcache.system.display import Shown
 from featcache.system.safe_load import parse_json
 from featcache.system.workdir import work_folder
 
@@ -28,8 +29,8 @@ _SIGNIFICANT = 0.05
 UNCHANGED = "nothing better than the cached head was found on val: the saved model is that head, unchanged"
 
 
-@dataclasses.dataclass(frozen=True)
-class FinetuneReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class FinetuneReport(Shown):
     """What ``finetune`` did; accuracies in 0..1, None where there are no such images.
 
     Attributes:
@@ -64,6 +65,17 @@ class FinetuneReport:
     seconds: float
     val_accuracy_without_copies: float | None = None  # defaults: reports of earlier versions lack them
     test_accuracy_without_copies: float | None = None
+
+    _shown = (
+        "model",
+        "best_epoch",
+        "epochs",
+        "val_accuracy",
+        "head_val_accuracy",
+        "test_accuracy",
+        "verdict",
+        "seconds",
+    )
 
 
 def read_report(output: Path) -> FinetuneReport:

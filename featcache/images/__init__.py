@@ -6,6 +6,7 @@ tables.py       named by a CSV
 layout.py       what the names of folders mean: splits, classes
 splits.py       which of them train, which are held out
 read.py         files read: the one loop over them
+in_memory.py    PIL images and arrays, as files
 decode.py       bytes to pixels, or why not; what if the decoder crashes
 formats.py      what samples mean, format by format; to RGB
 integrity.py    are all pixels there? PNG, TIFF

@@ -18,6 +18,7 @@ import mmap
 import os
 import subprocess
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -105,19 +106,40 @@ def try_apart(data: bytes, at_least: int | None, *, patience: float = 120.0) -> 
         raise RefusedImage(reason)
 
 
-@contextlib.contextmanager
-def strict_decoding() -> Iterator[None]:
-    """Silence Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd metadata.
+class _StrictDecoding:
+    """A context that silences Pillow's warnings, about images it considers large (``MAX_PIXELS`` is the limit here) and odd
+    metadata; nor may Pillow load truncated images in it, as notebooks like to allow it.
 
-    Nor may Pillow load truncated images, as notebooks like to allow it. Such settings are global, so this belongs around a
-    whole run, never around one image on one thread.
+    Such settings are the process's, so this belongs around a whole run, never around one image; of several runs at a time
+    the first changes them, and the last to end restores them.
     """
-    allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    with contextlib.ExitStack() as after, warnings.catch_warnings():
-        after.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", allowed)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        yield
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._before.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.close()
+
+
+_strict = _StrictDecoding()
+
+
+def strict_decoding() -> contextlib.AbstractContextManager[None]:
+    """See ``_StrictDecoding``."""
+    return _strict
 
 
 def reduction(shorter_edge: int, at_least: int | None) -> int:
@@ -209,7 +231,7 @@ def _decode(
 ) -> Image.Image:
     """``decode`` without the guard. Raises nearly anything."""
     data = plain_png(data)
-    with _open(data) as image:
+    with open_image(data) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
         factor = reduction(min(image.size), at_least)
@@ -221,7 +243,8 @@ def _decode(
         return to_rgb(upright, reading, data, white_level=white_level, seen=seen)
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """A file's bytes as a Pillow image that is not loaded yet. Raises RefusedImage: it is none, or HEIF without its decoder."""
     if is_heif(data):
         return open_heif(data)
     try:

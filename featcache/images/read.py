@@ -10,13 +10,15 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Callable, Generator, Iterable, Set
+from collections.abc import Callable, Generator, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
 from featcache.errors import RefusedImage
 from featcache.images.decode import decode, refusing_errors, strict_decoding
+from featcache.images.in_memory import Held, as_file
 from featcache.images.source import ImageList
 
 T = TypeVar("T")
@@ -24,10 +26,14 @@ MAX_FILE_BYTES = 2**30
 
 
 class Paths(NamedTuple):
-    """Files of images that nobody listed: ``paths`` relative to ``root``, as somebody typed them."""
+    """Files of images that nobody listed: ``paths`` relative to ``root``, as somebody typed them.
+
+    ``held``: position -> image, of those that are in memory; their paths are mere names.
+    """
 
     root: Path
     paths: tuple[str, ...]
+    held: Mapping[int, Held] = MappingProxyType({})
 
 
 ImageFiles = ImageList | Paths
@@ -68,12 +74,21 @@ def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> 
     """Read one of ``files``. Callers decode inside ``strict_decoding``."""
     digest, size, mtime = b"", -1, -1
     try:
-        data, size, mtime = read_file(files.root / files.paths[index])
+        data, size, mtime = _content(files, index)
         digest = hashlib.sha256(data).digest()
         with refusing_errors():
             return ReadImage(index, convert(data), "", digest, size, mtime)
     except RefusedImage as reason:
         return ReadImage(index, None, str(reason), digest, size, mtime)
+
+
+def _content(files: ImageFiles, index: int) -> tuple[bytes, int, int]:
+    """As ``read_file``, also of an image in memory, as the file that it would be."""
+    if isinstance(files, Paths) and index in files.held:
+        with refusing_errors():
+            data = as_file(files.held[index])
+        return data, len(data), -1
+    return read_file(files.root / files.paths[index])
 
 
 def read_file(path: Path) -> tuple[bytes, int, int]:

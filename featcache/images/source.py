@@ -19,10 +19,10 @@ from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.tables import list_table
 from featcache.spec import SPLITS
+from featcache.system.display import count_rows, html_table
 from featcache.system.path_kinds import HERE, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
-_MOST_CLASSES = 20  # that the table of a listing shows one by one; of more the largest and smallest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ _OF_TABLES = ("--root", "--path-column", "--label-column", "--split-column")
 AnySource = str | Path | Source
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ImageList:
     """The images of a source, sorted by path (CSV: in the order of its rows).
 
@@ -114,6 +114,17 @@ class ImageList:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def __repr__(self) -> str:
+        refused = f", {len(self.refused)} refused unopened" if self.refused else ""
+        return f"ImageList({str(self.root)!r}: {len(self)} images, {len(self.classes)} classes{refused})"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.count_rows(), caption=repr(self))
+
+    def count_rows(self) -> list[list[str]]:
+        """Images per class and split, with a header and a sum; empty if there are neither classes nor splits."""
+        return count_rows(self.classes, self.labels, self.splits, names=SPLITS)
 
     def all_refused(self, refused: Mapping[int, str]) -> str:
         """What to say when not one image is left: those of the list were ``refused`` (number -> reason), too."""
@@ -187,34 +198,17 @@ def _say(source: Path, images: ImageList) -> None:
     refused = f", {len(images.refused)} refused unopened" if images.refused else ""
     first = f" (the first, {images.refused[0].path}: {images.refused[0].reason})" if images.refused else ""
     log.info("%s: %d images, %d classes%s%s", source, len(images), len(images.classes), refused, first)
-    for line in _table(images):
+    for line in _aligned(images.count_rows()):
         log.info("%s", line)
     if groups := [" and ".join(map(ascii, names)) for names in alike(images.classes)]:
         differ = "classes that differ in capitals, blanks or Unicode form alone count as different ones"
         log.warning("%s: %s: %s", source, differ, some(groups))
 
 
-def _table(images: ImageList) -> list[str]:
-    """Images per class and split, aligned; nothing if there are neither classes nor splits."""
-    if not len(images) or not (images.classes or images.splits.any()):
-        return []
-    counts = np.zeros((len(images.classes) + 1, len(SPLITS)), np.int64)
-    np.add.at(counts, (images.labels, images.splits), 1)  # -1, no label, is the last row
-    there = np.flatnonzero(counts.any(0))
-    titles = [SPLITS[split] if split else "no split" for split in there.tolist()] if there.any() else ["images"]
-    order = np.arange(len(images.classes))
-    if many := len(order) > _MOST_CLASSES:
-        order = np.argsort(-counts[order].sum(1), kind="stable")
-    rows = [[images.classes[row][:40], *map(str, counts[row, there])] for row in order.tolist()]
-    if many:
-        rows[5:-5] = [[f"... {len(rows) - 10} classes between", *("" for _ in titles)]]
-    if counts[-1].any():
-        rows.append(["(no label)", *map(str, counts[-1, there])])
-    return _aligned([["class", *titles], *rows, ["all", *map(str, counts[:, there].sum(0))]])
-
-
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """The first column to the left, the others to the right; nothing if there are no rows."""
+    if not rows:
+        return []
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         "  ".join([f"  {row[0]:{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))])

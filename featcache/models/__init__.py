@@ -3,6 +3,7 @@
 model.py             what it is: saved, loaded, checked
 fit.py               fit-head
 predict.py           labels for images or caches
+prediction.py        what is said of an image; for pandas
 evaluate.py          scores on labelled ones
 training_rows.py     what training has seen
 export.py            one file that runs without featcache

@@ -20,6 +20,7 @@ from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import TrainingRows
+from featcache.system.display import Shown
 from featcache.system.path_kinds import HERE, as_path, check_path
 
 log = logging.getLogger("featcache")
@@ -36,8 +37,8 @@ _SCORES = (
 _MANY_ROWS = 100_000  # from here on training takes minutes
 
 
-@dataclasses.dataclass(frozen=True)
-class FitReport:
+@dataclasses.dataclass(frozen=True, repr=False)
+class FitReport(Shown):
     """What ``fit_head`` did; scores are accuracies in 0..1, None where there are no such rows.
 
     Attributes:
@@ -66,6 +67,8 @@ class FitReport:
     test_accuracy_without_copies: float | None
     copies: dict[str, int]
     seconds: float
+
+    _shown = ("model", "clf", "C", "classes", "n_train", "cv_accuracy", "val_accuracy", "test_accuracy", "seconds")
 
 
 def fit_head(

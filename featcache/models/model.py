@@ -7,6 +7,7 @@ library provides, ``backbone.safetensors``; ``training.safetensors``, what train
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -25,18 +26,23 @@ from featcache.heads.head import FittedHead, Head
 from featcache.models import training_rows
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import Spec, fingerprint_of
+from featcache.system.display import html_table, in_words
 from featcache.system.files import check_output, named, publish_folder, read_published, recover_folder
 from featcache.system.path_kinds import Kind, as_path, kind_of
 from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from featcache.backbones.backbone import Backbone
+    from featcache.models.predict import Input
+    from featcache.models.prediction import Predictions
 
 _HEAD, _METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
 _FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, _METRICS, _PIPELINE, training_rows.FILE, "history.csv", "curves.png")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A loaded model.
 
@@ -64,6 +70,16 @@ class Model:
         """sha256 (hex) of the spec."""
         return self.spec.fingerprint
 
+    def predict(self, inputs: "Input | Iterable[Input]", **options: Any) -> "Predictions":
+        """Label images: paths, PIL images, arrays, a pandas column; one ``Prediction`` per image, in order, together.
+
+        The backbone is loaded and checked by the first call, and stays in memory as long as the model: later calls take
+        milliseconds. ``options``, inputs and errors are those of ``featcache.predict``, which yields predictions one by one.
+        """
+        from featcache.models.predict import predict_all
+
+        return predict_all(self, inputs, **options)
+
     def load_backbone(self) -> "Backbone":
         """The backbone that the model was trained on. Raises ModelError, BackboneError: as ``SavedBackbone.load``."""
         return self.backbone.load()
@@ -80,6 +96,28 @@ class Model:
                     f"{self.path} is damaged: {training_rows.FILE} is not the file that was saved; train it again"
                 )
             return TrainingRows.from_bytes(data)
+
+    @functools.cached_property
+    def digests_seen(self) -> frozenset[bytes]:
+        """sha256 of each image that training has seen; empty if the model does not know. Raises as ``training_rows``."""
+        rows = self.training_rows()
+        return frozenset() if rows is None else frozenset(digest.tobytes() for digest in rows.digests)
+
+    def __repr__(self) -> str:
+        some = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
+        return (
+            f"Model({str(self.path)!r}: {self.head.kind} on {self.spec.backbone}, {len(self.classes)} classes: {some})"
+        )
+
+    def _repr_html_(self) -> str:
+        scores = {k: v for k, v in self.manifest["metrics"].items() if k.endswith("accuracy") and isinstance(v, float)}
+        facts = {
+            "head": self.head.kind,
+            "backbone": self.spec.backbone,
+            "classes": ", ".join(self.classes[:20]),
+        } | scores
+        rows = [(name.replace("_", " "), in_words(name, value)) for name, value in facts.items()]
+        return html_table(rows, caption=f"Model {self.path}, {len(self.classes)} classes", header=False)
 
     def check_cache(self, cache: FeatureCache) -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""

@@ -1,56 +1,48 @@
 """``predict``: label images, or the rows of a cache, with a saved model.
 
-In: a model folder and images, folders, CSV files or caches. Out: one ``Prediction`` per input image, in order.
+In: a model folder and images (files, folders, tables, PIL images, arrays) or caches. Out: one ``Prediction`` per input image, in order.
 """
 
 import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from PIL import Image
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.features import is_finite
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
+from featcache.images.in_memory import Held
 from featcache.images.read import ImageFiles, Paths
-from featcache.images.source import list_images
+from featcache.images.source import Source, list_images
 from featcache.models.model import Model, load_model
-from featcache.system.path_kinds import HERE, Kind, as_path, check_path, is_wanted, kind_of, missing
+from featcache.models.prediction import Prediction, Predictions
+from featcache.system.display import bar_in_notebook, describe_images
+from featcache.system.path_kinds import HERE, Kind, check_path, is_wanted, kind_of, missing
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
+    from featcache.backbones.embedder import Embedder
     from featcache.backbones.encoder import Precision
 
 log = logging.getLogger("featcache")
 _BLOCK = 4096
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prediction:
-    """One input image.
-
-    Attributes:
-        path: as the user would type it (from a cache: relative to the source of the cache).
-        probabilities: (C,), in the order of the model's classes; None if the image was refused.
-        reason: why it was refused, else empty.
-        digest: sha256 of the image's bytes; empty if it was refused.
-    """
-
-    path: str
-    probabilities: Array | None
-    reason: str = ""
-    digest: bytes = b""
+Input = str | os.PathLike[str] | Source | Held
+_ARRAYS = "uint8 of shape (H, W), (H, W, 3) in the order RGB, or (H, W, 4) with alpha, or several as (N, H, W, 3)"
 
 
 def predict(
     model: Model | str | Path,
-    inputs: str | Path | Sequence[str | Path],
+    inputs: Input | Iterable[Input],
     *,
     device: str = "auto",
     workers: int | None = None,
@@ -59,38 +51,109 @@ def predict(
 ) -> Iterator[Prediction]:
     """Label images: one ``Prediction`` per input image, in the order of the inputs and of paths within a folder.
 
+    They are yielded as they come, so that any number of images takes the memory of a few batches; ``Model.predict`` returns
+    them together. An image in memory gets what the same picture in a lossless file would get, see ``in_memory.as_file``.
+
     Args:
-        model: a model folder, or what ``load_model`` returned.
-        inputs: one or several: image files, folders, CSV files with a ``path`` column; or caches of the model's own spec.
+        model: a model folder, or what ``load_model`` returned, which keeps its backbone ready for the next call.
+        inputs: one or several, in any mixture (a list, a pandas column, ...): image files, folders, tables with a column of
+            paths (or a ``Source``); PIL images; arrays, uint8, (H, W), (H, W, 3), (H, W, 4) or (N, H, W, 3), channels in the
+            order RGB (OpenCV's is BGR: ``array[..., ::-1]``). Or caches of the model's own spec.
         device, workers, batch_size: as in ``extract``.
-        progress: called with (done, total, bottleneck).
+        progress: called with (done, total, bottleneck); a bar in notebooks when None.
 
     Raises:
         ModelError, BackboneError: the model cannot be used. SourceError: an input does not exist or holds no image.
-        SpecMismatchError: a cache of another spec. UsageError: caches mixed with images, impossible options.
+        SpecMismatchError: a cache of another spec. UsageError: an input is none of these, an array of another shape or type;
+        caches mixed with images, impossible options. All before the first image is read.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
-    paths = [as_path(entry) for entry in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    named = list(_named(inputs))
+    paths = [entry.path for _, entry in named if isinstance(entry, Source)]
     if not isinstance(model, Model):
         check_path(model, "model", ("predict", HERE, *paths))
         model = load_model(model)
-    caches = _which_are_caches(model.path, paths)
+    caches = _which_are_caches(model.path, paths, alone=len(paths) == len(named))
     if any(caches):
-        if not all(caches):
+        if not all(caches) or len(paths) < len(named):
             raise UsageError("caches and images cannot be mixed in one prediction; run it once for each")
         opened = [FeatureCache.open(path) for path in paths]
         for cache in opened:
             model.check_cache(cache)
         return _note_seen(model, _predict_caches(model, opened))
-    entries = _list_inputs(paths)
-    files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason))
-    return _note_seen(model, _fill_in(entries, predict_images(model, files, device, workers, batch_size, progress)))
+    entries, held = _list_inputs(named)
+    files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason), held)
+    return _note_seen(
+        model, _fill_in(model, entries, predict_images(model, files, device, workers, batch_size, progress))
+    )
 
 
-def _which_are_caches(model: Path, paths: list[Path]) -> list[bool]:
-    """Raises SourceError for what is never an image; for files that are none, which are refused, only if there are no others."""
+def predict_all(model: Model, inputs: Input | Iterable[Input], **options: Any) -> Predictions:
+    """``predict``, all of it at once; of a pandas column with one image per entry with its index."""
+    index = getattr(inputs, "index", None) if _is_pandas(inputs) else None
+    rows = tuple(predict(model, inputs, **options))
+    return Predictions(rows, index if index is not None and len(index) == len(rows) else None)
+
+
+def _named(inputs: Any) -> Iterator[tuple[str, Source | Held]]:
+    """Each input and its name in messages and results; of an array of several images, each. Raises UsageError."""
+    one = isinstance(inputs, str | os.PathLike | Source | Image.Image | np.ndarray)
+    if one and not (isinstance(inputs, np.ndarray) and inputs.ndim and inputs.dtype.kind in "OU"):  # of paths
+        yield from _named_one("inputs", inputs)
+    elif isinstance(inputs, bytes | dict) or not hasattr(inputs, "__iter__") or _advice(inputs):
+        raise _unusable("inputs", inputs)
+    else:
+        for number, entry in enumerate(inputs):
+            yield from _named_one(f"inputs[{number}]", entry)
+
+
+def _named_one(name: str, entry: Any) -> Iterator[tuple[str, Source | Held]]:
+    if isinstance(entry, str | os.PathLike | Source):
+        yield str(entry), Source.of(entry)  # type: ignore[arg-type]
+    elif isinstance(entry, Image.Image):
+        yield name, entry
+    elif not isinstance(entry, np.ndarray) or not _is_picture(entry):
+        raise _unusable(name, entry)
+    elif entry.ndim == 4:
+        yield from ((f"{name}[{number}]", image) for number, image in enumerate(entry))
+    else:
+        yield name, entry
+
+
+def _is_picture(array: Array) -> bool:
+    colours = array.ndim == 2 or (array.ndim in (3, 4) and array.shape[-1] in (3, 4))
+    return array.dtype == np.uint8 and array.size > 0 and colours
+
+
+def _is_pandas(value: object) -> bool:
+    return type(value).__module__.split(".")[0] == "pandas"
+
+
+def _unusable(name: str, value: Any) -> UsageError:
+    """What it is, what is expected and what to do."""
+    kind = f"{type(value).__module__}.{type(value).__name__}".removeprefix("builtins.")
+    if isinstance(value, np.ndarray):
+        return UsageError(f"{name} is an array of {value.dtype} {value.shape}; expected {_ARRAYS}{_advice(value)}")
+    return UsageError(f"{name} is a {kind}; give paths, PIL images or arrays ({_ARRAYS}){_advice(value)}")
+
+
+def _advice(value: Any) -> str:
+    """What to do about the usual mistakes, to be put behind a sentence; nothing for others."""
+    if type(value).__module__.split(".")[0] == "torch":
+        return "; of a tensor (3, H, W) of values 0..1 give (255 * tensor).byte().permute(1, 2, 0).numpy()"
+    if _is_pandas(value) and hasattr(value, "columns"):
+        return '; of a data frame give the column of paths, frame["path"]'
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return "; of values 0..1 give (255 * array).round().astype('uint8')"
+    if isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[0] == 3:
+        return "; channels come last: array.transpose(1, 2, 0)"
+    return ""
+
+
+def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bool]:
+    """Raises SourceError for what is never an image; for files that are none, which are refused, only if there is nothing else."""
     kinds = [kind_of(path) for path in paths]
-    hopeless = not any(is_wanted(kind, "inputs") for kind in kinds)
+    hopeless = alone and not any(is_wanted(kind, "inputs") for kind in kinds)
     for place, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
         if hopeless or not path.is_file():
             check_path(path, "inputs", ("predict", model, *paths[:place], HERE, *paths[place + 1 :]))
@@ -101,8 +164,7 @@ def _which_are_caches(model: Path, paths: list[Path]) -> list[bool]:
 
 def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
     """The same; says in the end how many of them training has seen."""
-    rows, labelled, seen, first = model.training_rows(), 0, 0, ""
-    known = set() if rows is None else {digest.tobytes() for digest in rows.digests}
+    known, labelled, seen, first = model.digests_seen, 0, 0, ""
     for prediction in predictions:
         yield prediction
         labelled += prediction.probabilities is not None
@@ -121,31 +183,39 @@ def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Predic
             finite = is_finite(block)
             scores = model.head.probabilities(np.where(finite[:, None], block, 0))
             for name, digest, row, usable in zip(names, digests, scores, finite, strict=True):
-                scored = Prediction(name, row, digest=digest.tobytes())
-                yield scored if usable else Prediction(name, None, "its embedding is not finite")
+                scored = Prediction(name, row, digest=digest.tobytes(), classes=model.classes)
+                yield scored if usable else Prediction(name, None, "its embedding is not finite", classes=model.classes)
         for name, reason in cache.refused:
-            yield Prediction(name, None, reason)
+            yield Prediction(name, None, reason, classes=model.classes)
 
 
-def _list_inputs(paths: list[Path]) -> list[Prediction]:
-    """What is refused already, with its reason, and in its place what has to be looked at, without."""
+def _list_inputs(named: list[tuple[str, Source | Held]]) -> tuple[list[Prediction], dict[int, Held]]:
+    """What is refused already, with its reason, and in its place what has to be looked at, without; and of that, by its number
+    among what has to be looked at, what is in memory.
+    """
     entries: list[Prediction] = []
-    for path in paths:
-        if path.is_dir() or path.suffix.lower() == ".csv":
-            images = list_images(path, labelled=False)
-            here = [Prediction(str(images.root / name), None) for name in images.paths]
+    in_memory: dict[int, Held] = {}
+    for name, entry in named:
+        if isinstance(entry, Source) and (entry.path.is_dir() or entry.path.suffix.lower() == ".csv"):
+            images = list_images(entry, labelled=False)
+            here = [Prediction(str(images.root / path), None) for path in images.paths]
             refused = zip(images.refused_at, images.refused, strict=True)
             for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true
                 here.insert(position, Prediction(str(images.root / refusal.path), None, refusal.reason))
             entries += here
+        elif isinstance(entry, Source):
+            entries.append(Prediction(str(entry), None))
         else:
-            entries.append(Prediction(str(path), None))
-    return entries
+            in_memory[len(entries)] = entry
+            entries.append(Prediction(name, None))
+    looked_at = [position for position, entry in enumerate(entries) if not entry.reason]
+    return entries, {number: in_memory[k] for number, k in enumerate(looked_at) if k in in_memory}
 
 
-def _fill_in(entries: list[Prediction], predictions: Iterator[Prediction]) -> Iterator[Prediction]:
+def _fill_in(model: Model, entries: list[Prediction], predictions: Iterator[Prediction]) -> Iterator[Prediction]:
     for entry in entries:
-        yield entry if entry.reason else next(predictions)
+        yield dataclasses.replace(entry, classes=model.classes) if entry.reason else next(predictions)
+    next(predictions, None)  # to its end, where it says what there is to say of all images
 
 
 def predict_images(
@@ -158,26 +228,51 @@ def predict_images(
 ) -> Iterator[Prediction]:
     """One per image, in order."""
     from featcache.backbones.embed import Timings, storable
-    from featcache.backbones.embedder import Embedder
-    from featcache.system.device import choose_runtime
 
-    runtime, total = choose_runtime(device, workers=workers, batch_size=batch_size), len(files.paths)
-    runtime = dataclasses.replace(runtime, batch_size=max(1, min(runtime.batch_size, total)))
-    log.info(runtime.reason)
-    precision = cast("Precision", "auto" if model.spec.precision == "reference" else model.spec.precision)
-    embedder = Embedder.prepare(model.backbone.load(), files, runtime=runtime, precision=precision)
+    total = len(files.paths)
+    embedder = _ready_embedder(model, files, device, workers=workers, batch_size=batch_size)
     timings, done = Timings(), 0
-    if progress:
-        progress(0, total, timings.bottleneck)
-    with contextlib.closing(embedder.embed(files, timings=timings)) as batches:
-        for batch in (storable(batch, model.spec.storage) for batch in batches):
-            found = {k: Prediction(files.paths[k], None, why) for k, why in batch.refused.items()}
+    batches = contextlib.closing(embedder.embed(files, timings=timings))
+    with bar_in_notebook(progress, describe_images("predicting")) as report, batches as found_batches:
+        if report:
+            report(0, total, timings.bottleneck)
+        for batch in (storable(batch, model.spec.storage) for batch in found_batches):
+            found = {k: Prediction(files.paths[k], None, why, b"", model.classes) for k, why in batch.refused.items()}
             if len(batch.indices):
                 stored = batch.features.astype(model.spec.storage)  # what the head saw in training
                 scores = model.head.probabilities(stored)
-                rows = zip(batch.indices, scores, batch.digests, strict=True)
-                found |= {k: Prediction(files.paths[k], row, "", digest.tobytes()) for k, row, digest in rows}
+                for k, row, digest in zip(batch.indices.tolist(), scores, batch.digests, strict=True):
+                    found[k] = Prediction(files.paths[k], row, "", digest.tobytes(), model.classes)
             yield from (found[k] for k in sorted(found))
             done += len(batch)
-            if progress:
-                progress(done, total, timings.bottleneck)
+            if report:
+                report(done, total, timings.bottleneck)
+
+
+# Per model and device: an embedder, and on how many images it may have been checked. Not part of a model, which is data.
+_ready: "weakref.WeakKeyDictionary[Model, dict[str, tuple[Embedder, int]]]" = weakref.WeakKeyDictionary()
+_getting_ready = threading.Lock()
+
+
+def _ready_embedder(
+    model: Model, files: ImageFiles, device: str, *, workers: int | None, batch_size: int | None
+) -> "Embedder":
+    """The model's embedder for ``files``: loaded and checked on the first of them, once per model and device; once more where
+    that first time there were fewer images than the check asks for, as so few prove no fast precision.
+    """
+    from featcache.backbones.embedder import SAMPLE, Embedder
+    from featcache.system.device import choose_runtime
+
+    runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
+    enough = min(runtime.batch_size, SAMPLE)
+    runtime = dataclasses.replace(runtime, batch_size=max(1, min(runtime.batch_size, len(files.paths))))
+    with _getting_ready:
+        there = _ready.setdefault(model, {})
+        embedder, checked = there.get(str(runtime.device), (None, 0))
+        if embedder is None or checked < enough <= runtime.batch_size:
+            log.info(runtime.reason)
+            precision = cast("Precision", "auto" if model.spec.precision == "reference" else model.spec.precision)
+            backbone = embedder.backbone if embedder else model.backbone.load()
+            embedder = Embedder.prepare(backbone, files, runtime=runtime, precision=precision)
+            there[str(runtime.device)] = embedder, min(runtime.batch_size, SAMPLE)
+    return dataclasses.replace(embedder, runtime=runtime)

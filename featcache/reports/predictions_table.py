@@ -7,10 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Literal
 
-import numpy as np
-
 from featcache.errors import UsageError
-from featcache.models.predict import Prediction
+from featcache.models.prediction import Prediction
 
 TableFormat = Literal["csv", "jsonl"]
 # How a cell begins that a spreadsheet would run; full-width signs count. Apostrophes before the sign count, too: the one that
@@ -21,35 +19,20 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 def prediction_rows(
     predictions: Iterable[Prediction], classes: tuple[str, ...], *, top_k: int = 1, all_probabilities: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """One row per prediction: path, label, probability, status (``ok`` or ``refused``), reason, then label_2,
-    probability_2, ... up to ``top_k``, then ``prob:CLASS`` for every class if asked.
+    """``Prediction.to_row`` of each, as it is written.
 
     Raises:
         UsageError: ``top_k`` is not between 1 and the number of classes.
     """
     if not 1 <= top_k <= len(classes):
         raise UsageError(f"top-k must lie between 1 and {len(classes)}, the number of classes; found {top_k}")
-    return (_row(prediction, classes, top_k, all_probabilities) for prediction in predictions)
+    return (_written(prediction.to_row(top_k=top_k, probs=all_probabilities)) for prediction in predictions)
 
 
-def _row(prediction: Prediction, classes: tuple[str, ...], top_k: int, all_probabilities: bool) -> dict[str, Any]:
-    values = prediction.probabilities
-    order = [] if values is None else np.argsort(-values, kind="stable")[:top_k].tolist()
-    best = [(classes[k], round(float(values[k]), 6)) for k in order] if values is not None else [("", None)] * top_k
-    row = {
-        "path": prediction.path,
-        "label": best[0][0],
-        "probability": best[0][1],
-        "status": "refused" if values is None else "ok",
-        "reason": prediction.reason,
-    }
-    for number, (label, probability) in enumerate(best[1:], 2):
-        row |= {f"label_{number}": label, f"probability_{number}": probability}
-    if all_probabilities:
-        row |= {
-            f"prob:{name}": None if values is None else round(float(values[k]), 6) for k, name in enumerate(classes)
-        }
-    return row
+def _written(row: dict[str, Any]) -> dict[str, Any]:
+    """Probabilities to six digits; where there is no label, an empty text."""
+    row = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
+    return row | {name: "" for name, value in row.items() if value is None and name.startswith("label")}
 
 
 def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat) -> tuple[int, int]:

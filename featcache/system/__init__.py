@@ -6,6 +6,7 @@
 - ``signals``: stop between two steps
 - ``supervisor``: a worker, and the process that waits for it
 - ``distributed``: several processes that train one network (torchrun)
+- ``display``: tables, and what a notebook shows
 - ``lazy_imports``: torchvision without PyTorch's compiler
 - ``path_kinds``: what is on a path, and the command that was probably meant
 - ``files``: atomic, durable files and folders

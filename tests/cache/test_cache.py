@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from caches import make_cache, make_classes
 from conftest import SPEC
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
 
 from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
@@ -23,6 +25,29 @@ def test_splits(tmp_path: Path) -> None:
     got, y = cache.split("train")
     np.testing.assert_array_equal(got, X[1::4])
     np.testing.assert_array_equal(y, cache.y[1::4])
+
+
+def test_a_split_with_its_paths_finds_the_images_of_mistakes(tmp_path: Path) -> None:
+    make_cache(tmp_path / "f.h5")
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    X, y, paths = cache.split("val", paths=True)
+    np.testing.assert_array_equal(X, cache.split("val")[0])
+    assert tuple(paths) == cache.paths[2::4] and isinstance(paths[0], str)
+    assert paths[y != y[0]].tolist() == [path for path, label in zip(paths, y, strict=True) if label != y[0]]
+
+
+def test_scikit_learn_takes_x_and_y_as_they_are(cache: Path) -> None:
+    opened = FeatureCache.open(cache)
+    assert cross_val_score(LogisticRegression(), opened.X, opened.y).min() > 0.9
+
+
+def test_what_a_cache_shows_of_itself(tmp_path: Path) -> None:
+    make_classes(tmp_path / "f.h5", np.arange(20) % 2, 1 + np.arange(20) // 10, classes=("<script>", "b"))
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    name = str(tmp_path / "f.h5")
+    assert repr(cache) == f"FeatureCache({name!r}: 20 rows of {cache.dim} float16 by squeezenet1_1, 2 classes)"
+    assert "<tr><td>&lt;script&gt;</td><td>5</td><td>5</td></tr>" in cache._repr_html_()
+    assert "<script>" not in cache._repr_html_()
 
 
 def test_a_split_that_is_not_there_is_an_error(tmp_path: Path) -> None:

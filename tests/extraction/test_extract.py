@@ -1,7 +1,9 @@
 """Sync, resume and refusal: what a cache holds after every kind of change, interruption and mistake."""
 
 import dataclasses
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from featcache.backbones import embed as embedding
 from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import cosine
 from featcache.cache.cache import FeatureCache
+from featcache.cli import app as cli
 from featcache.errors import (
     BackboneError,
     CacheError,
@@ -463,3 +466,38 @@ def test_reduced_scale_is_part_of_the_spec_and_of_every_model(tmp_path: Path, ca
     assert again.fingerprint == report.fingerprint
     with pytest.raises(UsageError, match="unknown decode 'half'"):
         dataclasses.replace(TINY, decode="half")
+
+
+def test_python_is_told_what_the_console_says(
+    photos: Path, tmp_path: Path, run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same lines, by way of the logger "featcache"; the report is the line on stdout."""
+    (photos / "red" / "broken.jpg").write_text("no image")
+    shutil.copy(photos / "red" / "00.jpg", photos / "blue" / "copy.jpg")
+    logging.getLogger("featcache").addHandler(cli._ToStderr())
+    _, out, err = run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--max-bad", 1)
+    (tmp_path / "f.h5").unlink()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):  # as by logging.basicConfig(level="INFO")
+        report = extract(photos, tmp_path / "f.h5", TINY)
+    lines = [("warning: " if record.levelno > logging.INFO else "") + record.getMessage() for record in caplog.records]
+    assert lines == err.splitlines()
+    assert lines[0] == f"{photos}: 20 images, 3 classes"
+    assert lines[-2].startswith("warning: 1 image lies under several labels")
+    assert lines[-1] == f"why images were refused: featcache info {tmp_path / 'f.h5'}"
+    seconds = re.compile(r" in [\d.]+ s, [\d,]+ images/s once started$")
+    assert seconds.sub("", str(report)) == seconds.sub("", out.strip())
+    assert str(report).startswith(
+        f"{tmp_path / 'f.h5'}: 19 embeddings of 512 dimensions; embedded 19, reused 0, refused 1"
+    )
+
+
+def test_an_interruption_says_where_the_work_is(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(photos, tmp_path / "f.h5", TINY, progress=interrupt)
+    assert caplog.messages == [
+        f"finished work is kept in {tmp_path / 'f.h5.parts'}; the same once more goes on from there"
+    ]

@@ -20,7 +20,8 @@ from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
 from featcache.errors import BackboneError, ModelError, SpecMismatchError, UsageError
 from featcache.extraction.extract import extract, weights_copy
-from featcache.extraction.request import ExtractRequest
+from featcache.extraction.request import ExtractRequest, RequestOptions
+from featcache.finetuning.finetune import finetune
 from featcache.finetuning.pixels import training_input
 from featcache.heads.head import FittedHead
 from featcache.models.evaluate import evaluate
@@ -225,3 +226,45 @@ def test_a_white_level_is_part_of_the_spec_and_of_every_model(
     for impossible in (0, 65536):
         with pytest.raises(UsageError, match="white level"):
             dataclasses.replace(TINY, white_level=impossible)
+
+
+def test_the_fields_of_a_request_are_keywords(photos: Path, tmp_path: Path) -> None:
+    fields = {field.name for field in dataclasses.fields(ExtractRequest)}
+    assert set(RequestOptions.__annotations__) == fields
+    extract(photos, tmp_path / "f.h5", TINY)
+    report = extract(photos, tmp_path / "f.h5", **vars(TINY))  # the same request: nothing to do
+    assert (report.reused, report.embedded) == (18, 0)
+    extract(photos, tmp_path / "g.h5", backbone=TINY.backbone, weights="none", crop=32, resize=40, dtype="float32")
+    assert FeatureCache.open(tmp_path / "g.h5").spec.storage == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backbon": "resnet18"}, "extract has no option 'backbon'; did you mean backbone?"),
+        ({"batchsize": 8}, "extract has no option 'batchsize'; did you mean batch_size?"),
+        ({"zzz": 8}, "extract has no option 'zzz'; it takes backbone, weights, .*, progress$"),
+        ({"request": TINY, "crop": 32, "resize": 40}, "request= and crop=, resize= say what is wanted twice"),
+    ],
+)
+def test_keywords_that_are_wrong(photos: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        extract(photos, tmp_path / "f.h5", **options)
+    assert not (tmp_path / "f.h5.parts").exists()
+
+
+def test_keywords_of_finetune(photos: Path, tmp_path: Path) -> None:
+    for options, words in (
+        ({"backbon": "resnet18"}, "finetune has no option 'backbon'; did you mean backbone?"),
+        ({"epochs": 3}, "epochs belongs to the recipe; give changes={'epochs': ...}"),
+        ({"init": tmp_path / "m", "backbone": Path("x")}, "--init brings its own backbone"),
+        ({"request": TINY, "crop": 32}, "twice"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            finetune(photos, tmp_path / "ft", **options)
+
+
+def test_a_path_is_a_name(photos: Path, tmp_path: Path, tune) -> None:
+    model = tune()
+    extract(photos, tmp_path / "f.h5", backbone=Path(model))
+    assert load_model(model).spec == FeatureCache.open(tmp_path / "f.h5").spec

@@ -1,5 +1,7 @@
 """Whatever decodes a file, pixels and refusals are Pillow's. Kinds of files: ``tests/promises/test_image_corpus.py``."""
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -136,3 +138,14 @@ def test_what_a_notebook_allowed_pillow_does_not_count(monkeypatch: pytest.Monke
         with strict_decoding(), pytest.raises(RefusedImage, match="truncated"):
             decode(whole[: len(whole) * 3 // 4])
     assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_of_several_runs_the_last_restores_what_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    filters, first, second = warnings.filters[:], contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(strict_decoding())
+    second.enter_context(strict_decoding())
+    first.close()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    second.close()
+    assert ImageFile.LOAD_TRUNCATED_IMAGES and warnings.filters == filters

@@ -238,3 +238,10 @@ def test_copies_are_held_out_together(tmp_path: Path) -> None:
             sides.setdefault((tmp_path / path).read_bytes(), set()).add(split)
         assert all(len(side) == 1 for side in sides.values())
         assert 6 <= (out.splits[out.labels == 0] == 2).sum() <= 9
+
+
+def test_what_a_list_shows_of_itself(photos: Path) -> None:
+    images = dataclasses.replace(list_images(photos), classes=("<script>", "b", "c\udce9"))
+    assert repr(images) == f"ImageList({str(photos)!r}: 18 images, 3 classes)"
+    shown = images._repr_html_()
+    assert "<tr><td>&lt;script&gt;</td><td>6</td></tr>" in shown and "<script>" not in shown and shown.encode()

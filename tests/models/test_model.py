@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from caches import make_classes
 
 from featcache.errors import ModelError
 from featcache.models.fit import fit_head
@@ -47,3 +49,17 @@ def test_a_head_only_model_is_replaced_and_nothing_else_is(
 def test_a_replacement_cut_off_between_its_renames_is_undone(model: Path) -> None:
     model.rename(model.with_name(".m.replaced"))
     assert load_model(model).manifest["training"]["C"] == 1.0
+
+
+def test_what_a_model_shows_of_itself(cache: Path, tmp_path: Path) -> None:
+    names = ("<script>alert(1)</script>", "caf\udce9", "dog")
+    make_classes(tmp_path / "f.h5", np.arange(150) % 3, 1 + np.arange(150) // 50, classes=names)
+    model = load_model(fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0).model)
+    assert repr(model) == (
+        f"Model({str(tmp_path / 'm')!r}: logreg on squeezenet1_1, 3 classes: "
+        r"'<script>alert(1)</script>', 'caf\udce9', 'dog')"
+    )
+    shown = model._repr_html_()
+    assert "<script>" not in shown and shown.encode()
+    accuracy = model.manifest["metrics"]["test_accuracy"]
+    assert f"<td>test accuracy</td><td>{accuracy:.2%}</td>" in shown

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from featcache.errors import UsageError
-from featcache.models.predict import Prediction
+from featcache.models.prediction import Prediction
 from featcache.reports.predictions_table import prediction_rows, write_rows
 
 HOSTILE = ["=cmd()|x", "+1", "-1", "@x", "new\nline", "cr\rx", '"quoted"', "comma,", "caf\udce9", "\u202eltr", "ñ"]
@@ -16,7 +16,7 @@ SCORES = np.array([0.2, 0.7, 0.1])
 
 
 def test_names_come_back() -> None:
-    predictions = [Prediction(f"p/{name}.jpg", SCORES) for name in HOSTILE]
+    predictions = [Prediction(f"p/{name}.jpg", SCORES, classes=("a", "b", "c")) for name in HOSTILE]
     for kind in ("csv", "jsonl"):
         file = io.BytesIO()
         assert write_rows(prediction_rows(predictions, ("a", "b", "c")), file, kind) == (11, 0)  # type: ignore[arg-type]
@@ -30,8 +30,9 @@ def test_names_come_back() -> None:
 
 def test_csv_cells_are_never_formulas() -> None:
     file = io.BytesIO()
-    rows = [Prediction("=cmd().jpg", SCORES), Prediction("x.jpg", None, "-no image")]
-    assert write_rows(prediction_rows(rows, ("=a", "=b", "=c"), top_k=2), file, "csv") == (2, 1)
+    classes = ("=a", "=b", "=c")
+    rows = [Prediction("=cmd().jpg", SCORES, classes=classes), Prediction("x.jpg", None, "-no image", classes=classes)]
+    assert write_rows(prediction_rows(rows, classes, top_k=2), file, "csv") == (2, 1)
     first, second = list(csv.reader(io.StringIO(file.getvalue().decode())))[1:]
     assert first == ["'=cmd().jpg", "'=b", "0.7", "ok", "", "'=a", "0.2"]
     assert second[0] == "x.jpg" and second[4] == "'-no image"

@@ -1,0 +1,142 @@
+"""What a model says of images. In: probabilities. Out: labels, rows of a table, a pandas data frame, a table in a notebook."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from featcache.errors import MissingDependencyError, UsageError
+from featcache.heads.head import Array
+from featcache.system.display import html_table
+
+_MOST_ROWS = 20  # that a notebook shows
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Prediction:
+    """One input image.
+
+    Attributes:
+        path: as the user would type it (from a cache: relative to the source of the cache); of an image in memory
+            ``inputs[3]``, the fourth of the inputs.
+        probabilities: (C,), in the order of ``classes``; None if the image was refused.
+        reason: why it was refused, else empty.
+        digest: sha256 of the image's bytes, of an image in memory as ``images.in_memory.as_file`` gives them; empty if it
+            was refused.
+        classes: C names, the model's; one tuple for all its predictions.
+    """
+
+    path: str
+    probabilities: Array | None
+    reason: str = ""
+    digest: bytes = b""
+    classes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str | None:
+        """The most probable class; None if the image was refused."""
+        return None if self.probabilities is None else self.top(1)[0][0]
+
+    @property
+    def probability(self) -> float | None:
+        """Of ``label``; None if the image was refused."""
+        return None if self.probabilities is None else self.top(1)[0][1]
+
+    def top(self, n: int = 5) -> list[tuple[str, float]]:
+        """The ``n`` most probable classes, or all if there are fewer, with their probabilities; empty if refused."""
+        if n < 1:
+            raise UsageError(f"top shows at least one class, found {n}")
+        if self.probabilities is None:
+            return []
+        order = np.argsort(-self.probabilities, kind="stable")[:n].tolist()
+        return [(self.classes[k], float(self.probabilities[k])) for k in order]
+
+    def to_row(self, *, top_k: int = 1, probs: bool = False) -> dict[str, Any]:
+        """path, label, probability, status (``ok`` or ``refused``), reason, then label_2, probability_2, ... up to ``top_k``,
+        then ``prob:CLASS`` for every class if asked. Labels and probabilities of a refused image are None.
+        """
+        best: list[tuple[str | None, float | None]] = [*self.top(top_k), *[(None, None)] * top_k][:top_k]
+        status = "refused" if self.probabilities is None else "ok"
+        row = {
+            "path": self.path,
+            "label": best[0][0],
+            "probability": best[0][1],
+            "status": status,
+            "reason": self.reason,
+        }
+        for number, (label, probability) in enumerate(best[1:], 2):
+            row |= {f"label_{number}": label, f"probability_{number}": probability}
+        if probs:
+            values = [None] * len(self.classes) if self.probabilities is None else self.probabilities.tolist()
+            row |= {f"prob:{name}": value for name, value in zip(self.classes, values, strict=True)}
+        return row
+
+    def __repr__(self) -> str:
+        if self.probabilities is None:
+            return f"Prediction({self.path!r}: refused, {self.reason})"
+        return f"Prediction({self.path!r}: {self.label!r} {self.probability:.4f})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Predictions(Sequence[Prediction]):
+    """What a model says of several images, in the order of the inputs: a sequence of ``Prediction``.
+
+    Attributes:
+        rows: one per image. index: the inputs' own, if they were a pandas column with one image per entry, else None.
+    """
+
+    rows: tuple[Prediction, ...]
+    index: Any = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Predictions": ...
+    def __getitem__(self, at: int | slice) -> "Prediction | Predictions":
+        if isinstance(at, slice):
+            return Predictions(self.rows[at], None if self.index is None else self.index[at])
+        return self.rows[at]
+
+    def to_pandas(self, *, top_k: int = 1, probs: bool = False) -> Any:
+        """A ``pandas.DataFrame``, a row per image, the columns of ``Prediction.to_row``.
+
+        Its index is that of the column that was given, so that it joins the frame which the paths came from.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingDependencyError("a table for pandas needs pandas: pip install pandas") from error
+        rows = [row.to_row(top_k=top_k, probs=probs) for row in self.rows]
+        names = list(rows[0] if rows else Prediction("", None).to_row(top_k=top_k))
+        # Texts as objects: a name that is not UTF-8 does not fit into pandas' own type.
+        columns = {
+            name: pd.Series([row[name] for row in rows], self.index, float if name.startswith("prob") else object)
+            for name in names
+        }
+        return pd.DataFrame(columns)
+
+    def __repr__(self) -> str:
+        if len(self) <= 3:
+            return f"[{', '.join(map(repr, self.rows))}]"
+        refused = sum(row.probabilities is None for row in self.rows)
+        counts = Counter(row.label for row in self.rows if row.label is not None).most_common()
+        texts = [f"{label!r} {count}" for label, count in counts[:5]]
+        texts += [f"{len(counts) - 5} classes more"] * (len(counts) > 5) + [f"refused {refused}"] * (refused > 0)
+        return f"Predictions({len(self)} images: {', '.join(texts)})"
+
+    def _repr_html_(self) -> str:
+        rows = [("path", "label", "probability", "reason")]
+        for row in self.rows[:_MOST_ROWS]:
+            certainty = "" if row.probability is None else f"{row.probability:.4f}"
+            rows.append((row.path, row.label or "", certainty, row.reason))
+        if len(self) > _MOST_ROWS:
+            rows.append((f"... {len(self) - _MOST_ROWS} images more", "", "", ""))
+        return html_table(rows, caption=f"{len(self)} predictions")

@@ -159,7 +159,7 @@ def was_misread(file: Path, *, revision: int = 0) -> bool:
         return False
     try:
         with file.open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[:4] == b"\x89PNG" and data[24:26] != b"\x10\x02":  # all but RGB of 16 bits
+            if is_heif(data) or (data[:4] == b"\x89PNG" and data[24:26] != b"\x10\x02"):  # all but RGB of 16 bits
                 return False
             with Image.open(content, formats=_formats()) as image:
                 return reading_of(image, data).is_new and not revision

@@ -33,18 +33,21 @@ def is_heif(data: Any) -> bool:
 
 
 def open_heif(data: bytes) -> Image.Image:
-    """A Pillow image, opened. Raises RefusedImage: pillow-heif is missing, or pixels are. Otherwise what libheif raises."""
+    """A Pillow image, not loaded yet. Raises RefusedImage: pillow-heif is missing. Otherwise what libheif raises."""
     try:
         from pillow_heif import HeifImageFile
 
         image: Image.Image = HeifImageFile(io.BytesIO(data))  # Pillow's own list of formats stays as it is
+        return image
     except ImportError as error:
         raise RefusedImage("HEIC needs pillow-heif, which is not installed: pip install 'featcache[heif]'") from error
-    _check_whole(data)
-    return image
+    except SyntaxError as error:  # also for what it does not support
+        if {kind for kind, _, _ in _boxes(data, 0)} & {b"meta", b"moov"} == {b"moov"}:
+            raise RefusedImage("an image sequence without a still image: export its pictures as JPEG or PNG") from error
+        raise
 
 
-def _check_whole(data: bytes) -> None:
+def check_whole(data: bytes) -> None:
     """Raise RefusedImage unless every item of the file lies in it, and those of HEVC are made of whole NAL units."""
     meta = next((data[start + 4 : end] for kind, start, end in _boxes(data, 0) if kind == b"meta"), b"")
     found = {kind: meta[start:end] for kind, start, end in _boxes(meta, 0)}

@@ -1,5 +1,6 @@
 """HEIC: pixels as before encoding, upright once, whole or refused; and what is said without its decoder."""
 
+import contextlib
 import io
 import struct
 import sys
@@ -18,6 +19,7 @@ from featcache.errors import RefusedImage
 from featcache.extraction.extract import extract
 from featcache.images.decode import decode, decode_pixels, strict_decoding
 from featcache.images.heif import is_heif
+from featcache.images.in_memory import as_file
 
 LOSSLESS: dict[str, Any] = {"quality": -1, "chroma": 444, "matrix_coefficients": 0}
 y, x = np.mgrid[0:96, 0:160]
@@ -99,6 +101,14 @@ def test_what_is_cut_off_or_full_of_holes_is_refused(options: dict[str, Any], mo
     for data in damaged:
         with strict_decoding(), pytest.raises(RefusedImage, match="damaged|not an image"):
             decode(data)
+        import pillow_heif
+
+        opened = None
+        with contextlib.suppress(SyntaxError):  # by somebody's own program
+            opened = pillow_heif.HeifImageFile(io.BytesIO(data))
+        if opened:
+            with pytest.raises(RefusedImage, match="damaged"):
+                decode(as_file(opened))
     decode(whole + b"what follows the last box does not matter")
 
 
@@ -122,6 +132,12 @@ def test_any_flipped_byte_ends_in_a_picture_or_a_reason() -> None:
             assert decode_pixels(bytes(data)).dtype == np.uint8
         except RefusedImage as reason:
             assert str(reason).startswith(("damaged", "not an image", "too large"))
+
+
+def test_a_sequence_without_a_still_image_is_said_to_be_that() -> None:
+    pytest.importorskip("pillow_heif")
+    with pytest.raises(RefusedImage, match="^an image sequence without a still image"):
+        decode(b"\0\0\0\x18ftypmsf1\0\0\0\0msf1hevc" + b"\0\0\0\x08moov")
 
 
 def test_threads_do_not_disturb_each_other() -> None:

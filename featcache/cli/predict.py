@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import note, printable_row, show_progress, show_result
+from featcache.cli.console import note, printable, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.supervisor import notes
@@ -40,11 +40,8 @@ def predict(
 
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     check_runtime_options(device, workers=threads, batch_size=batch)
-    if output is not None:
-        output = as_path(output)
-        _check_table(output, inputs, overwrite=overwrite)
-    elif overwrite:
-        raise UsageError("--overwrite is for the file that -o names; leave it out, or add -o")
+    output = None if output is None else as_path(output)
+    _check_table(output, inputs, overwrite=overwrite)
     check_path(model, "model", ("predict", HERE, *inputs))
     started = time.perf_counter()
     loaded = load_model(model)
@@ -72,10 +69,14 @@ def predict(
     options.exit_if_bad(refused, written, max_bad)
 
 
-def _check_table(output: Path, inputs: list[Path], *, overwrite: bool) -> None:
+def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) -> None:
     """Refuse, before any work, a file that cannot or must not be written. Raises UsageError, StorageError."""
     from featcache.system.files import check_output
 
+    if output is None:
+        if overwrite:
+            raise UsageError("--overwrite is for the file that -o names; leave it out, or add -o")
+        return
     if output.suffix not in (".csv", ".jsonl"):
         raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
     check_output(output)
@@ -84,7 +85,7 @@ def _check_table(output: Path, inputs: list[Path], *, overwrite: bool) -> None:
     if not os.path.lexists(output):
         return
     if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
-        raise UsageError(f"{output} is what is to be labelled, and would be replaced; choose another -o")
+        raise UsageError(f"{output} is one of the inputs, and would be replaced; choose another -o")
     if not overwrite:
         raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
 
@@ -111,6 +112,10 @@ def evaluate(
     split: Annotated[
         str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
     ] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file: a row per image, with its true label.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -121,9 +126,11 @@ def evaluate(
     workers: options.Workers = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Score a model on labelled images or on a cache."""
+    """Score a model on labelled images or on a cache: accuracy, per class, and which class is taken for which."""
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
+    from featcache.reports.predictions_table import as_written
+    from featcache.reports.scores import evaluation_lines
 
     images = Source(
         source,
@@ -135,32 +142,24 @@ def evaluate(
     )
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    output = None if output is None else as_path(output)
+    _check_table(output, [source], overwrite=overwrite)
     with show_progress("evaluating") as progress:
         scores = run(
             model,
             images,
             split=chosen,
+            rows=output is not None,
             device=device,
             workers=threads,
             batch_size=batch,
             progress=progress,
         )
-    lines = [
-        f"{scores['n']} images ({scores['split']}), refused {scores['refused']}",
-        f"  accuracy {scores['accuracy']:.2%}, log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
-    ]
-    if scores["copies"]["across_splits"]:
-        new = scores["accuracy_without_copies"]
-        lines.append(
-            "  training has seen all of them"
-            if new is None
-            else f"  accuracy {new:.2%} on images that training has not seen"
-        )
-    for name, entry in scores["per_class"].items():
-        if entry["n"]:
-            precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
-            lines.append(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
-    show_result(lines, scores, as_json=as_json)
+    lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
+    if output is not None:
+        written, _ = _write(map(as_written, scores.pop("rows")), output)
+        lines.append(f"  {written} rows: {output}")
+    show_result(lines, scores | {"output": output}, as_json=as_json)
 
 
 def export(
@@ -186,6 +185,6 @@ def export(
 
 COMMANDS: options.Commands = {
     predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3",
-    evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 --split val",
+    evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv",
     export: "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors",
 }

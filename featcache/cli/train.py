@@ -1,13 +1,15 @@
 """``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores, or facts with ``--json``."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import is_first_process, note, say, show_result, show_training
+from featcache.cli.console import is_first_process, note, printable, say, show_result, show_training
+from featcache.errors import UsageError
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
 
@@ -21,6 +23,19 @@ def fit_head(
     ] = "auto",
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation on training rows; 0 for none.")] = 5,
     class_weight: Annotated[str, typer.Option(help="none, or balanced: rare classes weigh more.")] = "none",
+    hidden: Annotated[
+        str | None, typer.Option(help="Of mlp: sizes of its hidden layers, as 256,128; else 512.")
+    ] = None,
+    dropout: Annotated[
+        str | None, typer.Option(help="Of mlp: share dropped after hidden layers, or a list; else 0.25.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Of linear, mlp: just so many; else as many as suit held-out images.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Of linear, mlp: learning rate of AdamW; else 0.003.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Of linear, mlp: images per step; else by their number.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds, initial weights and batches.")] = 0,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
@@ -29,6 +44,7 @@ def fit_head(
 ) -> None:
     """Train a classifier on cached embeddings; everything is chosen on training rows, val and test stay untouched."""
     from featcache.models.fit import fit_head as run
+    from featcache.reports.scores import fit_lines
 
     report = run(
         cache,
@@ -37,31 +53,25 @@ def fit_head(
         C=options.number(c, "C"),
         folds=folds,
         class_weight=class_weight,  # type: ignore[arg-type]
+        hidden=_numbers(hidden, "hidden", int),
+        dropout=_numbers(dropout, "dropout", float),
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
         seed=seed,
         self_contained=self_contained,
     )
-    chosen = f"C {report.C:g}, " if report.C is not None else ""
-    lines = [
-        f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images"
-    ]
-    if report.cv_accuracy is not None:
-        choice = "corrected for the choice of the setting; " if report.clf == "logreg" else ""
-        lines.append(
-            f"  cross-validated accuracy {report.cv_accuracy:.2%} ({choice}standard deviation over folds {report.cv_std:.2%})"
-        )
-    for name in ("val", "test"):
-        value, without = (getattr(report, f"{name}_accuracy{which}") for which in ("", "_without_copies"))
-        if value is not None and not report.copies["across_splits"]:
-            lines.append(f"  {name} accuracy {value:.2%}, on images nothing was chosen on")
-        elif value is not None:
-            new = (
-                "all of them are copies of training images"
-                if without is None
-                else f"{without:.2%} without copies of training images"
-            )
-            lines.append(f"  {name} accuracy {value:.2%}, {new}")
-    lines.append(f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}")
+    lines = fit_lines(report, [*map(printable, report.class_names)])
     show_result(lines, dataclasses.asdict(report), as_json=as_json)
+
+
+def _numbers(text: str | None, name: str, kind: Callable[[str], float]) -> Any:
+    """``256,128`` as a tuple. Raises UsageError, calling the option ``name``."""
+    try:
+        return None if text is None else tuple(kind(word) for word in text.split(","))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise UsageError(f"{name} takes {what} with commas between them, found {text!r}") from None
 
 
 def finetune(
@@ -79,9 +89,14 @@ def finetune(
     recipe: Annotated[
         str,
         typer.Option(
-            help="default, gradual, ants-bees, ants-bees-frozen, cats-dogs, flowers, flowers-frozen, caltech101."
+            help="default, gradual, ants-bees, ants-bees-frozen, cats-dogs, flowers, flowers-frozen, caltech101; "
+            "or a .toml file of its fields."
         ),
     ] = "default",
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe: lr=0.001, hidden=500,200."),
+    ] = [],  # noqa: B006 - typer's own
     backbone: _AsForExtract = None,
     weights: _AsForExtract = None,
     resize: _AsForExtract = None,
@@ -110,8 +125,11 @@ def finetune(
     """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune as run
+    from featcache.finetuning.recipe_files import parse_settings
     from featcache.images.source import Source
 
+    named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "backbone_lr": backbone_lr}
+    changes = parse_settings(settings, named | {"unfreeze": unfreeze, "patience": patience})
     asked: dict[str, Any] = {
         "backbone": backbone,
         "weights": weights,
@@ -135,14 +153,7 @@ def finetune(
             init=init,
             request=ExtractRequest(**asked) if asked else None,
             recipe=recipe,
-            changes={
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "lr": lr,
-                "backbone_lr": backbone_lr,
-                "unfreeze": unfreeze,
-                "patience": patience,
-            },
+            changes=changes,
             seed=seed,
             precision=precision,
             device=device,

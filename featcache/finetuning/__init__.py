@@ -1,13 +1,15 @@
 """A saved model and images in; a better saved model out.
 
-finetune.py    the command: options checked, the start settled
-recipes.py     how to train, and what a run is asked for, as data
-start.py       images with splits, and the model to start from
-tune.py        the stages after that: assemble, epoch after epoch, choose
-pixels.py      decoded images, kept
-network.py     backbone and head as one network: parity, stages, what trains
-augment.py     random changes to training images
-trainer.py     the steps of an epoch
-checkpoint.py  the folder of unfinished work, resuming
-result.py      which weights to keep, whether they are better; report and model folder
+finetune.py       the command: options checked, the start settled
+recipes.py        how to train, and what a run is asked for, as data
+recipe_values.py  what the fields of a recipe may be
+recipe_files.py   recipes and changes that users write, as TOML
+start.py          images with splits, and the model to start from
+tune.py           the stages after that: assemble, epoch after epoch, choose
+pixels.py         decoded images, kept
+network.py        backbone and head as one network: parity, stages, what trains
+augment.py        random changes to training images
+trainer.py        the steps of an epoch
+checkpoint.py     the folder of unfinished work, resuming
+result.py         which weights to keep, whether they are better; report and model folder
 """

@@ -12,8 +12,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from featcache.errors import UsageError
-from featcache.finetuning.recipes import Step
+from featcache.finetuning.recipe_values import Step
 
 _RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop, as usual
 
@@ -25,18 +24,13 @@ def augment(
 
     Args:
         pixels: uint8 (H, W, 3).
-        steps: each a name of ``STEPS`` and its numbers.
+        steps: each a name of ``STEPS`` and its numbers, as ``recipe_values.STEP_NUMBERS`` bounds them.
         size: (height, width) of the result; an image that no step brings to it is resized.
         seed: (seed, epoch, image): the same gives the same result.
-
-    Raises:
-        UsageError: a step that does not exist.
     """
     random = np.random.default_rng(seed)
     image = pixels.permute(2, 0, 1)
     for name, *numbers in steps:
-        if name not in STEPS:
-            raise UsageError(f"unknown augmentation {name!r}; choose from {', '.join(STEPS)}")
         image = STEPS[str(name)](image, random, size, *(float(number) for number in numbers))
     if image.shape[1:] != size:
         image = _resize(image, size)

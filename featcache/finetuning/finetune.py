@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 from featcache.errors import UsageError
 from featcache.extraction.request import BackboneOptions, ExtractRequest, settle_request
 from featcache.finetuning.checkpoint import check_unfinished, hold_work, is_finished, remove_work
-from featcache.finetuning.recipes import Job, Recipe, choose_recipe
+from featcache.finetuning.recipe_files import read_recipe
+from featcache.finetuning.recipes import Job, Recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.images.source import AnySource, ImageList, Source
@@ -36,7 +37,7 @@ def finetune(
     *,
     init: str | Path | None = None,
     request: ExtractRequest | None = None,
-    recipe: str = "default",
+    recipe: str | Path = "default",
     changes: dict[str, Any] | None = None,
     seed: int = 0,
     precision: str = "auto",
@@ -59,7 +60,8 @@ def finetune(
         init: model to start from; when None, features are extracted into ``OUTPUT.features.h5`` (rows of caches beside
             it are taken over) and a head is fit first; an existing file of that name is left alone.
         request: which backbone, when there is no ``init``.
-        recipe: a name of ``recipes.RECIPES``. changes: fields of ``Recipe`` to override.
+        recipe: a name of ``recipes.RECIPES``, or a TOML file of fields of ``Recipe`` (``recipe_files``).
+        changes: fields of ``Recipe`` to override, as ``recipes.find_recipe`` takes them.
         seed: of everything random.
         precision: auto, fp32, bf16 or fp16 (mixed: weights stay float32).
         device, workers: as in ``extract``.
@@ -82,7 +84,7 @@ def finetune(
     from featcache.system.device import choose_runtime
 
     started = time.perf_counter()
-    output, changes, init = named(as_path(output)), changes or {}, None if init is None else as_path(init)
+    output, init = named(as_path(output)), None if init is None else as_path(init)
     check_runtime_options(device, workers=workers, batch_size=micro_batch)
     if of_recipe := [name for name in options if name in {field.name for field in dataclasses.fields(Recipe)}]:
         raise UsageError(f"{of_recipe[0]} belongs to the recipe; give changes={{{of_recipe[0]!r}: ...}}")
@@ -90,7 +92,7 @@ def finetune(
     _check_options(init, request, seed=seed, resume=resume, force=force)
     _check_paths(source, output, init, request=request)
     _check_start_is_kept(output, init, request=request)
-    norms_train = choose_recipe(recipe, 1, **changes).batchnorm == "train"
+    recipe, settings = read_recipe(recipe, changes or {})
     check_unfinished(output, resume=resume, force=force)
     finished = resume and is_finished(output)
     if not finished:
@@ -99,12 +101,12 @@ def finetune(
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     asked, precision = precision, choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):
-        if processes.world > 1 and norms_train:
+        if processes.world > 1 and settings.batchnorm == "train":
             raise UsageError(
                 f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
             )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
-        job = Job(images, output, recipe, changes, seed, precision, runtime, processes, overwrite, asked == "auto")
+        job = Job(images, output, recipe, settings, seed, precision, runtime, processes, overwrite, asked == "auto")
         with hold_work(job, force=force):
             report = None
             if finished:

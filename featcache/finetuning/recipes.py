@@ -7,18 +7,20 @@ start, seed and precision decide the numbers of a run, the ``Job``; the recipe i
 import dataclasses
 import difflib
 import json
+import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
 
 from featcache.errors import UsageError
+from featcache.finetuning.recipe_values import Step, as_toml, check, converted
 from featcache.images.source import ImageList
 
 if TYPE_CHECKING:
     from featcache.system.device import Runtime
     from featcache.system.distributed import Processes
 
-Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see augment.py
-_MOST = 1e6
+log = logging.getLogger("featcache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Job:
 
     Attributes:
         images: labelled, each in train, val or test. output: the model folder to be written.
-        recipe: its name. changes: fields of ``Recipe`` to override. seed: of everything random.
+        recipe: its name. settings: the recipe, epochs and batch size perhaps open. seed: of everything random.
         precision: fp32, bf16 or fp16, of training.
         runtime: what to compute with. processes: who computes along.
         overwrite: whether a model that is there already may be replaced.
@@ -37,7 +39,7 @@ class Job:
     images: ImageList
     output: Path
     recipe: str
-    changes: dict[str, Any]
+    settings: "Recipe"
     seed: int
     precision: str
     runtime: "Runtime"
@@ -53,7 +55,7 @@ class Recipe:
     Attributes:
         about: for whom, or where it comes from.
         hidden: sizes of the hidden layers of a new, random head; None: start from the cached head (LP-FT).
-        dropout: share dropped after each hidden layer.
+        dropout: share dropped after each hidden layer, or one for all.
         unfreeze: what trains besides the head: nothing (``head``), the ``last-stage``, ``all``, or all, opened stage by
             stage from the top during the first half of the epochs (``gradual``; Howard and Ruder 2018).
         batchnorm: ``frozen``: keep the statistics of pre-training; ``train``: follow the batches.
@@ -103,22 +105,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal and value not in allowed:
-                raise UsageError(f"unknown {field.name} {value!r}; choose one of {', '.join(allowed)}")
-        shares = {"momentum": self.momentum, "ema": self.ema, "label_smoothing": self.label_smoothing}
-        shares |= {"warmup": self.warmup, **{f"dropout {k + 1}": value for k, value in enumerate(self.dropout)}}
-        for name, value in shares.items():
-            if not 0 <= value < 1:
-                raise UsageError(f"{name} must be a number from 0 to below 1, found {value}")
-        at_least = {"lr": 0, "backbone_lr": 0, "weight_decay": 0, "epochs": 1, "batch_size": 1, "accumulation": 1}
-        at_least |= {"patience": 0, "clip_norm": 0, "step_epochs": 1}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= _MOST:
-                raise UsageError(f"{name} must be a number from {least} to {_MOST:g}, found {value}")
+            check(field.name, field.type, getattr(self, field.name))
         if self.lr == 0:
             raise UsageError("lr must be positive: the head always trains")
+        layers = len(self.hidden or ())
+        if self.dropout and len(self.dropout) != layers and (len(self.dropout) > 1 or not layers):
+            raise UsageError(
+                f"dropout = {as_toml(self.dropout)} does not fit hidden = {as_toml(self.hidden)}: give a share for each hidden "
+                "layer of the new head, one for all, or [] for none"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of everything that changes the numbers (all but ``about``)."""
@@ -170,6 +165,14 @@ _DEFAULT = Recipe(
     patience=5,
     interpolate=True,
 )
+# field -> the other field on which it depends, and the values of that with which it does something.
+_ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "momentum": ("optimizer", ("sgd",)),
+    **dict.fromkeys(("gamma", "step_epochs"), ("schedule", ("step",))),
+    **dict.fromkeys(("backbone_lr", "batchnorm", "backbone_dropout"), ("unfreeze", ("last-stage", "all", "gradual"))),
+    "layer_decay": ("unfreeze", ("all", "gradual")),
+    "interpolate": ("hidden", (None,)),
+}
 RECIPES: dict[str, Recipe] = {
     "default": _DEFAULT,
     "ants-bees": _ANTS_BEES,
@@ -222,25 +225,55 @@ RECIPES: dict[str, Recipe] = {
 
 
 def choose_recipe(name: str, n_train: int, **changes: Any) -> Recipe:
-    """The recipe called ``name`` with the user's ``changes`` (None: as in the recipe), every value settled.
+    """``find_recipe``, settled for ``n_train`` training images."""
+    return settle(find_recipe(name, changes), n_train)
+
+
+def find_recipe(name: str, changes: dict[str, Any]) -> Recipe:
+    """The recipe called ``name`` with the user's ``changes``.
 
     Args:
         name: key of ``RECIPES``.
-        n_train: training images; decides epochs and batch size where the recipe leaves them open.
-        changes: fields of ``Recipe``.
+        changes: fields of ``Recipe``, as Python or TOML have such values: lists for tuples, one number for several, a text
+            with commas for numbers, ``none`` for what is left open. None: as in the recipe.
 
     Raises:
-        UsageError: no such recipe, or an impossible value.
+        UsageError: no such recipe, no such field, or an impossible value.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=2) or list(RECIPES)
-        raise UsageError(f"no recipe is called {name!r}; choose {', '.join(near)}")
-    if unknown := sorted(set(changes) - {field.name for field in dataclasses.fields(Recipe)}):
-        raise UsageError(f"a recipe has no {', '.join(unknown)}")
-    recipe = dataclasses.replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
+        near = difflib.get_close_matches(name, RECIPES, n=2) or RECIPES
+        known = "; ".join(f"{each} ({RECIPES[each].about})" for each in near)
+        raise UsageError(f"no recipe is called {name!r}; choose {known}; or a file that ends in .toml")
+    kinds = {field.name: field.type for field in dataclasses.fields(Recipe)}
+    given = {field.replace("-", "_"): value for field, value in changes.items() if value is not None}
+    for field in given:
+        if field not in kinds:
+            near = difflib.get_close_matches(field, kinds, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"it has {', '.join(kinds)}"
+            raise UsageError(f"a recipe has no {field}; {remedy}")
+    base, values = RECIPES[name], {field: converted(kinds[field], value) for field, value in given.items()}
+    different = {field: value for field, value in values.items() if value != getattr(base, field)}
+    changed = ", ".join(f"{field} = {as_toml(value)}" for field, value in different.items())
+    about = {"about": f"as {name}, but {changed}"} if changed else {}
+    recipe = dataclasses.replace(base, **(about | values))
+    _warn_of_idle(recipe, different)
+    return recipe
+
+
+def _warn_of_idle(recipe: Recipe, changed: Iterable[str]) -> None:
+    """Say which changes do nothing in this recipe."""
+    for field, (other, allowed) in _ONLY_WITH.items():
+        if field in changed and (value := getattr(recipe, other)) not in allowed:
+            wanted = " or ".join(map(as_toml, allowed))
+            log.warning("%s changes nothing: it takes %s = %s, found %s", field, other, wanted, as_toml(value))
+
+
+def settle(recipe: Recipe, n_train: int) -> Recipe:
+    """``recipe`` with what it leaves open decided by the number of training images."""
     epochs = recipe.epochs or (15 if n_train < 500 else 10 if n_train < 5000 else 6)
     batch = recipe.batch_size or (32 if n_train < 5000 else 64)
-    return dataclasses.replace(recipe, epochs=epochs, batch_size=min(batch, n_train))
+    dropout = recipe.dropout * len(recipe.hidden or ()) if len(recipe.dropout) == 1 else recipe.dropout
+    return dataclasses.replace(recipe, epochs=epochs, batch_size=min(batch, n_train), dropout=dropout)
 
 
 def explain(recipe: Recipe, n_train: int) -> list[str]:
@@ -248,6 +281,8 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
     start = "the cached head, where linear probing ended (LP-FT, Kumar et al. 2022)"
     if recipe.hidden is not None:
         start = f"a new random head {'-'.join(map(str, recipe.hidden)) or 'of one layer'}"
+        if any(recipe.dropout):
+            start += f", dropout {'-'.join(f'{share:g}' for share in recipe.dropout)}"
     rates = f"learning rate {recipe.lr:g} for the head"
     if recipe.unfreeze != "head":
         rates += f", {recipe.backbone_lr:g} for the backbone: its features are good already, and must not be washed out"
@@ -273,7 +308,9 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
         f"gradient clipped at {recipe.clip_norm:g}" if recipe.clip_norm else "",
         f"moving average of weights {recipe.ema:g}" if recipe.ema else "",
         f"stops after {recipe.patience} epochs without a better one" if recipe.patience else "",
-        "best point between head-only and fine-tuned weights kept (WiSE-FT)" if recipe.interpolate else "",
+        "best point between head-only and fine-tuned weights kept (WiSE-FT)"
+        if recipe.interpolate and recipe.hidden is None
+        else "",
     ]
     if any(guards):
         lines.append("; ".join(guard for guard in guards if guard))

@@ -25,7 +25,7 @@ from featcache.finetuning.augment import augment
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
 from featcache.finetuning.pixels import Picture, Pixels, decode_split
-from featcache.finetuning.recipes import Job, Recipe, choose_recipe, explain
+from featcache.finetuning.recipes import Job, Recipe, explain, settle
 from featcache.finetuning.result import UNCHANGED, FinetuneReport, choose, compare, in_words, save_finetuned, score
 from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compute_logits
 from featcache.heads.head import Array, softmax
@@ -121,12 +121,12 @@ def _seen(rows: TrainingRows, pixels: Pixels, *, split: str) -> Array:
 
 
 def _settle_recipe(job: Job, n_train: int) -> Recipe:
-    recipe = choose_recipe(job.recipe, n_train, **job.changes)
+    recipe = settle(job.settings, n_train)
     log.info("recipe %s: %s", job.recipe, recipe.about)
     for line in explain(recipe, n_train):
         log.info("  %s", line)
     log.info("precision %s", job.precision)
-    asked = job.changes.get("batch_size")
+    asked = job.settings.batch_size
     if asked is not None and asked > n_train:
         log.warning("batch size %d is larger than the %d training images: %d", asked, n_train, n_train)
     return recipe

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import ModelError
+from featcache.errors import ModelError, UsageError
 
 Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
@@ -18,6 +18,7 @@ SCALINGS: tuple[Scaling, ...] = ("none", "standardise", "unit")
 
 
 MAX_LOGITS = 2**24  # out of fold, that are kept: 64 MB
+MAX_COUNT = 2**16  # of epochs, rows per batch, and units per layer of a head
 
 
 class FeatureSource(Protocol):
@@ -105,6 +106,53 @@ class Head:
         if not (fits and finite and known and mean.shape == scale.shape == (dim,)):
             raise ModelError(f"the head's tensors do not fit together (kind {kind}, scaling {scaling})")
         return cls(kind, scaling, mean, scale, layers)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchSettings:
+    """How a linear or MLP head is trained by mini-batches.
+
+    Attributes:
+        hidden: sizes of the MLP's hidden layers, from the embedding on.
+        dropout: share dropped after each of them in training; a single one counts for all.
+        epochs: exactly so many; None: as many as are best on held-out rows (early stopping).
+        lr: learning rate of AdamW.
+        batch_size: rows per step; None: by their number, 32 to 4,096.
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+
+    hidden: tuple[int, ...] = (512,)
+    dropout: tuple[float, ...] = (0.25,)
+    epochs: int | None = None
+    lr: float = 3e-3
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        counts = {"epochs": self.epochs, "batch size": self.batch_size}
+        counts |= {f"hidden layer {k}": size for k, size in enumerate(self.hidden, 1)}
+        for name, count in counts.items():
+            if count is not None and not (type(count) is int and 1 <= count <= MAX_COUNT):
+                raise UsageError(f"{name} must be a whole number from 1 to {MAX_COUNT}, found {count!r}")
+        if not self.hidden:
+            raise UsageError("hidden must name the size of one layer at least; without any it is clf linear")
+        if not all(isinstance(share, float | int) and 0 <= share < 1 for share in self.dropout):
+            raise UsageError(f"dropout must lie between 0 and below 1, found {', '.join(map(str, self.dropout))}")
+        if len(self.dropout) not in (1, len(self.hidden)):
+            raise UsageError(
+                f"dropout has {len(self.dropout)} values for {len(self.hidden)} hidden layers; give one, or one per layer"
+            )
+        if not (isinstance(self.lr, float | int) and 0 < self.lr < float("inf")):
+            raise UsageError(f"lr must be a positive number, found {self.lr}")
+
+    @property
+    def dropouts(self) -> tuple[float, ...]:
+        """``dropout``, one per hidden layer."""
+        return self.dropout * len(self.hidden) if len(self.dropout) == 1 else self.dropout
+
+
+USUAL = TorchSettings()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,8 @@ import numpy as np
 
 from featcache.heads.head import Array
 
+_Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
+
 
 def accuracy(y: Array, probabilities: Array) -> float:
     """Share of rows whose most probable class is ``y``; 0..1."""
@@ -39,6 +41,18 @@ def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = 15
 def standard_error(accuracy: float, n: int) -> float:
     """Standard error of an accuracy in 0..1 on ``n`` independent rows, the binomial's: sqrt(p (1 - p) / n)."""
     return math.sqrt(accuracy * (1 - accuracy) / n)
+
+
+def accuracy_interval(right: int, n: int) -> list[float]:
+    """[low, high] of the accuracy that ``right`` of ``n`` independent rows are evidence of: the 95 % interval of Wilson (1927).
+
+    Its ends are the accuracies p that lie 1.96 of their own standard errors from what was found:
+    (right / n - p)^2 = z^2 p (1 - p) / n. It never leaves 0..1, and is of use for few rows and for accuracies near 1.
+    """
+    share, extra = right / n, _Z**2 / n
+    centre, half = share + extra / 2, _Z * math.sqrt(share * (1 - share) / n + extra / (4 * n))
+    low, high = ((centre + sign * half) / (1 + extra) for sign in (-1, 1))
+    return [low if right else 0.0, high if right < n else 1.0]  # where rounding would miss it
 
 
 def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
@@ -71,12 +85,15 @@ def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str
     """Scores of one model as plain JSON values.
 
     Returns:
-        n, accuracy, log_loss, ece, confusion (a row of counts per true class, a column per predicted one), and
+        n, accuracy, accuracy_interval, log_loss, ece, confusion (a row of counts per true class, a column per predicted one);
+        balanced_accuracy: mean recall of the classes that occur;
+        macro_f1: mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted, as scikit-learn has it;
         per_class: name -> n, precision, recall (None where undefined).
     """
     c = probabilities.shape[1]
     confusion = np.bincount(y * c + probabilities.argmax(axis=1), minlength=c * c).reshape(c, c)
     true, predicted, hit = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
+    occurs, concerned = true > 0, true + predicted > 0
     per_class = {
         name: {
             "n": int(true[k]),
@@ -88,6 +105,9 @@ def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str
     return {
         "n": len(y),
         "accuracy": accuracy(y, probabilities),
+        "accuracy_interval": accuracy_interval(int(hit.sum()), len(y)),
+        "balanced_accuracy": float((hit[occurs] / true[occurs]).mean()),
+        "macro_f1": float((2 * hit[concerned] / (true + predicted)[concerned]).mean()),
         "per_class": per_class,
         "log_loss": log_loss(y, probabilities),
         "ece": expected_calibration_error(y, probabilities),

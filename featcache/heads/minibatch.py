@@ -18,13 +18,23 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from featcache.heads.head import MAX_LOGITS, Array, FeatureSource, FittedHead, Head, Indices, class_weights
+from featcache.errors import TrainingError
+from featcache.heads.head import (
+    MAX_LOGITS,
+    USUAL,
+    Array,
+    FeatureSource,
+    FittedHead,
+    Head,
+    Indices,
+    TorchSettings,
+    class_weights,
+)
 from featcache.heads.validation import OutOfFold, judge, stratified_folds
 from featcache.system.device import use_one_thread_if_forked
 
 TorchKind = Literal["linear", "mlp"]
-HIDDEN, DROPOUT = 512, 0.25  # of the MLP
-_ADAMW: dict[str, Any] = {"lr": 3e-3, "weight_decay": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+_ADAMW: dict[str, Any] = {"weight_decay": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 _ADAMW |= {"amsgrad": False, "maximize": False, "fused": True}  # fused: a step takes half the time, of an MLP a seventh
 _RUN = 16  # rows read in one go: 40 KB of 1,280 float16, which is as fast as more
 
@@ -52,26 +62,34 @@ def fit_torch_head(
     folds: int = 5,
     balanced: bool = False,
     seed: int = 0,
+    settings: TorchSettings = USUAL,
     budget: Budget = Budget(),
     copies: Indices | None = None,
 ) -> FittedHead:
     """Train a head with AdamW on standardised features.
 
-    A stratified tenth of the rows decides how many epochs to train (early stopping on its loss); the head is then
-    trained for that long on all rows. With ``folds`` the same is done within each fold for an out-of-fold estimate.
+    A stratified tenth of the rows decides how many epochs to train (early stopping on its loss), unless the settings do;
+    the head is then trained for that long on all rows. With ``folds`` the same is done within each fold for an out-of-fold
+    estimate.
 
     Args:
         features: (M, D). rows: numbers of the N training rows. y: (N,) labels in 0..n_classes-1.
-        kind: ``linear``, or ``mlp`` with one hidden layer of 512, ReLU and dropout.
+        kind: ``linear``, or ``mlp`` with ReLU and dropout after each hidden layer.
         folds: of the cross-validation; 0 for none.
         balanced: weigh classes inversely to their frequency.
         seed: of weights, batches and folds; the same seed gives the same head.
+        settings: layers, epochs, learning rate, batch size.
         copies: (N,) which of the N rows are copies, as ``stratified_folds`` wants it; None: none are.
+
+    Raises:
+        TrainingError: the weights are no longer finite.
     """
     use_one_thread_if_forked()
+    budget = dataclasses.replace(budget, batch_rows=max(budget.batch_rows, settings.batch_size or 0))
     data = FeatureBatches(features, rows, y, budget=budget)
     copies = np.arange(len(rows)) if copies is None else copies
-    trainer = _Trainer(data, copies, kind=kind, n_classes=n_classes, balanced=balanced, seed=seed)
+    options: dict[str, Any] = {"n_classes": n_classes, "balanced": balanced, "seed": seed}
+    trainer = _Trainer(data, copies, kind=kind, settings=settings, **options)
     validation: dict[str, Any] = {}
     accuracies = np.empty(0)
     with torch.random.fork_rng(devices=[]):
@@ -83,9 +101,12 @@ def fit_torch_head(
         head, rounds = trainer.train(np.arange(len(rows)))
     epochs = rounds / data.rounds_per_epoch
     notes: tuple[str, ...] = ()
-    if rounds == budget.max_rounds:
+    if rounds == budget.max_rounds and settings.epochs is None:
         notes = (f"trained for {epochs:g} epochs, the most there are: more data or logreg may do better",)
-    chosen = {"scaling": "standardise", "epochs": rounds if data.rounds_per_epoch == 1 else round(epochs, 2)}
+    chosen: dict[str, Any] = {"scaling": "standardise", "lr": settings.lr, "batch_size": trainer.batch_size(len(rows))}
+    chosen["epochs"] = int(epochs) if epochs.is_integer() else round(epochs, 2)
+    if kind == "mlp":
+        chosen |= {"hidden": list(settings.hidden), "dropout": list(settings.dropouts)}
     return FittedHead(head, tuple(accuracies.tolist()), chosen, [], notes, **validation)
 
 
@@ -166,13 +187,15 @@ def _mixtures(picked: Indices, size: int, shuffle: np.random.Generator) -> Itera
 class _Network(nn.Module):
     """The head in training: standardises its input in place, and starts from equal probabilities: nothing to unlearn."""
 
-    def __init__(self, kind: TorchKind, mean: Array, scale: Array, n_classes: int) -> None:
+    def __init__(self, kind: TorchKind, mean: Array, scale: Array, n_classes: int, *, settings: TorchSettings) -> None:
         super().__init__()
         self.kind, self.mean, self.scale = kind, mean.astype(np.float32), scale.astype(np.float32)
         self.shift, self.factor = torch.from_numpy(self.mean), torch.from_numpy((1 / scale).astype(np.float32))
-        dim = len(mean)
-        body = [] if kind == "linear" else [nn.Linear(dim, HIDDEN), nn.ReLU(), nn.Dropout(DROPOUT)]
-        last = nn.Linear(HIDDEN if body else dim, n_classes)
+        width, body = len(mean), list[nn.Module]()
+        for size, share in zip(settings.hidden, settings.dropouts, strict=True) if kind == "mlp" else ():
+            body += [nn.Linear(width, size), nn.ReLU(), nn.Dropout(share)]
+            width = size
+        last = nn.Linear(width, n_classes)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.layers = nn.Sequential(*body, last)
@@ -190,9 +213,17 @@ class _Trainer:
     """Trains heads of one kind, each on some of the rows of ``data``."""
 
     def __init__(
-        self, data: FeatureBatches, copies: Indices, *, kind: TorchKind, n_classes: int, balanced: bool, seed: int
+        self,
+        data: FeatureBatches,
+        copies: Indices,
+        *,
+        kind: TorchKind,
+        settings: TorchSettings,
+        n_classes: int,
+        balanced: bool,
+        seed: int,
     ) -> None:
-        self.copies = copies
+        self.copies, self.settings = copies, settings
         self.data, self.kind, self.n_classes, self.seed = data, kind, n_classes, seed
         weights = class_weights(data.y, n_classes, balanced=balanced)
         self.loss = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)))
@@ -214,11 +245,26 @@ class _Trainer:
         return OutOfFold(right, loss, fold), logits
 
     def train(self, picked: Indices) -> tuple[Head, int]:
-        """A head trained on all of ``picked`` for as many rounds as were best on a held-out tenth; and how many."""
-        train, held_out = self._hold_out(picked)
-        rounds = self._best_round(train, held_out) if len(held_out) else self.data.budget.max_rounds
+        """A head trained on all of ``picked``, and for how many rounds: those asked for, or best on a held-out tenth."""
+        if self.settings.epochs is not None:
+            rounds = self.settings.epochs * self.data.rounds_per_epoch
+        else:
+            train, held_out = self._hold_out(picked)
+            rounds = self._best_round(train, held_out) if len(held_out) else self.data.budget.max_rounds
         *_, network = itertools.islice(self._rounds(picked), rounds)
-        return network.to_head(), rounds
+        head = network.to_head()
+        if not all(np.isfinite(array).all() for layer in head.layers for array in layer):
+            raise self._diverged(rounds)
+        return head, rounds
+
+    def _diverged(self, rounds: int) -> TrainingError:
+        epochs, lr = rounds / self.data.rounds_per_epoch, self.settings.lr
+        return TrainingError(f"the head is no longer finite after {epochs:g} epochs; try a lower lr than {lr:g}")
+
+    def batch_size(self, n: int) -> int:
+        """Rows per step of ``n`` rows: as asked for, or so many that an epoch has about 32 steps."""
+        usual = np.clip(2 ** round(np.log2(max(n, 1) / 32)), 32, self.data.budget.batch_rows)
+        return min(self.settings.batch_size, n) if self.settings.batch_size else int(usual)
 
     def _hold_out(self, picked: Indices) -> tuple[Indices, Indices]:
         """Rows that train, and a stratified tenth: at least one image of a class that has two, and not many more than needed.
@@ -241,7 +287,9 @@ class _Trainer:
         judge = FeatureBatches(data.features, data.rows[held_out], data.y[held_out], budget=budget)
         lowest, best = np.inf, budget.max_rounds
         for number, network in enumerate(itertools.islice(self._rounds(picked), budget.max_rounds), 1):
-            if (loss := self._mean_loss(network, judge)) < lowest:
+            if not np.isfinite(loss := self._mean_loss(network, judge)):
+                raise self._diverged(number)
+            if loss < lowest:
                 lowest, best = loss, number
             elif number - best >= budget.patience:
                 break
@@ -251,9 +299,9 @@ class _Trainer:
         """Train a new network on ``picked`` without end; yield it after each round."""
         data = self.data
         torch.manual_seed(self.seed)
-        network = _Network(self.kind, *data.moments(picked), self.n_classes)
-        optimizer_step = _adamw(list(network.parameters()))
-        size = int(np.clip(2 ** round(np.log2(max(len(picked), 1) / 32)), 32, data.budget.batch_rows))
+        network = _Network(self.kind, *data.moments(picked), self.n_classes, settings=self.settings)
+        optimizer_step = _adamw(list(network.parameters()), lr=self.settings.lr)
+        size = self.batch_size(len(picked))
         shuffle = np.random.default_rng(self.seed)
         batches = itertools.chain.from_iterable(data.mini_batches(picked, size, shuffle) for _ in itertools.count())
         seen = 0
@@ -274,7 +322,7 @@ class _Trainer:
         return sum(float(self.loss(network(x), y)) * len(y) for x, y in data.in_order(np.arange(n))) / n
 
 
-def _adamw(parameters: list[torch.Tensor]) -> Callable[[], None]:
+def _adamw(parameters: list[torch.Tensor], *, lr: float) -> Callable[[], None]:
     """A step of PyTorch's AdamW: it follows the gradients of ``parameters``, and clears them.
 
     This is the functional form. On first use the class ``torch.optim.AdamW`` imports PyTorch's compiler: 147 MB and 1.4 s
@@ -286,7 +334,7 @@ def _adamw(parameters: list[torch.Tensor]) -> Callable[[], None]:
     @torch.no_grad()
     def step() -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
-        adamw(parameters, gradients, means, squares, [], steps, **_ADAMW)
+        adamw(parameters, gradients, means, squares, [], steps, lr=lr, **_ADAMW)
         for parameter in parameters:
             parameter.grad = None
 

@@ -4,7 +4,9 @@ In: a model folder, and labelled images or a cache. Out: a dictionary of scores 
 that training has seen.
 """
 
+import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,13 @@ import numpy as np
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import find_copies
 from featcache.cache.format import decode_names, encode_names
-from featcache.errors import SourceError
+from featcache.errors import Refusal, SourceError
 from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
+from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
@@ -34,6 +37,7 @@ def evaluate(
     source: AnySource | ImageList,
     *,
     split: str | None = None,
+    rows: bool = False,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -45,82 +49,137 @@ def evaluate(
         model: a model folder, or what ``load_model`` returned.
         source: what ``extract`` takes, or a cache of the model's own spec.
         split: train, val, test or all; when None, test if there is one, else val, else all.
+        rows: whether to return a row per image, too.
         device, workers, batch_size, progress: as in ``predict``.
 
     Returns:
-        n, accuracy, per_class, log_loss, ece, confusion (``metrics.evaluate_probabilities``), split, refused;
+        n, accuracy, accuracy_interval, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
+        (``metrics.evaluate_probabilities``), split, refused;
         accuracy_without_copies: on images that training has not seen; None without any, or if the model does not know;
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
-        ``across_labels``: as in ``cache.copies``.
+        ``across_labels``: as in ``cache.copies``;
+        rows, if asked for: an iterator, to be gone through once, over a dictionary per image, refused ones last: the columns
+        of ``Prediction.to_row`` (path, label: the most probable class, probability, status, reason), then true_label,
+        true_probability, correct, and seen: whether training has seen it. What is unknown is None.
 
     Raises:
         SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = _checked(model, source)
-    name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
     if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
         given.check_options("cache")
-        cache = FeatureCache.open(given.path)
-        model.check_cache(cache)
-        split, rows = _choose_split(cache.rows.splits, split, name)
-        rows = rows[cache.y[rows] >= 0]
-        y = _labels_of_model(model, cache.classes, cache.y[rows], name, split)
-        cache.check_finite(rows)
-        refused = len(cache.refused) if split == "all" else 0  # which split they were of is not known
-        with cache.reader() as features:
-            probabilities = model.head.score(features, rows)
-        digests, names = cache.rows.digests[rows], cache.rows.paths[rows]
+        scored = _score_cache(model, given.path, split)
     else:
+        name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
         images = list_images(source)
-        split, rows = _choose_split(images.splits, split, name)
-        images = images.take(rows[images.labels[rows] >= 0])
+        split, chosen = _choose_split(images.splits, split, name)
+        images = images.take(chosen[images.labels[chosen] >= 0])
         y = _labels_of_model(model, images.classes, images.labels, name, split)
         found = list(predict_images(model, images, device, workers, batch_size, progress))
-        kept = [prediction for prediction in found if prediction.probabilities is not None]
-        if not kept:
-            raise SourceError(
-                f"all {len(images)} images of {name} ({split}) were refused, the first because {found[0].reason}"
-            )
-        y = y[[prediction.probabilities is not None for prediction in found]]
-        probabilities = np.stack([prediction.probabilities for prediction in kept])  # type: ignore[misc]
-        digests = np.frombuffer(b"".join(prediction.digest for prediction in kept), np.uint8).reshape(-1, 32)
-        names = encode_names(prediction.path for prediction in kept)
-        refused = len(found) - len(kept) + (len(images.refused) if split == "all" else 0)
-    scores = evaluate_probabilities(y, probabilities, model.classes)
-    return scores | _copies(model, y, probabilities, digests, names) | {"split": split, "refused": refused}
+        scored = _score_images(images, y, found, name=name, split=split)
+    known = model.training_rows()
+    seen = None if known is None else known.contain(scored.digests)
+    scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
+    scores |= _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
+    return scores | ({"rows": _rows(model, scored, seen=seen)} if rows else {})
 
 
 def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
     """The model, loaded; paths that are something else are refused before."""
-    folder, images = (
-        as_path(model.path if isinstance(model, Model) else model),
-        None if isinstance(source, ImageList) else Source.of(source).path,
-    )
-    check_path(folder, "model", ("evaluate", HERE, images or "SOURCE"))
-    if images is not None:
+    folder = as_path(model.path if isinstance(model, Model) else model)
+    images = "SOURCE" if isinstance(source, ImageList) else Source.of(source).path
+    check_path(folder, "model", ("evaluate", HERE, images))
+    if isinstance(images, Path):
         check_path(images, "images or cache", ("evaluate", folder, HERE))
     return model if isinstance(model, Model) else load_model(model)
 
 
-def _copies(model: Model, y: Array, probabilities: Array, digests: Array, names: Array) -> dict[str, Any]:
-    """How many images repeat each other or were seen in training, and the accuracy on those that were not."""
-    copies = find_copies(digests, y, np.zeros(len(y), np.int64), names)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Scored:
+    """The labelled images of a split.
+
+    Attributes:
+        y: (N,) labels, probabilities: (N, C), digests: (N, 32), names: (N,) encoded paths of those that were scored.
+        refused: the others, with their label where that is known.
+        root: what paths are relative to; None: they stay as they are.
+    """
+
+    split: str
+    y: Array
+    probabilities: Array
+    digests: Array
+    names: Array
+    refused: list[tuple[Refusal, int | None]]
+    root: Path | None = None
+
+
+def _score_cache(model: Model, path: Path, split: str | None) -> _Scored:
+    cache = FeatureCache.open(path)
+    model.check_cache(cache)
+    split, chosen = _choose_split(cache.rows.splits, split, str(path))
+    chosen = chosen[cache.y[chosen] >= 0]
+    y = _labels_of_model(model, cache.classes, cache.y[chosen], str(path), split)
+    cache.check_finite(chosen)
+    with cache.reader() as features:
+        probabilities = model.head.score(features, chosen)
+    refused = cache.refused if split == "all" else ()  # which split they were of is not known
+    columns = cache.rows.digests[chosen], cache.rows.paths[chosen]
+    return _Scored(split, y, probabilities, *columns, [(refusal, None) for refusal in refused])
+
+
+def _score_images(images: ImageList, y: Array, found: list[Prediction], *, name: str, split: str) -> _Scored:
+    """``found``: for each of ``images``. Raises SourceError if all were refused."""
+    right = [k for k, prediction in enumerate(found) if prediction.probabilities is not None]
+    if not right:
+        raise SourceError(
+            f"all {len(images)} images of {name} ({split}) were refused, the first because {found[0].reason}"
+        )
+    refused: list[tuple[Refusal, int | None]] = [
+        (Refusal(prediction.path, prediction.reason), label)
+        for prediction, label in zip(found, y.tolist(), strict=True)
+        if prediction.probabilities is None
+    ]
+    refused += [(refusal, None) for refusal in images.refused if split == "all"]  # their splits are not known
+    probabilities = np.stack([found[k].probabilities for k in right])  # type: ignore[misc]
+    digests = np.frombuffer(b"".join(found[k].digest for k in right), np.uint8).reshape(-1, 32)
+    names = encode_names(found[k].path for k in right)
+    return _Scored(split, y[right], probabilities, digests, names, refused, images.root)
+
+
+def _rows(model: Model, scored: _Scored, *, seen: Array | None) -> Iterator[dict[str, Any]]:
+    """A row per image, made when it is asked for: of those that were scored, in order, then of the refused ones."""
+
+    def row(path: str, values: Array | None, reason: str, true: int | None) -> dict[str, Any]:
+        path = path if scored.root is None else str(scored.root / path)
+        facts = Prediction(path, values, reason, classes=model.classes).to_row()
+        label, probability = None if true is None else model.classes[true], None
+        if values is not None:
+            probability = float(values[true])
+        right = None if values is None else facts["label"] == label
+        return facts | {"true_label": label, "true_probability": probability, "correct": right, "seen": None}
+
+    for k, (name, true, values) in enumerate(zip(scored.names, scored.y.tolist(), scored.probabilities, strict=True)):
+        (path,) = decode_names(np.array([name]))
+        yield row(path, values, "", true) | {"seen": None if seen is None else bool(seen[k])}
+    for (path, reason), label in scored.refused:
+        yield row(path, None, reason, label)
+
+
+def _copies(scored: _Scored, *, seen: Array | None) -> dict[str, Any]:
+    """How many images repeat each other or were ``seen`` in training, and the accuracy on those that were not."""
+    y, probabilities = scored.y, scored.probabilities
+    copies = find_copies(scored.digests, y, np.zeros(len(y), np.int64), scored.names)
     for sentence in copies.examples:
         log.warning(sentence)
-    rows, new = model.training_rows(), np.ones(len(y), bool)
-    if rows is not None:
-        new = ~rows.contain(digests)
-        if seen := int((~new).sum()):
-            first = decode_names(names[~new][:1])[0]
-            log.warning(
-                "training has seen %d of the %d images, the first %s: a score on them flatters", seen, len(y), first
-            )
-    known = rows is not None and bool(new.any())
-    return {
-        "accuracy_without_copies": accuracy(y[new], probabilities[new]) if known else None,
-        "copies": copies.counts() | {"across_splits": None if rows is None else int((~new).sum())},
-    }
+    if seen is None:
+        return {"accuracy_without_copies": None, "copies": copies.counts() | {"across_splits": None}}
+    if count := int(seen.sum()):
+        first = decode_names(scored.names[seen][:1])[0]
+        text = "training has seen %d of the %d images, the first %s: a score on them flatters"
+        log.warning(text, count, len(y), first)
+    without = None if seen.all() else accuracy(y[~seen], probabilities[~seen])
+    return {"accuracy_without_copies": without, "copies": copies.counts() | {"across_splits": count}}
 
 
 def _choose_split(splits: Array, asked: str | None, source: str) -> tuple[str, Array]:

@@ -6,6 +6,7 @@ In: a cache file. Out: a model folder and a ``FitReport``. Everything is chosen 
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from featcache.backbones.saved import MANIFEST, WEIGHTS
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.copies import find_copies, first_copies
 from featcache.errors import SourceError, UsageError
-from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind
+from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, TorchSettings
 from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
@@ -24,16 +25,16 @@ from featcache.system.display import Shown
 from featcache.system.path_kinds import HERE, as_path, check_path
 
 log = logging.getLogger("featcache")
+_OF_SPLITS = ("accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "accuracy_without_copies")
+# Of metrics.json and the report.
 _SCORES = (
     "cv_accuracy",
     "cv_std",
     "cv_log_loss",
-    "val_accuracy",
-    "test_accuracy",
-    "val_accuracy_without_copies",
-    "test_accuracy_without_copies",
-    "copies",
-)  # of metrics.json and the report
+    *(f"{split}_{name}" for split in ("val", "test") for name in _OF_SPLITS),
+)
+_TAKEN_BY = {"C": "logreg", "hidden": "mlp", "dropout": "mlp"}
+_TAKEN_BY |= dict.fromkeys(("epochs", "lr", "batch_size"), "linear and mlp")
 _MANY_ROWS = 100_000  # from here on training takes minutes
 
 
@@ -43,12 +44,14 @@ class FitReport(Shown):
 
     Attributes:
         model: the folder. clf: kind of head. C, scaling: as chosen (C is None for torch heads).
-        classes: how many. n_train: training rows.
+        classes: how many; class_names: which. n_train: training rows.
         cv_accuracy, cv_log_loss: out of fold, corrected for having chosen the setting (``heads.validation``).
         cv_std: standard deviation over folds of the chosen setting's accuracy.
         val_accuracy, test_accuracy: on rows that nothing was chosen on, unless they are copies of training images.
+        val_accuracy_interval, ..., test_macro_f1: of these rows, as ``heads.metrics.evaluate_probabilities`` has them.
         val_accuracy_without_copies, test_accuracy_without_copies: without those.
         copies: within, across_splits, across_labels (``cache.copies``), over all labelled rows.
+        settings: what the head was trained with: C and scaling, or epochs, lr, batch_size, and of an mlp hidden and dropout.
         seconds: of the whole call.
     """
 
@@ -57,15 +60,23 @@ class FitReport(Shown):
     C: float | None
     scaling: str
     classes: int
+    class_names: tuple[str, ...]
     n_train: int
     cv_accuracy: float | None
     cv_std: float | None
     cv_log_loss: float | None
     val_accuracy: float | None
-    test_accuracy: float | None
+    val_accuracy_interval: list[float] | None
+    val_balanced_accuracy: float | None
+    val_macro_f1: float | None
     val_accuracy_without_copies: float | None
+    test_accuracy: float | None
+    test_accuracy_interval: list[float] | None
+    test_balanced_accuracy: float | None
+    test_macro_f1: float | None
     test_accuracy_without_copies: float | None
     copies: dict[str, int]
+    settings: dict[str, Any]
     seconds: float
 
     _shown = ("model", "clf", "C", "classes", "n_train", "cv_accuracy", "val_accuracy", "test_accuracy", "seconds")
@@ -79,6 +90,11 @@ def fit_head(
     C: float | None = None,
     folds: int = 5,
     class_weight: Literal["none", "balanced"] = "none",
+    hidden: int | Sequence[int] | None = None,
+    dropout: float | Sequence[float] | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     self_contained: bool = False,
 ) -> FitReport:
@@ -91,15 +107,22 @@ def fit_head(
         C: for logreg: inverse regularisation strength; chosen by cross-validation when None.
         folds: of the cross-validation; 0 for none.
         class_weight: ``balanced`` weighs classes inversely to their frequency.
+        hidden, dropout: for mlp: size of its hidden layer, or of each; share dropped after all of them, or after each; 512
+            and 0.25 when None.
+        epochs: for linear and mlp: exactly so many; when None, as many as are best on a held-out tenth.
+        lr, batch_size: for linear and mlp: AdamW's learning rate, 0.003 when None; rows per step, by their number when None.
         seed: of folds, initial weights and batches.
         self_contained: copy the backbone's weights into the model even if a library provides them.
 
     Raises:
         CacheError: unreadable or damaged. SourceError: labels missing, fewer than two classes, too few images, features
         that are not finite. ModelError, StorageError: the model cannot be written. UsageError: impossible values.
+        TrainingError: the head does not stay finite.
     """
     started = time.perf_counter()
     _check_options(clf, C, folds=folds, class_weight=class_weight, seed=seed)
+    given = {"hidden": hidden, "dropout": dropout, "epochs": epochs, "lr": lr, "batch_size": batch_size}
+    torch_settings = _torch_settings(clf, {name: value for name, value in given.items() if value is not None})
     cache, output = as_path(cache), as_path(output)
     check_path(cache, "cache", ("fit-head", HERE, "-o", output))
     check_replaceable(output)
@@ -112,7 +135,7 @@ def fit_head(
     folds = _possible_folds(opened, y, copies, present=present, folds=folds)
     opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
     options = {"folds": folds, "balanced": class_weight == "balanced", "seed": seed, "copies": copies}
-    fitted = _train(opened, rows, y, clf=clf, C=C, **options)
+    fitted = _train(opened, rows, y, clf=clf, C=C, settings=torch_settings, **options)
     for note in fitted.notes:
         log.warning(note)
     settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}
@@ -138,8 +161,11 @@ def fit_head(
         C=fitted.chosen.get("C"),
         scaling=fitted.head.scaling,
         classes=len(classes),
+        class_names=classes,
         n_train=len(rows),
         **scores,
+        copies=metrics["copies"],
+        settings=fitted.chosen,
         seconds=time.perf_counter() - started,
     )
 
@@ -148,7 +174,7 @@ def _check_options(clf: str, C: float | None, *, folds: int, class_weight: str, 
     problems = (
         (clf not in KINDS, f"unknown clf {clf!r}; choose one of {', '.join(KINDS)}"),
         (class_weight not in ("none", "balanced"), f"unknown class weight {class_weight!r}; choose none or balanced"),
-        (C is not None and clf != "logreg", f"C belongs to logreg, not to {clf}; leave it out"),
+        (C is not None and clf != "logreg", _not_taken("C", clf)),
         (C is not None and not 0 < C < float("inf"), f"C must be a positive number, found {C}"),
         (not 0 <= seed < 2**32, f"seed must lie between 0 and {2**32 - 1}, found {seed}"),
         (folds < 0 or folds == 1, f"folds must be 0 (none) or at least 2, found {folds}"),
@@ -157,6 +183,21 @@ def _check_options(clf: str, C: float | None, *, folds: int, class_weight: str, 
     for found, sentence in problems:
         if found:
             raise UsageError(sentence)
+
+
+def _not_taken(name: str, clf: str) -> str:
+    """What is wrong with an option that other classifiers take."""
+    return f"{name} belongs to {_TAKEN_BY[name]}, not to {clf}; leave it out"
+
+
+def _torch_settings(clf: Kind, given: dict[str, Any]) -> TorchSettings:
+    """Raises UsageError: ``given`` to another classifier, or impossible."""
+    for name in given:
+        if clf not in _TAKEN_BY[name]:
+            raise UsageError(_not_taken(name, clf))
+    for name in {"hidden", "dropout"} & set(given):
+        given[name] = tuple(given[name]) if isinstance(given[name], Sequence) else (given[name],)
+    return TorchSettings(**given)
 
 
 def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
@@ -210,7 +251,9 @@ def _not_counting(y: Array, copies: Indices) -> str:
     return ", copies not counted" if len(np.unique(copies)) < len(y) else ""
 
 
-def _train(cache: FeatureCache, rows: Indices, y: Array, *, clf: Kind, C: float | None, **options: Any) -> FittedHead:
+def _train(
+    cache: FeatureCache, rows: Indices, y: Array, *, clf: Kind, C: float | None, settings: TorchSettings, **options: Any
+) -> FittedHead:
     with cache.reader() as features:
         if clf == "logreg":
             from featcache.heads.logreg import C_GRID, fit_logreg
@@ -222,7 +265,7 @@ def _train(cache: FeatureCache, rows: Indices, y: Array, *, clf: Kind, C: float 
         if options["folds"] and len(rows) > _MANY_ROWS:
             text = "the head is trained %d times, for an estimate and for good; --folds 0: once"
             log.info(text, options["folds"] + 1)
-        return fit_torch_head(features, rows, y, kind=clf, n_classes=int(y.max()) + 1, **options)
+        return fit_torch_head(features, rows, y, kind=clf, n_classes=int(y.max()) + 1, settings=settings, **options)
 
 
 def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, present: Array) -> dict[str, Any]:
@@ -236,8 +279,7 @@ def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, pre
     }
     for split in ("val", "test"):
         metrics[split] = scores = _score(cache, fitted.head, seen, split=split, present=present)
-        metrics[f"{split}_accuracy"] = scores and scores["accuracy"]
-        metrics[f"{split}_accuracy_without_copies"] = scores and scores["accuracy_without_copies"]
+        metrics |= {f"{split}_{name}": scores and scores[name] for name in _OF_SPLITS}
     rows = np.flatnonzero(usable(cache.y, cache.rows.splits))
     columns = cache.rows.digests[rows], cache.y[rows], cache.rows.splits[rows]
     copies = find_copies(*columns, cache.rows.paths[rows])

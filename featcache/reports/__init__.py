@@ -4,6 +4,7 @@ info.py               what a cache or a model holds
 doctor.py             what this machine can do, how fast it embeds, what limits, what would help
 machine.py            facts about machine and installation
 throughput.py         rates of decoding and of the backbone, measured; photographs to measure with
+scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
 """

@@ -26,13 +26,13 @@ def prediction_rows(
     """
     if not 1 <= top_k <= len(classes):
         raise UsageError(f"top-k must lie between 1 and {len(classes)}, the number of classes; found {top_k}")
-    return (_written(prediction.to_row(top_k=top_k, probs=all_probabilities)) for prediction in predictions)
+    return (as_written(prediction.to_row(top_k=top_k, probs=all_probabilities)) for prediction in predictions)
 
 
-def _written(row: dict[str, Any]) -> dict[str, Any]:
+def as_written(row: dict[str, Any]) -> dict[str, Any]:
     """Probabilities to six digits; where there is no label, an empty text."""
     row = {name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
-    return row | {name: "" for name, value in row.items() if value is None and name.startswith("label")}
+    return row | {name: "" for name, value in row.items() if value is None and name.startswith(("label", "true_label"))}
 
 
 def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from featcache.cli import options
 from featcache.cli.demo import write_digits
 from featcache.errors import UsageError
 from featcache.images.source import list_images
+from featcache.models.model import load_model
 
 QUICK = ["--epochs", "1", "--batch-size", "6", "--precision", "fp32"]
 
@@ -118,25 +119,74 @@ def test_all_refused_still_writes_the_rows(trained: Path, tmp_path: Path, run) -
     assert "not one image could be labelled" in err
 
 
-def test_a_table_is_replaced_only_when_asked_and_never_if_it_is_the_input(trained: Path, tmp_path: Path, run) -> None:
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_table_is_replaced_only_when_asked_and_never_if_it_is_the_input(
+    trained: Path, tmp_path: Path, run, command: str
+) -> None:
     table = tmp_path / "t.csv"
     table.write_text(f"path\n{trained / 'f.h5'}\n")
     (tmp_path / "link.csv").symlink_to(table)
     before = table.read_bytes()
     for output, words in (
         ((trained / "f.h5", "-o", table), "exists; choose another -o, or give --overwrite"),
-        ((table, "-o", table), "is what is to be labelled"),
-        ((table, "-o", table, "--overwrite"), "is what is to be labelled"),
-        ((table, "-o", tmp_path / "link.csv", "--overwrite"), "is what is to be labelled"),
+        ((table, "-o", table), "is one of the inputs"),
+        ((table, "-o", table, "--overwrite"), "is one of the inputs"),
+        ((table, "-o", tmp_path / "link.csv", "--overwrite"), "is one of the inputs"),
         ((trained / "f.h5", "-o", trained / "m" / "t.csv"), "is a model folder, which keeps no other files"),
         ((trained / "f.h5", "--overwrite"), "add -o"),
     ):
-        code, out, err = run("predict", trained / "m", *output)
+        code, out, err = run(command, trained / "m", *output)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert words in err
         assert table.read_bytes() == before
-    assert run("predict", trained / "m", trained / "f.h5", "-o", table, "--overwrite")[0] == 0
+    assert run(command, trained / "m", trained / "f.h5", "-o", table, "--overwrite")[0] == 0
     assert len(table.read_text().splitlines()) == 25
+
+
+def test_evaluate_writes_rows_beside_its_scores(trained: Path, tmp_path: Path, run) -> None:
+    for name in ("rows.csv", "rows.jsonl"):
+        code, out, _ = run("evaluate", trained / "m", trained / "photos", "-o", tmp_path / name)
+        assert (code, out.splitlines()[-1]) == (0, f"  24 rows: {tmp_path / name}")
+    csv, jsonl = (tmp_path / name for name in ("rows.csv", "rows.jsonl"))
+    header = "path,label,probability,status,reason,true_label,true_probability,correct,seen"
+    assert csv.read_text().splitlines()[0] == header
+    assert list(json.loads(jsonl.read_text().splitlines()[0])) == header.split(",")
+    code, out, _ = run("evaluate", trained / "m", trained / "f.h5", "-o", csv, "--overwrite", "--json")
+    facts = last_json(out)
+    assert (code, facts["output"], facts["n"]) == (0, str(csv), 24)
+    assert "rows" not in facts
+    assert {"accuracy_interval", "balanced_accuracy", "macro_f1", "confusion"} <= set(facts)
+    assert last_json(run("evaluate", trained / "m", trained / "f.h5", "--json")[1])["output"] is None
+    before = csv.read_bytes()
+    broken = ("evaluate", trained / "m", trained / "f.h5", "--split", "test", "-o", csv, "--overwrite")
+    assert run(*broken)[0] == 1  # there is no test
+    assert csv.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (
+            ("--clf", "mlp", "--hidden", "20,9", "--dropout", "0.1"),
+            0,
+            "hidden 20, 9; dropout 0.1, 0.1; 3 epochs in steps of 8",
+        ),
+        (("--clf", "linear"), 0, "  3 epochs in steps of 8, lr 0.01"),
+        (("--clf", "linear", "--hidden", "20"), 2, "hidden belongs to mlp, not to linear; leave it out"),
+        (("--C", "1"), 2, "epochs belongs to linear and mlp, not to logreg; leave it out"),
+        (("--clf", "mlp", "--hidden", "20;9"), 2, "hidden takes whole numbers with commas between them, found '20;9'"),
+        (("--clf", "mlp", "--dropout", "1"), 2, "dropout must lie between 0 and below 1, found 1.0"),
+    ],
+)
+def test_fit_head_takes_a_shape_and_how_to_train_it(
+    trained: Path, tmp_path: Path, run, options: tuple, code: int, words: str
+) -> None:
+    how = ("--epochs", 3, "--lr", "0.01", "--batch-size", 8, "--folds", 0)
+    found, out, err = run("fit-head", trained / "f.h5", "-o", tmp_path / "m", *options, *how)
+    assert found == code
+    assert words in (err if code else out)
+    assert code or "  classes: blue, green, red\n" in out
+    assert (tmp_path / "m").exists() == (code == 0)
 
 
 @pytest.mark.parametrize(
@@ -195,13 +245,50 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     assert list_images(photos).paths == before
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, out, err = run("finetune", photos, "--init", start, "-o", tmp_path / "ft", *QUICK)
+    (tmp_path / "quick.toml").write_text("epochs = 1\nbatch-size = 6\nlr = 1\n")
+    settings = (
+        "--recipe",
+        tmp_path / "quick.toml",
+        "--set",
+        "lr=1e-3",
+        "--set",
+        "hidden=9,8",
+        "--set",
+        "optimizer=sgd",
+    )
+    code, out, err = run("finetune", photos, "--init", start, "-o", tmp_path / "ft", *settings, *QUICK[-2:])
     assert code == 0
+    training = load_model(tmp_path / "ft").manifest["training"]
+    assert training["recipe"] == "quick.toml"
+    expected = {"epochs": 1, "batch_size": 6, "lr": 0.001, "hidden": [9, 8], "optimizer": "sgd", "ema": 0.98}
+    assert expected.items() <= training["settings"].items()
     assert "val: frozen head" in out
     assert out.endswith("metrics.json and history.csv\n")
     remedy = "figures need matplotlib: pip install 'featcache[report]'"
     assert err.endswith(f"no curves of {tmp_path / 'ft'}: {remedy}\n")
     assert (tmp_path / "ft" / "history.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--recipe", "list"), "no recipe is called 'list'; choose default ("),
+        (("--recipe", "nowhere.toml"), "the recipe nowhere.toml is not a file"),
+        (("--set", "learning"), "--set takes FIELD=VALUE"),
+        (("--set", "epoch=3"), "did you mean epochs?"),
+        (("--lr", "1", "--set", "lr=2"), "lr is given twice, by --lr and by --set lr=2; leave one out"),
+        (("--set", 'augmentation=[["sharpen", 1]]'), "unknown augmentation 'sharpen'"),
+        (("--set", "hidden=many"), "hidden must be a whole number from 1 to 1,000,000, found 'many'"),
+        (("--set", "lr=\x1b[31m"), "lr must be a number from 0 to 1,000,000, found '\\x1b[31m'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_any_work(
+    trained: Path, tmp_path: Path, run, no_model: None, options: tuple, words: str
+) -> None:
+    code, out, err = run("finetune", trained / "photos", "--init", trained / "m", "-o", tmp_path / "ft", *options)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_lists(run) -> None:

@@ -1,13 +1,15 @@
 """Random changes: reproducible per image, distributed as torchvision's, and every recipe's steps exist."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import v2
 
-from featcache.errors import UsageError
 from featcache.finetuning.augment import STEPS, _random_box, augment
-from featcache.finetuning.recipes import RECIPES
+from featcache.finetuning.recipe_values import STEP_NUMBERS
+from featcache.finetuning.recipes import RECIPES, Recipe
 
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
 
@@ -72,6 +74,14 @@ def test_rotation_and_jitter_change_what_they_say() -> None:
     assert max(brighter) > PIXELS.float().mean() + 20 > PIXELS.float().mean() - 20 > min(brighter)
 
 
-def test_an_unknown_step_is_refused() -> None:
-    with pytest.raises(UsageError, match=next(iter(STEPS))):
-        augment(PIXELS, (("sharpen", 1.0),), size=(8, 8), seed=(0, 0, 0))
+@pytest.mark.parametrize("extreme", [1, 2], ids=["least", "most"])
+@pytest.mark.parametrize("name", STEP_NUMBERS)
+def test_what_a_recipe_may_ask_for_can_be_done(name: str, extreme: int) -> None:
+    """The numbers of a step are as many as its function takes, and their bounds give a picture."""
+    assert STEPS.keys() == STEP_NUMBERS.keys()
+    assert len(inspect.signature(STEPS[name]).parameters) == 3 + len(STEP_NUMBERS[name])
+    step = (name, *(number[extreme] for number in STEP_NUMBERS[name]))
+    Recipe(about="", augmentation=(step,))
+    for k in range(20):
+        result = augment(PIXELS, (step,), size=(24, 40), seed=(0, 0, k))
+        assert (result.shape, result.dtype) == ((24, 40, 3), torch.uint8)

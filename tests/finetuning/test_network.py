@@ -53,7 +53,7 @@ def tiny() -> Backbone:
 
 
 CPU = Runtime(torch.device("cpu"), 1, 3, "")
-JOB = Job(None, Path(), "", {}, seed=0, precision="fp32", runtime=CPU, processes=Processes())  # type: ignore[arg-type]
+JOB = Job(None, Path(), "", None, seed=0, precision="fp32", runtime=CPU, processes=Processes())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

@@ -4,10 +4,11 @@ import itertools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from featcache.errors import UsageError
-from featcache.finetuning.recipes import RECIPES, choose_recipe, explain
+from featcache.finetuning.recipes import RECIPES, choose_recipe, explain, find_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -53,9 +54,111 @@ def test_epochs_and_batch_follow_the_number_of_images() -> None:
         ({"optimizer": "lion"}, "adamw"),
         ({"ema": 1.5}, "ema"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
-        ({"epoch": 3}, "no epoch"),
+        ({"epoch": 3}, "a recipe has no epoch; did you mean epochs\\?"),
+        ({"zzz": 3}, "a recipe has no zzz; it has about, hidden, .*, interpolate$"),
+        ({"lr": "fast"}, "lr must be a number from 0 to .*, found 'fast'"),
+        ({"lr": True}, "lr must be a number .*, found True"),
+        ({"lr": float("inf")}, "lr must .*, found inf"),
+        ({"epochs": 2.5}, "epochs must be a whole number from 1 .*, found 2.5"),
+        ({"epochs": [3]}, "epochs must be a whole number"),
+        ({"gamma": float("nan")}, "gamma must be a number from 0 to 1, found nan"),
+        ({"layer_decay": 1.1}, "layer_decay must be a number from 0 to 1"),
+        ({"interpolate": "yes"}, "interpolate must be true or false, found 'yes'"),
+        ({"backbone_dropout": 1}, "backbone_dropout must be true or false"),
+        ({"about": 3}, "about must be a text"),
+        ({"hidden": [0]}, "hidden must be a whole number from 1"),
+        ({"hidden": "500;200"}, "hidden must be a whole number .*, found '500;200'"),
+        ({"hidden": {"a": 1}}, "hidden must be a whole number"),
+        ({"hidden": [8], "dropout": [1.0]}, "dropout must be a number from 0 to below 1, found 1.0"),
+        ({"hidden": [8], "dropout": [0.1, 0.2]}, r"dropout = \[0.1, 0.2\] does not fit hidden = \[8\]: give a share"),
+        ({"dropout": 0.2}, r"dropout = \[0.2\] does not fit hidden = \"none\""),
+        ({"augmentation": [["flipp", 0.5]]}, "unknown augmentation 'flipp'; choose from flip, as in"),
+        ({"augmentation": [["sharpen", 0.5]]}, "choose from resized_crop, flip, rotate, jitter, center_crop"),
+        ({"augmentation": 5}, "unknown augmentation 5"),
+        ({"augmentation": [[["flip"], 0.5]]}, "unknown augmentation"),
+        ({"augmentation": [[]]}, "unknown augmentation ''"),
+        ({"augmentation": [["flip"]]}, r"augmentation flip takes share of images \(0 to 1\); found \[\]"),
+        ({"augmentation": [["flip", 1.5]]}, r"takes share of images \(0 to 1\); found \[1.5\]"),
+        ({"augmentation": [["flip", "often"]]}, r'found \["often"\]'),
+        ({"augmentation": [["flip", True]]}, r"found \[true\]"),
+        ({"augmentation": [["rotate", float("nan")]]}, r"takes degrees \(0 to 180\)"),
+        ({"augmentation": [["resized_crop", 0.8, 0.5, 1]]}, "most, not below"),
+        ({"augmentation": [["center_crop", 1]]}, "augmentation center_crop takes no number"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], part: str) -> None:
     with pytest.raises(UsageError, match=part):
         choose_recipe("default", 100, **changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "value"),
+    [
+        ("hidden", 500, (500,)),
+        ("hidden", [500, 200], (500, 200)),
+        ("hidden", "500, 200", (500, 200)),
+        ("hidden", [], ()),
+        ("epochs", np.int64(3), 3),
+        ("epochs", "3", 3),
+        ("lr", 1, 1.0),
+        ("lr", ".5", 0.5),
+        ("lr", np.float32(0.5), 0.5),
+        ("backbone-lr", 0, 0.0),
+        ("interpolate", False, False),
+        ("optimizer", "sgd", "sgd"),
+        ("augmentation", [["flip", 1], "center_crop"], (("flip", 1), ("center_crop",))),
+        ("augmentation", "center_crop", (("center_crop",),)),
+        ("augmentation", [], ()),
+    ],
+)
+def test_values_become_what_the_field_is(field: str, given: Any, value: Any) -> None:
+    found = getattr(find_recipe("default", {field: given}), field.replace("-", "_"))
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_what_is_left_open_and_one_dropout_for_all() -> None:
+    cats_dogs = RECIPES["cats-dogs"]
+    assert (cats_dogs.hidden, cats_dogs.epochs) == ((256,), 1)
+    recipe = find_recipe("cats-dogs", {"hidden": "none", "epochs": "none", "dropout": [], "lr": None})
+    assert (recipe.hidden, recipe.epochs, recipe.lr) == (None, None, cats_dogs.lr)
+    assert choose_recipe("cats-dogs", 100, hidden=[30, 20, 10]).dropout == (0.2, 0.2, 0.2)
+
+
+def test_a_changed_recipe_says_what_it_is() -> None:
+    """Not what the one says that it comes from."""
+    recipe = choose_recipe("default", 1000, hidden=50, optimizer="sgd", lr=3e-4)
+    assert recipe.about == 'as default, but hidden = [50], optimizer = "sgd"'
+    text = "\n".join(explain(recipe, 1000))
+    assert "start: a new random head 50\n" in text
+    assert "WiSE-FT" not in text  # a new head has nothing to be mixed with
+    assert choose_recipe("default", 1000, lr=3e-4) == choose_recipe("default", 1000)
+    assert choose_recipe("default", 1000, lr=1.0, about="mine").about == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"momentum": 0.5}, 'momentum changes nothing: it takes optimizer = "sgd", found "adamw"'),
+        ({"gamma": 0.5}, 'gamma changes nothing: it takes schedule = "step", found "cosine"'),
+        ({"unfreeze": "head", "backbone_lr": 0.1}, 'backbone_lr changes nothing: it takes unfreeze = "last-stage" or'),
+        ({"unfreeze": "last-stage", "layer_decay": 0.5}, 'takes unfreeze = "all" or "gradual", found "last-stage"'),
+        ({"hidden": 5, "interpolate": True}, ""),  # as it is in the recipe
+        ({"momentum": 0.5, "optimizer": "sgd"}, ""),
+        ({"unfreeze": "head"}, ""),
+    ],
+)
+def test_a_change_that_does_nothing_is_said(
+    changes: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    find_recipe("default", changes)
+    assert words in caplog.text
+    assert bool(words) == bool(caplog.records)
+
+
+def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="no recipe is called 'list'; choose ") as error:
+        choose_recipe("list", 100)
+    for name, recipe in RECIPES.items():
+        assert f"{name} ({recipe.about})" in str(error.value)
+    with pytest.raises(UsageError, match=r"choose default \(200 to 20,000 images, .*\); or a file that ends in .toml$"):
+        choose_recipe("defualt", 100)

@@ -12,14 +12,18 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 from featcache.errors import ModelError
 from featcache.heads import metrics
-from featcache.heads.head import KINDS, FittedHead, Head, class_weights, softmax
+from featcache.heads.head import KINDS, FittedHead, Head, TorchSettings, class_weights, softmax
 from featcache.heads.logreg import C_GRID, fit_logreg
 from featcache.heads.minibatch import fit_torch_head
+
+DEEP = TorchSettings(hidden=(24, 16), dropout=(0.1, 0.2), epochs=30, lr=5e-3, batch_size=50)
 
 
 def fit(kind: str, X: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None, **options: Any) -> FittedHead:
     rows = np.arange(len(X)) if rows is None else rows
     options = {"folds": 3} | options
+    if kind == "deep mlp":
+        kind, options["settings"] = "mlp", DEEP
     if kind == "logreg":
         return fit_logreg(X, rows, y, **options)
     options = {"n_classes": int(y.max()) + 1, "budget": SHORT} | options
@@ -27,7 +31,7 @@ def fit(kind: str, X: np.ndarray, y: np.ndarray, rows: np.ndarray | None = None,
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "deep mlp"])
 class TestEveryHead:
     def test_learns_and_generalises(self, kind: str, classes: int) -> None:
         X, y = blobs(classes=classes)

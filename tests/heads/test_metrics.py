@@ -9,9 +9,18 @@ from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 from featcache.heads.head import softmax
-from featcache.heads.metrics import evaluate_probabilities, expected_calibration_error, mcnemar, standard_error
+from featcache.heads.metrics import (
+    accuracy_interval,
+    evaluate_probabilities,
+    expected_calibration_error,
+    mcnemar,
+    standard_error,
+)
+
+CLASSES_MISSING = pytest.mark.filterwarnings("ignore:(y_pred contains classes not in|A single label was found)")
 
 
+@CLASSES_MISSING
 def test_metrics_equal_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     y, probabilities = rng.integers(0, 4, 500), softmax(rng.normal(size=(500, 5)))  # class 4 never occurs
@@ -26,6 +35,54 @@ def test_metrics_equal_scikit_learn() -> None:
     for k, name in enumerate("abcd"):
         assert scores["per_class"][name]["recall"] == pytest.approx(recall[k])
     assert scores["per_class"]["e"]["recall"] is None
+    assert scores["balanced_accuracy"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(y, predicted))
+    assert scores["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(y, predicted, average="macro"))
+    assert scores["accuracy_interval"] == accuracy_interval(int((predicted == y).sum()), 500)
+    json.dumps(scores)
+
+
+@pytest.mark.parametrize(
+    ("y", "predicted", "balanced", "f1"),
+    [
+        ([0, 0, 0, 1], [0, 0, 0, 0], 0.5, (6 / 7 + 0) / 2),  # all that occurs counts alike, however rare
+        (
+            [0, 0, 1, 1],
+            [0, 0, 1, 2],
+            0.75,
+            (1 + 2 / 3 + 0) / 3,
+        ),  # a class that is only predicted has no recall, but an F1
+        ([0, 0, 0, 0], [0, 0, 0, 0], 1.0, 1.0),  # the others neither occur nor are predicted
+        ([0, 1], [1, 0], 0.0, 0.0),
+    ],
+)
+@CLASSES_MISSING
+def test_rare_classes_count_as_much_by_hand(y: list, predicted: list, balanced: float, f1: float) -> None:
+    scores = evaluate_probabilities(np.array(y), np.eye(4)[predicted], list("abcd"))
+    assert scores["balanced_accuracy"] == pytest.approx(balanced)
+    assert scores["macro_f1"] == pytest.approx(f1)
+    assert scores["balanced_accuracy"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(y, predicted))
+    assert scores["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(y, predicted, average="macro"))
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),  # Newcombe (1998), Statistics in Medicine 17, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_interval_is_wilsons(right: int, n: int, low: float, high: float) -> None:
+    assert accuracy_interval(right, n) == pytest.approx([low, high], abs=5e-5)
+    mirrored = accuracy_interval(n - right, n)
+    assert mirrored == pytest.approx([1 - high, 1 - low], abs=5e-5)
+    z2 = 1.959964**2  # (right / n - p)^2 = z^2 p (1 - p) / n, solved
+    roots = np.roots([1 + z2 / n, -(2 * right / n + z2 / n), (right / n) ** 2]).real
+    assert accuracy_interval(right, n) == pytest.approx(sorted(roots), abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 3, 10**6])
+def test_interval_holds_the_accuracy_and_stays_one(n: int) -> None:
+    for right in (0, n // 3, n):
+        low, high = accuracy_interval(right, n)
+        assert 0 <= low <= right / n <= high <= 1
+        assert low < high
 
 
 def test_calibration_error_by_hand() -> None:

@@ -1,6 +1,7 @@
 """Training by mini-batches: what is read and when, in memory and not; NumPy, PyTorch and logistic regression are the oracles."""
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 import torch
 from blobs import SHORT, D, blobs
 
+from featcache.errors import TrainingError, UsageError
 from featcache.heads import metrics
-from featcache.heads.head import FittedHead
+from featcache.heads.head import FittedHead, TorchSettings
 from featcache.heads.logreg import fit_logreg
 from featcache.heads.minibatch import Budget, FeatureBatches, fit_torch_head
 
@@ -116,6 +118,107 @@ def test_small_data_are_trained_as_by_pytorchs_adamw() -> None:
     ((weight, bias),) = fitted.head.layers
     np.testing.assert_allclose(weight, layer.weight.detach(), atol=1e-5)
     np.testing.assert_allclose(bias, layer.bias.detach(), atol=1e-5)
+
+
+def plain_network(hidden: tuple[int, ...], dropout: float = 0.0) -> torch.nn.Sequential:
+    sizes = [D, *hidden, 3]
+    modules: list[torch.nn.Module] = []
+    for before, after in pairwise(sizes):
+        modules += [torch.nn.Linear(before, after), torch.nn.ReLU(), torch.nn.Dropout(dropout)]
+    return torch.nn.Sequential(*modules[:-2])
+
+
+def standardised(X: np.ndarray, fitted: FittedHead) -> torch.Tensor:
+    return torch.from_numpy((X.astype(np.float64) - fitted.head.mean) / fitted.head.scale).float()
+
+
+@pytest.mark.parametrize("hidden", [(7,), (20, 9), (8, 8, 8)])
+def test_layers_rate_and_epochs_are_those_asked_for(hidden: tuple[int, ...]) -> None:
+    """PyTorch's AdamW trains a network of that shape to the same head, which computes what the network computes."""
+    X, y = blobs(30)
+    settings = TorchSettings(hidden, dropout=(0.0,), epochs=20, lr=0.01, batch_size=30)
+    fitted = fit("mlp", X, y, settings=settings, seed=4)
+    x = standardised(X, fitted)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        network = plain_network(hidden)
+    torch.nn.init.zeros_(network[-1].weight)
+    torch.nn.init.zeros_(network[-1].bias)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(x), torch.from_numpy(y)).backward()
+        optimizer.step()
+    expected = torch.softmax(network(x), 1).detach().numpy()
+    np.testing.assert_allclose(fitted.head.probabilities(X), expected, atol=1e-4)
+    assert np.abs(expected - 1 / 3).max() > 0.1
+    facts = {"scaling": "standardise", "lr": 0.01, "batch_size": 30, "epochs": 20}
+    assert fitted.chosen == facts | {"hidden": list(hidden), "dropout": [0.0] * len(hidden)}
+
+
+def test_a_plain_network_with_the_heads_tensors_gives_its_probabilities() -> None:
+    X, y = blobs(120)
+    fitted = fit("mlp", X, y, settings=TorchSettings((16, 10), dropout=(0.3, 0.1)))
+    network = plain_network((16, 10), dropout=0.5).eval()
+    tensors = fitted.head.to_tensors()
+    names = {f"{3 * k}.{name}": f"layers.{k}.{name}" for k in range(3) for name in ("weight", "bias")}
+    network.load_state_dict({name: torch.from_numpy(tensors[own]) for name, own in names.items()})
+    expected = torch.softmax(network(standardised(X, fitted)), 1).detach().numpy()
+    np.testing.assert_allclose(fitted.head.probabilities(X), expected, atol=1e-5)
+
+
+def test_every_dropout_acts_on_its_layer() -> None:
+    X, y = blobs(60)
+    cases = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5,)]
+    fitted = [fit("mlp", X, y, settings=TorchSettings((9, 9), dropout=each, epochs=3)).head for each in cases]
+    heads = [head.logits(X) for head in fitted]
+    np.testing.assert_array_equal(heads[3], heads[4])  # one for all
+    assert len({head.tobytes() for head in heads}) == 4
+    for shares, blind in (((0.0, 1 - 1e-9), True), ((1 - 1e-9, 0.0), False)):
+        last = fit("mlp", X, y, settings=TorchSettings((9, 9), dropout=shares, epochs=3)).head.layers[-1][0]
+        assert (not last.any()) == blind  # it starts from zeros, and learns only from what it gets to see
+
+
+@pytest.mark.parametrize("budget", [SHORT, TIGHT])
+def test_batch_size_decides_the_steps_of_an_epoch(budget: Budget) -> None:
+    X, y = blobs(300)
+    moved = {}
+    for size in (50, 300, 10_000):
+        fitted = fit("linear", X, y, budget=budget, settings=TorchSettings(epochs=1, lr=1e-6, batch_size=size))
+        assert fitted.chosen["batch_size"] == min(size, 300)
+        moved[size] = np.abs(fitted.head.layers[0][0]).max() / 1e-6  # a step of Adam moves a weight by its rate
+    assert moved[300] == pytest.approx(1, rel=0.01)
+    assert moved[10_000] == moved[300] or budget is TIGHT
+    assert 5 < moved[50] < 8
+
+
+@pytest.mark.parametrize("epochs", [None, 5])
+def test_a_head_that_does_not_stay_finite_is_refused(epochs: int | None) -> None:
+    X, y = blobs(60)
+    with pytest.raises(TrainingError, match="no longer finite after .* epochs; try a lower lr than 1e\\+38"):
+        fit("mlp", X, y, settings=TorchSettings(lr=1e38, epochs=epochs))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden": (0,)}, "hidden layer 1 must be a whole number from 1 to 65536, found 0"),
+        ({"hidden": (8, 2.5)}, "hidden layer 2 .* found 2.5"),
+        ({"hidden": ()}, "without any it is clf linear"),
+        ({"dropout": (1.0,)}, "dropout must lie between 0 and below 1, found 1.0"),
+        ({"dropout": (float("nan"),)}, "dropout must"),
+        ({"dropout": (0.1, 0.2)}, "dropout has 2 values for 1 hidden layers; give one, or one per layer"),
+        ({"epochs": 0}, "epochs must be a whole number from 1"),
+        ({"epochs": True}, "epochs must"),
+        ({"batch_size": 10**6}, "batch size must .* found 1000000"),
+        ({"lr": 0.0}, "lr must be a positive number, found 0.0"),
+        ({"lr": float("nan")}, "lr must"),
+        ({"lr": "fast"}, "lr must .* found fast"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        TorchSettings(**settings)
 
 
 def test_training_leaves_the_random_state_alone() -> None:

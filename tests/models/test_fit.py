@@ -1,6 +1,7 @@
 """From a cache to a saved model: what is chosen on which rows, and what cannot be trained."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,34 @@ def test_only_training_rows_train_and_the_others_are_scored(tmp_path: Path, clf:
     assert again.test_accuracy < 0.2 < 0.8 < report.test_accuracy
 
 
+def test_scores_of_untouched_rows_are_those_of_evaluate(tmp_path: Path) -> None:
+    splits = np.repeat([1, 2, 3], [60, 50, 40])
+    make_classes(tmp_path / "f.h5", np.arange(150) % 3, splits, spread=3.0)
+    report = fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0)
+    saved = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    assert report.class_names == ("a", "b", "c")
+    for split in ("val", "test"):
+        scores = evaluate(tmp_path / "m", tmp_path / "f.h5", split=split)
+        assert scores["accuracy"] < 1
+        for name in ("accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1"):
+            assert getattr(report, f"{split}_{name}") == saved[f"{split}_{name}"] == scores[name]
+
+
+def test_a_head_of_any_shape_is_trained_saved_and_labels(tmp_path: Path) -> None:
+    splits = np.repeat([1, 3], [90, 60])
+    X = make_classes(tmp_path / "f.h5", np.arange(150) % 3, splits)
+    options: dict[str, Any] = {"dropout": 0.1, "epochs": 20, "lr": 0.01, "batch_size": 16}
+    report = fit_head(tmp_path / "f.h5", tmp_path / "m", clf="mlp", hidden=[20, 10], folds=0, **options)
+    model = load_model(tmp_path / "m")
+    assert [weight.shape for weight, _ in model.head.layers] == [(20, CLASSES_DIM), (10, 20), (3, 10)]
+    settings = options | {"hidden": [20, 10], "dropout": [0.1, 0.1]}
+    assert settings.items() <= model.manifest["training"].items()
+    assert report.settings == settings | {"scaling": "standardise"}
+    assert report.test_accuracy is not None and report.test_accuracy > 0.8
+    found = np.stack([each.probabilities for each in predict(tmp_path / "m", tmp_path / "f.h5")])
+    np.testing.assert_array_equal(found, model.head.probabilities(X))
+
+
 def test_without_splits_every_labelled_row_trains(tmp_path: Path) -> None:
     make_classes(tmp_path / "f.h5", [*([0, 1] * 20), -1, -1])
     report = fit_head(tmp_path / "f.h5", tmp_path / "m")
@@ -82,6 +111,11 @@ def test_classes_without_training_images_are_left_out_and_indices_hold(tmp_path:
         ([0] * 10 + [1], {}, SourceError, "class b has one training image"),
         ([0, 1] * 10, {"clf": "forest"}, UsageError, "unknown clf"),
         ([0, 1] * 10, {"clf": "mlp", "C": 1.0}, UsageError, "C belongs to logreg"),
+        ([0, 1] * 10, {"hidden": 8}, UsageError, "hidden belongs to mlp, not to logreg; leave it out"),
+        ([0, 1] * 10, {"clf": "linear", "dropout": 0.2}, UsageError, "dropout belongs to mlp, not to linear"),
+        ([0, 1] * 10, {"batch_size": 8}, UsageError, "batch_size belongs to linear and mlp, not to logreg"),
+        ([0, 1] * 10, {"clf": "mlp", "hidden": [8, 0]}, UsageError, "hidden layer 2 must be a whole number"),
+        ([0, 1] * 10, {"clf": "mlp", "hidden": "8"}, UsageError, "hidden layer 1 must"),
         ([0, 1] * 10, {"C": -1.0}, UsageError, "positive"),
         ([0, 1] * 10, {"folds": 1}, UsageError, "folds"),
         ([0, 1] * 10, {"folds": 0}, UsageError, "give --C"),

@@ -1,0 +1,184 @@
+"""Scores in words. In: what ``fit_head`` or ``evaluate`` returned. Out: lines of a text, for a terminal of 80 columns.
+
+Class names come as they are to be shown, on one line each and harmless to a terminal; they may be of any script and length.
+"""
+
+import heapq
+import itertools
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from featcache.models.fit import FitReport
+
+_WIDTH = 80  # columns of a terminal
+_LEAST_NAME = 8  # columns, in front of a row
+_MOST_CONFUSIONS = 10
+
+
+def fit_lines(report: FitReport, names: Sequence[str]) -> list[str]:
+    """What ``fit_head`` did, a line per fact. ``names``: of its classes."""
+    chosen = f"C {report.C:g}, " if report.C is not None else ""
+    lines = [
+        f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images",
+        f"  classes: {_some(names, _WIDTH - len('  classes: '))}",
+    ]
+    if report.clf != "logreg":
+        settings = {"hidden": (), "dropout": ()} | report.settings
+        layers = [
+            f"{key} {', '.join(f'{x:g}' for x in settings[key])}; " for key in ("hidden", "dropout") if settings[key]
+        ]
+        steps = f"{settings['epochs']:g} epochs in steps of {settings['batch_size']}, lr {settings['lr']:g}"
+        lines.append(f"  {''.join(layers)}{steps}")
+    if report.cv_accuracy is not None:
+        choice = ", corrected for the choice of the setting" if report.clf == "logreg" else ""
+        lines.append(f"  cross-validated accuracy {report.cv_accuracy:.2%}{choice}")
+        lines.append(f"    standard deviation over folds {report.cv_std:.2%}")
+    lines += itertools.chain.from_iterable(_split_lines(report, split) for split in ("val", "test"))
+    return [*lines, f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}"]
+
+
+def _split_lines(report: FitReport, split: str) -> list[str]:
+    """The scores on val or test, and how far they can be believed; nothing where there are none."""
+    of_split = f"{split}_"
+    scores = {key.removeprefix(of_split): value for key, value in vars(report).items() if key.startswith(of_split)}
+    if scores["accuracy"] is None:
+        return []
+    remark, without = "on images nothing was chosen on", scores["accuracy_without_copies"]
+    if report.copies["across_splits"]:
+        all_seen = "all of them are copies of training images"
+        remark = all_seen if without is None else f"{without:.2%} without copies of training images"
+    low, high = scores["accuracy_interval"]
+    return [
+        f"  {split} accuracy {scores['accuracy']:.2%}, {remark}",
+        f"    95% interval {low:.2%} to {high:.2%}; {_balanced(scores)}",
+    ]
+
+
+def _balanced(scores: dict[str, Any]) -> str:
+    return f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro F1 {scores['macro_f1']:.2%}"
+
+
+def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """What ``evaluate`` found, a line per fact. ``names``: of the model's classes."""
+    low, high = scores["accuracy_interval"]
+    lines = [
+        f"{scores['n']} images ({scores['split']}), refused {scores['refused']}",
+        f"  accuracy {scores['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%})",
+        f"  {_balanced(scores)}",
+        f"  log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
+    ]
+    if scores["copies"]["across_splits"]:
+        new = scores["accuracy_without_copies"]
+        all_seen = "training has seen all of them"
+        lines.append(f"  {all_seen if new is None else f'accuracy {new:.2%} on images that training has not seen'}")
+    for name, entry in zip(names, scores["per_class"].values(), strict=True):
+        if entry["n"]:
+            precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
+            lines.append(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+    return lines + confusion_lines(scores["confusion"], names)
+
+
+# ------------------------------------------------------------------------------------------------------- confusion
+
+
+def confusion_lines(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> list[str]:
+    """Which class is taken for which: a table, or where it would be too wide the largest confusions.
+
+    Where names do not fit above the columns of the table, their numbers stand there. Classes that neither occur nor are
+    predicted are left out.
+
+    Args:
+        confusion: a row of counts per true class, a column per predicted one.
+        names: of the classes.
+    """
+    there = [k for k, row in enumerate(confusion) if any(row) or any(other[k] for other in confusion)]
+    kept, counts = [names[k] for k in there], [[confusion[i][j] for j in there] for i in there]
+    table: list[str] = []
+    if len(kept) <= _WIDTH // len(" [1]"):
+        cells = [[f"[{n}]" if i == j else f"{n or '.'} " for j, n in enumerate(row)] for i, row in enumerate(counts)]
+        table = _table(kept, kept, cells, gap=2)
+        if max(map(columns, table)) > _WIDTH:
+            table = _numbered_table(kept, cells)
+    heading = "  rows: the true class; columns: what was predicted"
+    return [heading, *table] if table else _largest_confusions(kept, counts)
+
+
+def _table(heads: Sequence[str], fronts: Sequence[str], cells: Sequence[Sequence[str]], *, gap: int) -> list[str]:
+    """Cells below ``heads`` and behind ``fronts``."""
+    widths = [
+        max(map(columns, fronts)),
+        *(gap + max(map(columns, column)) for column in zip(heads, *cells, strict=True)),
+    ]
+    rows = [("", *heads), *((front, *row) for front, row in zip(fronts, cells, strict=True))]
+    lines = []
+    for row in rows:
+        blanks = [" " * (width - columns(cell)) for cell, width in zip(row, widths, strict=True)]
+        first = f"    {row[0]}{blanks[0]}"
+        lines.append(first + "".join(blank + cell for blank, cell in zip(blanks[1:], row[1:], strict=True)))
+    return [line.rstrip() for line in lines]
+
+
+def _numbered_table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """The table with numbers above its columns, and names in front as far as they fit; nothing if they hardly would."""
+    numbers = [str(k) for k in range(1, len(names) + 1)]
+    room = _WIDTH - 1 - max(map(columns, _table(numbers, numbers, cells, gap=1)))
+    if room < min(_LEAST_NAME, max(map(columns, names))):
+        return []
+    digits = len(numbers[-1])
+    fronts = [f"{number:>{digits}} {_cut(name, room)}" for number, name in zip(numbers, names, strict=True)]
+    cut = [f"    {number} = {name}" for number, name in zip(numbers, names, strict=True) if columns(name) > room]
+    return _table(numbers, fronts, cells, gap=1) + cut
+
+
+def _largest_confusions(names: Sequence[str], counts: list[list[int]]) -> list[str]:
+    """As lines ``true -> predicted: 12 of 80``, the largest first."""
+    wrong = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if n and i != j]
+    if not wrong:
+        return ["  no image was taken for another class"]
+    lines = []
+    for n, i, j in heapq.nsmallest(_MOST_CONFUSIONS, wrong, key=lambda pair: (-pair[0], *pair[1:])):
+        count = f": {n} of {sum(counts[i])}"
+        room = _WIDTH - len("     -> " + count)
+        true, predicted = (_cut(names[a], max(room // 2, room - columns(names[b]))) for a, b in ((i, j), (j, i)))
+        lines.append(f"    {true} -> {predicted}{count}")
+    more = f"; {len(wrong) - len(lines)} more pairs were confused" if wrong[len(lines) :] else ""
+    return [f"  largest confusions, true -> predicted{more}", *lines]
+
+
+# ----------------------------------------------------------------------------------------------------------- names
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal ``text`` takes: by Unicode's East Asian Width, marks none."""
+    return sum(map(_width, unicodedata.normalize("NFC", text)))
+
+
+def _width(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _cut(text: str, width: int) -> str:
+    """``text``, or its beginning and its end, by which names differ, in at most ``width`` columns."""
+    if columns(text) <= width:
+        return text
+    text = unicodedata.normalize("NFC", text)
+    widths = [*map(_width, text)]
+    first = sum(used <= (width - 1) // 2 for used in itertools.accumulate(widths))
+    room = width - 2 - sum(widths[:first])
+    last = len(text) - sum(used <= room for used in itertools.accumulate(reversed(widths)))
+    while last < len(text) and not widths[last]:  # a mark without its letter
+        last += 1
+    return f"{text[:first]}..{text[last:]}"
+
+
+def _some(names: Sequence[str], width: int) -> str:
+    """The first names in ``width`` columns, one at least, and how many there are more."""
+    for count in range(min(len(names), width // 3), 0, -1):
+        more = f" and {len(names) - count} more" if names[count:] else ""
+        text = ", ".join(names[:count]) + more
+        if columns(text) <= width:
+            break
+    return text

@@ -1,0 +1,65 @@
+"""The rows of an evaluation: one per labelled image, saying what ``predict`` says, and what is true."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from caches import make_classes
+from conftest import TINY, make_photos
+
+from featcache.extraction.extract import extract
+from featcache.models.evaluate import evaluate
+from featcache.models.fit import fit_head
+from featcache.models.model import load_model
+from featcache.models.predict import predict
+
+OF_PREDICT = ["path", "label", "probability", "status", "reason"]
+OWN = ["true_label", "true_probability", "correct", "seen"]
+
+
+@pytest.mark.parametrize("split", ["val", "all"])
+def test_rows_add_up_to_the_scores(tmp_path: Path, split: str) -> None:
+    make_classes(tmp_path / "f.h5", np.arange(150) % 3, 1 + np.arange(150) // 75, spread=3.0)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0)
+    scores = evaluate(tmp_path / "m", tmp_path / "f.h5", split=split, rows=True)
+    rows = list(scores["rows"])
+    assert list(scores["rows"]) == []  # an iterator, which keeps nothing
+    assert "rows" not in evaluate(tmp_path / "m", tmp_path / "f.h5", split=split)
+    assert np.mean([row["correct"] for row in rows]) == scores["accuracy"] < 1
+    losses = -np.log(np.clip([row["true_probability"] for row in rows], 1e-12, 1))
+    assert losses.mean() == pytest.approx(scores["log_loss"], rel=1e-3)
+    pairs = [(row["true_label"], row["label"]) for row in rows]
+    assert [[pairs.count((true, label)) for label in "abc"] for true in "abc"] == scores["confusion"]
+    assert all(row["correct"] == (row["label"] == row["true_label"]) for row in rows)
+    assert [row["path"] for row in rows if not row["seen"]] == [f"{k:04d}.jpg" for k in range(75, 150)]
+
+
+def test_rows_can_be_joined_with_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same paths and the same columns, of images and of a cache; what was refused is there, with its reason."""
+    monkeypatch.chdir(tmp_path)
+    make_photos(Path("photos"), each=4, splits=("train", "test"))
+    (Path("photos") / "test" / "red" / "bad.jpg").write_text("no image")
+    (Path("photos") / "test" / "red" / "link.jpg").symlink_to("/etc/hostname")
+    extract("photos", "f.h5", TINY)
+    fit_head("f.h5", "m", C=1.0)
+    for source in ("photos", "f.h5"):
+        scores = evaluate("m", source, split="all", rows=True)
+        rows = {row["path"]: row for row in scores["rows"]}
+        assert {tuple(row) for row in rows.values()} == {(*OF_PREDICT, *OWN)}
+        predicted = [prediction.to_row() for prediction in predict("m", source)]
+        assert {path: {name: row[name] for name in OF_PREDICT} for path, row in rows.items()} == {
+            row["path"]: row for row in predicted
+        }
+        assert len(predicted) == len(rows) == scores["n"] + scores["refused"] == 24 + 2
+        assert sum(row["status"] == "refused" for row in rows.values()) == scores["refused"]
+    rows = {row["path"]: row for row in evaluate("m", "photos", split="test", rows=True)["rows"]}
+    bad = rows["photos/test/red/bad.jpg"]
+    assert [bad[name] for name in OWN] == ["red", None, None, None]
+    assert "photos/test/red/link.jpg" not in rows  # its split is not known
+
+
+def test_a_model_of_an_earlier_version_does_not_know_what_it_has_seen(model: Path, cache: Path) -> None:
+    older = load_model(model)
+    del older.manifest["training_rows"]
+    assert {row["seen"] for row in evaluate(older, cache, split="train", rows=True)["rows"]} == {None}
+    assert {row["seen"] for row in evaluate(model, cache, split="train", rows=True)["rows"]} == {True}

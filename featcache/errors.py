@@ -38,6 +38,16 @@ class BackboneError(FeatcacheError):
     """No such backbone, or its weights are missing, unreadable or do not fit."""
 
 
+class DownloadError(BackboneError):
+    """The weights that a library provides are not on this machine and could not be downloaded.
+
+    ``place``: the file that they would be in, if known. ``instead``: a backbone whose weights need no download; empty
+    where no other one would do.
+    """
+
+    place = instead = ""
+
+
 class CacheError(FeatcacheError):
     """A cache file cannot be read: not ours, newer, or damaged."""
 

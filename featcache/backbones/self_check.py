@@ -47,6 +47,17 @@ class Agreement:
             and self.error <= MAX_ERROR
         )
 
+    @property
+    def shortfall(self) -> str:
+        """What is too much, in words that go behind "change"; empty if it passes, or nothing can be measured."""
+        if self.error > MAX_ERROR:
+            return f"these embeddings by {100 * self.error:.1f} % ({100 * MAX_ERROR:.1f} % is allowed)"
+        if (lowest := min(self.min_cosine, self.centred_min_cosine)) < MIN_COSINE:
+            return f"one of these embeddings too much (cosine {lowest:.4f}, {MIN_COSINE} is needed)"
+        if (mean := min(self.mean_cosine, self.centred_mean_cosine)) < MEAN_COSINE:
+            return f"these embeddings too much (mean cosine {mean:.5f}, {MEAN_COSINE} is needed)"
+        return ""
+
     def to_json(self) -> dict[str, float | None]:
         """Plain values for the provenance; JSON has no NaN, so None."""
         return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}

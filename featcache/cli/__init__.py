@@ -7,5 +7,7 @@ predict.py  predict, evaluate, export
 inspect.py  info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits
 options.py  options that several commands share
+help.py     options in groups
+usage.py    what is said about wrong usage
 console.py  what is printed: results, messages, progress
 """

@@ -4,40 +4,47 @@ In: ``sys.argv``. Out: an exit code. 0 done; 1 failed; 2 wrong usage; 3 done, bu
 ``--max-bad`` allows; 128 + the signal when stopped by one.
 """
 
-import io
 import logging
+import re
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from featcache import __version__
 from featcache.cli import demo, extract, inspect, predict, train
 from featcache.cli.console import is_first_process, open_missing_streams, say, show_result, silence
-from featcache.errors import FeatcacheError, Interrupted, UsageError
+from featcache.cli.help import Command, Group
+from featcache.cli.usage import explain, with_backbone
+from featcache.errors import DownloadError, FeatcacheError, Interrupted, UsageError
 from featcache.system.signals import interrupt_on_signals
 from featcache.system.supervisor import supervised
 
 _DECODING = ("extract", "finetune", "predict", "evaluate")  # commands that decode images
-_EVERYWHERE = ("-q", "--quiet", "-v", "--verbose")  # options that may stand before or behind the command
+_EVERYWHERE = re.compile("-q+|--quiet|-v+|--verbose")  # options that may stand before or behind the command
 
 log = logging.getLogger("featcache")
 
 app = typer.Typer(
     name="featcache",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Embed images once, cache the embeddings with proof of origin, train classifiers on them in seconds.",
-    epilog="[bold]Three commands:[/]  featcache extract photos/ -o features.h5  ·  "
-    "featcache fit-head features.h5 -o model/  ·  featcache predict model/ new_photos/",
+    epilog="Three commands do the whole job:\n  featcache extract photos/ -o features.h5\n"
+    "  featcache fit-head features.h5 -o model/\n  featcache predict model/ new_photos/",
 )
+_EXAMPLES: dict[str, str] = {}  # the first of each command
 for group in (extract, train, predict, inspect, demo):  # in the order in which the help shows them
-    for command, examples in group.COMMANDS.items():
-        app.command(epilog=f"[bold]Examples:[/]  {examples}")(command)
+    for command, text in group.COMMANDS.items():
+        examples = text.split("  ·  ")
+        _EXAMPLES[command.__name__.replace("_", "-")] = examples[0]
+        lines = ["Examples:", *(f"  {example}" for example in examples)]
+        app.command(cls=Command, epilog="\n".join([*lines, "-q leaves notes out, -v shows why."]))(command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -51,11 +58,9 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="Leave out notes and progress; warnings and errors stay.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Leave out notes and progress, not warnings.")] = False,
     verbose: Annotated[
-        bool, typer.Option("-v", "--verbose", help="If it fails, show where and what led to it.")
+        bool, typer.Option("-v", "--verbose", help="Show why: what was measured, and where it failed.")
     ] = False,
 ) -> None:
     if quiet and verbose:
@@ -69,8 +74,8 @@ def main() -> None:
     open_missing_streams()
     _log_to_stderr()
     typed = _options_typed()
-    first = [text for text in typed if text in _EVERYWHERE]
-    rest = [text for text in typed if text not in _EVERYWHERE]
+    first = [text for text in typed if _EVERYWHERE.fullmatch(text)]
+    rest = [text for text in typed if not _EVERYWHERE.fullmatch(text)]
     sys.argv[1:] = [*first, *rest, *sys.argv[1 + len(typed) :]]
     sys.exit(_run(command=next(iter(rest), "")))
 
@@ -99,8 +104,11 @@ def _run(*, command: str) -> int:
         silence(sys.stdout)
         return 1
     except (FeatcacheError, OSError) as error:
-        say(f"error: {error}")
-        return _fail(error, str(error))
+        message = str(error)
+        if isinstance(error, DownloadError) and error.instead:
+            message += f": {with_backbone(sys.argv[1:], error.instead)}"
+        say(f"error: {message}")
+        return _fail(error, message)
     except Exception as error:
         return _usage_error(error)
     if code == 130:
@@ -126,16 +134,16 @@ def _fail(error: Exception, message: str, *, code: int = 1) -> int:
 
 
 def _usage_error(error: Exception) -> int:
-    """Print a click error as click words it, harmless to a terminal; anything else is a bug and keeps its traceback."""
-    show = getattr(error, "show", None)
-    if show is None:
+    """Say in one line what typer refused; anything else is a bug and keeps its traceback."""
+    if not hasattr(error, "show"):
         _fail(error, str(error))
         raise error
-    text = io.StringIO()
-    show(file=text)
-    for line in text.getvalue().rstrip("\n").split("\n"):
-        say(line)
-    return _fail(error, getattr(error, "format_message", error.__str__)(), code=2)
+    if type(error).__name__ == "NoArgsIsHelpError":  # it has shown the help
+        return 2
+    commands: Any = typer.main.get_command(app)
+    message = explain(error, commands.commands, _EXAMPLES, _options_typed())
+    say(f"error: {message}")
+    return _fail(error, message, code=2)
 
 
 class _ToStderr(logging.Handler):

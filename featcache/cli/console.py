@@ -109,13 +109,14 @@ def show_training() -> AbstractContextManager[_Progress | None]:
 
 @contextlib.contextmanager
 def interruptible(output: Path) -> Iterator[None]:
-    """Say, when the user interrupts what is inside, how to go on."""
+    """Say, when the user interrupts what is inside, how to go on, if anything is finished."""
     from featcache.system.workdir import work_folder
 
     try:
         yield
     except KeyboardInterrupt:
-        say(f"finished work is kept in {work_folder(output)}; the same command goes on from there")
+        if (folder := work_folder(output)).is_dir():
+            say(f"finished work is kept in {folder}; the same command goes on from there")
         raise
 
 

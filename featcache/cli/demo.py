@@ -23,7 +23,9 @@ _EDGE = 64  # pixels; the backbone's own resize does the rest
 
 
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where to work; made if missing.")] = Path("featcache-demo"),
+    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to work; made if missing.")] = Path(
+        "featcache-demo"
+    ),
     as_json: options.Json = False,
 ) -> None:
     """Do the whole job on handwritten digits, without any download."""

@@ -12,9 +12,9 @@ from featcache.cli.console import show_progress, show_result
 
 def extract(
     source: Annotated[
-        Path, typer.Argument(readable=False, help="Folder of class folders, of splits of these, of images; or a CSV.")
+        Path, typer.Argument(readable=False, help="Folder of class folders (or of splits, or of images), or a table.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The cache file; updated if it exists.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The cache; updated if it exists.")],
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -32,17 +32,20 @@ def extract(
     white_level: options.WhiteLevel = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many images, evenly spread over the source.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
     max_bad: options.MaxBad = 0.05,
     reuse: Annotated[
-        list[Path] | None, typer.Option(help="Another cache to take embeddings from; may be given several times.")
+        list[Path] | None, typer.Option(metavar="FILE", help="Another cache to take embeddings from; may be repeated.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a cache made with another spec, or damaged.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a cache of other settings, or a damaged one.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Embed images into a cache file, or bring it up to date: only new content is embedded, an interrupted run resumes."""
+    """Embed images into a cache, or bring it up to date.
+
+    Only new content is embedded, and an interrupted run goes on where it was.
+    """
     from featcache.extraction.extract import extract as run
     from featcache.extraction.request import ExtractRequest
     from featcache.images.source import Source
@@ -79,7 +82,7 @@ def extract(
             reuse=reuse or (),
             progress=progress,
         )
-    show_result([str(report)], dataclasses.asdict(report), as_json=as_json)
+    show_result(report.lines(), dataclasses.asdict(report), as_json=as_json)
     options.exit_if_bad(report.refused, report.images, max_bad)
 
 

@@ -31,7 +31,7 @@ def verify(
     cache: Annotated[Path, typer.Argument(readable=False, help="A cache file.")],
     repair: Annotated[
         Path | None,
-        typer.Option(metavar="SOURCE", readable=False, help="Mend what is damaged from the images it was made from."),
+        typer.Option(metavar="SOURCE", readable=False, help="Mend it from the images it was made from."),
     ] = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
@@ -43,7 +43,10 @@ def verify(
     batch_size: options.BatchSize = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Read every byte of a cache and compare it with the checksums; mend what is damaged, and only that, if asked to."""
+    """Compare every byte of a cache with its checksums; mend it.
+
+    With --repair what is damaged is embedded again, and only that.
+    """
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     if repair is not None:
         from featcache.images.source import Source
@@ -104,13 +107,13 @@ def _mend(
         )
     if report.damaged or report.damaged_columns:
         restored = ", ".join(report.restored_columns) or "no column"
-        line = (
-            f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}; "
-            f"embedded {report.embedded} images again, took {restored} from {source} ({report.seconds:.1f} s)"
-        )
+        lines = [
+            f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}",
+            f"  embedded {report.embedded} images again, took {restored} from {source} ({report.seconds:.1f} s)",
+        ]
     else:
-        line = f"{cache}: {report.rows} rows, all intact, nothing to repair"
-    show_result([line], dataclasses.asdict(report), as_json=as_json)
+        lines = [f"{cache}: {report.rows} rows, all intact, nothing to repair"]
+    show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 
 def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) -> str:
@@ -134,11 +137,12 @@ def backbones(
 
 def doctor(
     images: Annotated[
-        Path | None, typer.Option(readable=False, help="Folder or CSV to measure with; generated photos if not given.")
+        Path | None,
+        typer.Option(metavar="SOURCE", readable=False, help="What to measure with. Default: generated photos."),
     ] = None,
     backbone: options.Backbone = "resnet50",
     weights: Annotated[
-        str | None, typer.Option(help="As for extract; if not given random ones, which are as fast, and no download.")
+        str | None, typer.Option(help="As for extract. Default: random ones, as fast, no download.")
     ] = None,
     precision: options.Precision = "auto",
     device: options.Device = "auto",
@@ -149,7 +153,10 @@ def doctor(
     ] = 20.0,
     as_json: options.Json = False,
 ) -> None:
-    """Show what this machine can do, measure how fast it embeds, and say what limits."""
+    """Measure how fast this machine embeds, and what limits.
+
+    What it has and what would help is shown, too.
+    """
     from featcache.reports.doctor import doctor as run
 
     facts = run(

@@ -15,42 +15,45 @@ from featcache.errors import UsageError
 Commands = dict[Callable[..., None], str]  # what a file of commands offers: each, and the examples below its help
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
-Workers = Annotated[str, typer.Option(help="Threads that read and decode (on a CPU: that do everything), or auto.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, mps. Default: a GPU if there is one.")]
+Workers = Annotated[str, typer.Option(help="Threads that read and decode; on a CPU also embed. Default: one a core.")]
 ClassLevel = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=3,
-        help="Which folder of SOURCE names the class: 1 the top one, 2 the one inside of it, 3 one deeper; if not given, names decide.",
+        help="Which folder names the class: 1 the top one, 2 the one inside, 3 one deeper. Default: names decide.",
     ),
 ]
 Root = Annotated[
     Path | None,
-    typer.Option(readable=False, help="Of a table: the folder that its paths are relative to; its own if not given."),
+    typer.Option(
+        metavar="FOLDER", readable=False, help="Of a table: what its paths are relative to. Default: its own folder."
+    ),
 ]
-PathColumn = Annotated[str | None, typer.Option(help="Of a table: the column of paths, if its name does not say so.")]
-LabelColumn = Annotated[
-    str | None, typer.Option(help="Of a table: the column of classes, if its name does not say so.")
+PathColumn = Annotated[str | None, typer.Option(help="Of a table: the column of paths.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Of a table: the column of classes.")]
+SplitColumn = Annotated[str | None, typer.Option(help="Of a table: the column of splits.")]
+BatchSize = Annotated[str, typer.Option(help="Images per forward pass; changes no result.")]
+MaxBad = Annotated[
+    float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Exit with 3 if more of the images are refused.")
 ]
-SplitColumn = Annotated[str | None, typer.Option(help="Of a table: the column of splits, if its name does not say so.")]
-BatchSize = Annotated[str, typer.Option(help="Images per forward pass, or auto. Never changes what is computed.")]
-MaxBad = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of refused images above which to exit with 3.")]
 
 # What changes the numbers.
-Backbone = Annotated[str, typer.Option(help="A name (see `featcache backbones`), or a model's folder.")]
-Weights = Annotated[str, typer.Option(help="auto, none, a torchvision weights name, or a .pth / .safetensors file.")]
-Precision = Annotated[str, typer.Option(help="auto (fastest that passes the self-check), fp32, bf16 or fp16.")]
-Dtype = Annotated[str, typer.Option(help="How embeddings are stored: auto (float16 if they fit), float16, float32.")]
-Resize = Annotated[str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH; auto: the weights' own.")]
-Crop = Annotated[str, typer.Option(help="Edge of the centre crop in pixels; auto: the weights' own.")]
-Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic, lanczos; auto: the weights' own.")]
+Backbone = Annotated[str, typer.Option(help="One of `featcache backbones`, or a model's folder.")]
+Weights = Annotated[
+    str, typer.Option(help="none, a name of torchvision's, a .pth or .safetensors file. Default: pretrained.")
+]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16. Default: the fastest that changes nothing.")]
+Dtype = Annotated[str, typer.Option(help="Stored as float16 or float32. Default: float16 if they fit.")]
+Resize = Annotated[str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH. Default: as the weights want.")]
+Crop = Annotated[str, typer.Option(help="Edge of the centre crop in pixels. Default: as the weights want.")]
+Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic, lanczos. Default: as the weights want.")]
 WhiteLevel = Annotated[
-    str, typer.Option(help="Sample of 16-bit images that is white: 4095 for 12 bits of data; auto: 65535.")
+    str,
+    typer.Option(help="Sample of 16-bit images that is white: 4095 for 12 bits of data. Default: 65535."),
 ]
-Decode = Annotated[
-    str, typer.Option(help="Scale at which large JPEGs are decoded: full, reduced (faster, other pixels), auto: full.")
-]
+Decode = Annotated[str, typer.Option(help="Of large JPEGs: full, or reduced (faster, other pixels). Default: full.")]
 
 
 def count(text: str, name: str) -> int | None:
@@ -58,7 +61,7 @@ def count(text: str, name: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{name} must be auto or a whole number from 1, found {text!r}")
+        raise UsageError(f"--{name.replace(' ', '-')} must be auto or a whole number from 1, found {text!r}")
     return int(text)
 
 
@@ -69,7 +72,7 @@ def number(text: str, name: str) -> float | None:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"{name} must be auto or a positive number, found {text!r}") from None
+        raise UsageError(f"--{name.replace(' ', '-')} must be auto or a positive number, found {text!r}") from None
 
 
 def size(text: str) -> int | tuple[int, int] | None:

@@ -21,7 +21,7 @@ def predict(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
     inputs: Annotated[list[Path], typer.Argument(readable=False, help="Images, folders, CSV files; or cache files.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file; stdout if not given.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .csv or .jsonl file. Default: stdout.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
     probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
@@ -32,7 +32,10 @@ def predict(
     max_bad: options.MaxBad = 1.0,
     as_json: options.Json = False,
 ) -> None:
-    """Label images: one row per input image, in order, refused ones included."""
+    """Label images.
+
+    One row per image, in order, refused ones included.
+    """
     from featcache.models.model import load_model
     from featcache.models.predict import predict as run
     from featcache.reports.predictions_table import prediction_rows
@@ -113,7 +116,8 @@ def evaluate(
         str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
     ] = "auto",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="A .csv or .jsonl file: a row per image, with its true label.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="A .csv or .jsonl file: a row per image, with its label."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     class_level: options.ClassLevel = None,
@@ -126,7 +130,10 @@ def evaluate(
     workers: options.Workers = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Score a model on labelled images or on a cache: accuracy, per class, and which class is taken for which."""
+    """Score a model on labelled images or on a cache.
+
+    Accuracy, scores per class, and which class is taken for which.
+    """
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
     from featcache.reports.predictions_table import as_written
@@ -164,11 +171,14 @@ def evaluate(
 
 def export(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .safetensors file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .onnx or .safetensors file.")],
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Write backbone and head as one file that runs without featcache, checked against the model first."""
+    """Write a model as one file that runs without featcache.
+
+    The file is checked against the model before it is published.
+    """
     from featcache.models.export import export_model
 
     report = export_model(model, output, force=force)
@@ -176,10 +186,10 @@ def export(
         f"  {heading}: " + "; ".join(f"{name}, {what}" for name, what in entries.items())
         for heading, entries in (("in", report.inputs), ("out", report.outputs))
     ]
-    lines.append(
-        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model "
-        f"{report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits"
-    )
+    lines += [
+        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model:",
+        f"  {report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits",
+    ]
     show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 

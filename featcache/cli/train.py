@@ -16,7 +16,7 @@ _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for 
 
 def fit_head(
     cache: Annotated[Path, typer.Argument(readable=False, help="A cache file written by extract.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The model.")],
     clf: Annotated[str, typer.Option(help="logreg, linear or mlp.")] = "logreg",
     c: Annotated[
         str, typer.Option("--C", help="Inverse regularisation strength of logreg; auto: cross-validated.")
@@ -24,17 +24,17 @@ def fit_head(
     folds: Annotated[int, typer.Option(help="Folds of the cross-validation on training rows; 0 for none.")] = 5,
     class_weight: Annotated[str, typer.Option(help="none, or balanced: rare classes weigh more.")] = "none",
     hidden: Annotated[
-        str | None, typer.Option(help="Of mlp: sizes of its hidden layers, as 256,128; else 512.")
+        str | None, typer.Option(metavar="N,N", help="Of mlp: sizes of its hidden layers. Default: 512.")
     ] = None,
     dropout: Annotated[
-        str | None, typer.Option(help="Of mlp: share dropped after hidden layers, or a list; else 0.25.")
+        str | None, typer.Option(metavar="SHARE", help="Of mlp: dropped after hidden layers, or a list. Default: 0.25.")
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Of linear, mlp: just so many; else as many as suit held-out images.")
+        int | None, typer.Option(help="Of linear, mlp: exactly so many. Default: what suits held-out images.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Of linear, mlp: learning rate of AdamW; else 0.003.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Of linear, mlp: learning rate. Default: 0.003.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Of linear, mlp: images per step; else by their number.")
+        int | None, typer.Option(help="Of linear, mlp: images per step. Default: by their number.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds, initial weights and batches.")] = 0,
     self_contained: Annotated[
@@ -42,7 +42,10 @@ def fit_head(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Train a classifier on cached embeddings; everything is chosen on training rows, val and test stay untouched."""
+    """Train a classifier on cached embeddings, in seconds.
+
+    Everything is chosen on training rows; val and test stay untouched.
+    """
     from featcache.models.fit import fit_head as run
     from featcache.reports.scores import fit_lines
 
@@ -76,7 +79,7 @@ def _numbers(text: str | None, name: str, kind: Callable[[str], float]) -> Any:
 
 def finetune(
     source: Annotated[Path, typer.Argument(readable=False, help="Labelled images: folders or a CSV, as for extract.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The new model folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The new model.")],
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -84,7 +87,9 @@ def finetune(
     split_column: options.SplitColumn = None,
     init: Annotated[
         Path | None,
-        typer.Option(readable=False, help="Model to start from; without it, one is extracted and fit first."),
+        typer.Option(
+            metavar="FOLDER", readable=False, help="Model to start from. Default: one is extracted and fit first."
+        ),
     ] = None,
     recipe: Annotated[
         str,
@@ -122,7 +127,10 @@ def finetune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Unfreeze the backbone and train end to end, from the cached head on; by default never ending below it on val."""
+    """Train the backbone, too, end to end, from the cached head on.
+
+    The result is by default never below that head on val.
+    """
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune as run
     from featcache.finetuning.recipe_files import parse_settings

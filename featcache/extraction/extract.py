@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from featcache.system.device import Runtime
 
 log = logging.getLogger("featcache")
+_NAMED = 8  # classes at most, in the summary
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -55,7 +56,8 @@ class ExtractReport(Shown):
         embedded, reused, refused: computed now; taken over; without an embedding (the cache says why).
         added, changed, removed: paths, compared with the cache that was there before.
         dim: D. seconds: of the whole call. images_per_second: embedded / seconds of the embedding loop, start-up left out.
-        fingerprint: of the cache's spec. classes: how many. splits: images with an embedding in each split that has any.
+        fingerprint: of the cache's spec. classes: how many. class_names: in the order of their indices.
+        splits: images with an embedding in each split that has any.
         copies: ``within``, ``across_splits``, ``across_labels``, see ``cache.copies``.
     """
 
@@ -72,18 +74,31 @@ class ExtractReport(Shown):
     images_per_second: float
     fingerprint: str
     classes: int
+    class_names: tuple[str, ...]
     splits: dict[str, int]
     copies: dict[str, int]
 
     _shown = ("cache", "images", "embedded", "reused", "refused", "dim", "classes", "splits", "seconds")
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """What is in the cache, and what was done for it; names as they are."""
+        names = [*self.class_names[:_NAMED], *(["..."] if self.classes > _NAMED else [])]
+        splits = [f"{name} {count}" for name, count in self.splits.items() if name != "none"]
+        held = [
+            f"{self.classes} classes: {', '.join(names)}" if names else "no classes",
+            ", ".join(splits) or "no splits",
+        ]
         rate = f", {self.images_per_second:,.0f} images/s once started" if self.embedded else ""
-        return (
-            f"{self.cache}: {self.embedded + self.reused} embeddings of {self.dim} dimensions; embedded {self.embedded}, "
-            f"reused {self.reused}, refused {self.refused} (added {self.added}, changed {self.changed}, "
-            f"removed {self.removed}) in {self.seconds:.1f} s{rate}"
-        )
+        return [
+            f"{self.cache}: {self.embedded + self.reused} embeddings of {self.dim} dimensions",
+            f"  {'; '.join(held)}",
+            f"  embedded {self.embedded}, reused {self.reused}, refused {self.refused}; "
+            f"added {self.added}, changed {self.changed}, removed {self.removed}",
+            f"  {self.seconds:.1f} s{rate}",
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
 
 def extract(
@@ -180,6 +195,7 @@ def extract(
         images_per_second=(len(rows) - reused) / seconds if seconds else 0.0,
         fingerprint=spec.fingerprint,
         classes=len(plan.images.classes),
+        class_names=plan.images.classes,
         splits={SPLITS[split]: int(n) for split, n in zip(*np.unique(rows.splits, return_counts=True), strict=True)},
         copies=copies.counts(),
     )
@@ -187,11 +203,12 @@ def extract(
 
 @contextlib.contextmanager
 def _interruption_noted(output: Path) -> Iterator[None]:
-    """Say, when the user interrupts what is inside, how to go on."""
+    """Say, when the user interrupts what is inside, how to go on, if anything is finished."""
     try:
         yield
     except KeyboardInterrupt:
-        log.warning("finished work is kept in %s; the same once more goes on from there", work_folder(output))
+        if (folder := work_folder(output)).is_dir():
+            log.warning("finished work is kept in %s; the same once more goes on from there", folder)
         raise
 
 
@@ -242,7 +259,7 @@ class _Job:
     @functools.cached_property
     def backbone(self) -> "Backbone":
         """Raises BackboneError, ModelError, UsageError."""
-        log.info(self.runtime.reason)
+        log.log(logging.INFO if self.device == "auto" else logging.DEBUG, self.runtime.reason)
         backbone = load_requested(self.resolved, self.saved)
         if self.request.record() != self.record:  # it would be taken for the file that was there before
             raise BackboneError(
@@ -258,6 +275,8 @@ class _Job:
 
         precision = cast("Precision", self.resolved.precision)
         embedder = Embedder.prepare(self.backbone, self.images, runtime=self.runtime, precision=precision)
+        if advice := embedder.choice.advice:
+            log.info(advice)
         if not len(embedder.sample):
             raise SourceError(self.images.all_refused(refusals(self.images, range(len(self.images)))))
         _compare_with_full_scale(embedder, self.images)
@@ -278,8 +297,10 @@ class _Job:
         if self.before:
             return self.before.storage
         fits = survives_rounding(self.embedder.encoder(self.embedder.sample))
-        reason = "half the size of float32, and these embeddings fit" if fits else "these embeddings do not fit float16"
-        log.info("storage %s: %s", "float16" if fits else "float32", reason)
+        level = logging.DEBUG if fits else logging.INFO  # what costs twice the space is worth a word
+        log.log(
+            level, "these embeddings %s float16, which is half the size of float32", "fit" if fits else "do not fit"
+        )
         return "float16" if fits else "float32"
 
     def keep_weights(self, spec: Spec) -> None:

@@ -5,6 +5,7 @@ In: what the user asked for. Out: a frozen ``Runtime``, which changes only the s
 
 import contextlib
 import dataclasses
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from featcache.errors import UsageError
 from featcache.system.memory import keep_freed_memory
 from featcache.system.runtime_options import check_runtime_options
 
+log = logging.getLogger("featcache")
 _LOADED_BY = os.getpid()
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of MPS and of the CPU
 
@@ -48,10 +50,12 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     chosen, reason = _choose_device(device)
     if workers is None:
         workers = cores if chosen.type == "cpu" else min(cores, 32)
-    reason += f"; {workers} worker{'s' if workers > 1 else ''} for {cores} usable core{'s' if cores > 1 else ''}"
-    if keep_freed_memory():
-        reason += "; freed memory is kept for the next batch"
-    return Runtime(chosen, workers, batch_size or (8 if chosen.type == "cpu" else 64), reason)
+    batch_size = batch_size or (8 if chosen.type == "cpu" else 64)
+    kept = "kept" if keep_freed_memory() else "not kept"
+    log.debug(
+        "%d workers for %d usable cores; %d images per batch; freed memory is %s", workers, cores, batch_size, kept
+    )
+    return Runtime(chosen, workers, batch_size, f"{reason}; {workers} worker{'s' if workers > 1 else ''}")
 
 
 def use_one_thread_if_forked() -> None:

@@ -1,6 +1,8 @@
 """An embedder from images to rows and their spec. Oracle: the plain float32 network, one image at a time."""
 
 import dataclasses
+import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.embedder import Embedder
 from featcache.backbones.load import load_backbone
 from featcache.errors import UsageError
-from featcache.images.decode import decode_pixels
+from featcache.images.decode import decode_pixels, fast_jpeg
 from featcache.images.preprocess import channel_constants, normalise, to_pixels
 from featcache.images.read import Paths
 from featcache.images.source import list_images
@@ -52,6 +54,34 @@ def test_images_become_rows_with_a_spec(tmp_path: Path) -> None:
         np.testing.assert_allclose(rows[path], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert embedder.spec(storage="float16") == dataclasses.replace(SPEC, weights_sha256=backbone.weights_sha256)
     assert embedder.spec(storage="float32", precision="bf16").precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("missing", "asked", "level"),
+    [(False, "", "DEBUG"), (True, "", "INFO"), (True, "pillow", "DEBUG")],  # what could be faster is worth a line
+)
+def test_a_slow_decoder_is_said_with_what_helps(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    missing: bool,
+    asked: str,
+    level: str,
+) -> None:
+    caplog.set_level("DEBUG", "featcache")
+    monkeypatch.setenv("FEATCACHE_DECODER", asked)
+    if missing:
+        monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    elif importlib.util.find_spec("simplejpeg") is None:
+        pytest.skip("there is none")
+    fast_jpeg.cache_clear()
+    try:
+        Embedder.prepare(small_backbone(), Paths(tmp_path, ()), runtime=choose_runtime("cpu"), precision="fp32")
+    finally:
+        fast_jpeg.cache_clear()
+    [said] = [record for record in caplog.records if record.getMessage().startswith("decoder: ")]
+    assert said.levelname == level
+    assert ("pip install 'featcache[fast]'" in said.getMessage()) == (level == "INFO")
 
 
 def test_where_nothing_can_be_decoded_everything_is_refused(tmp_path: Path) -> None:

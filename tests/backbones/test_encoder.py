@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone
 from featcache.backbones.embed import embed, sample_pixels
-from featcache.backbones.encoder import Precision, build_encoder
+from featcache.backbones.encoder import Precision, PrecisionChoice, build_encoder
 from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import agreement, cosine
 from featcache.errors import UsageError
@@ -152,6 +152,40 @@ def test_one_image_proves_no_precision(bf16_arithmetic: bool) -> None:
     backbone, pixels = tiny(colours(1.0))
     _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels[:1])
     assert (choice.precision, choice.precision_class) == ("fp32", "reference")
+    assert {name.split()[0] for name in choice.tried} == {"fp32"}  # what cannot pass takes no time
+    _, choice = build_encoder(backbone, choose_runtime("cpu"), pixels[:1], precision="bf16")
+    assert (choice.precision, choice.precision_class) == ("bf16", "bf16")
+
+
+def figures(error: float | None) -> dict[str, float | None]:
+    names = ("mean_cosine", "min_cosine", "centred_mean_cosine", "centred_min_cosine")
+    return dict.fromkeys(names, 1.0) | {"error": error}
+
+
+@pytest.mark.parametrize(
+    ("precision", "group", "tried", "advice"),
+    [
+        ("bf16", "reference", {"bf16 fused": 0.02}, ""),
+        ("fp32", "reference", {"fp32 fused": 0.0}, ""),  # a CPU that has nothing faster, or as asked
+        (
+            "fp32",
+            "reference",
+            {"bf16 fused": 0.17, "bf16 folded": 0.165, "fp32 fused": 0.0},
+            "precision float32: bf16 would change these embeddings by 16.5 % (3.2 % is allowed); -v shows more",
+        ),
+        ("fp32", "reference", {"bf16 fused": None, "fp32 fused": 0.0}, ""),  # images that are all alike
+        ("bf16", "reference", {"fp16 folded": 0.2, "bf16 folded": 0.01}, ""),  # a GPU's second is fast, too
+        (
+            "bf16",
+            "bf16",
+            {"bf16 fused": 0.1},
+            "precision bf16 as asked: it changes these embeddings by 10.0 % (3.2 % is allowed)",
+        ),
+    ],
+)
+def test_what_the_user_is_told_of_it(precision: str, group: str, tried: dict[str, float | None], advice: str) -> None:
+    found = {name: figures(error) for name, error in tried.items()}
+    assert PrecisionChoice(precision, "fused", group, "", found).advice == advice
 
 
 def wrong(*_: object, **__: object) -> nn.Module:

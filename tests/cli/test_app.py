@@ -1,6 +1,8 @@
 """The command line: what it prints where, and how it exits."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
 from PIL import Image
 
+from featcache.backbones.backbone import OFFLINE_BACKBONE
 from featcache.cache.cache import FeatureCache
 from featcache.cli import options
 from featcache.cli.demo import write_digits
@@ -104,7 +107,7 @@ def test_texts_of_options() -> None:
     assert (options.count("3", "workers"), options.number("0.5", "C")) == (3, 0.5)
     assert (options.size("40"), options.size("40x30")) == (40, (40, 30))
     for convert, text in ((options.count, "0"), (options.count, "1.5"), (options.count, "²"), (options.number, "few")):
-        with pytest.raises(UsageError, match=f"^head C must be auto or .*, found {text!r}$"):
+        with pytest.raises(UsageError, match=f"^--head-C must be auto or .*, found {text!r}$"):
             convert(text, "head C")
     for text in ("axb", "40x", "x40", "0"):
         with pytest.raises(UsageError, match="resize must be auto or a whole number"):
@@ -269,6 +272,82 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     assert (tmp_path / "ft" / "history.csv").is_file()
 
 
+def test_the_log_is_short_and_says_more_when_asked(
+    trained: Path, tmp_path: Path, run, caplog: pytest.LogCaptureFixture, bf16_arithmetic: bool
+) -> None:
+    """One line each for device and backbone, one on the precision where another could be chosen; figures only with -v."""
+
+    def lines(*words: object) -> list[str]:
+        caplog.clear()
+        assert run(*words)[0] == 0
+        return [
+            record.getMessage() for record in caplog.records if not record.getMessage().startswith((" ", str(photos)))
+        ]
+
+    photos, flags = trained / "photos", TINY_FLAGS[: TINY_FLAGS.index("--precision")]
+    said = lines("extract", photos, "-o", tmp_path / "f.h5", *flags)
+    assert said[0].startswith("device ")
+    assert said[1] == "backbone squeezenet1_1: 512 dimensions, weights random, seed 0"
+    rest = [line for line in said[2:] if not line.startswith("decoder: JPEGs by Pillow; pip install")]
+    told = re.fullmatch(
+        r"precision float32: bf16 would change these embeddings by \d+\.\d % \(3.2 % is allowed\); -v shows more",
+        "".join(rest),
+    )
+    assert bool(told) == bf16_arithmetic
+    assert all(len(line) <= 100 for line in said)
+    said = lines("extract", photos, "-o", tmp_path / "g.h5", *flags, "-v")
+    assert ("bf16 fused cosine" in "".join(said)) == bf16_arithmetic
+    assert any(line.startswith("decoder: ") for line in said)
+    new = [write_photo(tmp_path / "new" / f"{seed}.jpg", COLOURS["red"], seed) for seed in (998, 999)]
+    for words in (("predict", trained / "m", new[0].parent), ("predict", trained / "m", new[0])):
+        said = [line for line in lines(*words) if not line.startswith("decoder: JPEGs by Pillow; pip install")]
+        assert [line.split()[0] for line in said] == ["device", "backbone"]
+    assert "bf16" not in "".join(lines("-v", *words))  # which a single image cannot prove
+
+
+def test_the_summary_names_classes_and_splits(tmp_path: Path, run) -> None:
+    photos = make_photos(tmp_path / "photos", each=2, splits=("train", "test"))
+    out = run("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)[1].splitlines()
+    assert out[:3] == [
+        f"{tmp_path / 'f.h5'}: 12 embeddings of 512 dimensions",
+        "  3 classes: blue, green, red; train 6, test 6",
+        "  embedded 12, reused 0, refused 0; added 12, changed 0, removed 0",
+    ]
+    out = run("extract", photos / "train" / "red", "-o", tmp_path / "g.h5", *TINY_FLAGS)[1].splitlines()
+    assert out[1] == "  no classes; no splits"
+    for number in range(10):
+        write_photo(tmp_path / "many" / f"c{number}" / "0.png", (number, 2, 3), number)
+    out = run("extract", tmp_path / "many", "-o", tmp_path / "h.h5", *TINY_FLAGS)[1].splitlines()
+    assert out[1] == "  10 classes: c0, c1, c2, c3, c4, c5, c6, c7, ...; no splits"
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("extract 'my photos' -o f.h5", "featcache extract 'my photos' -o f.h5 --backbone BACKBONE"),
+        (
+            "extract 'my photos' -o f.h5 --backbone resnet18 --weights IMAGENET1K_V1 --device cpu",
+            "featcache extract 'my photos' -o f.h5 --device cpu --backbone BACKBONE",
+        ),
+        (
+            "extract --backbone=resnet18 -o f.h5 -- 'my photos'",
+            "featcache extract -o f.h5 --backbone BACKBONE -- 'my photos'",
+        ),
+        ("finetune 'my photos' -o m", "featcache finetune 'my photos' -o m --backbone BACKBONE"),
+    ],
+)
+def test_without_a_network_the_command_that_works_is_shown(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch, typed: str, answer: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    make_photos(Path("my photos"), each=3)
+    code, out, err = run(*shlex.split(typed))
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: the weights IMAGENET1K_V1 of resnet")
+    assert err.endswith(f"which is installed: {answer}\n".replace("BACKBONE", OFFLINE_BACKBONE))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -378,17 +457,6 @@ def test_demo_writes_the_digits_once(tmp_path: Path) -> None:
     before = files[0].stat().st_mtime_ns
     write_digits(tmp_path)
     assert files[0].stat().st_mtime_ns == before
-
-
-def test_a_usage_error_is_harmless_however_click_words_it(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**_: object) -> None:
-        error = UserWarning()
-        text = "Usage: featcache\n\nError: No such option: -\x1b[31m\n"  # as older ones do
-        error.show = lambda file: file.write(text)
-        raise error
-
-    monkeypatch.setattr("featcache.cli.app.app", refuse)
-    assert run("-x") == (2, "", "Usage: featcache\n\nError: No such option: -\\x1b[31m\n")
 
 
 def test_the_level_of_classes_reaches_every_listing(tmp_path: Path, cache: Path, model: Path, run) -> None:

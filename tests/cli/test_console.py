@@ -3,11 +3,13 @@
 import io
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from featcache.cli import console
 from featcache.finetuning.trainer import Status
+from featcache.system.workdir import work_folder
 
 
 @pytest.fixture
@@ -67,6 +69,15 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -
     assert re.search(r"embedding \S+ +250/1000 [\d,]+ images/s, limited by forward, left [-\d]:", frames)
     assert re.search(r"epoch 2/3 \S+ +50/100 loss 0.5000, accuracy 75.00%, starting", frames)
     assert text.endswith("\r\x1b[1A\x1b[2K")  # the line is erased
+
+
+def test_an_interruption_promises_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for finished in (False, True):
+        if finished:
+            work_folder(tmp_path / "f.h5").mkdir()
+        with pytest.raises(KeyboardInterrupt), console.interruptible(tmp_path / "f.h5"):
+            raise KeyboardInterrupt
+        assert ("finished work is kept in" in capsys.readouterr().err) == finished
 
 
 def test_silence() -> None:

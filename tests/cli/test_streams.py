@@ -154,6 +154,7 @@ def test_more_and_fewer_words(cache: Path, tmp_path: Path, run: Run) -> None:
     assert code == 1
     assert err.startswith("error: ")
     assert "\nTraceback (most recent call last):\n" in err
+    assert run("info", tmp_path / "nowhere", "-vv") == (code, "", err)
     assert run("info", cache, "-q", "-v")[0] == 2
     assert "-q does not exist" in run("info", "--", "-q")[2]
 

@@ -518,7 +518,7 @@ def test_command_line(work: Work, run: Callable[..., tuple[int, str, str]]) -> N
     work.embed_all()
     with_damage = work.cache.read_bytes()
     code, out, _ = run("verify", work.cache, "--repair", work.photos)
-    assert f"damaged were rows 0-7, splits; embedded 0 images again, took splits from {work.photos}" in out
+    assert f"damaged were rows 0-7, splits\n  embedded 0 images again, took splits from {work.photos}" in out
     work.cache.write_bytes(with_damage)
     work.embed_all()
     code, out, err = run("verify", work.cache, "--repair", work.photos, "--workers", 1, "--json")

@@ -151,7 +151,7 @@ def test_the_backbone_is_loaded_and_checked_once(
     """Checked once more on the first call that offers enough images; never loaded again."""
     fresh, loads, load = load_model(trained / "m"), [], SavedBackbone.load
     monkeypatch.setattr(SavedBackbone, "load", lambda self: (loads.append(self), load(self))[1])
-    with caplog.at_level(logging.INFO, "featcache"):
+    with caplog.at_level(logging.DEBUG, "featcache"):
         for inputs in (files[:1], files[1:3], files, files[:1], files):
             fresh.predict(inputs, device="cpu", batch_size=4)
         list(predict(fresh, files, device="cpu", batch_size=4))

@@ -120,6 +120,6 @@ def test_a_notebook_shows_what_a_stranger_expects(tmp_path: Path, monkeypatch: p
     *notes, report = outputs["logging"]
     assert "".join(note.text for note in notes).startswith("photos: 21 images, 2 classes\n  class ")
     assert {note.name for note in notes} == {"stderr"} and report.text.startswith(
-        "features.h5: 21 embeddings of 512 dimensions; embedded 0, reused 21,"
+        "features.h5: 21 embeddings of 512 dimensions\n  2 classes: blue & co, red; "
     )
     assert outputs["bar"][0].data == {"text/plain": "", "text/html": ""}  # it was there, and is gone

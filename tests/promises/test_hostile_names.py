@@ -196,7 +196,7 @@ def test_what_a_terminal_sees(made: Path, tmp_path: Path, warm: Program) -> None
             (("verify", hostile / "f\n\x1b.h5"), 1),
             (("evaluate", made / "m", made / "classes"), None),
             (("fit-head", hostile / "f\n\x1b.h5", "-o", hostile / "m", "--C", "1", "--folds", "0"), None),
-            (("extract", made / "classes", "-o", hostile / "f\n\x1b.h5", *TINY_FLAGS), 10),
+            (("extract", made / "classes", "-o", hostile / "f\n\x1b.h5", *TINY_FLAGS), 13),
             (("predict", made / "m", hostile / "f\n\x1b.h5", "-o", hostile / "\x07.csv"), 2),
         ):
             done = warm.check(*command)

@@ -260,15 +260,16 @@ def is_wanted(kind: Kind, wanted: str) -> bool:
 def missing(path: AnyPath, otherwise: str) -> str:
     """What to say of a path that is not there: the nearest name beside it; without one ``otherwise``."""
     path = as_path(path)
+    name = shlex.quote(str(path))
     if os.path.lexists(path):
-        return f"{typed(path)} is a link that leads nowhere, or cannot be read; {otherwise}"
+        return f"{name} is a link that leads nowhere, or cannot be read; {otherwise}"
     first = next(place for place in (*reversed(path.parents), path) if not os.path.lexists(place))
     with contextlib.suppress(OSError, ValueError), os.scandir(first.parent) as entries:
         names = {entry.name.lower(): entry.name for entry in itertools.islice(entries, _ENOUGH)}
         for near in difflib.get_close_matches(first.name.lower(), names, n=3):
             if os.path.lexists(guess := first.parent / names[near] / path.relative_to(first)):
-                return f"{typed(path)} does not exist; did you mean {typed(guess)}?"
-    return f"{typed(path)} does not exist; {otherwise}"
+                return f"{name} does not exist; did you mean {typed(guess)}?"
+    return f"{name} does not exist; {otherwise}"
 
 
 def place_for(path: Path) -> str:

@@ -263,7 +263,7 @@ def missing(path: AnyPath, otherwise: str) -> str:
     name = shlex.quote(str(path))
     if os.path.lexists(path):
         return f"{name} is a link that leads nowhere, or cannot be read; {otherwise}"
-    first = next(place for place in (*reversed(path.parents), path) if not os.path.lexists(place))
+    first = next((place for place in reversed(path.parents) if not os.path.lexists(place)), path)
     with contextlib.suppress(OSError, ValueError), os.scandir(first.parent) as entries:
         names = {entry.name.lower(): entry.name for entry in itertools.islice(entries, _ENOUGH)}
         for near in difflib.get_close_matches(first.name.lower(), names, n=3):

@@ -5,6 +5,7 @@ reason is kept.
 """
 
 import os
+import shlex
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -107,5 +108,5 @@ class Refusal(NamedTuple):
 
 def repair_advice(cache: str | os.PathLike[str]) -> str:
     """What to do about a damaged cache that can be repaired."""
-    name = os.fspath(cache)
+    name = shlex.quote(os.fspath(cache))
     return f"`featcache verify {name} --repair SOURCE` mends it, `featcache extract SOURCE -o {name} --force` makes it anew"

@@ -46,6 +46,7 @@ ONLY_IN = {
     "torch.distributed": "system.distributed",
     "filelock": "system.workdir",
     "simplejpeg": "images.decode",
+    "pillow_heif": "images.heif",
     "matplotlib": "reports",
     "pandas": "models.prediction",
     "IPython": "system.display",

@@ -17,6 +17,7 @@ from featcache.backbones import from_timm, from_torchvision
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone
 from featcache.errors import BackboneError, DownloadError
 from featcache.spec import Spec
+from featcache.system.path_kinds import as_path
 
 
 def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
@@ -44,7 +45,7 @@ def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
 
 
 def _load(name: str, weights: str | Path) -> Backbone:
-    library = _library(name)
+    library, weights = _library(name), as_path(weights) if str(weights).startswith("~") else weights
     if not library.is_name(name):
         near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""

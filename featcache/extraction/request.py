@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from featcache.backbones.saved import MANIFEST, SavedBackbone
+from featcache.backbones.saved import SavedBackbone
 from featcache.errors import BackboneError, UsageError
 from featcache.spec import DECODING, STORAGE_TYPES, PreprocessSpec
+from featcache.system.path_kinds import Kind, as_path, kind_of, missing, typed
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -56,12 +57,36 @@ class ExtractRequest:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("backbone", "weights"):
+            value = str(getattr(self, name))
+            object.__setattr__(self, name, str(as_path(value)) if value.startswith("~") else value)
         if self.dtype not in ("auto", *STORAGE_TYPES):
             raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
         if self.decode is not None and f"{self.decode} scale" not in DECODING:
             raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
         if self.white_level is not None and not 1 <= self.white_level <= 65535:
             raise UsageError(f"white level must lie between 1 and 65535, found {self.white_level}")
+
+    def check_paths(self) -> None:
+        """Raise BackboneError, before any work, if backbone or weights name something on the disk that is neither."""
+        backbone, weights = typed(self.backbone), typed(self.weights)
+        if _is_folder(self.backbone) or not re.fullmatch(r"\w+|timm/.*", self.backbone):
+            kind = kind_of(self.backbone)
+            hint = f"; did you mean --backbone NAME --weights {backbone}?" if _is_of_weights(self.backbone) else ""
+            if kind is Kind.MISSING and len(Path(self.backbone).parts) > 1:
+                raise BackboneError(f"--backbone {missing(self.backbone, '`featcache backbones` lists all names')}")
+            if kind not in (Kind.MODEL, Kind.MISSING):
+                raise BackboneError(
+                    f"--backbone {backbone} is {kind.value}, expected the folder of a model, or a name that `featcache backbones` "
+                    f"lists{hint}"
+                )
+        kind = kind_of(self.weights)
+        if kind is Kind.MISSING and Path(self.weights).suffix:
+            raise BackboneError(f"--weights {missing(self.weights, 'give auto, none or a file of weights')}")
+        if kind is not Kind.MISSING and not _is_of_weights(self.weights):
+            what = "an HDF5 file" if kind is Kind.CACHE else kind.value
+            hint = f"; did you mean --backbone {weights}?" if kind is Kind.MODEL else ""
+            raise BackboneError(f"--weights {weights} is {what}, expected a .pth or .safetensors file{hint}")
 
     def saved(self) -> SavedBackbone | None:
         """The saved model's backbone that is asked for; None if ``backbone`` is a name.
@@ -72,12 +97,8 @@ class ExtractRequest:
         """
         if not _is_folder(self.backbone):
             return None
+        self.check_paths()
         folder = Path(self.backbone).absolute()
-        if not (folder / MANIFEST).is_file():
-            raise BackboneError(
-                f"--backbone {self.backbone} is a folder without a model (no {MANIFEST} in it); give the folder of a saved "
-                "model, or a name that `featcache backbones` lists"
-            )
         if self.weights != "auto":
             raise UsageError(
                 f"--weights {self.weights} and the model {self.backbone}, which has weights of its own; leave one of them out"
@@ -172,6 +193,11 @@ def _is_folder(backbone: str) -> bool:
     from featcache.backbones.from_torchvision import is_name
 
     return not is_name(backbone)
+
+
+def _is_of_weights(path: str) -> bool:
+    """Whether a file may hold weights, ours for other programs included."""
+    return kind_of(path) in (Kind.WEIGHTS, Kind.FILE) or (kind_of(path) is Kind.EXPORT and not path.endswith(".onnx"))
 
 
 def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Backbone":

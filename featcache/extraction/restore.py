@@ -5,6 +5,7 @@ they are, whatever the source says now. A row of which nothing tells the image, 
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ class SourceFiles:
         if not len(images):
             raise SourceError(f"no image in {self.name} can be read; nothing was changed; give the source of the cache")
         typed = source.typed if isinstance(source, Source) else self.name
-        self.anew = f"`featcache extract {typed} -o {cache} --force`"
+        self.anew = f"`featcache extract {typed} -o {shlex.quote(str(cache))} --force`"
         self.paths = encode_names(images.paths)
         self.digests = np.zeros(len(images), "S32")
         self.sizes, self.mtimes = images.sizes.copy(), images.mtimes.copy()

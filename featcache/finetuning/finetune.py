@@ -18,10 +18,11 @@ from featcache.finetuning.recipe_files import read_recipe
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
-from featcache.images.source import AnySource, ImageList
-from featcache.models.model import check_replaceable
+from featcache.images.source import AnySource, ImageList, Source
+from featcache.models.model import check_replaceable, load_model
 from featcache.system.display import State, bar_in_notebook
 from featcache.system.files import named
+from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -83,12 +84,13 @@ def finetune(
     from featcache.system.device import choose_runtime
 
     started = time.perf_counter()
-    output = named(Path(output))
+    output, init = named(as_path(output)), None if init is None else as_path(init)
     check_runtime_options(device, workers=workers, batch_size=micro_batch)
     if of_recipe := [name for name in options if name in {field.name for field in dataclasses.fields(Recipe)}]:
         raise UsageError(f"{of_recipe[0]} belongs to the recipe; give changes={{{of_recipe[0]!r}: ...}}")
     request = settle_request(request, options, finetune)
     _check_options(init, request, seed=seed, resume=resume, force=force)
+    _check_paths(source, output, init, request=request)
     _check_start_is_kept(output, init, request=request)
     recipe, settings = read_recipe(recipe, changes or {})
     check_unfinished(output, resume=resume, force=force)
@@ -135,6 +137,20 @@ def _check_options(
         raise UsageError("--resume continues an interrupted run, --force discards it; choose one")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed must lie between 0 and {2**32 - 1}, found {seed}")
+
+
+def _check_paths(
+    source: AnySource | ImageList, output: Path, init: Path | None, *, request: ExtractRequest | None
+) -> None:
+    """Raises SourceError, ModelError, BackboneError, StorageError: one of them is something else."""
+    images = "SOURCE" if isinstance(source, ImageList) else Source.of(source).path
+    if isinstance(images, Path):
+        check_path(images, "images", ("finetune", HERE, "-o", output, *(("--init", init) if init else ())))
+    if init:
+        check_path(init, "model", ("finetune", images, "-o", output, "--init", HERE))
+        load_model(init)  # what is wrong with it is said before anything is listed
+    if request:
+        request.check_paths()
 
 
 def _check_start_is_kept(output: Path, init: str | Path | None, *, request: ExtractRequest | None) -> None:

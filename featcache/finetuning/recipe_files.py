@@ -10,6 +10,7 @@ from typing import Any
 
 from featcache.errors import UsageError
 from featcache.finetuning.recipes import Recipe, find_recipe
+from featcache.system.path_kinds import as_path
 
 _MOST_BYTES = 2**16
 
@@ -26,7 +27,7 @@ def read_recipe(recipe: str | Path, changes: Mapping[str, Any]) -> tuple[str, Re
     """
     if not str(recipe).lower().endswith(".toml"):
         return str(recipe), find_recipe(str(recipe), dict(changes))
-    path = Path(recipe).expanduser()
+    path = as_path(recipe)
     values = _read(path)
     base = values.pop("base", "default")
     asked = {name.replace("-", "_"): value for name, value in changes.items() if value is not None}

@@ -22,6 +22,7 @@ from featcache.models.model import Model, load_model
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import SPLITS
 from featcache.system.files import sync_folder
+from featcache.system.path_kinds import as_path
 from featcache.system.workdir import work_folder
 
 log = logging.getLogger("featcache")
@@ -81,7 +82,7 @@ def prepare_start(
     """
     settings: dict[str, Any] = {"seed": job.seed}
     if init is not None:
-        init = Path(init)
+        init = as_path(init)
         model = load_model(init)
         _check_classes(job.images, model)
         if not held_out:

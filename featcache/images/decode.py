@@ -29,7 +29,8 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from featcache.errors import RefusedImage
-from featcache.images.formats import Brightest, is_turned, plain_png, reading_of, to_rgb
+from featcache.images.formats import Brightest, is_turned, no_image, plain_png, reading_of, to_rgb
+from featcache.images.heif import is_heif, open_heif
 from featcache.images.integrity import load_whole
 from featcache.images.jpeg import may_have_many_scans
 from featcache.images.preprocess import to_pixels
@@ -44,6 +45,7 @@ _CRASHED, _ENDLESS = "its decoder crashed", "its decoder comes to no end"
 FATAL = (_CRASHED, _ENDLESS)  # how the reasons begin
 _TRIAL = ("-m", "featcache.images.decode")  # Python's arguments; AT_LEAST follows
 _ALWAYS_RIGHT = {".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".avif", ".ico", ".ppm", ".pgm", ".pbm", ".pnm"}
+_MENDED = {".png", ".apng", ".bmp", ".dib", ".tga", ".jp2", ".j2k"}  # in revision 1
 MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
@@ -148,19 +150,19 @@ def reduction(shorter_edge: int, at_least: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if at_least and shorter_edge >= 2 * factor * at_least), 1)
 
 
-def was_misread(file: Path) -> bool:
-    """Whether a version before ``formats.REVISION`` may have made another picture of a file; its header tells.
+def was_misread(file: Path, *, revision: int = 0) -> bool:
+    """Whether the version of this ``formats.REVISION`` may have made another picture of a file; its header tells.
 
-    Suffixes of formats that were always read right are taken at their word, so that photographs need not be opened.
+    Suffixes of formats that it always read right are taken at their word, so that photographs need not be opened.
     """
-    if file.suffix.lower() in _ALWAYS_RIGHT:
+    if file.suffix.lower() in (_ALWAYS_RIGHT | _MENDED if revision else _ALWAYS_RIGHT):
         return False
     try:
         with file.open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[:4] == b"\x89PNG" and data[24:26] != b"\x10\x02":  # all but RGB of 16 bits
+            if is_heif(data) or (data[:4] == b"\x89PNG" and data[24:26] != b"\x10\x02"):  # all but RGB of 16 bits
                 return False
-            with Image.open(content, formats=readable_formats()) as image:
-                return reading_of(image, data).is_new
+            with Image.open(content, formats=_formats()) as image:
+                return reading_of(image, data).is_new and not revision
     except Exception:  # nearly anything; what cannot be opened is not known to be right
         return True
 
@@ -213,8 +215,6 @@ def refusing_errors() -> Iterator[None]:
         yield
     except RefusedImage:
         raise
-    except UnidentifiedImageError as error:
-        raise RefusedImage("not an image, or of an unsupported format") from error
     except Image.DecompressionBombError as error:
         raise RefusedImage(f"too large: more than {MAX_PIXELS} pixels") from error
     except MemoryError as error:
@@ -231,7 +231,7 @@ def _decode(
 ) -> Image.Image:
     """``decode`` without the guard. Raises nearly anything."""
     data = plain_png(data)
-    with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+    with open_image(data) as image:
         if image.width * image.height > MAX_PIXELS:
             raise RefusedImage(f"too large: {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
         factor = reduction(min(image.size), at_least)
@@ -241,6 +241,16 @@ def _decode(
         load_whole(image, data)
         upright = ImageOps.exif_transpose(image) if is_turned(image) else image
         return to_rgb(upright, reading, data, white_level=white_level, seen=seen)
+
+
+def open_image(data: bytes) -> Image.Image:
+    """A file's bytes as a Pillow image that is not loaded yet. Raises RefusedImage: it is none, or HEIF without its decoder."""
+    if is_heif(data):
+        return open_heif(data)
+    try:
+        return Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError as error:
+        raise RefusedImage(no_image(data)) from error
 
 
 def _decode_whole(
@@ -269,7 +279,7 @@ def _decode_plain(decode_jpeg: Callable[..., Pixels], data: bytes, at_least: int
 
 
 @functools.cache
-def readable_formats() -> tuple[str, ...]:
+def _formats() -> tuple[str, ...]:
     """Those of ``_FORMATS`` that this build of Pillow reads."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)

@@ -6,7 +6,6 @@ Nothing is decoded; a file is opened only if its name does not say what it is. W
 import bisect
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,33 +14,10 @@ from typing import NamedTuple
 from featcache.errors import Refusal
 from featcache.images.layout import Layout, is_system, read_layout, some, split_of
 from featcache.spec import SPLITS
+from featcache.system.path_kinds import IMAGE_SUFFIXES, begins_like_an_image
 from featcache.system.workdir import is_work_folder
 
 log = logging.getLogger("featcache")
-# fmt: off
-_EXTENSIONS = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".ico",
-    ".jif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".apng", ".jpx", ".jpf", ".j2c", ".jpc",
-    # images that nothing here decodes: refused with that reason, not passed over in silence
-    ".heic", ".heif", ".hif", ".heics", ".heifs", ".avifs", ".jxl", ".jxr", ".wdp", ".hdp", ".pcx", ".pam", ".pfm", ".exr",
-    ".qoi", ".dds", ".cur", ".icns", ".svg", ".svgz", ".eps", ".psd", ".psb", ".xcf", ".bpg", ".dcm",
-    ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".srf", ".sr2", ".orf", ".rw2", ".raf", ".raw", ".pef", ".srw",
-    ".x3f", ".mrw", ".3fr", ".iiq", ".erf", ".kdc", ".dcr", ".mef", ".rwl", ".gpr",
-))
-# How images begin, TGA aside, which begins like anything; strict enough for a text not to pass for one.
-_BEGINNING = re.compile(b"|".join((
-    rb"\xff\xd8\xff", rb"\x89PNG\r\n\x1a\n", rb"GIF8", rb"RIFF.{4}WEBP",
-    rb"II[*+]\0", rb"MM\0[*+]",  # TIFF, BigTIFF, and most raw formats
-    rb"II(?:U\0|R[OS]|\xbc|\x1a\0)", rb"MMOR", rb"FUJIFILMCCD-RAW", rb"FOVb", rb"\0MRM",  # raw formats, JPEG XR
-    rb"BM.{12}[\x0c\x10(48@l|]\0{3}", rb"P[1-6]\s+[\d#]", rb"P7\n", rb"P[Ff]\n\d",
-    rb"\0\0\0\x0c(?:jP  |JXL )", rb"\xff\x4f\xff\x51", rb"\xff\x0a",  # JPEG 2000, JPEG XL
-    rb".{4}ftyp(?:avi[fs]|he[iv][cxms]|mif1|msf1|crx )",  # AVIF, HEIC, CR3
-    rb"\0\0[\1\2]\0[^\0]\0.{3}\0", rb"\n[\0-\5]\x01[\1\2\4\x08]",  # icons, PCX
-    rb"\(\0{3}.{8}\x01\0[\1\4\x08\x10\x18 ]\0",  # DIB
-    rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
-)), re.DOTALL)
-# fmt: on
 _METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
 _HIDDEN, _OWN, _OTHERS = "hidden or system files and folders", "what featcache made", "files that are no images"
 
@@ -161,7 +137,7 @@ class _Walk:
         suffix = _suffix(file.name)
         if file.name.endswith(".curves.png") and os.path.lexists(f"{file.path.removesuffix('.curves.png')}/model.json"):
             self.passed[_OWN, file.name] += 1
-        elif suffix in _EXTENSIONS or holds_an_image(file):
+        elif suffix in IMAGE_SUFFIXES or holds_an_image(file):
             return True
         else:
             self.passed[_OTHERS, suffix if suffix.startswith(".") else file.name] += 1
@@ -180,7 +156,7 @@ class _Walk:
 
 def has_image_suffix(name: str) -> bool:
     """Whether a file of this name is listed whatever it holds."""
-    return _suffix(name) in _EXTENSIONS
+    return _suffix(name) in IMAGE_SUFFIXES
 
 
 def _suffix(name: str) -> str:
@@ -201,6 +177,6 @@ def holds_an_image(file: "os.DirEntry[str] | Path") -> bool:
     """Of a regular file: content counts, not the name."""
     try:
         with open(file, "rb") as opened:  # noqa: PTH123
-            return _BEGINNING.match(opened.read(32)) is not None
+            return begins_like_an_image(opened.read(32))
     except OSError:
         return False

@@ -4,13 +4,14 @@ In: an image that Pillow has opened, not loaded, and the file's bytes. Out: ``Re
 ``RefusedImage`` where nothing says what black and white are, or Pillow loses what would say it. What Pillow opens well
 enough is mended in place before it is loaded.
 
-Sources: PNG ISO 15948, TIFF 6.0, Truevision TGA 2.0, Microsoft's BITMAPINFOHEADER and V4, JPEG 2000 ISO 15444-1.
+Sources: PNG ISO 15948, TIFF 6.0, TIFF/EP, Adobe DNG 1.7, Truevision TGA 2.0, Microsoft's BITMAPINFOHEADER and V4, JPEG 2000 ISO 15444-1.
 """
 
 import dataclasses
 import io
 import logging
 import mmap
+import re
 import struct
 import sys
 import threading
@@ -26,11 +27,36 @@ from featcache.errors import RefusedImage
 
 Content = bytes | mmap.mmap
 log = logging.getLogger("featcache")
-REVISION = 1  # of all that a file's bytes are turned into; more whenever a picture comes out otherwise than before
+REVISION = 2  # of all that a file's bytes are turned into; more whenever a picture comes out otherwise than before
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PICTURE = {b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT"}  # ancillary chunks of a PNG that change the picture
 _TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
+_RAW = "a camera's raw data: export it as JPEG or TIFF, from the camera's program or by `darktable-cli FILE FILE.jpg`"
+# fmt: off
+_ELSEWHERE = [(re.compile(begins, re.DOTALL), words) for begins, words in (
+    (rb"II(?:R[OS]|U\0|\x1a\0|II)|MMOR|FUJIFILMCCD-RAW|FOVb|\0MRM|.{4}ftypcrx |II\*\0.{4}CR", _RAW),
+    (rb"II[*+]\0|MM\0[*+]", f"a TIFF of a kind that is not read, or {_RAW}"),
+    (rb"\s*(?:<\?xml.{,999})?<svg[\s/>]", "not an image of pixels but SVG: export it as PNG"),
+    (rb"8BPS", "a Photoshop file is made of layers: export it as PNG or TIFF"),
+    (rb"%PDF-", "not an image but a PDF: save its pages as images, as by `pdftoppm -png FILE PAGE`"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "not an image but PostScript, which is a program: export it as PNG"),
+    (rb".{4}ftyp(?!avi[fs]|m[is]f1)|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+     "not an image but a video: take frames out of it, as by `ffmpeg -i FILE -r 1 FRAMES/%06d.jpg`"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL is not read: convert it, as by `djxl FILE FILE.png`"),
+    (rb".{128}DICM", "DICOM leaves open what is black and white: export it as PNG from a viewer"),
+    (rb"v/1\x01", "OpenEXR leaves open what is white: export it as PNG or TIFF of 8 or 16 bits"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "not an image but an archive: unpack it first"),
+    (rb"(?i)\s*<(?:!doctype )?html", "not an image but a web page, as a failed download leaves: download the image again"),
+    (rb"version https://git-lfs", "not an image but what Git LFS leaves in its place: run `git lfs pull`"),
+)]
+# fmt: on
 _TURNING = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0", b"exif\0")  # texts that may hold an orientation
+
+
+def no_image(data: bytes) -> str:
+    """What to say of a file that Pillow does not know: what it is, as far as that can be told, and what to do."""
+    known = (words for begins, words in _ELSEWHERE if begins.match(data))
+    return next(known, "not an image, or of an unsupported format")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +87,7 @@ class Reading:
 
 def reading_of(image: Any, data: Content) -> Reading:
     """How to read an opened image, which is mended in place. Raises RefusedImage."""
-    kinds = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "BMP": _bmp, "DIB": _bmp, "JPEG2000": _jpeg2000}
+    kinds = {"PNG": _png, "TIFF": _tiff, "TGA": _tga, "BMP": _bmp, "DIB": _bmp, "JPEG2000": _jpeg2000, "HEIF": _heif}
     reading = kinds[image.format](image, data) if image.format in kinds else Reading()
     return reading if reading.white else dataclasses.replace(reading, **_depth(image))
 
@@ -126,8 +152,11 @@ def _png(image: Any, _: Content) -> Reading:
 # ------------------------------------------------------------------------------------------------------------- TIFF
 
 
-def _tiff(image: Any, _: Content) -> Reading:
+def _tiff(image: Any, data: Content) -> Reading:
     tags = image.tag_v2
+    # CR2; DNG; others begin with a thumbnail, NewSubfileType 1, and say where the whole image is, SubIFDs.
+    if data[8:10] == b"CR" or 50706 in tags or (330 in tags and tags.get(254, 0) & 1):
+        raise RefusedImage(_RAW)
     bits, photometric, kinds = tags.get(258, (1,))[0], tags.get(262), tags.get(339, (1,))
     if photometric is None:
         raise RefusedImage("the TIFF does not say whether 0 is black or white (PhotometricInterpretation)")
@@ -158,7 +187,7 @@ def _mend_planes(image: Any, bits: int) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------ TGA, BMP, JPEG 2000
+# ------------------------------------------------------------------------------------------------ TGA, BMP, JPEG 2000, HEIF
 
 
 def _tga(image: Any, data: Content) -> Reading:
@@ -203,6 +232,12 @@ def _jpeg2000(_: Any, data: Content) -> Reading:
     if bits != 8 and (count > 1 or not 8 < bits <= 16):
         raise RefusedImage(f"JPEG 2000 with {count} samples of {bits} bits is not read; save it with 8 bits")
     return Reading(white=65535 if bits > 8 else 0, assumed=bits == 16)  # Pillow shifts them to 16 bits
+
+
+def _heif(image: Any, _: Content) -> Reading:
+    """Grey of more than 8 bits is shifted to 16; colour comes with 8."""
+    bits = image.info["bit_depth"]
+    return Reading(white=(1 << 16) - (1 << 16 - bits)) if image.mode.startswith("I") else Reading()
 
 
 # ------------------------------------------------------------------------------------------------------ conversions

@@ -4,7 +4,6 @@ In: a PIL image or an array. Out: bytes that ``decode`` turns into the same pict
 """
 
 import contextlib
-import io
 import threading
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from featcache.errors import RefusedImage
-from featcache.images.decode import readable_formats
+from featcache.images.decode import open_image
 from featcache.images.formats import Reading, is_turned, to_rgb
 
 Held = Image.Image | npt.NDArray[np.uint8]
@@ -56,7 +55,7 @@ def _opened_from(image: Image.Image) -> bytes | None:
             file.seek(0)
             data: bytes = file.read()
             file.seek(before)
-            with Image.open(io.BytesIO(data), formats=readable_formats()) as fresh:
+            with open_image(data) as fresh:
                 return data if (fresh.mode, fresh.size) == (image.mode, image.size) else None
     return None
 

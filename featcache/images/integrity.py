@@ -2,14 +2,14 @@
 
 In: an image that Pillow has opened, and the file's bytes. Out: the image, loaded, or ``RefusedImage``.
 
-- JPEG: see ``jpeg``.
+- JPEG: see ``jpeg``. HEIF: see ``heif``.
 - PNG: Pillow ignores the checksums of the pixel data, and rows that are missing at the end. It also leaves a transparent
   grey of 2 or 4 bits unscaled, which is mended here.
 - TIFF: Pillow ignores that strips or tiles are not listed, or lie nowhere.
 - Of the other formats Pillow itself refuses what is incomplete.
 
 What goes unnoticed:
-- damage that leaves as many bytes as there should be, to lossy data without a checksum (WebP, AVIF, JPEG 2000) and to raw
+- damage that leaves as many bytes as there should be, to lossy data without a checksum (WebP, AVIF, HEIF, JPEG 2000) and to raw
   pixels (BMP, TGA, PNM, TIFF);
 - in a plain PNM, a last number that lost digits;
 - in the PNG inside of an ICO and in JPEG data inside of a TIFF, whatever Pillow ignores.
@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from featcache.errors import RefusedImage
+from featcache.images.heif import check_whole
 from featcache.images.jpeg import load_jpeg
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
@@ -38,6 +39,8 @@ def load_whole(image: Image.Image, data: bytes) -> None:
     else:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             _check_tiff(image)
+        elif image.format == "HEIF":
+            check_whole(data)
         image.load()
 
 

@@ -22,6 +22,7 @@ from featcache.images.records import STDIN
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
 from featcache.system.display import count_rows, html_table
+from featcache.system.path_kinds import HERE, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
 
@@ -55,7 +56,7 @@ class Source:
     def __post_init__(self) -> None:
         for name in ("path", "root"):
             if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, Path(value).expanduser())
+                object.__setattr__(self, name, as_path(value))
         if self.class_level not in (None, *CLASS_LEVELS):
             raise UsageError(f"the class level must be one of {CLASS_LEVELS}, found {self.class_level}")
 
@@ -182,10 +183,11 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True) -> Imag
         if not (root := source.root or path.parent).is_dir():
             raise SourceError(f"--root {root} is no folder; give the one that the paths of {path} are relative to")
         listing = list_table(path, root, source.columns, labelled=labelled)
-    elif path.exists():
-        raise SourceError(f"{path} is neither a folder of images nor a .csv file")
     else:
-        raise SourceError(f"{path} does not exist; give a folder of images or a CSV with the header path,label,split")
+        check_path(path, "images", ("extract", HERE, "-o", "features.h5"))
+        if path.exists():
+            raise SourceError(f"{path} is {kind_of(path).value}; expected a folder of images, or a table called .csv")
+        raise SourceError(missing(path, "give a folder of images or a CSV with the header path,label,split"))
     if not listing.entries and not listing.refused:
         expected = "rows below its header" if is_table(path) else f"files such as {path / 'CLASS' / 'photo.jpg'}"
         raise SourceError(f"no image found in {source}; expected {expected}")

@@ -23,6 +23,7 @@ from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
+from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def evaluate(
         SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
-    model = model if isinstance(model, Model) else load_model(model)
+    model = _checked(model, source)
     if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
         given.check_options("cache")
         scored = _score_cache(model, given.path, split)
@@ -82,6 +83,16 @@ def evaluate(
     scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
     scores |= _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
     return scores | ({"rows": _rows(model, scored, seen=seen)} if rows else {})
+
+
+def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
+    """The model, loaded; paths that are something else are refused before."""
+    folder = as_path(model.path if isinstance(model, Model) else model)
+    images = "SOURCE" if isinstance(source, ImageList) else Source.of(source).path
+    check_path(folder, "model", ("evaluate", HERE, images))
+    if isinstance(images, Path):
+        check_path(images, "images or cache", ("evaluate", folder, HERE))
+    return model if isinstance(model, Model) else load_model(model)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from featcache.models.as_safetensors import make_safetensors
 from featcache.models.export_candidate import Candidate, normalise_pixels, sample_pixels
 from featcache.models.model import Model, load_model
 from featcache.system.files import check_free_space, check_output, publish_file
+from featcache.system.path_kinds import HERE, as_path, check_path
 
 Format = Literal["onnx", "safetensors"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".safetensors": "safetensors"}
@@ -70,7 +71,9 @@ def export_model(model: Model | str | Path, output: str | Path, *, force: bool =
         what the model computes; nothing is written.
     """
     started = time.perf_counter()
-    output = Path(output)
+    output = as_path(output)
+    if not isinstance(model, Model):
+        check_path(model, "model", ("export", HERE, "-o", output))
     kind = _check_target(output, force=force)
     if kind == "onnx":
         require_onnx()

@@ -22,6 +22,7 @@ from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import TrainingRows
 from featcache.system.display import Shown
+from featcache.system.path_kinds import HERE, as_path, check_path
 
 log = logging.getLogger("featcache")
 _OF_SPLITS = ("accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "accuracy_without_copies")
@@ -122,7 +123,8 @@ def fit_head(
     _check_options(clf, C, folds=folds, class_weight=class_weight, seed=seed)
     given = {"hidden": hidden, "dropout": dropout, "epochs": epochs, "lr": lr, "batch_size": batch_size}
     torch_settings = _torch_settings(clf, {name: value for name, value in given.items() if value is not None})
-    output = Path(output)
+    cache, output = as_path(cache), as_path(output)
+    check_path(cache, "cache", ("fit-head", HERE, "-o", output))
     check_replaceable(output)
     replaces = (output / MANIFEST).exists()
     opened = FeatureCache.open(cache)

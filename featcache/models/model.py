@@ -28,6 +28,7 @@ from featcache.models.training_rows import TrainingRows
 from featcache.spec import Spec, fingerprint_of
 from featcache.system.display import html_table, in_words
 from featcache.system.files import check_output, named, publish_folder, read_published, recover_folder
+from featcache.system.path_kinds import Kind, as_path, kind_of
 from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def check_replaceable(path: Path, *, overwrite: bool | None = None) -> None:
     with contextlib.suppress(OSError, ValueError):
         manifest = parse_json((path / saved.MANIFEST).read_text())
     if manifest.get("format") != saved.FORMAT:
-        raise ModelError(f"{path} exists and is not a featcache model; choose another -o")
+        what = "" if kind_of(path) is Kind.MODEL else f"{kind_of(path).value}, "
+        raise ModelError(f"cannot write {path}: it is {what}not a featcache model; choose another -o")
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in _FILES):
         raise ModelError(
             f"{path} also holds {', '.join(foreign[:3])}, not part of a model; choose another -o or move that out"
@@ -230,7 +232,7 @@ def load_model(path: str | Path) -> Model:
     Raises:
         ModelError: missing, not a model, written by a newer version, or damaged.
     """
-    path = Path(path)
+    path = as_path(path)
     recover_folder(path)
     return read_published(path, _load)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from PIL import Image
 
-from featcache.cache.cache import FeatureCache, is_cache
+from featcache.cache.cache import FeatureCache
 from featcache.cache.features import is_finite
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
@@ -28,6 +28,7 @@ from featcache.images.tables import is_table
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
 from featcache.system.display import bar_in_notebook, describe_images
+from featcache.system.path_kinds import HERE, Kind, check_path, is_wanted, kind_of, missing
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def predict(
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     named = list(_named(inputs))
-    model = model if isinstance(model, Model) else load_model(model)
     paths = [entry.path for _, entry in named if isinstance(entry, Source)]
-    if missing := [path for path in paths if path != STDIN and not os.path.lexists(path)]:
-        raise SourceError(f"{missing[0]} does not exist; give image files, folders, a CSV or a cache")
-    if any(caches := [is_cache(path) for path in paths]):
+    if not isinstance(model, Model):
+        check_path(model, "model", ("predict", HERE, *paths))
+        model = load_model(model)
+    caches = _which_are_caches(model.path, paths, alone=len(paths) == len(named))
+    if any(caches):
         if not all(caches) or len(paths) < len(named):
             raise UsageError("caches and images cannot be mixed in one prediction; run it once for each")
         for _, entry in named:
@@ -150,6 +152,18 @@ def _advice(value: Any) -> str:
     if isinstance(value, np.ndarray) and value.ndim == 3 and value.shape[0] == 3:
         return "; channels come last: array.transpose(1, 2, 0)"
     return ""
+
+
+def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bool]:
+    """Raises SourceError for what is never an image; for files that are none, which are refused, only if there is nothing else."""
+    kinds = [kind_of(path) for path in paths]
+    hopeless = alone and not any(is_wanted(kind, "inputs") for kind in kinds)
+    for place, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
+        if hopeless or not path.is_file():
+            check_path(path, "inputs", ("predict", model, *paths[:place], HERE, *paths[place + 1 :]))
+        if kind is Kind.MISSING and path != STDIN and not os.path.lexists(path):
+            raise SourceError(missing(path, "give image files, folders, a CSV or a cache"))
+    return [kind is Kind.CACHE for kind in kinds]
 
 
 def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Prediction]:

@@ -25,6 +25,7 @@ from featcache.images.source import ImageList, list_images
 from featcache.reports.machine import machine
 from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic, usable_cores
+from featcache.system.path_kinds import HERE, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 log = logging.getLogger("featcache")
@@ -60,6 +61,9 @@ def doctor(
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     request = ExtractRequest(backbone=backbone, weights=weights or "auto", precision=precision)
+    request.check_paths()
+    if images is not None:
+        check_path(images, "images", ("doctor", "--images", HERE))
     given = list_images(images, labelled=False) if images is not None else None
     runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
     facts = machine(runtime)

@@ -8,6 +8,7 @@ import numpy as np
 from featcache.cache.cache import FeatureCache
 from featcache.models.model import load_model
 from featcache.spec import SPLITS
+from featcache.system.path_kinds import HERE, as_path, check_path
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -20,7 +21,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         CacheError, ModelError: it is neither, or damaged.
     """
-    path = Path(path)
+    path = as_path(path)
+    check_path(path, "cache or model", ("info", HERE))
     return _describe_model(path) if path.is_dir() else _describe_cache(path)
 
 

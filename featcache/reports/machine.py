@@ -27,6 +27,7 @@ _PACKAGES = {
     "onnxscript": "onnx",
     "matplotlib": "report",
     "simplejpeg": "fast",
+    "pillow-heif": "heif",
 }
 # Instructions that decide how fast a backbone is, where PyTorch knows of them.
 _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "sve2")
@@ -143,7 +144,10 @@ def _decoders() -> dict[str, str | None]:
     turbo = features.version("libjpeg_turbo")
     jpeg = f"libjpeg-turbo {turbo}" if turbo else "libjpeg, which is slower than libjpeg-turbo"
     installed = _installed()
-    return {"pillow": f"{installed['pillow']}, JPEG by {jpeg}", "simplejpeg": installed.get("simplejpeg")}
+    return {
+        "pillow": f"{installed['pillow']}, JPEG by {jpeg}",
+        **{name: installed.get(name) for name in ("simplejpeg", "pillow-heif")},
+    }
 
 
 def _installed() -> dict[str, str]:

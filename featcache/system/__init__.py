@@ -1,4 +1,4 @@
-"""The process and the disk: what to compute with, how to survive, how to write. Nothing here knows an image or a cache.
+"""The process and the disk: what to compute with, how to survive, how to write. Nothing here opens an image or a cache.
 
 - ``runtime_options``: which device and counts may be asked for
 - ``device``: device, workers, threads, and why
@@ -8,6 +8,7 @@
 - ``distributed``: several processes that train one network (torchrun)
 - ``display``: tables, and what a notebook shows
 - ``lazy_imports``: torchvision without PyTorch's compiler
+- ``path_kinds``: what is on a path, and the command that was probably meant
 - ``files``: atomic, durable files and folders
 - ``workdir``: where unfinished work lies, and its lock
 - ``safe_load``: files of ``torch.save`` and JSON that nobody vouches for

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from featcache.errors import FeatcacheError, StorageError
+from featcache.system.path_kinds import kind_of
 
 try:
     import fcntl
@@ -44,7 +45,7 @@ def check_output(path: Path, *, folder_allowed: bool = False) -> None:
     """Raise StorageError, before any work, if ``path``'s folder is missing or not writable, or ``path`` is a folder."""
     folder = path.parent
     if path.is_dir() and not folder_allowed:
-        raise StorageError(f"cannot write {path}: it is a folder; give the name of a file")
+        raise StorageError(f"cannot write {path}: it is {kind_of(path).value}; give the name of a file")
     if not folder.is_dir():
         raise StorageError(f"cannot write {path}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -96,7 +96,7 @@ def test_a_spec_this_version_cannot_honour_is_refused(tmp_path: Path, change: di
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_in_the_place_of_a_cache_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "f.h5")
-    with pytest.raises(CacheError, match="no regular file"):
+    with pytest.raises(CacheError, match="is a pipe, socket or device; expected a cache"):
         FeatureCache.open(tmp_path / "f.h5")
 
 
@@ -132,7 +132,11 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
 def test_missing_folder_and_foreign_hdf5(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["features"] = np.zeros((2, 2))
-    for name, words in (("gone.h5", "does not exist"), ("", "no regular file"), ("foreign.h5", "another program")):
+    for name, words in (
+        ("gone.h5", "does not exist"),
+        ("", "is a folder without images"),
+        ("foreign.h5", "another program"),
+    ):
         with pytest.raises(CacheError, match=words):
             FeatureCache.open(tmp_path / name)
 

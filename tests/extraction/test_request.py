@@ -152,9 +152,9 @@ def test_impossible_folders(photos: Path, tmp_path: Path, tune, monkeypatch) -> 
     model = tune()
     with pytest.raises(UsageError, match="weights of its own"):
         extract(photos, tmp_path / "f.h5", request(model, weights="none"))
-    with pytest.raises(BackboneError, match=r"is a folder without a model \(no model\.json in it\)"):
+    with pytest.raises(BackboneError, match="photos is a folder of images, expected the folder of a model, or a name"):
         extract(photos, tmp_path / "f.h5", request(photos))
-    with pytest.raises(BackboneError, match="no backbone is called"):
+    with pytest.raises(BackboneError, match="gone does not exist"):
         extract(photos, tmp_path / "f.h5", request(tmp_path / "gone"))
     monkeypatch.chdir(model)
     assert request(".").saved() is not None

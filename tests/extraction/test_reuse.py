@@ -199,7 +199,7 @@ def test_rows_of_files_that_an_older_version_misread_are_embedded_again(
         with caplog.at_level(logging.WARNING, "featcache"):
             report = extract(photos, tmp_path / name, TINY, reuse=reuse)
         assert (report.embedded, report.reused) == (1, 19)
-        assert "therefore embedded again: red/inverted.tif\n" in caplog.text
+        assert "therefore decoded again: red/inverted.tif\n" in caplog.text
         rows = by_path(tmp_path / name)
         np.testing.assert_array_equal(rows.pop("red/inverted.tif"), right)
         assert all((row == 1).all() for row in rows.values())

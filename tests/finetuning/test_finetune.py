@@ -334,8 +334,8 @@ def test_nonsense_is_refused_before_work_starts(tune: Tuner, made: Path, tmp_pat
         (errors.UsageError, "needs a CUDA GPU", {"precision": "fp16"}),
         (errors.UsageError, "unknown precision", {"precision": "int8"}),
         (errors.UsageError, "seed", {"seed": -1}),
-        (errors.ModelError, "not a featcache model", {"output": photos}),
-        (errors.ModelError, "is not a model", {"init": photos}),
+        (errors.StorageError, "it is what is read; choose another -o", {"output": photos}),
+        (errors.ModelError, "expected the folder of a model", {"init": photos}),
         (errors.FeatcacheError, "does not exist", {"output": tmp_path / "no" / "ft"}),
     ]
     for kind, message, options in cases:

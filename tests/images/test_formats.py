@@ -112,6 +112,60 @@ def test_a_folder_of_dark_16_bit_images_is_warned_of_once(caplog: pytest.LogCapt
     ]
 
 
+# ------------------------------------------------------------------------------------------- what is refused, and why
+
+RAW = "a camera's raw data: export it as JPEG or TIFF"
+REFUSED = {
+    "CR3": (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", RAW),
+    "RAF": (b"FUJIFILMCCD-RAW 0201", RAW),
+    "ORF": (b"IIRO\x08\0\0\0", RAW),
+    "RW2": (b"IIU\0\x18\0\0\0", RAW),
+    "X3F": (b"FOVb\2\0\0\0", RAW),
+    "MRW": (b"\0MRM\0\0\0\0", RAW),
+    "CR2": (b"II*\0\x10\0\0\0CR\2\0" + bytes(99), RAW),
+    "PEF": (b"MM\0*\0\0\0\x08" + bytes(99), f"a TIFF of a kind that is not read, or {RAW}"),
+    "SVG": (
+        b"<?xml version='1.0'?>\n<!-- drawn -->\n<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "not an image of pixels but SVG",
+    ),
+    "PSD": (b"8BPS\0\1", "a Photoshop file"),
+    "PDF": (b"%PDF-1.7\n", "not an image but a PDF"),
+    "MP4": (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41", "not an image but a video"),
+    "MKV": (b"\x1aE\xdf\xa3", "not an image but a video"),
+    "JPEG XL": (b"\xff\x0a", "JPEG XL is not read"),
+    "DICOM": (bytes(128) + b"DICM", "DICOM leaves open"),
+    "EXR": (b"v/1\x01", "OpenEXR leaves open"),
+    "ZIP": (b"PK\x03\x04", "not an image but an archive"),
+    "HTML": (b"\n<!DOCTYPE html><html>404", "not an image but a web page"),
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "not an image but what Git LFS leaves"),
+    "damaged AVIF": (b"\0\0\0\x14ftypavif\0\0\0\0avif", "not an image, or of an unsupported format$"),
+    "text": (b"hello", "not an image, or of an unsupported format$"),
+}
+THUMBNAIL = {254: ("I", [1])}  # NewSubfileType: a smaller version of another image
+DEEPER = {330: ("I", [8])}  # SubIFDs: where that one is
+DNG = {50706: ("B", [1, 4, 0, 0])}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_reason_says_what_it_is_and_what_to_do(name: str) -> None:
+    data, reason = REFUSED[name]
+    with pytest.raises(RefusedImage, match=f"^{reason}"):
+        decode_pixels(data)
+
+
+def test_raw_data_is_never_taken_for_the_thumbnail_that_it_begins_with(tmp_path: Path) -> None:
+    """TIFF/EP, DNG 1.7. A pyramid, whose first image is the largest, and pages of which the first is small stay what they are."""
+    small = samples(3, 255)
+    for number, more in enumerate((DNG, DNG | THUMBNAIL, THUMBNAIL | DEEPER)):
+        data = tiff(small, 8, 2, more=more)
+        (tmp_path / f"{number}.nef").write_bytes(data)
+        with pytest.raises(RefusedImage, match=f"^{RAW}"):
+            decode_pixels(data)
+        assert was_misread(tmp_path / f"{number}.nef", revision=1)
+    for more in (None, THUMBNAIL, DEEPER):
+        np.testing.assert_array_equal(decode_pixels(tiff(small, 8, 2, more=more)), small)
+
+
 # ------------------------------------------------------------------------------------- what earlier versions misread
 
 
@@ -140,3 +194,5 @@ def test_what_was_misread_is_known_by_its_header(tmp_path: Path) -> None:
     for name, (data, _) in files.items():
         (tmp_path / name).write_bytes(data)
     assert {name: was_misread(tmp_path / name) for name in files} == {name: known for name, (_, known) in files.items()}
+    later = {name for name in files if was_misread(tmp_path / name, revision=1)}  # what cannot be read counts each time
+    assert later == {"d.tif", "gone.tif"}

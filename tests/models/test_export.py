@@ -341,7 +341,7 @@ def test_outputs_that_are_refused(model: Path, tmp_path: Path, monkeypatch: pyte
     assert taken.read_text() == "precious"
     assert export_model(model, taken, force=True).bytes == taken.stat().st_size > 1000
     (tmp_path / "folder.onnx").mkdir()
-    with pytest.raises(StorageError, match="it is a folder"):
+    with pytest.raises(StorageError, match="it is an empty folder"):
         export_model(model, tmp_path / "folder.onnx", force=True)
     with pytest.raises(StorageError, match="does not exist"):
         export_model(model, tmp_path / "no" / "m.onnx")
@@ -356,7 +356,7 @@ def test_outputs_that_are_refused(model: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_models_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is not a model"):
+    with pytest.raises(ModelError, match="expected the folder of a model"):
         export_model(tmp_path, tmp_path / "m.onnx")
     model = make_model(tmp_path / "m", "squeezenet1_1", "none")
     (model / "backbone.safetensors").unlink()

@@ -82,7 +82,7 @@ def test_useless_inputs(trained: Path, tmp_path: Path) -> None:
             predict(trained / "m", [tmp_path / name])
     with pytest.raises(UsageError, match="cannot be mixed"):
         predict(trained / "m", [trained / "f.h5", trained / "photos"])
-    with pytest.raises(ModelError, match="is not a model"):
+    with pytest.raises(ModelError, match="expected the folder of a model"):
         predict(tmp_path, [trained / "photos"])
 
 

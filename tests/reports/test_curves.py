@@ -128,6 +128,6 @@ def test_a_model_without_a_history(model: Path) -> None:
         (model / "metrics.json").write_text(text)
         with pytest.raises(ModelError, match="holds no history of a fine-tuning"):
             draw_curves(model)
-    with pytest.raises(ModelError, match="is not a model"):
+    with pytest.raises(ModelError, match="expected the folder of a model"):
         draw_curves(model.parent)
     assert [path.name for path in model.parent.iterdir()] == ["m"]

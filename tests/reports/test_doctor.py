@@ -23,7 +23,7 @@ from featcache.system.device import Runtime
 
 BATCH = 4
 CPU = Runtime(torch.device("cpu"), workers=2, batch_size=BATCH, reason="")
-EXTRAS = {"onnx": "onnx", "simplejpeg": "fast"}
+EXTRAS = {"onnx": "onnx", "simplejpeg": "fast", "pillow-heif": "heif"}
 SETTING: dict[str, Any] = {"device": "cpu", "workers": 2, "backbone": "resnet50", "precision": "fp32", "edge": 375}
 SETTING |= {"bf16": False, "fast_decoder": True}
 GPU = {"device": "cuda", "precision": "fp16"}
@@ -152,4 +152,4 @@ def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert facts["cores"]["usable"] >= 1
     assert facts["not_installed"] == {name: f"pip install 'featcache[{extra}]'" for name, extra in EXTRAS.items()}
     assert facts["packages"]["torch"] == "1.2.3"
-    assert facts["decoders"]["simplejpeg"] is None
+    assert facts["decoders"]["simplejpeg"] is facts["decoders"]["pillow-heif"] is None

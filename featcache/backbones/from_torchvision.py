@@ -1,12 +1,14 @@
 """torchvision's classification models as backbones."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from torch import nn
 from featcache.backbones.backbone import (
     Backbone,
     Table,
+    check_multiple,
     downloading,
+    for_size,
     freeze,
     load_tables,
     read_weights,
     rename_tensors,
+    with_input_size,
 )
-from featcache.errors import BackboneError, DownloadError
+from featcache.errors import BackboneError, DownloadError, UsageError
 from featcache.spec import PreprocessSpec
 from featcache.system.lazy_imports import compiler_on_demand
 
@@ -30,6 +35,7 @@ with compiler_on_demand():
     import torchvision
 
 log = logging.getLogger("featcache")
+_POSITIONS = "encoder.pos_embedding"  # of its ViTs
 _LICENCE = " (its licence is non-commercial, CC-BY-NC 4.0)"
 # Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
 _BUILD = {
@@ -53,17 +59,19 @@ def weights_names(name: str) -> list[str]:
     return [member.name for member in torchvision.models.get_model_weights(name)] if is_name(name) else []
 
 
-def build(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str, dict[str, Any]]:
-    """``load.build_network``: the network, the function that builds it, and with which options."""
+def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
+    """``load.build_network``."""
     options = {"num_classes": n_classes, **_BUILD.get(name, {})}
     if name.startswith("vit_"):
-        options["image_size"] = edge
+        options["image_size"] = size[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision announces slow initialisation of weights we replace
-        return torchvision.models.get_model(name, **options), "torchvision.models.get_model", options
+        network = torchvision.models.get_model(name, **options)
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return network, [f"network = torchvision.models.get_model({name!r}, {arguments})"]
 
 
-def load(name: str, weights: str | Path) -> Backbone:
+def load(name: str, weights: str | Path, *, size: tuple[int, int] | None) -> Backbone:
     """``load.load_backbone`` for a model of torchvision's."""
     available = {member.name: member for member in torchvision.models.get_model_weights(name)}
     chosen, reason = _prefer(list(available))
@@ -85,7 +93,7 @@ def load(name: str, weights: str | Path) -> Backbone:
         preprocess = dataclasses.replace(preprocess, resize=edge, crop=(edge, edge))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, *_ = build(name, 1000, preprocess.crop[0])
+        model, _ = build(name, 1000, preprocess.crop)
     layer = _classifier(model, name)
     classifier: Any = model.get_submodule(layer)
     model.set_submodule(layer, nn.Identity())
@@ -95,7 +103,22 @@ def load(name: str, weights: str | Path) -> Backbone:
         tables = [dataclasses.replace(table, tensors=rename_tensors(table.tensors, _without_dots)) for table in tables]
     if tables:
         source = load_tables(model, tables, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
-    return freeze(name, model, dim, layer, preprocess, source, reload)
+    backbone = freeze(name, model, dim, layer, preprocess, source, reload)
+    return with_input_size(backbone, for_size(preprocess, size), functools.partial(_set_size, name))
+
+
+def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
+    """Resample a ViT's position embeddings as torchvision does; its other networks take any size, or say so. Raises UsageError."""
+    if not name.startswith("vit_"):
+        return
+    edge, patch = size[0], model.patch_size
+    check_multiple(name, size, (patch, patch))
+    if size != (edge, edge):
+        raise UsageError(f"{name} takes square inputs only, found {size[0]}x{size[1]}")
+    state = OrderedDict({_POSITIONS: model.encoder.pos_embedding.data})
+    positions = torchvision.models.vision_transformer.interpolate_embeddings(edge, patch, state)[_POSITIONS]
+    model.encoder.pos_embedding = nn.Parameter(positions, requires_grad=False)
+    model.image_size, model.seq_length = edge, positions.shape[1]
 
 
 def _without_dots(key: str) -> str:
@@ -106,7 +129,7 @@ def _vit_input_size(name: str, tables: list[Table]) -> int | None:
     """Pixels per edge that a ViT's position embeddings were made for; None if ``tables`` fix no size."""
     for table in tables if name.startswith("vit_") else []:
         for key, position in table.tensors.items():
-            if key.endswith("encoder.pos_embedding") and position.ndim == 3:
+            if key.endswith(_POSITIONS) and position.ndim == 3:
                 return math.isqrt(position.shape[1] - 1) * int(name.rsplit("_", 1)[1])
     return None
 

@@ -54,25 +54,25 @@ class SavedBackbone:
         reload = reload if isinstance(reload, str) else None
         return cls(path, spec, str(weights.get("source")), reload, fingerprint_of(manifest))
 
-    def load(self) -> "Backbone":
-        """The backbone itself.
+    def load(self, *, size: tuple[int, int] | None = None) -> "Backbone":
+        """The backbone itself, for inputs of another ``size`` (height, width) than it was trained on, if given.
 
         Raises:
             ModelError: its weights are missing, or are not those the model was trained on.
             BackboneError: the library cannot provide them here.
         """
         try:
-            return self._load()
+            return self._load(size)
         except FeatcacheError:
             if _fingerprint_now(self.path) != self.manifest:
                 raise ModelError(f"{self.path} was replaced since it was loaded; run the command again") from None
             raise
 
-    def _load(self) -> "Backbone":
+    def _load(self, size: tuple[int, int] | None) -> "Backbone":
         from featcache.backbones.load import load_again
 
         copy = own_file(self.path, WEIGHTS)
-        backbone = load_again(self.spec, copy, self.reload)
+        backbone = load_again(self.spec, copy, self.reload, size=size)
         if backbone is None:
             raise ModelError(
                 f"{self.path} has no {WEIGHTS}, and no library provides its weights ({self.source}); "

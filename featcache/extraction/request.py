@@ -183,14 +183,14 @@ def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Bac
     """
     from featcache.backbones.load import load_backbone
 
+    size = (request.crop, request.crop) if request.crop is not None else None
     if saved is None:
-        backbone = load_backbone(request.backbone, request.weights)
+        backbone = load_backbone(request.backbone, request.weights, size=size)
     else:
-        backbone = saved.load()
+        backbone = saved.load(size=size)
         backbone = dataclasses.replace(backbone, weights=f"{backbone.weights} of {saved.path.name}")
     changes: dict[str, Any] = {
         "resize": request.resize,
-        "crop": (request.crop, request.crop) if request.crop is not None else None,
         "interpolation": request.interpolation,
         "decode": f"{request.decode} scale" if request.decode is not None else None,
         "deep": PreprocessSpec.deep_with(request.white_level) if request.white_level is not None else None,

@@ -23,7 +23,7 @@ def make_safetensors(model: Model, backbone: Backbone, name: str) -> Candidate:
     """Convert. ``name`` is the file's. Raises ExportError."""
     from safetensors.torch import load, save
 
-    network, build = build_network(backbone.name, len(model.classes), backbone.preprocess.crop[0])
+    network, build = build_network(backbone.name, len(model.classes), backbone.preprocess.crop)
     apart = None if _fits_original(network, backbone, model.head) else model.head
     prefix = f"{backbone.layer}." if apart is None else f"{HEAD_PREFIX}."
     layers = nn.Sequential(*linear_layers(model.head))
@@ -67,7 +67,7 @@ def _final_layers(backbone: Backbone) -> list[str]:
 
 def _usage(build: str, name: str, backbone: Backbone, head: Head | None) -> str:
     """Python lines from the file to logits. head: None if it is part of the network."""
-    lines = [f"tensors = safetensors.torch.load_file({name!r})", f"network = {build}.eval()"]
+    lines = [f"tensors = safetensors.torch.load_file({name!r})", build]
     if head is None:
         return "\n".join([*lines, "network.load_state_dict(tensors)", "logits = network(pixels)"])
     sizes = [f"torch.nn.Linear({weight.shape[1]}, {weight.shape[0]})" for weight, _ in head.layers]

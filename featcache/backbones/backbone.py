@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import logging
 import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from featcache.backbones.pooling import Taps, choose_pooling, set_pooling
 from featcache.errors import BackboneError, UsageError
-from featcache.spec import PreprocessSpec
+from featcache.spec import OWN_POOLING, PreprocessSpec, Taken
 from featcache.system.files import publish_file
 from featcache.system.safe_load import DamagedFile, ForeignFile, load_tensors
 
+log = logging.getLogger("featcache")
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
 PATIENCE = 10.0  # seconds without an answer, or a byte, after which there is no network
 _COUNTER = "num_batches_tracked"  # no embedding depends on it, and older checkpoints lack it
@@ -60,6 +63,7 @@ class Backbone:
         preprocess: the preprocessing that belongs to the weights.
         weights: where they came from, in words.
         weights_sha256: over the tensors that matter (see ``hash_tensors``).
+        pooling, layers: as in ``Spec``.
         reload: the ``weights`` argument with which a library provides them again; None if they must travel along.
         published: tensors as they were before they were resampled to ``preprocess.crop``; these are hashed and saved.
     """
@@ -73,6 +77,8 @@ class Backbone:
     weights_sha256: str
     reload: str | None
     published: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    pooling: str = OWN_POOLING
+    layers: int = 1
 
 
 def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
@@ -136,6 +142,22 @@ def with_input_size(
         after = backbone.module.state_dict()
         changed = {key: value for key, value in before.items() if not _same(value, after[key])}
     return dataclasses.replace(backbone, preprocess=preprocess, published=changed)
+
+
+def with_pooling(backbone: Backbone, taps: Taps, taken: Taken) -> Backbone:
+    """The backbone with another pooling, or more layers; the log says what ``auto`` took. Raises UsageError."""
+    pool, layers = taken.pool or "auto", taken.layers or 1
+    pooling, why = choose_pooling(backbone.name, taps, pool, layers)
+    log.log(
+        logging.DEBUG if pooling == OWN_POOLING or pool != "auto" else logging.INFO,
+        f"pooling {pooling}{f' of the last {layers} layers' if layers > 1 else ''}: {why}",
+    )
+    if pooling == OWN_POOLING and layers == 1:
+        return backbone
+    set_pooling(backbone.module, taps, pooling, layers)
+    with torch.inference_mode():
+        dim = backbone.module(torch.zeros(1, 3, *backbone.preprocess.crop)).shape[1]
+    return dataclasses.replace(backbone, dim=dim, pooling=pooling, layers=layers)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

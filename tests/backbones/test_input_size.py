@@ -23,7 +23,7 @@ from featcache.finetuning.finetune import finetune
 from featcache.models.export import export_model
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
-from featcache.spec import Spec
+from featcache.spec import Spec, Taken
 
 DINOV2 = "timm/vit_small_patch14_reg4_dinov2.lvd142m"
 TINY_VIT, OF_ONE_SIZE = "timm/test_vit", "timm/test_vit3"  # 160 px, patches of 16
@@ -122,7 +122,7 @@ def test_timm_at_another_size(tmp_path: Path, name: str, edge: int) -> None:
     assert again is not None and again.weights_sha256 == usual.weights_sha256
     with torch.inference_mode():
         assert torch.equal(again.module(pixels(edge)), ours)
-    other = load_again(spec_of(backbone), tmp_path / "copy.safetensors", None, size=usual.preprocess.crop)
+    other = load_again(spec_of(backbone), tmp_path / "copy.safetensors", None, taken=Taken(usual.preprocess.crop))
     assert other is not None and not other.published  # not resampled to and fro
 
 

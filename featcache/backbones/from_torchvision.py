@@ -28,7 +28,7 @@ from featcache.backbones.backbone import (
     with_input_size,
     with_pooling,
 )
-from featcache.backbones.pooling import Taps, Tokens
+from featcache.backbones.pooling import Taps, Tokens, of_map
 from featcache.errors import BackboneError, DownloadError, UsageError
 from featcache.spec import PreprocessSpec, Taken
 from featcache.system.lazy_imports import compiler_on_demand
@@ -40,6 +40,7 @@ log = logging.getLogger("featcache")
 _POSITIONS = "encoder.pos_embedding"  # of its ViTs
 _LICENCE = " (its licence is non-commercial, CC-BY-NC 4.0)"
 # Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
+_STAGED = (torchvision.models.ResNet, torchvision.models.ConvNeXt, torchvision.models.SwinTransformer)
 _BUILD = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": False}
     for name in ("googlenet", "inception_v3")
@@ -111,9 +112,30 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
 
 
 def _taps(name: str, model: Any) -> Taps:
+    if isinstance(model, _STAGED):
+        return Taps("maps", depth=4, read=_read_maps)
     if not name.startswith("vit_"):
         return Taps("maps")
     return Taps("cls", has_cls=True, has_tokens=True, depth=len(model.encoder.layers), read=_read_tokens)
+
+
+def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    """The mean of each stage's map; of the last one what enters the classifier."""
+    if isinstance(model, torchvision.models.ResNet):
+        x = model.maxpool(model.relu(model.bn1(model.conv1(pixels))))
+        parts = [(part, True) for part in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    else:  # stem or merging of patches, and a stage, by turns
+        x, parts = pixels, [(part, index % 2 == 1) for index, part in enumerate(model.features)]
+    maps = []
+    for part, is_stage in parts:
+        x = part(x)
+        maps += [x] if is_stage else []
+    if isinstance(model, torchvision.models.SwinTransformer):
+        maps = [model.permute(x) for x in maps]  # to (N, C, H, W)
+        x = model.permute(model.norm(x))
+    x = model.avgpool(x)
+    own = model.classifier(x) if isinstance(model, torchvision.models.ConvNeXt) else x.flatten(1)
+    return [*map(of_map, maps[-layers:-1]), Tokens(own[:, None])]
 
 
 def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:

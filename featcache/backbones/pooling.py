@@ -50,7 +50,9 @@ class Taps:
 def choose_pooling(name: str, taps: Taps, pool: str, layers: int) -> tuple[str, str]:
     """Which pooling ``pool`` is for this network, as the spec has it, and why. Raises UsageError: not for this network."""
     if layers > taps.depth:
-        raise UsageError(f"{name} gives {taps.depth} layers, --layers {layers} asks for more; choose 1 to {taps.depth}")
+        few = "1 layer" if taps.depth == 1 else f"{taps.depth} layers"
+        remedy = "" if taps.depth == 1 else f"; choose 1 to {taps.depth}"
+        raise UsageError(f"{name} gives {few}, --layers {layers} asks for more{remedy}")
     if "cls" in pool and not taps.has_cls:
         raise UsageError(f"{name} has no class token, which --pool {pool} asks for; choose mean, or leave it out")
     how, why = pool, "as asked"

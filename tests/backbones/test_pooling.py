@@ -174,6 +174,27 @@ def test_stages_lie_side_by_side(name: str) -> None:
     assert (joined.pooling, joined.layers, joined.dim) == (OWN_POOLING, 3, ours.shape[1])
 
 
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet18", ["layer2", "layer3"]),
+        *(pytest.param(n, ["features.3", "features.5"], marks=pytest.mark.slow) for n in ("convnext_tiny", "swin_t")),
+    ],
+)
+def test_stages_of_torchvision(name: str, stages: list[str]) -> None:
+    """Oracle: hooks on the stages of torchvision's own network."""
+    joined, own = load_backbone(name, "none", layers=3), load_backbone(name, "none").module
+    seen: list[torch.Tensor] = []
+    for stage in stages:
+        own.get_submodule(stage).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.inference_mode():
+        last, ours = own(pixels(96)), joined.module(pixels(96))
+    parts = [m.mean((1, 2) if name == "swin_t" else (2, 3)) for m in seen]
+    parts = [(p - p.mean(1, keepdim=True)) / (p.var(1, keepdim=True, correction=0) + 1e-5).sqrt() for p in parts]
+    torch.testing.assert_close(ours, torch.cat([*parts, last], dim=1), rtol=1e-4, atol=1e-4)
+    assert joined.dim == ours.shape[1]
+
+
 def test_torchvision_vit() -> None:
     """Oracle: hooks on the blocks of torchvision's own network."""
     backbone, own = (
@@ -197,7 +218,8 @@ def test_torchvision_vit() -> None:
         ("resnet18", {"pool": "cls+mean"}, "has no class token"),
         (TOKEN, {"pool": "max"}, "unknown pool 'max'; choose one of auto, own, cls, mean, cls\\+mean$"),
         (TOKEN, {"layers": 99}, "gives [0-9]+ layers, --layers 99 asks for more; choose 1 to [0-9]+$"),
-        ("resnet18", {"layers": 2}, "resnet18 gives 1 layers"),
+        ("resnet18", {"layers": 5}, "resnet18 gives 4 layers"),
+        ("squeezenet1_1", {"layers": 2}, "squeezenet1_1 gives 1 layer, --layers 2 asks for more$"),
         (TOKEN, {"layers": 0}, "layers must lie between 1 and 256, found 0$"),
         (
             ATTENTION,

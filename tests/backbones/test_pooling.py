@@ -105,6 +105,47 @@ def tokens_of(network: Any, layer: int, edge: int) -> tuple[torch.Tensor, torch.
     return x[:, network.num_prefix_tokens :], x[:, 0]
 
 
+SMALL = {"depth": 2, "embed_dim": 64, "num_heads": 2}
+FAMILIES: list[Any] = [  # name, how to build it small, which pooling auto takes
+    ("vit_small_patch14_reg4_dinov2.lvd142m", SMALL, OWN_POOLING),
+    ("vit_small_patch16_dinov3.lvd1689m", SMALL, "cls"),
+    ("vit_base_patch16_siglip_224.v2_webli", SMALL, OWN_POOLING),
+    ("vit_pe_core_base_patch16_224.fb", SMALL, OWN_POOLING),
+    ("vit_base_patch16_clip_224.openai", SMALL, OWN_POOLING),
+    ("vit_base_patch16_224.mae", SMALL, OWN_POOLING),
+    ("aimv2_large_patch14_224.apple_pt", SMALL, OWN_POOLING),
+    ("eva02_small_patch14_224.mim_in22k", SMALL, "cls"),
+    ("eva02_small_patch14_336.mim_in22k_ft_in1k", SMALL, OWN_POOLING),
+    ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, OWN_POOLING),
+    ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 1, 2, 2)}, OWN_POOLING),
+    ("resnet10t", {}, OWN_POOLING),
+    ("mobilenetv3_small_050", {}, OWN_POOLING),
+    ("test_efficientnet", {}, OWN_POOLING),
+]
+
+
+@pytest.mark.parametrize(("name", "small", "pooling"), FAMILIES)
+def test_families_give_what_their_library_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, small: dict[str, Any], pooling: str
+) -> None:
+    """Oracle: timm's own network, built small, told the pooling."""
+    build = timm.create_model
+    network: Any = build(name, **small)
+    path = shuffled(network, tmp_path / "w.pth")
+    network.load_state_dict(torch.load(path))
+    monkeypatch.setattr(timm, "create_model", lambda *given, **options: build(*given, **options, **small))
+    own = load_backbone(f"timm/{name}", path, size=network.pretrained_cfg["input_size"][1:], pool="own")
+    backbone = load_backbone(f"timm/{name}", path, size=own.preprocess.crop)
+    assert backbone.pooling == pooling and own.pooling == OWN_POOLING
+    assert backbone.weights_sha256 == own.weights_sha256
+    x = pixels(own.preprocess.crop[0])
+    with torch.inference_mode():
+        features = network.eval().forward_features(x)
+        assert same(own.module(x), network.forward_head(features, pre_logits=True))
+        if pooling == "cls":
+            assert same(backbone.module(x), network.fc_norm(network.pool(features, pool_type="token")))
+
+
 POOLED = [
     *((name, pool) for name in (TOKEN, DINOV3) for pool in ("cls", "mean", "cls+mean")),
     *((name, "mean") for name in (MEAN, ATTENTION)),  # with a register, without a class token

@@ -108,7 +108,7 @@ TIMM = [  # name, edge
 def test_timm_at_another_size(tmp_path: Path, name: str, edge: int) -> None:
     """Oracle: timm's ``set_input_size`` on its own network; the published tensors are hashed, saved and found again."""
     path = shuffled(timm.create_model(name), tmp_path / "w.pth")
-    backbone, usual = (load_backbone(f"timm/{name}", path, size=size) for size in ((edge, edge), None))
+    backbone, usual = (load_backbone(f"timm/{name}", path, size=size, pool="own") for size in ((edge, edge), None))
     assert backbone.weights_sha256 == usual.weights_sha256
     assert backbone.preprocess.crop == (edge, edge) != usual.preprocess.crop
     network = timm.create_model(name).eval()

@@ -17,7 +17,10 @@ PRECISION_CLASSES = ("reference", "bf16", "fp16")
 SPLITS = ("none", "train", "val", "test")  # position = the number stored
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 DECODING = ("full scale", "reduced scale")
-_POOLING = "the network's own"
+POOLS = ("auto", "own", "cls", "mean", "cls+mean")  # as asked for
+OWN_POOLING = "the network's own"  # up to the input of its classifier
+_POOLINGS = (OWN_POOLING, "cls", "mean", "cls+mean")
+_MAX_LAYERS = 256
 _MAX_EDGE = 2048
 
 
@@ -114,6 +117,31 @@ class PreprocessSpec:
         return int(self.resize * height / width), self.resize
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """What is taken of a network, as asked for. Raises UsageError.
+
+    Attributes:
+        size: (height, width) of its input; None: the weights' own, or the authors'. pool: one of ``POOLS``; None: ``auto``.
+        layers: how many of the last ones; None: 1.
+    """
+
+    size: tuple[int, int] | None = None
+    pool: str | None = None
+    layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pool not in (None, *POOLS):
+            raise UsageError(f"unknown pool {self.pool!r}; choose one of {', '.join(POOLS)}")
+        if self.layers is not None and not 1 <= self.layers <= _MAX_LAYERS:
+            raise UsageError(f"layers must lie between 1 and {_MAX_LAYERS}, found {self.layers}")
+
+    def of(self, spec: "Spec") -> "Taken":
+        """The same, where nothing is asked for as ``spec`` has it."""
+        own = "own" if spec.pooling == OWN_POOLING else spec.pooling
+        return Taken(self.size or spec.preprocess.crop, self.pool or own, self.layers or spec.layers)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """All that changes the numbers of an embedding. Raises UsageError for a value that this version does not know.
@@ -123,7 +151,9 @@ class Spec:
         preprocess: from a file's bytes to the backbone's input.
         precision: ``reference`` if the features pass for the float32 network's own, else the precision's name.
         storage: ``float16`` or ``float32``.
-        pooling, views: one value each today; stored so that a later change can never pass unnoticed.
+        pooling: ``the network's own``, or how a layer's tokens became one vector: ``cls``, ``mean`` (of patches), ``cls+mean``.
+        layers: how many of the last layers lie side by side, normalised. Not in the JSON where it is 1.
+        views: one value today; stored so that a later change can never pass unnoticed.
     """
 
     backbone: str
@@ -132,18 +162,21 @@ class Spec:
     preprocess: PreprocessSpec
     precision: str
     storage: str
-    pooling: str = _POOLING
+    pooling: str = OWN_POOLING
+    layers: int = 1
     views: int = 1
 
     def __post_init__(self) -> None:
         if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it becomes part of a file's name
             raise UsageError("the spec's weights_sha256 is no sha256")
-        known = {"precision": PRECISION_CLASSES, "storage": STORAGE_TYPES, "pooling": (_POOLING,), "views": (1,)}
+        known = {"precision": PRECISION_CLASSES, "storage": STORAGE_TYPES, "pooling": _POOLINGS, "views": (1,)}
         for name, allowed in known.items():
             if (value := getattr(self, name)) not in allowed:
                 raise UsageError(
                     f"the spec asks for what this version does not do: {name} is {value!r}, expected {' or '.join(map(str, allowed))}"
                 )
+        if type(self.layers) is not int or not 1 <= self.layers <= _MAX_LAYERS:
+            raise UsageError(f"the spec's layers are {self.layers!r}, expected a number from 1 to {_MAX_LAYERS}")
 
     @property
     def fingerprint(self) -> str:
@@ -158,6 +191,7 @@ class Spec:
                 "weights_sha256": self.weights_sha256,
                 "layer": f"input of {self.layer}",
                 "pooling": self.pooling,
+                **({"layers": self.layers} if self.layers != 1 else {}),
             },
             "preprocess": self.preprocess.to_json(),
             "precision": self.precision,
@@ -178,6 +212,8 @@ class Spec:
                 preprocess=PreprocessSpec.from_json(values["preprocess"]),
                 precision=str(values["precision"]),
                 storage=str(values["storage"]),
+                pooling=str(backbone["pooling"]),
+                layers=backbone.get("layers", 1),
             )
         except KeyError as error:
             raise UsageError(f"the spec lacks {error}") from error

@@ -57,7 +57,10 @@ def without(name: str) -> dict[str, Any]:
         (SPEC.to_json() | {"preprocess": {"resize": 40}}, "not a preprocessing spec"),
         (SPEC.to_json() | {"preprocess": SPEC.preprocess.to_json() | {"zoom": 2}}, "not a preprocessing spec"),
         (SPEC.to_json() | {"backbone": SPEC.to_json()["backbone"] | {"weights_sha256": "../w"}}, "is no sha256"),
-        (SPEC.to_json() | {"backbone": SPEC.to_json()["backbone"] | {"pooling": "mean"}}, "pooling: mean -> the"),
+        (
+            SPEC.to_json() | {"backbone": SPEC.to_json()["backbone"] | {"pooling": "max"}},
+            "pooling is .max., expected the",
+        ),
     ],
 )
 def test_what_this_version_cannot_honour_is_refused(values: Any, words: str) -> None:

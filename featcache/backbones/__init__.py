@@ -3,6 +3,7 @@
 load.py              name and weights -> Backbone
 from_torchvision.py  torchvision's models
 from_timm.py         timm's
+pooling.py           tokens and maps -> one vector; several layers side by side
 backbone.py          what a Backbone is; its weights read, hashed, saved
 saved.py             the backbone of a saved model
 embedder.py          Embedder: a backbone ready to embed

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import logging
 import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.errors import BackboneError
-from featcache.spec import PreprocessSpec
+from featcache.backbones.pooling import Taps, choose_pooling, set_pooling
+from featcache.errors import BackboneError, UsageError
+from featcache.spec import OWN_POOLING, PreprocessSpec, Taken
 from featcache.system.files import publish_file
 from featcache.system.safe_load import DamagedFile, ForeignFile, load_tensors
 
+log = logging.getLogger("featcache")
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
 PATIENCE = 10.0  # seconds without an answer, or a byte, after which there is no network
 _COUNTER = "num_batches_tracked"  # no embedding depends on it, and older checkpoints lack it
@@ -60,7 +63,9 @@ class Backbone:
         preprocess: the preprocessing that belongs to the weights.
         weights: where they came from, in words.
         weights_sha256: over the tensors that matter (see ``hash_tensors``).
+        pooling, layers: as in ``Spec``.
         reload: the ``weights`` argument with which a library provides them again; None if they must travel along.
+        published: tensors as they were before they were resampled to ``preprocess.crop``; these are hashed and saved.
     """
 
     name: str
@@ -71,6 +76,9 @@ class Backbone:
     weights: str
     weights_sha256: str
     reload: str | None
+    published: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    pooling: str = OWN_POOLING
+    layers: int = 1
 
 
 def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
@@ -81,11 +89,12 @@ def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None)
 
 
 def weights_bytes(backbone: Backbone) -> bytes:
-    """The backbone's tensors as safetensors."""
+    """The backbone's tensors, as published, in safetensors' format."""
     from safetensors.torch import save
 
     # clones: safetensors refuses tensors that share memory
-    data: bytes = save({key: value.clone().contiguous() for key, value in backbone.module.state_dict().items()})
+    tensors = {**backbone.module.state_dict(), **backbone.published}
+    data: bytes = save({key: value.clone().contiguous() for key, value in tensors.items()})
     return data
 
 
@@ -110,6 +119,60 @@ def freeze(
     model.eval().requires_grad_(False)
     digest = hash_tensors(model.state_dict())
     return Backbone(name, model, dim, layer, preprocess, source, digest, reload)
+
+
+def for_size(preprocess: PreprocessSpec, size: tuple[int, int] | None) -> PreprocessSpec:
+    """The preprocessing with another crop (height, width), and a resize that is at least as large. Raises UsageError."""
+    if size is None or size == preprocess.crop:
+        return preprocess
+    resize = preprocess.resize
+    edges = (resize, resize) if isinstance(resize, int) else resize
+    least = (max(edges[0], size[0]), max(edges[1], size[1]))
+    return dataclasses.replace(preprocess, crop=size, resize=max(least) if isinstance(resize, int) else least)
+
+
+def with_input_size(
+    backbone: Backbone, preprocess: PreprocessSpec, set_size: Callable[[nn.Module, tuple[int, int]], None]
+) -> Backbone:
+    """The backbone for pixels of ``preprocess``; ``set_size`` changes a network in place, as its library does. Raises UsageError."""
+    changed: Mapping[str, torch.Tensor] = {}
+    if preprocess.crop != backbone.preprocess.crop:
+        before = backbone.module.state_dict()
+        set_size(backbone.module, preprocess.crop)
+        after = backbone.module.state_dict()
+        changed = {key: value for key, value in before.items() if not _same(value, after[key])}
+    return dataclasses.replace(backbone, preprocess=preprocess, published=changed)
+
+
+def with_pooling(backbone: Backbone, taps: Taps, taken: Taken) -> Backbone:
+    """The backbone with another pooling, or more layers; the log says what ``auto`` took. Raises UsageError."""
+    pool, layers = taken.pool or "auto", taken.layers or 1
+    pooling, why = choose_pooling(backbone.name, taps, pool, layers)
+    log.log(
+        logging.DEBUG if pooling == OWN_POOLING or pool != "auto" else logging.INFO,
+        f"pooling {pooling}{f' of the last {layers} layers' if layers > 1 else ''}: {why}",
+    )
+    if pooling == OWN_POOLING and layers == 1:
+        return backbone
+    set_pooling(backbone.module, taps, pooling, layers)
+    with torch.inference_mode():
+        dim = backbone.module(torch.zeros(1, 3, *backbone.preprocess.crop)).shape[1]
+    return dataclasses.replace(backbone, dim=dim, pooling=pooling, layers=layers)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def check_multiple(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
+    """Raises UsageError, with the nearest sizes, if patches of ``patch`` pixels do not fill ``size``."""
+    for edge, of in zip(size, patch, strict=True):
+        if edge % of:
+            near = [str(edge - edge % of)] * (edge > of) + [str(edge - edge % of + of)]
+            raise UsageError(
+                f"{name} cuts its input into patches of {of} pixels, which {edge} is no multiple of; "
+                f"the nearest --crop: {' or '.join(near)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

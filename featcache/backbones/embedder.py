@@ -73,6 +73,8 @@ class Embedder:
             backbone=self.backbone.name,
             weights_sha256=self.backbone.weights_sha256,
             layer=self.backbone.layer,
+            pooling=self.backbone.pooling,
+            layers=self.backbone.layers,
             preprocess=self.backbone.preprocess,
             precision=precision or self.choice.precision_class,
             storage=storage,

@@ -1,8 +1,14 @@
 """timm's models as backbones: ``timm/NAME``. The one door to timm."""
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
+import inspect
+import logging
+import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +21,22 @@ from featcache.backbones.backbone import (
     PATIENCE,
     Backbone,
     Table,
+    check_multiple,
     downloading,
+    for_size,
     freeze,
     load_tables,
     read_weights,
+    with_input_size,
+    with_pooling,
 )
-from featcache.errors import BackboneError, DownloadError, MissingDependencyError
-from featcache.spec import PreprocessSpec
+from featcache.backbones.pooling import Taps, Tokens, of_map
+from featcache.errors import BackboneError, DownloadError, MissingDependencyError, UsageError
+from featcache.spec import PreprocessSpec, Taken
+
+log = logging.getLogger("featcache")
+# timm's setting is the size that these were last trained at; their authors evaluate at 224 (resize 256, bicubic).
+_DINOV2, _DINOV2_CROP, _DINOV2_RESIZE = re.compile(r"timm/vit_\w+_patch14_(reg4_)?dinov2(\.|$)"), (224, 224), 256
 
 
 def names() -> list[str]:
@@ -40,13 +55,18 @@ def weights_names(name: str) -> list[str]:
     return []
 
 
-def build(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str, dict[str, Any]]:
-    """``load.build_network``: the network, the function that builds it, and with which options."""
-    options = {"num_classes": n_classes}
-    return _timm().create_model(name.removeprefix("timm/"), **options), "timm.create_model", options
+def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
+    """``load.build_network``."""
+    short = name.removeprefix("timm/")
+    network = _timm().create_model(short, num_classes=n_classes)
+    lines = [f"network = timm.create_model({short!r}, num_classes={n_classes})"]
+    if _is_of_one_size(network) and network.patch_embed.img_size != size:
+        _set_size(name, network, size)
+        lines.append(f"network.set_input_size(img_size={size})")
+    return network, lines
 
 
-def load(name: str, weights: str | Path) -> Backbone:
+def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
     """``load.load_backbone`` for a model of timm's."""
     timm = _timm()
     short = name.removeprefix("timm/")
@@ -86,10 +106,125 @@ def load(name: str, weights: str | Path) -> Backbone:
     config = timm.data.resolve_model_data_config(model)
     if len(layers) > 1:
         dim = _joined_width(name, model.eval(), config["input_size"])
-    if tables:
-        source = load_tables(model, tables, ignore=tuple(f"{layer}." for layer in layers), source=source)
     spec, reload = _timm_spec(name, config), "auto" if weights == "auto" else None
-    return freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
+    wanted = for_size(_as_evaluated(name, spec, said=taken.size is None), taken.size)
+    if tables:
+        ignore = tuple(f"{layer}." for layer in layers)
+        source, made_for = _load_at_any_size(name, model, tables, ignore, source, wanted.crop)
+        spec = for_size(spec, made_for)
+        wanted = spec if made_for and not taken.size else wanted
+    backbone = freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
+    backbone = with_input_size(backbone, wanted, functools.partial(_set_size, name))
+    return with_pooling(backbone, _taps(model, several=len(layers) > 1), taken)
+
+
+def _taps(model: Any, *, several: bool) -> Taps:
+    """What can be taken out of a network that may have ``several`` classifiers, each with an input of its own."""
+    taking = getattr(model, "forward_intermediates", None)
+    if taking is None or several:
+        return Taps("joined")
+    trained = bool(model.pretrained_cfg.get("num_classes"))
+    if "return_prefix_tokens" not in inspect.signature(taking).parameters or not hasattr(model, "num_prefix_tokens"):
+        return Taps("maps", depth=len(getattr(model, "feature_info", ())) or 1, trained=trained, read=_read_maps)
+    own = {"token": "cls", "avg": "mean"}.get(model.global_pool, str(model.global_pool))
+    if getattr(model, "attn_pool", None) is not None:
+        own = "attention"
+    elif own == "mean" and getattr(model, "pool_include_prefix", False):
+        own = "mean of all tokens"
+    return Taps(
+        own,
+        has_cls=getattr(model, "cls_token", None) is not None,
+        has_tokens=True,
+        depth=len(model.blocks),
+        trained=trained,
+        read=_read_tokens,
+        finish=lambda network, x: network.fc_norm(x) if hasattr(network, "fc_norm") else x,
+    )
+
+
+def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    found = model.forward_intermediates(
+        pixels, indices=layers, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    if not model.num_prefix_tokens:
+        return [Tokens(patches) for patches in found]
+    return [Tokens(patches, prefix[:, 0]) for patches, prefix in found]  # the class token comes before registers
+
+
+def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    """The mean of each stage's map; of the last one what enters the classifier."""
+    last, maps = model.forward_intermediates(pixels, indices=layers)
+    own = model.forward_head(last, pre_logits=True)
+    return [*map(of_map, maps[:-1]), Tokens(own[:, None])]
+
+
+def _as_evaluated(name: str, spec: PreprocessSpec, *, said: bool) -> PreprocessSpec:
+    """timm's preprocessing, but where the authors of the weights evaluate at a smaller size."""
+    if not _DINOV2.match(name) or spec.crop == _DINOV2_CROP:
+        return spec
+    if said:
+        log.info(
+            "input resize %d, crop %d: so the authors of DINOv2 evaluate; --crop %d is timm's setting, and %.0f times the pixels",
+            *(_DINOV2_RESIZE, _DINOV2_CROP[0], spec.crop[0], (spec.crop[0] / _DINOV2_CROP[0]) ** 2),
+        )
+    return dataclasses.replace(spec, resize=_DINOV2_RESIZE, crop=_DINOV2_CROP, interpolation="bicubic")
+
+
+def _load_at_any_size(
+    name: str, model: Any, tables: list[Table], ignore: tuple[str, ...], source: str, wanted: tuple[int, int]
+) -> tuple[str, tuple[int, int] | None]:
+    """``load_tables``, also of tensors made for another size: that of their position embeddings, or the ``wanted`` one.
+
+    Returns:
+        As ``load_tables``, and that size; None where it is the published one.
+    """
+    try:
+        return load_tables(model, tables, ignore=ignore, source=source), None
+    except BackboneError as error:
+        if not _is_of_one_size(model):
+            raise
+        first = error  # says what is expected of published weights
+    positions = (value for table in tables for key, value in table.tensors.items() if key.endswith("pos_embed"))
+    patch: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    sizes = [wanted]
+    for position in positions if isinstance(patch, tuple) else ():
+        if position.ndim == 3:
+            prefix = 0 if getattr(model, "no_embed_class", False) else getattr(model, "num_prefix_tokens", 1)
+            grid = math.isqrt(max(position.shape[1] - prefix, 1))
+            sizes.insert(0, (grid * patch[0], grid * patch[1]))
+    for size in sizes:
+        with contextlib.suppress(BackboneError, UsageError):
+            _set_size(name, model, size)
+            return load_tables(model, tables, ignore=ignore, source=source), size
+    raise first
+
+
+def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
+    """Resample what belongs to positions, where the network is built for one size; others take many, or say so. Raises UsageError."""
+    patches: Any = getattr(model, "patch_embed", None)
+    if not hasattr(patches, "strict_img_size"):  # networks of convolutions
+        return
+    if not patches.dynamic_img_pad:
+        check_multiple(name, size, patches.patch_size)
+    if not _is_of_one_size(model):
+        return
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of interpolation, about speed
+            model.set_input_size(img_size=size)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{name} does not take inputs of {size[0]}x{size[1]} pixels ({reason}); leave --crop out"
+        ) from error
+
+
+def _is_of_one_size(model: Any) -> bool:
+    """Whether a network takes another size than its own only when told so.
+
+    What takes any must go on to compute what it computes untold: the spec of either would be the same.
+    """
+    return hasattr(model, "set_input_size") and getattr(getattr(model, "patch_embed", None), "strict_img_size", False)
 
 
 @torch.no_grad()

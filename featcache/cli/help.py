@@ -16,7 +16,7 @@ PANELS = {
     "Output": "output top_k probs folder dtype overwrite resume force self_contained max_bad as_json help",
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
     "patience class_weight folds seed",
-    "Backbone": "backbone weights resize crop interpolation",
+    "Backbone": "backbone weights pool layers resize crop interpolation",
     "Input": "images repair split limit reuse class_level root path_column label_column split_column decode white_level",
     "Speed": "seconds device precision batch_size micro_batch workers",
     "Everywhere": "quiet verbose version featcache.help install_completion show_completion",
@@ -25,7 +25,7 @@ _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.sp
 _ORDER = {name: place for place, name in enumerate(_PANEL_OF)}
 # What stands behind an option that does not say so itself: by the type of its value, or its name (numbers that may be auto).
 _TYPED = {int: "N", float: "NUMBER", Path: "PATH", str: "NAME"}
-_NUMBERS = ("batch_size", "c", "crop", "micro_batch", "resize", "white_level", "workers")
+_NUMBERS = ("batch_size", "c", "crop", "layers", "micro_batch", "resize", "white_level", "workers")
 
 
 class Command(TyperCommand):

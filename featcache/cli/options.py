@@ -49,6 +49,8 @@ Dtype = Annotated[str, typer.Option(help="Stored as float16 or float32. Default:
 Resize = Annotated[str, typer.Option(help="Shorter edge in pixels, or HEIGHTxWIDTH. Default: as the weights want.")]
 Crop = Annotated[str, typer.Option(help="Edge of the centre crop in pixels. Default: as the weights want.")]
 Interpolation = Annotated[str, typer.Option(help="nearest, bilinear, bicubic, lanczos. Default: as the weights want.")]
+Pool = Annotated[str, typer.Option(help="own, cls, mean, cls+mean. Default: what the encoder was trained to give.")]
+Layers = Annotated[str, typer.Option(help="How many of the last layers, side by side. Default: 1.")]
 WhiteLevel = Annotated[
     str,
     typer.Option(help="Sample of 16-bit images that is white: 4095 for 12 bits of data. Default: 65535."),

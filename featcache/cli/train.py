@@ -108,6 +108,8 @@ def finetune(
     weights: _AsForExtract = None,
     resize: _AsForExtract = None,
     crop: _AsForExtract = None,
+    pool: _AsForExtract = None,
+    layers: _AsForExtract = None,
     white_level: _AsForExtract = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per batch, instead of the recipe's.")] = None,
@@ -145,6 +147,8 @@ def finetune(
         "weights": weights,
         "resize": None if resize is None else options.size(resize),
         "crop": None if crop is None else options.count(crop, "crop"),
+        "pool": None if pool == "auto" else pool,
+        "layers": None if layers is None else options.count(layers, "layers"),
         "white_level": None if white_level is None else options.count(white_level, "white level"),
     }
     asked = {name: value for name, value in asked.items() if value is not None}

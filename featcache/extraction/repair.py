@@ -220,7 +220,12 @@ def backbone_of(cache: FeatureCache) -> "Backbone":
             "weights file to that name and run the same command again"
         )
     found = dataclasses.replace(
-        spec, backbone=backbone.name, weights_sha256=backbone.weights_sha256, layer=backbone.layer
+        spec,
+        backbone=backbone.name,
+        weights_sha256=backbone.weights_sha256,
+        layer=backbone.layer,
+        pooling=backbone.pooling,
+        layers=backbone.layers,
     )
     if found != spec:
         raise SpecMismatchError(

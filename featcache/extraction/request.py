@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from featcache.backbones.saved import SavedBackbone
 from featcache.errors import BackboneError, UsageError
-from featcache.spec import DECODING, STORAGE_TYPES, PreprocessSpec
+from featcache.spec import DECODING, STORAGE_TYPES, PreprocessSpec, Taken
 from featcache.system.path_kinds import Kind, as_path, kind_of, missing, typed
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class ExtractRequest:
         resize: pixels of the shorter edge, or (height, width); the weights' own when None.
         crop: edge of the square centre crop in pixels; the weights' own when None.
         interpolation: resampling filter; the weights' own when None.
+        pool: ``own``, ``cls``, ``mean``, ``cls+mean``; the model's own, else what the encoder was trained to give, when None.
+        layers: how many of the last layers, side by side; the model's own, else 1, when None.
         decode: ``full`` or ``reduced`` scale of large JPEGs; the model's own, else full, when None.
         white_level: the sample of 16-bit images that is white, of data of fewer bits; the model's own, else 65535, when None.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
@@ -51,6 +53,8 @@ class ExtractRequest:
     resize: int | tuple[int, int] | None = None
     crop: int | None = None
     interpolation: str | None = None
+    pool: str | None = None
+    layers: int | None = None
     decode: str | None = None
     white_level: int | None = None
     precision: str = "auto"
@@ -66,6 +70,13 @@ class ExtractRequest:
             raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
         if self.white_level is not None and not 1 <= self.white_level <= 65535:
             raise UsageError(f"white level must lie between 1 and 65535, found {self.white_level}")
+        self.taken  # noqa: B018 - refuses what no network has
+
+    @property
+    def taken(self) -> Taken:
+        """What is taken of the network. Raises UsageError."""
+        size = (self.crop, self.crop) if self.crop is not None else None
+        return Taken(size, None if self.pool == "auto" else self.pool, self.layers)
 
     def check_paths(self) -> None:
         """Raise BackboneError, before any work, if backbone or weights name something on the disk that is neither."""
@@ -121,8 +132,9 @@ class ExtractRequest:
             BackboneError: the weights file cannot be read. Otherwise as ``saved``.
         """
         record, backbone = dataclasses.asdict(self), self.backbone
-        if self.white_level is None:  # as in the records of caches from before it could be chosen
-            del record["white_level"]
+        for name in ("white_level", "pool", "layers"):  # as in the records of caches from before they could be chosen
+            if record[name] is None:
+                del record[name]
         if saved := self.saved():
             record["backbone"], backbone = f"model:{saved.spec.fingerprint}", saved.spec.backbone
         packages = ["featcache", "torch", "torchvision"]
@@ -148,6 +160,8 @@ class BackboneOptions(TypedDict, total=False):
     resize: int | tuple[int, int] | None
     crop: int | None
     interpolation: str | None
+    pool: str | None
+    layers: int | None
     decode: str | None
     white_level: int | None
     dtype: str
@@ -210,13 +224,12 @@ def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Bac
     from featcache.backbones.load import load_backbone
 
     if saved is None:
-        backbone = load_backbone(request.backbone, request.weights)
+        backbone = load_backbone(request.backbone, request.weights, **vars(request.taken))
     else:
-        backbone = saved.load()
+        backbone = saved.load(taken=request.taken)
         backbone = dataclasses.replace(backbone, weights=f"{backbone.weights} of {saved.path.name}")
     changes: dict[str, Any] = {
         "resize": request.resize,
-        "crop": (request.crop, request.crop) if request.crop is not None else None,
         "interpolation": request.interpolation,
         "decode": f"{request.decode} scale" if request.decode is not None else None,
         "deep": PreprocessSpec.deep_with(request.white_level) if request.white_level is not None else None,

@@ -126,7 +126,9 @@ def to_backbone(network: Network, backbone: Backbone, source: str) -> Backbone:
     module = copy.deepcopy(network.backbone).cpu().to(memory_format=torch.contiguous_format)
     module.eval().requires_grad_(False)
     digest = hash_tensors(module.state_dict())
-    return dataclasses.replace(backbone, module=module, weights=source, weights_sha256=digest, reload=None)
+    return dataclasses.replace(
+        backbone, module=module, weights=source, weights_sha256=digest, reload=None, published={}
+    )
 
 
 def check_parity(network_logits: Array, head_logits: Array, *, tolerance: float) -> float:

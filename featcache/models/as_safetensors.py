@@ -15,6 +15,7 @@ from featcache.heads.head import Array, Head, softmax
 from featcache.heads.layers import NO_LENGTH, linear_layers, unit_length
 from featcache.models.export_candidate import Candidate, metadata, normalise_pixels, sample_pixels
 from featcache.models.model import Model
+from featcache.spec import OWN_POOLING
 
 HEAD_PREFIX = "featcache_head"  # not "head", which some architectures call layers of their own
 
@@ -23,7 +24,12 @@ def make_safetensors(model: Model, backbone: Backbone, name: str) -> Candidate:
     """Convert. ``name`` is the file's. Raises ExportError."""
     from safetensors.torch import load, save
 
-    network, build = build_network(backbone.name, len(model.classes), backbone.preprocess.crop[0])
+    if backbone.pooling != OWN_POOLING or backbone.layers > 1:
+        raise ExportError(
+            f"{backbone.name} itself does not pool as this model does (pooling {backbone.pooling}, layers {backbone.layers}), so that "
+            "its tensors would give other labels elsewhere; export to .onnx instead"
+        )
+    network, build = build_network(backbone.name, len(model.classes), backbone.preprocess.crop)
     apart = None if _fits_original(network, backbone, model.head) else model.head
     prefix = f"{backbone.layer}." if apart is None else f"{HEAD_PREFIX}."
     layers = nn.Sequential(*linear_layers(model.head))
@@ -67,7 +73,7 @@ def _final_layers(backbone: Backbone) -> list[str]:
 
 def _usage(build: str, name: str, backbone: Backbone, head: Head | None) -> str:
     """Python lines from the file to logits. head: None if it is part of the network."""
-    lines = [f"tensors = safetensors.torch.load_file({name!r})", f"network = {build}.eval()"]
+    lines = [f"tensors = safetensors.torch.load_file({name!r})", build]
     if head is None:
         return "\n".join([*lines, "network.load_state_dict(tensors)", "logits = network(pixels)"])
     sizes = [f"torch.nn.Linear({weight.shape[1]}, {weight.shape[0]})" for weight, _ in head.layers]

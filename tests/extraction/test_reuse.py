@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import TINY, TINY_FLAGS, make_photos, write_photo
 from formats import samples, tiff
 from test_extract import break_a_row, by_path, counts
 
+from featcache.backbones.backbone import Backbone
 from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows
@@ -90,8 +92,8 @@ def test_provenance_says_where_the_weights_of_this_cache_are(photos: Path, other
     assert provenance.reload is None
     original = load_backbone
 
-    def provided(*arguments: str):
-        return dataclasses.replace(original(*arguments), reload="IMAGENET1K_V1")
+    def provided(*arguments: str, **taken: Any) -> Backbone:
+        return dataclasses.replace(original(*arguments, **taken), reload="IMAGENET1K_V1")
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("featcache.backbones.load.load_backbone", provided)

@@ -1,0 +1,103 @@
+"""From what a network gives of an image to one vector: the one place where tokens are pooled and layers joined.
+
+In: a network and ``Taps``, by which a source (``from_<library>.py``) says what can be taken out of it. Out: the same network,
+whose forward pass gives (N, D). Its tensors keep their names, so that weights are hashed, saved and trained as before.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from featcache.errors import UsageError
+from featcache.spec import OWN_POOLING
+
+
+class Tokens(NamedTuple):
+    """What one layer gives of N images, normalised.
+
+    Attributes:
+        patches: (N, L, C), without class and register tokens. cls: (N, C), the class token; None if there is none.
+    """
+
+    patches: torch.Tensor
+    cls: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """What can be taken out of a network.
+
+    Attributes:
+        own: which pooling its own forward pass does: ``cls``, ``mean``; ``attention`` or another word for what is no such pooling.
+        has_cls: whether it has a class token. has_tokens: whether it gives tokens at all, not maps.
+        depth: how many layers ``read`` can give. trained: whether a classifier was trained on what the own pooling gives.
+        read: (network, pixels, n) -> the last n layers, the last one last; None: nothing but the own forward pass.
+        finish: (network, pooled (N, C)) -> (N, C): a norm that belongs behind the pooling.
+    """
+
+    own: str
+    has_cls: bool = False
+    has_tokens: bool = False
+    depth: int = 1
+    trained: bool = True
+    read: Callable[[Any, torch.Tensor, int], list[Tokens]] | None = None
+    finish: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, x: x
+
+
+def choose_pooling(name: str, taps: Taps, pool: str, layers: int) -> tuple[str, str]:
+    """Which pooling ``pool`` is for this network, as the spec has it, and why. Raises UsageError: not for this network."""
+    if layers > taps.depth:
+        few = "1 layer" if taps.depth == 1 else f"{taps.depth} layers"
+        remedy = "" if taps.depth == 1 else f"; choose 1 to {taps.depth}"
+        raise UsageError(f"{name} gives {few}, --layers {layers} asks for more{remedy}")
+    if "cls" in pool and not taps.has_cls:
+        raise UsageError(f"{name} has no class token, which --pool {pool} asks for; choose mean, or leave it out")
+    how, why = pool, "as asked"
+    if pool == "mean" and not taps.has_tokens:
+        how, why = taps.own, "the network's own, of its maps"
+    elif pool in ("auto", "own"):
+        how, why = taps.own, "the network's own"
+        if pool == "auto" and how == "mean" and taps.has_cls and not taps.trained:
+            how, why = (
+                "cls",
+                "the class token is what this encoder was trained to give, the library takes the mean of patches",
+            )
+    if layers > 1 and taps.has_tokens and how not in ("cls", "mean", "cls+mean"):
+        if pool == "own":
+            raise UsageError(f"{name} pools its last layer alone by {how}; choose --pool mean with --layers {layers}")
+        how = "cls" if taps.has_cls else "mean"
+        why = f"the network's own is of the last layer alone ({taps.own})"
+    own = how == taps.own and (layers == 1 or not taps.has_tokens)
+    return OWN_POOLING if own else how, why
+
+
+def pool_tokens(tokens: Tokens, how: str) -> list[torch.Tensor]:
+    """(N, C) vectors of one layer: of ``cls+mean`` two, in this order."""
+    found = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
+    return [vector for part in how.split("+") if (vector := found[part]) is not None]
+
+
+def of_map(features: torch.Tensor) -> Tokens:
+    """A stage's map (N, C, H, W) as one token: its mean, normalised over channels, as the stages' scales differ."""
+    mean = features.mean(dim=(2, 3))
+    return Tokens(nn.functional.layer_norm(mean, mean.shape[1:])[:, None])
+
+
+def set_pooling(network: nn.Module, taps: Taps, pooling: str, layers: int) -> None:
+    """Let the network's forward pass give the last ``layers`` layers, pooled and side by side; changes it in place.
+
+    The class is exchanged, not wrapped, as PyTorch's own parametrizations do: copies keep it, and names of tensors stay.
+    """
+    read = taps.read
+    if read is None or (pooling == OWN_POOLING and layers == 1):
+        return
+    how = "mean" if pooling == OWN_POOLING else pooling  # of maps, which come as one token
+
+    def forward(self: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        found = read(self, pixels, layers)
+        return torch.cat([taps.finish(self, x) for tokens in found for x in pool_tokens(tokens, how)], dim=1)
+
+    network.__class__ = type(type(network).__name__, (type(network),), {"forward": forward})

@@ -33,7 +33,7 @@ from featcache.heads.head import (
     class_weights,
 )
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
-from featcache.heads.validation import OutOfFold, judge, stratified_folds
+from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.memory import available_memory
 
 log = logging.getLogger("featcache")
@@ -68,7 +68,7 @@ def fit_logreg(
 ) -> FittedHead:
     """Choose C and scaling on ``rows`` by cross-validation, then refit on all of them.
 
-    The setting with the best mean out-of-fold accuracy wins; of equals, the one with the lowest log loss.
+    ``OutOfFold.best`` says which setting wins. Its weights are divided by the temperature of its out-of-fold logits.
 
     Args:
         features: (M, D). rows: numbers of the N training rows. y: (N,) labels from 0, each occurring.
@@ -87,17 +87,23 @@ def fit_logreg(
     solver = Solver(X, y, grid=grid, balanced=balanced)
     copies = np.arange(len(rows)) if copies is None else copies
     best: dict[str, Any] = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
+    temperature = 1.0
     curve: Curve = []
     validation: dict[str, Any] = {}
     if folds:
         splits = stratified_folds(y, copies, folds=folds, seed=seed)
         found = solver.cross_validate(splits)
         curve = _curve(found, solver.settings)
-        best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
-        validation["cv_accuracy"], validation["cv_log_loss"] = found.corrected(copies, seed=seed)
-        if len(y) * solver.n_classes <= MAX_LOGITS:
-            validation["out_of_fold"] = solver.out_of_fold(splits, (best["scaling"], best["C"]))
+        best = curve[found.best(np.ones((1, len(y))), copies)[0]]
+        logits = solver.out_of_fold(splits, (best["scaling"], best["C"]))
+        temperature, change = fit_temperature(y, logits, found.fold)
+        validation["cv_accuracy"], log_loss = found.corrected(copies, seed=seed)
+        validation["cv_log_loss"] = log_loss + change
+        if logits.size <= MAX_LOGITS:
+            validation["out_of_fold"] = logits / temperature
     pipeline, converged = solver.fit(best["scaling"], best["C"])
+    for parameters in (pipeline[-1].coef_, pipeline[-1].intercept_):
+        parameters /= temperature
     notes = _notes_on_choice(curve, best, grid)
     if not converged:
         notes.append(f"lbfgs did not converge in {_MAX_ITERATIONS} iterations; a smaller --C would")
@@ -108,6 +114,7 @@ def fit_logreg(
         curve=curve,
         notes=tuple(notes),
         pipeline=pipeline,
+        temperature=temperature,
         **validation,
     )
 

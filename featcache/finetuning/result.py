@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from featcache.errors import ModelError
 from featcache.heads.head import Array, FittedHead, softmax
 from featcache.heads.metrics import accuracy, log_loss, mcnemar, standard_error
+from featcache.heads.validation import fit_temperature
 from featcache.models.model import Model, save_model
 from featcache.models.training_rows import TrainingRows
 from featcache.system.display import Shown
@@ -44,6 +46,7 @@ class FinetuneReport(Shown):
         p_value: of McNemar's test between the two, on test, or on val where there is no test.
         verdict: the comparison in a sentence. comparison: a line per split, with standard errors.
         parameters, trainable_parameters: of the network.
+        temperature: what its logits were divided by, fitted on val; 1 where the saved model is the cached head.
         images_per_second: in training. seconds: of the whole call.
     """
 
@@ -65,6 +68,7 @@ class FinetuneReport(Shown):
     seconds: float
     val_accuracy_without_copies: float | None = None  # defaults: reports of earlier versions lack them
     test_accuracy_without_copies: float | None = None
+    temperature: float = 1.0
 
     _shown = (
         "model",
@@ -96,6 +100,15 @@ def score(y: Array, logits: Array) -> tuple[float, float]:
 def choose(y: Array, candidates: dict[float, Array]) -> float:
     """The share of the fine-tuned weights whose logits (n, C) have the best ``score``; of equal ones the smallest."""
     return max(sorted(candidates), key=lambda alpha: score(y, candidates[alpha]))
+
+
+def calibrate(network: "Network", y: Array, logits: Array) -> float:
+    """Divide ``network``'s logits by the temperature of its (n, C) ``logits`` on val, in its last layer; return that."""
+    temperature, _ = fit_temperature(y, logits)
+    last = [module for module in network.head if isinstance(module, nn.Linear)][-1]
+    for parameter in (last.weight, last.bias):
+        parameter.data /= temperature
+    return temperature
 
 
 def compare(
@@ -166,7 +179,7 @@ def save_finetuned(
     """Publish the model folder atomically.
 
     Args:
-        report: stored in ``metrics.json``; its four accuracies stand there twice, as both are read. With ``alpha`` 0 the
+        report: stored in ``metrics.json``; its accuracies and temperature stand there twice, as both are read. With ``alpha`` 0 the
             cached head is saved as it was.
         network: with the weights to keep. backbone, start: what it was made from; its spec becomes that of the new model,
             with the new weights.
@@ -194,7 +207,7 @@ def save_finetuned(
         spec=dataclasses.replace(start.spec, weights_sha256=tuned.weights_sha256),
         weights={"source": source, "reload": None},
         training=training,
-        metrics={name: facts[name] for name in accuracies} | metrics | {"report": facts},
+        metrics={name: facts[name] for name in (*accuracies, "temperature")} | metrics | {"report": facts},
         files={"backbone.safetensors": work / "backbone.safetensors", "history.csv": _as_table(metrics["history"])},
         rows=rows,
         finetuned=True,

@@ -26,7 +26,16 @@ from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
 from featcache.finetuning.pixels import Picture, Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, explain, settle
-from featcache.finetuning.result import UNCHANGED, FinetuneReport, choose, compare, in_words, save_finetuned, score
+from featcache.finetuning.result import (
+    UNCHANGED,
+    FinetuneReport,
+    calibrate,
+    choose,
+    compare,
+    in_words,
+    save_finetuned,
+    score,
+)
 from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compute_logits
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
@@ -93,12 +102,19 @@ def tune(
         rate = _train(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step)
     check_replaceable(job.output, overwrite=job.overwrite)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
+    temperature = 1.0
+    if alpha != 0:
+        temperature = calibrate(tuned, val.labels, val_logits)
+        log.info("temperature %.3g: logits are divided by it, for the lowest log loss on val", temperature)
+    val_logits = val_logits / np.float32(temperature)
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
     if len(test := decode("test")):  # only now
         seen["test"] = _seen(rows, test, split="test")
         logits["test"] = (test.labels, *(compute_logits(network, test, job=job) for network in (start.network, tuned)))
     comparison = {split: compare(*facts, split=split, seen=seen[split]) for split, facts in logits.items()}
-    report = _report(trainer, comparison, alpha=alpha, counts=counts, rate=rate, started=started)
+    report = _report(
+        trainer, comparison, alpha=alpha, temperature=temperature, counts=counts, rate=rate, started=started
+    )
     if job.processes.is_first:
         metrics: dict[str, Any] = {"val": None, "test": None, "comparison": comparison, "history": trainer.history}
         for split, (y, _, after) in logits.items():
@@ -365,6 +381,7 @@ def _report(
     comparison: dict[str, dict[str, Any]],
     *,
     alpha: float | None,
+    temperature: float,
     counts: tuple[int, int],
     rate: float,
     started: float,
@@ -382,6 +399,7 @@ def _report(
         epochs=trainer.epoch,
         best_epoch=trainer.best["epoch"],
         alpha=alpha,
+        temperature=temperature,
         val_accuracy=val["tuned_accuracy"],
         head_val_accuracy=val["head_accuracy"],
         test_accuracy=test["tuned_accuracy"] if test else None,

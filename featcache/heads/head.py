@@ -71,6 +71,11 @@ class Head:
         """(N, D) embeddings -> (N, C) probabilities, rows summing to 1."""
         return softmax(self.logits(X))
 
+    def at_temperature(self, temperature: float) -> "Head":
+        """The head whose logits are these, divided by ``temperature``."""
+        weight, bias = self.layers[-1]
+        return dataclasses.replace(self, layers=(*self.layers[:-1], (weight / temperature, bias / temperature)))
+
     def score(self, features: FeatureSource, rows: Indices, *, block: int = 2048) -> Array:
         """(n, C) probabilities of (n,) ``rows`` of (M, D) features, which are read block by block."""
         bias = self.layers[-1][1]
@@ -162,11 +167,14 @@ class FittedHead:
     Attributes:
         head: trained on all rows.
         fold_accuracies: out-of-fold accuracy of the chosen setting, per fold; empty without cross-validation.
-        cv_accuracy, cv_log_loss: out of fold, corrected for the choice of the setting (``validation.py``).
+        temperature: what the logits were divided by, in ``head``, ``pipeline`` and ``out_of_fold``; 1 without
+            cross-validation.
+        cv_accuracy, cv_log_loss: out of fold, corrected for the choice of the setting and of the temperature
+            (``validation.py``).
         out_of_fold: (N, C) logits of each training row, from the head that was trained without its fold; None without
             cross-validation, or if they were more than ``MAX_LOGITS``.
         chosen: the setting: C, scaling, epochs, ...
-        curve: every setting tried, with its cross-validated scores.
+        curve: every setting tried, with its cross-validated scores before any temperature.
         notes: sentences that the user should read (best C on the edge, no convergence, ...).
         pipeline: the fitted scikit-learn pipeline (logreg only), for notebooks.
     """
@@ -180,6 +188,7 @@ class FittedHead:
     cv_accuracy: float | None = None
     cv_log_loss: float | None = None
     out_of_fold: Array | None = None
+    temperature: float = 1.0
 
 
 def scale_features(x: Array, scaling: Scaling, mean: Array, scale: Array) -> Array:

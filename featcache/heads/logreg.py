@@ -32,8 +32,8 @@ from featcache.heads.head import (
     Scaling,
     class_weights,
 )
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
-from featcache.heads.validation import OutOfFold, judge, stratified_folds
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, orthonormalised, regularisation_path, with_direction
+from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.memory import available_memory
 
 log = logging.getLogger("featcache")
@@ -42,10 +42,13 @@ Grid = tuple[float, ...]
 C_GRID: Grid = tuple(float(10.0**k) for k in range(-5, 6))
 _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
+_MAX_SHARED_BYTES = 2**29  # of X; more is not rotated once for all folds, which takes memory
+_CHOOSING = np.float32  # while settings are compared: as good, and twice as fast
 _MAX_FLOAT64_SOLVED = 2**21  # values; more are solved in float32, twice as fast and accurate enough to start from
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
+_MAX_RATIO = 10  # of scales of features, those of all rows to those of a fold's: beyond, a basis of its own is surer
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
@@ -68,7 +71,7 @@ def fit_logreg(
 ) -> FittedHead:
     """Choose C and scaling on ``rows`` by cross-validation, then refit on all of them.
 
-    The setting with the best mean out-of-fold accuracy wins; of equals, the one with the lowest log loss.
+    ``OutOfFold.best`` says which setting wins. Its weights are divided by the temperature of its out-of-fold logits.
 
     Args:
         features: (M, D). rows: numbers of the N training rows. y: (N,) labels from 0, each occurring.
@@ -87,17 +90,23 @@ def fit_logreg(
     solver = Solver(X, y, grid=grid, balanced=balanced)
     copies = np.arange(len(rows)) if copies is None else copies
     best: dict[str, Any] = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
+    temperature = 1.0
     curve: Curve = []
     validation: dict[str, Any] = {}
     if folds:
         splits = stratified_folds(y, copies, folds=folds, seed=seed)
         found = solver.cross_validate(splits)
         curve = _curve(found, solver.settings)
-        best = max(curve, key=lambda entry: (round(entry["accuracy"], 9), -entry["log_loss"]))
-        validation["cv_accuracy"], validation["cv_log_loss"] = found.corrected(copies, seed=seed)
-        if len(y) * solver.n_classes <= MAX_LOGITS:
-            validation["out_of_fold"] = solver.out_of_fold(splits, (best["scaling"], best["C"]))
+        best = curve[found.best(np.ones((1, len(y))), copies)[0]]
+        logits = solver.out_of_fold(splits, (best["scaling"], best["C"]))
+        temperature, change = fit_temperature(y, logits, found.fold)
+        validation["cv_accuracy"], log_loss = found.corrected(copies, seed=seed)
+        validation["cv_log_loss"] = log_loss + change
+        if logits.size <= MAX_LOGITS:
+            validation["out_of_fold"] = logits / temperature
     pipeline, converged = solver.fit(best["scaling"], best["C"])
+    for parameters in (pipeline[-1].coef_, pipeline[-1].intercept_):
+        parameters /= temperature
     notes = _notes_on_choice(curve, best, grid)
     if not converged:
         notes.append(f"lbfgs did not converge in {_MAX_ITERATIONS} iterations; a smaller --C would")
@@ -108,6 +117,7 @@ def fit_logreg(
         curve=curve,
         notes=tuple(notes),
         pipeline=pipeline,
+        temperature=temperature,
         **validation,
     )
 
@@ -132,6 +142,8 @@ class Solver:
         tolerance: of solutions while settings are compared, see ``regularisation_path``.
         bases: per scaling, a basis of all rows that suits every fold; None where there is none.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
+        scale: (D,) of the features, over all rows.
+        rotated: per scaling, all rows in that basis; None where folds scale rows differently.
         solutions: per setting, what each fold ended with, if all those fit in ``memory``, in bytes.
     """
 
@@ -152,20 +164,25 @@ class Solver:
         self.n_classes = int(y.max()) + 1
         self.dtype = np.dtype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32)
         self.bases: dict[Scaling, Array | None] = {}
+        self.rotated: dict[Scaling, Array | None] = {}
+        self.scale: Array = np.ones(X.shape[1])
         self.solutions: dict[Setting, list[_Solution]] = {}
 
     def cross_validate(self, splits: Sequence[Split]) -> OutOfFold:
         """Out-of-fold results of every setting."""
-        # A square basis is only a rotation and may come from all rows; a narrower one is each fold's own.
-        square = min(len(train) for train, _ in splits) >= self.X.shape[1]
-        scalings = dict.fromkeys(scaling for scaling, _ in self.settings)
-        self.bases = {scaling: self._basis(scaling) if square else None for scaling in scalings}
-        solution_bytes = self.n_classes * self.X.shape[1] * self.dtype.itemsize
+        scalings = list(dict.fromkeys(scaling for scaling, _ in self.settings))
+        self.scale = StandardScaler().fit(self.X).scale_
+        # Rows of unit length lie in the span of the rows as they are, of which a basis suits them nearly as well as their own.
+        kinds: list[Scaling] = sorted({"standardise" if scaling == "standardise" else "none" for scaling in scalings})
+        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
+            found = dict(zip(kinds, pool.map(self._basis, kinds), strict=True))
+            self.bases = {scaling: found["standardise" if scaling == "standardise" else "none"] for scaling in scalings}
+            if self.X.nbytes <= _MAX_SHARED_BYTES:
+                self.rotated = dict(zip(scalings, pool.map(self._rotated, scalings), strict=True))
+        solution_bytes = self.n_classes * self.X.shape[1] * np.dtype(_CHOOSING).itemsize
         keep = len(self.settings) * len(splits) * solution_bytes <= self.memory
-        right, loss = (
-            np.empty((len(self.y), len(self.settings)), bool),
-            np.empty((len(self.y), len(self.settings)), self.dtype),
-        )
+        shape = (len(self.y), len(self.settings))
+        right, loss = np.empty(shape, bool), np.empty(shape, _CHOOSING)
         fold = np.empty(len(self.y), np.intp)
         for number, (_, held_out) in enumerate(splits):
             fold[held_out] = number
@@ -193,10 +210,10 @@ class Solver:
     def out_of_fold(self, splits: Sequence[Split], setting: Setting) -> Array:
         """(N, K) logits of each row from its fold's solution, to the bit those that ``cross_validate`` judged."""
         scaling, C = setting
-        logits = np.empty((len(self.y), self.n_classes), self.dtype)
+        logits = np.empty((len(self.y), self.n_classes), _CHOOSING)
         for number, (train, held_out) in enumerate(splits):
             if setting in self.solutions:
-                _, X = self._scaled(scaling, train, held_out)
+                *_, X = self._scaled(scaling, train, held_out)
                 logits[held_out] = _logits(X, *self.solutions[setting][number])
             else:  # along the same path, since where it starts decides where it ends
                 grid = self.grid[: self.grid.index(C) + 1]
@@ -205,22 +222,44 @@ class Solver:
 
     def _basis(self, scaling: Scaling) -> Array | None:
         try:
-            return eigenbasis(_scaler(scaling).fit_transform(self.X.astype(self.dtype, copy=False)))
+            X = _scaler(scaling).fit_transform(self.X.astype(self.dtype, copy=False))
+            return eigenbasis(X) if scaling == "standardise" else with_direction(eigenbasis(X), X.mean(axis=0))
         except _FAILURES:
             return None
 
-    def _scaled(self, scaling: Scaling, train: Indices, held_out: Indices) -> tuple[Array, Array]:
+    def _basis_of_fold(self, scaling: Scaling, scaler: Any) -> Array | None:
+        """The basis of all rows, which spans those of a fold, too; where these have scales of their own, made to span them."""
+        basis = self.bases[scaling]
+        if basis is None or scaling != "standardise" or basis.shape[0] == basis.shape[1]:
+            return None if basis is None else basis.astype(_CHOOSING, copy=False)
+        ratio = self.scale / scaler.scale_
+        if ratio.max() > _MAX_RATIO * ratio.min():
+            return None
+        return orthonormalised((basis * ratio[:, None]).astype(_CHOOSING))
+
+    def _rotated(self, scaling: Scaling) -> Array | None:
+        """All rows in their basis, if the scaling of a row is the same in every fold."""
+        basis = self.bases[scaling]
+        if basis is None or scaling == "standardise":
+            return None
+        X = _scaler(scaling).fit_transform(self.X).astype(_CHOOSING)
+        rotated: Array = (X - X.mean(axis=0)) @ basis.astype(_CHOOSING)
+        return rotated
+
+    def _scaled(self, scaling: Scaling, train: Indices, held_out: Indices) -> tuple[Any, Array, Array]:
+        """The scaler of a fold, its rows that train and its rows held out."""
         scaler = _scaler(scaling)
-        X = scaler.fit_transform(self.X[train].astype(self.dtype, copy=False))
-        return X, scaler.transform(self.X[held_out].astype(self.dtype, copy=False))
+        X = scaler.fit_transform(self.X[train].astype(_CHOOSING, copy=False))
+        return scaler, X, scaler.transform(self.X[held_out].astype(_CHOOSING, copy=False))
 
     def _fold(self, scaling: Scaling, split: Split, grid: Grid) -> Iterator[_Result]:
         """Results on one held-out fold along a grid of C; from its beginning again if another solver has to take over."""
-        y, (X, X_held_out) = self.y[split[0]], self._scaled(scaling, *split)
+        y, (scaler, X, X_held_out) = self.y[split[0]], self._scaled(scaling, *split)
         try:
-            for C, solution in zip(
-                grid, self._path(X, y, grid, basis=self.bases[scaling], tolerance=self.tolerance), strict=True
-            ):
+            basis, rotated = self._basis_of_fold(scaling, scaler), self.rotated.get(scaling)
+            shared = None if rotated is None else rotated[split[0]]
+            path = self._path(X, y, grid, basis=basis, rotated=shared, tolerance=self.tolerance)
+            for C, solution in zip(grid, path, strict=True):
                 yield C, _logits(X_held_out, *solution), solution
         except _FAILURES as error:
             log.info("scikit-learn's solver takes over in one fold (%s)", error)
@@ -238,14 +277,15 @@ class Solver:
         start = tuple(np.mean(parts, axis=0) for parts in zip(*solutions, strict=True)) if solutions else None
         grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
         tolerance = _FINAL_TOLERANCE_OF_SMALL if self.dtype == np.float64 else _FINAL_TOLERANCE
-        try:
-            x = X.astype(self.dtype, copy=False)
-            *_, (W, b) = self._path(x, self.y, grid, basis=basis, tolerance=tolerance, start=start)
-            classifier.set_params(warm_start=True)
-            classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
-        except _FAILURES as error:
-            log.info("scikit-learn's solver takes over (%s)", error)
-        _fit_quietly(classifier, X, self.y)
+        with threadpool_limits(1 if self.dtype == np.float64 else None):  # on few rows threads wait more than they work
+            try:
+                x = X.astype(self.dtype, copy=False)
+                *_, (W, b) = self._path(x, self.y, grid, basis=basis, tolerance=tolerance, start=start)
+                classifier.set_params(warm_start=True)
+                classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
+            except _FAILURES as error:
+                log.info("scikit-learn's solver takes over (%s)", error)
+            _fit_quietly(classifier, X, self.y)
         classifier.set_params(warm_start=False)
         return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
 

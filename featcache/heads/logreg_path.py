@@ -1,4 +1,4 @@
-"""Softmax regression with an L2 penalty, along a path of regularisation strengths. NumPy only.
+"""Softmax regression with an L2 penalty, along a path of regularisation strengths. NumPy and SciPy only.
 
 In: features (n, D), labels and values of C. Out: weights and intercepts for each C.
 
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from featcache.heads.head import Array
 
@@ -72,6 +73,21 @@ def eigenbasis(X: Array) -> Array:
     return basis
 
 
+def orthonormalised(basis: Array) -> Array:
+    """(D, r) columns that are nearly orthonormal -> an orthonormal basis of their span, near them. Raises LinAlgError."""
+    factor = np.linalg.cholesky(basis.T @ basis)
+    return np.ascontiguousarray(solve_triangular(factor, basis.T, lower=True, check_finite=False).T)
+
+
+def with_direction(basis: Array, direction: Array) -> Array:
+    """(D, r) orthonormal basis -> one that spans ``direction`` (D,), too; the new vector comes first."""
+    rest = direction - basis @ (basis.T @ direction)
+    length = np.linalg.norm(rest)
+    if basis.shape[0] == basis.shape[1] or not length > 1e-6 * np.linalg.norm(direction):
+        return basis
+    return np.column_stack([(rest / length).astype(basis.dtype), basis])
+
+
 def regularisation_path(
     X: Array,
     y: Array,
@@ -79,6 +95,7 @@ def regularisation_path(
     grid: Sequence[float],
     *,
     basis: Array | None = None,
+    rotated: Array | None = None,
     tolerance: float = 2e-4,
     start: tuple[Array, Array] | None = None,
 ) -> Iterator[tuple[Array, Array]]:
@@ -88,6 +105,7 @@ def regularisation_path(
         X: (n, D) float32 or float64; the work is done in this precision, sums of losses in float64.
         y: (n,) labels 0..K-1, each occurring. weights: (K,) of the classes' losses.
         basis: from ``eigenbasis``; it has to span the rows. Computed when None.
+        rotated: (n, r) the rows in this basis, wherever their origin is; computed when None.
         tolerance: the search ends when a further step promises to lower the objective by less than this share of it, or
             of its distance to the objective of constant predictions, whichever is smaller.
         start: weights and intercepts of a similar problem, in the shapes yielded, to start from.
@@ -100,7 +118,8 @@ def regularisation_path(
     """
     basis = eigenbasis(X) if basis is None else basis
     mean = X.mean(axis=0)
-    path = _Path((X - mean) @ basis, y, weights[y], len(weights), tolerance)
+    R = (X - mean) @ basis if rotated is None else rotated - rotated.mean(axis=0)
+    path = _Path(R, y, weights[y], len(weights), tolerance)
     if start is not None:
         path.begin(basis.T @ start[0].T, start[1] + start[0] @ mean)
     for C in grid:

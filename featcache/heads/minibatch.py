@@ -30,7 +30,7 @@ from featcache.heads.head import (
     TorchSettings,
     class_weights,
 )
-from featcache.heads.validation import OutOfFold, judge, stratified_folds
+from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.device import use_one_thread_if_forked
 
 TorchKind = Literal["linear", "mlp"]
@@ -49,6 +49,7 @@ class Budget:
     round_rows: int = 2**17  # of features that are not in memory; otherwise a round is an epoch
     held_out_rows: int = 2**15  # enough to see a loss fall
     max_rounds: int = 100
+    logits: int = MAX_LOGITS  # out of fold, that are kept; of more, those of some rows, which give the temperature
     patience: int = 10  # rounds without a lower loss, after which training ends
 
 
@@ -70,7 +71,7 @@ def fit_torch_head(
 
     A stratified tenth of the rows decides how many epochs to train (early stopping on its loss), unless the settings do;
     the head is then trained for that long on all rows. With ``folds`` the same is done within each fold for an out-of-fold
-    estimate.
+    estimate, and for the temperature by which the last layer is divided.
 
     Args:
         features: (M, D). rows: numbers of the N training rows. y: (N,) labels in 0..n_classes-1.
@@ -94,11 +95,14 @@ def fit_torch_head(
     accuracies = np.empty(0)
     with torch.random.fork_rng(devices=[]):
         if folds:
-            found, logits = trainer.cross_validate(stratified_folds(y, copies, folds=folds, seed=seed))
+            found, logits, some = trainer.cross_validate(stratified_folds(y, copies, folds=folds, seed=seed))
             accuracies = found.of_folds(found.right)[:, 0]
-            validation["cv_accuracy"], validation["cv_log_loss"] = found.corrected(copies, seed=seed)
-            validation["out_of_fold"] = logits
+            temperature, change = fit_temperature(y[some], logits, found.fold[some])
+            validation["cv_accuracy"], log_loss = found.corrected(copies, seed=seed)
+            validation |= {"cv_log_loss": log_loss + change, "temperature": temperature}
+            validation["out_of_fold"] = logits / np.float32(temperature) if len(some) == len(y) else None
         head, rounds = trainer.train(np.arange(len(rows)))
+        head = head.at_temperature(validation.get("temperature", 1.0))
     epochs = rounds / data.rounds_per_epoch
     notes: tuple[str, ...] = ()
     if rounds == budget.max_rounds and settings.epochs is None:
@@ -228,10 +232,12 @@ class _Trainer:
         weights = class_weights(data.y, n_classes, balanced=balanced)
         self.loss = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)))
 
-    def cross_validate(self, splits: list[tuple[Indices, Indices]]) -> tuple[OutOfFold, Array | None]:
-        """What each fold's head makes of its rows, and the (N, C) logits of that unless they are too many."""
+    def cross_validate(self, splits: list[tuple[Indices, Indices]]) -> tuple[OutOfFold, Array, Indices]:
+        """What each fold's head makes of its rows, the (n, C) logits of as many rows as may be kept, and which rows these are."""
         n = len(self.data.y)
-        logits = np.empty((n, self.n_classes), np.float32) if n * self.n_classes <= MAX_LOGITS else None
+        stride = -(-n * self.n_classes // self.data.budget.logits)
+        some = np.arange(0, n, stride)
+        logits = np.empty((len(some), self.n_classes), np.float32)
         right, loss, fold = np.empty((n, 1), bool), np.empty((n, 1), np.float32), np.empty(n, np.intp)
         for number, (train, held_out) in enumerate(splits):
             head, _ = self.train(train)
@@ -240,9 +246,9 @@ class _Trainer:
             for x, y in self.data.in_order(held_out):
                 found, rows = head.logits(x.numpy()), held_out[start : (start := start + len(y))]
                 right[rows, 0], loss[rows, 0] = judge(y.numpy(), found)
-                if logits is not None:
-                    logits[rows] = found
-        return OutOfFold(right, loss, fold), logits
+                kept = rows % stride == 0
+                logits[rows[kept] // stride] = found[kept]
+        return OutOfFold(right, loss, fold), logits, some
 
     def train(self, picked: Indices) -> tuple[Head, int]:
         """A head trained on all of ``picked``, and for how many rounds: those asked for, or best on a held-out tenth."""

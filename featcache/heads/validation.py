@@ -1,10 +1,11 @@
 """Cross-validation that does not flatter: folds that keep copies together, the choice among settings, its honest score.
 
-In: labels and copies of N rows, out-of-fold results of S settings. Out: folds; the chosen setting; scores that are corrected
-for having chosen it.
+In: labels and copies of N rows, out-of-fold results of S settings. Out: folds; the chosen setting; its temperature; scores
+that are corrected for having chosen both.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,8 @@ from featcache.heads.metrics import row_losses
 _DRAWS, _FEWEST_DRAWS = 500, 100  # of the bootstrap, on few rows and on many, where there is little to correct
 _ROWS_DRAWN = 10**6  # in all, in between
 _DRAWN_VALUES = 2**24  # draws times rows, weighed at a time: 128 MB
+_LOGITS_FITTED = 2**22  # at most, by a temperature: one number, for which some of many rows do
+_MAX_TEMPERATURE = 20.0  # and the least is 1 / 20: beyond, logits say nothing, or they say it with certainty
 
 
 def judge(y: Array, logits: Array) -> tuple[Array, Array]:
@@ -41,6 +44,55 @@ def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> lis
         fold[images[held_out]] = number
     fold = fold[copies]
     return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(folds)]
+
+
+@np.errstate(over="ignore")  # of steps, which then end at a bound
+def fit_temperature(y: Array, logits: Array, fold: Indices | None = None) -> tuple[float, float]:
+    """The temperature T > 0 for which softmax(logits / T) is calibrated best, and what dividing by it adds to the log loss.
+
+    T minimises the log loss (Guo et al. 2017, "On calibration of modern neural networks"). The true class counts as
+    (n + 1) / (n + 2), the others share the rest (Platt 1999), so that T stays above 0 where every row is right.
+
+    Args:
+        y: (n,) labels. logits: (n, C) of rows that did not train what gave them.
+        fold: (n,) from 0; each row is then judged with the T of the other folds' rows, so that the change is honest.
+            None: all rows with the same T.
+
+    Returns:
+        T within 1 / 20..20, and the mean change of the rows' losses in nats, mostly below 0. 1 and 0 for logits that are
+        all equal.
+    """
+    some = slice(None, None, -(-logits.size // _LOGITS_FITTED))
+    y, logits, fold = y[some], logits[some], None if fold is None else fold[some]
+    z = (logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
+    low, high, beta = 1 / _MAX_TEMPERATURE, _MAX_TEMPERATURE, 1.0  # beta = 1 / T, in which the loss is convex
+    for _ in range(50):  # Newton's method, within the interval in which the slope changes its sign
+        slopes, curvatures = _slopes(y, z, beta)
+        slope, curvature = slopes.sum(), curvatures.sum()
+        if slope == 0:
+            break
+        low, high = (low, beta) if slope > 0 else (beta, high)
+        step = beta - slope / curvature if curvature > 0 else high
+        before, beta = beta, step if low < step < high else math.sqrt(low * high)
+        if abs(beta - before) <= 1e-6 * beta:
+            break
+    own = np.full(len(y), beta)
+    if fold is not None and len(fold):
+        slopes, curvatures = _slopes(y, z, beta)
+        without = [np.bincount(fold, values).sum() - np.bincount(fold, values) for values in (slopes, curvatures)]
+        moved = beta - without[0] / np.maximum(without[1], np.finfo(float).tiny)  # a step of Newton's, from near
+        own = np.clip(moved, max(beta / 2, 1 / _MAX_TEMPERATURE), min(beta * 2, _MAX_TEMPERATURE))[fold]
+    change = judge(y, z * own[:, None])[1] - judge(y, z)[1]
+    return 1 / beta, float(change.mean())
+
+
+def _slopes(y: Array, z: Array, beta: float) -> tuple[Array, Array]:
+    """(n,) first and second derivatives by beta of each row's loss at softmax(beta z), with Platt's targets."""
+    p = softmax(beta * z)
+    mean = (p * z).sum(axis=1)
+    own, rest = z[np.arange(len(y)), y], 1 / (len(y) + 2)
+    target = (1 - rest) * own + rest * (z.sum(axis=1) - own) / (z.shape[1] - 1)
+    return mean - target, (p * z**2).sum(axis=1) - mean**2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,11 +121,18 @@ class OutOfFold:
         shares = weights / np.maximum(of_fold, 1)[:, self.fold] / filled
         return shares @ self.right, shares @ self.loss
 
-    def best(self, weights: Array) -> Indices:
-        """(B,) the setting of the best accuracy for each of (B, N) ``weights``; of equals, that of the lowest log loss."""
+    def best(self, weights: Array, copies: Indices) -> Indices:
+        """(B,) the chosen setting for each of (B, N) ``weights``; ``copies`` as for ``stratified_folds``.
+
+        Of the settings within one standard error of the best accuracy (Breiman et al. 1984, "Classification and Regression
+        Trees"), the one of the lowest log loss, and of losses that are equal to 0.001 nats the first: accuracy tells such
+        settings apart by luck. The standard error is the binomial's, and one image at least.
+        """
         accuracies, losses = self.scores(weights)
-        accuracies = accuracies.round(9)
-        chosen: Indices = np.where(accuracies == accuracies.max(axis=1, keepdims=True), losses, np.inf).argmin(axis=1)
+        n = len(np.unique(copies))
+        best = accuracies.max(axis=1, keepdims=True)
+        good = accuracies >= best - np.maximum(np.sqrt(best * np.maximum(1 - best, 0) / n), 1 / n) - 1e-9
+        chosen: Indices = np.where(good, losses.round(3), np.inf).argmin(axis=1)
         return chosen
 
     def corrected(self, copies: Indices, *, seed: int) -> tuple[float, float]:
@@ -92,7 +151,7 @@ class OutOfFold:
         means = []
         draws = int(np.clip(_ROWS_DRAWN // len(copies), _FEWEST_DRAWS, _DRAWS))
         for weights in _bootstrap(copies, draws=draws, seed=seed):
-            chosen, left = self.best(weights), weights == 0
+            chosen, left = self.best(weights, copies), weights == 0
             for setting, rows in zip(chosen, left, strict=True):
                 if rows.any():
                     means.append((self.right[rows, setting].mean(), self.loss[rows, setting].mean()))

@@ -31,6 +31,7 @@ _SCORES = (
     "cv_accuracy",
     "cv_std",
     "cv_log_loss",
+    "temperature",
     *(f"{split}_{name}" for split in ("val", "test") for name in _OF_SPLITS),
 )
 _TAKEN_BY = {"C": "logreg", "hidden": "mlp", "dropout": "mlp"}
@@ -45,8 +46,9 @@ class FitReport(Shown):
     Attributes:
         model: the folder. clf: kind of head. C, scaling: as chosen (C is None for torch heads).
         classes: how many; class_names: which. n_train: training rows.
-        cv_accuracy, cv_log_loss: out of fold, corrected for having chosen the setting (``heads.validation``).
+        cv_accuracy, cv_log_loss: out of fold, corrected for having chosen setting and temperature (``heads.validation``).
         cv_std: standard deviation over folds of the chosen setting's accuracy.
+        temperature: what the head's logits were divided by, so that probabilities are calibrated; 1 without folds.
         val_accuracy, test_accuracy: on rows that nothing was chosen on, unless they are copies of training images.
         val_accuracy_interval, ..., test_macro_f1: of these rows, as ``heads.metrics.evaluate_probabilities`` has them.
         val_accuracy_without_copies, test_accuracy_without_copies: without those.
@@ -65,6 +67,7 @@ class FitReport(Shown):
     cv_accuracy: float | None
     cv_std: float | None
     cv_log_loss: float | None
+    temperature: float
     val_accuracy: float | None
     val_accuracy_interval: list[float] | None
     val_balanced_accuracy: float | None
@@ -136,6 +139,8 @@ def fit_head(
     opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
     options = {"folds": folds, "balanced": class_weight == "balanced", "seed": seed, "copies": copies}
     fitted = _train(opened, rows, y, clf=clf, C=C, settings=torch_settings, **options)
+    if folds:
+        log.info("temperature %.3g: logits are divided by it, for the lowest log loss out of fold", fitted.temperature)
     for note in fitted.notes:
         log.warning(note)
     settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}
@@ -276,6 +281,7 @@ def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, pre
         "cv_accuracy_uncorrected": float(folds.mean()) if len(folds) else None,
         "cv_std": float(folds.std()) if len(folds) else None,
         "cv_log_loss": fitted.cv_log_loss,
+        "temperature": fitted.temperature,
     }
     for split in ("val", "test"):
         metrics[split] = scores = _score(cache, fitted.head, seen, split=split, present=present)

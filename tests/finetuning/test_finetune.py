@@ -128,6 +128,7 @@ def test_the_result_is_a_model_like_any_other(tune: Tuner, made: Path, tmp_path:
     assert metrics["test"]["log_loss"] == pytest.approx(scores["test"]["log_loss"], rel=rounding)
     assert metrics["comparison"]["test"]["p_value"] == report.p_value
     assert read_report(tune.ft) == report
+    assert metrics["temperature"] == report.temperature != 1
     for name in ("val_accuracy", "head_val_accuracy", "test_accuracy", "head_test_accuracy"):
         assert metrics[name] == metrics["report"][name]
     assert [row["epoch"] for row in metrics["history"]] == [1, 2]
@@ -162,7 +163,7 @@ def test_without_init_it_extracts_and_fits_first_and_reuses_what_lies_beside(
 
 def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(tune: Tuner, made: Path) -> None:
     report = tune(changes=QUICK | {"lr": 1e-30, "backbone_lr": 0.0})  # no weight moves
-    assert report.alpha == 0
+    assert (report.alpha, report.temperature) == (0, 1)
     start, tuned = load_model(made / "m"), load_model(tune.ft)
     for name, values in tuned.head.to_tensors().items():
         np.testing.assert_array_equal(values, start.head.to_tensors()[name])

@@ -1,9 +1,13 @@
 """Which weights are kept, and what is said about them."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from featcache.finetuning.result import choose, compare, in_words
+from featcache.finetuning.result import calibrate, choose, compare, in_words
 
 Y = np.array([0, 1, 0, 1, 0, 1])
 
@@ -19,6 +23,17 @@ def test_the_most_accurate_is_chosen_then_the_surest_then_the_nearest_to_the_sta
     assert choose(Y, {0.0: start, 0.4: better}) == 0.4
     assert choose(Y, {0.0: start, 0.4: better, 0.6: surer}) == 0.6
     assert choose(Y, {1.0: start, 0.0: start}) == 0.0
+
+
+def test_the_temperature_of_val_goes_into_the_last_layer() -> None:
+    head = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    x, first = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)), head[0].weight.clone()
+    with torch.no_grad():
+        before = head(x).numpy()
+        temperature = calibrate(SimpleNamespace(head=head), Y, before)  # type: ignore[arg-type]
+        assert temperature != 1
+        np.testing.assert_allclose(head(x).numpy(), before / temperature, rtol=1e-5)
+    assert torch.equal(head[0].weight, first)
 
 
 def test_it_can_never_end_below_the_start() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from blobs import SHORT, D, blobs
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -15,6 +16,7 @@ from featcache.heads import metrics
 from featcache.heads.head import KINDS, FittedHead, Head, TorchSettings, class_weights, softmax
 from featcache.heads.logreg import C_GRID, fit_logreg
 from featcache.heads.minibatch import fit_torch_head
+from featcache.heads.validation import fit_temperature
 
 DEEP = TorchSettings(hidden=(24, 16), dropout=(0.1, 0.2), epochs=30, lr=5e-3, batch_size=50)
 
@@ -77,6 +79,20 @@ class TestEveryHead:
 
         assert recall(fit(kind, X, y, balanced=True).head) > recall(fit(kind, X, y).head) + 0.1
 
+    def test_logits_out_of_fold_are_as_calibrated_as_a_temperature_makes_them(self, kind: str, classes: int) -> None:
+        X, y = blobs(classes=classes, spread=4.0)
+        fitted = fit(kind, X, y)
+        assert fitted.out_of_fold is not None and fitted.temperature != 1
+        assert fit_temperature(y, fitted.out_of_fold)[0] == pytest.approx(1, abs=1e-3)
+        without = fit(kind, X, y, folds=0)
+        assert without.temperature == 1
+        if kind == "logreg":
+            plain = clone(fitted.pipeline).fit(X.astype(np.float64), y).predict_log_proba(X.astype(np.float64))
+        else:
+            plain = without.head.logits(X)
+        scaled = softmax(plain / fitted.temperature)
+        np.testing.assert_allclose(fitted.head.probabilities(X), scaled, atol=1e-3 if kind == "logreg" else 1e-5)
+
     def test_pure_noise_is_estimated_as_chance(self, kind: str, classes: int) -> None:
         X = np.random.default_rng(0).normal(size=(300, D)).astype(np.float16)
         y = np.arange(300) % classes
@@ -97,9 +113,10 @@ def test_cross_validation_equals_scikit_learn() -> None:
             expected = cross_val_score(pipeline, X.astype(np.float64), y, cv=folds)
             np.testing.assert_allclose(entry["fold_accuracies"], expected, atol=0.013)  # one image in a fold of 80
     best = max(entry["accuracy"] for entry in fitted.curve)
+    good = [entry for entry in fitted.curve if entry["accuracy"] >= best - (best * (1 - best) / 240) ** 0.5]
     chosen = next(e for e in fitted.curve if (e["C"], e["scaling"]) == (fitted.chosen["C"], fitted.chosen["scaling"]))
-    assert chosen["accuracy"] == best
-    assert chosen["log_loss"] == min(e["log_loss"] for e in fitted.curve if e["accuracy"] == best)
+    assert chosen in good and len(good) < len(fitted.curve)
+    assert chosen["log_loss"] == pytest.approx(min(entry["log_loss"] for entry in good), abs=1e-3)
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -108,6 +125,12 @@ def test_head_computes_what_the_pipeline_computes(classes: int) -> None:
     fitted = fit("logreg", X, y)
     unseen = blobs(classes=classes, seed=5)[0].astype(np.float64)
     np.testing.assert_allclose(fitted.head.probabilities(unseen), fitted.pipeline.predict_proba(unseen), atol=1e-9)
+    assert fitted.temperature != 1
+
+
+def test_a_large_c_that_wins_nothing_is_not_taken() -> None:
+    X, y = blobs(spread=0.1)  # separable: every C but the smallest is right on all rows
+    assert 0.01 < fit("logreg", X, y).chosen["C"] < C_GRID[-1]
 
 
 def test_given_c_is_used_and_edges_that_win_are_reported() -> None:
@@ -120,6 +143,25 @@ def test_given_c_is_used_and_edges_that_win_are_reported() -> None:
     few = np.concatenate([np.flatnonzero(y != 0)[:15], np.flatnonzero(y == 0)])
     grid = (1e-9, 1e-8, 1.0)  # the first two only see the majority
     assert "edge of the grid" in " ".join(fit("logreg", X[few], y[few], grid=grid).notes)
+
+
+@pytest.mark.parametrize("value", [0, 3.3])
+@pytest.mark.parametrize("dim", [8, 90])
+def test_features_that_say_nothing_give_the_shares_of_classes(value: float, dim: int) -> None:
+    y = np.arange(60) % 3 // 2  # two thirds, one third
+    fitted = fit("logreg", np.full((60, dim), value, np.float16), y)
+    np.testing.assert_allclose(fitted.head.probabilities(np.full((1, dim), value)), [[2 / 3, 1 / 3]], atol=0.01)
+    assert fitted.temperature == pytest.approx(1, abs=0.1)
+    assert fitted.cv_log_loss == pytest.approx(np.log(3) - 2 / 3 * np.log(2), abs=0.01)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_class_of_two_rows_and_a_feature_of_one_value_are_no_obstacle(balanced: bool) -> None:
+    X, y = np.random.default_rng(0).normal(size=(50, 90)).astype(np.float16), np.array([0] * 48 + [1] * 2)
+    X[:, 3], X[:, 4] = 2, 1000 * (np.arange(50) == 7)
+    fitted = fit("logreg", X, y, folds=2, balanced=balanced)
+    assert np.isfinite(fitted.head.probabilities(X)).all()
+    assert fitted.cv_accuracy is not None and fitted.cv_accuracy > 0.9
 
 
 # --------------------------------------------------------------------------------------------------- pieces

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
 
 from featcache.errors import UsageError
 from featcache.heads import logreg
 from featcache.heads.logreg import Solver, fit_logreg
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, orthonormalised, regularisation_path, with_direction
 from featcache.heads.validation import judge, stratified_folds
 
 GRID = [1e-5, 1e-3, 0.1, 10, 1e3, 1e5]
@@ -95,6 +95,40 @@ def test_the_basis_is_orthonormal_and_spans_the_rows(n: int) -> None:
     np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
     centred = X - X.mean(axis=0)
     np.testing.assert_allclose(centred @ basis @ basis.T, centred, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_one_basis_spans_the_rows_however_they_are_scaled(n: int) -> None:
+    """Of all rows: of those of unit length, and, where its features are scaled again, of those of other scales."""
+    X, _ = awkward(n, 60, 2)
+    unit = with_direction(eigenbasis(X), X.mean(axis=0))
+    ratio = np.random.default_rng(0).uniform(0.8, 1.2, 60)
+    for basis, rows in (
+        (unit, Normalizer().transform(X)),
+        (orthonormalised(eigenbasis(X) * ratio[:, None]), X * ratio),
+    ):
+        centred = rows[: n // 2] - rows[: n // 2].mean(axis=0)
+        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-8)
+        np.testing.assert_allclose(centred @ basis @ basis.T, centred, atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "dim"), [(70, 90), (200, 15)])
+@pytest.mark.parametrize("constant", [False, True])
+def test_each_fold_is_solved_as_if_alone(n: int, dim: int, constant: bool) -> None:
+    """Whatever is shared by folds and scalings: against scikit-learn on the rows of the fold."""
+    X, y = awkward(n, dim, 3)
+    X[np.arange(n), np.arange(n) % dim] += 20  # outliers: each fold has scales of its own
+    splits = stratified_folds(y, np.arange(n), folds=3, seed=0)
+    if constant:  # but in one fold's held-out rows
+        X[splits[0][0], 5] = 2
+    solver = Solver(X, y, grid=(1e-3, 0.1, 10.0), tolerance=1e-6)
+    solver.cross_validate(splits)
+    for (scaling, C), solutions in solver.solutions.items():
+        for (train, _), (W, b) in zip(splits, solutions, strict=True):
+            scaled = (SCALERS[scaling] or FunctionTransformer()).fit_transform(X[train])
+            best = oracle(scaled, y[train], C, np.ones(3))
+            least = objective(scaled, y[train], best.coef_, best.intercept_, C, np.ones(3))
+            assert objective(scaled, y[train], W, b, C, np.ones(3)) < least * 1.002, (scaling, C)
 
 
 def test_a_numpy_c_keeps_float32() -> None:

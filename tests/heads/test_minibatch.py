@@ -14,6 +14,7 @@ from featcache.heads import metrics
 from featcache.heads.head import FittedHead, TorchSettings
 from featcache.heads.logreg import fit_logreg
 from featcache.heads.minibatch import Budget, FeatureBatches, fit_torch_head
+from featcache.heads.validation import fit_temperature
 
 # Nothing fits in memory: mini-batches come from a buffer of some 256 rows.
 TIGHT = dataclasses.replace(SHORT, memory=0, buffer=256 * 2 * D)
@@ -34,6 +35,15 @@ class Recorded:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         self.reads.append(rows)
         return self.X[rows]
+
+
+def test_of_too_many_logits_some_rows_give_the_temperature() -> None:
+    X, y = blobs(300, spread=3.0)
+    few = fit("linear", X, y, folds=3, budget=dataclasses.replace(SHORT, logits=3 * 100))
+    all_of_them = fit("linear", X, y, folds=3)
+    assert few.out_of_fold is None and all_of_them.out_of_fold is not None
+    every_third = all_of_them.out_of_fold[::3] * np.float32(all_of_them.temperature)
+    assert few.temperature == pytest.approx(fit_temperature(y[::3], every_third)[0], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ what is read

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
 from sklearn.model_selection import StratifiedKFold
 
 from featcache.heads.logreg import fit_logreg
 from featcache.heads.minibatch import fit_torch_head
-from featcache.heads.validation import OutOfFold, stratified_folds
+from featcache.heads.validation import OutOfFold, fit_temperature, stratified_folds
 
 ALONE = np.arange(90)
 
@@ -49,8 +51,89 @@ def test_scores_and_choice_are_those_of_the_drawn_rows():
         expected = np.mean([found.right[rows].mean(axis=0) for rows in by_fold], axis=0)
         expected_loss = np.mean([found.loss[rows].mean(axis=0) for rows in by_fold], axis=0)
         assert accuracies[draw] == pytest.approx(expected) and losses[draw] == pytest.approx(expected_loss)
-        best = max(range(4), key=lambda k: (round(expected[k], 9), -expected_loss[k]))
-        assert found.best(weights)[draw] == best
+        top = expected.max()
+        good = np.flatnonzero(expected >= top - np.sqrt(top * (1 - top) / 60))
+        assert found.best(weights, np.arange(60))[draw] == min(good, key=lambda k: round(expected_loss[k], 3))
+
+
+@pytest.mark.parametrize(
+    ("right", "losses", "chosen"),
+    [
+        ((95, 90, 99), (0.2, 0.1, 0.3), 2),  # 4 points are more than a standard error
+        ((95, 98, 99), (0.2, 0.1, 0.3), 1),  # 1 point is less
+        ((98, 98, 99), (0.1004, 0.1, 0.3), 0),  # equal to a thousandth of a nat: the first
+        ((99, 100, 100), (0.2, 0.4, 0.3), 0),  # one row of 100 is within the error of 100 %, too
+        ((97, 100, 100), (0.2, 0.4, 0.3), 2),
+    ],
+)
+def test_the_lowest_loss_within_one_standard_error_is_chosen(right, losses, chosen):
+    rights = np.arange(100)[:, None] < np.array(right)
+    found = OutOfFold(rights, np.tile(losses, (100, 1)), np.arange(100) % 2)
+    assert found.best(np.ones((1, 100)), np.arange(100)).tolist() == [chosen]
+
+
+def test_copies_make_no_standard_error_smaller():
+    rights = np.arange(400)[:, None] // 4 < np.array([98, 99])
+    found = OutOfFold(rights, np.tile([0.1, 0.3], (400, 1)), np.arange(400) % 2)
+    assert found.best(np.ones((1, 400)), np.arange(400)) == [1]
+    assert found.best(np.ones((1, 400)), np.arange(400) // 4 * 4) == [0]
+
+
+# ------------------------------------------------------------------------------------------------- temperature
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("true", [0.3, 1.0, 4.0])
+def test_the_temperature_that_labels_were_drawn_with_is_found(classes, true):
+    generator = np.random.default_rng(0)
+    logits = generator.normal(0, 3, (20_000, classes))
+    y = (logits / true + generator.gumbel(size=logits.shape)).argmax(axis=1)  # a draw from softmax(logits / true)
+    temperature, change = fit_temperature(y, logits, np.arange(20_000) % 5)
+    assert temperature == pytest.approx(true, rel=0.05)
+    assert change <= 1e-4
+
+
+def test_the_temperature_is_the_minimum_of_the_smoothed_loss():
+    generator = np.random.default_rng(1)
+    logits, y = generator.normal(0, 5, (60, 3)), generator.integers(0, 3, 60)
+    targets = np.full((60, 3), 1 / 62 / 2)
+    targets[np.arange(60), y] = 61 / 62
+    found = minimize_scalar(lambda t: -(targets * log_softmax(logits / t, axis=1)).sum(), bounds=(0.05, 20))
+    assert fit_temperature(y, logits)[0] == pytest.approx(found.x, rel=1e-3)
+
+
+def test_a_row_has_no_part_in_the_temperature_that_it_is_judged_with():
+    generator = np.random.default_rng(2)
+    logits, fold = generator.normal(0, 3, (400, 3)), np.arange(400) % 4
+    y = (logits / 2 + generator.gumbel(size=logits.shape)).argmax(axis=1)
+    losses = np.empty(400)
+    for number in range(4):
+        held_out = fold == number
+        temperature, _ = fit_temperature(y[~held_out], logits[~held_out])
+        losses[held_out] = -log_softmax(logits[held_out] / temperature, axis=1)[np.arange(100), y[held_out]]
+    before = -log_softmax(logits, axis=1)[np.arange(400), y]
+    assert fit_temperature(y, logits, fold)[1] == pytest.approx((losses - before).mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("logits", "low", "high"),
+    [
+        (np.zeros((50, 2)), 1, 1),  # nothing to tell
+        (np.eye(2)[np.arange(50) % 2] * 8, 1.9, 2.1),  # all right: 51 of 52, whose logit is log 51 = 3.93
+        (np.eye(2)[np.arange(50) % 2] * -8, 19, 20),  # all wrong: as little said as possible
+        (np.eye(2)[np.arange(50) % 2] * 1e30, 19, 20),
+    ],
+)
+def test_no_logits_lead_to_a_temperature_beyond_its_bounds(logits, low, high):
+    temperature, change = fit_temperature(np.arange(50) % 2, logits, np.arange(50) % 5)
+    assert low <= temperature <= high and np.isfinite(change)
+
+
+def test_many_logits_give_the_temperature_of_some():
+    generator = np.random.default_rng(3)
+    logits = generator.normal(0, 3, (3_000_000, 2)).astype(np.float32)
+    y = (logits + generator.gumbel(size=logits.shape)).argmax(axis=1)
+    assert fit_temperature(y, logits, np.arange(len(y)) % 2)[0] == pytest.approx(1, rel=0.01)
 
 
 def test_the_best_of_many_chances_is_corrected_to_chance():
@@ -91,6 +174,6 @@ def test_noise_cross_validates_to_chance():
         generator = np.random.default_rng(seed)
         fitted = fit_logreg(generator.normal(size=(100, 64)), np.arange(100), generator.permutation(np.arange(100) % 2))
         accuracies.append(fitted.cv_accuracy)
-        raw.append(np.mean(fitted.fold_accuracies))
+        raw.append(max(entry["accuracy"] for entry in fitted.curve))
     assert np.mean(raw) > 0.53
     assert np.mean(accuracies) == pytest.approx(0.5, abs=0.01)

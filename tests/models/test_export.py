@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import joblib
 import numpy as np
 import onnx
 import onnxruntime
@@ -27,6 +28,7 @@ from featcache.backbones.backbone import Backbone, weights_bytes
 from featcache.backbones.load import load_backbone
 from featcache.errors import ExportError, MissingDependencyError, ModelError, StorageError, UsageError
 from featcache.heads.head import SCALINGS, FittedHead, Head, softmax
+from featcache.heads.logreg import fit_logreg
 from featcache.images.preprocess import to_pixels
 from featcache.models import as_onnx, as_safetensors, export_candidate
 from featcache.models.as_safetensors import HEAD_PREFIX
@@ -145,6 +147,44 @@ def test_predict_agrees_to_its_precision(models: Get, tmp_path: Path, bf16_arith
     paths, pixels = pictures(tmp_path)
     found = np.stack([prediction.probabilities for prediction in predict(model, paths, device="cpu", workers=1)])
     np.testing.assert_allclose(found, expected_of(model, pixels), atol=0.02 if bf16_arithmetic else 1e-5)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_pipeline_model_and_exported_file_have_one_temperature(tmp_path: Path, model: Path, suffix: str) -> None:
+    loaded = load_model(model)
+    pixels = (
+        np.random.default_rng(0).uniform(0, 1, (24, 3, 64, 64)).astype(np.float32)
+        ** np.linspace(0.5, 2, 24)[:, None, None, None]
+    )
+    with torch.inference_mode():
+        x = (torch.from_numpy(pixels.astype(np.float32)) - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(
+            3, 1, 1
+        )
+        X = loaded.load_backbone().module(x).numpy()
+    fitted = fit_logreg(X, np.arange(24), np.arange(24) // 4 % 3, folds=3)
+    assert abs(fitted.temperature - 1) > 0.1
+    files = {"backbone.safetensors": model / "backbone.safetensors"}
+    facts: dict[str, Any] = {
+        "weights": {"source": "random", "reload": None},
+        "training": {},
+        "metrics": {},
+        "files": files,
+    }
+    save_model(tmp_path / "m", fitted, classes=CLASSES, spec=loaded.spec, **facts)
+    expected = load_model(tmp_path / "m").head.probabilities(X)
+    pipeline = joblib.load(tmp_path / "m" / "head.joblib")
+    np.testing.assert_allclose(pipeline.predict_proba(X.astype(np.float64)), expected, atol=1e-5)
+    report = export_model(tmp_path / "m", tmp_path / f"m.{suffix}")
+    file = report.output
+    if suffix == "onnx":
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        (found,) = session.run(["probabilities"], {"pixels": pixels.astype(np.float32)})
+    else:
+        names: dict[str, Any] = {"safetensors": safetensors, "torch": torch, "torchvision": torchvision, "pixels": x}
+        with torch.inference_mode():
+            exec(report.usage.replace(repr(file.name), repr(str(file))), names)
+        found = softmax(names["logits"].numpy())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

@@ -89,6 +89,8 @@ def test_three_ways_to_probabilities_agree(model: Path, cache: Path) -> None:
     from_predict = np.stack([p.probabilities for p in predict(model, [cache])])
     np.testing.assert_allclose(from_tensors, from_pipeline, atol=1e-9)
     np.testing.assert_array_equal(from_predict, from_tensors)
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert metrics["temperature"] == load_model(model).manifest["metrics"]["temperature"] != 1
 
 
 def test_classes_without_training_images_are_left_out_and_indices_hold(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ REPORT = FitReport(
     cv_accuracy=0.9665,
     cv_std=0.0082,
     cv_log_loss=0.1,
+    temperature=1.0,
     val_accuracy=0.96078,
     val_accuracy_interval=[0.917, 0.9819],
     val_balanced_accuracy=0.9598,

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from blobs import SHORT, D, blobs
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -83,7 +84,14 @@ class TestEveryHead:
         fitted = fit(kind, X, y)
         assert fitted.out_of_fold is not None and fitted.temperature != 1
         assert fit_temperature(y, fitted.out_of_fold)[0] == pytest.approx(1, abs=1e-3)
-        assert fit(kind, X, y, folds=0).temperature == 1
+        without = fit(kind, X, y, folds=0)
+        assert without.temperature == 1
+        if kind == "logreg":
+            plain = clone(fitted.pipeline).fit(X.astype(np.float64), y).predict_log_proba(X.astype(np.float64))
+        else:
+            plain = without.head.logits(X)
+        scaled = softmax(plain / fitted.temperature)
+        np.testing.assert_allclose(fitted.head.probabilities(X), scaled, atol=1e-3 if kind == "logreg" else 1e-5)
 
     def test_pure_noise_is_estimated_as_chance(self, kind: str, classes: int) -> None:
         X = np.random.default_rng(0).normal(size=(300, D)).astype(np.float16)

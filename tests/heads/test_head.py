@@ -145,6 +145,25 @@ def test_given_c_is_used_and_edges_that_win_are_reported() -> None:
     assert "edge of the grid" in " ".join(fit("logreg", X[few], y[few], grid=grid).notes)
 
 
+@pytest.mark.parametrize("value", [0, 3.3])
+@pytest.mark.parametrize("dim", [8, 90])
+def test_features_that_say_nothing_give_the_shares_of_classes(value: float, dim: int) -> None:
+    y = np.arange(60) % 3 // 2  # two thirds, one third
+    fitted = fit("logreg", np.full((60, dim), value, np.float16), y)
+    np.testing.assert_allclose(fitted.head.probabilities(np.full((1, dim), value)), [[2 / 3, 1 / 3]], atol=0.01)
+    assert fitted.temperature == pytest.approx(1, abs=0.1)
+    assert fitted.cv_log_loss == pytest.approx(np.log(3) - 2 / 3 * np.log(2), abs=0.01)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_class_of_two_rows_and_a_feature_of_one_value_are_no_obstacle(balanced: bool) -> None:
+    X, y = np.random.default_rng(0).normal(size=(50, 90)).astype(np.float16), np.array([0] * 48 + [1] * 2)
+    X[:, 3], X[:, 4] = 2, 1000 * (np.arange(50) == 7)
+    fitted = fit("logreg", X, y, folds=2, balanced=balanced)
+    assert np.isfinite(fitted.head.probabilities(X)).all()
+    assert fitted.cv_accuracy is not None and fitted.cv_accuracy > 0.9
+
+
 # --------------------------------------------------------------------------------------------------- pieces
 
 

@@ -102,7 +102,10 @@ def tune(
         rate = _train(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step)
     check_replaceable(job.output, overwrite=job.overwrite)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
-    temperature = 1.0 if alpha == 0 else calibrate(tuned, val.labels, val_logits)
+    temperature = 1.0
+    if alpha != 0:
+        temperature = calibrate(tuned, val.labels, val_logits)
+        log.info("temperature %.3g: logits are divided by it, for the lowest log loss on val", temperature)
     val_logits = val_logits / np.float32(temperature)
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
     if len(test := decode("test")):  # only now

@@ -142,6 +142,7 @@ class Solver:
         tolerance: of solutions while settings are compared, see ``regularisation_path``.
         bases: per scaling, a basis of all rows that suits every fold; None where there is none.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
+        scale: (D,) of the features, over all rows.
         rotated: per scaling, all rows in that basis; None where folds scale rows differently.
         solutions: per setting, what each fold ended with, if all those fit in ``memory``, in bytes.
     """
@@ -164,6 +165,7 @@ class Solver:
         self.dtype = np.dtype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32)
         self.bases: dict[Scaling, Array | None] = {}
         self.rotated: dict[Scaling, Array | None] = {}
+        self.scale: Array = np.ones(X.shape[1])
         self.solutions: dict[Setting, list[_Solution]] = {}
 
     def cross_validate(self, splits: Sequence[Split]) -> OutOfFold:

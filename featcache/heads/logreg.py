@@ -277,17 +277,14 @@ class Solver:
         start = tuple(np.mean(parts, axis=0) for parts in zip(*solutions, strict=True)) if solutions else None
         grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
         tolerance = _FINAL_TOLERANCE_OF_SMALL if self.dtype == np.float64 else _FINAL_TOLERANCE
-        try:
-            x = X.astype(self.dtype, copy=False)
-            with threadpool_limits(
-                1 if self.dtype == np.float64 else None
-            ):  # on few rows threads wait more than they work
+        with threadpool_limits(1 if self.dtype == np.float64 else None):  # on few rows threads wait more than they work
+            try:
+                x = X.astype(self.dtype, copy=False)
                 *_, (W, b) = self._path(x, self.y, grid, basis=basis, tolerance=tolerance, start=start)
-            classifier.set_params(warm_start=True)
-            classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
-        except _FAILURES as error:
-            log.info("scikit-learn's solver takes over (%s)", error)
-        with threadpool_limits(1 if self.dtype == np.float64 else None):
+                classifier.set_params(warm_start=True)
+                classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
+            except _FAILURES as error:
+                log.info("scikit-learn's solver takes over (%s)", error)
             _fit_quietly(classifier, X, self.y)
         classifier.set_params(warm_start=False)
         return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)

@@ -205,7 +205,7 @@ class Solver:
             for kept in pool.map(one, *zip(*jobs, strict=True)):
                 for setting, solution in kept.items():
                     self.solutions.setdefault(setting, []).append(solution)
-        return OutOfFold(right, loss, fold)
+        return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(scalings)), len(self.grid)))
 
     def out_of_fold(self, splits: Sequence[Split], setting: Setting) -> Array:
         """(N, K) logits of each row from its fold's solution, to the bit those that ``cross_validate`` judged."""

@@ -18,6 +18,7 @@ _DRAWS, _FEWEST_DRAWS = 500, 100  # of the bootstrap, on few rows and on many, w
 _ROWS_DRAWN = 10**6  # in all, in between
 _DRAWN_VALUES = 2**24  # draws times rows, weighed at a time: 128 MB
 _LOGITS_FITTED = 2**22  # at most, by a temperature: one number, for which some of many rows do
+_EQUAL_LOSSES = 0.005  # nats
 _MAX_TEMPERATURE = 20.0  # and the least is 1 / 20: beyond, logits say nothing, or they say it with certainty
 
 
@@ -103,11 +104,13 @@ class OutOfFold:
         right: (N, S), whether the most probable class was the row's own.
         loss: (N, S), negative log-probability of the row's own class, in nats.
         fold: (N,), which fold held the row out, from 0.
+        path: (S,), which settings lie on one path, from the strongest regularisation to the weakest; all if None.
     """
 
     right: Array
     loss: Array
     fold: Indices
+    path: Indices | None = None
 
     def of_folds(self, results: Array) -> Array:
         """(N, S) results of rows -> (F, S), means over the rows of each fold."""
@@ -125,14 +128,17 @@ class OutOfFold:
         """(B,) the chosen setting for each of (B, N) ``weights``; ``copies`` as for ``stratified_folds``.
 
         Of the settings within one standard error of the best accuracy (Breiman et al. 1984, "Classification and Regression
-        Trees"), the one of the lowest log loss, and of losses that are equal to 0.001 nats the first: accuracy tells such
-        settings apart by luck. The standard error is the binomial's, and one image at least.
+        Trees"), the one of the lowest log loss: accuracy tells such settings apart by luck. Of those on its path whose losses
+        equal it to 0.005 nats the most regularised. The standard error is the binomial's, and one image at least.
         """
         accuracies, losses = self.scores(weights)
         n = len(np.unique(copies))
         best = accuracies.max(axis=1, keepdims=True)
         good = accuracies >= best - np.maximum(np.sqrt(best * np.maximum(1 - best, 0) / n), 1 / n) - 1e-9
-        chosen: Indices = np.where(good, losses.round(3), np.inf).argmin(axis=1)
+        losses = np.where(good, losses, np.inf)
+        path = np.zeros(losses.shape[1]) if self.path is None else self.path
+        same_path = path == path[losses.argmin(axis=1)][:, None]
+        chosen: Indices = (same_path & (losses <= losses.min(axis=1, keepdims=True) + _EQUAL_LOSSES)).argmax(axis=1)
         return chosen
 
     def corrected(self, copies: Indices, *, seed: int) -> tuple[float, float]:

@@ -139,8 +139,6 @@ def fit_head(
     opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
     options = {"folds": folds, "balanced": class_weight == "balanced", "seed": seed, "copies": copies}
     fitted = _train(opened, rows, y, clf=clf, C=C, settings=torch_settings, **options)
-    if folds:
-        log.info("temperature %.3g: logits are divided by it, for the lowest log loss out of fold", fitted.temperature)
     for note in fitted.notes:
         log.warning(note)
     settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}

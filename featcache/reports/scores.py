@@ -33,7 +33,7 @@ def fit_lines(report: FitReport, names: Sequence[str]) -> list[str]:
     if report.cv_accuracy is not None:
         choice = ", corrected for the choice of the setting" if report.clf == "logreg" else ""
         lines.append(f"  cross-validated accuracy {report.cv_accuracy:.2%}{choice}")
-        lines.append(f"    standard deviation over folds {report.cv_std:.2%}")
+        lines.append(f"    standard deviation over folds {report.cv_std:.2%}; temperature {report.temperature:.3g}")
     lines += itertools.chain.from_iterable(_split_lines(report, split) for split in ("val", "test"))
     return [*lines, f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}"]
 

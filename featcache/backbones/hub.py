@@ -1,0 +1,86 @@
+"""The Hugging Face hub, as far as weights need it: are they on this machine already, does it answer, may they be had?
+
+In: the name of a repository. Out: facts, and reasons in words; nothing is downloaded here. The hub's own client repeats requests
+for minutes where nobody answers, and cannot end a look-up of a name: here both end in time.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from featcache.errors import AccessError
+
+WEIGHTS = "model.safetensors"
+
+
+def is_held(repository: str, file: str = WEIGHTS) -> bool:
+    """Whether the hub's cache on this machine has ``file`` of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = repository.partition("@")
+    return isinstance(try_to_load_from_cache(name, file, revision=revision or None), str)
+
+
+def ask(repository: str, *, seconds: float) -> Exception | None:
+    """What stands in the way of a download from ``repository``; None if nothing does. Takes no longer than ``seconds``."""
+    found: list[Exception | None] = []
+
+    def request() -> None:
+        from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+        name, _, revision = repository.partition("@")
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision or None), timeout=seconds)
+            found.append(None)
+        except errors.EntryNotFoundError:  # no such file in a repository that is there
+            found.append(None)
+        except Exception as error:  # of the HTTP library that its client is built on
+            found.append(error)
+
+    # A thread of its own: looking up a name cannot be interrupted, and the time limits of a request add up.
+    thread = threading.Thread(target=request, name="featcache-hub", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else TimeoutError(f"no answer within {seconds:g} s")
+
+
+def is_silence(error: Exception) -> bool:
+    """Whether ``error`` means that there is no network, or no hub at its end; else the hub itself said it."""
+    return _status(error) >= 500 or not _status(error)
+
+
+def reason_of(error: Exception) -> str:
+    """``error`` in words, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def refusal(error: Exception, name: str, repository: str) -> AccessError | None:
+    """How to get the weights of the backbone ``name`` where the hub refuses them; None where ``error`` means something else."""
+    from huggingface_hub import constants, errors
+
+    gated = isinstance(error, errors.GatedRepoError)
+    if not gated and _status(error) not in (401, 403) and not isinstance(error, errors.RepositoryNotFoundError):
+        return None
+    page = f"{constants.ENDPOINT}/{repository.partition('@')[0]}"
+    what = f"are gated: ask for access at {page}" if gated else f"are refused: see {page}"
+    return AccessError(f"the weights of {name} {what}, then run `hf auth login`")
+
+
+@contextlib.contextmanager
+def without_hub() -> Iterator[None]:
+    """A context in which the hub's client takes what it has downloaded before, or fails at once."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status of the hub's answer; 0 if there is none."""
+    from huggingface_hub import errors
+
+    response = getattr(error, "response", None) if isinstance(error, errors.HfHubHTTPError) else None
+    return int(getattr(response, "status_code", 0))

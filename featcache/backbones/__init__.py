@@ -1,6 +1,7 @@
 """Name and weights in; embeddings of images out.
 
 load.py              name and weights -> Backbone
+catalog.py           what is known of a backbone by its name: cost, licence, published figures; catalog.csv is what was counted
 from_torchvision.py  torchvision's models
 from_timm.py         timm's
 pooling.py           tokens and maps -> one vector; several layers side by side

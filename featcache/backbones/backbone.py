@@ -117,7 +117,8 @@ def freeze(
 ) -> Backbone:
     """The last step of every loader: ``model`` in eval mode, without gradients, its weights hashed."""
     model.eval().requires_grad_(False)
-    digest = hash_tensors(model.state_dict())
+    empty = any(tensor.is_meta for tensor in model.state_dict().values())  # ``load.build_empty``
+    digest = "" if empty else hash_tensors(model.state_dict())
     return Backbone(name, model, dim, layer, preprocess, source, digest, reload)
 
 
@@ -161,7 +162,7 @@ def with_pooling(backbone: Backbone, taps: Taps, taken: Taken) -> Backbone:
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+    return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
 
 
 def check_multiple(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:

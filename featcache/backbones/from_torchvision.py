@@ -62,6 +62,14 @@ def weights_names(name: str) -> list[str]:
     return [member.name for member in torchvision.models.get_model_weights(name)] if is_name(name) else []
 
 
+def published(name: str) -> tuple[str, str | None, PreprocessSpec]:
+    """``load.published`` of the weights that ``auto`` takes, and the preprocessing."""
+    available = {member.name: member for member in torchvision.models.get_model_weights(name)}
+    chosen, _ = _prefer(list(available))
+    licence = "cc-by-nc-4.0" if "SWAG" in chosen else "bsd-3-clause"  # torchvision's own, but for those of SWAG
+    return name, licence, _preset_spec(available[chosen].transforms())
+
+
 def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
     """``load.build_network``."""
     options = {"num_classes": n_classes, **_BUILD.get(name, {})}

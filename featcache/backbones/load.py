@@ -4,9 +4,12 @@
 file of its own, ``from_<library>.py``; another one is a line here.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +61,16 @@ def load_backbone(
 
 def _load(name: str, weights: str | Path, taken: Taken) -> Backbone:
     library, weights = _library(name), as_path(weights) if str(weights).startswith("~") else weights
-    if not library.is_name(name):
+    _check_name(name)
+    backbone: Backbone = library.load(name, weights, taken=taken)
+    return backbone
+
+
+def _check_name(name: str) -> None:
+    if not _library(name).is_name(name):
         near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
-    backbone: Backbone = library.load(name, weights, taken=taken)
-    return backbone
 
 
 def _library(name: str) -> Any:
@@ -126,6 +133,46 @@ def build_network(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.
     with torch.random.fork_rng(devices=[]):
         network, lines = _library(name).build(name, n_classes, size)
     return network.eval(), "\n".join([*lines, "network.eval()"])
+
+
+def build_empty(name: str) -> Backbone:
+    """``load_backbone`` at the default size without values: its module is on the meta device, its ``weights_sha256`` is empty.
+
+    Networks that read values while they are built get random ones, and are then emptied. Raises as ``load_backbone``.
+    """
+    with _silent():
+        try:
+            with torch.device("meta"):
+                return load_backbone(name, "none")
+        except (NotImplementedError, RuntimeError):
+            backbone = load_backbone(name, "none")
+    return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
+
+
+def published(name: str) -> tuple[str, str | None, tuple[int, int]]:
+    """What the library records of the weights that ``name`` means, without building it.
+
+    Returns:
+        The name with that of the weights, where these have one; their licence; the (height, width) they take here.
+
+    Raises:
+        BackboneError: no such name, or a preprocessing that featcache does not know.
+    """
+    _check_name(name)
+    full, licence, preprocess = _library(name).published(name)
+    return full, licence, preprocess.crop
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """A context in which loading says nothing of what it decides."""
+    log = logging.getLogger("featcache")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def backbone_names(pattern: str = "") -> list[str]:

@@ -1,0 +1,197 @@
+"""What is known of a backbone before it is built or downloaded: width, cost, licence, published figures.
+
+In: a name. Out: ``BackboneFacts``. ``catalog.csv`` holds what had to be counted (``.ci/count_backbones.py`` writes it), so
+that a table of all names takes neither a network nor PyTorch; what it does not know is counted without weights.
+"""
+
+import csv
+import dataclasses
+import functools
+import importlib.metadata
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
+
+# A name that stands for one network, on whatever machine: a cache made on a GPU and a laptop that predicts must agree.
+ALIASES = {
+    "fast": "timm/tf_efficientnet_lite0",
+    "base": "timm/vit_small_patch14_reg4_dinov2.lvd142m",
+    "best": "timm/vit_so400m_patch14_siglip_224.v2_webli",
+}
+# Licences by their names on the hub. What is in neither list is to be read before it is used for money.
+_COMMERCIAL = frozenset(
+    ["apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "apple-ascl", "fastvit-license", "dinov3-license"]
+)
+_NON_COMMERCIAL = frozenset(
+    ["cc-by-nc-4.0", "cc-by-nc-sa-4.0", "apple-amlr", "seer-license", "fair-noncommercial-research-license"]
+)
+_GATED = frozenset({"dinov3-license"})
+_DINOV2 = "DINOv2 README (github.com/facebookresearch/dinov2)"
+_EP = "Psomas et al. 2026, github.com/billpsomas/efficient-probing"
+# ImageNet-1k top-1 in per cent of frozen features: k nearest neighbours, linear classifier, and who says so.
+_PUBLISHED: dict[str, tuple[float | None, float | None, str]] = {
+    "timm/vit_small_patch14_dinov2.lvd142m": (79.0, 81.1, _DINOV2),
+    "timm/vit_base_patch14_dinov2.lvd142m": (82.1, 84.5, _DINOV2),
+    "timm/vit_large_patch14_dinov2.lvd142m": (83.5, 86.3, _DINOV2),
+    "timm/vit_giant_patch14_dinov2.lvd142m": (83.5, 86.5, _DINOV2),
+    "timm/vit_small_patch14_reg4_dinov2.lvd142m": (79.1, 80.9, _DINOV2),
+    "timm/vit_base_patch14_reg4_dinov2.lvd142m": (82.0, 84.6, _DINOV2),
+    "timm/vit_large_patch14_reg4_dinov2.lvd142m": (83.8, 86.7, _DINOV2),
+    "timm/vit_giant_patch14_reg4_dinov2.lvd142m": (83.7, 87.1, _DINOV2),
+    "timm/vit_base_patch16_dinov3.lvd1689m": (79.6, 83.9, f"{_EP}, at 224 px"),
+    "timm/vit_large_patch16_dinov3.lvd1689m": (83.4, 86.6, f"{_EP}, at 224 px"),
+    "timm/vit_large_patch16_siglip_256.v2_webli": (81.1, 87.0, f"{_EP}, own pooler"),
+    "timm/vit_so400m_patch14_siglip_224.v2_webli": (81.8, 87.4, f"{_EP}, own pooler"),
+    "timm/vit_pe_core_large_patch14_336.fb": (82.7, 87.8, f"{_EP}, own pooler"),
+    "timm/aimv2_large_patch14_224.apple_pt": (76.0, 84.7, f"{_EP}, mean"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneFacts:
+    """A backbone in figures, at the input size that featcache takes by default.
+
+    Attributes:
+        name: as the library has it, aliases resolved.
+        dim: D, values per image.
+        gmacs: 1e9 multiply-adds per image, attention included: what papers and tables call GFLOPs (ResNet-50: 4.1), half of
+            the floating-point operations.
+        parameters: of what is run, without the classifier (ResNet-50: 23.5 million; 25.6 with its classifier).
+        input: (height, width) in pixels.
+        licence: of the weights, as the library records it; None if it records none.
+        commercial: whether the licence allows commercial use, whatever its other terms; None: read it.
+        gated: whether the publisher hands the original weights out on request only. The copy that a library provides may be
+            free: whether it is, the hub says when it is asked.
+        knn, linear_probe: top-1 on ImageNet-1k in per cent, of frozen features; None if none was found. source: whose figures.
+    """
+
+    name: str
+    dim: int
+    gmacs: float
+    parameters: int
+    input: tuple[int, int]
+    licence: str | None
+    commercial: bool | None
+    gated: bool
+    knn: float | None = None
+    linear_probe: float | None = None
+    source: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """A line of ``catalog.csv``: a name, and what had to be counted for it."""
+
+    name: str
+    height: int
+    width: int
+    dim: int
+    macs: int
+    parameters: int
+    licence: str | None
+
+
+def facts_of(name: str, *, count: bool = False) -> BackboneFacts:
+    """What is known of the backbone ``name``: one that ``load_backbone`` takes, or an alias. Nothing is downloaded.
+
+    Args:
+        count: build it without weights and count anew, even if ``catalog.csv`` knows it; takes a second.
+
+    Raises:
+        BackboneError: there is no such backbone, or featcache cannot take it. MissingDependencyError: timm is missing, and
+            ``catalog.csv`` does not know the name.
+    """
+    name = ALIASES.get(name, name)
+    known = None if count else counted().get(name)
+    if known is not None and not _is_as_counted(name, known):
+        known = None
+    return _facts(name, known or count_live(name))
+
+
+def _facts(name: str, of: Counted) -> BackboneFacts:
+    knn, linear, source = _PUBLISHED.get(of.name, (None, None, None))
+    return BackboneFacts(
+        name=name,
+        dim=of.dim,
+        gmacs=round(of.macs / 1e9, 3),
+        parameters=of.parameters,
+        input=(of.height, of.width),
+        licence=of.licence,
+        commercial=is_commercial(of.licence),
+        gated=of.licence in _GATED,
+        knn=knn,
+        linear_probe=linear,
+        source=source,
+    )
+
+
+def is_commercial(licence: str | None) -> bool | None:
+    """Whether a licence, by its name on the hub, allows commercial use; None: its name does not say, read it."""
+    name = (licence or "").lower()
+    if name in _NON_COMMERCIAL or re.search(r"\bnc\b|non-?commercial|research", name):
+        return False
+    return True if name in _COMMERCIAL else None
+
+
+@functools.cache
+def counted() -> dict[str, Counted]:
+    """``catalog.csv`` by name; ``timm/ARCH`` is the first line of that architecture, its default weights."""
+    with Path(__file__).with_suffix(".csv").open(newline="", encoding="utf-8") as file:
+        file.readline()  # the versions
+        rows = [
+            Counted(name, int(height), int(width), int(dim), int(macs), int(parameters), licence or None)
+            for name, height, width, dim, macs, parameters, licence in csv.reader(file)
+        ]
+    known = {row.name: row for row in rows}
+    for row in rows:
+        known.setdefault(row.name.split(".")[0], row)
+    return known
+
+
+@functools.cache
+def counted_with() -> dict[str, str]:
+    """library -> version, with which ``catalog.csv`` was counted."""
+    with Path(__file__).with_suffix(".csv").open(encoding="utf-8") as file:
+        words = file.readline().strip("# \n").split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def is_current(library: str) -> bool:
+    """Whether ``catalog.csv`` was counted with the installed version of ``library``; also if none is installed."""
+    try:
+        return importlib.metadata.version(library) == counted_with()[library]
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+def _is_as_counted(name: str, known: Counted) -> bool:
+    """Whether the installed library still means the same weights and input by ``name``."""
+    if is_current("timm" if name.startswith("timm/") else "torchvision"):
+        return True
+    from featcache.backbones.load import published
+
+    return published(name) == (known.name, known.licence, (known.height, known.width))
+
+
+def count_live(name: str) -> Counted:
+    """Build ``name`` without weights, and count. Raises as ``facts_of``."""
+    from featcache.backbones.load import build_empty, published
+
+    backbone = build_empty(name)
+    full, licence, (height, width) = published(name)
+    parameters = sum(parameter.numel() for parameter in backbone.module.parameters())
+    return Counted(full, height, width, backbone.dim, count_macs(backbone), parameters, licence)
+
+
+def count_macs(backbone: "Backbone") -> int:
+    """Multiply-adds per image at the backbone's own input size, as PyTorch's flop counter sees them; runs it once."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(backbone.module.parameters()).device
+    with device, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backbone.module(torch.zeros(1, 3, *backbone.preprocess.crop))
+    return int(counter.get_total_flops()) // 2

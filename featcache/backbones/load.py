@@ -144,7 +144,7 @@ def build_empty(name: str) -> Backbone:
         try:
             with torch.device("meta"):
                 return load_backbone(name, "none")
-        except (NotImplementedError, RuntimeError):
+        except (BackboneError, RuntimeError):  # NotImplementedError, as it is or as a library puts it
             backbone = load_backbone(name, "none")
     return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
 

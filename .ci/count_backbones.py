@@ -9,16 +9,14 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
-import timm
-
 from featcache.backbones import catalog
-from featcache.backbones.load import backbone_names, published
+from featcache.backbones.load import backbone_names, published, tagged_names
 from featcache.errors import BackboneError
 
 old = {} if "--anew" in sys.argv else catalog.counted()
 tagged: dict[str, list[str]] = {}  # timm/ARCH -> timm/ARCH.TAG
-for short in timm.list_models(pretrained=True):
-    tagged.setdefault(f"timm/{short.split('.')[0]}", []).append(f"timm/{short}")
+for name in tagged_names():
+    tagged.setdefault(name.split(".")[0], []).append(name)
 
 lines: dict[str, catalog.Counted] = {}
 for arch in backbone_names():
@@ -30,7 +28,8 @@ for arch in backbone_names():
             if line is None or (line.height, line.width) != size:
                 line = catalog.count_live(name)
         except BackboneError as error:
-            print(f"left out: {error}", file=sys.stderr, flush=True)
+            print(f"cannot be taken: {error}", file=sys.stderr, flush=True)
+            lines.setdefault(name, catalog.Counted(name, 0, 0, 0, 0, 0, None))
             continue
         sizes[size] = line
         lines.setdefault(full, dataclasses.replace(line, name=full, licence=licence))

@@ -44,6 +44,11 @@ def names() -> list[str]:
     return [f"timm/{name}" for name in _timm().list_models()]
 
 
+def tagged_names() -> list[str]:
+    """All weights, as ``timm/NAME.TAG``. Raises MissingDependencyError."""
+    return [f"timm/{name}" for name in _timm().list_models(pretrained=True)]
+
+
 def is_name(name: str) -> bool:
     """Whether timm has a model of this name. Raises MissingDependencyError."""
     short = name.removeprefix("timm/")  # which timm would also take for a folder, or an address

@@ -181,3 +181,8 @@ def backbone_names(pattern: str = "") -> list[str]:
     if importlib.util.find_spec("timm"):
         names += from_timm.names()
     return [name for name in names if pattern.lower() in name]
+
+
+def tagged_names() -> list[str]:
+    """Names of single weights, ``timm/ARCH.TAG``; none without timm."""
+    return from_timm.tagged_names() if importlib.util.find_spec("timm") else []

@@ -124,19 +124,21 @@ class Counted:
     licence: str | None
 
 
-def facts_of(name: str, *, count: bool = False) -> BackboneFacts:
+def facts_of(name: str) -> BackboneFacts:
     """What is known of the backbone ``name``: one that ``load_backbone`` takes, or an alias. Nothing is downloaded.
-
-    Args:
-        count: build it without weights and count anew, even if ``catalog.csv`` knows it; takes a second.
 
     Raises:
         BackboneError: there is no such backbone, or featcache cannot take it. MissingDependencyError: timm is missing, and
             ``catalog.csv`` does not know the name.
     """
     name = ALIASES.get(name, name)
-    known = None if count else _known(name)
+    known = _known(name)
     return _facts(name, known if known and known.dim else count_live(name))
+
+
+def facts_of_built(backbone: "Backbone") -> BackboneFacts:
+    """The same, counted anew on a ``build_empty`` or a loaded backbone at its default size."""
+    return _facts(backbone.name, _count(backbone))
 
 
 def facts_of_all(names: Sequence[str]) -> dict[str, BackboneFacts | None]:
@@ -246,10 +248,15 @@ def _known(name: str) -> Counted | None:
 
 def count_live(name: str) -> Counted:
     """Build ``name`` without weights, and count. Raises as ``facts_of``."""
-    from featcache.backbones.load import build_empty, published
+    from featcache.backbones.load import build_empty
 
-    backbone = build_empty(name)
-    full, licence, (height, width) = published(name)
+    return _count(build_empty(name))
+
+
+def _count(backbone: "Backbone") -> Counted:
+    from featcache.backbones.load import published
+
+    full, licence, (height, width) = published(backbone.name)
     parameters = sum(parameter.numel() for parameter in backbone.module.parameters())
     return Counted(full, height, width, backbone.dim, count_macs(backbone), parameters, licence)
 

@@ -1,44 +1,40 @@
-"""Count every backbone of the installed timm and torchvision into featcache/backbones/catalog.csv: an hour on one core.
+"""Count every backbone of the installed timm and torchvision into featcache/backbones/catalog.csv: half an hour on one core.
 
-Lines that the present file has are kept where licence and input are the same; ``--anew`` counts all of them again.
+Lines of the present file are kept where the input is the same; ``--anew`` counts them again, too.
 """
 
 import csv
 import dataclasses
 import importlib.metadata
 import sys
-
-import timm
+from pathlib import Path
 
 from featcache.backbones import catalog
-from featcache.backbones.load import backbone_names, published
+from featcache.backbones.load import backbone_names, published, tagged_names
 from featcache.errors import BackboneError
 
-path = catalog.Path(catalog.__file__).with_suffix(".csv")
-old = {} if "--anew" in sys.argv or not path.is_file() else dict(catalog.counted())
-tags: dict[str, list[str]] = {}
-for tagged in timm.list_models(pretrained=True):
-    tags.setdefault(tagged.split(".")[0], []).append(tagged)
-lines: list[catalog.Counted] = []
-for name in backbone_names():
-    arch = name.removeprefix("timm/")
-    names = [name]
-    if name.startswith("timm/") and (tag := timm.get_pretrained_cfg(arch).tag):
-        first = f"{arch}.{tag}"
-        names = [f"timm/{each}" for each in [first, *(other for other in tags.get(arch, []) if other != first)]]
-    done: dict[tuple[int, int], catalog.Counted] = {}
-    for each in names:
+old = {} if "--anew" in sys.argv else catalog.counted()
+tagged: dict[str, list[str]] = {}  # timm/ARCH -> timm/ARCH.TAG
+for name in tagged_names():
+    tagged.setdefault(name.split(".")[0], []).append(name)
+
+lines: dict[str, catalog.Counted] = {}
+for arch in backbone_names():
+    sizes: dict[tuple[int, int], catalog.Counted] = {}
+    for name in [arch, *tagged.get(arch, [])]:  # the default weights come first, by the name without a tag
         try:
-            _, licence, size = published(each)
-            same = done.get(size) or old.get(each)
-            if same is None or (same.height, same.width) != size:
-                same = catalog.count_live(each)
+            full, licence, size = published(name)
+            line = sizes.get(size) or old.get(name)
+            if line is None or (line.height, line.width) != size:
+                line = catalog.count_live(name)
         except BackboneError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"cannot be taken: {error}", file=sys.stderr, flush=True)
+            lines.setdefault(name, catalog.Counted(name, 0, 0, 0, 0, 0, None))
             continue
-        done[size] = same
-        lines.append(dataclasses.replace(same, name=each, licence=licence))
+        sizes[size] = line
+        lines.setdefault(full, dataclasses.replace(line, name=full, licence=licence))
+
 versions = " ".join(f"{library} {importlib.metadata.version(library)}" for library in ("timm", "torchvision"))
-with path.open("w", newline="", encoding="utf-8") as file:
+with Path(catalog.__file__).with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
     file.write(f"# {versions}\n")
-    csv.writer(file, lineterminator="\n").writerows(dataclasses.astuple(line) for line in lines)
+    csv.writer(file, lineterminator="\n").writerows(dataclasses.astuple(line) for line in lines.values())

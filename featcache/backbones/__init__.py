@@ -4,6 +4,7 @@ choice.py            auto, fast, base, best -> name, with reason, cost and licen
 hub.py               are weights here already, does the hub answer
 load.py              name and weights -> Backbone
 catalog.py           what is known of a backbone by its name: cost, licence, published figures; catalog.csv is what was counted
+stages.py            a network from its input to the embedding, in a few rows
 from_torchvision.py  torchvision's models
 from_timm.py         timm's
 pooling.py           tokens and maps -> one vector; several layers side by side

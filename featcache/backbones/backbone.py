@@ -63,7 +63,7 @@ class Backbone:
         preprocess: the preprocessing that belongs to the weights.
         weights: where they came from, in words.
         weights_sha256: over the tensors that matter (see ``hash_tensors``).
-        pooling, layers: as in ``Spec``.
+        pooling, layers: as in ``Spec``. own_pooling: what the network's own is, as in ``Taps``.
         reload: the ``weights`` argument with which a library provides them again; None if they must travel along.
         published: tensors as they were before they were resampled to ``preprocess.crop``; these are hashed and saved.
     """
@@ -79,6 +79,7 @@ class Backbone:
     published: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     pooling: str = OWN_POOLING
     layers: int = 1
+    own_pooling: str = ""
 
 
 def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
@@ -153,6 +154,7 @@ def with_pooling(backbone: Backbone, taps: Taps, taken: Taken) -> Backbone:
         logging.DEBUG if pooling == OWN_POOLING or pool != "auto" else logging.INFO,
         f"pooling {pooling}{f' of the last {layers} layers' if layers > 1 else ''}: {why}",
     )
+    backbone = dataclasses.replace(backbone, own_pooling=taps.own)
     if pooling == OWN_POOLING and layers == 1:
         return backbone
     set_pooling(backbone.module, taps, pooling, layers)

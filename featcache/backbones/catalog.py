@@ -4,13 +4,18 @@ In: a name. Out: ``BackboneFacts``. ``catalog.csv`` holds what had to be counted
 that a table of all names takes neither a network nor PyTorch; what it does not know is counted without weights.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from featcache.errors import BackboneError
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
@@ -50,6 +55,29 @@ _PUBLISHED: dict[str, tuple[float | None, float | None, str]] = {
 }
 
 
+# What most should choose from: the three classes, then by cost.
+CHOSEN = (
+    *ALIASES.values(),
+    "resnet50",
+    "timm/convnext_tiny.dinov3_lvd1689m",
+    "timm/vit_pe_core_tiny_patch16_384.fb",
+    "timm/vit_small_patch16_dinov3.lvd1689m",
+    "timm/vit_pe_core_small_patch16_384.fb",
+    "timm/vit_base_patch16_siglip_224.v2_webli",
+    "timm/vit_pe_core_base_patch16_224.fb",
+    "timm/vit_base_patch14_reg4_dinov2.lvd142m",
+    "timm/vit_base_patch16_dinov3.lvd1689m",
+    "timm/vit_large_patch16_siglip_256.v2_webli",
+    "timm/vit_large_patch14_reg4_dinov2.lvd142m",
+    "timm/aimv2_large_patch14_224.apple_pt",
+    "timm/vit_large_patch16_dinov3.lvd1689m",
+    "timm/vit_pe_core_large_patch14_336.fb",
+)
+_FEW = (
+    10  # backbones that are counted for one table, half a second each; of more a table says that it does not know them
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class BackboneFacts:
     """A backbone in figures, at the input size that featcache takes by default.
@@ -61,6 +89,7 @@ class BackboneFacts:
             the floating-point operations.
         parameters: of what is run, without the classifier (ResNet-50: 23.5 million; 25.6 with its classifier).
         input: (height, width) in pixels.
+        pretrained: whether the library provides weights.
         licence: of the weights, as the library records it; None if it records none.
         commercial: whether the licence allows commercial use, whatever its other terms; None: read it.
         gated: whether the publisher hands the original weights out on request only. The copy that a library provides may be
@@ -73,6 +102,7 @@ class BackboneFacts:
     gmacs: float
     parameters: int
     input: tuple[int, int]
+    pretrained: bool
     licence: str | None
     commercial: bool | None
     gated: bool
@@ -83,7 +113,7 @@ class BackboneFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """A line of ``catalog.csv``: a name, and what had to be counted for it."""
+    """A line of ``catalog.csv``: a name, and what had to be counted for it; zeros for one that featcache cannot take."""
 
     name: str
     height: int
@@ -94,21 +124,50 @@ class Counted:
     licence: str | None
 
 
-def facts_of(name: str, *, count: bool = False) -> BackboneFacts:
+def facts_of(name: str) -> BackboneFacts:
     """What is known of the backbone ``name``: one that ``load_backbone`` takes, or an alias. Nothing is downloaded.
-
-    Args:
-        count: build it without weights and count anew, even if ``catalog.csv`` knows it; takes a second.
 
     Raises:
         BackboneError: there is no such backbone, or featcache cannot take it. MissingDependencyError: timm is missing, and
             ``catalog.csv`` does not know the name.
     """
     name = ALIASES.get(name, name)
-    known = None if count else counted().get(name)
-    if known is not None and not _is_as_counted(name, known):
-        known = None
-    return _facts(name, known or count_live(name))
+    known = _known(name)
+    return _facts(name, known if known and known.dim else count_live(name))
+
+
+def facts_of_built(backbone: "Backbone") -> BackboneFacts:
+    """The same, counted anew on a ``build_empty`` or a loaded backbone at its default size."""
+    return _facts(backbone.name, _count(backbone))
+
+
+def facts_of_all(names: Sequence[str]) -> dict[str, BackboneFacts | None]:
+    """``facts_of`` each; None for what featcache cannot take, and for what ``catalog.csv`` does not know if that is much."""
+    known = {name: _known(name) for name in names}
+    few = sum(line is None for line in known.values()) <= _FEW
+    found: dict[str, BackboneFacts | None] = {}
+    for name, line in known.items():
+        found[name] = _facts(name, line) if line and line.dim else None
+        if line is None and few:
+            with contextlib.suppress(BackboneError):
+                found[name] = facts_of(name)
+    return found
+
+
+def matching(pattern: str = "") -> list[str]:
+    """``load.backbone_names``, at once if ``catalog.csv`` was counted with what is installed; failing those, names of weights.
+
+    ``timm/ARCH.TAG`` names one of several weights of ``timm/ARCH``, which takes the first of them.
+    """
+    if is_current("timm") and is_current("torchvision"):
+        usable = [name for name in _lines() if importlib.util.find_spec("timm") or not name.startswith("timm/")]
+        names, tagged = list(dict.fromkeys(name.split(".")[0] for name in usable)), usable
+    else:
+        from featcache.backbones.load import backbone_names, tagged_names
+
+        names, tagged = backbone_names(), tagged_names()
+    wanted = pattern.lower()
+    return [name for name in names if wanted in name] or [name for name in tagged if wanted in name]
 
 
 def _facts(name: str, of: Counted) -> BackboneFacts:
@@ -119,6 +178,7 @@ def _facts(name: str, of: Counted) -> BackboneFacts:
         gmacs=round(of.macs / 1e9, 3),
         parameters=of.parameters,
         input=(of.height, of.width),
+        pretrained="." in of.name or not of.name.startswith("timm/"),
         licence=of.licence,
         commercial=is_commercial(of.licence),
         gated=of.licence in _GATED,
@@ -137,17 +197,23 @@ def is_commercial(licence: str | None) -> bool | None:
 
 
 @functools.cache
-def counted() -> dict[str, Counted]:
-    """``catalog.csv`` by name; ``timm/ARCH`` is the first line of that architecture, its default weights."""
+def _lines() -> dict[str, Counted]:
+    """``catalog.csv`` by name, in the libraries' order."""
     with Path(__file__).with_suffix(".csv").open(newline="", encoding="utf-8") as file:
         file.readline()  # the versions
-        rows = [
+        rows = (
             Counted(name, int(height), int(width), int(dim), int(macs), int(parameters), licence or None)
             for name, height, width, dim, macs, parameters, licence in csv.reader(file)
-        ]
-    known = {row.name: row for row in rows}
-    for row in rows:
-        known.setdefault(row.name.split(".")[0], row)
+        )
+        return {row.name: row for row in rows}
+
+
+@functools.cache
+def counted() -> dict[str, Counted]:
+    """``catalog.csv`` by name; ``timm/ARCH`` is the first line of that architecture, its default weights."""
+    known = dict(_lines())
+    for name, row in _lines().items():
+        known.setdefault(name.split(".")[0], row)
     return known
 
 
@@ -167,21 +233,30 @@ def is_current(library: str) -> bool:
         return True
 
 
-def _is_as_counted(name: str, known: Counted) -> bool:
-    """Whether the installed library still means the same weights and input by ``name``."""
-    if is_current("timm" if name.startswith("timm/") else "torchvision"):
-        return True
+def _known(name: str) -> Counted | None:
+    """The line of ``catalog.csv``, if the installed library still means the same weights and input by ``name``."""
+    known = counted().get(name)
+    if known is None or not known.dim or is_current("timm" if name.startswith("timm/") else "torchvision"):
+        return known
     from featcache.backbones.load import published
 
-    return published(name) == (known.name, known.licence, (known.height, known.width))
+    with contextlib.suppress(BackboneError):
+        if published(name) == (known.name, known.licence, (known.height, known.width)):
+            return known
+    return None
 
 
 def count_live(name: str) -> Counted:
     """Build ``name`` without weights, and count. Raises as ``facts_of``."""
-    from featcache.backbones.load import build_empty, published
+    from featcache.backbones.load import build_empty
 
-    backbone = build_empty(name)
-    full, licence, (height, width) = published(name)
+    return _count(build_empty(name))
+
+
+def _count(backbone: "Backbone") -> Counted:
+    from featcache.backbones.load import published
+
+    full, licence, (height, width) = published(backbone.name)
     parameters = sum(parameter.numel() for parameter in backbone.module.parameters())
     return Counted(full, height, width, backbone.dim, count_macs(backbone), parameters, licence)
 

@@ -45,6 +45,11 @@ def names() -> list[str]:
     return [f"timm/{name}" for name in _timm().list_models()]
 
 
+def tagged_names() -> list[str]:
+    """All weights, as ``timm/NAME.TAG``. Raises MissingDependencyError."""
+    return [f"timm/{name}" for name in _timm().list_models(pretrained=True)]
+
+
 def is_name(name: str) -> bool:
     """Whether timm has a model of this name. Raises MissingDependencyError."""
     short = name.removeprefix("timm/")  # which timm would also take for a folder, or an address
@@ -59,10 +64,10 @@ def weights_names(name: str) -> list[str]:
 def published(name: str) -> tuple[str, str | None, PreprocessSpec]:
     """``load.published``, and the preprocessing."""
     timm = _timm()
-    config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True).to_dict()
-    spec = _timm_spec(name, timm.data.resolve_data_config(pretrained_cfg=config))
-    full = name if "." in name or not config["tag"] else f"{name}.{config['tag']}"
-    return full, config.get("license"), _as_evaluated(name, spec, said=False)
+    config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+    spec = _timm_spec(name, timm.data.resolve_data_config(pretrained_cfg=config.to_dict()))
+    full = name if "." in name or not config.has_weights else f"{name}.{config.tag}"
+    return full, config.license if config.has_weights else None, _as_evaluated(name, spec, said=False)
 
 
 def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:

@@ -156,7 +156,7 @@ def build_empty(name: str) -> Backbone:
         try:
             with torch.device("meta"):
                 return load_backbone(name, "none")
-        except (NotImplementedError, RuntimeError):
+        except (BackboneError, RuntimeError):  # NotImplementedError, as it is or as a library puts it
             backbone = load_backbone(name, "none")
     return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
 
@@ -193,3 +193,8 @@ def backbone_names(pattern: str = "") -> list[str]:
     if importlib.util.find_spec("timm"):
         names += from_timm.names()
     return [name for name in names if pattern.lower() in name]
+
+
+def tagged_names() -> list[str]:
+    """Names of single weights, ``timm/ARCH.TAG``; none without timm."""
+    return from_timm.tagged_names() if importlib.util.find_spec("timm") else []

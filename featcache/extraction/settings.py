@@ -43,14 +43,14 @@ class Settings:
         """The record of the request that it was made by; empty if that is not known."""
         return self.provenance.request or {}
 
-    def meet(self, request: ExtractRequest, record: Mapping[str, Any]) -> bool:
-        """Whether ``request``, recorded as ``record``, asks of the same backbone for nothing but what the cache is.
+    def meet(self, record: Mapping[str, Any]) -> bool:
+        """Whether the request of ``record`` asks of the same backbone for nothing but what the cache is.
 
         Where that cannot be told from the cache alone, the answer is no, and the backbone itself decides.
         """
         spec, preprocess = self.spec, self.spec.preprocess
         known: dict[str, Any] = {
-            "resize": preprocess.resize,
+            "resize": preprocess.to_json()["resize"],
             "crop": preprocess.crop[0] if len({*preprocess.crop}) == 1 else None,
             "interpolation": preprocess.interpolation,
             "pool": "own" if spec.pooling == OWN_POOLING else spec.pooling,
@@ -60,8 +60,9 @@ class Settings:
             "precision": "fp32" if spec.precision == "reference" else spec.precision,
             "dtype": spec.storage,
         }
-        weights = record["weights"] in (AUTO, self.recorded.get("weights"), self.provenance.reload)
-        return weights and all(getattr(request, name) in (*_UNSET, value) for name, value in known.items())
+        if record["weights"] not in (AUTO, self.recorded.get("weights"), self.provenance.reload):
+            return False
+        return all(record.get(name) in (*_UNSET, value, self.recorded.get(name)) for name, value in known.items())
 
     def record(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """``record`` of a request, with what the cache says where that is unset."""
@@ -71,6 +72,14 @@ class Settings:
             merged["backbone"] = self.recorded.get("backbone", self.spec.backbone)
             merged["weights"] = self.recorded.get("weights", f"tensors:{self.spec.weights_sha256}")
         return {**record, **merged}
+
+    def resolved(self, request: ExtractRequest) -> ExtractRequest:
+        """``request`` with precision and storage as in the cache where they are unset."""
+        if (
+            request.precision == AUTO and self.recorded.get("precision") == "fp32"
+        ):  # of the class that others may pass for
+            request = dataclasses.replace(request, precision="fp32")
+        return request.resolved(self.spec)
 
     def say(self, request: ExtractRequest) -> None:
         """Log, on one line, what the cache decides because ``request`` does not."""

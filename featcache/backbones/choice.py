@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from featcache.backbones import hub
 from featcache.backbones.catalog import ALIASES, BackboneFacts, counted, facts_of, is_commercial
@@ -29,6 +30,8 @@ def is_installed(package: str) -> bool:
 def full_name(name: str) -> str:
     """The library's name of what ``fast``, ``base`` and ``best`` stand for, which the log says; any other name as it is."""
     if name in ALIASES:
+        if Path(name).is_dir():
+            log.warning("%s is the name of a backbone; the folder is %s", name, Path(".", name).absolute())
         log.info("backbone %s: %s, licence %s", name, ALIASES[name], _licence(ALIASES[name]) or "unknown")
     return ALIASES.get(name, name)
 

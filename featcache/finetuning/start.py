@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.backbones.choice import warn_of_licence
 from featcache.cache.cache import CACHE_SUFFIXES, FeatureCache, weights_copy
 from featcache.errors import SourceError
 from featcache.extraction.extract import extract
@@ -84,6 +85,8 @@ def prepare_start(
     if init is not None:
         init = as_path(init)
         model = load_model(init)
+        if job.processes.is_first:
+            warn_of_licence(model.spec.backbone, str(model.manifest["weights"].get("source")), loaded=True)
         _check_classes(job.images, model)
         if not held_out:
             return model, None

@@ -124,16 +124,26 @@ class Counted:
     licence: str | None
 
 
-def facts_of(name: str) -> BackboneFacts:
+def facts_of(name: str, *, size: tuple[int, int] | None = None) -> BackboneFacts:
     """What is known of the backbone ``name``: one that ``load_backbone`` takes, or an alias. Nothing is downloaded.
 
+    Args:
+        size: (height, width) of another input than the default one, for which the network is then built without weights.
+
     Raises:
-        BackboneError: there is no such backbone, or featcache cannot take it. MissingDependencyError: timm is missing, and
-            ``catalog.csv`` does not know the name.
+        BackboneError: there is no such backbone, or featcache cannot take it. UsageError: it does not take ``size``.
+        MissingDependencyError: timm is missing, and ``catalog.csv`` does not know the name.
     """
     name = ALIASES.get(name, name)
     known = _known(name)
-    return _facts(name, known if known and known.dim else count_live(name))
+    facts = _facts(name, known if known and known.dim else count_live(name))
+    if size is None or size == facts.input:
+        return facts
+    from featcache.backbones.load import build_empty
+
+    backbone = build_empty(name, size=size)
+    macs, parameters = count_macs(backbone), count_parameters(backbone)
+    return dataclasses.replace(facts, input=size, gmacs=round(macs / 1e9, 3), parameters=parameters)
 
 
 def facts_of_built(backbone: "Backbone") -> BackboneFacts:
@@ -257,16 +267,28 @@ def _count(backbone: "Backbone") -> Counted:
     from featcache.backbones.load import published
 
     full, licence, (height, width) = published(backbone.name)
-    parameters = sum(parameter.numel() for parameter in backbone.module.parameters())
-    return Counted(full, height, width, backbone.dim, count_macs(backbone), parameters, licence)
+    return Counted(full, height, width, backbone.dim, count_macs(backbone), count_parameters(backbone), licence)
+
+
+def count_parameters(backbone: "Backbone") -> int:
+    """Values in all its parameters."""
+    return sum(parameter.numel() for parameter in backbone.module.parameters())
 
 
 def count_macs(backbone: "Backbone") -> int:
-    """Multiply-adds per image at the backbone's own input size, as PyTorch's flop counter sees them; runs it once."""
+    """Multiply-adds per image at the backbone's input size, as PyTorch's flop counter sees them; runs it once.
+
+    Raises:
+        BackboneError: it does not run at that size.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    device = next(backbone.module.parameters()).device
-    with device, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        backbone.module(torch.zeros(1, 3, *backbone.preprocess.crop))
+    device, size = next(backbone.module.parameters()).device, backbone.preprocess.crop
+    try:
+        with device, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            backbone.module(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(f"{backbone.name} does not run on {size[0]}x{size[1]} pixels ({reason})") from error
     return int(counter.get_total_flops()) // 2

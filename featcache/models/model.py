@@ -93,8 +93,10 @@ class Model:
         In: (N, 3, H, W) float32 images as the backbone wants them, RGB values in 0..1, resized and cropped to
         ``spec.preprocess.crop``, less ``mean``, divided by ``std`` of ``spec.preprocess``. Out: (N, C) logits in the order of
         ``classes``, already divided by the temperature: their softmax is what ``predict`` gives, up to the rounding of the
-        precision that it computes in. Parts ``backbone``, (N, D) out, and ``head``; of its parameters those require gradients
-        that training may have changed: the head's, and after ``finetune`` all.
+        precision that it computes in and of the type that embeddings are stored as.
+
+        Its parts are ``backbone``, (N, D) out, and ``head``. Of its parameters those require gradients that training may have
+        changed: the head's, and after ``finetune`` all.
 
         Raises:
             ModelError, BackboneError: as ``load_backbone``.

@@ -26,14 +26,12 @@ ALIASES = {
     "base": "timm/vit_small_patch14_reg4_dinov2.lvd142m",
     "best": "timm/vit_so400m_patch14_siglip_224.v2_webli",
 }
-# Licences by their names on the hub. What is in neither list is to be read before it is used for money.
-_COMMERCIAL = frozenset(
-    ["apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "apple-ascl", "fastvit-license", "dinov3-license"]
-)
-_NON_COMMERCIAL = frozenset(
-    ["cc-by-nc-4.0", "cc-by-nc-sa-4.0", "apple-amlr", "seer-license", "fair-noncommercial-research-license"]
-)
-_GATED = frozenset({"dinov3-license"})
+# Licences by their names on the hub, beside those whose name says it. Read: Apple's sample code licence, which that of FastViT
+# and CVNets repeats; SEER's, for non-commercial research; of Meta's, that commercial use is meant (dinov3 #28, sapiens2 #18).
+_COMMERCIAL = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "apple-ascl", "fastvit-license", "cvnets-license"}
+_COMMERCIAL |= {"dinov3-license", "sapiens2-license"}
+_NON_COMMERCIAL = {"apple-amlr", "seer-license"}
+_GATED = {"dinov3-license"}
 _DINOV2 = "DINOv2 README (github.com/facebookresearch/dinov2)"
 _EP = "Psomas et al. 2026, github.com/billpsomas/efficient-probing"
 # ImageNet-1k top-1 in per cent of frozen features: k nearest neighbours, linear classifier, and who says so.
@@ -53,8 +51,6 @@ _PUBLISHED: dict[str, tuple[float | None, float | None, str]] = {
     "timm/vit_pe_core_large_patch14_336.fb": (82.7, 87.8, f"{_EP}, own pooler"),
     "timm/aimv2_large_patch14_224.apple_pt": (76.0, 84.7, f"{_EP}, mean"),
 }
-
-
 # What most should choose from: the three classes, then by cost.
 CHOSEN = (
     *ALIASES.values(),
@@ -235,6 +231,7 @@ def counted_with() -> dict[str, str]:
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
+@functools.cache
 def is_current(library: str) -> bool:
     """Whether ``catalog.csv`` was counted with the installed version of ``library``; also if none is installed."""
     try:

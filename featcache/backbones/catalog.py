@@ -26,14 +26,12 @@ ALIASES = {
     "base": "timm/vit_small_patch14_reg4_dinov2.lvd142m",
     "best": "timm/vit_so400m_patch14_siglip_224.v2_webli",
 }
-# Licences by their names on the hub. What is in neither list is to be read before it is used for money.
-_COMMERCIAL = frozenset(
-    ["apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "apple-ascl", "fastvit-license", "dinov3-license"]
-)
-_NON_COMMERCIAL = frozenset(
-    ["cc-by-nc-4.0", "cc-by-nc-sa-4.0", "apple-amlr", "seer-license", "fair-noncommercial-research-license"]
-)
-_GATED = frozenset({"dinov3-license"})
+# Licences by their names on the hub, beside those whose name says it. Read: Apple's sample code licence, which that of FastViT
+# and CVNets repeats; SEER's, for non-commercial research; of Meta's, that commercial use is meant (dinov3 #28, sapiens2 #18).
+_COMMERCIAL = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "apple-ascl", "fastvit-license", "cvnets-license"}
+_COMMERCIAL |= {"dinov3-license", "sapiens2-license"}
+_NON_COMMERCIAL = {"apple-amlr", "seer-license"}
+_GATED = {"dinov3-license"}
 _DINOV2 = "DINOv2 README (github.com/facebookresearch/dinov2)"
 _EP = "Psomas et al. 2026, github.com/billpsomas/efficient-probing"
 # ImageNet-1k top-1 in per cent of frozen features: k nearest neighbours, linear classifier, and who says so.
@@ -53,8 +51,6 @@ _PUBLISHED: dict[str, tuple[float | None, float | None, str]] = {
     "timm/vit_pe_core_large_patch14_336.fb": (82.7, 87.8, f"{_EP}, own pooler"),
     "timm/aimv2_large_patch14_224.apple_pt": (76.0, 84.7, f"{_EP}, mean"),
 }
-
-
 # What most should choose from: the three classes, then by cost.
 CHOSEN = (
     *ALIASES.values(),
@@ -124,16 +120,26 @@ class Counted:
     licence: str | None
 
 
-def facts_of(name: str) -> BackboneFacts:
+def facts_of(name: str, *, size: tuple[int, int] | None = None) -> BackboneFacts:
     """What is known of the backbone ``name``: one that ``load_backbone`` takes, or an alias. Nothing is downloaded.
 
+    Args:
+        size: (height, width) of another input than the default one, for which the network is then built without weights.
+
     Raises:
-        BackboneError: there is no such backbone, or featcache cannot take it. MissingDependencyError: timm is missing, and
-            ``catalog.csv`` does not know the name.
+        BackboneError: there is no such backbone, or featcache cannot take it. UsageError: it does not take ``size``.
+        MissingDependencyError: timm is missing, and ``catalog.csv`` does not know the name.
     """
     name = ALIASES.get(name, name)
     known = _known(name)
-    return _facts(name, known if known and known.dim else count_live(name))
+    facts = _facts(name, known if known and known.dim else count_live(name))
+    if size is None or size == facts.input:
+        return facts
+    from featcache.backbones.load import build_empty
+
+    backbone = build_empty(name, size=size)
+    macs, parameters = count_macs(backbone), count_parameters(backbone)
+    return dataclasses.replace(facts, input=size, gmacs=round(macs / 1e9, 3), parameters=parameters)
 
 
 def facts_of_built(backbone: "Backbone") -> BackboneFacts:
@@ -225,6 +231,7 @@ def counted_with() -> dict[str, str]:
     return dict(zip(words[::2], words[1::2], strict=True))
 
 
+@functools.cache
 def is_current(library: str) -> bool:
     """Whether ``catalog.csv`` was counted with the installed version of ``library``; also if none is installed."""
     try:
@@ -257,16 +264,28 @@ def _count(backbone: "Backbone") -> Counted:
     from featcache.backbones.load import published
 
     full, licence, (height, width) = published(backbone.name)
-    parameters = sum(parameter.numel() for parameter in backbone.module.parameters())
-    return Counted(full, height, width, backbone.dim, count_macs(backbone), parameters, licence)
+    return Counted(full, height, width, backbone.dim, count_macs(backbone), count_parameters(backbone), licence)
+
+
+def count_parameters(backbone: "Backbone") -> int:
+    """Values in all its parameters."""
+    return sum(parameter.numel() for parameter in backbone.module.parameters())
 
 
 def count_macs(backbone: "Backbone") -> int:
-    """Multiply-adds per image at the backbone's own input size, as PyTorch's flop counter sees them; runs it once."""
+    """Multiply-adds per image at the backbone's input size, as PyTorch's flop counter sees them; runs it once.
+
+    Raises:
+        BackboneError: it does not run at that size.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    device = next(backbone.module.parameters()).device
-    with device, torch.no_grad(), FlopCounterMode(display=False) as counter:
-        backbone.module(torch.zeros(1, 3, *backbone.preprocess.crop))
+    device, size = next(backbone.module.parameters()).device, backbone.preprocess.crop
+    try:
+        with device, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            backbone.module(torch.zeros(1, 3, *size))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BackboneError(f"{backbone.name} does not run on {size[0]}x{size[1]} pixels ({reason})") from error
     return int(counter.get_total_flops()) // 2

@@ -147,17 +147,17 @@ def build_network(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.
     return network.eval(), "\n".join([*lines, "network.eval()"])
 
 
-def build_empty(name: str) -> Backbone:
-    """``load_backbone`` at the default size without values: its module is on the meta device, its ``weights_sha256`` is empty.
+def build_empty(name: str, *, size: tuple[int, int] | None = None) -> Backbone:
+    """``load_backbone`` without values: its module is on the meta device, its ``weights_sha256`` is empty.
 
     Networks that read values while they are built get random ones, and are then emptied. Raises as ``load_backbone``.
     """
     with _silent():
         try:
             with torch.device("meta"):
-                return load_backbone(name, "none")
+                return load_backbone(name, "none", size=size)
         except (BackboneError, RuntimeError):  # NotImplementedError, as it is or as a library puts it
-            backbone = load_backbone(name, "none")
+            backbone = load_backbone(name, "none", size=size)
     return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from featcache.backbones.backbone import Backbone
 from featcache.heads.head import Array, Head
-from featcache.heads.layers import linear_layers, unit_length
+from featcache.heads.layers import as_module
 from featcache.images.preprocess import channel_constants
 from featcache.models.model import Model
 from featcache.spec import PreprocessSpec
@@ -42,13 +42,11 @@ class Network(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.backbone = backbone.module
-        self.unit = head.scaling == "unit"
-        self.layers = nn.Sequential(*linear_layers(head)).requires_grad_(False)
+        self.head = as_module(head).requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(probabilities, logits)."""
-        embeddings = self.backbone((pixels - self.mean) / self.std)
-        logits = self.layers(unit_length(embeddings) if self.unit else embeddings)
+        logits = self.head(self.backbone((pixels - self.mean) / self.std))
         return logits.softmax(dim=1), logits
 
 

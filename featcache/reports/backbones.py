@@ -5,6 +5,7 @@ In: names. Out: plain values for programs, and lines for a terminal of 80 column
 
 import dataclasses
 import difflib
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -54,20 +55,20 @@ def table_lines(rows: Iterable[dict[str, Any]], *, wrap: bool = True) -> list[st
 def legend(rows: Iterable[dict[str, Any]]) -> list[str]:
     """What the columns of ``table_lines`` mean, whose the figures are, and what the short names stand for."""
     rows = list(rows)
-    lines = ["GFLOP: 1e9 multiply-adds per image at this input (pixels), as papers count; half of the operations"]
+    lines = ["GFLOP: 1e9 multiply-adds (GMACs) per image at this input size, as papers count"]
     if sources := _letters(rows):
-        lines.append("linear: top-1 on ImageNet-1k of a linear classifier on frozen features, %, by")
+        lines.append("linear: % top-1 on ImageNet-1k of a linear classifier on frozen features, by")
         lines += [f"  {letter}  {source}" for source, letter in sources.items()]
     if any(row["gated"] for row in rows):
-        lines.append(
-            "gated: the publisher gives the original weights on request; a library's copy may be free, under that licence"
-        )
+        lines.append("gated: the publisher gives its weights on request; timm's copy may be free to load")
     if any(row["commercial"] is False for row in rows):
         lines.append("NC: the licence does not allow commercial use")
     if any(not row["dim"] for row in rows):
-        lines.append("-: featcache cannot take it or does not know it yet; `featcache backbones NAME` says more")
+        lines.append("-: not known here, or not for featcache; `featcache backbones NAME` says more")
     names = {row["name"] for row in rows}
     lines += [f"{alias}: {name}" for alias, name in ALIASES.items() if name in names]
+    if not importlib.util.find_spec("timm") and any(name.startswith("timm/") for name in names):
+        lines.append("timm/...: these need pip install 'featcache[timm]'")
     stale = [library for library in ("timm", "torchvision") if not is_current(library)]
     lines += [f"counted with {library} {counted_with()[library]}, another is installed" for library in stale]
     return lines
@@ -168,8 +169,8 @@ def _licence(row: dict[str, Any]) -> str:
         return "no weights"
     licence: str = row["licence"] or "not stated"
     name = licence.removesuffix("-license").replace("-noncommercial-research", "-nc")
-    marks = " NC" * (row["commercial"] is False and "nc" not in name.split("-")) + " gated" * row["gated"]
-    return name + marks
+    unmarked = row["commercial"] is False and "nc" not in name.split("-")
+    return f"{name}{' NC' if unmarked else ''}{' gated' if row['gated'] else ''}"
 
 
 def _shape(shape: Sequence[int] | None) -> str:

@@ -371,7 +371,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_any_work(
 
 
 def test_lists(run) -> None:
-    code, out, _ = run("backbones", "resnet50")
+    code, out, _ = run("backbones", "resnet50", "--all")
     assert code == 0
     assert {"resnet50", "wide_resnet50_2", "timm/resnet50"} <= set(out.split())
     assert run("--version")[1].startswith("featcache 0.")

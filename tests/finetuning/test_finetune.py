@@ -604,4 +604,9 @@ def test_the_command(tune: Tuner, made: Path, tmp_path: Path, run: Callable[...,
     )
     assert (code, "--init brings its own backbone" in err) == (2, True)
     code, out, _ = run("info", tune.ft, "--json")
-    assert json.loads(out)["training"]["recipe"] == "gradual"
+    info = json.loads(out)
+    assert info["training"]["recipe"] == "gradual"
+    assert [info[key] for key in ("parameters", "trainable_parameters")] == [
+        facts[key] for key in ("parameters", "trainable_parameters")
+    ]
+    assert sum(p.numel() for p in load_model(tune.ft).network().parameters()) == facts["parameters"]

@@ -260,19 +260,18 @@ def _without_weights(name: str) -> Any:
 def _with_published_weights(name: str) -> Any:
     """The network; its weights come from the hub's cache on this machine, else from the hub. Raises BackboneError, DownloadError."""
     config = _published(name)
-    repository, file = str(config.hf_hub_id or ""), config.hf_hub_filename or hub.WEIGHTS
-    held = bool(repository) and hub.is_held(repository, file)
+    repository = str(config.hf_hub_id or "")
+    held = bool(repository) and hub.is_held(repository, config.hf_hub_filename)
     failure = hub.ask(repository, seconds=PATIENCE) if repository and not held else None
-    silent = failure is not None and hub.is_silence(failure)
     try:
-        if failure is not None and not silent:
+        if failure and hub.is_final(failure):  # before a network is built for nothing
             raise failure
-        with downloading(), hub.without_hub() if held or silent else contextlib.nullcontext():
+        with downloading(), hub.without_hub() if held else contextlib.nullcontext():
             return _timm().create_model(name.removeprefix("timm/"), pretrained=True)
     except Exception as error:  # the hub's client raises a dozen kinds
         if refused := hub.refusal(error, name, repository):
             raise refused from error
-        reason = hub.reason_of(failure) if failure else f"{type(error).__name__}: {hub.reason_of(error)}"
+        reason = hub.reason_of(error) if error is failure else f"{type(error).__name__}: {hub.reason_of(error)}"
         raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
 
 

@@ -10,15 +10,19 @@ from collections.abc import Iterator
 
 from featcache.errors import AccessError
 
-WEIGHTS = "model.safetensors"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def is_held(repository: str, file: str = WEIGHTS) -> bool:
-    """Whether the hub's cache on this machine has ``file`` of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+def is_held(repository: str, file: str | None = None) -> bool:
+    """Whether the hub's cache on this machine has the weights of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``.
+
+    file: in which they are; one of the usual names when None.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = repository.partition("@")
-    return isinstance(try_to_load_from_cache(name, file, revision=revision or None), str)
+    files = [file] if file else _WEIGHTS
+    return any(isinstance(try_to_load_from_cache(name, file, revision=revision or None), str) for file in files)
 
 
 def ask(repository: str, *, seconds: float) -> Exception | None:
@@ -44,9 +48,9 @@ def ask(repository: str, *, seconds: float) -> Exception | None:
     return found[0] if found else TimeoutError(f"no answer within {seconds:g} s")
 
 
-def is_silence(error: Exception) -> bool:
-    """Whether ``error`` means that there is no network, or no hub at its end; else the hub itself said it."""
-    return _status(error) >= 500 or not _status(error)
+def is_final(error: Exception) -> bool:
+    """Whether no download can follow: there is no network, no hub at its end, or it refuses; else it has said something else."""
+    return _status(error) in (0, 401, 403) or _status(error) >= 500
 
 
 def reason_of(error: Exception) -> str:

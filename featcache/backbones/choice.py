@@ -103,7 +103,10 @@ def _licence(name: str, *, look: bool = False) -> str | None:
         return None
     from featcache.backbones.load import published
 
-    return published(name)[1]
+    try:
+        return published(name)[1]
+    except FeatcacheError:  # nothing is on record
+        return None
 
 
 def _in_words(name: str, device: str) -> str:

@@ -168,10 +168,13 @@ def published(name: str) -> tuple[str, str | None, tuple[int, int]]:
         The name with that of the weights, where these have one; their licence; the (height, width) they take here.
 
     Raises:
-        BackboneError: no such name, or a preprocessing that featcache does not know.
+        BackboneError: no such name, no record, or a preprocessing that featcache does not know.
     """
     check_name(name)
-    full, licence, preprocess = _library(name).published(name)
+    record = getattr(_library(name), "published", None)
+    if record is None:
+        raise BackboneError(f"nothing is on record of {name}: its library tells when it is loaded")
+    full, licence, preprocess = record(name)
     return full, licence, preprocess.crop
 
 

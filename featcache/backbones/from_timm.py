@@ -64,7 +64,10 @@ def weights_names(name: str) -> list[str]:
 def published(name: str) -> tuple[str, str | None, PreprocessSpec]:
     """``load.published``, and the preprocessing."""
     timm = _timm()
-    config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+    try:
+        config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+    except RuntimeError as error:
+        raise BackboneError(f"timm knows no weights {name.partition('.')[2]} of {name.split('.')[0]}") from error
     spec = _timm_spec(name, timm.data.resolve_data_config(pretrained_cfg=config.to_dict()))
     full = name if "." in name or not config.has_weights else f"{name}.{config.tag}"
     return full, config.license if config.has_weights else None, _as_evaluated(name, spec, said=False)
@@ -143,7 +146,7 @@ def _taps(model: Any, *, several: bool) -> Taps:
         own,
         has_cls=getattr(model, "cls_token", None) is not None,
         has_tokens=True,
-        depth=len(model.blocks),
+        depth=len(getattr(model, "blocks", ())) or 1,
         trained=trained,
         read=_read_tokens,
         finish=lambda network, x: network.fc_norm(x) if hasattr(network, "fc_norm") else x,

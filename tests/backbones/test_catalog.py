@@ -154,6 +154,8 @@ def test_what_a_licence_allows(licence: str | None, commercial: bool | None) -> 
 def test_what_cannot_be_known() -> None:
     with pytest.raises(BackboneError, match="near: resnet50"):
         facts_of("resnet51")
+    with pytest.raises(BackboneError, match="no weights nosuch of timm/resnet50"):
+        facts_of("timm/resnet50.nosuch")
     unusable = next(line.name for line in counted().values() if not line.dim)
     with pytest.raises(BackboneError):
         facts_of(unusable)

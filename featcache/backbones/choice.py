@@ -40,7 +40,7 @@ def choose_backbone(
     device: str,
     *,
     download: bool = True,
-    seconds: float = 2.5,
+    seconds: float = 2.0,
     installed: Callable[[str], bool] = is_installed,
 ) -> str:
     """The backbone that ``auto`` is for a new cache on this machine, decided within three seconds; the log says why.

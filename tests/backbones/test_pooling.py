@@ -287,7 +287,7 @@ def test_pool_and_layers_from_extraction_to_export(photos: Path, tmp_path: Path,
     again = backbone_of(cache)  # for repair
     assert (again.pooling, again.layers, again.weights_sha256) == (pool or OWN_POOLING, 2, cache.spec.weights_sha256)
     with pytest.raises(SpecMismatchError, match="backbone.layers: 2 -> None"):
-        extract(photos, tmp_path / "f.h5", backbone=name, weights="none", precision="fp32", dtype="float32")
+        extract(photos, tmp_path / "f.h5", backbone=name, weights="none", precision="fp32", dtype="float32", layers=1)
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     finetune(photos, tmp_path / "ft", init=tmp_path / "m", changes={"epochs": 1}, device="cpu", precision="fp32")
     for model in ("m", "ft"):

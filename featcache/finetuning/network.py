@@ -235,7 +235,9 @@ def _by_block(module: nn.Module, kinds: set[type[nn.Module]]) -> list[list[nn.Pa
 def _around_blocks(module: nn.Module, kinds: set[type[nn.Module]]) -> Iterator[nn.Module | nn.Parameter]:
     """Blocks, and the largest parts that hold none, in their order."""
     for part in _children(module):
-        holds = isinstance(part, nn.Module) and type(part) not in kinds and any(type(m) in kinds for m in part.modules())
+        holds = (
+            isinstance(part, nn.Module) and type(part) not in kinds and any(type(m) in kinds for m in part.modules())
+        )
         yield from _around_blocks(part, kinds) if holds else [part]  # type: ignore[arg-type] # a parameter holds nothing
 
 
@@ -332,6 +334,29 @@ def training_mode(network: Network, recipe: Recipe) -> None:
         if isinstance(module, _BatchNorm):
             trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
             module.train(recipe.batchnorm == "train" and trains)
+        elif isinstance(module, StochasticDepth) and recipe.drop_path:
+            module.train(opened)
+
+
+def set_drop_path(backbone: nn.Module, rate: float) -> int:
+    """Let training drop the branches of residual blocks, image by image; returns the number of blocks that have such a place.
+
+    Stochastic depth (Huang et al. 2016): with a probability that grows evenly from 0 at the first block to ``rate`` at the
+    last. Sources mark the place by torchvision's module, timm's, or, built without a rate, by an identity of its name.
+    """
+    places = [
+        (block, name)
+        for block in backbone.modules()
+        for name, child in block.named_children()
+        if isinstance(child, StochasticDepth)
+        or type(child).__name__ == "DropPath"
+        or (name.startswith("drop_path") and isinstance(child, nn.Identity))
+    ]
+    blocks = list(dict.fromkeys(block for block, _ in places))
+    for block, name in places:
+        share = blocks.index(block) / max(1, len(blocks) - 1)
+        setattr(block, name, StochasticDepth(rate * share, "row"))
+    return len(blocks)
 
 
 def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:

@@ -202,7 +202,7 @@ def test_training_through_every_pooling(name: str, pool: str | None, layers: int
 
 @pytest.mark.parametrize(
     ("name", "changes", "positions"),  # of what is saved: timm resamples those of VIT on the way
-    [(ATTENTION, {"pool": "mean"}, 16), pytest.param(VIT, {"layers": 2}, 101, marks=pytest.mark.slow)],
+    [(ATTENTION, {"pool": "mean"}, 17), pytest.param(VIT, {"layers": 2}, 101, marks=pytest.mark.slow)],
 )
 def test_resampled_and_pooled_it_resumes_moves_and_predicts_alike(
     photos: Path, tmp_path: Path, name: str, changes: dict[str, Any], positions: int

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 from featcache.backbones.backbone import Backbone, hash_tensors
 from featcache.errors import ModelError
@@ -48,6 +47,23 @@ class EmbeddingScale(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, D) -> (N, D)
         x = x.float()  # half precision has no room for the factor of very small embeddings
         return (unit_length(x) if self.unit else x) * self.factor
+
+
+class DropPath(nn.Module):
+    """The end of a residual block's branch: in training nothing, for a share of the images; the others are scaled up for it.
+
+    Stochastic depth (Huang et al. 2016), by image, as in timm and torchvision.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, ...) -> (N, ...)
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
 
 
 class Network(nn.Module):
@@ -334,28 +350,26 @@ def training_mode(network: Network, recipe: Recipe) -> None:
         if isinstance(module, _BatchNorm):
             trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
             module.train(recipe.batchnorm == "train" and trains)
-        elif isinstance(module, StochasticDepth) and recipe.drop_path:
+        elif isinstance(module, DropPath) and recipe.drop_path:
             module.train(opened)
 
 
 def set_drop_path(backbone: nn.Module, rate: float) -> int:
-    """Let training drop the branches of residual blocks, image by image; returns the number of blocks that have such a place.
+    """Let training drop residual branches; returns the number of blocks that have a place for it.
 
-    Stochastic depth (Huang et al. 2016): with a probability that grows evenly from 0 at the first block to ``rate`` at the
-    last. Sources mark the place by torchvision's module, timm's, or, built without a rate, by an identity of its name.
+    The rate grows evenly from 0 at the first block to ``rate`` at the last. Libraries mark the place by a module of their
+    own or, where the network was built without a rate, by an identity of that name.
     """
     places = [
         (block, name)
         for block in backbone.modules()
         for name, child in block.named_children()
-        if isinstance(child, StochasticDepth)
-        or type(child).__name__ == "DropPath"
+        if type(child).__name__ in ("DropPath", "StochasticDepth")
         or (name.startswith("drop_path") and isinstance(child, nn.Identity))
     ]
     blocks = list(dict.fromkeys(block for block, _ in places))
     for block, name in places:
-        share = blocks.index(block) / max(1, len(blocks) - 1)
-        setattr(block, name, StochasticDepth(rate * share, "row"))
+        setattr(block, name, DropPath(rate * blocks.index(block) / max(1, len(blocks) - 1)))
     return len(blocks)
 
 

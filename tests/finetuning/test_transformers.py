@@ -18,6 +18,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.ops import stochastic_depth
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.encoder import Encoder
@@ -125,6 +126,18 @@ def test_rates_by_block_and_no_decay_where_timm_has_none(name: str, options: dic
         assert found[id(ours)]["peak_lr"] == 0.5 ** depth[id(ours)]
 
 
+def rates(module: nn.Module) -> list[float]:
+    return [part.rate for part in module.modules() if isinstance(part, networks.DropPath)]
+
+
+def test_drop_path_is_torchvisions() -> None:
+    x = torch.randn(50, 3, 4)
+    torch.manual_seed(0)
+    ours = networks.DropPath(0.4)(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, stochastic_depth(x, 0.4, "row"))
+
+
 @pytest.mark.parametrize(("name", "options"), FAMILIES)
 def test_drop_path_grows_as_in_timm(name: str, options: dict[str, Any]) -> None:
     """Oracle: timm, told the rate when it builds the network; no tensor is added."""
@@ -132,14 +145,14 @@ def test_drop_path_grows_as_in_timm(name: str, options: dict[str, Any]) -> None:
     names = list(ours.state_dict())
     assert networks.set_drop_path(ours, 0.3) == (5 if "depths" in options else 3)
     expected = [m.drop_prob for m in theirs.modules() if type(m).__name__ == "DropPath"]
-    assert [m.p for m in ours.modules() if hasattr(m, "p") and hasattr(m, "mode") and m.p] == pytest.approx(expected)
+    assert [rate for rate in rates(ours) if rate] == pytest.approx(expected)
     assert list(ours.state_dict()) == names
 
 
 def test_drop_path_replaces_what_a_network_was_built_with() -> None:
     module = models.SwinTransformer([4, 4], 12, [2, 2], [1, 1], [4, 4], stochastic_depth_prob=0.5)
     assert networks.set_drop_path(module, 0.3) == 4
-    assert [m.p for m in module.modules() if hasattr(m, "mode")] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert rates(module) == pytest.approx([0, 0.1, 0.2, 0.3])
     assert networks.set_drop_path(models.VisionTransformer(32, 16, 3, 2, 48, 96), 0.3) == 0
 
 

@@ -245,6 +245,7 @@ def test_a_start_far_above_a_guess_is_no_divergence() -> None:
         part.run_epoch(stop=lambda: next(stops))
     again.load_state(copy.deepcopy(part.state()))
     assert again.run_epoch()[0] == loss
+    assert again.state()["first_loss"] == whole.state()["first_loss"] != loss
     with pytest.raises(
         TrainingError, match=r"epoch 1 is \d\S+, before the first step it was \d\S+, guessing gives 1.1;"
     ):

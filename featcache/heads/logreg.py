@@ -8,12 +8,13 @@ import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from joblib import cpu_count
+from scipy.linalg import cholesky
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -32,7 +33,7 @@ from featcache.heads.head import (
     Scaling,
     class_weights,
 )
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, orthonormalised, regularisation_path, with_direction
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path, with_direction
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.memory import available_memory
 
@@ -44,7 +45,9 @@ _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
 _MAX_SHARED_BYTES = 2**29  # of X; more is not rotated once for all folds, which takes memory
 _CHOOSING = np.float32  # while settings are compared: as good, and twice as fast
-_MAX_FLOAT64_SOLVED = 2**21  # values; more are solved in float32, twice as fast and accurate enough to start from
+# Values of features: in the last fit more are solved in float32, twice as fast and accurate enough to start from. Folds of
+# fewer are solved side by side, if they have few columns together: with more, products are fast anyway.
+_MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
@@ -54,8 +57,6 @@ _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
 Setting = tuple[Scaling, float]  # and C
 Split = tuple[Indices, Indices]  # rows that train, rows held out
-_Solution = tuple[Array, Array]  # (K, D) weights and (K,) intercepts
-_Result = tuple[float, Array, _Solution]  # C, (m, K) logits of rows held out, and the solution that gave them
 
 
 def fit_logreg(
@@ -136,15 +137,17 @@ def head_of(pipeline: Any, scaling: Scaling) -> Head:
 class Solver:
     """Logistic regression on N rows: ``cross_validate`` scores settings, ``fit`` starts from what that has found.
 
+    All work on settings is done in an eigenbasis of all rows, in which a row has r = min(N, D) values or less. A fold is
+    a choice of these rows: it has its own means and, where features are standardised, its own scales.
+
     Attributes:
         X: (N, D) float32 or float64. y: (N,) labels 0..K-1, each occurring.
         grid: of C, ascending. balanced: weigh classes inversely to their frequency.
         tolerance: of solutions while settings are compared, see ``regularisation_path``.
-        bases: per scaling, a basis of all rows that suits every fold; None where there is none.
+        bases: per kind of scaling, (D, r), orthonormal. scale: (D,) of the features, over all rows.
+        rows: per scaling, (N, r) the centred rows in their basis; while settings are compared, later of the last one only.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
-        scale: (D,) of the features, over all rows.
-        rotated: per scaling, all rows in that basis; None where folds scale rows differently.
-        solutions: per setting, what each fold ended with, if all those fit in ``memory``, in bytes.
+        solutions: per setting, the (K, r + 1) parameters each fold ended with, for ``rows``, if all fit in ``memory``, in bytes.
     """
 
     def __init__(
@@ -159,112 +162,137 @@ class Solver:
         memory: int = 2**28,
     ) -> None:
         self.X, self.y, self.grid, self.balanced = X, y, grid, balanced
+        self.scalings = scalings
         self.settings: list[Setting] = list(itertools.product(scalings, grid))
         self.tolerance, self.memory = tolerance, memory
         self.n_classes = int(y.max()) + 1
-        self.dtype = np.dtype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32)
-        self.bases: dict[Scaling, Array | None] = {}
-        self.rotated: dict[Scaling, Array | None] = {}
-        self.scale: Array = np.ones(X.shape[1])
-        self.solutions: dict[Setting, list[_Solution]] = {}
+        self.small = X.size <= _MAX_SMALL
+        self.bases: dict[Scaling, Array] = {}
+        self.rows: dict[Scaling, Array] = {}
+        self.solutions: dict[Setting, list[Array]] = {}
 
     def cross_validate(self, splits: Sequence[Split]) -> OutOfFold:
         """Out-of-fold results of every setting."""
-        scalings = list(dict.fromkeys(scaling for scaling, _ in self.settings))
-        self.scale = StandardScaler().fit(self.X).scale_
-        # Rows of unit length lie in the span of the rows as they are, of which a basis suits them nearly as well as their own.
-        kinds: list[Scaling] = sorted({"standardise" if scaling == "standardise" else "none" for scaling in scalings})
-        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
-            found = dict(zip(kinds, pool.map(self._basis, kinds), strict=True))
-            self.bases = {scaling: found["standardise" if scaling == "standardise" else "none"] for scaling in scalings}
-            if self.X.nbytes <= _MAX_SHARED_BYTES:
-                self.rotated = dict(zip(scalings, pool.map(self._rotated, scalings), strict=True))
-        solution_bytes = self.n_classes * self.X.shape[1] * np.dtype(_CHOOSING).itemsize
-        keep = len(self.settings) * len(splits) * solution_bytes <= self.memory
         shape = (len(self.y), len(self.settings))
         right, loss = np.empty(shape, bool), np.empty(shape, _CHOOSING)
         fold = np.empty(len(self.y), np.intp)
         for number, (_, held_out) in enumerate(splits):
             fold[held_out] = number
+        keep = len(self.settings) * len(splits) * self.n_classes * (min(self.X.shape) + 2) * 4 <= self.memory
 
-        def one(scaling: Scaling, split: Split) -> dict[Setting, _Solution]:
-            kept, held_out = {}, split[1]
-            for C, logits, solution in self._fold(
-                scaling, split, self.grid
-            ):  # each at once: together they may be large
-                number = self.settings.index((scaling, C))
-                right[held_out, number], loss[held_out, number] = judge(self.y[held_out], logits)
-                if keep:
-                    kept[scaling, C] = solution
-            return kept
+        def one(scaling: Scaling, numbers: Sequence[int]) -> None:
+            chosen = [splits[number] for number in numbers]
+            for C, found in self._folds(scaling, chosen, self.grid):  # each at once: together they may be large
+                column = self.settings.index((scaling, C))
+                for number, parameters in zip(numbers, found, strict=True):
+                    held_out = splits[number][1]
+                    logits = _logits(self.rows[scaling][held_out], parameters)
+                    right[held_out, column], loss[held_out, column] = judge(self.y[held_out], logits)
+                    if keep:
+                        self.solutions[scaling, C][number] = parameters
 
-        jobs = [(scaling, split) for scaling in scalings for split in splits]
+        if keep:
+            self.solutions = {setting: [np.empty(0)] * len(splits) for setting in self.settings}
+        together = self.X.nbytes <= _MAX_SHARED_BYTES
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
         # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
-        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
-            for kept in pool.map(one, *zip(*jobs, strict=True)):
-                for setting, solution in kept.items():
-                    self.solutions.setdefault(setting, []).append(solution)
-        return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(scalings)), len(self.grid)))
+        for scalings in [self.scalings] if together else [(scaling,) for scaling in self.scalings]:
+            with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
+                self._prepare(scalings, pool.map)
+                jobs = [(s, numbers) for s in scalings for numbers in self._side_by_side(s, len(splits))]
+                list(pool.map(one, *zip(*jobs, strict=True)))
+        return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(self.scalings)), len(self.grid)))
+
+    def _side_by_side(self, scaling: Scaling, folds: int) -> list[list[int]]:
+        """Numbers of the folds that are solved as one problem: all, if they share their rows and have few columns."""
+        if self.small and scaling != "standardise" and folds * self.n_classes <= _MAX_COLUMNS:
+            return [list(range(folds))]
+        return [[number] for number in range(folds)]
 
     def out_of_fold(self, splits: Sequence[Split], setting: Setting) -> Array:
         """(N, K) logits of each row from its fold's solution, to the bit those that ``cross_validate`` judged."""
         scaling, C = setting
         logits = np.empty((len(self.y), self.n_classes), _CHOOSING)
-        for number, (train, held_out) in enumerate(splits):
-            if setting in self.solutions:
-                *_, X = self._scaled(scaling, train, held_out)
-                logits[held_out] = _logits(X, *self.solutions[setting][number])
-            else:  # along the same path, since where it starts decides where it ends
-                grid = self.grid[: self.grid.index(C) + 1]
-                *_, (_, logits[held_out], _) = self._fold(scaling, (train, held_out), grid)
+        with threadpool_limits(1):
+            self._prepare((scaling,), map)
+            found = self.solutions.get(setting)
+            if not found:  # along the same path, since where it starts decides where it ends
+                grid, found = self.grid[: self.grid.index(C) + 1], []
+                for numbers in self._side_by_side(scaling, len(splits)):
+                    *_, (_, last) = self._folds(scaling, [splits[number] for number in numbers], grid)
+                    found += last
+            for (_, held_out), parameters in zip(splits, found, strict=True):
+                logits[held_out] = _logits(self.rows[scaling][held_out], parameters)
         return logits
 
-    def _basis(self, scaling: Scaling) -> Array | None:
+    def _prepare(self, scalings: Sequence[Scaling], map_: Callable[..., Iterator[None]]) -> None:
+        """Set ``rows`` of these scalings, and of no others, and what they need."""
+        self.rows = {scaling: rows for scaling, rows in self.rows.items() if scaling in scalings}
+        groups = [
+            [scaling for scaling in scalings if scaling not in self.rows and (scaling == "standardise") == standardised]
+            for standardised in (True, False)
+        ]
+        list(map_(self._rotate, groups))
+
+    def _rotate(self, scalings: Sequence[Scaling]) -> None:
+        """Set ``rows`` of scalings that share a basis.
+
+        Rows of unit length lie in the span of the rows as they are, of which a basis suits them nearly as well as their own.
+        """
+        for scaling in scalings:
+            kind: Scaling = "standardise" if scaling == "standardise" else "none"
+            if kind not in self.bases:
+                self.bases[kind] = self._basis(kind)
+            X = _scaler(scaling).fit_transform(self.X)
+            self.rows[scaling] = (X - X.mean(axis=0)).astype(_CHOOSING, copy=False) @ self.bases[kind]
+
+    def _basis(self, kind: Scaling) -> Array:
+        X = _scaler(kind).fit_transform(self.X.astype(np.float64 if self.small else np.float32, copy=False))
         try:
-            X = _scaler(scaling).fit_transform(self.X.astype(self.dtype, copy=False))
-            return eigenbasis(X) if scaling == "standardise" else with_direction(eigenbasis(X), X.mean(axis=0))
-        except _FAILURES:
-            return None
-
-    def _basis_of_fold(self, scaling: Scaling, scaler: Any) -> Array | None:
-        """The basis of all rows, which spans those of a fold, too; where these have scales of their own, made to span them."""
-        basis = self.bases[scaling]
-        if basis is None or scaling != "standardise" or basis.shape[0] == basis.shape[1]:
-            return None if basis is None else basis.astype(_CHOOSING, copy=False)
-        ratio = self.scale / scaler.scale_
-        if ratio.max() > _MAX_RATIO * ratio.min():
-            return None
-        return orthonormalised((basis * ratio[:, None]).astype(_CHOOSING))
-
-    def _rotated(self, scaling: Scaling) -> Array | None:
-        """All rows in their basis, if the scaling of a row is the same in every fold."""
-        basis = self.bases[scaling]
-        if basis is None or scaling == "standardise":
-            return None
-        X = _scaler(scaling).fit_transform(self.X).astype(_CHOOSING)
-        rotated: Array = (X - X.mean(axis=0)) @ basis.astype(_CHOOSING)
-        return rotated
-
-    def _scaled(self, scaling: Scaling, train: Indices, held_out: Indices) -> tuple[Any, Array, Array]:
-        """The scaler of a fold, its rows that train and its rows held out."""
-        scaler = _scaler(scaling)
-        X = scaler.fit_transform(self.X[train].astype(_CHOOSING, copy=False))
-        return scaler, X, scaler.transform(self.X[held_out].astype(_CHOOSING, copy=False))
-
-    def _fold(self, scaling: Scaling, split: Split, grid: Grid) -> Iterator[_Result]:
-        """Results on one held-out fold along a grid of C; from its beginning again if another solver has to take over."""
-        y, (scaler, X, X_held_out) = self.y[split[0]], self._scaled(scaling, *split)
-        try:
-            basis, rotated = self._basis_of_fold(scaling, scaler), self.rotated.get(scaling)
-            shared = None if rotated is None else rotated[split[0]]
-            path = self._path(X, y, grid, basis=basis, rotated=shared, tolerance=self.tolerance)
-            for C, solution in zip(grid, path, strict=True):
-                yield C, _logits(X_held_out, *solution), solution
+            basis = eigenbasis(X) if kind == "standardise" else with_direction(eigenbasis(X), X.mean(axis=0))
         except _FAILURES as error:
-            log.info("scikit-learn's solver takes over in one fold (%s)", error)
-            for C, solution in zip(grid, self._path_of_scikit_learn(X, y, grid), strict=True):
-                yield C, _logits(X_held_out, *solution), solution
+            log.info("the features are not rotated (%s)", error)
+            basis = np.eye(X.shape[1])
+        return basis.astype(_CHOOSING, copy=False)
+
+    def _change(self, scaling: Scaling, train: Indices) -> Array | None:
+        """(r, r') what ``rows`` are to be multiplied with where a fold scales them differently; None where it does not.
+
+        In the fold's own scales a row is x * ratio, x in those of all rows. With V, an orthonormal basis of the fold, and B,
+        that of all rows, its coordinates are x B times B' diag(ratio) V. Where B is a rotation, it is V, too; else
+        V = diag(ratio) B L'^-1 with L L' = B' diag(ratio^2) B, and the change is L.
+        """
+        if scaling != "standardise":
+            return None
+        basis, scale = self.bases[scaling], StandardScaler().fit(self.X).scale_
+        ratio = (scale / StandardScaler().fit(self.X[train]).scale_)[:, None].astype(_CHOOSING)
+        if basis.shape[0] == basis.shape[1]:
+            return basis.T @ (ratio * basis)
+        if ratio.max() <= _MAX_RATIO * ratio.min():
+            scaled = ratio * basis
+            return cholesky(scaled.T @ scaled, lower=True, check_finite=False)
+        own = eigenbasis(StandardScaler().fit_transform(self.X[train]).astype(_CHOOSING))
+        return basis.T @ (ratio * own)
+
+    def _folds(self, scaling: Scaling, splits: Sequence[Split], grid: Grid) -> Iterator[tuple[float, list[Array]]]:
+        """Each C with the folds' solutions, for ``rows``; from the beginning again if another solver has to take over."""
+        R, y, weights = self.rows[scaling], self.y, np.zeros((len(self.y), len(splits)))
+        for column, (train, _) in enumerate(splits):
+            weights[train, column] = self._weights(self.y[train])
+        change = None
+        if len(splits) == 1:
+            train = splits[0][0]
+            change = self._change(scaling, train)
+            R = R[train] if change is None else R[train] @ change
+            y, weights = y[train], weights[train]
+        try:
+            for C, found in zip(grid, regularisation_path(R, y, weights, grid, tolerance=self.tolerance), strict=True):
+                yield C, [_changed(parameters, change) for parameters in found.swapaxes(0, 1)]
+        except _FAILURES as error:
+            log.info("scikit-learn's solver takes over in %d folds (%s)", len(splits), error)
+            paths = [self._path_of_scikit_learn(R[w > 0], y[w > 0], grid) for w in weights.T]
+            for C, *parts in zip(grid, *paths, strict=True):
+                yield C, [_changed(parameters, change) for parameters in parts]
 
     def fit(self, scaling: Scaling, C: float) -> tuple[Any, bool]:
         """A (scaler, LogisticRegression) pipeline fitted on all rows, and whether its solver converged.
@@ -273,14 +301,9 @@ class Solver:
         """
         scaler, classifier = _scaler(scaling), self._classifier(C)
         X = scaler.fit_transform(self.X)
-        solutions, basis = self.solutions.get((scaling, C)), self.bases.get(scaling)
-        start = tuple(np.mean(parts, axis=0) for parts in zip(*solutions, strict=True)) if solutions else None
-        grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        tolerance = _FINAL_TOLERANCE_OF_SMALL if self.dtype == np.float64 else _FINAL_TOLERANCE
-        with threadpool_limits(1 if self.dtype == np.float64 else None):  # on few rows threads wait more than they work
+        with threadpool_limits(1 if self.small else None):  # on few rows threads wait more than they work
             try:
-                x = X.astype(self.dtype, copy=False)
-                *_, (W, b) = self._path(x, self.y, grid, basis=basis, tolerance=tolerance, start=start)
+                W, b = self._solved(scaling, C, X.mean(axis=0))
                 classifier.set_params(warm_start=True)
                 classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
             except _FAILURES as error:
@@ -289,14 +312,29 @@ class Solver:
         classifier.set_params(warm_start=False)
         return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
 
-    def _path(self, X: Array, y: Array, grid: Grid, **options: Any) -> Iterator[_Solution]:
-        return regularisation_path(X, y, class_weights(y, self.n_classes, balanced=self.balanced), grid, **options)
+    def _solved(self, scaling: Scaling, C: float, origin: Array) -> tuple[Array, Array]:
+        """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
+        self._prepare((scaling,), map)
+        R, start = self.rows[scaling], None
+        grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
+        if solutions := self.solutions.get((scaling, C)):
+            grid, start = (C,), np.mean(solutions, axis=0)[:, None]
+        R, tolerance = (R.astype(np.float64), _FINAL_TOLERANCE_OF_SMALL) if self.small else (R, _FINAL_TOLERANCE)
+        weights = self._weights(self.y)[:, None]
+        *_, found = regularisation_path(R, self.y, weights, grid, tolerance=tolerance, start=start)
+        W = found[:, 0, :-1] @ self.bases["standardise" if scaling == "standardise" else "none"].T
+        return W, found[:, 0, -1] - W @ origin
 
-    def _path_of_scikit_learn(self, X: Array, y: Array, grid: Grid) -> Iterator[_Solution]:
+    def _weights(self, y: Array) -> Array:
+        """(n,) of rows that train, by their class."""
+        weights: Array = class_weights(y, self.n_classes, balanced=self.balanced)[y]
+        return weights
+
+    def _path_of_scikit_learn(self, X: Array, y: Array, grid: Grid) -> Iterator[Array]:
         classifier = self._classifier(grid[0]).set_params(warm_start=True)
         for C in grid:
             _fit_quietly(classifier.set_params(C=C), X, y)
-            yield classifier.coef_, classifier.intercept_
+            yield np.column_stack([classifier.coef_, classifier.intercept_])
 
     def _classifier(self, C: float) -> LogisticRegression:
         return LogisticRegression(C=C, class_weight="balanced" if self.balanced else None, max_iter=_MAX_ITERATIONS)
@@ -308,9 +346,14 @@ def _scaler(scaling: Scaling) -> Any:
     return Normalizer() if scaling == "unit" else FunctionTransformer()
 
 
-def _logits(X: Array, weights: Array, intercepts: Array) -> Array:
+def _changed(parameters: Array, change: Array | None) -> Array:
+    """(K, r' + 1) parameters for changed rows -> (K, r + 1) for the rows before the change (r, r')."""
+    return parameters if change is None else np.column_stack([parameters[:, :-1] @ change.T, parameters[:, -1]])
+
+
+def _logits(rows: Array, parameters: Array) -> Array:
     """(n, K), also for two classes."""
-    logits = X @ weights.T + intercepts
+    logits = rows @ parameters[:, :-1].T + parameters[:, -1]
     return np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
 
 

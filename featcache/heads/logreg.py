@@ -4,6 +4,7 @@ In: features (N, D) and labels, of training rows alone. Out: a ``FittedHead``. `
 the features, has the last word on the head, and takes over where ``logreg_path.py`` fails.
 """
 
+import functools
 import itertools
 import logging
 import sys
@@ -19,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from featcache.errors import UsageError
 from featcache.heads.head import (
@@ -54,9 +55,14 @@ _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
 _MAX_RATIO = 10  # of scales of features, those of all rows to those of a fold's: beyond, a basis of its own is surer
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 
+_blas = functools.cache(ThreadpoolController)  # a look at all loaded libraries, 10 ms
+
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
 Setting = tuple[Scaling, float]  # and C
 Split = tuple[Indices, Indices]  # rows that train, rows held out
+_Result = tuple[
+    float, list[Array], list[Array]
+]  # C; per fold parameters (K, r + 1), and (m, K) logits of its rows held out
 
 
 def fit_logreg(
@@ -147,7 +153,7 @@ class Solver:
         bases: per kind of scaling, (D, r), orthonormal. scale: (D,) of the features, over all rows.
         rows: per scaling, (N, r) the centred rows in their basis; while settings are compared, later of the last one only.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
-        solutions: per setting, the (K, r + 1) parameters each fold ended with, for ``rows``, if all fit in ``memory``, in bytes.
+        solutions: per setting, the (K, r + 1) parameters each fold ended with, if all fit in ``memory``, in bytes.
     """
 
     def __init__(
@@ -166,7 +172,8 @@ class Solver:
         self.settings: list[Setting] = list(itertools.product(scalings, grid))
         self.tolerance, self.memory = tolerance, memory
         self.n_classes = int(y.max()) + 1
-        self.small = X.size <= _MAX_SMALL
+        self.small, self.together = X.size <= _MAX_SMALL, X.nbytes <= _MAX_SHARED_BYTES
+        self.scale: Array = np.ones(X.shape[1])
         self.bases: dict[Scaling, Array] = {}
         self.rows: dict[Scaling, Array] = {}
         self.solutions: dict[Setting, list[Array]] = {}
@@ -178,26 +185,24 @@ class Solver:
         fold = np.empty(len(self.y), np.intp)
         for number, (_, held_out) in enumerate(splits):
             fold[held_out] = number
-        keep = len(self.settings) * len(splits) * self.n_classes * (min(self.X.shape) + 2) * 4 <= self.memory
+        solution_bytes = self.n_classes * (min(self.X.shape) + 2) * np.dtype(_CHOOSING).itemsize
+        keep = len(self.settings) * len(splits) * solution_bytes <= self.memory
+        self.solutions = {setting: [np.empty(0)] * len(splits) for setting in self.settings} if keep else {}
 
         def one(scaling: Scaling, numbers: Sequence[int]) -> None:
-            chosen = [splits[number] for number in numbers]
-            for C, found in self._folds(scaling, chosen, self.grid):  # each at once: together they may be large
-                column = self.settings.index((scaling, C))
-                for number, parameters in zip(numbers, found, strict=True):
-                    held_out = splits[number][1]
-                    logits = _logits(self.rows[scaling][held_out], parameters)
-                    right[held_out, column], loss[held_out, column] = judge(self.y[held_out], logits)
-                    if keep:
-                        self.solutions[scaling, C][number] = parameters
+            held_out = [splits[number][1] for number in numbers]
+            for C, parameters, logits in self._folds(scaling, [splits[number] for number in numbers], self.grid):
+                column = self.settings.index((scaling, C))  # each at once: together they may be large
+                for rows, z in zip(held_out, logits, strict=True):
+                    right[rows, column], loss[rows, column] = judge(self.y[rows], z)
+                if keep:
+                    for number, solution in zip(numbers, parameters, strict=True):
+                        self.solutions[scaling, C][number] = solution
 
-        if keep:
-            self.solutions = {setting: [np.empty(0)] * len(splits) for setting in self.settings}
-        together = self.X.nbytes <= _MAX_SHARED_BYTES
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
         # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
-        for scalings in [self.scalings] if together else [(scaling,) for scaling in self.scalings]:
-            with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
+        for scalings in [self.scalings] if self.together else [(scaling,) for scaling in self.scalings]:
+            with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count()) as pool:
                 self._prepare(scalings, pool.map)
                 jobs = [(s, numbers) for s in scalings for numbers in self._side_by_side(s, len(splits))]
                 list(pool.map(one, *zip(*jobs, strict=True)))
@@ -213,86 +218,108 @@ class Solver:
         """(N, K) logits of each row from its fold's solution, to the bit those that ``cross_validate`` judged."""
         scaling, C = setting
         logits = np.empty((len(self.y), self.n_classes), _CHOOSING)
-        with threadpool_limits(1):
+        with _blas().limit(limits=1):
             self._prepare((scaling,), map)
-            found = self.solutions.get(setting)
-            if not found:  # along the same path, since where it starts decides where it ends
-                grid, found = self.grid[: self.grid.index(C) + 1], []
-                for numbers in self._side_by_side(scaling, len(splits)):
-                    *_, (_, last) = self._folds(scaling, [splits[number] for number in numbers], grid)
-                    found += last
-            for (_, held_out), parameters in zip(splits, found, strict=True):
-                logits[held_out] = _logits(self.rows[scaling][held_out], parameters)
+            for numbers in self._side_by_side(scaling, len(splits)):
+                chosen = [splits[number] for number in numbers]
+                if setting in self.solutions:
+                    *_, held_out = self._rows_of(scaling, chosen)
+                    found = [self.solutions[setting][number] for number in numbers]
+                    results = [_logits(rows, parameters) for rows, parameters in zip(held_out, found, strict=True)]
+                else:  # along the same path, since where it starts decides where it ends
+                    *_, (_, _, results) = self._folds(scaling, chosen, self.grid[: self.grid.index(C) + 1])
+                for (_, rows), z in zip(chosen, results, strict=True):
+                    logits[rows] = z
         return logits
 
     def _prepare(self, scalings: Sequence[Scaling], map_: Callable[..., Iterator[None]]) -> None:
-        """Set ``rows`` of these scalings, and of no others, and what they need."""
-        self.rows = {scaling: rows for scaling, rows in self.rows.items() if scaling in scalings}
-        groups = [
-            [scaling for scaling in scalings if scaling not in self.rows and (scaling == "standardise") == standardised]
-            for standardised in (True, False)
-        ]
-        list(map_(self._rotate, groups))
+        """Set ``rows`` of these scalings, and what they need; others may go."""
+        if not self.together:
+            self.rows = {scaling: rows for scaling, rows in self.rows.items() if scaling in scalings}
+        missing = [scaling for scaling in scalings if scaling not in self.rows]
+        list(map_(self._rotate, sorted({_kind(scaling) for scaling in missing})))
+        if "unit" in missing:
+            self.rows["unit"] = self._of_unit_length(self.rows["none"])
 
-    def _rotate(self, scalings: Sequence[Scaling]) -> None:
-        """Set ``rows`` of scalings that share a basis.
+    def _rotate(self, kind: Scaling) -> None:
+        """Set the basis of this kind, the rows in it and their scale."""
+        scaler = _scaler(kind)
+        X = scaler.fit_transform(self.X)
+        if kind == "standardise":
+            self.scale = scaler.scale_
+        if kind in self.bases:
+            basis, rows = self.bases[kind], (X - X.mean(axis=0)).astype(_CHOOSING, copy=False) @ self.bases[kind]
+        else:
+            X = X.astype(np.float64 if self.small else np.float32, copy=False)
+            try:
+                basis, rows = eigenbasis(X)
+                if kind == "none":  # which has to span rows of unit length as well
+                    basis, rows = with_direction(basis, rows, X.mean(axis=0))
+            except _FAILURES as error:
+                log.info("the features are not rotated (%s)", error)
+                basis, rows = np.eye(X.shape[1]), X - X.mean(axis=0)
+        self.bases[kind], self.rows[kind] = basis.astype(_CHOOSING, copy=False), rows.astype(_CHOOSING, copy=False)
 
-        Rows of unit length lie in the span of the rows as they are, of which a basis suits them nearly as well as their own.
-        """
-        for scaling in scalings:
-            kind: Scaling = "standardise" if scaling == "standardise" else "none"
-            if kind not in self.bases:
-                self.bases[kind] = self._basis(kind)
-            X = _scaler(scaling).fit_transform(self.X)
-            self.rows[scaling] = (X - X.mean(axis=0)).astype(_CHOOSING, copy=False) @ self.bases[kind]
+    def _of_unit_length(self, rows: Array) -> Array:
+        """(N, r) rows in the basis of rows as they are -> those of unit length in this basis, which suits them nearly as well."""
+        mean = self.X.mean(axis=0)
+        lengths = np.linalg.norm(self.X, axis=1)
+        shares = np.divide(1, lengths, out=np.ones_like(lengths), where=lengths > 0)[:, None]
+        # The mean's part is taken off before it can drown the rest.
+        unit = rows * shares.astype(_CHOOSING) + ((shares - shares.mean()) * (mean @ self.bases["none"])).astype(
+            _CHOOSING
+        )
+        centred: Array = unit - unit.mean(axis=0)
+        return centred
 
-    def _basis(self, kind: Scaling) -> Array:
-        X = _scaler(kind).fit_transform(self.X.astype(np.float64 if self.small else np.float32, copy=False))
-        try:
-            basis = eigenbasis(X) if kind == "standardise" else with_direction(eigenbasis(X), X.mean(axis=0))
-        except _FAILURES as error:
-            log.info("the features are not rotated (%s)", error)
-            basis = np.eye(X.shape[1])
-        return basis.astype(_CHOOSING, copy=False)
-
-    def _change(self, scaling: Scaling, train: Indices) -> Array | None:
-        """(r, r') what ``rows`` are to be multiplied with where a fold scales them differently; None where it does not.
+    def _change(self, train: Indices) -> Array:
+        """(r, r') what ``rows`` of standardised features are to be multiplied with to be those of a fold's own scales.
 
         In the fold's own scales a row is x * ratio, x in those of all rows. With V, an orthonormal basis of the fold, and B,
         that of all rows, its coordinates are x B times B' diag(ratio) V. Where B is a rotation, it is V, too; else
         V = diag(ratio) B L'^-1 with L L' = B' diag(ratio^2) B, and the change is L.
         """
-        if scaling != "standardise":
-            return None
-        basis, scale = self.bases[scaling], StandardScaler().fit(self.X).scale_
-        ratio = (scale / StandardScaler().fit(self.X[train]).scale_)[:, None].astype(_CHOOSING)
+        basis = self.bases["standardise"]
+        change: Array
+        ratio = (self.scale / StandardScaler().fit(self.X[train]).scale_)[:, None].astype(_CHOOSING)
         if basis.shape[0] == basis.shape[1]:
-            return basis.T @ (ratio * basis)
-        if ratio.max() <= _MAX_RATIO * ratio.min():
+            change = basis.T @ (ratio * basis)
+        elif ratio.max() <= _MAX_RATIO * ratio.min():
             scaled = ratio * basis
-            return cholesky(scaled.T @ scaled, lower=True, check_finite=False)
-        own = eigenbasis(StandardScaler().fit_transform(self.X[train]).astype(_CHOOSING))
-        return basis.T @ (ratio * own)
+            change = cholesky(scaled.T @ scaled, lower=True, check_finite=False)
+        else:
+            own, _ = eigenbasis(StandardScaler().fit_transform(self.X[train]).astype(_CHOOSING))
+            change = basis.T @ (ratio * own)
+        return change
 
-    def _folds(self, scaling: Scaling, splits: Sequence[Split], grid: Grid) -> Iterator[tuple[float, list[Array]]]:
-        """Each C with the folds' solutions, for ``rows``; from the beginning again if another solver has to take over."""
-        R, y, weights = self.rows[scaling], self.y, np.zeros((len(self.y), len(splits)))
+    def _rows_of(self, scaling: Scaling, splits: Sequence[Split]) -> tuple[Array, Array, Array, list[Array]]:
+        """What trains, of one fold or of several side by side: rows (n, r), labels, weights (n, F); and rows held out."""
+        rows, held_out = self.rows[scaling], [self.rows[scaling][held_out] for _, held_out in splits]
+        weights = np.zeros((len(self.y), len(splits)))
         for column, (train, _) in enumerate(splits):
             weights[train, column] = self._weights(self.y[train])
-        change = None
-        if len(splits) == 1:
-            train = splits[0][0]
-            change = self._change(scaling, train)
-            R = R[train] if change is None else R[train] @ change
-            y, weights = y[train], weights[train]
+        if len(splits) > 1:
+            return rows, self.y, weights, held_out
+        train = splits[0][0]
+        rows = rows[train]
+        if scaling == "standardise":
+            change = self._change(train)
+            rows, held_out = rows @ change, [held_out[0] @ change]
+        return rows, self.y[train], weights[train], held_out
+
+    def _folds(self, scaling: Scaling, splits: Sequence[Split], grid: Grid) -> Iterator[_Result]:
+        """Along the grid; from its beginning again if another solver has to take over."""
+        rows, y, weights, held_out = self._rows_of(scaling, splits)
         try:
-            for C, found in zip(grid, regularisation_path(R, y, weights, grid, tolerance=self.tolerance), strict=True):
-                yield C, [_changed(parameters, change) for parameters in found.swapaxes(0, 1)]
+            for C, found in zip(
+                grid, regularisation_path(rows, y, weights, grid, tolerance=self.tolerance), strict=True
+            ):
+                yield C, list(found), [_logits(*one) for one in zip(held_out, found, strict=True)]
         except _FAILURES as error:
             log.info("scikit-learn's solver takes over in %d folds (%s)", len(splits), error)
-            paths = [self._path_of_scikit_learn(R[w > 0], y[w > 0], grid) for w in weights.T]
-            for C, *parts in zip(grid, *paths, strict=True):
-                yield C, [_changed(parameters, change) for parameters in parts]
+            paths = [self._path_of_scikit_learn(rows[w > 0], y[w > 0], grid) for w in weights.T]
+            for C, *others in zip(grid, *paths, strict=True):
+                yield C, others, [_logits(*one) for one in zip(held_out, others, strict=True)]
 
     def fit(self, scaling: Scaling, C: float) -> tuple[Any, bool]:
         """A (scaler, LogisticRegression) pipeline fitted on all rows, and whether its solver converged.
@@ -301,7 +328,7 @@ class Solver:
         """
         scaler, classifier = _scaler(scaling), self._classifier(C)
         X = scaler.fit_transform(self.X)
-        with threadpool_limits(1 if self.small else None):  # on few rows threads wait more than they work
+        with _blas().limit(limits=1 if self.small else None):  # on few rows threads wait more than they work
             try:
                 W, b = self._solved(scaling, C, X.mean(axis=0))
                 classifier.set_params(warm_start=True)
@@ -316,14 +343,15 @@ class Solver:
         """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
         self._prepare((scaling,), map)
         R, start = self.rows[scaling], None
-        grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        if solutions := self.solutions.get((scaling, C)):
-            grid, start = (C,), np.mean(solutions, axis=0)[:, None]
+        grid: Grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
+        solutions = self.solutions.get((scaling, C))
+        if solutions and all(parameters.shape[1] == R.shape[1] + 1 for parameters in solutions):
+            grid, start = (C,), np.mean(solutions, axis=0)[None]  # a fold's coordinates are nearly those of all rows
         R, tolerance = (R.astype(np.float64), _FINAL_TOLERANCE_OF_SMALL) if self.small else (R, _FINAL_TOLERANCE)
         weights = self._weights(self.y)[:, None]
         *_, found = regularisation_path(R, self.y, weights, grid, tolerance=tolerance, start=start)
-        W = found[:, 0, :-1] @ self.bases["standardise" if scaling == "standardise" else "none"].T
-        return W, found[:, 0, -1] - W @ origin
+        W = found[0, :, :-1] @ self.bases[_kind(scaling)].T
+        return W, found[0, :, -1] - W @ origin
 
     def _weights(self, y: Array) -> Array:
         """(n,) of rows that train, by their class."""
@@ -340,15 +368,15 @@ class Solver:
         return LogisticRegression(C=C, class_weight="balanced" if self.balanced else None, max_iter=_MAX_ITERATIONS)
 
 
+def _kind(scaling: Scaling) -> Scaling:
+    """The scaling whose basis it shares."""
+    return "standardise" if scaling == "standardise" else "none"
+
+
 def _scaler(scaling: Scaling) -> Any:
     if scaling == "standardise":
         return StandardScaler()
     return Normalizer() if scaling == "unit" else FunctionTransformer()
-
-
-def _changed(parameters: Array, change: Array | None) -> Array:
-    """(K, r' + 1) parameters for changed rows -> (K, r + 1) for the rows before the change (r, r')."""
-    return parameters if change is None else np.column_stack([parameters[:, :-1] @ change.T, parameters[:, -1]])
 
 
 def _logits(rows: Array, parameters: Array) -> Array:

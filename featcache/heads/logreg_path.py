@@ -50,8 +50,9 @@ class _Pair(NamedTuple):
     rho: float
 
 
-def eigenbasis(X: Array) -> Array:
-    """(n, D) -> (D, min(n, D)) or narrower: an orthonormal basis of the centred rows, in ascending order of variance.
+def eigenbasis(X: Array) -> tuple[Array, Array]:
+    """(n, D) -> (D, r), r <= min(n, D), an orthonormal basis of the centred rows, in ascending order of variance; and
+    (n, r), these rows in it.
 
     With n >= D the basis is square, a rotation, and suits other rows of the same kind as well: no rotation moves the
     optimum. A basis of more rows than those that train makes training faster and tells it nothing.
@@ -62,23 +63,25 @@ def eigenbasis(X: Array) -> Array:
     centred = X - X.mean(axis=0)
     if len(X) >= X.shape[1]:
         basis = np.linalg.eigh(centred.T @ centred)[1]
+        rows = centred @ basis
     else:  # the optimum lies in the rows' span: weights outside of it only add to the penalty
         centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
         values, vectors = np.linalg.eigh(centred @ centred.T)
         kept = values > values[-1] * 1e-12
-        basis = ((centred.T @ vectors[:, kept]) / np.sqrt(values[kept])).astype(X.dtype)
+        vectors, lengths = vectors[:, kept], np.sqrt(values[kept])
+        basis, rows = (centred.T @ vectors / lengths).astype(X.dtype), (vectors * lengths).astype(X.dtype)
     if not np.isfinite(basis).all():
         raise NotSolvedError("the features' covariance is not finite")
-    return basis
+    return basis, rows
 
 
-def with_direction(basis: Array, direction: Array) -> Array:
-    """(D, r) orthonormal basis -> one that spans ``direction`` (D,), too; the new vector comes first."""
+def with_direction(basis: Array, rows: Array, direction: Array) -> tuple[Array, Array]:
+    """(D, r) orthonormal basis and (n, r) rows in it -> those with ``direction`` (D,) spanned, too; the new vector is first."""
     rest = direction - basis @ (basis.T @ direction)
     length = np.linalg.norm(rest)
     if basis.shape[0] == basis.shape[1] or not length > 1e-6 * np.linalg.norm(direction):
-        return basis
-    return np.column_stack([(rest / length).astype(basis.dtype), basis])
+        return basis, rows
+    return np.column_stack([(rest / length).astype(basis.dtype), basis]), np.pad(rows, ((0, 0), (1, 0)))
 
 
 def regularisation_path(
@@ -102,7 +105,7 @@ def regularisation_path(
         start: parameters of similar problems, in the shape yielded, to start from.
 
     Yields:
-        (K, F, r + 1) parameters, the last of which are intercepts; for two classes (1, F, r + 1), of the logit of class 1.
+        (F, K, r + 1) parameters, the last of which are intercepts; for two classes (F, 1, r + 1), of the logit of class 1.
 
     Raises:
         NotSolvedError: rarely; what was yielded before is then not to be relied on.
@@ -110,9 +113,9 @@ def regularisation_path(
     mean = R.mean(axis=0)
     path = _Path(R - mean, y, weights, tolerance)
     if start is not None:
-        path.begin(moved(start, mean))
+        path.begin(moved(start, mean).swapaxes(0, 1))
     for C in grid:
-        yield moved(path.solve(C), -mean)
+        yield moved(path.solve(C).swapaxes(0, 1), -mean)
 
 
 def moved(parameters: Array, origin: Array) -> Array:
@@ -151,7 +154,7 @@ class _Path:
         self.null = self.point.loss
 
     def begin(self, parameters: Array) -> None:
-        """Start from parameters in the shape of ``regularisation_path``, if that beats zeros."""
+        """Start from (K, F, r + 1) parameters, if that beats zeros."""
         theta = np.ascontiguousarray(parameters.reshape(self.point.theta.shape), self.R.dtype)
         point = self.at(theta, self.products(theta, 0))
         if point.loss < self.null:

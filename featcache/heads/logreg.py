@@ -9,13 +9,13 @@ import itertools
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from joblib import cpu_count
-from scipy.linalg import cholesky
+from scipy.linalg import cholesky, solve_triangular
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -34,7 +34,7 @@ from featcache.heads.head import (
     Scaling,
     class_weights,
 )
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path, with_direction
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, moved, regularisation_path, with_direction
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.memory import available_memory
 
@@ -44,7 +44,6 @@ Grid = tuple[float, ...]
 C_GRID: Grid = tuple(float(10.0**k) for k in range(-5, 6))
 _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
-_MAX_SHARED_BYTES = 2**29  # of X; more is not rotated once for all folds, which takes memory
 _CHOOSING = np.float32  # while settings are compared: as good, and twice as fast
 # Values of features: in the last fit more are solved in float32, twice as fast and accurate enough to start from. Folds of
 # fewer are solved side by side, if they have few columns together: with more, products are fast anyway.
@@ -52,7 +51,7 @@ _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
-_MAX_RATIO = 10  # of scales of features, those of all rows to those of a fold's: beyond, a basis of its own is surer
+_MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 
 _blas = functools.cache(ThreadpoolController)  # a look at all loaded libraries, 10 ms
@@ -60,9 +59,6 @@ _blas = functools.cache(ThreadpoolController)  # a look at all loaded libraries,
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
 Setting = tuple[Scaling, float]  # and C
 Split = tuple[Indices, Indices]  # rows that train, rows held out
-_Result = tuple[
-    float, list[Array], list[Array]
-]  # C; per fold parameters (K, r + 1), and (m, K) logits of its rows held out
 
 
 def fit_logreg(
@@ -140,20 +136,36 @@ def head_of(pipeline: Any, scaling: Scaling) -> Head:
     return Head("logreg", scaling, mean, scale, ((weight, bias),))
 
 
+class _Coordinates(NamedTuple):
+    """Scaled rows in an orthonormal basis V of their span, up to their origin: (N, r). V is ``span`` (D, r), or that times
+    the inverse of the transposed ``factor``, a lower triangle."""
+
+    rows: Array
+    span: Array
+    factor: Array | None = None
+
+    def weights(self, parameters: Array) -> Array:
+        """(K, r) -> (K, D) of the scaled features."""
+        if self.factor is not None:
+            parameters = solve_triangular(self.factor, parameters.T, lower=True, trans=1, check_finite=False).T
+        weights: Array = parameters @ self.span.T
+        return weights
+
+
 class Solver:
     """Logistic regression on N rows: ``cross_validate`` scores settings, ``fit`` starts from what that has found.
 
-    All work on settings is done in an eigenbasis of all rows, in which a row has r = min(N, D) values or less. A fold is
-    a choice of these rows: it has its own means and, where features are standardised, its own scales.
+    All settings are solved in one eigenbasis of the rows as they are, in which a row has r = min(N, D) + 1 values or less. A
+    fold is a choice of these rows, a scaling changes their coordinates: no product has D rows or columns for each fold.
 
     Attributes:
         X: (N, D) float32 or float64. y: (N,) labels 0..K-1, each occurring.
         grid: of C, ascending. balanced: weigh classes inversely to their frequency.
         tolerance: of solutions while settings are compared, see ``regularisation_path``.
-        bases: per kind of scaling, (D, r), orthonormal. scale: (D,) of the features, over all rows.
-        rows: per scaling, (N, r) the centred rows in their basis; while settings are compared, later of the last one only.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
-        solutions: per setting, the (K, r + 1) parameters each fold ended with, if all fit in ``memory``, in bytes.
+        basis: (D, r), orthonormal. rows: (N, r), the centred rows in it.
+        kept: per setting the parameters each fold ended with, (K, r + 1), and (N, K) out-of-fold logits, if all fit in
+            ``memory``, in bytes.
     """
 
     def __init__(
@@ -172,11 +184,8 @@ class Solver:
         self.settings: list[Setting] = list(itertools.product(scalings, grid))
         self.tolerance, self.memory = tolerance, memory
         self.n_classes = int(y.max()) + 1
-        self.small, self.together = X.size <= _MAX_SMALL, X.nbytes <= _MAX_SHARED_BYTES
-        self.scale: Array = np.ones(X.shape[1])
-        self.bases: dict[Scaling, Array] = {}
-        self.rows: dict[Scaling, Array] = {}
-        self.solutions: dict[Setting, list[Array]] = {}
+        self.small = X.size <= _MAX_SMALL
+        self.kept: dict[Setting, tuple[list[Array], Array]] = {}
 
     def cross_validate(self, splits: Sequence[Split]) -> OutOfFold:
         """Out-of-fold results of every setting."""
@@ -185,27 +194,26 @@ class Solver:
         fold = np.empty(len(self.y), np.intp)
         for number, (_, held_out) in enumerate(splits):
             fold[held_out] = number
-        solution_bytes = self.n_classes * (min(self.X.shape) + 2) * np.dtype(_CHOOSING).itemsize
-        keep = len(self.settings) * len(splits) * solution_bytes <= self.memory
-        self.solutions = {setting: [np.empty(0)] * len(splits) for setting in self.settings} if keep else {}
+        values = len(self.settings) * self.n_classes * (len(self.y) + len(splits) * (min(self.X.shape) + 2))
+        if values * np.dtype(_CHOOSING).itemsize <= self.memory:
+            empty = np.empty((len(self.y), self.n_classes), _CHOOSING)
+            self.kept = {setting: ([np.empty(0)] * len(splits), empty.copy()) for setting in self.settings}
 
         def one(scaling: Scaling, numbers: Sequence[int]) -> None:
-            held_out = [splits[number][1] for number in numbers]
-            for C, parameters, logits in self._folds(scaling, [splits[number] for number in numbers], self.grid):
+            for C, found in self._folds(scaling, [splits[number] for number in numbers], self.grid):
                 column = self.settings.index((scaling, C))  # each at once: together they may be large
-                for rows, z in zip(held_out, logits, strict=True):
-                    right[rows, column], loss[rows, column] = judge(self.y[rows], z)
-                if keep:
-                    for number, solution in zip(numbers, parameters, strict=True):
-                        self.solutions[scaling, C][number] = solution
+                for number, (parameters, logits) in zip(numbers, found, strict=True):
+                    rows = splits[number][1]
+                    right[rows, column], loss[rows, column] = judge(self.y[rows], logits)
+                    if self.kept:
+                        self.kept[scaling, C][0][number], self.kept[scaling, C][1][rows] = parameters, logits
 
+        self._prepare()
+        jobs = [(scaling, numbers) for scaling in self.scalings for numbers in self._side_by_side(scaling, len(splits))]
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
         # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
-        for scalings in [self.scalings] if self.together else [(scaling,) for scaling in self.scalings]:
-            with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count()) as pool:
-                self._prepare(scalings, pool.map)
-                jobs = [(s, numbers) for s in scalings for numbers in self._side_by_side(s, len(splits))]
-                list(pool.map(one, *zip(*jobs, strict=True)))
+        with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count()) as pool:
+            list(pool.map(one, *zip(*jobs, strict=True)))
         return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(self.scalings)), len(self.grid)))
 
     def _side_by_side(self, scaling: Scaling, folds: int) -> list[list[int]]:
@@ -217,109 +225,82 @@ class Solver:
     def out_of_fold(self, splits: Sequence[Split], setting: Setting) -> Array:
         """(N, K) logits of each row from its fold's solution, to the bit those that ``cross_validate`` judged."""
         scaling, C = setting
+        if setting in self.kept:
+            return self.kept[setting][1]
         logits = np.empty((len(self.y), self.n_classes), _CHOOSING)
         with _blas().limit(limits=1):
-            self._prepare((scaling,), map)
-            for numbers in self._side_by_side(scaling, len(splits)):
+            for numbers in self._side_by_side(
+                scaling, len(splits)
+            ):  # along the same path, since its start decides its end
                 chosen = [splits[number] for number in numbers]
-                if setting in self.solutions:
-                    *_, held_out = self._rows_of(scaling, chosen)
-                    found = [self.solutions[setting][number] for number in numbers]
-                    results = [_logits(rows, parameters) for rows, parameters in zip(held_out, found, strict=True)]
-                else:  # along the same path, since where it starts decides where it ends
-                    *_, (_, _, results) = self._folds(scaling, chosen, self.grid[: self.grid.index(C) + 1])
-                for (_, rows), z in zip(chosen, results, strict=True):
+                *_, (_, found) = self._folds(scaling, chosen, self.grid[: self.grid.index(C) + 1])
+                for (_, rows), (_, z) in zip(chosen, found, strict=True):
                     logits[rows] = z
         return logits
 
-    def _prepare(self, scalings: Sequence[Scaling], map_: Callable[..., Iterator[None]]) -> None:
-        """Set ``rows`` of these scalings, and what they need; others may go."""
-        if not self.together:
-            self.rows = {scaling: rows for scaling, rows in self.rows.items() if scaling in scalings}
-        missing = [scaling for scaling in scalings if scaling not in self.rows]
-        list(map_(self._rotate, sorted({_kind(scaling) for scaling in missing})))
-        if "unit" in missing:
-            self.rows["unit"] = self._of_unit_length(self.rows["none"])
+    def _prepare(self) -> None:
+        """Set ``basis`` and ``rows``."""
+        if hasattr(self, "basis"):
+            return
+        X = self.X.astype(np.float64 if self.small else np.float32, copy=False)
+        try:
+            with _blas().limit(limits=1 if self.small else None):
+                found = with_direction(*eigenbasis(X), X.mean(axis=0))  # which spans rows of unit length as well
+        except _FAILURES as error:
+            log.info("the features are not rotated (%s)", error)
+            found = np.eye(X.shape[1]), X - X.mean(axis=0)
+        self.basis, self.rows = (part.astype(_CHOOSING, copy=False) for part in found)
 
-    def _rotate(self, kind: Scaling) -> None:
-        """Set the basis of this kind, the rows in it and their scale."""
-        scaler = _scaler(kind)
-        X = scaler.fit_transform(self.X)
-        if kind == "standardise":
-            self.scale = scaler.scale_
-        if kind in self.bases:
-            basis, rows = self.bases[kind], (X - X.mean(axis=0)).astype(_CHOOSING, copy=False) @ self.bases[kind]
-        else:
-            X = X.astype(np.float64 if self.small else np.float32, copy=False)
-            try:
-                basis, rows = eigenbasis(X)
-                if kind == "none":  # which has to span rows of unit length as well
-                    basis, rows = with_direction(basis, rows, X.mean(axis=0))
-            except _FAILURES as error:
-                log.info("the features are not rotated (%s)", error)
-                basis, rows = np.eye(X.shape[1]), X - X.mean(axis=0)
-        self.bases[kind], self.rows[kind] = basis.astype(_CHOOSING, copy=False), rows.astype(_CHOOSING, copy=False)
+    def _coordinates(self, scaling: Scaling, train: Indices) -> _Coordinates:
+        """Of all rows, scaled as a scaler scales them that has seen those that train."""
+        if scaling == "standardise":
+            return self._standardised(train)
+        return _Coordinates(self._of_unit_length() if scaling == "unit" else self.rows, self.basis)
 
-    def _of_unit_length(self, rows: Array) -> Array:
-        """(N, r) rows in the basis of rows as they are -> those of unit length in this basis, which suits them nearly as well."""
-        mean = self.X.mean(axis=0)
+    def _of_unit_length(self) -> Array:
+        """(N, r) rows of unit length, in the basis of rows as they are, which suits them nearly as well as their own."""
         lengths = np.linalg.norm(self.X, axis=1)
         shares = np.divide(1, lengths, out=np.ones_like(lengths), where=lengths > 0)[:, None]
         # The mean's part is taken off before it can drown the rest.
-        unit = rows * shares.astype(_CHOOSING) + ((shares - shares.mean()) * (mean @ self.bases["none"])).astype(
-            _CHOOSING
-        )
-        centred: Array = unit - unit.mean(axis=0)
-        return centred
+        of_mean = (shares - shares.mean()) * (self.X.mean(axis=0) @ self.basis)
+        rows: Array = self.rows * shares.astype(_CHOOSING) + of_mean.astype(_CHOOSING)
+        return rows
 
-    def _change(self, train: Indices) -> Array:
-        """(r, r') what ``rows`` of standardised features are to be multiplied with to be those of a fold's own scales.
+    def _standardised(self, train: Indices) -> _Coordinates:
+        """With B, the basis, and S, the scales, M = B' S^-2 B = L L': the basis S^-1 B L'^-1 is orthonormal, and rows x B
+        become x B L. Where M says too little in float32, the fold has an eigenbasis of its own."""
+        scaler = StandardScaler().fit(self.X[train])
+        inverse = 1 / scaler.scale_[:, None]
+        span = inverse.astype(_CHOOSING) * self.basis
+        if (inverse**2).mean() <= _MAX_SPREAD * inverse.min() ** 2:
+            factor = cholesky(span.T @ span, lower=True, check_finite=False)
+            return _Coordinates(self.rows @ factor, span, factor)
+        own, _ = eigenbasis(scaler.transform(self.X[train]).astype(_CHOOSING))
+        return _Coordinates(self.rows @ (span.T @ own), own)
 
-        In the fold's own scales a row is x * ratio, x in those of all rows. With V, an orthonormal basis of the fold, and B,
-        that of all rows, its coordinates are x B times B' diag(ratio) V. Where B is a rotation, it is V, too; else
-        V = diag(ratio) B L'^-1 with L L' = B' diag(ratio^2) B, and the change is L.
+    def _folds(
+        self, scaling: Scaling, splits: Sequence[Split], grid: Grid
+    ) -> Iterator[tuple[float, list[tuple[Array, Array]]]]:
+        """Each C with the folds' parameters and (m, K) logits of rows held out, of one fold or of several side by side.
+
+        From the grid's beginning again if another solver has to take over.
         """
-        basis = self.bases["standardise"]
-        change: Array
-        ratio = (self.scale / StandardScaler().fit(self.X[train]).scale_)[:, None].astype(_CHOOSING)
-        if basis.shape[0] == basis.shape[1]:
-            change = basis.T @ (ratio * basis)
-        elif ratio.max() <= _MAX_RATIO * ratio.min():
-            scaled = ratio * basis
-            change = cholesky(scaled.T @ scaled, lower=True, check_finite=False)
-        else:
-            own, _ = eigenbasis(StandardScaler().fit_transform(self.X[train]).astype(_CHOOSING))
-            change = basis.T @ (ratio * own)
-        return change
-
-    def _rows_of(self, scaling: Scaling, splits: Sequence[Split]) -> tuple[Array, Array, Array, list[Array]]:
-        """What trains, of one fold or of several side by side: rows (n, r), labels, weights (n, F); and rows held out."""
-        rows, held_out = self.rows[scaling], [self.rows[scaling][held_out] for _, held_out in splits]
-        weights = np.zeros((len(self.y), len(splits)))
+        rows, y, weights = self._coordinates(scaling, splits[0][0]).rows, self.y, np.zeros((len(self.y), len(splits)))
+        held_out = [rows[held_out] for _, held_out in splits]
         for column, (train, _) in enumerate(splits):
             weights[train, column] = self._weights(self.y[train])
-        if len(splits) > 1:
-            return rows, self.y, weights, held_out
-        train = splits[0][0]
-        rows = rows[train]
-        if scaling == "standardise":
-            change = self._change(train)
-            rows, held_out = rows @ change, [held_out[0] @ change]
-        return rows, self.y[train], weights[train], held_out
-
-    def _folds(self, scaling: Scaling, splits: Sequence[Split], grid: Grid) -> Iterator[_Result]:
-        """Along the grid; from its beginning again if another solver has to take over."""
-        rows, y, weights, held_out = self._rows_of(scaling, splits)
+        if len(splits) == 1:
+            rows, y, weights = (part[splits[0][0]] for part in (rows, y, weights))
         try:
             for C, found in zip(
                 grid, regularisation_path(rows, y, weights, grid, tolerance=self.tolerance), strict=True
             ):
-                yield C, list(found), [_logits(*one) for one in zip(held_out, found, strict=True)]
+                yield C, [(one, _logits(x, one)) for x, one in zip(held_out, found, strict=True)]
         except _FAILURES as error:
             log.info("scikit-learn's solver takes over in %d folds (%s)", len(splits), error)
             paths = [self._path_of_scikit_learn(rows[w > 0], y[w > 0], grid) for w in weights.T]
             for C, *others in zip(grid, *paths, strict=True):
-                yield C, others, [_logits(*one) for one in zip(held_out, others, strict=True)]
+                yield C, [(one, _logits(x, one)) for x, one in zip(held_out, others, strict=True)]
 
     def fit(self, scaling: Scaling, C: float) -> tuple[Any, bool]:
         """A (scaler, LogisticRegression) pipeline fitted on all rows, and whether its solver converged.
@@ -341,16 +322,18 @@ class Solver:
 
     def _solved(self, scaling: Scaling, C: float, origin: Array) -> tuple[Array, Array]:
         """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
-        self._prepare((scaling,), map)
-        R, start = self.rows[scaling], None
+        self._prepare()
+        coordinates, start = self._coordinates(scaling, np.arange(len(self.y))), None
+        R = coordinates.rows.astype(np.float64 if self.small else np.float32)
+        middle = R.mean(axis=0)
         grid: Grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        solutions = self.solutions.get((scaling, C))
-        if solutions and all(parameters.shape[1] == R.shape[1] + 1 for parameters in solutions):
-            grid, start = (C,), np.mean(solutions, axis=0)[None]  # a fold's coordinates are nearly those of all rows
-        R, tolerance = (R.astype(np.float64), _FINAL_TOLERANCE_OF_SMALL) if self.small else (R, _FINAL_TOLERANCE)
+        solutions, _ = self.kept.get((scaling, C), ([], None))
+        if solutions and all(parameters.shape[1] == coordinates.rows.shape[1] + 1 for parameters in solutions):
+            grid, start = (C,), moved(np.mean(solutions, axis=0)[None], middle)  # a fold's coordinates are nearly these
+        tolerance = _FINAL_TOLERANCE_OF_SMALL if self.small else _FINAL_TOLERANCE
         weights = self._weights(self.y)[:, None]
-        *_, found = regularisation_path(R, self.y, weights, grid, tolerance=tolerance, start=start)
-        W = found[0, :, :-1] @ self.bases[_kind(scaling)].T
+        *_, found = regularisation_path(R - middle, self.y, weights, grid, tolerance=tolerance, start=start)
+        W = coordinates.weights(found[0, :, :-1])
         return W, found[0, :, -1] - W @ origin
 
     def _weights(self, y: Array) -> Array:
@@ -366,11 +349,6 @@ class Solver:
 
     def _classifier(self, C: float) -> LogisticRegression:
         return LogisticRegression(C=C, class_weight="balanced" if self.balanced else None, max_iter=_MAX_ITERATIONS)
-
-
-def _kind(scaling: Scaling) -> Scaling:
-    """The scaling whose basis it shares."""
-    return "standardise" if scaling == "standardise" else "none"
 
 
 def _scaler(scaling: Scaling) -> Any:
@@ -416,7 +394,7 @@ def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str
 def _check_memory(n: int, dim: int) -> None:
     """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated."""
     size = 4 * n * dim
-    needed = size * max(4, 1 + 3 * min(cpu_count(), 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
+    needed = size * (2 + 3 * min(cpu_count(), 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
     if sys.platform == "linux" and needed > (free := available_memory()):
         raise UsageError(
             f"logreg needs about {needed / 1e9:.0f} GB for {n:,} x {dim:,} in memory, {free / 1e9:.0f} GB are free; "

@@ -51,6 +51,7 @@ _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
+_MAX_FLOAT32 = 1e18  # beyond, squares overflow
 _MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 
@@ -136,7 +137,7 @@ def head_of(pipeline: Any, scaling: Scaling) -> Head:
     return Head("logreg", scaling, mean, scale, ((weight, bias),))
 
 
-class _Coordinates(NamedTuple):
+class Coordinates(NamedTuple):
     """Scaled rows in an orthonormal basis V of their span, up to their origin: (N, r). V is ``span`` (D, r), or that times
     the inverse of the transposed ``factor``, a lower triangle."""
 
@@ -227,11 +228,11 @@ class Solver:
         scaling, C = setting
         if setting in self.kept:
             return self.kept[setting][1]
-        logits = np.empty((len(self.y), self.n_classes), _CHOOSING)
+        logits = np.empty(
+            (len(self.y), self.n_classes), _CHOOSING
+        )  # along the same path, since where it starts decides its end
         with _blas().limit(limits=1):
-            for numbers in self._side_by_side(
-                scaling, len(splits)
-            ):  # along the same path, since its start decides its end
+            for numbers in self._side_by_side(scaling, len(splits)):
                 chosen = [splits[number] for number in numbers]
                 *_, (_, found) = self._folds(scaling, chosen, self.grid[: self.grid.index(C) + 1])
                 for (_, rows), (_, z) in zip(chosen, found, strict=True):
@@ -249,13 +250,14 @@ class Solver:
         except _FAILURES as error:
             log.info("the features are not rotated (%s)", error)
             found = np.eye(X.shape[1]), X - X.mean(axis=0)
-        self.basis, self.rows = (part.astype(_CHOOSING, copy=False) for part in found)
+        dtype = _CHOOSING if np.abs(found[1]).max(initial=0) < _MAX_FLOAT32 else np.float64
+        self.basis, self.rows = (part.astype(dtype, copy=False) for part in found)
 
-    def _coordinates(self, scaling: Scaling, train: Indices) -> _Coordinates:
+    def coordinates(self, scaling: Scaling, train: Indices) -> Coordinates:
         """Of all rows, scaled as a scaler scales them that has seen those that train."""
         if scaling == "standardise":
             return self._standardised(train)
-        return _Coordinates(self._of_unit_length() if scaling == "unit" else self.rows, self.basis)
+        return Coordinates(self._of_unit_length() if scaling == "unit" else self.rows, self.basis)
 
     def _of_unit_length(self) -> Array:
         """(N, r) rows of unit length, in the basis of rows as they are, which suits them nearly as well as their own."""
@@ -263,20 +265,30 @@ class Solver:
         shares = np.divide(1, lengths, out=np.ones_like(lengths), where=lengths > 0)[:, None]
         # The mean's part is taken off before it can drown the rest.
         of_mean = (shares - shares.mean()) * (self.X.mean(axis=0) @ self.basis)
-        rows: Array = self.rows * shares.astype(_CHOOSING) + of_mean.astype(_CHOOSING)
+        rows: Array = self.rows * shares.astype(self.rows.dtype) + of_mean.astype(self.rows.dtype)
         return rows
 
-    def _standardised(self, train: Indices) -> _Coordinates:
+    def _standardised(self, train: Indices) -> Coordinates:
         """With B, the basis, and S, the scales, M = B' S^-2 B = L L': the basis S^-1 B L'^-1 is orthonormal, and rows x B
         become x B L. Where M says too little in float32, the fold has an eigenbasis of its own."""
         scaler = StandardScaler().fit(self.X[train])
-        inverse = 1 / scaler.scale_[:, None]
-        span = inverse.astype(_CHOOSING) * self.basis
-        if (inverse**2).mean() <= _MAX_SPREAD * inverse.min() ** 2:
-            factor = cholesky(span.T @ span, lower=True, check_finite=False)
-            return _Coordinates(self.rows @ factor, span, factor)
-        own, _ = eigenbasis(scaler.transform(self.X[train]).astype(_CHOOSING))
-        return _Coordinates(self.rows @ (span.T @ own), own)
+        usual = np.median(scaler.scale_)  # taken out of M, so that its values are near 1
+        inverse = (usual / scaler.scale_)[:, None]
+        span, rows = (
+            inverse.astype(self.rows.dtype) * self.basis,
+            (self.rows / usual).astype(self.rows.dtype, copy=False),
+        )
+        try:
+            if (inverse**2).mean() <= _MAX_SPREAD * inverse.min() ** 2:
+                factor = cholesky(span.T @ span, lower=True, check_finite=False)
+                return Coordinates(rows @ factor, span, factor)
+            own, _ = eigenbasis(scaler.transform(self.X[train]).astype(self.rows.dtype))
+            return Coordinates(rows @ (span.T @ own), own)
+        except _FAILURES as error:
+            log.info("the standardised features are not rotated (%s)", error)
+            return Coordinates(
+                scaler.transform(self.X).astype(self.rows.dtype), np.eye(len(inverse), dtype=self.rows.dtype)
+            )
 
     def _folds(
         self, scaling: Scaling, splits: Sequence[Split], grid: Grid
@@ -285,16 +297,15 @@ class Solver:
 
         From the grid's beginning again if another solver has to take over.
         """
-        rows, y, weights = self._coordinates(scaling, splits[0][0]).rows, self.y, np.zeros((len(self.y), len(splits)))
+        rows, y, weights = self.coordinates(scaling, splits[0][0]).rows, self.y, np.zeros((len(self.y), len(splits)))
         held_out = [rows[held_out] for _, held_out in splits]
         for column, (train, _) in enumerate(splits):
             weights[train, column] = self._weights(self.y[train])
         if len(splits) == 1:
             rows, y, weights = (part[splits[0][0]] for part in (rows, y, weights))
         try:
-            for C, found in zip(
-                grid, regularisation_path(rows, y, weights, grid, tolerance=self.tolerance), strict=True
-            ):
+            path = regularisation_path(rows, y, weights, grid, tolerance=self.tolerance)
+            for C, found in zip(grid, path, strict=True):
                 yield C, [(one, _logits(x, one)) for x, one in zip(held_out, found, strict=True)]
         except _FAILURES as error:
             log.info("scikit-learn's solver takes over in %d folds (%s)", len(splits), error)
@@ -323,8 +334,8 @@ class Solver:
     def _solved(self, scaling: Scaling, C: float, origin: Array) -> tuple[Array, Array]:
         """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
         self._prepare()
-        coordinates, start = self._coordinates(scaling, np.arange(len(self.y))), None
-        R = coordinates.rows.astype(np.float64 if self.small else np.float32)
+        coordinates, start = self.coordinates(scaling, np.arange(len(self.y))), None
+        R = coordinates.rows.astype(np.float64 if self.small else self.rows.dtype, copy=False)
         middle = R.mean(axis=0)
         grid: Grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
         solutions, _ = self.kept.get((scaling, C), ([], None))

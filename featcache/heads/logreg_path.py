@@ -140,6 +140,8 @@ class _Path:
         self.tolerance = tolerance
         self.noise = 10 * float(np.finfo(R.dtype).eps)
         variances = np.einsum("ij,ij->j", R, R) / len(R)
+        if not np.isfinite(variances).all():
+            raise NotSolvedError("the features' variances are not finite")
         self.variances = np.append(variances, 1).astype(R.dtype)  # (r + 1,); of the intercept: 1
         third = int(np.searchsorted(np.cumsum(variances), variances.sum() / 3))  # the small directions that hold it
         self.coarse = third if len(variances) >= _MANY else 0

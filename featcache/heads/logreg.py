@@ -4,21 +4,23 @@ In: features (N, D) and labels, of training rows alone. Out: a ``FittedHead``. `
 the features, has the last word on the head, and takes over where ``logreg_path.py`` fails.
 """
 
+import functools
 import itertools
 import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from joblib import cpu_count
+from scipy.linalg import cholesky, get_blas_funcs, solve_triangular
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from featcache.errors import UsageError
 from featcache.heads.head import (
@@ -32,7 +34,7 @@ from featcache.heads.head import (
     Scaling,
     class_weights,
 )
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, orthonormalised, regularisation_path, with_direction
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, moved, regularisation_path, with_direction
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.memory import available_memory
 
@@ -42,20 +44,22 @@ Grid = tuple[float, ...]
 C_GRID: Grid = tuple(float(10.0**k) for k in range(-5, 6))
 _MAX_ITERATIONS = 1000
 _MAX_FLOAT64_BYTES = 2**30
-_MAX_SHARED_BYTES = 2**29  # of X; more is not rotated once for all folds, which takes memory
 _CHOOSING = np.float32  # while settings are compared: as good, and twice as fast
-_MAX_FLOAT64_SOLVED = 2**21  # values; more are solved in float32, twice as fast and accurate enough to start from
+# Values of features: in the last fit more are solved in float32, twice as fast and accurate enough to start from. Folds of
+# fewer are solved side by side, if they have few columns together: with more, products are fast anyway.
+_MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
-_MAX_RATIO = 10  # of scales of features, those of all rows to those of a fold's: beyond, a basis of its own is surer
+_MAX_FLOAT32 = 1e18  # beyond, squares overflow
+_MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
+
+_blas = functools.cache(ThreadpoolController)  # a look at all loaded libraries, 10 ms
 
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
 Setting = tuple[Scaling, float]  # and C
 Split = tuple[Indices, Indices]  # rows that train, rows held out
-_Solution = tuple[Array, Array]  # (K, D) weights and (K,) intercepts
-_Result = tuple[float, Array, _Solution]  # C, (m, K) logits of rows held out, and the solution that gave them
 
 
 def fit_logreg(
@@ -133,18 +137,36 @@ def head_of(pipeline: Any, scaling: Scaling) -> Head:
     return Head("logreg", scaling, mean, scale, ((weight, bias),))
 
 
+class Coordinates(NamedTuple):
+    """Scaled rows in an orthonormal basis V of their span, up to their origin: (N, r). V is ``span`` (D, r), or that times
+    the inverse of the transposed ``factor``, a lower triangle."""
+
+    rows: Array
+    span: Array
+    factor: Array | None = None
+
+    def weights(self, parameters: Array) -> Array:
+        """(K, r) -> (K, D) of the scaled features."""
+        if self.factor is not None:
+            parameters = solve_triangular(self.factor, parameters.T, lower=True, trans=1, check_finite=False).T
+        weights: Array = parameters @ self.span.T
+        return weights
+
+
 class Solver:
     """Logistic regression on N rows: ``cross_validate`` scores settings, ``fit`` starts from what that has found.
+
+    All settings are solved in one eigenbasis of the rows as they are, in which a row has r = min(N, D) + 1 values or less. A
+    fold is a choice of these rows, a scaling changes their coordinates: no product has D rows or columns for each fold.
 
     Attributes:
         X: (N, D) float32 or float64. y: (N,) labels 0..K-1, each occurring.
         grid: of C, ascending. balanced: weigh classes inversely to their frequency.
         tolerance: of solutions while settings are compared, see ``regularisation_path``.
-        bases: per scaling, a basis of all rows that suits every fold; None where there is none.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
-        scale: (D,) of the features, over all rows.
-        rotated: per scaling, all rows in that basis; None where folds scale rows differently.
-        solutions: per setting, what each fold ended with, if all those fit in ``memory``, in bytes.
+        basis: (D, r), orthonormal. rows: (N, r), the centred rows in it.
+        kept: per setting the parameters each fold ended with, (K, r + 1), and (N, K) out-of-fold logits, if all fit in
+            ``memory``, in bytes.
     """
 
     def __init__(
@@ -159,112 +181,139 @@ class Solver:
         memory: int = 2**28,
     ) -> None:
         self.X, self.y, self.grid, self.balanced = X, y, grid, balanced
+        self.scalings = scalings
         self.settings: list[Setting] = list(itertools.product(scalings, grid))
         self.tolerance, self.memory = tolerance, memory
         self.n_classes = int(y.max()) + 1
-        self.dtype = np.dtype(np.float64 if X.size <= _MAX_FLOAT64_SOLVED else np.float32)
-        self.bases: dict[Scaling, Array | None] = {}
-        self.rotated: dict[Scaling, Array | None] = {}
-        self.scale: Array = np.ones(X.shape[1])
-        self.solutions: dict[Setting, list[_Solution]] = {}
+        self.small = X.size <= _MAX_SMALL
+        self.kept: dict[Setting, tuple[list[Array], Array]] = {}
 
     def cross_validate(self, splits: Sequence[Split]) -> OutOfFold:
         """Out-of-fold results of every setting."""
-        scalings = list(dict.fromkeys(scaling for scaling, _ in self.settings))
-        self.scale = StandardScaler().fit(self.X).scale_
-        # Rows of unit length lie in the span of the rows as they are, of which a basis suits them nearly as well as their own.
-        kinds: list[Scaling] = sorted({"standardise" if scaling == "standardise" else "none" for scaling in scalings})
-        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
-            found = dict(zip(kinds, pool.map(self._basis, kinds), strict=True))
-            self.bases = {scaling: found["standardise" if scaling == "standardise" else "none"] for scaling in scalings}
-            if self.X.nbytes <= _MAX_SHARED_BYTES:
-                self.rotated = dict(zip(scalings, pool.map(self._rotated, scalings), strict=True))
-        solution_bytes = self.n_classes * self.X.shape[1] * np.dtype(_CHOOSING).itemsize
-        keep = len(self.settings) * len(splits) * solution_bytes <= self.memory
         shape = (len(self.y), len(self.settings))
         right, loss = np.empty(shape, bool), np.empty(shape, _CHOOSING)
         fold = np.empty(len(self.y), np.intp)
         for number, (_, held_out) in enumerate(splits):
             fold[held_out] = number
+        values = len(self.settings) * self.n_classes * (len(self.y) + len(splits) * (min(self.X.shape) + 2))
+        if values * np.dtype(_CHOOSING).itemsize <= self.memory:
+            empty = np.empty((len(self.y), self.n_classes), _CHOOSING)
+            self.kept = {setting: ([np.empty(0)] * len(splits), empty.copy()) for setting in self.settings}
 
-        def one(scaling: Scaling, split: Split) -> dict[Setting, _Solution]:
-            kept, held_out = {}, split[1]
-            for C, logits, solution in self._fold(
-                scaling, split, self.grid
-            ):  # each at once: together they may be large
-                number = self.settings.index((scaling, C))
-                right[held_out, number], loss[held_out, number] = judge(self.y[held_out], logits)
-                if keep:
-                    kept[scaling, C] = solution
-            return kept
+        def one(scaling: Scaling, numbers: Sequence[int]) -> None:
+            for C, found in self._folds(scaling, [splits[number] for number in numbers], self.grid):
+                column = self.settings.index((scaling, C))  # each at once: together they may be large
+                for number, (parameters, logits) in zip(numbers, found, strict=True):
+                    rows = splits[number][1]
+                    right[rows, column], loss[rows, column] = judge(self.y[rows], logits)
+                    if self.kept:
+                        self.kept[scaling, C][0][number], self.kept[scaling, C][1][rows] = parameters, logits
 
-        jobs = [(scaling, split) for scaling in scalings for split in splits]
+        self._prepare()
+        jobs = [(scaling, numbers) for scaling in self.scalings for numbers in self._side_by_side(scaling, len(splits))]
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
         # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
-        with threadpool_limits(1), ThreadPoolExecutor(cpu_count()) as pool:
-            for kept in pool.map(one, *zip(*jobs, strict=True)):
-                for setting, solution in kept.items():
-                    self.solutions.setdefault(setting, []).append(solution)
-        return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(scalings)), len(self.grid)))
+        with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count()) as pool:
+            list(pool.map(one, *zip(*jobs, strict=True)))
+        return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(self.scalings)), len(self.grid)))
+
+    def _side_by_side(self, scaling: Scaling, folds: int) -> list[list[int]]:
+        """Numbers of the folds that are solved as one problem: all, if they share their rows and have few columns."""
+        if self.small and scaling != "standardise" and folds * self.n_classes <= _MAX_COLUMNS:
+            return [list(range(folds))]
+        return [[number] for number in range(folds)]
 
     def out_of_fold(self, splits: Sequence[Split], setting: Setting) -> Array:
         """(N, K) logits of each row from its fold's solution, to the bit those that ``cross_validate`` judged."""
         scaling, C = setting
-        logits = np.empty((len(self.y), self.n_classes), _CHOOSING)
-        for number, (train, held_out) in enumerate(splits):
-            if setting in self.solutions:
-                *_, X = self._scaled(scaling, train, held_out)
-                logits[held_out] = _logits(X, *self.solutions[setting][number])
-            else:  # along the same path, since where it starts decides where it ends
-                grid = self.grid[: self.grid.index(C) + 1]
-                *_, (_, logits[held_out], _) = self._fold(scaling, (train, held_out), grid)
+        if setting in self.kept:
+            return self.kept[setting][1]
+        logits = np.empty(
+            (len(self.y), self.n_classes), _CHOOSING
+        )  # along the same path, since where it starts decides its end
+        with _blas().limit(limits=1):
+            for numbers in self._side_by_side(scaling, len(splits)):
+                chosen = [splits[number] for number in numbers]
+                *_, (_, found) = self._folds(scaling, chosen, self.grid[: self.grid.index(C) + 1])
+                for (_, rows), (_, z) in zip(chosen, found, strict=True):
+                    logits[rows] = z
         return logits
 
-    def _basis(self, scaling: Scaling) -> Array | None:
+    def _prepare(self) -> None:
+        """Set ``basis`` and ``rows``."""
+        if hasattr(self, "basis"):
+            return
+        X = self.X.astype(np.float64 if self.small else np.float32, copy=False)
         try:
-            X = _scaler(scaling).fit_transform(self.X.astype(self.dtype, copy=False))
-            return eigenbasis(X) if scaling == "standardise" else with_direction(eigenbasis(X), X.mean(axis=0))
-        except _FAILURES:
-            return None
-
-    def _basis_of_fold(self, scaling: Scaling, scaler: Any) -> Array | None:
-        """The basis of all rows, which spans those of a fold, too; where these have scales of their own, made to span them."""
-        basis = self.bases[scaling]
-        if basis is None or scaling != "standardise" or basis.shape[0] == basis.shape[1]:
-            return None if basis is None else basis.astype(_CHOOSING, copy=False)
-        ratio = self.scale / scaler.scale_
-        if ratio.max() > _MAX_RATIO * ratio.min():
-            return None
-        return orthonormalised((basis * ratio[:, None]).astype(_CHOOSING))
-
-    def _rotated(self, scaling: Scaling) -> Array | None:
-        """All rows in their basis, if the scaling of a row is the same in every fold."""
-        basis = self.bases[scaling]
-        if basis is None or scaling == "standardise":
-            return None
-        X = _scaler(scaling).fit_transform(self.X).astype(_CHOOSING)
-        rotated: Array = (X - X.mean(axis=0)) @ basis.astype(_CHOOSING)
-        return rotated
-
-    def _scaled(self, scaling: Scaling, train: Indices, held_out: Indices) -> tuple[Any, Array, Array]:
-        """The scaler of a fold, its rows that train and its rows held out."""
-        scaler = _scaler(scaling)
-        X = scaler.fit_transform(self.X[train].astype(_CHOOSING, copy=False))
-        return scaler, X, scaler.transform(self.X[held_out].astype(_CHOOSING, copy=False))
-
-    def _fold(self, scaling: Scaling, split: Split, grid: Grid) -> Iterator[_Result]:
-        """Results on one held-out fold along a grid of C; from its beginning again if another solver has to take over."""
-        y, (scaler, X, X_held_out) = self.y[split[0]], self._scaled(scaling, *split)
-        try:
-            basis, rotated = self._basis_of_fold(scaling, scaler), self.rotated.get(scaling)
-            shared = None if rotated is None else rotated[split[0]]
-            path = self._path(X, y, grid, basis=basis, rotated=shared, tolerance=self.tolerance)
-            for C, solution in zip(grid, path, strict=True):
-                yield C, _logits(X_held_out, *solution), solution
+            with _blas().limit(limits=1 if self.small else None):
+                found = with_direction(*eigenbasis(X), X.mean(axis=0))  # which spans rows of unit length as well
         except _FAILURES as error:
-            log.info("scikit-learn's solver takes over in one fold (%s)", error)
-            for C, solution in zip(grid, self._path_of_scikit_learn(X, y, grid), strict=True):
-                yield C, _logits(X_held_out, *solution), solution
+            log.info("the features are not rotated (%s)", error)
+            found = np.eye(X.shape[1]), X - X.mean(axis=0)
+        dtype = _CHOOSING if np.abs(found[1]).max(initial=0) < _MAX_FLOAT32 else np.float64
+        self.basis, self.rows = (part.astype(dtype, copy=False) for part in found)
+
+    def coordinates(self, scaling: Scaling, train: Indices) -> Coordinates:
+        """Of all rows, scaled as a scaler scales them that has seen those that train."""
+        if scaling == "standardise":
+            return self._standardised(train)
+        return Coordinates(self._of_unit_length() if scaling == "unit" else self.rows, self.basis)
+
+    def _of_unit_length(self) -> Array:
+        """(N, r) rows of unit length, in the basis of rows as they are, which suits them nearly as well as their own."""
+        lengths = np.linalg.norm(self.X, axis=1)
+        shares = np.divide(1, lengths, out=np.ones_like(lengths), where=lengths > 0)[:, None]
+        # The mean's part is taken off before it can drown the rest.
+        of_mean = (shares - shares.mean()) * (self.X.mean(axis=0) @ self.basis)
+        rows: Array = self.rows * shares.astype(self.rows.dtype) + of_mean.astype(self.rows.dtype)
+        return rows
+
+    def _standardised(self, train: Indices) -> Coordinates:
+        """With B, the basis, and S, the scales, M = B' S^-2 B = L L': the basis S^-1 B L'^-1 is orthonormal, and rows x B
+        become x B L. Where M says too little in float32, the fold has an eigenbasis of its own."""
+        scaler = StandardScaler().fit(self.X[train])
+        usual = np.median(scaler.scale_)  # taken out of M, so that its values are near 1
+        inverse = (usual / scaler.scale_)[:, None]
+        span, rows = (
+            inverse.astype(self.rows.dtype) * self.basis,
+            (self.rows / usual).astype(self.rows.dtype, copy=False),
+        )
+        try:
+            if (inverse**2).mean() <= _MAX_SPREAD * inverse.min() ** 2:
+                factor = cholesky(span.T @ span, lower=True, check_finite=False)
+                # Half the work of rows @ factor.
+                product = get_blas_funcs("trmm", (factor, rows))(1, factor, rows.T, trans_a=1, lower=1).T
+                return Coordinates(product, span, factor)
+            own, _ = eigenbasis(scaler.transform(self.X[train]).astype(self.rows.dtype))
+            return Coordinates(rows @ (span.T @ own), own)
+        except _FAILURES as error:
+            log.info("the standardised features are not rotated (%s)", error)
+            return Coordinates(
+                scaler.transform(self.X).astype(self.rows.dtype), np.eye(len(inverse), dtype=self.rows.dtype)
+            )
+
+    def _folds(
+        self, scaling: Scaling, splits: Sequence[Split], grid: Grid
+    ) -> Iterator[tuple[float, list[tuple[Array, Array]]]]:
+        """Each C with the folds' parameters and (m, K) logits of rows held out, of one fold or of several side by side.
+
+        From the grid's beginning again if another solver has to take over.
+        """
+        rows, y, weights = self.coordinates(scaling, splits[0][0]).rows, self.y, np.zeros((len(self.y), len(splits)))
+        held_out = [rows[held_out] for _, held_out in splits]
+        for column, (train, _) in enumerate(splits):
+            weights[train, column] = self._weights(self.y[train])
+        if len(splits) == 1:
+            rows, y, weights = (part[splits[0][0]] for part in (rows, y, weights))
+        try:
+            path = regularisation_path(rows, y, weights, grid, tolerance=self.tolerance)
+            for C, found in zip(grid, path, strict=True):
+                yield C, [(one, _logits(x, one)) for x, one in zip(held_out, found, strict=True)]
+        except _FAILURES as error:
+            log.info("scikit-learn's solver takes over in %d folds (%s)", len(splits), error)
+            paths = [self._path_of_scikit_learn(rows[w > 0], y[w > 0], grid) for w in weights.T]
+            for C, *others in zip(grid, *paths, strict=True):
+                yield C, [(one, _logits(x, one)) for x, one in zip(held_out, others, strict=True)]
 
     def fit(self, scaling: Scaling, C: float) -> tuple[Any, bool]:
         """A (scaler, LogisticRegression) pipeline fitted on all rows, and whether its solver converged.
@@ -273,14 +322,9 @@ class Solver:
         """
         scaler, classifier = _scaler(scaling), self._classifier(C)
         X = scaler.fit_transform(self.X)
-        solutions, basis = self.solutions.get((scaling, C)), self.bases.get(scaling)
-        start = tuple(np.mean(parts, axis=0) for parts in zip(*solutions, strict=True)) if solutions else None
-        grid = (C,) if start else (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        tolerance = _FINAL_TOLERANCE_OF_SMALL if self.dtype == np.float64 else _FINAL_TOLERANCE
-        with threadpool_limits(1 if self.dtype == np.float64 else None):  # on few rows threads wait more than they work
+        with _blas().limit(limits=1 if self.small else None):  # on few rows threads wait more than they work
             try:
-                x = X.astype(self.dtype, copy=False)
-                *_, (W, b) = self._path(x, self.y, grid, basis=basis, tolerance=tolerance, start=start)
+                W, b = self._solved(scaling, C, X.mean(axis=0))
                 classifier.set_params(warm_start=True)
                 classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
             except _FAILURES as error:
@@ -289,14 +333,32 @@ class Solver:
         classifier.set_params(warm_start=False)
         return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
 
-    def _path(self, X: Array, y: Array, grid: Grid, **options: Any) -> Iterator[_Solution]:
-        return regularisation_path(X, y, class_weights(y, self.n_classes, balanced=self.balanced), grid, **options)
+    def _solved(self, scaling: Scaling, C: float, origin: Array) -> tuple[Array, Array]:
+        """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
+        self._prepare()
+        coordinates, start = self.coordinates(scaling, np.arange(len(self.y))), None
+        R = coordinates.rows.astype(np.float64 if self.small else self.rows.dtype, copy=False)
+        middle = R.mean(axis=0)
+        grid: Grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
+        solutions, _ = self.kept.get((scaling, C), ([], None))
+        if solutions and all(parameters.shape[1] == coordinates.rows.shape[1] + 1 for parameters in solutions):
+            grid, start = (C,), moved(np.mean(solutions, axis=0)[None], middle)  # a fold's coordinates are nearly these
+        tolerance = _FINAL_TOLERANCE_OF_SMALL if self.small else _FINAL_TOLERANCE
+        weights = self._weights(self.y)[:, None]
+        *_, found = regularisation_path(R - middle, self.y, weights, grid, tolerance=tolerance, start=start)
+        W = coordinates.weights(found[0, :, :-1])
+        return W, found[0, :, -1] - W @ origin
 
-    def _path_of_scikit_learn(self, X: Array, y: Array, grid: Grid) -> Iterator[_Solution]:
+    def _weights(self, y: Array) -> Array:
+        """(n,) of rows that train, by their class."""
+        weights: Array = class_weights(y, self.n_classes, balanced=self.balanced)[y]
+        return weights
+
+    def _path_of_scikit_learn(self, X: Array, y: Array, grid: Grid) -> Iterator[Array]:
         classifier = self._classifier(grid[0]).set_params(warm_start=True)
         for C in grid:
             _fit_quietly(classifier.set_params(C=C), X, y)
-            yield classifier.coef_, classifier.intercept_
+            yield np.column_stack([classifier.coef_, classifier.intercept_])
 
     def _classifier(self, C: float) -> LogisticRegression:
         return LogisticRegression(C=C, class_weight="balanced" if self.balanced else None, max_iter=_MAX_ITERATIONS)
@@ -308,9 +370,9 @@ def _scaler(scaling: Scaling) -> Any:
     return Normalizer() if scaling == "unit" else FunctionTransformer()
 
 
-def _logits(X: Array, weights: Array, intercepts: Array) -> Array:
+def _logits(rows: Array, parameters: Array) -> Array:
     """(n, K), also for two classes."""
-    logits = X @ weights.T + intercepts
+    logits = rows @ parameters[:, :-1].T + parameters[:, -1]
     return np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
 
 
@@ -345,7 +407,7 @@ def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str
 def _check_memory(n: int, dim: int) -> None:
     """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated."""
     size = 4 * n * dim
-    needed = size * max(4, 1 + 3 * min(cpu_count(), 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
+    needed = size * (2 + 3 * min(cpu_count(), 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
     if sys.platform == "linux" and needed > (free := available_memory()):
         raise UsageError(
             f"logreg needs about {needed / 1e9:.0f} GB for {n:,} x {dim:,} in memory, {free / 1e9:.0f} GB are free; "

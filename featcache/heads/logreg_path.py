@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import solve_triangular
 
 from featcache.heads.head import Array
 
@@ -35,7 +34,7 @@ class NotSolvedError(ArithmeticError):
 
 
 class _Point(NamedTuple):
-    """A point on the path: parameters (r + 1, K), of which the last row holds intercepts; logits and w (p - y), (n, K)."""
+    """A point on the path: parameters (K * F, r + 1), the last column intercepts; logits and w (p - y), (K * F, n)."""
 
     theta: Array
     logits: Array
@@ -51,8 +50,9 @@ class _Pair(NamedTuple):
     rho: float
 
 
-def eigenbasis(X: Array) -> Array:
-    """(n, D) -> (D, min(n, D)) or narrower: an orthonormal basis of the centred rows, in ascending order of variance.
+def eigenbasis(X: Array) -> tuple[Array, Array]:
+    """(n, D) -> (D, r), r <= min(n, D), an orthonormal basis of the centred rows, in ascending order of variance; and
+    (n, r), these rows in it.
 
     With n >= D the basis is square, a rotation, and suits other rows of the same kind as well: no rotation moves the
     optimum. A basis of more rows than those that train makes training faster and tells it nothing.
@@ -63,117 +63,133 @@ def eigenbasis(X: Array) -> Array:
     centred = X - X.mean(axis=0)
     if len(X) >= X.shape[1]:
         basis = np.linalg.eigh(centred.T @ centred)[1]
+        rows = centred @ basis
     else:  # the optimum lies in the rows' span: weights outside of it only add to the penalty
         centred = centred.astype(np.float64)  # the Gram matrix squares the spread of variances
         values, vectors = np.linalg.eigh(centred @ centred.T)
         kept = values > values[-1] * 1e-12
-        basis = ((centred.T @ vectors[:, kept]) / np.sqrt(values[kept])).astype(X.dtype)
+        vectors, lengths = vectors[:, kept], np.sqrt(values[kept])
+        basis, rows = (centred.T @ vectors / lengths).astype(X.dtype), (vectors * lengths).astype(X.dtype)
     if not np.isfinite(basis).all():
         raise NotSolvedError("the features' covariance is not finite")
-    return basis
+    return basis, rows
 
 
-def orthonormalised(basis: Array) -> Array:
-    """(D, r) columns that are nearly orthonormal -> an orthonormal basis of their span, near them. Raises LinAlgError."""
-    factor = np.linalg.cholesky(basis.T @ basis)
-    return np.ascontiguousarray(solve_triangular(factor, basis.T, lower=True, check_finite=False).T)
-
-
-def with_direction(basis: Array, direction: Array) -> Array:
-    """(D, r) orthonormal basis -> one that spans ``direction`` (D,), too; the new vector comes first."""
+def with_direction(basis: Array, rows: Array, direction: Array) -> tuple[Array, Array]:
+    """(D, r) orthonormal basis and (n, r) rows in it -> those with ``direction`` (D,) spanned, too; the new vector is first."""
     rest = direction - basis @ (basis.T @ direction)
     length = np.linalg.norm(rest)
     if basis.shape[0] == basis.shape[1] or not length > 1e-6 * np.linalg.norm(direction):
-        return basis
-    return np.column_stack([(rest / length).astype(basis.dtype), basis])
+        return basis, rows
+    return np.column_stack([(rest / length).astype(basis.dtype), basis]), np.pad(rows, ((0, 0), (1, 0)))
 
 
 def regularisation_path(
-    X: Array,
+    R: Array,
     y: Array,
     weights: Array,
     grid: Sequence[float],
     *,
-    basis: Array | None = None,
-    rotated: Array | None = None,
     tolerance: float = 2e-4,
-    start: tuple[Array, Array] | None = None,
-) -> Iterator[tuple[Array, Array]]:
-    """Solve for each C of ``grid``, one after the other; an ascending grid is the fastest.
+    start: Array | None = None,
+) -> Iterator[Array]:
+    """Solve F problems, which differ in the weights of their rows, for each C of ``grid``; an ascending one is the fastest.
 
     Args:
-        X: (n, D) float32 or float64; the work is done in this precision, sums of losses in float64.
-        y: (n,) labels 0..K-1, each occurring. weights: (K,) of the classes' losses.
-        basis: from ``eigenbasis``; it has to span the rows. Computed when None.
-        rotated: (n, r) the rows in this basis, wherever their origin is; computed when None.
-        tolerance: the search ends when a further step promises to lower the objective by less than this share of it, or
-            of its distance to the objective of constant predictions, whichever is smaller.
-        start: weights and intercepts of a similar problem, in the shapes yielded, to start from.
+        R: (n, r) float32 or float64, the rows in an eigenbasis, wherever their origin is. The work is done in this
+            precision, sums of losses in float64.
+        y: (n,) labels 0..K-1. weights: (n, F) of the rows' losses; 0 leaves a row out of a problem. Few columns of several
+            problems side by side take half the time of as many columns one after the other.
+        tolerance: the search ends when a further step promises to lower the objectives by less than this share of them, or
+            of their distance to the objectives of constant predictions, whichever is smaller.
+        start: parameters of similar problems, in the shape yielded, to start from.
 
     Yields:
-        (K, D) weights and (K,) intercepts; for two classes (1, D) and (1,), of the logit of class 1, as in scikit-learn.
+        (F, K, r + 1) parameters, the last of which are intercepts; for two classes (F, 1, r + 1), of the logit of class 1.
 
     Raises:
         NotSolvedError: rarely; what was yielded before is then not to be relied on.
     """
-    basis = eigenbasis(X) if basis is None else basis
-    mean = X.mean(axis=0)
-    R = (X - mean) @ basis if rotated is None else rotated - rotated.mean(axis=0)
-    path = _Path(R, y, weights[y], len(weights), tolerance)
+    mean = R.mean(axis=0)
+    path = _Path(R - mean, y, weights, tolerance)
     if start is not None:
-        path.begin(basis.T @ start[0].T, start[1] + start[0] @ mean)
+        path.begin(moved(start, mean).swapaxes(0, 1))
     for C in grid:
-        # Two rows of weights, v/2 and -v/2, have the penalty |v|^2 / 4; scikit-learn's one row v has |v|^2 / 2.
-        theta = path.solve(C / 2 if len(weights) == 2 else C)
-        if len(weights) == 2:
-            theta = theta[:, 1:] - theta[:, :1]
-        W = np.ascontiguousarray((basis @ theta[:-1]).T)
-        yield W, theta[-1] - W @ mean
+        yield moved(path.solve(C).swapaxes(0, 1), -mean)
+
+
+def moved(parameters: Array, origin: Array) -> Array:
+    """(..., r + 1) parameters that give rows, less their origin (r,), the logits they had before."""
+    shift = parameters[..., :-1] @ origin
+    return np.concatenate([parameters[..., :-1], (parameters[..., -1] + shift)[..., None]], axis=-1)
 
 
 class _Path:
-    """Solutions on one training set, each of which starts from those before."""
+    """Solutions on one training set, each of which starts from those before.
 
-    def __init__(self, R: Array, y: Array, row_weights: Array, n_classes: int, tolerance: float) -> None:
-        self.R, self.y, self.rows = R, y, np.arange(len(y))
-        self.total = float(row_weights.sum())
-        self.w = row_weights / self.total
+    Arrays have classes and problems first, which makes sums over classes and products with few columns fast: parameters
+    (K * F, r + 1), logits and residuals (K * F, n), K = 1 for two classes.
+    """
+
+    def __init__(self, R: Array, y: Array, weights: Array, tolerance: float) -> None:
+        self.R, self.y, self.rows, self.problems = R, y, np.arange(len(y)), np.arange(weights.shape[1])[:, None]
+        n_classes = int(y.max()) + 1
+        self.sign = np.where(y == 1, 1, -1).astype(R.dtype) if n_classes == 2 else None
+        self.total = float(weights.sum() / weights.shape[1])  # one for all problems, so that they share a penalty
+        self.w = np.ascontiguousarray(weights.T) / self.total  # (F, n)
         self.tolerance = tolerance
         self.noise = 10 * float(np.finfo(R.dtype).eps)
         variances = np.einsum("ij,ij->j", R, R) / len(R)
-        self.variances = np.append(variances, 1).astype(R.dtype)[:, None]  # (r + 1, 1); of the intercept: 1
+        if not np.isfinite(variances).all():
+            raise NotSolvedError("the features' variances are not finite")
+        self.variances = np.append(variances, 1).astype(R.dtype)  # (r + 1,); of the intercept: 1
         third = int(np.searchsorted(np.cumsum(variances), variances.sum() / 3))  # the small directions that hold it
         self.coarse = third if len(variances) >= _MANY else 0
         self.penalty = 0.0
         self.pairs: list[_Pair] = []
-        theta = np.zeros((R.shape[1] + 1, n_classes), R.dtype)
-        theta[-1] = np.log(np.bincount(y, self.w, n_classes))  # the optimum without features
-        self.point = self.at(theta, np.tile(theta[-1], (len(y), 1)))
+        shares = np.log([np.bincount(y, w, n_classes) for w in self.w]).T  # (K, F)
+        shares = shares[1:] - shares[:1] if n_classes == 2 else shares
+        theta = np.zeros((shares.size, R.shape[1] + 1), R.dtype)
+        theta[:, -1] = shares.ravel()  # the optimum without features
+        self.point = self.at(theta, np.tile(theta[:, -1:], len(y)))
         self.before: _Point | None = None
         self.null = self.point.loss
 
-    def begin(self, weights: Array, intercepts: Array) -> None:
-        """Start from (r, K) weights of rotated features and (K,) intercepts (K = 1 for two classes), if that beats zeros."""
-        theta = np.vstack([weights, intercepts]).astype(self.R.dtype)
-        theta = np.hstack([-theta, theta]) / 2 if theta.shape[1] == 1 else theta
-        point = self.at(theta, self.R @ theta[:-1] + theta[-1])
+    def begin(self, parameters: Array) -> None:
+        """Start from (K, F, r + 1) parameters, if that beats zeros."""
+        theta = np.ascontiguousarray(parameters.reshape(self.point.theta.shape), self.R.dtype)
+        point = self.at(theta, self.products(theta, 0))
         if point.loss < self.null:
             self.point = point
 
+    def products(self, theta: Array, first: int) -> Array:
+        """(K * F, n) logits of parameters of which the ``first`` are 0."""
+        return np.ascontiguousarray((self.R[:, first:] @ theta[:, first:-1].T).T) + theta[:, -1:]
+
     def at(self, theta: Array, logits: Array) -> _Point:
         """The point's mean loss and residuals, accurate also where probabilities are close to 0 or 1."""
-        top = logits.max(axis=1, keepdims=True)
-        odds = np.exp(logits - top)
-        own = np.exp(np.maximum(logits[self.rows, self.y] - top[:, 0], -700).astype(np.float64))
-        odds[self.rows, self.y] = 0  # 1 - p of the own class comes from the sum of the others: no cancellation
-        others = odds.sum(axis=1).astype(np.float64)
+        if self.sign is not None:
+            margins = self.sign * logits
+            small = np.exp(-np.abs(margins))
+            losses = np.log1p(small) + np.maximum(-margins, 0)
+            missing = np.where(margins > 0, small, 1) / (1 + small)  # 1 - p of the own class
+            residual = (-self.w * missing).astype(logits.dtype) * self.sign
+            return _Point(theta, logits, residual, float(np.vdot(self.w, losses)))
+        z = logits.reshape(-1, *self.w.shape)  # (K, F, n)
+        top = z.max(axis=0)
+        odds = np.exp(z - top)
+        own = np.exp(np.maximum(z[self.y, self.problems, self.rows] - top, -700).astype(np.float64))
+        odds[self.y, self.problems, self.rows] = (
+            0  # 1 - p of the own class comes from the sum of the others: no cancellation
+        )
+        others = odds.sum(axis=0).astype(np.float64)
         share = self.w / (others + own)
-        odds *= share.astype(odds.dtype)[:, None]
-        odds[self.rows, self.y] = -others * share
-        return _Point(theta, logits, odds, float(self.w @ np.log1p(others / own)))
+        odds *= share.astype(odds.dtype)
+        odds[self.y, self.problems, self.rows] = -others * share
+        return _Point(theta, logits, odds.reshape(logits.shape), float(np.vdot(self.w, np.log1p(others / own))))
 
     def solve(self, C: float) -> Array:
-        """(r + 1, K) parameters at the optimum for this C."""
+        """(K, F, r + 1) parameters at the optimum for this C."""
         penalty = float(1 / (C * self.total))  # a Python float: a NumPy one would turn float32 arrays into float64
         self.pairs = [_pair(s, y + _penalised(s, penalty - self.penalty)) for s, y, _ in self.pairs]
         self.penalty = penalty
@@ -184,10 +200,10 @@ class _Path:
         scale = self.curvature()
         for first in (self.coarse, 0):
             self.descend(scale, first)
-        return self.point.theta
+        return self.point.theta.reshape(-1, len(self.w), self.point.theta.shape[1])
 
     def descend(self, scale: Array, first: int) -> None:
-        """Go to the optimum over all parameters but the ``first`` rows, which stay as they are.
+        """Go to the optimum over all parameters but the ``first`` ones, which stay as they are.
 
         A step along the few directions of large variance costs a fraction of a step along all and covers most of the way.
         """
@@ -195,14 +211,13 @@ class _Path:
         for _ in range(_MAX_ITERATIONS):
             direction = self.direction(gradient, scale)
             # What is left still descends: principal blocks of a positive definite matrix are that, too.
-            direction[:first] = 0
+            direction[:, :first] = 0
             slope = _dot(gradient, direction)
             if not np.isfinite(slope) or slope > 0:
                 raise NotSolvedError(f"slope {slope}")
             if -slope / 2 <= self.tolerance * self.explained():
                 return
-            move = self.R[:, first:] @ direction[first:-1] + direction[-1]
-            t = self.search(direction, move, slope)
+            t = self.search(direction, self.products(direction, first), slope)
             if t is None:
                 raise NotSolvedError("line search failed")
             before, gradient = gradient, self.gradient(first)
@@ -211,7 +226,7 @@ class _Path:
 
     def objective(self, point: _Point) -> float:
         """Mean loss plus penalty."""
-        return point.loss + self.penalty / 2 * _dot(point.theta[:-1], point.theta[:-1])
+        return point.loss + self.penalty / 2 * _dot(point.theta[:, :-1], point.theta[:, :-1])
 
     def explained(self) -> float:
         """The scale of the tolerance: the objective or, if that is less, how far the features have lowered it."""
@@ -219,24 +234,25 @@ class _Path:
         return max(min(objective, self.null - objective), self.noise * objective)
 
     def gradient(self, first: int) -> Array:
-        """(r + 1, K) of the objective; the ``first`` rows are set to 0."""
+        """(K * F, r + 1) of the objective; the ``first`` are set to 0."""
         gradient = _penalised(self.point.theta, self.penalty)
-        gradient[:first] = 0
-        gradient[first:-1] += (self.point.residual.T @ self.R[:, first:]).T  # a little faster than R.T @ residual
-        gradient[-1] = self.point.residual.sum(axis=0)
+        gradient[:, :first] = 0
+        gradient[:, first:-1] += self.point.residual @ self.R[:, first:]
+        gradient[:, -1] = self.point.residual.sum(axis=1)
         return gradient
 
     def curvature(self) -> Array:
-        """(r + 1, K), the approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
-        size = np.abs(self.point.residual)
-        spread = (size * (1 - size / self.w.astype(size.dtype)[:, None])).sum(axis=0)
+        """(K * F, r + 1), the approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
+        size = np.abs(self.point.residual).reshape(-1, *self.w.shape)
+        missing = np.divide(size, self.w, out=np.zeros_like(size), where=self.w > 0, casting="same_kind")
+        spread = (size * (1 - missing)).sum(axis=2).ravel()
         spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(size.dtype).tiny))  # never divide by zero
-        curvature: Array = self.variances * spread
-        curvature[:-1] += self.penalty
+        curvature: Array = spread[:, None] * self.variances
+        curvature[:, :-1] += self.penalty
         return curvature
 
     def direction(self, gradient: Array, scale: Array) -> Array:
-        """(r + 1, K), a direction of descent: the two loops of L-BFGS around the preconditioner."""
+        """(K * F, r + 1), a direction of descent: the two loops of L-BFGS around the preconditioner."""
         q, shares = gradient.copy(), []
         for s, y, rho in reversed(self.pairs):
             shares.append(rho * _dot(s, q))
@@ -252,14 +268,14 @@ class _Path:
     def extrapolate(self, earlier: _Point) -> None:
         """Continue along the line from the last solution but one to the last, as far as that helps."""
         direction, move = self.point.theta - earlier.theta, self.point.logits - earlier.logits
-        slope = _dot(self.point.residual, move) + self.penalty * _dot(self.point.theta[:-1], direction[:-1])
+        slope = _dot(self.point.residual, move) + self.penalty * _dot(self.point.theta[:, :-1], direction[:, :-1])
         if slope < 0:
             self.search(direction, move, slope)
 
     def search(self, direction: Array, move: Array, slope: float) -> float | None:
         """Step to a point on the line that meets the strong Wolfe conditions; return its distance, None if there is none."""
         start, objective = self.point, self.objective(self.point)
-        along, square = _dot(start.theta[:-1], direction[:-1]), _dot(direction[:-1], direction[:-1])
+        along, square = _dot(start.theta[:, :-1], direction[:, :-1]), _dot(direction[:, :-1], direction[:, :-1])
         low, low_slope, high, t = 0.0, slope, np.inf, 1.0
         for _ in range(_MAX_TRIALS):
             point = self.at(start.theta + t * direction, start.logits + t * move)
@@ -285,9 +301,9 @@ def _dot(a: Array, b: Array) -> float:
 
 
 def _penalised(theta: Array, penalty: float) -> Array:
-    """Gradient of the penalty, which the last row, the intercepts, does not have."""
+    """Gradient of the penalty, which the last column, the intercepts, does not have."""
     gradient = penalty * theta
-    gradient[-1] = 0
+    gradient[:, -1] = 0
     return gradient
 
 

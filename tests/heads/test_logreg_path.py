@@ -1,6 +1,7 @@
 """scikit-learn, run to a tiny tolerance, is the oracle."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 
 from featcache.errors import UsageError
 from featcache.heads import logreg
+from featcache.heads.head import SCALINGS
 from featcache.heads.logreg import Solver, fit_logreg
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, orthonormalised, regularisation_path, with_direction
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path, with_direction
 from featcache.heads.validation import judge, stratified_folds
 
 GRID = [1e-5, 1e-3, 0.1, 10, 1e3, 1e5]
@@ -44,6 +46,14 @@ def oracle(X: np.ndarray, y: np.ndarray, C: float, weights: np.ndarray) -> Logis
         return model.fit(X, y)
 
 
+def solve(X: np.ndarray, y: np.ndarray, weights: np.ndarray, grid: list[float], **options: Any) -> Iterator[Any]:
+    """Weights and intercepts along the path, of all rows."""
+    basis, rows = eigenbasis(X)
+    for (found,) in regularisation_path(rows, y, weights[y][:, None], grid, **options):
+        W = found[:, :-1] @ basis.T
+        yield W, found[:, -1] - W @ X.mean(axis=0)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scaling", SCALERS)
 @pytest.mark.parametrize(("n", "dim", "classes"), [(200, 15, 2), (200, 15, 3), (40, 60, 2), (70, 90, 4), (120, 15, 20)])
@@ -52,7 +62,7 @@ def test_reaches_the_optimum(n: int, dim: int, classes: int, scaling: str, dtype
     X = X if SCALERS[scaling] is None else SCALERS[scaling].fit_transform(X)
     X = X.astype(dtype)
     weights = np.linspace(0.5, 2, classes)
-    path = regularisation_path(X, y, weights, GRID, tolerance=1e-6 if dtype == np.float32 else 1e-8)
+    path = solve(X, y, weights, GRID, tolerance=1e-6 if dtype == np.float32 else 1e-8)
     for C, (W, b) in zip(GRID, path, strict=True):
         expected = oracle(X.astype(np.float64), y, C, weights)
         assert W.shape == expected.coef_.shape
@@ -67,80 +77,85 @@ def test_reaches_the_optimum(n: int, dim: int, classes: int, scaling: str, dtype
             np.testing.assert_allclose(ours, probabilities, atol=0.01)
 
 
-def test_another_basis_leads_to_the_same_weights() -> None:
-    X, y = awkward(200, 15, 3)
-    weights = np.ones(3)
-    own = next(regularisation_path(X[:120], y[:120], weights, [0.1], tolerance=1e-10))
-    shared = next(regularisation_path(X[:120], y[:120], weights, [0.1], basis=eigenbasis(X), tolerance=1e-10))
-    np.testing.assert_allclose(own[0], shared[0], atol=1e-4)
+@pytest.mark.parametrize("classes", [2, 3])
+def test_problems_side_by_side_are_solved_as_if_alone(classes: int) -> None:
+    """Rows of weight 0 count for nothing, and another basis and origin lead to the same place."""
+    X, y = awkward(200, 15, classes)
+    _, rows = eigenbasis(X)
+    of_classes, grid = np.linspace(0.5, 2, classes), [1e-3, 0.1]
+    folds = np.arange(200) % 9 // 3
+    weights = np.where(folds[:, None] == np.arange(3), 0, of_classes[y][:, None])
+    *_, together = regularisation_path(rows + 1, y, weights, grid, tolerance=1e-10)
+    assert together.shape == (3, classes if classes > 2 else 1, rows.shape[1] + 1)
+    for number, found in enumerate(together):
+        train = folds != number
+        *_, (W, b) = solve(X[train], y[train], of_classes, grid, tolerance=1e-10)
+        logits = [(rows + 1) @ found[:, :-1].T + found[:, -1], X @ W.T + b]
+        if classes > 2:  # equal for all classes is equal to nothing
+            logits = [one - one.mean(axis=1, keepdims=True) for one in logits]
+        np.testing.assert_allclose(*logits, atol=1e-3)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_start_does_not_matter_but_a_good_one_is_kept(classes: int) -> None:
     X, y = awkward(200, 15, classes)
-    weights = np.ones(classes)
-    (one,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-10)
-    (same,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-4, start=one)  # nothing left to do
-    np.testing.assert_allclose(same[0], one[0], atol=1e-9)
-    np.testing.assert_allclose(same[1], one[1], atol=1e-9)
-    for start in ((one[0] / 2, one[1] / 2), (1 - one[0], 1 - one[1])):
-        (other,) = regularisation_path(X, y, weights, [0.1], tolerance=1e-10, start=start)
-        np.testing.assert_allclose(other[0], one[0], atol=1e-4)
+    problem = X, y, np.ones((200, 1)), [0.1]
+    (one,) = regularisation_path(*problem, tolerance=1e-10)
+    (same,) = regularisation_path(*problem, tolerance=1e-4, start=one)  # nothing left to do
+    np.testing.assert_allclose(same, one, atol=1e-9)
+    for start in (one / 2, 1 - one):
+        (other,) = regularisation_path(*problem, tolerance=1e-10, start=start)
+        np.testing.assert_allclose(other[..., :-1], one[..., :-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [30, 200])
 def test_the_basis_is_orthonormal_and_spans_the_rows(n: int) -> None:
     X, _ = awkward(n, 60, 2)
-    basis = eigenbasis(X)
-    np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
-    centred = X - X.mean(axis=0)
-    np.testing.assert_allclose(centred @ basis @ basis.T, centred, atol=1e-6)
-
-
-@pytest.mark.parametrize("n", [40, 200])
-def test_one_basis_spans_the_rows_however_they_are_scaled(n: int) -> None:
-    """Of all rows: of those of unit length, and, where its features are scaled again, of those of other scales."""
-    X, _ = awkward(n, 60, 2)
-    unit = with_direction(eigenbasis(X), X.mean(axis=0))
-    ratio = np.random.default_rng(0).uniform(0.8, 1.2, 60)
-    for basis, rows in (
-        (unit, Normalizer().transform(X)),
-        (orthonormalised(eigenbasis(X) * ratio[:, None]), X * ratio),
-    ):
-        centred = rows[: n // 2] - rows[: n // 2].mean(axis=0)
-        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-8)
-        np.testing.assert_allclose(centred @ basis @ basis.T, centred, atol=1e-6)
+    for basis, rows in (eigenbasis(X), with_direction(*eigenbasis(X), X.mean(axis=0))):
+        np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-5)
+        np.testing.assert_allclose(rows @ basis.T, X - X.mean(axis=0), atol=1e-6)
+        variances = np.var(rows, axis=0)
+        np.testing.assert_allclose(rows.T @ rows / n, np.diag(variances), atol=1e-8)
+    np.testing.assert_allclose(basis @ (basis.T @ X.mean(axis=0)), X.mean(axis=0))
 
 
 @pytest.mark.parametrize(("n", "dim"), [(70, 90), (200, 15)])
-@pytest.mark.parametrize("constant", [False, True])
-def test_each_fold_is_solved_as_if_alone(n: int, dim: int, constant: bool) -> None:
+@pytest.mark.parametrize("case", ["outliers", "constant in one fold", "scales of 1 to 1e5"])
+def test_each_fold_is_solved_as_if_alone(n: int, dim: int, case: str) -> None:
     """Whatever is shared by folds and scalings: against scikit-learn on the rows of the fold."""
     X, y = awkward(n, dim, 3)
     X[np.arange(n), np.arange(n) % dim] += 20  # outliers: each fold has scales of its own
     splits = stratified_folds(y, np.arange(n), folds=3, seed=0)
-    if constant:  # but in one fold's held-out rows
+    if case == "constant in one fold":
         X[splits[0][0], 5] = 2
-    solver = Solver(X, y, grid=(1e-3, 0.1, 10.0), tolerance=1e-6)
+    if case == "scales of 1 to 1e5":
+        X *= np.geomspace(1, 1e5, dim)
+    solver = Solver(
+        X, y, grid=(1e-3, 0.1, 10.0), tolerance=1e-6, scalings=SCALINGS if X.max() < 1e3 else ("standardise",)
+    )
     solver.cross_validate(splits)
-    for (scaling, C), solutions in solver.solutions.items():
-        for (train, _), (W, b) in zip(splits, solutions, strict=True):
+    for (scaling, C), (solutions, _) in solver.kept.items():
+        for (train, _), found in zip(splits, solutions, strict=True):
             scaled = (SCALERS[scaling] or FunctionTransformer()).fit_transform(X[train])
             best = oracle(scaled, y[train], C, np.ones(3))
             least = objective(scaled, y[train], best.coef_, best.intercept_, C, np.ones(3))
-            assert objective(scaled, y[train], W, b, C, np.ones(3)) < least * 1.002, (scaling, C)
+            coordinates = solver.coordinates(scaling, train)
+            W = coordinates.weights(found[:, :-1])
+            moved = coordinates.rows[train] @ found[:, :-1].T + found[:, -1] - scaled @ W.T
+            np.testing.assert_allclose(moved, np.broadcast_to(moved[:1], moved.shape), atol=2e-3 * np.ptp(scaled @ W.T))
+            assert objective(scaled, y[train], W, moved.mean(axis=0), C, np.ones(3)) < least * 1.002, (scaling, C)
 
 
 def test_a_numpy_c_keeps_float32() -> None:
     X, y = awkward(60, 15, 3)
-    ((W, _),) = regularisation_path(X.astype(np.float32), y, np.ones(3), np.array([1.0]))  # type: ignore[arg-type]
-    assert W.dtype == np.float32
+    (found,) = regularisation_path(X.astype(np.float32), y, np.ones((60, 1)), np.array([1.0]))  # type: ignore[arg-type]
+    assert found.dtype == np.float32
 
 
 def test_values_that_overflow_are_not_solved() -> None:
     X, y = awkward(60, 15, 3)
     with pytest.raises((NotSolvedError, np.linalg.LinAlgError)), np.errstate(all="ignore"):
-        list(regularisation_path((X * 1e30).astype(np.float32), y, np.ones(3), [1.0]))
+        list(regularisation_path((X * 1e30).astype(np.float32), y, np.ones((60, 1)), [1.0]))
 
 
 # ------------------------------------------------------------------------------------------------------ fit_logreg
@@ -180,12 +195,12 @@ def test_the_last_fit_is_the_same_wherever_it_starts(memory: int) -> None:
     solver = Solver(X, y, grid=(0.01, 0.1), scalings=("standardise",), memory=memory)
     fresh = Solver(X, y, grid=())
     solver.cross_validate(stratified_folds(y, np.arange(200), folds=3, seed=0))
-    assert len(solver.solutions) == (2 if memory else 0)
+    assert len(solver.kept) == (2 if memory else 0)
     (started, _), (expected, _) = solver.fit("standardise", 0.1), fresh.fit("standardise", 0.1)
     np.testing.assert_allclose(started.predict_proba(X), expected.predict_proba(X), atol=3e-3)
-    for solutions in solver.solutions.values():
-        weights = np.mean([weights for weights, _ in solutions], axis=0)
-        assert np.corrcoef(weights.ravel(), expected[-1].coef_.ravel())[0, 1] > 0.9  # the folds' solutions are near
+    for solutions, _ in solver.kept.values():
+        W = solver.coordinates("standardise", np.arange(200)).weights(np.mean(solutions, axis=0)[:, :-1])
+        assert np.corrcoef(W.ravel(), expected[-1].coef_.ravel())[0, 1] > 0.9  # the folds' solutions are near
 
 
 @pytest.mark.parametrize("memory", [0, 2**28])

@@ -1,0 +1,130 @@
+"""Prediction sets: per image the classes that hold the truth as often as asked (conformal prediction).
+
+In: logits of rows that did not train what gave them, their labels, a coverage. Out: thresholds, one per class; sets. NumPy.
+
+Method: LAC, Sadinle, Lei and Wasserman (2019), "Least ambiguous set-valued classifiers with bounded error levels". A class is
+in the set where its probability is high enough, so that sets are as small as they can be for their coverage. Sets may be
+empty: where a model is right more often than asked, only that keeps them from holding the truth too often. APS (Romano, Sesia
+and Candes 2020, "Classification with valid and adaptive coverage") reaches its coverage there by drawing lots alone, and
+would give one image another set each time.
+
+A threshold is exact, on average, for rows as new to the head as those it comes from (split conformal prediction). Those of
+cross-validation come from heads of other folds (cross-conformal prediction, Vovk 2015): with the head of all rows the
+coverage is then the asked one as far as both heads are alike, which `benchmarks/limits.py` measures.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from featcache.errors import UsageError
+from featcache.heads.head import Array
+
+METHOD = "LAC (Sadinle, Lei and Wasserman 2019)"
+_ROWS_BEYOND = 5  # of a class, above its own threshold: fewer, and the threshold is a matter of luck
+_BLOCK = 4096
+_ROUNDING = 1e-9  # 20 * 0.95 is not 19
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Thresholds:
+    """Which scores are low enough for a coverage.
+
+    Attributes:
+        coverage: asked for, 0..1. n: rows that they come from.
+        largest: (C,) scores (``nonconformity``) up to which a class is in the set.
+        own: (C,) whether a class has its own threshold, from its own rows: it then holds its truth as often as asked.
+    """
+
+    coverage: float
+    largest: Array
+    own: Array
+    n: int
+
+    def contain(self, logits: Array) -> Array:
+        """(N, C) logits -> (N, C) whether the class is in the row's set."""
+        inside: Array = nonconformity(logits) <= self.largest
+        return inside
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, in the order of the classes."""
+        return {"coverage": self.coverage, "largest_score": self.largest.tolist(), "own": self.own.tolist(), "n": self.n}
+
+
+def nonconformity(logits: Array) -> Array:
+    """(N, C) logits -> (N, C) scores log((1 - p) / p), p = softmax: the larger, the less the class fits.
+
+    LAC's own score is 1 - p. This one orders classes and rows in the same way, and tells them apart where p is nearly 1.
+    """
+    z = logits.astype(np.float64)
+    z -= z.max(axis=1, keepdims=True)
+    rows, top, e = np.arange(len(z)), z.argmax(axis=1), np.exp(z)
+    others = e.sum(axis=1, keepdims=True) - e
+    e[rows, top] = 0
+    others[rows, top] = e.sum(axis=1)  # not 1 - p, of which nothing is left where p is nearly 1
+    with np.errstate(divide="ignore"):
+        scores: Array = np.log(others) - z
+    return scores
+
+
+def check_coverage(coverage: float) -> None:
+    """Raise UsageError unless it is a share above 0 and below 1."""
+    if not (isinstance(coverage, float | int) and 0 < coverage < 1):
+        hint = f"; for {coverage:g} % give {coverage / 100:g}" if 1 < coverage < 100 else ""
+        raise UsageError(f"coverage must lie between 0 and 1, found {coverage}{hint}")
+
+
+def rows_needed(coverage: float) -> int:
+    """The fewest rows that a threshold of this coverage takes: 19 for 0.95."""
+    return math.ceil(coverage / (1 - coverage) - _ROUNDING)
+
+
+def rows_of_class_needed(coverage: float) -> int:
+    """From how many rows on a class gets its own threshold: 100 for 0.95.
+
+    Five of them lie beyond it. It then holds its truth too often by at most a fifth of 1 - coverage on average, and the
+    coverage varies from one training set to the next by less than half of 1 - coverage (a standard deviation).
+    """
+    return math.ceil(_ROWS_BEYOND / (1 - coverage) - _ROUNDING)
+
+
+def fit_thresholds(y: Array, logits: Array, *, coverage: float) -> Thresholds:
+    """Thresholds from rows that did not train what gave their logits.
+
+    A class with enough rows gets its own (Mondrian, or class-conditional, conformal prediction: Vovk 2012, "Conditional
+    validity of inductive conformal predictors"); the other classes share one, of their rows together, or if these are too few
+    of all rows.
+
+    Args:
+        y: (N,) labels, copies of an image left out. logits: (N, C), not divided by a temperature: dividing makes sets that
+            are to be small larger, for some rows are moved more than others (arXiv 2412.06082).
+        coverage: how often the set is to hold the truth, above 0 and below 1.
+
+    Raises:
+        UsageError: another coverage, or fewer rows than it takes; how many that is is said.
+    """
+    check_coverage(coverage)
+    if len(y) < (needed := rows_needed(coverage)):
+        most = math.floor(100 * len(y) / (len(y) + 1)) / 100
+        instead = f"; ask for at most {most:g}" if most > 0 else ""
+        raise UsageError(
+            f"coverage {coverage:g} needs at least {needed} images whose scores are out of fold, found {len(y)} "
+            f"({rows_of_class_needed(coverage)} of a class for a threshold of its own){instead}"
+        )
+    n_classes = logits.shape[1]
+    blocks = (slice(start, start + _BLOCK) for start in range(0, len(y), _BLOCK))
+    scores = np.concatenate([nonconformity(logits[b])[np.arange(len(y[b])), y[b]] for b in blocks])
+    own = np.bincount(y, minlength=n_classes) >= rows_of_class_needed(coverage)
+    shared = scores[~own[y]]
+    if len(shared) < needed:
+        shared = scores
+    largest = [_quantile(scores[y == k] if own[k] else shared, coverage) for k in range(n_classes)]
+    return Thresholds(coverage, np.array(largest), own, len(y))
+
+
+def _quantile(scores: Array, coverage: float) -> float:
+    """The ceil((n + 1) coverage)-th smallest of n scores: a new one is as small with that probability, or a little more."""
+    place = math.ceil((len(scores) + 1) * coverage - _ROUNDING)
+    return float(np.partition(scores, place - 1)[place - 1])

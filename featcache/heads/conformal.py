@@ -45,12 +45,19 @@ class Thresholds:
 
     def contain(self, logits: Array) -> Array:
         """(N, C) logits -> (N, C) whether the class is in the row's set."""
-        inside: Array = nonconformity(logits) <= self.largest
+        inside = np.empty(logits.shape, bool)
+        for start in range(0, len(logits), _BLOCK):
+            inside[start : start + _BLOCK] = nonconformity(logits[start : start + _BLOCK]) <= self.largest
         return inside
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, in the order of the classes."""
-        return {"coverage": self.coverage, "largest_score": self.largest.tolist(), "own": self.own.tolist(), "n": self.n}
+        return {
+            "coverage": self.coverage,
+            "largest_score": self.largest.tolist(),
+            "own": self.own.tolist(),
+            "n": self.n,
+        }
 
 
 def nonconformity(logits: Array) -> Array:

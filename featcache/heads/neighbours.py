@@ -60,20 +60,22 @@ class Neighbours:
         c is ``count``, or N if there are fewer. Of equal similarities the first row comes first.
         """
         parts = [self._nearest(X[start : start + _QUERIES], count) for start in range(0, len(X), _QUERIES)]
-        places, similarities = zip(*parts, strict=True) if parts else ([np.empty((0, count), np.intp)], [np.empty((0, count))])
+        places, similarities = (
+            zip(*parts, strict=True) if parts else ([np.empty((0, count), np.intp)], [np.empty((0, count))])
+        )
         return np.concatenate(places), np.concatenate(similarities)
 
     def _nearest(self, X: Array, count: int) -> tuple[Indices, Array]:
         queries = _unit(X)
         found: Indices = np.empty((len(X), 0), np.intp)
-        keys = np.empty((len(X), 0))
+        keys: Array = np.empty((len(X), 0))
         for start, block in self._blocks():
             here = (queries @ block.T) - np.arange(start, start + len(block)) * _TIE
             best = np.argpartition(-here, min(count + _SPARE, len(block)) - 1, axis=1)[:, : count + _SPARE]
             found = np.concatenate([found, best + start], axis=1)
             keys = np.concatenate([keys, np.take_along_axis(here, best, axis=1)], axis=1)
             kept = np.argsort(-keys, axis=1)[:, : count + _SPARE]
-            found, keys = (np.take_along_axis(values, kept, axis=1) for values in (found, keys))
+            found, keys = np.take_along_axis(found, kept, axis=1), np.take_along_axis(keys, kept, axis=1)
         similarities = self._exactly(X, found)
         order = np.lexsort((found, -similarities), axis=1)[:, :count]
         return np.take_along_axis(found, order, axis=1), np.take_along_axis(similarities, order, axis=1)

@@ -16,9 +16,19 @@ from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import find_copies
 from featcache.cache.format import decode_names, encode_names
 from featcache.errors import Refusal, SourceError
-from featcache.heads.head import Array
-from featcache.heads.metrics import accuracy, evaluate_probabilities
+from featcache.heads.conformal import METHOD
+from featcache.heads.head import Array, softmax
+from featcache.heads.metrics import (
+    accuracy,
+    answer_curve,
+    evaluate_probabilities,
+    expected_calibration_error,
+    log_loss,
+    score_answers,
+    score_sets,
+)
 from featcache.images.source import AnySource, ImageList, Source, list_images
+from featcache.models.limits import Limits, temperature_of
 from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
@@ -42,6 +52,8 @@ def evaluate(
     workers: int | None = None,
     batch_size: int | None = None,
     progress: "Progress | None" = None,
+    coverage: float | None = None,
+    abstain_below: float | None = None,
 ) -> dict[str, Any]:
     """Score a model on labelled images or on a cache.
 
@@ -50,16 +62,21 @@ def evaluate(
         source: what ``extract`` takes, or a cache of the model's own spec.
         split: train, val, test or all; when None, test if there is one, else val, else all.
         rows: whether to return a row per image, too.
-        device, workers, batch_size, progress: as in ``predict``.
+        device, workers, batch_size, progress, coverage, abstain_below: as in ``predict``.
 
     Returns:
-        n, accuracy, accuracy_interval, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
+        n, accuracy, accuracy_interval, top5_accuracy, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
         (``metrics.evaluate_probabilities``), split, refused;
         accuracy_without_copies: on images that training has not seen; None without any, or if the model does not know;
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
         ``across_labels``: as in ``cache.copies``;
+        calibration: temperature, and ``before`` and ``after`` it log_loss and ece;
+        answer_curve: ``metrics.answer_curve``;
+        coverage: None, or asked, n_scores (rows that thresholds come from), own_thresholds (classes that have their own),
+        method, and ``metrics.score_sets``;
+        answered: None, or of the images whose status is ``ok`` ``metrics.score_answers``, and abstain_below;
         rows, if asked for: an iterator, to be gone through once, over a dictionary per image, refused ones last: the columns
-        of ``Prediction.to_row`` (path, label: the most probable class, probability, status, reason), then true_label,
+        of ``Prediction.to_row`` (path, label: the most probable class, probability, status, reason, ...), then true_label,
         true_probability, correct, and seen: whether training has seen it. What is unknown is None.
 
     Raises:
@@ -67,6 +84,7 @@ def evaluate(
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = _checked(model, source)
+    limits = Limits.of(model, coverage=coverage, abstain_below=abstain_below)
     if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
         given.check_options("cache")
         scored = _score_cache(model, given.path, split)
@@ -81,8 +99,9 @@ def evaluate(
     known = model.training_rows()
     seen = None if known is None else known.contain(scored.digests)
     scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
+    scores |= _worth(model, scored, limits)
     scores |= _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
-    return scores | ({"rows": _rows(model, scored, seen=seen)} if rows else {})
+    return scores | ({"rows": _rows(model, scored, limits, seen=seen)} if rows else {})
 
 
 def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
@@ -147,12 +166,36 @@ def _score_images(images: ImageList, y: Array, found: list[Prediction], *, name:
     return _Scored(split, y[right], probabilities, digests, names, refused, images.root)
 
 
-def _rows(model: Model, scored: _Scored, *, seen: Array | None) -> Iterator[dict[str, Any]]:
+def _worth(model: Model, scored: _Scored, limits: Limits) -> dict[str, Any]:
+    """What probabilities, sets and answers are worth."""
+    y, probabilities, temperature = scored.y, scored.probabilities, temperature_of(model)
+    with np.errstate(divide="ignore"):
+        before = softmax(temperature * np.log(probabilities.astype(np.float64)))
+    ways = {"before": before, "after": probabilities}
+    worth: dict[str, Any] = {
+        "calibration": {"temperature": temperature}
+        | {way: {"log_loss": log_loss(y, p), "ece": expected_calibration_error(y, p)} for way, p in ways.items()},
+        "answer_curve": answer_curve(y, probabilities),
+        "coverage": None,
+        "answered": None,
+    }
+    if (sets := limits.sets) is not None:
+        found = {"asked": sets.thresholds.coverage, "method": METHOD, "n_scores": sets.thresholds.n}
+        found["own_thresholds"] = int(sets.thresholds.own.sum())
+        worth["coverage"] = found | score_sets(y, sets.contain(probabilities), model.classes)
+    if sets is not None or limits.abstain_below is not None:
+        answered = score_answers(y, probabilities, ~limits.unsure(probabilities))
+        worth["answered"] = {"abstain_below": limits.abstain_below} | answered
+    return worth
+
+
+def _rows(model: Model, scored: _Scored, limits: Limits, *, seen: Array | None) -> Iterator[dict[str, Any]]:
     """A row per image, made when it is asked for: of those that were scored, in order, then of the refused ones."""
 
     def row(path: str, values: Array | None, reason: str, true: int | None) -> dict[str, Any]:
         path = path if scored.root is None else str(scored.root / path)
-        facts = Prediction(path, values, reason, classes=model.classes).to_row()
+        found = limits.refuse(path, reason) if values is None else limits.describe([path], values[None], [b""])[0]
+        facts = found.to_row()
         label, probability = None if true is None else model.classes[true], None
         if values is not None:
             probability = float(values[true])

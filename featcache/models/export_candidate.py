@@ -14,6 +14,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.heads.head import Array, Head
 from featcache.heads.layers import linear_layers, unit_length
 from featcache.images.preprocess import channel_constants
+from featcache.models.limits import exported_limits
 from featcache.models.model import Model
 from featcache.spec import PreprocessSpec
 
@@ -79,7 +80,7 @@ def metadata(model: Model, backbone: Backbone, *, normalisation: str) -> dict[st
         "weights_sha256": backbone.weights_sha256,
         "classes": json.dumps(model.classes),
         "preprocess": _preprocess_in_words(backbone.preprocess, normalisation),
-    }
+    } | ({} if (limits := exported_limits(model)) is None else {"limits": json.dumps(limits)})
 
 
 def _preprocess_in_words(spec: PreprocessSpec, normalisation: str) -> str:

@@ -68,6 +68,9 @@ def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
         f"  {_balanced(scores)}",
         f"  log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
     ]
+    if scores["top5_accuracy"] is not None:
+        lines.insert(2, f"  the true class is among the five most probable in {scores['top5_accuracy']:.2%}")
+    lines += limit_lines(scores)
     if scores["copies"]["across_splits"]:
         new = scores["accuracy_without_copies"]
         all_seen = "training has seen all of them"
@@ -77,6 +80,40 @@ def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
             lines.append(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
     return lines + confusion_lines(scores["confusion"], names)
+
+
+def limit_lines(scores: dict[str, Any]) -> list[str]:
+    """How well predictions know their limits; nothing unless a coverage or an abstention was asked for."""
+    if (answered := scores["answered"]) is None:
+        return []
+    calibration, lines = scores["calibration"], []
+    before, after = (calibration[way] for way in ("before", "after"))
+    losses = f"log loss {before['log_loss']:.4f} -> {after['log_loss']:.4f}"
+    lines.append(
+        f"  by the temperature {calibration['temperature']:.3g}: {losses}, error {before['ece']:.2%} -> {after['ece']:.2%}"
+    )
+    if (sets := scores["coverage"]) is not None:
+        low, high = sets["interval"]
+        lines.append(
+            f"  coverage {sets['reached']:.2%} (95% interval {low:.2%} to {high:.2%}), asked for {sets['asked']:.4g}"
+        )
+        shares = f"one class {sets['one_class']:.2%}, none {sets['empty']:.2%}, several {sets['several']:.2%}"
+        lines.append(f"    sets of {sets['mean_size']:.2f} classes, at most {sets['largest']}: {shares}")
+        reached = [entry["reached"] for entry in sets["per_class"].values() if entry["n"]]
+        lines.append(
+            f"    by class {min(reached):.2%} to {max(reached):.2%}; {sets['own_thresholds']} with an own threshold"
+        )
+    share = f"answered {answered['share']:.2%}"
+    lines.append(
+        f"  {share}, accuracy {answered['accuracy']:.2%} of them" if answered["n"] else "  no image is answered"
+    )
+    lines.append("  accuracy of the surest images:")
+    for point in scores["answer_curve"]:
+        bar = "#" * round(40 * point["accuracy"])
+        lines.append(
+            f"    {point['share']:4.0%}  {point['accuracy']:7.2%}  p >= {point['least_probability']:.4f}  {bar}"
+        )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------- confusion

@@ -215,7 +215,7 @@ class Limits:
         if likely is not None and len(likely) != 1:
             doubts.append(f"{len(likely)} classes in the set" if likely else "no class in the set")
         if unfamiliarity is not None and unfamiliarity > UNFAMILIAR:
-            doubts.append(f"less like the training images than {unfamiliarity:.1%} of them")
+            doubts.append(f"farther from the training images than {unfamiliarity:.1%} of them")
         if self.abstain_below is not None and probability < self.abstain_below:
             doubts.append(f"probability below {self.abstain_below:g}")
         return doubts

@@ -79,8 +79,9 @@ def nonconformity(logits: Array) -> Array:
 
 def check_coverage(coverage: float) -> None:
     """Raise UsageError unless it is a share above 0 and below 1."""
-    if not (isinstance(coverage, float | int) and 0 < coverage < 1):
-        hint = f"; for {coverage:g} % give {coverage / 100:g}" if 1 < coverage < 100 else ""
+    number = isinstance(coverage, float | int)
+    if not (number and 0 < coverage < 1):
+        hint = f"; for {coverage:g} % give {coverage / 100:g}" if number and 1 < coverage < 100 else ""
         raise UsageError(f"coverage must lie between 0 and 1, found {coverage}{hint}")
 
 

@@ -86,34 +86,37 @@ def limit_lines(scores: dict[str, Any]) -> list[str]:
     """How well predictions know their limits; nothing unless a coverage or an abstention was asked for."""
     if (answered := scores["answered"]) is None:
         return []
-    calibration, lines = scores["calibration"], []
+    calibration = scores["calibration"]
     before, after = (calibration[way] for way in ("before", "after"))
     losses = f"log loss {before['log_loss']:.4f} -> {after['log_loss']:.4f}"
-    lines.append(
-        f"  by the temperature {calibration['temperature']:.3g}: {losses}, error {before['ece']:.2%} -> {after['ece']:.2%}"
-    )
-    if (sets := scores["coverage"]) is not None:
-        low, high = sets["interval"]
-        lines.append(
-            f"  coverage {sets['reached']:.2%} (95% interval {low:.2%} to {high:.2%}), asked for {sets['asked']:.4g}"
-        )
-        shares = f"one class {sets['one_class']:.2%}, none {sets['empty']:.2%}, several {sets['several']:.2%}"
-        lines.append(f"    sets of {sets['mean_size']:.2f} classes, at most {sets['largest']}: {shares}")
-        reached = [entry["reached"] for entry in sets["per_class"].values() if entry["n"]]
-        lines.append(
-            f"    by class {min(reached):.2%} to {max(reached):.2%}; {sets['own_thresholds']} with an own threshold"
-        )
-    share = f"answered {answered['share']:.2%}"
-    lines.append(
-        f"  {share}, accuracy {answered['accuracy']:.2%} of them" if answered["n"] else "  no image is answered"
-    )
-    lines.append("  accuracy of the surest images:")
-    for point in scores["answer_curve"]:
-        bar = "#" * round(40 * point["accuracy"])
-        lines.append(
-            f"    {point['share']:4.0%}  {point['accuracy']:7.2%}  p >= {point['least_probability']:.4f}  {bar}"
-        )
-    return lines
+    errors = f"error {before['ece']:.2%} -> {after['ece']:.2%}"
+    lines = [f"  by the temperature {calibration['temperature']:.3g}: {losses}, {errors}"]
+    if scores["coverage"] is not None:
+        lines += _coverage_lines(scores["coverage"])
+    share = f"  {answered['n']} images are answered ({answered['share']:.2%})"
+    lines.append(f"{share}, accuracy {answered['accuracy']:.2%}" if answered["n"] else "  no image is answered")
+    return lines + _curve_lines(scores["answer_curve"])
+
+
+def _coverage_lines(sets: dict[str, Any]) -> list[str]:
+    low, high = sets["interval"]
+    reached = [entry["reached"] for entry in sets["per_class"].values() if entry["n"]]
+    shares = f"one {sets['one_class']:.2%}, none {sets['empty']:.2%}, several {sets['several']:.2%}"
+    return [
+        f"  coverage {sets['reached']:.2%} (95% interval {low:.2%} to {high:.2%}), asked for {sets['asked']:.4g}",
+        f"    sets of {sets['mean_size']:.2f} classes (at most {sets['largest']}): {shares}",
+        f"    by class {min(reached):.2%} to {max(reached):.2%}; own thresholds: {sets['own_thresholds']} classes",
+    ]
+
+
+def _curve_lines(curve: Sequence[dict[str, float]]) -> list[str]:
+    """Accuracy of the surest images, and bars as long as their share of errors, twenty signs for that of all images."""
+    most = 1 - curve[0]["accuracy"] or 1
+    return ["  the surest images:"] + [
+        f"    {point['share']:4.0%}: accuracy {point['accuracy']:.2%}, probability from {point['least_probability']:.4f} "
+        + "#" * min(30, round(20 * (1 - point["accuracy"]) / most))
+        for point in curve
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- confusion

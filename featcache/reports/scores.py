@@ -112,11 +112,12 @@ def _coverage_lines(sets: dict[str, Any]) -> list[str]:
 def _curve_lines(curve: Sequence[dict[str, float]]) -> list[str]:
     """Accuracy of the surest images, and bars as long as their share of errors, twenty signs for that of all images."""
     most = 1 - curve[0]["accuracy"] or 1
-    return ["  the surest images:"] + [
-        f"    {point['share']:4.0%}: accuracy {point['accuracy']:.2%}, probability from {point['least_probability']:.4f} "
-        + "#" * min(30, round(20 * (1 - point["accuracy"]) / most))
-        for point in curve
-    ]
+    lines = ["  the surest images:"]
+    for point in curve:
+        bar = "#" * min(30, round(20 * (1 - point["accuracy"]) / most))
+        accuracy, least = point["accuracy"], point["least_probability"]
+        lines.append(f"    {point['share']:4.0%}: accuracy {accuracy:.2%}, probability from {least:.4f} {bar}".rstrip())
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------- confusion

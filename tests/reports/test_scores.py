@@ -140,7 +140,7 @@ def test_how_well_predictions_know_their_limits() -> None:
         "  the surest images:",
         "    100%: accuracy 96.00%, probability from 0.5000 ####################",
         "     50%: accuracy 98.00%, probability from 0.9000 ##########",
-        "     25%: accuracy 100.00%, probability from 0.9500 ",
+        "     25%: accuracy 100.00%, probability from 0.9500",
     ]
     assert max(map(len, lines)) <= 80
     nothing = facts | {"coverage": None, "answered": answered | {"n": 0, "accuracy": None}}

@@ -70,7 +70,7 @@ def predict(
         coverage: 0..1: ``set`` is the classes that hold the truth of so many new images (``heads.conformal``).
         evidence: the cache that the model was fit on: ``nearest`` and ``unfamiliarity`` (``heads.neighbours``).
         abstain_below: 0..1: labels less probable than this are doubted. So are those of an image whose set is not one class,
-            or which is less like the training images than 99 % of them: ``status`` is then ``unsure``.
+            or which is farther from the training images than 95 % of them from each other: ``status`` is then ``unsure``.
 
     Raises:
         ModelError, BackboneError: the model cannot be used. SourceError: an input does not exist or holds no image; no image

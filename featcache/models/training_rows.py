@@ -46,7 +46,7 @@ class TrainingRows:
         labels: (N,) int64, positions among the model's classes; -1: of an earlier training, from which this one started.
         logits: (N, C) float32, each from a head that was trained without the row's fold; None where there was no
             cross-validation, or too much of them.
-        held_out: further rows with logits, which trained nothing: of a fine-tuned model, those of val.
+        held_out: instead: of a fine-tuned model rows of val, which trained nothing; of many rows some, with their logits.
     """
 
     digests: npt.NDArray[np.uint8]

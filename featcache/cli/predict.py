@@ -236,7 +236,8 @@ def export(
 
 
 COMMANDS: options.Commands = {
-    predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3",
-    evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv",
+    predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3  ·  "
+    "featcache predict model/ new/ --coverage 0.95 --evidence features.h5",
+    evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv --coverage 0.95",
     export: "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors",
 }

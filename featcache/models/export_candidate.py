@@ -69,7 +69,9 @@ def normalise_pixels(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor
 
 
 def metadata(model: Model, backbone: Backbone, *, normalisation: str) -> dict[str, str]:
-    """Classes, preprocessing and origin, as both formats carry them. ``normalisation``: who does it, in words."""
+    """Classes, preprocessing, origin, and thresholds of prediction sets with their rule if the model has any, as both formats
+    carry them. ``normalisation``: who does it, in words.
+    """
     return {
         "featcache_version": importlib.metadata.version("featcache"),
         "fingerprint": model.fingerprint,

@@ -55,11 +55,10 @@ def sets_of(model: "Model", coverage: float) -> Sets:
     rows = model.training_rows()
     found = None if rows is None else rows.unseen()
     if found is None:
-        again = (
-            "finetune it" if model.manifest.get("finetuned") else "train its head again with fit-head, with --folds,"
-        )
+        again = "finetune it again" if model.manifest.get("finetuned") else "fit it again with fit-head --folds 5"
         raise UsageError(
-            f"{model.path} keeps no scores of images that it was not trained on, from which sets are made; {again} anew"
+            f"{model.path} keeps no scores of images that it was not trained on, which sets of classes are made from: it was "
+            f"trained without folds, or by an earlier version; {again}"
         )
     labels, logits, n_classes = found.labels, found.logits, len(model.classes)
     fits = logits.shape[1] == n_classes and np.isfinite(logits).all() and ((labels >= 0) & (labels < n_classes)).all()

@@ -18,9 +18,8 @@ from featcache.errors import UsageError
 from featcache.heads.head import Array, FeatureSource, Indices, scale_features
 
 _BLOCK = 4096  # rows compared with at a time
-_QUERIES = 512  # at a time: similarities of both take 8 MB, and 16 while the largest are looked for
-_SPARE = 8  # candidates more than asked for, which exact arithmetic puts in order
-_TIE = 2.0**-40  # less than float32 tells apart: of equal similarities the first row counts as larger
+_QUERIES = 512  # at a time: similarities of both take 8 MB, and 32 while the largest are looked for
+_SPARE = 8  # candidates more than asked for: exact arithmetic then puts in order what float32 does not tell apart
 _MEMORY = 2**29  # bytes; rows that fit as float32 are kept in memory, of more each block is read again
 _OWN = 4096  # rows whose own distances are computed; of more, so many from all over
 
@@ -57,7 +56,8 @@ class Neighbours:
     def nearest(self, X: Array, *, count: int) -> tuple[Indices, Array]:
         """(n, D) rows -> their nearest ones, (n, c) positions in ``rows``, and (n, c) cosine similarities, the largest first.
 
-        c is ``count``, or N if there are fewer. Of equal similarities the first row comes first.
+        c is ``count``, or N if there are fewer. Of equal similarities the first row comes first, of up to eight more than
+        are asked for.
         """
         parts = [self._nearest(X[start : start + _QUERIES], count) for start in range(0, len(X), _QUERIES)]
         places, similarities = (
@@ -68,9 +68,9 @@ class Neighbours:
     def _nearest(self, X: Array, count: int) -> tuple[Indices, Array]:
         queries = _unit(X)
         found: Indices = np.empty((len(X), 0), np.intp)
-        keys: Array = np.empty((len(X), 0))
+        keys: Array = np.empty((len(X), 0), np.float32)
         for start, block in self._blocks():
-            here = (queries @ block.T) - np.arange(start, start + len(block)) * _TIE
+            here = queries @ block.T
             best = np.argpartition(-here, min(count + _SPARE, len(block)) - 1, axis=1)[:, : count + _SPARE]
             found = np.concatenate([found, best + start], axis=1)
             keys = np.concatenate([keys, np.take_along_axis(here, best, axis=1)], axis=1)

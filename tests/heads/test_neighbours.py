@@ -36,6 +36,15 @@ def test_of_equal_rows_the_first_comes_first() -> None:
     np.testing.assert_allclose(similarities, 1, atol=1e-12)
 
 
+def test_what_float32_does_not_tell_apart_is_in_order() -> None:
+    """Angles of 1e-5, 2e-5, ...: cosines differ by 1e-10."""
+    angles = np.random.default_rng(0).permutation(12) * 1e-5
+    X = np.stack([np.cos(angles), np.sin(angles), 0 * angles], axis=1)
+    found, similarities = Neighbours(X, np.arange(12)).nearest(X[np.argmin(angles)][None], count=5)
+    np.testing.assert_array_equal(found[0], np.argsort(angles)[:5])
+    np.testing.assert_allclose(1 - similarities[0], (np.arange(5) * 1e-5) ** 2 / 2, atol=1e-14)
+
+
 def test_own_distances_leave_a_row_itself_out() -> None:
     X = draw(300)
     neighbours = Neighbours(X, np.arange(300), k=4)

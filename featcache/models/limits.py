@@ -19,6 +19,7 @@ from featcache.heads.conformal import METHOD, Thresholds, check_coverage, fit_th
 from featcache.heads.head import Array, Indices
 from featcache.heads.neighbours import Neighbours
 from featcache.models.prediction import EVIDENCE, Neighbour, Prediction
+from featcache.spec import SPLITS
 from featcache.system.path_kinds import HERE, as_path, check_path
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def _rows_that_trained(model: "Model", cache: FeatureCache) -> Indices:
         raise SourceError(
             f"no image of {cache.path} trained {model.path}; give as evidence the cache that it was fit on"
         )
-    once: Indices = rows[first_copies(cache.rows.digests[rows]) == np.arange(len(rows))]
+    rows = rows[np.argsort(cache.rows.splits[rows] != SPLITS.index("train"), kind="stable")]  # of copies, that in train
+    once: Indices = np.sort(rows[first_copies(cache.rows.digests[rows]) == np.arange(len(rows))])
     return once
 
 

@@ -104,6 +104,8 @@ def _columns(tensors: dict[str, Array], prefix: str) -> tuple[Array, Array, Arra
     digests, labels, logits = (tensors.get(prefix + name) for name in ("digests", "labels", "logits"))
     if digests is None or labels is None or digests.dtype != np.uint8 or digests.shape != (len(labels), 32):
         return None
-    if logits is not None and (logits.ndim != 2 or len(logits) != len(labels)):
+    if labels.ndim != 1 or labels.dtype.kind != "i":
+        return None
+    if logits is not None and (logits.ndim != 2 or len(logits) != len(labels) or logits.dtype.kind != "f"):
         raise ModelError(f"its {FILE} holds logits of other rows")
     return digests, labels, logits

@@ -149,8 +149,9 @@ def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(tune: Tuner
     report = extract(made / "photos", tmp_path / "new.h5", featcache.ExtractRequest(backbone=str(tune.ft)))
     assert report.embedded == 48
     from_cache = list(predict(tune.ft, [tmp_path / "new.h5"]))
-    from_images = list(predict(tune.ft, [made / "photos"]))
+    from_images = list(predict(tune.ft, [made / "photos"], evidence=tmp_path / "new.h5"))
     for one, other in zip(from_cache, from_images, strict=True):
+        assert other.nearest is not None and other.nearest[0].path.startswith("train/")
         np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-5)
 
 

@@ -187,16 +187,22 @@ def test_tables_and_notebooks(made: Path) -> None:
     assert "<td>no image</td><td></td><td></td><td></td><td></td>" in Predictions((refused,))._repr_html_()
 
 
-def test_evaluate_counts_what_predict_says(made: Path) -> None:
-    scores = evaluate(made / "m", made / "f.h5", coverage=0.9, abstain_below=0.6, rows=True)
+@pytest.mark.parametrize("coverage", [0.5, 0.9])
+def test_evaluate_counts_what_predict_says(made: Path, coverage: float) -> None:
+    scores = evaluate(made / "m", made / "f.h5", coverage=coverage, abstain_below=0.6, rows=True)
     rows = list(scores["rows"])
     assert list(rows[0])[5:] == ["set", "true_label", "true_probability", "correct", "seen"]
     assert {row["path"]: row["set"] for row in rows}.items() <= {
-        row.path: list(row.set or ()) for row in predict(made / "m", made / "f.h5", coverage=0.9)
+        row.path: list(row.set or ()) for row in predict(made / "m", made / "f.h5", coverage=coverage)
     }.items()
     found = scores["coverage"]
     holds = [row["true_label"] in row["set"] for row in rows]
-    assert (found["asked"], found["n_scores"], found["own_thresholds"]) == (0.9, N_TRAIN, 0)
+    assert (found["asked"], found["n_scores"], found["own_thresholds"]) == (
+        coverage,
+        N_TRAIN,
+        4 if coverage < 0.9 else 0,
+    )
+    assert (found["empty"] > 0) == (coverage < 0.9)
     assert found["reached"] == np.mean(holds) and found["mean_size"] == np.mean([len(row["set"]) for row in rows])
     answered = [row for row in rows if row["status"] == "ok"]
     assert scores["answered"]["n"] == len(answered) < len(rows) == scores["n"]

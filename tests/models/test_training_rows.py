@@ -139,6 +139,10 @@ def test_held_out_rows_travel_along_and_count_once() -> None:
     found = rows.unseen()
     assert found is not None and (found.logits == logits[[4, 5, 6]]).all() and found.labels.tolist() == [0, 1, 2]
     assert TrainingRows(digests, labels).unseen() is None
-    broken = dataclasses.replace(held_out, digests=digests[:2])
-    with pytest.raises(ModelError, match="held-out rows"):
-        TrainingRows.from_bytes(dataclasses.replace(plain, held_out=broken).to_bytes())
+    for changes, words in (
+        ({"digests": digests[:2]}, "of held-out rows"),
+        ({"logits": logits[:2]}, "logits of other rows"),
+    ):
+        broken = dataclasses.replace(plain, held_out=dataclasses.replace(held_out, **changes))
+        with pytest.raises(ModelError, match=words):
+            TrainingRows.from_bytes(broken.to_bytes())

@@ -20,6 +20,14 @@ Coverage = Annotated[
     float | None,
     typer.Option(metavar="SHARE", help="Add the set of classes that holds the truth this often, such as 0.95."),
 ]
+Evidence = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CACHE",
+        readable=False,
+        help="The cache that the model was fit on: adds the three nearest training images and how unfamiliar each is.",
+    ),
+]
 AbstainBelow = Annotated[
     float | None, typer.Option(metavar="P", help="Call labels less probable than this unsure, such as 0.9.")
 ]
@@ -38,14 +46,7 @@ def predict(
     probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
     coverage: Coverage = None,
     abstain_below: AbstainBelow = None,
-    evidence: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CACHE",
-            readable=False,
-            help="The cache that the model was fit on: adds the three nearest training images and how unfamiliar each is.",
-        ),
-    ] = None,
+    evidence: Evidence = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -159,6 +160,7 @@ def evaluate(
     ] = None,
     coverage: Coverage = None,
     abstain_below: AbstainBelow = None,
+    evidence: Evidence = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
@@ -202,6 +204,7 @@ def evaluate(
             batch_size=batch,
             progress=progress,
             coverage=coverage,
+            evidence=evidence,
             abstain_below=abstain_below,
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from featcache.models.model import Model
 
 log = logging.getLogger("featcache")
+Found = list[dict[str, Any]]  # evidence, per image: fields of ``Prediction``
 # So many of the training images are nearer to their neighbours: beyond, an image counts as unfamiliar, as does one in twenty of
 # the training's own kind. At 0.99 two thirds of other subjects are found where features are poor, at 0.95 98 % (benchmarks/LOG.md).
 UNFAMILIAR = 0.95
@@ -118,7 +119,7 @@ class Evidence:
         text = "evidence: %d training images of %s; unfamiliar is what is farther from its %d nearest ones than %.0f%% of them are"
         log.info(text, len(rows), path, self.neighbours.k, 100 * UNFAMILIAR)
 
-    def find(self, features: Array, digests: Iterable[bytes]) -> list[dict[str, Any]]:
+    def find(self, features: Array, digests: Iterable[bytes]) -> Found:
         """Per (n, D) row ``nearest`` and ``unfamiliarity``; an image that is among the training images has itself left out
         of its unfamiliarity, and as its nearest one itself.
         """
@@ -183,9 +184,13 @@ class Limits:
             _say(sets.thresholds)
         return cls(model.classes, sets, None if evidence is None else Evidence(model, evidence), abstain_below)
 
-    def unsure(self, probabilities: Array) -> Array:
-        """(N, C) probabilities -> (N,) whether the set is not one class or no class is probable enough."""
-        doubtful = np.zeros(len(probabilities), bool)
+    def find(self, features: Array, digests: Iterable[bytes]) -> Found:
+        """Evidence of (n, D) rows; nothing of each if none was asked for."""
+        return [{}] * len(features) if self.evidence is None else self.evidence.find(features, digests)
+
+    def unsure(self, probabilities: Array, found: Found) -> Array:
+        """(N, C) probabilities and evidence -> (N,) whether ``doubt`` would say anything."""
+        doubtful = np.array([evidence.get("unfamiliarity", 0) > UNFAMILIAR for evidence in found], bool)
         if self.sets is not None:
             doubtful |= self.sets.contain(probabilities).sum(axis=1) != 1
         if self.abstain_below is not None:
@@ -193,17 +198,10 @@ class Limits:
         return doubtful
 
     def describe(
-        self, names: Sequence[str], probabilities: Array, digests: Sequence[bytes], features: Array | None = None
+        self, names: Sequence[str], probabilities: Array, digests: Sequence[bytes], found: Found
     ) -> list[Prediction]:
-        """A prediction for each of n images.
-
-        Args:
-            probabilities: (n, C). features: (n, D), which evidence is found by; without them there is none.
-        """
+        """A prediction for each of n images, from (n, C) probabilities and what ``find`` found."""
         inside = [None] * len(names) if self.sets is None else self.sets.contain(probabilities)
-        found: list[dict[str, Any]] = [{}] * len(names)
-        if self.evidence is not None and features is not None:
-            found = self.evidence.find(features, digests)
         return [self._one(*row) for row in zip(names, probabilities, digests, inside, found, strict=True)]
 
     def _one(self, name: str, row: Array, digest: bytes, inside: Array | None, found: dict[str, Any]) -> Prediction:

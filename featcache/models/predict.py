@@ -198,7 +198,7 @@ def _predict_caches(model: Model, caches: list[FeatureCache], limits: Limits) ->
             names, digests = cache.paths[here], [digest.tobytes() for digest in cache.rows.digests[here]]
             finite = is_finite(block)
             block = np.where(finite[:, None], block, 0)
-            scored = limits.describe(names, model.head.probabilities(block), digests, block)
+            scored = limits.describe(names, model.head.probabilities(block), digests, limits.find(block, digests))
             for name, prediction, usable in zip(names, scored, finite, strict=True):
                 yield prediction if usable else limits.refuse(name, "its embedding is not finite")
         yield from (limits.refuse(name, reason) for name, reason in cache.refused)
@@ -260,7 +260,7 @@ def predict_images(
                 stored = batch.features.astype(model.spec.storage)  # what the head saw in training
                 names = [files.paths[k] for k in batch.indices.tolist()]
                 digests = [digest.tobytes() for digest in batch.digests]
-                scored = limits.describe(names, model.head.probabilities(stored), digests, stored)
+                scored = limits.describe(names, model.head.probabilities(stored), digests, limits.find(stored, digests))
                 found |= zip(batch.indices.tolist(), scored, strict=True)
             yield from (found[k] for k in sorted(found))
             done += len(batch)

@@ -93,6 +93,8 @@ def limit_lines(scores: dict[str, Any]) -> list[str]:
     lines = [f"  by the temperature {calibration['temperature']:.3g}: {losses}, {errors}"]
     if scores["coverage"] is not None:
         lines += _coverage_lines(scores["coverage"])
+    if answered["unfamiliar"] is not None:
+        lines.append(f"  unlike the training images {answered['unfamiliar']:.2%}")
     share = f"  {answered['n']} images are answered ({answered['share']:.2%})"
     lines.append(f"{share}, accuracy {answered['accuracy']:.2%}" if answered["n"] else "  no image is answered")
     return lines + _curve_lines(scores["answer_curve"])

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,11 +217,25 @@ def test_evaluate_counts_what_predict_says(made: Path, coverage: float) -> None:
     assert plain["coverage"] is None and plain["answered"] is None and plain["top5_accuracy"] is None
 
 
+@pytest.mark.parametrize("source", ["photos", "f.h5"])
+def test_evaluate_doubts_what_predict_doubts(trained: Path, source: str) -> None:
+    """Evidence included, from images as from their cache."""
+    options: dict[str, Any] = {"coverage": 0.9, "evidence": trained / "f.h5", "abstain_below": 0.9}
+    scores = evaluate(trained / "m", trained / source, **options, rows=True)
+    found = {row.path: row for row in predict(trained / "m", trained / source, **options)}
+    for row in (rows := list(scores["rows"])):
+        expected = found[row["path"]].to_row()
+        assert {name: row[name] for name in expected} == expected
+    assert scores["answered"]["n"] == sum(row["status"] == "ok" for row in rows)
+    assert scores["answered"]["unfamiliar"] == np.mean([row["unfamiliarity"] > 0.95 for row in rows])
+    assert evaluate(trained / "m", trained / source, coverage=0.9)["answered"]["unfamiliar"] is None
+
+
 def test_the_command_evaluates_them(made: Path, run: Callable[..., tuple[int, str, str]]) -> None:
-    flags = ["--coverage", 0.9, "--abstain-below", 0.6]
+    flags = ["--coverage", 0.9, "--abstain-below", 0.6, "--evidence", made / "f.h5"]
     code, out, _ = run("evaluate", made / "m", made / "f.h5", *flags)
     assert code == 0
-    assert "asked for 0.9" in out and "images are answered" in out and "the surest images" in out
+    assert "asked for 0.9" in out and "images are answered" in out and "unlike" in out and "the surest images" in out
     code, out, _ = run("evaluate", made / "m", made / "f.h5", *flags, "--json")
     facts = json.loads(out.splitlines()[-1])
     assert facts["coverage"]["method"].startswith("LAC") and facts["answered"]["abstain_below"] == 0.6

@@ -10,7 +10,7 @@ would give one image another set each time.
 
 A threshold is exact, on average, for rows as new to the head as those it comes from (split conformal prediction). Those of
 cross-validation come from heads of other folds (cross-conformal prediction, Vovk 2015): with the head of all rows the
-coverage is then the asked one as far as both heads are alike, which `benchmarks/limits.py` measures.
+coverage is then the asked one as far as both heads are alike, which ``benchmarks/limits.py`` measures.
 """
 
 import dataclasses
@@ -115,22 +115,27 @@ def fit_thresholds(y: Array, logits: Array, *, coverage: float) -> Thresholds:
         UsageError: another coverage, or fewer rows than it takes; how many that is is said.
     """
     check_coverage(coverage)
-    if len(y) < (needed := rows_needed(coverage)):
-        most = math.floor(100 * len(y) / (len(y) + 1)) / 100
-        instead = f"; ask for at most {most:g}" if most > 0 else ""
-        raise UsageError(
-            f"coverage {coverage:g} needs at least {needed} images whose scores are out of fold, found {len(y)} "
-            f"({rows_of_class_needed(coverage)} of a class for a threshold of its own){instead}"
-        )
+    _check_rows(len(y), coverage)
     n_classes = logits.shape[1]
     blocks = (slice(start, start + _BLOCK) for start in range(0, len(y), _BLOCK))
     scores = np.concatenate([nonconformity(logits[b])[np.arange(len(y[b])), y[b]] for b in blocks])
     own = np.bincount(y, minlength=n_classes) >= rows_of_class_needed(coverage)
     shared = scores[~own[y]]
-    if len(shared) < needed:
+    if len(shared) < rows_needed(coverage):
         shared = scores
     largest = [_quantile(scores[y == k] if own[k] else shared, coverage) for k in range(n_classes)]
     return Thresholds(coverage, np.array(largest), own, len(y))
+
+
+def _check_rows(n: int, coverage: float) -> None:
+    if n >= (needed := rows_needed(coverage)):
+        return
+    most = math.floor(100 * n / (n + 1)) / 100
+    instead = f"; ask for at most {most:g}" if most > 0 else ""
+    raise UsageError(
+        f"coverage {coverage:g} needs at least {needed} images whose scores are out of fold, found {n} "
+        f"({rows_of_class_needed(coverage)} of a class for a threshold of its own){instead}"
+    )
 
 
 def _quantile(scores: Array, coverage: float) -> float:

@@ -4,8 +4,9 @@ In: features (M, D) and which of them to compare with. Out: neighbours and their
 
 Method: the distance to nearest neighbours among the training rows, by the angle between embeddings, tells images of other
 subjects from those of the training's kind (Sun, Ming, Zhu and Li 2022, "Out-of-distribution detection with deep nearest
-neighbors"). It is compared with the same distances of the training rows themselves, each without itself, as in a conformal
-test for outliers (Bates, Candes, Lei, Romano and Sesia 2023).
+neighbors"). Theirs is the distance to the k-th, the mean of k tells them apart a little better (``benchmarks/LOG.md``). It is
+compared with the same distances of the training rows themselves, each without itself, as in a conformal test for outliers
+(Bates, Candes, Lei, Romano and Sesia 2023).
 """
 
 import functools

@@ -133,7 +133,7 @@ def _check_rows(n: int, coverage: float) -> None:
     most = math.floor(100 * n / (n + 1)) / 100
     instead = f"; ask for at most {most:g}" if most > 0 else ""
     raise UsageError(
-        f"coverage {coverage:g} needs at least {needed} images whose scores are out of fold, found {n} "
+        f"coverage {coverage:g} needs at least {needed} images with held-out scores, found {n} "
         f"({rows_of_class_needed(coverage)} of a class for a threshold of its own){instead}"
     )
 

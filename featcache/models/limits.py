@@ -232,7 +232,7 @@ class Limits:
 def _say(thresholds: Thresholds) -> None:
     """What the sets come from."""
     own, classes = int(thresholds.own.sum()), len(thresholds.own)
-    text = "sets that hold the truth in %g%% of new images: %s, from out-of-fold scores of %d images; %s"
+    text = "sets that hold the truth in %g%% of new images: %s, from held-out scores of %d images; %s"
     of_class = "every class has its own threshold"
     if own < classes:
         needed = rows_of_class_needed(thresholds.coverage)

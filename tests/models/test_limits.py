@@ -122,7 +122,7 @@ def test_images_and_cache_agree_and_columns_have_their_order(
     for source in (trained / "f.h5", trained / "photos"):
         code, out, _ = run("predict", trained / "m", source, *flags)
         assert code == 0
-        assert "out-of-fold scores of 24 images; 0 of 3 classes have their own threshold" in caplog.text
+        assert "held-out scores of 24 images; 0 of 3 classes have their own threshold" in caplog.text
         tables.append(list(csv.DictReader(io.StringIO(out))))
     head = ["path", "label", "probability", "status", "reason", "label_2", "probability_2"]
     head += [f"prob:{name}" for name in ("blue", "green", "red")]
@@ -275,7 +275,7 @@ def test_what_is_impossible_is_refused_before_work_starts(
             with pytest.raises(UsageError, match=words):
                 use(made / "m", made / "f.h5", **options)
     code, _, err = run("predict", trained / "m", trained / "photos", "--coverage", "0.99")
-    assert code == 2 and "coverage 0.99 needs at least 99 images whose scores are out of fold, found 24" in err
+    assert code == 2 and "coverage 0.99 needs at least 99 images with held-out scores, found 24" in err
 
 
 def test_models_that_keep_no_scores_say_what_to_do(made: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,7 +40,7 @@ from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compu
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable
-from featcache.models.training_rows import TrainingRows
+from featcache.models.training_rows import HeldOut, TrainingRows
 from featcache.spec import fingerprint_of
 from featcache.system.device import kept_random_state
 from featcache.system.signals import StopRequest, deferred_signals
@@ -106,7 +106,8 @@ def tune(
     if alpha != 0:
         temperature = calibrate(tuned, val.labels, val_logits)
         log.info("temperature %.3g: logits are divided by it, for the lowest log loss on val", temperature)
-    val_logits = val_logits / np.float32(temperature)
+    val_logits, new = val_logits / np.float32(temperature), ~seen["val"]  # by new ones predictions know their limits
+    rows = dataclasses.replace(rows, held_out=HeldOut(val.digests[new], val.labels[new], val_logits[new]))
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
     if len(test := decode("test")):  # only now
         seen["test"] = _seen(rows, test, split="test")

@@ -14,6 +14,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.heads.head import Array, Head
 from featcache.heads.layers import as_module
 from featcache.images.preprocess import channel_constants
+from featcache.models.limits import exported_limits
 from featcache.models.model import Model
 from featcache.spec import PreprocessSpec
 
@@ -66,7 +67,9 @@ def normalise_pixels(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor
 
 
 def metadata(model: Model, backbone: Backbone, *, normalisation: str) -> dict[str, str]:
-    """Classes, preprocessing and origin, as both formats carry them. ``normalisation``: who does it, in words."""
+    """Classes, preprocessing, origin, and thresholds of prediction sets with their rule if the model has any, as both formats
+    carry them. ``normalisation``: who does it, in words.
+    """
     return {
         "featcache_version": importlib.metadata.version("featcache"),
         "fingerprint": model.fingerprint,
@@ -77,7 +80,7 @@ def metadata(model: Model, backbone: Backbone, *, normalisation: str) -> dict[st
         "weights_sha256": backbone.weights_sha256,
         "classes": json.dumps(model.classes),
         "preprocess": _preprocess_in_words(backbone.preprocess, normalisation),
-    }
+    } | ({} if (limits := exported_limits(model)) is None else {"limits": json.dumps(limits)})
 
 
 def _preprocess_in_words(spec: PreprocessSpec, normalisation: str) -> str:

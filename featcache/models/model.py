@@ -143,12 +143,12 @@ class Model:
         rows = [(name.replace("_", " "), in_words(name, value)) for name, value in facts.items()]
         return html_table(rows, caption=f"Model {self.path}, {len(self.classes)} classes", header=False)
 
-    def check_cache(self, cache: FeatureCache) -> None:
+    def check_cache(self, cache: FeatureCache, *, advice: str = "predict from the images instead") -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
         if cache.spec != self.spec:
             raise SpecMismatchError(
                 f"{cache.path} and the model {self.path} do not belong together (cache -> model: "
-                f"{cache.spec.difference(self.spec)}); predict from the images instead"
+                f"{cache.spec.difference(self.spec)}); {advice}"
             )
 
 

@@ -29,6 +29,7 @@ from featcache.finetuning.finetune import finetune
 from featcache.finetuning.network import assemble
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.trainer import Status, Trainer
+from featcache.heads.metrics import accuracy
 from featcache.images import read as reading
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
@@ -135,7 +136,10 @@ def test_the_result_is_a_model_like_any_other(tune: Tuner, made: Path, tmp_path:
     assert len((tune.ft / "history.csv").read_text().splitlines()) == 3
     assert not list(tmp_path.rglob("*.png"))  # pictures are drawn by the command, beside the model
     assert not work_folder(tune.ft).exists()
-    assert [row.reason for row in predict(model, [made / "photos" / "val" / "blue"])] == [""] * 5
+    found = list(predict(model, [made / "photos" / "val" / "blue"], coverage=0.9))  # by the logits on val
+    assert [row.reason for row in found] == [""] * 5 and all(row.set is not None for row in found)
+    held_out = model.training_rows().unseen()  # type: ignore[union-attr]
+    assert held_out is not None and accuracy(held_out.labels, held_out.logits) == report.val_accuracy
 
 
 def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(tune: Tuner, made: Path, tmp_path: Path) -> None:
@@ -145,8 +149,9 @@ def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(tune: Tuner
     report = extract(made / "photos", tmp_path / "new.h5", featcache.ExtractRequest(backbone=str(tune.ft)))
     assert report.embedded == 48
     from_cache = list(predict(tune.ft, [tmp_path / "new.h5"]))
-    from_images = list(predict(tune.ft, [made / "photos"]))
+    from_images = list(predict(tune.ft, [made / "photos"], evidence=tmp_path / "new.h5"))
     for one, other in zip(from_cache, from_images, strict=True):
+        assert other.nearest is not None and other.nearest[0].path.startswith("train/")
         np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-5)
 
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, sources_forgotten
+from featcache.backbones.fused_tokens import fuse_tokens
 from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
@@ -112,12 +113,13 @@ class Encoder:
             ) from error
 
     def fuse(self, batch_size: int) -> bool:
-        """Let convolutions do what follows them, for batches of this size; whether that is possible here."""
+        """Let convolutions and linear layers do what follows them, for batches of this size; whether that is possible here."""
         pixels = torch.zeros((2, *self.preprocess.crop, 3), dtype=torch.uint8)  # of one, a residual might be everyone's
         try:
             with torch.inference_mode(), self._precise():
                 inputs = normalise(pixels, *self._constants).to(self._dtype)
-                self._module = fuse_convolutions(self._module, inputs, batch_size=batch_size)
+                fused = fuse_tokens(self._module, inputs, batch_size=batch_size)
+                self._module = fuse_convolutions(fused, inputs, batch_size=batch_size)
         except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
             return False
         return True

@@ -93,6 +93,7 @@ class FusedLinear(nn.Module):
         self._bias, self._activation = bias, activation
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """(..., in) and, where one is added, (..., out) -> (..., out)."""
         run: Any = torch.ops.mkldnn._linear_pointwise
         if residual is None:
             return run(x, self._weight, self._bias, *self._activation)  # type: ignore[no-any-return]
@@ -105,14 +106,15 @@ def attention_in_parts(
     """``scaled_dot_product_attention`` of (N, heads, L, D) tensors by two products of matrices, some heads at a time."""
     n, heads, length, depth = query.shape
     scale = 1 / math.sqrt(depth) if scale is None else scale
-    some = max(1, _CACHE // (length * key.shape[2] * query.element_size()))
-    result = query.new_empty(n, length, heads, value.shape[3]).transpose(1, 2)  # as the layer behind it reads it
-    nothing = query.new_empty(())
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # once, not in every product
+    some = min(heads, max(1, _CACHE // (length * key.shape[2] * query.element_size())))
+    result, scores = query.new_empty(n, heads, length, value.shape[3]), query.new_empty(some, length, key.shape[2])
     for image in range(n):
         for first in range(0, heads, some):
             part = image, slice(first, first + some)
-            scores = torch.baddbmm(nothing, query[part], key[part].transpose(1, 2), beta=0, alpha=scale)
-            result[part] = torch.bmm(torch.softmax(scores, dim=-1), value[part])
+            mine = scores[: heads - first]
+            torch.baddbmm(mine, query[part], key[part].transpose(1, 2), beta=0, alpha=scale, out=mine)
+            torch.bmm(torch.softmax(mine, dim=-1, out=mine), value[part], out=result[part])
     return result
 
 
@@ -132,9 +134,10 @@ def _is_plain_attention(node: fx.Node) -> bool:
 def _leave_out_nothing(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
     """Take out what does nothing in eval mode, and what was read for nobody."""
     for node in reversed(list(traced.graph.nodes)):
-        if node.op == "call_module" and isinstance(modules[str(node.target)], _NOTHING):
-            node.replace_all_uses_with(node.args[0])
-        elif getattr(node.target, "__name__", "") == "stochastic_depth" and node.kwargs.get("training") is False:
+        idle = node.op == "call_module" and isinstance(modules[str(node.target)], _NOTHING)
+        if idle or (
+            getattr(node.target, "__name__", "") == "stochastic_depth" and node.kwargs.get("training") is False
+        ):
             node.replace_all_uses_with(node.args[0])
         elif node.op != "get_attr" and node.target not in _READS:
             continue

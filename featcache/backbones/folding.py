@@ -194,6 +194,9 @@ class _FusedConvolution(nn.Module):
         self._weight = pack(weight, *self._geometry, shape)
         self._bias = None if conv.bias is None else conv.bias.detach()
 
+    def __deepcopy__(self, _: object) -> "_FusedConvolution":
+        return self  # nothing changes it, and packed weights cannot be copied
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         weights = (self._weight, self._bias, *self._geometry)
         run: Any = torch.ops.mkldnn._convolution_pointwise

@@ -90,24 +90,27 @@ class FusedLinear(nn.Module):
             weight, bias = weight * scale[:, None], None if bias is None else bias * scale
         # As in folding.py: operators of TorchInductor's, and packed weights, which are no parameters.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-        self._bias, self._activation = bias, activation
+        self._bias, self.activation = bias, activation
+
+    def __deepcopy__(self, _: object) -> "FusedLinear":
+        return self  # nothing changes it, and packed weights cannot be copied
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """(..., in) and, where one is added, (..., out) -> (..., out)."""
         run: Any = torch.ops.mkldnn._linear_pointwise
         if residual is None:
-            return run(x, self._weight, self._bias, *self._activation)  # type: ignore[no-any-return]
+            return run(x, self._weight, self._bias, *self.activation)  # type: ignore[no-any-return]
         return run.binary(x, residual, self._weight, self._bias, "add")  # type: ignore[no-any-return]
 
 
 def attention_in_parts(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None = None, cache: int = _CACHE
 ) -> torch.Tensor:
-    """``scaled_dot_product_attention`` of (N, heads, L, D) tensors by two products of matrices, some heads at a time."""
+    """``scaled_dot_product_attention`` of (N, heads, L, D) tensors: products of matrices, with ``cache`` bytes of scores at a time."""
     n, heads, length, depth = query.shape
     scale = 1 / math.sqrt(depth) if scale is None else scale
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # once, not in every product
-    some = min(heads, max(1, _CACHE // (length * key.shape[2] * query.element_size())))
+    some = min(heads, max(1, cache // (length * key.shape[2] * query.element_size())))
     result, scores = query.new_empty(n, heads, length, value.shape[3]), query.new_empty(some, length, key.shape[2])
     for image in range(n):
         for first in range(0, heads, some):
@@ -195,7 +198,8 @@ def _may_be_cut(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 def _splits_heads(node: Any) -> bool:
     """(N, heads, L, D) of attention to (N, L, heads, D)."""
-    return node.target == "transpose" and node.args[1:] == (1, 2) and node.args[0].target is _ATTENTION
+    source = node.args[0] if node.target == "transpose" and node.args[1:] == (1, 2) else None
+    return source is not None and source.target is _ATTENTION and _is_plain_attention(source)
 
 
 def _joins_heads(node: fx.Node) -> bool:

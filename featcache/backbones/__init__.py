@@ -15,4 +15,5 @@ embed.py             the one embedding loop
 encoder.py           a backbone made fast
 self_check.py        are embeddings still the network's own? Is bf16 good enough?
 folding.py           batch norms folded into convolutions, what follows these done in them
+fused_tokens.py      linear layers with what follows them, attention, no token in vain
 """

@@ -149,13 +149,13 @@ def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
 def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     """The last blocks of a ViT, as its own forward pass computes them."""
     x = model._process_input(pixels)
-    x = torch.cat([model.class_token.expand(len(x), -1, -1), x], dim=1)
+    x = torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # not len(x), which cannot be traced
     x = model.encoder.dropout(x + model.encoder.pos_embedding)
-    found = []
+    found = [x]
     for block in model.encoder.layers:
         x = block(x)
-        found.append(x)
-    normalised = [model.encoder.ln(x) for x in found[-layers:]]
+        found = [*found, x][-layers:]
+    normalised = [model.encoder.ln(x) for x in found]
     return [Tokens(x[:, 1:], x[:, 0]) for x in normalised]
 
 

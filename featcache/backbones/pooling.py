@@ -76,8 +76,8 @@ def choose_pooling(name: str, taps: Taps, pool: str, layers: int) -> tuple[str, 
 
 def pool_tokens(tokens: Tokens, how: str) -> list[torch.Tensor]:
     """(N, C) vectors of one layer: of ``cls+mean`` two, in this order."""
-    found = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
-    return [vector for part in how.split("+") if (vector := found[part]) is not None]
+    found = [tokens.cls if part == "cls" else tokens.patches.mean(dim=1) for part in how.split("+")]
+    return [vector for vector in found if vector is not None]
 
 
 def of_map(features: torch.Tensor) -> Tokens:

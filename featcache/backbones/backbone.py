@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones.pooling import Taps, choose_pooling, set_pooling
+from featcache.backbones.pooling import Taps, choose_pooling, pooling_lines, set_pooling
 from featcache.errors import BackboneError, UsageError
 from featcache.spec import OWN_POOLING, PreprocessSpec, Taken
 from featcache.system.files import publish_file
@@ -22,6 +22,7 @@ from featcache.system.safe_load import DamagedFile, ForeignFile, load_tensors
 
 log = logging.getLogger("featcache")
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
+CONFIG = "config"  # among the metadata of a safetensors file: ``Backbone.config``
 PATIENCE = 10.0  # seconds without an answer, or a byte, after which there is no network
 _COUNTER = "num_batches_tracked"  # no embedding depends on it, and older checkpoints lack it
 _SAVE = "save it with torch.save(model.state_dict(), ...)"
@@ -63,9 +64,11 @@ class Backbone:
         preprocess: the preprocessing that belongs to the weights.
         weights: where they came from, in words.
         weights_sha256: over the tensors that matter (see ``hash_tensors``).
-        pooling, layers: as in ``Spec``.
+        pooling, layers: as in ``Spec``. lines: Python lines from ``network`` and ``pixels`` to ``embeddings``, for whoever has no
+            featcache; none where the network's own forward pass gives them.
         reload: the ``weights`` argument with which a library provides them again; None if they must travel along.
         published: tensors as they were before they were resampled to ``preprocess.crop``; these are hashed and saved.
+        config: JSON that its library builds it from, where its name alone does not say that without a network.
     """
 
     name: str
@@ -79,6 +82,8 @@ class Backbone:
     published: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     pooling: str = OWN_POOLING
     layers: int = 1
+    lines: tuple[str, ...] = ()
+    config: str = ""
 
 
 def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
@@ -94,7 +99,8 @@ def weights_bytes(backbone: Backbone) -> bytes:
 
     # clones: safetensors refuses tensors that share memory
     tensors = {**backbone.module.state_dict(), **backbone.published}
-    data: bytes = save({key: value.clone().contiguous() for key, value in tensors.items()})
+    facts = {CONFIG: backbone.config} if backbone.config else None
+    data: bytes = save({key: value.clone().contiguous() for key, value in tensors.items()}, facts)
     return data
 
 
@@ -157,7 +163,8 @@ def with_pooling(backbone: Backbone, taps: Taps, taken: Taken) -> Backbone:
     set_pooling(backbone.module, taps, pooling, layers)
     with torch.inference_mode():
         dim = backbone.module(torch.zeros(1, 3, *backbone.preprocess.crop)).shape[1]
-    return dataclasses.replace(backbone, dim=dim, pooling=pooling, layers=layers)
+    lines = tuple(pooling_lines(taps, pooling, layers))
+    return dataclasses.replace(backbone, dim=dim, pooling=pooling, layers=layers, lines=lines)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

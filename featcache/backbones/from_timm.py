@@ -55,13 +55,19 @@ def weights_names(name: str) -> list[str]:
     return []
 
 
-def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
+def build(
+    name: str, n_classes: int, size: tuple[int, int], *, pooling: str, config: str
+) -> tuple[nn.Module, list[str]]:
     """``load.build_network``."""
-    short = name.removeprefix("timm/")
+    short, told = name.removeprefix("timm/"), ""
     network = _timm().create_model(short, num_classes=n_classes)
-    lines = [f"network = timm.create_model({short!r}, num_classes={n_classes})"]
+    if pooling == "cls" and hasattr(network, "pool"):
+        by_token = _timm().create_model(short, num_classes=n_classes, global_pool="token")
+        if by_token.state_dict().keys() == network.state_dict().keys():  # else its last norm lies elsewhere
+            network, told = by_token, ", global_pool='token'"
+    lines = [f"network = timm.create_model({short!r}, num_classes={n_classes}{told})"]
     if _is_of_one_size(network) and network.patch_embed.img_size != size:
-        _set_size(name, network, size)
+        set_size(name, network, size)
         lines.append(f"network.set_input_size(img_size={size})")
     return network, lines
 
@@ -114,18 +120,19 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
         spec = for_size(spec, made_for)
         wanted = spec if made_for and not taken.size else wanted
     backbone = freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
-    backbone = with_input_size(backbone, wanted, functools.partial(_set_size, name))
-    return with_pooling(backbone, _taps(model, several=len(layers) > 1), taken)
+    backbone = with_input_size(backbone, wanted, functools.partial(set_size, name))
+    return with_pooling(backbone, taps(model, several=len(layers) > 1), taken)
 
 
-def _taps(model: Any, *, several: bool) -> Taps:
+def taps(model: Any, *, several: bool) -> Taps:
     """What can be taken out of a network that may have ``several`` classifiers, each with an input of its own."""
     taking = getattr(model, "forward_intermediates", None)
     if taking is None or several:
         return Taps("joined")
     trained = bool(model.pretrained_cfg.get("num_classes"))
     if "return_prefix_tokens" not in inspect.signature(taking).parameters or not hasattr(model, "num_prefix_tokens"):
-        return Taps("maps", depth=len(getattr(model, "feature_info", ())) or 1, trained=trained, read=_read_maps)
+        depth = len(getattr(model, "feature_info", ())) or 1
+        return Taps("maps", depth=depth, trained=trained, read=_read_maps, lines=_lines_of_maps)
     own = {"token": "cls", "avg": "mean"}.get(model.global_pool, str(model.global_pool))
     if getattr(model, "attn_pool", None) is not None:
         own = "attention"
@@ -138,7 +145,8 @@ def _taps(model: Any, *, several: bool) -> Taps:
         depth=len(model.blocks),
         trained=trained,
         read=_read_tokens,
-        finish=lambda network, x: network.fc_norm(x) if hasattr(network, "fc_norm") else x,
+        finish="fc_norm" if hasattr(model, "fc_norm") else "",
+        lines=functools.partial(_lines_of_tokens, prefix=bool(model.num_prefix_tokens)),
     )
 
 
@@ -151,11 +159,30 @@ def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     return [Tokens(patches, prefix[:, 0]) for patches, prefix in found]  # the class token comes before registers
 
 
+def _lines_of_tokens(layers: int, *, prefix: bool) -> list[str]:
+    return [
+        f"found = network.forward_intermediates(pixels, indices={layers}, return_prefix_tokens=True, norm=True, "
+        "output_fmt='NLC', intermediates_only=True)",
+        "found = [(patches, prefix[:, 0]) for patches, prefix in found]"
+        if prefix
+        else "found = [(x, None) for x in found]",
+    ]
+
+
 def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     """The mean of each stage's map; of the last one what enters the classifier."""
     last, maps = model.forward_intermediates(pixels, indices=layers)
     own = model.forward_head(last, pre_logits=True)
     return [*map(of_map, maps[:-1]), Tokens(own[:, None])]
+
+
+def _lines_of_maps(layers: int) -> list[str]:
+    return [
+        f"last, maps = network.forward_intermediates(pixels, indices={layers})",
+        "maps = [x.mean(dim=(2, 3)) for x in maps[:-1]]",
+        "parts = [torch.nn.functional.layer_norm(x, x.shape[1:]) for x in maps]",
+        "parts.append(network.forward_head(last, pre_logits=True))",
+    ]
 
 
 def _as_evaluated(name: str, spec: PreprocessSpec, *, said: bool) -> PreprocessSpec:
@@ -194,12 +221,12 @@ def _load_at_any_size(
             sizes.insert(0, (grid * patch[0], grid * patch[1]))
     for size in sizes:
         with contextlib.suppress(BackboneError, UsageError):
-            _set_size(name, model, size)
+            set_size(name, model, size)
             return load_tables(model, tables, ignore=ignore, source=source), size
     raise first
 
 
-def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
+def set_size(name: str, model: Any, size: tuple[int, int]) -> None:
     """Resample what belongs to positions, where the network is built for one size; others take many, or say so. Raises UsageError."""
     patches: Any = getattr(model, "patch_embed", None)
     if not hasattr(patches, "strict_img_size"):  # networks of convolutions

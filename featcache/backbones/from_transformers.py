@@ -256,13 +256,13 @@ class _Outputs:
     Attributes:
         plain: its class as transformers has it. resamples: whether it takes other sizes only when told so.
         pooled: whether it has a pooler. has_cls: whether the first token is a class token. maps: of which output, if it gives maps.
-        norm: name of what follows the last block; empty: nothing. prefix: how many tokens come before the patches'.
+        norm: name of what follows the last block; empty: nothing. prefix: how many tokens come before the patches'; -1: unknown.
     """
 
     plain: Any
     resamples: bool
-    pooled: bool
-    has_cls: bool
+    pooled: bool = False
+    has_cls: bool = False
     maps: str = ""
     norm: str = ""
     prefix: int = 0
@@ -292,7 +292,7 @@ class _Outputs:
     def read_maps(self, network: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
         """The mean of each stage's map; of the last one the network's own embedding."""
         found = self.call(network, pixels, output_hidden_states=True)
-        return [*map(of_map, getattr(found, self.maps)[-layers:-1]), Tokens(self.vector(found)[:, None])]
+        return [*map(of_map, found[self.maps][-layers:-1]), Tokens(self.vector(found)[:, None])]
 
     def lines(self) -> tuple[str, ...]:
         """Python lines from ``network`` and ``pixels`` to ``embeddings``, as ``vector`` has them."""
@@ -328,15 +328,17 @@ def _prepare(name: str, model: Any, size: tuple[int, int]) -> tuple[_Outputs, Ta
     """Let the network's forward pass give vectors, in place; and what can be taken out of it, seen on one input."""
     plain = type(model)
     resamples = "interpolate_pos_encoding" in inspect.signature(plain.forward).parameters
-    has_cls = any(key.rpartition(".")[2] in _CLASS_TOKENS for key, _ in model.named_parameters())
-    outputs = _Outputs(plain, resamples, pooled=False, has_cls=has_cls)
+    outputs = _Outputs(plain, resamples)
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode(), _quiet():
             found, again = (outputs.call(model, pixels, output_hidden_states=True) for _ in range(2))
-            outputs = dataclasses.replace(outputs, pooled=getattr(found, "pooler_output", None) is not None)
+            prefix, pooled = _prefix_of(model, found, size), found.get("pooler_output") is not None
+            named = any(key.rpartition(".")[2] in _CLASS_TOKENS for key, _ in model.named_parameters())
+            has_cls = named and prefix != 0  # a pooler may have one of its own
+            outputs = dataclasses.replace(outputs, pooled=pooled, has_cls=has_cls, prefix=prefix)
             same = torch.equal(outputs.vector(found), outputs.vector(again))
-            outputs, taps = _taps(model, outputs, found, size)
+            outputs, taps = _taps(model, outputs, found)
             dim = int(outputs.vector(found).shape[1])
     except Exception as error:  # of inputs that it lacks, or sizes that it does not take
         raise BackboneError(f"{name} gives no embedding of an image alone: {_words(error)}") from error
@@ -346,17 +348,17 @@ def _prepare(name: str, model: Any, size: tuple[int, int]) -> tuple[_Outputs, Ta
     return outputs, taps, dim
 
 
-def _taps(model: Any, outputs: _Outputs, found: Any, size: tuple[int, int]) -> tuple[_Outputs, Taps]:
+def _taps(model: Any, outputs: _Outputs, found: Any) -> tuple[_Outputs, Taps]:
     states = found.hidden_states or ()
     for maps in ("reshaped_hidden_states", "hidden_states"):
-        stages = getattr(found, maps, None) or ()
+        stages = found.get(maps) or ()
         if stages and all(x.ndim == 4 for x in stages):
             outputs = dataclasses.replace(outputs, maps=maps)
             return outputs, Taps("maps", depth=len(stages) - 1, read=outputs.read_maps, lines=outputs.lines_of_layers)
-    norm, prefix = _norm_of(model, found), _prefix_of(model, found, size)
-    if norm is None or prefix < outputs.has_cls:
+    norm = _norm_of(model, found)
+    if norm is None or outputs.prefix < outputs.has_cls:
         return outputs, Taps("attention")
-    outputs = dataclasses.replace(outputs, norm=norm, prefix=prefix)
+    outputs = dataclasses.replace(outputs, norm=norm)
     tokens = outputs.tokens(model, states[-1])
     ways = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
     own = [how for how, x in ways.items() if x is not None and _close(x, outputs.vector(found))]

@@ -29,6 +29,7 @@ ROOMS = {
     "reports": "models extraction curation finetuning backbones cache heads images spec system",
     "sklearn": "extraction models backbones cache heads images spec system",
     "__init__": "finetuning reports sklearn models extraction curation backbones cache heads images spec system",
+    "testing": "finetuning models extraction backbones cache heads images spec system",
     "cli": "__init__ finetuning reports sklearn models extraction curation backbones cache heads images spec system",
     "__main__": "cli",
 }

@@ -349,7 +349,7 @@ def _prepare(name: str, model: Any, size: tuple[int, int]) -> tuple[_Outputs, Ta
 
 
 def _taps(model: Any, outputs: _Outputs, found: Any) -> tuple[_Outputs, Taps]:
-    states = found.hidden_states or ()
+    states: Any = found.hidden_states or ()
     for maps in ("reshaped_hidden_states", "hidden_states"):
         stages = found.get(maps) or ()
         if stages and all(x.ndim == 4 for x in stages):
@@ -399,7 +399,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _check_size(name: str, model: Any, size: tuple[int, int]) -> None:
     """Positions are resampled in its forward pass, as transformers does. Raises UsageError: not for this size."""
     patch = getattr(model.config, "patch_size", None)
-    if isinstance(patch, int) and getattr(model.config, "num_hidden_layers", 0):
+    if isinstance(patch, int) and hasattr(model.config, "num_hidden_layers"):  # others pad
         check_multiple(name, size, (patch, patch))
     try:
         with torch.inference_mode():

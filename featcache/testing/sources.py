@@ -11,7 +11,6 @@ Weights are made up: every block and every position matters in them, or a wrong 
 """
 
 import copy
-import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -29,10 +28,13 @@ from featcache.heads.head import FittedHead, Head
 from featcache.images.preprocess import channel_constants, normalise, to_pixels
 from featcache.models.export import export_model
 from featcache.models.model import save_model
-from featcache.spec import PreprocessSpec, Spec, Taken
+from featcache.spec import Spec
+from featcache.system.safe_load import load_tensors
 
 ERROR = 1e-5  # of the features' spread, once what all images share is taken away
-HEAD_ERROR = 1e-3  # likewise of logits: a head that standardises in float32 multiplies the rounding of features that vary little
+HEAD_ERROR = (
+    1e-3  # likewise of logits: a head that standardises in float32 multiplies the rounding of features that vary little
+)
 
 
 class SourceContract:
@@ -97,12 +99,16 @@ class SourceContract:
 
     def matrix_of(self, state: dict[str, torch.Tensor]) -> str:
         """Name of a tensor that the backbone needs."""
-        return next(k for k, v in state.items() if v.ndim > 1 < min(v.shape[:2]) and not k.startswith(self.left_out or "\0"))
+        return next(
+            k for k, v in state.items() if v.ndim > 1 < min(v.shape[:2]) and not k.startswith(self.left_out or "\0")
+        )
 
     def load(self, weights: Path | str, **taken: Any) -> Backbone:
+        """The network, pooled as the library does unless told otherwise."""
         return load_backbone(self.name, weights, **({"pool": "own"} | taken))
 
     def pixels(self, backbone: Backbone, count: int = 3) -> torch.Tensor:
+        """Made-up images, normalised, float32 (count, 3, H, W)."""
         generator = torch.Generator().manual_seed(1)
         return torch.randn(count, 3, *backbone.preprocess.crop, generator=generator)
 
@@ -190,7 +196,7 @@ class SourceContract:
         backbone, resized = self.load(path), self.load(path, size=size)
         assert self.load(path).weights_sha256 == backbone.weights_sha256 == resized.weights_sha256
         assert backbone.weights_sha256 == hash_tensors(backbone.module.state_dict())
-        state = torch.load(path)
+        state = load_tensors(path)
         changed = self.matrix_of(state)
         state[changed] = state[changed] + 1
         torch.save(state, other)
@@ -204,7 +210,7 @@ class SourceContract:
 
     def test_loads_only_what_is_safe_and_whole(self, tmp_path: Path) -> None:
         _, path = self.written(tmp_path)
-        whole = torch.load(path)
+        whole = load_tensors(path)
         key = self.matrix_of(whole)
         torch.save({k: v for k, v in whole.items() if k != key}, tmp_path / "short.pth")
         assert "do not fit" in refusal(lambda: self.load(tmp_path / "short.pth"))
@@ -232,14 +238,17 @@ class SourceContract:
         """The lines of the file, run without featcache, give the embedding of the library's network: own, pooled, layers."""
         _, path = self.written(tmp_path)
         size = (self.size, self.size) if self.size else None
-        for number, taken in enumerate([{}, *({"pool": p, "layers": n} for p, n in self.ways), {"size": size}]):
+        asked: list[dict[str, Any]] = [{}, *({"pool": p, "layers": n} for p, n in self.ways), {"size": size}]
+        for number, taken in enumerate(asked):
             backbone = self.load(path, **taken)
             folder = save_as_model(backbone, tmp_path / f"m{number}")
             report = export_model(folder, tmp_path / f"{number}.safetensors")
             pixels = self.pixels(backbone)
             usage = report.usage.replace(repr(report.output.name), repr(str(report.output)))
             names: dict[str, Any] = {"pixels": pixels, "torch": torch, "json": json}
-            names |= {package.partition(".")[0]: __import__(package) for package in ("safetensors.torch", *self.packages)}
+            names |= {
+                package.partition(".")[0]: __import__(package) for package in ("safetensors.torch", *self.packages)
+            }
             with torch.inference_mode():
                 exec(usage, names)
                 expected = logits_of(backbone, pixels)
@@ -288,6 +297,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, *, error: float = ERROR) -> b
 
 
 def spec_of(backbone: Backbone) -> Spec:
+    """The spec of features in float32."""
     return Spec(
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from PIL import Image
 from torch import nn
 
+from featcache.backbones.backbone import save_weights
 from featcache.backbones.load import load_backbone
 from featcache.errors import BackboneError, DownloadError, MissingDependencyError
 from featcache.extraction.request import ExtractRequest
@@ -337,7 +339,13 @@ class TestTransformersConvNeXt(TestTransformers):
 class TestTransformersSwin(TestTransformers):
     name = "transformers/tiny/swin"
     config = functools.partial(
-        transformers.SwinConfig, image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4
+        transformers.SwinConfig,
+        image_size=32,
+        patch_size=2,
+        embed_dim=8,
+        depths=[1, 1],
+        num_heads=[1, 2],
+        window_size=4,
     )
     processor, ways = functools.partial(transformers.ViTImageProcessor, **SQUARE), (("own", 2),)
     size = None
@@ -357,3 +365,180 @@ def test_export_as_onnx(tmp_path: Path, source: type[SourceContract]) -> None:
     if issubclass(source, TestTransformers):
         put_on_hub(source.name.removeprefix("transformers/"), contract.network(), source.processor())
     contract.export_as_onnx(tmp_path, run=run_onnx)
+
+
+# ------------------------------------------------------------------------------------------- what each has to say
+
+
+def test_weights_of_a_tag_of_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of the tag decides preprocessing and activation; of the architecture alone QuickGELU would be missing."""
+    record = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "resize_mode": "squash"}
+    network, path = TestOpenClip().written(tmp_path)
+    known = open_clip.pretrained._PRETRAINED
+    monkeypatch.setitem(known, "tiny-vit", {"mine": {**record, "quick_gelu": True, "file": str(path)}})
+    backbone = load_backbone("openclip/tiny-vit/mine")
+    assert (backbone.weights, backbone.reload) == (
+        "open_clip mine, names without 'visual.' (Lightning or the like)",
+        "auto",
+    )
+    spec = backbone.preprocess
+    assert (spec.mean, spec.std, spec.interpolation, spec.resize) == (
+        record["mean"],
+        record["std"],
+        "bilinear",
+        (32, 32),
+    )
+    theirs = open_clip.create_model("tiny-vit", pretrained=str(path), force_quick_gelu=True).eval()
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert same(backbone.module(pixels), TestOpenClip().embed(theirs, pixels))
+        assert not same(backbone.module(pixels), TestOpenClip().embed(network, pixels))
+    with pytest.raises(BackboneError, match="give --weights FILE, or one of its tags: mine$"):
+        load_backbone("openclip/tiny-vit")
+    known["tiny-vit"]["mine"]["resize_mode"] = "longest"
+    with pytest.raises(BackboneError, match="resizes its input in a way featcache does not know"):
+        load_backbone("openclip/tiny-vit/mine")
+    del known["tiny-vit"]["mine"]["file"]
+    known["tiny-vit"]["mine"]["hf_hub"] = "nobody/nothing/"
+    with pytest.raises(DownloadError, match="^the weights of openclip/tiny-vit/mine could not be downloaded"):
+        load_backbone("openclip/tiny-vit/mine")
+
+
+@pytest.mark.parametrize(("library", "package"), [("openclip", "open_clip"), ("transformers", "transformers")])
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch, library: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"pip install 'featcache\[{library}\]'$"):
+        load_backbone(f"{library}/some/name")
+
+
+@pytest.mark.parametrize("name", ["transformers/./x", "transformers//tmp/x", "transformers/../x", "transformers/x"])
+def test_folders_are_no_names_of_the_hub(name: str) -> None:
+    with pytest.raises(BackboneError, match="OWNER/NAME"):
+        load_backbone(name)
+
+
+def vit(**changes: Any) -> Any:
+    return transformers.ViTConfig(**TOKENS | changes)
+
+
+def square() -> Any:
+    return transformers.ViTImageProcessor(**SQUARE)
+
+
+@pytest.mark.parametrize("classes", [transformers.ViTForImageClassification, transformers.ViTModel])
+def test_weights_that_a_repository_has(classes: Any) -> None:
+    """As saved by the library, whatever is beside the network in them; the source says where they are from."""
+    network = classes(vit()).eval()
+    put_on_hub("tiny/saved", network, square())
+    backbone = load_backbone("transformers/tiny/saved")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        inner = getattr(network, "vit", network)
+        assert same(backbone.module(pixels), inner(pixels).last_hidden_state[:, 0])
+    assert (backbone.weights, backbone.reload) == ("the hub", "auto")
+
+
+def test_image_tower_of_a_model_of_images_and_texts_in_several_files() -> None:
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 64,
+    }
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
+    network = transformers.CLIPModel(transformers.CLIPConfig(vision_config=dict(TOKENS), text_config=text)).eval()
+    files = put_on_hub("tiny/shards", transformers.CLIPImageProcessor(**BY_EDGE))
+    network.save_pretrained(files, max_shard_size="60KB")
+    assert len(list(files.glob("*.safetensors"))) > 2
+    backbone = load_backbone("transformers/tiny/shards")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert same(backbone.module(pixels), network.vision_model(pixels).pooler_output)
+    index = files / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+    with pytest.raises(BackboneError, match="has no file '../model-00001.*', which its index names"):
+        load_backbone("transformers/tiny/shards")
+
+
+def test_a_copy_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved weights bring their configuration; a folder of save_pretrained has it beside them."""
+    files = put_on_hub("tiny/moved", transformers.ViTModel(vit()), square())
+    backbone = load_backbone("transformers/tiny/moved")
+    save_weights(backbone, tmp_path / "copy.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(DownloadError, match="was not downloaded before"):
+        load_backbone("transformers/tiny/moved")
+    for path in (tmp_path / "copy.safetensors", files / "model.safetensors"):
+        again = load_backbone("transformers/tiny/moved", path)
+        assert (again.weights_sha256, again.preprocess) == (backbone.weights_sha256, backbone.preprocess)
+
+
+def spoil(files: Path, entry: str, **changes: Any) -> None:
+    path = files / entry
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+REFUSED: list[Any] = [  # what a repository has, what is said
+    ("text", lambda files: spoil(files, "config.json", model_type="bert"), "takes no images .model_type 'bert'."),
+    (
+        "code",
+        lambda files: spoil(files, "config.json", model_type="mine", auto_map={"AutoModel": "evil.Evil"}),
+        "needs code of its repository .*, which is never run$",
+    ),
+    (
+        "unknown",
+        lambda files: spoil(files, "config.json", model_type="mine"),
+        "upgrade transformers, or choose another$",
+    ),
+    ("small", lambda files: spoil(files, "config.json", quantization_config={"bits": 4}), "is quantised"),
+    ("wrapped", lambda files: spoil(files, "config.json", model_type="timm_wrapper"), "name it timm/NAME$"),
+    ("depth", lambda files: spoil(files, "config.json", num_hidden_layers=4), "do not fit .*missing"),
+    ("width", lambda files: spoil(files, "config.json", hidden_size=48, num_attention_heads=3), "do not fit"),
+    ("json", lambda files: (files / "config.json").write_text("[1"), "cannot be used"),
+    (
+        "unprepared",
+        lambda files: (files / "preprocessor_config.json").unlink(),
+        "does not say how its images are prepared",
+    ),
+    ("pickled", lambda files: (files / "model.safetensors").unlink(), "pickled weights of the hub are not loaded"),
+    (
+        "flipped",
+        lambda files: spoil(files, "preprocessor_config.json", do_rescale=False),
+        "prepares images in a way featcache does not know",
+    ),
+    (
+        "ownsteps",
+        lambda files: spoil(files, "preprocessor_config.json", image_processor_type="MineImageProcessor"),
+        "prepares images by MineImageProcessor, which this transformers does not know",
+    ),
+    (
+        "levit",
+        lambda files: spoil(files, "preprocessor_config.json", image_processor_type="LevitImageProcessor"),
+        "in a way",
+    ),
+    (
+        "loose",
+        lambda files: spoil(files, "preprocessor_config.json", size={"shortest_edge": 32}),
+        "its images differ in shape",
+    ),
+    (
+        "masking",
+        lambda files: spoil(files, "config.json", model_type="vit_mae"),
+        "gives one image two embeddings .it draws at random.; choose another$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("owner", "change", "words"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_repositories_that_are_refused(owner: str, change: Any, words: str) -> None:
+    change(put_on_hub(f"{owner}/vit", transformers.ViTModel(vit(), add_pooling_layer=False), square()))
+    with pytest.raises(BackboneError, match=words) as caught:
+        load_backbone(f"transformers/{owner}/vit")
+    assert "\n" not in str(caught.value)
+
+
+def test_records_name_the_packages_that_decide() -> None:
+    versions = ExtractRequest(backbone="transformers/a/b").record()["versions"]
+    assert versions["transformers"] == transformers.__version__ and "timm" not in versions
+    assert {"open_clip_torch", "timm"} < ExtractRequest(backbone="openclip/ViT-B-32/openai").record()["versions"].keys()

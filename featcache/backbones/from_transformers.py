@@ -62,8 +62,8 @@ def names() -> list[str]:
 
 
 def is_name(name: str) -> bool:
-    """Whether ``name`` can be that of a repository; whether there is one, the hub says."""
-    return is_repository(name.removeprefix("transformers/"))
+    """True: whether there is such a repository, the hub says."""
+    return True
 
 
 def weights_names(name: str) -> list[str]:
@@ -87,6 +87,11 @@ def build(
 def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
     """``load.load_backbone`` for a vision model of transformers'."""
     _transformers()
+    if not is_repository(name.removeprefix("transformers/")):
+        raise BackboneError(
+            f"{name} is no name of the hub, expected transformers/OWNER/NAME; a folder on this machine is none: give the name of "
+            "what its weights are of, and --weights FOLDER/model.safetensors"
+        )
     file = None if weights in ("auto", "none") else Path(weights)
     source = f"file {file.name}" if file else {"auto": "the hub", "none": "random, seed 0"}[str(weights)]
     tables = read_weights(file, []) if file else []
@@ -180,6 +185,8 @@ def _config_of(name: str, values: dict[str, Any]) -> Any:
             "needs code of its repository" if values.get("auto_map") else "is of a kind this transformers does not know"
         )
         raise BackboneError(f"{name} {needs} (model_type {kind[:60]!r}), {remedy}")
+    if kind in ("timm_wrapper", "timm_backbone"):
+        raise BackboneError(f"{name} is a model of timm's; name it timm/NAME")
     if "quantization_config" in values:
         raise BackboneError(f"{name} is quantised; choose the repository of its full weights")
     plain = {k: v for k, v in values.items() if k not in _LEFT_OUT and not k.startswith("_")}
@@ -191,10 +198,8 @@ def _config_of(name: str, values: dict[str, Any]) -> Any:
 
 
 def _class_of(name: str, config: Any) -> Any:
-    """The class of networks that ``config`` is of. Raises BackboneError: it takes no images, or is timm's."""
+    """The class of networks that ``config`` is of. Raises BackboneError: it takes no images."""
     found = _transformers().MODEL_MAPPING.get(type(config), None)
-    if config.model_type in ("timm_wrapper", "timm_backbone"):
-        raise BackboneError(f"{name} is a model of timm's; name it timm/NAME")
     if not isinstance(found, type) or getattr(found, "main_input_name", "") != "pixel_values":
         raise BackboneError(f"{name} takes no images (model_type {config.model_type!r}); choose a vision model")
     return found

@@ -22,12 +22,14 @@ def fetch(repository: str, file: str, *, name: str) -> Path | None:
         BackboneError: there is no such repository.
         DownloadError: the hub does not answer, or not to us, and the file was not downloaded before.
     """
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
 
     with downloading(), offline_if(silence_of(repository)):
         try:
             return Path(hf_hub_download(repository, file, etag_timeout=PATIENCE))
         except errors.LocalEntryNotFoundError as error:
+            if try_to_load_from_cache(repository, file) is _CACHED_NO_EXIST:  # it was asked for before
+                return None
             reason = f"{file} was not downloaded before, and the hub does not answer"
             raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
         except errors.EntryNotFoundError:

@@ -251,6 +251,14 @@ def put_on_hub(name: str, *parts: Any) -> Path:
     (folder / "refs" / "main").write_text("abc")
     for part in parts:
         part.save_pretrained(files)
+    for entry in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ):
+        (folder / ".no_exist" / "abc").mkdir(parents=True, exist_ok=True)
+        (folder / ".no_exist" / "abc" / entry).touch()  # as the hub's client notes what it asked for in vain
     return files
 
 
@@ -377,10 +385,7 @@ def test_weights_of_a_tag_of_open_clip(tmp_path: Path, monkeypatch: pytest.Monke
     known = open_clip.pretrained._PRETRAINED
     monkeypatch.setitem(known, "tiny-vit", {"mine": {**record, "quick_gelu": True, "file": str(path)}})
     backbone = load_backbone("openclip/tiny-vit/mine")
-    assert (backbone.weights, backbone.reload) == (
-        "open_clip mine, names without 'visual.' (Lightning or the like)",
-        "auto",
-    )
+    assert backbone.weights.startswith("open_clip mine, names without 'visual.'") and backbone.reload == "auto"
     spec = backbone.preprocess
     assert (spec.mean, spec.std, spec.interpolation, spec.resize) == (
         record["mean"],

@@ -66,16 +66,16 @@ def build(
         f"network = open_clip.model._build_vision_tower(config['embed_dim'], config['vision_cfg'], {gelu})",
     ]
     if layer == "proj":
-        lines.append("network.proj = None")
+        lines += ["network.proj, network.output_tokens = None, False"]
     elif layer != _NO_PROJECTION:
         lines.append(f"network.set_submodule({layer!r}, torch.nn.Identity())")
-    if tuple(_pair(tower.image_size)) != size:
+    if _pair(tower.image_size) != size:
         _set_size(name, tower, size)
-        if hasattr(tower, "trunk"):
-            lines.append(f"network.trunk.set_input_size(img_size={size})")
-        else:
+        if not hasattr(tower, "trunk"):
             shape = tuple(tower.positional_embedding.shape)
             lines.append(f"network.positional_embedding = torch.nn.Parameter(torch.empty{shape})")
+        elif from_timm.is_of_one_size(tower.trunk):
+            lines.append(f"network.trunk.set_input_size(img_size={size})")
     return tower, lines
 
 

@@ -66,7 +66,7 @@ def build(
         if by_token.state_dict().keys() == network.state_dict().keys():  # else its last norm lies elsewhere
             network, told = by_token, ", global_pool='token'"
     lines = [f"network = timm.create_model({short!r}, num_classes={n_classes}{told})"]
-    if _is_of_one_size(network) and network.patch_embed.img_size != size:
+    if is_of_one_size(network) and network.patch_embed.img_size != size:
         set_size(name, network, size)
         lines.append(f"network.set_input_size(img_size={size})")
     return network, lines
@@ -208,7 +208,7 @@ def _load_at_any_size(
     try:
         return load_tables(model, tables, ignore=ignore, source=source), None
     except BackboneError as error:
-        if not _is_of_one_size(model):
+        if not is_of_one_size(model):
             raise
         first = error  # says what is expected of published weights
     positions = (value for table in tables for key, value in table.tensors.items() if key.endswith("pos_embed"))
@@ -233,7 +233,7 @@ def set_size(name: str, model: Any, size: tuple[int, int]) -> None:
         return
     if not patches.dynamic_img_pad:
         check_multiple(name, size, patches.patch_size)
-    if not _is_of_one_size(model):
+    if not is_of_one_size(model):
         return
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -246,7 +246,7 @@ def set_size(name: str, model: Any, size: tuple[int, int]) -> None:
         ) from error
 
 
-def _is_of_one_size(model: Any) -> bool:
+def is_of_one_size(model: Any) -> bool:
     """Whether a network takes another size than its own only when told so.
 
     What takes any must go on to compute what it computes untold: the spec of either would be the same.

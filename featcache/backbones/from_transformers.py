@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -32,10 +31,10 @@ from featcache.backbones.backbone import (
     with_pooling,
 )
 from featcache.backbones.hub import fetch, is_repository
+from featcache.backbones.image_processor import preprocessing_of
 from featcache.backbones.pooling import Taps, Tokens, of_map, set_forward
 from featcache.errors import BackboneError, MissingDependencyError, UsageError
-from featcache.images.preprocess import to_pixels
-from featcache.spec import PreprocessSpec, Taken
+from featcache.spec import Taken
 from featcache.system.safe_load import parse_json
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -51,9 +50,6 @@ _LEFT_OUT = (
     "experts_implementation",
     "dtype",
 )
-_WARPED = 384  # pixels from which on ConvNeXt's processor resizes without a crop
-_ROUNDING = 1.5  # levels of 256, on average: what filters with rounded weights differ by; another filter, ten
-_OF_PIL = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def names() -> list[str]:
@@ -103,7 +99,8 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
         tables = _download(name)
     if tables:
         model = _with_weights(name, model, tables, source)
-    spec = _preprocessing(name, record)
+    with _quiet():
+        spec = preprocessing_of(name, _processor_of(name, record))
     outputs, taps, dim = _prepare(name, model.eval(), spec.crop)
     backbone = freeze(name, model, dim, _LAYER, spec, source, "auto" if weights == "auto" else None)
     backbone = dataclasses.replace(backbone, config=json.dumps(record, sort_keys=True), lines=outputs.lines())
@@ -415,29 +412,6 @@ def _check_size(name: str, model: Any, size: tuple[int, int]) -> None:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------- preprocessing
-
-
-def _preprocessing(name: str, record: dict[str, Any]) -> PreprocessSpec:
-    """What the repository's image processor does, compared with it on a picture. Raises BackboneError: it does something else."""
-    processor = _processor_of(name, record)
-    try:
-        spec = _spec_of(processor)
-        picture = _picture(spec)
-        with _quiet():
-            theirs = processor(picture, return_tensors="pt")["pixel_values"]
-    except Exception as error:  # of a class that takes other things, or asks for other steps
-        raise BackboneError(f"{name} prepares images in a way featcache does not know: {_words(error)}") from error
-    shown = tuple(theirs.shape)
-    if shown == (1, 3, *spec.crop):
-        levels = theirs[0].permute(1, 2, 0).numpy() * np.array(spec.std) + np.array(spec.mean)
-        if np.abs(levels * 255 - to_pixels(picture, spec)).mean() <= _ROUNDING:
-            return spec
-    raise BackboneError(
-        f"{name} prepares images in a way featcache does not know ({type(processor).__name__}, its output is {shown})"
-    )
-
-
 def _processor_of(name: str, record: dict[str, Any]) -> Any:
     """The image processor, as a class of transformers' own. Raises BackboneError."""
     transformers, values = _transformers(), record["processor"]
@@ -456,33 +430,6 @@ def _processor_of(name: str, record: dict[str, Any]) -> Any:
         return known.from_dict(plain)
     except Exception as error:
         raise BackboneError(f"the image processor of {name} cannot be used: {_words(error)}") from error
-
-
-def _spec_of(processor: Any) -> PreprocessSpec:
-    """The steps that most processors do: resize, centre crop, normalise."""
-    size, edge = processor.size, processor.size.shortest_edge
-    if not processor.do_resize:
-        raise BackboneError("it does not resize")
-    resize: int | tuple[int, int] = int(edge) if edge else (int(size.height), int(size.width))
-    if getattr(processor, "crop_pct", None) and edge:  # of ConvNeXt
-        crop = (int(edge), int(edge))
-        resize = int(edge / processor.crop_pct) if edge < _WARPED else crop
-    elif processor.do_center_crop:
-        crop = (int(processor.crop_size.height), int(processor.crop_size.width))
-    elif isinstance(resize, tuple):
-        crop = resize
-    else:
-        raise BackboneError("its images differ in shape")
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
-    kind: Any = _OF_PIL.get(int(processor.resample), f"filter {processor.resample}")
-    return PreprocessSpec(resize=resize, crop=crop, interpolation=kind, mean=tuple(mean), std=tuple(std))
-
-
-def _picture(spec: PreprocessSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Noise, uint8 (H, W, 3), of such a size that the crop cuts a whole number of pixels off each side."""
-    short = spec.resize if isinstance(spec.resize, int) else min(spec.resize)
-    wide = spec.crop[1] + 4 * (max(short - spec.crop[1], 0) // 4 + short // 8 + 1)
-    return np.random.default_rng(0).integers(0, 256, (2 * short, 2 * wide, 3), dtype=np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------ the door

@@ -90,7 +90,7 @@ class TestTorchvision(SourceContract):
         maps = hooked(network, [network.get_submodule(stage) for stage in self.stages[-count:]], pixels)
         return [(x.mean(dim=(2, 3)), None) for x in maps]
 
-    @pytest.mark.slow
+    @pytest.mark.soak
     def test_export_as_safetensors(self, tmp_path: Path) -> None:
         super().test_export_as_safetensors(tmp_path)
 
@@ -363,16 +363,21 @@ class TestTransformersSwin(TestTransformers):
         return [(x.mean(dim=(2, 3)), None) for x in maps]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "source",
-    [TestTimm, TestOpenClip, TestTransformers, TestTransformersViT, TestTransformersSigLip, TestTransformersConvNeXt],
-)
-def test_export_as_onnx(tmp_path: Path, source: type[SourceContract]) -> None:
+ONNX: list[Any] = [
+    pytest.param(TestTransformers, 1, marks=pytest.mark.slow),  # of its ways: one, or all
+    *(
+        pytest.param(source, 9, marks=pytest.mark.soak)
+        for source in (TestTimm, TestOpenClip, TestTransformersViT, TestTransformersSigLip, TestTransformersConvNeXt)
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "count"), ONNX)
+def test_export_as_onnx(tmp_path: Path, source: type[SourceContract], count: int) -> None:
     contract: Any = source()
     if issubclass(source, TestTransformers):
         put_on_hub(source.name.removeprefix("transformers/"), contract.network(), source.processor())
-    contract.export_as_onnx(tmp_path, run=run_onnx)
+    contract.export_as_onnx(tmp_path, run=run_onnx, ways=(("own", 1), *source.ways)[-count:])
 
 
 # ------------------------------------------------------------------------------------------- what each has to say

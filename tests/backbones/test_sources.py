@@ -75,12 +75,23 @@ def hooked(network: Any, blocks: Any, pixels: torch.Tensor) -> list[torch.Tensor
 
 
 class TestTorchvision(SourceContract):
-    name, wrong, size, left_out = "resnet18", "resnet1888", 96, ("fc.",)
-    ways, packages = (("own", 3),), ("torchvision",)
-    stages = ("layer1", "layer2", "layer3", "layer4")
+    name, wrong, size, left_out = "squeezenet1_1", "squeezenet1_11", 96, ("classifier.",)
+    packages = ("torchvision",)
 
     def network(self) -> nn.Module:
         return torchvision.models.get_model(self.name)
+
+    def embed(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
+        return network.features(pixels).mean(dim=(2, 3))
+
+    def prepare(self, picture: np.ndarray) -> torch.Tensor:
+        return torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.transforms()(Image.fromarray(picture))
+
+
+@pytest.mark.soak
+class TestTorchvisionMaps(TestTorchvision):
+    name, wrong, left_out, ways = "resnet18", "resnet1888", ("fc.",), (("own", 3),)
+    stages = ("layer1", "layer2", "layer3", "layer4")
 
     def embed(self, network: Any, pixels: torch.Tensor) -> torch.Tensor:
         (found,) = torchvision.models.feature_extraction.create_feature_extractor(network, ["flatten"])(pixels).values()
@@ -90,15 +101,8 @@ class TestTorchvision(SourceContract):
         maps = hooked(network, [network.get_submodule(stage) for stage in self.stages[-count:]], pixels)
         return [(x.mean(dim=(2, 3)), None) for x in maps]
 
-    @pytest.mark.soak
-    def test_export_as_safetensors(self, tmp_path: Path) -> None:
-        super().test_export_as_safetensors(tmp_path)
 
-    def prepare(self, picture: np.ndarray) -> torch.Tensor:
-        return torchvision.models.get_model_weights(self.name).IMAGENET1K_V1.transforms()(Image.fromarray(picture))
-
-
-@pytest.mark.slow
+@pytest.mark.soak
 class TestTorchvisionViT(TestTorchvision):
     name, wrong, size, left_out = "vit_b_32", "vit_b_322", 64, ("heads.",)
     ways = (("mean", 1), ("cls+mean", 2), ("cls", 3))
@@ -145,6 +149,7 @@ class TestTimm(SourceContract):
         return network
 
 
+@pytest.mark.soak
 class TestTimmMaps(TestTimm):
     name, wrong, size = "timm/test_convnext", "timm/test_convnextt", 96
     left_out, ways = ("head.fc.",), (("own", 3),)
@@ -209,7 +214,7 @@ class TestOpenClipResNet(TestOpenClip):
         return [(x.mean(dim=(2, 3)), None) for x in hooked(network.visual, stages, pixels)]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 class TestOpenClipCoCa(TestOpenClip):
     name, wrong, ways = "openclip/tiny-coca", "openclip/tiny-cocaa", ()
 
@@ -233,7 +238,7 @@ class TestOpenClipOfTimm(TestOpenClip):
         return network
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 class TestOpenClipSigLip(TestOpenClipOfTimm):
     name, wrong = "openclip/tiny-siglip", "openclip/tiny-siglipp"
     ways = (("mean", 1), ("mean", 2))
@@ -305,7 +310,7 @@ class TestTransformersViT(TestTransformers):
         return network(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 class TestTransformersClip(TestTransformers):
     name, config = "transformers/tiny/clip", functools.partial(transformers.CLIPVisionConfig, **TOKENS)
     processor = functools.partial(transformers.CLIPImageProcessor, **BY_EDGE)
@@ -343,7 +348,7 @@ class TestTransformersConvNeXt(TestTransformers):
         return [(x.mean(dim=(2, 3)), None) for x in maps]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 class TestTransformersSwin(TestTransformers):
     name = "transformers/tiny/swin"
     config = functools.partial(

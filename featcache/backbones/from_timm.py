@@ -19,11 +19,9 @@ from torch import nn
 from featcache.backbones import hub
 from featcache.backbones.backbone import (
     OFFLINE_BACKBONE,
-    PATIENCE,
     Backbone,
     Table,
     check_multiple,
-    downloading,
     for_size,
     freeze,
     load_tables,
@@ -32,7 +30,7 @@ from featcache.backbones.backbone import (
     with_pooling,
 )
 from featcache.backbones.pooling import Taps, Tokens, of_map
-from featcache.errors import BackboneError, DownloadError, MissingDependencyError, UsageError
+from featcache.errors import BackboneError, MissingDependencyError, UsageError
 from featcache.spec import PreprocessSpec, Taken
 
 log = logging.getLogger("featcache")
@@ -73,13 +71,19 @@ def published(name: str) -> tuple[str, str | None, PreprocessSpec]:
     return full, config.license if config.has_weights else None, _as_evaluated(name, spec, said=False)
 
 
-def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
+def build(
+    name: str, n_classes: int, size: tuple[int, int], *, pooling: str, config: str
+) -> tuple[nn.Module, list[str]]:
     """``load.build_network``."""
-    short = name.removeprefix("timm/")
+    short, told = name.removeprefix("timm/"), ""
     network = _timm().create_model(short, num_classes=n_classes)
-    lines = [f"network = timm.create_model({short!r}, num_classes={n_classes})"]
-    if _is_of_one_size(network) and network.patch_embed.img_size != size:
-        _set_size(name, network, size)
+    if pooling == "cls" and hasattr(network, "pool"):
+        by_token = _timm().create_model(short, num_classes=n_classes, global_pool="token")
+        if by_token.state_dict().keys() == network.state_dict().keys():  # else its last norm lies elsewhere
+            network, told = by_token, ", global_pool='token'"
+    lines = [f"network = timm.create_model({short!r}, num_classes={n_classes}{told})"]
+    if is_of_one_size(network) and network.patch_embed.img_size != size:
+        set_size(name, network, size)
         lines.append(f"network.set_input_size(img_size={size})")
     return network, lines
 
@@ -125,18 +129,19 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
         spec = for_size(spec, made_for)
         wanted = spec if made_for and not taken.size else wanted
     backbone = freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
-    backbone = with_input_size(backbone, wanted, functools.partial(_set_size, name))
-    return with_pooling(backbone, _taps(model, several=len(layers) > 1), taken)
+    backbone = with_input_size(backbone, wanted, functools.partial(set_size, name))
+    return with_pooling(backbone, taps(model, several=len(layers) > 1), taken)
 
 
-def _taps(model: Any, *, several: bool) -> Taps:
+def taps(model: Any, *, several: bool) -> Taps:
     """What can be taken out of a network that may have ``several`` classifiers, each with an input of its own."""
     taking = getattr(model, "forward_intermediates", None)
     if taking is None or several:
         return Taps("joined")
     trained = bool(model.pretrained_cfg.get("num_classes"))
     if "return_prefix_tokens" not in inspect.signature(taking).parameters or not hasattr(model, "num_prefix_tokens"):
-        return Taps("maps", depth=len(getattr(model, "feature_info", ())) or 1, trained=trained, read=_read_maps)
+        depth = len(getattr(model, "feature_info", ())) or 1
+        return Taps("maps", depth=depth, trained=trained, read=_read_maps, lines=_lines_of_maps)
     own = {"token": "cls", "avg": "mean"}.get(model.global_pool, str(model.global_pool))
     if getattr(model, "attn_pool", None) is not None:
         own = "attention"
@@ -149,7 +154,8 @@ def _taps(model: Any, *, several: bool) -> Taps:
         depth=len(getattr(model, "blocks", ())) or 1,
         trained=trained,
         read=_read_tokens,
-        finish=lambda network, x: network.fc_norm(x) if hasattr(network, "fc_norm") else x,
+        finish="fc_norm" if hasattr(model, "fc_norm") else "",
+        lines=functools.partial(_lines_of_tokens, prefix=bool(model.num_prefix_tokens)),
     )
 
 
@@ -162,11 +168,30 @@ def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     return [Tokens(patches, prefix[:, 0]) for patches, prefix in found]  # the class token comes before registers
 
 
+def _lines_of_tokens(layers: int, *, prefix: bool) -> list[str]:
+    return [
+        f"found = network.forward_intermediates(pixels, indices={layers}, return_prefix_tokens=True, norm=True, "
+        "output_fmt='NLC', intermediates_only=True)",
+        "found = [(patches, prefix[:, 0]) for patches, prefix in found]"
+        if prefix
+        else "found = [(x, None) for x in found]",
+    ]
+
+
 def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     """The mean of each stage's map; of the last one what enters the classifier."""
     last, maps = model.forward_intermediates(pixels, indices=layers)
     own = model.forward_head(last, pre_logits=True)
     return [*map(of_map, maps[:-1]), Tokens(own[:, None])]
+
+
+def _lines_of_maps(layers: int) -> list[str]:
+    return [
+        f"last, maps = network.forward_intermediates(pixels, indices={layers})",
+        "maps = [x.mean(dim=(2, 3)) for x in maps[:-1]]",
+        "parts = [torch.nn.functional.layer_norm(x, x.shape[1:]) for x in maps]",
+        "parts.append(network.forward_head(last, pre_logits=True))",
+    ]
 
 
 def _as_evaluated(name: str, spec: PreprocessSpec, *, said: bool) -> PreprocessSpec:
@@ -192,7 +217,7 @@ def _load_at_any_size(
     try:
         return load_tables(model, tables, ignore=ignore, source=source), None
     except BackboneError as error:
-        if not _is_of_one_size(model):
+        if not is_of_one_size(model):
             raise
         first = error  # says what is expected of published weights
     positions = (value for table in tables for key, value in table.tensors.items() if key.endswith("pos_embed"))
@@ -205,19 +230,19 @@ def _load_at_any_size(
             sizes.insert(0, (grid * patch[0], grid * patch[1]))
     for size in sizes:
         with contextlib.suppress(BackboneError, UsageError):
-            _set_size(name, model, size)
+            set_size(name, model, size)
             return load_tables(model, tables, ignore=ignore, source=source), size
     raise first
 
 
-def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
+def set_size(name: str, model: Any, size: tuple[int, int]) -> None:
     """Resample what belongs to positions, where the network is built for one size; others take many, or say so. Raises UsageError."""
     patches: Any = getattr(model, "patch_embed", None)
     if not hasattr(patches, "strict_img_size"):  # networks of convolutions
         return
     if not patches.dynamic_img_pad:
         check_multiple(name, size, patches.patch_size)
-    if not _is_of_one_size(model):
+    if not is_of_one_size(model):
         return
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -230,7 +255,7 @@ def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
         ) from error
 
 
-def _is_of_one_size(model: Any) -> bool:
+def is_of_one_size(model: Any) -> bool:
     """Whether a network takes another size than its own only when told so.
 
     What takes any must go on to compute what it computes untold: the spec of either would be the same.
@@ -263,19 +288,8 @@ def _without_weights(name: str) -> Any:
 def _with_published_weights(name: str) -> Any:
     """The network; its weights come from the hub's cache on this machine, else from the hub. Raises BackboneError, DownloadError."""
     config = _published(name)
-    repository = str(config.hf_hub_id or "")
-    held = bool(repository) and hub.is_held(repository, config.hf_hub_filename)
-    failure = hub.ask(repository, seconds=PATIENCE) if repository and not held else None
-    try:
-        if failure and hub.is_final(failure):  # before a network is built for nothing
-            raise failure
-        with downloading(), hub.without_hub() if held else contextlib.nullcontext():
-            return _timm().create_model(name.removeprefix("timm/"), pretrained=True)
-    except Exception as error:  # the hub's client raises a dozen kinds
-        if refused := hub.refusal(error, name, repository):
-            raise refused from error
-        reason = hub.reason_of(error) if error is failure else f"{type(error).__name__}: {hub.reason_of(error)}"
-        raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
+    with hub.reaching(str(config.hf_hub_id or ""), name=name, file=config.hf_hub_filename):
+        return _timm().create_model(name.removeprefix("timm/"), pretrained=True)
 
 
 def _published(name: str) -> Any:

@@ -1,16 +1,94 @@
 """The Hugging Face hub, as far as weights need it: are they on this machine already, does it answer, may they be had?
 
-In: the name of a repository. Out: facts, and reasons in words; nothing is downloaded here. The hub's own client repeats requests
-for minutes where nobody answers, and cannot end a look-up of a name: here both end in time.
+In: the name of a repository. Out: facts, reasons in words, named files; none of these is run. The hub's own client repeats
+requests for minutes where nobody answers, and cannot end a look-up of a name: here both end in time.
 """
 
 import contextlib
+import io
+import re
+import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
-from featcache.errors import AccessError
+from featcache.errors import AccessError, BackboneError, DownloadError
 
+_PATIENCE = 10.0  # seconds without an answer, or a byte, after which there is no network
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@contextlib.contextmanager
+def downloading(seconds: float = _PATIENCE) -> Iterator[None]:
+    """A context for what a library may download: it gives up when nothing arrives for so long, and prints nothing to stdout.
+
+    torch.hub sets no time limit of its own; the one set here is the process's.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(before or seconds)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def is_repository(text: str) -> bool:
+    """Whether ``text`` is of the form ``OWNER/NAME`` that the hub's names have; no path is: ``./x``, ``/x/y``, ``../x``."""
+    return bool(re.fullmatch(r"\w[\w-]*/\w[\w.-]*", text)) and ".." not in text
+
+
+def fetch(repository: str, file: str, *, name: str) -> Path | None:
+    """Where a file of ``OWNER/NAME`` lies on this machine, downloaded if need be; None if the repository has no such file.
+
+    name: of the backbone, for messages.
+
+    Raises:
+        BackboneError: there is no such repository. AccessError, DownloadError: as ``reaching``.
+    """
+    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
+
+    known = try_to_load_from_cache(repository, file)
+    if isinstance(known, str):
+        return Path(known)
+    try:
+        with reaching(repository, name=name, file=file):
+            return Path(hf_hub_download(repository, file, etag_timeout=_PATIENCE))
+    except DownloadError as error:
+        cause = error.__cause__
+        gone = isinstance(cause, errors.EntryNotFoundError) and not isinstance(cause, errors.LocalEntryNotFoundError)
+        if gone or (
+            known is _CACHED_NO_EXIST and not isinstance(error, AccessError)
+        ):  # or was so when it was last asked for
+            return None
+        if isinstance(cause, errors.RepositoryNotFoundError) and not isinstance(cause, errors.GatedRepoError):
+            raise BackboneError(
+                f"the hub has no repository {repository}, or it is private; check the name, or `hf auth login`"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def reaching(repository: str, *, name: str, file: str | None = None) -> Iterator[None]:
+    """A context in which the weights of the backbone ``name`` come from the hub's cache on this machine, else from the hub.
+
+    repository, file: where they are, as for ``is_held``; weights that are elsewhere have no repository.
+
+    Raises:
+        AccessError: the hub refuses them. DownloadError: it does not answer, or whatever else stands in the way.
+    """
+    held = bool(repository) and is_held(repository, file)
+    failure = ask(repository, seconds=_PATIENCE) if repository and not held else None
+    try:
+        if failure and is_final(failure):  # before a network is built for nothing
+            raise failure
+        with downloading(), without_hub() if held else contextlib.nullcontext():
+            yield
+    except Exception as error:  # the hub's client raises a dozen kinds
+        if refused := refusal(error, name, repository):
+            raise refused from error
+        reason = reason_of(error) if error is failure else f"{type(error).__name__}: {reason_of(error)}"
+        raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
 
 
 def is_held(repository: str, file: str | None = None) -> bool:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones import from_timm, from_torchvision
+from featcache.backbones import from_openclip, from_timm, from_torchvision, from_transformers
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone, for_size
 from featcache.backbones.choice import AUTO, choose_backbone, full_name, nearest_free
 from featcache.errors import AccessError, BackboneError, DownloadError
-from featcache.spec import Spec, Taken
+from featcache.spec import OWN_POOLING, Spec, Taken
 from featcache.system.device import choose_runtime
 from featcache.system.path_kinds import as_path
+
+_LIBRARIES: dict[str, Any] = {"timm": from_timm, "openclip": from_openclip, "transformers": from_transformers}
 
 
 def load_backbone(
@@ -36,8 +38,8 @@ def load_backbone(
     """Load a backbone.
 
     Args:
-        name: a torchvision classification model (``resnet50``), ``timm/NAME``, ``fast``, ``base`` or ``best``; ``auto`` for what
-            ``extract`` takes here for a new cache.
+        name: a torchvision classification model (``resnet50``), ``timm/NAME``, ``openclip/ARCH/TAG`` or ``transformers/OWNER/NAME``;
+            ``fast``, ``base`` or ``best``; ``auto`` for what ``extract`` takes here for a new cache.
         weights: ``auto`` (the library's pretrained ones, from its own cache or the network), ``none`` (random, seeded),
             the name of one of torchvision's weights (``IMAGENET1K_V2``), or a ``.pth`` / ``.safetensors`` file, where
             the final classification layer may be absent.
@@ -86,8 +88,9 @@ def check_name(name: str) -> None:
 
 
 def _library(name: str) -> Any:
-    """The module that loads ``name``."""
-    return from_timm if name.startswith("timm/") else from_torchvision
+    """The module that loads ``name``: by what is before its first slash; without one it is torchvision's."""
+    prefix, slash, _ = name.partition("/")
+    return _LIBRARIES.get(prefix, from_torchvision) if slash else from_torchvision
 
 
 def load_provided(name: str, weights: str, *, taken: Taken = Taken()) -> Backbone:  # noqa: B008 - frozen
@@ -129,12 +132,15 @@ def load_again(
     return dataclasses.replace(backbone, preprocess=preprocess)
 
 
-def build_network(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, str]:
+def build_network(
+    name: str, n_classes: int, size: tuple[int, int], *, pooling: str = OWN_POOLING, config: str = ""
+) -> tuple[nn.Module, str]:
     """The whole network with ``n_classes`` outputs and random weights, for tensors under its own names.
 
     Args:
         name: one that ``load_backbone`` loads.
         n_classes: C. size: (height, width) of the input in pixels, for networks that are built for one size.
+        pooling: the network pools so by itself where its library can be told to. config: as in ``Backbone``.
 
     Returns:
         The network in eval mode, and the Python lines that build it as ``network``, for whoever has no featcache.
@@ -143,7 +149,7 @@ def build_network(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.
         MissingDependencyError: ``timm/...`` without timm.
     """
     with torch.random.fork_rng(devices=[]):
-        network, lines = _library(name).build(name, n_classes, size)
+        network, lines = _library(name).build(name, n_classes, size, pooling=pooling, config=config)
     return network.eval(), "\n".join([*lines, "network.eval()"])
 
 
@@ -191,11 +197,13 @@ def _silent() -> Iterator[None]:
 
 
 def backbone_names(pattern: str = "") -> list[str]:
-    """All names that contain ``pattern``; timm's only if it is installed."""
+    """All names that contain ``pattern``; timm's and open_clip's only if they are installed, repositories of the hub not at all."""
     names = from_torchvision.names()
     if importlib.util.find_spec("timm"):
         names += from_timm.names()
-    return [name for name in names if pattern.lower() in name]
+    if importlib.util.find_spec("open_clip"):
+        names += from_openclip.names()
+    return [name for name in names if pattern.lower() in name.lower()]
 
 
 def tagged_names() -> list[str]:

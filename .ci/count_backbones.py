@@ -1,4 +1,4 @@
-"""Count every backbone of the installed timm and torchvision into featcache/backbones/catalog.csv: half an hour on one core.
+"""Count every backbone of the installed timm and torchvision into featcache/backbones/catalog.csv: 1,500 networks, half a second each.
 
 Lines of the present file are kept where the input is the same; ``--anew`` counts them again, too.
 """

@@ -162,7 +162,9 @@ def build_empty(name: str, *, size: tuple[int, int] | None = None) -> Backbone:
         try:
             with torch.device("meta"):
                 return load_backbone(name, "none", size=size)
-        except (BackboneError, RuntimeError):  # NotImplementedError, as it is or as a library puts it
+        except (BackboneError, RuntimeError) as error:
+            if "meta tensor" not in str(error):
+                raise
             backbone = load_backbone(name, "none", size=size)
     return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
 

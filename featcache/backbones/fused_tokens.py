@@ -137,7 +137,7 @@ def _is_plain_attention(node: fx.Node) -> bool:
 def _leave_out_nothing(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
     """Take out what does nothing in eval mode, and what was read for nobody."""
     for node in reversed(list(traced.graph.nodes)):
-        idle = node.op == "call_module" and isinstance(modules[str(node.target)], _NOTHING)
+        idle = node.op == "call_module" and isinstance(modules[str(node.target)], _NOTHING) and node.args
         if idle or (
             getattr(node.target, "__name__", "") == "stochastic_depth" and node.kwargs.get("training") is False
         ):
@@ -183,8 +183,7 @@ def _may_be_cut(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if _splits_heads(node) or _joins_heads(node):
         return True
     shapes = [x.meta.get("shape", ()) for x in (node, *node.all_input_nodes)]
-    length = shapes[0][1] if len(shapes[0]) == 3 else None
-    if length is None:
+    if len(shapes[0]) != 3:
         return False
     if node.op == "call_module":
         module: Any = modules[str(node.target)]
@@ -193,7 +192,8 @@ def _may_be_cut(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     known = node.target in _PER_TOKEN_CALLS and not node.kwargs.get("inplace")
     if node.target is nn.functional.layer_norm:
         known = len(node.args) == 2 and len(node.args[1]) == 1  # type: ignore[arg-type]
-    return known and all(len(shape) == 1 or (len(shape) == 3 and shape[1] in (1, length)) for shape in shapes)
+    # (C,) or tokens: of (L, C) every token would have to take its own row.
+    return known and all(len(shape) in (1, 3) for shape in shapes)
 
 
 def _splits_heads(node: Any) -> bool:

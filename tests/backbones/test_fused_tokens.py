@@ -139,6 +139,8 @@ COMPUTATIONS: dict[str, Callable[[Network, torch.Tensor], torch.Tensor]] = {
     "norm of all tokens": lambda net, x: nn.functional.layer_norm(net.second(x), (6, 8))[:, 0],
     "tokens exchanged": lambda net, x: net.second(net.third(x).flip(1))[:, 0],
     "activation in place": lambda net, x: (net.relu(net.second(x)) + x)[:, 0],
+    "all tokens changed in place": lambda net, x: net.relu(x)[:, 0] + net.second(x).mean(1),
+    "position added, second token": lambda net, x: net.second(net.third(x) + net.places)[:, 1],
     "input changed in place": lambda net, x: (net.relu(x) + net.second(x))[:, 0],
     "mixed in place": mixed_in_place,
     "used twice": lambda net, x: net.second(net.second(x))[:, 0],

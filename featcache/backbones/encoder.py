@@ -71,6 +71,10 @@ class PrecisionChoice:
         )
 
 
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
 class Encoder:
     """A frozen backbone on its device. Calls are safe from several threads.
 
@@ -84,7 +88,8 @@ class Encoder:
         self.preprocess = preprocess
         self.device = device
         self._dtype = dtype
-        self._module = module.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Not Module.to(memory_format=...): a traced Swin holds constants of five dimensions, which that refuses.
+        self._module = module.to(device=device, dtype=dtype)._apply(_channels_last)  # type: ignore[no-untyped-call]
         self._constants = channel_constants(preprocess, device)
         self._gpu = threading.Lock()  # a GPU takes one batch at a time; a CPU as many as there are workers
 

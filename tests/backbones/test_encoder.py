@@ -121,6 +121,15 @@ def plain(backbone: Backbone, pixels: np.ndarray) -> np.ndarray:
     return backbone.module(inputs).numpy()  # type: ignore[no-any-return]
 
 
+def test_a_network_may_hold_constants_of_five_dimensions() -> None:
+    """As a traced Swin does."""
+    net = colours(1.0)
+    net.register_buffer("mask", torch.zeros(1, 1, 1, 1, 1))
+    backbone, pixels = tiny(net)
+    encoder, _ = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
+    np.testing.assert_allclose(encoder(pixels), plain(backbone, pixels), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("asked", ["auto", "fp32"])
 def test_precision_that_passes_is_the_reference_class(asked: Precision) -> None:
     backbone, pixels = tiny(colours(1.0))

@@ -1,6 +1,7 @@
 """How much faster is the cross-validation of C than scikit-learn's LogisticRegressionCV, and is it as good?
 
     python benchmarks/logreg_vs_sklearn.py [--cache FILE] [--rows 8700] [--classes 101] [--pairs 3] [--tight]
+    python benchmarks/logreg_vs_sklearn.py --sizes CACHE:ROWS:CLASSES ... [--pairs 3]
 
 Both sides try the same 12 values of C (scikit-learn's ``Cs=12``) on the same 5 stratified folds of the same float32
 features, with two threads, then fit the best C on all rows; both in this process, in turn. The peer is LogisticRegressionCV
@@ -13,6 +14,9 @@ fit from zero with ``max_iter=1000``, whose tol is the default.
 
 With ``--cache`` features and labels are those of a file that ``extract`` wrote: the first ``--classes`` classes, and of each
 as many rows as make ``--rows``. Else they are made up.
+
+``--sizes`` instead prints one table, a line for each cache and size: wall and CPU time of both sides, and of fit-head's whole
+choice, which is 33 settings (11 C, three scalings), the correction for it and the temperature.
 
 Made-up features imitate those of a network after global average pooling: non-negative, sparse, of uneven scale, with a
 power-law spectrum. 400 latent factors of variance 1/j; a class is a normal centre in them plus normal scatter of 2.8 times
@@ -41,11 +45,12 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from featcache.cache.cache import FeatureCache
-from featcache.heads.logreg import Solver
+from featcache.heads.logreg import Solver, fit_logreg
 from featcache.heads.validation import stratified_folds
 
 GRID = np.logspace(-4, 4, 12)
 FOLDS = 5
+TIMES = ("seconds", "cpu_seconds")
 
 
 def embeddings(rows: int, dim: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +79,10 @@ def peer(X: np.ndarray, y: np.ndarray, **options: Any) -> dict[str, Any]:
     started, cpu = time.perf_counter(), cpu_seconds()
     X = StandardScaler().fit_transform(X)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    model = LogisticRegressionCV(Cs=GRID, cv=folds, n_jobs=2, use_legacy_attributes=False, l1_ratios=(0,), **options)
+    n_jobs = 2 if len(X) >= 2000 else None  # with fewer rows it takes longer to start processes than to fit
+    model = LogisticRegressionCV(
+        Cs=GRID, cv=folds, n_jobs=n_jobs, use_legacy_attributes=False, l1_ratios=(0,), **options
+    )
     model.fit(X, y)
     seconds = time.perf_counter() - started
     accuracies = np.asarray(model.scores_).reshape(FOLDS, len(GRID)).mean(axis=0)
@@ -96,6 +104,41 @@ def ours(X: np.ndarray, y: np.ndarray, tolerance: float) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     facts = {"seconds": seconds, "cpu_seconds": cpu_seconds() - cpu, "cv_seconds": chosen, "C": float(C)}
     return facts | {"accuracies": accuracies.tolist()}
+
+
+def everything(X: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """The whole of fit-head's choice and fit."""
+    started, cpu = time.perf_counter(), cpu_seconds()
+    fitted = fit_logreg(X, np.arange(len(y)), y)
+    return {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu} | fitted.chosen
+
+
+def sizes(specifications: list[str], pairs: int) -> list[dict[str, Any]]:
+    """Print the table, and return its rows: medians of times, and ratios as medians over pairs."""
+    print(
+        f"{'rows x dim x classes':24}{'scikit-learn':>19}{'featcache':>19}{'ratio':>13}{'best C, accuracy':>33}{'fit-head':>19}"
+    )
+    print(f"{'':24}{'s (CPU)':>19}{'s (CPU)':>19}{'s (CPU)':>13}{'scikit-learn, featcache':>33}{'s (CPU)':>19}")
+    table = []
+    for specification in specifications:
+        path, rows, classes = specification.rsplit(":", 2)
+        X, y = of_cache(path, int(rows), int(classes))
+        runs = [(peer(X, y, max_iter=1000), ours(X, y, 2e-4), everything(X, y)) for _ in range(pairs)]
+        facts: dict[str, Any] = {"cache": path, "rows": len(X), "dim": X.shape[1], "classes": int(classes)}
+        for name, of_side in zip(("scikit-learn", "featcache", "fit-head"), zip(*runs, strict=True), strict=True):
+            facts[name] = {key: statistics.median(run[key] for run in of_side) for key in TIMES}
+        for key in TIMES:
+            facts[f"ratio_{key}"] = statistics.median(theirs[key] / mine[key] for theirs, mine, _ in runs)
+        columns = [f"{facts[name]['seconds']:.2f} ({facts[name]['cpu_seconds']:.2f})" for name in list(facts)[4:7]]
+        columns.insert(2, f"{facts['ratio_seconds']:.1f} ({facts['ratio_cpu_seconds']:.1f})")
+        columns.insert(3, ", ".join(f"{run['C']:.3g} {max(run['accuracies']):.2%}" for run in runs[0][:2]))
+        widths = (19, 19, 13, 33, 19)
+        size = f"{len(X):,} x {X.shape[1]:,} x {classes}"
+        print(
+            f"{size:24}" + "".join(f"{text:>{width}}" for text, width in zip(columns, widths, strict=True)), flush=True
+        )
+        table.append(facts | {"runs": runs})
+    return table
 
 
 def cpu_seconds() -> float:
@@ -134,9 +177,15 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--tight", action="store_true", help="also the peer with tol=1e-6")
     parser.add_argument("--tolerance", type=float, default=2e-4, help="featcache's while it chooses")
+    parser.add_argument("--sizes", nargs="+", metavar="CACHE:ROWS:CLASSES", help="one table of these instead")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     warnings.simplefilter("ignore", FutureWarning)
+    if arguments.sizes:
+        with threadpool_limits(2):
+            table = sizes(arguments.sizes, arguments.pairs)
+        print(json.dumps({"sizes": table} | machine_facts()))
+        return
     X, y = embeddings(arguments.rows, arguments.dim, arguments.classes, 0)
     if arguments.cache:
         X, y = of_cache(arguments.cache, arguments.rows, arguments.classes)

@@ -248,7 +248,7 @@ class Solver:
             return
         X = self.X.astype(np.float64 if self.small else np.float32, copy=False)
         try:
-            with _blas().limit(limits=1 if self.small else None):
+            with _blas().limit(limits=1):
                 found = with_direction(*eigenbasis(X), X.mean(axis=0))  # which spans rows of unit length as well
         except _FAILURES as error:
             log.info("the features are not rotated (%s)", error)

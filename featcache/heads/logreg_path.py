@@ -274,13 +274,15 @@ class _Path:
 
     def search(self, direction: Array, move: Array, slope: float) -> float | None:
         """Step to a point on the line that meets the strong Wolfe conditions; return its distance, None if there is none."""
-        start, objective = self.point, self.objective(self.point)
-        along, square = _dot(start.theta[:, :-1], direction[:, :-1]), _dot(direction[:, :-1], direction[:, :-1])
+        start, weights, change = self.point, self.point.theta[:, :-1], direction[:, :-1]
+        size, along, square = _dot(weights, weights), _dot(weights, change), _dot(change, change)
+        objective = start.loss + self.penalty / 2 * size
         low, low_slope, high, t = 0.0, slope, np.inf, 1.0
         for _ in range(_MAX_TRIALS):
             point = self.at(start.theta + t * direction, start.logits + t * move)
             here = _dot(point.residual, move) + self.penalty * (along + t * square)
-            lower = self.objective(point) <= objective * (1 + self.noise) + _DECREASE * t * slope
+            value = point.loss + self.penalty / 2 * (size + 2 * t * along + t * t * square)
+            lower = value <= objective * (1 + self.noise) + _DECREASE * t * slope
             if lower and abs(here) <= -_CURVATURE * slope:
                 self.point = point
                 return t

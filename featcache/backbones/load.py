@@ -151,17 +151,21 @@ def build_empty(name: str, *, size: tuple[int, int] | None = None) -> Backbone:
     return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
 
 
-def published(name: str) -> tuple[str, str | None, tuple[int, int]]:
+def published(name: str) -> tuple[str, str | None, tuple[int, int] | None]:
     """What the library records of the weights that ``name`` means, without building it.
 
     Returns:
-        The name with that of the weights, where these have one; their licence; the (height, width) they take here.
+        The name with that of the weights, where these have one; their licence; the (height, width) they take here; None for
+        what the library does not record.
 
     Raises:
         BackboneError: no such name, or a preprocessing that featcache does not know.
     """
     _check_name(name)
-    full, licence, preprocess = _library(name).published(name)
+    record = getattr(_library(name), "published", None)
+    if record is None:
+        return name, None, None
+    full, licence, preprocess = record(name)
     return full, licence, preprocess.crop
 
 

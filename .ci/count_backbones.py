@@ -20,7 +20,7 @@ for name in tagged_names():
 
 lines: dict[str, catalog.Counted] = {}
 for arch in backbone_names():
-    sizes: dict[tuple[int, int], catalog.Counted] = {}
+    sizes: dict[tuple[int, int] | None, catalog.Counted] = {}
     for name in [arch, *tagged.get(arch, [])]:  # the default weights come first, by the name without a tag
         try:
             full, licence, size = published(name)

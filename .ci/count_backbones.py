@@ -1,4 +1,4 @@
-"""Count every backbone of the installed timm and torchvision into featcache/backbones/catalog.csv: half an hour on one core.
+"""Count every backbone of the installed timm and torchvision into featcache/backbones/catalog.csv: 1,500 networks, half a second each.
 
 Lines of the present file are kept where the input is the same; ``--anew`` counts them again, too.
 """
@@ -20,7 +20,7 @@ for name in tagged_names():
 
 lines: dict[str, catalog.Counted] = {}
 for arch in backbone_names():
-    sizes: dict[tuple[int, int], catalog.Counted] = {}
+    sizes: dict[tuple[int, int] | None, catalog.Counted] = {}
     for name in [arch, *tagged.get(arch, [])]:  # the default weights come first, by the name without a tag
         try:
             full, licence, size = published(name)

@@ -263,7 +263,8 @@ def count_live(name: str) -> Counted:
 def _count(backbone: "Backbone") -> Counted:
     from featcache.backbones.load import published
 
-    full, licence, (height, width) = published(backbone.name)
+    full, licence, _ = published(backbone.name)
+    height, width = backbone.preprocess.crop
     return Counted(full, height, width, backbone.dim, count_macs(backbone), count_parameters(backbone), licence)
 
 

@@ -156,24 +156,27 @@ def build_empty(name: str, *, size: tuple[int, int] | None = None) -> Backbone:
         try:
             with torch.device("meta"):
                 return load_backbone(name, "none", size=size)
-        except (BackboneError, RuntimeError):  # NotImplementedError, as it is or as a library puts it
+        except (BackboneError, RuntimeError) as error:
+            if "meta tensor" not in str(error):
+                raise
             backbone = load_backbone(name, "none", size=size)
     return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
 
 
-def published(name: str) -> tuple[str, str | None, tuple[int, int]]:
+def published(name: str) -> tuple[str, str | None, tuple[int, int] | None]:
     """What the library records of the weights that ``name`` means, without building it.
 
     Returns:
-        The name with that of the weights, where these have one; their licence; the (height, width) they take here.
+        The name with that of the weights, where these have one; their licence; the (height, width) they take here; None for
+        what the library does not record.
 
     Raises:
-        BackboneError: no such name, no record, or a preprocessing that featcache does not know.
+        BackboneError: no such name, or a preprocessing that featcache does not know.
     """
     check_name(name)
     record = getattr(_library(name), "published", None)
     if record is None:
-        raise BackboneError(f"nothing is on record of {name}: its library tells when it is loaded")
+        return name, None, None
     full, licence, preprocess = record(name)
     return full, licence, preprocess.crop
 

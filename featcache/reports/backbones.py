@@ -18,8 +18,8 @@ _POOLINGS = {
     "cls": "the class token",
     "mean": "the mean of the patch tokens",
     "attention": "the network's attention pooler",
-    "maps": "the mean of the last map, as the network takes it",
-    "joined": "what the network joins",
+    "maps": "the last map, pooled as the network does",
+    "joined": "joined as the network does",
 }
 
 
@@ -60,9 +60,9 @@ def legend(rows: Iterable[dict[str, Any]]) -> list[str]:
         lines.append("linear: % top-1 on ImageNet-1k of a linear classifier on frozen features, by")
         lines += [f"  {letter}  {source}" for source, letter in sources.items()]
     if any(row["gated"] for row in rows):
-        lines.append("gated: the publisher gives its weights on request; timm's copy may be free to load")
+        lines.append("gated: its publisher gives weights on request; timm's copy may be free to load")
     if any(row["commercial"] is False for row in rows):
-        lines.append("NC: the licence does not allow commercial use")
+        lines.append("*, nc: no commercial use")
     if any(not row["dim"] for row in rows):
         lines.append("-: not known here, or not for featcache; `featcache backbones NAME` says more")
     names = {row["name"] for row in rows}
@@ -129,7 +129,7 @@ def network_lines(facts: dict[str, Any]) -> list[str]:
         f"    mean {', '.join(f'{x:.3g}' for x in spec['mean'])}; std {', '.join(f'{x:.3g}' for x in spec['std'])}",
         f"  weights: {'licence ' + licence if facts['pretrained'] else 'none published'}"
         + ("; the publisher's own are gated" if facts["gated"] else ""),
-        *([f"  ImageNet-1k, frozen: {', '.join(figures)} ({facts['source']})"] if figures else []),
+        *([f"  ImageNet-1k, frozen: {', '.join(figures)}, by", f"    {facts['source']}"] if figures else []),
         *([f"  with other weights: {others[0]}", *(f"    {name}" for name in others[1:])] if others else []),
     ]
 
@@ -168,9 +168,11 @@ def _licence(row: dict[str, Any]) -> str:
     if not row["pretrained"]:
         return "no weights"
     licence: str = row["licence"] or "not stated"
-    name = licence.removesuffix("-license").replace("-noncommercial-research", "-nc")
+    name = re.sub("-license$|-model-license$|-community-.*|-noncommercial(?=-research)", "", licence).replace(
+        "-research", "-nc"
+    )
     unmarked = row["commercial"] is False and "nc" not in name.split("-")
-    return f"{name}{' NC' if unmarked else ''}{' gated' if row['gated'] else ''}"
+    return f"{name}{'*' * unmarked}{' gated' if row['gated'] else ''}"
 
 
 def _shape(shape: Sequence[int] | None) -> str:

@@ -67,8 +67,10 @@ def probabilities(network: torch.nn.Module, images: torch.Tensor = IMAGES) -> np
         ("squeezenet1_1", {"scaling": "standardise", "hidden": 7}),
         ("squeezenet1_1", {"scaling": "standardise", "finetuned": True}),
         ("timm/vit_tiny_patch16_224", {"scaling": "standardise", "pool": "cls+mean", "layers": 2}),
-        ("timm/vit_tiny_patch16_224", {"scaling": "unit", "pool": "mean", "hidden": 7}),
-        ("resnet18", {"scaling": "none", "layers": 3}),
+        pytest.param(
+            "timm/vit_tiny_patch16_224", {"scaling": "unit", "pool": "mean", "hidden": 7}, marks=pytest.mark.slow
+        ),
+        pytest.param("resnet18", {"scaling": "none", "layers": 3}, marks=pytest.mark.slow),
     ],
 )
 def test_it_computes_what_predict_says(
@@ -81,16 +83,20 @@ def test_it_computes_what_predict_says(
     assert expected.std(axis=0).max() > 1e-3
     np.testing.assert_allclose(probabilities(network), expected, atol=2e-5)
     assert (network.training, next(network.parameters()).dtype) == (False, torch.float32)
-    facts = featcache.describe(model.path)
-    counts = (
-        sum(p.numel() for p in network.parameters()),
-        sum(p.numel() for p in network.parameters() if p.requires_grad),
-    )
-    trained = None if options.get("finetuned") else counts[1]  # which its training's own record says
-    assert (facts["parameters"], facts["trainable_parameters"]) == (counts[0], trained)
-    head = sum(p.numel() for p in network.head.parameters())
-    assert counts[1] == (counts[0] if options.get("finetuned") else head)
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
+def test_info_counts_the_same(tmp_path: Path, finetuned: bool) -> None:
+    model = make(tmp_path / "m", "timm/vit_tiny_patch16_224", "standardise", finetuned=finetuned, layers=2)
+    network, facts = model.network(), featcache.describe(model.path)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    assert facts["parameters"] == sum(size for size, _ in sizes)
+    trained = sum(size for size, trains in sizes if trains)
+    head = sum(parameter.numel() for parameter in network.head.parameters())
+    assert trained == (facts["parameters"] if finetuned else head)
+    assert facts["trainable_parameters"] == (None if finetuned else head)  # which only its training's own record says
     assert (facts["backbone"]["dim"], facts["backbone"]["input"]) == (model.head.dim, (EDGE, EDGE))
+    assert facts["backbone"]["licence"] == "apache-2.0"
 
 
 def test_it_is_a_module_like_others(tmp_path: Path) -> None:

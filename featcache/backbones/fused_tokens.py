@@ -204,7 +204,9 @@ def _splits_heads(node: Any) -> bool:
 
 def _joins_heads(node: fx.Node) -> bool:
     """(N, L, heads, D) of attention to (N, L, C)."""
-    return node.target == "reshape" and len(node.args) == 4 and _splits_heads(node.args[0])
+    if node.target != "reshape" or len(node.args) != 4 or not _splits_heads(node.args[0]):
+        return False
+    return bool(node.meta["shape"][:2] == node.args[0].meta["shape"][:2])  # type: ignore[union-attr]
 
 
 def _cut(traced: fx.GraphModule, few: list[fx.Node], tokens: slice) -> None:
@@ -244,7 +246,7 @@ def _fuse_from(
     chain, activation, residual = [linear], NOT_AT_ALL, None
     scale = _scale(traced, linear, layer.out_features)
     if scale is not None:
-        chain.append(linear.next if linear.next.op != "get_attr" else linear.next.next)
+        chain += [*linear.users]  # the product
     after = only_user(chain[-1])
     if after is not None:
         residual, found = residual_of(after, chain[-1], position), activation_of(after, modules)
@@ -262,9 +264,6 @@ def _scale(traced: fx.GraphModule, linear: fx.Node, width: int) -> torch.Tensor 
     other = after.args[after.args[0] is linear]
     if not isinstance(other, fx.Node) or other.op != "get_attr":
         return None
-    value = functools.reduce(getattr, str(other.target).split("."), traced)
-    return (
-        value.detach().reshape(-1)
-        if isinstance(value, torch.Tensor) and value.shape[-1:] == (width,) == (value.numel(),)
-        else None
-    )
+    value: Any = functools.reduce(getattr, str(other.target).split("."), traced)
+    fits = isinstance(value, torch.Tensor) and value.shape[-1:] == (width,) == (value.numel(),)
+    return value.detach().reshape(-1) if fits else None

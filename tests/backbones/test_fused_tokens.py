@@ -130,6 +130,12 @@ def attend(x: torch.Tensor, **options: Any) -> torch.Tensor:
     return found.transpose(1, 2).reshape(x.shape[0], 6, 8)
 
 
+def first_head(net: Network, x: torch.Tensor) -> torch.Tensor:
+    heads = net.second(x).reshape(x.shape[0], 6, 2, 4).transpose(1, 2)
+    found = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    return found.transpose(1, 2).reshape(x.shape[0] * 6, 2, 4)[:, 0]
+
+
 COMPUTATIONS: dict[str, Callable[[Network, torch.Tensor], torch.Tensor]] = {
     "scaled": lambda net, x: (net.gamma * net.second(x) + x)[:, 0],
     "scaled by place": lambda net, x: (net.second(x)[:, :, None] * net.places[0]).flatten(1),
@@ -150,6 +156,7 @@ COMPUTATIONS: dict[str, Callable[[Network, torch.Tensor], torch.Tensor]] = {
     "a step": lambda net, x: net.third(net.second(x))[:, 0:3:2].flatten(1),
     "attention": lambda net, x: net.third(attend(net.second(x)))[:, 0],
     "attention, scaled": lambda net, x: net.third(attend(net.second(x), scale=2.0))[:, 2],
+    "attention, one head": first_head,
     "attention, causal": lambda net, x: net.third(attend(net.second(x), is_causal=True))[:, 2],
     "attention, masked": lambda net, x: net.third(attend(net.second(x), attn_mask=net.places[:, :6]))[:, 2],
 }

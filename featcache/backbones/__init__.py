@@ -6,7 +6,7 @@ from_timm.py         timm's
 from_openclip.py     image towers of open_clip
 from_transformers.py vision models of transformers
 image_processor.py   what an image processor of transformers does, as a spec
-hub.py               files of the Hugging Face hub
+hub_files.py         files of the Hugging Face hub
 pooling.py           tokens and maps -> one vector; several layers side by side
 backbone.py          what a Backbone is; its weights read, hashed, saved
 saved.py             the backbone of a saved model

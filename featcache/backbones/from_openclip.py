@@ -29,7 +29,7 @@ from featcache.backbones.backbone import (
     with_input_size,
     with_pooling,
 )
-from featcache.backbones.hub import offline_if, silence_of
+from featcache.backbones.hub_files import offline_if, silence_of
 from featcache.backbones.pooling import Taps, Tokens, lines_of_maps, of_map
 from featcache.errors import BackboneError, DownloadError, MissingDependencyError, UsageError
 from featcache.spec import PreprocessSpec, Taken

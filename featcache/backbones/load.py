@@ -82,7 +82,8 @@ def _load(name: str, weights: str | Path, taken: Taken) -> Backbone:
 def check_name(name: str) -> None:
     """Raise BackboneError, with near names, if no backbone is called ``name``. MissingDependencyError: ``timm/...`` without timm."""
     if not _library(name).is_name(name):
-        near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
+        known = backbone_names("openclip" if name.startswith("openclip/") else "")
+        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
 
@@ -200,11 +201,14 @@ def _silent() -> Iterator[None]:
 
 
 def backbone_names(pattern: str = "") -> list[str]:
-    """All names that contain ``pattern``; timm's and open_clip's only if they are installed, repositories of the hub not at all."""
+    """All names that contain ``pattern``, whatever its case; timm's only if it is installed.
+
+    Of the libraries that are slow to ask, open_clip's names are given if ``pattern`` begins with ``openclip``; the hub cannot be asked.
+    """
     names = from_torchvision.names()
     if importlib.util.find_spec("timm"):
         names += from_timm.names()
-    if importlib.util.find_spec("open_clip"):
+    if pattern.lower().startswith("openclip") and importlib.util.find_spec("open_clip"):
         names += from_openclip.names()
     return [name for name in names if pattern.lower() in name.lower()]
 

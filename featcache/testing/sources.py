@@ -115,7 +115,7 @@ class SourceContract:
     # ---------------------------------------------------------------------------------------------------- names
 
     def test_names(self) -> None:
-        assert (self.name in backbone_names()) == self.listed
+        assert (self.name in backbone_names(self.name)) == self.listed
         message = refusal(lambda: load_backbone(self.wrong, "none"))
         assert self.wrong in message or self.wrong.partition("/")[2] in message, message
 

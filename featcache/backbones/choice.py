@@ -113,7 +113,12 @@ def _in_words(name: str, device: str) -> str:
     """What a backbone costs here and its licence: ``at most about 18 images/s here in float32, licence apache-2.0``."""
     facts = facts_of(name)
     kind = "float32" if device == "cpu" else "float16"
-    return f"at most about {most_images_per_second(facts, device):.2g} images/s in {kind}, licence {facts.licence}"
+    return f"at most about {two_digits(most_images_per_second(facts, device))} images/s in {kind}, licence {facts.licence}"
+
+
+def two_digits(number: float) -> str:
+    """``number`` to two digits, written out: 0.43, 8.1, 130, 25,000."""
+    return f"{float(f'{number:.2g}'):,.10g}"
 
 
 def most_images_per_second(facts: BackboneFacts, device: str) -> float:

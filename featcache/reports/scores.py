@@ -114,7 +114,7 @@ def _coverage_lines(sets: dict[str, Any]) -> list[str]:
 def _curve_lines(curve: Sequence[dict[str, float]]) -> list[str]:
     """Accuracy of the surest images, and bars as long as their share of errors, twenty signs for that of all images."""
     most = 1 - curve[0]["accuracy"] or 1
-    lines = ["  the surest images:"]
+    lines = ["  accuracy on the surest images (bars: errors):"]
     for point in curve:
         bar = "#" * min(30, round(20 * (1 - point["accuracy"]) / most))
         accuracy, least = point["accuracy"], point["least_probability"]

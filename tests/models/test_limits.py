@@ -235,7 +235,7 @@ def test_the_command_evaluates_them(made: Path, run: Callable[..., tuple[int, st
     flags = ["--coverage", 0.9, "--abstain-below", 0.6, "--evidence", made / "f.h5"]
     code, out, _ = run("evaluate", made / "m", made / "f.h5", *flags)
     assert code == 0
-    assert "asked for 0.9" in out and "images are answered" in out and "unlike" in out and "the surest images" in out
+    assert "asked for 0.9" in out and "images are answered" in out and "unlike" in out and "on the surest images" in out
     code, out, _ = run("evaluate", made / "m", made / "f.h5", *flags, "--json")
     facts = json.loads(out.splitlines()[-1])
     assert facts["coverage"]["method"].startswith("LAC") and facts["answered"]["abstain_below"] == 0.6

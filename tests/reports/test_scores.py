@@ -138,7 +138,7 @@ def test_how_well_predictions_know_their_limits() -> None:
         "    by class 94.00% to 96.00%; own thresholds: 2 classes",
         "  unlike the training images 4.00%",
         "  138 images are answered (90.00%), accuracy 98.50%",
-        "  the surest images:",
+        "  accuracy on the surest images (bars: errors):",
         "    100%: accuracy 96.00%, probability from 0.5000 ####################",
         "     50%: accuracy 98.00%, probability from 0.9000 ##########",
         "     25%: accuracy 100.00%, probability from 0.9500",

@@ -113,7 +113,9 @@ def _in_words(name: str, device: str) -> str:
     """What a backbone costs here and its licence: ``at most about 18 images/s here in float32, licence apache-2.0``."""
     facts = facts_of(name)
     kind = "float32" if device == "cpu" else "float16"
-    return f"at most about {two_digits(most_images_per_second(facts, device))} images/s in {kind}, licence {facts.licence}"
+    return (
+        f"at most about {two_digits(most_images_per_second(facts, device))} images/s in {kind}, licence {facts.licence}"
+    )
 
 
 def two_digits(number: float) -> str:

@@ -57,7 +57,7 @@ def test_features_equal_eager_torchvision_style_inference(tmp_path: Path, bf16_a
 )
 def test_an_embedding_does_not_depend_on_neighbours_or_workers(tmp_path: Path, name: str) -> None:
     images = list_images(make_photos(tmp_path, each=3))
-    backbone = load_backbone(name, "none")
+    backbone = load_backbone(name, "none", size=(96, 96))
     one = features(images, backbone, choose_runtime("cpu", workers=1, batch_size=8))
     two = features(images, backbone, choose_runtime("cpu", workers=3, batch_size=8))
     np.testing.assert_array_equal(one, two)

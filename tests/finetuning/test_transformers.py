@@ -200,7 +200,7 @@ POOLED = [  # name, pool, layers, what no embedding depends on
 @pytest.mark.parametrize(("name", "pool", "layers", "idle"), POOLED)
 def test_training_through_every_pooling(name: str, pool: str | None, layers: int, idle: str) -> None:
     """It starts from the cached head; gradients reach exactly what trains, as several processes need; the rest is not counted."""
-    edge = 32 if name in (MAPS, "resnet18") else 224 if name == "vit_b_32" else 160
+    edge = {MAPS: 32, "resnet18": 32, VIT: 160, ATTENTION: 160}.get(name, 64)
     backbone, data = load_backbone(name, "none", size=(edge, edge), pool=pool, layers=layers), make_pixels(4, edge)
     X = Encoder(backbone.module, backbone.preprocess, CPU.device, torch.float32)(np.stack(data.pictures))
     head = fitted_head("standardise", X)

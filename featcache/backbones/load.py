@@ -164,7 +164,7 @@ def build_empty(name: str, *, size: tuple[int, int] | None = None) -> Backbone:
             with torch.device("meta"):
                 return load_backbone(name, "none", size=size)
         except (BackboneError, RuntimeError) as error:
-            if "meta tensor" not in str(error):
+            if "meta tensor" not in str(error).lower():
                 raise
             backbone = load_backbone(name, "none", size=size)
     return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")

@@ -75,17 +75,15 @@ def _describe_network(model: Model) -> dict[str, Any]:
     """How large it is and what its backbone is."""
     head = sum(weight.size + bias.size for weight, bias in model.head.layers)
     facts: dict[str, Any] | None = None
-    with contextlib.suppress(FeatcacheError):  # this installation does not know the backbone
-        facts = dataclasses.asdict(facts_of(model.spec.backbone, size=model.spec.preprocess.crop))
-        facts |= {"dim": model.head.dim}  # of the model's own pooling and layers
+    if not model.spec.backbone.startswith("transformers/"):  # for which the hub would have to be asked
+        with contextlib.suppress(FeatcacheError):  # this installation does not know the backbone
+            facts = dataclasses.asdict(facts_of(model.spec.backbone, size=model.spec.preprocess.crop))
+            facts |= {"dim": model.head.dim}  # of the model's own pooling and layers
     trained: int | None = head
+    total: int | None = facts["parameters"] + head if facts else None
     if model.manifest.get("finetuned"):
         trained = None
         with contextlib.suppress(FeatcacheError, OSError, ValueError, LookupError, TypeError):  # of an early version
-            metrics = parse_json(saved.own_file(model.path, METRICS).read_text())
-            trained = int(metrics["report"]["trainable_parameters"])
-    return {
-        "parameters": facts["parameters"] + head if facts else None,
-        "trainable_parameters": trained,
-        "backbone": facts,
-    }
+            report = parse_json(saved.own_file(model.path, METRICS).read_text())["report"]
+            trained, total = int(report["trainable_parameters"]), total or int(report["parameters"])
+    return {"parameters": total, "trainable_parameters": trained, "backbone": facts}

@@ -29,6 +29,7 @@ _PER_TOKEN = (nn.Linear, nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid)
 _PRODUCTS = {operator.mul, torch.mul}
 _PER_TOKEN_CALLS = {nn.functional.gelu, nn.functional.silu, operator.add, torch.add, *_PRODUCTS}
 _ATTENTION = nn.functional.scaled_dot_product_attention
+_THIRDS = "permute", (2, 0, 3, 1, 4)  # of (N, L, 3, heads, D)
 _CACHE = 2**20  # bytes of scores at a time, which then stay in one core's cache
 
 
@@ -49,6 +50,8 @@ def fuse_tokens(module: nn.Module, sample: torch.Tensor, *, batch_size: int | No
     modules = dict(module.named_modules())
     _leave_out_nothing(module, modules)
     _read_few_tokens(module, modules)
+    _ask_once(module, modules)
+    modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     for node in list(position):
         if node.op == "call_module" and type(modules[str(node.target)]) is nn.Linear and has_fused_linear(sample.dtype):
@@ -103,21 +106,48 @@ class FusedLinear(nn.Module):
         return run.binary(x, residual, self._weight, self._bias, "add")  # type: ignore[no-any-return]
 
 
+class OneQuery(nn.Module):
+    """Attention of one token's queries to all tokens, whose keys and values are never computed: q (W x) = (q W) x.
+
+    Args:
+        qkv: C -> 3 C, queries, keys and values of every head in turn. token: which one asks.
+    """
+
+    def __init__(self, qkv: nn.Linear, heads: int, token: int, scale: float | None) -> None:
+        super().__init__()
+        weight = qkv.weight.detach().reshape(3, heads, -1, qkv.in_features)
+        bias = weight.new_zeros(3, heads, weight.shape[2])
+        if qkv.bias is not None:
+            bias = qkv.bias.detach().reshape(bias.shape)
+        # The keys' bias adds the same to all scores, of which softmax takes no notice.
+        self._query, self._query_bias, self._key = weight[0].flatten(0, 1), bias[0].flatten(), weight[1]
+        self._value, self._value_bias = weight[2].mT.contiguous(), bias[2][:, None]
+        self._token, self._scale = token, 1 / math.sqrt(weight.shape[2]) if scale is None else scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, L, C) -> (N, heads, 1, D)."""
+        query = nn.functional.linear(x[:, self._token], self._query, self._query_bias)
+        query = query.reshape(len(x), *self._key.shape[:2]).transpose(0, 1)
+        asked = torch.bmm(query * self._scale, self._key).transpose(0, 1)  # (N, heads, C)
+        mixed = torch.bmm(torch.softmax(torch.bmm(asked, x.mT), dim=-1), x)
+        return torch.baddbmm(self._value_bias, mixed.transpose(0, 1), self._value).transpose(0, 1)[:, :, None]
+
+
 def attention_in_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None = None, cache: int = _CACHE
 ) -> torch.Tensor:
     """``scaled_dot_product_attention`` of (N, heads, L, D) tensors: products of matrices, with ``cache`` bytes of scores at a time."""
     n, heads, length, depth = query.shape
     scale = 1 / math.sqrt(depth) if scale is None else scale
-    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # once, not in every product
     some = min(heads, max(1, cache // (length * key.shape[2] * query.element_size())))
-    result, scores = query.new_empty(n, heads, length, value.shape[3]), query.new_empty(some, length, key.shape[2])
-    for image in range(n):
+    # In memory (N, L, heads, D), as the next linear layer reads it.
+    result = query.new_empty(n, length, heads, value.shape[3]).transpose(1, 2)
+    scores = query.new_empty(some, length, key.shape[2])
+    for q, k, v, found in zip(query, key, value, result, strict=True):
         for first in range(0, heads, some):
-            part = image, slice(first, first + some)
-            mine = scores[: heads - first]
-            torch.baddbmm(mine, query[part], key[part].transpose(1, 2), beta=0, alpha=scale, out=mine)
-            torch.bmm(torch.softmax(mine, dim=-1, out=mine), value[part], out=result[part])
+            part, mine = slice(first, first + some), scores[: heads - first]
+            torch.baddbmm(mine, q[part].contiguous(), k[part].contiguous().mT, beta=0, alpha=scale, out=mine)
+            found[part] = torch.bmm(torch.softmax(mine, dim=-1, out=mine), v[part].contiguous())
     return result
 
 
@@ -236,6 +266,42 @@ def _cut(traced: fx.GraphModule, few: list[fx.Node], tokens: slice) -> None:
             node.meta["shape"] = (node.meta["shape"][0], width, node.meta["shape"][2])
     if len(few) > 1:
         read.args = (read.args[0], (slice(None), 0 if isinstance(read.args[1][1], int) else slice(0, width)))  # type: ignore[index]
+
+
+def _ask_once(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
+    """Where one token alone is left to ask, compute no keys and values."""
+    position = {node: number for number, node in enumerate(traced.graph.nodes)}
+    for node in list(position):
+        chain = _from_linear(node, modules) if node.target is _ATTENTION and _is_plain_attention(node) else None
+        if chain is not None:
+            layer: Any = modules[str(chain[0].target)]
+            heads, token, scale = chain[1].meta["shape"][3], chain[-2].args[1][-1].start, node.kwargs.get("scale")
+            replace_chain(traced, chain, OneQuery(layer, heads, token, scale), None, position)
+
+
+def _from_linear(attention: fx.Node, modules: dict[str, nn.Module]) -> list[Any] | None:
+    """All from a linear layer to one token's attention, if queries, keys and values are the thirds of what the layer gives."""
+    cut: Any = attention.args[0]
+    index: Any = cut.args[1] if cut.target is operator.getitem else None
+    if cut.meta.get("shape", ())[2:3] != (1,) or not isinstance(index, tuple) or index[:-1] != (slice(None),) * 2:
+        return None
+    if not isinstance(index[-1], slice) or not isinstance(index[-1].start, int):
+        return None
+    thirds: list[Any] = [cut.args[0], *attention.args[1:]]
+    split: Any = thirds[0].args[0] if thirds[0].args else None
+    if [(third.target, third.args) for third in thirds] != [(operator.getitem, (split, i)) for i in range(3)]:
+        return None
+    order: Any = split.args[0] if split.target == "unbind" and split.args[1:] == (0,) else None
+    if order is None or (order.target, order.args[1:]) != _THIRDS:
+        return None
+    parts = order.args[0]
+    linear, shape = parts.args[0], parts.meta["shape"]
+    chain = [linear, parts, order, split, *thirds, cut, attention]
+    if linear.op != "call_module" or type(modules[str(linear.target)]) is not nn.Linear:
+        return None
+    whole = parts.target == "reshape" and shape[:3] == (*linear.meta["shape"][:2], 3)
+    alone = all(user in chain for node in chain[:-1] for user in node.users)
+    return chain if whole and alone else None
 
 
 def _fuse_from(

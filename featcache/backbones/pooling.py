@@ -154,7 +154,7 @@ def set_pooling(network: nn.Module, taps: Taps, pooling: str, layers: int) -> No
     def forward(self: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         found = read(self, pixels, layers)
         parts = [x for tokens in found for x in pool_tokens(tokens, how)]
-        if taps.finish:
+        if taps.finish:  # else nothing: a module made here could not be traced
             parts = [self.get_submodule(taps.finish)(x) for x in parts]
         return torch.cat(parts, dim=1)
 

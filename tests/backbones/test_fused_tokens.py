@@ -17,8 +17,10 @@ from torchvision.models.convnext import CNBlockConfig
 
 from featcache.backbones.encoder import build_encoder
 from featcache.backbones.folding import fold_batchnorm
-from featcache.backbones.fused_tokens import FusedLinear, attention_in_parts, fuse_tokens, has_fused_linear
+from featcache.backbones.from_torchvision import _taps
+from featcache.backbones.fused_tokens import FusedLinear, OneQuery, attention_in_parts, fuse_tokens, has_fused_linear
 from featcache.backbones.load import load_backbone
+from featcache.backbones.pooling import set_pooling
 from featcache.backbones.self_check import agreement
 from featcache.system.device import choose_runtime
 
@@ -55,15 +57,15 @@ def rows(module: nn.Module, x: torch.Tensor) -> list[int]:
 NETWORKS: dict[
     str, tuple[Callable[[], nn.Module], int, int, int]
 ] = {  # fused layers, those with activation, on one token
-    "class token": (lambda: vit.VisionTransformer(**SIZE, init_values=1, reg_tokens=4), 8, 2, 3),
+    "class token": (lambda: vit.VisionTransformer(**SIZE, init_values=1, reg_tokens=4), 7, 2, 3),
     "mean": (lambda: vit.VisionTransformer(**SIZE, global_pool="avg"), 8, 2, 0),
     "attention pool": (lambda: vit.VisionTransformer(**SIZE, global_pool="map", class_token=False), 13, 3, 4),
     "normalised queries": (lambda: vit.VisionTransformer(**SIZE, qk_norm=True, scale_attn_norm=True), 8, 2, 3),
     "SwiGLU": (lambda: vit.VisionTransformer(**SIZE, mlp_layer=layers.SwiGLUPacked, init_values=1), 8, 0, 1),
     "parallel": (lambda: vit.VisionTransformer(**SIZE, block_fn=vit.ParallelScalingBlock), 6, 0, 2),
     "rotary": (lambda: eva.Eva(**SIZE, use_rot_pos_emb=True, init_values=1, global_pool="token"), 6, 2, 3),
-    "tanh": (lambda: vit.VisionTransformer(**SIZE, act_layer="gelu_tanh"), 8, 2, 3),
-    "torchvision's ViT": (lambda: VisionTransformer(32, 8, 2, 4, 64, 96), 8 + 1, 2, 3 + 1),
+    "tanh": (lambda: vit.VisionTransformer(**SIZE, act_layer="gelu_tanh"), 7, 2, 3),
+    "torchvision's ViT": (lambda: VisionTransformer(32, 8, 2, 4, 64, 96), 7 + 1, 2, 3 + 1),
     "Swin": (lambda: SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4]), 9 + 1, 4, 1),
     "ConvNeXt": (lambda: ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]), 4 + 1, 2, 1),
 }
@@ -86,20 +88,27 @@ def test_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "pool", "layers", "cut"),
+    ("library", "pool", "layers", "cut"),
     [
-        ("timm/vit_tiny_patch16_224", "cls", 2, 3),
-        ("timm/vit_tiny_patch16_224", "cls+mean", 1, 0),
-        ("vit_b_32", "mean", 1, 0),
-        pytest.param("timm/vit_tiny_patch16_224", "mean", 1, 0, marks=pytest.mark.slow),
-        pytest.param("vit_b_32", "cls", 2, 3, marks=pytest.mark.slow),
-        pytest.param("vit_b_32", "cls+mean", 1, 0, marks=pytest.mark.slow),
+        ("timm", "cls", 2, 3),
+        ("timm", "cls+mean", 1, 0),
+        ("torchvision", "mean", 1, 0),
+        ("torchvision", "cls", 2, 3),
+        ("torchvision", "cls+mean", 1, 0),
     ],
 )
-def test_pools(name: str, pool: str, layers: int, cut: int) -> None:
+def test_pools(library: str, pool: str, layers: int, cut: int) -> None:
     """Only what is read of the last block counts; what other blocks compute is read by the next one."""
-    backbone = load_backbone(name, "none", pool=pool, layers=layers, size=(64, 64))
-    network, x = with_values(backbone.module), torch.randn(2, 3, 64, 64)
+    if library == "timm":
+        network, edge = (
+            load_backbone("timm/vit_tiny_patch16_224", "none", pool=pool, layers=layers, size=(64, 64)).module,
+            64,
+        )
+    else:  # one of its architectures, made small
+        network, edge = VisionTransformer(32, 8, 3, 4, 64, 96), 32
+        network.heads = nn.Identity()
+        set_pooling(network, _taps("vit_b_32", network), pool, layers)
+    network, x = with_values(network), torch.randn(2, 3, edge, edge)
     faster = fused(network, x)
     with torch.inference_mode():
         torch.testing.assert_close(faster(x), network(x), rtol=1e-4, atol=1e-4)
@@ -173,6 +182,52 @@ def test_computations(name: str, dtype: torch.dtype) -> None:
         faster = fuse_tokens(fold_batchnorm(network).to(dtype), x[:2].to(dtype), batch_size=3)
         tolerance = 1e-5 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(faster(x.to(dtype)).float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def of_thirds(net: Network, x: torch.Tensor, *, order: tuple[int, ...] = (0, 1, 2), **options: Any) -> torch.Tensor:
+    thirds = net.thirds(x).reshape(x.shape[0], 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    found = nn.functional.scaled_dot_product_attention(*(thirds[place] for place in order), **options)
+    return net.third(found.transpose(1, 2).reshape(x.shape[0], 6, 8))
+
+
+def keys_read_again(net: Network, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = net.thirds(x).reshape(x.shape[0], 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    found = nn.functional.scaled_dot_product_attention(q, k, v)
+    return found.transpose(1, 2).reshape(x.shape[0], 6, 8)[:, 0] + k.flatten(1)[:, :8]
+
+
+def own_query(net: Network, x: torch.Tensor, index: Any) -> torch.Tensor:
+    q, k, v = net.thirds(x).reshape(x.shape[0], 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    return nn.functional.scaled_dot_product_attention(q[index], k, v).flatten(1)
+
+
+ONE_QUERY: dict[str, tuple[Callable[[Network, torch.Tensor], torch.Tensor], int]] = {
+    "first token": (lambda net, x: of_thirds(net, x)[:, 0], 1),
+    "third token, scaled": (lambda net, x: of_thirds(net, x, scale=2.0)[:, 2], 1),
+    "two tokens": (lambda net, x: of_thirds(net, x)[:, 1:3].flatten(1), 0),
+    "all tokens": (lambda net, x: of_thirds(net, x).mean(1), 0),
+    "causal": (lambda net, x: of_thirds(net, x, is_causal=True)[:, 2], 0),
+    "other order": (lambda net, x: of_thirds(net, x, order=(1, 0, 2))[:, 0], 0),
+    "keys are values": (lambda net, x: of_thirds(net, x, order=(0, 1, 1))[:, 0], 0),
+    "keys read again": (keys_read_again, 0),
+    "the network's own, last": (lambda net, x: own_query(net, x, (slice(None), slice(None), slice(-1, None))), 1),
+    "the network's own, first": (lambda net, x: own_query(net, x, (slice(None), slice(None), slice(1))), 0),
+    "of the first head": (lambda net, x: own_query(net, x, (slice(None), slice(0, 1), slice(2, 3))), 0),
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ONE_QUERY)
+def test_one_query_needs_no_keys(name: str, bias: bool) -> None:
+    torch.manual_seed(0)
+    network, x = Network(ONE_QUERY[name][0]).eval(), torch.randn(3, 3, 4, 4)
+    network.thirds = nn.Linear(8, 24, bias=bias)
+    nn.init.normal_(network.thirds.weight)
+    faster = fused(network, x)
+    assert sum(isinstance(part, OneQuery) for part in faster.modules()) == ONE_QUERY[name][1]
+    with torch.inference_mode():
+        torch.testing.assert_close(faster(x), network(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(faster(x[:1]), network(x[:1]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])

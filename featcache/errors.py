@@ -48,6 +48,10 @@ class DownloadError(BackboneError):
     place = instead = ""
 
 
+class AccessError(DownloadError):
+    """The hub that has the weights answers, and does not give them to everybody."""
+
+
 class CacheError(FeatcacheError):
     """A cache file cannot be read: not ours, newer, or damaged."""
 

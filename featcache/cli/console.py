@@ -170,7 +170,13 @@ def printable(text: str) -> str:
 
 def printable_row(row: dict[str, Any]) -> dict[str, Any]:
     """``row`` with its keys and texts ``printable``."""
-    return {printable(key): printable(value) if isinstance(value, str) else value for key, value in row.items()}
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, list):
+            return [shown(entry) for entry in value]
+        return printable(value) if isinstance(value, str) else value
+
+    return {printable(key): shown(value) for key, value in row.items()}
 
 
 def facts_as_lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:

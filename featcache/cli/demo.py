@@ -43,7 +43,7 @@ def demo(
     show(f"{count} handwritten digits from scikit-learn are in {digits}: train/0 ... train/9, test/0 ... test/9")
     cache, model = folder / "features.h5", folder / "model"
     commands = (
-        ["extract", str(digits), "-o", str(cache), "--backbone", "timm/tf_efficientnet_lite0"],
+        ["extract", str(digits), "-o", str(cache), "--backbone", "fast"],
         ["fit-head", str(cache), "-o", str(model)],
         ["predict", str(model), *(str(path) for path in sorted(digits.glob("test/*/*0.png"))[::6][:6])],
     )
@@ -57,7 +57,7 @@ def demo(
         "  featcache extract photos/ -o features.h5\n"
         "  featcache fit-head features.h5 -o model/\n"
         "  featcache predict model/ new_photos/ -o labels.csv\n"
-        "(extract downloads ResNet-50's weights once; without a network add --backbone timm/tf_efficientnet_lite0)"
+        "(extract chooses a backbone for this machine and downloads its weights once; without a network it takes this one)"
     )
     accuracy = json.loads((model / "metrics.json").read_text())["test_accuracy"]
     facts = {"images": digits, "cache": cache, "model": model, "test_accuracy": accuracy}

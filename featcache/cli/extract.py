@@ -20,7 +20,7 @@ def extract(
     path_column: options.PathColumn = None,
     label_column: options.LabelColumn = None,
     split_column: options.SplitColumn = None,
-    backbone: options.Backbone = "resnet50",
+    backbone: options.Backbone = "auto",
     weights: options.Weights = "auto",
     batch_size: options.BatchSize = "auto",
     precision: options.Precision = "auto",

@@ -1,6 +1,7 @@
 """``info``, ``verify``, ``backbones`` and ``doctor``: the commands that look. In: what was typed. Out: facts on stdout."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ import typer
 
 from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
-from featcache.errors import DamagedCacheError, UsageError, repair_advice
+from featcache.errors import DamagedCacheError, DownloadError, UsageError, repair_advice
 from featcache.system.path_kinds import HERE, check_path
 
 if TYPE_CHECKING:
@@ -124,15 +125,45 @@ def damage_in_words(damaged: Sequence[tuple[int, int]], columns: Sequence[str]) 
 
 
 def backbones(
-    pattern: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+    pattern: Annotated[
+        str, typer.Argument(help="Only names that contain this; one whole name shows that network.")
+    ] = "",
+    everything: Annotated[bool, typer.Option("--all", help="The table of all that match, also on a terminal.")] = False,
     as_json: options.Json = False,
 ) -> None:
-    """List the backbones that extract knows."""
-    from featcache.backbones.load import backbone_names
+    """Show backbones to choose from: size, cost, licence, accuracy.
 
-    names = backbone_names(pattern)
-    show_result(names, {"backbones": names}, as_json=as_json)
-    note(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else ""))
+    On a terminal those that most should choose from, into a pipe all.
+    """
+    from featcache.backbones.catalog import ALIASES, CHOSEN, counted, matching
+    from featcache.reports.backbones import describe_network, legend, near, network_lines, table_lines, table_of
+
+    names = matching(pattern)
+    one = pattern in ALIASES or pattern in names or pattern in counted() or pattern.startswith("transformers/")
+    try:
+        network = describe_network(pattern) if one and not everything else None
+    except DownloadError as error:
+        error.instead = ""  # the command that is advised elsewhere has a --backbone
+        raise
+    if network and not as_json:
+        show_result(network_lines(network), network, as_json=False)
+        others = len([name for name in names if name != network["name"]])
+        if others:
+            note(f"{others} other names contain {pattern!r}: featcache backbones {pattern} --all")
+        return
+    few = not (pattern or everything or as_json) and sys.stdout.isatty()
+    rows = table_of([*([] if pattern else CHOSEN), *([] if few else names)])
+    facts = {"backbones": names, "table": rows} | ({"network": network} if network else {})
+    show_result(table_lines(rows, wrap=sys.stdout.isatty()) if rows else [], facts, as_json=as_json)
+    for line in legend(rows) if rows else []:
+        note(line)
+    hint = f"; near: {', '.join(found)}" if not names and (found := near(pattern, matching())) else ""
+    more = (
+        "; `featcache backbones PATTERN` shows those that contain it, --all all, openclip those of open_clip"
+        if few
+        else ""
+    )
+    note(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else "") + hint + more)
 
 
 def doctor(
@@ -140,7 +171,7 @@ def doctor(
         Path | None,
         typer.Option(metavar="SOURCE", readable=False, help="What to measure with. Default: generated photos."),
     ] = None,
-    backbone: options.Backbone = "resnet50",
+    backbone: options.Backbone = "auto",
     weights: Annotated[
         str | None, typer.Option(help="As for extract. Default: random ones, as fast, no download.")
     ] = None,
@@ -179,6 +210,6 @@ def doctor(
 COMMANDS: options.Commands = {
     info: "featcache info features.h5  ·  featcache info model/",
     verify: "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/",
-    backbones: "featcache backbones convnext",
+    backbones: "featcache backbones  ·  featcache backbones dinov2  ·  featcache backbones resnet50",
     doctor: "featcache doctor  ·  featcache doctor --images photos/ --backbone mobilenet_v3_large",
 }

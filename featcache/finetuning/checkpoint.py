@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.trainer import Trainer
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
-FORMAT_VERSION = 2  # 1: the backbone's dropout was on, the head's steps were of another size
+FORMAT_VERSION = 3  # 1: dropout in the backbone, the head's steps of another size; 2: other stages, no loss at first
 log = logging.getLogger("featcache")
 
 

@@ -90,7 +90,7 @@ def finetune(
         raise UsageError(f"{of_recipe[0]} belongs to the recipe; give changes={{{of_recipe[0]!r}: ...}}")
     request = settle_request(request, options, finetune)
     _check_options(init, request, seed=seed, resume=resume, force=force)
-    _check_paths(source, output, init, request=request)
+    _check_paths(source, output, init, request=request, resume=resume)
     _check_start_is_kept(output, init, request=request)
     recipe, settings = read_recipe(recipe, changes or {})
     check_unfinished(output, resume=resume, force=force)
@@ -140,7 +140,7 @@ def _check_options(
 
 
 def _check_paths(
-    source: AnySource | ImageList, output: Path, init: Path | None, *, request: ExtractRequest | None
+    source: AnySource | ImageList, output: Path, init: Path | None, *, request: ExtractRequest | None, resume: bool
 ) -> None:
     """Raises SourceError, ModelError, BackboneError, StorageError: one of them is something else."""
     images = "SOURCE" if isinstance(source, ImageList) else Source.of(source).path
@@ -151,11 +151,13 @@ def _check_paths(
         load_model(init)  # what is wrong with it is said before anything is listed
     if request:
         request.check_paths()
+        if not resume:
+            request.check_named()
 
 
 def _check_start_is_kept(output: Path, init: str | Path | None, *, request: ExtractRequest | None) -> None:
     """Raise UsageError if the model would replace the one that it starts from, whatever path leads to it."""
-    for start in (init, request.backbone if request else None):
+    for start in (init, request.folder if request else None):
         same = False
         if start is not None:
             with contextlib.suppress(OSError, ValueError):  # one of them is not there

@@ -6,6 +6,9 @@ it trains, and, after training, a ``Head`` again. Everything here works on any a
 
 import copy
 import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,12 +49,30 @@ class EmbeddingScale(nn.Module):
         return (unit_length(x) if self.unit else x) * self.factor
 
 
+class DropPath(nn.Module):
+    """The end of a residual block's branch: in training nothing, for a share of the images; the others are scaled up for it.
+
+    Stochastic depth (Huang et al. 2016), by image, as in timm and torchvision.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, ...) -> (N, ...)
+        if not self.training or self.rate == 0:
+            return x
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * kept.div_(1 - self.rate)
+
+
 class Network(nn.Module):
     """Pixels in, logits out.
 
     Attributes:
         backbone: (N, 3, H, W) -> (N, D). head: (N, D) -> (N, C). mean, std: (1, 3, 1, 1), of the normalisation.
         size: (H, W) of the pixels.
+        idle: parameters of the backbone that no embedding depends on, as a pooler that ``--pool`` passes by; they never train.
     """
 
     mean: torch.Tensor
@@ -64,6 +85,7 @@ class Network(nn.Module):
         mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
+        self.idle = _idle(self.backbone, self.size)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) -> logits (N, C), on the device that pixels and network are on."""
@@ -177,22 +199,74 @@ def interpolate(start: Net, tuned: Net, *, alpha: float) -> Net:
 def stages(module: nn.Module) -> list[list[nn.Parameter]]:
     """The backbone's parameters from input to output, in stages, found without knowing the architecture.
 
-    The largest part is divided into its children until there are at least four parts and none that can be divided holds
-    more than four fifths of the parameters. That gives ResNet's layers, MobileNet's blocks, a transformer's blocks. What
-    has no matrix or kernel (norms, tokens) joins its neighbour, and a very small end the stage before it.
+    A transformer, and what is built like one (Swin, ConvNeXt): what comes before the first block, then each block, as the
+    layer-wise rates of BEiT have it (Bao et al. 2022). What lies between two blocks belongs to the later one, as timm has it.
+
+    Others: the largest part is divided into its children until there are at least four parts and none that can be divided
+    holds more than four fifths of the parameters. That gives ResNet's layers, MobileNet's blocks. What has no matrix or
+    kernel joins its neighbour.
+
+    What follows the last block joins it where it is small, as a norm is.
     """
+    if kinds := _block_kinds(module):
+        return _by_block(module, kinds)
+    return _join_small_end(_merge_small([_parameters(part) for part in _divide(module)]), total=_size(module))
+
+
+def _block_kinds(module: nn.Module) -> set[type[nn.Module]]:
+    """Classes of blocks: several in one list, each with several layers; none, if no block has another norm than batch norms.
+
+    Of lists within lists the innermost counts: stages hold blocks.
+    """
+    counts = Counter(
+        (number, type(child))
+        for number, part in enumerate(module.modules())
+        if isinstance(part, nn.Sequential | nn.ModuleList)
+        for child in part
+        if not isinstance(child, nn.Sequential | nn.ModuleList)
+        and sum(isinstance(layer, _WITH_WEIGHTS) for layer in child.modules()) > 1
+    )
+    repeated = {kind for (_, kind), count in counts.items() if count > 1}
+    blocks = [part for part in module.modules() if type(part) in repeated]
+    outer = {type(block) for block in blocks if any(type(m) in repeated for m in block.modules() if m is not block)}
+    return repeated - outer if any(_has_norm(block) for block in blocks if type(block) not in outer) else set()
+
+
+def _has_norm(block: nn.Module) -> bool:
+    """Whether one of its modules scales each channel, and is no batch norm."""
+    weights = (getattr(m, "weight", None) for m in block.modules() if not isinstance(m, _BatchNorm))
+    return any(isinstance(weight, nn.Parameter) and weight.ndim == 1 for weight in weights)
+
+
+def _by_block(module: nn.Module, kinds: set[type[nn.Module]]) -> list[list[nn.Parameter]]:
+    """What comes before the first block, each block with what lies before it, what follows the last."""
+    parts = list(_around_blocks(module, kinds))
+    blocks = [k for k, part in enumerate(parts) if type(part) in kinds]
+    cuts = itertools.pairwise([0, blocks[0], *(k + 1 for k in blocks)])
+    found = [[parameter for part in parts[a:b] for parameter in _parameters(part)] for a, b in cuts if b > a]
+    end = _merge_small([found[-1], *map(_parameters, parts[blocks[-1] + 1 :])])
+    return found[:-1] + _join_small_end(end, total=_size(module))
+
+
+def _around_blocks(module: nn.Module, kinds: set[type[nn.Module]]) -> Iterator[nn.Module | nn.Parameter]:
+    """Blocks, and the largest parts that hold none, in their order."""
+    for part in _children(module):
+        holds = (
+            isinstance(part, nn.Module) and type(part) not in kinds and any(type(m) in kinds for m in part.modules())
+        )
+        yield from _around_blocks(part, kinds) if holds else [part]  # type: ignore[arg-type] # a parameter holds nothing
+
+
+def _divide(module: nn.Module) -> list[nn.Module | nn.Parameter]:
+    """The largest part divided until there are enough, none of which holds most of the parameters."""
     parts: list[nn.Module | nn.Parameter] = [module]
-    total = _size(module)
     while dividable := [part for part in parts if isinstance(part, nn.Module) and any(part.children())]:
         largest = max(dividable, key=_size)
-        if len(parts) >= _FEWEST_STAGES and _size(largest) <= _LARGEST_STAGE * total:
+        if len(parts) >= _FEWEST_STAGES and _size(largest) <= _LARGEST_STAGE * _size(module):
             break
         place = next(k for k, part in enumerate(parts) if part is largest)
         parts[place : place + 1] = _children(largest)
-    merged = _merge_small([[part] if isinstance(part, nn.Parameter) else list(part.parameters()) for part in parts])
-    while len(merged) > 1 and sum(map(_size, merged[-1])) < _SMALLEST_END * total:
-        merged[-2:] = [merged[-2] + merged[-1]]
-    return merged
+    return parts
 
 
 def _children(part: nn.Module) -> list[nn.Module | nn.Parameter]:
@@ -200,8 +274,12 @@ def _children(part: nn.Module) -> list[nn.Module | nn.Parameter]:
     return [*part.parameters(recurse=False), *(child for child in part.children() if _size(child))]
 
 
+def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+
+
 def _size(part: nn.Module | nn.Parameter) -> int:
-    return part.numel() if isinstance(part, nn.Parameter) else sum(p.numel() for p in part.parameters())
+    return sum(parameter.numel() for parameter in _parameters(part))
 
 
 def _merge_small(parts: list[list[nn.Parameter]]) -> list[list[nn.Parameter]]:
@@ -219,14 +297,39 @@ def _merge_small(parts: list[list[nn.Parameter]]) -> list[list[nn.Parameter]]:
     return merged or [pending]
 
 
+def _join_small_end(parts: list[list[nn.Parameter]], *, total: int) -> list[list[nn.Parameter]]:
+    """Join a last part of few of the ``total`` parameters to the one before it, and again."""
+    while len(parts) > 1 and sum(map(_size, parts[-1])) < _SMALLEST_END * total:
+        parts[-2:] = [parts[-2] + parts[-1]]
+    return parts
+
+
+def _idle(backbone: nn.Module, size: tuple[int, int]) -> frozenset[str]:
+    """Names of the parameters that embeddings of (H, W) pixels do not depend on."""
+    names, parameters = zip(*backbone.requires_grad_(True).named_parameters(), strict=True)
+    with torch.enable_grad():
+        embedding = backbone(torch.zeros(1, 3, *size))
+        gradients = torch.autograd.grad(embedding.sum(), parameters, allow_unused=True)
+    backbone.requires_grad_(False)
+    return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
+
+
+def _trainable_stages(network: Network) -> list[list[nn.Parameter]]:
+    """``stages`` of the backbone, without what is idle."""
+    idle = {id(network.backbone.get_parameter(name)) for name in network.idle}
+    kept = ([parameter for parameter in stage if id(parameter) not in idle] for stage in stages(network.backbone))
+    return [stage for stage in kept if stage]
+
+
 def unfreeze(network: Network, recipe: Recipe, *, epoch: int) -> None:
     """Set which parameters train during ``epoch`` (from 0), as the recipe says."""
-    parts = stages(network.backbone)
+    parts = _trainable_stages(network)
     opened = {"head": 0, "last-stage": 1, "all": len(parts), "gradual": _opened(len(parts), epoch, recipe.epochs or 1)}
-    network.requires_grad_(True)
-    for stage in parts[: len(parts) - opened[recipe.unfreeze]]:
+    network.backbone.requires_grad_(False)
+    network.head.requires_grad_(True)
+    for stage in parts[len(parts) - opened[recipe.unfreeze] :]:
         for parameter in stage:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(True)
 
 
 def _opened(n_stages: int, epoch: int, epochs: int) -> int:
@@ -247,6 +350,27 @@ def training_mode(network: Network, recipe: Recipe) -> None:
         if isinstance(module, _BatchNorm):
             trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
             module.train(recipe.batchnorm == "train" and trains)
+        elif isinstance(module, DropPath) and recipe.drop_path:
+            module.train(opened)
+
+
+def set_drop_path(backbone: nn.Module, rate: float) -> int:
+    """Let training drop residual branches; returns the number of blocks that have a place for it.
+
+    The rate grows evenly from 0 at the first block to ``rate`` at the last. Libraries mark the place by a module of their
+    own or, where the network was built without a rate, by an identity of that name.
+    """
+    places = [
+        (block, name)
+        for block in backbone.modules()
+        for name, child in block.named_children()
+        if type(child).__name__ in ("DropPath", "StochasticDepth")
+        or (name.startswith("drop_path") and isinstance(child, nn.Identity))
+    ]
+    blocks = list(dict.fromkeys(block for block, _ in places))
+    for block, name in places:
+        setattr(block, name, DropPath(rate * blocks.index(block) / max(1, len(blocks) - 1)))
+    return len(blocks)
 
 
 def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
@@ -258,7 +382,7 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
         for name, parameter in module.named_parameters(recurse=False)
         if name.endswith("weight")
     }
-    parts = stages(network.backbone)
+    parts = _trainable_stages(network)
     rated = [(list(network.head.parameters()), recipe.lr)]
     if recipe.unfreeze != "head":
         opened = parts[-1:] if recipe.unfreeze == "last-stage" else parts

@@ -60,6 +60,8 @@ class Recipe:
             stage from the top during the first half of the epochs (``gradual``; Howard and Ruder 2018).
         batchnorm: ``frozen``: keep the statistics of pre-training; ``train``: follow the batches.
         backbone_dropout: whether dropout and drop path inside the backbone are on while it trains, as in its pre-training.
+        drop_path: share of images for which training leaves out the last block, less and less further down (stochastic depth,
+            Huang et al. 2016; 0.1 to 0.2 is usual for a ViT-B); 0: none but what ``backbone_dropout`` says.
         optimizer: adamw, adam or sgd. lr, backbone_lr: peak learning rates of the head and of the backbone's last stage.
         layer_decay: factor on the learning rate per stage further down.
         momentum: of sgd. weight_decay: on weights; never on biases and norms.
@@ -83,6 +85,7 @@ class Recipe:
     unfreeze: Literal["head", "last-stage", "all", "gradual"] = "all"
     batchnorm: Literal["frozen", "train"] = "frozen"
     backbone_dropout: bool = False
+    drop_path: float = 0.0
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 1e-3
     backbone_lr: float = 1e-4
@@ -169,7 +172,9 @@ _DEFAULT = Recipe(
 _ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd",)),
     **dict.fromkeys(("gamma", "step_epochs"), ("schedule", ("step",))),
-    **dict.fromkeys(("backbone_lr", "batchnorm", "backbone_dropout"), ("unfreeze", ("last-stage", "all", "gradual"))),
+    **dict.fromkeys(
+        ("backbone_lr", "batchnorm", "backbone_dropout", "drop_path"), ("unfreeze", ("last-stage", "all", "gradual"))
+    ),
     "layer_decay": ("unfreeze", ("all", "gradual")),
     "interpolate": ("hidden", (None,)),
 }
@@ -301,6 +306,8 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
         )
         dropout = "on, as in its pre-training" if recipe.backbone_dropout else "off, as when its features were cached"
         lines.append(f"batch-norm statistics {frozen}; dropout and drop path of the backbone {dropout}")
+        if recipe.drop_path:
+            lines[-1] += f", but a drop path of {recipe.drop_path:g} at the last block, less further down"
     if recipe.augmentation:
         lines.append("augmentation: " + ", ".join(_step_in_words(step) for step in recipe.augmentation))
     guards = [

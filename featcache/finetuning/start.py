@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from featcache.backbones.choice import warn_of_licence
 from featcache.cache.cache import CACHE_SUFFIXES, FeatureCache, weights_copy
 from featcache.errors import SourceError
 from featcache.extraction.extract import extract
@@ -84,6 +85,8 @@ def prepare_start(
     if init is not None:
         init = as_path(init)
         model = load_model(init)
+        if job.processes.is_first:
+            warn_of_licence(model.spec.backbone, str(model.manifest["weights"].get("source")), loaded=True)
         _check_classes(job.images, model)
         if not held_out:
             return model, None
@@ -103,8 +106,8 @@ def prepare_start(
 
 def seen_before(init: str | Path | None, *, request: ExtractRequest | None, held_out: bool) -> list[TrainingRows]:
     """What earlier trainings of the backbone have seen, and those of the head if it was not fit again; as far as known."""
-    start = Path(init or (request.backbone if request else ""))
-    if not start.is_dir():
+    start = init or (request.folder if request else None)
+    if start is None:
         return []
     model = load_model(start)
     rows = model.training_rows()

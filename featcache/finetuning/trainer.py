@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment
-from featcache.finetuning.network import Network, parameter_groups, training_mode, unfreeze
+from featcache.finetuning.network import Network, parameter_groups, set_drop_path, training_mode, unfreeze
 from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.heads.head import Array, Indices
@@ -30,7 +30,7 @@ from featcache.system.device import Runtime, has_bf16_arithmetic, memory_errors,
 log = logging.getLogger("featcache")
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]  # pixels, labels, weights, images of all processes
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DIVERGED = 3.0  # times the larger of the first epoch's and a coin toss's loss
+_DIVERGED = 3.0  # times the larger of the loss at first and a guess's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Trainer:
         self.micro_batch = job.runtime.batch_size  # most images per forward pass; gradients add up over a batch
         self._dtype = _TYPES[job.precision]
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=job.precision == "fp16")
+        if recipe.drop_path and not set_drop_path(network.backbone, recipe.drop_path):
+            log.warning("drop_path = %g changes nothing: this backbone has no place for it", recipe.drop_path)
         self.optimizer = make_optimizer(network, recipe)
         self._average = AveragedModel(network, multi_avg_fn=_moving_average(recipe.ema)) if recipe.ema else None
         if recipe.batchnorm == "train" and len(data) // self.steps_per_epoch < 2:
@@ -69,6 +71,7 @@ class Trainer:
         self.epoch, self.batch = 0, 0  # the next batch to train on
         self._sums = np.zeros(3)  # loss, hits and images of this epoch, up to the step before the last
         self._pending: torch.Tensor | None = None  # those of the last step
+        self._first_loss: float | None = None  # of the run's first step, before it
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
 
@@ -128,9 +131,9 @@ class Trainer:
         return float(loss / images), float(hits / images)
 
     def logits_in_training(self, pixels: Pixels, images: Indices) -> Array:
-        """(n, C) logits of images as they are, in the mode and precision of the next step."""
+        """(n, C) logits of images as they are, in the mode and precision of the next step, with nothing dropped in the backbone."""
         unfreeze(self.network, self.recipe, epoch=self.epoch)
-        training_mode(self.network, self.recipe)
+        training_mode(self.network, dataclasses.replace(self.recipe, backbone_dropout=False, drop_path=0.0))
 
         def compute(start: int) -> Array:
             batch = np.stack([pixels.pictures[index] for index in images[start : start + self.micro_batch]])
@@ -243,10 +246,13 @@ class Trainer:
         )
 
     def _settle(self) -> None:
-        """Add the last step's sums. Raises TrainingError if its loss is not finite."""
+        """Add the last step's sums, in all processes at once. Raises TrainingError if its loss is not finite."""
         if self._pending is None:
             return
         values, self._pending = self._pending.cpu().numpy(), None
+        if self._first_loss is None:
+            loss, _, images = np.sum(self.processes.all_gather(values), axis=0)
+            self._first_loss = float(loss / images)
         if not math.isfinite(values[0]):
             raise TrainingError(
                 f"the loss is {values[0]} at step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
@@ -261,12 +267,17 @@ class Trainer:
         )
 
     def _check_divergence(self, loss: float) -> None:
+        """Raise TrainingError if an epoch's mean loss is far above the first epoch's (in that: the first step's) and a guess's.
+
+        A new random head may start anywhere: on large embeddings far above a guess.
+        """
         classes = next(m for m in reversed(list(self.network.head)) if isinstance(m, nn.Linear)).out_features
-        first = self.history[0]["train_loss"] if self.history else 0.0
-        limit = _DIVERGED * max(first, math.log(classes))
-        if not loss <= limit:
+        first = self.history[0]["train_loss"] if self.history else self._first_loss or 0.0
+        if not loss <= _DIVERGED * max(first, math.log(classes)):
+            where = "that of epoch 1" if self.history else "before the first step it"
             raise TrainingError(
-                f"training diverges: the mean loss of epoch {self.epoch + 1} is {loss:.3g}, guessing gives {math.log(classes):.3g}; "
+                f"training diverges: the mean loss of epoch {self.epoch + 1} is {loss:.3g}, {where} was {first:.3g}, guessing gives "
+                f"{math.log(classes):.3g}; "
                 f"try a third of the learning rates (--lr {self.recipe.lr:g}, --backbone-lr {self.recipe.backbone_lr:g})"
             )
 
@@ -293,6 +304,7 @@ class Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "sums": self._sums.tolist(),
+            "first_loss": self._first_loss,
             "micro_batch": self.micro_batch,
             "network": self.network.state_dict(),
             "average": self._average.state_dict() if self._average else None,
@@ -306,6 +318,7 @@ class Trainer:
         """Continue from ``state()``."""
         self.epoch, self.batch, self.micro_batch = state["epoch"], state["batch"], state["micro_batch"]
         self._sums = np.array(state["sums"]) if self.processes.is_first else np.zeros(3)
+        self._first_loss = state["first_loss"]
         self.network.load_state_dict(state["network"])
         if self._average:
             self._average.load_state_dict(state["average"])

@@ -40,7 +40,7 @@ from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compu
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable
-from featcache.models.training_rows import TrainingRows
+from featcache.models.training_rows import HeldOut, TrainingRows
 from featcache.spec import fingerprint_of
 from featcache.system.device import kept_random_state
 from featcache.system.signals import StopRequest, deferred_signals
@@ -106,7 +106,8 @@ def tune(
     if alpha != 0:
         temperature = calibrate(tuned, val.labels, val_logits)
         log.info("temperature %.3g: logits are divided by it, for the lowest log loss on val", temperature)
-    val_logits = val_logits / np.float32(temperature)
+    val_logits, new = val_logits / np.float32(temperature), ~seen["val"]  # by new ones predictions know their limits
+    rows = dataclasses.replace(rows, held_out=HeldOut(val.digests[new], val.labels[new], val_logits[new]))
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
     if len(test := decode("test")):  # only now
         seen["test"] = _seen(rows, test, split="test")
@@ -195,13 +196,13 @@ def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:
 def _make_trainer(start: _Start, train: Pixels, *, recipe: Recipe, job: Job) -> Trainer:
     """The trainer, proved to start from the cached head's loss; in float32 where ``auto`` took less and would not.
 
-    Not compared where the recipe asks for another start: a new head, batch norms that train, dropout inside the backbone.
+    Not compared where the recipe asks for another start: a new head, batch norms that train.
 
     Raises:
         ModelError: it would start from another loss.
     """
     trainer = Trainer(_network_to_train(start, recipe, job=job), train, recipe=recipe, job=job)
-    if recipe.hidden is not None or recipe.batchnorm == "train" or recipe.backbone_dropout:
+    if recipe.hidden is not None or recipe.batchnorm == "train":
         return trainer
     problem = job.processes.broadcast(_compare_first_step(trainer, start))
     if not problem:
@@ -222,8 +223,9 @@ def _compare_first_step(trainer: Trainer, start: _Start) -> str:
     found = -score(y, trainer.logits_in_training(start.val, images))[1]
     tolerance = (_TOLERANCE_LOSS if precision == "fp32" else _TOLERANCE_LOSS_REDUCED) * max(1.0, expected)
     if abs(found - expected) <= tolerance:
-        text = "loss before step 1, in training mode and %s: %.4f; the cached head's: %.4f, on the same %d images"
-        log.info(text, precision, found, expected, len(images))
+        drops = trainer.recipe.backbone_dropout or trainer.recipe.drop_path
+        text = "loss before step 1, in training mode and %s%s: %.4f; the cached head's: %.4f, on the same %d images"
+        log.info(text, precision, ", with nothing dropped yet" if drops else "", found, expected, len(images))
         return ""
     return (
         f"in training mode and {precision} the loss of {len(images)} images before step 1 is {found:.4g}, expected "

@@ -172,7 +172,7 @@ class FittedHead:
         cv_accuracy, cv_log_loss: out of fold, corrected for the choice of the setting and of the temperature
             (``validation.py``).
         out_of_fold: (N, C) logits of each training row, from the head that was trained without its fold; None without
-            cross-validation, or if they were more than ``MAX_LOGITS``.
+            cross-validation. kept: which rows they are of, where all would be more than ``MAX_LOGITS``; None: all.
         chosen: the setting: C, scaling, epochs, ...
         curve: every setting tried, with its cross-validated scores before any temperature.
         notes: sentences that the user should read (best C on the edge, no convergence, ...).
@@ -188,6 +188,7 @@ class FittedHead:
     cv_accuracy: float | None = None
     cv_log_loss: float | None = None
     out_of_fold: Array | None = None
+    kept: Indices | None = None
     temperature: float = 1.0
 
 

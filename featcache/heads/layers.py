@@ -33,6 +33,18 @@ def linear_layers(head: Head, *, factor: float = 1.0) -> list[nn.Module]:
     return modules
 
 
+class UnitLength(nn.Module):
+    """``unit_length`` as a layer, (N, D) -> (N, D)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        return unit_length(x)
+
+
+def as_module(head: Head) -> nn.Sequential:
+    """The whole head, (N, D) float32 embeddings -> (N, C) logits."""
+    return nn.Sequential(*([UnitLength()] if head.scaling == "unit" else []), *linear_layers(head))
+
+
 def unit_length(x: torch.Tensor) -> torch.Tensor:
     """As ``heads.scale_features``: a row of zeros stays one, any other length that float32 can square is divided by."""
     return nn.functional.normalize(x, dim=1, eps=NO_LENGTH)

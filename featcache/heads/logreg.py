@@ -72,6 +72,7 @@ def fit_logreg(
     balanced: bool = False,
     seed: int = 0,
     copies: Indices | None = None,
+    max_logits: int = MAX_LOGITS,
 ) -> FittedHead:
     """Choose C and scaling on ``rows`` by cross-validation, then refit on all of them.
 
@@ -84,6 +85,7 @@ def fit_logreg(
         balanced: weigh classes inversely to their frequency.
         seed: of the folds and of the correction for the choice.
         copies: (N,) which of the N rows are copies, as ``stratified_folds`` wants it; None: none are.
+        max_logits: out of fold, that are kept; of more, those of some rows.
 
     Raises:
         UsageError: not enough memory.
@@ -106,8 +108,9 @@ def fit_logreg(
         temperature, change = fit_temperature(y, logits, found.fold)
         validation["cv_accuracy"], log_loss = found.corrected(copies, seed=seed)
         validation["cv_log_loss"] = log_loss + change
-        if logits.size <= MAX_LOGITS:
-            validation["out_of_fold"] = logits / temperature
+        stride = -(-logits.size // max_logits)
+        validation["out_of_fold"] = logits[::stride] / temperature
+        validation["kept"] = np.arange(0, len(y), stride) if stride > 1 else None
     pipeline, converged = solver.fit(best["scaling"], best["C"])
     for parameters in (pipeline[-1].coef_, pipeline[-1].intercept_):
         parameters /= temperature

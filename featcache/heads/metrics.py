@@ -11,6 +11,8 @@ import numpy as np
 
 from featcache.heads.head import Array
 
+_TOP = 5  # classes
+_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of rows that are answered, on the curve
 _Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
 
 
@@ -28,6 +30,14 @@ def row_losses(y: Array, probabilities: Array) -> Array:
 def log_loss(y: Array, probabilities: Array) -> float:
     """Mean of ``row_losses``."""
     return float(row_losses(y, probabilities).mean())
+
+
+def top_accuracy(y: Array, probabilities: Array, n: int) -> float:
+    """Share of rows whose true class is among the ``n`` most probable ones; of equal probabilities the first counts; 0..1."""
+    own = probabilities[np.arange(len(y)), y][:, None]
+    before = np.arange(probabilities.shape[1]) < y[:, None]
+    better = (probabilities > own).sum(axis=1) + ((probabilities == own) & before).sum(axis=1)
+    return float((better < n).mean())
 
 
 def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = 15) -> float:
@@ -81,11 +91,62 @@ def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
     }
 
 
+def score_sets(y: Array, inside: Array, classes: Sequence[str]) -> dict[str, Any]:
+    """What prediction sets hold, as plain JSON values. inside: (N, C) whether a class is in the row's set.
+
+    Returns:
+        reached: the share of rows whose set holds the truth, and its ``interval`` (``accuracy_interval``);
+        mean_size; the shares of sets that are ``empty``, of ``one_class``, of ``several``; largest: the most classes in a set;
+        per_class: name -> n, reached (None where the class does not occur).
+    """
+    holds, sizes = inside[np.arange(len(y)), y], inside.sum(axis=1)
+    counts, held = np.bincount(y, minlength=len(classes)), np.bincount(y, holds, minlength=len(classes))
+    return {
+        "reached": float(holds.mean()),
+        "interval": accuracy_interval(int(holds.sum()), len(y)),
+        "mean_size": float(sizes.mean()),
+        "empty": float((sizes == 0).mean()),
+        "one_class": float((sizes == 1).mean()),
+        "several": float((sizes > 1).mean()),
+        "largest": int(sizes.max()),
+        "per_class": {
+            name: {"n": int(n), "reached": float(hit / n) if n else None}
+            for name, n, hit in zip(classes, counts, held, strict=True)
+        },
+    }
+
+
+def score_answers(y: Array, probabilities: Array, answered: Array) -> dict[str, Any]:
+    """Accuracy of those rows that are ``answered``, (N,) bool, as plain JSON values; None where none is."""
+    right, n = probabilities.argmax(axis=1) == y, int(answered.sum())
+    return {
+        "n": n,
+        "share": n / len(y),
+        "accuracy": float(right[answered].mean()) if n else None,
+        "accuracy_interval": accuracy_interval(int(right[answered].sum()), n) if n else None,
+    }
+
+
+def answer_curve(y: Array, probabilities: Array) -> list[dict[str, float]]:
+    """Accuracy of the surest rows against their share (El-Yaniv and Wiener 2010, "On the foundations of noise-free selective
+    classification"), from all rows to half of them: share, n, accuracy, and the least probability among them.
+    """
+    sure = probabilities.max(axis=1)
+    order = np.argsort(-sure, kind="stable")
+    right = np.cumsum((probabilities.argmax(axis=1) == y)[order])
+    counts = [max(1, math.ceil(share * len(y))) for share in _SHARES]
+    return [
+        {"share": share, "n": n, "accuracy": float(right[n - 1] / n), "least_probability": float(sure[order[n - 1]])}
+        for share, n in zip(_SHARES, counts, strict=True)
+    ]
+
+
 def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str]) -> dict[str, Any]:
     """Scores of one model as plain JSON values.
 
     Returns:
         n, accuracy, accuracy_interval, log_loss, ece, confusion (a row of counts per true class, a column per predicted one);
+        top5_accuracy: share of rows whose class is among the five most probable; None below six classes;
         balanced_accuracy: mean recall of the classes that occur;
         macro_f1: mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted, as scikit-learn has it;
         per_class: name -> n, precision, recall (None where undefined).
@@ -106,6 +167,7 @@ def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str
         "n": len(y),
         "accuracy": accuracy(y, probabilities),
         "accuracy_interval": accuracy_interval(int(hit.sum()), len(y)),
+        "top5_accuracy": top_accuracy(y, probabilities, _TOP) if c > _TOP else None,
         "balanced_accuracy": float((hit[occurs] / true[occurs]).mean()),
         "macro_f1": float((2 * hit[concerned] / (true + predicted)[concerned]).mean()),
         "per_class": per_class,

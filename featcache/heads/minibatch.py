@@ -100,7 +100,8 @@ def fit_torch_head(
             temperature, change = fit_temperature(y[some], logits, found.fold[some])
             validation["cv_accuracy"], log_loss = found.corrected(copies, seed=seed)
             validation |= {"cv_log_loss": log_loss + change, "temperature": temperature}
-            validation["out_of_fold"] = logits / np.float32(temperature) if len(some) == len(y) else None
+            validation["out_of_fold"] = logits / np.float32(temperature)
+            validation["kept"] = some if len(some) < len(y) else None
         head, rounds = trainer.train(np.arange(len(rows)))
         head = head.at_temperature(validation.get("temperature", 1.0))
     epochs = rounds / data.rounds_per_epoch

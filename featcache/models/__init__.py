@@ -4,6 +4,7 @@ model.py             what it is: saved, loaded, checked
 fit.py               fit-head
 predict.py           labels for images or caches
 prediction.py        what is said of an image; for pandas
+limits.py            what a prediction is worth: sets of classes, nearest training images, doubts
 evaluate.py          scores on labelled ones
 training_rows.py     what training has seen
 export.py            one file that runs without featcache

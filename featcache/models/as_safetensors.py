@@ -4,11 +4,13 @@ They take normalised pixels, as they do for everybody else. Where the head is on
 the architecture; where it is more than that, its layers are called ``featcache_head.*``.
 """
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import nn
 
-from featcache.backbones.backbone import Backbone
+from featcache.backbones.backbone import CONFIG, Backbone
 from featcache.backbones.load import build_network
 from featcache.errors import ExportError
 from featcache.heads.head import Array, Head, softmax
@@ -24,12 +26,12 @@ def make_safetensors(model: Model, backbone: Backbone, name: str) -> Candidate:
     """Convert. ``name`` is the file's. Raises ExportError."""
     from safetensors.torch import load, save
 
-    if backbone.pooling != OWN_POOLING or backbone.layers > 1:
-        raise ExportError(
-            f"{backbone.name} itself does not pool as this model does (pooling {backbone.pooling}, layers {backbone.layers}), so that "
-            "its tensors would give other labels elsewhere; export to .onnx instead"
-        )
-    network, build = build_network(backbone.name, len(model.classes), backbone.preprocess.crop)
+    pooling = backbone.pooling if backbone.layers == 1 else OWN_POOLING
+    network, build = build_network(
+        backbone.name, len(model.classes), backbone.preprocess.crop, pooling=pooling, config=backbone.config
+    )
+    if getattr(network, "global_pool", "") == "token" and pooling == "cls":  # timm, told so, does it by itself
+        backbone = dataclasses.replace(backbone, lines=())
     apart = None if _fits_original(network, backbone, model.head) else model.head
     prefix = f"{backbone.layer}." if apart is None else f"{HEAD_PREFIX}."
     layers = nn.Sequential(*linear_layers(model.head))
@@ -40,6 +42,7 @@ def make_safetensors(model: Model, backbone: Backbone, name: str) -> Candidate:
         "format": "pt",
         "head": f"{prefix}*" + ("" if apart is None else ", after the network; see usage"),
         "usage": usage,
+        **({CONFIG: backbone.config} if backbone.config else {}),
     }
     # clones: safetensors refuses tensors that share memory
     data = save({key: value.clone().contiguous() for key, value in tensors.items()}, facts)
@@ -58,7 +61,7 @@ def make_safetensors(model: Model, backbone: Backbone, name: str) -> Candidate:
 
 def _fits_original(network: nn.Module, backbone: Backbone, head: Head) -> bool:
     """Whether the head can be the architecture's own final layer: one linear layer in place of one, and its bias."""
-    if len(head.layers) > 1 or head.scaling == "unit" or len(_final_layers(backbone)) != 1:
+    if backbone.lines or len(head.layers) > 1 or head.scaling == "unit" or len(_final_layers(backbone)) != 1:
         return False
     final = network.get_submodule(_final_layers(backbone)[0])
     # SqueezeNet's is a convolution with a ReLU behind it, MaxViT's has no bias.
@@ -73,7 +76,8 @@ def _final_layers(backbone: Backbone) -> list[str]:
 
 def _usage(build: str, name: str, backbone: Backbone, head: Head | None) -> str:
     """Python lines from the file to logits. head: None if it is part of the network."""
-    lines = [f"tensors = safetensors.torch.load_file({name!r})", build]
+    lines = [f"tensors = safetensors.torch.load_file({name!r})"]
+    lines += [f"facts = safetensors.safe_open({name!r}, 'pt').metadata()"] * bool(backbone.config) + [build]
     if head is None:
         return "\n".join([*lines, "network.load_state_dict(tensors)", "logits = network(pixels)"])
     sizes = [f"torch.nn.Linear({weight.shape[1]}, {weight.shape[0]})" for weight, _ in head.layers]
@@ -83,7 +87,7 @@ def _usage(build: str, name: str, backbone: Backbone, head: Head | None) -> str:
         f"network.load_state_dict({{k: v for k, v in tensors.items() if not {of_head}}})",
         f"head = torch.nn.Sequential({', torch.nn.ReLU(), '.join(sizes)})",
         f"head.load_state_dict({{k.removeprefix('{HEAD_PREFIX}.'): v for k, v in tensors.items() if {of_head}}})",
-        "embeddings = network(pixels)",
+        *(backbone.lines or ["embeddings = network(pixels)"]),
     ]
     if head.scaling == "unit":
         lines.append(f"embeddings = torch.nn.functional.normalize(embeddings, dim=1, eps={NO_LENGTH})")
@@ -94,6 +98,8 @@ def _reload(
     network: nn.Module, tensors: dict[str, torch.Tensor], inputs: torch.Tensor, backbone: Backbone, head: Head | None
 ) -> Array:
     """Logits (n, C) of normalised ``inputs`` the way ``_usage`` says. Raises ExportError."""
+    if backbone.lines:  # what they say, on the network just built
+        network.__class__ = type(backbone.module)
     own = {key: value for key, value in tensors.items() if not key.startswith(f"{HEAD_PREFIX}.")}
     for layer in _final_layers(backbone) if head is not None else ():
         network.set_submodule(layer, nn.Identity())

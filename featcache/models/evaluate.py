@@ -5,6 +5,7 @@ that training has seen.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +17,24 @@ from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import find_copies
 from featcache.cache.format import decode_names, encode_names
 from featcache.errors import Refusal, SourceError
-from featcache.heads.head import Array
-from featcache.heads.metrics import accuracy, evaluate_probabilities
+from featcache.heads.conformal import METHOD
+from featcache.heads.head import Array, softmax
+from featcache.heads.metrics import (
+    accuracy,
+    answer_curve,
+    evaluate_probabilities,
+    expected_calibration_error,
+    log_loss,
+    score_answers,
+    score_sets,
+)
 from featcache.images.source import AnySource, ImageList, Source, list_images
+from featcache.models.limits import UNFAMILIAR, Found, Limits, temperature_of
 from featcache.models.model import Model, load_model
 from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -42,6 +53,9 @@ def evaluate(
     workers: int | None = None,
     batch_size: int | None = None,
     progress: "Progress | None" = None,
+    coverage: float | None = None,
+    evidence: AnyPath | None = None,
+    abstain_below: float | None = None,
 ) -> dict[str, Any]:
     """Score a model on labelled images or on a cache.
 
@@ -50,16 +64,22 @@ def evaluate(
         source: what ``extract`` takes, or a cache of the model's own spec.
         split: train, val, test or all; when None, test if there is one, else val, else all.
         rows: whether to return a row per image, too.
-        device, workers, batch_size, progress: as in ``predict``.
+        device, workers, batch_size, progress, coverage, evidence, abstain_below: as in ``predict``.
 
     Returns:
-        n, accuracy, accuracy_interval, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
+        n, accuracy, accuracy_interval, top5_accuracy, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
         (``metrics.evaluate_probabilities``), split, refused;
         accuracy_without_copies: on images that training has not seen; None without any, or if the model does not know;
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
         ``across_labels``: as in ``cache.copies``;
+        calibration: temperature, and ``before`` and ``after`` it log_loss and ece;
+        answer_curve: ``metrics.answer_curve``;
+        coverage: None, or asked, n_scores (rows that thresholds come from), own_thresholds (classes that have their own),
+        method, and ``metrics.score_sets``;
+        answered: None, or of the images whose status is ``ok`` ``metrics.score_answers``, abstain_below, and the share of all
+        images that is ``unfamiliar`` (None without evidence);
         rows, if asked for: an iterator, to be gone through once, over a dictionary per image, refused ones last: the columns
-        of ``Prediction.to_row`` (path, label: the most probable class, probability, status, reason), then true_label,
+        of ``Prediction.to_row`` (path, label: the most probable class, probability, status, reason, ...), then true_label,
         true_probability, correct, and seen: whether training has seen it. What is unknown is None.
 
     Raises:
@@ -67,22 +87,24 @@ def evaluate(
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = _checked(model, source)
+    limits = Limits.of(model, coverage=coverage, evidence=evidence, abstain_below=abstain_below)
     if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
         given.check_options("cache")
-        scored = _score_cache(model, given.path, split)
+        scored = _score_cache(model, given.path, split, limits)
     else:
         name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
         images = list_images(source)
         split, chosen = _choose_split(images.splits, split, name)
         images = images.take(chosen[images.labels[chosen] >= 0])
         y = _labels_of_model(model, images.classes, images.labels, name, split)
-        found = list(predict_images(model, images, device, workers, batch_size, progress))
+        found = list(predict_images(model, images, device, workers, batch_size, progress, limits=limits))
         scored = _score_images(images, y, found, name=name, split=split)
     known = model.training_rows()
     seen = None if known is None else known.contain(scored.digests)
     scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
+    scores |= _worth(model, scored, limits)
     scores |= _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
-    return scores | ({"rows": _rows(model, scored, seen=seen)} if rows else {})
+    return scores | ({"rows": _rows(model, scored, limits, seen=seen)} if rows else {})
 
 
 def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
@@ -101,6 +123,7 @@ class _Scored:
 
     Attributes:
         y: (N,) labels, probabilities: (N, C), digests: (N, 32), names: (N,) encoded paths of those that were scored.
+        found: evidence of each of those, fields of ``Prediction``.
         refused: the others, with their label where that is known.
         root: what paths are relative to; None: they stay as they are.
     """
@@ -110,11 +133,12 @@ class _Scored:
     probabilities: Array
     digests: Array
     names: Array
+    found: Found
     refused: list[tuple[Refusal, int | None]]
     root: Path | None = None
 
 
-def _score_cache(model: Model, path: Path, split: str | None) -> _Scored:
+def _score_cache(model: Model, path: Path, split: str | None, limits: Limits) -> _Scored:
     cache = FeatureCache.open(path)
     model.check_cache(cache)
     split, chosen = _choose_split(cache.rows.splits, split, str(path))
@@ -123,9 +147,15 @@ def _score_cache(model: Model, path: Path, split: str | None) -> _Scored:
     cache.check_finite(chosen)
     with cache.reader() as features:
         probabilities = model.head.score(features, chosen)
+    found: Found = [{}] * len(chosen)
+    if limits.evidence is not None:
+        known = (digest.tobytes() for digest in cache.rows.digests[chosen])
+        found = [
+            one for block in cache.blocks(chosen) for one in limits.find(block, itertools.islice(known, len(block)))
+        ]
     refused = cache.refused if split == "all" else ()  # which split they were of is not known
     columns = cache.rows.digests[chosen], cache.rows.paths[chosen]
-    return _Scored(split, y, probabilities, *columns, [(refusal, None) for refusal in refused])
+    return _Scored(split, y, probabilities, *columns, found, [(refusal, None) for refusal in refused])
 
 
 def _score_images(images: ImageList, y: Array, found: list[Prediction], *, name: str, split: str) -> _Scored:
@@ -144,26 +174,55 @@ def _score_images(images: ImageList, y: Array, found: list[Prediction], *, name:
     probabilities = np.stack([found[k].probabilities for k in right])  # type: ignore[misc]
     digests = np.frombuffer(b"".join(found[k].digest for k in right), np.uint8).reshape(-1, 32)
     names = encode_names(found[k].path for k in right)
-    return _Scored(split, y[right], probabilities, digests, names, refused, images.root)
+    evidence: Found = [
+        {} if found[k].nearest is None else {"nearest": found[k].nearest, "unfamiliarity": found[k].unfamiliarity}
+        for k in right
+    ]
+    return _Scored(split, y[right], probabilities, digests, names, evidence, refused, images.root)
 
 
-def _rows(model: Model, scored: _Scored, *, seen: Array | None) -> Iterator[dict[str, Any]]:
+def _worth(model: Model, scored: _Scored, limits: Limits) -> dict[str, Any]:
+    """What probabilities, sets and answers are worth."""
+    y, probabilities, temperature = scored.y, scored.probabilities, temperature_of(model)
+    with np.errstate(divide="ignore"):
+        before = softmax(temperature * np.log(probabilities.astype(np.float64)))
+    ways = {"before": before, "after": probabilities}
+    worth: dict[str, Any] = {
+        "calibration": {"temperature": temperature}
+        | {way: {"log_loss": log_loss(y, p), "ece": expected_calibration_error(y, p)} for way, p in ways.items()},
+        "answer_curve": answer_curve(y, probabilities),
+        "coverage": None,
+        "answered": None,
+    }
+    if (sets := limits.sets) is not None:
+        found = {"asked": sets.thresholds.coverage, "method": METHOD, "n_scores": sets.thresholds.n}
+        found["own_thresholds"] = int(sets.thresholds.own.sum())
+        worth["coverage"] = found | score_sets(y, sets.contain(probabilities), model.classes)
+    if sets is not None or limits.evidence is not None or limits.abstain_below is not None:
+        strange = [found["unfamiliarity"] > UNFAMILIAR for found in scored.found if found]
+        facts = {"abstain_below": limits.abstain_below, "unfamiliar": float(np.mean(strange)) if strange else None}
+        worth["answered"] = facts | score_answers(y, probabilities, ~limits.unsure(probabilities, scored.found))
+    return worth
+
+
+def _rows(model: Model, scored: _Scored, limits: Limits, *, seen: Array | None) -> Iterator[dict[str, Any]]:
     """A row per image, made when it is asked for: of those that were scored, in order, then of the refused ones."""
 
-    def row(path: str, values: Array | None, reason: str, true: int | None) -> dict[str, Any]:
+    def row(path: str, values: Array | None, found: Found, reason: str, true: int | None) -> dict[str, Any]:
         path = path if scored.root is None else str(scored.root / path)
-        facts = Prediction(path, values, reason, classes=model.classes).to_row()
-        label, probability = None if true is None else model.classes[true], None
+        label, probability, right = None if true is None else model.classes[true], None, None
+        prediction = limits.refuse(path, reason)
         if values is not None:
-            probability = float(values[true])
-        right = None if values is None else facts["label"] == label
-        return facts | {"true_label": label, "true_probability": probability, "correct": right, "seen": None}
+            (prediction,) = limits.describe([path], values[None], [b""], found)
+            probability, right = float(values[true]), prediction.label == label
+        known = {"true_label": label, "true_probability": probability, "correct": right, "seen": None}
+        return prediction.to_row() | known
 
     for k, (name, true, values) in enumerate(zip(scored.names, scored.y.tolist(), scored.probabilities, strict=True)):
         (path,) = decode_names(np.array([name]))
-        yield row(path, values, "", true) | {"seen": None if seen is None else bool(seen[k])}
+        yield row(path, values, scored.found[k : k + 1], "", true) | {"seen": None if seen is None else bool(seen[k])}
     for (path, reason), label in scored.refused:
-        yield row(path, None, reason, label)
+        yield row(path, None, [], reason, label)
 
 
 def _copies(scored: _Scored, *, seen: Array | None) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from torch import nn
 
 from featcache.backbones.backbone import Backbone
 from featcache.heads.head import Array, Head
-from featcache.heads.layers import linear_layers, unit_length
+from featcache.heads.layers import as_module
 from featcache.images.preprocess import channel_constants
+from featcache.models.limits import exported_limits
 from featcache.models.model import Model
 from featcache.spec import PreprocessSpec
 
@@ -42,13 +43,11 @@ class Network(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.backbone = backbone.module
-        self.unit = head.scaling == "unit"
-        self.layers = nn.Sequential(*linear_layers(head)).requires_grad_(False)
+        self.head = as_module(head).requires_grad_(False)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(probabilities, logits)."""
-        embeddings = self.backbone((pixels - self.mean) / self.std)
-        logits = self.layers(unit_length(embeddings) if self.unit else embeddings)
+        logits = self.head(self.backbone((pixels - self.mean) / self.std))
         return logits.softmax(dim=1), logits
 
 
@@ -68,7 +67,9 @@ def normalise_pixels(pixels: torch.Tensor, spec: PreprocessSpec) -> torch.Tensor
 
 
 def metadata(model: Model, backbone: Backbone, *, normalisation: str) -> dict[str, str]:
-    """Classes, preprocessing and origin, as both formats carry them. ``normalisation``: who does it, in words."""
+    """Classes, preprocessing, origin, and thresholds of prediction sets with their rule if the model has any, as both formats
+    carry them. ``normalisation``: who does it, in words.
+    """
     return {
         "featcache_version": importlib.metadata.version("featcache"),
         "fingerprint": model.fingerprint,
@@ -79,7 +80,7 @@ def metadata(model: Model, backbone: Backbone, *, normalisation: str) -> dict[st
         "weights_sha256": backbone.weights_sha256,
         "classes": json.dumps(model.classes),
         "preprocess": _preprocess_in_words(backbone.preprocess, normalisation),
-    }
+    } | ({} if (limits := exported_limits(model)) is None else {"limits": json.dumps(limits)})
 
 
 def _preprocess_in_words(spec: PreprocessSpec, normalisation: str) -> str:

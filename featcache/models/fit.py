@@ -20,7 +20,7 @@ from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, 
 from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
-from featcache.models.training_rows import TrainingRows
+from featcache.models.training_rows import HeldOut, TrainingRows
 from featcache.system.display import Shown
 from featcache.system.path_kinds import HERE, as_path, check_path
 
@@ -142,7 +142,7 @@ def fit_head(
     for note in fitted.notes:
         log.warning(note)
     settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}
-    seen = TrainingRows(opened.rows.digests[rows], y, fitted.out_of_fold)
+    seen = _seen(opened.rows.digests[rows], y, fitted)
     metrics = _metrics(opened, fitted, seen, present=present)
     save_model(
         output,
@@ -269,6 +269,14 @@ def _train(
             text = "the head is trained %d times, for an estimate and for good; --folds 0: once"
             log.info(text, options["folds"] + 1)
         return fit_torch_head(features, rows, y, kind=clf, n_classes=int(y.max()) + 1, settings=settings, **options)
+
+
+def _seen(digests: Array, y: Array, fitted: FittedHead) -> TrainingRows:
+    """What trained the head, with out-of-fold logits of all rows or of some."""
+    logits, kept = fitted.out_of_fold, fitted.kept
+    if logits is None or kept is None:
+        return TrainingRows(digests, y, logits)
+    return TrainingRows(digests, y, held_out=HeldOut(digests[kept], y[kept], logits))
 
 
 def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, present: Array) -> dict[str, Any]:

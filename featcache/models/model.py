@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +35,14 @@ from featcache.system.safe_load import parse_json
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from torch import nn
+
     from featcache.backbones.backbone import Backbone
     from featcache.models.predict import Input
     from featcache.models.prediction import Predictions
 
-_HEAD, _METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
-_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, _METRICS, _PIPELINE, training_rows.FILE, "history.csv", "curves.png")
+_HEAD, METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
+_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, METRICS, _PIPELINE, training_rows.FILE, "history.csv", "curves.png")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -84,6 +87,27 @@ class Model:
         """The backbone that the model was trained on. Raises ModelError, BackboneError: as ``SavedBackbone.load``."""
         return self.backbone.load()
 
+    def network(self) -> "nn.Sequential":
+        """Backbone and head as one PyTorch module, a copy of its own: on the CPU, in float32, in eval mode.
+
+        In: (N, 3, H, W) float32 images as the backbone wants them, RGB values in 0..1, resized and cropped to
+        ``spec.preprocess.crop``, less ``mean``, divided by ``std`` of ``spec.preprocess``. Out: (N, C) logits in the order of
+        ``classes``, already divided by the temperature: their softmax is what ``predict`` gives, up to the rounding of the
+        precision that it computes in and of the type that embeddings are stored as.
+
+        Its parts are ``backbone``, (N, D) out, and ``head``. Of its parameters those require gradients that training may have
+        changed: the head's, and after ``finetune`` all.
+
+        Raises:
+            ModelError, BackboneError: as ``load_backbone``.
+        """
+        from torch import nn
+
+        from featcache.heads.layers import as_module
+
+        backbone = self.load_backbone().module.requires_grad_(bool(self.manifest.get("finetuned")))
+        return nn.Sequential(OrderedDict(backbone=backbone, head=as_module(self.head))).eval()
+
     def training_rows(self) -> TrainingRows | None:
         """What the model was trained on; None for one that an earlier version saved. Raises ModelError if it is damaged."""
         if "training_rows" not in self.manifest:
@@ -119,12 +143,12 @@ class Model:
         rows = [(name.replace("_", " "), in_words(name, value)) for name, value in facts.items()]
         return html_table(rows, caption=f"Model {self.path}, {len(self.classes)} classes", header=False)
 
-    def check_cache(self, cache: FeatureCache) -> None:
+    def check_cache(self, cache: FeatureCache, *, advice: str = "predict from the images instead") -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
         if cache.spec != self.spec:
             raise SpecMismatchError(
                 f"{cache.path} and the model {self.path} do not belong together (cache -> model: "
-                f"{cache.spec.difference(self.spec)}); predict from the images instead"
+                f"{cache.spec.difference(self.spec)}); {advice}"
             )
 
 
@@ -201,7 +225,7 @@ def save_model(
                 shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_bytes(content)
-        (folder / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
         manifest = {
             "format": saved.FORMAT,
             "version": saved.FORMAT_VERSION,

@@ -25,6 +25,7 @@ from featcache.images.read import ImageFiles, Paths
 from featcache.images.records import STDIN
 from featcache.images.source import Source, list_images
 from featcache.images.tables import is_table
+from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
 from featcache.system.display import bar_in_notebook, describe_images
@@ -50,6 +51,9 @@ def predict(
     workers: int | None = None,
     batch_size: int | None = None,
     progress: "Progress | None" = None,
+    coverage: float | None = None,
+    evidence: str | os.PathLike[str] | None = None,
+    abstain_below: float | None = None,
 ) -> Iterator[Prediction]:
     """Label images: one ``Prediction`` per input image, in the order of the inputs and of paths within a folder.
 
@@ -63,11 +67,16 @@ def predict(
             order RGB (OpenCV's is BGR: ``array[..., ::-1]``). Or caches of the model's own spec.
         device, workers, batch_size: as in ``extract``.
         progress: called with (done, total, bottleneck); a bar in notebooks when None.
+        coverage: 0..1: ``set`` is the classes that hold the truth of so many new images (``heads.conformal``).
+        evidence: the cache that the model was fit on: ``nearest`` and ``unfamiliarity`` (``heads.neighbours``).
+        abstain_below: 0..1: labels less probable than this are doubted. So are those of an image whose set is not one class,
+            or which is farther from the training images than 95 % of them from each other: ``status`` is then ``unsure``.
 
     Raises:
-        ModelError, BackboneError: the model cannot be used. SourceError: an input does not exist or holds no image.
-        SpecMismatchError: a cache of another spec. UsageError: an input is none of these, an array of another shape or type;
-        caches mixed with images, impossible options. All before the first image is read.
+        ModelError, BackboneError: the model cannot be used. SourceError: an input does not exist or holds no image; no image
+        of ``evidence`` trained the model. SpecMismatchError: a cache of another spec. CacheError: ``evidence`` is no cache.
+        UsageError: an input is none of these, an array of another shape or type; caches mixed with images, impossible
+        options, a coverage that takes more training images. All before the first image is read.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     named = list(_named(inputs))
@@ -75,6 +84,7 @@ def predict(
     if not isinstance(model, Model):
         check_path(model, "model", ("predict", HERE, *paths))
         model = load_model(model)
+    limits = Limits.of(model, coverage=coverage, evidence=evidence, abstain_below=abstain_below)
     caches = _which_are_caches(model.path, paths, alone=len(paths) == len(named))
     if any(caches):
         if not all(caches) or len(paths) < len(named):
@@ -84,12 +94,11 @@ def predict(
         opened = [FeatureCache.open(path) for path in paths]
         for cache in opened:
             model.check_cache(cache)
-        return _note_seen(model, _predict_caches(model, opened))
+        return _note_seen(model, _predict_caches(model, opened, limits))
     entries, held = _list_inputs(named)
     files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason), held)
-    return _note_seen(
-        model, _fill_in(model, entries, predict_images(model, files, device, workers, batch_size, progress))
-    )
+    found = predict_images(model, files, device, workers, batch_size, progress, limits=limits)
+    return _note_seen(model, _fill_in(limits, entries, found))
 
 
 def predict_all(model: Model, inputs: Input | Iterable[Input], **options: Any) -> Predictions:
@@ -167,30 +176,32 @@ def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bo
 
 
 def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
-    """The same; says in the end how many of them training has seen."""
-    known, labelled, seen, first = model.digests_seen, 0, 0, ""
+    """The same; says in the end how many of them training has seen, and how many are unsure."""
+    known, labelled, seen, unsure, first = model.digests_seen, 0, 0, 0, ""
     for prediction in predictions:
         yield prediction
+        unsure += prediction.status == "unsure"
         labelled += prediction.probabilities is not None
         if prediction.digest in known:
             seen, first = seen + 1, first or prediction.path
     if seen:
         log.info("training has seen %d of these %d images, the first %s", seen, labelled, first)
+    if unsure:
+        log.info("%d of these %d images are unsure; the column reason says why", unsure, labelled)
 
 
-def _predict_caches(model: Model, caches: list[FeatureCache]) -> Iterator[Prediction]:
+def _predict_caches(model: Model, caches: list[FeatureCache], limits: Limits) -> Iterator[Prediction]:
     """The rows of each cache in their order, then the images it has no embedding of."""
     for cache in caches:
         for number, block in enumerate(cache.blocks(np.arange(len(cache)), size=_BLOCK)):
             here = slice(number * _BLOCK, (number + 1) * _BLOCK)
-            names, digests = cache.paths[here], cache.rows.digests[here]
+            names, digests = cache.paths[here], [digest.tobytes() for digest in cache.rows.digests[here]]
             finite = is_finite(block)
-            scores = model.head.probabilities(np.where(finite[:, None], block, 0))
-            for name, digest, row, usable in zip(names, digests, scores, finite, strict=True):
-                scored = Prediction(name, row, digest=digest.tobytes(), classes=model.classes)
-                yield scored if usable else Prediction(name, None, "its embedding is not finite", classes=model.classes)
-        for name, reason in cache.refused:
-            yield Prediction(name, None, reason, classes=model.classes)
+            block = np.where(finite[:, None], block, 0)
+            scored = limits.describe(names, model.head.probabilities(block), digests, limits.find(block, digests))
+            for name, prediction, usable in zip(names, scored, finite, strict=True):
+                yield prediction if usable else limits.refuse(name, "its embedding is not finite")
+        yield from (limits.refuse(name, reason) for name, reason in cache.refused)
 
 
 def _list_inputs(named: list[tuple[str, Source | Held]]) -> tuple[list[Prediction], dict[int, Held]]:
@@ -217,9 +228,9 @@ def _list_inputs(named: list[tuple[str, Source | Held]]) -> tuple[list[Predictio
     return entries, {number: in_memory[k] for number, k in enumerate(looked_at) if k in in_memory}
 
 
-def _fill_in(model: Model, entries: list[Prediction], predictions: Iterator[Prediction]) -> Iterator[Prediction]:
+def _fill_in(limits: Limits, entries: list[Prediction], predictions: Iterator[Prediction]) -> Iterator[Prediction]:
     for entry in entries:
-        yield dataclasses.replace(entry, classes=model.classes) if entry.reason else next(predictions)
+        yield limits.refuse(entry.path, entry.reason) if entry.reason else next(predictions)
     next(predictions, None)  # to its end, where it says what there is to say of all images
 
 
@@ -230,11 +241,13 @@ def predict_images(
     workers: int | None,
     batch_size: int | None,
     progress: "Progress | None",
+    *,
+    limits: Limits | None = None,
 ) -> Iterator[Prediction]:
-    """One per image, in order."""
+    """One per image, in order; without ``limits`` labels and probabilities alone."""
     from featcache.backbones.embed import Timings, storable
 
-    total = len(files.paths)
+    total, limits = len(files.paths), limits or Limits(model.classes)
     embedder = _ready_embedder(model, files, device, workers=workers, batch_size=batch_size)
     timings, done = Timings(), 0
     batches = contextlib.closing(embedder.embed(files, timings=timings))
@@ -242,12 +255,13 @@ def predict_images(
         if report:
             report(0, total, timings.bottleneck)
         for batch in (storable(batch, model.spec.storage) for batch in found_batches):
-            found = {k: Prediction(files.paths[k], None, why, b"", model.classes) for k, why in batch.refused.items()}
+            found = {k: limits.refuse(files.paths[k], why) for k, why in batch.refused.items()}
             if len(batch.indices):
                 stored = batch.features.astype(model.spec.storage)  # what the head saw in training
-                scores = model.head.probabilities(stored)
-                for k, row, digest in zip(batch.indices.tolist(), scores, batch.digests, strict=True):
-                    found[k] = Prediction(files.paths[k], row, "", digest.tobytes(), model.classes)
+                names = [files.paths[k] for k in batch.indices.tolist()]
+                digests = [digest.tobytes() for digest in batch.digests]
+                scored = limits.describe(names, model.head.probabilities(stored), digests, limits.find(stored, digests))
+                found |= zip(batch.indices.tolist(), scored, strict=True)
             yield from (found[k] for k in sorted(found))
             done += len(batch)
             if report:

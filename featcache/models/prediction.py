@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -11,7 +11,16 @@ from featcache.errors import MissingDependencyError, UsageError
 from featcache.heads.head import Array
 from featcache.system.display import html_table
 
+EVIDENCE = 3  # training images that are named per image
+_NUMBERS = ("prob", "similarity", "unfamiliarity")  # how columns of numbers begin
 _MOST_ROWS = 20  # that a notebook shows
+
+
+class Neighbour(NamedTuple):
+    """A training image near to another: its path in the cache, and the cosine similarity of their embeddings, -1..1."""
+
+    path: str
+    similarity: float
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -26,6 +35,10 @@ class Prediction:
         digest: sha256 of the image's bytes, of an image in memory as ``images.in_memory.as_file`` gives them; empty if it
             was refused.
         classes: C names, the model's; one tuple for all its predictions.
+        set: with a coverage: the classes that may be true, the most probable first; it may be empty. None: not asked for.
+        nearest: with evidence: the nearest training images, the most similar first. None: not asked for.
+        unfamiliarity: with evidence: the share of training images that are nearer to their neighbours than this one; 0..1.
+        doubt: why the label should not be relied on; empty if nothing that was asked for speaks against it.
     """
 
     path: str
@@ -33,6 +46,15 @@ class Prediction:
     reason: str = ""
     digest: bytes = b""
     classes: tuple[str, ...] = ()
+    set: tuple[str, ...] | None = None
+    nearest: tuple[Neighbour, ...] | None = None
+    unfamiliarity: float | None = None
+    doubt: str = ""
+
+    @property
+    def status(self) -> str:
+        """``ok``, ``unsure`` (``doubt`` says why) or ``refused`` (``reason`` says why)."""
+        return "refused" if self.probabilities is None else "unsure" if self.doubt else "ok"
 
     @property
     def label(self) -> str | None:
@@ -54,29 +76,36 @@ class Prediction:
         return [(self.classes[k], float(self.probabilities[k])) for k in order]
 
     def to_row(self, *, top_k: int = 1, probs: bool = False) -> dict[str, Any]:
-        """path, label, probability, status (``ok`` or ``refused``), reason, then label_2, probability_2, ... up to ``top_k``,
-        then ``prob:CLASS`` for every class if asked. Labels and probabilities of a refused image are None.
+        """path, label, probability, status, reason (of a refusal or a doubt), then label_2, probability_2, ... up to ``top_k``,
+        ``prob:CLASS`` for every class if asked; with a coverage ``set``, a list; with evidence nearest_1, similarity_1, ...
+        and unfamiliarity. What a refused image does not have is None.
         """
         best: list[tuple[str | None, float | None]] = [*self.top(top_k), *[(None, None)] * top_k][:top_k]
-        status = "refused" if self.probabilities is None else "ok"
-        row = {
+        row: dict[str, Any] = {
             "path": self.path,
             "label": best[0][0],
             "probability": best[0][1],
-            "status": status,
-            "reason": self.reason,
+            "status": self.status,
+            "reason": self.reason or self.doubt,
         }
         for number, (label, probability) in enumerate(best[1:], 2):
             row |= {f"label_{number}": label, f"probability_{number}": probability}
         if probs:
             values = [None] * len(self.classes) if self.probabilities is None else self.probabilities.tolist()
             row |= {f"prob:{name}": value for name, value in zip(self.classes, values, strict=True)}
+        if self.set is not None:
+            row["set"] = None if self.probabilities is None else list(self.set)
+        if self.nearest is not None:
+            for number, (path, value) in enumerate([*self.nearest, *[(None, None)] * EVIDENCE][:EVIDENCE], 1):
+                row |= {f"nearest_{number}": path, f"similarity_{number}": value}
+            row["unfamiliarity"] = self.unfamiliarity
         return row
 
     def __repr__(self) -> str:
         if self.probabilities is None:
             return f"Prediction({self.path!r}: refused, {self.reason})"
-        return f"Prediction({self.path!r}: {self.label!r} {self.probability:.4f})"
+        doubt = f", unsure: {self.doubt}" if self.doubt else ""
+        return f"Prediction({self.path!r}: {self.label!r} {self.probability:.4f}{doubt})"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -118,7 +147,7 @@ class Predictions(Sequence[Prediction]):
         names = list(rows[0] if rows else Prediction("", None).to_row(top_k=top_k))
         # Texts as objects: a name that is not UTF-8 does not fit into pandas' own type.
         columns = {
-            name: pd.Series([row[name] for row in rows], self.index, float if name.startswith("prob") else object)
+            name: pd.Series([row[name] for row in rows], self.index, float if name.startswith(_NUMBERS) else object)
             for name in names
         }
         return pd.DataFrame(columns)
@@ -126,17 +155,27 @@ class Predictions(Sequence[Prediction]):
     def __repr__(self) -> str:
         if len(self) <= 3:
             return f"[{', '.join(map(repr, self.rows))}]"
-        refused = sum(row.probabilities is None for row in self.rows)
         counts = Counter(row.label for row in self.rows if row.label is not None).most_common()
         texts = [f"{label!r} {count}" for label, count in counts[:5]]
-        texts += [f"{len(counts) - 5} classes more"] * (len(counts) > 5) + [f"refused {refused}"] * (refused > 0)
+        texts += [f"{len(counts) - 5} classes more"] * (len(counts) > 5)
+        states = Counter(row.status for row in self.rows)
+        texts += [f"{state} {states[state]}" for state in ("unsure", "refused") if states[state]]
         return f"Predictions({len(self)} images: {', '.join(texts)})"
 
     def _repr_html_(self) -> str:
-        rows = [("path", "label", "probability", "reason")]
+        with_sets, with_nearest = (
+            any(getattr(row, name) is not None for row in self.rows) for name in ("set", "nearest")
+        )
+        heads = ["path", "label", "probability", "reason"]
+        heads += ["set"] * with_sets + ["nearest training image", "similarity", "unfamiliarity"] * with_nearest
+        rows = [tuple(heads)]
         for row in self.rows[:_MOST_ROWS]:
-            certainty = "" if row.probability is None else f"{row.probability:.4f}"
-            rows.append((row.path, row.label or "", certainty, row.reason))
+            numbers = [row.probability, row.nearest[0].similarity if row.nearest else None, row.unfamiliarity]
+            certainty, similarity, unfamiliarity = ("" if number is None else f"{number:.4f}" for number in numbers)
+            cells = [row.path, row.label or "", certainty, row.reason or row.doubt]
+            cells += [", ".join(row.set or ())] * with_sets
+            cells += [row.nearest[0].path if row.nearest else "", similarity, unfamiliarity] * with_nearest
+            rows.append(tuple(cells))
         if len(self) > _MOST_ROWS:
-            rows.append((f"... {len(self) - _MOST_ROWS} images more", "", "", ""))
+            rows.append((f"... {len(self) - _MOST_ROWS} images more", *[""] * (len(heads) - 1)))
         return html_table(rows, caption=f"{len(self)} predictions")

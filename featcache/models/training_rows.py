@@ -1,4 +1,5 @@
-"""What a model was trained on, kept beside it: so that a score can tell images that training has seen from others.
+"""What a model was trained on, kept beside it: so that a score can tell images that training has seen from others, and that
+a prediction can be told how often the model is right on new ones.
 
 In and out: ``training.safetensors`` in the model's folder.
 """
@@ -9,11 +10,31 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.copies import are_among
+from featcache.cache.copies import are_among, first_copies
 from featcache.errors import ModelError
 from featcache.heads.head import Array
 
 FILE = "training.safetensors"
+_HELD_OUT = "held_out."  # before the names of its tensors
+_NO_LABEL = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldOut:
+    """n rows that did not train the model that gives their logits.
+
+    Attributes: as of ``TrainingRows``; every row has logits, and a label among the model's classes.
+    """
+
+    digests: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    logits: Array
+
+    def once(self) -> "HeldOut":
+        """Each image once: the first of its copies."""
+        kept = np.unique(first_copies(self.digests))
+        kept = kept[self.labels[kept] != _NO_LABEL]
+        return HeldOut(self.digests[kept], self.labels[kept], self.logits[kept])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,11 +46,18 @@ class TrainingRows:
         labels: (N,) int64, positions among the model's classes; -1: of an earlier training, from which this one started.
         logits: (N, C) float32, each from a head that was trained without the row's fold; None where there was no
             cross-validation, or too much of them.
+        held_out: instead: of a fine-tuned model rows of val, which trained nothing; of many rows some, with their logits.
     """
 
     digests: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     logits: Array | None = None
+    held_out: HeldOut | None = None
+
+    def unseen(self) -> HeldOut | None:
+        """Rows with logits of a model that they did not train, each image once; None where there are none."""
+        own = None if self.logits is None else HeldOut(self.digests, self.labels, self.logits)
+        return None if (found := self.held_out or own) is None else found.once()
 
     def contain(self, digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """(M, 32) digests -> (M,) whether training has seen an image of these bytes."""
@@ -48,6 +76,10 @@ class TrainingRows:
         tensors = {"digests": self.digests, "labels": self.labels.astype(np.int64)}
         if self.logits is not None:
             tensors["logits"] = self.logits.astype(np.float32)
+        if (held_out := self.held_out) is not None:
+            columns = {"digests": held_out.digests, "labels": held_out.labels.astype(np.int64)}
+            columns["logits"] = held_out.logits.astype(np.float32)
+            tensors |= {_HELD_OUT + name: column for name, column in columns.items()}
         data: bytes = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
         return data
 
@@ -57,9 +89,23 @@ class TrainingRows:
         from safetensors.numpy import load
 
         tensors = load(data)
-        digests, labels, logits = (tensors.get(name) for name in ("digests", "labels", "logits"))
-        if digests is None or labels is None or digests.dtype != np.uint8 or digests.shape != (len(labels), 32):
+        found = _columns(tensors, "")
+        if found is None:
             raise ModelError(f"its {FILE} does not hold digests and labels of training rows")
-        if logits is not None and (logits.ndim != 2 or len(logits) != len(labels)):
-            raise ModelError(f"its {FILE} holds logits of other rows")
-        return cls(digests, labels, logits)
+        held_out = _columns(tensors, _HELD_OUT)
+        if held_out is None and any(name.startswith(_HELD_OUT) for name in tensors):
+            raise ModelError(f"its {FILE} does not hold digests and labels of held-out rows")
+        digests, labels, logits = held_out or found
+        return cls(*found, HeldOut(digests, labels, logits) if held_out and logits is not None else None)
+
+
+def _columns(tensors: dict[str, Array], prefix: str) -> tuple[Array, Array, Array | None] | None:
+    """Digests, labels, and logits if there are any; None if the first two are missing or do not fit together."""
+    digests, labels, logits = (tensors.get(prefix + name) for name in ("digests", "labels", "logits"))
+    if digests is None or labels is None or digests.dtype != np.uint8 or digests.shape != (len(labels), 32):
+        return None
+    if labels.ndim != 1 or labels.dtype.kind != "i":
+        return None
+    if logits is not None and (logits.ndim != 2 or len(logits) != len(labels) or logits.dtype.kind != "f"):
+        raise ModelError(f"its {FILE} holds logits of other rows")
+    return digests, labels, logits

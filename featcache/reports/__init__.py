@@ -1,6 +1,7 @@
 """What there is, in words, tables and pictures.
 
 info.py               what a cache or a model holds
+backbones.py          backbones: a table to choose from, one network from input to embedding
 doctor.py             what this machine can do, how fast it embeds, what limits, what would help
 machine.py            facts about machine and installation
 throughput.py         rates of decoding and of the backbone, measured; photographs to measure with

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.choice import AUTO, choose_backbone
 from featcache.backbones.embedder import Embedder
 from featcache.backbones.encoder import Precision
 from featcache.errors import SourceError
-from featcache.extraction.request import DEFAULT_BACKBONE, ExtractRequest, load_requested
+from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.images.decode import decode, fast_jpeg
 from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
@@ -36,7 +37,7 @@ _SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of b
 def doctor(
     images: str | Path | None = None,
     *,
-    backbone: str = DEFAULT_BACKBONE,
+    backbone: str = AUTO,
     weights: str | None = None,
     precision: str = "auto",
     device: str = "auto",
@@ -48,7 +49,7 @@ def doctor(
 
     Args:
         images: folder or CSV to decode; generated photos when None.
-        backbone, precision: as in ``ExtractRequest``; likewise ``weights``, random ones (a model's own) when None.
+        backbone, precision: as in ``ExtractRequest`` for a new cache; likewise ``weights``, random ones (a model's own) when None.
         device, workers, batch_size: as in ``extract``.
         seconds: of measuring, after everything is loaded; 0: do not measure.
 
@@ -62,6 +63,8 @@ def doctor(
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     request = ExtractRequest(backbone=backbone, weights=weights or "auto", precision=precision)
     request.check_paths()
+    if weights != "none":
+        request.check_named()
     if images is not None:
         check_path(images, "images", ("doctor", "--images", HERE))
     given = list_images(images, labelled=False) if images is not None else None
@@ -69,10 +72,13 @@ def doctor(
     facts = machine(runtime)
     if not seconds:
         return facts
+    if request.backbone == AUTO:
+        name = choose_backbone(runtime.device.type, download=weights == AUTO)
+        request = dataclasses.replace(request, backbone=name)
     saved = request.saved()
     random_weights = weights is None and saved is None
     loaded = load_requested(dataclasses.replace(request, weights="none") if random_weights else request, saved)
-    precision = (request.resolved(saved) if saved else request).precision
+    precision = (request.resolved(saved.spec) if saved else request).precision
     measure_with = functools.partial(_measure, loaded, runtime, precision=precision, seconds=seconds)
     if given is not None:
         measured = measure_with(given, source=str(given.root))

@@ -1,21 +1,29 @@
 """``info``: what a file or folder of ours holds. In: its path. Out: plain values, for people and programs."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featcache.backbones import saved
+from featcache.backbones.catalog import facts_of
 from featcache.cache.cache import FeatureCache
-from featcache.models.model import load_model
+from featcache.errors import FeatcacheError
+from featcache.models.model import METRICS, Model, load_model
 from featcache.spec import SPLITS
 from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.safe_load import parse_json
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """What a cache file or a model folder holds, and where it came from.
 
     Returns:
-        Plain values, fit for JSON; ``kind`` is ``cache`` or ``model``. Of a cache: ``classes`` counts its images per class
+        Plain values, fit for JSON; ``kind`` is ``cache`` or ``model``. Of a model: ``parameters`` of backbone and head,
+        ``trainable_parameters``, those that its training could change, and ``backbone``, the facts of ``backbones.catalog`` at
+        the model's own input size; None where this installation does not know. Of a cache: ``classes`` counts its images per class
         and split, ``image_bytes`` are the quartiles of the sizes of the image files, smallest to largest.
 
     Raises:
@@ -53,6 +61,31 @@ def _describe_cache(path: Path) -> dict[str, Any]:
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
-    manifest = load_model(path).manifest
+    model = load_model(path)
     keys = ("classes", "head", "training", "metrics", "weights", "fingerprint", "spec", "versions")
-    return {"kind": "model", "path": str(path), **{key: manifest[key] for key in keys}}
+    return {
+        "kind": "model",
+        "path": str(path),
+        **{key: model.manifest[key] for key in keys},
+        **_describe_network(model),
+    }
+
+
+def _describe_network(model: Model) -> dict[str, Any]:
+    """How large it is and what its backbone is."""
+    head = sum(weight.size + bias.size for weight, bias in model.head.layers)
+    facts: dict[str, Any] | None = None
+    with contextlib.suppress(FeatcacheError):  # this installation does not know the backbone
+        facts = dataclasses.asdict(facts_of(model.spec.backbone, size=model.spec.preprocess.crop))
+        facts |= {"dim": model.head.dim}  # of the model's own pooling and layers
+    trained: int | None = head
+    if model.manifest.get("finetuned"):
+        trained = None
+        with contextlib.suppress(FeatcacheError, OSError, ValueError, LookupError, TypeError):  # of an early version
+            metrics = parse_json(saved.own_file(model.path, METRICS).read_text())
+            trained = int(metrics["report"]["trainable_parameters"])
+    return {
+        "parameters": facts["parameters"] + head if facts else None,
+        "trainable_parameters": trained,
+        "backbone": facts,
+    }

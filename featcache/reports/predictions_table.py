@@ -35,14 +35,14 @@ def as_written(row: dict[str, Any]) -> dict[str, Any]:
     return row | {name: "" for name, value in row.items() if value is None and name.startswith(("label", "true_label"))}
 
 
-def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat) -> tuple[int, int]:
-    """Write ``rows`` to a binary file; returns (rows written, rows refused).
+def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat) -> tuple[int, int, int]:
+    """Write ``rows`` to a binary file; returns (rows written, refused, unsure).
 
-    CSV: UTF-8 (names that are not UTF-8 keep their bytes); a text cell that a spreadsheet would run as a formula gets a
-    leading apostrophe, and so does one with apostrophes before such a sign: taking one away gives the name.
+    CSV: UTF-8 (names that are not UTF-8 keep their bytes); a list is a JSON text; a text cell that a spreadsheet would run as a
+    formula gets a leading apostrophe, and so does one with apostrophes before such a sign: taking one away gives the name.
     JSON lines: ASCII, every name comes back exactly.
     """
-    written = refused = 0
+    written = refused = unsure = 0
     for row in rows:
         if kind == "jsonl":
             file.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
@@ -52,11 +52,13 @@ def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat
             file.write(_csv_line(list(row.values())))
         written += 1
         refused += row["status"] == "refused"
-    return written, refused
+        unsure += row["status"] == "unsure"
+    return written, refused, unsure
 
 
 def _csv_line(cells: list[Any]) -> bytes:
     text = io.StringIO()
+    cells = [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list) else cell for cell in cells]
     escaped = [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in cells]
     csv.writer(text, lineterminator="\r\n").writerow(escaped)  # with both, cells holding either are quoted
     return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"

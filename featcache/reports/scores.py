@@ -68,6 +68,9 @@ def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
         f"  {_balanced(scores)}",
         f"  log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
     ]
+    if scores["top5_accuracy"] is not None:
+        lines.insert(2, f"  the true class is among the five most probable in {scores['top5_accuracy']:.2%}")
+    lines += limit_lines(scores)
     if scores["copies"]["across_splits"]:
         new = scores["accuracy_without_copies"]
         all_seen = "training has seen all of them"
@@ -77,6 +80,46 @@ def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
             lines.append(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
     return lines + confusion_lines(scores["confusion"], names)
+
+
+def limit_lines(scores: dict[str, Any]) -> list[str]:
+    """How well predictions know their limits; nothing unless a coverage or an abstention was asked for."""
+    if (answered := scores["answered"]) is None:
+        return []
+    calibration = scores["calibration"]
+    before, after = (calibration[way] for way in ("before", "after"))
+    losses = f"log loss {before['log_loss']:.4f} -> {after['log_loss']:.4f}"
+    errors = f"error {before['ece']:.2%} -> {after['ece']:.2%}"
+    lines = [f"  by the temperature {calibration['temperature']:.3g}: {losses}, {errors}"]
+    if scores["coverage"] is not None:
+        lines += _coverage_lines(scores["coverage"])
+    if answered["unfamiliar"] is not None:
+        lines.append(f"  unlike the training images {answered['unfamiliar']:.2%}")
+    share = f"  {answered['n']} images are answered ({answered['share']:.2%})"
+    lines.append(f"{share}, accuracy {answered['accuracy']:.2%}" if answered["n"] else "  no image is answered")
+    return lines + _curve_lines(scores["answer_curve"])
+
+
+def _coverage_lines(sets: dict[str, Any]) -> list[str]:
+    low, high = sets["interval"]
+    reached = [entry["reached"] for entry in sets["per_class"].values() if entry["n"]]
+    shares = f"one {sets['one_class']:.2%}, none {sets['empty']:.2%}, several {sets['several']:.2%}"
+    return [
+        f"  coverage {sets['reached']:.2%} (95% interval {low:.2%} to {high:.2%}), asked for {sets['asked']:.4g}",
+        f"    sets of {sets['mean_size']:.2f} classes (at most {sets['largest']}): {shares}",
+        f"    by class {min(reached):.2%} to {max(reached):.2%}; own thresholds: {sets['own_thresholds']} classes",
+    ]
+
+
+def _curve_lines(curve: Sequence[dict[str, float]]) -> list[str]:
+    """Accuracy of the surest images, and bars as long as their share of errors, twenty signs for that of all images."""
+    most = 1 - curve[0]["accuracy"] or 1
+    lines = ["  the surest images:"]
+    for point in curve:
+        bar = "#" * min(30, round(20 * (1 - point["accuracy"]) / most))
+        accuracy, least = point["accuracy"], point["least_probability"]
+        lines.append(f"    {point['share']:4.0%}: accuracy {accuracy:.2%}, probability from {least:.4f} {bar}".rstrip())
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------- confusion

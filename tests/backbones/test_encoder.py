@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,6 +121,15 @@ def plain(backbone: Backbone, pixels: np.ndarray) -> np.ndarray:
     return backbone.module(inputs).numpy()  # type: ignore[no-any-return]
 
 
+def test_a_network_may_hold_constants_of_five_dimensions() -> None:
+    """As a traced Swin does."""
+    net = colours(1.0)
+    net.register_buffer("mask", torch.zeros(1, 1, 1, 1, 1))
+    backbone, pixels = tiny(net)
+    encoder, _ = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
+    np.testing.assert_allclose(encoder(pixels), plain(backbone, pixels), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("asked", ["auto", "fp32"])
 def test_precision_that_passes_is_the_reference_class(asked: Precision) -> None:
     backbone, pixels = tiny(colours(1.0))
@@ -127,6 +137,21 @@ def test_precision_that_passes_is_the_reference_class(asked: Precision) -> None:
     assert choice.precision_class == "reference"
     assert choice.tried[f"{choice.precision} {choice.form}"]["min_cosine"] >= 0.995
     assert encoder(pixels).shape == (8, 4)
+
+
+@pytest.mark.parametrize("errors", [{"fused": 0.04, "folded": 0.05}, {"fused": 0.05, "folded": 0.04}])
+def test_precision_that_fails_runs_in_the_form_that_errs_least(
+    monkeypatch: pytest.MonkeyPatch, errors: dict[str, float]
+) -> None:
+    """Fused layers round less than others, and are faster: that nothing passes is no reason to do without."""
+    backbone, pixels = tiny(colours(1.0))
+    expected = plain(backbone, pixels)
+    features = {form: expected + error * (expected - expected.mean(0)) for form, error in errors.items()}
+    encoders = [(SimpleNamespace(form=form), "bf16", form) for form in errors]
+    monkeypatch.setattr("featcache.backbones.encoder._encoders", lambda *_: iter(encoders))
+    monkeypatch.setattr("featcache.backbones.encoder._features_or_nan", lambda encoder, *_: features[encoder.form])
+    encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="bf16")
+    assert choice.form == encoder.form == min(errors, key=lambda form: errors[form])  # type: ignore[attr-defined]
 
 
 def test_precision_that_fails_is_obeyed_and_named() -> None:

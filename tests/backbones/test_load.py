@@ -16,9 +16,9 @@ from timm.models._hub import has_hf_hub
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from featcache.backbones import hub
 from featcache.backbones.backbone import (
     OFFLINE_BACKBONE,
-    downloading,
     hash_tensors,
     load_tables,
     read_weights,
@@ -379,7 +379,7 @@ def test_what_the_hub_has_given_before_needs_no_network(nothing_downloaded: Path
 
 
 def test_a_download_ends_when_nothing_arrives(capsys: pytest.CaptureFixture[str]) -> None:
-    with downloading(0.5):
+    with hub.downloading(0.5):
         print("Downloading: ...")
         with socket.socket() as stalled:
             assert stalled.gettimeout() == 0.5

@@ -13,7 +13,7 @@ from test_input_size import pixels, same, shuffled
 
 from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
-from featcache.errors import ExportError, SpecMismatchError, UsageError
+from featcache.errors import SpecMismatchError, UsageError
 from featcache.extraction.extract import extract
 from featcache.extraction.repair import backbone_of
 from featcache.extraction.request import ExtractRequest, RequestOptions
@@ -144,6 +144,11 @@ def test_families_give_what_their_library_gives(
         assert same(own.module(x), network.forward_head(features, pre_logits=True))
         if pooling == "cls":
             assert same(backbone.module(x), network.fc_norm(network.pool(features, pool_type="token")))
+        if hasattr(network, "num_prefix_tokens"):
+            joined = load_backbone(f"timm/{name}", path, size=own.preprocess.crop, pool="mean", layers=2)
+            means = [tokens_of(network, layer, own.preprocess.crop[0])[0].mean(1) for layer in (2, 1)]
+            after = getattr(network, "fc_norm", torch.nn.Identity())
+            assert same(joined.module(x), torch.cat([after(x) for x in means], dim=1))
 
 
 POOLED = [
@@ -287,13 +292,12 @@ def test_pool_and_layers_from_extraction_to_export(photos: Path, tmp_path: Path,
     again = backbone_of(cache)  # for repair
     assert (again.pooling, again.layers, again.weights_sha256) == (pool or OWN_POOLING, 2, cache.spec.weights_sha256)
     with pytest.raises(SpecMismatchError, match="backbone.layers: 2 -> None"):
-        extract(photos, tmp_path / "f.h5", backbone=name, weights="none", precision="fp32", dtype="float32")
+        extract(photos, tmp_path / "f.h5", backbone=name, weights="none", precision="fp32", dtype="float32", layers=1)
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     finetune(photos, tmp_path / "ft", init=tmp_path / "m", changes={"epochs": 1}, device="cpu", precision="fp32")
     for model in ("m", "ft"):
         export_model(tmp_path / model, tmp_path / f"{model}.onnx")  # compares with the model
-        with pytest.raises(ExportError, match="does not pool as this model does .*; export to .onnx instead"):
-            export_model(tmp_path / model, tmp_path / f"{model}.safetensors")
+        export_model(tmp_path / model, tmp_path / f"{model}.safetensors")
         extract(photos, tmp_path / f"{model}.h5", backbone=str(tmp_path / model), precision="fp32")
         assert FeatureCache.open(tmp_path / f"{model}.h5").spec == load_model(tmp_path / model).spec
     same_again = FeatureCache.open(tmp_path / "m.h5")

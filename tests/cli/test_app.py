@@ -81,7 +81,7 @@ def test_exit_codes(tmp_path: Path, run) -> None:
         ("extract", photos, "-o", tmp_path / "f.h5", "--batch-size", "99999999"),
         ("extract", photos, "-o", tmp_path / "f.h5", "--resize", "axb"),
         ("extract", photos, "-o", tmp_path / "f.h5", "--device", "abacus"),
-        ("extract", photos, "-o", tmp_path / "f.h5", "--device", "cuda:77"),
+        ("extract", photos, "-o", tmp_path / "g.h5", *TINY_FLAGS, "--device", "cuda:77"),
         ("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--C", "small"),
         ("fit-head", tmp_path / "f.h5", "-o", tmp_path / "m", "--seed", "-1"),
         ("predict", tmp_path / "m", photos, "-o", tmp_path / "out.txt"),
@@ -324,7 +324,10 @@ def test_the_summary_names_classes_and_splits(tmp_path: Path, run) -> None:
 @pytest.mark.parametrize(
     ("typed", "answer"),
     [
-        ("extract 'my photos' -o f.h5", "featcache extract 'my photos' -o f.h5 --backbone BACKBONE"),
+        (
+            "extract 'my photos' -o f.h5 --backbone resnet50",
+            "featcache extract 'my photos' -o f.h5 --backbone BACKBONE",
+        ),
         (
             "extract 'my photos' -o f.h5 --backbone resnet18 --weights IMAGENET1K_V1 --device cpu",
             "featcache extract 'my photos' -o f.h5 --device cpu --backbone BACKBONE",
@@ -333,7 +336,7 @@ def test_the_summary_names_classes_and_splits(tmp_path: Path, run) -> None:
             "extract --backbone=resnet18 -o f.h5 -- 'my photos'",
             "featcache extract -o f.h5 --backbone BACKBONE -- 'my photos'",
         ),
-        ("finetune 'my photos' -o m", "featcache finetune 'my photos' -o m --backbone BACKBONE"),
+        ("finetune 'my photos' -o m --backbone resnet18", "featcache finetune 'my photos' -o m --backbone BACKBONE"),
     ],
 )
 def test_without_a_network_the_command_that_works_is_shown(
@@ -371,7 +374,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_any_work(
 
 
 def test_lists(run) -> None:
-    code, out, _ = run("backbones", "resnet50")
+    code, out, _ = run("backbones", "resnet50", "--all")
     assert code == 0
     assert {"resnet50", "wide_resnet50_2", "timm/resnet50"} <= set(out.split())
     assert run("--version")[1].startswith("featcache 0.")

@@ -46,7 +46,7 @@ def test_help_is_whole_on_a_narrow_terminal(run, monkeypatch: pytest.MonkeyPatch
 
 def test_defaults_are_said_where_they_say_something(run) -> None:
     out = " ".join(shown(run, "extract", "--help").replace("│", " ").split())
-    assert "Default: resnet50." in out
+    assert "Default: that of the cache at -o, else DINOv2, small on a CPU, base on a GPU;" in out
     assert "Default: 0.05." in out
     assert "Default: auto" not in out and "[default" not in out
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "info": ("info MODEL", "kind: model"),
     "verify": ("verify CACHE", "24 rows, all intact"),
     "verify --repair": ("verify CACHE --repair PHOTOS", "nothing to repair"),
-    "backbones": ("backbones squeezenet", "squeezenet1_1\n"),
+    "backbones": ("backbones squeezenet", "squeezenet1_1 "),
     "doctor": ("doctor --seconds 0", "torch_uses: "),
 }
 

@@ -29,6 +29,7 @@ from featcache.finetuning.finetune import finetune
 from featcache.finetuning.network import assemble
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.trainer import Status, Trainer
+from featcache.heads.metrics import accuracy
 from featcache.images import read as reading
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
@@ -135,7 +136,10 @@ def test_the_result_is_a_model_like_any_other(tune: Tuner, made: Path, tmp_path:
     assert len((tune.ft / "history.csv").read_text().splitlines()) == 3
     assert not list(tmp_path.rglob("*.png"))  # pictures are drawn by the command, beside the model
     assert not work_folder(tune.ft).exists()
-    assert [row.reason for row in predict(model, [made / "photos" / "val" / "blue"])] == [""] * 5
+    found = list(predict(model, [made / "photos" / "val" / "blue"], coverage=0.9))  # by the logits on val
+    assert [row.reason for row in found] == [""] * 5 and all(row.set is not None for row in found)
+    held_out = model.training_rows().unseen()  # type: ignore[union-attr]
+    assert held_out is not None and accuracy(held_out.labels, held_out.logits) == report.val_accuracy
 
 
 def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(tune: Tuner, made: Path, tmp_path: Path) -> None:
@@ -145,8 +149,9 @@ def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(tune: Tuner
     report = extract(made / "photos", tmp_path / "new.h5", featcache.ExtractRequest(backbone=str(tune.ft)))
     assert report.embedded == 48
     from_cache = list(predict(tune.ft, [tmp_path / "new.h5"]))
-    from_images = list(predict(tune.ft, [made / "photos"]))
+    from_images = list(predict(tune.ft, [made / "photos"], evidence=tmp_path / "new.h5"))
     for one, other in zip(from_cache, from_images, strict=True):
+        assert other.nearest is not None and other.nearest[0].path.startswith("train/")
         np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-5)
 
 
@@ -197,7 +202,7 @@ def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monke
     tune.log.clear()
     tune(changes=QUICK | {"epochs": 1, "backbone_dropout": True})
     assert "dropout and drop path of the backbone on, as in its pre-training" in tune.log.text
-    assert "loss before step 1" not in tune.log.text
+    assert "loss before step 1, in training mode and fp32, with nothing dropped yet: " in tune.log.text
 
 
 def test_a_precision_that_starts_elsewhere_is_not_taken_by_itself(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,12 +562,19 @@ def test_kill_and_resume(tune: Tuner, made: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- several processes
 
 
-def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": "resnet18"},
+        pytest.param({"backbone": "timm/test_vit3", "pool": "mean"}, marks=pytest.mark.slow),  # its pooler never trains
+    ],
+)
+def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path, changes: dict[str, str]) -> None:
     """gloo on the CPU, batches that do not divide by two: the same metrics, weights but for rounding.
 
-    With a network without dropout, which each process draws for its own images.
+    With networks without dropout, which each process draws for its own images.
     """
-    extract(made / "photos", tmp_path / "f.h5", dataclasses.replace(TINY, backbone="resnet18"))
+    extract(made / "photos", tmp_path / "f.h5", dataclasses.replace(TINY, **changes))
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     flags = ["finetune", str(made / "photos"), "--init", str(tmp_path / "m"), "--json", "-o", str(tmp_path / "two")]
     flags += ["--epochs", "2", "--batch-size", "5", *FLAGS]
@@ -604,4 +616,9 @@ def test_the_command(tune: Tuner, made: Path, tmp_path: Path, run: Callable[...,
     )
     assert (code, "--init brings its own backbone" in err) == (2, True)
     code, out, _ = run("info", tune.ft, "--json")
-    assert json.loads(out)["training"]["recipe"] == "gradual"
+    info = json.loads(out)
+    assert info["training"]["recipe"] == "gradual"
+    assert [info[key] for key in ("parameters", "trainable_parameters")] == [
+        facts[key] for key in ("parameters", "trainable_parameters")
+    ]
+    assert sum(p.numel() for p in load_model(tune.ft).network().parameters()) == facts["parameters"]

@@ -65,6 +65,7 @@ def test_epochs_and_batch_follow_the_number_of_images() -> None:
         ({"layer_decay": 1.1}, "layer_decay must be a number from 0 to 1"),
         ({"interpolate": "yes"}, "interpolate must be true or false, found 'yes'"),
         ({"backbone_dropout": 1}, "backbone_dropout must be true or false"),
+        ({"drop_path": 1.0}, "drop_path must be a number from 0 to below 1, found 1.0"),
         ({"about": 3}, "about must be a text"),
         ({"hidden": [0]}, "hidden must be a whole number from 1"),
         ({"hidden": "500;200"}, "hidden must be a whole number .*, found '500;200'"),
@@ -142,6 +143,7 @@ def test_a_changed_recipe_says_what_it_is() -> None:
         ({"gamma": 0.5}, 'gamma changes nothing: it takes schedule = "step", found "cosine"'),
         ({"unfreeze": "head", "backbone_lr": 0.1}, 'backbone_lr changes nothing: it takes unfreeze = "last-stage" or'),
         ({"unfreeze": "last-stage", "layer_decay": 0.5}, 'takes unfreeze = "all" or "gradual", found "last-stage"'),
+        ({"unfreeze": "head", "drop_path": 0.1}, 'drop_path changes nothing: it takes unfreeze = "last-stage" or'),
         ({"hidden": 5, "interpolate": True}, ""),  # as it is in the recipe
         ({"momentum": 0.5, "optimizer": "sgd"}, ""),
         ({"unfreeze": "head"}, ""),

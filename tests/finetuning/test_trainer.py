@@ -229,6 +229,29 @@ def test_a_loss_that_is_no_number_or_explodes_stops_the_run(rates: dict[str, flo
         make_trainer(dataclasses.replace(SIMPLE, **rates)).run_epoch()
 
 
+def test_a_start_far_above_a_guess_is_no_divergence() -> None:
+    """A new head may start anywhere; what the loss was at first is part of the state."""
+
+    def high(**rates: float) -> Trainer:
+        trainer = make_trainer(dataclasses.replace(SIMPLE, **rates))
+        trainer.network.head[-1].weight.data *= 300
+        return trainer
+
+    whole, part, again = (high(lr=1e-9, backbone_lr=0.0) for _ in range(3))
+    loss, _ = whole.run_epoch()
+    assert loss > 10 * np.log(3)
+    stops = iter([False, True])
+    with pytest.raises(Stopped):
+        part.run_epoch(stop=lambda: next(stops))
+    again.load_state(copy.deepcopy(part.state()))
+    assert again.run_epoch()[0] == loss
+    assert again.state()["first_loss"] == whole.state()["first_loss"] != loss
+    with pytest.raises(
+        TrainingError, match=r"epoch 1 is \d\S+, before the first step it was \d\S+, guessing gives 1.1;"
+    ):
+        high(lr=1e3, backbone_lr=0.0).run_epoch()
+
+
 def test_training_takes_bfloat16_where_the_cpu_multiplies_it(bf16_arithmetic: bool) -> None:
     assert choose_training_precision("auto", CPU.device) == ("bf16" if bf16_arithmetic else "fp32")
     assert choose_training_precision("fp32", CPU.device) == "fp32"

@@ -11,10 +11,14 @@ from sklearn import metrics as sklearn_metrics
 from featcache.heads.head import softmax
 from featcache.heads.metrics import (
     accuracy_interval,
+    answer_curve,
     evaluate_probabilities,
     expected_calibration_error,
     mcnemar,
+    score_answers,
+    score_sets,
     standard_error,
+    top_accuracy,
 )
 
 CLASSES_MISSING = pytest.mark.filterwarnings("ignore:(y_pred contains classes not in|A single label was found)")
@@ -136,3 +140,49 @@ def test_standard_error_is_the_spread_of_repeated_measurements() -> None:
     assert standard_error(0.9, 400) == pytest.approx(draws.std(), rel=0.02)
     assert standard_error(1.0, 400) == standard_error(0.0, 400) == 0
     assert all(a > b for a, b in pairwise(standard_error(0.5, n) for n in (1, 10, 100)))
+
+
+# ------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_top_five_equals_scikit_learn_and_counts_ties_in_order() -> None:
+    rng = np.random.default_rng(0)
+    y, probabilities = rng.integers(0, 9, 400), softmax(rng.normal(size=(400, 9)))
+    expected = sklearn_metrics.top_k_accuracy_score(y, probabilities, k=5, labels=np.arange(9))
+    assert evaluate_probabilities(y, probabilities, list("abcdefghi"))["top5_accuracy"] == pytest.approx(expected)
+    assert evaluate_probabilities(y % 5, probabilities[:, :5], list("abcde"))["top5_accuracy"] is None
+    assert evaluate_probabilities(y % 6, probabilities[:, :6], list("abcdef"))["top5_accuracy"] < 1
+    assert [top_accuracy(np.array([k]), np.full((1, 7), 1 / 7), 5) for k in range(7)] == [1] * 5 + [0] * 2
+
+
+def test_sets_and_answers_by_hand() -> None:
+    y = np.array([0, 0, 1, 1, 1])
+    inside = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]], bool)
+    scores = score_sets(y, inside, ["a", "b", "c"])
+    assert scores == {
+        "reached": 3 / 5,
+        "interval": accuracy_interval(3, 5),
+        "mean_size": 7 / 5,
+        "empty": 1 / 5,
+        "one_class": 2 / 5,
+        "several": 2 / 5,
+        "largest": 3,
+        "per_class": {"a": {"n": 2, "reached": 0.5}, "b": {"n": 3, "reached": 2 / 3}, "c": {"n": 0, "reached": None}},
+    }
+    probabilities = np.eye(3)[[0, 1, 1, 1, 0]]
+    found = score_answers(y, probabilities, np.array([True, True, True, False, False]))
+    assert found == {"n": 3, "share": 0.6, "accuracy": 2 / 3, "accuracy_interval": accuracy_interval(2, 3)}
+    assert score_answers(y, probabilities, np.zeros(5, bool))["accuracy"] is None
+    json.dumps([scores, found])
+
+
+def test_the_surest_rows_come_first() -> None:
+    sure = np.linspace(0.51, 0.99, 20)
+    right = np.arange(20) >= 4  # the four least sure ones are wrong
+    probabilities = np.stack([np.where(right, sure, 1 - sure), np.where(right, 1 - sure, sure)], axis=1)
+    curve = answer_curve(np.zeros(20, int), probabilities)
+    assert [(point["n"], point["accuracy"]) for point in curve] == [
+        *((20, 0.8), (19, 16 / 19), (18, 16 / 18), (16, 1.0), (14, 1.0), (12, 1.0), (10, 1.0))
+    ]
+    assert [point["least_probability"] for point in curve] == pytest.approx([sure[20 - point["n"]] for point in curve])
+    assert [point["n"] for point in answer_curve(np.zeros(1, int), probabilities[:1])] == [1] * 7

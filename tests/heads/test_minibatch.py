@@ -41,9 +41,11 @@ def test_of_too_many_logits_some_rows_give_the_temperature() -> None:
     X, y = blobs(300, spread=3.0)
     few = fit("linear", X, y, folds=3, budget=dataclasses.replace(SHORT, logits=3 * 100))
     all_of_them = fit("linear", X, y, folds=3)
-    assert few.out_of_fold is None and all_of_them.out_of_fold is not None
+    assert few.out_of_fold is not None and all_of_them.out_of_fold is not None and all_of_them.kept is None
+    assert few.kept is not None and few.kept.tolist() == list(range(0, 300, 3))
     every_third = all_of_them.out_of_fold[::3] * np.float32(all_of_them.temperature)
     assert few.temperature == pytest.approx(fit_temperature(y[::3], every_third)[0], rel=1e-4)
+    np.testing.assert_allclose(few.out_of_fold * few.temperature, every_third, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ what is read

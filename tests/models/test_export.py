@@ -35,6 +35,7 @@ from featcache.models.as_safetensors import HEAD_PREFIX
 from featcache.models.export import export_model
 from featcache.models.model import load_model, save_model
 from featcache.models.predict import predict
+from featcache.models.training_rows import TrainingRows
 from featcache.spec import PreprocessSpec
 
 CLASSES = ("bird", "cat", "dög")
@@ -69,7 +70,10 @@ def make_model(path: Path, name: str, scaling: Any, hidden: int = 0, crop: int =
         spec=dataclasses.replace(SPEC, **known, preprocess=preprocess, storage="float32"),
         weights={"source": "random", "reload": None},
         training={},
-        metrics={},
+        metrics={"temperature": 1.5},
+        rows=TrainingRows(
+            rng.integers(0, 256, (150, 32), np.uint8), rng.integers(0, 3, 150), rng.normal(0, 2, (150, 3))
+        ),
         files={"backbone.safetensors": weights_bytes(backbone)},
     )
     return path
@@ -225,6 +229,30 @@ def test_onnx_describes_itself(exported: Get) -> None:
         for value in (*proto.graph.input, *proto.graph.output)
     }
     assert shapes == {"pixels": ["batch", 3, 64, 64], "probabilities": ["batch", 3], "logits": ["batch", 3]}
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "safetensors"])
+def test_prediction_sets_can_be_made_without_featcache(exported: Get, models: Get, tmp_path: Path, suffix: str) -> None:
+    """By the rule that the file states, to the sets that ``predict`` gives."""
+    if suffix == "onnx":
+        facts = {
+            entry.key: entry.value
+            for entry in onnx.load(exported("squeezenet1_1", "standardise").output).metadata_props
+        }
+    else:
+        report = export_model(models("squeezenet1_1", "standardise"), tmp_path / "model.safetensors")
+        with safetensors.safe_open(report.output, "pt") as file:
+            facts = file.metadata()
+    limits = json.loads(facts["limits"])
+    assert "log((1 - p[k]) / p[k]) <= largest_score[k]" in limits["rule"] and limits["temperature"] == 1.5
+    assert [entry["coverage"] for entry in limits["sets"]] == [0.9, 0.95, 0.99]
+    paths, _ = pictures(tmp_path)
+    model = load_model(models("squeezenet1_1", "standardise"))
+    for entry in limits["sets"]:
+        for row in predict(model, paths, device="cpu", workers=1, coverage=entry["coverage"]):
+            p = softmax(1.5 * np.log(row.probabilities)[None])[0]
+            inside = np.log((1 - p) / p) <= entry["largest_score"]
+            assert {name for name, there in zip(CLASSES, inside, strict=True) if there} == set(row.set or ())
 
 
 def test_onnx_tells_nothing_about_the_machine(exported: Get) -> None:

@@ -19,6 +19,7 @@ from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
+from featcache.models.training_rows import HeldOut, TrainingRows
 
 N = 90
 LABELS, SPLITS = np.arange(N) % 3, np.repeat([1, 2, 3], 30)
@@ -120,3 +121,28 @@ def test_damaged_training_rows_are_refused_and_older_models_know_none(tmp_path: 
     scores = evaluate(model, cache.path)
     assert scores["accuracy_without_copies"] is None
     assert scores["copies"] == {"within": 0, "across_splits": None, "across_labels": 0}
+
+
+def test_held_out_rows_travel_along_and_count_once() -> None:
+    """They take the place of out-of-fold logits, trained nothing, and a file without them is as it was."""
+    rng = np.random.default_rng(0)
+    digests, logits = rng.integers(0, 256, (9, 32), np.uint8), rng.normal(size=(9, 3)).astype(np.float32)
+    labels = np.array([0, 1, 2, -1, 0, 1, 2, 0, 1])
+    plain = TrainingRows(digests[:4], labels[:4], logits[:4])
+    assert b"held_out" not in plain.to_bytes()
+    found = TrainingRows.from_bytes(plain.to_bytes()).unseen()
+    assert found is not None and found.labels.tolist() == [0, 1, 2]  # -1 is no label
+    repeated = np.array([4, 5, 4, 6, 5])
+    held_out = HeldOut(digests[repeated], labels[repeated], logits[repeated])
+    rows = TrainingRows.from_bytes(dataclasses.replace(plain, held_out=held_out).to_bytes())
+    assert not rows.contain(digests[4:]).any() and rows.contain(digests[:4]).all()
+    found = rows.unseen()
+    assert found is not None and (found.logits == logits[[4, 5, 6]]).all() and found.labels.tolist() == [0, 1, 2]
+    assert TrainingRows(digests, labels).unseen() is None
+    for changes, words in (
+        ({"digests": digests[:2]}, "of held-out rows"),
+        ({"logits": logits[:2]}, "logits of other rows"),
+    ):
+        broken = dataclasses.replace(plain, held_out=dataclasses.replace(held_out, **changes))
+        with pytest.raises(ModelError, match=words):
+            TrainingRows.from_bytes(broken.to_bytes())

@@ -19,7 +19,7 @@ def test_names_come_back() -> None:
     predictions = [Prediction(f"p/{name}.jpg", SCORES, classes=("a", "b", "c")) for name in HOSTILE]
     for kind in ("csv", "jsonl"):
         file = io.BytesIO()
-        assert write_rows(prediction_rows(predictions, ("a", "b", "c")), file, kind) == (11, 0)  # type: ignore[arg-type]
+        assert write_rows(prediction_rows(predictions, ("a", "b", "c")), file, kind) == (11, 0, 0)  # type: ignore[arg-type]
         if kind == "jsonl":
             read = [json.loads(line)["path"] for line in file.getvalue().splitlines()]
         else:
@@ -32,7 +32,7 @@ def test_csv_cells_are_never_formulas() -> None:
     file = io.BytesIO()
     classes = ("=a", "=b", "=c")
     rows = [Prediction("=cmd().jpg", SCORES, classes=classes), Prediction("x.jpg", None, "-no image", classes=classes)]
-    assert write_rows(prediction_rows(rows, classes, top_k=2), file, "csv") == (2, 1)
+    assert write_rows(prediction_rows(rows, classes, top_k=2), file, "csv") == (2, 1, 0)
     first, second = list(csv.reader(io.StringIO(file.getvalue().decode())))[1:]
     assert first == ["'=cmd().jpg", "'=b", "0.7", "ok", "", "'=a", "0.2"]
     assert second[0] == "x.jpg" and second[4] == "'-no image"

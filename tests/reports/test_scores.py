@@ -84,6 +84,8 @@ SCORES: dict[str, Any] = {
     "macro_f1": 0.8,
     "log_loss": 0.1234,
     "ece": 0.01,
+    "top5_accuracy": None,
+    "answered": None,
     "copies": {"across_splits": 0},
     "accuracy_without_copies": 0.96,
     "per_class": {
@@ -115,6 +117,35 @@ def test_what_evaluate_found() -> None:
     ):
         copies = {"copies": {"across_splits": 2}, "accuracy_without_copies": without}
         assert words in evaluation_lines(SCORES | copies, list("abc"))[4]
+
+
+def test_how_well_predictions_know_their_limits() -> None:
+    curve = [(1.0, 0.96, 0.5), (0.5, 0.98, 0.9), (0.25, 1.0, 0.95)]
+    points = [{"share": share, "accuracy": accuracy, "least_probability": p} for share, accuracy, p in curve]
+    ways = {"before": {"log_loss": 0.2, "ece": 0.03}, "after": {"log_loss": 0.1234, "ece": 0.01}}
+    shares = {"mean_size": 1.02, "largest": 3, "one_class": 0.9, "empty": 0.04, "several": 0.06}
+    reached = {"a": {"n": 70, "reached": 0.94}, "b": {"n": 0, "reached": None}, "c": {"n": 83, "reached": 0.96}}
+    sets = {"asked": 0.95, "reached": 0.951, "interval": [0.9, 0.98], "own_thresholds": 2, "per_class": reached}
+    answered = {"n": 138, "share": 0.9, "accuracy": 0.985, "unfamiliar": 0.04}
+    facts = {"top5_accuracy": 0.99, "calibration": {"temperature": 1.25} | ways, "answer_curve": points}
+    facts |= {"coverage": sets | shares, "answered": answered}
+    lines = evaluation_lines(SCORES | facts, list("abc"))
+    assert lines[2] == "  the true class is among the five most probable in 99.00%"
+    assert lines[5:15] == [
+        "  by the temperature 1.25: log loss 0.2000 -> 0.1234, error 3.00% -> 1.00%",
+        "  coverage 95.10% (95% interval 90.00% to 98.00%), asked for 0.95",
+        "    sets of 1.02 classes (at most 3): one 90.00%, none 4.00%, several 6.00%",
+        "    by class 94.00% to 96.00%; own thresholds: 2 classes",
+        "  unlike the training images 4.00%",
+        "  138 images are answered (90.00%), accuracy 98.50%",
+        "  the surest images:",
+        "    100%: accuracy 96.00%, probability from 0.5000 ####################",
+        "     50%: accuracy 98.00%, probability from 0.9000 ##########",
+        "     25%: accuracy 100.00%, probability from 0.9500",
+    ]
+    assert max(map(len, lines)) <= 80
+    nothing = facts | {"coverage": None, "answered": answered | {"n": 0, "accuracy": None}}
+    assert "  no image is answered" in evaluation_lines(SCORES | nothing, list("abc"))
 
 
 # ------------------------------------------------------------------------------------------------------- confusion

@@ -50,7 +50,7 @@ _CHOOSING = np.float32  # while settings are compared: as good, and twice as fas
 _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
-_FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
+_FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 1e-4, 1e-8
 _MAX_FLOAT32 = 1e18  # beyond, squares overflow
 _MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
@@ -325,13 +325,14 @@ class Solver:
         """
         scaler, classifier = _scaler(scaling), self._classifier(C)
         X = scaler.fit_transform(self.X)
-        with _blas().limit(limits=1 if self.small else None):  # on few rows threads wait more than they work
-            try:
+        try:
+            with _blas().limit(limits=1):
                 W, b = self._solved(scaling, C, X.mean(axis=0))
-                classifier.set_params(warm_start=True)
-                classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
-            except _FAILURES as error:
-                log.info("scikit-learn's solver takes over (%s)", error)
+            classifier.set_params(warm_start=True)
+            classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
+        except _FAILURES as error:
+            log.info("scikit-learn's solver takes over (%s)", error)
+        with _blas().limit(limits=1 if self.small else None):  # on few rows threads wait more than they work
             _fit_quietly(classifier, X, self.y)
         classifier.set_params(warm_start=False)
         return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
@@ -339,16 +340,24 @@ class Solver:
     def _solved(self, scaling: Scaling, C: float, origin: Array) -> tuple[Array, Array]:
         """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
         self._prepare()
-        coordinates, start = self.coordinates(scaling, np.arange(len(self.y))), None
+        coordinates = self.coordinates(scaling, np.arange(len(self.y)))
         R = coordinates.rows.astype(np.float64 if self.small else self.rows.dtype, copy=False)
         middle = R.mean(axis=0)
-        grid: Grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        solutions, _ = self.kept.get((scaling, C), ([], None))
-        if solutions and all(parameters.shape[1] == coordinates.rows.shape[1] + 1 for parameters in solutions):
-            grid, start = (C,), moved(np.mean(solutions, axis=0)[None], middle)  # a fold's coordinates are nearly these
-        tolerance = _FINAL_TOLERANCE_OF_SMALL if self.small else _FINAL_TOLERANCE
-        weights = self._weights(self.y)[:, None]
-        *_, found = regularisation_path(R - middle, self.y, weights, grid, tolerance=tolerance, start=start)
+        starts = []  # of C and of the one before; a fold's coordinates are nearly these
+        for one in self.grid[: self.grid.index(C) + 1][-2:] if self.kept and C in self.grid else ():
+            solutions, _ = self.kept[scaling, one]
+            if all(parameters.shape[1] == R.shape[1] + 1 for parameters in solutions):
+                starts.append(moved(np.mean(solutions, axis=0)[None], middle))
+        path = regularisation_path(
+            R - middle,
+            self.y,
+            self._weights(self.y)[:, None],
+            (C,) if starts else (C / 100, C),  # from zero by way of a stronger penalty, where the way is shorter
+            tolerance=_FINAL_TOLERANCE_OF_SMALL if self.small else _FINAL_TOLERANCE,
+            starts=starts,
+            threads=1 if self.small else cpu_count(),
+        )
+        *_, found = path
         W = coordinates.weights(found[0, :, :-1])
         return W, found[0, :, -1] - W @ origin
 

@@ -101,10 +101,10 @@ def test_the_start_does_not_matter_but_a_good_one_is_kept(classes: int) -> None:
     X, y = awkward(200, 15, classes)
     problem = X, y, np.ones((200, 1)), [0.1]
     (one,) = regularisation_path(*problem, tolerance=1e-10)
-    (same,) = regularisation_path(*problem, tolerance=1e-4, start=one)  # nothing left to do
+    (same,) = regularisation_path(*problem, tolerance=1e-4, starts=[one])  # nothing left to do
     np.testing.assert_allclose(same, one, atol=1e-9)
     for start in (one / 2, 1 - one):
-        (other,) = regularisation_path(*problem, tolerance=1e-10, start=start)
+        (other,) = regularisation_path(*problem, tolerance=1e-10, starts=[start])
         np.testing.assert_allclose(other[..., :-1], one[..., :-1], atol=1e-4)
 
 

@@ -51,6 +51,7 @@ _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 1e-4, 1e-8
+_BLOCK = 512  # rows
 _MAX_FLOAT32 = 1e18  # beyond, squares overflow
 _MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
@@ -215,8 +216,9 @@ class Solver:
         self._prepare()
         jobs = [(scaling, numbers) for scaling in self.scalings for numbers in self._side_by_side(scaling, len(splits))]
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
-        # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
-        with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count()) as pool:
+        # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written. One more than
+        # cores, so that the last of five folds does not leave a core idle.
+        with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count() + 1) as pool:
             list(pool.map(one, *zip(*jobs, strict=True)))
         return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(self.scalings)), len(self.grid)))
 
@@ -274,18 +276,18 @@ class Solver:
     def _standardised(self, train: Indices) -> Coordinates:
         """With B, the basis, and S, the scales, M = B' S^-2 B = L L': the basis S^-1 B L'^-1 is orthonormal, and rows x B
         become x B L. Where M says too little in float32, the fold has an eigenbasis of its own."""
-        scaler = StandardScaler().fit(self.X[train])
-        usual = np.median(scaler.scale_)  # taken out of M, so that its values are near 1
+        scaler = StandardScaler()
+        for start in range(0, len(train), _BLOCK):  # arrays that stay in the cache, half the time
+            scaler.partial_fit(self.X[train[start : start + _BLOCK]])
+        usual = float(np.median(scaler.scale_))  # taken out of M, so that its values are near 1
         inverse = (usual / scaler.scale_)[:, None]
-        span, rows = (
-            inverse.astype(self.rows.dtype) * self.basis,
-            (self.rows / usual).astype(self.rows.dtype, copy=False),
-        )
+        span, rows = inverse.astype(self.rows.dtype) * self.basis, self.rows / usual
         try:
             if (inverse**2).mean() <= _MAX_SPREAD * inverse.min() ** 2:
                 factor = cholesky(span.T @ span, lower=True, check_finite=False)
                 # Half the work of rows @ factor.
-                product = get_blas_funcs("trmm", (factor, rows))(1, factor, rows.T, trans_a=1, lower=1).T
+                trmm = get_blas_funcs("trmm", (factor, rows))  # in place
+                product = trmm(1, factor, rows.T, trans_a=1, lower=1, overwrite_b=1).T
                 return Coordinates(product, span, factor)
             own, _ = eigenbasis(scaler.transform(self.X[train]).astype(self.rows.dtype))
             return Coordinates(rows @ (span.T @ own), own)
@@ -419,7 +421,7 @@ def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str
 def _check_memory(n: int, dim: int) -> None:
     """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated."""
     size = 4 * n * dim
-    needed = size * (2 + 3 * min(cpu_count(), 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
+    needed = size * (2 + 3 * min(cpu_count() + 1, 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
     if sys.platform == "linux" and needed > (free := available_memory()):
         raise UsageError(
             f"logreg needs about {needed / 1e9:.0f} GB for {n:,} x {dim:,} in memory, {free / 1e9:.0f} GB are free; "

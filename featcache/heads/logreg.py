@@ -281,7 +281,7 @@ class Solver:
             scaler.partial_fit(self.X[train[start : start + _BLOCK]])
         usual = float(np.median(scaler.scale_))  # taken out of M, so that its values are near 1
         inverse = (usual / scaler.scale_)[:, None]
-        span, rows = inverse.astype(self.rows.dtype) * self.basis, self.rows / usual
+        span, rows = inverse.astype(self.rows.dtype) * self.basis, np.divide(self.rows, usual)
         try:
             if (inverse**2).mean() <= _MAX_SPREAD * inverse.min() ** 2:
                 factor = cholesky(span.T @ span, lower=True, check_finite=False)

@@ -50,7 +50,8 @@ _CHOOSING = np.float32  # while settings are compared: as good, and twice as fas
 _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # Of the last fit, as a share of the objective; while choosing, regularisation_path's own is enough. Small data pay nothing
 # for a solution in which scikit-learn finds nothing left to do.
-_FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 3e-5, 1e-8
+_FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 1e-4, 1e-8
+_BLOCK = 512  # rows
 _MAX_FLOAT32 = 1e18  # beyond, squares overflow
 _MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
@@ -215,8 +216,9 @@ class Solver:
         self._prepare()
         jobs = [(scaling, numbers) for scaling in self.scalings for numbers in self._side_by_side(scaling, len(splits))]
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
-        # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
-        with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count()) as pool:
+        # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written. One more than
+        # cores, so that the last of five folds does not leave a core idle.
+        with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count() + 1) as pool:
             list(pool.map(one, *zip(*jobs, strict=True)))
         return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(self.scalings)), len(self.grid)))
 
@@ -274,18 +276,18 @@ class Solver:
     def _standardised(self, train: Indices) -> Coordinates:
         """With B, the basis, and S, the scales, M = B' S^-2 B = L L': the basis S^-1 B L'^-1 is orthonormal, and rows x B
         become x B L. Where M says too little in float32, the fold has an eigenbasis of its own."""
-        scaler = StandardScaler().fit(self.X[train])
-        usual = np.median(scaler.scale_)  # taken out of M, so that its values are near 1
+        scaler = StandardScaler()
+        for start in range(0, len(train), _BLOCK):  # arrays that stay in the cache, half the time
+            scaler.partial_fit(self.X[train[start : start + _BLOCK]])
+        usual = float(np.median(scaler.scale_))  # taken out of M, so that its values are near 1
         inverse = (usual / scaler.scale_)[:, None]
-        span, rows = (
-            inverse.astype(self.rows.dtype) * self.basis,
-            (self.rows / usual).astype(self.rows.dtype, copy=False),
-        )
+        span, rows = inverse.astype(self.rows.dtype) * self.basis, np.divide(self.rows, usual)
         try:
             if (inverse**2).mean() <= _MAX_SPREAD * inverse.min() ** 2:
                 factor = cholesky(span.T @ span, lower=True, check_finite=False)
                 # Half the work of rows @ factor.
-                product = get_blas_funcs("trmm", (factor, rows))(1, factor, rows.T, trans_a=1, lower=1).T
+                trmm = get_blas_funcs("trmm", (factor, rows))  # in place
+                product = trmm(1, factor, rows.T, trans_a=1, lower=1, overwrite_b=1).T
                 return Coordinates(product, span, factor)
             own, _ = eigenbasis(scaler.transform(self.X[train]).astype(self.rows.dtype))
             return Coordinates(rows @ (span.T @ own), own)
@@ -325,13 +327,14 @@ class Solver:
         """
         scaler, classifier = _scaler(scaling), self._classifier(C)
         X = scaler.fit_transform(self.X)
-        with _blas().limit(limits=1 if self.small else None):  # on few rows threads wait more than they work
-            try:
+        try:
+            with _blas().limit(limits=1):
                 W, b = self._solved(scaling, C, X.mean(axis=0))
-                classifier.set_params(warm_start=True)
-                classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
-            except _FAILURES as error:
-                log.info("scikit-learn's solver takes over (%s)", error)
+            classifier.set_params(warm_start=True)
+            classifier.coef_, classifier.intercept_ = W.astype(X.dtype), b.astype(X.dtype)
+        except _FAILURES as error:
+            log.info("scikit-learn's solver takes over (%s)", error)
+        with _blas().limit(limits=1 if self.small else None):  # on few rows threads wait more than they work
             _fit_quietly(classifier, X, self.y)
         classifier.set_params(warm_start=False)
         return make_pipeline(scaler, classifier), bool(classifier.n_iter_.max() < _MAX_ITERATIONS)
@@ -339,16 +342,24 @@ class Solver:
     def _solved(self, scaling: Scaling, C: float, origin: Array) -> tuple[Array, Array]:
         """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
         self._prepare()
-        coordinates, start = self.coordinates(scaling, np.arange(len(self.y))), None
+        coordinates = self.coordinates(scaling, np.arange(len(self.y)))
         R = coordinates.rows.astype(np.float64 if self.small else self.rows.dtype, copy=False)
         middle = R.mean(axis=0)
-        grid: Grid = (C / 100, C)  # from zero by way of a stronger penalty, where the way is shorter
-        solutions, _ = self.kept.get((scaling, C), ([], None))
-        if solutions and all(parameters.shape[1] == coordinates.rows.shape[1] + 1 for parameters in solutions):
-            grid, start = (C,), moved(np.mean(solutions, axis=0)[None], middle)  # a fold's coordinates are nearly these
-        tolerance = _FINAL_TOLERANCE_OF_SMALL if self.small else _FINAL_TOLERANCE
-        weights = self._weights(self.y)[:, None]
-        *_, found = regularisation_path(R - middle, self.y, weights, grid, tolerance=tolerance, start=start)
+        starts = []  # of C and of the one before; a fold's coordinates are nearly these
+        for one in self.grid[: self.grid.index(C) + 1][-2:] if self.kept and C in self.grid else ():
+            solutions, _ = self.kept[scaling, one]
+            if all(parameters.shape[1] == R.shape[1] + 1 for parameters in solutions):
+                starts.append(moved(np.mean(solutions, axis=0)[None], middle))
+        path = regularisation_path(
+            R - middle,
+            self.y,
+            self._weights(self.y)[:, None],
+            (C,) if starts else (C / 100, C),  # from zero by way of a stronger penalty, where the way is shorter
+            tolerance=_FINAL_TOLERANCE_OF_SMALL if self.small else _FINAL_TOLERANCE,
+            starts=starts,
+            threads=1 if self.small else cpu_count(),
+        )
+        *_, found = path
         W = coordinates.weights(found[0, :, :-1])
         return W, found[0, :, -1] - W @ origin
 
@@ -410,7 +421,7 @@ def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str
 def _check_memory(n: int, dim: int) -> None:
     """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated."""
     size = 4 * n * dim
-    needed = size * (2 + 3 * min(cpu_count(), 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
+    needed = size * (2 + 3 * min(cpu_count() + 1, 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
     if sys.platform == "linux" and needed > (free := available_memory()):
         raise UsageError(
             f"logreg needs about {needed / 1e9:.0f} GB for {n:,} x {dim:,} in memory, {free / 1e9:.0f} GB are free; "

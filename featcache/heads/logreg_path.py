@@ -8,15 +8,19 @@ divided by ``C * sum_i w_i``. The optimum is unique: how it is found changes spe
 - Features are centred, which the intercepts absorb, and rotated into the eigenbasis of their covariance, which leaves the
   penalty as it is. In that basis the Hessian is nearly diagonal: the class's mean p (1 - p) times the direction's variance,
   plus the penalty. (Böhning 1992, "Multinomial logistic regression algorithm", bounds the matrix of which this is the diagonal.)
-- This diagonal preconditions L-BFGS (Liu & Nocedal 1989). The pairs of L-BFGS survive a change of C: only the penalty's
+- Of three classes or more, each one's own rows add a multiple of m m', m their mean: where its probabilities are still open,
+  these rows hold much of the curvature. The inverse of both together is Sherman's and Morrison's.
+- This matrix preconditions L-BFGS (Liu & Nocedal 1989). The pairs of L-BFGS survive a change of C: only the penalty's
   part of the Hessian changes, and that part is known.
 - For each C, the directions that hold two thirds of the variance are solved first, then all together.
 - Each C starts on the line through the last two solutions, not where the one before ended. Logits are linear along a line,
   so that a search on it costs no product with the features.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,6 +52,21 @@ class _Pair(NamedTuple):
     s: Array
     y: Array
     rho: float
+
+
+class _Curvature(NamedTuple):
+    """An approximate Hessian: per class D + c m m', ``diagonal`` D (K * F, r + 1), ``reduced`` D^-1 m, ``share`` the factor
+    of the correction to D^-1, (K * F, 1)."""
+
+    diagonal: Array
+    reduced: Array
+    share: Array
+
+    def solve(self, q: Array) -> Array:
+        """The inverse times (K * F, r + 1)."""
+        along = np.einsum("ij,ij->i", self.reduced, q)[:, None]
+        solved: Array = q / self.diagonal - self.share * along * self.reduced
+        return solved
 
 
 def eigenbasis(X: Array) -> tuple[Array, Array]:
@@ -91,7 +110,8 @@ def regularisation_path(
     grid: Sequence[float],
     *,
     tolerance: float = 2e-4,
-    start: Array | None = None,
+    starts: Sequence[Array] = (),
+    threads: int = 1,
 ) -> Iterator[Array]:
     """Solve F problems, which differ in the weights of their rows, for each C of ``grid``; an ascending one is the fastest.
 
@@ -102,7 +122,9 @@ def regularisation_path(
             problems side by side take half the time of as many columns one after the other.
         tolerance: the search ends when a further step promises to lower the objectives by less than this share of them, or
             of their distance to the objectives of constant predictions, whichever is smaller.
-        start: parameters of similar problems, in the shape yielded, to start from.
+        starts: parameters of similar problems, in the shape yielded: the search starts on the line through the last two.
+        threads: that share a product with the features; each expects BLAS to have one of its own. BLAS's would spin between
+            products, which doubles the CPU time.
 
     Yields:
         (F, K, r + 1) parameters, the last of which are intercepts; for two classes (F, 1, r + 1), of the logit of class 1.
@@ -111,11 +133,12 @@ def regularisation_path(
         NotSolvedError: rarely; what was yielded before is then not to be relied on.
     """
     mean = R.mean(axis=0)
-    path = _Path(R - mean, y, weights, tolerance)
-    if start is not None:
-        path.begin(moved(start, mean).swapaxes(0, 1))
-    for C in grid:
-        yield moved(path.solve(C).swapaxes(0, 1), -mean)
+    with ThreadPoolExecutor(threads) as pool:  # which starts no thread before it has work
+        path = _Path(R - mean, y, weights, tolerance, threads, pool.map if threads > 1 else map)
+        for start in starts:
+            path.begin(moved(start, mean).swapaxes(0, 1))
+        for C in grid:
+            yield moved(path.solve(C).swapaxes(0, 1), -mean)
 
 
 def moved(parameters: Array, origin: Array) -> Array:
@@ -131,7 +154,10 @@ class _Path:
     (K * F, r + 1), logits and residuals (K * F, n), K = 1 for two classes.
     """
 
-    def __init__(self, R: Array, y: Array, weights: Array, tolerance: float) -> None:
+    def __init__(
+        self, R: Array, y: Array, weights: Array, tolerance: float, parts: int = 1, map: Callable[..., Any] = map
+    ) -> None:
+        self.parts, self.map = parts, map
         self.R, self.y, self.rows, self.problems = R, y, np.arange(len(y)), np.arange(weights.shape[1])[:, None]
         n_classes = int(y.max()) + 1
         self.sign = np.where(y == 1, 1, -1).astype(R.dtype) if n_classes == 2 else None
@@ -149,22 +175,44 @@ class _Path:
         self.pairs: list[_Pair] = []
         shares = np.log([np.bincount(y, w, n_classes) for w in self.w]).T  # (K, F)
         shares = shares[1:] - shares[:1] if n_classes == 2 else shares
+        self.means = self.means_of_classes(n_classes)
         theta = np.zeros((shares.size, R.shape[1] + 1), R.dtype)
         theta[:, -1] = shares.ravel()  # the optimum without features
-        self.point = self.at(theta, np.tile(theta[:, -1:], len(y)))
         self.before: _Point | None = None
+        self.point = self.at(theta, np.tile(theta[:, -1:], len(y)))
         self.null = self.point.loss
 
+    def means_of_classes(self, n_classes: int) -> Array:
+        """(K * F, r + 1) weighted means of each class's rows, and 1; zeros for two classes, whose one logit has no own rows."""
+        if n_classes == 2:
+            return np.zeros((len(self.w), len(self.variances)), self.R.dtype)
+        members = np.zeros((n_classes, *self.w.shape), self.R.dtype)
+        members[self.y, self.problems, self.rows] = self.w
+        members /= np.maximum(members.sum(axis=2, keepdims=True), np.finfo(members.dtype).tiny)
+        members = members.reshape(-1, len(self.y))
+        return np.column_stack([members @ self.R, np.ones(len(members), members.dtype)])
+
     def begin(self, parameters: Array) -> None:
-        """Start from (K, F, r + 1) parameters, if that beats zeros."""
+        """Start from (K, F, r + 1) parameters, if that beats zeros; the next solution on the line from the start before."""
         theta = np.ascontiguousarray(parameters.reshape(self.point.theta.shape), self.R.dtype)
         point = self.at(theta, self.products(theta, 0))
         if point.loss < self.null:
-            self.point = point
+            self.before, self.point = self.point, point
 
     def products(self, theta: Array, first: int) -> Array:
         """(K * F, n) logits of parameters of which the ``first`` are 0."""
-        return np.ascontiguousarray((self.R[:, first:] @ theta[:, first:-1].T).T) + theta[:, -1:]
+        logits = np.empty((len(theta), len(self.R)), self.R.dtype)
+
+        def part(of: slice) -> None:
+            np.add((self.R[of, first:] @ theta[:, first:-1].T).T, theta[:, -1:], out=logits[:, of])
+
+        list(self.map(part, self.shares(0, len(self.R))))
+        return logits
+
+    def shares(self, first: int, last: int) -> list[slice]:
+        """Of the threads."""
+        edges = np.linspace(first, last, self.parts + 1).astype(int).tolist()
+        return [slice(*edge) for edge in itertools.pairwise(edges)]
 
     def at(self, theta: Array, logits: Array) -> _Point:
         """The point's mean loss and residuals, accurate also where probabilities are close to 0 or 1."""
@@ -197,12 +245,11 @@ class _Path:
         if self.before is not None:
             self.extrapolate(self.before)
         self.before = start
-        scale = self.curvature()
         for first in (self.coarse, 0):
-            self.descend(scale, first)
+            self.descend(self.curvature(first), first)
         return self.point.theta.reshape(-1, len(self.w), self.point.theta.shape[1])
 
-    def descend(self, scale: Array, first: int) -> None:
+    def descend(self, scale: _Curvature, first: int) -> None:
         """Go to the optimum over all parameters but the ``first`` ones, which stay as they are.
 
         A step along the few directions of large variance costs a fraction of a step along all and covers most of the way.
@@ -237,30 +284,41 @@ class _Path:
         """(K * F, r + 1) of the objective; the ``first`` are set to 0."""
         gradient = _penalised(self.point.theta, self.penalty)
         gradient[:, :first] = 0
-        gradient[:, first:-1] += self.point.residual @ self.R[:, first:]
+
+        def part(of: slice) -> None:
+            gradient[:, of] += self.point.residual @ self.R[:, of]
+
+        list(self.map(part, self.shares(first, self.R.shape[1])))
         gradient[:, -1] = self.point.residual.sum(axis=1)
         return gradient
 
-    def curvature(self) -> Array:
-        """(K * F, r + 1), the approximate diagonal of the Hessian: variance times mean p (1 - p), plus the penalty."""
+    def curvature(self, first: int) -> _Curvature:
+        """Approximate Hessian: variance times mean p (1 - p), plus the penalty, plus what each class's own rows add."""
         size = np.abs(self.point.residual).reshape(-1, *self.w.shape)
         missing = np.divide(size, self.w, out=np.zeros_like(size), where=self.w > 0, casting="same_kind")
-        spread = (size * (1 - missing)).sum(axis=2).ravel()
+        size *= 1 - missing
+        spread = size.sum(axis=2).ravel()
         spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(size.dtype).tiny))  # never divide by zero
-        curvature: Array = spread[:, None] * self.variances
-        curvature[:, :-1] += self.penalty
-        return curvature
+        diagonal: Array = spread[:, None] * self.variances
+        diagonal[:, :-1] += self.penalty
+        means = self.means.copy()
+        means[:, :first] = 0
+        reduced, own = means / diagonal, np.zeros((len(spread), 1), size.dtype)
+        if self.sign is None:
+            of_rows = size[self.y, self.problems, self.rows]
+            own[:, 0] = np.stack([np.bincount(self.y, one, len(size)) for one in of_rows], axis=1).ravel()
+        return _Curvature(diagonal, reduced, own / (1 + own * np.einsum("ij,ij->i", reduced, means)[:, None]))
 
-    def direction(self, gradient: Array, scale: Array) -> Array:
+    def direction(self, gradient: Array, scale: _Curvature) -> Array:
         """(K * F, r + 1), a direction of descent: the two loops of L-BFGS around the preconditioner."""
         q, shares = gradient.copy(), []
         for s, y, rho in reversed(self.pairs):
             shares.append(rho * _dot(s, q))
             q -= shares[-1] * y
-        q /= scale
+        q = scale.solve(q)
         if self.pairs:  # the latest step sets the preconditioner's overall size
             _, y, rho = self.pairs[-1]
-            q *= 1 / (rho * _dot(y, y / scale))
+            q *= 1 / (rho * _dot(y, scale.solve(y)))
         for (s, y, rho), share in zip(self.pairs, reversed(shares), strict=True):
             q += (share - rho * _dot(y, q)) * s
         return -q

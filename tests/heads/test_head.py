@@ -7,16 +7,16 @@ import pytest
 from blobs import SHORT, D, blobs
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from featcache.errors import ModelError
 from featcache.heads import metrics
 from featcache.heads.head import KINDS, FittedHead, Head, TorchSettings, class_weights, softmax
-from featcache.heads.logreg import C_GRID, fit_logreg
+from featcache.heads.logreg import C_GRID, Solver, fit_logreg
 from featcache.heads.minibatch import fit_torch_head
-from featcache.heads.validation import fit_temperature
+from featcache.heads.validation import fit_temperature, stratified_folds
 
 DEEP = TorchSettings(hidden=(24, 16), dropout=(0.1, 0.2), epochs=30, lr=5e-3, batch_size=50)
 
@@ -107,11 +107,17 @@ def test_cross_validation_equals_scikit_learn() -> None:
     fitted = fit("logreg", X, y)
     assert len(fitted.curve) == 3 * len(C_GRID)
     folds = StratifiedKFold(3, shuffle=True, random_state=0)
-    for scaling, scaler in (("standardise", StandardScaler()), ("unit", Normalizer())):
-        for entry in (entry for entry in fitted.curve if entry["scaling"] == scaling and 1e-3 <= entry["C"] <= 10):
-            pipeline = make_pipeline(scaler, LogisticRegression(C=entry["C"], max_iter=1000))
-            expected = cross_val_score(pipeline, X.astype(np.float64), y, cv=folds)
-            np.testing.assert_allclose(entry["fold_accuracies"], expected, atol=0.013)  # one image in a fold of 80
+    # Where C is tiny all rows have nearly the same probabilities: which is the largest, only a tight solution tells.
+    solver = Solver(X.astype(np.float64), y, grid=(1e-3, 0.1, 10.0), scalings=("standardise", "unit"), tolerance=1e-7)
+    tight = solver.cross_validate(stratified_folds(y, np.arange(len(y)), folds=3, seed=0))
+    losses = {(entry["scaling"], entry["C"]): entry["log_loss"] for entry in fitted.curve}
+    for (scaling, C), accuracies in zip(solver.settings, tight.of_folds(tight.right).T, strict=True):
+        pipeline = make_pipeline(
+            StandardScaler() if scaling == "standardise" else Normalizer(), LogisticRegression(C=C)
+        )
+        found = cross_validate(pipeline, X.astype(np.float64), y, cv=folds, scoring=("accuracy", "neg_log_loss"))
+        np.testing.assert_allclose(accuracies, found["test_accuracy"], atol=0.013)  # one image in a fold of 80
+        assert losses[scaling, C] == pytest.approx(-found["test_neg_log_loss"].mean(), rel=0.03)
     best = max(entry["accuracy"] for entry in fitted.curve)
     good = [entry for entry in fitted.curve if entry["accuracy"] >= best - (best * (1 - best) / 240) ** 0.5]
     chosen = next(e for e in fitted.curve if (e["C"], e["scaling"]) == (fitted.chosen["C"], fitted.chosen["scaling"]))

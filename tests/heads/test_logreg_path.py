@@ -14,7 +14,7 @@ from featcache.errors import UsageError
 from featcache.heads import logreg
 from featcache.heads.head import SCALINGS
 from featcache.heads.logreg import Solver, fit_logreg
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, regularisation_path, with_direction
+from featcache.heads.logreg_path import NotSolvedError, _Path, eigenbasis, regularisation_path, with_direction
 from featcache.heads.validation import judge, stratified_folds
 
 GRID = [1e-5, 1e-3, 0.1, 10, 1e3, 1e5]
@@ -101,11 +101,34 @@ def test_the_start_does_not_matter_but_a_good_one_is_kept(classes: int) -> None:
     X, y = awkward(200, 15, classes)
     problem = X, y, np.ones((200, 1)), [0.1]
     (one,) = regularisation_path(*problem, tolerance=1e-10)
-    (same,) = regularisation_path(*problem, tolerance=1e-4, start=one)  # nothing left to do
+    (same,) = regularisation_path(*problem, tolerance=1e-4, starts=[one])  # nothing left to do
     np.testing.assert_allclose(same, one, atol=1e-9)
     for start in (one / 2, 1 - one):
-        (other,) = regularisation_path(*problem, tolerance=1e-10, start=start)
+        (other,) = regularisation_path(*problem, tolerance=1e-10, starts=[start])
         np.testing.assert_allclose(other[..., :-1], one[..., :-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_threads_share_the_work_and_change_nothing(classes: int) -> None:
+    X, y = awkward(200, 15, classes)
+    problem = X, y, np.ones((200, 1)), [0.1]
+    alone, shared = (list(regularisation_path(*problem, tolerance=1e-10, threads=threads)) for threads in (1, 3))
+    np.testing.assert_allclose(shared, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_preconditioner_is_the_inverse_of_what_it_says(classes: int) -> None:
+    """At constant predictions: p (1 - p) times the variances, and for each class the mean of its rows times its transpose."""
+    X, y = np.random.default_rng(0).normal(size=(200, 5)), np.arange(200) % classes
+    X += np.eye(classes, 5)[y]
+    X -= X.mean(axis=0)
+    found = _Path(X, y, np.ones((200, 1)), 1e-4).curvature(0).solve(np.ones((classes if classes > 2 else 1, 6)))
+    spread = (1 - 1 / classes) / classes
+    for label, solved in enumerate(found):
+        mean = np.append(X[y == label].mean(axis=0), 1)
+        matrix = np.diag(np.append((X**2).mean(axis=0), 1)) * spread
+        matrix += np.outer(mean, mean) * spread / classes * (classes > 2)
+        np.testing.assert_allclose(matrix @ solved, np.ones(6), atol=1e-9)
 
 
 @pytest.mark.parametrize("n", [30, 200])

@@ -18,6 +18,7 @@ from torch import nn
 
 from featcache.backbones import from_openclip, from_timm, from_torchvision, from_transformers
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone, for_size
+from featcache.backbones.catalog import ALIASES
 from featcache.backbones.choice import AUTO, choose_backbone, full_name, nearest_free
 from featcache.errors import AccessError, BackboneError, DownloadError
 from featcache.spec import OWN_POOLING, Spec, Taken
@@ -83,7 +84,7 @@ def check_name(name: str) -> None:
     """Raise BackboneError, with near names, if no backbone is called ``name``. MissingDependencyError: ``timm/...`` without timm."""
     if not _library(name).is_name(name):
         known = backbone_names("openclip" if name.startswith("openclip/") else "")
-        near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        near = difflib.get_close_matches(name, [*ALIASES, *known], n=4, cutoff=0.5)
         hint = f"; near: {', '.join(near)}" if near else ""
         raise BackboneError(f"no backbone is called {name!r}{hint}; `featcache backbones` lists them all")
 

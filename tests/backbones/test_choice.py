@@ -288,3 +288,11 @@ def test_what_it_costs_follows_from_multiply_adds() -> None:
     rate = 10 * 2 * 1024**3 / (time.perf_counter() - started)
     found = most_images_per_second(facts_of("resnet50"), "cpu")
     assert 0.02 < found / (rate / (2 * 4.09e9)) < 50
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"), [("fsat", "fast"), ("bse", "base"), ("bset", "best"), ("resnet5", "resnet50")]
+)
+def test_a_typo_is_answered_with_the_nearest_names(typed: str, near: str) -> None:
+    with pytest.raises(BackboneError, match=f"^no backbone is called '{typed}'; near: .*{near}"):
+        load_backbone(typed)

@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, warm: Program) -> Path:
 # -------------------------------------------------------------------------------------------------- descriptors
 
 
-@pytest.mark.parametrize("each", [40, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_many_parts_under_a_small_limit_of_open_files(tmp_path: Path, warm: Program, each: int) -> None:
     """A part per image, of a run that died before it packed them."""
     source, output, count = make_photos(tmp_path / "photos", each=each), tmp_path / "f.h5", 3 * each

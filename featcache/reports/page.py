@@ -6,11 +6,12 @@ this package, by their hashes: no inline style or event handler works in a templ
 """
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,33 @@ def render_page(
     return (
         environment().get_template(template).render(title=title, data=data or {}, json=json_text, **assets, **context)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of a page that several parts make up, each from its own template: ``render_sections``.
+
+    Attributes:
+        anchor: its id, for links. title: its heading. template: a file of ``pages/``, which holds what follows the heading.
+        context: what the template uses. word: for the table of contents; its title when empty.
+    """
+
+    anchor: str
+    title: str
+    template: str
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    word: str = ""
+
+
+def render_sections(
+    sections: Sequence[Section], *, title: str, lead: Any = "", data: Mapping[str, Any] | None = None
+) -> str:
+    """A page of sections, in order, with a table of contents. ``lead``: stands below the title."""
+    bodies = [
+        (section, Markup(environment().get_template(section.template).render(data=data or {}, **section.context)))
+        for section in sections
+    ]
+    return render_page("sections.html", title=title, data=data, lead=lead, sections=bodies)
 
 
 def check_page_path(path: Path) -> None:
@@ -135,6 +163,7 @@ def environment() -> jinja2.Environment:
         "number": number_text,
         "bytes": bytes_text,
         "share_bar": share_bar,
+        "contents_entry": lambda section: (section.anchor, section.word or section.title),
     }
     made.globals |= {"card_filters": card_filters, "card_sorts": card_sorts}
     return made

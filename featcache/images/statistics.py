@@ -22,7 +22,7 @@ from featcache.images.source import ImageList
 
 EDGE = 256  # pixels of the longer edge, at most, on which pictures are looked at
 LOOKS = ("brightness", "contrast", "sharpness", "redness", "yellowness", "colourfulness")
-MOST_LOOKED_AT = 4000  # images that are decoded unless told otherwise,
+MOST_LOOKED_AT = 5000  # images that are decoded unless told otherwise,
 _MOST_PIXELS = 4_000_000_000  # and pixels of them: 20,000 photographs of 500 x 400, or 330 of 12 megapixels
 _ODD = {  # what may be odd about an image, in words: below and above the middle of all
     "aspect": ("narrower", "wider"),

@@ -28,6 +28,8 @@ MODES = {
     "RGBA": "colour with transparency",
     "CMYK": "CMYK",
     "YCbCr": "YCbCr",
+    "I;16": "grey, 16 bits",
+    "I;16B": "grey, 16 bits",
     "I": "grey, 32 bits",
     "F": "grey, floating point",
 }
@@ -120,22 +122,23 @@ def _pictures(found: "Statistics", shown: Shown) -> list[str]:
     pixels = f"of {images(sample['images'])}" if sample["images"] < found.readable else "of all images"
     drawn = f" (drawn with seed {sample['seed']})" if sample["images"] < found.readable else ""
     cut_off = f", and of {sample['cut']:,} without an end" if sample["cut"] else ""
-    lines = _fields({"copies": ", ".join(said) or "none, byte for byte", "pixels": f"{pixels}{drawn}{cut_off}"})
+    groups = []
     for group in copies["groups"][:_NAMED]:
         paths = [shown(image["path"]) for image in group["images"]]
         more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
         room = (_WIDTH - 4 - len(" = ") - len(more)) // 2
-        lines.append("    " + " = ".join(cut(path, room) for path in paths[:2]) + more)
-    lines += _more(len(copies["groups"]))
+        groups.append("    " + " = ".join(cut(path, room) for path in paths[:2]) + more)
+    lines = [*_fields({"copies": ", ".join(said) or "none, byte for byte"}), *groups, *_more(len(copies["groups"]))]
     if found.unreadable:
         lines.append(f"  unreadable: {images(len(found.unreadable))}")
         for image in found.unreadable[:_NAMED]:
             lines += _wrapped(f"{cut(shown(image['path']), 60)}: {shown(image['reason'])}", "    ")
         lines += _more(len(found.unreadable))
+    lines += _fields({"pixels": f"{pixels}{drawn}{cut_off}"})
     lines += _listed("darkest (mean grey, 0 to 255)", found.darkest, lambda image: f"{image['value']:.0f}", shown)
     lines += _listed("blurriest (variance of Laplacian)", found.blurriest, lambda image: f"{image['value']:.0f}", shown)
     odd = "oddest (robust z-score)"
-    return lines + _listed(odd, found.oddest, lambda image: f"{image['value']:.1f} {image['why']}", shown)
+    return lines + _listed(odd, found.oddest, lambda image: f"{score(image['value'])} {image['why']}", shown)
 
 
 def _listed(
@@ -187,6 +190,11 @@ def _span(values: dict[str, float]) -> str:
 
 def _tally(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def score(value: float) -> str:
+    """A z-score; where nearly all values are equal it says nothing but that it is large."""
+    return f"{value:.1f}" if value < 99.95 else ">99"
 
 
 def in_bytes(n: float) -> str:

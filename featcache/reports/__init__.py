@@ -12,4 +12,9 @@ stats_page.py         the same as a page, in a folder with its numbers
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
+page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
+cards.py              pictures with what is known of them, for pages
+charts.py             charts as SVG
+thumbnails.py         small pictures within a budget
+numbers.py            numbers as people read them
 """

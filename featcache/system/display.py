@@ -50,6 +50,17 @@ def count_rows(
     return [["class", *titles], *rows, ["all", *map(str, counts[:, there].sum(0))]]
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, without what a terminal would obey or a reader be misled by. Names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def middle_out(text: str, most: int) -> str:
+    """``text``, or its two ends around an ellipsis if it is longer than ``most`` characters: names differ at their ends."""
+    head = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
 def html_table(rows: Iterable[Sequence[object]], *, caption: str = "", header: bool = True) -> str:
     """A table whose cells say what they hold and nothing that a browser would obey; ``header``: the first row is one."""
     lines = [f"<table><caption>{_escaped(caption)}</caption>"]

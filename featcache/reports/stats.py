@@ -28,6 +28,7 @@ SHOWN = 12  # images of a kind that are picked out
 _OF_ONE_ODDITY = 3  # at most, of those
 _ODD = 3.5  # the score from which an image counts as odd
 _MOST_SIZES = 1000
+_EXAMPLES, _OF_A_CLASS = 96, 6  # images that show what classes look like, and of one class
 SHAPES = (  # width:height as cameras and people make them
     "1:2",
     "9:16",
@@ -69,7 +70,7 @@ class Statistics(Shown):
             their file has no end (``cut``).
         darkest, blurriest: of the sample, each with ``value``: mean grey from 0 to 255, variance of the Laplacian, see
             ``images.statistics.look_at``. oddest: each with ``value``, a modified z-score, and ``why``, see ``oddness``.
-        advice: sentences. seconds: of the whole call.
+        examples: a few images of each class, drawn. advice: sentences. seconds: of the whole call.
     """
 
     source: str
@@ -101,6 +102,7 @@ class Statistics(Shown):
     darkest: list[dict[str, Any]]
     blurriest: list[dict[str, Any]]
     oddest: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
     advice: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
@@ -185,6 +187,7 @@ def _describe(source: str, images: ImageList, measured: Measured, *, seed: int, 
         copies=_copies(images, measured),
         sample={"images": len(measured.sampled), "of": len(images), "seed": seed, "cut": len(measured.cut)},
         **_standing_out(images, measured),
+        examples=_examples(images, rows, seed),
     )
 
 
@@ -307,3 +310,14 @@ def _standing_out(images: ImageList, measured: Measured) -> dict[str, Any]:
 def _lowest(images: ImageList, values: Floats) -> list[dict[str, Any]]:
     rows = np.argsort(values, kind="stable")[: min(SHOWN, int(np.isfinite(values).sum()))]
     return [image_at(images, row) | {"value": float(values[row])} for row in rows.tolist()]
+
+
+def _examples(images: ImageList, rows: Rows, seed: int) -> list[dict[str, Any]]:
+    """A few readable images of each class, from its training images where there are splits; none of very many classes."""
+    labelled = rows[images.labels[rows] >= 0]
+    if (images.splits[labelled] == 1).any():
+        labelled = labelled[images.splits[labelled] == 1]
+    each = min(_EXAMPLES // max(len(images.classes), 1), _OF_A_CLASS)
+    drawn = np.random.default_rng(seed).permutation(labelled)
+    of_class = [drawn[images.labels[drawn] == label][:each].tolist() for label in range(len(images.classes)) if each]
+    return [image_at(images, row) for row in itertools.chain.from_iterable(of_class)]

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from featcache.reports.numbers import bytes_text
 from featcache.reports.scores import columns, cut
 from featcache.reports.stats_advice import counted, images
 
@@ -46,7 +47,7 @@ def _head(found: "Statistics", shown: Shown) -> list[str]:
     unreadable = f", {len(found.unreadable):,} unreadable" if found.unreadable else ""
     splits = [name for name in found.splits if name != "none"]
     of = [counted(len(found.classes), "class", "classes"), *([counted(len(splits), "split")] if splits else [])]
-    facts = f": {images(found.images)}{unreadable}, {', '.join(of)}, {in_bytes(found.total_bytes)}"
+    facts = f": {images(found.images)}{unreadable}, {', '.join(of)}, {bytes_text(found.total_bytes)}"
     return [cut(shown(found.source), max(_WIDTH - columns(facts), 12)) + facts]
 
 
@@ -107,7 +108,7 @@ def _facts(found: "Statistics") -> list[str]:
         "sizes": f"{found.distinct_sizes:,} different, {frequent}",
         "aspect": f"{aspect['min']:.2f} to {aspect['max']:.2f}, median {aspect['median']:.2f}; nearest "
         + ", ".join(f"{name} {count / found.readable:.0%}" for name, count in shapes if count),
-        "file size": f"{in_bytes(size['min'])} to {in_bytes(size['max'])}, median {in_bytes(size['median'])}",
+        "file size": f"{bytes_text(size['min'])} to {bytes_text(size['max'])}, median {bytes_text(size['median'])}",
         "formats": _tally(found.formats),
         "modes": _tally({MODES.get(mode, mode): count for mode, count in found.modes.items()}),
         "turned": f"{images(found.turned)} by EXIF data" if found.turned else "",
@@ -195,12 +196,3 @@ def _tally(counts: dict[str, int]) -> str:
 def score(value: float) -> str:
     """A z-score; where nearly all values are equal it says nothing but that it is large."""
     return f"{value:.1f}" if value < 99.95 else ">99"
-
-
-def in_bytes(n: float) -> str:
-    """``1.2 MB``: decimal units, three digits at most."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if n < 999.5 or unit == "TB":
-            break
-        n /= 1000
-    return f"{n:.0f} {unit}" if n >= 99.5 or unit == "B" else f"{n:.1f} {unit}" if n < 9.95 else f"{n:.0f} {unit}"

@@ -24,7 +24,7 @@ from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options, usable_cores
 
-SHOWN = 12  # images of a kind that are picked out
+SHOWN = 14  # images of a kind that are picked out
 _OF_ONE_ODDITY = 3  # at most, of those
 _ODD = 3.5  # the score from which an image counts as odd
 _MOST_SIZES = 1000

@@ -17,7 +17,7 @@ _NAMED = 3  # classes at most in a sentence
 
 def advice(found: "Statistics") -> list[str]:
     """The sentences, what a score has to beat first."""
-    parts = (_constant, _balance, _gaps, _copies, _files, _pictures)
+    parts = (_constant, _copies, _balance, _gaps, _files, _pictures)
     return [sentence for part in parts for sentence in part(found)]
 
 

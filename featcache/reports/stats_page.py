@@ -19,6 +19,7 @@ from featcache.reports.page import render_page
 from featcache.reports.stats_advice import SMALL, counted, images, training_counts
 from featcache.reports.stats_text import MODES, score
 from featcache.reports.thumbnails import Thumbnail, thumbnails
+from featcache.system.display import middle_out, printable
 from featcache.system.files import check_output, publish_folder
 from featcache.system.path_kinds import typed
 
@@ -270,9 +271,9 @@ def _classes(found: "Statistics") -> tuple[list[str], list[list[Any]]]:
 
 def _lead(found: "Statistics") -> str:
     splits = [split for split in found.splits if split != "none"]
-    of = f" in {', '.join(splits)}" if splits else ""
+    of = f" in {' and '.join([', '.join(splits[:-1]), splits[-1]] if splits[1:] else splits)}" if splits else ""
     classes = f" of {counted(len(found.classes), 'class', 'classes')}" if found.classes else ""
-    return f"{images(found.images)}{classes}{of}, {bytes_text(found.total_bytes)}, as they are before any work."
+    return f"{images(found.images)}{classes}{of}, {bytes_text(found.total_bytes)}. Nothing has been trained yet."
 
 
 def _tiles(found: "Statistics") -> list[tuple[str, str, str]]:
@@ -281,30 +282,23 @@ def _tiles(found: "Statistics") -> list[tuple[str, str, str]]:
     tiles = [("Images", count_text(found.images), f"{unreadable:,} unreadable" if unreadable else "all are readable")]
     if found.classes:
         training = [count for count in training_counts(found).values() if count]
-        span = f"{min(training):,} to {max(training):,} training images" if training else "no training images"
+        low, high = min(training, default=0), max(training, default=0)
+        span = f"{low:,} to {high:,} training images" if low < high else f"{counted(high, 'training image')} each"
         tiles.append(("Classes", count_text(len(found.classes)), span))
     if found.constant:
         split = next((split for split in ("val", "test") if split in found.constant), "all")
-        facts, where = found.constant[split], "" if split == "all" else f" of {split}"
-        tiles.append(
-            (
-                "One answer for all",
-                percent_text(facts["accuracy"]),
-                f"is right{where}; balanced {percent_text(facts['balanced_accuracy'])}",
-            )
-        )
+        facts, where = found.constant[split], "" if split == "all" else f"of {split}, "
+        always = f"{where}by always saying {middle_out(printable(facts['label']), 24)}"
+        tiles.append(("One answer scores", percent_text(facts["accuracy"]), always))
     if found.width and found.height:
         middle = f"{found.width['median']:,.0f} × {found.height['median']:,.0f}"
-        tiles.append(
-            ("Median size", middle, f"{counted(found.distinct_sizes, 'size')} of {bytes_text(found.total_bytes)}")
-        )
-    worst = [
-        f"{copies[kind]:,} {word}"
-        for kind, word in (("across_labels", "under several labels"), ("across_splits", "across splits"))
-        if copies[kind]
-    ]
+        tiles.append(("Median size", middle, counted(found.distinct_sizes, "different size")))
+    kinds = (("across_labels", "under several labels"), ("across_splits", "across splits"))
+    worst = [f"{copies[kind]:,} {word}" for kind, word in kinds if copies[kind]]
     number = sum(len(group["images"]) - 1 for group in copies["groups"])
-    tiles.append(("Copies", count_text(number), ", ".join(worst) or "byte for byte"))
+    tiles.append(
+        ("Copies", count_text(number), ", ".join(worst) or ("byte for byte" if number else "no file is there twice"))
+    )
     return tiles
 
 

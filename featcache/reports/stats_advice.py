@@ -49,7 +49,7 @@ def _balance(found: "Statistics") -> Iterator[str]:
         return
     smallest, *_, largest = sorted(there, key=lambda name: there[name])
     ratio = there[largest] / there[smallest]
-    figures = f"{largest} {there[largest]:,}, {smallest} {there[smallest]:,}"
+    figures = f"{there[largest]:,} of {largest}, {there[smallest]:,} of {smallest}"
     if ratio >= _SKEWED:
         yield (
             f"The largest class has {ratio:.1f} times as many training images as the smallest ({figures}): compare balanced "

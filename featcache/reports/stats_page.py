@@ -13,7 +13,7 @@ from featcache.images.layout import some
 from featcache.images.read import Paths
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.reports.cards import Card, cards_data
-from featcache.reports.charts import Chart, bars, histogram, share_bar, sizes
+from featcache.reports.charts import Chart, Series, bars, histogram, lines, share_bar, sizes
 from featcache.reports.numbers import bytes_text, count_text, percent_text
 from featcache.reports.page import render_page
 from featcache.reports.stats_advice import SMALL, counted, images, training_counts
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PAGE, NUMBERS = "stats.html", "stats.json"
 _MARK = '{"kind": "stats", '  # how our numbers begin
 _BUDGET = 3_000_000  # bytes of thumbnails, at most; some hundreds of pictures
+_MANY_CLASSES = 20
 _MOST_GROUPS, _MOST_COPIES, _MOST_UNREADABLE = 60, 12, 500
 _COPIES = {
     "labels": ("Under several labels", "one picture under several labels"),
@@ -112,6 +113,7 @@ def stats_page(found: "Statistics") -> str:
         advice=found.advice,
         class_caption="Readable images of each class" + (" in each split" if len(found.splits) > 1 else ""),
         class_head=classes[0],
+        class_chart=_class_sizes(found),
         examples=gallery.examples,
         facts=_facts(found),
         unreadable_caption=_unreadable_caption(found),
@@ -267,6 +269,27 @@ def _classes(found: "Statistics") -> tuple[list[str], list[list[Any]]]:
     ]
     sums = [count_text(found.splits[split]) for split in splits] if titles else []
     return ["class", *titles, "all", "share", ""], [*rows, ["all", *sums, count_text(found.readable), "", ""]]
+
+
+def _class_sizes(found: "Statistics") -> Chart | None:
+    """How large the classes are, where they are too many to see it in a table."""
+    counts = sorted((sum(of.values()) for of in found.classes.values()), reverse=True)
+    if len(counts) <= _MANY_CLASSES:
+        return None
+    curve = Series("images", [*range(1, len(counts) + 1)], counts)
+    caption = (
+        f"The largest holds {counts[0]:,}, the middle one {counts[len(counts) // 2]:,}, the smallest {counts[-1]:,}."
+    )
+    span = (0, counts[0] * 1.05)
+    return lines(
+        [curve],
+        title="Images per class",
+        caption=caption,
+        x_label="classes, the largest first",
+        y_label="images",
+        y_range=span,
+        points=False,
+    )
 
 
 def _lead(found: "Statistics") -> str:

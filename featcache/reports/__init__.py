@@ -13,6 +13,8 @@ scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
 page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
+gallery.py           what a gallery shows of predictions: counts of all, some drawn at random
+gallery_page.py      the page of it
 cards.py              pictures with what is known of them, for pages
 charts.py             charts as SVG
 thumbnails.py         small pictures within a budget

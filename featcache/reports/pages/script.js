@@ -188,7 +188,8 @@ function factsOf(row) {
   const outcome = { 1: "right", 0: "wrong" }[cards.correct?.[row]];
   const status = cards.statuses[cards.status?.[row] ?? 0];
   const pairs = [["label", name("label")], ["prediction", name("predicted")], ["that is", outcome && document.createTextNode(outcome)],
-    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")]];
+    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")],
+    ["unfamiliar", cards.unfamiliarity?.[row] >= 0 && document.createTextNode(`more than ${percent(cards.unfamiliarity[row])} of the training images`)]];
   return pairs.filter(([, value]) => value);
 }
 

@@ -18,16 +18,16 @@ from featcache.reports.charts import Chart, histogram, share_bar
 from featcache.reports.gallery import BINS, Draw, Row, folders
 from featcache.reports.numbers import NONE, count_text, percent_text
 from featcache.reports.page import render_page
-from featcache.reports.thumbnails import Thumbnail, thumbnails
+from featcache.reports.thumbnails import Thumbnail, fitting_size, thumbnails
 from featcache.system.path_kinds import typed
 
-_FULL = 400  # cards up to which bars carry the names of their classes
+_FULL, _BARS = 400, 2000  # cards up to which bars carry the names of their classes, and are drawn at all
 _PAGE, _ALL, _EACH = 3_800_000, 1000, 1200  # bytes of a page of up to so many images, and of each one more
-_TEXT, _TEXT_FULL = 1050, 1900  # bytes of a card without its picture
-_OF_EVIDENCE = 0.3  # of the bytes of all pictures
+_TEXT, _BAR, _TEXT_FULL = 600, 220, 1900  # bytes of a card without its picture and path; of its bars; with bars and names
+_OF_EVIDENCE = 0.2  # of the bytes of all pictures
 _FOUR_THIRDS = 4 / 3  # base64
 _LARGE, _BYTES_OF_LARGE = 256, 7000  # pixels and bytes of a picture where there are few
-_SMALL = 96  # pixels, of the pictures of evidence
+_SMALL, _LEAST = 96, 64  # pixels, of the pictures of evidence; of any: smaller ones show nothing
 _MOST_PAIRS = 30
 
 
@@ -47,6 +47,7 @@ def gallery_page(draw: Draw, *, source: Path | None = None, seconds: float | Non
         data={"cards": columns},
         cards=cards,
         full=len(cards) <= _FULL,
+        bars=len(cards) <= _BARS,
         drawn="" if len(rows) == draw.images else _drawn(draw, len(rows)),
         tiles=_tiles(draw),
         classes=_classes(draw),
@@ -147,7 +148,9 @@ def _facts(draw: Draw, source: Path | None, seconds: float | None) -> list[tuple
 def _cards(draw: Draw, rows: Sequence[Row], source: Path | None) -> tuple[list[Card], str]:
     """A card for each row; and what is to be said of the pictures."""
     page = _PAGE + _EACH * max(0, len(rows) - _ALL)
-    left = max(0, page - len(rows) * (_TEXT_FULL if len(rows) <= _FULL else _TEXT)) / _FOUR_THIRDS
+    each = _TEXT_FULL if len(rows) <= _FULL else _TEXT + _BAR * (len(rows) <= _BARS)
+    text = sum(each + 2 * len(row.path) for row in rows)
+    left = max(0, page - text) / _FOUR_THIRDS
     of_evidence = int(left * _OF_EVIDENCE) if draw.evidence and draw.evidence.is_file() else 0
     pictures, words = _pictures(draw, rows, source, int(left) - of_evidence)
     evidence = _evidence(draw, rows, source, of_evidence) if draw.evidence else {}
@@ -190,7 +193,8 @@ def _pictures(draw: Draw, rows: Sequence[Row], source: Path | None, budget: int)
     if draw.inputs.caches:
         places = folders(source, [each.path for each in draw.inputs.sources])
     paths, digests = [rows[k].path for k in wanted], [rows[k].digest for k in wanted]
-    size = _LARGE if len(wanted) * _BYTES_OF_LARGE <= budget else None
+    large = len(wanted) * _BYTES_OF_LARGE <= budget
+    size = _LARGE if large else max(fitting_size(len(wanted), budget), _LEAST)
     made = _made_of(places, paths, digests, draw.inputs.held, size=size, budget=budget)
     found = [Thumbnail(None, row.reason) for row in rows]
     for k, picture in zip(wanted, made, strict=True):

@@ -267,6 +267,14 @@ for (const button of all("[data-export]")) {
 }
 
 /* ---- The page */
+if (location.protocol === "about:") { // a frame in a notebook: links to its own places would lead to the notebook, whose address they count from
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    if (!link) return;
+    event.preventDefault();
+    find(link.hash)?.scrollIntoView();
+  });
+}
 for (const hidden of all("[data-script]")) hidden.hidden = false; // what is of use with script only
 addEventListener("beforeprint", () => all("details:not([open])").forEach((each) => { each.open = true; each.dataset.printed = ""; }));
 addEventListener("afterprint", () => all("details[data-printed]").forEach((each) => { each.open = false; delete each.dataset.printed; }));

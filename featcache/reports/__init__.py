@@ -13,13 +13,18 @@ page.py         the same as a page, in a folder with its numbers
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
-notebook.py          pages in a notebook
+report.py             the page about a model: its sections in order
+subject.py            what a report is about: scored rows, their scores, cards for the page
+advice.py             what to do next, in sentences with their figures
+comparison.py         one model against another; where a model came from
+confusion.py          the confusion matrix as a table of buttons; scores of each class
+gallery.py            what a gallery shows of predictions: counts of all, some drawn at random
+gallery_page.py       the page of it
+notebook.py           pages in a notebook
 page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
-gallery.py           what a gallery shows of predictions: counts of all, some drawn at random
-gallery_notebook.py          pages in a notebook
-page.py      the page of it
 cards.py              pictures with what is known of them, for pages
 charts.py             charts as SVG
 thumbnails.py         small pictures within a budget
+pictures.py           the image files of rows, found by digest
 numbers.py            numbers as people read them
 """

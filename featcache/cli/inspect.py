@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import facts_as_lines, interruptible, note, printable, show_progress, show_result
+from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, DownloadError, UsageError, repair_advice
+from featcache.system.display import printable
 from featcache.system.path_kinds import HERE, check_path
 
 if TYPE_CHECKING:

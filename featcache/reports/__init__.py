@@ -8,8 +8,7 @@ throughput.py         rates of decoding and of the backbone, measured; photograp
 stats.py              what a source of images holds, before any work
 stats_advice.py       what to do about it, in sentences
 stats_text.py         the same as text
-stats_notebook.py          pages in a notebook
-page.py         the same as a page, in a folder with its numbers
+stats_page.py         the same as a page, in a folder with its numbers
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture

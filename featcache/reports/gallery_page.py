@@ -15,15 +15,20 @@ from featcache.images.read import Paths
 from featcache.models.limits import UNFAMILIAR
 from featcache.reports.cards import Card, Evidence, cards_data
 from featcache.reports.charts import Chart, histogram, share_bar
-from featcache.reports.gallery import BINS, Draw, Row, folders
+from featcache.reports.gallery import BINS, Draw, Row
 from featcache.reports.numbers import NONE, count_text, percent_text
 from featcache.reports.page import render_page
+from featcache.reports.pictures import Pictures, guess_root
 from featcache.reports.thumbnails import Thumbnail, fitting_size, thumbnails
 from featcache.system.path_kinds import typed
 
 _FULL, _BARS = 400, 2000  # cards up to which bars carry the names of their classes, and are drawn at all
 _PAGE, _ALL, _EACH = 3_800_000, 1000, 1200  # bytes of a page of up to so many images, and of each one more
-_TEXT, _BAR, _TEXT_FULL = 600, 220, 1900  # bytes of a card without its picture and path; of its bars; with bars and names
+_TEXT, _BAR, _TEXT_FULL = (
+    600,
+    220,
+    1900,
+)  # bytes of a card without its picture and path; of its bars; with bars and names
 _OF_EVIDENCE = 0.2  # of the bytes of all pictures
 _FOUR_THIRDS = 4 / 3  # base64
 _LARGE, _BYTES_OF_LARGE = 256, 7000  # pixels and bytes of a picture where there are few
@@ -31,14 +36,14 @@ _SMALL, _LEAST = 96, 64  # pixels, of the pictures of evidence; of any: smaller 
 _MOST_PAIRS = 30
 
 
-def gallery_page(draw: Draw, *, source: Path | None = None, seconds: float | None = None) -> str:
+def gallery_page(draw: Draw, *, pictures: Path | None = None, seconds: float | None = None) -> str:
     """The page, as text. Files are only read, pictures made of those that are what was labelled.
 
     Args:
-        draw: after the last prediction. source: the folder that caches were made of, if any were given. seconds: of the work.
+        draw: after the last prediction. pictures: the folder that caches were made of, if that was said. seconds: of the work.
     """
     rows = draw.rows
-    cards, words = _cards(draw, rows, source)
+    cards, words = _cards(draw, rows, pictures)
     columns = cards_data(cards, draw.model.classes)
     number = {name: k for k, name in enumerate(columns["classes"])}
     return render_page(
@@ -57,7 +62,7 @@ def gallery_page(draw: Draw, *, source: Path | None = None, seconds: float | Non
         words=words,
         refused=draw.refused,
         n_refused=draw.status["refused"],
-        facts=_facts(draw, source, seconds),
+        facts=_facts(draw, pictures, seconds),
     )
 
 
@@ -122,7 +127,7 @@ def _pairs(draw: Draw, number: Mapping[str, int]) -> list[tuple[str, str, int, d
     ]
 
 
-def _facts(draw: Draw, source: Path | None, seconds: float | None) -> list[tuple[str, str]]:
+def _facts(draw: Draw, pictures: Path | None, seconds: float | None) -> list[tuple[str, str]]:
     """Where it comes from."""
     spec = draw.model.spec
     inputs = [typed(each.path) for each in draw.inputs.sources]
@@ -137,7 +142,7 @@ def _facts(draw: Draw, source: Path | None, seconds: float | None) -> list[tuple
         ("evidence", "" if draw.evidence is None else str(draw.evidence)),
         ("unsure", "" if not draw.status["unsure"] else "the reason stands beside each image"),
         ("unfamiliar", f"farther from the training images than {UNFAMILIAR:.0%} of them" if draw.evidence else ""),
-        ("pictures from", "" if source is None else str(source)),
+        ("pictures from", "" if pictures is None else str(pictures)),
         ("made", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("seconds", "" if seconds is None else f"{seconds:.1f}"),
         ("featcache", __version__),
@@ -145,15 +150,15 @@ def _facts(draw: Draw, source: Path | None, seconds: float | None) -> list[tuple
     return [(word, value) for word, value in pairs if value]
 
 
-def _cards(draw: Draw, rows: Sequence[Row], source: Path | None) -> tuple[list[Card], str]:
+def _cards(draw: Draw, rows: Sequence[Row], folder: Path | None) -> tuple[list[Card], str]:
     """A card for each row; and what is to be said of the pictures."""
     page = _PAGE + _EACH * max(0, len(rows) - _ALL)
     each = _TEXT_FULL if len(rows) <= _FULL else _TEXT + _BAR * (len(rows) <= _BARS)
     text = sum(each + 2 * len(row.path) for row in rows)
     left = max(0, page - text) / _FOUR_THIRDS
-    of_evidence = int(left * _OF_EVIDENCE) if draw.evidence and draw.evidence.is_file() else 0
-    pictures, words = _pictures(draw, rows, source, int(left) - of_evidence)
-    evidence = _evidence(draw, rows, source, of_evidence) if draw.evidence else {}
+    of_evidence = int(left * _OF_EVIDENCE) if draw.evidence else 0
+    pictures, words = _pictures(draw, rows, folder, int(left) - of_evidence)
+    evidence = _evidence(draw, rows, folder, of_evidence) if draw.evidence else {}
     everything_seen = draw.seen == draw.images - draw.status["refused"]
     cards = []
     for row, picture in zip(rows, pictures, strict=True):
@@ -171,7 +176,9 @@ def _cards(draw: Draw, rows: Sequence[Row], source: Path | None) -> tuple[list[C
                 probabilities=row.top,
                 status=row.status,
                 reason=row.reason,
-                evidence=tuple(dataclasses.replace(evidence[each.path], similarity=each.similarity) for each in row.nearest),
+                evidence=tuple(
+                    dataclasses.replace(evidence[each.path], similarity=each.similarity) for each in row.nearest
+                ),
                 unfamiliarity=row.unfamiliarity,
                 note="; ".join(filter(None, notes)),
             )
@@ -179,7 +186,7 @@ def _cards(draw: Draw, rows: Sequence[Row], source: Path | None) -> tuple[list[C
     return cards, words
 
 
-def _pictures(draw: Draw, rows: Sequence[Row], source: Path | None, budget: int) -> tuple[list[Thumbnail], str]:
+def _pictures(draw: Draw, rows: Sequence[Row], folder: Path | None, budget: int) -> tuple[list[Thumbnail], str]:
     """A picture of each row, made of the very bytes that were labelled; and what is to be said of them."""
     wanted = [k for k, row in enumerate(rows) if row.top]
     random.Random(draw.seed).shuffle(wanted)  # where not all fit, mistakes and doubts come first, and others at random
@@ -189,13 +196,14 @@ def _pictures(draw: Draw, rows: Sequence[Row], source: Path | None, budget: int)
         return row.status == "unsure" or draw.label(row.path) not in (None, row.top[0][0])
 
     wanted.sort(key=matters, reverse=True)
-    places: list[Path] = [Path()]
-    if draw.inputs.caches:
-        places = folders(source, [each.path for each in draw.inputs.sources])
-    paths, digests = [rows[k].path for k in wanted], [rows[k].digest for k in wanted]
     large = len(wanted) * _BYTES_OF_LARGE <= budget
     size = _LARGE if large else max(fitting_size(len(wanted), budget), _LEAST)
-    made = _made_of(places, paths, digests, draw.inputs.held, size=size, budget=budget)
+    paths, digests = [rows[k].path for k in wanted], [rows[k].digest for k in wanted]
+    if draw.inputs.caches:
+        cache = FeatureCache.open(draw.inputs.sources[0].path)
+        made = Pictures(folder or _root(cache, draw)).thumbnails(paths, digests, size=size, budget=budget)
+    else:
+        made = _as_typed(paths, digests, draw.inputs.held, size=size, budget=budget)
     found = [Thumbnail(None, row.reason) for row in rows]
     for k, picture in zip(wanted, made, strict=True):
         found[k] = picture
@@ -203,12 +211,12 @@ def _pictures(draw: Draw, rows: Sequence[Row], source: Path | None, budget: int)
     if not missing:
         return found, ""
     words = f"{_images(missing)} {'has' if missing == 1 else 'have'} no picture here, the reason stands in its place"
-    if draw.inputs.caches and source is None:
+    if draw.inputs.caches and folder is None:
         words += "; --source FOLDER says where those of a cache are"
     return found, words + "."
 
 
-def _evidence(draw: Draw, rows: Sequence[Row], source: Path | None, budget: int) -> dict[str, Evidence]:
+def _evidence(draw: Draw, rows: Sequence[Row], folder: Path | None, budget: int) -> dict[str, Evidence]:
     """Path of a training image -> what is known of it, but for a similarity."""
     if draw.evidence is None:
         return {}
@@ -216,27 +224,26 @@ def _evidence(draw: Draw, rows: Sequence[Row], source: Path | None, budget: int)
     wanted = {each.path for row in rows for each in row.nearest}
     found = {path: k for k, path in enumerate(cache.paths) if path in wanted}
     digests = [cache.rows.digests[k].tobytes() for k in found.values()]
-    places = folders(source, [draw.evidence], draw.inputs.sources)
-    made = _made_of(places, [*found], digests, {}, size=_SMALL, budget=budget)
+    root = folder or _root(cache, draw)
+    made = Pictures(root, search=False).thumbnails([*found], digests, size=_SMALL, budget=budget)
     labels = [cache.classes[cache.y[k]] if cache.y[k] >= 0 else None for k in found.values()]
     return {
         path: Evidence(path, 0.0, label, picture.uri) for path, label, picture in zip(found, labels, made, strict=True)
     }
 
 
-def _made_of(
-    places: Sequence[Path],
-    paths: Sequence[str],
-    digests: Sequence[bytes],
-    held: Mapping[str, Held],
-    *,
-    size: int | None,
-    budget: int,
+def _root(cache: FeatureCache, draw: Draw) -> Path | None:
+    """What a cache was probably made of: people label what lies beside what they trained on."""
+    near = [place for source in draw.inputs.sources for place in (source.path, *source.path.absolute().parents[:2])]
+    return guess_root(cache.path, cache.paths[:3], cache.rows.digests[:3], near=[*dict.fromkeys(near)])
+
+
+def _as_typed(
+    paths: Sequence[str], digests: Sequence[bytes], held: Mapping[str, Held], *, size: int, budget: int
 ) -> list[Thumbnail]:
-    """Thumbnails of ``paths``, looked for in ``places``; of files whose content is what it was."""
-    place = next((place for place in places if any((place / path).exists() for path in paths[:20])), places[0] if places else Path())
+    """Thumbnails of the inputs; of files whose content is what it was."""
     in_memory = {k: held[path] for k, path in enumerate(paths) if path in held}
-    made = thumbnails(Paths(place, tuple(paths), in_memory), size=size, budget=budget)
+    made = thumbnails(Paths(Path(), tuple(paths), in_memory), size=size, budget=budget)
     changed = Thumbnail(None, "the file has changed since")
     return [
         changed if each.digest and each.digest != digest else each for each, digest in zip(made, digests, strict=True)

@@ -113,13 +113,16 @@ def _hashed(root: Path) -> dict[bytes, str]:
     return found
 
 
-def guess_root(cache: Path, names: Sequence[str], digests: npt.NDArray[np.uint8]) -> Path | None:
-    """The folder that a cache was probably made from: one beside it, or in the working folder, that holds its first images.
+def guess_root(
+    cache: Path, names: Sequence[str], digests: npt.NDArray[np.uint8], *, near: Sequence[Path] = ()
+) -> Path | None:
+    """The folder that a cache was probably made from: one of ``near``, beside it, or in the working folder, that holds its
+    first images.
 
     The bytes of one of them must have the recorded digest: a folder that merely looks alike is none.
     """
     places = [place for top in dict.fromkeys((Path(), cache.parent)) for place in (top, *_folders(top))]
-    for place in places:
+    for place in (*near, *places):
         for name, digest in zip(names[:3], digests[:3], strict=True):
             try:
                 if hashlib.sha256(read_file(place / name)[0]).digest() == digest.tobytes():

@@ -34,6 +34,7 @@ _FOUR_THIRDS = 4 / 3  # base64
 _LARGE, _BYTES_OF_LARGE = 256, 7000  # pixels and bytes of a picture where there are few
 _SMALL, _LEAST = 96, 64  # pixels, of the pictures of evidence; of any: smaller ones show nothing
 _MOST_PAIRS = 30
+_NONE = Thumbnail(None, "no picture")
 
 
 def gallery_page(draw: Draw, *, pictures: Path | None = None, seconds: float | None = None) -> str:
@@ -164,7 +165,7 @@ def _cards(draw: Draw, rows: Sequence[Row], folder: Path | None) -> tuple[list[C
     for row, picture in zip(rows, pictures, strict=True):
         given = draw.inputs.labels.get(row.path)
         label = draw.label(row.path)
-        notes = ["" if given == label else f"{given} is no class of the model"]
+        notes = ["" if given == label else f"no class of the model: {given}"]
         notes += ["seen in training"] * (row.seen and not everything_seen)
         cards.append(
             Card(
@@ -204,16 +205,25 @@ def _pictures(draw: Draw, rows: Sequence[Row], folder: Path | None, budget: int)
         made = Pictures(folder or _root(cache, draw)).thumbnails(paths, digests, size=size, budget=budget)
     else:
         made = _as_typed(paths, digests, draw.inputs.held, size=size, budget=budget)
-    found = [Thumbnail(None, row.reason) for row in rows]
+    found = [_NONE] * len(rows)
+    left_out = 0
     for k, picture in zip(wanted, made, strict=True):
         found[k] = picture
-    missing = len(wanted) - sum(picture.webp is not None for picture in made)
-    if not missing:
-        return found, ""
-    words = f"{_images(missing)} {'has' if missing == 1 else 'have'} no picture here, the reason stands in its place"
-    if draw.inputs.caches and folder is None:
-        words += "; --source FOLDER says where those of a cache are"
-    return found, words + "."
+        if picture.reason.startswith("left out"):
+            found[k], left_out = Thumbnail(None, "left out"), left_out + 1
+    words = []
+    if left_out:
+        first = "every mistake and doubt has one, " if sum(map(matters, wanted)) < len(wanted) - left_out else ""
+        words.append(
+            f"{count_text(left_out)} pictures are left out, to keep the page small: {first}the others are drawn at random."
+        )
+    if missing := sum(each.webp is None for each in made) - left_out:
+        words.append(
+            f"{_images(missing)} {'has' if missing == 1 else 'have'} no picture here, and the reason in its place."
+        )
+        if draw.inputs.caches and folder is None:
+            words.append("--source FOLDER says where the images of a cache are.")
+    return found, " ".join(words)
 
 
 def _evidence(draw: Draw, rows: Sequence[Row], folder: Path | None, budget: int) -> dict[str, Evidence]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.errors import SourceError, UsageError
@@ -28,7 +29,8 @@ from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
 from featcache.reports.subject import Subject, make_subject
-from featcache.system.display import Shown
+from featcache.spec import SPLITS
+from featcache.system.display import Shown, printable
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -109,24 +111,32 @@ def report(
 
 
 def report_beside(
-    model: Path, *, cache: Path | None = None, pictures: Path | None = None, scored: Scored | None = None
+    model: AnyPath,
+    *,
+    cache: Path | None = None,
+    pictures: Path | None = None,
+    scored: Scored | None = None,
+    quick: bool = True,
 ) -> Path:
-    """Write ``MODEL.report.html`` beside a model that was just made, with what takes less than two seconds.
+    """Write ``MODEL.report.html`` beside a model, about rows that are at hand.
 
     Args:
-        cache: what it was fit on; None: the page is about what the model keeps of images that did not train it.
+        cache: what it was fit on, or was scored on; None: the page is about what the model keeps of images that did not train it.
         pictures: their folder; that of ``scored``, or one beside the cache that holds its images, when None.
-        scored: rows that are scored already. Raises as ``report``.
+        scored: rows that are scored already. quick: with what takes less than two seconds. Raises as ``report``.
     """
     started = time.perf_counter()
-    loaded, output = load_model(model), page_beside(model)
-    check_page_path(output)
+    loaded = load_model(as_path(model))
+    check_page_path(output := page_beside(loaded.path))
     opened = None if cache is None else FeatureCache.open(cache)
     if scored is None:
-        scored = _score(loaded, None, opened, split=None, limits=Limits(loaded.classes), options={})
+        there = () if opened is None else np.unique(opened.rows.splits[opened.y >= 0])
+        split = next((name for name in ("test", "val") if SPLITS.index(name) in there), None)
+        scored = _score(loaded, None, opened, split=split, limits=Limits(loaded.classes), options={})
     root = pictures or scored.root or _guess(opened)
-    found = Pictures(root, search=False, seconds=_QUICK_SECONDS)
-    subject = make_subject(loaded, scored, cache=opened, pictures=found, quick=True)
+    # With a cache paths are known: what is not there is not searched for.
+    found = Pictures(root, search=not quick or cache is None, seconds=_QUICK_SECONDS if quick else None)
+    subject = make_subject(loaded, scored, cache=opened, pictures=found, quick=quick)
     return write_report(subject, output, started=started).report
 
 
@@ -211,9 +221,13 @@ def _pictures(subject: Subject) -> Section:
     return Section("pictures", "Pictures", "report_pictures.html", context)
 
 
-def _what_is_missing(subject: Subject) -> list[str]:
+def _code(text: str) -> Markup:
+    return Markup("<code>{}</code>").format(printable(text))
+
+
+def _what_is_missing(subject: Subject) -> list[str | Markup]:
     """What the page does not show, and what to do about it."""
-    notes = []
+    notes: list[str | Markup] = []
     scored, shown = subject.scored, int((subject.rows >= 0).sum())
     if shown < len(scored):
         wrong = int((subject.predicted != scored.y).sum())
@@ -233,16 +247,20 @@ def _what_is_missing(subject: Subject) -> list[str]:
     name = shlex.quote(str(subject.model.path))
     if count := reasons.pop(NO_FOLDER, 0):
         source = "" if subject.cache is None else f" {shlex.quote(str(subject.cache.path))}"
+        command = _code(f"featcache report {name}{source} --source FOLDER")
         notes.append(
-            f"{count_text(count)} images have no picture here: "
-            f"`featcache report {name}{source} --source FOLDER` adds them from their folder."
+            Markup("{} images have no picture here: {} adds them from their folder.").format(count_text(count), command)
         )
     if count := reasons.pop(MISSING, 0):
-        where = f"{subject.pictures.root} or were changed since; --source names another folder"
-        notes.append(f"{count_text(count)} images are not in {where}.")
-    if count := reasons.pop(NO_TIME, 0):
         notes.append(
-            f"{count_text(count)} pictures were left out to be quick; `featcache report {name}` makes a page with all."
+            f"{count_text(count)} images are not in {subject.pictures.root}, or were changed since: --source names another folder."
+        )
+    if count := reasons.pop(NO_TIME, 0):
+        command = _code(f"featcache report {name} SOURCE")
+        notes.append(
+            Markup("{} pictures were left out to be quick: {} makes a page with all.").format(
+                count_text(count), command
+            )
         )
     if count := sum(reasons.values()):
         notes.append(f"{count_text(count)} pictures are left out: {reasons.most_common(1)[0][0]}.")

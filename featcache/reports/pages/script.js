@@ -336,7 +336,7 @@ find("[data-zoom]")?.addEventListener("input", ({ target }) => {
     if (fits && new Set([...found, i, j]).size <= data.confusion.most) found.add(i).add(j);
   }
   drawMatrix([...found].sort((a, b) => a - b));
-  find("output", target.closest("div")).textContent = wanted ? `${fitting.length.toLocaleString("en")} classes fit` : "";
+  find("output", target.closest("div")).textContent = wanted ? `${fitting.length.toLocaleString("en")} class${fitting.length === 1 ? " fits" : "es fit"}` : "";
 });
 
 /* ---- Tables that can be sorted: the words above their columns become buttons */

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from featcache.models.prediction import Predictions as Predictions
     from featcache.reports.doctor import doctor as doctor
     from featcache.reports.info import describe as describe
+    from featcache.reports.preview import Preview as Preview
+    from featcache.reports.preview import preview as preview
     from featcache.spec import PreprocessSpec as PreprocessSpec
 
 __version__ = "0.1.0"
@@ -52,6 +54,7 @@ _HOME = {
     "Prediction": "models.prediction",
     "Predictions": "models.prediction",
     "PreprocessSpec": "spec",
+    "Preview": "reports.preview",
     "RepairReport": "extraction.repair",
     "Source": "images.source",
     "backbone_names": "backbones.load",
@@ -67,6 +70,7 @@ _HOME = {
     "load_backbone": "backbones.load",
     "load_model": "models.model",
     "predict": "models.predict",
+    "preview": "reports.preview",
     "repair": "extraction.repair",
 }
 __all__ = list(_HOME)

@@ -7,5 +7,8 @@ machine.py            facts about machine and installation
 throughput.py         rates of decoding and of the backbone, measured; photographs to measure with
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
-curves.py             the history of a fine-tuning as a picture
+curves.py             the history of a training as a picture
+preview.py            what the network sees of images, and what a recipe makes of them
+contact_sheet.py      predicted images with both labels, mistakes first
+drawing.py            letters, sizes and files of pictures
 """

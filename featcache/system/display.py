@@ -50,6 +50,11 @@ def count_rows(
     return [["class", *titles], *rows, ["all", *map(str, counts[:, there].sum(0))]]
 
 
+def printable(text: str) -> str:
+    """``text`` on one line, without what a terminal would obey or nobody could see. Names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def html_table(rows: Iterable[Sequence[object]], *, caption: str = "", header: bool = True) -> str:
     """A table whose cells say what they hold and nothing that a browser would obey; ``header``: the first row is one."""
     lines = [f"<table><caption>{_escaped(caption)}</caption>"]

@@ -47,7 +47,9 @@ def augment_picture(
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """``augment`` for a decoded picture as ``pixels`` keeps it, on ``device``: what an epoch shows the network of an image."""
-    writable = np.require(picture, requirements=["C", "W"])  # of a file's pictures a copy: tensors dislike memory that is not
+    writable = np.require(
+        picture, requirements=["C", "W"]
+    )  # of a file's pictures a copy: tensors dislike memory that is not
     return augment(torch.from_numpy(writable).to(device), steps, size=size, seed=seed)
 
 

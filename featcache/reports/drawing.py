@@ -25,8 +25,10 @@ MARK = {"Software": "featcache"}  # in every PNG that is drawn here
 _DPI = (144, 144)  # drawn at twice the size at which it is shown
 _LONGEST = 400  # characters of a text that are looked at
 # Files by which systems know fonts of other scripts; Pillow finds them in the usual folders.
-_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "segoeui.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc")
-_FONTS += ("wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc", "malgun.ttf", "NotoSansDevanagari-Regular.ttf", "Nirmala.ttf")
+_FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "segoeui.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc"),
+    *("wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc", "malgun.ttf", "NotoSansDevanagari-Regular.ttf", "Nirmala.ttf"),
+)
 _Font = ImageFont.FreeTypeFont
 
 
@@ -79,7 +81,9 @@ def write(
 
 def shortened(text: str, size: int, width: float) -> str:
     """``text`` as it is drawn, its middle left out if it is wider than ``width`` pixels: both ends of a path tell most."""
-    text = _known(printable(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"), size)
+    text = _known(
+        printable(text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}…{text[-_LONGEST // 2 :]}"), size
+    )
     if text_width(text, size) <= width:
         return text
 
@@ -148,7 +152,9 @@ def _has(font: _Font, char: str) -> bool:
     """Whether ``font`` draws something for ``char`` that it does not draw for what is no character."""
     if char.isspace():
         return True
-    plain = font.font_variant(layout_engine=ImageFont.Layout.BASIC)  # others add what a letter lacks, as a mark its circle
+    plain = font.font_variant(
+        layout_engine=ImageFont.Layout.BASIC
+    )  # others add what a letter lacks, as a mark its circle
     mask, none = plain.getmask(char), plain.getmask("\uffff")
     return (mask.size, bytes(mask)) != (none.size, bytes(none))
 
@@ -156,7 +162,7 @@ def _has(font: _Font, char: str) -> bool:
 @functools.cache
 def _own_font(size: int) -> _Font:
     font = ImageFont.load_default(size)
-    assert isinstance(font, _Font)  # noqa: S101
+    assert isinstance(font, _Font)
     return font
 
 
@@ -168,6 +174,8 @@ def _other_font(name: str, size: int) -> _Font | None:
     except OSError:
         found = importlib.util.find_spec("matplotlib")
         try:
-            return ImageFont.truetype(Path(str(found and found.origin)).parent / "mpl-data" / "fonts" / "ttf" / name, size)
+            return ImageFont.truetype(
+                Path(str(found and found.origin)).parent / "mpl-data" / "fonts" / "ttf" / name, size
+            )
         except OSError:
             return None

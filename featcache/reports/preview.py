@@ -71,7 +71,9 @@ class Preview:
 
     def __repr__(self) -> str:
         what = f"{len(self.images)} images of {self.listed} as {self.backbone} sees them"
-        return f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={str(self.path)!r})"
+        return (
+            f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={str(self.path)!r})"
+        )
 
     def facts(self) -> dict[str, Any]:
         """Plain values, fit for JSON, without the picture."""
@@ -110,11 +112,13 @@ def preview(
         drawing.check_picture_path(output)
     for name, value, most in (("n", n, _MOST_IMAGES), ("views", views, _MOST_VIEWS), ("seed", seed + 1, 2**32)):
         if not 1 <= value <= most:
-            raise UsageError(f"{name} must lie between {1 - (name == 'seed')} and {most - (name == 'seed')}, found {value}")
+            raise UsageError(
+                f"{name} must lie between {1 - (name == 'seed')} and {most - (name == 'seed')}, found {value}"
+            )
     request = settle_request(request, options, preview) or ExtractRequest()
     if recipe is None and (changes or request.backbone == AUTO):
         recipe = "default"
-    name, settings = (None, None) if recipe is None else read_recipe(recipe, changes or {})
+    name, settings = read_recipe(recipe, changes or {}) if recipe is not None else (None, None)
     request.check_paths()
     images = list_images(source)
     if settings is not None:
@@ -128,9 +132,7 @@ def preview(
         drawing.publish_picture(output, png)
     listed = tuple(_facts(images, row.position) for row in rows)
     seconds = time.perf_counter() - started
-    return Preview(
-        png, output, name, backbone, spec, shown.views, seed, listed, len(images), refused, seconds
-    )
+    return Preview(png, output, name, backbone, spec, shown.views, seed, listed, len(images), refused, seconds)
 
 
 def _named(request: ExtractRequest) -> ExtractRequest:
@@ -260,7 +262,9 @@ class _Shown:
         """What is above the rows: backbone, then recipe."""
         spec = self.spec
         height, width = spec.crop
-        resize = f"shorter edge to {spec.resize}" if isinstance(spec.resize, int) else "to {1} x {0}".format(*spec.resize)
+        resize = (
+            f"shorter edge to {spec.resize}" if isinstance(spec.resize, int) else "to {1} x {0}".format(*spec.resize)
+        )
         cut = "" if spec.resize == spec.crop else f", the middle {width} x {height}"
         reduced = f"; drawn at {self.cell[0]} x {self.cell[1]}" if self.cell[0] < width else ""
         lines = [f"{self.backbone}: {resize} pixels ({spec.interpolation}){cut}{reduced}"]
@@ -343,7 +347,8 @@ def _draw_frame(
     edges = []
     for start, length, resized, kept in zip(corner, size, (width, height), spec.crop[::-1], strict=True):
         low = (resized - kept) / 2 / resized
-        edges.append((start + round(low * length), start + round((1 - low) * length) - 1))
+        first = start + round(low * length)
+        edges.append((first, max(start + round((1 - low) * length) - 1, first + 4)))  # of a photograph like a thread
     (left, right), (upper, lower) = edges
     if (left, upper, right - left + 1, lower - upper + 1) == (*corner, *size):
         return  # all of it

@@ -15,7 +15,7 @@ from featcache.cli.usage import check_words, value_type
 PANELS = {
     "Output": "output everything top_k probs folder dtype overwrite resume force self_contained max_bad as_json help",
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
-    "patience class_weight folds seed",
+    "patience class_weight folds views n seed",
     "Backbone": "backbone weights pool layers resize crop interpolation",
     "Input": "images repair split limit reuse class_level root path_column label_column split_column decode white_level",
     "How sure": "coverage abstain_below evidence",

@@ -11,4 +11,9 @@ curves.py             the history of a training as a picture
 preview.py            what the network sees of images, and what a recipe makes of them
 contact_sheet.py      predicted images with both labels, mistakes first
 drawing.py            letters, sizes and files of pictures
+page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
+cards.py              pictures with what is known of them, for pages
+charts.py             charts as SVG
+thumbnails.py         small pictures within a budget
+numbers.py            numbers as people read them
 """

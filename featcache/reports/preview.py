@@ -38,7 +38,7 @@ _MOST = 320
 _GAP, _GROUP, _MARGIN, _WORDS = 8, 32, 40, 280  # pixels between views, between groups, around, of the column of labels
 _TITLE, _TEXT, _SMALL = 38, 26, 20  # sizes of letters
 _WIDEST = 1500  # pixels of a picture whose lines of text are longer than its rows
-_MOST_IMAGES, _MOST_VIEWS = 200, 50
+_N, _VIEWS = (1, 200), (1, 50)  # the least and the most there can be
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -110,15 +110,14 @@ def preview(
     output = None if output is None else as_path(output)
     if output is not None:
         drawing.check_picture_path(output)
-    for name, value, most in (("n", n, _MOST_IMAGES), ("views", views, _MOST_VIEWS), ("seed", seed + 1, 2**32)):
-        if not 1 <= value <= most:
-            raise UsageError(
-                f"{name} must lie between {1 - (name == 'seed')} and {most - (name == 'seed')}, found {value}"
-            )
+    for name, value, (least, most) in (("n", n, _N), ("views", views, _VIEWS), ("seed", seed, (0, 2**32 - 1))):
+        if not least <= value <= most:
+            raise UsageError(f"{name} must lie between {least} and {most}, found {value}")
     request = settle_request(request, options, preview) or ExtractRequest()
     if recipe is None and (changes or request.backbone == AUTO):
         recipe = "default"
     name, settings = read_recipe(recipe, changes or {}) if recipe is not None else (None, None)
+    request.check_named()
     request.check_paths()
     images = list_images(source)
     if settings is not None:
@@ -141,7 +140,6 @@ def _named(request: ExtractRequest) -> ExtractRequest:
         return request
     from featcache.system.device import choose_runtime
 
-    request.check_named()
     return dataclasses.replace(request, backbone=choose_backbone(choose_runtime().device.type))
 
 

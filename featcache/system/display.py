@@ -51,8 +51,14 @@ def count_rows(
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, without what a terminal would obey or nobody could see. Names may hold anything."""
+    """``text`` on one line, without what a terminal would obey or a reader be misled by. Names may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def middle_out(text: str, most: int) -> str:
+    """``text``, or its two ends around an ellipsis if it is longer than ``most`` characters: names differ at their ends."""
+    head = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
 
 
 def html_table(rows: Iterable[Sequence[object]], *, caption: str = "", header: bool = True) -> str:

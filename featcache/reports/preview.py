@@ -110,13 +110,16 @@ def preview(
     output = None if output is None else as_path(output)
     if output is not None:
         drawing.check_picture_path(output)
-    for name, value, (least, most) in (("n", n, _N), ("views", views, _VIEWS), ("seed", seed, (0, 2**32 - 1))):
+    for what, value, (least, most) in (("n", n, _N), ("views", views, _VIEWS), ("seed", seed, (0, 2**32 - 1))):
         if not least <= value <= most:
-            raise UsageError(f"{name} must lie between {least} and {most}, found {value}")
+            raise UsageError(f"{what} must lie between {least} and {most}, found {value}")
     request = settle_request(request, options, preview) or ExtractRequest()
     if recipe is None and (changes or request.backbone == AUTO):
         recipe = "default"
-    name, settings = read_recipe(recipe, changes or {}) if recipe is not None else (None, None)
+    name: str | None = None
+    settings: Recipe | None = None
+    if recipe is not None:
+        name, settings = read_recipe(recipe, changes or {})
     request.check_named()
     request.check_paths()
     images = list_images(source)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from featcache.reports.info import describe as describe
     from featcache.reports.notebook import Page as Page
     from featcache.reports.notebook import gallery as gallery
+    from featcache.reports.preview import Preview as Preview
+    from featcache.reports.preview import preview as preview
     from featcache.reports.stats import Statistics as Statistics
     from featcache.reports.stats import stats as stats
     from featcache.spec import PreprocessSpec as PreprocessSpec
@@ -57,6 +59,7 @@ _HOME = {
     "Prediction": "models.prediction",
     "Predictions": "models.prediction",
     "PreprocessSpec": "spec",
+    "Preview": "reports.preview",
     "RepairReport": "extraction.repair",
     "Source": "images.source",
     "Statistics": "reports.stats",
@@ -74,6 +77,7 @@ _HOME = {
     "load_backbone": "backbones.load",
     "load_model": "models.model",
     "predict": "models.predict",
+    "preview": "reports.preview",
     "repair": "extraction.repair",
     "stats": "reports.stats",
 }

@@ -16,7 +16,7 @@ PANELS = {
     "Output": "output gallery everything top_k probs folder dtype overwrite resume force self_contained report no_report max_bad "
     "as_json help",
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
-    "patience class_weight folds seed",
+    "patience class_weight folds views n seed",
     "Backbone": "backbone weights pool layers resize crop interpolation",
     "Input": "images repair pictures against split limit sample reuse class_level root path_column label_column split_column decode "
     "white_level",

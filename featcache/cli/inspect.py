@@ -1,4 +1,4 @@
-"""``stats``, ``preview``, ``info``, ``verify``, ``backbones`` and ``doctor``: the commands that look. In: what was typed. Out: facts on stdout."""
+"""Commands that look: ``stats``, ``preview``, ``info``, ``verify``, ``backbones``, ``doctor``. In: what was typed. Out: facts on stdout."""
 
 import dataclasses
 import sys

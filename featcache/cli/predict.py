@@ -271,8 +271,8 @@ def evaluate(
         from featcache.cache.cache import is_cache
         from featcache.reports.report import report_beside
 
-        report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
-        lines.append(f"  report: {page}")
+        pages = report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
+        lines += [f"  {'report' if path == page else 'contact sheet'}: {path}" for path in pages]
     show_result(lines, scores | {"output": output, "report": page}, as_json=as_json)
 
 

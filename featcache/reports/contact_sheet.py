@@ -9,6 +9,7 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -17,9 +18,14 @@ from featcache.errors import SourceError
 from featcache.images.decode import decode
 from featcache.images.in_memory import Held
 from featcache.images.read import Paths, read_images
+from featcache.models.scoring import HELD_OUT
 from featcache.reports import drawing
 from featcache.reports.numbers import percent_text
 from featcache.system.display import printable
+from featcache.system.runtime_options import usable_cores
+
+if TYPE_CHECKING:
+    from featcache.reports.subject import Subject
 
 _EDGE, _GAP, _MARGIN = 180, 16, 40  # pixels of a picture, between pictures, around
 _TITLE, _TEXT, _SMALL = 38, 26, 20  # sizes of letters
@@ -35,12 +41,14 @@ class Judged:
     Attributes:
         image: its file; or a PIL image, or uint8 (H, W, 3).
         label, predicted: the true class and the likeliest one. probability: of that, 0..1.
+        digest: sha256 of the file that was judged, of which alone a picture is shown; empty: of whatever is there.
     """
 
     image: str | Path | Held
     label: str
     predicted: str
     probability: float
+    digest: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +109,32 @@ def contact_sheet(
     return drawing.to_png(sheet)
 
 
+def sheet_beside(subject: "Subject") -> Path | None:
+    """Draw the contact sheet of a report beside its model; None where none of its pictures is at hand.
+
+    Raises StorageError: it cannot be written, or there is a file of its name that was not drawn here.
+    """
+    scored, model, pictures = subject.scored, subject.model, subject.pictures
+    split = {HELD_OUT: "val"}.get(scored.split, scored.split)
+    folder = model.path.resolve() if model.path.name in ("", "..") else model.path
+    path = folder.with_name(f"{folder.name}.{split}.png")
+    drawing.check_picture_path(path)
+    if pictures.root is None:
+        return None
+    rows, there = [], False
+    predicted, sure = subject.predicted.tolist(), scored.probabilities.max(axis=1).tolist()
+    for k, name in enumerate(scored.relative()):
+        digest = scored.digests[k].tobytes()
+        file = pictures.root / (name or pictures.path_of(digest) or "")
+        there = there or file.is_file()
+        rows.append(Judged(file, model.classes[scored.y[k]], model.classes[predicted[k]], sure[k], digest))
+    if not there:
+        return None
+    about = f"{folder.name}, {model.spec.backbone}"
+    drawing.publish_picture(path, contact_sheet(rows, title=scored.split, about=about, workers=usable_cores()))
+    return path
+
+
 def _choose(rows: Sequence[Judged], *, most: int, columns: int, seed: int) -> list[_Part]:
     """The mistakes and the right ones that are shown, each under what is said of them."""
     wrong = sorted((row for row in rows if row.label != row.predicted), key=lambda row: -row.probability)
@@ -138,7 +172,10 @@ def _pictures(rows: Sequence[Judged], *, workers: int) -> list[Image.Image | str
         lambda data: drawing.fitted(decode(data, at_least=_EDGE), _EDGE, _EDGE),
         workers=workers,
     )
-    return [read.reason if read.value is None else read.value for read in reads]
+    return [
+        "changed since" if row.digest not in (b"", read.digest) else read.value or read.reason
+        for row, read in zip(rows, reads, strict=True)
+    ]
 
 
 def _draw_one(

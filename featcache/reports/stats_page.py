@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from featcache import __version__
 from featcache.errors import StorageError
 from featcache.images.layout import some
 from featcache.images.read import Paths
@@ -122,7 +121,7 @@ def stats_page(found: "Statistics") -> str:
         pictures_words="All pictures of this page, each once. What is chosen above is picked out here; the list of its paths can be "
         "saved.",
         sorts=[("order", "as on this page"), ("path", "path"), ("label", "label")],
-        foot=f"Made by featcache {__version__} stats in {found.seconds:.1f} s; this page asks for nothing from anywhere.",
+        foot=f"Made by featcache stats in {found.seconds:.1f} s; this page asks for nothing from anywhere.",
         **parts,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featcache.reports.numbers import bytes_text
-from featcache.reports.scores import columns, cut
+from featcache.reports.scores import columns, shortened
 from featcache.reports.stats_advice import counted, images
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _head(found: "Statistics", shown: Shown) -> list[str]:
     splits = [name for name in found.splits if name != "none"]
     of = [counted(len(found.classes), "class", "classes"), *([counted(len(splits), "split")] if splits else [])]
     facts = f": {images(found.images)}{unreadable}, {', '.join(of)}, {bytes_text(found.total_bytes)}"
-    return [cut(shown(found.source), max(_WIDTH - columns(facts), 12)) + facts]
+    return [shortened(shown(found.source), max(_WIDTH - columns(facts), 12)) + facts]
 
 
 def _classes(found: "Statistics", shown: Shown) -> list[str]:
@@ -83,7 +83,7 @@ def _classes(found: "Statistics", shown: Shown) -> list[str]:
     for (name, counts), row in zip(rows, cells, strict=True):
         bar = "#" * round(_BAR * sum(counts) / most)
         share = f"{sum(counts) / (found.readable or 1):>7.1%}  {bar}" if counts else ""
-        lines.append(_row(cut(name, front), row, front, widths, share))
+        lines.append(_row(shortened(name, front), row, front, widths, share))
     return [*lines, _row("all", total, front, widths, "")]
 
 
@@ -128,12 +128,12 @@ def _pictures(found: "Statistics", shown: Shown) -> list[str]:
         paths = [shown(image["path"]) for image in group["images"]]
         more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
         room = (_WIDTH - 4 - len(" = ") - len(more)) // 2
-        groups.append("    " + " = ".join(cut(path, room) for path in paths[:2]) + more)
+        groups.append("    " + " = ".join(shortened(path, room) for path in paths[:2]) + more)
     lines = [*_fields({"copies": ", ".join(said) or "none, byte for byte"}), *groups, *_more(len(copies["groups"]))]
     if found.unreadable:
         lines.append(f"  unreadable: {images(len(found.unreadable))}")
         for image in found.unreadable[:_NAMED]:
-            lines += _wrapped(f"{cut(shown(image['path']), 60)}: {shown(image['reason'])}", "    ")
+            lines += _wrapped(f"{shortened(shown(image['path']), 60)}: {shown(image['reason'])}", "    ")
         lines += _more(len(found.unreadable))
     lines += _fields({"pixels": f"{pixels}{drawn}{cut_off}"})
     lines += _listed("darkest (mean grey, 0 to 255)", found.darkest, lambda image: f"{image['value']:.0f}", shown)
@@ -149,7 +149,7 @@ def _listed(
     said = [say(image) for image in found[:_NAMED]]
     width = max(map(len, said), default=0)
     rows = [
-        f"    {text:<{width}}  {cut(shown(image['path']), _WIDTH - width - 6)}"
+        f"    {text:<{width}}  {shortened(shown(image['path']), _WIDTH - width - 6)}"
         for image, text in zip(found, said, strict=False)
     ]
     return [f"  {title}", *rows] if rows else []

@@ -47,7 +47,8 @@ class Measured:
         looks: (N, 6) float64, ``LOOKS``; NaN of what was not decoded. See ``look_at``.
         digests: (N, 32) uint8 sha256 of the files that share their size with another one; zeros of the others.
         hashed: (N,) whether it has a digest.
-        refused: image -> reason. sampled: the images whose pixels were drawn. cut: those decoded because their file has no end.
+        refused: image -> reason. opened: how many headers could be read. sampled: the images that were drawn of these. cut: others
+            that were decoded because their file has no end, no more than were drawn.
     """
 
     headers: tuple[Header | None, ...]
@@ -55,6 +56,7 @@ class Measured:
     digests: npt.NDArray[np.uint8]
     hashed: npt.NDArray[np.bool_]
     refused: dict[int, str]
+    opened: int
     sampled: Rows
     cut: Rows
 
@@ -110,7 +112,7 @@ def measure(
     for row, digest in digests.items():
         columns[row] = np.frombuffer(digest, np.uint8)
     rows = (np.array(sorted(part), np.intp) for part in (sampled, cut))
-    return Measured(tuple(headers), looks, columns, hashed, dict(sorted(refused.items())), *rows)
+    return Measured(tuple(headers), looks, columns, hashed, dict(sorted(refused.items())), len(there), *rows)
 
 
 def look_at(pixels: Pixels) -> tuple[float, ...]:

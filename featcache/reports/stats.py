@@ -66,7 +66,7 @@ class Statistics(Shown):
         unreadable: images, each with ``reason``.
         copies: ``within``, ``across_splits``, ``across_labels`` as ``extract`` counts them; ``groups`` of equal files, each with its
             ``kind`` (``labels``: under several, ``splits``: in several, ``within`` one) and ``images``.
-        sample: ``images`` whose pixels were drawn, of how many (``of``), by which ``seed``, and how many others were decoded because
+        sample: how many ``images`` were drawn and decoded, ``of`` those with a readable header, by which ``seed``, and how many others were decoded because
             their file has no end (``cut``).
         darkest, blurriest: of the sample, each with ``value``: mean grey from 0 to 255, variance of the Laplacian, see
             ``images.statistics.look_at``. oddest: each with ``value``, a modified z-score, and ``why``, see ``oddness``.
@@ -185,7 +185,7 @@ def _describe(source: str, images: ImageList, measured: Measured, *, seed: int, 
         small=int((measured.of("shorter_edge")[rows] < SMALL).sum()),
         unreadable=_unreadable(images, measured),
         copies=_copies(images, measured),
-        sample={"images": len(measured.sampled), "of": len(images), "seed": seed, "cut": len(measured.cut)},
+        sample={"images": len(measured.sampled), "of": measured.opened, "seed": seed, "cut": len(measured.cut)},
         **_standing_out(images, measured),
         examples=_examples(images, rows, seed),
     )

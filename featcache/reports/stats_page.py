@@ -359,7 +359,7 @@ def _copies_words(found: "Statistics") -> str:
 
 def _sample_words(found: "Statistics") -> str:
     sample = found.sample
-    if sample["images"] >= sample["of"] - len(found.unreadable):
+    if sample["images"] == sample["of"]:
         return "Of all readable images."
     return (
         f"Pixels of {sample['images']:,} of {images(sample['of'])} were looked at, drawn at random (seed {sample['seed']}); "

@@ -120,8 +120,8 @@ def _pictures(found: "Statistics", shown: Shown) -> list[str]:
     copies, sample = found.copies, found.sample
     kinds = {"across_labels": "under several labels", "across_splits": "across splits", "within": "within one split"}
     said = [f"{copies[kind]:,} {words}" for kind, words in kinds.items() if copies[kind]]
-    pixels = f"of {images(sample['images'])}" if sample["images"] < found.readable else "of all images"
-    drawn = f" (drawn with seed {sample['seed']})" if sample["images"] < found.readable else ""
+    pixels = f"of {images(sample['images'])}" if sample["images"] < sample["of"] else "of all images"
+    drawn = f" (drawn with seed {sample['seed']})" if sample["images"] < sample["of"] else ""
     cut_off = f", and of {sample['cut']:,} without an end" if sample["cut"] else ""
     groups = []
     for group in copies["groups"][:_NAMED]:

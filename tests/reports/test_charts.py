@@ -41,7 +41,7 @@ def test_the_last_tick_stays_within_the_picture() -> None:
     chart = charts.histogram(
         [1e3, 1e7], [3], title="t", x_label="size", log_x=True, x_text=lambda size: f"{size:,.0f} bytes"
     )
-    last = [each for each in ElementTree.fromstring(chart.svg).iter("text") if each.text == "10,000,000 bytes"][0]
+    last = next(each for each in ElementTree.fromstring(chart.svg).iter("text") if each.text == "10,000,000 bytes")
     assert (last.get("text-anchor"), float(last.get("x"))) == ("end", charts.WIDTH)
 
 

@@ -66,8 +66,8 @@ class Statistics(Shown):
         unreadable: images, each with ``reason``.
         copies: ``within``, ``across_splits``, ``across_labels`` as ``extract`` counts them; ``groups`` of equal files, each with its
             ``kind`` (``labels``: under several, ``splits``: in several, ``within`` one) and ``images``.
-        sample: how many ``images`` were drawn and decoded, ``of`` those with a readable header, by which ``seed``, and how many others were decoded because
-            their file has no end (``cut``).
+        sample: how many ``images`` were drawn and decoded, ``of`` those with a readable header, by which ``seed``; how many others
+            were decoded because their file has no end (``cut``).
         darkest, blurriest: of the sample, each with ``value``: mean grey from 0 to 255, variance of the Laplacian, see
             ``images.statistics.look_at``. oddest: each with ``value``, a modified z-score, and ``why``, see ``oddness``.
         examples: a few images of each class, drawn. advice: sentences. seconds: of the whole call.

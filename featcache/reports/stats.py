@@ -16,8 +16,10 @@ from featcache.cache.format import encode_names
 from featcache.errors import UsageError
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.images.statistics import Floats, Measured, Progress, Rows, measure, oddness
+from featcache.reports.figures import check_figures, write_figures
 from featcache.reports.stats_advice import SMALL, advice
-from featcache.reports.stats_page import check_folder, write_folder
+from featcache.reports.stats_page import check_apart, check_folder, stats_charts, write_folder
+from featcache.reports.stats_text import stats_lines
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import named
@@ -108,6 +110,13 @@ class Statistics(Shown):
 
     _shown = ("source", "images", "readable", "splits", "formats", "seconds")
 
+    def lines(self) -> list[str]:
+        """As text for a terminal of 80 columns, names harmless to it."""
+        return stats_lines(self)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
     def to_json(self) -> dict[str, Any]:
         """All of it."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -117,6 +126,7 @@ def stats(
     source: AnySource | ImageList,
     output: str | Path | None = None,
     *,
+    figures: str | Path | None = None,
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -130,6 +140,7 @@ def stats(
     Args:
         source: as for ``extract``.
         output: a folder to write ``stats.html`` and ``stats.json`` to, an earlier one is replaced; nothing is written when None.
+        figures: a folder to write the charts of the page to, as SVG files.
         sample: how many images to decode; when None 5,000, or fewer if they are large.
         seed: another one draws others. workers: threads; one per usable core when None.
         progress: called with (files done, files to do, what is read of them); a bar in notebooks when None.
@@ -142,11 +153,14 @@ def stats(
     check_runtime_options("cpu", workers=workers)
     if sample is not None and sample < 0:
         raise UsageError(f"sample must be at least 0, found {sample}")
-    output = None if output is None else named(as_path(output))
+    output, drawn = (None if path is None else named(as_path(path)) for path in (output, figures))
     if not isinstance(source, ImageList):
         check_path(Source.of(source).path, "images", ("stats", HERE, *(() if output is None else ("-o", output))))
     if output is not None:
         check_folder(output, source)
+    if drawn is not None:
+        check_figures(drawn)
+        check_apart(drawn, source)
     images = list_images(source, counted=False)
     with bar_in_notebook(progress, describe_images("reading")) as report:
         measured = measure(images, sample=sample, seed=seed, workers=workers or usable_cores(), progress=report)
@@ -156,6 +170,8 @@ def stats(
     found = dataclasses.replace(found, seconds=round(time.perf_counter() - started, 3))
     if output is not None:
         write_folder(found, output)
+    if drawn is not None:
+        write_figures(stats_charts(found), drawn)
     return found
 
 

@@ -40,15 +40,20 @@ _COPIES = {
 def check_folder(folder: Path, source: AnySource | ImageList) -> None:
     """Raise StorageError, before any work, unless ``folder`` may be written: it is new, empty, or holds earlier statistics."""
     check_output(folder, folder_allowed=True)
-    root = source.root if isinstance(source, ImageList) else Source.of(source).path
-    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
-        raise StorageError(
-            f"cannot write {folder}: it lies in {root}, where a folder counts as a class; choose another -o"
-        )
+    check_apart(folder, source)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"cannot write {folder}: it is a file, and statistics are a folder; choose another -o")
     if folder.is_dir():
         _check_ours(folder)
+
+
+def check_apart(folder: Path, source: AnySource | ImageList) -> None:
+    """Raise StorageError if ``folder`` lies among the images."""
+    root = source.root if isinstance(source, ImageList) else Source.of(source).path
+    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+        raise StorageError(
+            f"cannot write {folder}: it lies in {root}, where a folder counts as a class; choose another one"
+        )
 
 
 def _check_ours(folder: Path) -> None:
@@ -93,7 +98,7 @@ def stats_page(found: "Statistics") -> str:
     ]
     parts = {
         "class_rows": (classes := _classes(found))[1],
-        "charts": charts(found),
+        "charts": stats_charts(found),
         "unreadable": [(image["path"], image["reason"]) for image in found.unreadable[:_MOST_UNREADABLE]],
         "groups": [group for group in groups if group[2]],
         "standing_out": gallery.standing_out(),
@@ -200,7 +205,7 @@ class _Gallery:
         return [part for part in parts if part[2]]
 
 
-def charts(found: "Statistics") -> list[Chart]:
+def stats_charts(found: "Statistics") -> list[Chart]:
     """The charts of the page; none if nothing is readable."""
     if not found.readable:
         return []

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -24,8 +25,6 @@ from featcache.images.source import list_images
 from featcache.reports.scores import columns
 from featcache.reports.stats import SHAPES, Statistics, stats
 from featcache.reports.stats_page import check_folder, stats_page
-from featcache.reports.stats_text import stats_lines
-from featcache.system.display import printable
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -220,16 +219,16 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
 
 def test_text_fits_a_terminal_whatever_the_names(hostile: Statistics, found: Statistics) -> None:
     for each in (hostile, found):
-        lines = stats_lines(each, printable)
+        lines = each.lines()
         assert all(line.isprintable() for line in lines)
         assert max(map(columns, lines)) <= 80
-    assert "train  val  all" in "\n".join(stats_lines(found, printable))
+    assert "train  val  all" in "\n".join(found.lines())
 
 
 def test_text_of_many_classes_is_short(tmp_path: Path) -> None:
     for k in range(60):
         write_photo(tmp_path / f"class {k}" / "a.jpg", (90, 90, 90), k, (9, 9))
-    lines = stats_lines(stats(tmp_path), printable)
+    lines = stats(tmp_path).lines()
     assert any("36 classes between" in line for line in lines)
     assert len(lines) < 80
 
@@ -267,7 +266,7 @@ def test_the_numbers_of_the_page_are_those_found(found: Statistics) -> None:
 def test_a_folder_with_page_and_numbers(root: Path, tmp_path: Path, run: Run) -> None:
     code, out, _ = run("stats", root, "-o", tmp_path / "stats", "--json")
     assert code == 0
-    printed = json.loads(out.splitlines()[-1])
+    printed = json.loads(out.splitlines()[-1], parse_constant=pytest.fail)  # NaN is no JSON
     written = json.loads((tmp_path / "stats/stats.json").read_text())
     assert written == {"kind": "stats", **printed}
     assert printed["output"] == str(tmp_path / "stats")
@@ -275,7 +274,24 @@ def test_a_folder_with_page_and_numbers(root: Path, tmp_path: Path, run: Run) ->
     assert '<meta name="generator" content="featcache">' in (tmp_path / "stats/stats.html").read_text()
     code, out, _ = run("stats", root, "-o", tmp_path / "stats")  # again
     assert code == 0
-    assert out.startswith(f"{root}"[:8])
+    assert out.splitlines() == stats(root).lines()
+
+
+def test_figures_are_the_charts_of_the_page(root: Path, tmp_path: Path, run: Run) -> None:
+    for _ in range(2):  # of an earlier run are replaced
+        assert run("stats", root, "--figures", tmp_path / "figures")[0] == 0
+    files = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert files == ["file-sizes.svg", "formats.svg", "shorter-edge.svg", "width-and-height.svg", "width-height.svg"]
+    for name in files:
+        assert ElementTree.parse(tmp_path / "figures" / name).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    (tmp_path / "figures/formats.svg").write_text("mine")
+    code, _, err = run("stats", root, "--figures", tmp_path / "figures")
+    assert (code, "is no figure" in err) == (1, True)
+    (tmp_path / "file").touch()
+    code, _, err = run("stats", root, "--figures", tmp_path / "file")
+    assert (code, "give the name of a folder" in err) == (1, True)
+    code, _, err = run("stats", root, "--figures", root / "figures")
+    assert (code, "counts as a class" in err, (root / "figures").exists()) == (1, True, False)
 
 
 def test_a_moved_source_leaves_a_page_without_pictures(tmp_path: Path) -> None:
@@ -352,7 +368,7 @@ def test_all_unreadable(tmp_path: Path) -> None:
     assert (found.images, found.readable, found.width, found.constant) == (1, 0, None, None)
     assert "1 image cannot be read" in " ".join(found.advice)
     assert "empty file" in (tmp_path / "stats/stats.html").read_text()
-    assert any("unreadable" in line for line in stats_lines(found, printable))
+    assert any("unreadable" in line for line in found.lines())
 
 
 def test_the_public_function() -> None:

@@ -105,6 +105,22 @@ def test_shapes_are_the_nearest(found: Statistics) -> None:
     assert expected["taller"] == 4
 
 
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((44, 100), "taller"),
+        ((46, 100), "1:2"),
+        ((80, 80), "1:1"),
+        ((133, 100), "4:3"),
+        ((219, 100), "2:1"),
+        ((221, 100), "wider"),
+    ],
+)
+def test_shapes_by_name(tmp_path: Path, size: tuple[int, int], shape: str) -> None:
+    write_photo(tmp_path / "a/1.png", (9, 9, 9), 0, size)
+    assert [name for name, n in stats(tmp_path).shapes.items() if n] == [shape]
+
+
 def test_what_one_answer_scores(root: Path, found: Statistics) -> None:
     assert found.constant is not None
     for split, facts in found.constant.items():

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from featcache.reports.notebook import gallery as gallery
     from featcache.reports.preview import Preview as Preview
     from featcache.reports.preview import preview as preview
+    from featcache.reports.report import Report as Report
+    from featcache.reports.report import report as report
     from featcache.reports.stats import Statistics as Statistics
     from featcache.reports.stats import stats as stats
     from featcache.spec import PreprocessSpec as PreprocessSpec
@@ -61,6 +63,7 @@ _HOME = {
     "PreprocessSpec": "spec",
     "Preview": "reports.preview",
     "RepairReport": "extraction.repair",
+    "Report": "reports.report",
     "Source": "images.source",
     "Statistics": "reports.stats",
     "backbone_names": "backbones.load",
@@ -79,6 +82,7 @@ _HOME = {
     "predict": "models.predict",
     "preview": "reports.preview",
     "repair": "extraction.repair",
+    "report": "reports.report",
     "stats": "reports.stats",
 }
 __all__ = list(_HOME)

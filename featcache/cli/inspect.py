@@ -11,7 +11,6 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, DownloadError, UsageError, repair_advice
-from featcache.system.display import printable
 from featcache.system.path_kinds import HERE, check_path
 
 if TYPE_CHECKING:
@@ -24,6 +23,9 @@ def stats(
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where to write stats.html and stats.json.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write the charts, as SVG files for a paper.")
     ] = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
@@ -43,7 +45,6 @@ def stats(
     """
     from featcache.images.source import Source
     from featcache.reports.stats import stats as run
-    from featcache.reports.stats_text import stats_lines
 
     images = Source(
         source,
@@ -57,12 +58,13 @@ def stats(
         found = run(
             images,
             output,
+            figures=figures,
             sample=sample,
             seed=seed,
             workers=options.count(workers, "workers"),
             progress=progress,
         )
-    show_result([] if as_json else stats_lines(found, printable), found.to_json(), as_json=as_json)
+    show_result([] if as_json else found.lines(), found.to_json(), as_json=as_json)
 
 
 def info(

@@ -5,6 +5,7 @@ backbones.py          backbones: a table to choose from, one network from input 
 doctor.py             what this machine can do, how fast it embeds, what limits, what would help
 machine.py            facts about machine and installation
 throughput.py         rates of decoding and of the backbone, measured; photographs to measure with
+figures.py            charts as files, for papers
 stats.py              what a source of images holds, before any work
 stats_advice.py       what to do about it, in sentences
 stats_text.py         the same as text

@@ -26,6 +26,7 @@ from featcache.reports.cards import cards_data
 from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
 from featcache.reports.contact_sheet import sheet_beside
+from featcache.reports.notebook import framed
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
@@ -54,6 +55,13 @@ class Report(Shown):
     seconds: float
 
     _shown = ("report", "images", "cards", "bytes", "seconds")
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, as long as it is where it was written."""
+        try:
+            return framed(self.report.read_text(encoding="utf-8"))
+        except OSError:
+            return super()._repr_html_()
 
 
 def report(

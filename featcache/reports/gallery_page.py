@@ -2,13 +2,13 @@
 
 import dataclasses
 import datetime
+import importlib.metadata
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markupsafe import Markup
 
-from featcache import __version__
 from featcache.cache.cache import FeatureCache
 from featcache.images.in_memory import Held
 from featcache.images.read import Paths
@@ -37,14 +37,18 @@ _MOST_PAIRS = 30
 _NONE = Thumbnail(None, "no picture")
 
 
-def gallery_page(draw: Draw, *, pictures: Path | None = None, seconds: float | None = None) -> str:
+def gallery_page(
+    draw: Draw, *, pictures: Path | None = None, seconds: float | None = None, budget: int | None = None
+) -> str:
     """The page, as text. Files are only read, pictures made of those that are what was labelled.
 
     Args:
         draw: after the last prediction. pictures: the folder that caches were made of, if that was said. seconds: of the work.
+        budget: bytes of the page, about; 4 MB, and of more than 1,000 images 1.2 kB more for each, when None.
     """
     rows = draw.rows
-    cards, words = _cards(draw, rows, pictures)
+    page = budget or _PAGE + _EACH * max(0, len(rows) - _ALL)
+    cards, words = _cards(draw, rows, pictures, page)
     columns = cards_data(cards, draw.model.classes)
     number = {name: k for k, name in enumerate(columns["classes"])}
     return render_page(
@@ -146,14 +150,13 @@ def _facts(draw: Draw, pictures: Path | None, seconds: float | None) -> list[tup
         ("pictures from", "" if pictures is None else str(pictures)),
         ("made", datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("seconds", "" if seconds is None else f"{seconds:.1f}"),
-        ("featcache", __version__),
+        ("featcache", importlib.metadata.version("featcache")),
     ]
     return [(word, value) for word, value in pairs if value]
 
 
-def _cards(draw: Draw, rows: Sequence[Row], folder: Path | None) -> tuple[list[Card], str]:
+def _cards(draw: Draw, rows: Sequence[Row], folder: Path | None, page: int) -> tuple[list[Card], str]:
     """A card for each row; and what is to be said of the pictures."""
-    page = _PAGE + _EACH * max(0, len(rows) - _ALL)
     each = _TEXT_FULL if len(rows) <= _FULL else _TEXT + _BAR * (len(rows) <= _BARS)
     text = sum(each + 2 * len(row.path) for row in rows)
     left = max(0, page - text) / _FOUR_THIRDS
@@ -245,7 +248,7 @@ def _evidence(draw: Draw, rows: Sequence[Row], folder: Path | None, budget: int)
 def _root(cache: FeatureCache, draw: Draw) -> Path | None:
     """What a cache was probably made of: people label what lies beside what they trained on."""
     near = [place for source in draw.inputs.sources for place in (source.path, *source.path.absolute().parents[:2])]
-    return guess_root(cache.path, cache.paths[:3], cache.rows.digests[:3], near=[*dict.fromkeys(near)])
+    return guess_root(cache, near=near)
 
 
 def _as_typed(

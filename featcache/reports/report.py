@@ -353,4 +353,4 @@ def _keeps_all(model: Model, cache: FeatureCache) -> bool:
 
 
 def _guess(cache: FeatureCache | None) -> Path | None:
-    return None if cache is None else guess_root(cache.path, cache.paths[:3], cache.rows.digests[:3])
+    return None if cache is None else guess_root(cache)

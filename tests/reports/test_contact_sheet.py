@@ -1,6 +1,9 @@
 """The contact sheet: which images are on it, in which order, and that shape tells right from wrong."""
 
+import hashlib
 import io
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +88,35 @@ def test_a_photograph_is_decoded_at_a_reduced_scale(tmp_path: Path, monkeypatch:
     path = write_photo(tmp_path / "large.jpg", (9, 99, 9), 1, (2400, 1600))
     contact_sheet([Judged(path, "a", "a", 1.0)], title="val")
     assert sizes == [(600, 400)]
+
+
+def test_it_lies_beside_the_model_with_pictures_of_what_was_judged(
+    trained: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """``evaluate --report`` writes it where pictures are at hand, ``fit-head --no-report`` does not."""
+    shutil.copytree(trained / "m", tmp_path / "m")
+    code, out, err = run("evaluate", tmp_path / "m", trained / "photos", "--report")
+    assert code == 0, err
+    assert f"  contact sheet: {tmp_path / 'm.all.png'}\n" in out
+    with Image.open(tmp_path / "m.all.png") as sheet:
+        assert sheet.text["Software"] == "featcache" and sheet.width > 1000  # type: ignore[attr-defined]
+    (tmp_path / "m.all.png").write_bytes(b"mine")
+    code, out, err = run("evaluate", tmp_path / "m", trained / "photos", "--report")
+    assert code == 0 and "contact sheet" not in out and "  report: " in out
+    assert (tmp_path / "m.all.png").read_bytes() == b"mine"
+    code, out, err = run("fit-head", trained / "f.h5", "-o", tmp_path / "m2", "--no-report")
+    assert code == 0 and {path.name for path in tmp_path.glob("m2*")} == {"m2"}
+
+
+def test_a_file_that_is_not_what_was_judged_is_not_shown(tmp_path: Path) -> None:
+    path = write_photo(tmp_path / "a.png", (0, 0, 255), 1)
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    shown, other = (
+        contact_sheet([Judged(path, "a", "a", 0.9, given)], title="val", columns=1) for given in (digest, bytes(32))
+    )
+
+    def blue(png: bytes) -> int:
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), np.int16)
+        return int((pixels[..., 2] - pixels[..., 0] > 120).sum())
+
+    assert blue(shown) > 10_000 > 100 > blue(other)

@@ -52,6 +52,8 @@ ONLY_IN = {
     "simplejpeg": "images.decode",
     "pillow_heif": "images.heif",
     "matplotlib": "reports",
+    "jinja2": "reports.page",
+    "markupsafe": "reports",
     "pandas": "models.prediction",
     "IPython": "system.display",
     "onnx": "models.as_onnx",

@@ -4,7 +4,8 @@ app.py      all commands together, exit codes, logging
 extract.py  extract
 train.py    fit-head, finetune
 predict.py  predict, evaluate, export
-inspect.py  info, verify, backbones, doctor
+pages.py    report
+inspect.py  stats, preview, info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits
 options.py  options that several commands share
 help.py     options in groups

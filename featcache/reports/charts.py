@@ -1,0 +1,487 @@
+"""Charts as SVG. In: numbers. Out: a ``Chart``: a picture within a page, its numbers as a table, or a file for a paper.
+
+Charts are drawn in Python, so that they are there without script, in print and for screen readers. Colours are classes of
+``pages/style.css``; what colours tell apart, shapes, dashes or words tell apart, too. No style attribute: pages forbid them.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from featcache.reports.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
+from featcache.system.display import middle_out, printable
+
+WIDTH = 440  # units, near to pixels: small enough that its texts can be read on a phone
+_LETTER = 6.4  # units, of the 12-unit type on average
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40  # around the field of a chart with axes
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+_STYLE = Path(__file__).parent / "pages" / "style.css"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart: ``{{ chart }}`` in a template is its figure, caption and table included.
+
+    Attributes:
+        title: what it shows. caption: what to read from it; may be empty. svg: the picture.
+        header, rows: the same numbers as a table.
+    """
+
+    title: str
+    svg: Markup
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def __html__(self) -> str:
+        """As HTML: a figure whose numbers unfold beneath it."""
+        head = Markup().join(Markup('<th scope="col">{}</th>').format(printable(cell)) for cell in self.header)
+        rows = Markup().join(
+            Markup("<tr>{}</tr>").format(
+                Markup().join(Markup("<td><bdi>{}</bdi></td>").format(printable(cell)) for cell in row)
+            )
+            for row in self.rows
+        )
+        return Markup(
+            '<figure class="chart"><figcaption><b>{title}</b>{caption}</figcaption>{svg}<details><summary>Numbers</summary>'
+            '<div class="scroll" tabindex="0" role="region" aria-label="Numbers: {title}"><table><thead><tr>{head}</tr></thead>'
+            "<tbody>{rows}</tbody></table></div></details></figure>"
+        ).format(
+            title=printable(self.title),
+            caption=Markup(" {}").format(printable(self.caption)) if self.caption else "",
+            svg=self.svg,
+            head=head,
+            rows=rows,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A line: ``y`` over ``x``, with the interval ``low``..``high`` about it, if given. NaN and None are gaps."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """Of a reliability diagram: mean confidence and accuracy (0..1) and the number of images per bin."""
+
+    confidence: Sequence[float]
+    accuracy: Sequence[float]
+    count: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """From values to positions, along one edge of the field."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    log: bool = False
+    percent: bool = False
+    text: Callable[[float], str] | None = None  # of a tick
+    whole: bool = False  # no ticks between whole numbers
+
+    def at(self, value: float) -> float:
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        place = math.log(max(value, 1e-300)) if self.log else value
+        return round(self.start + (self.stop - self.start) * (place - low) / ((high - low) or 1.0), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        about = max(2, round(abs(self.stop - self.start) / (60 if self.start < self.stop else 42)))
+        found = log_ticks(self.low, self.high) if self.log else round_ticks(self.low, self.high, about=about)
+        found = [tick for tick in found if tick == round(tick)] if self.whole else found
+        if self.text or self.log:
+            return [(tick, (self.text or number_text)(tick)) for tick in found]
+        return list(zip(found, tick_texts(found, percent=self.percent), strict=True))
+
+
+def bars(
+    rows: Sequence[tuple[str, float]],
+    *,
+    title: str,
+    caption: str = "",
+    percent: bool = False,
+    highest: float | None = None,
+    line: tuple[float, str] | None = None,
+    marked: Sequence[str] = (),
+    columns: tuple[str, str] = ("", "value"),
+) -> Chart:
+    """A bar per row, with its name and value.
+
+    Args:
+        percent: values are shares, 0..1. highest: what fills the width; 1 for shares, else the largest value.
+        line: a value to compare with, drawn across all bars, and what it is. marked: names whose bars stand out.
+    """
+    top = highest or (1.0 if percent else max([value for _, value in rows] + [line[0] if line else 0]) or 1.0)
+    texts = [percent_text(value) if percent else number_text(value) for _, value in rows]
+    left = min(150.0, _LETTER * max([len(printable(name)) for name, _ in rows], default=0) + 10)
+    right = WIDTH - 10 - _LETTER * max(map(len, texts), default=0)
+    axis = _Axis(0, top, left, right)
+    parts = [Markup()]
+    for number, ((name, value), text) in enumerate(zip(rows, texts, strict=True)):
+        y = 6 + 22 * number + (18 if line else 0)
+        kind = "bar marked" if name in marked else "bar"
+        wide = max(axis.at(min(max(value, 0), top)) - left, 1 if value else 0)
+        parts += [
+            _text(left - 6, y + 12, _fitting(name, left - 8), "end", whole=name),
+            Markup('<rect class="trough" x="{}" y="{}" width="{}" height="14"/>').format(_n(left), y, _n(right - left)),
+            Markup('<rect class="{}" x="{}" y="{}" width="{}" height="14"/>').format(kind, _n(left), y, _n(wide)),
+            _text(right + 6, y + 12, text, "start", "value"),
+        ]
+    height = 10 + 22 * len(rows) + (18 if line else 0)
+    if line:
+        x, label = axis.at(line[0]), f"{line[1]} {percent_text(line[0]) if percent else number_text(line[0])}"
+        side = "end" if x > WIDTH / 2 else "start"
+        parts += [_line(x, 20, x, height, "reference"), _text(x, 13, label, side, "note")]
+    table = tuple((name, text) for (name, _), text in zip(rows, texts, strict=True))
+    return _chart(title, caption, parts, height, columns, table)
+
+
+def lines(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    caption: str = "",
+    log_x: bool = False,
+    percent_x: bool = False,
+    percent_y: bool = False,
+    y_range: tuple[float, float] | None = None,
+    mark: tuple[float, str] | None = None,
+    level: tuple[float, str] | None = None,
+    points: bool = True,
+    x_text: Callable[[float], str] | None = None,
+) -> Chart:
+    """Lines with points, named at their ends, with a band where a series has an interval.
+
+    Args:
+        log_x: x in powers of ten; values that are not positive are left out. y_range: what the axis spans at least; what
+            the values span, and a little more, when not given.
+        mark: an x that was chosen, and its word. level: a y to compare with, and its word.
+        points: a dot at each value; false for curves of hundreds. x_text: an x in words, as ``numbers.bytes_text``.
+    """
+    kept = [_clean(each, log_x) for each in series]
+    xs = [x for each in kept for x in each.x] + ([mark[0]] if mark else [])
+    ys = [y for each in kept for y in (*each.y, *each.low, *each.high) if y is not None] + ([level[0]] if level else [])
+    low, high = _span(ys, y_range, percent_y)
+    names = [_fitting(each.name, 100) for each in kept]
+    named = len(kept) > 1
+    right = WIDTH - (28 + _LETTER * max(map(len, names), default=0) if named else _RIGHT)
+    whole = not percent_x and all(x == round(x) for x in xs)
+    across = _Axis(min(xs, default=1), max(xs, default=2), _LEFT + 4, right - 4, log_x, percent_x, x_text, whole)
+    top = _TOP + (14 if mark else 0)
+    up = _Axis(low, high, 220 - _BOTTOM, top, percent=percent_y)
+    parts = _frame(across, up, right, x_label, y_label)
+    if level:
+        y = up.at(level[0])
+        parts += [_line(_LEFT, y, right, y, "reference"), _text(right - 4, y - 4, level[1], "end", "note")]
+    if mark:
+        parts += _marked(across.at(mark[0]), mark[1], top, 220 - _BOTTOM)
+    for number, each in enumerate(kept):
+        parts += _drawn(each, number, across, up, points=points)
+    if named:
+        ends = [up.at(next((y for y in reversed(each.y) if y is not None), low)) for each in kept]
+        for number, (name, y) in enumerate(zip(names, _apart(ends, 14, top + 4, 220 - _BOTTOM), strict=True)):
+            point = _point(right + 9, y, number, f"f{number % 6 + 1}")
+            parts += [point, _text(right + 18, y + 4, name, "start", "name", whole=series[number].name)]
+    header = ("series", x_label, y_label) + (("low", "high") if any(each.low for each in kept) else ())
+    in_words = (x_text or (percent_text if percent_x else number_text), percent_text if percent_y else number_text)
+    return _chart(title, caption, parts, 220, header, _rows(kept, *in_words, len(header) > 3))
+
+
+def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliability", caption: str = "") -> Chart:
+    """Accuracy against confidence: on the diagonal, probabilities mean what they say. Bars below: images per bin.
+
+    ``after``: the same once logits are divided by the temperature (Guo et al. 2017).
+    """
+    size, low = 250.0, 40.0  # of the field, and of the counts beneath it
+    left = (WIDTH - size) / 2 + 10
+    across = _Axis(0, 1, left, left + size, percent=True)
+    up = _Axis(0, 1, _TOP + size, _TOP, percent=True)
+    base = _TOP + size + 30 + low
+    parts = _frame(across, up, left + size, "", "accuracy", left=left)
+    parts.append(_line(across.at(0), up.at(0), across.at(1), up.at(1), "reference"))
+    kinds = [("before temperature", before), ("after temperature", after)] if after else [("", before)]
+    table: list[tuple[str, ...]] = []
+    for number, (name, bins) in enumerate(kinds):
+        most = max(max(each.count, default=0) for _, each in kinds) or 1
+        there = [row for row in zip(bins.confidence, bins.accuracy, bins.count, strict=True) if row[2]]
+        parts += _drawn(Series(name, [row[0] for row in there], [row[1] for row in there]), number, across, up)
+        for confidence, accuracy, count in there:
+            tall = max(low * count / most, 1.0)
+            x = across.at(confidence) - 5 + (len(kinds) - 1) * (10 * number - 5) / 2
+            parts.append(
+                _bar(x, base - tall, 9 if len(kinds) == 1 else 5, tall, f"f{number + 1}", f"{count_text(count)} images")
+            )
+            table.append(
+                (*([name] if name else []), percent_text(confidence), percent_text(accuracy), count_text(count))
+            )
+        if name:
+            y = _TOP + 14 + 18 * number
+            parts += [_point(left + 14, y, number, f"f{number + 1}"), _text(left + 24, y + 4, name, "start", "name")]
+    parts += [_line(left, base, left + size, base, "axis"), _text(left - 8, base, "images", "end", "tick")]
+    parts.append(_text(left + size / 2, base + 20, "probability of the answer", "middle", "label"))
+    header = (*(["when"] if after else []), "probability", "accuracy", "images")
+    return _chart(title, caption, parts, base + 28, header, tuple(table))
+
+
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[int],
+    *,
+    title: str,
+    x_label: str,
+    caption: str = "",
+    log_x: bool = False,
+    percent_x: bool = False,
+    mark: tuple[float, str] | None = None,
+    x_text: Callable[[float], str] | None = None,
+) -> Chart:
+    """``counts`` (B) of values between ``edges`` (B + 1), which are drawn to scale; see ``lines``."""
+    across = _Axis(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT, log_x, percent_x, x_text)
+    top = _TOP + (14 if mark else 0)
+    up = _Axis(0, max([*counts, 1]) * 1.05, 180 - _BOTTOM, top)
+    parts = _frame(across, up, WIDTH - _RIGHT, x_label, "images")
+    texts = [(x_text or (percent_text if percent_x else number_text))(edge) for edge in edges]
+    ranges = [f"{low} to {high}" for low, high in itertools.pairwise(texts)]
+    for number, count in enumerate(counts):
+        x, stop, y = across.at(edges[number]), across.at(edges[number + 1]), up.at(count)
+        hint = f"{ranges[number]}: {count_text(count)}"
+        parts.append(_bar(x + 0.5, y, max(stop - x - 1, 0.5), 180 - _BOTTOM - y, "bar", hint) if count else Markup())
+    if mark:
+        parts += _marked(across.at(mark[0]), mark[1], top, 180 - _BOTTOM)
+    table = tuple((name, count_text(count)) for name, count in zip(ranges, counts, strict=True))
+    return _chart(title, caption, parts, 180, (x_label, "images"), table)
+
+
+def sizes(counts: Sequence[Sequence[int]], *, title: str, caption: str = "") -> Chart:
+    """How many images have which width and height: a disc for each (width, height, count), its area the count."""
+    widths, heights = ([row[k] for row in counts] for k in (0, 1))
+    across = _Axis(min(widths) / 1.15, max(widths) * 1.15, _LEFT + 6, WIDTH - _RIGHT, log=True)
+    up = _Axis(min(heights) / 1.15, max(heights) * 1.15, 260 - _BOTTOM, _TOP, log=True)
+    parts = _frame(across, up, WIDTH - _RIGHT, "width in pixels", "height", left=_LEFT + 6)
+    most = max(row[2] for row in counts)
+    for width, height, count in counts:
+        radius = max(16 * math.sqrt(count / most), 2)
+        disc = Markup('<circle class="disc" cx="{}" cy="{}" r="{}"><title>{}</title></circle>')
+        hint = f"{width} x {height}: {count_text(count)}"
+        parts.append(disc.format(_n(across.at(width)), _n(up.at(height)), _n(radius), hint))
+    table = tuple((str(width), str(height), count_text(count)) for width, height, count in counts[:100])
+    return _chart(title, caption, parts, 260, ("width", "height", "images"), table)
+
+
+def coverage(
+    answered: Sequence[float], accuracy: Sequence[float], *, title: str = "Coverage against accuracy", caption: str = ""
+) -> Chart:
+    """Accuracy (0..1) of the answers, if only the surest share ``answered`` (0..1) of the images is answered."""
+    return lines(
+        [Series("accuracy", answered, list(accuracy))],
+        title=title,
+        caption=caption,
+        x_label="share answered, the surest first",
+        y_label="accuracy",
+        percent_x=True,
+        percent_y=True,
+        points=len(answered) <= 25,
+    )
+
+
+def top_bars(shares: Sequence[float]) -> Markup:
+    """The likeliest classes' shares as bars, tiny and in few bytes: pages have thousands. What they are is said elsewhere."""
+    path = "".join(f"M0 {3 * row}h{_n(100 * p)}v2H0z" for row, p in enumerate(shares) if p >= 5e-4)
+    return Markup('<svg class="likely" viewBox="0 0 100 {}"><path d="{}"/></svg>').format(3 * len(shares) - 1, path)
+
+
+def share_bar(share: float, *, words: str = "", kind: str = "") -> Markup:
+    """A share, 0..1, as one bar in a cell of a table; ``words``: for who does not see it; none where the cell says it."""
+    hidden = Markup('role="img" aria-label="{}"').format(printable(words)) if words else Markup('aria-hidden="true"')
+    return Markup(
+        '<svg class="share {}" viewBox="0 0 100 8" preserveAspectRatio="none" {}><rect width="{}" height="8"/></svg>'
+    ).format(kind, hidden, _n(100 * min(max(share, 0.0), 1.0)))
+
+
+def figure_file(chart: Chart) -> str:
+    """A chart as a file of its own, for a paper: the same picture, light, with its style inside."""
+    opening, rest = str(chart.svg).split(">", 1)
+    size = opening.split('viewBox="0 0 ')[1].split('"')[0].split()
+    opening = opening.replace(
+        "<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}"', 1
+    )
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{opening}><style>{_file_style()}</style>{rest}\n'
+
+
+def _file_style() -> str:
+    """The part of the style sheet that charts need, its variables replaced: programs that draw figures know none."""
+    sheet = _STYLE.read_text(encoding="utf-8")
+    rules = sheet.split("/* charts */")[1].split("/* end of charts */")[0].replace("var(--sans)", "Arial, sans-serif")
+    values = dict(re.findall(r"(--[\w-]+): ([^;]+);", sheet.split("}")[0])) | {"--page": "#fff"}
+    return re.sub(r"var\((--[\w-]+)\)", lambda found: values[found[1]], rules)
+
+
+def _chart(
+    title: str,
+    caption: str,
+    parts: Sequence[Markup],
+    height: float,
+    header: tuple[str, ...],
+    rows: tuple[tuple[str, ...], ...],
+) -> Chart:
+    svg = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}</svg>').format(
+        WIDTH, _n(height), printable(title), printable(caption or title), Markup().join(parts)
+    )
+    return Chart(title, svg, header, rows, caption)
+
+
+def _frame(across: _Axis, up: _Axis, right: float, x_label: str, y_label: str, *, left: float = _LEFT) -> list[Markup]:
+    """Grid, ticks and names of both axes."""
+    bottom = up.start
+    parts = []
+    for tick, text in up.ticks():
+        y = up.at(tick)
+        parts += [_line(left, y, right, y, "grid"), _text(left - 6, y + 4, text, "end", "tick")]
+    for tick, text in across.ticks():
+        x = across.at(tick)
+        fits = x + len(text) * _LETTER / 2 <= WIDTH  # in a file of its own nothing is drawn beyond the edge
+        place = _text(x if fits else WIDTH, bottom + 17, text, "middle" if fits else "end", "tick")
+        parts += [_line(x, bottom, x, bottom + 4, "axis"), place]
+    parts.append(_line(left, bottom, right, bottom, "axis"))
+    if x_label:
+        parts.append(_text((left + right) / 2, bottom + 35, x_label, "middle", "label"))
+    turned = Markup('<text class="label" text-anchor="middle" transform="translate({} {}) rotate(-90)">{}</text>')
+    return [*parts, turned.format(_n(left - 35), _n((up.start + up.stop) / 2), printable(y_label))]
+
+
+def _marked(x: float, word: str, top: float, bottom: float) -> list[Markup]:
+    """A line across the field at ``x``, its word above it."""
+    side = "start" if x < WIDTH * 0.3 else "end" if x > WIDTH * 0.7 else "middle"
+    return [_line(x, top - 4, x, bottom, "reference"), _text(x, top - 9, word, side, "note")]
+
+
+def _drawn(each: Series, number: int, across: _Axis, up: _Axis, *, points: bool = True) -> list[Markup]:
+    """Band, line and points of a series; the line is broken where a value is missing."""
+    parts = []
+    colour, dash = f"s{number % 6 + 1}", _DASHES[number % len(_DASHES)]
+    if each.low:
+        there = [(across.at(x), up.at(lo), up.at(hi)) for x, lo, hi in zip(each.x, each.low, each.high, strict=True)]
+        ring = [f"{_n(x)} {_n(hi)}" for x, _, hi in there] + [f"{_n(x)} {_n(lo)}" for x, lo, _ in reversed(there)]
+        parts.append(Markup('<path class="band {}" d="M{}z"/>').format(colour.replace("s", "f"), "L".join(ring)))
+    path, pen = "", "M"
+    for x, y in zip(each.x, each.y, strict=True):
+        path += "" if y is None else f"{pen}{_n(across.at(x))} {_n(up.at(y))}"
+        pen = "M" if y is None else "L"
+    dashes = Markup(' stroke-dasharray="{}"').format(dash) if dash else Markup()
+    parts.append(Markup('<path class="line {}"{} d="{}"/>').format(colour, dashes, path))
+    if points:
+        for x, y in zip(each.x, each.y, strict=True):
+            if y is not None:
+                parts.append(_point(across.at(x), up.at(y), number, f"f{number % 6 + 1}"))
+    return parts
+
+
+def _point(x: float, y: float, number: int, colour: str) -> Markup:
+    """A disc, square, triangle or diamond."""
+    shapes = (
+        "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z",
+        "m-3-3h6v6h-6z",
+        "m0-4l4 7h-8z",
+        "m0-4.5l4.5 4.5l-4.5 4.5l-4.5-4.5z",
+    )
+    return Markup('<path class="point {}" d="M{} {}{}"/>').format(colour, _n(x), _n(y), shapes[number % len(shapes)])
+
+
+def _clean(each: Series, log_x: bool) -> Series:
+    """Without values that cannot be drawn; those of y become None."""
+    kept = [row for row, x in enumerate(each.x) if math.isfinite(x) and (x > 0 or not log_x)]
+
+    def finite(y: float | None) -> float | None:
+        return None if y is None or not math.isfinite(y) else float(y)
+
+    band = bool(each.low) and all(math.isfinite(value) for value in (*each.low, *each.high))
+    return Series(
+        each.name,
+        [float(each.x[row]) for row in kept],
+        [finite(each.y[row]) for row in kept],
+        [float(each.low[row]) for row in kept] if band else (),
+        [float(each.high[row]) for row in kept] if band else (),
+    )
+
+
+def _span(values: Sequence[float], asked: tuple[float, float] | None, percent: bool) -> tuple[float, float]:
+    """What an axis spans: all values and a little room; of shares never beyond 0..1."""
+    low, high = min([*values, *(asked or ())], default=0.0), max([*values, *(asked or ())], default=1.0)
+    room = 0.08 * (high - low) or (0.05 if percent else abs(high) * 0.1 or 1.0)
+    if asked:
+        return low, high
+    return (
+        (max(low - room, 0.0), min(high + room, 1.0))
+        if percent
+        else (low - room if low < 0 else max(low - room, 0), high + room)
+    )
+
+
+def _rows(
+    kept: Sequence[Series], x_text: Callable[[float], str], y_text: Callable[[float | None], str], band: bool
+) -> tuple[tuple[str, ...], ...]:
+    def interval(each: Series, row: int) -> tuple[str, ...]:
+        return tuple(y_text(edge[row] if edge else None) for edge in (each.low, each.high)) if band else ()
+
+    return tuple(
+        (each.name, x_text(x), y_text(y), *interval(each, row))
+        for each in kept
+        for row, (x, y) in enumerate(zip(each.x, each.y, strict=True))
+    )
+
+
+def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places of labels, moved until they are ``gap`` apart, in their order, within ``low``..``high``."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    found = list(places)
+    for before, here in itertools.pairwise(order):
+        found[here] = max(found[here], found[before] + gap)
+    over = max((found[order[-1]] - high) if order else 0, 0)
+    for here in reversed(order):
+        found[here] = min(found[here], high - gap * (len(order) - 1 - order.index(here))) if over else found[here]
+    return [max(place, low) for place in found]
+
+
+def _fitting(text: str, width: float) -> str:
+    return middle_out(printable(text), max(int(width / _LETTER), 3))
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "", *, whole: str | None = None) -> Markup:
+    hint = (
+        Markup("<title>{}</title>").format(printable(whole))
+        if whole is not None and printable(whole) != text
+        else Markup()
+    )
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}{}</text>').format(
+        kind, _n(x), _n(y), anchor, escape(text), hint
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return Markup('<path class="{}" d="M{} {}L{} {}"/>').format(kind, _n(x1), _n(y1), _n(x2), _n(y2))
+
+
+def _bar(x: float, y: float, width: float, height: float, kind: str, hint: str) -> Markup:
+    return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
+        kind, _n(x), _n(y), _n(width), _n(height), hint
+    )
+
+
+def _n(value: float) -> str:
+    """A coordinate, short."""
+    return f"{value:.1f}".rstrip("0").rstrip(".")

@@ -40,9 +40,9 @@ def check_picture_path(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"the picture is a PNG; give -o a name that ends in .png, found {path}")
-    check_output(path)
     if os.path.lexists(path) and not _is_drawn_here(path):
         raise StorageError(f"{path} exists and was not drawn by featcache; move it away")
+    check_output(path)
 
 
 def _is_drawn_here(path: Path) -> bool:

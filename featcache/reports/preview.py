@@ -71,9 +71,7 @@ class Preview:
 
     def __repr__(self) -> str:
         what = f"{len(self.images)} images of {self.listed} as {self.backbone} sees them"
-        return (
-            f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={str(self.path)!r})"
-        )
+        return f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={self.path and str(self.path)!r})"
 
     def facts(self) -> dict[str, Any]:
         """Plain values, fit for JSON, without the picture."""

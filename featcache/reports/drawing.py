@@ -93,6 +93,11 @@ def shortened(text: str, size: int, width: float) -> str:
     return keep(bisect.bisect_right(range(1, len(text)), width, key=lambda count: text_width(keep(count), size)))
 
 
+def fits(text: str, size: int, width: float) -> bool:
+    """Whether ``text`` is drawn whole in ``width`` pixels."""
+    return len(text) <= _LONGEST and text_width(printable(text), size) <= width
+
+
 def text_width(text: str, size: int) -> float:
     """Pixels that ``text`` takes."""
     return float(sum(font.getlength(run) for run, font in _runs(text, size)))

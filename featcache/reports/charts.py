@@ -91,6 +91,7 @@ class _Axis:
     log: bool = False
     percent: bool = False
     text: Callable[[float], str] | None = None  # of a tick
+    whole: bool = False  # no ticks between whole numbers
 
     def at(self, value: float) -> float:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
@@ -100,6 +101,7 @@ class _Axis:
     def ticks(self) -> list[tuple[float, str]]:
         about = max(2, round(abs(self.stop - self.start) / (60 if self.start < self.stop else 42)))
         found = log_ticks(self.low, self.high) if self.log else round_ticks(self.low, self.high, about=about)
+        found = [tick for tick in found if tick == round(tick)] if self.whole else found
         if self.text or self.log:
             return [(tick, (self.text or number_text)(tick)) for tick in found]
         return list(zip(found, tick_texts(found, percent=self.percent), strict=True))
@@ -178,7 +180,8 @@ def lines(
     names = [_fitting(each.name, 100) for each in kept]
     named = len(kept) > 1
     right = WIDTH - (28 + _LETTER * max(map(len, names), default=0) if named else _RIGHT)
-    across = _Axis(min(xs, default=0), max(xs, default=1), _LEFT + 4, right - 4, log_x, percent_x, x_text)
+    whole = not percent_x and all(x == round(x) for x in xs)
+    across = _Axis(min(xs, default=1), max(xs, default=2), _LEFT + 4, right - 4, log_x, percent_x, x_text, whole)
     top = _TOP + (14 if mark else 0)
     up = _Axis(low, high, 220 - _BOTTOM, top, percent=percent_y)
     parts = _frame(across, up, right, x_label, y_label)
@@ -280,15 +283,10 @@ def coverage(
     )
 
 
-def top_bars(probabilities: Sequence[tuple[str, float]]) -> Markup:
-    """The likeliest classes as bars, tiny: a few per image on pages of thousands. Its words are the classes and shares."""
-    words = ", ".join(f"{printable(name)} {percent_text(p, 0)}" for name, p in probabilities)
-    path = "".join(
-        f"M0 {4 * row}h{_n(100 * p)}v3h-{_n(100 * p)}z" for row, (_, p) in enumerate(probabilities) if p >= 5e-4
-    )
-    return Markup(
-        '<svg class="likely" viewBox="0 0 100 {}" preserveAspectRatio="none" role="img"><title>{}</title><path d="{}"/></svg>'
-    ).format(4 * len(probabilities) - 1, words, path)
+def top_bars(shares: Sequence[float]) -> Markup:
+    """The likeliest classes' shares as bars, tiny and in few bytes: pages have thousands. What they are is said elsewhere."""
+    path = "".join(f"M0 {3 * row}h{_n(100 * p)}v2H0z" for row, p in enumerate(shares) if p >= 5e-4)
+    return Markup('<svg class="likely" viewBox="0 0 100 {}"><path d="{}"/></svg>').format(3 * len(shares) - 1, path)
 
 
 def share_bar(share: float, *, words: str = "", kind: str = "") -> Markup:
@@ -301,7 +299,7 @@ def share_bar(share: float, *, words: str = "", kind: str = "") -> Markup:
 
 def figure_file(chart: Chart) -> str:
     """A chart as a file of its own, for a paper: the same picture, light, with its style inside."""
-    opening, rest = chart.svg.split(">", 1)
+    opening, rest = str(chart.svg).split(">", 1)
     size = opening.split('viewBox="0 0 ')[1].split('"')[0].split()
     opening = opening.replace(
         "<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}"', 1
@@ -340,7 +338,9 @@ def _frame(across: _Axis, up: _Axis, right: float, x_label: str, y_label: str, *
         parts += [_line(left, y, right, y, "grid"), _text(left - 6, y + 4, text, "end", "tick")]
     for tick, text in across.ticks():
         x = across.at(tick)
-        parts += [_line(x, bottom, x, bottom + 4, "axis"), _text(x, bottom + 17, text, "middle", "tick")]
+        fits = x + len(text) * _LETTER / 2 <= WIDTH  # in a file of its own nothing is drawn beyond the edge
+        place = _text(x if fits else WIDTH, bottom + 17, text, "middle" if fits else "end", "tick")
+        parts += [_line(x, bottom, x, bottom + 4, "axis"), place]
     parts.append(_line(left, bottom, right, bottom, "axis"))
     if x_label:
         parts.append(_text((left + right) / 2, bottom + 35, x_label, "middle", "label"))

@@ -37,14 +37,13 @@ def number_text(value: float | None, digits: int = 3) -> str:
 
 
 def bytes_text(size: float | None) -> str:
-    """1234567 as ``1.2 MB``."""
+    """1234567 as ``1.23 MB``."""
     if size is None:
         return NONE
-    for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):
-        if size >= 0.9995 * 10**power:
-            scaled = size / 10**power
-            return f"{scaled:.1f} {unit}" if scaled < 99.95 else f"{scaled:,.0f} {unit}"
-    return f"{size:,.0f} bytes"
+    power, unit = next(
+        ((p, unit) for p, unit in ((9, "GB"), (6, "MB"), (3, "kB")) if size >= 0.9995 * 10**p), (0, "bytes")
+    )
+    return f"{number_text(size / 10**power)} {unit}"
 
 
 def round_ticks(low: float, high: float, *, about: int = 5) -> list[float]:

@@ -334,6 +334,10 @@ def step_in_words(step: Step) -> str:
     if name == "jitter":
         kinds = zip(("brightness", "contrast", "saturation", "hue"), values, strict=True)
         return ", ".join(f"{kind} ±{value:g}" for kind, value in kinds)
-    if name in ("flip", "rotate"):
-        return f"mirrored in {values[0]:.0%} of cases" if name == "flip" else f"turned by up to {values[0]:g}°"
+    if name == "flip":
+        return f"mirrored in {values[0]:.0%} of cases"
+    if name == "rotate":
+        return f"turned by up to {values[0]:g}°"
+    if name == "center_crop":
+        return "its middle"
     return " ".join([str(name).replace("_", " "), *(f"{value:g}" for value in values)])

@@ -40,9 +40,9 @@ def check_picture_path(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"the picture is a PNG; give -o a name that ends in .png, found {path}")
-    check_output(path)
     if os.path.lexists(path) and not _is_drawn_here(path):
         raise StorageError(f"{path} exists and was not drawn by featcache; move it away")
+    check_output(path)
 
 
 def _is_drawn_here(path: Path) -> bool:
@@ -91,6 +91,11 @@ def shortened(text: str, size: int, width: float) -> str:
         return f"{text[: count // 2]}…{text[len(text) - (count - count // 2) :]}"
 
     return keep(bisect.bisect_right(range(1, len(text)), width, key=lambda count: text_width(keep(count), size)))
+
+
+def fits(text: str, size: int, width: float) -> bool:
+    """Whether ``text`` is drawn whole in ``width`` pixels."""
+    return len(text) <= _LONGEST and text_width(printable(text), size) <= width
 
 
 def text_width(text: str, size: int) -> float:

@@ -71,9 +71,7 @@ class Preview:
 
     def __repr__(self) -> str:
         what = f"{len(self.images)} images of {self.listed} as {self.backbone} sees them"
-        return (
-            f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={str(self.path)!r})"
-        )
+        return f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={self.path and str(self.path)!r})"
 
     def facts(self) -> dict[str, Any]:
         """Plain values, fit for JSON, without the picture."""
@@ -319,7 +317,8 @@ def _draw_row(
 ) -> None:
     facts = _facts(shown.images, row.position)
     y = top + _TEXT
-    drawing.write(draw, (_MARGIN, y), facts["label"] or "no label", _TEXT, width=_WORDS)
+    label = facts["label"] or "no label"
+    drawing.write(draw, (_MARGIN, y), label, _TEXT if drawing.fits(label, _TEXT, _WORDS) else _SMALL, width=_WORDS)
     for text in (Path(str(facts["path"])).name, f"{row.photo.width} x {row.photo.height}"):
         y += _SMALL + 10
         drawing.write(draw, (_MARGIN, y), text, _SMALL, fill=drawing.QUIET, width=_WORDS)

@@ -157,10 +157,16 @@ def test_layers_rate_and_epochs_are_those_asked_for(hidden: tuple[int, ...]) -> 
     torch.nn.init.zeros_(network[-1].weight)
     torch.nn.init.zeros_(network[-1].bias)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=1e-2)
-    for _ in range(20):
+    history = []
+    for epoch in range(1, 21):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(x), torch.from_numpy(y)).backward()
+        logits = network(x)
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y))
+        loss.backward()
         optimizer.step()
+        hits = float((logits.argmax(1).numpy() == y).mean())
+        history.append({"epoch": epoch, "train_loss": pytest.approx(loss.item(), abs=1e-4), "train_accuracy": hits})
+    assert fitted.history == history
     expected = torch.softmax(network(x), 1).detach().numpy()
     np.testing.assert_allclose(fitted.head.probabilities(X), expected, atol=1e-4)
     assert np.abs(expected - 1 / 3).max() > 0.1
@@ -269,3 +275,21 @@ def test_out_of_core_training_looks_at_the_loss_within_an_epoch(kind: str) -> No
     assert min(ours.fold_accuracies) > 0.8
     assert ours.chosen["epochs"] <= 2  # six rounds, three of them an epoch
     assert ("trained for 2 epochs" in "".join(ours.notes)) == (ours.chosen["epochs"] == 2)
+
+
+@pytest.mark.parametrize("tight", [False, True], ids=["in memory", "from a buffer"])
+def test_the_history_is_what_decided_when_to_stop(tight: bool) -> None:
+    """Of the head trained on nine tenths, whose lowest loss on the last one says how long all rows are trained on."""
+    X, y = blobs(300, spread=4.0)
+    budget = dataclasses.replace(TIGHT, round_rows=100, max_rounds=40, patience=3) if tight else SHORT
+    fitted = fit("mlp", X, y, budget=budget)
+    losses = [row["held_out_loss"] for row in fitted.history]
+    best = int(np.argmin(losses))
+    assert fitted.history[best]["epoch"] == fitted.chosen["epochs"]
+    assert len(losses) == best + 1 + budget.patience
+    assert [row["epoch"] for row in fitted.history[:3]] == ([0.33, 0.67, 1] if tight else [1, 2, 3])
+    assert 0.5 < fitted.history[0]["train_loss"] < np.log(3) + 0.1  # from equal probabilities on
+    assert all(
+        0 <= row["train_accuracy"] <= 1 and (30 * row["held_out_accuracy"]).is_integer() for row in fitted.history
+    )
+    assert fit("mlp", X, y, budget=budget, folds=3).history == fitted.history  # of no fold

@@ -1,5 +1,6 @@
 """From a cache to a saved model: what is chosen on which rows, and what cannot be trained."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -74,6 +75,18 @@ def test_a_head_of_any_shape_is_trained_saved_and_labels(tmp_path: Path) -> None
     assert report.test_accuracy is not None and report.test_accuracy > 0.8
     found = np.stack([each.probabilities for each in predict(tmp_path / "m", tmp_path / "f.h5")])
     np.testing.assert_array_equal(found, model.head.probabilities(X))
+
+
+def test_how_training_went_is_kept_where_there_are_epochs(cache: Path, tmp_path: Path) -> None:
+    fit_head(cache, tmp_path / "m", clf="mlp", hidden=20, lr=0.05, folds=0)
+    metrics = json.loads((tmp_path / "m" / "metrics.json").read_text())
+    with (tmp_path / "m" / "history.csv").open(newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == metrics["history"]
+    assert list(rows[0]) == ["epoch", "train_loss", "train_accuracy", "held_out_loss", "held_out_accuracy"]
+    assert "history" not in load_model(tmp_path / "m").manifest["metrics"]
+    fit_head(cache, tmp_path / "m", C=1.0)  # in its place
+    assert not (tmp_path / "m" / "history.csv").exists()
 
 
 def test_without_splits_every_labelled_row_trains(tmp_path: Path) -> None:

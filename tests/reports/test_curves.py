@@ -13,7 +13,8 @@ from PIL import Image
 
 from featcache.errors import ModelError, StorageError, UsageError
 from featcache.heads.head import FittedHead, Head
-from featcache.models.model import save_model
+from featcache.models.fit import fit_head
+from featcache.models.model import load_model, save_model
 from featcache.reports.curves import draw_curves, plot_history
 
 HISTORY: list[dict[str, Any]] = [
@@ -126,8 +127,31 @@ def test_a_file_of_somebody_else_is_not_replaced(model: Path) -> None:
 def test_a_model_without_a_history(model: Path) -> None:
     for text in ("{}", "[]", "no JSON", '{"history": [1], "head_val_accuracy": 0.5}'):
         (model / "metrics.json").write_text(text)
-        with pytest.raises(ModelError, match="holds no history of a fine-tuning"):
+        with pytest.raises(ModelError, match="holds no history"):
             draw_curves(model)
     with pytest.raises(ModelError, match="expected the folder of a model"):
         draw_curves(model.parent)
     assert [path.name for path in model.parent.iterdir()] == ["m"]
+
+
+def test_a_head_trained_in_epochs_has_curves(cache: Path, tmp_path: Path, figures: list[Figure]) -> None:
+    fit_head(cache, tmp_path / "m", clf="mlp", folds=0)
+    assert draw_curves(tmp_path / "m") == tmp_path / "m.curves.png"
+    epochs = load_model(tmp_path / "m").manifest["training"]["epochs"]
+    assert figures[0].get_suptitle() == "squeezenet1_1, mlp head"
+    for axes in figures[0].axes:
+        assert set(lines(axes)) == {"train", "held out of train", f"best epoch {epochs}"}
+    (_, (lowest,)), (_, held_out) = (
+        lines(figures[0].axes[0])[name] for name in (f"best epoch {epochs}", "held out of train")
+    )
+    assert lowest == min(held_out)
+
+
+def test_a_head_without_epochs_says_so(model: Path, cache: Path, tmp_path: Path) -> None:
+    fit_head(cache, tmp_path / "logreg", C=1.0, folds=0)
+    with pytest.raises(ModelError, match="logistic regression is solved"):
+        draw_curves(tmp_path / "logreg")
+    fit_head(cache, tmp_path / "old", clf="linear", folds=0, epochs=1)
+    (tmp_path / "old" / "metrics.json").write_text("{}")  # as versions without a history wrote it
+    with pytest.raises(ModelError, match=r"an earlier version of featcache saved it; train it again$"):
+        draw_curves(tmp_path / "old")

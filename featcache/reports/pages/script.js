@@ -129,7 +129,8 @@ function place() {
   const wanted = shown.slice(0, most).map((row) => items[row]);
   if (wanted.length !== list.children.length || wanted.some((item, k) => item !== list.children[k])) list.replaceChildren(...wanted);
   more.hidden = shown.length <= most;
-  more.textContent = `Show ${Math.min(shown.length - most, 4 * AT_ONCE).toLocaleString("en")} more of ${(shown.length - most).toLocaleString("en")}`;
+  const rest = shown.length - most;
+  more.textContent = rest > 4 * AT_ONCE ? `Show ${4 * AT_ONCE} more of ${rest.toLocaleString("en")}` : `Show the other ${rest.toLocaleString("en")}`;
 }
 list?.after(more);
 more?.addEventListener("click", () => {

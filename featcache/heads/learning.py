@@ -65,14 +65,15 @@ class LearningCurve:
 
         The variance of draws x judges, both random (Owen 2007, "The pigeonhole bootstrap"): what draws differ by, and what
         judges differ by. Draws of a share f of one pool overlap, and vary less than draws of new images, by 1 - f, while
-        their mean varies with the pool. Draws of the whole pool are one: they vary as those of the size before.
+        their mean varies with the pool. Draws of the whole pool are one: they vary as those of the size before. Where judges
+        are held out, each draw has a pool of its own.
         """
         draws = self.right.shape[1]
         of_judges: Array = np.nanmean(self.right, axis=1).var(axis=1, ddof=1)
         between = self.accuracies.var(axis=1, ddof=1)
         if self.held_out:  # draws have other judges, too, which count below
             between = np.maximum(between - of_judges * draws / self.right.shape[2], 0)
-        share = self.sizes / self.pool
+        share = self.sizes / self.pool * (not self.held_out)
         between = np.divide(between, 1 - share, out=np.full(len(share), np.nan), where=share < 1)
         between = np.where(share < 1, between, between[-2])
         found: Array = np.sqrt(between * (share + (1 - share) / draws) + of_judges / self.right.shape[2])
@@ -224,17 +225,31 @@ def forecast(curve: LearningCurve, *, seed: int = 0) -> Doubling:
     noise = np.maximum(curve.standard_error, 1e-6)
     law = fit_power_law(sizes, errors[None], 1 / noise**2)
     fitted = power_law(law, sizes)[0]
-    explained = 1 - np.average((errors - fitted) ** 2, weights=noise**-2) / max(
-        np.average((errors - np.average(errors, weights=noise**-2)) ** 2, weights=noise**-2), 1e-12
-    )
+    explained = _explained(errors, fitted, noise**-2)
     resampled = 1 - _resampled(curve, seed=seed)
     ends = np.array([curve.sizes[-1], 2 * curve.sizes[-1]], np.float64)
     gains = -np.diff(power_law(fit_power_law(sizes, resampled, 1 / noise**2), ends))[:, 0]
     gain = float(-np.diff(power_law(law, ends))[0, 0])
     low, high = np.quantile(gains, (0.025, 0.975)).tolist()
     refused = _why_not(sizes, errors, resampled, noise=noise, explained=explained)
-    numbers: tuple[float | None, ...] = (None, None, None) if refused else (gain, min(low, gain), max(high, gain))
-    return Doubling(2 * int(curve.sizes[-1]), *numbers, *law[0].tolist(), float(explained), refused)
+    floor, factor, exponent = law[0].tolist()
+    return Doubling(
+        size=2 * int(curve.sizes[-1]),
+        gain=None if refused else gain,
+        low=None if refused else min(low, gain),
+        high=None if refused else max(high, gain),
+        floor=floor,
+        factor=factor,
+        exponent=exponent,
+        explained=explained,
+        refused=refused,
+    )
+
+
+def _explained(values: Array, fitted: Array, weights: Array) -> float:
+    """The weighted share of the variance of ``values``."""
+    spread = np.average((values - np.average(values, weights=weights)) ** 2, weights=weights)
+    return float(1 - np.average((values - fitted) ** 2, weights=weights) / spread) if spread else 0.0
 
 
 def _why_not(sizes: Array, errors: Array, resampled: Array, *, noise: Array, explained: float) -> str:

@@ -17,7 +17,9 @@ from featcache.images.source import AnySource, Source
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import Scored, score_cache, score_held_out, score_images
+from featcache.reports.calibration import calibration_section
 from featcache.reports.cards import cards_data
+from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import Pictures, guess_root
 from featcache.reports.subject import Subject, make_subject
@@ -101,6 +103,11 @@ def _sections(subject: Subject, data: dict[str, Any]) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
     found = [
         Section("summary", "In short", "report_summary.html", {"subject": subject}),
+        calibration_section(subject.scores),
+        choice_section(subject),
+        learning_section(subject),
+        training_section(subject),
+        finetuned_section(subject),
         Section("pictures", "Pictures", "report_pictures.html", {"cards": subject.cards}),
     ]
     return [section for section in found if section is not None]

@@ -73,7 +73,9 @@ selection.on((it) => {
 const list = find("ul.cards[data-main]");
 const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
-let shown = items.map((_, row) => row); // rows, as they stand on the page
+let shown = items.map((_, row) => row); // rows, as they stand on the page; other cards are out of the document
+
+const collator = new Intl.Collator("en", { numeric: true }); // image 9 before image 10
 
 /** Row numbers in the order that a key names: a column, "-" before it: the largest first; "order": as the page was made. */
 function sorted(rows, key) {
@@ -87,7 +89,7 @@ function sorted(rows, key) {
   const value = (row) => (key === "label" || key === "predicted" ? cards.classes[column[row]] ?? "" : column[row]);
   // Rows without a value come last, whatever the direction.
   const missing = (row) => column[row] === -1 || column[row] === "";
-  const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b, undefined, { numeric: true }) : a - b);
+  const compare = (a, b) => (typeof a === "string" ? collator.compare(a, b) : a - b);
   return [...rows].sort((a, b) => missing(a) - missing(b) || sign * compare(value(a), value(b)) || a - b);
 }
 
@@ -101,12 +103,11 @@ function update() {
   if (!list) return;
   const values = form ? Object.fromEntries(new FormData(form)) : {};
   const kept = items.map((_, row) => row).filter((row) => matches(row, values));
+  const before = shown;
   shown = sorted(kept, values.sort ?? "order");
-  const visible = new Set(shown);
-  items.forEach((item, row) => { item.hidden = !visible.has(row); });
-  list.append(...shown.map((row) => items[row]));
-  all(".pic", list).forEach((button) => { button.tabIndex = -1; });
-  if (shown.length) find(".pic", items[shown[0]]).tabIndex = 0;
+  // Thousands of cards are moved in one step, and only if they have to.
+  if (shown.length !== before.length || shown.some((row, k) => row !== before[k])) list.replaceChildren(...shown.map((row) => items[row]));
+  if (shown.length) inTabOrder(shown[0]);
   if (!form) return;
   find("output", form).textContent = `Showing ${shown.length.toLocaleString("en")} of ${items.length.toLocaleString("en")}`
     + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "");
@@ -129,12 +130,15 @@ if (form) {
 }
 
 /* Arrows walk through the pictures: one of them is in the tab order at a time. */
+let tabbed = null;
+function inTabOrder(row) {
+  if (tabbed) tabbed.tabIndex = -1;
+  tabbed = find(".pic", items[row]);
+  tabbed.tabIndex = 0;
+}
 function focusOn(row) {
-  const before = find('.pic[tabindex="0"]', list);
-  const button = find(".pic", items[row]);
-  if (before) before.tabIndex = -1;
-  button.tabIndex = 0;
-  button.focus();
+  inTabOrder(row);
+  tabbed.focus();
 }
 
 list?.addEventListener("keydown", (event) => {

@@ -65,17 +65,19 @@ class LearningCurve:
 
         The variance of draws x judges, both random (Owen 2007, "The pigeonhole bootstrap"): what draws differ by, and what
         judges differ by. Draws of a share f of one pool overlap, and vary less than draws of new images, by 1 - f, while
-        their mean varies with the pool. Draws of the whole pool are one: they vary as those of the size before. Where judges
-        are held out, each draw has a pool of its own.
+        their mean varies with the pool. A draw's luck never grows with its size (isotonic regression), so that the whole pool's
+        is that of the size before. Where judges are held out, each draw has a pool of its own.
         """
+        from sklearn.isotonic import isotonic_regression
+
         draws = self.right.shape[1]
         of_judges: Array = np.nanmean(self.right, axis=1).var(axis=1, ddof=1)
         between = self.accuracies.var(axis=1, ddof=1)
         if self.held_out:  # draws have other judges, too, which count below
             between = np.maximum(between - of_judges * draws / self.right.shape[2], 0)
         share = self.sizes / self.pool * (not self.held_out)
-        between = np.divide(between, 1 - share, out=np.full(len(share), np.nan), where=share < 1)
-        between = np.where(share < 1, between, between[-2])
+        own = np.maximum(1 - share, 1e-6)  # of the whole pool: hardly known, and weighed so
+        between = isotonic_regression(between / own, sample_weight=own, y_min=0, increasing=False)
         found: Array = np.sqrt(between * (share + (1 - share) / draws) + of_judges / self.right.shape[2])
         return found
 
@@ -285,7 +287,7 @@ def _resampled(curve: LearningCurve, *, seed: int) -> Array:
 def power_law(law: Array, sizes: Array) -> Array:
     """(B, 3) floor, factor, exponent; (S,) sizes -> (B, S) errors."""
     floor, factor, exponent = law.T[:, :, None]
-    found: Array = floor + factor * sizes ** -exponent
+    found: Array = floor + factor * sizes**-exponent
     return found
 
 

@@ -64,7 +64,6 @@ def one_blas_thread() -> Any:
     return _blas().limit(limits=1)
 
 
-
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
 Setting = tuple[Scaling, float]  # and C
 Split = tuple[Indices, Indices]  # rows that train, rows held out

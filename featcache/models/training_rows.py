@@ -127,7 +127,7 @@ def _compared(tensors: dict[str, Array]) -> Compared | None:
     n = len(columns["labels"]) if columns["labels"] is not None else 0
     expected = {name: (np.int64, (n,)) for name in columns} | {"digests": (np.uint8, (n, 32))}
     for name, column in columns.items():
-        if column is None or (column.dtype, column.shape) != expected[name]:
+        if column is None or (column.dtype, column.shape) != expected[name]  # type: ignore[comparison-overlap]:
             raise ModelError(f"its {FILE} holds answers of other rows")
     return Compared(**columns)  # type: ignore[arg-type]
 

@@ -17,7 +17,11 @@ def calibration_section(scores: Scores) -> Section:
     """Reliability, coverage against accuracy, and what they say in words."""
     calibration = scores["calibration"]
     rows = [
-        [f"{way} temperature", number_text(found["log_loss"]), *map(percent_text, (found["ece"], found["ece_by_chance"]))]
+        [
+            f"{way} temperature",
+            number_text(found["log_loss"]),
+            *map(percent_text, (found["ece"], found["ece_by_chance"])),
+        ]
         for way, found in (("before", calibration["before"]), ("after", calibration["after"]))
     ]
     if calibration["temperature"] == 1:
@@ -37,7 +41,7 @@ def calibration_charts(scores: Scores) -> list[Chart]:
     calibration = scores["calibration"]
     before, after = (_bins(calibration[way]["reliability"]) for way in ("before", "after"))
     pair = (after, None) if calibration["temperature"] == 1 else (before, after)
-    caption = "On the diagonal, answers of a probability of 80% are right in 80%. Below it, the model is too sure of itself."
+    caption = "On the diagonal, answers of a probability of 80% are right in 80%. Below it, the model is too sure of itself. Whiskers are 95% intervals."
     return [charts.reliability(*pair, caption=caption), _coverage_chart(scores)]
 
 
@@ -55,9 +59,7 @@ def _coverage_chart(scores: Scores) -> Chart:
     caption = "Accuracy of the answers that are given if the least sure ones are not. The band is a 95% interval."
     if answered is not None and answered["n"]:
         series.append(charts.Series("as asked", [answered["share"]], [answered["accuracy"]]))
-        caption += (
-            f" As asked, {percent_text(answered['share'])} are answered, {percent_text(answered['accuracy'])} of them rightly."
-        )
+        caption += f" As asked, {percent_text(answered['share'])} are answered, {percent_text(answered['accuracy'])} of them rightly."
     return charts.lines(
         series,
         title="Coverage against accuracy",
@@ -88,10 +90,15 @@ def _advice(scores: Scores) -> str:
             left = scores["n"] - point["n"]
             return (
                 f"Leaving the {count_text(left)} least sure images to people, those whose answer is less probable than "
-                f"{percent_text(point['least_probability'])}, brings the errors among the others from {percent_text(whole)} "
-                f"to {percent_text(1 - point['accuracy'])} (predict --abstain-below {_cut(point['least_probability'])})."
+                f"{percent_text(point['least_probability'])}, brings the errors from {_errors(curve[0])} "
+                f"to {_errors(point)} (predict --abstain-below {_cut(point['least_probability'])})."
             )
     return ""
+
+
+def _errors(point: Mapping[str, float]) -> str:
+    wrong = round(point["n"] * (1 - point["accuracy"]))
+    return f"{percent_text(1 - point['accuracy'])} ({count_text(wrong)} of {count_text(point['n'])})"
 
 
 def _cut(probability: float) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from featcache.heads.metrics import accuracy_interval
 from featcache.reports.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 from featcache.system.display import middle_out, printable
 
@@ -62,13 +63,17 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line: ``y`` over ``x``, with the interval ``low``..``high`` about it, if given. NaN and None are gaps."""
+    """A line: ``y`` over ``x``, with the interval ``low``..``high`` about it, if given. NaN and None are gaps.
+
+    ``points``: a dot at each value, unless the chart has none.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    points: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +165,7 @@ def lines(
     percent_x: bool = False,
     percent_y: bool = False,
     y_range: tuple[float, float] | None = None,
+    floor: float | None = None,
     mark: tuple[float, str] | None = None,
     level: tuple[float, str] | None = None,
     points: bool = True,
@@ -169,31 +175,35 @@ def lines(
 
     Args:
         log_x: x in powers of ten; values that are not positive are left out. y_range: what the axis spans at least; what
-            the values span, and a little more, when not given.
+            the values span, and a little more, when not given. floor: where the axis begins; lines below it run out of sight.
         mark: an x that was chosen, and its word. level: a y to compare with, and its word.
         points: a dot at each value; false for curves of hundreds. x_text: an x in words, as ``numbers.bytes_text``.
     """
     kept = [_clean(each, log_x) for each in series]
     xs = [x for each in kept for x in each.x] + ([mark[0]] if mark else [])
     ys = [y for each in kept for y in (*each.y, *each.low, *each.high) if y is not None] + ([level[0]] if level else [])
-    low, high = _span(ys, y_range, percent_y)
+    low, high = _span([y for y in ys if floor is None or y >= floor], y_range, percent_y)
+    low = low if floor is None else floor
     names = [_fitting(each.name, 100) for each in kept]
     named = len(kept) > 1
     right = WIDTH - (28 + _LETTER * max(map(len, names), default=0) if named else _RIGHT)
     whole = not percent_x and all(x == round(x) for x in xs)
-    across = _Axis(min(xs, default=1), max(xs, default=2), _LEFT + 4, right - 4, log_x, percent_x, x_text, whole)
     top = _TOP + (14 if mark else 0)
     up = _Axis(low, high, 220 - _BOTTOM, top, percent=percent_y)
-    parts = _frame(across, up, right, x_label, y_label)
+    left = _left(up)
+    across = _Axis(min(xs, default=1), max(xs, default=2), left + 4, right - 4, log_x, percent_x, x_text, whole)
+    parts = _frame(across, up, right, x_label, y_label, left=left)
     if level:
         y = up.at(level[0])
-        parts += [_line(_LEFT, y, right, y, "reference"), _text(right - 4, y - 4, level[1], "end", "note")]
+        parts += [_line(left, y, right, y, "reference"), _text(left + 6, y - 4, level[1], "start", "note")]
     if mark:
         parts += _marked(across.at(mark[0]), mark[1], top, 220 - _BOTTOM)
+    drawn: list[Markup] = []
     for number, each in enumerate(kept):
-        parts += _drawn(each, number, across, up, points=points)
+        drawn += _drawn(each, number, across, up, points=points and each.points)
+    parts += _clipped(drawn, right, top - 6, 220 - _BOTTOM) if floor is not None else drawn
     if named:
-        ends = [up.at(next((y for y in reversed(each.y) if y is not None), low)) for each in kept]
+        ends = [up.at(max(next((y for y in reversed(each.y) if y is not None), low), low)) for each in kept]
         for number, (name, y) in enumerate(zip(names, _apart(ends, 14, top + 4, 220 - _BOTTOM), strict=True)):
             point = _point(right + 9, y, number, f"f{number % 6 + 1}")
             parts += [point, _text(right + 18, y + 4, name, "start", "name", whole=series[number].name)]
@@ -205,6 +215,7 @@ def lines(
 def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliability", caption: str = "") -> Chart:
     """Accuracy against confidence: on the diagonal, probabilities mean what they say. Bars below: images per bin.
 
+    A whisker is the 95 % interval of a bin's accuracy: no line joins bins, as one of a few images would draw all eyes.
     ``after``: the same once logits are divided by the temperature (Guo et al. 2017).
     """
     size, low = 250.0, 40.0  # of the field, and of the counts beneath it
@@ -219,7 +230,10 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
     for number, (name, bins) in enumerate(kinds):
         most = max(max(each.count, default=0) for _, each in kinds) or 1
         there = [row for row in zip(bins.confidence, bins.accuracy, bins.count, strict=True) if row[2]]
-        parts += _drawn(Series(name, [row[0] for row in there], [row[1] for row in there]), number, across, up)
+        for confidence, accuracy, count in there:
+            x, ends = across.at(confidence), accuracy_interval(round(accuracy * count), count)
+            parts.append(_line(x, up.at(ends[0]), x, up.at(ends[1]), f"whisker s{number + 1}"))
+        parts += [_point(across.at(x), up.at(y), number, f"f{number + 1}") for x, y, _ in there]
         for confidence, accuracy, count in there:
             tall = max(low * count / most, 1.0)
             x = across.at(confidence) - 5 + (len(kinds) - 1) * (10 * number - 5) / 2
@@ -345,7 +359,26 @@ def _frame(across: _Axis, up: _Axis, right: float, x_label: str, y_label: str, *
     if x_label:
         parts.append(_text((left + right) / 2, bottom + 35, x_label, "middle", "label"))
     turned = Markup('<text class="label" text-anchor="middle" transform="translate({} {}) rotate(-90)">{}</text>')
-    return [*parts, turned.format(_n(left - 35), _n((up.start + up.stop) / 2), printable(y_label))]
+    wide = max(29.0, 12 + _LETTER * max((len(text) for _, text in up.ticks()), default=0))
+    return [*parts, turned.format(_n(left - 6 - wide), _n((up.start + up.stop) / 2), printable(y_label))]
+
+
+def _left(up: _Axis) -> float:
+    """Where the field begins: beyond the axis's name and its widest tick."""
+    widest = max((len(text) for _, text in up.ticks()), default=0)
+    return max(_LEFT, 22 + 6 + _LETTER * widest)
+
+
+def _clipped(parts: Sequence[Markup], right: float, top: float, bottom: float) -> list[Markup]:
+    """What lies within the field; an inner svg clips without a name that another chart of the page might have, too."""
+    box = _n(right + 6), _n(bottom - top)
+    return [
+        Markup('<svg x="0" y="{0}" width="{1}" height="{2}" viewBox="0 {0} {1} {2}" overflow="hidden">').format(
+            _n(top), *box
+        ),
+        *parts,
+        Markup("</svg>"),
+    ]
 
 
 def _marked(x: float, word: str, top: float, bottom: float) -> list[Markup]:
@@ -400,6 +433,7 @@ def _clean(each: Series, log_x: bool) -> Series:
         [finite(each.y[row]) for row in kept],
         [float(each.low[row]) for row in kept] if band else (),
         [float(each.high[row]) for row in kept] if band else (),
+        each.points,
     )
 
 

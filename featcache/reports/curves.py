@@ -124,7 +124,9 @@ def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_ep
     epochs = [row["epoch"] for row in history]
     star, colours = math.nan, {"train": _TRAIN, "val": _VAL}
     for split, values in values_of(history, what).items():
-        axes.plot(epochs, values, color=colours[split], marker="o", markersize=3, label=split)  # dots: one epoch is no line
+        axes.plot(
+            epochs, values, color=colours[split], marker="o", markersize=3, label=split
+        )  # dots: one epoch is no line
         best = values[epochs.index(best_epoch)] if best_epoch in epochs else math.nan
         star = best if math.isfinite(best) else star
     if math.isfinite(star):

@@ -61,7 +61,9 @@ def choice_section(subject: Subject) -> Section | None:
 def _different_images(model: Model) -> int:
     """That train; all training rows where the model does not know."""
     rows = model.training_rows()
-    return len(np.unique(first_copies(rows.digests))) if rows is not None else int(model.manifest["training"]["n_train"])
+    return (
+        len(np.unique(first_copies(rows.digests))) if rows is not None else int(model.manifest["training"]["n_train"])
+    )
 
 
 def choice_charts(curve: Curve, chosen: tuple[str, float], n: int) -> list[Chart]:
@@ -80,6 +82,7 @@ def choice_charts(curve: Curve, chosen: tuple[str, float], n: int) -> list[Chart
                 columns=("scaling", "accuracy"),
             )
         ]
+    least, floor = good_enough(best, n), _floor(best, n)
     options: dict[str, Any] = {"x_label": "C, weaker regularisation to the right", "log_x": True}
     options["mark"] = (chosen[1], f"chosen: C {chosen[1]:g}, {chosen[0]}")
     return [
@@ -89,7 +92,8 @@ def choice_charts(curve: Curve, chosen: tuple[str, float], n: int) -> list[Chart
             caption="Cross-validated, of each scaling. Above the dashed line settings cannot be told apart by accuracy.",
             y_label="accuracy",
             percent_y=True,
-            level=(good_enough(best, n), "one standard error below the best"),
+            floor=floor if any(entry["accuracy"] < floor for entry in curve) else None,
+            level=(least, "one standard error below the best"),
             **options,
         ),
         charts.lines(
@@ -101,6 +105,11 @@ def choice_charts(curve: Curve, chosen: tuple[str, float], n: int) -> list[Chart
             **options,
         ),
     ]
+
+
+def _floor(best: float, n: int) -> float:
+    """Where the picture of accuracies begins: what lies below does not matter, and would flatten what does."""
+    return max(0.0, min(best - 0.08, best - 6 * (best - good_enough(best, n))))
 
 
 def _by_scaling(curve: Curve, what: str) -> list[Series]:
@@ -151,7 +160,11 @@ def learning_section(subject: Subject) -> Section | None:
         context: dict[str, Any] = {"charts": [], "words": f"There is no learning curve: {error}."}
         return Section("learning", "Would more images help?", "section_charts.html", context, "Learning curve")
     doubling = forecast(curve)
-    context = {"charts": [learning_chart(curve, doubling)], "words": _worth(curve, doubling), "notes": _how(curve, judges, model)}
+    context = {
+        "charts": [learning_chart(curve, doubling)],
+        "words": _worth(curve, doubling),
+        "notes": _how(curve, judges, model),
+    }
     return Section("learning", "Would more images help?", "section_charts.html", context, "Learning curve")
 
 
@@ -198,11 +211,13 @@ def learning_chart(curve: LearningCurve, doubling: Doubling) -> Chart:
     low, high = curve.interval
     sizes = curve.sizes.tolist()
     series = [Series("measured", sizes, curve.accuracy.tolist(), low.tolist(), high.tolist())]
-    caption = "Mean of the draws; the band is a 95% interval for other training images and other judges of the same kind."
+    caption = (
+        "Mean of the draws; the band is a 95% interval for other training images and other judges of the same kind."
+    )
     if doubling.gain is not None:
         steps = np.geomspace(sizes[0], doubling.size, 24)
         law = 1 - doubling.floor - doubling.factor * steps**-doubling.exponent
-        series.append(Series("power law", steps.tolist(), law.tolist()))
+        series.append(Series("power law", steps.tolist(), law.tolist(), points=False))
         caption += " The dashed line beyond the last point is an extrapolation."
     return charts.lines(
         series,

@@ -19,6 +19,7 @@ from featcache.models.model import Model, load_model
 from featcache.models.scoring import Scored, score_cache, score_held_out, score_images
 from featcache.reports.calibration import calibration_section
 from featcache.reports.cards import cards_data
+from featcache.reports.confusion import classes_section, confusion_section
 from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import Pictures, guess_root
@@ -103,11 +104,13 @@ def _sections(subject: Subject, data: dict[str, Any]) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
     found = [
         Section("summary", "In short", "report_summary.html", {"subject": subject}),
+        confusion_section(subject, data),
+        classes_section(subject),
         calibration_section(subject.scores),
+        finetuned_section(subject),
+        training_section(subject),
         choice_section(subject),
         learning_section(subject),
-        training_section(subject),
-        finetuned_section(subject),
         Section("pictures", "Pictures", "report_pictures.html", {"cards": subject.cards}),
     ]
     return [section for section in found if section is not None]
@@ -126,7 +129,7 @@ def _checked(model: Model | AnyPath, source: AnySource | None) -> Model:
     check_path(folder, "model", ("report", HERE, *words))
     for path in words:
         check_path(path, "images or cache", ("report", folder, HERE))
-    return model if isinstance(model, Model) else load_model(model)
+    return model if isinstance(model, Model) else load_model(folder)
 
 
 def _score(

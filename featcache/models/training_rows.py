@@ -6,6 +6,7 @@ In and out: ``training.safetensors`` in the model's folder.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -124,10 +125,10 @@ def _compared(tensors: dict[str, Array]) -> Compared | None:
     if not any(name.startswith(_COMPARED) for name in tensors):
         return None
     columns = {field.name: tensors.get(_COMPARED + field.name) for field in dataclasses.fields(Compared)}
-    n = len(columns["labels"]) if columns["labels"] is not None else 0
-    expected = {name: (np.int64, (n,)) for name in columns} | {"digests": (np.uint8, (n, 32))}
+    n = columns["labels"].size if columns["labels"] is not None else 0
+    expected: dict[str, Any] = dict.fromkeys(columns, (np.int64, (n,))) | {"digests": (np.uint8, (n, 32))}
     for name, column in columns.items():
-        if column is None or (column.dtype, column.shape) != expected[name]  # type: ignore[comparison-overlap]:
+        if column is None or (column.dtype, column.shape) != expected[name]:
             raise ModelError(f"its {FILE} holds answers of other rows")
     return Compared(**columns)  # type: ignore[arg-type]
 

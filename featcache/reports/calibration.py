@@ -41,7 +41,10 @@ def calibration_charts(scores: Scores) -> list[Chart]:
     calibration = scores["calibration"]
     before, after = (_bins(calibration[way]["reliability"]) for way in ("before", "after"))
     pair = (after, None) if calibration["temperature"] == 1 else (before, after)
-    caption = "On the diagonal, answers of a probability of 80% are right in 80%. Below it, the model is too sure of itself. Whiskers are 95% intervals."
+    caption = (
+        "On the diagonal, answers of a probability of 80% are right in 80%; below it, the model is too sure of itself. "
+        "Whiskers are 95% intervals."
+    )
     return [charts.reliability(*pair, caption=caption), _coverage_chart(scores)]
 
 

@@ -109,7 +109,7 @@ def choice_charts(curve: Curve, chosen: tuple[str, float], n: int) -> list[Chart
 
 def _floor(best: float, n: int) -> float:
     """Where the picture of accuracies begins: what lies below does not matter, and would flatten what does."""
-    return max(0.0, min(best - 0.08, best - 6 * (best - good_enough(best, n))))
+    return max(0.0, best - max(0.08, 6 * (best - float(good_enough(best, n)))))
 
 
 def _by_scaling(curve: Curve, what: str) -> list[Series]:

@@ -5,6 +5,11 @@ backbones.py          backbones: a table to choose from, one network from input 
 doctor.py             what this machine can do, how fast it embeds, what limits, what would help
 machine.py            facts about machine and installation
 throughput.py         rates of decoding and of the backbone, measured; photographs to measure with
+figures.py            charts as files, for papers
+stats.py              what a source of images holds, before any work
+stats_advice.py       what to do about it, in sentences
+stats_text.py         the same as text
+stats_page.py         the same as a page, in a folder with its numbers
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture

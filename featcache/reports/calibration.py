@@ -56,9 +56,9 @@ def _coverage_chart(scores: Scores) -> Chart:
     """Accuracy of the surest answers with its interval, and where a chosen abstention lies."""
     curve, answered = scores["answer_curve"][::-1], scores["answered"]
     ends = [accuracy_interval(round(point["accuracy"] * point["n"]), point["n"]) for point in curve]
-    band = {"low": [low for low, _ in ends], "high": [high for _, high in ends]}
+    band = [low for low, _ in ends], [high for _, high in ends]
     shares, values = ([point[name] for point in curve] for name in ("share", "accuracy"))
-    series = [charts.Series("surest", shares, values, **band)]
+    series = [charts.Series("surest", shares, values, *band)]
     caption = "Accuracy of the answers that are given if the least sure ones are not. The band is a 95% interval."
     if answered is not None and answered["n"]:
         series.append(charts.Series("as asked", [answered["share"]], [answered["accuracy"]]))

@@ -17,6 +17,7 @@ from featcache.heads.metrics import accuracy_interval
 from featcache.reports.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 from featcache.system.display import middle_out, printable
 
+FIGURE_MARK = "<!-- drawn by featcache -->"  # in every file of a chart
 WIDTH = 440  # units, near to pixels: small enough that its texts can be read on a phone
 _LETTER = 6.4  # units, of the 12-unit type on average
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40  # around the field of a chart with axes
@@ -193,15 +194,17 @@ def lines(
     left = _left(up)
     across = _Axis(min(xs, default=1), max(xs, default=2), left + 4, right - 4, log_x, percent_x, x_text, whole)
     parts = _frame(across, up, right, x_label, y_label, left=left)
+    y_level = up.at(level[0]) if level else 0.0
     if level:
-        y = up.at(level[0])
-        parts += [_line(left, y, right, y, "reference"), _text(left + 6, y - 4, level[1], "start", "note")]
+        parts.append(_line(left, y_level, right, y_level, "reference"))
     if mark:
         parts += _marked(across.at(mark[0]), mark[1], top, 220 - _BOTTOM)
     drawn: list[Markup] = []
     for number, each in enumerate(kept):
         drawn += _drawn(each, number, across, up, points=points and each.points)
     parts += _clipped(drawn, right, top - 6, 220 - _BOTTOM) if floor is not None else drawn
+    if level:
+        parts.append(_text(left + 6, y_level - 5, level[1], "start", "note"))
     if named:
         ends = [up.at(max(next((y for y in reversed(each.y) if y is not None), low), low)) for each in kept]
         for number, (name, y) in enumerate(zip(names, _apart(ends, 14, top + 4, 220 - _BOTTOM), strict=True)):
@@ -219,7 +222,7 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
     ``after``: the same once logits are divided by the temperature (Guo et al. 2017).
     """
     size, low = 250.0, 40.0  # of the field, and of the counts beneath it
-    left = (WIDTH - size) / 2 + 10
+    left = _LEFT if after else (WIDTH - size) / 2 + 10
     across = _Axis(0, 1, left, left + size, percent=True)
     up = _Axis(0, 1, _TOP + size, _TOP, percent=True)
     base = _TOP + size + 30 + low
@@ -244,8 +247,8 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
                 (*([name] if name else []), percent_text(confidence), percent_text(accuracy), count_text(count))
             )
         if name:
-            y = _TOP + 14 + 18 * number
-            parts += [_point(left + 14, y, number, f"f{number + 1}"), _text(left + 24, y + 4, name, "start", "name")]
+            x, y = left + size + 16, _TOP + 6 + 18 * number
+            parts += [_point(x, y, number, f"f{number + 1}"), _text(x + 9, y + 4, name, "start", "name")]
     parts += [_line(left, base, left + size, base, "axis"), _text(left - 8, base, "images", "end", "tick")]
     parts.append(_text(left + size / 2, base + 20, "probability of the answer", "middle", "label"))
     header = (*(["when"] if after else []), "probability", "accuracy", "images")
@@ -279,6 +282,22 @@ def histogram(
         parts += _marked(across.at(mark[0]), mark[1], top, 180 - _BOTTOM)
     table = tuple((name, count_text(count)) for name, count in zip(ranges, counts, strict=True))
     return _chart(title, caption, parts, 180, (x_label, "images"), table)
+
+
+def sizes(counts: Sequence[Sequence[int]], *, title: str, caption: str = "") -> Chart:
+    """How many images have which width and height: a disc for each (width, height, count), its area the count."""
+    widths, heights = ([row[k] for row in counts] for k in (0, 1))
+    across = _Axis(min(widths) / 1.15, max(widths) * 1.15, _LEFT + 6, WIDTH - _RIGHT, log=True)
+    up = _Axis(min(heights) / 1.15, max(heights) * 1.15, 260 - _BOTTOM, _TOP, log=True)
+    parts = _frame(across, up, WIDTH - _RIGHT, "width in pixels", "height", left=_LEFT + 6)
+    most = max(row[2] for row in counts)
+    for width, height, count in counts:
+        radius = max(16 * math.sqrt(count / most), 2)
+        disc = Markup('<circle class="disc" cx="{}" cy="{}" r="{}"><title>{}</title></circle>')
+        hint = f"{width} x {height}: {count_text(count)}"
+        parts.append(disc.format(_n(across.at(width)), _n(up.at(height)), _n(radius), hint))
+    table = tuple((str(width), str(height), count_text(count)) for width, height, count in counts[:100])
+    return _chart(title, caption, parts, 260, ("width", "height", "images"), table)
 
 
 def coverage(
@@ -318,7 +337,7 @@ def figure_file(chart: Chart) -> str:
     opening = opening.replace(
         "<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}"', 1
     )
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{opening}><style>{_file_style()}</style>{rest}\n'
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{FIGURE_MARK}\n{opening}><style>{_file_style()}</style>{rest}\n'
 
 
 def _file_style() -> str:

@@ -10,6 +10,7 @@ and rate of convergence").
 
 import dataclasses
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -260,7 +261,7 @@ def _why_not(sizes: Array, errors: Array, resampled: Array, *, noise: Array, exp
     if np.quantile(rises, 0.025) <= 0:
         return "accuracy does not rise with the training images beyond the noise of the points"
     if explained < _EXPLAINED:
-        return f"a power law explains {max(explained, 0):.0%} of what the points differ by only"
+        return f"a power law explains only {math.floor(100 * max(explained, 0))}% of what the points differ by"
     half = sizes <= sizes[-1] / 2
     if half.sum() >= 4:
         foretold = power_law(fit_power_law(sizes[half], resampled[:, half], noise[half] ** -2), sizes[-1:])[:, 0]

@@ -1,5 +1,6 @@
 """What probabilities are worth, in pictures. In: scores as ``evaluate`` returns them. Out: the section of a report, and its charts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def calibration_section(scores: Scores) -> Section:
         for way, found in (("before", calibration["before"]), ("after", calibration["after"]))
     ]
     if calibration["temperature"] == 1:
-        rows = [["probabilities", *rows[1][1:]]]
+        rows = [["all", *rows[1][1:]]]
     context = {
         "charts": calibration_charts(scores),
         "rows": rows,
@@ -84,26 +85,21 @@ def _in_words(after: Mapping[str, Any]) -> str:
     return f"{found}; {expected}. Read probabilities with that in mind."
 
 
-def _advice(scores: Scores) -> str:
-    """The least abstention on the curve that halves the share of errors; empty where there is none."""
+def _advice(scores: Scores) -> tuple[str, str] | None:
+    """The least abstention on the curve that halves the share of errors, and the option for it; None where there is none."""
     curve = scores["answer_curve"]
     whole = 1 - curve[0]["accuracy"]
     for point in curve[1:]:
         if whole and 1 - point["accuracy"] <= _HALF * whole:
-            left = scores["n"] - point["n"]
-            return (
-                f"Leaving the {count_text(left)} least sure images to people, those whose answer is less probable than "
-                f"{percent_text(point['least_probability'])}, brings the errors from {_errors(curve[0])} "
-                f"to {_errors(point)} (predict --abstain-below {_cut(point['least_probability'])})."
+            least = point["least_probability"]
+            words = (
+                f"Leaving the {count_text(scores['n'] - point['n'])} least sure images to people, those whose answer is less "
+                f"probable than {percent_text(least)}, brings the errors from {_errors(curve[0])} to {_errors(point)}."
             )
-    return ""
+            return words, f"--abstain-below {math.floor(least * 10_000) / 10_000:g}"
+    return None
 
 
 def _errors(point: Mapping[str, float]) -> str:
     wrong = round(point["n"] * (1 - point["accuracy"]))
     return f"{percent_text(1 - point['accuracy'])} ({count_text(wrong)} of {count_text(point['n'])})"
-
-
-def _cut(probability: float) -> str:
-    """A threshold of which ``probability`` is no less."""
-    return f"{int(probability * 10_000) / 10_000:g}"

@@ -177,7 +177,7 @@ def lines(
     Args:
         log_x: x in powers of ten; values that are not positive are left out. y_range: what the axis spans at least; what
             the values span, and a little more, when not given. floor: where the axis begins; lines below it run out of sight.
-        mark: an x that was chosen, and its word. level: a y to compare with, and its word.
+        mark: an x that was chosen, and its word. level: a y to compare with, and its word, or none.
         points: a dot at each value; false for curves of hundreds. x_text: an x in words, as ``numbers.bytes_text``.
     """
     kept = [_clean(each, log_x) for each in series]
@@ -203,7 +203,7 @@ def lines(
     for number, each in enumerate(kept):
         drawn += _drawn(each, number, across, up, points=points and each.points)
     parts += _clipped(drawn, right, top - 6, 220 - _BOTTOM) if floor is not None else drawn
-    if level:
+    if level and level[1]:
         parts.append(_text(left + 6, y_level - 5, level[1], "start", "note"))
     if named:
         ends = [up.at(max(next((y for y in reversed(each.y) if y is not None), low), low)) for each in kept]
@@ -222,9 +222,9 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
     ``after``: the same once logits are divided by the temperature (Guo et al. 2017).
     """
     size, low = 250.0, 40.0  # of the field, and of the counts beneath it
-    left = _LEFT if after else (WIDTH - size) / 2 + 10
-    across = _Axis(0, 1, left, left + size, percent=True)
     up = _Axis(0, 1, _TOP + size, _TOP, percent=True)
+    left = _left(up) if after else (WIDTH - size) / 2 + 10  # names to the right of the field
+    across = _Axis(0, 1, left, left + size, percent=True)
     base = _TOP + size + 30 + low
     parts = _frame(across, up, left + size, "", "accuracy", left=left)
     parts.append(_line(across.at(0), up.at(0), across.at(1), up.at(1), "reference"))

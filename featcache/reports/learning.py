@@ -89,11 +89,12 @@ def choice_charts(curve: Curve, chosen: tuple[str, float], n: int) -> list[Chart
         charts.lines(
             _by_scaling(curve, "accuracy"),
             title="Accuracy over C",
-            caption="Cross-validated, of each scaling. Above the dashed line settings cannot be told apart by accuracy.",
+            caption="Cross-validated, of each scaling. Above the dashed line, one standard error below the best, accuracy does not "
+            "tell settings apart.",
             y_label="accuracy",
             percent_y=True,
             floor=floor if any(entry["accuracy"] < floor for entry in curve) else None,
-            level=(least, "one standard error below the best"),
+            level=(least, ""),
             **options,
         ),
         charts.lines(

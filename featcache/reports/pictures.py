@@ -21,9 +21,9 @@ from featcache.reports.thumbnails import Thumbnail, fitting_size, thumbnails
 _AT_A_TIME = 64  # files, between two looks at the clock
 _PLACES = 200  # folders in which the source of a cache is looked for
 
-MISSING = "no picture: the file is not in this folder, or was changed"
-NO_FOLDER = "no picture: give the folder of the images with --source"
-NO_TIME = "no picture here: `featcache report` shows it"
+MISSING = "no picture: not in the folder, or changed"
+NO_FOLDER = "no picture here"
+NO_TIME = "left out to be quick"
 
 
 @dataclasses.dataclass

@@ -163,6 +163,7 @@ def evaluate(
     abstain_below: AbstainBelow = None,
     evidence: Evidence = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -179,6 +180,8 @@ def evaluate(
     """
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
+    from featcache.reports.calibration import calibration_charts
+    from featcache.reports.figures import check_figures, write_figures
     from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import evaluation_lines
 
@@ -194,6 +197,8 @@ def evaluate(
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     output = None if output is None else as_path(output)
     _check_table(output, [source], overwrite=overwrite)
+    if figures is not None:
+        check_figures(figures)
     with show_progress("evaluating") as progress:
         scores = run(
             model,
@@ -212,6 +217,8 @@ def evaluate(
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")
+    if figures is not None:
+        lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
     show_result(lines, scores | {"output": output}, as_json=as_json)
 
 

@@ -7,9 +7,7 @@ Charts are drawn in Python, so that they are there without script, in print and 
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from markupsafe import Markup, escape
 
@@ -17,12 +15,10 @@ from featcache.heads.metrics import accuracy_interval
 from featcache.reports.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 from featcache.system.display import middle_out, printable
 
-FIGURE_MARK = "<!-- drawn by featcache -->"  # in every file of a chart
 WIDTH = 440  # units, near to pixels: small enough that its texts can be read on a phone
 _LETTER = 6.4  # units, of the 12-unit type on average
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40  # around the field of a chart with axes
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
-_STYLE = Path(__file__).parent / "pages" / "style.css"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,22 +296,6 @@ def sizes(counts: Sequence[Sequence[int]], *, title: str, caption: str = "") -> 
     return _chart(title, caption, parts, 260, ("width", "height", "images"), table)
 
 
-def coverage(
-    answered: Sequence[float], accuracy: Sequence[float], *, title: str = "Coverage against accuracy", caption: str = ""
-) -> Chart:
-    """Accuracy (0..1) of the answers, if only the surest share ``answered`` (0..1) of the images is answered."""
-    return lines(
-        [Series("accuracy", answered, list(accuracy))],
-        title=title,
-        caption=caption,
-        x_label="share answered, the surest first",
-        y_label="accuracy",
-        percent_x=True,
-        percent_y=True,
-        points=len(answered) <= 25,
-    )
-
-
 def top_bars(shares: Sequence[float]) -> Markup:
     """The likeliest classes' shares as bars, tiny and in few bytes: pages have thousands. What they are is said elsewhere."""
     path = "".join(f"M0 {3 * row}h{_n(100 * p)}v2H0z" for row, p in enumerate(shares) if p >= 5e-4)
@@ -328,24 +308,6 @@ def share_bar(share: float, *, words: str = "", kind: str = "") -> Markup:
     return Markup(
         '<svg class="share {}" viewBox="0 0 100 8" preserveAspectRatio="none" {}><rect width="{}" height="8"/></svg>'
     ).format(kind, hidden, _n(100 * min(max(share, 0.0), 1.0)))
-
-
-def figure_file(chart: Chart) -> str:
-    """A chart as a file of its own, for a paper: the same picture, light, with its style inside."""
-    opening, rest = str(chart.svg).split(">", 1)
-    size = opening.split('viewBox="0 0 ')[1].split('"')[0].split()
-    opening = opening.replace(
-        "<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}"', 1
-    )
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{FIGURE_MARK}\n{opening}><style>{_file_style()}</style>{rest}\n'
-
-
-def _file_style() -> str:
-    """The part of the style sheet that charts need, its variables replaced: programs that draw figures know none."""
-    sheet = _STYLE.read_text(encoding="utf-8")
-    rules = sheet.split("/* charts */")[1].split("/* end of charts */")[0].replace("var(--sans)", "Arial, sans-serif")
-    values = dict(re.findall(r"(--[\w-]+): ([^;]+);", sheet.split("}")[0])) | {"--page": "#fff"}
-    return re.sub(r"var\((--[\w-]+)\)", lambda found: values[found[1]], rules)
 
 
 def _chart(

@@ -275,15 +275,10 @@ _ORDINALS = {5: "fifth", 10: "tenth"}
 
 def training_section(subject: Subject) -> Section | None:
     """Loss and accuracy epoch by epoch, of fine-tuning or of a linear or mlp head."""
-    history = read_history(subject.model)
+    history, best = read_history(subject.model), subject.model.manifest["training"].get("best_epoch")
     if not history:
         return None
-    metrics, training = read_metrics(subject.model), subject.model.manifest["training"]
-    best = training.get("best_epoch")
-    context = {
-        "charts": training_charts(history, best_epoch=best, head_val_accuracy=metrics.get("head_val_accuracy")),
-        "words": _best_in_words(history, best),
-    }
+    context = {"charts": training_charts(subject.model), "words": _best_in_words(history, best)}
     return Section("training", "Training, epoch by epoch", "section_charts.html", context, "Training")
 
 
@@ -305,11 +300,11 @@ def _number(value: Any) -> float | None:
     return None if value in (None, "") else float(value)
 
 
-def training_charts(
-    history: Sequence[Mapping[str, Any]], *, best_epoch: int | None = None, head_val_accuracy: float | None = None
-) -> list[Chart]:
-    """Loss and accuracy; the same numbers as ``curves.plot_history`` draws."""
-    epochs = [row["epoch"] for row in history]
+def training_charts(model: Model) -> list[Chart]:
+    """Loss and accuracy, with the best epoch and the frozen head; the numbers that ``curves.plot_history`` draws."""
+    history, best_epoch = read_history(model), model.manifest["training"].get("best_epoch")
+    head_val_accuracy = read_metrics(model).get("head_val_accuracy")
+    epochs = [float(row["epoch"] or 0) for row in history]
     mark = None if best_epoch is None or best_epoch not in epochs else (float(best_epoch), f"best epoch {best_epoch:g}")
     found = []
     for what, label in (("loss", "loss (nats)"), ("accuracy", "accuracy")):

@@ -26,7 +26,7 @@ _LEAST, _LEAST_OF_CLASS, _LEAST_SHARE = 10, 2, 1 / 32  # images of the smallest 
 _LEAST_SPAN = 4  # the largest size by the smallest
 _MOST_VALUES = 2**24  # of features that train: 13,000 images of 1,280
 _Z = 1.959963984540054
-_EXPONENTS = np.linspace(0.05, 2, 79)
+_EXPONENTS = np.linspace(0.05, 2, 391)
 _RESAMPLES = 400
 _EXPLAINED = 0.9  # of the points' variance, by a law that is worth a forecast
 

@@ -11,7 +11,6 @@ from featcache.reports.numbers import count_text, number_text, percent_text
 from featcache.reports.page import Section
 
 Scores = Mapping[str, Any]
-_HALF = 0.5  # of the errors are worth leaving some images to people
 
 
 def calibration_section(scores: Scores) -> Section:
@@ -88,9 +87,9 @@ def _in_words(after: Mapping[str, Any]) -> str:
 def _advice(scores: Scores) -> tuple[str, str] | None:
     """The least abstention on the curve that halves the share of errors, and the option for it; None where there is none."""
     curve = scores["answer_curve"]
-    whole = 1 - curve[0]["accuracy"]
+    wrong, n = _wrong(curve[0]), curve[0]["n"]
     for point in curve[1:]:
-        if whole and 1 - point["accuracy"] <= _HALF * whole:
+        if wrong and 2 * _wrong(point) * n <= wrong * point["n"]:
             least = point["least_probability"]
             words = (
                 f"Leaving the {count_text(scores['n'] - point['n'])} least sure images to people, those whose answer is less "
@@ -101,5 +100,8 @@ def _advice(scores: Scores) -> tuple[str, str] | None:
 
 
 def _errors(point: Mapping[str, float]) -> str:
-    wrong = round(point["n"] * (1 - point["accuracy"]))
-    return f"{percent_text(1 - point['accuracy'])} ({count_text(wrong)} of {count_text(point['n'])})"
+    return f"{percent_text(1 - point['accuracy'])} ({count_text(_wrong(point))} of {count_text(point['n'])})"
+
+
+def _wrong(point: Mapping[str, float]) -> int:
+    return round(point["n"] * (1 - point["accuracy"]))

@@ -200,7 +200,8 @@ def lines(
         drawn += _drawn(each, number, across, up, points=points and each.points)
     parts += _clipped(drawn, right, top - 6, 220 - _BOTTOM) if floor is not None else drawn
     if level and level[1]:
-        parts.append(_text(left + 6, y_level - 5, level[1], "start", "note"))
+        drawn_at = [[(across.at(x), up.at(y)) for x, y in zip(e.x, e.y, strict=True) if y is not None] for e in kept]
+        parts.append(_beside(y_level, level[1], left + 6, right - 4, drawn_at))
     if named:
         ends = [up.at(max(next((y for y in reversed(each.y) if y is not None), low), low)) for each in kept]
         for number, (name, y) in enumerate(zip(names, _apart(ends, 14, top + 4, 220 - _BOTTOM), strict=True)):
@@ -348,6 +349,25 @@ def _left(up: _Axis) -> float:
     """Where the field begins: beyond the axis's name and its widest tick."""
     widest = max((len(text) for _, text in up.ticks()), default=0)
     return max(_LEFT, 22 + 6 + _LETTER * widest)
+
+
+def _beside(y: float, word: str, left: float, right: float, lines: Sequence[Sequence[tuple[float, float]]]) -> Markup:
+    """A word above or below a level line, at its left or right end: where it covers the least of the ``lines``."""
+    wide, some = _LETTER * len(word), 40  # points between two of a line's
+    between = [
+        (x1 + (x2 - x1) * k / some, y1 + (y2 - y1) * k / some)
+        for line in lines
+        for (x1, y1), (x2, y2) in itertools.pairwise([*line, *line[-1:]])
+        for k in range(some)
+    ]
+
+    def covered(place: tuple[float, str, float]) -> int:
+        low = place[0] if place[1] == "start" else place[0] - wide
+        return sum(low - 6 < x < low + wide + 6 and -13 < there - place[2] < 5 for x, there in between)
+
+    places = [(x, side, at) for at in (y - 5, y + 14) for x, side in ((left, "start"), (right, "end"))]
+    x, side, at = min(places, key=covered)
+    return _text(x, at, word, side, "note")
 
 
 def _clipped(parts: Sequence[Markup], right: float, top: float, bottom: float) -> list[Markup]:

@@ -32,6 +32,9 @@ from featcache.system.safe_load import parse_json
 log = logging.getLogger("featcache")
 Curve = Sequence[Mapping[str, Any]]
 _HISTORY = "history.csv"
+_ON_TRAIN = (
+    "On train of augmented images and as the loss is trained, on val of images as they are: compare each with itself."
+)
 
 
 def read_metrics(model: Model) -> dict[str, Any]:
@@ -318,6 +321,7 @@ def training_charts(model: Model) -> list[Chart]:
             charts.lines(
                 series,
                 title=what.capitalize(),
+                caption=_ON_TRAIN if model.manifest.get("finetuned") else "",
                 x_label="epoch",
                 y_label=label,
                 percent_y=what == "accuracy",

@@ -17,11 +17,7 @@ def calibration_section(scores: Scores) -> Section:
     """Reliability, coverage against accuracy, and what they say in words."""
     calibration = scores["calibration"]
     rows = [
-        [
-            f"{way} temperature",
-            number_text(found["log_loss"]),
-            *map(percent_text, (found["ece"], found["ece_by_chance"])),
-        ]
+        [way, number_text(found["log_loss"]), *map(percent_text, (found["ece"], found["ece_by_chance"]))]
         for way, found in (("before", calibration["before"]), ("after", calibration["after"]))
     ]
     if calibration["temperature"] == 1:

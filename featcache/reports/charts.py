@@ -218,7 +218,7 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
     A whisker is the 95 % interval of a bin's accuracy: no line joins bins, as one of a few images would draw all eyes.
     ``after``: the same once logits are divided by the temperature (Guo et al. 2017).
     """
-    size, low = 250.0, 40.0  # of the field, and of the counts beneath it
+    size, low = 240.0, 40.0  # of the field, and of the counts beneath it
     up = _Axis(0, 1, _TOP + size, _TOP, percent=True)
     left = _left(up) if after else (WIDTH - size) / 2 + 10  # names to the right of the field
     across = _Axis(0, 1, left, left + size, percent=True)
@@ -341,14 +341,12 @@ def _frame(across: _Axis, up: _Axis, right: float, x_label: str, y_label: str, *
     if x_label:
         parts.append(_text((left + right) / 2, bottom + 35, x_label, "middle", "label"))
     turned = Markup('<text class="label" text-anchor="middle" transform="translate({} {}) rotate(-90)">{}</text>')
-    wide = max(29.0, 12 + _LETTER * max((len(text) for _, text in up.ticks()), default=0))
-    return [*parts, turned.format(_n(left - 6 - wide), _n((up.start + up.stop) / 2), printable(y_label))]
+    return [*parts, turned.format(_n(left - _left(up) + 10), _n((up.start + up.stop) / 2), printable(y_label))]
 
 
 def _left(up: _Axis) -> float:
     """Where the field begins: beyond the axis's name and its widest tick."""
-    widest = max((len(text) for _, text in up.ticks()), default=0)
-    return max(_LEFT, 22 + 6 + _LETTER * widest)
+    return max(_LEFT, 28 + _LETTER * max((len(text) for _, text in up.ticks()), default=0))
 
 
 def _beside(y: float, word: str, left: float, right: float, lines: Sequence[Sequence[tuple[float, float]]]) -> Markup:
@@ -372,14 +370,9 @@ def _beside(y: float, word: str, left: float, right: float, lines: Sequence[Sequ
 
 def _clipped(parts: Sequence[Markup], right: float, top: float, bottom: float) -> list[Markup]:
     """What lies within the field; an inner svg clips without a name that another chart of the page might have, too."""
-    box = _n(right + 6), _n(bottom - top)
-    return [
-        Markup('<svg x="0" y="{0}" width="{1}" height="{2}" viewBox="0 {0} {1} {2}" overflow="hidden">').format(
-            _n(top), *box
-        ),
-        *parts,
-        Markup("</svg>"),
-    ]
+    box = {"top": _n(top), "wide": _n(right + 6), "tall": _n(bottom - top)}
+    opening = '<svg x="0" y="{top}" width="{wide}" height="{tall}" viewBox="0 {top} {wide} {tall}" overflow="hidden">'
+    return [Markup(opening).format(**box), *parts, Markup("</svg>")]
 
 
 def _marked(x: float, word: str, top: float, bottom: float) -> list[Markup]:

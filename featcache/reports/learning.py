@@ -4,8 +4,6 @@ The choice of C and scaling; accuracy against the number of training images; los
 against the fine-tuned model. A section is None where the model has nothing of the kind.
 """
 
-import csv
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +29,6 @@ from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")
 Curve = Sequence[Mapping[str, Any]]
-_HISTORY = "history.csv"
 _ON_TRAIN = (
     "On train of augmented images and as the loss is trained, on val of images as they are: compare each with itself."
 )
@@ -278,36 +275,33 @@ _ORDINALS = {5: "fifth", 10: "tenth"}
 
 def training_section(subject: Subject) -> Section | None:
     """Loss and accuracy epoch by epoch, of fine-tuning or of a linear or mlp head."""
-    history, best = read_history(subject.model), subject.model.manifest["training"].get("best_epoch")
+    history, best = read_history(subject.model), _best_epoch(subject.model)
     if not history:
         return None
     context = {"charts": training_charts(subject.model), "words": _best_in_words(history, best)}
     return Section("training", "Training, epoch by epoch", "section_charts.html", context, "Training")
 
 
-def read_history(model: Model) -> list[dict[str, float | None]]:
-    """A row per epoch: ``epoch``, ``train_loss``, ``val_loss``, ``train_accuracy``, ``val_accuracy`` as far as known; or none."""
+def _best_epoch(model: Model) -> float | None:
+    """Of fine-tuning the one that was kept, of a head as many as it was trained for."""
+    training = model.manifest["training"]
+    found = training.get("best_epoch" if model.manifest.get("finetuned") else "epochs")
+    return float(found) if isinstance(found, int | float) else None
+
+
+def read_history(model: Model) -> list[dict[str, Any]]:
+    """A row per epoch, as ``curves.plot_history`` takes it; empty where there is none that can be drawn."""
     history = read_metrics(model).get("history")
-    if not isinstance(history, list):
-        try:
-            history = list(csv.DictReader(io.StringIO(own_file(model.path, _HISTORY).read_text())))
-        except (OSError, ValueError):
-            return []
-    try:
-        return [{name: _number(value) for name, value in row.items() if name} for row in history if row.get("epoch")]
-    except (ValueError, TypeError, AttributeError):
-        return []
-
-
-def _number(value: Any) -> float | None:
-    return None if value in (None, "") else float(value)
+    rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
+    numbers = all(value is None or isinstance(value, int | float) for row in rows for value in row.values())
+    return [row for row in rows if row.get("epoch")] if numbers else []
 
 
 def training_charts(model: Model) -> list[Chart]:
     """Loss and accuracy, with the best epoch and the frozen head; the numbers that ``curves.plot_history`` draws."""
-    history, best_epoch = read_history(model), model.manifest["training"].get("best_epoch")
+    history, best_epoch = read_history(model), _best_epoch(model)
     head_val_accuracy = read_metrics(model).get("head_val_accuracy")
-    epochs = [float(row["epoch"] or 0) for row in history]
+    epochs = [float(row["epoch"]) for row in history]
     mark = None if best_epoch is None or best_epoch not in epochs else (float(best_epoch), f"best epoch {best_epoch:g}")
     found = []
     for what, label in (("loss", "loss (nats)"), ("accuracy", "accuracy")):
@@ -333,16 +327,16 @@ def training_charts(model: Model) -> list[Chart]:
     return found
 
 
-def _best_in_words(history: Sequence[Mapping[str, Any]], best_epoch: int | None) -> str:
-    """What the best epoch reached, and whether training went on too long or not long enough."""
-    row = next((row for row in history if row["epoch"] == best_epoch), None)
-    if row is None or row.get("val_accuracy") is None:
-        return f"{count_text(len(history))} epochs."
-    words = f"Epoch {best_epoch:g} of {count_text(len(history))} was the best on val: accuracy {percent_text(row['val_accuracy'])}"
-    words += f", loss {number_text(row.get('val_loss'))}."
-    if len(history) > 1 and best_epoch == history[-1]["epoch"]:
-        return f"{words} It was the last one: more epochs may do better."
-    return words
+def _best_in_words(history: Sequence[Mapping[str, Any]], best_epoch: float | None) -> str:
+    """What the best epoch reached, and whether training may have ended too early."""
+    row = next((row for row in history if row["epoch"] == best_epoch), {})
+    last = history[-1]["epoch"]
+    for split, judged in (("val", "on val"), ("held_out", "on a tenth held out, after which all trained for as long")):
+        if row.get(f"{split}_accuracy") is not None:
+            accuracy, loss = percent_text(row[f"{split}_accuracy"]), number_text(row.get(f"{split}_loss"))
+            words = f"Epoch {best_epoch:g} of {last:g} was the best {judged}: accuracy {accuracy}, loss {loss}."
+            return f"{words} It was the last one: more epochs may do better." if best_epoch == last > 1 else words
+    return f"Trained for {last:g} epochs, without images held out to choose by."
 
 
 # ---------------------------------------------------------------------------------------------- frozen or fine-tuned

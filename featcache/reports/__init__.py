@@ -18,6 +18,8 @@ subject.py            what a report is about: scored rows, their scores, cards f
 advice.py             what to do next, in sentences with their figures
 comparison.py         one model against another; where a model came from
 confusion.py          the confusion matrix as a table of buttons; scores of each class
+calibration.py        what probabilities are worth: reliability, coverage against accuracy
+learning.py           how it was trained: choice of C, learning curve, epochs, frozen against fine-tuned
 page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
 cards.py              pictures with what is known of them, for pages
 charts.py             charts as SVG

@@ -15,7 +15,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
 from featcache.errors import FeatcacheError, SourceError
 from featcache.heads.head import Array, Indices
-from featcache.heads.learning import Doubling, LearningCurve, forecast, learning_curve
+from featcache.heads.learning_curve import Doubling, LearningCurve, forecast, learning_curve
 from featcache.heads.validation import EQUAL_LOSSES, good_enough
 from featcache.models.model import METRICS, Model
 from featcache.models.training_rows import TrainingRows

@@ -13,7 +13,7 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 
 from featcache.errors import SourceError
 from featcache.heads.head import Scaling
-from featcache.heads.learning import (
+from featcache.heads.learning_curve import (
     LearningCurve,
     curve_sizes,
     fit_power_law,

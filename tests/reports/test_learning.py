@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caches import make_classes, save_head
-from conftest import SPEC
+from caches import make_classes, save_head, save_tuned
 
 from featcache.cache.cache import FeatureCache
-from featcache.heads.head import FittedHead, Head
+from featcache.heads.head import Head
 from featcache.heads.learning_curve import learning_curve
 from featcache.models.fit import fit_head
 from featcache.models.limits import Limits
-from featcache.models.model import load_model, save_model
+from featcache.models.model import load_model
 from featcache.models.scoring import score_cache, score_held_out
-from featcache.models.training_rows import Compared, HeldOut, TrainingRows
 from featcache.reports.learning import (
     choice_section,
     finetuned_section,
@@ -156,49 +154,10 @@ def test_too_few_images_are_said(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------- epochs, frozen or fine-tuned
 
-HISTORY: list[dict[str, Any]] = [
-    {"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 0.9, "val_accuracy": 0.6},
-    {"epoch": 2, "train_loss": 0.5, "train_accuracy": 0.8, "val_loss": None, "val_accuracy": None},
-    {"epoch": 3, "train_loss": 0.2, "train_accuracy": 0.9, "val_loss": 0.7, "val_accuracy": 0.75},
-]
-COMPARISON = {
-    "n": 6,
-    "head_accuracy": 0.5,
-    "tuned_accuracy": 4 / 6,
-    "only_second_right": 2,
-    "only_first_right": 1,
-    "p_value": 1.0,
-}
-
 
 @pytest.fixture
 def tuned(tmp_path: Path) -> Path:
-    """What a fine-tuning leaves: six val images, of which it won 4 and 5, and lost 2."""
-    digests = np.arange(6 * 32, dtype=np.uint8).reshape(6, 32)
-    labels, head, answers = np.array([0, 1, 0, 1, 0, 1]), np.array([0, 1, 0, 0, 1, 0]), np.array([0, 1, 1, 0, 0, 1])
-    rows = TrainingRows(
-        np.ones((3, 32), np.uint8),
-        np.zeros(3, np.int64),
-        held_out=HeldOut(digests, labels, np.eye(2)[answers].astype(np.float32)),
-        compared=Compared(digests, labels, head, answers),
-    )
-    save_model(
-        tmp_path / "m",
-        FittedHead(Head("linear", "none", np.zeros(3), np.ones(3), ((np.eye(2, 3), np.zeros(2)),)), (), {}, []),
-        classes=("a", "b"),
-        spec=SPEC,
-        weights={"source": "", "reload": None},
-        training={"recipe": "gradual", "best_epoch": 3},
-        metrics={
-            "history": HISTORY,
-            "head_val_accuracy": 0.5,
-            "comparison": {"val": COMPARISON},
-            "report": {"verdict": "it is so"},
-        },
-        rows=rows,
-        finetuned=True,
-    )
-    return tmp_path / "m"
+    return save_tuned(tmp_path / "m")
 
 
 def test_epochs_are_drawn_as_they_were(tuned: Path) -> None:

@@ -24,9 +24,7 @@ def stats(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where to write stats.html and stats.json.")
     ] = None,
-    figures: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where to write the charts, as SVG files for a paper.")
-    ] = None,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,

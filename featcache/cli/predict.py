@@ -215,6 +215,7 @@ def evaluate(
         bool, typer.Option("--report", help="Write MODEL.report.html beside the model: a page of these scores.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -231,6 +232,8 @@ def evaluate(
     """
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
+    from featcache.reports.calibration import calibration_charts
+    from featcache.reports.figures import check_figures, write_figures
     from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import evaluation_lines
 
@@ -246,6 +249,8 @@ def evaluate(
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     output = None if output is None else as_path(output)
     _check_table(output, [source], overwrite=overwrite)
+    if figures is not None:
+        check_figures(figures)
     page = _page_of(model) if report else None
     kept: list[Any] = []
     with show_progress("evaluating") as progress:
@@ -267,6 +272,8 @@ def evaluate(
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")
+    if figures is not None:
+        lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
     if page is not None:
         from featcache.cache.cache import is_cache
         from featcache.reports.report import report_beside

@@ -24,6 +24,8 @@ curves.py             the history of a training as a picture
 preview.py            what the network sees of images, and what a recipe makes of them
 contact_sheet.py      predicted images with both labels, mistakes first
 drawing.py            letters, sizes and files of pictures
+calibration.py        what probabilities are worth: reliability, coverage against accuracy
+learning.py           how it was trained: choice of C, learning curve, epochs, frozen against fine-tuned
 page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
 cards.py              pictures with what is known of them, for pages
 charts.py             charts as SVG

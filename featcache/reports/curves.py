@@ -6,7 +6,7 @@ matplotlib is optional (the ``report`` extra) and is used through its objects on
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,10 @@ def _new_figure() -> Any:
 def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
     """Draw the curves of ``what``. A star marks the best epoch on the last one, which chose it, else on the training curve."""
     epochs = [row["epoch"] for row in history]
-    star = math.nan
-    for split, name, colour in _CURVES:
-        values = [_number(row.get(f"{split}_{what}")) for row in history]
-        if any(math.isfinite(value) for value in values):
-            axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=name)  # dots: one epoch is no line
+    star, colours = math.nan, {name: colour for _, name, colour in _CURVES}
+    for name, values in values_of(history, what).items():
+        colour = colours[name]
+        axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=name)  # dots: one epoch is no line
         best = values[epochs.index(best_epoch)] if best_epoch in epochs else math.nan
         star = best if math.isfinite(best) else star
     if math.isfinite(star):
@@ -139,6 +138,12 @@ def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_ep
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def values_of(history: Sequence[Mapping[str, Any]], what: str) -> dict[str, list[float]]:
+    """``what``, loss or accuracy, of each epoch, by a name of a curve: NaN where it is missing, nothing where all of it is."""
+    columns = {name: [_number(row.get(f"{split}_{what}")) for row in history] for split, name, _ in _CURVES}
+    return {name: values for name, values in columns.items() if any(map(math.isfinite, values))}
 
 
 def _number(value: float | None) -> float:

@@ -5,11 +5,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from featcache.backbones.saved import MANIFEST
 from featcache.errors import StorageError
-from featcache.reports.charts import Chart, figure_file
+from featcache.reports.charts import Chart
+from featcache.reports.page import Section
 from featcache.system.files import check_output, publish_file
 
-_MARK = b'class="plot"'  # near the start of each of ours
+_MARK = "<!-- drawn by featcache -->"  # near the start of each of ours
+_STYLE = Path(__file__).parent / "pages" / "style.css"
 
 
 def check_figures(folder: Path) -> None:
@@ -17,6 +20,10 @@ def check_figures(folder: Path) -> None:
     check_output(folder, folder_allowed=True)
     if os.path.lexists(folder) and not folder.is_dir():
         raise StorageError(f"cannot write {folder}: it is a file, and figures are several; give the name of a folder")
+    if (folder / MANIFEST).exists():
+        raise StorageError(
+            f"cannot write to {folder}: it is a model, which keeps no other files; choose another folder"
+        )
 
 
 def write_figures(charts: Iterable[Chart], folder: Path) -> list[Path]:
@@ -26,17 +33,47 @@ def write_figures(charts: Iterable[Chart], folder: Path) -> list[Path]:
         StorageError: a file of this name is no figure of ours, or it cannot be written.
     """
     folder.mkdir(exist_ok=True)
-    written: list[Path] = []
+    paths: dict[Path, Chart] = {}
     for chart in charts:
-        path = folder / f"{_name(chart.title, [each.stem for each in written])}.svg"
+        paths[folder / f"{_name(chart.title, [path.stem for path in paths])}.svg"] = chart
+    for path in paths:  # all, before one is written
         if os.path.lexists(path) and not _is_ours(path):
             raise StorageError(
                 f"{path} exists and is no figure that featcache wrote; move it away or choose another folder"
             )
+    for path, chart in paths.items():
         with publish_file(path) as file:
             file.write(figure_file(chart).encode("utf-8", "backslashreplace"))
-        written.append(path)
-    return written
+    return list(paths)
+
+
+def charts_in(sections: Iterable[Section]) -> list[Chart]:
+    """All charts that sections show, in order: values of their contexts, alone or in lists."""
+    found: list[Chart] = []
+    for section in sections:
+        for value in section.context.values():
+            found += [
+                each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, Chart)
+            ]
+    return found
+
+
+def figure_file(chart: Chart) -> str:
+    """A chart as a file of its own, for a paper: the same picture, light, with its style inside."""
+    opening, rest = str(chart.svg).split(">", 1)
+    size = opening.split('viewBox="0 0 ')[1].split('"')[0].split()
+    opening = opening.replace(
+        "<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}"', 1
+    )
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{_MARK}\n{opening}><style>{_file_style()}</style>{rest}\n'
+
+
+def _file_style() -> str:
+    """The part of the style sheet that charts need, its variables replaced: programs that draw figures know none."""
+    sheet = _STYLE.read_text(encoding="utf-8")
+    rules = sheet.split("/* charts */")[1].split("/* end of charts */")[0].replace("var(--sans)", "Arial, sans-serif")
+    values = dict(re.findall(r"(--[\w-]+): ([^;]+);", sheet.split("}")[0])) | {"--page": "#fff"}
+    return re.sub(r"var\((--[\w-]+)\)", lambda found: values[found[1]], rules)
 
 
 def _name(title: str, taken: Iterable[str]) -> str:
@@ -50,4 +87,4 @@ def _is_ours(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return _MARK in file.read(512)
+        return _MARK.encode() in file.read(512)

@@ -4,6 +4,7 @@ app.py      all commands together, exit codes, logging
 extract.py  extract
 train.py    fit-head, finetune
 predict.py  predict, evaluate, export
+pages.py    report
 inspect.py  info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits
 options.py  options that several commands share

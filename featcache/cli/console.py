@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from featcache.system.display import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -161,11 +163,6 @@ def note(text: str) -> None:
     """``say`` it, unless notes are not wanted."""
     if not is_quiet():
         say(text)
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, without what a terminal would obey. Names may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def printable_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ PANELS = {
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
     "patience class_weight folds seed",
     "Backbone": "backbone weights pool layers resize crop interpolation",
-    "Input": "images repair split limit reuse class_level root path_column label_column split_column decode white_level",
+    "Input": "images repair pictures against split limit reuse class_level root path_column label_column split_column decode white_level",
     "How sure": "coverage abstain_below evidence",
     "Speed": "seconds device precision batch_size micro_batch workers",
     "Everywhere": "quiet verbose version featcache.help install_completion show_completion",

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import note, printable, printable_row, show_progress, show_result
+from featcache.cli.console import note, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
+from featcache.system.display import printable
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.supervisor import notes
 

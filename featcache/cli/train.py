@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import is_first_process, note, printable, say, show_result, show_training
+from featcache.cli.console import is_first_process, note, say, show_result, show_training
 from featcache.errors import UsageError
+from featcache.system.display import printable
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
 

@@ -4,8 +4,6 @@ In: a model folder, and labelled images or a cache. Out: a dictionary of scores 
 that training has seen.
 """
 
-import dataclasses
-import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import find_copies
-from featcache.cache.format import decode_names, encode_names
-from featcache.errors import Refusal, SourceError
+from featcache.cache.format import decode_names
 from featcache.heads.conformal import METHOD
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import (
@@ -28,12 +24,10 @@ from featcache.heads.metrics import (
     score_answers,
     score_sets,
 )
-from featcache.images.source import AnySource, ImageList, Source, list_images
+from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.limits import UNFAMILIAR, Found, Limits, temperature_of
 from featcache.models.model import Model, load_model
-from featcache.models.predict import predict_images
-from featcache.models.prediction import Prediction
-from featcache.spec import SPLITS
+from featcache.models.scoring import Scored, score_source
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -88,23 +82,19 @@ def evaluate(
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = _checked(model, source)
     limits = Limits.of(model, coverage=coverage, evidence=evidence, abstain_below=abstain_below)
-    if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
-        given.check_options("cache")
-        scored = _score_cache(model, given.path, split, limits)
-    else:
-        name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
-        images = list_images(source)
-        split, chosen = _choose_split(images.splits, split, name)
-        images = images.take(chosen[images.labels[chosen] >= 0])
-        y = _labels_of_model(model, images.classes, images.labels, name, split)
-        found = list(predict_images(model, images, device, workers, batch_size, progress, limits=limits))
-        scored = _score_images(images, y, found, name=name, split=split)
+    options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
+    scored = score_source(model, source, split=split, limits=limits, **options)
     known = model.training_rows()
     seen = None if known is None else known.contain(scored.digests)
+    scores = scores_of(model, scored, limits, seen=seen)
+    return scores | ({"rows": _rows(model, scored, limits, seen=seen)} if rows else {})
+
+
+def scores_of(model: Model, scored: Scored, limits: Limits, *, seen: Array | None) -> dict[str, Any]:
+    """What ``evaluate`` returns, without rows. seen: (N,) whether training has seen the image; None: not known."""
     scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
     scores |= _worth(model, scored, limits)
-    scores |= _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
-    return scores | ({"rows": _rows(model, scored, limits, seen=seen)} if rows else {})
+    return scores | _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
 
 
 def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
@@ -117,71 +107,7 @@ def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
     return model if isinstance(model, Model) else load_model(model)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scored:
-    """The labelled images of a split.
-
-    Attributes:
-        y: (N,) labels, probabilities: (N, C), digests: (N, 32), names: (N,) encoded paths of those that were scored.
-        found: evidence of each of those, fields of ``Prediction``.
-        refused: the others, with their label where that is known.
-        root: what paths are relative to; None: they stay as they are.
-    """
-
-    split: str
-    y: Array
-    probabilities: Array
-    digests: Array
-    names: Array
-    found: Found
-    refused: list[tuple[Refusal, int | None]]
-    root: Path | None = None
-
-
-def _score_cache(model: Model, path: Path, split: str | None, limits: Limits) -> _Scored:
-    cache = FeatureCache.open(path)
-    model.check_cache(cache)
-    split, chosen = _choose_split(cache.rows.splits, split, str(path))
-    chosen = chosen[cache.y[chosen] >= 0]
-    y = _labels_of_model(model, cache.classes, cache.y[chosen], str(path), split)
-    cache.check_finite(chosen)
-    with cache.reader() as features:
-        probabilities = model.head.score(features, chosen)
-    found: Found = [{}] * len(chosen)
-    if limits.evidence is not None:
-        known = (digest.tobytes() for digest in cache.rows.digests[chosen])
-        found = [
-            one for block in cache.blocks(chosen) for one in limits.find(block, itertools.islice(known, len(block)))
-        ]
-    refused = cache.refused if split == "all" else ()  # which split they were of is not known
-    columns = cache.rows.digests[chosen], cache.rows.paths[chosen]
-    return _Scored(split, y, probabilities, *columns, found, [(refusal, None) for refusal in refused])
-
-
-def _score_images(images: ImageList, y: Array, found: list[Prediction], *, name: str, split: str) -> _Scored:
-    """``found``: for each of ``images``. Raises SourceError if all were refused."""
-    right = [k for k, prediction in enumerate(found) if prediction.probabilities is not None]
-    if not right:
-        raise SourceError(
-            f"all {len(images)} images of {name} ({split}) were refused, the first because {found[0].reason}"
-        )
-    refused: list[tuple[Refusal, int | None]] = [
-        (Refusal(prediction.path, prediction.reason), label)
-        for prediction, label in zip(found, y.tolist(), strict=True)
-        if prediction.probabilities is None
-    ]
-    refused += [(refusal, None) for refusal in images.refused if split == "all"]  # their splits are not known
-    probabilities = np.stack([found[k].probabilities for k in right])  # type: ignore[misc]
-    digests = np.frombuffer(b"".join(found[k].digest for k in right), np.uint8).reshape(-1, 32)
-    names = encode_names(found[k].path for k in right)
-    evidence: Found = [
-        {} if found[k].nearest is None else {"nearest": found[k].nearest, "unfamiliarity": found[k].unfamiliarity}
-        for k in right
-    ]
-    return _Scored(split, y[right], probabilities, digests, names, evidence, refused, images.root)
-
-
-def _worth(model: Model, scored: _Scored, limits: Limits) -> dict[str, Any]:
+def _worth(model: Model, scored: Scored, limits: Limits) -> dict[str, Any]:
     """What probabilities, sets and answers are worth."""
     y, probabilities, temperature = scored.y, scored.probabilities, temperature_of(model)
     with np.errstate(divide="ignore"):
@@ -205,7 +131,7 @@ def _worth(model: Model, scored: _Scored, limits: Limits) -> dict[str, Any]:
     return worth
 
 
-def _rows(model: Model, scored: _Scored, limits: Limits, *, seen: Array | None) -> Iterator[dict[str, Any]]:
+def _rows(model: Model, scored: Scored, limits: Limits, *, seen: Array | None) -> Iterator[dict[str, Any]]:
     """A row per image, made when it is asked for: of those that were scored, in order, then of the refused ones."""
 
     def row(path: str, values: Array | None, found: Found, reason: str, true: int | None) -> dict[str, Any]:
@@ -225,7 +151,7 @@ def _rows(model: Model, scored: _Scored, limits: Limits, *, seen: Array | None) 
         yield row(path, None, [], reason, label)
 
 
-def _copies(scored: _Scored, *, seen: Array | None) -> dict[str, Any]:
+def _copies(scored: Scored, *, seen: Array | None) -> dict[str, Any]:
     """How many images repeat each other or were ``seen`` in training, and the accuracy on those that were not."""
     y, probabilities = scored.y, scored.probabilities
     copies = find_copies(scored.digests, y, np.zeros(len(y), np.int64), scored.names)
@@ -239,33 +165,3 @@ def _copies(scored: _Scored, *, seen: Array | None) -> dict[str, Any]:
         log.warning(text, count, len(y), first)
     without = None if seen.all() else accuracy(y[~seen], probabilities[~seen])
     return {"accuracy_without_copies": without, "copies": copies.counts() | {"across_splits": count}}
-
-
-def _choose_split(splits: Array, asked: str | None, source: str) -> tuple[str, Array]:
-    present = [name for number, name in enumerate(SPLITS) if (splits == number).any()]
-    if asked is None:
-        asked = next((name for name in ("test", "val") if name in present), "all")
-        log.info(
-            "split %s: %s",
-            asked,
-            "none was asked for" if asked == "all" else "none was asked for, and training leaves it out",
-        )
-    if asked == "all":
-        return asked, np.arange(len(splits))
-    if asked not in present:
-        raise SourceError(f"{source} has no split {asked!r}; it has {', '.join(present)}; or choose all")
-    return asked, np.flatnonzero(splits == SPLITS.index(asked))
-
-
-def _labels_of_model(model: Model, classes: tuple[str, ...], labels: Array, source: str, split: str) -> Array:
-    """Labels as indices into the model's classes: names decide, not positions."""
-    if not len(labels):
-        raise SourceError(f"{source} has no labelled image in {split}; evaluating needs labels")
-    unknown = sorted({classes[label] for label in np.unique(labels)} - set(model.classes))
-    if unknown:
-        raise SourceError(
-            f"{source} has images of {', '.join(unknown[:5])}, which the model does not know "
-            f"(it knows {', '.join(model.classes[:10])})"
-        )
-    position = {name: number for number, name in enumerate(model.classes)}
-    return np.array([position[classes[label]] for label in labels], np.int64)

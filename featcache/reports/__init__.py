@@ -8,6 +8,9 @@ throughput.py         rates of decoding and of the backbone, measured; photograp
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
+report.py             the page about a model: its sections in order
+subject.py            what a report is about: scored rows, their scores, cards for the page
+confusion.py          the confusion matrix as a table of buttons; scores of each class
 page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
 cards.py              pictures with what is known of them, for pages
 charts.py             charts as SVG
@@ -15,5 +18,6 @@ thumbnails.py         small pictures within a budget
 projection.py         embeddings on a plane: principal components, t-SNE, and how far to trust it
 wall.py               an order in which similar pictures are neighbours
 embedding_map.py      map and wall of pictures, for pages; ``map``
+pictures.py           the image files of rows, found by digest
 numbers.py            numbers as people read them
 """

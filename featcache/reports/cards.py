@@ -8,6 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from featcache.reports.charts import top_bars
+from featcache.reports.numbers import percent_text
 from featcache.system.display import printable
 
 STATUSES = ("ok", "unsure", "refused")
@@ -83,7 +84,7 @@ class Card:
             parts.append(f"refused: {self.reason}")
         elif self.predicted is not None:
             truth = f"{self.label} taken for " if self.outcome == "wrong" else ""
-            sure = "" if self.probability is None else f", {self.probability:.0%}"
+            sure = "" if self.probability is None else f", {percent_text(self.probability, 0)}"
             parts.append(f"{truth}{self.predicted}{sure}")
         elif self.label is not None:
             parts.append(self.label)
@@ -92,7 +93,7 @@ class Card:
     @property
     def bars(self) -> Markup:
         """The likeliest classes as tiny bars; empty if there are none."""
-        return top_bars(self.probabilities[:LIKELIEST]) if self.probabilities else Markup()
+        return top_bars([share for _, share in self.probabilities[:LIKELIEST]]) if self.probabilities else Markup()
 
 
 def cards_data(cards: Sequence[Card], classes: Sequence[str] = ()) -> dict[str, Any]:

@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _MOST_CLASSES = 20  # that a table shows one by one; of more the largest and smallest
 _PAUSE = 0.1  # seconds between two changes of a bar: more than a browser can follow
@@ -23,8 +24,8 @@ State = tuple[int, int, str]  # images done and to do, and a line that says so
 
 def count_rows(
     classes: Sequence[str],
-    labels: npt.NDArray[np.integer],
-    splits: npt.NDArray[np.integer],
+    labels: "npt.NDArray[np.integer]",
+    splits: "npt.NDArray[np.integer]",
     *,
     names: Sequence[str],
 ) -> list[list[str]]:
@@ -33,6 +34,8 @@ def count_rows(
     Args:
         labels: (N,) positions among ``classes``, -1: none. splits: (N,) positions among ``names``, 0: none.
     """
+    import numpy as np  # late: every message of the command line comes through this file
+
     if not len(labels) or not (classes or splits.any()):
         return []
     counts = np.zeros((len(classes) + 1, len(names)), np.int64)

@@ -60,7 +60,7 @@ document.addEventListener("click", (event) => {
   if (chosen.getAttribute("aria-pressed") === "true") { selection.clear(); return; } // again: all
   const text = chosen.dataset.select;
   const rows = rowsOf(/^[[{]/.test(text) ? JSON.parse(text) : text);
-  selection.set(rows, chosen.dataset.why ?? chosen.textContent.trim(), chosen);
+  selection.set(rows, chosen.dataset.why ?? (find(".why", chosen) ?? chosen).textContent.trim(), chosen);
   const list = find("#pictures");
   if (list && !chosen.closest("#pictures")) list.scrollIntoView();
 });
@@ -73,7 +73,12 @@ selection.on((it) => {
 const list = find("ul.cards[data-main]");
 const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
-let shown = items.map((_, row) => row); // rows, as they stand on the page
+let shown = items.map((_, row) => row); // rows, in their order; other cards are out of the document
+const AT_ONCE = 120; // cards: what follows the list stays within reach
+const more = list ? element("button", { type: "button", className: "more" }) : null;
+let most = AT_ONCE;
+
+const collator = new Intl.Collator("en", { numeric: true }); // image 9 before image 10
 
 /** Row numbers in the order that a key names: a column, "-" before it: the largest first; "order": as the page was made. */
 function sorted(rows, key) {
@@ -87,7 +92,7 @@ function sorted(rows, key) {
   const value = (row) => (key === "label" || key === "predicted" ? cards.classes[column[row]] ?? "" : column[row]);
   // Rows without a value come last, whatever the direction.
   const missing = (row) => column[row] === -1 || column[row] === "";
-  const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b, undefined, { numeric: true }) : a - b);
+  const compare = (a, b) => (typeof a === "string" ? collator.compare(a, b) : a - b);
   return [...rows].sort((a, b) => missing(a) - missing(b) || sign * compare(value(a), value(b)) || a - b);
 }
 
@@ -101,18 +106,32 @@ function update() {
   if (!list) return;
   const values = form ? Object.fromEntries(new FormData(form)) : {};
   const kept = items.map((_, row) => row).filter((row) => matches(row, values));
+  const before = shown;
   shown = sorted(kept, values.sort ?? "order");
-  const visible = new Set(shown);
-  items.forEach((item, row) => { item.hidden = !visible.has(row); });
-  list.append(...shown.map((row) => items[row]));
-  all(".pic", list).forEach((button) => { button.tabIndex = -1; });
-  if (shown.length) find(".pic", items[shown[0]]).tabIndex = 0;
+  if (shown.length !== before.length || shown.some((row, k) => row !== before[k])) most = AT_ONCE;
+  place();
+  if (shown.length) inTabOrder(shown[0]);
   if (!form) return;
   find("output", form).textContent = `Showing ${shown.length.toLocaleString("en")} of ${items.length.toLocaleString("en")}`
     + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "");
   find("[data-clear]", form).hidden = selection.rows === null && !["label", "predicted", "status", "correct", "split", "text"].some((name) => values[name]);
   for (const button of all("[data-export]", form)) button.disabled = !shown.length;
 }
+
+/** Puts the first cards on the page, in one step and only if they changed. */
+function place() {
+  const wanted = shown.slice(0, most).map((row) => items[row]);
+  if (wanted.length !== list.children.length || wanted.some((item, k) => item !== list.children[k])) list.replaceChildren(...wanted);
+  more.hidden = shown.length <= most;
+  more.textContent = `Show ${Math.min(shown.length - most, 4 * AT_ONCE).toLocaleString("en")} more of ${(shown.length - most).toLocaleString("en")}`;
+}
+list?.after(more);
+more?.addEventListener("click", () => {
+  const next = shown[most];
+  most += 4 * AT_ONCE;
+  place();
+  focusOn(next);
+});
 
 selection.on(update);
 if (form) {
@@ -129,12 +148,16 @@ if (form) {
 }
 
 /* Arrows walk through the pictures: one of them is in the tab order at a time. */
+let tabbed = null;
+function inTabOrder(row) {
+  if (tabbed) tabbed.tabIndex = -1;
+  tabbed = find(".pic", items[row]);
+  tabbed.tabIndex = 0;
+}
 function focusOn(row) {
-  const before = find('.pic[tabindex="0"]', list);
-  const button = find(".pic", items[row]);
-  if (before) before.tabIndex = -1;
-  button.tabIndex = 0;
-  button.focus();
+  if (!items[row].isConnected) { most = shown.indexOf(row) + AT_ONCE; place(); }
+  inTabOrder(row);
+  tabbed.focus();
 }
 
 list?.addEventListener("keydown", (event) => {
@@ -254,6 +277,85 @@ for (const button of all("[data-export]")) {
     }
     find("output", form).textContent = `${shown.length.toLocaleString("en")} paths ${button.dataset.export === "copy" ? "copied" : "saved"}`;
   });
+}
+
+/* ---- Confusion matrix: counts, or shares of rows or columns; of many classes a part, drawn as Python draws it */
+const matrix = find("table.matrix");
+for (const button of all("[data-by]:not(table)")) {
+  button.addEventListener("click", () => {
+    matrix.dataset.by = button.dataset.by;
+    for (const other of all("[data-by]:not(table)")) other.ariaPressed = String(other === button);
+  });
+}
+
+const triples = []; // [true class, called, images] of all cells that are not empty
+for (let k = 0; k < (data.confusion?.cells.length ?? 0); k += 3) triples.push(data.confusion.cells.slice(k, k + 3));
+const sums = [0, 1].map((side) => triples.reduce((sum, cell) => sum.set(cell[side], (sum.get(cell[side]) ?? 0) + cell[2]), new Map()));
+
+function drawMatrix(numbers) {
+  const at = new Map(triples.map((cell) => [cell[0] + "," + cell[1], cell[2]]));
+  const highest = (hit) => Math.max(1, ...triples.filter(([i, j]) => (i === j) === hit).map((cell) => cell[2]));
+  const tops = [highest(false), highest(true)];
+  const name = (number) => named(cards.classes[number]);
+  const short = (share) => percent(share).replace(/\.\d%/, "%");
+  const cell = (i, j) => {
+    const n = at.get(i + "," + j);
+    if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));
+    const shares = { k: n / tops[Number(i === j)], r: n / sums[0].get(i), p: n / sums[1].get(j) };
+    const level = (share) => Math.min(Math.floor(data.confusion.levels * Math.sqrt(share)), data.confusion.levels - 1);
+    const here = rowsOf({ label: i, predicted: j }).length;
+    const why = (i === j ? `${cards.classes[i]}, recognised` : `${cards.classes[i]} taken for ${cards.classes[j]}`)
+      + (here < n ? `: ${n.toLocaleString("en")} images, ${here.toLocaleString("en")} of them on this page` : "");
+    const button = element("button", { type: "button", "data-select": JSON.stringify({ label: i, predicted: j }) },
+      ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : short(shares[by]))),
+      element("span", { className: "said why" }, printable(why)));
+    return element("td", { className: [i === j ? "hit" : "miss", ...Object.entries(shares).map(([by, share]) => by + level(share))].join(" ") }, button);
+  };
+  const end = (...texts) => texts.map((text) => element("td", { className: "sum" }, text.toLocaleString("en")));
+  const head = (text, properties = {}) => element("th", { scope: "col", ...properties }, element("span", {}, text));
+  matrix.tHead.rows[0].replaceChildren(matrix.tHead.rows[0].cells[0], ...numbers.map((k) => head(name(k))), head("other classes"), head("images", { className: "sum" }));
+  matrix.tBodies[0].replaceChildren(...numbers.map((i) => {
+    const all = sums[0].get(i) ?? 0;
+    const inside = numbers.reduce((sum, j) => sum + (at.get(i + "," + j) ?? 0), 0);
+    return element("tr", {}, element("th", { scope: "row" }, name(i)), ...numbers.map((j) => cell(i, j)), ...end(all - inside || "·", all));
+  }));
+  matrix.tFoot.rows[0].replaceChildren(matrix.tFoot.rows[0].cells[0], ...end(...numbers.map((j) => sums[1].get(j) ?? 0), "", ""));
+  matrix.classList.toggle("many", numbers.length > 8);
+}
+
+find("[data-zoom]")?.addEventListener("input", ({ target }) => {
+  const wanted = target.value.trim().toLowerCase();
+  const wrong = new Map();
+  for (const [i, j, n] of triples) for (const k of [i, j]) wrong.set(k, (wrong.get(k) ?? 0) + (i === j ? 0 : n));
+  const fitting = [...wrong.keys()].filter((k) => printable(cards.classes[k]).toLowerCase().includes(wanted));
+  const found = new Set(fitting.sort((a, b) => wrong.get(b) - wrong.get(a) || a - b).slice(0, data.confusion.most));
+  // Of few classes also what they are taken for, and what is taken for them.
+  for (const [i, j] of wanted && fitting.length < 6 ? [...triples].sort((a, b) => b[2] - a[2]) : []) {
+    if (found.size < data.confusion.most && fitting.some((k) => k === i || k === j)) found.add(i).add(j);
+  }
+  drawMatrix([...found].sort((a, b) => a - b));
+  find("output", target.closest("div")).textContent = wanted ? `${fitting.length.toLocaleString("en")} classes fit` : "";
+});
+
+/* ---- Tables that can be sorted: the words above their columns become buttons */
+function cellValue(row, column) {
+  const text = row.cells[column].textContent.trim();
+  const number = parseFloat(text.replace(/[,<>]/g, ""));
+  return row.cells[column].matches(".n") ? (Number.isNaN(number) ? -Infinity : number) : text;
+}
+for (const table of all("table[data-sortable]")) {
+  for (const head of table.tHead.rows[0].cells) {
+    const button = element("button", { type: "button", className: "plain" }, ...head.childNodes);
+    head.replaceChildren(button);
+    button.addEventListener("click", () => {
+      const down = head.ariaSort ? head.ariaSort === "ascending" : head.matches(".n"); // figures: the largest first
+      for (const other of table.tHead.rows[0].cells) other.ariaSort = null;
+      head.ariaSort = down ? "descending" : "ascending";
+      const compare = (a, b) => (typeof a === "string" ? collator.compare(a, b) : a - b || 0);
+      const rows = [...table.tBodies[0].rows].map((row) => [cellValue(row, head.cellIndex), row]);
+      table.tBodies[0].append(...rows.sort(([a], [b]) => (down ? compare(b, a) : compare(a, b))).map(([, row]) => row));
+    });
+  }
 }
 
 /* ---- The page */

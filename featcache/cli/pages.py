@@ -1,0 +1,83 @@
+"""``report``: the commands that write pages. In: what was typed. Out: a page, and where it is."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featcache.cli import options
+from featcache.cli.console import show_progress, show_result
+
+
+def report(
+    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(
+            readable=False,
+            help="Labelled images (folder or table), or a cache file. Default: what the model keeps of held-out images.",
+        ),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option("--source", metavar="FOLDER", readable=False, help="Of a cache: the folder of its images."),
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
+    ] = "auto",
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL", readable=False, help="Another model to compare with.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .html file. Default: beside the model.")
+    ] = None,
+    class_level: options.ClassLevel = None,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
+    split_column: options.SplitColumn = None,
+    batch_size: options.BatchSize = "auto",
+    device: options.Device = "auto",
+    workers: options.Workers = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Write a page about a model: scores, mistakes with pictures.
+
+    One file that opens offline and asks for nothing.
+    """
+    from featcache.images.source import Source
+    from featcache.reports.numbers import bytes_text
+    from featcache.reports.report import report as run
+
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    images = None
+    if source is not None:
+        images = Source(
+            source,
+            class_level=class_level,
+            root=root,
+            path_column=path_column,
+            label_column=label_column,
+            split_column=split_column,
+        )
+    with show_progress("predicting") as progress:
+        found = run(
+            model,
+            images,
+            output=output,
+            pictures=pictures,
+            split=None if split == "auto" else split,
+            against=against,
+            device=device,
+            workers=threads,
+            batch_size=batch,
+            progress=progress,
+        )
+    line = f"{found.report}: {found.images} images, {bytes_text(found.bytes)}, in {found.seconds:.1f} s"
+    show_result([line], dataclasses.asdict(found), as_json=as_json)
+
+
+COMMANDS: options.Commands = {
+    report: "featcache report model/ features.h5 --source photos/  ·  featcache report model/ photos/ -o report.html",
+}

@@ -1,0 +1,197 @@
+"""Score a model on labelled images: the rows that evaluations and reports are made of.
+
+In: a model, and labelled images, a cache, or nothing but what the model keeps. Out: ``Scored``: labels and probabilities of the
+images of a split, and those that were refused.
+"""
+
+import dataclasses
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featcache.cache.cache import FeatureCache, is_cache
+from featcache.cache.format import decode_names, encode_names
+from featcache.errors import Refusal, SourceError, UsageError
+from featcache.heads.head import Array, Indices, softmax
+from featcache.images.source import AnySource, ImageList, Source, list_images
+from featcache.models.limits import Found, Limits
+from featcache.models.model import Model
+from featcache.models.predict import predict_images
+from featcache.models.prediction import Prediction
+from featcache.spec import SPLITS
+
+log = logging.getLogger("featcache")
+HELD_OUT = "held out"  # the split of rows that the model keeps, with logits of heads that they did not train
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """The labelled images of a split.
+
+    Attributes:
+        split: train, val, test, all, or ``HELD_OUT``.
+        y: (N,) labels, probabilities: (N, C), digests: (N, 32), names: (N,) encoded paths of those that were scored.
+        found: evidence of each of those, fields of ``Prediction``.
+        refused: the others, with their label where that is known.
+        root: what paths are relative to; None: they stay as they are.
+        rows: (N,) their numbers in the cache that they come from; None: they come from none.
+    """
+
+    split: str
+    y: Array
+    probabilities: Array
+    digests: Array
+    names: Array
+    found: Found
+    refused: list[tuple[Refusal, int | None]]
+    root: Path | None = None
+    rows: Indices | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def paths(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
+        """Of some of the rows, as the user would type them."""
+        names = decode_names(self.names[rows])
+        return names if self.root is None else tuple(str(self.root / name) for name in names)
+
+
+def score_source(
+    model: Model, source: AnySource | ImageList, *, split: str | None, limits: Limits, **options: Any
+) -> Scored:
+    """Score a cache, or the images of a source; arguments and errors are those of ``evaluate``.
+
+    ``options``: device, workers, batch_size and progress, for images.
+    """
+    if not isinstance(source, ImageList) and is_cache((given := Source.of(source)).path):
+        given.check_options("cache")
+        return score_cache(model, FeatureCache.open(given.path), split=split, limits=limits)
+    return score_images(model, source, split=split, limits=limits, **options)
+
+
+def score_cache(model: Model, cache: FeatureCache, *, split: str | None, limits: Limits) -> Scored:
+    """Score the rows of a cache; see ``score_source``."""
+    model.check_cache(cache)
+    split, chosen = choose_split(cache.rows.splits, split, str(cache.path))
+    chosen = chosen[cache.y[chosen] >= 0]
+    y = _labels_of_model(model, cache.classes, cache.y[chosen], str(cache.path), split)
+    cache.check_finite(chosen)
+    with cache.reader() as features:
+        probabilities = model.head.score(features, chosen)
+    found: Found = [{}] * len(chosen)
+    if limits.evidence is not None:
+        known = (digest.tobytes() for digest in cache.rows.digests[chosen])
+        found = [
+            one for block in cache.blocks(chosen) for one in limits.find(block, itertools.islice(known, len(block)))
+        ]
+    refused = cache.refused if split == "all" else ()  # which split they were of is not known
+    columns = cache.rows.digests[chosen], cache.rows.paths[chosen]
+    refusals: list[tuple[Refusal, int | None]] = [(refusal, None) for refusal in refused]
+    return Scored(split, y, probabilities, *columns, found, refusals, rows=chosen)
+
+
+def score_images(
+    model: Model,
+    source: AnySource | ImageList,
+    *,
+    split: str | None,
+    limits: Limits,
+    device: str = "auto",
+    workers: int | None = None,
+    batch_size: int | None = None,
+    progress: Any = None,
+) -> Scored:
+    """Embed and score labelled images; see ``score_source``. Raises SourceError if all were refused."""
+    name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
+    images = list_images(source)
+    split, chosen = choose_split(images.splits, split, name)
+    images = images.take(chosen[images.labels[chosen] >= 0])
+    y = _labels_of_model(model, images.classes, images.labels, name, split)
+    found = list(predict_images(model, images, device, workers, batch_size, progress, limits=limits))
+    return _of_predictions(images, y, found, name=name, split=split)
+
+
+def score_held_out(model: Model, cache: FeatureCache | None = None) -> Scored:
+    """What the model keeps of images that did not train what scores them: out of fold, or val of a fine-tuned model.
+
+    Args:
+        cache: gives them their paths, by digest; without it, names are empty.
+
+    Raises:
+        UsageError: the model keeps none. ModelError: they are damaged.
+    """
+    known = model.training_rows()
+    found = None if known is None else known.unseen()
+    if found is None:
+        raise UsageError(
+            f"{model.path} keeps no scores of images that it was not trained on; give labelled images or a cache as SOURCE"
+        )
+    names, rows = np.full(len(found.labels), b"", "S1"), None
+    if cache is not None:
+        order = np.argsort(cache.rows.keys, kind="stable")
+        keys = np.ascontiguousarray(found.digests).view("S32").reshape(-1)
+        at = np.searchsorted(cache.rows.keys[order], keys).clip(0, len(order) - 1)
+        rows = order[at]
+        there = (cache.rows.digests[rows] == found.digests).all(axis=1)
+        names = np.where(there, cache.rows.paths[rows], b"")
+        rows = rows if there.all() else None
+    probabilities = softmax(found.logits.astype(np.float64)).astype(np.float32)
+    columns = found.labels, probabilities, found.digests, names
+    return Scored(HELD_OUT, *columns, [{}] * len(names), [], rows=rows)
+
+
+def _of_predictions(images: ImageList, y: Array, found: list[Prediction], *, name: str, split: str) -> Scored:
+    """``found``: for each of ``images``."""
+    right = [k for k, prediction in enumerate(found) if prediction.probabilities is not None]
+    if not right:
+        raise SourceError(
+            f"all {len(images)} images of {name} ({split}) were refused, the first because {found[0].reason}"
+        )
+    refused: list[tuple[Refusal, int | None]] = [
+        (Refusal(prediction.path, prediction.reason), label)
+        for prediction, label in zip(found, y.tolist(), strict=True)
+        if prediction.probabilities is None
+    ]
+    refused += [(refusal, None) for refusal in images.refused if split == "all"]  # their splits are not known
+    probabilities = np.stack([found[k].probabilities for k in right])  # type: ignore[misc]
+    digests = np.frombuffer(b"".join(found[k].digest for k in right), np.uint8).reshape(-1, 32)
+    names = encode_names(found[k].path for k in right)
+    evidence: Found = [
+        {} if found[k].nearest is None else {"nearest": found[k].nearest, "unfamiliarity": found[k].unfamiliarity}
+        for k in right
+    ]
+    return Scored(split, y[right], probabilities, digests, names, evidence, refused, images.root)
+
+
+def choose_split(splits: Array, asked: str | None, source: str) -> tuple[str, Array]:
+    """The split that was ``asked`` for, or the one to score on, and its rows. Raises SourceError: there is no such split."""
+    present = [name for number, name in enumerate(SPLITS) if (splits == number).any()]
+    if asked is None:
+        asked = next((name for name in ("test", "val") if name in present), "all")
+        log.info(
+            "split %s: %s",
+            asked,
+            "none was asked for" if asked == "all" else "none was asked for, and training leaves it out",
+        )
+    if asked == "all":
+        return asked, np.arange(len(splits))
+    if asked not in present:
+        raise SourceError(f"{source} has no split {asked!r}; it has {', '.join(present)}; or choose all")
+    return asked, np.flatnonzero(splits == SPLITS.index(asked))
+
+
+def _labels_of_model(model: Model, classes: tuple[str, ...], labels: Array, source: str, split: str) -> Array:
+    """Labels as indices into the model's classes: names decide, not positions."""
+    if not len(labels):
+        raise SourceError(f"{source} has no labelled image in {split}; evaluating needs labels")
+    unknown = sorted({classes[label] for label in np.unique(labels)} - set(model.classes))
+    if unknown:
+        raise SourceError(
+            f"{source} has images of {', '.join(unknown[:5])}, which the model does not know "
+            f"(it knows {', '.join(model.classes[:10])})"
+        )
+    position = {name: number for number, name in enumerate(model.classes)}
+    return np.array([position[classes[label]] for label in labels], np.int64)

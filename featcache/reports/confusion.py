@@ -1,0 +1,175 @@
+"""Which class is taken for which, and how well each is recognised. In: a ``Subject``. Out: sections of its report.
+
+The matrix is a table of HTML whose cells are buttons that select pictures. Counts and shares of rows and columns all stand in
+it; the page shows one of the three. Of many classes it shows those with the most mistakes; the script redraws it for others.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from featcache.heads.head import Array
+from featcache.heads.metrics import accuracy_interval
+from featcache.reports.numbers import count_text, percent_text
+from featcache.reports.page import Section
+from featcache.reports.subject import Subject
+
+IN_FULL = 40  # classes that the matrix shows all of
+ZOOMED = 20  # of more, so many at a time
+_WORST_PAIRS = 50
+_LEVELS = 6  # shades of a cell
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Of the matrix: n images of the row's class that were called the column's.
+
+    Attributes:
+        n: how many. of_row, of_column: their share as text. levels: the shades of count and shares, 0..``_LEVELS`` - 1, as
+        classes of the style sheet. select, why: what a click selects, and in words.
+    """
+
+    n: int
+    of_row: str
+    of_column: str
+    levels: str
+    select: dict[str, int]
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A part of the confusion matrix. rows: (class, cells, others, sum) each; None: an empty cell."""
+
+    classes: Sequence[str]
+    numbers: Sequence[int]
+    rows: Sequence[tuple[str, Sequence[Cell | None], int, int]]
+    sums: Sequence[int]
+    others: bool
+
+
+def confusion_section(subject: Subject, data: dict[str, Any]) -> Section:
+    """The matrix, and the pairs that are confused most. What the script needs goes into ``data["confusion"]``."""
+    counts = np.array(subject.scores["confusion"])
+    there = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
+    mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
+    zoomed = len(there) > IN_FULL
+    shown = there
+    if zoomed:
+        shown = np.sort(there[np.argsort(-mistakes[there], kind="stable")[:ZOOMED]])
+        rows, columns = np.nonzero(counts)
+        data["confusion"] = {
+            "cells": np.stack([rows, columns, counts[rows, columns]], axis=1).ravel().tolist(),
+            "most": ZOOMED,
+            "levels": _LEVELS,
+        }
+    context = {
+        "matrix": _matrix(subject, counts, shown),
+        "pairs": _worst_pairs(subject, counts),
+        "zoomed": zoomed,
+        "n_classes": len(there),
+        "classes": subject.model.classes,
+        "subject": subject,
+    }
+    return Section("confusion", "Which class is taken for which", "report_confusion.html", context, "Confusion")
+
+
+def _matrix(subject: Subject, counts: Array, shown: Array) -> Matrix:
+    classes = subject.model.classes
+    on_page = _on_page(subject)
+    by_row, by_column = counts.sum(axis=1), counts.sum(axis=0)
+    right = np.eye(len(counts), dtype=bool)
+    most = {True: max(counts[right].max(), 1), False: max(counts[~right].max(initial=0), 1)}
+
+    def cell(i: int, j: int) -> Cell | None:
+        if not (n := int(counts[i, j])):
+            return None
+        shares = n / most[i == j], n / by_row[i], n / by_column[j]
+        levels = " ".join(f"{kind}{_level(share)}" for kind, share in zip("krp", shares, strict=True))
+        why = f"{classes[i]}, recognised" if i == j else f"{classes[i]} taken for {classes[j]}"
+        here = on_page.get((i, j), 0)
+        if here < n:
+            why += f": {count_text(n)} images, {count_text(here)} of them on this page"
+        texts = percent_text(shares[1], 0), percent_text(shares[2], 0)
+        return Cell(n, *texts, f"{'hit' if i == j else 'miss'} {levels}", {"label": i, "predicted": j}, why)
+
+    numbers = shown.tolist()
+    rows = [
+        (classes[i], [cell(i, j) for j in numbers], int(by_row[i] - counts[i, shown].sum()), int(by_row[i]))
+        for i in numbers
+    ]
+    sums = by_column[shown].tolist()
+    return Matrix([classes[i] for i in numbers], numbers, rows, sums, len(shown) < np.count_nonzero(by_row + by_column))
+
+
+def _level(share: float) -> int:
+    """A shade by the root of a share: the rare mistakes are what a reader looks for."""
+    return min(int(_LEVELS * np.sqrt(share)), _LEVELS - 1)
+
+
+def _on_page(subject: Subject) -> dict[tuple[int, int], int]:
+    """(class, predicted class) -> how many cards of them there are."""
+    rows = subject.rows[subject.rows >= 0]
+    pairs, counts = np.unique(np.stack([subject.scored.y[rows], subject.predicted[rows]]), axis=1, return_counts=True)
+    return dict(zip(map(tuple, pairs.T.tolist()), counts.tolist(), strict=True))  # type: ignore[arg-type]
+
+
+def _worst_pairs(subject: Subject, counts: Array) -> list[dict[str, Any]]:
+    """Pairs of a true class and another that it is taken for, the most frequent first."""
+    wrong = counts * ~np.eye(len(counts), dtype=bool)
+    flat = np.flatnonzero(wrong)
+    flat = flat[np.argsort(-wrong.ravel()[flat], kind="stable")][:_WORST_PAIRS]
+    classes, sums = subject.model.classes, counts.sum(axis=1)
+    return [
+        {
+            "label": classes[i],
+            "predicted": classes[j],
+            "n": int(counts[i, j]),
+            "of": int(sums[i]),
+            "share": float(counts[i, j] / sums[i]),
+            "select": {"label": i, "predicted": j},
+            "why": f"{classes[i]} taken for {classes[j]}",
+        }
+        for i, j in zip(*(place.tolist() for place in np.divmod(flat, len(counts))), strict=True)
+    ]
+
+
+def classes_section(subject: Subject) -> Section:
+    """Precision, recall, F1 and support of each class, the worst first, and its mistakes."""
+    counts = np.array(subject.scores["confusion"])
+    true, called, hit = counts.sum(axis=1), counts.sum(axis=0), np.diag(counts)
+    trained = _trained(subject)
+    rows = []
+    for number, (name, entry) in enumerate(subject.scores["per_class"].items()):
+        n, right = int(true[number]), int(hit[number])
+        low, high = accuracy_interval(right, n) if n else (None, None)
+        rows.append(
+            {
+                "name": name,
+                "number": number,
+                "n": n,
+                "trained": trained[number] if trained is not None else None,
+                "recall": entry["recall"],
+                "low": low,
+                "high": high,
+                "precision": entry["precision"],
+                "f1": 2 * right / (n + int(called[number])) if n + called[number] else None,
+                "missed": n - right,
+                "wrongly": int(called[number]) - right,
+            }
+        )
+    rows.sort(key=lambda row: 2.0 if row["f1"] is None else row["f1"])
+    context = {"rows": rows, "with_training": trained is not None, "all_occur": bool(true.all())}
+    return Section("classes", "Each class", "report_classes.html", context, "Classes")
+
+
+def _trained(subject: Subject) -> list[int] | None:
+    """Images that trained each class; None where the model does not know."""
+    known = subject.model.training_rows()
+    if known is None:
+        return None
+    own = known.labels[(known.labels >= 0) & (known.labels < len(subject.model.classes))]
+    found: list[int] = np.bincount(own, minlength=len(subject.model.classes)).tolist()
+    return found

@@ -1,0 +1,147 @@
+"""What a report is about. In: a model, scored rows, pictures. Out: a ``Subject``: scores, and the cards of the page.
+
+All parts of a report are made from one ``Subject``; rows are those of ``Subject.scored``, cards are those that the page shows.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from featcache.cache.cache import FeatureCache
+from featcache.heads.head import Array, Indices
+from featcache.models.evaluate import scores_of
+from featcache.models.limits import Limits
+from featcache.models.model import Model
+from featcache.models.scoring import HELD_OUT, Scored
+from featcache.reports.cards import LIKELIEST, Card
+from featcache.reports.pictures import Pictures
+from featcache.spec import SPLITS
+
+ALL_SHOWN = 1500  # rows up to which every one is a card
+MOST_MISTAKES = 4000  # that are cards, the most confident first
+_SAMPLE = 1000  # cards of right answers, of more rows: half the least sure, half drawn evenly from the classes
+_PICTURES = 6_500_000  # bytes of cards' pictures, a third more as text
+_EVIDENCE_PICTURES = 1_000_000
+_EVIDENCE_SIZE = 64  # pixels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """What a report is about.
+
+    Attributes:
+        model, scored: what was scored on what; ``scored.rows`` are rows of ``cache``, if not None.
+        scores: as ``evaluate`` returns. seen: (N,) whether training has seen the row; None: not known, or of held-out
+            rows, whose scores are of heads that have not.
+        cache: the cache that was given, or belongs to the training; None: there is none.
+        cards: of the page, in order. rows: (number of cards,) the row of each in ``scored``; -1: it was refused.
+        pictures: where pictures come from. quick: whether what takes longer than a second is left out.
+    """
+
+    model: Model
+    scored: Scored
+    scores: dict[str, Any]
+    seen: Array | None
+    cache: FeatureCache | None
+    cards: tuple[Card, ...]
+    rows: Indices
+    pictures: Pictures
+    quick: bool = False
+
+    @property
+    def predicted(self) -> Array:
+        """(N,) the most probable class of each row."""
+        found: Array = self.scored.probabilities.argmax(axis=1)
+        return found
+
+    @property
+    def card_of(self) -> dict[int, int]:
+        """row -> number of its card, of those that have one."""
+        return {row: card for card, row in enumerate(self.rows.tolist()) if row >= 0}
+
+
+def make_subject(
+    model: Model,
+    scored: Scored,
+    *,
+    cache: FeatureCache | None = None,
+    training: FeatureCache | None = None,
+    pictures: Pictures,
+    quick: bool = False,
+) -> Subject:
+    """Score, choose cards, and find their pictures.
+
+    Args:
+        cache: what ``scored.rows`` are rows of. training: a cache of training images, for evidence.
+    """
+    known = None if scored.split == HELD_OUT else model.training_rows()
+    seen = None if known is None else known.contain(scored.digests)
+    scores = scores_of(model, scored, Limits(model.classes), seen=seen)
+    rows = choose_rows(scored)
+    cards, order = _cards(model, scored, rows, cache=cache, pictures=pictures)
+    return Subject(model, scored, scores, seen, cache, cards, order, pictures, quick)
+
+
+def choose_rows(scored: Scored) -> Indices:
+    """Rows that become cards: mistakes, the most confident first, then right answers, the least sure first."""
+    sure, predicted = scored.probabilities.max(axis=1), scored.probabilities.argmax(axis=1)
+    right = np.flatnonzero(predicted == scored.y)
+    wrong = np.flatnonzero(predicted != scored.y)
+    wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:MOST_MISTAKES]
+    right = right[np.argsort(sure[right], kind="stable")]
+    if len(scored) > ALL_SHOWN:
+        least, others = right[: _SAMPLE // 2], right[_SAMPLE // 2 :]
+        drawn = _evenly(others, scored.y[others], _SAMPLE - len(least))
+        right = np.concatenate([least, drawn])
+    return np.concatenate([wrong, right])
+
+
+def _evenly(rows: Indices, labels: Array, most: int) -> Indices:
+    """``most`` of the rows, drawn at random (seed 0), about as many of each class; in their order."""
+    shuffled = np.random.default_rng(0).permutation(len(rows))
+    labels = labels[shuffled]
+    by_class = np.argsort(labels, kind="stable")
+    _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    turn = np.empty(len(rows), np.intp)  # a row's place among those of its class
+    turn[by_class] = np.arange(len(rows)) - np.repeat(starts, counts)
+    drawn: Indices = rows[np.sort(shuffled[np.argsort(turn, kind="stable")[:most]])]
+    return drawn
+
+
+def _cards(
+    model: Model, scored: Scored, rows: Indices, *, cache: FeatureCache | None, pictures: Pictures
+) -> tuple[tuple[Card, ...], Indices]:
+    names, digests = scored.paths(rows), [digest.tobytes() for digest in scored.digests[rows]]
+    names = tuple(name or pictures.path_of(digest) or "" for name, digest in zip(names, digests, strict=True))
+    small = pictures.thumbnails(names, digests, budget=_PICTURES)
+    splits = [""] * len(rows)
+    if cache is not None and scored.rows is not None:
+        splits = ["" if not split else SPLITS[split] for split in cache.rows.splits[scored.rows[rows]].tolist()]
+    top = np.argsort(-scored.probabilities[rows], axis=1, kind="stable")[:, :LIKELIEST]
+    cards = []
+    for place, row in enumerate(rows.tolist()):
+        shares = scored.probabilities[row]
+        cards.append(
+            Card(
+                names[place] or f"sha256 {digests[place].hex()[:16]}",
+                small[place].uri,
+                small[place].reason,
+                model.classes[scored.y[row]],
+                model.classes[top[place, 0]],
+                tuple((model.classes[k], float(shares[k])) for k in top[place].tolist()),
+                split=splits[place],
+            )
+        )
+    wrong = int((scored.probabilities[rows].argmax(axis=1) != scored.y[rows]).sum())
+    refused = [
+        Card(
+            path if scored.root is None else str(scored.root / path),
+            label=None if label is None else model.classes[label],
+            status="refused",
+            reason=reason,
+        )
+        for (path, reason), label in scored.refused
+    ]
+    order = np.concatenate([rows[:wrong], np.full(len(refused), -1), rows[wrong:]]).astype(np.intp)
+    return (*cards[:wrong], *refused, *cards[wrong:]), order

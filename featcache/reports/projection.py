@@ -168,9 +168,9 @@ def _tsne(components: Points, seed: int) -> Points:
     start = start / (start[:, 0].std() or 1.0) * 1e-4
     perplexity = min(_PERPLEXITY, (len(components) - 1) / 3)
     affinity = library.affinity.PerplexityBasedNN(
-        components, perplexity, method="exact" if len(components) <= TSNE_ROWS else "annoy", random_state=seed, n_jobs=_cores()
+        components, perplexity, method="exact" if len(components) <= TSNE_ROWS else "annoy", random_state=seed, n_jobs=1
     )
-    tsne = library.TSNE(perplexity=perplexity, random_state=seed, n_jobs=_cores())
+    tsne = library.TSNE(perplexity=perplexity, random_state=seed, n_jobs=1)
     return np.asarray(tsne.fit(affinities=affinity, initialization=start), np.float32)
 
 

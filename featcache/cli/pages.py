@@ -29,6 +29,10 @@ def report(
     against: Annotated[
         Path | None, typer.Option(metavar="MODEL", readable=False, help="Another model to compare with.")
     ] = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option(metavar="CACHE", readable=False, help="With images: the cache that the model was fit on."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .html file. Default: beside the model.")
     ] = None,
@@ -69,6 +73,7 @@ def report(
             pictures=pictures,
             split=None if split == "auto" else split,
             against=against,
+            evidence=evidence,
             device=device,
             workers=threads,
             batch_size=batch,

@@ -162,6 +162,9 @@ def evaluate(
     coverage: Coverage = None,
     abstain_below: AbstainBelow = None,
     evidence: Evidence = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write MODEL.report.html beside the model: a page of these scores.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
@@ -194,6 +197,8 @@ def evaluate(
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     output = None if output is None else as_path(output)
     _check_table(output, [source], overwrite=overwrite)
+    page = _page_of(model) if report else None
+    kept: list[Any] = []
     with show_progress("evaluating") as progress:
         scores = run(
             model,
@@ -207,12 +212,30 @@ def evaluate(
             coverage=coverage,
             evidence=evidence,
             abstain_below=abstain_below,
+            then=None if page is None else lambda _, scored: kept.append(scored),
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")
-    show_result(lines, scores | {"output": output}, as_json=as_json)
+    if page is not None:
+        from featcache.cache.cache import is_cache
+        from featcache.reports.report import report_beside
+
+        report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
+        lines.append(f"  report: {page}")
+    show_result(lines, scores | {"output": output, "report": page}, as_json=as_json)
+
+
+def _page_of(model: Path) -> Path:
+    """Where the report of a model goes. Raises StorageError, before any work, if it cannot or must not be written."""
+    from featcache.reports.page import check_page_path
+    from featcache.reports.report import page_beside
+
+    check_path(model, "model", ("evaluate", HERE))
+    page = page_beside(model)
+    check_page_path(page)
+    return page
 
 
 def export(

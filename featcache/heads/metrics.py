@@ -1,4 +1,4 @@
-"""Labels and probabilities in, scores out. NumPy, and SciPy for one test.
+"""Labels and probabilities in, scores out. NumPy, and SciPy for exact tests.
 
 All functions take ``y`` (N,) integer labels in 0..C-1 and ``probabilities`` (N, C), rows summing to 1.
 """
@@ -63,6 +63,13 @@ def accuracy_interval(right: int, n: int) -> list[float]:
     centre, half = share + extra / 2, _Z * math.sqrt(share * (1 - share) / n + extra / (4 * n))
     low, high = ((centre + sign * half) / (1 + extra) for sign in (-1, 1))
     return [low if right else 0.0, high if right < n else 1.0]  # where rounding would miss it
+
+
+def chance_of_at_most(right: int, n: int, accuracy: float) -> float:
+    """The probability that of ``n`` independent rows at most ``right`` are, if each is with probability ``accuracy``: exact."""
+    from scipy.special import bdtr  # late, as below
+
+    return float(bdtr(right, n, accuracy))
 
 
 def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:

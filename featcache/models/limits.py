@@ -111,7 +111,7 @@ class Evidence:
         check_path(path, "cache", ("predict", model.path, "IMAGES", "--evidence", HERE))
         cache = FeatureCache.open(as_path(path))
         model.check_cache(cache, advice="give as evidence the cache that the model was fit on")
-        rows = _rows_that_trained(model, cache)
+        rows = rows_that_trained(model, cache)
         cache.check_finite(rows)
         self.paths = cache.paths
         self.neighbours = Neighbours(cache.X, rows)
@@ -136,7 +136,7 @@ class Evidence:
         ]
 
 
-def _rows_that_trained(model: "Model", cache: FeatureCache) -> Indices:
+def rows_that_trained(model: "Model", cache: FeatureCache) -> Indices:
     """Rows of the images that trained the model, each image once; of an older model, which does not know, those of train."""
     known = model.training_rows()
     if known is not None:

@@ -55,8 +55,12 @@ class Scored:
 
     def paths(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
         """Of some of the rows, as the user would type them."""
-        names = decode_names(self.names[rows])
+        names = self.relative(rows)
         return names if self.root is None else tuple(str(self.root / name) for name in names)
+
+    def relative(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
+        """Their paths relative to ``root``, or to the source of the cache; empty where not known."""
+        return decode_names(self.names[rows])
 
 
 def score_source(

@@ -10,6 +10,8 @@ predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
 report.py             the page about a model: its sections in order
 subject.py            what a report is about: scored rows, their scores, cards for the page
+advice.py             what to do next, in sentences with their figures
+comparison.py         one model against another; where a model came from
 confusion.py          the confusion matrix as a table of buttons; scores of each class
 page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
 cards.py              pictures with what is known of them, for pages

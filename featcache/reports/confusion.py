@@ -12,6 +12,7 @@ import numpy as np
 
 from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy_interval
+from featcache.reports.advice import images_trained_on
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section
 from featcache.reports.subject import Subject
@@ -54,11 +55,10 @@ def confusion_section(subject: Subject, data: dict[str, Any]) -> Section:
     """The matrix, and the pairs that are confused most. What the script needs goes into ``data["confusion"]``."""
     counts = np.array(subject.scores["confusion"])
     there = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
-    mistakes = counts.sum(axis=0) + counts.sum(axis=1) - 2 * np.diag(counts)
     zoomed = len(there) > IN_FULL
     shown = there
     if zoomed:
-        shown = np.sort(there[np.argsort(-mistakes[there], kind="stable")[:ZOOMED]])
+        shown = _most_confused(counts, there)
         rows, columns = np.nonzero(counts)
         data["confusion"] = {
             "cells": np.stack([rows, columns, counts[rows, columns]], axis=1).ravel().tolist(),
@@ -101,7 +101,19 @@ def _matrix(subject: Subject, counts: Array, shown: Array) -> Matrix:
         for i in numbers
     ]
     sums = by_column[shown].tolist()
-    return Matrix([classes[i] for i in numbers], numbers, rows, sums, len(shown) < np.count_nonzero(by_row + by_column))
+    return Matrix(
+        [classes[i] for i in numbers], numbers, rows, sums, len(shown) < int(np.count_nonzero(by_row + by_column))
+    )
+
+
+def _most_confused(counts: Array, there: Array) -> Array:
+    """``ZOOMED`` classes, ascending: those of the pairs that are confused most; without mistakes the first ones."""
+    rows, columns = np.nonzero(counts * ~np.eye(len(counts), dtype=bool))
+    chosen: set[int] = set()
+    for place in np.argsort(-counts[rows, columns], kind="stable").tolist():
+        if len(both := chosen | {int(rows[place]), int(columns[place])}) <= ZOOMED:
+            chosen = both
+    return np.array(sorted(chosen), np.intp) if chosen else there[:ZOOMED]
 
 
 def _level(share: float) -> int:
@@ -113,7 +125,7 @@ def _on_page(subject: Subject) -> dict[tuple[int, int], int]:
     """(class, predicted class) -> how many cards of them there are."""
     rows = subject.rows[subject.rows >= 0]
     pairs, counts = np.unique(np.stack([subject.scored.y[rows], subject.predicted[rows]]), axis=1, return_counts=True)
-    return dict(zip(map(tuple, pairs.T.tolist()), counts.tolist(), strict=True))  # type: ignore[arg-type]
+    return dict(zip(map(tuple, pairs.T.tolist()), counts.tolist(), strict=True))
 
 
 def _worst_pairs(subject: Subject, counts: Array) -> list[dict[str, Any]]:
@@ -140,7 +152,7 @@ def classes_section(subject: Subject) -> Section:
     """Precision, recall, F1 and support of each class, the worst first, and its mistakes."""
     counts = np.array(subject.scores["confusion"])
     true, called, hit = counts.sum(axis=1), counts.sum(axis=0), np.diag(counts)
-    trained = _trained(subject)
+    trained = images_trained_on(subject)
     rows = []
     for number, (name, entry) in enumerate(subject.scores["per_class"].items()):
         n, right = int(true[number]), int(hit[number])
@@ -150,7 +162,7 @@ def classes_section(subject: Subject) -> Section:
                 "name": name,
                 "number": number,
                 "n": n,
-                "trained": trained[number] if trained is not None else None,
+                "trained": None if trained is None else int(trained[number]),
                 "recall": entry["recall"],
                 "low": low,
                 "high": high,
@@ -163,13 +175,3 @@ def classes_section(subject: Subject) -> Section:
     rows.sort(key=lambda row: 2.0 if row["f1"] is None else row["f1"])
     context = {"rows": rows, "with_training": trained is not None, "all_occur": bool(true.all())}
     return Section("classes", "Each class", "report_classes.html", context, "Classes")
-
-
-def _trained(subject: Subject) -> list[int] | None:
-    """Images that trained each class; None where the model does not know."""
-    known = subject.model.training_rows()
-    if known is None:
-        return None
-    own = known.labels[(known.labels >= 0) & (known.labels < len(subject.model.classes))]
-    found: list[int] = np.bincount(own, minlength=len(subject.model.classes)).tolist()
-    return found

@@ -5,24 +5,32 @@ The page is a list of sections, each made from the same ``Subject``: a part that
 
 import dataclasses
 import logging
+import shlex
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.errors import SourceError, UsageError
-from featcache.images.source import AnySource, Source
+from featcache.heads.head import Array
+from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
-from featcache.models.scoring import Scored, score_cache, score_held_out, score_images
+from featcache.models.scoring import HELD_OUT, Scored, score_cache, score_held_out, score_images
+from featcache.reports.advice import advise, headline, largest_class, suspects
 from featcache.reports.cards import cards_data
+from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
+from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
-from featcache.reports.pictures import Pictures, guess_root
+from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
 from featcache.reports.subject import Subject, make_subject
-from featcache.system.display import Shown
+from featcache.spec import SPLITS
+from featcache.system.display import Shown, printable
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
 
 log = logging.getLogger("featcache")
+_QUICK_SECONDS = 1.0  # for pictures of a page that is written on the way
+_LEAST_CERTAIN = 48  # cards of that list
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -53,6 +63,7 @@ def report(
     pictures: AnyPath | None = None,
     split: str | None = None,
     against: Model | AnyPath | None = None,
+    evidence: AnyPath | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -66,7 +77,9 @@ def report(
             Without it, what the model keeps of images that did not train it.
         output: the page; ``MODEL.report.html`` beside the model when None. An earlier page is replaced, nothing else is.
         pictures: the folder of the images, if ``source`` is not; they are found by their digests.
-        split: as in ``evaluate``. against: another model, to compare with on the same images.
+        split: as in ``evaluate``. against: another model of the same classes, to compare with on the same images.
+        evidence: with images as ``source``, the cache that the model was fit on, for the training images nearest to each; of a
+            cache that holds them it is not needed.
         device, workers, batch_size, progress: as in ``predict``, for images.
 
     Raises:
@@ -78,35 +91,180 @@ def report(
     model = _checked(model, source)
     output = page_beside(model.path) if output is None else as_path(output)
     check_page_path(output)
-    options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
-    scored, cache = _score(model, source, split, options)
+    other = None if against is None else _other(model, against)
+    compared = None if evidence is None else FeatureCache.open(as_path(evidence))
+    options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
+    images, cache = _opened(model, source, other)
+    limits = Limits.of(model, evidence=None if images is None else evidence)
+    scored = _score(model, images, cache, split=split, limits=limits, options=options)
     if root is None:
         root = scored.root if scored.root is not None else _guess(cache)
-    subject = make_subject(model, scored, cache=cache, training=cache, pictures=Pictures(root))
-    return write_report(subject, output, started=started)
+    subject = make_subject(model, scored, cache=cache, evidence=compared, pictures=Pictures(root))
+    probabilities = None
+    if other is not None:
+        of_other = _score(other, images, cache, split=scored.split, limits=Limits(other.classes), options=options)
+        probabilities = other, other_probabilities(model, scored, other, of_other)
+    return write_report(subject, output, started=started, against=probabilities)
 
 
-def write_report(subject: Subject, output: Path, *, started: float) -> Report:
-    """Write the page about ``subject``. Raises as ``publish_page`` does."""
-    data = {"cards": cards_data(subject.cards, subject.model.classes), "selections": {}}
-    html = render_sections(_sections(subject, data), title=f"Report on {subject.model.path.name}", data=data)
+def report_beside(
+    model: AnyPath,
+    *,
+    cache: Path | None = None,
+    pictures: Path | None = None,
+    scored: Scored | None = None,
+    quick: bool = True,
+) -> Path:
+    """Write ``MODEL.report.html`` beside a model, about rows that are at hand.
+
+    Args:
+        cache: what it was fit on, or was scored on; None: the page is about what the model keeps of images that did not train it.
+        pictures: their folder; that of ``scored``, or one beside the cache that holds its images, when None.
+        scored: rows that are scored already. quick: with what takes less than two seconds. Raises as ``report``.
+    """
+    started = time.perf_counter()
+    loaded = load_model(as_path(model))
+    check_page_path(output := page_beside(loaded.path))
+    opened = None if cache is None else FeatureCache.open(cache)
+    if scored is None:
+        there = () if opened is None else np.unique(opened.rows.splits[opened.y >= 0])
+        split = next((name for name in ("test", "val") if SPLITS.index(name) in there), None)
+        scored = _score(loaded, None, opened, split=split, limits=Limits(loaded.classes), options={})
+    root = pictures or scored.root or _guess(opened)
+    # With a cache paths are known: what is not there is not searched for.
+    found = Pictures(root, search=not quick or cache is None, seconds=_QUICK_SECONDS if quick else None)
+    subject = make_subject(loaded, scored, cache=opened, pictures=found, quick=quick)
+    return write_report(subject, output, started=started).report
+
+
+def write_report(
+    subject: Subject, output: Path, *, started: float, against: tuple[Model, Array] | None = None
+) -> Report:
+    """Write the page about ``subject``. against: another model, and ``other_probabilities``. Raises as ``publish_page`` does."""
+    data: dict[str, Any] = {
+        "cards": cards_data(subject.cards, subject.model.classes),
+        "scores": {name: value for name, value in subject.scores.items() if name != "confusion"},
+        "selections": {name: rows for _, name, rows in _lists(subject)},
+    }
+    name = subject.model.path.resolve().name
+    sections = _sections(subject, data, against=against)
+    html = render_sections(sections, title=f"Report on {name}", lead=headline(subject), data=data)
     publish_page(output, html)
     size = output.stat().st_size
     return Report(output, len(subject.scored), len(subject.cards), size, time.perf_counter() - started)
 
 
-def _sections(subject: Subject, data: dict[str, Any]) -> list[Section]:
+def _sections(subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
     found = [
-        Section("summary", "In short", "report_summary.html", {"subject": subject}),
+        _summary(subject),
         confusion_section(subject, data),
         classes_section(subject),
-        Section("pictures", "Pictures", "report_pictures.html", {"cards": subject.cards}),
+        None if against is None else comparison_section(subject, *against, data),
+        _pictures(subject),
+        provenance_section(subject),
     ]
     return [section for section in found if section is not None]
+
+
+def _summary(subject: Subject) -> Section:
+    scores = subject.scores
+    name, share = largest_class(subject)
+    interval = (
+        f"95% interval {percent_text(scores['accuracy_interval'][0])} to {percent_text(scores['accuracy_interval'][1])}"
+    )
+    mistakes = scores["n"] - round(scores["accuracy"] * scores["n"])
+    tiles = [
+        ("Accuracy", percent_text(scores["accuracy"]), interval),
+        (
+            "Always the largest class",
+            percent_text(share),
+            f"{name}; guessing {percent_text(1 / len(subject.model.classes))}",
+        ),
+        ("Balanced accuracy", percent_text(scores["balanced_accuracy"]), "mean recall of the classes"),
+        ("Mistakes", count_text(mistakes), f"in {count_text(scores['n'])} images ({subject.scored.split})"),
+    ]
+    if scores["top5_accuracy"] is not None:
+        tiles.insert(3, ("Among the five likeliest", percent_text(scores["top5_accuracy"]), ""))
+    notes = []
+    if subject.scored.split == HELD_OUT and (estimate := subject.model.manifest["metrics"].get("cv_accuracy")):
+        notes.append(
+            f"Settings of the head were chosen on these images, too: corrected for that choice, the estimate is {percent_text(estimate)}."
+        )
+    context = {"tiles": tiles, "advice": advise(subject), "notes": notes}
+    return Section("summary", "In short", "report_summary.html", context)
+
+
+def _lists(subject: Subject) -> list[tuple[str, str, list[int]]]:
+    """Lists of cards that are worth a look: words, name among the page's selections, cards in order."""
+    cards, by_row = subject.cards, subject.card_of
+    margins = [(card.probability or 0) - (card.second[1] if card.second else 0) for card in cards]
+    answered = [number for number, card in enumerate(cards) if card.status != "refused"]
+    found = [
+        ("Most confident mistakes", "mistakes", [k for k in answered if cards[k].outcome == "wrong"]),
+        ("Labels in doubt", "suspects", [by_row[row] for row in suspects(subject).tolist() if row in by_row]),
+        ("Least certain", "uncertain", sorted(answered, key=margins.__getitem__)[:_LEAST_CERTAIN]),
+        ("Refused", "refused", [k for k, card in enumerate(cards) if card.status == "refused"]),
+    ]
+    return [each for each in found if each[2]]
+
+
+def _pictures(subject: Subject) -> Section:
+    context = {
+        "cards": subject.cards,
+        "lists": [(words, name, len(rows)) for words, name, rows in _lists(subject)],
+        "notes": _what_is_missing(subject),
+    }
+    return Section("pictures", "Pictures", "report_pictures.html", context)
+
+
+def _code(text: str) -> Markup:
+    return Markup("<code>{}</code>").format(printable(text))
+
+
+def _what_is_missing(subject: Subject) -> list[str | Markup]:
+    """What the page does not show, and what to do about it."""
+    notes: list[str | Markup] = []
+    scored, shown = subject.scored, int((subject.rows >= 0).sum())
+    if shown < len(scored):
+        wrong = int((subject.predicted != scored.y).sum())
+        here = sum(card.outcome == "wrong" for card in subject.cards)
+        mistakes = (
+            "every mistake"
+            if here == wrong
+            else f"the {count_text(here)} most confident of {count_text(wrong)} mistakes"
+        )
+        notes.append(
+            f"{count_text(shown)} of {count_text(len(scored))} images are on this page: {mistakes}, the least sure of the right "
+            "answers, and others drawn at random, as many of each class."
+        )
+    reasons = Counter(
+        card.no_thumbnail for card in subject.cards if card.thumbnail is None and card.status != "refused"
+    )
+    name = shlex.quote(str(subject.model.path))
+    if count := reasons.pop(NO_FOLDER, 0):
+        source = "" if subject.cache is None else f" {shlex.quote(str(subject.cache.path))}"
+        command = _code(f"featcache report {name}{source} --source FOLDER")
+        notes.append(
+            Markup("{} images have no picture here: {} adds them from their folder.").format(count_text(count), command)
+        )
+    if count := reasons.pop(MISSING, 0):
+        notes.append(
+            f"{count_text(count)} images are not in {subject.pictures.root}, or were changed since: --source names another folder."
+        )
+    if count := reasons.pop(NO_TIME, 0):
+        command = _code(f"featcache report {name} SOURCE")
+        notes.append(
+            Markup("{} pictures were left out to be quick: {} makes a page with all.").format(
+                count_text(count), command
+            )
+        )
+    if count := sum(reasons.values()):
+        notes.append(f"{count_text(count)} pictures are left out: {reasons.most_common(1)[0][0]}.")
+    return notes
 
 
 def page_beside(model: Path) -> Path:
@@ -125,31 +283,56 @@ def _checked(model: Model | AnyPath, source: AnySource | None) -> Model:
     return model if isinstance(model, Model) else load_model(folder)
 
 
-def _score(
-    model: Model, source: AnySource | None, split: str | None, options: dict[str, Any]
-) -> tuple[Scored, FeatureCache | None]:
-    """Scored rows, and the cache that they come from."""
-    limits = Limits(model.classes)
+def _other(model: Model, against: Model | AnyPath) -> Model:
+    """The model to compare with."""
+    if not isinstance(against, Model):
+        check_path(against, "model", ("report", model.path, "--against", HERE))
+        against = load_model(as_path(against))
+    check_comparable(model, against)
+    return against
+
+
+def _opened(
+    model: Model, source: AnySource | None, other: Model | None
+) -> tuple[ImageList | None, FeatureCache | None]:
+    """Images or a cache, or neither. Raises before any work if a model cannot score them."""
     if source is None:
-        if split is not None:
-            raise UsageError("--split chooses among labelled images; give them or a cache as SOURCE, or leave it out")
-        return score_held_out(model), None
+        return None, None
     if not is_cache((given := Source.of(source)).path):
-        return score_images(model, given, split=split, limits=limits, **options), None
+        return list_images(given), None
     given.check_options("cache")
     cache = FeatureCache.open(given.path)
     model.check_cache(cache)
-    if split is None and not np.isin(cache.rows.splits, (2, 3)).any() and (kept := _held_out(model, cache)) is not None:
-        return kept, cache
-    return score_cache(model, cache, split=split, limits=limits), cache
+    if other is not None:
+        other.check_cache(cache, advice="give the images as SOURCE, which both models can embed")
+    return None, cache
 
 
-def _held_out(model: Model, cache: FeatureCache) -> Scored | None:
-    """Where a cache has nothing that training left out: its rows with scores of heads that they did not train."""
+def _score(
+    model: Model,
+    images: ImageList | None,
+    cache: FeatureCache | None,
+    *,
+    split: str | None,
+    limits: Limits,
+    options: dict[str, Any],
+) -> Scored:
+    """Score images, a cache, or where there is neither what the model keeps."""
+    if images is not None:
+        return score_images(model, images, split=split, limits=limits, **options)
+    if cache is None and split not in (None, HELD_OUT):
+        raise UsageError("--split chooses among labelled images; give them or a cache as SOURCE, or leave it out")
+    if cache is None or split == HELD_OUT or (split is None and _keeps_all(model, cache)):
+        return score_held_out(model, cache)
+    return score_cache(model, cache, split=split, limits=limits)
+
+
+def _keeps_all(model: Model, cache: FeatureCache) -> bool:
+    """Whether a cache has nothing that training left out, and the model keeps scores of heads that its rows did not train."""
     known = model.training_rows()
-    if known is None or known.unseen() is None or not known.contain(cache.rows.digests).all():
-        return None
-    return score_held_out(model, cache)
+    if known is None or np.isin(cache.rows.splits, (2, 3)).any() or known.unseen() is None:
+        return False
+    return bool(known.contain(cache.rows.digests[cache.y >= 0]).all())
 
 
 def _guess(cache: FeatureCache | None) -> Path | None:

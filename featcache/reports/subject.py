@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
+from featcache.errors import SourceError
 from featcache.heads.head import Array, Indices
+from featcache.heads.neighbours import Neighbours
 from featcache.models.evaluate import scores_of
-from featcache.models.limits import Limits
+from featcache.models.limits import UNFAMILIAR, Limits, rows_that_trained
 from featcache.models.model import Model
+from featcache.models.prediction import EVIDENCE
 from featcache.models.scoring import HELD_OUT, Scored
-from featcache.reports.cards import LIKELIEST, Card
+from featcache.reports.cards import LIKELIEST, Card, Evidence
 from featcache.reports.pictures import Pictures
 from featcache.spec import SPLITS
 
@@ -24,6 +27,8 @@ _SAMPLE = 1000  # cards of right answers, of more rows: half the least sure, hal
 _PICTURES = 6_500_000  # bytes of cards' pictures, a third more as text
 _EVIDENCE_PICTURES = 1_000_000
 _EVIDENCE_SIZE = 64  # pixels
+# Cosines that are computed for evidence, times the length of embeddings: some seconds on two cores, and half a second.
+_PRODUCTS, _QUICK_PRODUCTS = 4 * 10**11, 10**10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,20 +71,21 @@ def make_subject(
     scored: Scored,
     *,
     cache: FeatureCache | None = None,
-    training: FeatureCache | None = None,
+    evidence: FeatureCache | None = None,
     pictures: Pictures,
     quick: bool = False,
 ) -> Subject:
     """Score, choose cards, and find their pictures.
 
     Args:
-        cache: what ``scored.rows`` are rows of. training: a cache of training images, for evidence.
+        cache: what ``scored.rows`` are rows of. evidence: a cache of training images; None: those of ``cache``, if it holds any.
     """
     known = None if scored.split == HELD_OUT else model.training_rows()
     seen = None if known is None else known.contain(scored.digests)
     scores = scores_of(model, scored, Limits(model.classes), seen=seen)
     rows = choose_rows(scored)
-    cards, order = _cards(model, scored, rows, cache=cache, pictures=pictures)
+    nearest = _nearest(model, scored, rows, cache=cache, evidence=evidence or cache, quick=quick)
+    cards, order = _cards(model, scored, rows, cache=cache, nearest=nearest, pictures=pictures)
     return Subject(model, scored, scores, seen, cache, cards, order, pictures, quick)
 
 
@@ -109,12 +115,63 @@ def _evenly(rows: Indices, labels: Array, most: int) -> Indices:
     return drawn
 
 
+def _nearest(
+    model: Model,
+    scored: Scored,
+    rows: Indices,
+    *,
+    cache: FeatureCache | None,
+    evidence: FeatureCache | None,
+    quick: bool,
+) -> dict[int, list[tuple[Evidence, bytes]]]:
+    """row -> the training images nearest to it, and their digests; of those rows for which they are known or soon found."""
+    if evidence is None:
+        return {}
+    labels = dict(zip(evidence.paths, evidence.y.tolist(), strict=True))
+    digests = dict(zip(evidence.paths, evidence.rows.digests, strict=True))
+
+    def described(path: str, similarity: float) -> tuple[Evidence, bytes]:
+        label = labels[path]
+        return Evidence(path, similarity, evidence.classes[label] if label >= 0 else None), digests[path].tobytes()
+
+    known = {row: scored.found[row]["nearest"] for row in rows.tolist() if "nearest" in scored.found[row]}
+    if known or cache is None or scored.rows is None:
+        return {row: [described(*near) for near in found] for row, found in known.items()}
+    try:
+        trained = rows_that_trained(model, evidence)
+    except SourceError:  # none of its images did
+        return {}
+    wrong = rows[scored.probabilities[rows].argmax(axis=1) != scored.y[rows]]
+    affordable = (_QUICK_PRODUCTS if quick else _PRODUCTS) // max(len(trained) * evidence.dim, 1)
+    wanted = next((some for some in (rows, wrong) if len(some) <= affordable), rows[:0])
+    if len(trained) < 2 or not len(wanted):
+        return {}
+    neighbours = Neighbours(evidence.X, trained)
+    places, similarities = neighbours.nearest(cache.take(scored.rows[wanted]), count=EVIDENCE + 1)
+    found = {}
+    for row, near, similar in zip(wanted.tolist(), trained[places].tolist(), similarities.tolist(), strict=True):
+        own = scored.digests[row].tobytes()
+        pairs = [described(evidence.paths[k], value) for k, value in zip(near, similar, strict=True)]
+        found[row] = [pair for pair in pairs if pair[1] != own][:EVIDENCE]  # an image is no evidence for itself
+    return found
+
+
 def _cards(
-    model: Model, scored: Scored, rows: Indices, *, cache: FeatureCache | None, pictures: Pictures
+    model: Model,
+    scored: Scored,
+    rows: Indices,
+    *,
+    cache: FeatureCache | None,
+    nearest: dict[int, list[tuple[Evidence, bytes]]],
+    pictures: Pictures,
 ) -> tuple[tuple[Card, ...], Indices]:
-    names, digests = scored.paths(rows), [digest.tobytes() for digest in scored.digests[rows]]
-    names = tuple(name or pictures.path_of(digest) or "" for name, digest in zip(names, digests, strict=True))
-    small = pictures.thumbnails(names, digests, budget=_PICTURES)
+    """Cards of ``rows``, mistakes first, then of what was refused, then right answers; and the row of each."""
+    digests = [digest.tobytes() for digest in scored.digests[rows]]
+    inside = scored.relative(rows)  # the folder of the pictures
+    inside = tuple(name or pictures.path_of(digest) or "" for name, digest in zip(inside, digests, strict=True))
+    typed = scored.paths(rows)
+    small = pictures.thumbnails(inside, digests, budget=_PICTURES)
+    with_pictures = _with_pictures(nearest, rows, pictures)
     splits = [""] * len(rows)
     if cache is not None and scored.rows is not None:
         splits = ["" if not split else SPLITS[split] for split in cache.rows.splits[scored.rows[rows]].tolist()]
@@ -122,15 +179,19 @@ def _cards(
     cards = []
     for place, row in enumerate(rows.tolist()):
         shares = scored.probabilities[row]
+        strange = scored.found[row].get("unfamiliarity", 0) > UNFAMILIAR
         cards.append(
             Card(
-                names[place] or f"sha256 {digests[place].hex()[:16]}",
+                typed[place] or inside[place] or f"sha256 {digests[place].hex()[:16]}",
                 small[place].uri,
                 small[place].reason,
                 model.classes[scored.y[row]],
                 model.classes[top[place, 0]],
                 tuple((model.classes[k], float(shares[k])) for k in top[place].tolist()),
-                split=splits[place],
+                "unsure" if strange else "ok",
+                "unlike the training images" if strange else "",
+                splits[place],
+                with_pictures.get(row, ()),
             )
         )
     wrong = int((scored.probabilities[rows].argmax(axis=1) != scored.y[rows]).sum())
@@ -145,3 +206,22 @@ def _cards(
     ]
     order = np.concatenate([rows[:wrong], np.full(len(refused), -1), rows[wrong:]]).astype(np.intp)
     return (*cards[:wrong], *refused, *cards[wrong:]), order
+
+
+def _with_pictures(
+    nearest: dict[int, list[tuple[Evidence, bytes]]], rows: Indices, pictures: Pictures
+) -> dict[int, tuple[Evidence, ...]]:
+    """Evidence with thumbnails, each made once: for the first rows as far as they fit."""
+    wanted: dict[bytes, str] = {}
+    for row in rows.tolist():
+        for near, digest in nearest.get(row, ()):
+            wanted.setdefault(digest, near.path)
+    if pictures.root is None:
+        made: dict[bytes, str | None] = {}
+    else:
+        small = pictures.thumbnails(list(wanted.values()), list(wanted), budget=_EVIDENCE_PICTURES, size=_EVIDENCE_SIZE)
+        made = {digest: one.uri for digest, one in zip(wanted, small, strict=True)}
+    return {
+        row: tuple(dataclasses.replace(near, thumbnail=made.get(digest)) for near, digest in found)
+        for row, found in nearest.items()
+    }

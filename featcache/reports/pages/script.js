@@ -331,13 +331,14 @@ find("[data-zoom]")?.addEventListener("input", ({ target }) => {
   const wrong = new Map();
   for (const [i, j, n] of triples) for (const k of [i, j]) wrong.set(k, (wrong.get(k) ?? 0) + (i === j ? 0 : n));
   const fitting = [...wrong.keys()].filter((k) => printable(cards.classes[k]).toLowerCase().includes(wanted));
-  const found = new Set(fitting.sort((a, b) => wrong.get(b) - wrong.get(a) || a - b).slice(0, data.confusion.most));
-  // Of few classes also what they are taken for, and what is taken for them.
-  for (const [i, j] of wanted && fitting.length < 6 ? [...triples].sort((a, b) => b[2] - a[2]) : []) {
-    if (found.size < data.confusion.most && fitting.some((k) => k === i || k === j)) found.add(i).add(j);
+  const found = new Set(wanted ? fitting.sort((a, b) => wrong.get(b) - wrong.get(a) || a - b).slice(0, data.confusion.most) : []);
+  // Of few classes also what they are taken for, and what is taken for them; of all the pairs that are confused most.
+  for (const [i, j] of fitting.length < 6 || !wanted ? [...triples].sort((a, b) => b[2] - a[2]) : []) {
+    const fits = i !== j && (!wanted || fitting.includes(i) || fitting.includes(j));
+    if (fits && new Set([...found, i, j]).size <= data.confusion.most) found.add(i).add(j);
   }
   drawMatrix([...found].sort((a, b) => a - b));
-  find("output", target.closest("div")).textContent = wanted ? `${fitting.length.toLocaleString("en")} classes fit` : "";
+  find("output", target.closest("div")).textContent = wanted ? `${fitting.length.toLocaleString("en")} class${fitting.length === 1 ? " fits" : "es fit"}` : "";
 });
 
 /* ---- Tables that can be sorted: the words above their columns become buttons */

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from featcache.models.prediction import Predictions as Predictions
     from featcache.reports.doctor import doctor as doctor
     from featcache.reports.info import describe as describe
+    from featcache.reports.notebook import Page as Page
+    from featcache.reports.notebook import gallery as gallery
+    from featcache.reports.stats import Statistics as Statistics
+    from featcache.reports.stats import stats as stats
     from featcache.spec import PreprocessSpec as PreprocessSpec
 
 __version__ = "0.1.0"
@@ -49,11 +53,13 @@ _HOME = {
     "FitReport": "models.fit",
     "ImageList": "images.source",
     "Model": "models.model",
+    "Page": "reports.notebook",
     "Prediction": "models.prediction",
     "Predictions": "models.prediction",
     "PreprocessSpec": "spec",
     "RepairReport": "extraction.repair",
     "Source": "images.source",
+    "Statistics": "reports.stats",
     "backbone_names": "backbones.load",
     "describe": "reports.info",
     "doctor": "reports.doctor",
@@ -62,12 +68,14 @@ _HOME = {
     "extract": "extraction.extract",
     "finetune": "finetuning.finetune",
     "fit_head": "models.fit",
+    "gallery": "reports.notebook",
     "hold_out": "images.splits",
     "list_images": "images.source",
     "load_backbone": "backbones.load",
     "load_model": "models.model",
     "predict": "models.predict",
     "repair": "extraction.repair",
+    "stats": "reports.stats",
 }
 __all__ = list(_HOME)
 

@@ -22,6 +22,7 @@ _COMMANDS = {
     "predict": "infer inference classify label prediction run",
     "evaluate": "eval evaluation val validate test score scores metrics accuracy benchmark",
     "export": "convert onnx save deploy safetensors",
+    "stats": "statistics eda explore count analyze analyse summary",
     "info": "show inspect describe summary models",
     "verify": "check validate-cache repair fix mend",
     "backbones": "list models model-list list-models archs networks",
@@ -33,6 +34,7 @@ _COMMANDS = {
 _ABOUT = {
     "fit-head": "on cached embeddings",
     "finetune": "end to end",
+    "stats": "of images",
     "info": "about a saved model or cache",
     "backbones": "names for --backbone",
     "verify": "a cache's checksums",
@@ -71,6 +73,7 @@ _OPTIONS = {
     "--overwrite": "force exist-ok clobber yes y f replace",
     "--force": "overwrite exist-ok clobber yes y f replace",
     "--limit": "max-images max-samples num-images n-images num-samples subset n",
+    "--sample": "limit max-images max-samples num-images n-images num-samples subset n",
     "--max-bad": "ignore-errors skip-errors skip-bad skip-broken",
     "--split": "set subset val test train on",
     "--recipe": "config cfg preset",

@@ -267,6 +267,22 @@ def histogram(
     return _chart(title, caption, parts, 180, (x_label, "images"), table)
 
 
+def sizes(counts: Sequence[Sequence[int]], *, title: str, caption: str = "") -> Chart:
+    """How many images have which width and height: a disc for each (width, height, count), its area the count."""
+    widths, heights = ([row[k] for row in counts] for k in (0, 1))
+    across = _Axis(min(widths) / 1.15, max(widths) * 1.15, _LEFT + 6, WIDTH - _RIGHT, log=True)
+    up = _Axis(min(heights) / 1.15, max(heights) * 1.15, 260 - _BOTTOM, _TOP, log=True)
+    parts = _frame(across, up, WIDTH - _RIGHT, "width in pixels", "height", left=_LEFT + 6)
+    most = max(row[2] for row in counts)
+    for width, height, count in counts:
+        radius = max(16 * math.sqrt(count / most), 2)
+        disc = Markup('<circle class="disc" cx="{}" cy="{}" r="{}"><title>{}</title></circle>')
+        hint = f"{width} x {height}: {count_text(count)}"
+        parts.append(disc.format(_n(across.at(width)), _n(up.at(height)), _n(radius), hint))
+    table = tuple((str(width), str(height), count_text(count)) for width, height, count in counts[:100])
+    return _chart(title, caption, parts, 260, ("width", "height", "images"), table)
+
+
 def coverage(
     answered: Sequence[float], accuracy: Sequence[float], *, title: str = "Coverage against accuracy", caption: str = ""
 ) -> Chart:

@@ -214,7 +214,8 @@ function factsOf(row) {
   const outcome = { 1: "right", 0: "wrong" }[cards.correct?.[row]];
   const status = cards.statuses[cards.status?.[row] ?? 0];
   const pairs = [["label", name("label")], ["prediction", name("predicted")], ["that is", outcome && document.createTextNode(outcome)],
-    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")]];
+    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")],
+    ["unfamiliar", cards.unfamiliarity?.[row] >= 0 && document.createTextNode(`more than ${percent(cards.unfamiliarity[row])} of the training images`)]];
   return pairs.filter(([, value]) => value);
 }
 
@@ -363,6 +364,14 @@ for (const table of all("table[data-sortable]")) {
 }
 
 /* ---- The page */
+if (location.protocol === "about:") { // a frame in a notebook: links to its own places would lead to the notebook, whose address they count from
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    if (!link) return;
+    event.preventDefault();
+    find(link.hash)?.scrollIntoView();
+  });
+}
 for (const hidden of all("[data-script]")) hidden.hidden = false; // what is of use with script only
 addEventListener("beforeprint", () => all("details:not([open])").forEach((each) => { each.open = true; each.dataset.printed = ""; }));
 addEventListener("afterprint", () => all("details[data-printed]").forEach((each) => { each.open = false; delete each.dataset.printed; }));

@@ -21,10 +21,12 @@ from featcache.errors import SourceError
 from featcache.heads.head import Indices
 from featcache.reports.cards import Card, cards_data
 from featcache.reports.charts import Chart
+from featcache.reports.notebook import Page
 from featcache.reports.numbers import count_text
-from featcache.reports.page import Section, publish_page, render_sections
+from featcache.reports.page import Section, render_sections
 from featcache.reports.pictures import Pictures, guess_root
-from featcache.reports.projection import Method, Points, Projection, project
+from featcache.reports.projection import Method, Points, Projection, check_method, project
+from featcache.reports.subject import Subject, drawn_evenly
 from featcache.reports.wall import WALL, order_by_similarity
 from featcache.spec import SPLITS
 from featcache.system.display import middle_out, printable
@@ -35,7 +37,7 @@ _DRAWN = 4000  # points of the picture that is there without script
 _WIDE, _HIGHEST, _FLATTEST, _ROOM = 660, 660, 400, 24  # of that picture, and the room about its points
 _CARDS = 1200  # pictures of ``map``
 _PICTURES = 3_000_000  # bytes
-_MORE_PICTURES, _MORE_SIZE = 600_000, 64  # bytes and pixels, of rows that have no card
+_MORE_PICTURES, _MORE_SIZE, _MORE_BYTES = 600_000, 64, 720  # bytes, pixels, and bytes each, of rows that have no card
 _NOWHERE = -(2**15)  # of a card that is not on the map: it was refused
 
 
@@ -161,65 +163,75 @@ def order_wall(features: Any, rows: Indices, cards: Indices, shown: Sequence[boo
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class MapPage:
-    """A map of a cache: ``html``; shows itself in a notebook. method: ``pca`` or ``tsne``; trustworthiness: 0..1."""
-
-    html: str = dataclasses.field(repr=False)
-    method: str
-    trustworthiness: float | None
-    images: int
-
-    def save(self, path: AnyPath) -> Path:
-        """Write the page; raises as ``page.publish_page``."""
-        publish_page(as_path(path), self.html)
-        return as_path(path)
-
-    def _repr_html_(self) -> str:
-        return self.html
+def report_map(subject: Subject, data: dict[str, Any], *, method: Method) -> Section | None:
+    """Map and wall of a report: all rows of its cache; None where there is no cache, or hardly a row."""
+    cache, scored = subject.cache, subject.scored
+    if method == "none" or cache is None or scored.rows is None or len(cache) < 3:
+        return None
+    names: list[str] = data["cards"]["classes"]
+    names += [name for name in cache.classes if name not in set(names)]
+    number = {name: k for k, name in enumerate(names)}
+    of_cache = np.array([*(number[name] for name in cache.classes), -1])  # the last: of -1
+    card, predicted = np.full(len(cache), -1), np.full(len(cache), -1)
+    has_row = subject.rows >= 0
+    card[scored.rows[subject.rows[has_row]]] = np.flatnonzero(has_row)
+    predicted[scored.rows] = subject.predicted
+    shown = [one.thumbnail is not None for one in subject.cards]
+    with cache.reader() as features:
+        projection = project(features, np.arange(len(cache)), method=method)
+        placed = np.flatnonzero(card >= 0)
+        wall = order_wall(features, placed, card[placed], shown)
+    assert projection is not None
+    splits = cache.rows.splits.astype(np.intp)
+    pictures = _more_pictures(cache, card, subject.pictures)
+    mapped = Mapped(projection, cache.paths, of_cache[cache.y], predicted, splits, card, names, pictures)
+    return map_section(mapped, data, wall=wall)
 
 
 def map(
     cache: FeatureCache | AnyPath, source: AnyPath | None = None, *, method: Method = "auto", seed: int = 0
-) -> MapPage:
+) -> Page:
     """Lay the images of a cache out on a plane, similar ones near each other, and beside it on a wall of pictures.
 
     Args:
-        cache: a cache, or its path. source: the folder of its images; looked for beside the cache when None. Pictures are shown
+        cache: a cache, or its path. source: the folder of its images; looked for near the cache when None. Pictures are shown
             of files whose bytes are those that were embedded, of a sample if there are many.
         method: ``pca``; ``tsne`` (needs the ``report`` extra); ``auto``: t-SNE where it takes less than a minute.
-        seed: of t-SNE and samples.
+        seed: of t-SNE, and of the sample that has pictures.
+
+    Returns:
+        A page, which shows itself in a notebook.
 
     Raises:
         SourceError: the cache has no rows; ``source`` is no folder. UsageError, MissingDependencyError: as ``project``.
         CacheError: the cache cannot be read.
     """
+    check_method(method, ("auto", "pca", "tsne"))
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     if not len(opened):
         raise SourceError(f"{opened.path} has no rows; a map needs some")
     root = None if source is None else as_path(source)
     if root is not None and not root.is_dir():
         raise SourceError(f"{root} is no folder; give the folder that holds the images of {opened.path}")
-    everything = np.arange(len(opened))
-    with opened.reader() as features:
-        projection = project(features, everything, method="auto" if method == "none" else method, seed=seed)
-        assert projection is not None
-        chosen = _sample(opened.y, seed)
-        root = root or guess_root(opened.path, opened.paths[:3], opened.rows.digests[:3])
-        cards = _cards(opened, chosen, Pictures(root))
-        wall = order_wall(features, chosen, np.arange(len(chosen)), [card.thumbnail is not None for card in cards])
+    root = root or guess_root(opened.path, opened.paths[:3], opened.rows.digests[:3])
+    chosen = np.sort(drawn_evenly(np.arange(len(opened)), opened.y, _CARDS, seed=seed))
+    cards = _cards(opened, chosen, Pictures(root))
     data: dict[str, Any] = {"cards": cards_data(cards, opened.classes)}
     nothing = np.full(len(opened), -1)
     card = nothing.copy()
     card[chosen] = np.arange(len(chosen))
+    with opened.reader() as features:
+        projection = project(features, np.arange(len(opened)), method=method, seed=seed)
+        wall = order_wall(features, chosen, card[chosen], [one.thumbnail is not None for one in cards])
+    assert projection is not None
     splits = opened.rows.splits.astype(np.intp)
     mapped = Mapped(projection, opened.paths, opened.y.astype(np.intp), nothing, splits, card, opened.classes)
     sections = [
         map_section(mapped, data, wall=wall),
-        Section("pictures", "Pictures", "report_pictures.html", {"cards": cards}),
+        Section("pictures", "Pictures", "report_pictures.html", {"cards": cards, "lists": [], "notes": []}),
     ]
-    html = render_sections(sections, title=f"Map of {opened.path.name}", lead=_lead(opened, cards, root), data=data)
-    return MapPage(html, projection.method, projection.trustworthiness, len(opened))
+    title = f"Map of {opened.path.name}"
+    return Page(render_sections(sections, title=title, lead=_lead(opened, cards, root), data=data))
 
 
 def _lead(cache: FeatureCache, cards: Sequence[Card], root: Path | None) -> str:
@@ -249,17 +261,16 @@ def _cards(cache: FeatureCache, rows: Indices, pictures: Pictures) -> list[Card]
     ]
 
 
-def _sample(labels: npt.NDArray[np.int32], seed: int) -> Indices:
-    """At most ``_CARDS`` rows, drawn evenly from the classes; in order."""
-    if len(labels) <= _CARDS:
-        return np.arange(len(labels))
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    seen: Counter[int] = Counter()
-    turn = np.empty(len(labels), np.intp)
-    for row in shuffled.tolist():
-        turn[row] = seen[int(labels[row])]
-        seen[int(labels[row])] += 1
-    return np.sort(shuffled[np.argsort(turn[shuffled], kind="stable")[:_CARDS]])
+def _more_pictures(cache: FeatureCache, card: Indices, pictures: Pictures) -> list[str]:
+    """Small pictures of some of the rows that have no card, as data URIs; "" of the others."""
+    found = [""] * len(cache)
+    beyond = np.flatnonzero(card < 0)
+    rows = drawn_evenly(beyond, cache.y[beyond], _MORE_PICTURES // _MORE_BYTES).tolist()
+    names, digests = [cache.paths[row] for row in rows], [cache.rows.digests[row].tobytes() for row in rows]
+    small = pictures.thumbnails(names, digests, budget=_MORE_PICTURES, size=_MORE_SIZE)
+    for row, one in zip(rows, small, strict=True):
+        found[row] = one.uri or ""
+    return found
 
 
 def _spread(points: Points) -> npt.NDArray[np.int16]:

@@ -23,7 +23,11 @@ from featcache.system.path_kinds import typed
 
 _FULL, _BARS = 400, 2000  # cards up to which bars carry the names of their classes, and are drawn at all
 _PAGE, _ALL, _EACH = 3_800_000, 1000, 1200  # bytes of a page of up to so many images, and of each one more
-_TEXT, _BAR, _TEXT_FULL = 600, 220, 1900  # bytes of a card without its picture and path; of its bars; with bars and names
+_TEXT, _BAR, _TEXT_FULL = (
+    600,
+    220,
+    1900,
+)  # bytes of a card without its picture and path; of its bars; with bars and names
 _OF_EVIDENCE = 0.2  # of the bytes of all pictures
 _FOUR_THIRDS = 4 / 3  # base64
 _LARGE, _BYTES_OF_LARGE = 256, 7000  # pixels and bytes of a picture where there are few
@@ -171,7 +175,9 @@ def _cards(draw: Draw, rows: Sequence[Row], source: Path | None) -> tuple[list[C
                 probabilities=row.top,
                 status=row.status,
                 reason=row.reason,
-                evidence=tuple(dataclasses.replace(evidence[each.path], similarity=each.similarity) for each in row.nearest),
+                evidence=tuple(
+                    dataclasses.replace(evidence[each.path], similarity=each.similarity) for each in row.nearest
+                ),
                 unfamiliarity=row.unfamiliarity,
                 note="; ".join(filter(None, notes)),
             )
@@ -234,7 +240,10 @@ def _made_of(
     budget: int,
 ) -> list[Thumbnail]:
     """Thumbnails of ``paths``, looked for in ``places``; of files whose content is what it was."""
-    place = next((place for place in places if any((place / path).exists() for path in paths[:20])), places[0] if places else Path())
+    place = next(
+        (place for place in places if any((place / path).exists() for path in paths[:20])),
+        places[0] if places else Path(),
+    )
     in_memory = {k: held[path] for k, path in enumerate(paths) if path in held}
     made = thumbnails(Paths(place, tuple(paths), in_memory), size=size, budget=budget)
     changed = Thumbnail(None, "the file has changed since")

@@ -8,7 +8,6 @@ their first two, as Kobak and Berens 2019 advise ("The art of using t-SNE for si
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from featcache.reports.numbers import count_text, percent_text
 Points = npt.NDArray[np.floating[Any]]
 Method = Literal["auto", "pca", "tsne", "none"]
 METHODS: tuple[Method, ...] = ("auto", "pca", "tsne", "none")
-TSNE_ROWS = 10_000  # of more t-SNE takes over a minute on two cores; then only if asked for
+TSNE_ROWS = 10_000  # half a minute on one core; of more only if asked for
 _COMPONENTS = 50  # that t-SNE starts from: Kobak and Berens
 _PERPLEXITY = 30
 _FEWEST = 10  # rows for t-SNE: a perplexity of 3
@@ -53,14 +52,13 @@ def project(features: FeatureSource, rows: Indices, *, method: Method = "auto", 
     """Lay ``rows`` of ``features`` (M, D) out on a plane; None for ``none``.
 
     Args:
-        method: ``pca``; ``tsne``; ``auto``: t-SNE where it is installed and takes less than a minute. seed: of t-SNE, and of
-            the rows that trustworthiness looks at.
+        method: ``pca``; ``tsne``; ``auto``: t-SNE where it is installed and takes less than a minute, see ``TSNE_ROWS``.
+        seed: of t-SNE, and of the rows that trustworthiness looks at.
 
     Raises:
         UsageError: no such method. MissingDependencyError: t-SNE was asked for and is not installed.
     """
-    if method not in METHODS:
-        raise UsageError(f"no map is called {method!r}; choose one of {', '.join(METHODS)}")
+    check_method(method)
     if method == "none":
         return None
     chosen, why = _chosen(method, len(rows))
@@ -75,6 +73,14 @@ def project(features: FeatureSource, rows: Indices, *, method: Method = "auto", 
     sample = _sample(len(rows), seed)
     trust = trustworthiness(features, rows, points, k=k, sample=sample) if k else None
     return Projection(points, components, chosen, words, trust, k, len(sample))
+
+
+def check_method(method: str, methods: tuple[Method, ...] = METHODS) -> None:
+    """Before any work. Raises as ``project``."""
+    if method not in methods:
+        raise UsageError(f"no map is called {method!r}; choose one of {', '.join(methods)}")
+    if method == "tsne":
+        _open_tsne()
 
 
 def principal_components(features: FeatureSource, rows: Indices, count: int) -> tuple[Points, Points]:
@@ -145,7 +151,7 @@ def _chosen(method: Method, count: int) -> tuple[Literal["pca", "tsne"], str]:
         _open_tsne()
         return "tsne", "."
     if count > TSNE_ROWS:
-        return "pca", f"; t-SNE of more than {count_text(TSNE_ROWS)} images takes over a minute: --map tsne."
+        return "pca", f"; t-SNE of more than {count_text(TSNE_ROWS)} images can take minutes: ask for it by its name."
     try:
         _open_tsne()
     except MissingDependencyError:
@@ -170,6 +176,7 @@ def _tsne(components: Points, seed: int) -> Points:
     affinity = library.affinity.PerplexityBasedNN(
         components, perplexity, method="exact" if len(components) <= TSNE_ROWS else "annoy", random_state=seed, n_jobs=1
     )
+    # One thread: those of openTSNE wait by spinning, and on a busy machine take ten times as long as one.
     tsne = library.TSNE(perplexity=perplexity, random_state=seed, n_jobs=1)
     return np.asarray(tsne.fit(affinities=affinity, initialization=start), np.float32)
 
@@ -189,8 +196,3 @@ def _blocks(features: FeatureSource, rows: Indices) -> Iterator[Points]:
 def _unit(X: Points) -> Points:
     X = X.astype(np.float32)
     return scale_features(X, "unit", X, X)
-
-
-def _cores() -> int:
-    with_affinity = getattr(os, "sched_getaffinity", None)
-    return len(with_affinity(0)) if with_affinity else os.cpu_count() or 1

@@ -7,7 +7,6 @@ of columns; a curve through the t-SNE map comes next (``benchmarks/LOG.md``).
 """
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache.heads.head import Array, Indices
 
@@ -32,5 +31,4 @@ def grid_similarity(X: Array, order: Indices, columns: int) -> float:
     laid = unit[order]
     beside = (laid[:-1] * laid[1:]).sum(axis=1)[np.arange(1, len(laid)) % columns != 0]
     below = (laid[:-columns] * laid[columns:]).sum(axis=1)
-    pairs: npt.NDArray[np.floating] = np.concatenate([beside, below])  # type: ignore[type-arg]
-    return float(pairs.mean())
+    return float(np.concatenate([beside, below]).mean())

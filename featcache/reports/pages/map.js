@@ -7,7 +7,7 @@ const known = data.map;
 const unpack = (text, Kind) => new Kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 const [X, Y] = [unpack(known.x, Int16Array), unpack(known.y, Int16Array)];
 const N = X.length;
-const there = Array.from({ length: N }, (_, row) => row).filter((row) => X[row] > -32768); // refused images are nowhere
+const there = Int32Array.from({ length: N }, (_, row) => row).filter((row) => X[row] > -32768); // refused images are nowhere
 
 /* What is known of rows without a card stands behind what is known of the cards. */
 {
@@ -70,6 +70,19 @@ function middleOf(rows) {
   return rows.reduce((best, row) => (Math.hypot(X[row] - x, Y[row] - y) < Math.hypot(X[best] - x, Y[best] - y) ? row : best));
 }
 
+/* ---- Rows by cells of a grid, line by line: what is near is found without looking at all */
+const CELLS = Math.max(1, Math.min(256, Math.round(Math.sqrt(N / 2))));
+const cellOf = (value) => Math.min(CELLS - 1, Math.max(0, Math.floor((value + 32768) / 65536 * CELLS)));
+const starts = new Uint32Array(CELLS * CELLS + 1);
+const inTurn = [...there].sort((a, b) => cellOf(Y[b]) - cellOf(Y[a]) || cellOf(X[a]) - cellOf(X[b]) || X[a] - X[b]);
+const cell = (row) => (CELLS - 1 - cellOf(Y[row])) * CELLS + cellOf(X[row]);
+for (const row of inTurn) starts[cell(row) + 1]++;
+for (let k = 0; k < CELLS * CELLS; k++) starts[k + 1] += starts[k];
+
+/* The order of drawing. Line by line, as pixels lie in memory: at 100,000 points that is what takes the time. Cards come last,
+   mistakes, which are the first of them, at the very end: they lie on top. */
+const drawn = Int32Array.from([...inTurn.filter((row) => row >= items.length), ...there.filter((row) => row < items.length).reverse()]);
+
 /* ---- Drawing */
 const [canvas, over] = all("canvas", box);
 const plane = find(".plane", box);
@@ -86,32 +99,36 @@ function ink() {
   const style = getComputedStyle(box);
   const number = (name) => {
     const [r, g, b] = /^#(..?)(..?)(..?)$/.exec(style.getPropertyValue(name).trim()).slice(1).map((two) => parseInt(two.padStart(2, two), 16));
-    return 0xff000000 | b << 16 | g << 8 | r;
+    return -16777216 | b << 16 | g << 8 | r; // opaque
   };
   inks = ["--edge", "--c1", "--c2", "--c3", "--c4", "--c5", "--c1", "--c2", "--c3", "--c4", "--c5"].map(number);
   [inks.page, inks.dim] = [number("--raised"), number("--rule")];
 }
 
 /** Where a mark covers pixels around its own, and how much, 0..255. */
-function markOf(radius, square) {
+function markOf(radius, strength, square = false) {
   const [offsets, cover] = [[], []];
   const reach = Math.ceil(radius + 0.5);
   for (let dy = -reach; dy <= reach; dy++) {
     for (let dx = -reach; dx <= reach; dx++) {
       const distance = square ? Math.max(Math.abs(dx), Math.abs(dy)) / 0.88 : Math.hypot(dx, dy);
       const part = Math.min(1, radius + 0.5 - distance);
-      if (part > 0) { offsets.push(dy * canvas.width + dx); cover.push(Math.round(255 * part)); }
+      if (part > 0.08) { offsets.push(dy * canvas.width + dx); cover.push(Math.round(255 * strength * part)); }
     }
   }
   return { offsets: Int32Array.from(offsets), cover: Uint8Array.from(cover), reach };
 }
 
-function stamp(at, { offsets, cover }, colour, strength) {
-  const [rb, g] = [colour & 0xff00ff, colour & 0xff00];
+/** The loop that runs a million times a frame, in 32-bit integers: red and blue are mixed in one multiplication. */
+function stamp(at, mark, colour) {
+  const { offsets, cover } = mark;
+  const rb = colour & 0xff00ff;
+  const g = colour & 0xff00;
   for (let k = 0; k < offsets.length; k++) {
-    const [under, a] = [pixels[at + offsets[k]], cover[k] * strength | 0];
-    const [rbu, gu] = [under & 0xff00ff, under & 0xff00];
-    pixels[at + offsets[k]] = 0xff000000 | (rbu + ((rb - rbu) * a >> 8)) & 0xff00ff | (gu + ((g - gu) * a >> 8)) & 0xff00;
+    const to = at + offsets[k];
+    const rbu = pixels[to] & 0xff00ff;
+    const gu = pixels[to] & 0xff00;
+    pixels[to] = -16777216 | (rbu + (Math.imul(rb - rbu, cover[k]) >> 8)) & 0xff00ff | (gu + ((g - gu) * cover[k] >> 8)) & 0xff00;
   }
 }
 
@@ -128,25 +145,28 @@ function draw() {
   }
   if (!image) {
     image = below.createImageData(canvas.width, canvas.height);
-    pixels = new Uint32Array(image.data.buffer);
+    pixels = new Int32Array(image.data.buffer);
   }
   pixels.fill(inks.page);
   const radius = ratio * Math.min(4, Math.max(1.1, 14 / N ** 0.22)) * Math.min(view.zoom ** 0.3, 2);
-  const marks = [markOf(radius, false), markOf(radius, true), markOf(radius + ratio, false)];
-  const rim = N < 3000;
+  const [disc, square, faint, rim] = [markOf(radius, 0.9), markOf(radius, 0.9, true), markOf(radius, 0.6), markOf(radius + ratio, 0.8)];
+  const apart = N < 3000; // then each has a rim
   const [sx, sy, left, top] = [view.scale * ratio, -view.scale * ratio, canvas.width / 2 - view.x * view.scale * ratio, canvas.height / 2 + view.y * view.scale * ratio];
   const members = selection.rows && (selection.members ??= new Set(selection.rows));
-  const reach = marks[2].reach;
-  let visible = [];
+  const { reach } = rim;
+  const visible = [];
   for (const chosen of members ? [false, true] : [true]) {
-    for (let k = there.length - 1; k >= 0; k--) { // mistakes stand first among the cards: they lie on top
-      const row = there[k];
+    for (let k = 0; k < drawn.length; k++) {
+      const row = drawn[k];
       if (members && members.has(row) !== chosen) continue;
-      const [x, y] = [left + X[row] * sx | 0, top + Y[row] * sy | 0];
+      const x = left + X[row] * sx | 0;
+      const y = top + Y[row] * sy | 0;
       if (x < reach || y < reach || x >= canvas.width - reach || y >= canvas.height - reach) continue;
       const at = y * canvas.width + x;
-      if (rim && chosen) stamp(at, marks[2], inks.page, 0.8);
-      stamp(at, marks[+(tint[row] > 5)], chosen ? inks[tint[row]] : inks.dim, tint[row] || !chosen ? 0.9 : 0.6);
+      const number = tint[row];
+      if (apart && chosen) stamp(at, rim, inks.page);
+      if (chosen) stamp(at, number > 5 ? square : number ? disc : faint, inks[number]);
+      else stamp(at, disc, inks.dim);
       if (chosen && visible.length < 4000) visible.push(row);
     }
   }
@@ -227,15 +247,7 @@ function cover() {
   }
 }
 
-/* ---- Finding: rows by cells of a grid, so that what is near is found without looking at all */
-const CELLS = Math.max(1, Math.min(256, Math.round(Math.sqrt(N / 2))));
-const cellOf = (value) => Math.min(CELLS - 1, Math.max(0, Math.floor((value + 32768) / 65536 * CELLS)));
-const starts = new Uint32Array(CELLS * CELLS + 1);
-const inTurn = [...there].sort((a, b) => cellOf(Y[b]) - cellOf(Y[a]) || cellOf(X[a]) - cellOf(X[b]) || X[a] - X[b]);
-const cell = (row) => (CELLS - 1 - cellOf(Y[row])) * CELLS + cellOf(X[row]);
-for (const row of inTurn) starts[cell(row) + 1]++;
-for (let k = 0; k < CELLS * CELLS; k++) starts[k + 1] += starts[k];
-
+/* ---- Finding */
 /** The row nearest to a place on the screen, among those at most 14 pixels away; -1: none. */
 function nearest(x, y) {
   const [u, v, far] = [view.x + (x - view.wide / 2) / view.scale, view.y - (y - view.high / 2) / view.scale, 14 / view.scale];
@@ -286,7 +298,7 @@ function point(row, { spoken = false } = {}) {
     tip.replaceChildren(src ? element("img", { src, alt: "" }) : element("p", { className: "soft" }, "no picture on this page"), element("b", {}, named(shorten(name, 24))), facts);
     const [x, y] = screen(row);
     tip.style.transform = `translate(${Math.max(0, Math.min(x > view.wide / 2 ? x - tip.offsetWidth - 16 : x + 16, view.wide - tip.offsetWidth))}px, ${Math.max(0, Math.min(y - 40, view.high - tip.offsetHeight))}px)`;
-    if (spoken) heard.textContent = tip.innerText.replace(/\s*\n\s*/g, ", ");
+    if (spoken) heard.textContent = [printable(name), ...all("dd", facts).map((each) => each.textContent)].join(", ");
   }
   cover();
 }
@@ -304,8 +316,8 @@ selection.on((it) => {
   said.textContent = it.rows ? `${it.rows.length.toLocaleString("en")} of ${N.toLocaleString("en")} selected: ${printable(it.why)}` : "";
   for (const name of ["show", "none"]) find(`[data-tool="${name}"]`, box).hidden = !it.rows;
   for (const [row, tile] of tiles) tile.classList.toggle("dim", !it.has(row));
-  const first = it.rows && onWall.find((row) => it.has(row));
-  if (first >= 0 && !wall.contains(document.activeElement)) wall.scrollTop = tiles.get(first).offsetTop - wall.offsetTop - 3;
+  const first = it.rows ? onWall.find((row) => it.has(row)) : undefined;
+  if (first !== undefined && !wall.contains(document.activeElement)) wall.scrollTop = tiles.get(first).offsetTop - wall.offsetTop - 3;
   paint();
 });
 
@@ -368,7 +380,7 @@ for (const name of ["pointerup", "pointercancel"]) {
     const polygon = lasso;
     lasso = null;
     if (name === "pointerup" && moved <= 3) chooseOne(nearest(...place(event)), event.shiftKey);
-    else if (polygon?.length > 2) choose(there.filter((row) => within(polygon, screen(row))), "inside the lasso");
+    else if (polygon?.length > 2) choose([...there].filter((row) => within(polygon, screen(row))), "inside the lasso");
     cover();
   });
 }

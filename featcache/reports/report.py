@@ -345,10 +345,10 @@ def _score(
 
 def _keeps_all(model: Model, cache: FeatureCache) -> bool:
     """Whether a cache has nothing that training left out, and the model keeps scores of heads that its rows did not train."""
-    known = model.training_rows()
+    known, labelled = model.training_rows(), cache.y >= 0
     if known is None or np.isin(cache.rows.splits, (2, 3)).any() or known.unseen() is None:
         return False
-    return bool(known.contain(cache.rows.digests[cache.y >= 0]).all())
+    return bool(labelled.any() and known.contain(cache.rows.digests[labelled]).all())
 
 
 def _guess(cache: FeatureCache | None) -> Path | None:

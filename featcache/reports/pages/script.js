@@ -27,7 +27,13 @@ function printable(text) {
   });
 }
 const named = (text) => element("bdi", {}, printable(text));
-const percent = (share) => (share < 1 && share >= 0.9995 ? ">99.9%" : share > 0 && share < 0.0005 ? "<0.1%" : (100 * share).toFixed(1) + "%");
+/** A share as Python writes it: never 100% or 0% for what is not quite that. */
+function percent(share, digits = 1) {
+  const text = share.toLocaleString("en", { style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits, roundingMode: "halfEven", useGrouping: false });
+  const step = (100 * 10 ** -(digits + 2)).toFixed(digits);
+  if (share < 1 && parseFloat(text) === 100) return `>${(100 - step).toFixed(digits)}%`;
+  return share > 0 && parseFloat(text) === 0 ? `<${step}%` : text;
+}
 
 /* ---- The selection: rows (numbers of cards, in an order that may mean something), and a sentence that says what they are.
    Matrix, tables, map and wall set it, and listen: selection.set([3, 1], "the two nearest"), selection.on(listener). */
@@ -301,7 +307,6 @@ function drawMatrix(numbers) {
   const highest = (hit) => Math.max(1, ...triples.filter(([i, j]) => (i === j) === hit).map((cell) => cell[2]));
   const tops = [highest(false), highest(true)];
   const name = (number) => named(cards.classes[number]);
-  const short = (share) => percent(share).replace(/\.\d%/, "%");
   const cell = (i, j) => {
     const n = at.get(i + "," + j);
     if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));
@@ -311,7 +316,7 @@ function drawMatrix(numbers) {
     const why = (i === j ? `${cards.classes[i]}, recognised` : `${cards.classes[i]} taken for ${cards.classes[j]}`)
       + (here < n ? `: ${n.toLocaleString("en")} images, ${here.toLocaleString("en")} of them on this page` : "");
     const button = element("button", { type: "button", "data-select": JSON.stringify({ label: i, predicted: j }) },
-      ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : short(shares[by]))),
+      ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : percent(shares[by], 0))),
       element("span", { className: "said why" }, printable(why)));
     return element("td", { className: [i === j ? "hit" : "miss", ...Object.entries(shares).map(([by, share]) => by + level(share))].join(" ") }, button);
   };

@@ -77,8 +77,8 @@ def map_section(mapped: Mapped, data: dict[str, Any], *, wall: Sequence[int] = (
         "x": _packed(places[:, 0], "<i2"),
         "y": _packed(places[:, 1], "<i2"),
         "path": [mapped.paths[row] for row in beyond.tolist()],
-        "label": _packed(mapped.labels[beyond], "<i2"),
-        "predicted": _packed(mapped.predicted[beyond], "<i2"),
+        "label": _packed(mapped.labels[beyond], "<i4"),
+        "predicted": _packed(mapped.predicted[beyond], "<i4"),
         "split": _packed(mapped.splits[beyond], "<u1"),
         "splits": ["", *SPLITS[1:]],
         "pictures": [mapped.pictures[row] for row in beyond.tolist()] if mapped.pictures else [],
@@ -135,7 +135,8 @@ def map_chart(projection: Projection, names: Sequence[str]) -> Chart:
                 _colour(tint, "s"), "" if _is_disc(tint) else "square", size, path
             )
         )
-    parts += _named(x, y, np.array(names, object), tints)
+    if len(set(names)) > 1:
+        parts += _named(x, y, names)
     sample = f" {count_text(_DRAWN)} of {count_text(len(names))} images are drawn." if len(rows) < len(names) else ""
     title, words = "Map of embeddings", words_of(projection) + sample
     svg = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}</svg>').format(
@@ -306,12 +307,14 @@ def _legend(names: Sequence[str]) -> list[tuple[str, str, str, int]]:
     return rows
 
 
-def _named(x: Points, y: Points, names: npt.NDArray[np.object_], tints: dict[str, int]) -> list[Markup]:
+def _named(x: Points, y: Points, names: Sequence[str]) -> list[Markup]:
     """The names of classes where most of their points are; those that would cover another are left out."""
     parts: list[Markup] = []
     taken: list[tuple[float, float, float]] = []
-    for name, count in Counter(names.tolist()).most_common(40):
-        rows = np.flatnonzero(names == name)
+    number = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    of_row = np.array([number[name] for name in names])  # an array of the names would cut NUL off their ends
+    for name, count in Counter(names).most_common(40):
+        rows = np.flatnonzero(of_row == number[name])
         middle = rows[((x[rows] - np.median(x[rows])) ** 2 + (y[rows] - np.median(y[rows])) ** 2).argmin()]
         text = middle_out(printable(name), 24)
         at, up, wide = float(x[middle]), float(y[middle]), 7.5 * len(text)
@@ -321,7 +324,7 @@ def _named(x: Points, y: Points, names: npt.NDArray[np.object_], tints: dict[str
         parts.append(
             Markup('<text class="place" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(at, up + 4, text)
         )
-    return parts if len(tints) > 1 else []
+    return parts
 
 
 def _colours(mapped: Mapped) -> list[tuple[str, str]]:

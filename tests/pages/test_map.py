@@ -228,7 +228,9 @@ def test_fingers(browser: Any, made: MapPage) -> None:
         touch = page.context.new_cdp_session(page)
 
         def send(kind: str, *apart: float) -> None:
-            points = [{"x": middle[0] + side * d, "y": middle[1], "id": k} for d in apart for k, side in enumerate((-1, 1))]
+            points = [
+                {"x": middle[0] + side * d, "y": middle[1], "id": k} for d in apart for k, side in enumerate((-1, 1))
+            ]
             touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
         send("touchStart", 30)

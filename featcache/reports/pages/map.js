@@ -11,13 +11,15 @@ const there = Int32Array.from({ length: N }, (_, row) => row).filter((row) => X[
 
 /* What is known of rows without a card stands behind what is known of the cards. */
 {
-  const rest = { path: known.path, label: unpack(known.label, Int16Array), predicted: unpack(known.predicted, Int16Array),
-    split: Array.from(unpack(known.split, Uint8Array), (split) => known.splits[split]) };
-  for (const [name, column] of Object.entries(rest)) {
-    cards[name] = [...(cards[name] ?? Array(items.length).fill(name === "split" ? "" : -1)), ...column];
+  const [labels, answers] = [unpack(known.label, Int32Array), unpack(known.predicted, Int32Array)];
+  const extend = (name, none, column) => { cards[name] = [...(cards[name] ?? Array(items.length).fill(none)), ...column]; };
+  extend("path", "", known.path);
+  extend("label", -1, labels);
+  extend("split", "", Array.from(unpack(known.split, Uint8Array), (split) => known.splits[split]));
+  if (cards.predicted) {
+    extend("predicted", -1, answers);
+    extend("correct", -1, known.path.map((_, k) => (labels[k] < 0 || answers[k] < 0 ? -1 : +(labels[k] === answers[k]))));
   }
-  const unknown = rest.path.map((_, k) => (rest.label[k] < 0 || rest.predicted[k] < 0 ? -1 : +(rest.label[k] === rest.predicted[k])));
-  cards.correct = [...(cards.correct ?? Array(items.length).fill(-1)), ...unknown];
 }
 const pictureOf = (row) => (row < items.length ? find("img", items[row])?.src : known.pictures[row - items.length]);
 

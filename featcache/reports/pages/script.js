@@ -57,7 +57,8 @@ function rowsOf(what) {
   if (typeof what === "string") return data.selections[what];
   if (Array.isArray(what)) return what;
   const wanted = Object.entries(what).map(([name, value]) => [cards[name], new Set([value].flat())]);
-  return cards.path.map((_, row) => row).filter((row) => wanted.every(([column, values]) => column && values.has(column[row])));
+  const scored = (row) => row < items.length || !cards.predicted || cards.predicted[row] >= 0; // of a map, other rows lie about
+  return cards.path.map((_, row) => row).filter((row) => scored(row) && wanted.every(([column, values]) => column && values.has(column[row])));
 }
 
 document.addEventListener("click", (event) => {
@@ -119,7 +120,7 @@ function update() {
   place();
   if (shown.length) inTabOrder(shown[0]);
   if (!form) return;
-  beyond = cards.path.map((_, row) => row).slice(items.length).filter((row) => matches(row, values));
+  beyond = (selection.rows ?? []).filter((row) => row >= items.length && matches(row, values));
   find("output", form).textContent = `Showing ${shown.length.toLocaleString("en")} of ${items.length.toLocaleString("en")}`
     + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "")
     + (beyond.length ? `; ${beyond.length.toLocaleString("en")} more have no place in this list, their paths are saved, too` : "");

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from featcache.models.prediction import Prediction as Prediction
     from featcache.models.prediction import Predictions as Predictions
     from featcache.reports.doctor import doctor as doctor
+    from featcache.reports.embedding_map import map as map
     from featcache.reports.info import describe as describe
     from featcache.reports.notebook import Page as Page
     from featcache.reports.notebook import gallery as gallery
@@ -79,6 +80,7 @@ _HOME = {
     "list_images": "images.source",
     "load_backbone": "backbones.load",
     "load_model": "models.model",
+    "map": "reports.embedding_map",
     "predict": "models.predict",
     "preview": "reports.preview",
     "repair": "extraction.repair",

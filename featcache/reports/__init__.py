@@ -28,6 +28,9 @@ page.py               the one way to make a page: templates of pages/, escaped, 
 cards.py              pictures with what is known of them, for pages
 charts.py             charts as SVG
 thumbnails.py         small pictures within a budget
+projection.py         embeddings on a plane: principal components, t-SNE, and how far to trust it
+wall.py               an order in which similar pictures are neighbours
+embedding_map.py      map and wall of pictures, for pages; ``map``
 pictures.py           the image files of rows, found by digest
 numbers.py            numbers as people read them
 """

@@ -26,10 +26,12 @@ from featcache.reports.cards import cards_data
 from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
 from featcache.reports.contact_sheet import sheet_beside
+from featcache.reports.embedding_map import report_map
 from featcache.reports.notebook import framed
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
+from featcache.reports.projection import Method, check_method
 from featcache.reports.subject import Subject, make_subject
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable
@@ -73,6 +75,7 @@ def report(
     split: str | None = None,
     against: Model | AnyPath | None = None,
     evidence: AnyPath | None = None,
+    map: Method = "auto",
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -89,6 +92,8 @@ def report(
         split: as in ``evaluate``. against: another model of the same classes, to compare with on the same images.
         evidence: with images as ``source``, the cache that the model was fit on, for the training images nearest to each; of a
             cache that holds them it is not needed.
+        map: of embeddings, with a cache as ``source``: ``pca``; ``tsne``, which needs the ``report`` extra; ``auto``: t-SNE where
+            it takes less than a minute; ``none``.
         device, workers, batch_size, progress: as in ``predict``, for images.
 
     Raises:
@@ -100,6 +105,7 @@ def report(
     model = _checked(model, source)
     output = page_beside(model.path) if output is None else as_path(output)
     check_page_path(output)
+    check_method(map)
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
@@ -107,6 +113,8 @@ def report(
     compared = None if evidence is None else FeatureCache.open(as_path(evidence))
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
     images, cache = _opened(model, source, other)
+    if cache is None and map in ("pca", "tsne"):
+        raise UsageError(f"--map {map} needs embeddings: give a cache as SOURCE, or leave it out")
     limits = Limits.of(model, evidence=None if images is None else evidence)
     scored = _score(model, images, cache, split=split, limits=limits, options=options)
     if root is None:
@@ -116,7 +124,7 @@ def report(
     if other is not None:
         of_other = _score(other, images, cache, split=scored.split, limits=Limits(other.classes), options=options)
         probabilities = other, other_probabilities(model, scored, other, of_other)
-    return write_report(subject, output, started=started, against=probabilities)
+    return write_report(subject, output, started=started, against=probabilities, map=map)
 
 
 def report_beside(
@@ -158,7 +166,12 @@ def report_beside(
 
 
 def write_report(
-    subject: Subject, output: Path, *, started: float, against: tuple[Model, Array] | None = None
+    subject: Subject,
+    output: Path,
+    *,
+    started: float,
+    against: tuple[Model, Array] | None = None,
+    map: Method = "none",
 ) -> Report:
     """Write the page about ``subject``. against: another model, and ``other_probabilities``. Raises as ``publish_page`` does."""
     data: dict[str, Any] = {
@@ -167,20 +180,23 @@ def write_report(
         "selections": {name: rows for _, name, rows in _lists(subject)},
     }
     name = subject.model.path.resolve().name
-    sections = _sections(subject, data, against=against)
+    sections = _sections(subject, data, against=against, map=map)
     html = render_sections(sections, title=f"Report on {name}", lead=headline(subject), data=data)
     publish_page(output, html)
     size = output.stat().st_size
     return Report(output, len(subject.scored), len(subject.cards), size, time.perf_counter() - started)
 
 
-def _sections(subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None) -> list[Section]:
+def _sections(
+    subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None, map: Method
+) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
     found = [
         _summary(subject),
         confusion_section(subject, data),
         classes_section(subject),
         None if against is None else comparison_section(subject, *against, data),
+        report_map(subject, data, method=map),
         _pictures(subject),
         provenance_section(subject),
     ]
@@ -346,10 +362,10 @@ def _score(
 
 def _keeps_all(model: Model, cache: FeatureCache) -> bool:
     """Whether a cache has nothing that training left out, and the model keeps scores of heads that its rows did not train."""
-    known = model.training_rows()
+    known, labelled = model.training_rows(), cache.y >= 0
     if known is None or np.isin(cache.rows.splits, (2, 3)).any() or known.unseen() is None:
         return False
-    return bool(known.contain(cache.rows.digests[cache.y >= 0]).all())
+    return bool(labelled.any() and known.contain(cache.rows.digests[labelled]).all())
 
 
 def _guess(cache: FeatureCache | None) -> Path | None:

@@ -27,7 +27,13 @@ function printable(text) {
   });
 }
 const named = (text) => element("bdi", {}, printable(text));
-const percent = (share) => (share < 1 && share >= 0.9995 ? ">99.9%" : share > 0 && share < 0.0005 ? "<0.1%" : (100 * share).toFixed(1) + "%");
+/** A share as Python writes it: never 100% or 0% for what is not quite that. */
+function percent(share, digits = 1) {
+  const text = share.toLocaleString("en", { style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits, roundingMode: "halfEven", useGrouping: false });
+  const step = (100 * 10 ** -(digits + 2)).toFixed(digits);
+  if (share < 1 && parseFloat(text) === 100) return `>${(100 - step).toFixed(digits)}%`;
+  return share > 0 && parseFloat(text) === 0 ? `<${step}%` : text;
+}
 
 /* ---- The selection: rows (numbers of cards, in an order that may mean something), and a sentence that says what they are.
    Matrix, tables, map and wall set it, and listen: selection.set([3, 1], "the two nearest"), selection.on(listener). */
@@ -51,7 +57,8 @@ function rowsOf(what) {
   if (typeof what === "string") return data.selections[what];
   if (Array.isArray(what)) return what;
   const wanted = Object.entries(what).map(([name, value]) => [cards[name], new Set([value].flat())]);
-  return cards.path.map((_, row) => row).filter((row) => wanted.every(([column, values]) => column && values.has(column[row])));
+  const scored = (row) => row < items.length || !cards.predicted || cards.predicted[row] >= 0; // of a map, other rows lie about
+  return cards.path.map((_, row) => row).filter((row) => scored(row) && wanted.every(([column, values]) => column && values.has(column[row])));
 }
 
 document.addEventListener("click", (event) => {
@@ -74,6 +81,7 @@ const list = find("ul.cards[data-main]");
 const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
 let shown = items.map((_, row) => row); // rows, in their order; other cards are out of the document
+let beyond = []; // the same of rows that have no card: a map has them, and lists of paths
 const AT_ONCE = 120; // cards: what follows the list stays within reach
 const more = list ? element("button", { type: "button", className: "more" }) : null;
 let most = AT_ONCE;
@@ -112,10 +120,12 @@ function update() {
   place();
   if (shown.length) inTabOrder(shown[0]);
   if (!form) return;
+  beyond = (selection.rows ?? []).filter((row) => row >= items.length && matches(row, values));
   find("output", form).textContent = `Showing ${shown.length.toLocaleString("en")} of ${items.length.toLocaleString("en")}`
-    + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "");
+    + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "")
+    + (beyond.length ? `; ${beyond.length.toLocaleString("en")} more have no place in this list, their paths are saved, too` : "");
   find("[data-clear]", form).hidden = selection.rows === null && !["label", "predicted", "status", "correct", "split", "text"].some((name) => values[name]);
-  for (const button of all("[data-export]", form)) button.disabled = !shown.length;
+  for (const button of all("[data-export]", form)) button.disabled = !shown.length && !beyond.length;
 }
 
 /** Puts the first cards on the page, in one step and only if they changed. */
@@ -246,11 +256,11 @@ dialog?.addEventListener("keydown", (event) => {
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (by) step(by);
 });
-dialog?.addEventListener("close", () => { if (shown.includes(current)) focusOn(current); });
+dialog?.addEventListener("close", () => { if (list.contains(document.activeElement) && shown.includes(current)) focusOn(current); });
 
 /* ---- Paths of what is shown, a line each, or as CSV where a name has line breaks; names that are no UTF-8 by their bytes */
 function pathList() {
-  const paths = shown.map((row) => cards.path[row]);
+  const paths = [...shown, ...beyond].map((row) => cards.path[row]);
   if (!paths.some((path) => /[\r\n]/.test(path))) return paths.join("\n") + "\n";
   return ["path", ...paths.map((path) => `"${path.replaceAll('"', '""')}"`)].join("\r\n") + "\r\n";
 }
@@ -276,7 +286,7 @@ for (const button of all("[data-export]")) {
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
-    find("output", form).textContent = `${shown.length.toLocaleString("en")} paths ${button.dataset.export === "copy" ? "copied" : "saved"}`;
+    find("output", form).textContent = `${(shown.length + beyond.length).toLocaleString("en")} paths ${button.dataset.export === "copy" ? "copied" : "saved"}`;
   });
 }
 
@@ -298,7 +308,6 @@ function drawMatrix(numbers) {
   const highest = (hit) => Math.max(1, ...triples.filter(([i, j]) => (i === j) === hit).map((cell) => cell[2]));
   const tops = [highest(false), highest(true)];
   const name = (number) => named(cards.classes[number]);
-  const short = (share) => percent(share).replace(/\.\d%/, "%");
   const cell = (i, j) => {
     const n = at.get(i + "," + j);
     if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));
@@ -308,7 +317,7 @@ function drawMatrix(numbers) {
     const why = (i === j ? `${cards.classes[i]}, recognised` : `${cards.classes[i]} taken for ${cards.classes[j]}`)
       + (here < n ? `: ${n.toLocaleString("en")} images, ${here.toLocaleString("en")} of them on this page` : "");
     const button = element("button", { type: "button", "data-select": JSON.stringify({ label: i, predicted: j }) },
-      ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : short(shares[by]))),
+      ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : percent(shares[by], 0))),
       element("span", { className: "said why" }, printable(why)));
     return element("td", { className: [i === j ? "hit" : "miss", ...Object.entries(shares).map(([by, share]) => by + level(share))].join(" ") }, button);
   };

@@ -22,6 +22,8 @@ _COMMANDS = {
     "predict": "infer inference classify label prediction run",
     "evaluate": "eval evaluation val validate test score scores metrics accuracy benchmark",
     "export": "convert onnx save deploy safetensors",
+    "report": "html page dashboard results visualize visualise plot",
+    "preview": "augment augmentation augmentations transforms",
     "stats": "statistics eda explore count analyze analyse summary",
     "info": "show inspect describe summary models",
     "verify": "check validate-cache repair fix mend",

@@ -91,6 +91,7 @@ def map_section(mapped: Mapped, data: dict[str, Any], *, wall: Sequence[int] = (
         "legend": _legend(names),
         "colours": _colours(mapped),
         "words": words_of(mapped.projection),
+        "sample": _sample_words(len(names)),
         "wall": len(wall) > 0,
         "wall_words": _wall_words(len(wall), count),
     }
@@ -137,8 +138,7 @@ def map_chart(projection: Projection, names: Sequence[str]) -> Chart:
         )
     if len(set(names)) > 1:
         parts += _named(x, y, names)
-    sample = f" {count_text(_DRAWN)} of {count_text(len(names))} images are drawn." if len(rows) < len(names) else ""
-    title, words = "Map of embeddings", words_of(projection) + sample
+    title, words = "Map of embeddings", f"{words_of(projection)} {_sample_words(len(names))}".strip()
     svg = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}</svg>').format(
         _WIDE, f"{tall:.0f}", title, words, Markup().join(parts)
     )
@@ -297,6 +297,10 @@ def _is_disc(tint: int) -> bool:
 
 def _colour(tint: int, kind: str) -> str:
     return f"{kind}{(tint - 1) % 5 + 1}" if tint else f"{kind}0"
+
+
+def _sample_words(count: int) -> str:
+    return f"{count_text(_DRAWN)} of {count_text(count)} images are drawn." if count > _DRAWN else ""
 
 
 def _legend(names: Sequence[str]) -> list[tuple[str, str, str, int]]:

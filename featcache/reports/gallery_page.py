@@ -63,7 +63,8 @@ def gallery_page(
         classes=_classes(draw),
         numbers=number,
         chart=_how_sure(draw),
-        pairs=_pairs(draw, number),
+        pairs=_pairs(draw, cards, number),
+        wrong=any(card.outcome == "wrong" for card in cards),
         words=words,
         refused=draw.refused,
         n_refused=draw.status["refused"],
@@ -123,11 +124,19 @@ def _how_sure(draw: Draw) -> Chart | None:
     )
 
 
-def _pairs(draw: Draw, number: Mapping[str, int]) -> list[tuple[str, str, int, dict[str, int]]]:
-    """Which class is taken for which, and what selects those: the most frequent first."""
+def _pairs(
+    draw: Draw, cards: Sequence[Card], number: Mapping[str, int]
+) -> list[tuple[str, str, int, dict[str, int] | None]]:
+    """Which class is taken for which, and what selects those that were drawn, if any: the most frequent first."""
+    there = {(card.label, card.predicted) for card in cards}
     wrong = [(label, answer, count) for (label, answer), count in draw.pairs.most_common() if label != answer]
     return [
-        (label, answer, count, {"label": number[label], "predicted": number[answer]})
+        (
+            label,
+            answer,
+            count,
+            {"label": number[label], "predicted": number[answer]} if (label, answer) in there else None,
+        )
         for label, answer, count in wrong[:_MOST_PAIRS]
     ]
 

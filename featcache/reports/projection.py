@@ -131,7 +131,8 @@ def trustworthiness(
         here = chosen[start : start + size]
         queries = _unit(features[rows[here]])
         similar = np.concatenate([queries @ block.T for block in _blocks(features, rows)], axis=1)  # (h, N)
-        away = sum((points[here, None, axis].astype(np.float64) - points[None, :, axis]) ** 2 for axis in (0, 1))
+        x, y = points.T.astype(np.float64)
+        away = (x[here, None] - x) ** 2 + (y[here, None] - y) ** 2
         similar[np.arange(len(here)), here] = np.inf  # itself: rank 0
         away[np.arange(len(here)), here] = np.inf
         for near in np.argpartition(away, k - 1, axis=1)[:, :k].T:  # (h,) each: sorting everything takes longer

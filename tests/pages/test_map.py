@@ -42,7 +42,7 @@ def on_screen(made: MapPage, box: Any) -> np.ndarray:
     low, high = made.points.min(axis=0), made.points.max(axis=0)
     scale = min((box["width"] - 2 * ROOM) / (high - low)[0], (box["height"] - 2 * ROOM) / (high - low)[1])
     centred = (made.points - (low + high) / 2) * scale * [1, -1]
-    return centred + [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
+    return np.add(centred, [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2])
 
 
 def selected(page: Any) -> set[int]:

@@ -178,6 +178,8 @@ def test_beyond_the_budget_pictures_are_left_out_and_doubts_come_first(trained: 
     html = gallery_page(draw, budget=24 * 2100 + len(rows) * 3000)
     shown = pictures_of(html)
     assert len(rows) <= len(shown) < 24
+    doubted = [card for card in html.split('<li class="card')[1:] if 'class="unsure"' in card]
+    assert len(doubted) == 8 and all("<img" in card for card in doubted)
     assert f"{24 - len(shown)} pictures are left out, to keep the page small: every mistake and doubt has one" in html
     assert len(html) < len(gallery_page(draw))
 

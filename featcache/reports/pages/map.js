@@ -331,13 +331,14 @@ function zoom(factor, x = view.wide / 2, y = view.high / 2) {
   view.zoom = after;
   view.x += (x - view.wide / 2) * (1 / before - 1 / view.scale); // what is under the pointer stays there
   view.y -= (y - view.high / 2) * (1 / before - 1 / view.scale);
+  if (after === 1) [view.x, view.y] = [0, 0];
   move(0, 0);
 }
 /** Moves by pixels; some of the map stays in sight. */
 function move(dx, dy) {
   const limit = (value, most) => Math.min(Math.max(value, -most), most);
-  view.x = view.zoom === 1 ? 0 : limit(view.x - dx / view.scale, extent[0]);
-  view.y = view.zoom === 1 ? 0 : limit(view.y + dy / view.scale, extent[1]);
+  view.x = limit(view.x - dx / view.scale, extent[0]);
+  view.y = limit(view.y + dy / view.scale, extent[1]);
   canvas.classList.toggle("near", view.zoom > 1); // then a finger moves the map, not the page
   tip.hidden = true;
   paint();

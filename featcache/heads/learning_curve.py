@@ -26,6 +26,7 @@ _LEAST, _LEAST_OF_CLASS, _LEAST_SHARE = 10, 2, 1 / 32  # images of the smallest 
 _LEAST_SPAN = 4  # the largest size by the smallest
 _MOST_VALUES = 2**24  # of features that train: 13,000 images of 1,280
 _Z = 1.959963984540054
+_TOLERANCE = 1e-5  # of solutions: rows on the border count here
 _EXPONENTS = np.linspace(0.05, 2, 391)
 _RESAMPLES = 400
 _EXPLAINED = 0.9  # of the points' variance, by a law that is worth a forecast
@@ -153,7 +154,7 @@ def learning_curve(
     pool = min(min(map(len, orders)), most_values // features.shape[1])
     steps = curve_sizes(pool, int(y.max()) + 1, sizes)
     X = features[everything].astype(np.float32, copy=False)
-    solver = Solver(X, labels, grid=(C,), scalings=(scaling,), balanced=balanced)
+    solver = Solver(X, labels, grid=(C,), scalings=(scaling,), balanced=balanced, tolerance=_TOLERANCE)
     right = np.full((len(steps), draws, len(labels)), np.nan, np.float32)
 
     def one(job: tuple[int, int]) -> None:

@@ -338,7 +338,9 @@ def _frame(across: _Axis, up: _Axis, right: float, x_label: str, y_label: str, *
         parts += [_line(left, y, right, y, "grid"), _text(left - 6, y + 4, text, "end", "tick")]
     for tick, text in across.ticks():
         x = across.at(tick)
-        parts += [_line(x, bottom, x, bottom + 4, "axis"), _text(x, bottom + 17, text, "middle", "tick")]
+        fits = x + len(text) * _LETTER / 2 <= WIDTH  # in a file of its own nothing is drawn beyond the edge
+        place = _text(x if fits else WIDTH, bottom + 17, text, "middle" if fits else "end", "tick")
+        parts += [_line(x, bottom, x, bottom + 4, "axis"), place]
     parts.append(_line(left, bottom, right, bottom, "axis"))
     if x_label:
         parts.append(_text((left + right) / 2, bottom + 35, x_label, "middle", "label"))

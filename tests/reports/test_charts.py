@@ -37,6 +37,14 @@ def test_a_chart_within_a_page_has_no_style_of_its_own() -> None:
         assert all(len(row) == len(chart.header) for row in chart.rows)
 
 
+def test_the_last_tick_stays_within_the_picture() -> None:
+    chart = charts.histogram(
+        [1e3, 1e7], [3], title="t", x_label="size", log_x=True, x_text=lambda size: f"{size:,.0f} bytes"
+    )
+    last = next(each for each in ElementTree.fromstring(chart.svg).iter("text") if each.text == "10,000,000 bytes")
+    assert (last.get("text-anchor"), float(last.get("x"))) == ("end", charts.WIDTH)
+
+
 def test_bars_are_drawn_to_scale() -> None:
     chart = charts.bars([("a", 0.25), ("b", 0.5), ("c", 0.0)], title="t", percent=True)
     root = ElementTree.fromstring(chart.svg)

@@ -303,7 +303,11 @@ function drawMatrix(numbers) {
   const at = new Map(triples.map((cell) => [cell[0] + "," + cell[1], cell[2]]));
   const highest = (hit) => Math.max(1, ...triples.filter(([i, j]) => (i === j) === hit).map((cell) => cell[2]));
   const tops = [highest(false), highest(true)];
-  const name = (number) => named(cards.classes[number]);
+  const name = (number) => { // as Python's middle_out
+    const whole = printable(cards.classes[number]);
+    const letters = [...whole];
+    return element("bdi", { title: whole }, letters.length > 24 ? letters.slice(0, 11).join("") + "…" + letters.slice(-12).join("") : whole);
+  };
   const cell = (i, j) => {
     const n = at.get(i + "," + j);
     if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));

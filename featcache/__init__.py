@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from featcache.models.prediction import Predictions as Predictions
     from featcache.reports.doctor import doctor as doctor
     from featcache.reports.info import describe as describe
+    from featcache.reports.stats import Statistics as Statistics
+    from featcache.reports.stats import stats as stats
     from featcache.spec import PreprocessSpec as PreprocessSpec
 
 __version__ = "0.1.0"
@@ -54,6 +56,7 @@ _HOME = {
     "PreprocessSpec": "spec",
     "RepairReport": "extraction.repair",
     "Source": "images.source",
+    "Statistics": "reports.stats",
     "backbone_names": "backbones.load",
     "describe": "reports.info",
     "doctor": "reports.doctor",
@@ -68,6 +71,7 @@ _HOME = {
     "load_model": "models.model",
     "predict": "models.predict",
     "repair": "extraction.repair",
+    "stats": "reports.stats",
 }
 __all__ = list(_HOME)
 

@@ -1,4 +1,4 @@
-"""``info``, ``verify``, ``backbones`` and ``doctor``: the commands that look. In: what was typed. Out: facts on stdout."""
+"""``stats``, ``info``, ``verify``, ``backbones`` and ``doctor``: the commands that look. In: what was typed. Out: facts on stdout."""
 
 import dataclasses
 import sys
@@ -15,6 +15,54 @@ from featcache.system.path_kinds import HERE, check_path
 
 if TYPE_CHECKING:
     from featcache.images.source import Source
+
+
+def stats(
+    source: Annotated[
+        Path, typer.Argument(readable=False, help="Folder of class folders (or of splits, or of images), or a table.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where to write stats.html and stats.json.")
+    ] = None,
+    figures: options.Figures = None,
+    class_level: options.ClassLevel = None,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
+    split_column: options.SplitColumn = None,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="How many images to decode. Default: 5000, fewer large ones.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws them.")] = 0,
+    workers: options.Workers = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Look at images before any work: classes, sizes, damage, copies.
+
+    Headers are read of all of them, pixels of a sample.
+    """
+    from featcache.images.source import Source
+    from featcache.reports.stats import stats as run
+
+    images = Source(
+        source,
+        class_level=class_level,
+        root=root,
+        path_column=path_column,
+        label_column=label_column,
+        split_column=split_column,
+    )
+    with show_progress("reading") as progress:
+        found = run(
+            images,
+            output,
+            figures=figures,
+            sample=sample,
+            seed=seed,
+            workers=options.count(workers, "workers"),
+            progress=progress,
+        )
+    show_result([] if as_json else found.lines(), found.to_json(), as_json=as_json)
 
 
 def info(
@@ -208,6 +256,7 @@ def doctor(
 
 
 COMMANDS: options.Commands = {
+    stats: "featcache stats photos/  ·  featcache stats photos/ -o stats/  ·  featcache stats list.csv --json",
     info: "featcache info features.h5  ·  featcache info model/",
     verify: "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/",
     backbones: "featcache backbones  ·  featcache backbones dinov2  ·  featcache backbones resnet50",

@@ -36,6 +36,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .html file. Default: beside the model.")
     ] = None,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -74,6 +75,7 @@ def report(
             split=None if split == "auto" else split,
             against=against,
             evidence=evidence,
+            figures=figures,
             device=device,
             workers=threads,
             batch_size=batch,

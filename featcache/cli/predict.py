@@ -166,6 +166,7 @@ def evaluate(
         bool, typer.Option("--report", help="Write MODEL.report.html beside the model: a page of these scores.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -182,6 +183,8 @@ def evaluate(
     """
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
+    from featcache.reports.calibration import calibration_charts
+    from featcache.reports.figures import check_figures, write_figures
     from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import evaluation_lines
 
@@ -199,6 +202,8 @@ def evaluate(
     _check_table(output, [source], overwrite=overwrite)
     page = _page_of(model) if report else None
     kept: list[Any] = []
+    if figures is not None:
+        check_figures(figures)
     with show_progress("evaluating") as progress:
         scores = run(
             model,
@@ -224,6 +229,8 @@ def evaluate(
 
         report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
         lines.append(f"  report: {page}")
+    if figures is not None:
+        lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
     show_result(lines, scores | {"output": output, "report": page}, as_json=as_json)
 
 

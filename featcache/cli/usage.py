@@ -23,6 +23,7 @@ _COMMANDS = {
     "evaluate": "eval evaluation val validate test score scores metrics accuracy benchmark",
     "report": "page html dashboard visualize visualise confusion confusion-matrix errors mistakes plot plots",
     "export": "convert onnx save deploy safetensors",
+    "stats": "statistics eda explore count analyze analyse summary",
     "info": "show inspect describe summary models",
     "verify": "check validate-cache repair fix mend",
     "backbones": "list models model-list list-models archs networks",
@@ -34,6 +35,7 @@ _COMMANDS = {
 _ABOUT = {
     "fit-head": "on cached embeddings",
     "finetune": "end to end",
+    "stats": "of images",
     "info": "about a saved model or cache",
     "backbones": "names for --backbone",
     "verify": "a cache's checksums",
@@ -73,6 +75,7 @@ _OPTIONS = {
     "--overwrite": "force exist-ok clobber yes y f replace",
     "--force": "overwrite exist-ok clobber yes y f replace",
     "--limit": "max-images max-samples num-images n-images num-samples subset n",
+    "--sample": "limit max-images max-samples num-images n-images num-samples subset n",
     "--max-bad": "ignore-errors skip-errors skip-bad skip-broken",
     "--split": "set subset val test train on",
     "--recipe": "config cfg preset",

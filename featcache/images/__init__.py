@@ -9,11 +9,13 @@ columns.py      which column holds what
 layout.py       what the names of folders mean: splits, classes
 splits.py       which of them train, which are held out
 read.py         files read: the one loop over them
+headers.py      what their headers say
+statistics.py   what can be told of them before any network sees them
 in_memory.py    PIL images and arrays, as files
 decode.py       bytes to pixels, or why not; what if the decoder crashes
 formats.py      what samples mean, format by format; to RGB
 integrity.py    are all pixels there? PNG, TIFF
 jpeg.py         the same for JPEG
-heif.py          the same for HEIF, and the one door to its decoder
+heif.py         the same for HEIF, and the one door to its decoder
 preprocess.py   resize, crop, normalise
 """

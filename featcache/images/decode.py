@@ -59,7 +59,7 @@ def decode_pixels(
     data: bytes, *, at_least: int | None = None, white_level: int | None = None, seen: Brightest | None = None
 ) -> Pixels:
     """Decode a file into upright 8-bit RGB, uint8 (H, W, 3), as ``decode`` does, but faster. Raises RefusedImage."""
-    with _guarded(data, at_least):
+    with guarded(data, at_least):
         pixels = _decode_fast(data, at_least)
         return _decode_whole(data, at_least, white_level, seen) if pixels is None else pixels
 
@@ -87,7 +87,7 @@ def decode(
     Raises:
         RefusedImage: not an image, truncated, too large, of a kind without a defined conversion, or its decoder crashes.
     """
-    with _guarded(data, at_least, suspect=suspect):
+    with guarded(data, at_least, suspect=suspect):
         return _decode(data, at_least, white_level, seen)
 
 
@@ -192,7 +192,7 @@ def fast_jpeg() -> Callable[..., Pixels] | None:
 
 
 @contextlib.contextmanager
-def _guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Iterator[None]:
+def guarded(data: bytes, at_least: int | None, *, suspect: bool = False) -> Iterator[None]:
     """Around decoding one file: what a decoder ends in, an error or a crash, becomes RefusedImage. Entered once per file."""
     if not data:
         raise RefusedImage("empty file")

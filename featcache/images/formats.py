@@ -243,12 +243,18 @@ def _heif(image: Any, _: Content) -> Reading:
 # ------------------------------------------------------------------------------------------------------ conversions
 
 
-def is_turned(image: Image.Image) -> bool:
-    """Whether the EXIF data of an opened image asks for another orientation; none that can be read asks for nothing."""
+def orientation(image: Image.Image) -> int:
+    """1 to 8, as the EXIF data of an opened image asks for; 1, upright, where none can be read."""
     try:
-        return image.getexif().get(0x0112, 1) in range(2, 9)
+        asked = image.getexif().get(0x0112, 1)
     except Exception:  # nearly anything; it says nothing about the pixels
-        return False
+        return 1
+    return int(asked) if asked in range(2, 9) else 1
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether the EXIF data of an opened image asks for another orientation."""
+    return orientation(image) > 1
 
 
 class Brightest:

@@ -4,17 +4,18 @@ In: ``ImageFiles`` and what is to be made of a file's bytes. Out: a ``ReadImage`
 why there is none, and the sha256, size and time of the bytes that it was made of.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import stat
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
-from typing import Generic, NamedTuple, TypeVar
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from featcache.errors import RefusedImage
 from featcache.images.decode import decode, refusing_errors, strict_decoding
@@ -101,25 +102,32 @@ def read_file(path: Path) -> tuple[bytes, int, int]:
     Raises:
         RefusedImage: it cannot be read, is no regular file, or changed meanwhile.
     """
-    try:
-        # Not blocking: a pipe that took a file's place must not hang the run.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise RefusedImage("not a regular file")
-            if before.st_size > MAX_FILE_BYTES:
-                raise RefusedImage(f"too large: {before.st_size} bytes, at most {MAX_FILE_BYTES} are read")
-            data = file.read()
-            after = os.fstat(file.fileno())
-    except OSError as error:
-        raise RefusedImage(f"cannot be read: {error.strerror}") from error
-    except (ValueError, MemoryError) as error:
-        raise RefusedImage(f"cannot be read: {error or 'not enough memory'}") from error
+    with open_regular(path) as (file, before):
+        data = file.read()
+        after = os.fstat(file.fileno())
     if len(data) != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
         raise RefusedImage("changed while it was read")
     settled = time.time_ns() - after.st_mtime_ns > 2_000_000_000  # FAT, the coarsest in use, counts in 2 s
     return data, len(data), after.st_mtime_ns if settled else -1
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A regular file, opened, and its status. What goes wrong, also while it is read, becomes RefusedImage."""
+    try:
+        # Not blocking: a pipe that took a file's place must not hang the run.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RefusedImage("not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise RefusedImage(f"too large: {status.st_size} bytes, at most {MAX_FILE_BYTES} are read")
+            yield file, status
+    except OSError as error:
+        raise RefusedImage(f"cannot be read: {error.strerror}") from error
+    except (ValueError, MemoryError) as error:
+        raise RefusedImage(f"cannot be read: {error or 'not enough memory'}") from error
 
 
 def refusals(files: ImageFiles, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:

@@ -157,12 +157,13 @@ class ImageList:
         return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), refused_at=at, **picked)
 
 
-def list_images(source: AnySource | ImageList, *, labelled: bool = True) -> ImageList:
+def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted: bool = True) -> ImageList:
     """List the images of ``source`` without decoding any, and log how many there are of each class in each split.
 
     Args:
         source: a folder, a table, or either with how to read it; a list is returned as it is.
         labelled: whether folders mean classes and splits; if not, any tree of folders will do, and nothing is counted.
+        counted: whether the counts are logged.
 
     Raises:
         SourceError: missing, ambiguous, without a single image, or a table in an unknown encoding.
@@ -193,7 +194,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True) -> Imag
         raise SourceError(f"no image found in {source}; expected {expected}")
     images = _image_list(listing)
     if labelled:
-        _say(source, images)
+        _say(source, images, counted=counted)
     return images
 
 
@@ -214,12 +215,12 @@ def _image_list(listing: Listing) -> ImageList:
     )
 
 
-def _say(source: Source, images: ImageList) -> None:
+def _say(source: Source, images: ImageList, *, counted: bool) -> None:
     """Log the table, and what is probably a mistake in the names of classes."""
     refused = f", {len(images.refused)} refused unopened" if images.refused else ""
     first = f" (the first, {images.refused[0].path}: {images.refused[0].reason})" if images.refused else ""
     log.info("%s: %d images, %d classes%s%s", source, len(images), len(images.classes), refused, first)
-    for line in _aligned(images.count_rows()):
+    for line in _aligned(images.count_rows()) if counted else ():
         log.info("%s", line)
     if groups := [" and ".join(map(ascii, names)) for names in alike(images.classes)]:
         differ = "classes that differ in capitals, blanks or Unicode form alone count as different ones"

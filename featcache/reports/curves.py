@@ -7,7 +7,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from featcache.system.files import publish_file
 from featcache.system.safe_load import parse_json
 
 _TRAIN, _VAL, _HEAD = "#4477aa", "#ee6677", "#555555"  # Tol's bright scheme: told apart by colour-blind readers, too
+_CURVES = (("train", "train", _TRAIN), ("val", "val", _VAL), ("held_out", "held out", _VAL))  # columns, names
 _DPI = 120
 _MARK = {"Software": "featcache"}  # in every PNG that is drawn here
 
@@ -122,11 +123,10 @@ def _new_figure() -> Any:
 def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
     """Draw both curves of ``what``. A star marks the best epoch on the validation curve, else on the training curve."""
     epochs = [row["epoch"] for row in history]
-    star = math.nan
-    for split, colour in (("train", _TRAIN), ("val", _VAL)):
-        values = [_number(row.get(f"{split}_{what}")) for row in history]
-        if any(math.isfinite(value) for value in values):
-            axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=split)  # dots: one epoch is no line
+    star, colours = math.nan, {name: colour for _, name, colour in _CURVES}
+    for name, values in values_of(history, what).items():
+        colour = colours[name]
+        axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=name)  # dots: one epoch is no line
         best = values[epochs.index(best_epoch)] if best_epoch in epochs else math.nan
         star = best if math.isfinite(best) else star
     if math.isfinite(star):
@@ -136,6 +136,12 @@ def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_ep
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def values_of(history: Sequence[Mapping[str, Any]], what: str) -> dict[str, list[float]]:
+    """``what``, loss or accuracy, of each epoch, by a name of a curve: NaN where it is missing, nothing where all of it is."""
+    columns = {name: [_number(row.get(f"{split}_{what}")) for row in history] for split, name, _ in _CURVES}
+    return {name: values for name, values in columns.items() if any(map(math.isfinite, values))}
 
 
 def _number(value: float | None) -> float:

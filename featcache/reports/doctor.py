@@ -25,9 +25,9 @@ from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
 from featcache.reports.machine import machine
 from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
-from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic, usable_cores
+from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic
 from featcache.system.path_kinds import HERE, check_path
-from featcache.system.runtime_options import check_runtime_options
+from featcache.system.runtime_options import check_runtime_options, usable_cores
 
 log = logging.getLogger("featcache")
 _RATES = ("decode", "forward", "end_to_end", "ceiling", "efficiency")

@@ -14,8 +14,9 @@ import torch
 from PIL import features
 
 from featcache.images.decode import decoder_in_words
-from featcache.system.device import Runtime, has_bf16_arithmetic, usable_cores
+from featcache.system.device import Runtime, has_bf16_arithmetic
 from featcache.system.memory import keep_freed_memory
+from featcache.system.runtime_options import usable_cores
 
 # The packages that matter, each with the extra that brings it; None: it is always there.
 _PACKAGES = {

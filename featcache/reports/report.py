@@ -22,9 +22,12 @@ from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import HELD_OUT, Scored, score_cache, score_held_out, score_images
 from featcache.reports.advice import advise, headline, largest_class, suspects
+from featcache.reports.calibration import calibration_section
 from featcache.reports.cards import cards_data
 from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
+from featcache.reports.figures import charts_in, check_figures, write_figures
+from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
@@ -64,6 +67,7 @@ def report(
     split: str | None = None,
     against: Model | AnyPath | None = None,
     evidence: AnyPath | None = None,
+    figures: AnyPath | None = None,
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -80,17 +84,21 @@ def report(
         split: as in ``evaluate``. against: another model of the same classes, to compare with on the same images.
         evidence: with images as ``source``, the cache that the model was fit on, for the training images nearest to each; of a
             cache that holds them it is not needed.
+        figures: a folder to write the charts of the page to, as SVG files.
         device, workers, batch_size, progress: as in ``predict``, for images.
 
     Raises:
         UsageError: impossible options; the model keeps no held-out scores and there is no source. Otherwise as ``evaluate``
-        and ``page.check_page_path``.
+        and ``page.check_page_path``; StorageError: a figure would replace a file that is none.
     """
     started = time.perf_counter()
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = _checked(model, source)
     output = page_beside(model.path) if output is None else as_path(output)
     check_page_path(output)
+    drawn = None if figures is None else as_path(figures)
+    if drawn is not None:
+        check_figures(drawn)
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
@@ -107,7 +115,7 @@ def report(
     if other is not None:
         of_other = _score(other, images, cache, split=scored.split, limits=Limits(other.classes), options=options)
         probabilities = other, other_probabilities(model, scored, other, of_other)
-    return write_report(subject, output, started=started, against=probabilities)
+    return write_report(subject, output, started=started, against=probabilities, figures=drawn)
 
 
 def report_beside(
@@ -141,9 +149,17 @@ def report_beside(
 
 
 def write_report(
-    subject: Subject, output: Path, *, started: float, against: tuple[Model, Array] | None = None
+    subject: Subject,
+    output: Path,
+    *,
+    started: float,
+    against: tuple[Model, Array] | None = None,
+    figures: Path | None = None,
 ) -> Report:
-    """Write the page about ``subject``. against: another model, and ``other_probabilities``. Raises as ``publish_page`` does."""
+    """Write the page about ``subject``. against: another model, and ``other_probabilities``. figures: a folder for its charts.
+
+    Raises as ``publish_page`` and ``write_figures`` do.
+    """
     data: dict[str, Any] = {
         "cards": cards_data(subject.cards, subject.model.classes),
         "scores": {name: value for name, value in subject.scores.items() if name != "confusion"},
@@ -153,6 +169,8 @@ def write_report(
     sections = _sections(subject, data, against=against)
     html = render_sections(sections, title=f"Report on {name}", lead=headline(subject), data=data)
     publish_page(output, html)
+    if figures is not None:
+        write_figures(charts_in(sections), figures)
     size = output.stat().st_size
     return Report(output, len(subject.scored), len(subject.cards), size, time.perf_counter() - started)
 
@@ -164,7 +182,12 @@ def _sections(subject: Subject, data: dict[str, Any], *, against: tuple[Model, A
         confusion_section(subject, data),
         classes_section(subject),
         None if against is None else comparison_section(subject, *against, data),
+        finetuned_section(subject),
         _pictures(subject),
+        calibration_section(subject.scores),
+        choice_section(subject),
+        learning_section(subject),
+        training_section(subject),
         provenance_section(subject),
     ]
     return [section for section in found if section is not None]

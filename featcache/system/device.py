@@ -16,7 +16,7 @@ import torch
 
 from featcache.errors import UsageError
 from featcache.system.memory import keep_freed_memory
-from featcache.system.runtime_options import check_runtime_options
+from featcache.system.runtime_options import check_runtime_options, usable_cores
 
 log = logging.getLogger("featcache")
 _LOADED_BY = os.getpid()
@@ -65,14 +65,6 @@ def use_one_thread_if_forked() -> None:
     """
     if os.getpid() != _LOADED_BY:
         torch.set_num_threads(1)
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        return os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What may be asked of a machine, checked before any work and without torch, also where nothing has to be computed."""
 
+import os
 import re
 
 from featcache.errors import UsageError
@@ -12,3 +13,11 @@ def check_runtime_options(device: str, *, workers: int | None = None, batch_size
     for name, value, most in (("workers", workers, 1024), ("batch size", batch_size, 8192)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"{name} must lie between 1 and {most}, found {value}")
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1

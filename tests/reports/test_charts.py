@@ -8,6 +8,7 @@ import pytest
 from kitchen import HOSTILE, make_charts
 
 from featcache.reports import charts
+from featcache.reports.figures import figure_file
 from featcache.reports.numbers import bytes_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -16,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.mark.parametrize("number", range(6))
 def test_a_figure_is_a_file_that_needs_nothing(number: int) -> None:
     chart = make_charts(HOSTILE)[number]
-    text = charts.figure_file(chart)
+    text = figure_file(chart)
     root = ElementTree.fromstring(text.encode())
     assert root.find(f"{SVG}title").text == chart.title
     assert "var(" not in text

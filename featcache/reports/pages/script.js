@@ -80,7 +80,7 @@ const list = find("ul.cards[data-main]");
 const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
 let shown = items.map((_, row) => row); // rows, in their order; other cards are out of the document
-const AT_ONCE = 120; // cards: what follows the list stays within reach
+const AT_ONCE = 60; // cards: what follows the list stays within reach
 const more = list ? element("button", { type: "button", className: "more" }) : null;
 let most = AT_ONCE;
 

@@ -26,11 +26,13 @@ from featcache.reports.calibration import calibration_section
 from featcache.reports.cards import cards_data
 from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
+from featcache.reports.embedding_map import report_map
 from featcache.reports.figures import charts_in, check_figures, write_figures
 from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
+from featcache.reports.projection import Method, check_method
 from featcache.reports.subject import Subject, make_subject
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable
@@ -68,6 +70,7 @@ def report(
     against: Model | AnyPath | None = None,
     evidence: AnyPath | None = None,
     figures: AnyPath | None = None,
+    map: Method = "auto",
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -85,6 +88,8 @@ def report(
         evidence: with images as ``source``, the cache that the model was fit on, for the training images nearest to each; of a
             cache that holds them it is not needed.
         figures: a folder to write the charts of the page to, as SVG files.
+        map: of embeddings, with a cache as ``source``: ``pca``; ``tsne``, which needs the ``report`` extra; ``auto``: t-SNE where
+            it takes less than a minute; ``none``.
         device, workers, batch_size, progress: as in ``predict``, for images.
 
     Raises:
@@ -99,6 +104,7 @@ def report(
     drawn = None if figures is None else as_path(figures)
     if drawn is not None:
         check_figures(drawn)
+    check_method(map)
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
@@ -106,6 +112,8 @@ def report(
     compared = None if evidence is None else FeatureCache.open(as_path(evidence))
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
     images, cache = _opened(model, source, other)
+    if cache is None and map in ("pca", "tsne"):
+        raise UsageError(f"--map {map} needs embeddings: give a cache as SOURCE, or leave it out")
     limits = Limits.of(model, evidence=None if images is None else evidence)
     scored = _score(model, images, cache, split=split, limits=limits, options=options)
     if root is None:
@@ -115,7 +123,7 @@ def report(
     if other is not None:
         of_other = _score(other, images, cache, split=scored.split, limits=Limits(other.classes), options=options)
         probabilities = other, other_probabilities(model, scored, other, of_other)
-    return write_report(subject, output, started=started, against=probabilities, figures=drawn)
+    return write_report(subject, output, started=started, against=probabilities, figures=drawn, map=map)
 
 
 def report_beside(
@@ -155,6 +163,7 @@ def write_report(
     started: float,
     against: tuple[Model, Array] | None = None,
     figures: Path | None = None,
+    map: Method = "none",
 ) -> Report:
     """Write the page about ``subject``. against: another model, and ``other_probabilities``. figures: a folder for its charts.
 
@@ -166,7 +175,7 @@ def write_report(
         "selections": {name: rows for _, name, rows in _lists(subject)},
     }
     name = subject.model.path.resolve().name
-    sections = _sections(subject, data, against=against)
+    sections = _sections(subject, data, against=against, map=map)
     html = render_sections(sections, title=f"Report on {name}", lead=headline(subject), data=data)
     publish_page(output, html)
     if figures is not None:
@@ -175,7 +184,9 @@ def write_report(
     return Report(output, len(subject.scored), len(subject.cards), size, time.perf_counter() - started)
 
 
-def _sections(subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None) -> list[Section]:
+def _sections(
+    subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None, map: Method
+) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
     found = [
         _summary(subject),
@@ -183,6 +194,7 @@ def _sections(subject: Subject, data: dict[str, Any], *, against: tuple[Model, A
         classes_section(subject),
         None if against is None else comparison_section(subject, *against, data),
         finetuned_section(subject),
+        report_map(subject, data, method=map),
         _pictures(subject),
         calibration_section(subject.scores),
         choice_section(subject),

@@ -101,14 +101,14 @@ def choose_rows(scored: Scored) -> Indices:
     right = right[np.argsort(sure[right], kind="stable")]
     if len(scored) > ALL_SHOWN:
         least, others = right[: _SAMPLE // 2], right[_SAMPLE // 2 :]
-        drawn = _evenly(others, scored.y[others], _SAMPLE - len(least))
+        drawn = drawn_evenly(others, scored.y[others], _SAMPLE - len(least))
         right = np.concatenate([least, drawn])
     return np.concatenate([wrong, right])
 
 
-def _evenly(rows: Indices, labels: Array, most: int) -> Indices:
-    """``most`` of the rows, drawn at random (seed 0), about as many of each class; in their order."""
-    shuffled = np.random.default_rng(0).permutation(len(rows))
+def drawn_evenly(rows: Indices, labels: Array, most: int, *, seed: int = 0) -> Indices:
+    """``most`` of the rows, drawn at random, about as many of each class; in their order."""
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
     labels = labels[shuffled]
     by_class = np.argsort(labels, kind="stable")
     _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)

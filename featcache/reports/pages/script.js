@@ -57,7 +57,8 @@ function rowsOf(what) {
   if (typeof what === "string") return data.selections[what];
   if (Array.isArray(what)) return what;
   const wanted = Object.entries(what).map(([name, value]) => [cards[name], new Set([value].flat())]);
-  return cards.path.map((_, row) => row).filter((row) => wanted.every(([column, values]) => column && values.has(column[row])));
+  const scored = (row) => row < items.length || !cards.predicted || cards.predicted[row] >= 0; // of a map, other rows lie about
+  return cards.path.map((_, row) => row).filter((row) => scored(row) && wanted.every(([column, values]) => column && values.has(column[row])));
 }
 
 document.addEventListener("click", (event) => {
@@ -80,6 +81,7 @@ const list = find("ul.cards[data-main]");
 const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
 let shown = items.map((_, row) => row); // rows, in their order; other cards are out of the document
+let beyond = []; // the same of rows that have no card: a map has them, and lists of paths
 const AT_ONCE = 60; // cards: what follows the list stays within reach
 const more = list ? element("button", { type: "button", className: "more" }) : null;
 let most = AT_ONCE;
@@ -118,10 +120,12 @@ function update() {
   place();
   if (shown.length) inTabOrder(shown[0]);
   if (!form) return;
+  beyond = (selection.rows ?? []).filter((row) => row >= items.length && matches(row, values));
   find("output", form).textContent = `Showing ${shown.length.toLocaleString("en")} of ${items.length.toLocaleString("en")}`
-    + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "");
+    + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "")
+    + (beyond.length ? `; ${beyond.length.toLocaleString("en")} more have no place in this list, their paths are saved, too` : "");
   find("[data-clear]", form).hidden = selection.rows === null && !["label", "predicted", "status", "correct", "split", "text"].some((name) => values[name]);
-  for (const button of all("[data-export]", form)) button.disabled = !shown.length;
+  for (const button of all("[data-export]", form)) button.disabled = !shown.length && !beyond.length;
 }
 
 /** Puts the first cards on the page, in one step and only if they changed. */
@@ -218,7 +222,8 @@ function factsOf(row) {
   const outcome = { 1: "right", 0: "wrong" }[cards.correct?.[row]];
   const status = cards.statuses[cards.status?.[row] ?? 0];
   const pairs = [["label", name("label")], ["prediction", name("predicted")], ["that is", outcome && document.createTextNode(outcome)],
-    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")]];
+    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")],
+    ["unfamiliar", cards.unfamiliarity?.[row] >= 0 && document.createTextNode(`more than ${percent(cards.unfamiliarity[row])} of the training images`)]];
   return pairs.filter(([, value]) => value);
 }
 
@@ -252,11 +257,11 @@ dialog?.addEventListener("keydown", (event) => {
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (by) step(by);
 });
-dialog?.addEventListener("close", () => { if (shown.includes(current)) focusOn(current); });
+dialog?.addEventListener("close", () => { if (list.contains(document.activeElement) && shown.includes(current)) focusOn(current); });
 
 /* ---- Paths of what is shown, a line each, or as CSV where a name has line breaks; names that are no UTF-8 by their bytes */
 function pathList() {
-  const paths = shown.map((row) => cards.path[row]);
+  const paths = [...shown, ...beyond].map((row) => cards.path[row]);
   if (!paths.some((path) => /[\r\n]/.test(path))) return paths.join("\n") + "\n";
   return ["path", ...paths.map((path) => `"${path.replaceAll('"', '""')}"`)].join("\r\n") + "\r\n";
 }
@@ -282,7 +287,7 @@ for (const button of all("[data-export]")) {
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
-    find("output", form).textContent = `${shown.length.toLocaleString("en")} paths ${button.dataset.export === "copy" ? "copied" : "saved"}`;
+    find("output", form).textContent = `${(shown.length + beyond.length).toLocaleString("en")} paths ${button.dataset.export === "copy" ? "copied" : "saved"}`;
   });
 }
 
@@ -370,6 +375,14 @@ for (const table of all("table[data-sortable]")) {
 }
 
 /* ---- The page */
+if (location.protocol === "about:") { // a frame in a notebook: links to its own places would lead to the notebook, whose address they count from
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    if (!link) return;
+    event.preventDefault();
+    find(link.hash)?.scrollIntoView();
+  });
+}
 for (const hidden of all("[data-script]")) hidden.hidden = false; // what is of use with script only
 addEventListener("beforeprint", () => all("details:not([open])").forEach((each) => { each.open = true; each.dataset.printed = ""; }));
 addEventListener("afterprint", () => all("details[data-printed]").forEach((each) => { each.open = false; delete each.dataset.printed; }));

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from featcache.models.prediction import Prediction as Prediction
     from featcache.models.prediction import Predictions as Predictions
     from featcache.reports.doctor import doctor as doctor
+    from featcache.reports.embedding_map import map as map
     from featcache.reports.info import describe as describe
+    from featcache.reports.notebook import Page as Page
+    from featcache.reports.notebook import gallery as gallery
     from featcache.reports.stats import Statistics as Statistics
     from featcache.reports.stats import stats as stats
     from featcache.spec import PreprocessSpec as PreprocessSpec
@@ -51,6 +54,7 @@ _HOME = {
     "FitReport": "models.fit",
     "ImageList": "images.source",
     "Model": "models.model",
+    "Page": "reports.notebook",
     "Prediction": "models.prediction",
     "Predictions": "models.prediction",
     "PreprocessSpec": "spec",
@@ -65,10 +69,12 @@ _HOME = {
     "extract": "extraction.extract",
     "finetune": "finetuning.finetune",
     "fit_head": "models.fit",
+    "gallery": "reports.notebook",
     "hold_out": "images.splits",
     "list_images": "images.source",
     "load_backbone": "backbones.load",
     "load_model": "models.model",
+    "map": "reports.embedding_map",
     "predict": "models.predict",
     "repair": "extraction.repair",
     "stats": "reports.stats",

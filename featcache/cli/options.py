@@ -35,6 +35,7 @@ PathColumn = Annotated[str | None, typer.Option(help="Of a table: the column of 
 LabelColumn = Annotated[str | None, typer.Option(help="Of a table: the column of classes.")]
 SplitColumn = Annotated[str | None, typer.Option(help="Of a table: the column of splits.")]
 BatchSize = Annotated[str, typer.Option(help="Images per forward pass; changes no result.")]
+NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write MODEL.report.html beside the model.")]
 MaxBad = Annotated[
     float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Exit with 3 if more of the images are refused.")
 ]

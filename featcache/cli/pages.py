@@ -2,12 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from featcache.cli import options
 from featcache.cli.console import show_progress, show_result
+
+if TYPE_CHECKING:
+    from featcache.reports.projection import Method
 
 
 def report(
@@ -33,6 +36,12 @@ def report(
         Path | None,
         typer.Option(metavar="CACHE", readable=False, help="With images: the cache that the model was fit on."),
     ] = None,
+    map_method: Annotated[
+        str,
+        typer.Option(
+            "--map", help="With a cache: pca, tsne (extra `report`), none; auto: t-SNE if it takes < 1 minute."
+        ),
+    ] = "auto",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .html file. Default: beside the model.")
     ] = None,
@@ -76,6 +85,7 @@ def report(
             against=against,
             evidence=evidence,
             figures=figures,
+            map=cast("Method", map_method),
             device=device,
             workers=threads,
             batch_size=batch,

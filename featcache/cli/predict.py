@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from featcache.errors import SourceError, UsageError
 from featcache.system.display import printable
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.supervisor import notes
+
+if TYPE_CHECKING:
+    from featcache.reports.gallery import Draw
 
 Coverage = Annotated[
     float | None,
@@ -31,6 +34,10 @@ Evidence = Annotated[
 ]
 AbstainBelow = Annotated[
     float | None, typer.Option(metavar="P", help="Call labels less probable than this unsure, such as 0.9.")
+]
+Gallery = Annotated[
+    Path | None,
+    typer.Option("--gallery", metavar="FILE", help="Write a page of the images and their labels, too: a .html file."),
 ]
 
 
@@ -48,6 +55,14 @@ def predict(
     coverage: Coverage = None,
     abstain_below: AbstainBelow = None,
     evidence: Evidence = None,
+    gallery: Gallery = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Images on the page, drawn at random. Default: all, up to 10,000.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", readable=False, help="What caches were made of: the page takes pictures there."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -64,6 +79,7 @@ def predict(
     from featcache.images.source import Source
     from featcache.models.model import load_model
     from featcache.models.predict import predict as run
+    from featcache.reports.gallery import Draw
     from featcache.reports.predictions_table import prediction_rows
     from featcache.system.runtime_options import check_runtime_options
 
@@ -71,6 +87,8 @@ def predict(
     check_runtime_options(device, workers=threads, batch_size=batch)
     output = None if output is None else as_path(output)
     _check_table(output, inputs, overwrite=overwrite)
+    gallery = None if gallery is None else as_path(gallery)
+    _check_gallery(gallery, sample=sample, source=source)
     check_path(model, "model", ("predict", HERE, *inputs))
     started = time.perf_counter()
     loaded = load_model(model)
@@ -87,15 +105,21 @@ def predict(
             evidence=evidence,
             abstain_below=abstain_below,
         )
-        rows = prediction_rows(predictions, loaded.classes, top_k=top_k, all_probabilities=probs)
+        draw = None if gallery is None else Draw(loaded, sources, evidence=evidence, sample=sample)
+        watched = predictions if draw is None else draw.watch(predictions)
+        rows = prediction_rows(watched, loaded.classes, top_k=top_k, all_probabilities=probs)
         written, refused, unsure = _write(rows, output)
+    if draw is not None and gallery is not None:
+        _write_gallery(gallery, draw, source, time.perf_counter() - started)
     seconds = time.perf_counter() - started
     doubts = f", {unsure} of them unsure" if unsure else ""
     line = f"{written - refused} of {written} images labelled{doubts} in {seconds:.1f} s"
     line += f": {output}" if output else ""
+    lines = [line, *([] if gallery is None else [f"  gallery: {gallery}"])]
     facts = {
         "model": model,
         "output": output,
+        "gallery": gallery,
         "images": written,
         "labelled": written - refused,
         "refused": refused,
@@ -103,10 +127,11 @@ def predict(
         "seconds": seconds,
     }
     if output is None:  # the rows are the result
-        note(line)
+        for each in lines:
+            note(each)
     failed = written == refused
     if not (failed and as_json):
-        show_result([line] if output else [], facts, as_json=as_json)
+        show_result(lines if output else [], facts, as_json=as_json)
     if failed:
         raise SourceError("not one image could be labelled; each row says why in its reason column", facts=facts)
     options.exit_if_bad(refused, written, max_bad)
@@ -131,6 +156,28 @@ def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) ->
         raise UsageError(f"{output} is one of the inputs, and would be replaced; choose another -o")
     if not overwrite:
         raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
+
+
+def _check_gallery(gallery: Path | None, *, sample: int | None, source: Path | None) -> None:
+    """Refuse, before any work, a page that cannot or must not be written. Raises UsageError, StorageError."""
+    from featcache.reports.gallery import check_source
+    from featcache.reports.page import check_page_path
+
+    if gallery is None:
+        if given := [name for name, value in (("--sample", sample), ("--source", source)) if value is not None]:
+            raise UsageError(f"{given[0]} is for the page that --gallery names; leave it out, or add --gallery")
+        return
+    check_page_path(gallery)
+    if (gallery.parent / "model.json").exists():
+        raise UsageError(f"{gallery.parent} is a model folder, which keeps no other files; choose another --gallery")
+    check_source(source)
+
+
+def _write_gallery(path: Path, draw: "Draw", source: Path | None, seconds: float) -> None:
+    from featcache.reports.gallery_page import gallery_page
+    from featcache.reports.page import publish_page
+
+    publish_page(path, gallery_page(draw, source=source, seconds=seconds))
 
 
 def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, int, int]:
@@ -162,6 +209,9 @@ def evaluate(
     coverage: Coverage = None,
     abstain_below: AbstainBelow = None,
     evidence: Evidence = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write MODEL.report.html beside the model: a page of these scores.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     figures: options.Figures = None,
     class_level: options.ClassLevel = None,
@@ -197,6 +247,8 @@ def evaluate(
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     output = None if output is None else as_path(output)
     _check_table(output, [source], overwrite=overwrite)
+    page = _page_of(model) if report else None
+    kept: list[Any] = []
     if figures is not None:
         check_figures(figures)
     with show_progress("evaluating") as progress:
@@ -212,14 +264,32 @@ def evaluate(
             coverage=coverage,
             evidence=evidence,
             abstain_below=abstain_below,
+            then=None if page is None else lambda _, scored: kept.append(scored),
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")
+    if page is not None:
+        from featcache.cache.cache import is_cache
+        from featcache.reports.report import report_beside
+
+        report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
+        lines.append(f"  report: {page}")
     if figures is not None:
         lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
-    show_result(lines, scores | {"output": output}, as_json=as_json)
+    show_result(lines, scores | {"output": output, "report": page}, as_json=as_json)
+
+
+def _page_of(model: Path) -> Path:
+    """Where the report of a model goes. Raises StorageError, before any work, if it cannot or must not be written."""
+    from featcache.reports.page import check_page_path
+    from featcache.reports.report import page_beside
+
+    check_path(model, "model", ("evaluate", HERE))
+    page = page_beside(model)
+    check_page_path(page)
+    return page
 
 
 def export(
@@ -248,7 +318,8 @@ def export(
 
 COMMANDS: options.Commands = {
     predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3  ·  "
-    "featcache predict model/ new/ --coverage 0.95 --evidence features.h5",
+    "featcache predict model/ new/ --coverage 0.95 --evidence features.h5  ·  "
+    "featcache predict model/ new/ -o labels.csv --gallery labels.html",
     evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv --coverage 0.95",
     export: "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors",
 }

@@ -41,6 +41,7 @@ def fit_head(
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
     ] = False,
+    no_report: options.NoReport = False,
     as_json: options.Json = False,
 ) -> None:
     """Train a classifier on cached embeddings, in seconds.
@@ -66,7 +67,21 @@ def fit_head(
         self_contained=self_contained,
     )
     lines = fit_lines(report, [*map(printable, report.class_names)])
-    show_result(lines, dataclasses.asdict(report), as_json=as_json)
+    try:
+        show_result(lines, dataclasses.asdict(report), as_json=as_json)
+    finally:  # also where the reader of stdout went away
+        if not no_report:
+            write_report_beside(report.model, cache=cache)
+
+
+def write_report_beside(model: Path, **about: Any) -> None:
+    """Write the page about a model beside it. The model is saved by now, so that whatever goes wrong here is only said."""
+    from featcache.reports.report import report_beside
+
+    try:
+        note(f"  report in {report_beside(model, **about)}")
+    except Exception as error:
+        say(f"no report of {model}: {error}")
 
 
 def _numbers(text: str | None, name: str, kind: Callable[[str], float]) -> Any:
@@ -131,6 +146,7 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")] = False,
+    no_report: options.NoReport = False,
     as_json: options.Json = False,
 ) -> None:
     """Train the backbone, too, end to end, from the cached head on.
@@ -194,6 +210,8 @@ def finetune(
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away
         _draw_curves(report.model, figures)
+        if not no_report:
+            write_report_beside(report.model, pictures=source if source.is_dir() else None)
 
 
 def _draw_curves(model: Path, figures: Path | None) -> None:

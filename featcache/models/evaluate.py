@@ -5,7 +5,7 @@ that training has seen.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,7 @@ def evaluate(
     coverage: float | None = None,
     evidence: AnyPath | None = None,
     abstain_below: float | None = None,
+    then: Callable[[Model, Scored], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on labelled images or on a cache.
 
@@ -61,6 +62,7 @@ def evaluate(
         split: train, val, test or all; when None, test if there is one, else val, else all.
         rows: whether to return a row per image, too.
         device, workers, batch_size, progress, coverage, evidence, abstain_below: as in ``predict``.
+        then: called with the model and the scored rows, for what else is to be made of them.
 
     Returns:
         n, accuracy, accuracy_interval, top5_accuracy, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
@@ -90,6 +92,8 @@ def evaluate(
     known = model.training_rows()
     seen = None if known is None else known.contain(scored.digests)
     scores = scores_of(model, scored, limits, seen=seen)
+    if then is not None:
+        then(model, scored)
     return scores | ({"rows": _rows(model, scored, limits, seen=seen)} if rows else {})
 
 

@@ -79,7 +79,7 @@ def predict(
         options, a coverage that takes more training images. All before the first image is read.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
-    named = list(_named(inputs))
+    named = list(named_inputs(inputs))
     paths = [entry.path for _, entry in named if isinstance(entry, Source)]
     if not isinstance(model, Model):
         check_path(model, "model", ("predict", HERE, *paths))
@@ -108,7 +108,7 @@ def predict_all(model: Model, inputs: Input | Iterable[Input], **options: Any) -
     return Predictions(rows, index if index is not None and len(index) == len(rows) else None)
 
 
-def _named(inputs: Any) -> Iterator[tuple[str, Source | Held]]:
+def named_inputs(inputs: Any) -> Iterator[tuple[str, Source | Held]]:
     """Each input and its name in messages and results; of an array of several images, each. Raises UsageError."""
     one = isinstance(inputs, str | os.PathLike | Source | Image.Image | np.ndarray)
     if one and not (isinstance(inputs, np.ndarray) and inputs.ndim and inputs.dtype.kind in "OU"):  # of paths

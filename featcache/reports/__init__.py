@@ -9,7 +9,8 @@ figures.py            charts as files, for papers
 stats.py              what a source of images holds, before any work
 stats_advice.py       what to do about it, in sentences
 stats_text.py         the same as text
-stats_page.py         the same as a page, in a folder with its numbers
+stats_notebook.py          pages in a notebook
+page.py         the same as a page, in a folder with its numbers
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 curves.py             the history of a fine-tuning as a picture
@@ -20,10 +21,16 @@ comparison.py         one model against another; where a model came from
 confusion.py          the confusion matrix as a table of buttons; scores of each class
 calibration.py        what probabilities are worth: reliability, coverage against accuracy
 learning.py           how it was trained: choice of C, learning curve, epochs, frozen against fine-tuned
+gallery.py            what a gallery shows of predictions: counts of all, some drawn at random
+gallery_page.py       the page of it
+notebook.py           pages in a notebook
 page.py               the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
 cards.py              pictures with what is known of them, for pages
 charts.py             charts as SVG
 thumbnails.py         small pictures within a budget
+projection.py         embeddings on a plane: principal components, t-SNE, and how far to trust it
+wall.py               an order in which similar pictures are neighbours
+embedding_map.py      map and wall of pictures, for pages; ``map``
 pictures.py           the image files of rows, found by digest
 numbers.py            numbers as people read them
 """

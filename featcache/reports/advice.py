@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from featcache.backbones.catalog import ALIASES, counted
 from featcache.heads.head import Array
@@ -16,6 +17,7 @@ from featcache.heads.metrics import chance_of_at_most
 from featcache.models.scoring import HELD_OUT
 from featcache.reports.numbers import count_text, number_text, percent_text
 from featcache.reports.subject import Subject
+from featcache.system.display import printable
 
 # A difference of five points is one that people act on: where the interval spans ten, the score cannot show it.
 _WIDE = 0.10
@@ -39,9 +41,14 @@ _MOST_CLASSES = 3  # that are named
 class Advice:
     """A sentence or two. select: what ``part.select`` takes, for the images meant; link: the words to click."""
 
-    words: str
+    words: Markup
     link: str = ""
     select: Any = None
+
+
+def _said(words: str, *names: object) -> Markup:
+    """``words``, names in the place of each {}: what they hold is text, in its own direction of writing."""
+    return Markup(words).format(*(Markup("<bdi>{}</bdi>").format(printable(str(name))) for name in names))
 
 
 def advise(subject: Subject, *, learning: str = "") -> list[Advice]:
@@ -52,8 +59,10 @@ def advise(subject: Subject, *, learning: str = "") -> list[Advice]:
     """
     found = [*_about_the_score(subject), *_about_labels(subject), *_about_classes(subject, learning=learning)]
     found += _about_the_model(subject)
-    return found or [
-        Advice("Nothing stands out: no class is recognised worse than chance explains, no label is in doubt.")
+    if found:
+        return found
+    return [
+        Advice(_said("Nothing stands out: no class is recognised worse than chance explains, no label is in doubt."))
     ]
 
 
@@ -62,7 +71,8 @@ def suspects(subject: Subject) -> Array:
 
     Method: of confident learning (Northcutt, Jiang and Chuang 2021, "Confident learning: estimating uncertainty in dataset
     labels") the off-diagonal of the confident joint: a row labelled i counts as j if its probability of j is at least the
-    mean one of the rows labelled j, here only where j is also its answer. Sound for rows that did not train the head.
+    mean one of the rows labelled j. Here j must also be its answer, and i less probable than by guessing: else among classes
+    that are hard to tell apart many sound labels are doubted. For rows that did not train the head.
     """
     scored = subject.scored
     if subject.seen is not None and subject.seen.any():
@@ -72,7 +82,8 @@ def suspects(subject: Subject) -> Array:
     counts = np.bincount(y, minlength=p.shape[1])
     mean = np.where(counts, sums / np.maximum(counts, 1), np.inf)
     answer, sure = subject.predicted, p.max(axis=1)
-    found = np.flatnonzero((answer != y) & (sure >= mean[answer]))
+    doubted = p[np.arange(len(y)), y] < 1 / p.shape[1]
+    found = np.flatnonzero((answer != y) & (sure >= mean[answer]) & doubted)
     return found[np.argsort(-sure[found], kind="stable")]
 
 
@@ -84,34 +95,30 @@ def largest_class(subject: Subject) -> tuple[str, float]:
 
 def _about_the_score(subject: Subject) -> Iterator[Advice]:
     scores = subject.scores
-    low, high = scores["accuracy_interval"]
+    low, high = map(percent_text, scores["accuracy_interval"])
     if subject.seen is not None and (count := int(subject.seen.sum())):
         new = scores["accuracy_without_copies"]
-        what = "Training has seen all of them" if new is None else f"Training has seen {count_text(count)} of them"
+        what = "all of them" if new is None else f"{count_text(count)} of them"
         then = "score images that it has not seen" if new is None else f"on the others accuracy is {percent_text(new)}"
-        yield Advice(f"Do not rely on this score. {what}, so that it flatters: {then}.")
+        yield Advice(_said(f"Do not rely on this score. Training has seen {what}, so that it flatters: {then}."))
     name, share = largest_class(subject)
-    if low <= share:
-        yield Advice(
-            f"Check labels and images first. Accuracy may be no better than always answering {name}, which is right in "
-            f"{percent_text(share)}: the interval begins at {percent_text(low)}."
+    if scores["accuracy_interval"][0] <= share:
+        constant = f"which is right in {percent_text(share)}: the interval begins at {low}"
+        words = f"Check labels and images first. Accuracy may be no better than always answering {{}}, {constant}."
+        yield Advice(_said(words, name))
+    if np.ptp(scores["accuracy_interval"]) > _WIDE:
+        n = count_text(scores["n"])
+        words = (
+            f"Score more images. {n} fix the accuracy only to within {low} to {high}; four times as many halve that."
         )
-    if high - low > _WIDE:
-        yield Advice(
-            f"Score more images. {count_text(scores['n'])} fix the accuracy only to within {percent_text(low)} to "
-            f"{percent_text(high)}; four times as many halve that."
-        )
+        yield Advice(_said(words))
 
 
 def _about_labels(subject: Subject) -> Iterator[Advice]:
     if count := len(suspects(subject)):
-        images = "image whose label" if count == 1 else "images whose labels"
-        yield Advice(
-            f"Look at {count_text(count)} {images} may be wrong: another class is as probable as it is for that class's "
-            "own images.",
-            "Show them",
-            "suspects",
-        )
+        images = "1 image whose label" if count == 1 else f"{count_text(count)} images whose labels"
+        words = f"Look at {images} may be wrong: another class is as probable as it usually is for its own images."
+        yield Advice(_said(words), "Show them", "suspects")
 
 
 def _about_classes(subject: Subject, *, learning: str) -> Iterator[Advice]:
@@ -120,71 +127,73 @@ def _about_classes(subject: Subject, *, learning: str) -> Iterator[Advice]:
     there = np.flatnonzero(sums)
     chances = {k: chance_of_at_most(int(hits[k]), int(sums[k]), accuracy) for k in there.tolist()}
     worse = sorted((k for k in chances if chances[k] < _RARE / len(there)), key=chances.__getitem__)
-    known = subject.model.training_rows()
-    trained = None if known is None else np.bincount(known.labels[known.labels >= 0], minlength=len(counts))
+    trained = images_trained_on(subject)
     for k in worse[:_MOST_CLASSES]:
         yield _about_class(subject, k, counts, trained)
     if learning:
-        yield Advice(learning)
+        yield Advice(_said("{}", learning))
 
 
 def _about_class(subject: Subject, k: int, counts: Array, trained: Array | None) -> Advice:
-    classes, accuracy = subject.model.classes, subject.scores["accuracy"]
+    classes = subject.model.classes
     n, right = int(counts[k].sum()), int(counts[k, k])
     others = np.where(np.arange(len(counts)) == k, 0, counts[k])
     other, most = int(others.argmax()), int(others.max())
-    words = f"{percent_text(right / n)} of its {count_text(n)} images are recognised, {percent_text(accuracy)} of all"
-    words += "" if trained is None else f"; it trained on {count_text(int(trained[k]))} images"
+    recall, accuracy = percent_text(right / n), percent_text(subject.scores["accuracy"])
+    words = f"{recall} of its {count_text(n)} images are recognised, {accuracy} of all"
+    words += "." if trained is None else f"; it trained on {count_text(int(trained[k]))} images."
+    names = [classes[k]]
     # Most of the missed in one other class: what tells these two apart is missing, not images of one of them.
     if 2 * most > n - right and most > _FEW:
-        words = f"{words}. Most of the missed are called {classes[other]} ({most} of {n - right})"
+        words += f" Most of the missed are called {{}} ({most} of {n - right})."
+        names.append(classes[other])
     # Twice the usual number already: more of the same is the less likely cure.
     plenty = trained is not None and trained[k] >= 2 * np.median(trained[trained > 0])
-    do = f"Look at the labels of {classes[k]}, and at what it looks like" if plenty else f"Label more of {classes[k]}"
-    return Advice(f"{do}. {words[0].upper()}{words[1:]}.", "Show the missed", {"label": k, "correct": 0})
+    do = "Look at the labels of {}, and at what it looks like." if plenty else "Label more of {}."
+    return Advice(_said(f"{do} {words}", *names), "Show the missed", {"label": k, "correct": 0})
+
+
+def images_trained_on(subject: Subject) -> Array | None:
+    """(C,) training images of each class; None where the model does not know."""
+    known, n = subject.model.training_rows(), len(subject.model.classes)
+    if known is None:
+        return None
+    return np.bincount(known.labels[(known.labels >= 0) & (known.labels < n)], minlength=n)
 
 
 def _about_the_model(subject: Subject) -> Iterator[Advice]:
     scores, model = subject.scores, subject.model
-    mistakes = scores["n"] - round(scores["accuracy"] * scores["n"])
+    n, mistakes = count_text(scores["n"]), scores["n"] - round(scores["accuracy"] * scores["n"])
     if mistakes <= _FEW:
-        what = "no mistake" if not mistakes else "1 mistake" if mistakes == 1 else f"{mistakes} mistakes"
-        yield Advice(
-            f"Keep this model: {what} in {count_text(scores['n'])} images leave nothing to choose another one by."
-        )
+        what = ("no mistake", "1 mistake")[mistakes] if mistakes < 2 else f"{mistakes} mistakes"
+        yield Advice(_said(f"Keep this model: {what} in {n} images leave nothing to choose another one by."))
         return
-    if stronger := _stronger(model.spec.backbone, scores["accuracy"]):
-        yield Advice(stronger)
-    known = model.training_rows()
-    if model.manifest.get("finetuned") or known is None:
+    if (stronger := _stronger(model.spec.backbone, scores["accuracy"])) is not None:
+        yield stronger
+    trained = images_trained_on(subject)
+    if model.manifest.get("finetuned") or trained is None or not trained.any():
         return
-    counts = np.bincount(known.labels[known.labels >= 0], minlength=len(model.classes))
-    usual = int(np.median(counts[counts > 0])) if counts.any() else 0
+    usual = int(np.median(trained[trained > 0]))
     if usual < _FEW_PER_CLASS:
-        yield Advice(
-            f"Do not fine-tune yet: {usual} training images a class (the median) are few for it. More labels come first."
-        )
-    else:
-        yield Advice(
-            f"Fine-tuning is worth a try: {count_text(mistakes)} of {count_text(scores['n'])} are wrong, and there are "
-            f"{count_text(usual)} training images a class (the median). `featcache finetune SOURCE -o {model.path.name}-ft "
-            f"--init {model.path.name}` keeps this head unless it finds something better."
-        )
+        few = f"{usual} training images a class (the median) are few for it"
+        yield Advice(_said(f"Do not fine-tune yet: {few}. More labels come first."))
+        return
+    words = f"Fine-tuning is worth a try: {count_text(mistakes)} of {n} are wrong, and there are {count_text(usual)} training "
+    words += "images a class (the median). <code>featcache finetune SOURCE -o {}-ft --init {}</code> keeps this head unless it "
+    yield Advice(_said(words + "finds something better.", model.path.name, model.path.name))
 
 
-def _stronger(backbone: str, accuracy: float) -> str:
+def _stronger(backbone: str, accuracy: float) -> Advice | None:
     """A backbone to try, if this one is much smaller and there is room above ``accuracy``."""
-    name = ALIASES["base"]
-    own, other = counted().get(backbone), counted()[name]
+    own, other = counted().get(backbone), counted()[ALIASES["base"]]
     if own is None or not own.macs or accuracy >= _ROOM or own.macs > _SMALL * other.macs:
-        return ""
-    return (
-        f"Try a stronger backbone before anything that takes longer: {backbone} costs {number_text(own.macs / 1e9, 2)} GFLOP "
-        f"an image, `featcache extract SOURCE -o base.h5 --backbone base` {number_text(other.macs / 1e9, 2)}."
-    )
+        return None
+    costs = [number_text(each.macs / 1e9, 2) for each in (own, other)]
+    words = f"Try a stronger backbone first: {{}} takes {costs[0]} GFLOP an image, featcache's base {costs[1]}. "
+    return Advice(_said(words + "<code>featcache extract SOURCE -o base.h5 --backbone base</code>", backbone))
 
 
-def headline(subject: Subject) -> str:
+def headline(subject: Subject) -> Markup:
     """How many are right, how sure that is, and against what."""
     scores, split = subject.scores, subject.scored.split
     right, (low, high) = round(scores["accuracy"] * scores["n"]), scores["accuracy_interval"]
@@ -195,8 +204,9 @@ def headline(subject: Subject) -> str:
     }.get(split, f" of {split}")
     name, share = largest_class(subject)
     chance = 1 / len(subject.model.classes)
-    return (
+    words = (
         f"{count_text(right)} of {count_text(scores['n'])} images{which} are classified correctly: "
-        f"{percent_text(scores['accuracy'])}, 95% interval {percent_text(low)} to {percent_text(high)}. Always answering "
-        f"{name} would score {percent_text(share)}, guessing {percent_text(chance)}."
+        f"{percent_text(scores['accuracy'])}, 95% interval {percent_text(low)} to {percent_text(high)}. Always answering {{}} "
+        f"would score {percent_text(share)}, guessing {percent_text(chance)}."
     )
+    return _said(words, name)

@@ -37,6 +37,7 @@ class Card:
         status: one of ``STATUSES``. reason: of a refusal or a doubt.
         split: train, val or test; empty: none, or of no interest here.
         evidence: training images near to it, the most similar first.
+        unfamiliarity: the share of training images that are nearer to their neighbours than this one, 0..1; None: not asked for.
         note: what else is to be said, a few words: "darkest", "also under train/bees".
     """
 
@@ -50,6 +51,7 @@ class Card:
     reason: str = ""
     split: str = ""
     evidence: tuple[Evidence, ...] = ()
+    unfamiliarity: float | None = None
     note: str = ""
 
     @property
@@ -104,7 +106,8 @@ def cards_data(cards: Sequence[Card], classes: Sequence[str] = ()) -> dict[str, 
 
     Returns:
         ``classes``; ``path``; ``label`` and ``predicted`` (numbers, -1: none); ``correct`` (1, 0, -1: not known); ``status``
-        (number among ``STATUSES``); ``split``; ``probability`` and ``margin`` (to the second answer), -1 for none; ``top``
+        (number among ``STATUSES``); ``split``; ``probability``, ``margin`` (to the second answer) and ``unfamiliarity``, -1 for
+        none; ``top``
         (class, probability in ten-thousandths, class, ...); ``reason``, ``note``; ``evidence`` (path, label, similarity,
         number among ``pictures``); ``pictures`` (data URIs, each once). Predicates of ``data-select`` name these columns.
     """
@@ -123,6 +126,7 @@ def cards_data(cards: Sequence[Card], classes: Sequence[str] = ()) -> dict[str, 
         "split": [card.split for card in cards],
         "probability": [-1 if card.probability is None else round(card.probability, 6) for card in cards],
         "margin": [_margin(card) for card in cards],
+        "unfamiliarity": [-1 if card.unfamiliarity is None else round(card.unfamiliarity, 4) for card in cards],
         "top": [
             _flat((number(name), round(10_000 * p)) for name, p in card.probabilities[:LIKELIEST]) for card in cards
         ],
@@ -145,6 +149,7 @@ def card_sorts(columns: Mapping[str, Any]) -> list[tuple[str, str]]:
     ways += [
         ("probability", "least probable first", "probability"),
         ("margin", "two answers near each other first", "margin"),
+        ("-unfamiliarity", "least like the training images first", "unfamiliarity"),
     ]
     return [(key, word) for key, word, column in ways if column in columns]
 

@@ -52,7 +52,7 @@ def comparison_section(subject: Subject, other: Model, probabilities: Array, dat
     Args:
         probabilities: of ``other_probabilities``. Selections of the won images go into ``data["selections"]``.
     """
-    both = ~np.isnan(probabilities).any(axis=1)
+    both = ~np.isnan(probabilities[:, 0])
     y, own, others = subject.scored.y[both], subject.scored.probabilities[both], probabilities[both]
     test = mcnemar(y, own, others) if both.any() else None
     context = {
@@ -65,7 +65,7 @@ def comparison_section(subject: Subject, other: Model, probabilities: Array, dat
         "differences": _differences(subject.model, other),
     }
     right = subject.predicted == subject.scored.y
-    other_right: Array = both.copy()
+    other_right = np.zeros(len(both), bool)
     other_right[both] = others.argmax(axis=1) == y
     won = {
         "won": both & right & ~other_right,

@@ -12,6 +12,7 @@ import numpy as np
 
 from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy_interval
+from featcache.reports.advice import images_trained_on
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section
 from featcache.reports.subject import Subject
@@ -151,7 +152,7 @@ def classes_section(subject: Subject) -> Section:
     """Precision, recall, F1 and support of each class, the worst first, and its mistakes."""
     counts = np.array(subject.scores["confusion"])
     true, called, hit = counts.sum(axis=1), counts.sum(axis=0), np.diag(counts)
-    trained = _trained(subject)
+    trained = images_trained_on(subject)
     rows = []
     for number, (name, entry) in enumerate(subject.scores["per_class"].items()):
         n, right = int(true[number]), int(hit[number])
@@ -161,7 +162,7 @@ def classes_section(subject: Subject) -> Section:
                 "name": name,
                 "number": number,
                 "n": n,
-                "trained": trained[number] if trained is not None else None,
+                "trained": None if trained is None else int(trained[number]),
                 "recall": entry["recall"],
                 "low": low,
                 "high": high,
@@ -174,13 +175,3 @@ def classes_section(subject: Subject) -> Section:
     rows.sort(key=lambda row: 2.0 if row["f1"] is None else row["f1"])
     context = {"rows": rows, "with_training": trained is not None, "all_occur": bool(true.all())}
     return Section("classes", "Each class", "report_classes.html", context, "Classes")
-
-
-def _trained(subject: Subject) -> list[int] | None:
-    """Images that trained each class; None where the model does not know."""
-    known = subject.model.training_rows()
-    if known is None:
-        return None
-    own = known.labels[(known.labels >= 0) & (known.labels < len(subject.model.classes))]
-    found: list[int] = np.bincount(own, minlength=len(subject.model.classes)).tolist()
-    return found

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def render_page(
         context: what else the template uses; one that it uses and that is missing raises jinja2.UndefinedError.
     """
     style, script = _asset("style.css"), _asset("script.js")
+    if data and "map" in data:  # half as long again: only where there is a map
+        script += _asset("map.js")
     assets = {"style": Markup(style), "script": Markup(script), "policy": _policy(style, script)}
     json_text = json_in_html(data or {})
     return (
@@ -97,6 +100,11 @@ def publish_page(path: Path, html: str) -> None:
     content = html.encode("utf-8", "backslashreplace")
     with publish_file(path, needed=len(content)) as file:
         file.write(content)
+
+
+def title_of(html: str) -> str:
+    """The title of a page that ``render_page`` made."""
+    return unescape(html.partition("<title>")[2].partition("</title>")[0])
 
 
 def json_in_html(value: Any) -> Markup:

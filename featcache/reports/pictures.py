@@ -18,7 +18,7 @@ from featcache.images.read import Paths, read_file
 from featcache.images.source import list_images
 from featcache.reports.thumbnails import Thumbnail, fitting_size, thumbnails
 
-_AT_A_TIME = 64  # files, between two looks at the clock
+_AT_A_TIME = 32  # files, between two looks at the clock
 _PLACES = 200  # folders in which the source of a cache is looked for
 
 MISSING = "no picture: not in the folder, or changed"
@@ -94,18 +94,22 @@ class Pictures:
         if self.root is None or not self.search:
             return None
         if self._by_digest is None:
-            self._by_digest = _hashed(self.root)
+            # Half of the time is for finding, half for decoding.
+            self._by_digest = _hashed(self.root, None if self.seconds is None else self.seconds / 2)
         return self._by_digest.get(digest)
 
 
-def _hashed(root: Path) -> dict[bytes, str]:
-    """digest -> path of every image of a folder; of copies the first."""
+def _hashed(root: Path, seconds: float | None) -> dict[bytes, str]:
+    """digest -> path of every image of a folder, of copies the first; or of as many as there is time for."""
     found: dict[bytes, str] = {}
+    end = None if seconds is None else time.perf_counter() + seconds
     try:
         paths = list_images(root, labelled=False).paths
     except FeatcacheError:  # no image in it
         return found
-    for path in paths:
+    for path in sorted(paths, key=lambda path: path.lower().startswith("train")):  # held-out images lie elsewhere
+        if end is not None and time.perf_counter() > end:
+            break
         try:
             found.setdefault(hashlib.sha256(read_file(root / path)[0]).digest(), path)
         except RefusedImage:

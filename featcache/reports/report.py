@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.errors import SourceError, UsageError
@@ -25,13 +26,16 @@ from featcache.reports.calibration import calibration_section
 from featcache.reports.cards import cards_data
 from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
+from featcache.reports.embedding_map import report_map
 from featcache.reports.figures import charts_in, check_figures, write_figures
 from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
+from featcache.reports.projection import Method, check_method
 from featcache.reports.subject import Subject, make_subject
-from featcache.system.display import Shown
+from featcache.spec import SPLITS
+from featcache.system.display import Shown, printable
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -66,6 +70,7 @@ def report(
     against: Model | AnyPath | None = None,
     evidence: AnyPath | None = None,
     figures: AnyPath | None = None,
+    map: Method = "auto",
     device: str = "auto",
     workers: int | None = None,
     batch_size: int | None = None,
@@ -83,6 +88,8 @@ def report(
         evidence: with images as ``source``, the cache that the model was fit on, for the training images nearest to each; of a
             cache that holds them it is not needed.
         figures: a folder to write the charts of the page to, as SVG files.
+        map: of embeddings, with a cache as ``source``: ``pca``; ``tsne``, which needs the ``report`` extra; ``auto``: t-SNE where
+            it takes less than a minute; ``none``.
         device, workers, batch_size, progress: as in ``predict``, for images.
 
     Raises:
@@ -97,6 +104,7 @@ def report(
     drawn = None if figures is None else as_path(figures)
     if drawn is not None:
         check_figures(drawn)
+    check_method(map)
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
@@ -104,6 +112,8 @@ def report(
     compared = None if evidence is None else FeatureCache.open(as_path(evidence))
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
     images, cache = _opened(model, source, other)
+    if cache is None and map in ("pca", "tsne"):
+        raise UsageError(f"--map {map} needs embeddings: give a cache as SOURCE, or leave it out")
     limits = Limits.of(model, evidence=None if images is None else evidence)
     scored = _score(model, images, cache, split=split, limits=limits, options=options)
     if root is None:
@@ -113,28 +123,36 @@ def report(
     if other is not None:
         of_other = _score(other, images, cache, split=scored.split, limits=Limits(other.classes), options=options)
         probabilities = other, other_probabilities(model, scored, other, of_other)
-    return write_report(subject, output, started=started, against=probabilities, figures=drawn)
+    return write_report(subject, output, started=started, against=probabilities, figures=drawn, map=map)
 
 
 def report_beside(
-    model: Path, *, cache: Path | None = None, pictures: Path | None = None, scored: Scored | None = None
+    model: AnyPath,
+    *,
+    cache: Path | None = None,
+    pictures: Path | None = None,
+    scored: Scored | None = None,
+    quick: bool = True,
 ) -> Path:
-    """Write ``MODEL.report.html`` beside a model that was just made, with what takes less than two seconds.
+    """Write ``MODEL.report.html`` beside a model, about rows that are at hand.
 
     Args:
-        cache: what it was fit on; None: the page is about what the model keeps of images that did not train it.
+        cache: what it was fit on, or was scored on; None: the page is about what the model keeps of images that did not train it.
         pictures: their folder; that of ``scored``, or one beside the cache that holds its images, when None.
-        scored: rows that are scored already. Raises as ``report``.
+        scored: rows that are scored already. quick: with what takes less than two seconds. Raises as ``report``.
     """
     started = time.perf_counter()
-    loaded, output = load_model(model), page_beside(model)
-    check_page_path(output)
+    loaded = load_model(as_path(model))
+    check_page_path(output := page_beside(loaded.path))
     opened = None if cache is None else FeatureCache.open(cache)
     if scored is None:
-        scored = _score(loaded, None, opened, split=None, limits=Limits(loaded.classes), options={})
+        there = () if opened is None else np.unique(opened.rows.splits[opened.y >= 0])
+        split = next((name for name in ("test", "val") if SPLITS.index(name) in there), None)
+        scored = _score(loaded, None, opened, split=split, limits=Limits(loaded.classes), options={})
     root = pictures or scored.root or _guess(opened)
-    found = Pictures(root, search=False, seconds=_QUICK_SECONDS)
-    subject = make_subject(loaded, scored, cache=opened, pictures=found, quick=True)
+    # With a cache paths are known: what is not there is not searched for.
+    found = Pictures(root, search=not quick or cache is None, seconds=_QUICK_SECONDS if quick else None)
+    subject = make_subject(loaded, scored, cache=opened, pictures=found, quick=quick)
     return write_report(subject, output, started=started).report
 
 
@@ -145,6 +163,7 @@ def write_report(
     started: float,
     against: tuple[Model, Array] | None = None,
     figures: Path | None = None,
+    map: Method = "none",
 ) -> Report:
     """Write the page about ``subject``. against: another model, and ``other_probabilities``. figures: a folder for its charts.
 
@@ -156,7 +175,7 @@ def write_report(
         "selections": {name: rows for _, name, rows in _lists(subject)},
     }
     name = subject.model.path.resolve().name
-    sections = _sections(subject, data, against=against)
+    sections = _sections(subject, data, against=against, map=map)
     html = render_sections(sections, title=f"Report on {name}", lead=headline(subject), data=data)
     publish_page(output, html)
     if figures is not None:
@@ -165,7 +184,9 @@ def write_report(
     return Report(output, len(subject.scored), len(subject.cards), size, time.perf_counter() - started)
 
 
-def _sections(subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None) -> list[Section]:
+def _sections(
+    subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None, map: Method
+) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
     found = [
         _summary(subject),
@@ -173,6 +194,7 @@ def _sections(subject: Subject, data: dict[str, Any], *, against: tuple[Model, A
         classes_section(subject),
         None if against is None else comparison_section(subject, *against, data),
         finetuned_section(subject),
+        report_map(subject, data, method=map),
         _pictures(subject),
         calibration_section(subject.scores),
         choice_section(subject),
@@ -234,9 +256,13 @@ def _pictures(subject: Subject) -> Section:
     return Section("pictures", "Pictures", "report_pictures.html", context)
 
 
-def _what_is_missing(subject: Subject) -> list[str]:
+def _code(text: str) -> Markup:
+    return Markup("<code>{}</code>").format(printable(text))
+
+
+def _what_is_missing(subject: Subject) -> list[str | Markup]:
     """What the page does not show, and what to do about it."""
-    notes = []
+    notes: list[str | Markup] = []
     scored, shown = subject.scored, int((subject.rows >= 0).sum())
     if shown < len(scored):
         wrong = int((subject.predicted != scored.y).sum())
@@ -256,16 +282,20 @@ def _what_is_missing(subject: Subject) -> list[str]:
     name = shlex.quote(str(subject.model.path))
     if count := reasons.pop(NO_FOLDER, 0):
         source = "" if subject.cache is None else f" {shlex.quote(str(subject.cache.path))}"
+        command = _code(f"featcache report {name}{source} --source FOLDER")
         notes.append(
-            f"{count_text(count)} images have no picture here: "
-            f"`featcache report {name}{source} --source FOLDER` adds them from their folder."
+            Markup("{} images have no picture here: {} adds them from their folder.").format(count_text(count), command)
         )
     if count := reasons.pop(MISSING, 0):
-        where = f"{subject.pictures.root} or were changed since; --source names another folder"
-        notes.append(f"{count_text(count)} images are not in {where}.")
-    if count := reasons.pop(NO_TIME, 0):
         notes.append(
-            f"{count_text(count)} pictures were left out to be quick; `featcache report {name}` makes a page with all."
+            f"{count_text(count)} images are not in {subject.pictures.root}, or were changed since: --source names another folder."
+        )
+    if count := reasons.pop(NO_TIME, 0):
+        command = _code(f"featcache report {name} SOURCE")
+        notes.append(
+            Markup("{} pictures were left out to be quick: {} makes a page with all.").format(
+                count_text(count), command
+            )
         )
     if count := sum(reasons.values()):
         notes.append(f"{count_text(count)} pictures are left out: {reasons.most_common(1)[0][0]}.")
@@ -334,10 +364,10 @@ def _score(
 
 def _keeps_all(model: Model, cache: FeatureCache) -> bool:
     """Whether a cache has nothing that training left out, and the model keeps scores of heads that its rows did not train."""
-    known = model.training_rows()
+    known, labelled = model.training_rows(), cache.y >= 0
     if known is None or np.isin(cache.rows.splits, (2, 3)).any() or known.unseen() is None:
         return False
-    return bool(known.contain(cache.rows.digests[cache.y >= 0]).all())
+    return bool(labelled.any() and known.contain(cache.rows.digests[labelled]).all())
 
 
 def _guess(cache: FeatureCache | None) -> Path | None:

@@ -70,11 +70,11 @@ def opened(browser: Any, path: Path, *, width: int = 1440, scheme: str = "light"
         context.close()
 
 
-def serious_findings(page: Any) -> list[str]:
-    """What axe-core finds that is serious or critical: rule and the first elements."""
+def serious_findings(page: Any, within: str | None = None) -> list[str]:
+    """What axe-core finds that is serious or critical: rule and the first elements. ``within``: a selector."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page).response["violations"]
+    found = Axe().run(page, within).response["violations"]
     return [
         f"{each['id']}: {[node['html'][:200] for node in each['nodes'][:3]]} {each['nodes'][0].get('failureSummary', '')}"
         for each in found

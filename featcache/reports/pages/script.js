@@ -27,7 +27,13 @@ function printable(text) {
   });
 }
 const named = (text) => element("bdi", {}, printable(text));
-const percent = (share) => (share < 1 && share >= 0.9995 ? ">99.9%" : share > 0 && share < 0.0005 ? "<0.1%" : (100 * share).toFixed(1) + "%");
+/** A share as Python writes it: never 100% or 0% for what is not quite that. */
+function percent(share, digits = 1) {
+  const text = share.toLocaleString("en", { style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits, roundingMode: "halfEven", useGrouping: false });
+  const step = (100 * 10 ** -(digits + 2)).toFixed(digits);
+  if (share < 1 && parseFloat(text) === 100) return `>${(100 - step).toFixed(digits)}%`;
+  return share > 0 && parseFloat(text) === 0 ? `<${step}%` : text;
+}
 
 /* ---- The selection: rows (numbers of cards, in an order that may mean something), and a sentence that says what they are.
    Matrix, tables, map and wall set it, and listen: selection.set([3, 1], "the two nearest"), selection.on(listener). */
@@ -51,7 +57,8 @@ function rowsOf(what) {
   if (typeof what === "string") return data.selections[what];
   if (Array.isArray(what)) return what;
   const wanted = Object.entries(what).map(([name, value]) => [cards[name], new Set([value].flat())]);
-  return cards.path.map((_, row) => row).filter((row) => wanted.every(([column, values]) => column && values.has(column[row])));
+  const scored = (row) => row < items.length || !cards.predicted || cards.predicted[row] >= 0; // of a map, other rows lie about
+  return cards.path.map((_, row) => row).filter((row) => scored(row) && wanted.every(([column, values]) => column && values.has(column[row])));
 }
 
 document.addEventListener("click", (event) => {
@@ -74,7 +81,8 @@ const list = find("ul.cards[data-main]");
 const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
 let shown = items.map((_, row) => row); // rows, in their order; other cards are out of the document
-const AT_ONCE = 120; // cards: what follows the list stays within reach
+let beyond = []; // the same of rows that have no card: a map has them, and lists of paths
+const AT_ONCE = 60; // cards: what follows the list stays within reach
 const more = list ? element("button", { type: "button", className: "more" }) : null;
 let most = AT_ONCE;
 
@@ -112,10 +120,12 @@ function update() {
   place();
   if (shown.length) inTabOrder(shown[0]);
   if (!form) return;
+  beyond = (selection.rows ?? []).filter((row) => row >= items.length && matches(row, values));
   find("output", form).textContent = `Showing ${shown.length.toLocaleString("en")} of ${items.length.toLocaleString("en")}`
-    + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "");
+    + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "")
+    + (beyond.length ? `; ${beyond.length.toLocaleString("en")} more have no place in this list, their paths are saved, too` : "");
   find("[data-clear]", form).hidden = selection.rows === null && !["label", "predicted", "status", "correct", "split", "text"].some((name) => values[name]);
-  for (const button of all("[data-export]", form)) button.disabled = !shown.length;
+  for (const button of all("[data-export]", form)) button.disabled = !shown.length && !beyond.length;
 }
 
 /** Puts the first cards on the page, in one step and only if they changed. */
@@ -123,7 +133,8 @@ function place() {
   const wanted = shown.slice(0, most).map((row) => items[row]);
   if (wanted.length !== list.children.length || wanted.some((item, k) => item !== list.children[k])) list.replaceChildren(...wanted);
   more.hidden = shown.length <= most;
-  more.textContent = `Show ${Math.min(shown.length - most, 4 * AT_ONCE).toLocaleString("en")} more of ${(shown.length - most).toLocaleString("en")}`;
+  const rest = shown.length - most;
+  more.textContent = rest > 4 * AT_ONCE ? `Show ${4 * AT_ONCE} more of ${rest.toLocaleString("en")}` : `Show the other ${rest.toLocaleString("en")}`;
 }
 list?.after(more);
 more?.addEventListener("click", () => {
@@ -211,7 +222,8 @@ function factsOf(row) {
   const outcome = { 1: "right", 0: "wrong" }[cards.correct?.[row]];
   const status = cards.statuses[cards.status?.[row] ?? 0];
   const pairs = [["label", name("label")], ["prediction", name("predicted")], ["that is", outcome && document.createTextNode(outcome)],
-    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")]];
+    ["status", status !== "ok" && document.createTextNode(status)], ["reason", text("reason")], ["split", text("split")], ["note", text("note")],
+    ["unfamiliar", cards.unfamiliarity?.[row] >= 0 && document.createTextNode(`more than ${percent(cards.unfamiliarity[row])} of the training images`)]];
   return pairs.filter(([, value]) => value);
 }
 
@@ -245,11 +257,11 @@ dialog?.addEventListener("keydown", (event) => {
   const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (by) step(by);
 });
-dialog?.addEventListener("close", () => { if (shown.includes(current)) focusOn(current); });
+dialog?.addEventListener("close", () => { if (list.contains(document.activeElement) && shown.includes(current)) focusOn(current); });
 
 /* ---- Paths of what is shown, a line each, or as CSV where a name has line breaks; names that are no UTF-8 by their bytes */
 function pathList() {
-  const paths = shown.map((row) => cards.path[row]);
+  const paths = [...shown, ...beyond].map((row) => cards.path[row]);
   if (!paths.some((path) => /[\r\n]/.test(path))) return paths.join("\n") + "\n";
   return ["path", ...paths.map((path) => `"${path.replaceAll('"', '""')}"`)].join("\r\n") + "\r\n";
 }
@@ -275,7 +287,7 @@ for (const button of all("[data-export]")) {
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     }
-    find("output", form).textContent = `${shown.length.toLocaleString("en")} paths ${button.dataset.export === "copy" ? "copied" : "saved"}`;
+    find("output", form).textContent = `${(shown.length + beyond.length).toLocaleString("en")} paths ${button.dataset.export === "copy" ? "copied" : "saved"}`;
   });
 }
 
@@ -296,8 +308,11 @@ function drawMatrix(numbers) {
   const at = new Map(triples.map((cell) => [cell[0] + "," + cell[1], cell[2]]));
   const highest = (hit) => Math.max(1, ...triples.filter(([i, j]) => (i === j) === hit).map((cell) => cell[2]));
   const tops = [highest(false), highest(true)];
-  const name = (number) => named(cards.classes[number]);
-  const short = (share) => percent(share).replace(/\.\d%/, "%");
+  const name = (number) => { // as Python's middle_out
+    const whole = printable(cards.classes[number]);
+    const letters = [...whole];
+    return element("bdi", { title: whole }, letters.length > 24 ? letters.slice(0, 11).join("") + "…" + letters.slice(-12).join("") : whole);
+  };
   const cell = (i, j) => {
     const n = at.get(i + "," + j);
     if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));
@@ -307,7 +322,7 @@ function drawMatrix(numbers) {
     const why = (i === j ? `${cards.classes[i]}, recognised` : `${cards.classes[i]} taken for ${cards.classes[j]}`)
       + (here < n ? `: ${n.toLocaleString("en")} images, ${here.toLocaleString("en")} of them on this page` : "");
     const button = element("button", { type: "button", "data-select": JSON.stringify({ label: i, predicted: j }) },
-      ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : short(shares[by]))),
+      ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : percent(shares[by], 0))),
       element("span", { className: "said why" }, printable(why)));
     return element("td", { className: [i === j ? "hit" : "miss", ...Object.entries(shares).map(([by, share]) => by + level(share))].join(" ") }, button);
   };
@@ -335,7 +350,7 @@ find("[data-zoom]")?.addEventListener("input", ({ target }) => {
     if (fits && new Set([...found, i, j]).size <= data.confusion.most) found.add(i).add(j);
   }
   drawMatrix([...found].sort((a, b) => a - b));
-  find("output", target.closest("div")).textContent = wanted ? `${fitting.length.toLocaleString("en")} classes fit` : "";
+  find("output", target.closest("div")).textContent = wanted ? `${fitting.length.toLocaleString("en")} class${fitting.length === 1 ? " fits" : "es fit"}` : "";
 });
 
 /* ---- Tables that can be sorted: the words above their columns become buttons */
@@ -360,6 +375,14 @@ for (const table of all("table[data-sortable]")) {
 }
 
 /* ---- The page */
+if (location.protocol === "about:") { // a frame in a notebook: links to its own places would lead to the notebook, whose address they count from
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#"]');
+    if (!link) return;
+    event.preventDefault();
+    find(link.hash)?.scrollIntoView();
+  });
+}
 for (const hidden of all("[data-script]")) hidden.hidden = false; // what is of use with script only
 addEventListener("beforeprint", () => all("details:not([open])").forEach((each) => { each.open = true; each.dataset.printed = ""; }));
 addEventListener("afterprint", () => all("details[data-printed]").forEach((each) => { each.open = false; delete each.dataset.printed; }));

@@ -18,7 +18,7 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.images.statistics import Floats, Measured, Progress, Rows, measure, oddness
 from featcache.reports.figures import check_figures, write_figures
 from featcache.reports.stats_advice import SMALL, advice
-from featcache.reports.stats_page import check_apart, check_folder, stats_charts, write_folder
+from featcache.reports.stats_page import check_apart, check_folder, stats_charts, stats_page, write_folder
 from featcache.reports.stats_text import stats_lines
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, bar_in_notebook, describe_images
@@ -116,6 +116,10 @@ class Statistics(Shown):
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def page(self) -> str:
+        """As an HTML page that holds its pictures; they are made of the files anew, where these still are."""
+        return stats_page(self)
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""

@@ -131,7 +131,7 @@ def why_chosen(curve: Curve, chosen: tuple[str, float], n: int) -> str:
     if own is None:
         return ""
     words = (
-        f"{len(good)} of {len(curve)} settings lie within one standard error ({100 * (best - least):.1f} points on "
+        f"{len(good)} of {len(curve)} settings lie within one standard error ({_points(best - least)} points on "
         f"{count_text(n)} different images) of the best cross-validated accuracy, {percent_text(best)}. Of these "
     )
     taken = f"C {chosen[1]:g} with scaling {chosen[0]}"
@@ -266,7 +266,7 @@ def _how(curve: LearningCurve, judges: str, model: Model) -> str:
     return (
         f"{steps} sizes, {draws} random draws each, classes in proportion, copies of an image together; judged by {who}. C stays "
         f"{training['C']:g}, scaling {training['scaling']}, as chosen on all training images: chosen anew for few images it "
-        f"might do a little better there.{some if judges and curve.pool < curve.total else ''} Method: Viering and Loog (2022), "
+        f"might do a little better there.{some if curve.sampled else ''} Method: Viering and Loog (2022), "
         "The shape of learning curves; intervals: Owen (2007), The pigeonhole bootstrap; law: error = a + b / n^c, Cortes and "
         "others (1993)."
     )

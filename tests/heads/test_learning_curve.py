@@ -61,7 +61,7 @@ def test_held_out_rows_judge_where_nothing_else_does() -> None:
     judged = ~np.isnan(found.right[0])
     assert (judged.sum(axis=0) == 1).all()  # each row is judged in one draw
     assert (judged[:, 96:100] == judged[:, 100:104]).all()  # and its copies with it: they never train what judges them
-    assert (found.total, found.sizes[-1], found.pool) == (196, found.pool, found.pool)
+    assert (found.total, found.sizes[-1], found.sampled) == (196, found.pool, False)
     assert 0.75 * 196 < found.pool <= 0.8 * 196
     again = learning_curve(X, np.arange(200), y, C=1.0, scaling="none", copies=copies)
     assert np.array_equal(again.right, found.right, equal_nan=True)
@@ -85,7 +85,8 @@ def test_more_features_than_are_looked_at_are_sampled() -> None:
     found = learning_curve(
         X, np.arange(300), y, C=1.0, scaling="none", copies=np.arange(300), most_values=120 * 12, **judge
     )
-    assert (found.pool, found.sizes[-1], found.total) == (120, 120, 300)
+    assert (found.pool, found.sizes[-1], found.total, found.sampled) == (120, 120, 300, True)
+    assert forecast(found).refused == "the curve ends before all 300 training images, to save time"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,14 @@ def test_sizes_grow_by_a_factor(images: int, classes: int, sizes: list[int] | No
             curve_sizes(images, classes)
     else:
         assert curve_sizes(images, classes).tolist() == sizes
+
+
+def test_what_would_take_minutes_is_left_out() -> None:
+    y = np.repeat(np.arange(1000), 20)
+    with pytest.raises(SourceError, match="one of 1,000 classes and 1,280 values would take minutes"):
+        features = np.broadcast_to(np.zeros(1280, np.float32), (20_000, 1280))
+        judge = {"judges": np.arange(2), "judges_y": y[:2]}
+        learning_curve(features, np.arange(20_000), y, C=1.0, scaling="none", copies=np.arange(20_000), **judge)
 
 
 def test_a_class_too_small_to_hold_out_is_said() -> None:

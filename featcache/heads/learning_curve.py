@@ -237,7 +237,8 @@ def forecast(curve: LearningCurve, *, seed: int = 0) -> Doubling:
 
     The law is fitted by least squares, points weighed by their standard errors; the interval is that of fits to resampled
     draws and judges (Owen 2007). No forecast is made where the pool is a part of the images, the curve does not rise beyond its
-    noise, the law explains less than nine tenths of the points' variance, or it would not have foretold the last point from those of half its size.
+    noise, the law explains less than nine tenths of the points' variance, or it would not have foretold the last point from
+    those of half its size.
     """
     sizes, errors = curve.sizes.astype(np.float64), 1 - curve.accuracy
     noise = np.maximum(curve.standard_error, 1e-6)

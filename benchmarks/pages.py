@@ -41,9 +41,16 @@ NEEDS = {
     "report": "report",
     "map": "embedding_map",
 }  # modules of featcache.reports
-FRAMES = """(milliseconds) => new Promise((done) => {
-  const times = [];
-  const next = (now) => { times.push(now); now - times[0] < milliseconds ? requestAnimationFrame(next) : done(times); };
+# Between two frames the pointer moves, so that every frame draws the map anew.
+DRAG = """([x, y, milliseconds]) => new Promise((done) => {
+  const canvas = document.querySelector("#map canvas"), times = [];
+  const next = (now) => {
+    times.push(now);
+    const [clientX, clientY] = [x + 150 * Math.sin(times.length / 9), y + 100 * Math.cos(times.length / 7)];
+    const where = { clientX, clientY, buttons: 1, pointerId: 1, pointerType: "mouse", isPrimary: true, bubbles: true };
+    canvas.dispatchEvent(new PointerEvent("pointermove", where));
+    now - times[0] < milliseconds ? requestAnimationFrame(next) : done(times);
+  };
   requestAnimationFrame(next);
 })"""
 
@@ -188,18 +195,16 @@ def frames_of(page_path: Path, *, seconds: float = 3.0) -> dict[str, float]:
         box = canvas.bounding_box()
         assert box is not None, "the map is not shown"
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        before = page.screenshot()
         page.mouse.move(x, y)
         page.mouse.down()
-        page.evaluate(f"() => {{ window.frames_found = ({FRAMES})({1000 * seconds}); }}")
-        started, step = time.perf_counter(), 0
-        while time.perf_counter() - started < seconds:
-            step += 1
-            page.mouse.move(x + 150 * np.sin(step / 9), y + 100 * np.cos(step / 7))
-        times = page.evaluate("() => window.frames_found")
+        times = page.evaluate(DRAG, [x, y, 1000 * seconds])
         page.mouse.up()
+        page.mouse.move(0, 0)
+        assert page.screenshot() != before, "the map did not move"
         browser.close()
     gaps = np.diff(times)
-    return {"frames_per_second": 1000 / gaps.mean(), "longest_frame_ms": float(gaps.max()), "moves": step}
+    return {"frames_per_second": float(1000 / gaps.mean()), "longest_frame_ms": float(gaps.max())}
 
 
 def _size(path: Path) -> int:

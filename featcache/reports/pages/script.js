@@ -82,7 +82,7 @@ const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
 let shown = items.map((_, row) => row); // rows, in their order; other cards are out of the document
 let beyond = []; // the same of rows that have no card: a map has them, and lists of paths
-const AT_ONCE = 120; // cards: what follows the list stays within reach
+const AT_ONCE = 60; // cards: what follows the list stays within reach
 const more = list ? element("button", { type: "button", className: "more" }) : null;
 let most = AT_ONCE;
 
@@ -308,7 +308,11 @@ function drawMatrix(numbers) {
   const at = new Map(triples.map((cell) => [cell[0] + "," + cell[1], cell[2]]));
   const highest = (hit) => Math.max(1, ...triples.filter(([i, j]) => (i === j) === hit).map((cell) => cell[2]));
   const tops = [highest(false), highest(true)];
-  const name = (number) => named(cards.classes[number]);
+  const name = (number) => { // as Python's middle_out
+    const whole = printable(cards.classes[number]);
+    const letters = [...whole];
+    return element("bdi", { title: whole }, letters.length > 24 ? letters.slice(0, 11).join("") + "…" + letters.slice(-12).join("") : whole);
+  };
   const cell = (i, j) => {
     const n = at.get(i + "," + j);
     if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));

@@ -158,13 +158,13 @@ def test_colours_and_classes(browser: Any, made: MapPage) -> None:
         page.select_option(".legend select", index=2)
         name = page.locator(".map-said output").inner_text()
         assert name.startswith(f"{COUNT // len(CLASSES)} of {COUNT + 2} selected")
-        page.select_option("[data-by]", "correct")
+        page.select_option("[data-colour]", "correct")
         wrong = int((made.labels != made.predicted).sum())
         page.get_by_role("button", name=f"wrong {wrong}").click()
         assert selected(page) == set(np.flatnonzero(made.labels != made.predicted).tolist())
         page.get_by_role("button", name=f"wrong {wrong}").click()
         assert page.evaluate("selection.rows") is None
-        page.select_option("[data-by]", "split")
+        page.select_option("[data-colour]", "split")
         page.get_by_role("button", name=f"train {COUNT - CARDS}").click()
         assert selected(page) == set(range(CARDS, COUNT))
         assert "more have no place in this list" in page.locator("form.controls output").inner_text()
@@ -202,6 +202,12 @@ def test_the_wall(browser: Any, made: MapPage) -> None:
         page.keyboard.press("Home")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowDown")
+        here = page.evaluate("(({left, top}) => [left, top])(document.activeElement.getBoundingClientRect())")
+        above = page.evaluate(
+            "(({left, top}) => [left, top])(document.querySelectorAll('.wall button')[1].getBoundingClientRect())"
+        )
+        assert here[0] == above[0]
+        assert here[1] > above[1]
         page.keyboard.press("ArrowUp")
         assert page.evaluate("[...document.querySelectorAll('.wall button')].indexOf(document.activeElement)") == 1
 

@@ -287,7 +287,7 @@ function within(polygon, [x, y]) {
 /* ---- Pointing: the picture and what is known of it */
 const tip = find(".tip", box);
 function point(row, { spoken = false } = {}) {
-  if (row === here && !spoken) return;
+  if (row === here && !spoken && tip.hidden === row < 0) return;
   tiles.get(here)?.classList.remove("here");
   here = row;
   tiles.get(here)?.classList.add("here");

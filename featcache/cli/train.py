@@ -79,7 +79,8 @@ def write_report_beside(model: Path, **about: Any) -> None:
     from featcache.reports.report import report_beside
 
     try:
-        note(f"  report in {report_beside(model, **about)}")
+        for path in report_beside(model, **about):
+            note(f"  {'report' if path.suffix == '.html' else 'contact sheet'} in {path}")
     except Exception as error:
         say(f"no report of {model}: {error}")
 

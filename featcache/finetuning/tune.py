@@ -21,7 +21,7 @@ from featcache.backbones.encoder import build_encoder
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
 from featcache.errors import Interrupted, ModelError, SourceError, TrainingError
-from featcache.finetuning.augment import augment
+from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
 from featcache.finetuning.pixels import Picture, Pixels, decode_split
@@ -182,8 +182,7 @@ def _assemble_start(
 def _some_of(train: Pixels, size: tuple[int, int]) -> Picture:
     """uint8 (n, H, W, 3): some training images from all over the list, at the network's size."""
     chosen = np.linspace(0, len(train) - 1, min(_COMPARED, len(train))).astype(np.intp)
-    pictures = (np.require(train.pictures[k], requirements=["C", "W"]) for k in chosen)
-    return np.stack([augment(torch.from_numpy(p), (), size=size, seed=(0, 0, 0)).numpy() for p in pictures])
+    return np.stack([augment_picture(train.pictures[k], (), size=size, seed=(0, 0, 0)).numpy() for k in chosen])
 
 
 def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:

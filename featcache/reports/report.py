@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 
 from featcache.cache.cache import FeatureCache, is_cache
-from featcache.errors import SourceError, UsageError
+from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.heads.head import Array
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.limits import Limits
@@ -26,9 +26,11 @@ from featcache.reports.calibration import calibration_section
 from featcache.reports.cards import cards_data
 from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
+from featcache.reports.contact_sheet import sheet_beside
 from featcache.reports.embedding_map import report_map
 from featcache.reports.figures import charts_in, check_figures, write_figures
 from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
+from featcache.reports.notebook import framed
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
@@ -58,6 +60,13 @@ class Report(Shown):
     seconds: float
 
     _shown = ("report", "images", "cards", "bytes", "seconds")
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, as long as it is where it was written."""
+        try:
+            return framed(self.report.read_text(encoding="utf-8"))
+        except OSError:
+            return super()._repr_html_()
 
 
 def report(
@@ -133,8 +142,9 @@ def report_beside(
     pictures: Path | None = None,
     scored: Scored | None = None,
     quick: bool = True,
-) -> Path:
-    """Write ``MODEL.report.html`` beside a model, about rows that are at hand.
+) -> list[Path]:
+    """Write ``MODEL.report.html`` beside a model, about rows that are at hand, and where their pictures are at hand, too, their
+    contact sheet, ``MODEL.val.png``; what was written.
 
     Args:
         cache: what it was fit on, or was scored on; None: the page is about what the model keeps of images that did not train it.
@@ -153,7 +163,14 @@ def report_beside(
     # With a cache paths are known: what is not there is not searched for.
     found = Pictures(root, search=not quick or cache is None, seconds=_QUICK_SECONDS if quick else None)
     subject = make_subject(loaded, scored, cache=opened, pictures=found, quick=quick)
-    return write_report(subject, output, started=started).report
+    written = [write_report(subject, output, started=started).report]
+    try:
+        sheet = sheet_beside(subject)
+    except FeatcacheError as error:
+        log.warning("no contact sheet: %s", error)
+    else:
+        written += [] if sheet is None else [sheet]
+    return written
 
 
 def write_report(
@@ -373,4 +390,4 @@ def _keeps_all(model: Model, cache: FeatureCache) -> bool:
 
 
 def _guess(cache: FeatureCache | None) -> Path | None:
-    return None if cache is None else guess_root(cache.path, cache.paths[:3], cache.rows.digests[:3])
+    return None if cache is None else guess_root(cache)

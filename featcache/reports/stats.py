@@ -17,8 +17,9 @@ from featcache.errors import UsageError
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.images.statistics import Floats, Measured, Progress, Rows, measure, oddness
 from featcache.reports.figures import check_figures, write_figures
+from featcache.reports.notebook import framed
 from featcache.reports.stats_advice import SMALL, advice
-from featcache.reports.stats_page import check_apart, check_folder, stats_charts, write_folder
+from featcache.reports.stats_page import check_apart, check_folder, stats_charts, stats_page, write_folder
 from featcache.reports.stats_text import stats_lines
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, bar_in_notebook, describe_images
@@ -114,8 +115,16 @@ class Statistics(Shown):
         """As text for a terminal of 80 columns, names harmless to it."""
         return stats_lines(self)
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the page."""
+        return framed(stats_page(self))
+
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def page(self) -> str:
+        """As an HTML page that holds its pictures; they are made of the files anew, where these still are."""
+        return stats_page(self)
 
     def to_json(self) -> dict[str, Any]:
         """All of it."""

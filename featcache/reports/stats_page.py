@@ -256,7 +256,7 @@ def _classes(found: "Statistics") -> tuple[list[str], list[list[Any]]]:
     splits = [*found.splits]
     titles = ["no split" if split == "none" else split for split in splits] if splits != ["none"] else []
     counts = {name: [of.get(split, 0) for split in splits] for name, of in found.classes.items()}
-    if found.unlabelled:
+    if found.unlabelled and (counts or titles):
         counts["(no label)"] = [found.unlabelled.get(split, 0) for split in splits]
     if not counts:
         return [], []

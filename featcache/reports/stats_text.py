@@ -46,7 +46,8 @@ def stats_lines(found: "Statistics") -> list[str]:
 def _head(found: "Statistics") -> list[str]:
     unreadable = f", {len(found.unreadable):,} unreadable" if found.unreadable else ""
     splits = [name for name in found.splits if name != "none"]
-    of = [counted(len(found.classes), "class", "classes"), *([counted(len(splits), "split")] if splits else [])]
+    classes = counted(len(found.classes), "class", "classes") if found.classes else "no classes"
+    of = [classes, *([counted(len(splits), "split")] if splits else [])]
     facts = f": {images(found.images)}{unreadable}, {', '.join(of)}, {bytes_text(found.total_bytes)}"
     return [shortened(printable(found.source), max(_WIDTH - columns(facts), 12)) + facts]
 
@@ -60,7 +61,7 @@ def _classes(found: "Statistics") -> list[str]:
         rows = sorted(rows, key=lambda row: -sum(row[1]))
         half = _CLASSES // 2
         rows = [*rows[:half], (f"... {between:,} classes between", []), *rows[-half:]]
-    if found.unlabelled:
+    if found.unlabelled and (rows or set(splits) - {"none"}):
         rows.append(("(no label)", [found.unlabelled.get(split, 0) for split in splits]))
     if not rows:
         return []

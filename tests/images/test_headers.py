@@ -71,6 +71,24 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts(tmp_path: Path) -> Non
     assert decode_pixels(data).shape == (61, 40, 3)
 
 
+@pytest.mark.parametrize("behind", [False, True])
+def test_an_orientation_in_the_texts_of_a_png_counts(tmp_path: Path, behind: bool) -> None:
+    whole = corpus.saved(PHOTO, "PNG")
+    text = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x tiff:Orientation="8"/>'
+    at = len(whole) - 12 if behind else 33
+    data = whole[:at] + corpus.chunk(b"iTXt", text) + whole[at:]
+    found = header_of(tmp_path / "image", data)
+    assert isinstance(found, Header)
+    assert (found.width, found.height, found.turned) == (40, 61, True)
+    assert decode_pixels(data).shape == (61, 40, 3)
+
+
+def test_samples_without_a_range_are_refused_by_the_header(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.fromarray(PHOTO[..., 0].astype(np.float32)).save(file, "TIFF")
+    assert "floating-point samples have no defined range" in str(header_of(tmp_path / "image", file.getvalue()))
+
+
 def test_a_file_without_an_end_shows(tmp_path: Path) -> None:
     for data in (jpeg(), corpus.saved(PHOTO, "PNG")):
         for kept, ends in ((len(data), True), (len(data) * 2 // 3, False)):

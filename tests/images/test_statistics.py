@@ -53,6 +53,11 @@ def test_large_pictures_are_seen_on_one_scale() -> None:
     small = picture(192, 256)
     large = small.repeat(4, axis=0).repeat(4, axis=1)
     assert look_at(large) == pytest.approx(look_at(small), rel=1e-6)
+    noisy = picture(768, 1024)
+    means = noisy.reshape(192, 4, 256, 4, 3).mean((1, 3))
+    assert looks_of(noisy)["sharpness"] == pytest.approx(
+        looks_of(np.round(means).astype(np.uint8))["sharpness"], rel=0.01
+    )
     blurred = ndimage.gaussian_filter(large.astype(np.float64), (8, 8, 0)).astype(np.uint8)
     assert looks_of(blurred)["sharpness"] < looks_of(large)["sharpness"] / 10
 

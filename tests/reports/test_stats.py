@@ -24,7 +24,7 @@ from featcache.extraction.extract import extract
 from featcache.images.source import list_images
 from featcache.reports.scores import columns
 from featcache.reports.stats import SHAPES, Statistics, stats
-from featcache.reports.stats_page import check_folder, stats_page
+from featcache.reports.stats_page import check_folder
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -103,6 +103,22 @@ def test_shapes_are_the_nearest(found: Statistics) -> None:
         expected["taller" if aspect < -np.log(2.2) else "wider" if aspect > np.log(2.2) else nearest] += n
     assert {name: n for name, n in found.shapes.items() if n} == expected
     assert expected["taller"] == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((44, 100), "taller"),
+        ((46, 100), "1:2"),
+        ((80, 80), "1:1"),
+        ((133, 100), "4:3"),
+        ((219, 100), "2:1"),
+        ((221, 100), "wider"),
+    ],
+)
+def test_shapes_by_name(tmp_path: Path, size: tuple[int, int], shape: str) -> None:
+    write_photo(tmp_path / "a/1.png", (9, 9, 9), 0, size)
+    assert [name for name, n in stats(tmp_path).shapes.items() if n] == [shape]
 
 
 def test_what_one_answer_scores(root: Path, found: Statistics) -> None:
@@ -236,7 +252,7 @@ def test_text_of_many_classes_is_short(tmp_path: Path) -> None:
 def test_a_page_of_hostile_names_is_text(hostile: Statistics) -> None:
     from test_page import Reader
 
-    html = stats_page(hostile)
+    html = hostile.page()
     html.encode()
     page = Reader(html)
     assert not {"\u202e", "\x1b", "\x00", "\u2028", "\r"} & set(html)
@@ -250,7 +266,7 @@ def test_a_page_of_hostile_names_is_text(hostile: Statistics) -> None:
 def test_the_numbers_of_the_page_are_those_found(found: Statistics) -> None:
     from test_page import Reader
 
-    page = Reader(stats_page(found))
+    page = Reader(found.page())
     text = " ".join(page.text.split())
     for sentence in found.advice:
         assert sentence in text
@@ -298,7 +314,7 @@ def test_a_moved_source_leaves_a_page_without_pictures(tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", each=2)
     found = stats(photos)
     photos.rename(tmp_path / "moved")
-    assert "cannot be read: No such file or directory" in stats_page(found)
+    assert "cannot be read: No such file or directory" in found.page()
 
 
 @pytest.mark.parametrize("what", ["others", "foreign numbers", "page alone", "file", "inside", "no parent", "link"])

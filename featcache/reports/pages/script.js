@@ -293,10 +293,10 @@ for (const button of all("[data-export]")) {
 
 /* ---- Confusion matrix: counts, or shares of rows or columns; of many classes a part, drawn as Python draws it */
 const matrix = find("table.matrix");
-for (const button of all("[data-by]:not(table)")) {
+for (const button of all("button[data-by]")) {
   button.addEventListener("click", () => {
     matrix.dataset.by = button.dataset.by;
-    for (const other of all("[data-by]:not(table)")) other.ariaPressed = String(other === button);
+    for (const other of all("button[data-by]")) other.ariaPressed = String(other === button);
   });
 }
 

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from featcache.reports.info import describe as describe
     from featcache.reports.notebook import Page as Page
     from featcache.reports.notebook import gallery as gallery
+    from featcache.reports.preview import Preview as Preview
+    from featcache.reports.preview import preview as preview
+    from featcache.reports.report import Report as Report
+    from featcache.reports.report import report as report
     from featcache.reports.stats import Statistics as Statistics
     from featcache.reports.stats import stats as stats
     from featcache.spec import PreprocessSpec as PreprocessSpec
@@ -58,7 +62,9 @@ _HOME = {
     "Prediction": "models.prediction",
     "Predictions": "models.prediction",
     "PreprocessSpec": "spec",
+    "Preview": "reports.preview",
     "RepairReport": "extraction.repair",
+    "Report": "reports.report",
     "Source": "images.source",
     "Statistics": "reports.stats",
     "backbone_names": "backbones.load",
@@ -76,7 +82,9 @@ _HOME = {
     "load_model": "models.model",
     "map": "reports.embedding_map",
     "predict": "models.predict",
+    "preview": "reports.preview",
     "repair": "extraction.repair",
+    "report": "reports.report",
     "stats": "reports.stats",
 }
 __all__ = list(_HOME)

@@ -5,7 +5,7 @@ extract.py  extract
 train.py    fit-head, finetune
 predict.py  predict, evaluate, export
 pages.py    report
-inspect.py  stats, info, verify, backbones, doctor
+inspect.py  stats, preview, info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits
 options.py  options that several commands share
 help.py     options in groups

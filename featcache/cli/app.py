@@ -26,7 +26,7 @@ from featcache.errors import DownloadError, FeatcacheError, Interrupted, UsageEr
 from featcache.system.signals import interrupt_on_signals
 from featcache.system.supervisor import supervised
 
-_DECODING = ("stats", "extract", "finetune", "predict", "evaluate", "report")  # commands that decode images
+_DECODING = ("stats", "extract", "finetune", "predict", "evaluate", "report", "preview")  # commands that decode images
 _EVERYWHERE = re.compile("-q+|--quiet|-v+|--verbose")  # options that may stand before or behind the command
 
 log = logging.getLogger("featcache")

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from featcache.system.display import printable
+from featcache.system.display import printable as printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

@@ -1,4 +1,4 @@
-"""``stats``, ``info``, ``verify``, ``backbones`` and ``doctor``: the commands that look. In: what was typed. Out: facts on stdout."""
+"""Commands that look: ``stats``, ``preview``, ``info``, ``verify``, ``backbones``, ``doctor``. In: what was typed. Out: facts on stdout."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import facts_as_lines, interruptible, note, printable, show_progress, show_result
+from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, DownloadError, UsageError, repair_advice
 from featcache.system.path_kinds import HERE, check_path
 
@@ -24,6 +24,7 @@ def stats(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where to write stats.html and stats.json.")
     ] = None,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -42,7 +43,6 @@ def stats(
     """
     from featcache.images.source import Source
     from featcache.reports.stats import stats as run
-    from featcache.reports.stats_text import stats_lines
 
     images = Source(
         source,
@@ -56,12 +56,13 @@ def stats(
         found = run(
             images,
             output,
+            figures=figures,
             sample=sample,
             seed=seed,
             workers=options.count(workers, "workers"),
             progress=progress,
         )
-    show_result([] if as_json else stats_lines(found, printable), found.to_json(), as_json=as_json)
+    show_result([] if as_json else found.lines(), found.to_json(), as_json=as_json)
 
 
 def info(
@@ -254,8 +255,72 @@ def doctor(
     show_result([*facts_as_lines(shown), *sentences], facts, as_json=as_json)
 
 
+def preview(
+    source: Annotated[Path, typer.Argument(readable=False, help="Images: folders or a table, as for extract.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path("preview.png"),
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="As for finetune. Default: only what evaluation sees if a backbone is named, else default."),
+    ] = None,
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe, as for finetune.")
+    ] = [],  # noqa: B006 - typer's own
+    backbone: options.Backbone = "auto",
+    weights: options.Weights = "auto",
+    resize: options.Resize = "auto",
+    crop: options.Crop = "auto",
+    interpolation: options.Interpolation = "auto",
+    white_level: options.WhiteLevel = "auto",
+    class_level: options.ClassLevel = None,
+    root: options.Root = None,
+    path_column: options.PathColumn = None,
+    label_column: options.LabelColumn = None,
+    split_column: options.SplitColumn = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=200, help="Images.")] = 8,
+    views: Annotated[int, typer.Option(min=1, max=50, help="Augmented views of each.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sample and augmentation.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Draw what the network sees: photographs, evaluation, augmentation.
+
+    The pixels are those of training, with the normalisation left out.
+    """
+    from featcache.extraction.request import ExtractRequest
+    from featcache.finetuning.recipe_files import parse_settings
+    from featcache.images.source import Source
+    from featcache.reports.preview import preview as run
+    from featcache.reports.preview import summary
+
+    made = run(
+        Source(
+            source,
+            class_level=class_level,
+            root=root,
+            path_column=path_column,
+            label_column=label_column,
+            split_column=split_column,
+        ),
+        output,
+        recipe=recipe,
+        changes=parse_settings(settings, {}),
+        request=ExtractRequest(
+            backbone=backbone,
+            weights=weights,
+            resize=options.size(resize),
+            crop=options.count(crop, "crop"),
+            interpolation=None if interpolation == "auto" else interpolation,
+            white_level=options.count(white_level, "white level"),
+        ),
+        n=n,
+        views=views,
+        seed=seed,
+    )
+    show_result(summary(made), made.facts(), as_json=as_json)
+
+
 COMMANDS: options.Commands = {
     stats: "featcache stats photos/  ·  featcache stats photos/ -o stats/  ·  featcache stats list.csv --json",
+    preview: "featcache preview photos/  ·  featcache preview photos/ --recipe flowers --backbone resnet50 -o flowers.png",
     info: "featcache info features.h5  ·  featcache info model/",
     verify: "featcache verify features.h5  ·  featcache verify features.h5 --repair photos/",
     backbones: "featcache backbones  ·  featcache backbones dinov2  ·  featcache backbones resnet50",

@@ -40,6 +40,11 @@ MaxBad = Annotated[
     float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Exit with 3 if more of the images are refused.")
 ]
 
+Figures = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", readable=False, help="Where to write the charts, as SVG files for a paper."),
+]
+
 # What changes the numbers.
 Backbone = Annotated[
     str,

@@ -45,6 +45,7 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .html file. Default: beside the model.")
     ] = None,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -83,6 +84,7 @@ def report(
             split=None if split == "auto" else split,
             against=against,
             evidence=evidence,
+            figures=figures,
             map=cast("Method", map_method),
             device=device,
             workers=threads,

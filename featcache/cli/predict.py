@@ -59,9 +59,11 @@ def predict(
     sample: Annotated[
         int | None, typer.Option(min=1, help="Images on the page, drawn at random. Default: all, up to 10,000.")
     ] = None,
-    source: Annotated[
+    pictures: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", readable=False, help="What caches were made of: the page takes pictures there."),
+        typer.Option(
+            "--source", metavar="FOLDER", readable=False, help="Of caches: the folder of their images, for the page."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     root: options.Root = None,
@@ -88,7 +90,7 @@ def predict(
     output = None if output is None else as_path(output)
     _check_table(output, inputs, overwrite=overwrite)
     gallery = None if gallery is None else as_path(gallery)
-    _check_gallery(gallery, sample=sample, source=source)
+    _check_gallery(gallery, sample=sample, pictures=pictures)
     check_path(model, "model", ("predict", HERE, *inputs))
     started = time.perf_counter()
     loaded = load_model(model)
@@ -110,7 +112,7 @@ def predict(
         rows = prediction_rows(watched, loaded.classes, top_k=top_k, all_probabilities=probs)
         written, refused, unsure = _write(rows, output)
     if draw is not None and gallery is not None:
-        _write_gallery(gallery, draw, source, time.perf_counter() - started)
+        _write_gallery(gallery, draw, pictures, time.perf_counter() - started)
     seconds = time.perf_counter() - started
     doubts = f", {unsure} of them unsure" if unsure else ""
     line = f"{written - refused} of {written} images labelled{doubts} in {seconds:.1f} s"
@@ -158,26 +160,26 @@ def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) ->
         raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
 
 
-def _check_gallery(gallery: Path | None, *, sample: int | None, source: Path | None) -> None:
+def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path | None) -> None:
     """Refuse, before any work, a page that cannot or must not be written. Raises UsageError, StorageError."""
-    from featcache.reports.gallery import check_source
+    from featcache.reports.gallery import check_pictures
     from featcache.reports.page import check_page_path
 
     if gallery is None:
-        if given := [name for name, value in (("--sample", sample), ("--source", source)) if value is not None]:
+        if given := [name for name, value in (("--sample", sample), ("--source", pictures)) if value is not None]:
             raise UsageError(f"{given[0]} is for the page that --gallery names; leave it out, or add --gallery")
         return
     check_page_path(gallery)
     if (gallery.parent / "model.json").exists():
         raise UsageError(f"{gallery.parent} is a model folder, which keeps no other files; choose another --gallery")
-    check_source(source)
+    check_pictures(pictures)
 
 
-def _write_gallery(path: Path, draw: "Draw", source: Path | None, seconds: float) -> None:
+def _write_gallery(path: Path, draw: "Draw", pictures: Path | None, seconds: float) -> None:
     from featcache.reports.gallery_page import gallery_page
     from featcache.reports.page import publish_page
 
-    publish_page(path, gallery_page(draw, source=source, seconds=seconds))
+    publish_page(path, gallery_page(draw, pictures=pictures, seconds=seconds))
 
 
 def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, int, int]:
@@ -213,6 +215,7 @@ def evaluate(
         bool, typer.Option("--report", help="Write MODEL.report.html beside the model: a page of these scores.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    figures: options.Figures = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
     path_column: options.PathColumn = None,
@@ -229,6 +232,8 @@ def evaluate(
     """
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
+    from featcache.reports.calibration import calibration_charts
+    from featcache.reports.figures import check_figures, write_figures
     from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import evaluation_lines
 
@@ -246,6 +251,8 @@ def evaluate(
     _check_table(output, [source], overwrite=overwrite)
     page = _page_of(model) if report else None
     kept: list[Any] = []
+    if figures is not None:
+        check_figures(figures)
     with show_progress("evaluating") as progress:
         scores = run(
             model,
@@ -269,8 +276,10 @@ def evaluate(
         from featcache.cache.cache import is_cache
         from featcache.reports.report import report_beside
 
-        report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
-        lines.append(f"  report: {page}")
+        pages = report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
+        lines += [f"  {'report' if path == page else 'contact sheet'}: {path}" for path in pages]
+    if figures is not None:
+        lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
     show_result(lines, scores | {"output": output, "report": page}, as_json=as_json)
 
 

@@ -79,7 +79,8 @@ def write_report_beside(model: Path, **about: Any) -> None:
     from featcache.reports.report import report_beside
 
     try:
-        note(f"  report in {report_beside(model, **about)}")
+        for path in report_beside(model, **about):
+            note(f"  {'report' if path.suffix == '.html' else 'contact sheet'} in {path}")
     except Exception as error:
         say(f"no report of {model}: {error}")
 
@@ -142,6 +143,7 @@ def finetune(
     ] = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
+    figures: options.Figures = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")] = False,
@@ -156,6 +158,7 @@ def finetune(
     from featcache.finetuning.finetune import finetune as run
     from featcache.finetuning.recipe_files import parse_settings
     from featcache.images.source import Source
+    from featcache.reports.figures import check_figures
 
     named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "backbone_lr": backbone_lr}
     changes = parse_settings(settings, named | {"unfreeze": unfreeze, "patience": patience})
@@ -177,6 +180,8 @@ def finetune(
         label_column=label_column,
         split_column=split_column,
     )
+    if figures is not None:
+        check_figures(figures)
     with show_training() as progress:
         report = run(
             images,
@@ -205,16 +210,21 @@ def finetune(
     try:
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away
-        _draw_curves(report.model)
+        _draw_curves(report.model, figures)
         if not no_report:
             write_report_beside(report.model, pictures=source if source.is_dir() else None)
 
 
-def _draw_curves(model: Path) -> None:
+def _draw_curves(model: Path, figures: Path | None) -> None:
     """Draw the history beside the model. The model is saved by now, so that whatever goes wrong here is only said."""
+    from featcache.models.model import load_model
     from featcache.reports.curves import draw_curves
+    from featcache.reports.figures import write_figures
+    from featcache.reports.learning import training_charts
 
     try:
+        if figures is not None:
+            write_figures(training_charts(load_model(model)), figures)
         note(f"  curves in {draw_curves(model)}")
     except Exception as error:
         say(f"no curves of {model}: {error}")

@@ -21,7 +21,9 @@ _COMMANDS = {
     "finetune": "train training finetuning tune tuning transfer unfreeze",
     "predict": "infer inference classify label prediction run",
     "evaluate": "eval evaluation val validate test score scores metrics accuracy benchmark",
+    "report": "page html dashboard results visualize visualise confusion confusion-matrix errors mistakes plot plots",
     "export": "convert onnx save deploy safetensors",
+    "preview": "augment augmentation augmentations transforms",
     "stats": "statistics eda explore count analyze analyse summary",
     "info": "show inspect describe summary models",
     "verify": "check validate-cache repair fix mend",
@@ -39,6 +41,7 @@ _ABOUT = {
     "backbones": "names for --backbone",
     "verify": "a cache's checksums",
     "evaluate": "a model",
+    "report": "a page about a model",
     "doctor": "this machine",
 }
 # Options and arguments, and what else people call them: those count that the command has. Instead of an option, a sentence.

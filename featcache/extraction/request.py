@@ -256,6 +256,30 @@ def load_requested(
         backbone = saved.load(taken=request.taken)
     if saved:
         backbone = dataclasses.replace(backbone, weights=f"{backbone.weights} of {saved.path.name}")
+    return dataclasses.replace(backbone, preprocess=_as_asked(backbone.preprocess, request))
+
+
+def preprocessing_of(request: ExtractRequest) -> tuple[str, PreprocessSpec]:
+    """The name of the backbone of ``request``, not ``auto``, and the preprocessing that ``load_requested`` would give it.
+
+    Weights are read only where they have a say in it: a file of them, or those that are named.
+
+    Raises:
+        BackboneError, ModelError, UsageError: as ``saved`` and ``load_requested``.
+    """
+    if saved := request.saved():
+        from featcache.backbones.backbone import for_size
+
+        return saved.spec.backbone, _as_asked(for_size(saved.spec.preprocess, request.taken.size), request)
+    if request.weights not in (AUTO, "none"):
+        return request.backbone, load_requested(request, None).preprocess
+    from featcache.backbones.load import build_empty
+
+    return request.backbone, _as_asked(build_empty(request.backbone, size=request.taken.size).preprocess, request)
+
+
+def _as_asked(preprocess: PreprocessSpec, request: ExtractRequest) -> PreprocessSpec:
+    """``preprocess`` with what ``request`` says otherwise. Raises UsageError: impossible sizes."""
     changes: dict[str, Any] = {
         "resize": request.resize,
         "interpolation": request.interpolation,
@@ -263,7 +287,7 @@ def load_requested(
         "deep": PreprocessSpec.deep_with(request.white_level) if request.white_level is not None else None,
     }
     changes = {key: value for key, value in changes.items() if value is not None}
-    return dataclasses.replace(backbone, preprocess=dataclasses.replace(backbone.preprocess, **changes))
+    return dataclasses.replace(preprocess, **changes)
 
 
 def _version(package: str) -> str | None:

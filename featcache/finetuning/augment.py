@@ -12,6 +12,7 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
+from featcache.finetuning.pixels import Picture
 from featcache.finetuning.recipe_values import Step
 
 _RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop, as usual
@@ -35,6 +36,21 @@ def augment(
     if image.shape[1:] != size:
         image = _resize(image, size)
     return image.permute(1, 2, 0)
+
+
+def augment_picture(
+    picture: Picture,
+    steps: Sequence[Step],
+    *,
+    size: tuple[int, int],
+    seed: tuple[int, int, int],
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """``augment`` for a decoded picture as ``pixels`` keeps it, on ``device``: what an epoch shows the network of an image."""
+    writable = np.require(
+        picture, requirements=["C", "W"]
+    )  # of a file's pictures a copy: tensors dislike memory that is not
+    return augment(torch.from_numpy(writable).to(device), steps, size=size, seed=seed)
 
 
 def _resized_crop(

@@ -309,7 +309,7 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
         if recipe.drop_path:
             lines[-1] += f", but a drop path of {recipe.drop_path:g} at the last block, less further down"
     if recipe.augmentation:
-        lines.append("augmentation: " + ", ".join(_step_in_words(step) for step in recipe.augmentation))
+        lines.append("augmentation: " + ", ".join(map(step_in_words, recipe.augmentation)))
     guards = [
         f"label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
         f"gradient clipped at {recipe.clip_norm:g}" if recipe.clip_norm else "",
@@ -324,5 +324,16 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
     return lines
 
 
-def _step_in_words(step: Step) -> str:
-    return " ".join([str(step[0]).replace("_", " "), *(f"{value:g}" for value in step[1:])])
+def step_in_words(step: Step) -> str:
+    """One step of an augmentation, with its numbers."""
+    name, *numbers = step
+    values = [float(number) for number in numbers]
+    if name == "resized_crop":
+        words = f"a random part of {values[0]:.0%} to {values[1]:.0%} of the area"
+        return words if values[2] == 1 else f"{words}, at {values[2]:.3g} times the size"
+    if name == "jitter":
+        kinds = zip(("brightness", "contrast", "saturation", "hue"), values, strict=True)
+        return ", ".join(f"{kind} ±{value:g}" for kind, value in kinds)
+    if name in ("flip", "rotate"):
+        return f"mirrored in {values[0]:.0%} of cases" if name == "flip" else f"turned by up to {values[0]:g}°"
+    return " ".join([str(name).replace("_", " "), *(f"{value:g}" for value in values)])

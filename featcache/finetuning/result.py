@@ -4,9 +4,7 @@ In: logits of several networks on the same images, the network to keep, the mode
 the cached head; the report; the folder, with ``backbone.safetensors`` and the history as a table in it.
 """
 
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,15 +206,7 @@ def save_finetuned(
         weights={"source": source, "reload": None},
         training=training,
         metrics={name: facts[name] for name in (*accuracies, "temperature")} | metrics | {"report": facts},
-        files={"backbone.safetensors": work / "backbone.safetensors", "history.csv": _as_table(metrics["history"])},
+        files={"backbone.safetensors": work / "backbone.safetensors"},
         rows=rows,
         finetuned=True,
     )
-
-
-def _as_table(history: list[dict[str, Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(history[0]))
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue().encode()

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from featcache.errors import TrainingError, UsageError
-from featcache.finetuning.augment import augment
+from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.network import Network, parameter_groups, set_drop_path, training_mode, unfreeze
 from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job, Recipe
@@ -172,11 +172,12 @@ class Trainer:
         if not len(mine):  # fewer images than processes: take part in the backward pass, without weight
             mine, weights = step[:1], np.zeros(1, np.float32)
         pictures = [
-            augment(
-                torch.from_numpy(np.require(self.data.pictures[index], requirements=["C", "W"])).to(self.device),
+            augment_picture(
+                self.data.pictures[index],
                 self.recipe.augmentation,
                 size=self.network.size,
                 seed=(self.job.seed, self.epoch, int(self.data.kept[index])),
+                device=self.device,
             )
             for index in mine
         ]

@@ -21,7 +21,7 @@ from featcache.backbones.encoder import build_encoder
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
 from featcache.errors import Interrupted, ModelError, SourceError, TrainingError
-from featcache.finetuning.augment import augment
+from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
 from featcache.finetuning.pixels import Picture, Pixels, decode_split
@@ -40,7 +40,7 @@ from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compu
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable
-from featcache.models.training_rows import HeldOut, TrainingRows
+from featcache.models.training_rows import Compared, HeldOut, TrainingRows
 from featcache.spec import fingerprint_of
 from featcache.system.device import kept_random_state
 from featcache.system.signals import StopRequest, deferred_signals
@@ -109,9 +109,12 @@ def tune(
     val_logits, new = val_logits / np.float32(temperature), ~seen["val"]  # by new ones predictions know their limits
     rows = dataclasses.replace(rows, held_out=HeldOut(val.digests[new], val.labels[new], val_logits[new]))
     logits: dict[str, tuple[Array, ...]] = {"val": (val.labels, start.val_logits, val_logits)}
+    digests = [val.digests]
     if len(test := decode("test")):  # only now
+        digests.append(test.digests)
         seen["test"] = _seen(rows, test, split="test")
         logits["test"] = (test.labels, *(compute_logits(network, test, job=job) for network in (start.network, tuned)))
+    rows = dataclasses.replace(rows, compared=_answers(digests, logits))
     comparison = {split: compare(*facts, split=split, seen=seen[split]) for split, facts in logits.items()}
     report = _report(
         trainer, comparison, alpha=alpha, temperature=temperature, counts=counts, rate=rate, started=started
@@ -123,6 +126,12 @@ def tune(
         training = _training_facts(trainer, start, identity=checkpoint.identity, report=report)
         save_finetuned(report, tuned, backbone=backbone, start=model, training=training, metrics=metrics, rows=rows)
     return report
+
+
+def _answers(digests: list[Array], logits: dict[str, tuple[Array, ...]]) -> Compared:
+    """What the head and the tuned network answer, image by image; ``digests`` in the order of ``logits``."""
+    labels, *answers = (np.concatenate(column) for column in zip(*logits.values(), strict=True))
+    return Compared(np.concatenate(digests), labels.astype(np.int64), *(column.argmax(axis=1) for column in answers))
 
 
 # ------------------------------------------------------------------------------------------------------- start
@@ -173,8 +182,7 @@ def _assemble_start(
 def _some_of(train: Pixels, size: tuple[int, int]) -> Picture:
     """uint8 (n, H, W, 3): some training images from all over the list, at the network's size."""
     chosen = np.linspace(0, len(train) - 1, min(_COMPARED, len(train))).astype(np.intp)
-    pictures = (np.require(train.pictures[k], requirements=["C", "W"]) for k in chosen)
-    return np.stack([augment(torch.from_numpy(p), (), size=size, seed=(0, 0, 0)).numpy() for p in pictures])
+    return np.stack([augment_picture(train.pictures[k], (), size=size, seed=(0, 0, 0)).numpy() for k in chosen])
 
 
 def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:

@@ -176,6 +176,10 @@ class FittedHead:
         chosen: the setting: C, scaling, epochs, ...
         curve: every setting tried, with its cross-validated scores before any temperature.
         notes: sentences that the user should read (best C on the edge, no convergence, ...).
+        history: of heads that are trained in epochs: a row per epoch (or part of one, of many rows): ``epoch``, ``train_loss``
+            and ``train_accuracy`` over the epoch as it went, with dropout; and, where the training rows decided how long to
+            train, ``held_out_loss`` and ``held_out_accuracy`` on the tenth of them held out for that, which the final head
+            then trained on as well. Losses in nats, weighted as classes are.
         pipeline: the fitted scikit-learn pipeline (logreg only), for notebooks.
     """
 
@@ -190,6 +194,7 @@ class FittedHead:
     out_of_fold: Array | None = None
     kept: Indices | None = None
     temperature: float = 1.0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def scale_features(x: Array, scaling: Scaling, mean: Array, scale: Array) -> Array:

@@ -58,6 +58,12 @@ _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
 
 _blas = functools.cache(ThreadpoolController)  # a look at all loaded libraries, 10 ms
 
+
+def one_blas_thread() -> Any:
+    """A context in which BLAS does not use threads of its own: for work that is spread over threads already."""
+    return _blas().limit(limits=1)
+
+
 Curve = list[dict[str, Any]]  # scores per setting, as ``FittedHead.curve`` holds them
 Setting = tuple[Scaling, float]  # and C
 Split = tuple[Indices, Indices]  # rows that train, rows held out
@@ -213,7 +219,7 @@ class Solver:
                     if self.kept:
                         self.kept[scaling, C][0][number], self.kept[scaling, C][1][rows] = parameters, logits
 
-        self._prepare()
+        self.prepare()
         jobs = [(scaling, numbers) for scaling in self.scalings for numbers in self._side_by_side(scaling, len(splits))]
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
         # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written. One more than
@@ -244,7 +250,13 @@ class Solver:
                     logits[rows] = z
         return logits
 
-    def _prepare(self) -> None:
+    def held_out_logits(self, split: Split, setting: Setting) -> Array:
+        """(m, K) logits of the rows held out by one split, whose other rows train; some rows may do neither."""
+        scaling, C = setting
+        *_, (_, found) = self._folds(scaling, [split], (C / 100, C))  # from zero by way of a stronger penalty
+        return found[0][1]
+
+    def prepare(self) -> None:
         """Set ``basis`` and ``rows``."""
         if hasattr(self, "basis"):
             return
@@ -341,7 +353,7 @@ class Solver:
 
     def _solved(self, scaling: Scaling, C: float, origin: Array) -> tuple[Array, Array]:
         """Weights and intercepts on all rows, whose mean is ``origin`` once scaled; from the mean of the folds' solutions."""
-        self._prepare()
+        self.prepare()
         coordinates = self.coordinates(scaling, np.arange(len(self.y)))
         R = coordinates.rows.astype(np.float64 if self.small else self.rows.dtype, copy=False)
         middle = R.mean(axis=0)

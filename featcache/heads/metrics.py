@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from featcache.heads.head import Array
+from featcache.heads.head import Array, Indices
 
+BINS = 15  # of confidence
 _TOP = 5  # classes
 _SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of rows that are answered, on the curve
 _Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
@@ -40,12 +41,49 @@ def top_accuracy(y: Array, probabilities: Array, n: int) -> float:
     return float((better < n).mean())
 
 
-def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = 15) -> float:
+def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = BINS) -> float:
     """Mean gap between confidence and accuracy over equal-width confidence bins (Guo et al. 2017); 0..1."""
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
-    bucket = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(bucket, weights=correct - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(y))
+    return _calibration_error(confidence, correct, _bin_of(confidence, bins), bins)
+
+
+def reliability(y: Array, probabilities: Array, *, bins: int = BINS) -> list[dict[str, float]]:
+    """What ``expected_calibration_error`` is made of: n, mean confidence and accuracy of each bin that holds rows."""
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
+    bin_of = _bin_of(confidence, bins)
+    counts = np.bincount(bin_of, minlength=bins)
+    sums = (np.bincount(bin_of, values, bins) for values in (confidence, correct))
+    means = (of_bins / np.maximum(counts, 1) for of_bins in sums)
+    columns = zip(counts.tolist(), *(of_bins.tolist() for of_bins in means), strict=True)
+    return [{"n": n, "confidence": sure, "accuracy": right} for n, sure, right in columns if n]
+
+
+def calibration_error_by_chance(probabilities: Array, *, bins: int = BINS, draws: int = 100, seed: int = 0) -> float:
+    """The ``expected_calibration_error`` to expect on as many rows if each answer were right with its own probability.
+
+    Few rows never lie on the diagonal: the mean over draws of who is right (Bröcker and Smith 2007, "Increasing the
+    reliability of reliability diagrams").
+    """
+    confidence, generator = probabilities.max(axis=1), np.random.default_rng(seed)
+    bin_of = _bin_of(confidence, bins)
+    return float(
+        np.mean(
+            [
+                _calibration_error(confidence, generator.random(len(confidence)) < confidence, bin_of, bins)
+                for _ in range(draws)
+            ]
+        )
+    )
+
+
+def _bin_of(confidence: Array, bins: int) -> Indices:
+    bin_of: Indices = np.minimum((confidence * bins).astype(int), bins - 1)
+    return bin_of
+
+
+def _calibration_error(confidence: Array, correct: Array, bin_of: Indices, bins: int) -> float:
+    gaps = np.bincount(bin_of, weights=correct - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def standard_error(accuracy: float, n: int) -> float:

@@ -102,17 +102,18 @@ def fit_torch_head(
             validation |= {"cv_log_loss": log_loss + change, "temperature": temperature}
             validation["out_of_fold"] = logits / np.float32(temperature)
             validation["kept"] = some if len(some) < len(y) else None
-        head, rounds = trainer.train(np.arange(len(rows)))
+        history: list[dict[str, Any]] = []
+        head, rounds = trainer.train(np.arange(len(rows)), history)
         head = head.at_temperature(validation.get("temperature", 1.0))
-    epochs = rounds / data.rounds_per_epoch
+    epochs = data.epochs(rounds)
     notes: tuple[str, ...] = ()
     if rounds == budget.max_rounds and settings.epochs is None:
         notes = (f"trained for {epochs:g} epochs, the most there are: more data or logreg may do better",)
     chosen: dict[str, Any] = {"scaling": "standardise", "lr": settings.lr, "batch_size": trainer.batch_size(len(rows))}
-    chosen["epochs"] = int(epochs) if epochs.is_integer() else round(epochs, 2)
+    chosen["epochs"] = epochs
     if kind == "mlp":
         chosen |= {"hidden": list(settings.hidden), "dropout": list(settings.dropouts)}
-    return FittedHead(head, tuple(accuracies.tolist()), chosen, [], notes, **validation)
+    return FittedHead(head, tuple(accuracies.tolist()), chosen, [], notes, history=history, **validation)
 
 
 class FeatureBatches:
@@ -130,6 +131,11 @@ class FeatureBatches:
         self.features, self.rows, self.y, self.budget = features, rows, y, budget
         self.rounds_per_epoch = 1 if self.in_memory else -(-len(rows) // budget.round_rows)
         self._memory = torch.empty((min(budget.batch_rows, len(rows)), features.shape[1]))
+
+    def epochs(self, rounds: int) -> float:
+        """``rounds`` in epochs, an int where they are whole."""
+        epochs = rounds / self.rounds_per_epoch
+        return int(epochs) if epochs.is_integer() else round(epochs, 2)
 
     def _batch(self, stored: Array, picked: Indices) -> tuple[torch.Tensor, torch.Tensor]:
         # PyTorch widens float16 several times as fast as NumPy.
@@ -251,14 +257,18 @@ class _Trainer:
                 logits[rows[kept] // stride] = found[kept]
         return OutOfFold(right, loss, fold), logits, some
 
-    def train(self, picked: Indices) -> tuple[Head, int]:
-        """A head trained on all of ``picked``, and for how many rounds: those asked for, or best on a held-out tenth."""
+    def train(self, picked: Indices, history: list[dict[str, Any]] | None = None) -> tuple[Head, int]:
+        """A head trained on all of ``picked``, and for how many rounds: those asked for, or best on a held-out tenth.
+
+        ``history`` takes a row per round of the training in which a tenth is held out, where there is one: what decides. See
+        ``FittedHead``.
+        """
         if self.settings.epochs is not None:
             rounds = self.settings.epochs * self.data.rounds_per_epoch
         else:
             train, held_out = self._hold_out(picked)
-            rounds = self._best_round(train, held_out) if len(held_out) else self.data.budget.max_rounds
-        *_, network = itertools.islice(self._rounds(picked), rounds)
+            rounds = self._best_round(train, held_out, history) if len(held_out) else self.data.budget.max_rounds
+        *_, network = itertools.islice(self._rounds(picked, None if history else history), rounds)
         head = network.to_head()
         if not all(np.isfinite(array).all() for layer in head.layers for array in layer):
             raise self._diverged(rounds)
@@ -287,23 +297,26 @@ class _Trainer:
         left_out = held_out[self.copies[picked]]
         return picked[~left_out], picked[left_out]
 
-    def _best_round(self, picked: Indices, held_out: Indices) -> int:
+    def _best_round(self, picked: Indices, held_out: Indices, history: list[dict[str, Any]] | None) -> int:
         """After which round of training on ``picked`` the loss on ``held_out`` is lowest (early stopping)."""
         data, budget = self.data, self.data.budget
         # Kept in memory if it fits.
         judge = FeatureBatches(data.features, data.rows[held_out], data.y[held_out], budget=budget)
         lowest, best = np.inf, budget.max_rounds
-        for number, network in enumerate(itertools.islice(self._rounds(picked), budget.max_rounds), 1):
-            if not np.isfinite(loss := self._mean_loss(network, judge)):
+        for number, network in enumerate(itertools.islice(self._rounds(picked, history), budget.max_rounds), 1):
+            loss, accuracy = self._judge(network, judge)
+            if not np.isfinite(loss):
                 raise self._diverged(number)
+            if history is not None:
+                history[-1] |= {"held_out_loss": loss, "held_out_accuracy": accuracy}
             if loss < lowest:
                 lowest, best = loss, number
             elif number - best >= budget.patience:
                 break
         return best
 
-    def _rounds(self, picked: Indices) -> Iterator[_Network]:
-        """Train a new network on ``picked`` without end; yield it after each round."""
+    def _rounds(self, picked: Indices, history: list[dict[str, Any]] | None) -> Iterator[_Network]:
+        """Train a new network on ``picked`` without end; yield it after each round, of which ``history`` then has a row."""
         data = self.data
         torch.manual_seed(self.seed)
         network = _Network(self.kind, *data.moments(picked), self.n_classes, settings=self.settings)
@@ -314,19 +327,37 @@ class _Trainer:
         seen = 0
         for number in itertools.count(1):
             network.train()
+            before, sums = seen, torch.zeros(2, dtype=torch.float64)
             while seen < number * len(picked) / data.rounds_per_epoch:
                 x, y = next(batches)
                 seen += len(y)
-                self.loss(network(x), y).backward()
+                logits = network(x)
+                loss = self.loss(logits, y)
+                loss.backward()
                 optimizer_step()
+                if history is not None:
+                    sums += _sums(loss, logits, y)
+            if history is not None:
+                means = dict(zip(("train_loss", "train_accuracy"), (sums / (seen - before)).tolist(), strict=True))
+                history.append({"epoch": data.epochs(number), **means})
             yield network
 
     @torch.inference_mode()
-    def _mean_loss(self, network: _Network, data: FeatureBatches) -> float:
-        """Over all rows of ``data``."""
+    def _judge(self, network: _Network, data: FeatureBatches) -> tuple[float, float]:
+        """Mean loss and accuracy over all rows of ``data``."""
         network.eval()
-        n = len(data.rows)
-        return sum(float(self.loss(network(x), y)) * len(y) for x, y in data.in_order(np.arange(n))) / n
+        sums = torch.zeros(2, dtype=torch.float64)
+        for x, y in data.in_order(np.arange(len(data.rows))):
+            logits = network(x)
+            sums += _sums(self.loss(logits, y), logits, y)
+        loss, accuracy = (sums / len(data.rows)).tolist()
+        return loss, accuracy
+
+
+@torch.no_grad()
+def _sums(loss: torch.Tensor, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(2,) loss and hits over a batch of which ``loss`` is the mean."""
+    return torch.stack((loss * len(y), (logits.argmax(dim=1) == y).sum()))
 
 
 def _adamw(parameters: list[torch.Tensor], *, lr: float) -> Callable[[], None]:

@@ -7,6 +7,7 @@ that are corrected for having chosen both.
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
@@ -18,7 +19,7 @@ _DRAWS, _FEWEST_DRAWS = 500, 100  # of the bootstrap, on few rows and on many, w
 _ROWS_DRAWN = 10**6  # in all, in between
 _DRAWN_VALUES = 2**24  # draws times rows, weighed at a time: 128 MB
 _LOGITS_FITTED = 2**22  # at most, by a temperature: one number, for which some of many rows do
-_EQUAL_LOSSES = 0.005  # nats
+EQUAL_LOSSES = 0.005  # nats
 _MAX_TEMPERATURE = 20.0  # and the least is 1 / 20: beyond, logits say nothing, or they say it with certainty
 
 
@@ -96,6 +97,11 @@ def _slopes(y: Array, z: Array, beta: float) -> tuple[Array, Array]:
     return mean - target, (p * z**2).sum(axis=1) - mean**2
 
 
+def good_enough(best: Any, n: int) -> Any:
+    """Accuracies that ``OutOfFold.best`` does not tell from ``best``, of ``n`` different images, begin here."""
+    return best - np.maximum(np.sqrt(best * np.maximum(1 - best, 0) / n), 1 / n)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class OutOfFold:
     """What S settings made of each of N rows while it was held out.
@@ -134,11 +140,11 @@ class OutOfFold:
         accuracies, losses = self.scores(weights)
         n = len(np.unique(copies))
         best = accuracies.max(axis=1, keepdims=True)
-        good = accuracies >= best - np.maximum(np.sqrt(best * np.maximum(1 - best, 0) / n), 1 / n) - 1e-9
+        good = accuracies >= good_enough(best, n) - 1e-9
         losses = np.where(good, losses, np.inf)
         path = np.zeros(losses.shape[1]) if self.path is None else self.path
         same_path = path == path[losses.argmin(axis=1)][:, None]
-        chosen: Indices = (same_path & (losses <= losses.min(axis=1, keepdims=True) + _EQUAL_LOSSES)).argmax(axis=1)
+        chosen: Indices = (same_path & (losses <= losses.min(axis=1, keepdims=True) + EQUAL_LOSSES)).argmax(axis=1)
         return chosen
 
     def corrected(self, copies: Indices, *, seed: int) -> tuple[float, float]:

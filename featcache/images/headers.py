@@ -22,6 +22,7 @@ from featcache.images.formats import orientation, plain_png, reading_of
 from featcache.images.read import open_regular, read_file
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_END = b"\0\0\0\0IEND\xaeB`\x82"
 _MOST_CHUNKS = 10_000  # of a PNG that is walked through chunk by chunk
 _TAIL = 64  # bytes behind the end of a JPEG that are tolerated
 
@@ -89,7 +90,7 @@ def _without_pixels(file: BinaryIO, size: int) -> tuple[bytes, bool]:
     for _ in range(_MOST_CHUNKS):
         length, kind = struct.unpack(">I4s", head) if len(head := file.read(8)) == 8 else (0, b"")
         if not kind or at + 12 + length > size:
-            return b"".join(kept), False
+            return b"".join([*kept, _END]), False  # with which Pillow reads its header all the same
         at += 12 + length
         if kind in (b"IDAT", b"fdAT"):
             file.seek(length + 4, os.SEEK_CUR)

@@ -6,6 +6,7 @@ those are probably cut off. Pixels are looked at on a small scale, the same for 
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,7 @@ from featcache.images.source import ImageList
 EDGE = 256  # pixels of the longer edge, at most, on which pictures are looked at
 LOOKS = ("brightness", "contrast", "sharpness", "redness", "yellowness", "colourfulness")
 MOST_LOOKED_AT = 5000  # images that are decoded unless told otherwise,
+_BLOCK = 512  # headers at a time
 _MOST_PIXELS = 4_000_000_000  # and pixels of them: 20,000 photographs of 500 x 400, or 330 of 12 megapixels
 _ODD = {  # what may be odd about an image, in words: below and above the middle of all
     "aspect": ("narrower", "wider"),
@@ -47,7 +49,8 @@ class Measured:
         looks: (N, 6) float64, ``LOOKS``; NaN of what was not decoded. See ``look_at``.
         digests: (N, 32) uint8 sha256 of the files that share their size with another one; zeros of the others.
         hashed: (N,) whether it has a digest.
-        refused: image -> reason. sampled: the images whose pixels were drawn. cut: those decoded because their file has no end.
+        refused: image -> reason. opened: how many headers could be read. sampled: the images that were drawn of these. cut: others
+            that were decoded because their file has no end, no more than were drawn.
     """
 
     headers: tuple[Header | None, ...]
@@ -55,6 +58,7 @@ class Measured:
     digests: npt.NDArray[np.uint8]
     hashed: npt.NDArray[np.bool_]
     refused: dict[int, str]
+    opened: int
     sampled: Rows
     cut: Rows
 
@@ -110,7 +114,7 @@ def measure(
     for row, digest in digests.items():
         columns[row] = np.frombuffer(digest, np.uint8)
     rows = (np.array(sorted(part), np.intp) for part in (sampled, cut))
-    return Measured(tuple(headers), looks, columns, hashed, dict(sorted(refused.items())), *rows)
+    return Measured(tuple(headers), looks, columns, hashed, dict(sorted(refused.items())), len(there), *rows)
 
 
 def look_at(pixels: Pixels) -> tuple[float, ...]:
@@ -186,12 +190,15 @@ def _read_headers(images: ImageList, workers: int, report: Progress) -> tuple[li
 
     headers: list[Header | None] = []
     refused: dict[int, str] = {}
+    pending = iter(images.paths)
+    # More threads than cores, as they mostly wait for the disk; in blocks, so that an interruption does not wait for all.
     with strict_decoding(), ThreadPoolExecutor(4 * workers, "featcache-header") as pool:
-        for row, found in enumerate(pool.map(read, images.paths)):
-            headers.append(None if isinstance(found, str) else found)
-            if isinstance(found, str):
-                refused[row] = found
-            report(row + 1, len(images), "headers")
+        while block := list(itertools.islice(pending, _BLOCK)):
+            for found in pool.map(read, block):
+                if isinstance(found, str):
+                    refused[len(headers)] = found
+                headers.append(None if isinstance(found, str) else found)
+            report(len(headers), len(images), "headers")
     return headers, refused
 
 

@@ -18,9 +18,11 @@ from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import (
     accuracy,
     answer_curve,
+    calibration_error_by_chance,
     evaluate_probabilities,
     expected_calibration_error,
     log_loss,
+    reliability,
     score_answers,
     score_sets,
 )
@@ -68,7 +70,8 @@ def evaluate(
         accuracy_without_copies: on images that training has not seen; None without any, or if the model does not know;
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
         ``across_labels``: as in ``cache.copies``;
-        calibration: temperature, and ``before`` and ``after`` it log_loss and ece;
+        calibration: temperature, and ``before`` and ``after`` it log_loss, ece, ece_by_chance (of as many rows, were they
+        calibrated) and ``metrics.reliability``;
         answer_curve: ``metrics.answer_curve``;
         coverage: None, or asked, n_scores (rows that thresholds come from), own_thresholds (classes that have their own),
         method, and ``metrics.score_sets``;
@@ -118,8 +121,7 @@ def _worth(model: Model, scored: Scored, limits: Limits) -> dict[str, Any]:
         before = softmax(temperature * np.log(probabilities.astype(np.float64)))
     ways = {"before": before, "after": probabilities}
     worth: dict[str, Any] = {
-        "calibration": {"temperature": temperature}
-        | {way: {"log_loss": log_loss(y, p), "ece": expected_calibration_error(y, p)} for way, p in ways.items()},
+        "calibration": {"temperature": temperature} | {way: _calibration(y, p) for way, p in ways.items()},
         "answer_curve": answer_curve(y, probabilities),
         "coverage": None,
         "answered": None,
@@ -133,6 +135,15 @@ def _worth(model: Model, scored: Scored, limits: Limits) -> dict[str, Any]:
         facts = {"abstain_below": limits.abstain_below, "unfamiliar": float(np.mean(strange)) if strange else None}
         worth["answered"] = facts | score_answers(y, probabilities, ~limits.unsure(probabilities, scored.found))
     return worth
+
+
+def _calibration(y: Array, probabilities: Array) -> dict[str, Any]:
+    return {
+        "log_loss": log_loss(y, probabilities),
+        "ece": expected_calibration_error(y, probabilities),
+        "ece_by_chance": calibration_error_by_chance(probabilities),
+        "reliability": reliability(y, probabilities),
+    }
 
 
 def _rows(model: Model, scored: Scored, limits: Limits, *, seen: Array | None) -> Iterator[dict[str, Any]]:

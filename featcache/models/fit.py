@@ -297,7 +297,8 @@ def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, pre
     copies = find_copies(*columns, cache.rows.paths[rows])
     for sentence in copies.examples:
         log.warning(sentence)
-    return metrics | {"copies": copies.counts(), "curve": fitted.curve}
+    history = {"history": fitted.history} if fitted.history else {}
+    return metrics | {"copies": copies.counts(), "curve": fitted.curve} | history
 
 
 def _score(cache: FeatureCache, head: Head, seen: TrainingRows, *, split: str, present: Array) -> dict[str, Any] | None:

@@ -1,15 +1,18 @@
 """The saved model, version 1: a folder with everything needed to label images, and nothing that runs when loaded.
 
 ``model.json`` (what it is, classes, spec, training, metrics), ``head.safetensors``, ``metrics.json``; with weights that no
-library provides, ``backbone.safetensors``; ``training.safetensors``, what training has seen; for logistic regression
+library provides, ``backbone.safetensors``; ``training.safetensors``, what training has seen; ``history.csv``, how training went, a
+row per epoch, also in ``metrics.json``; for logistic regression
 ``head.joblib``, the scikit-learn pipeline for notebooks, written and never read: loading a pickle runs code.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -41,8 +44,8 @@ if TYPE_CHECKING:
     from featcache.models.predict import Input
     from featcache.models.prediction import Predictions
 
-_HEAD, METRICS, _PIPELINE = "head.safetensors", "metrics.json", "head.joblib"
-_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, METRICS, _PIPELINE, training_rows.FILE, "history.csv", "curves.png")
+_HEAD, METRICS, _PIPELINE, _HISTORY = "head.safetensors", "metrics.json", "head.joblib", "history.csv"
+_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, METRICS, _PIPELINE, training_rows.FILE, _HISTORY, "curves.png")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -204,7 +207,8 @@ def save_model(
         path: the folder; see ``check_replaceable``.
         fitted: the head, and for logreg its pipeline.
         classes: C names. spec: of the cache it was trained on. weights: ``source`` and ``reload`` of the backbone.
-        training: settings. metrics: scores, as JSON values. rows: what trained it.
+        training: settings. metrics: scores, as JSON values; a ``history`` among them also becomes a table.
+        rows: what trained it.
         files: further ones, name -> content, or the file to copy: ``backbone.safetensors`` if the weights must travel along.
         finetuned: whether it took long to make, so that it is never replaced.
 
@@ -220,7 +224,8 @@ def save_model(
         if fitted.pipeline is not None:
             joblib.dump(fitted.pipeline, folder / _PIPELINE)
         seen = {} if rows is None else {training_rows.FILE: rows.to_bytes()}
-        for name, content in (seen | dict(files)).items():
+        history = {_HISTORY: _as_table(metrics["history"])} if metrics.get("history") else {}
+        for name, content in (seen | history | dict(files)).items():
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
             else:
@@ -248,6 +253,14 @@ def save_model(
             manifest["training_rows"] = {"n": len(rows.digests), "sha256": digest}
         manifest["sha256"] = fingerprint_of(manifest)
         (folder / saved.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _as_table(history: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(history[0]))
+    writer.writeheader()
+    writer.writerows(history)
+    return text.getvalue().encode()
 
 
 def load_model(path: str | Path) -> Model:

@@ -6,6 +6,7 @@ In and out: ``training.safetensors`` in the model's folder.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from featcache.heads.head import Array
 
 FILE = "training.safetensors"
 _HELD_OUT = "held_out."  # before the names of its tensors
+_COMPARED = "compared."
 _NO_LABEL = -1
 
 
@@ -38,6 +40,20 @@ class HeldOut:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Compared:
+    """Answers to n images that trained neither model, of the frozen backbone's head and of the fine-tuned model.
+
+    Attributes:
+        digests, labels: as of ``TrainingRows``. head, tuned: (n,) int64, positions among the model's classes.
+    """
+
+    digests: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    head: npt.NDArray[np.int64]
+    tuned: npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainingRows:
     """The N rows that trained a model.
 
@@ -47,12 +63,14 @@ class TrainingRows:
         logits: (N, C) float32, each from a head that was trained without the row's fold; None where there was no
             cross-validation, or too much of them.
         held_out: instead: of a fine-tuned model rows of val, which trained nothing; of many rows some, with their logits.
+        compared: of a fine-tuned model its answers on val and test, and those of the head it started from.
     """
 
     digests: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.int64]
     logits: Array | None = None
     held_out: HeldOut | None = None
+    compared: Compared | None = None
 
     def unseen(self) -> HeldOut | None:
         """Rows with logits of a model that they did not train, each image once; None where there are none."""
@@ -80,6 +98,8 @@ class TrainingRows:
             columns = {"digests": held_out.digests, "labels": held_out.labels.astype(np.int64)}
             columns["logits"] = held_out.logits.astype(np.float32)
             tensors |= {_HELD_OUT + name: column for name, column in columns.items()}
+        if self.compared is not None:
+            tensors |= {_COMPARED + name: column for name, column in vars(self.compared).items()}
         data: bytes = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
         return data
 
@@ -96,7 +116,21 @@ class TrainingRows:
         if held_out is None and any(name.startswith(_HELD_OUT) for name in tensors):
             raise ModelError(f"its {FILE} does not hold digests and labels of held-out rows")
         digests, labels, logits = held_out or found
-        return cls(*found, HeldOut(digests, labels, logits) if held_out and logits is not None else None)
+        rows = HeldOut(digests, labels, logits) if held_out and logits is not None else None
+        return cls(*found, rows, _compared(tensors))
+
+
+def _compared(tensors: dict[str, Array]) -> Compared | None:
+    """Raises ModelError: it does not fit together."""
+    if not any(name.startswith(_COMPARED) for name in tensors):
+        return None
+    columns = {field.name: tensors.get(_COMPARED + field.name) for field in dataclasses.fields(Compared)}
+    n = columns["labels"].size if columns["labels"] is not None else 0
+    expected: dict[str, Any] = dict.fromkeys(columns, (np.int64, (n,))) | {"digests": (np.uint8, (n, 32))}
+    for name, column in columns.items():
+        if column is None or (column.dtype, column.shape) != expected[name]:
+            raise ModelError(f"its {FILE} holds answers of other rows")
+    return Compared(**columns)  # type: ignore[arg-type]
 
 
 def _columns(tensors: dict[str, Array], prefix: str) -> tuple[Array, Array, Array | None] | None:

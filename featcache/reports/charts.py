@@ -7,12 +7,11 @@ Charts are drawn in Python, so that they are there without script, in print and 
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from markupsafe import Markup, escape
 
+from featcache.heads.metrics import accuracy_interval
 from featcache.reports.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 from featcache.system.display import middle_out, printable
 
@@ -20,7 +19,6 @@ WIDTH = 440  # units, near to pixels: small enough that its texts can be read on
 _LETTER = 6.4  # units, of the 12-unit type on average
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40  # around the field of a chart with axes
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
-_STYLE = Path(__file__).parent / "pages" / "style.css"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +60,17 @@ class Chart:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A line: ``y`` over ``x``, with the interval ``low``..``high`` about it, if given. NaN and None are gaps."""
+    """A line: ``y`` over ``x``, with the interval ``low``..``high`` about it, if given. NaN and None are gaps.
+
+    ``points``: a dot at each value, unless the chart has none.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    points: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,7 @@ def lines(
     percent_x: bool = False,
     percent_y: bool = False,
     y_range: tuple[float, float] | None = None,
+    floor: float | None = None,
     mark: tuple[float, str] | None = None,
     level: tuple[float, str] | None = None,
     points: bool = True,
@@ -169,31 +172,38 @@ def lines(
 
     Args:
         log_x: x in powers of ten; values that are not positive are left out. y_range: what the axis spans at least; what
-            the values span, and a little more, when not given.
-        mark: an x that was chosen, and its word. level: a y to compare with, and its word.
+            the values span, and a little more, when not given. floor: where the axis begins; lines below it run out of sight.
+        mark: an x that was chosen, and its word. level: a y to compare with, and its word, or none.
         points: a dot at each value; false for curves of hundreds. x_text: an x in words, as ``numbers.bytes_text``.
     """
     kept = [_clean(each, log_x) for each in series]
     xs = [x for each in kept for x in each.x] + ([mark[0]] if mark else [])
     ys = [y for each in kept for y in (*each.y, *each.low, *each.high) if y is not None] + ([level[0]] if level else [])
-    low, high = _span(ys, y_range, percent_y)
+    low, high = _span([y for y in ys if floor is None or y >= floor], y_range, percent_y)
+    low = low if floor is None else floor
     names = [_fitting(each.name, 100) for each in kept]
     named = len(kept) > 1
     right = WIDTH - (28 + _LETTER * max(map(len, names), default=0) if named else _RIGHT)
     whole = not percent_x and all(x == round(x) for x in xs)
-    across = _Axis(min(xs, default=1), max(xs, default=2), _LEFT + 4, right - 4, log_x, percent_x, x_text, whole)
     top = _TOP + (14 if mark else 0)
     up = _Axis(low, high, 220 - _BOTTOM, top, percent=percent_y)
-    parts = _frame(across, up, right, x_label, y_label)
+    left = _left(up)
+    across = _Axis(min(xs, default=1), max(xs, default=2), left + 4, right - 4, log_x, percent_x, x_text, whole)
+    parts = _frame(across, up, right, x_label, y_label, left=left)
+    y_level = up.at(level[0]) if level else 0.0
     if level:
-        y = up.at(level[0])
-        parts += [_line(_LEFT, y, right, y, "reference"), _text(right - 4, y - 4, level[1], "end", "note")]
+        parts.append(_line(left, y_level, right, y_level, "reference"))
     if mark:
         parts += _marked(across.at(mark[0]), mark[1], top, 220 - _BOTTOM)
+    drawn: list[Markup] = []
     for number, each in enumerate(kept):
-        parts += _drawn(each, number, across, up, points=points)
+        drawn += _drawn(each, number, across, up, points=points and each.points)
+    parts += _clipped(drawn, right, top - 6, 220 - _BOTTOM) if floor is not None else drawn
+    if level and level[1]:
+        drawn_at = [[(across.at(x), up.at(y)) for x, y in zip(e.x, e.y, strict=True) if y is not None] for e in kept]
+        parts.append(_beside(y_level, level[1], left + 6, right - 4, drawn_at))
     if named:
-        ends = [up.at(next((y for y in reversed(each.y) if y is not None), low)) for each in kept]
+        ends = [up.at(max(next((y for y in reversed(each.y) if y is not None), low), low)) for each in kept]
         for number, (name, y) in enumerate(zip(names, _apart(ends, 14, top + 4, 220 - _BOTTOM), strict=True)):
             point = _point(right + 9, y, number, f"f{number % 6 + 1}")
             parts += [point, _text(right + 18, y + 4, name, "start", "name", whole=series[number].name)]
@@ -205,12 +215,13 @@ def lines(
 def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliability", caption: str = "") -> Chart:
     """Accuracy against confidence: on the diagonal, probabilities mean what they say. Bars below: images per bin.
 
+    A whisker is the 95 % interval of a bin's accuracy: no line joins bins, as one of a few images would draw all eyes.
     ``after``: the same once logits are divided by the temperature (Guo et al. 2017).
     """
-    size, low = 250.0, 40.0  # of the field, and of the counts beneath it
-    left = (WIDTH - size) / 2 + 10
-    across = _Axis(0, 1, left, left + size, percent=True)
+    size, low = 240.0, 40.0  # of the field, and of the counts beneath it
     up = _Axis(0, 1, _TOP + size, _TOP, percent=True)
+    left = _left(up) if after else (WIDTH - size) / 2 + 10  # names to the right of the field
+    across = _Axis(0, 1, left, left + size, percent=True)
     base = _TOP + size + 30 + low
     parts = _frame(across, up, left + size, "", "accuracy", left=left)
     parts.append(_line(across.at(0), up.at(0), across.at(1), up.at(1), "reference"))
@@ -219,7 +230,10 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
     for number, (name, bins) in enumerate(kinds):
         most = max(max(each.count, default=0) for _, each in kinds) or 1
         there = [row for row in zip(bins.confidence, bins.accuracy, bins.count, strict=True) if row[2]]
-        parts += _drawn(Series(name, [row[0] for row in there], [row[1] for row in there]), number, across, up)
+        for confidence, accuracy, count in there:
+            x, ends = across.at(confidence), accuracy_interval(round(accuracy * count), count)
+            parts.append(_line(x, up.at(ends[0]), x, up.at(ends[1]), f"whisker s{number + 1}"))
+        parts += [_point(across.at(x), up.at(y), number, f"f{number + 1}") for x, y, _ in there]
         for confidence, accuracy, count in there:
             tall = max(low * count / most, 1.0)
             x = across.at(confidence) - 5 + (len(kinds) - 1) * (10 * number - 5) / 2
@@ -230,8 +244,8 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
                 (*([name] if name else []), percent_text(confidence), percent_text(accuracy), count_text(count))
             )
         if name:
-            y = _TOP + 14 + 18 * number
-            parts += [_point(left + 14, y, number, f"f{number + 1}"), _text(left + 24, y + 4, name, "start", "name")]
+            x, y = left + size + 16, _TOP + 6 + 18 * number
+            parts += [_point(x, y, number, f"f{number + 1}"), _text(x + 9, y + 4, name, "start", "name")]
     parts += [_line(left, base, left + size, base, "axis"), _text(left - 8, base, "images", "end", "tick")]
     parts.append(_text(left + size / 2, base + 20, "probability of the answer", "middle", "label"))
     header = (*(["when"] if after else []), "probability", "accuracy", "images")
@@ -283,22 +297,6 @@ def sizes(counts: Sequence[Sequence[int]], *, title: str, caption: str = "") -> 
     return _chart(title, caption, parts, 260, ("width", "height", "images"), table)
 
 
-def coverage(
-    answered: Sequence[float], accuracy: Sequence[float], *, title: str = "Coverage against accuracy", caption: str = ""
-) -> Chart:
-    """Accuracy (0..1) of the answers, if only the surest share ``answered`` (0..1) of the images is answered."""
-    return lines(
-        [Series("accuracy", answered, list(accuracy))],
-        title=title,
-        caption=caption,
-        x_label="share answered, the surest first",
-        y_label="accuracy",
-        percent_x=True,
-        percent_y=True,
-        points=len(answered) <= 25,
-    )
-
-
 def top_bars(shares: Sequence[float]) -> Markup:
     """The likeliest classes' shares as bars, tiny and in few bytes: pages have thousands. What they are is said elsewhere."""
     path = "".join(f"M0 {3 * row}h{_n(100 * p)}v2H0z" for row, p in enumerate(shares) if p >= 5e-4)
@@ -311,24 +309,6 @@ def share_bar(share: float, *, words: str = "", kind: str = "") -> Markup:
     return Markup(
         '<svg class="share {}" viewBox="0 0 100 8" preserveAspectRatio="none" {}><rect width="{}" height="8"/></svg>'
     ).format(kind, hidden, _n(100 * min(max(share, 0.0), 1.0)))
-
-
-def figure_file(chart: Chart) -> str:
-    """A chart as a file of its own, for a paper: the same picture, light, with its style inside."""
-    opening, rest = str(chart.svg).split(">", 1)
-    size = opening.split('viewBox="0 0 ')[1].split('"')[0].split()
-    opening = opening.replace(
-        "<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}"', 1
-    )
-    return f'<?xml version="1.0" encoding="UTF-8"?>\n{opening}><style>{_file_style()}</style>{rest}\n'
-
-
-def _file_style() -> str:
-    """The part of the style sheet that charts need, its variables replaced: programs that draw figures know none."""
-    sheet = _STYLE.read_text(encoding="utf-8")
-    rules = sheet.split("/* charts */")[1].split("/* end of charts */")[0].replace("var(--sans)", "Arial, sans-serif")
-    values = dict(re.findall(r"(--[\w-]+): ([^;]+);", sheet.split("}")[0])) | {"--page": "#fff"}
-    return re.sub(r"var\((--[\w-]+)\)", lambda found: values[found[1]], rules)
 
 
 def _chart(
@@ -354,12 +334,45 @@ def _frame(across: _Axis, up: _Axis, right: float, x_label: str, y_label: str, *
         parts += [_line(left, y, right, y, "grid"), _text(left - 6, y + 4, text, "end", "tick")]
     for tick, text in across.ticks():
         x = across.at(tick)
-        parts += [_line(x, bottom, x, bottom + 4, "axis"), _text(x, bottom + 17, text, "middle", "tick")]
+        fits = x + len(text) * _LETTER / 2 <= WIDTH  # in a file of its own nothing is drawn beyond the edge
+        place = _text(x if fits else WIDTH, bottom + 17, text, "middle" if fits else "end", "tick")
+        parts += [_line(x, bottom, x, bottom + 4, "axis"), place]
     parts.append(_line(left, bottom, right, bottom, "axis"))
     if x_label:
         parts.append(_text((left + right) / 2, bottom + 35, x_label, "middle", "label"))
     turned = Markup('<text class="label" text-anchor="middle" transform="translate({} {}) rotate(-90)">{}</text>')
-    return [*parts, turned.format(_n(left - 35), _n((up.start + up.stop) / 2), printable(y_label))]
+    return [*parts, turned.format(_n(left - _left(up) + 10), _n((up.start + up.stop) / 2), printable(y_label))]
+
+
+def _left(up: _Axis) -> float:
+    """Where the field begins: beyond the axis's name and its widest tick."""
+    return max(_LEFT, 28 + _LETTER * max((len(text) for _, text in up.ticks()), default=0))
+
+
+def _beside(y: float, word: str, left: float, right: float, lines: Sequence[Sequence[tuple[float, float]]]) -> Markup:
+    """A word above or below a level line, at its left or right end: where it covers the least of the ``lines``."""
+    wide, some = _LETTER * len(word), 40  # points between two of a line's
+    between = [
+        (x1 + (x2 - x1) * k / some, y1 + (y2 - y1) * k / some)
+        for line in lines
+        for (x1, y1), (x2, y2) in itertools.pairwise([*line, *line[-1:]])
+        for k in range(some)
+    ]
+
+    def covered(place: tuple[float, str, float]) -> int:
+        low = place[0] if place[1] == "start" else place[0] - wide
+        return sum(low - 6 < x < low + wide + 6 and -13 < there - place[2] < 5 for x, there in between)
+
+    places = [(x, side, at) for at in (y - 5, y + 14) for x, side in ((left, "start"), (right, "end"))]
+    x, side, at = min(places, key=covered)
+    return _text(x, at, word, side, "note")
+
+
+def _clipped(parts: Sequence[Markup], right: float, top: float, bottom: float) -> list[Markup]:
+    """What lies within the field; an inner svg clips without a name that another chart of the page might have, too."""
+    box = {"top": _n(top), "wide": _n(right + 6), "tall": _n(bottom - top)}
+    opening = '<svg x="0" y="{top}" width="{wide}" height="{tall}" viewBox="0 {top} {wide} {tall}" overflow="hidden">'
+    return [Markup(opening).format(**box), *parts, Markup("</svg>")]
 
 
 def _marked(x: float, word: str, top: float, bottom: float) -> list[Markup]:
@@ -414,6 +427,7 @@ def _clean(each: Series, log_x: bool) -> Series:
         [finite(each.y[row]) for row in kept],
         [float(each.low[row]) for row in kept] if band else (),
         [float(each.high[row]) for row in kept] if band else (),
+        each.points,
     )
 
 

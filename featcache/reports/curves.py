@@ -1,61 +1,64 @@
-"""Curves of a training. In: a fine-tuned model, or its history. Out: a PNG, beside the model's folder.
+"""Curves of a training. In: a model that was trained in epochs, or its history. Out: a PNG, beside the model's folder.
 
 matplotlib is optional (the ``report`` extra) and is used through its objects only: no pyplot, no window, no global state.
 """
 
 import io
 import math
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from featcache.backbones.saved import own_file
-from featcache.errors import MissingDependencyError, ModelError, StorageError, UsageError
+from featcache.errors import MissingDependencyError, ModelError, UsageError
 from featcache.models.model import load_model
+from featcache.reports.drawing import MARK, check_picture_path
 from featcache.system.files import publish_file
 from featcache.system.safe_load import parse_json
 
 _TRAIN, _VAL, _HEAD = "#4477aa", "#ee6677", "#555555"  # Tol's bright scheme: told apart by colour-blind readers, too
+_CURVES = (("train", "train", _TRAIN), ("val", "val", _VAL), ("held_out", "held out", _VAL))  # columns, names
 _DPI = 120
-_MARK = {"Software": "featcache"}  # in every PNG that is drawn here
+_CURVES = (("train", "train", _TRAIN), ("val", "val", _VAL), ("held_out", "held out of train", _VAL))  # columns, names
 
 
 def draw_curves(model: Path) -> Path:
-    """Draw the history of a fine-tuned model.
+    """Draw the history of a fine-tuned model, or of a linear or mlp head.
 
     Returns:
         The picture, ``MODEL.curves.png`` beside the folder ``MODEL``. An earlier one is replaced.
 
     Raises:
-        ModelError: not a model, or not a fine-tuned one. StorageError: the picture cannot be written, or its name belongs
+        ModelError: not a model, or one without a history. StorageError: the picture cannot be written, or its name belongs
         to a file that was not drawn here. MissingDependencyError: matplotlib is not installed.
     """
     folder = model.resolve() if model.name in ("", "..") else model  # those are no names
     path = folder.with_name(f"{folder.name}.curves.png")
-    if os.path.lexists(path) and not _is_drawn_here(path):
-        raise StorageError(f"{path} exists and was not drawn by featcache; move it away")
+    check_picture_path(path)
     manifest = load_model(model).manifest
     try:
-        metrics = parse_json(own_file(model, "metrics.json").read_text())
+        metrics, training = parse_json(own_file(model, "metrics.json").read_text()), manifest["training"]
+        if not metrics.get("history"):
+            raise ModelError(f"{model} holds no history: {_why_none(manifest)}")
+        tuned = bool(manifest.get("finetuned"))
+        trained = f"recipe {training['recipe']}" if tuned else f"{manifest['head']['kind']} head"
         plot_history(
             metrics["history"],
             path,
-            title=f"{manifest['spec']['backbone']['name']}, recipe {manifest['training']['recipe']}",
-            best_epoch=manifest["training"]["best_epoch"],
-            head_val_accuracy=metrics["head_val_accuracy"],
+            title=f"{manifest['spec']['backbone']['name']}, {trained}",
+            best_epoch=training["best_epoch" if tuned else "epochs"],
+            head_val_accuracy=metrics["head_val_accuracy"] if tuned else None,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{model} holds no history of a fine-tuning ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{model} holds no history of a training ({type(error).__name__}: {error})") from error
     return path
 
 
-def _is_drawn_here(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b"tEXtSoftware\0featcache" in file.read(100)
+def _why_none(manifest: dict[str, Any]) -> str:
+    if manifest["head"]["kind"] == "logreg" and not manifest.get("finetuned"):
+        return "logistic regression is solved, not trained in epochs"
+    return "an earlier version of featcache saved it; train it again"
 
 
 def plot_history(
@@ -70,7 +73,8 @@ def plot_history(
 
     Args:
         history: a row per epoch: ``epoch``, ``train_loss``, ``val_loss`` (nats), ``train_accuracy``, ``val_accuracy``
-            (0..1). A value may be None or absent: a gap in its curve; a curve without values is left out.
+            (0..1); of heads ``held_out_`` instead of ``val_``, see ``heads.head.FittedHead``. A value may be None or absent:
+            a gap in its curve; a curve without values is left out.
         path: the PNG; replaced if it exists.
         title: above both panels, taken literally.
         best_epoch: an epoch of ``history`` to mark in both panels.
@@ -102,7 +106,7 @@ def _save(figure: Any, path: Path) -> None:
     png = io.BytesIO()  # drawing takes a while; the file is there only once it is complete
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a title in a script the font lacks is drawn as boxes
-        figure.savefig(png, format="png", dpi=_DPI, metadata=_MARK)
+        figure.savefig(png, format="png", dpi=_DPI, metadata=MARK)
     with publish_file(path) as file:
         file.write(png.getbuffer())
 
@@ -120,13 +124,12 @@ def _new_figure() -> Any:
 
 
 def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
-    """Draw both curves of ``what``. A star marks the best epoch on the validation curve, else on the training curve."""
+    """Draw the curves of ``what``. A star marks the best epoch on the last one, which chose it, else on the training curve."""
     epochs = [row["epoch"] for row in history]
-    star = math.nan
-    for split, colour in (("train", _TRAIN), ("val", _VAL)):
-        values = [_number(row.get(f"{split}_{what}")) for row in history]
-        if any(math.isfinite(value) for value in values):
-            axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=split)  # dots: one epoch is no line
+    star, colours = math.nan, {name: colour for _, name, colour in _CURVES}
+    for name, values in values_of(history, what).items():
+        colour = colours[name]
+        axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=name)  # dots: one epoch is no line
         best = values[epochs.index(best_epoch)] if best_epoch in epochs else math.nan
         star = best if math.isfinite(best) else star
     if math.isfinite(star):
@@ -136,6 +139,12 @@ def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_ep
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def values_of(history: Sequence[Mapping[str, Any]], what: str) -> dict[str, list[float]]:
+    """``what``, loss or accuracy, of each epoch, by a name of a curve: NaN where it is missing, nothing where all of it is."""
+    columns = {name: [_number(row.get(f"{split}_{what}")) for row in history] for split, name, _ in _CURVES}
+    return {name: values for name, values in columns.items() if any(map(math.isfinite, values))}
 
 
 def _number(value: float | None) -> float:

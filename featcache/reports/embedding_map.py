@@ -214,7 +214,7 @@ def map(
     root = None if source is None else as_path(source)
     if root is not None and not root.is_dir():
         raise SourceError(f"{root} is no folder; give the folder that holds the images of {opened.path}")
-    root = root or guess_root(opened.path, opened.paths[:3], opened.rows.digests[:3])
+    root = root or guess_root(opened)
     chosen = np.sort(drawn_evenly(np.arange(len(opened)), opened.y, _CARDS, seed=seed))
     cards = _cards(opened, chosen, Pictures(root))
     data: dict[str, Any] = {"cards": cards_data(cards, opened.classes)}

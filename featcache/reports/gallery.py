@@ -6,11 +6,11 @@ The page is made by ``gallery_page.py``. True labels are those of folders and ta
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from featcache.cache.cache import FeatureCache, is_cache
-from featcache.errors import FeatcacheError, UsageError
+from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.images.in_memory import Held
 from featcache.images.source import Source, list_images
 from featcache.images.tables import is_table
@@ -170,19 +170,7 @@ def check_sample(sample: int | None) -> int | None:
     return sample
 
 
-def check_source(source: Path | None) -> None:
-    """Raise, before any work, unless ``source`` is a folder or not given."""
-    if source is not None and not source.is_dir():
-        raise UsageError(f"--source {source} is no folder; give the one that the cache was made of")
-
-
-def folders(given: Path | None, caches: Sequence[Path], inputs: Sequence[Source] = ()) -> list[Path]:
-    """Where the images of a cache may lie, which keeps paths relative to a folder that it does not name.
-
-    Whatever is found there is shown only if its bytes are those that were embedded.
-    """
-    if given is not None:
-        return [given]
-    near = [place for source in inputs for place in (source.path, *source.path.absolute().parents[:2])]
-    near += [cache.absolute().parent for cache in caches]
-    return [place for place in dict.fromkeys([*near, Path()]) if place.is_dir()]
+def check_pictures(folder: Path | None) -> None:
+    """Raise SourceError, before any work, unless ``folder`` is one or not given."""
+    if folder is not None and not folder.is_dir():
+        raise SourceError(f"--source {folder} is no folder; give the folder that holds the images")

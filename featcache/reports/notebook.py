@@ -59,7 +59,7 @@ def gallery(
     *,
     sample: int | None = None,
     seed: int = 0,
-    source: AnyPath | None = None,
+    pictures: AnyPath | None = None,
     **options: Any,
 ) -> Page:
     """Label images and show them: a page of the pictures, each with its likeliest classes, to sort, filter and enlarge.
@@ -67,19 +67,19 @@ def gallery(
     Args:
         model, inputs, options: as in ``featcache.predict``; images in memory have pictures, too.
         sample: how many images are shown, drawn at random; all, but 10,000 at most, when None. seed: another one draws others.
-        source: of caches, the folder that they were made of, which is looked for near them when None.
+        pictures: of caches, the folder that they were made of, which is looked for near them when None.
 
     Raises:
-        UsageError: an impossible sample; ``source`` is no folder. Otherwise as ``featcache.predict``.
+        UsageError: an impossible sample. SourceError: ``pictures`` is no folder. Otherwise as ``featcache.predict``.
     """
     from featcache.models.model import Model, load_model
     from featcache.models.predict import predict
-    from featcache.reports.gallery import Draw, check_sample, check_source
+    from featcache.reports.gallery import Draw, check_pictures, check_sample
     from featcache.reports.gallery_page import gallery_page
 
     check_sample(sample)
-    source = None if source is None else as_path(source)
-    check_source(source)
+    folder = None if pictures is None else as_path(pictures)
+    check_pictures(folder)
     if not hasattr(inputs, "__len__") and hasattr(inputs, "__iter__"):  # what can be gone through once only
         inputs = list(inputs)
     evidence = options.get("evidence")
@@ -88,4 +88,4 @@ def gallery(
     draw = Draw(loaded, inputs, evidence=None if evidence is None else as_path(evidence), sample=sample, seed=seed)
     for _ in draw.watch(predictions):
         pass
-    return Page(gallery_page(draw, source=source))
+    return Page(gallery_page(draw, pictures=folder))

@@ -10,9 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError, RefusedImage
 from featcache.images.read import Paths, read_file
 from featcache.images.source import list_images
@@ -117,20 +115,30 @@ def _hashed(root: Path, seconds: float | None) -> dict[bytes, str]:
     return found
 
 
-def guess_root(cache: Path, names: Sequence[str], digests: npt.NDArray[np.uint8]) -> Path | None:
-    """The folder that a cache was probably made from: one beside it, or in the working folder, that holds its first images.
+def guess_root(cache: FeatureCache, *, near: Sequence[Path] = ()) -> Path | None:
+    """The folder that a cache was probably made from: of ``near``, beside it, or in the working folder; the first that holds
+    its first, middle and last image, or most of these.
 
-    The bytes of one of them must have the recorded digest: a folder that merely looks alike is none.
+    Their bytes must have the recorded digest: a folder that merely looks alike is none.
     """
-    places = [place for top in dict.fromkeys((Path(), cache.parent)) for place in (top, *_folders(top))]
-    for place in places:
-        for name, digest in zip(names[:3], digests[:3], strict=True):
-            try:
-                if hashlib.sha256(read_file(place / name)[0]).digest() == digest.tobytes():
-                    return place
-            except RefusedImage:
-                break
-    return None
+    rows = sorted({0, len(cache) // 2, len(cache) - 1})
+    images = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in rows if row >= 0]
+    tops = dict.fromkeys((Path(), cache.path.parent))
+    best: tuple[int, Path | None] = (0, None)
+    for place in dict.fromkeys((*near, *(place for top in tops for place in (top, *_folders(top))))):
+        held = sum(_holds(place / name, digest) for name, digest in images)
+        if held > best[0]:
+            best = held, place
+        if held == len(images):
+            break
+    return best[1]
+
+
+def _holds(path: Path, digest: bytes) -> bool:
+    try:
+        return hashlib.sha256(read_file(path)[0]).digest() == digest
+    except RefusedImage:
+        return False
 
 
 def _folders(top: Path) -> list[Path]:

@@ -15,17 +15,22 @@ import numpy as np
 from markupsafe import Markup
 
 from featcache.cache.cache import FeatureCache, is_cache
-from featcache.errors import SourceError, UsageError
+from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.heads.head import Array
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import HELD_OUT, Scored, score_cache, score_held_out, score_images
 from featcache.reports.advice import advise, headline, largest_class, suspects
+from featcache.reports.calibration import calibration_section
 from featcache.reports.cards import cards_data
 from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
 from featcache.reports.confusion import classes_section, confusion_section
+from featcache.reports.contact_sheet import sheet_beside
 from featcache.reports.embedding_map import report_map
+from featcache.reports.figures import charts_in, check_figures, write_figures
+from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
+from featcache.reports.notebook import framed
 from featcache.reports.numbers import count_text, percent_text
 from featcache.reports.page import Section, check_page_path, publish_page, render_sections
 from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
@@ -56,6 +61,13 @@ class Report(Shown):
 
     _shown = ("report", "images", "cards", "bytes", "seconds")
 
+    def _repr_html_(self) -> str:
+        """In a notebook: the page, as long as it is where it was written."""
+        try:
+            return framed(self.report.read_text(encoding="utf-8"))
+        except OSError:
+            return super()._repr_html_()
+
 
 def report(
     model: Model | AnyPath,
@@ -66,6 +78,7 @@ def report(
     split: str | None = None,
     against: Model | AnyPath | None = None,
     evidence: AnyPath | None = None,
+    figures: AnyPath | None = None,
     map: Method = "auto",
     device: str = "auto",
     workers: int | None = None,
@@ -83,19 +96,23 @@ def report(
         split: as in ``evaluate``. against: another model of the same classes, to compare with on the same images.
         evidence: with images as ``source``, the cache that the model was fit on, for the training images nearest to each; of a
             cache that holds them it is not needed.
+        figures: a folder to write the charts of the page to, as SVG files.
         map: of embeddings, with a cache as ``source``: ``pca``; ``tsne``, which needs the ``report`` extra; ``auto``: t-SNE where
             it takes less than a minute; ``none``.
         device, workers, batch_size, progress: as in ``predict``, for images.
 
     Raises:
         UsageError: impossible options; the model keeps no held-out scores and there is no source. Otherwise as ``evaluate``
-        and ``page.check_page_path``.
+        and ``page.check_page_path``; StorageError: a figure would replace a file that is none.
     """
     started = time.perf_counter()
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     model = _checked(model, source)
     output = page_beside(model.path) if output is None else as_path(output)
     check_page_path(output)
+    drawn = None if figures is None else as_path(figures)
+    if drawn is not None:
+        check_figures(drawn)
     check_method(map)
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
@@ -115,7 +132,7 @@ def report(
     if other is not None:
         of_other = _score(other, images, cache, split=scored.split, limits=Limits(other.classes), options=options)
         probabilities = other, other_probabilities(model, scored, other, of_other)
-    return write_report(subject, output, started=started, against=probabilities, map=map)
+    return write_report(subject, output, started=started, against=probabilities, figures=drawn, map=map)
 
 
 def report_beside(
@@ -125,8 +142,9 @@ def report_beside(
     pictures: Path | None = None,
     scored: Scored | None = None,
     quick: bool = True,
-) -> Path:
-    """Write ``MODEL.report.html`` beside a model, about rows that are at hand.
+) -> list[Path]:
+    """Write ``MODEL.report.html`` beside a model, about rows that are at hand, and where their pictures are at hand, too, their
+    contact sheet, ``MODEL.val.png``; what was written.
 
     Args:
         cache: what it was fit on, or was scored on; None: the page is about what the model keeps of images that did not train it.
@@ -145,7 +163,14 @@ def report_beside(
     # With a cache paths are known: what is not there is not searched for.
     found = Pictures(root, search=not quick or cache is None, seconds=_QUICK_SECONDS if quick else None)
     subject = make_subject(loaded, scored, cache=opened, pictures=found, quick=quick)
-    return write_report(subject, output, started=started).report
+    written = [write_report(subject, output, started=started).report]
+    try:
+        sheet = sheet_beside(subject)
+    except FeatcacheError as error:
+        log.warning("no contact sheet: %s", error)
+    else:
+        written += [] if sheet is None else [sheet]
+    return written
 
 
 def write_report(
@@ -154,9 +179,13 @@ def write_report(
     *,
     started: float,
     against: tuple[Model, Array] | None = None,
+    figures: Path | None = None,
     map: Method = "none",
 ) -> Report:
-    """Write the page about ``subject``. against: another model, and ``other_probabilities``. Raises as ``publish_page`` does."""
+    """Write the page about ``subject``. against: another model, and ``other_probabilities``. figures: a folder for its charts.
+
+    Raises as ``publish_page`` and ``write_figures`` do.
+    """
     data: dict[str, Any] = {
         "cards": cards_data(subject.cards, subject.model.classes),
         "scores": {name: value for name, value in subject.scores.items() if name != "confusion"},
@@ -166,6 +195,8 @@ def write_report(
     sections = _sections(subject, data, against=against, map=map)
     html = render_sections(sections, title=f"Report on {name}", lead=headline(subject), data=data)
     publish_page(output, html)
+    if figures is not None:
+        write_figures(charts_in(sections), figures)
     size = output.stat().st_size
     return Report(output, len(subject.scored), len(subject.cards), size, time.perf_counter() - started)
 
@@ -174,19 +205,26 @@ def _sections(
     subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None, map: Method
 ) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
+    learning = learning_section(subject)
+    foretold = learning is not None and learning.context.get("foretold")
     found = [
-        _summary(subject),
+        _summary(subject, learning=learning.context["words"] if learning and foretold else ""),
         confusion_section(subject, data),
         classes_section(subject),
         None if against is None else comparison_section(subject, *against, data),
+        finetuned_section(subject),
         report_map(subject, data, method=map),
         _pictures(subject),
+        calibration_section(subject.scores),
+        choice_section(subject),
+        learning,
+        training_section(subject),
         provenance_section(subject),
     ]
     return [section for section in found if section is not None]
 
 
-def _summary(subject: Subject) -> Section:
+def _summary(subject: Subject, *, learning: str) -> Section:
     scores = subject.scores
     name, share = largest_class(subject)
     interval = (
@@ -210,7 +248,7 @@ def _summary(subject: Subject) -> Section:
         notes.append(
             f"Settings of the head were chosen on these images, too: corrected for that choice, the estimate is {percent_text(estimate)}."
         )
-    context = {"tiles": tiles, "advice": advise(subject), "notes": notes}
+    context = {"tiles": tiles, "advice": advise(subject, learning=learning), "notes": notes}
     return Section("summary", "In short", "report_summary.html", context)
 
 
@@ -352,4 +390,4 @@ def _keeps_all(model: Model, cache: FeatureCache) -> bool:
 
 
 def _guess(cache: FeatureCache | None) -> Path | None:
-    return None if cache is None else guess_root(cache.path, cache.paths[:3], cache.rows.digests[:3])
+    return None if cache is None else guess_root(cache)

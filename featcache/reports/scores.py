@@ -169,7 +169,7 @@ def _numbered_table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> lis
     if room < min(_LEAST_NAME, max(map(columns, names))):
         return []
     digits = len(numbers[-1])
-    fronts = [f"{number:>{digits}} {cut(name, room)}" for number, name in zip(numbers, names, strict=True)]
+    fronts = [f"{number:>{digits}} {shortened(name, room)}" for number, name in zip(numbers, names, strict=True)]
     cut = [f"    {number} = {name}" for number, name in zip(numbers, names, strict=True) if columns(name) > room]
     return _table(numbers, fronts, cells, gap=1) + cut
 
@@ -183,7 +183,7 @@ def _largest_confusions(names: Sequence[str], counts: list[list[int]]) -> list[s
     for n, i, j in heapq.nsmallest(_MOST_CONFUSIONS, wrong, key=lambda pair: (-pair[0], *pair[1:])):
         count = f": {n} of {sum(counts[i])}"
         room = _WIDTH - len("     -> " + count)
-        true, predicted = (cut(names[a], max(room // 2, room - columns(names[b]))) for a, b in ((i, j), (j, i)))
+        true, predicted = (shortened(names[a], max(room // 2, room - columns(names[b]))) for a, b in ((i, j), (j, i)))
         lines.append(f"    {true} -> {predicted}{count}")
     more = f"; {len(wrong) - len(lines)} more pairs were confused" if wrong[len(lines) :] else ""
     return [f"  largest confusions, true -> predicted{more}", *lines]
@@ -203,7 +203,7 @@ def _width(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def cut(text: str, width: int) -> str:
+def shortened(text: str, width: int) -> str:
     """``text``, or its beginning and its end, by which names differ, in at most ``width`` columns."""
     if columns(text) <= width:
         return text

@@ -16,8 +16,11 @@ from featcache.cache.format import encode_names
 from featcache.errors import UsageError
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.images.statistics import Floats, Measured, Progress, Rows, measure, oddness
+from featcache.reports.figures import check_figures, write_figures
+from featcache.reports.notebook import framed
 from featcache.reports.stats_advice import SMALL, advice
-from featcache.reports.stats_page import check_folder, write_folder
+from featcache.reports.stats_page import check_apart, check_folder, stats_charts, stats_page, write_folder
+from featcache.reports.stats_text import stats_lines
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import named
@@ -66,8 +69,8 @@ class Statistics(Shown):
         unreadable: images, each with ``reason``.
         copies: ``within``, ``across_splits``, ``across_labels`` as ``extract`` counts them; ``groups`` of equal files, each with its
             ``kind`` (``labels``: under several, ``splits``: in several, ``within`` one) and ``images``.
-        sample: ``images`` whose pixels were drawn, of how many (``of``), by which ``seed``, and how many others were decoded because
-            their file has no end (``cut``).
+        sample: how many ``images`` were drawn and decoded, ``of`` those with a readable header, by which ``seed``; how many others
+            were decoded because their file has no end (``cut``).
         darkest, blurriest: of the sample, each with ``value``: mean grey from 0 to 255, variance of the Laplacian, see
             ``images.statistics.look_at``. oddest: each with ``value``, a modified z-score, and ``why``, see ``oddness``.
         examples: a few images of each class, drawn. advice: sentences. seconds: of the whole call.
@@ -108,6 +111,21 @@ class Statistics(Shown):
 
     _shown = ("source", "images", "readable", "splits", "formats", "seconds")
 
+    def lines(self) -> list[str]:
+        """As text for a terminal of 80 columns, names harmless to it."""
+        return stats_lines(self)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the page."""
+        return framed(stats_page(self))
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def page(self) -> str:
+        """As an HTML page that holds its pictures; they are made of the files anew, where these still are."""
+        return stats_page(self)
+
     def to_json(self) -> dict[str, Any]:
         """All of it."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -117,6 +135,7 @@ def stats(
     source: AnySource | ImageList,
     output: str | Path | None = None,
     *,
+    figures: str | Path | None = None,
     sample: int | None = None,
     seed: int = 0,
     workers: int | None = None,
@@ -130,6 +149,7 @@ def stats(
     Args:
         source: as for ``extract``.
         output: a folder to write ``stats.html`` and ``stats.json`` to, an earlier one is replaced; nothing is written when None.
+        figures: a folder to write the charts of the page to, as SVG files.
         sample: how many images to decode; when None 5,000, or fewer if they are large.
         seed: another one draws others. workers: threads; one per usable core when None.
         progress: called with (files done, files to do, what is read of them); a bar in notebooks when None.
@@ -142,11 +162,14 @@ def stats(
     check_runtime_options("cpu", workers=workers)
     if sample is not None and sample < 0:
         raise UsageError(f"sample must be at least 0, found {sample}")
-    output = None if output is None else named(as_path(output))
+    output, drawn = (None if path is None else named(as_path(path)) for path in (output, figures))
     if not isinstance(source, ImageList):
         check_path(Source.of(source).path, "images", ("stats", HERE, *(() if output is None else ("-o", output))))
     if output is not None:
         check_folder(output, source)
+    if drawn is not None:
+        check_figures(drawn)
+        check_apart(drawn, source)
     images = list_images(source, counted=False)
     with bar_in_notebook(progress, describe_images("reading")) as report:
         measured = measure(images, sample=sample, seed=seed, workers=workers or usable_cores(), progress=report)
@@ -156,6 +179,8 @@ def stats(
     found = dataclasses.replace(found, seconds=round(time.perf_counter() - started, 3))
     if output is not None:
         write_folder(found, output)
+    if drawn is not None:
+        write_figures(stats_charts(found), drawn)
     return found
 
 
@@ -185,7 +210,7 @@ def _describe(source: str, images: ImageList, measured: Measured, *, seed: int, 
         small=int((measured.of("shorter_edge")[rows] < SMALL).sum()),
         unreadable=_unreadable(images, measured),
         copies=_copies(images, measured),
-        sample={"images": len(measured.sampled), "of": len(images), "seed": seed, "cut": len(measured.cut)},
+        sample={"images": len(measured.sampled), "of": measured.opened, "seed": seed, "cut": len(measured.cut)},
         **_standing_out(images, measured),
         examples=_examples(images, rows, seed),
     )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from featcache import __version__
 from featcache.errors import StorageError
 from featcache.images.layout import some
 from featcache.images.read import Paths
@@ -41,15 +40,20 @@ _COPIES = {
 def check_folder(folder: Path, source: AnySource | ImageList) -> None:
     """Raise StorageError, before any work, unless ``folder`` may be written: it is new, empty, or holds earlier statistics."""
     check_output(folder, folder_allowed=True)
-    root = source.root if isinstance(source, ImageList) else Source.of(source).path
-    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
-        raise StorageError(
-            f"cannot write {folder}: it lies in {root}, where a folder counts as a class; choose another -o"
-        )
+    check_apart(folder, source)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"cannot write {folder}: it is a file, and statistics are a folder; choose another -o")
     if folder.is_dir():
         _check_ours(folder)
+
+
+def check_apart(folder: Path, source: AnySource | ImageList) -> None:
+    """Raise StorageError if ``folder`` lies among the images."""
+    root = source.root if isinstance(source, ImageList) else Source.of(source).path
+    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+        raise StorageError(
+            f"cannot write {folder}: it lies in {root}, where a folder counts as a class; choose another one"
+        )
 
 
 def _check_ours(folder: Path) -> None:
@@ -94,7 +98,7 @@ def stats_page(found: "Statistics") -> str:
     ]
     parts = {
         "class_rows": (classes := _classes(found))[1],
-        "charts": charts(found),
+        "charts": stats_charts(found),
         "unreadable": [(image["path"], image["reason"]) for image in found.unreadable[:_MOST_UNREADABLE]],
         "groups": [group for group in groups if group[2]],
         "standing_out": gallery.standing_out(),
@@ -122,7 +126,7 @@ def stats_page(found: "Statistics") -> str:
         pictures_words="All pictures of this page, each once. What is chosen above is picked out here; the list of its paths can be "
         "saved.",
         sorts=[("order", "as on this page"), ("path", "path"), ("label", "label")],
-        foot=f"Made by featcache {__version__} stats in {found.seconds:.1f} s; this page asks for nothing from anywhere.",
+        foot=f"Made by featcache stats in {found.seconds:.1f} s; this page asks for nothing from anywhere.",
         **parts,
     )
 
@@ -201,7 +205,7 @@ class _Gallery:
         return [part for part in parts if part[2]]
 
 
-def charts(found: "Statistics") -> list[Chart]:
+def stats_charts(found: "Statistics") -> list[Chart]:
     """The charts of the page; none if nothing is readable."""
     if not found.readable:
         return []
@@ -252,7 +256,7 @@ def _classes(found: "Statistics") -> tuple[list[str], list[list[Any]]]:
     splits = [*found.splits]
     titles = ["no split" if split == "none" else split for split in splits] if splits != ["none"] else []
     counts = {name: [of.get(split, 0) for split in splits] for name, of in found.classes.items()}
-    if found.unlabelled:
+    if found.unlabelled and (counts or titles):
         counts["(no label)"] = [found.unlabelled.get(split, 0) for split in splits]
     if not counts:
         return [], []
@@ -360,7 +364,7 @@ def _copies_words(found: "Statistics") -> str:
 
 def _sample_words(found: "Statistics") -> str:
     sample = found.sample
-    if sample["images"] >= sample["of"] - len(found.unreadable):
+    if sample["images"] == sample["of"]:
         return "Of all readable images."
     return (
         f"Pixels of {sample['images']:,} of {images(sample['of'])} were looked at, drawn at random (seed {sample['seed']}); "

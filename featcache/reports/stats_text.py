@@ -1,6 +1,6 @@
 """Statistics of a source as text. In: ``Statistics``. Out: lines for a terminal of 80 columns.
 
-Names may be of any script and length; ``shown`` makes them harmless to a terminal before they are measured.
+Names may be of any script and length; they are harmless to a terminal before they are measured.
 """
 
 import itertools
@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featcache.reports.numbers import bytes_text
-from featcache.reports.scores import columns, cut
+from featcache.reports.scores import columns, shortened
 from featcache.reports.stats_advice import counted, images
+from featcache.system.display import printable
 
 if TYPE_CHECKING:
     from featcache.reports.stats import Statistics
@@ -34,33 +35,33 @@ MODES = {
     "I": "grey, 32 bits",
     "F": "grey, floating point",
 }
-Shown = Callable[[str], str]
 
 
-def stats_lines(found: "Statistics", shown: Shown) -> list[str]:
+def stats_lines(found: "Statistics") -> list[str]:
     """What ``stats`` found, the advice last."""
-    parts = (_head(found, shown), _classes(found, shown), _facts(found), _pictures(found, shown), _advice(found, shown))
+    parts = (_head(found), _classes(found), _facts(found), _pictures(found), _advice(found))
     return [line for part in parts for line in [*part, ""]][:-1]
 
 
-def _head(found: "Statistics", shown: Shown) -> list[str]:
+def _head(found: "Statistics") -> list[str]:
     unreadable = f", {len(found.unreadable):,} unreadable" if found.unreadable else ""
     splits = [name for name in found.splits if name != "none"]
-    of = [counted(len(found.classes), "class", "classes"), *([counted(len(splits), "split")] if splits else [])]
+    classes = counted(len(found.classes), "class", "classes") if found.classes else "no classes"
+    of = [classes, *([counted(len(splits), "split")] if splits else [])]
     facts = f": {images(found.images)}{unreadable}, {', '.join(of)}, {bytes_text(found.total_bytes)}"
-    return [cut(shown(found.source), max(_WIDTH - columns(facts), 12)) + facts]
+    return [shortened(printable(found.source), max(_WIDTH - columns(facts), 12)) + facts]
 
 
-def _classes(found: "Statistics", shown: Shown) -> list[str]:
+def _classes(found: "Statistics") -> list[str]:
     """Classes x splits, with a bar of all images of a class."""
     splits = [*found.splits]
-    rows = [(shown(name), [counts[split] for split in splits]) for name, counts in found.classes.items()]
+    rows = [(printable(name), [counts[split] for split in splits]) for name, counts in found.classes.items()]
     between = len(rows) - _CLASSES
     if between > 0:
         rows = sorted(rows, key=lambda row: -sum(row[1]))
         half = _CLASSES // 2
         rows = [*rows[:half], (f"... {between:,} classes between", []), *rows[-half:]]
-    if found.unlabelled:
+    if found.unlabelled and (rows or set(splits) - {"none"}):
         rows.append(("(no label)", [found.unlabelled.get(split, 0) for split in splits]))
     if not rows:
         return []
@@ -83,7 +84,7 @@ def _classes(found: "Statistics", shown: Shown) -> list[str]:
     for (name, counts), row in zip(rows, cells, strict=True):
         bar = "#" * round(_BAR * sum(counts) / most)
         share = f"{sum(counts) / (found.readable or 1):>7.1%}  {bar}" if counts else ""
-        lines.append(_row(cut(name, front), row, front, widths, share))
+        lines.append(_row(shortened(name, front), row, front, widths, share))
     return [*lines, _row("all", total, front, widths, "")]
 
 
@@ -116,40 +117,38 @@ def _facts(found: "Statistics") -> list[str]:
     return _fields(facts)
 
 
-def _pictures(found: "Statistics", shown: Shown) -> list[str]:
+def _pictures(found: "Statistics") -> list[str]:
     copies, sample = found.copies, found.sample
     kinds = {"across_labels": "under several labels", "across_splits": "across splits", "within": "within one split"}
     said = [f"{copies[kind]:,} {words}" for kind, words in kinds.items() if copies[kind]]
-    pixels = f"of {images(sample['images'])}" if sample["images"] < found.readable else "of all images"
-    drawn = f" (drawn with seed {sample['seed']})" if sample["images"] < found.readable else ""
+    pixels = f"of {images(sample['images'])}" if sample["images"] < sample["of"] else "of all images"
+    drawn = f" (drawn with seed {sample['seed']})" if sample["images"] < sample["of"] else ""
     cut_off = f", and of {sample['cut']:,} without an end" if sample["cut"] else ""
     groups = []
     for group in copies["groups"][:_NAMED]:
-        paths = [shown(image["path"]) for image in group["images"]]
+        paths = [printable(image["path"]) for image in group["images"]]
         more = f" and {len(paths) - 2} more" if len(paths) > 2 else ""
         room = (_WIDTH - 4 - len(" = ") - len(more)) // 2
-        groups.append("    " + " = ".join(cut(path, room) for path in paths[:2]) + more)
+        groups.append("    " + " = ".join(shortened(path, room) for path in paths[:2]) + more)
     lines = [*_fields({"copies": ", ".join(said) or "none, byte for byte"}), *groups, *_more(len(copies["groups"]))]
     if found.unreadable:
         lines.append(f"  unreadable: {images(len(found.unreadable))}")
         for image in found.unreadable[:_NAMED]:
-            lines += _wrapped(f"{cut(shown(image['path']), 60)}: {shown(image['reason'])}", "    ")
+            lines += _wrapped(f"{shortened(printable(image['path']), 60)}: {printable(image['reason'])}", "    ")
         lines += _more(len(found.unreadable))
     lines += _fields({"pixels": f"{pixels}{drawn}{cut_off}"})
-    lines += _listed("darkest (mean grey, 0 to 255)", found.darkest, lambda image: f"{image['value']:.0f}", shown)
-    lines += _listed("blurriest (variance of Laplacian)", found.blurriest, lambda image: f"{image['value']:.0f}", shown)
+    lines += _listed("darkest (mean grey, 0 to 255)", found.darkest, lambda image: f"{image['value']:.0f}")
+    lines += _listed("blurriest (variance of Laplacian)", found.blurriest, lambda image: f"{image['value']:.0f}")
     odd = "oddest (robust z-score)"
-    return lines + _listed(odd, found.oddest, lambda image: f"{score(image['value'])} {image['why']}", shown)
+    return lines + _listed(odd, found.oddest, lambda image: f"{score(image['value'])} {image['why']}")
 
 
-def _listed(
-    title: str, found: Sequence[dict[str, Any]], say: Callable[[dict[str, Any]], str], shown: Shown
-) -> list[str]:
+def _listed(title: str, found: Sequence[dict[str, Any]], say: Callable[[dict[str, Any]], str]) -> list[str]:
     """A few images below ``title``, each with what is said of it."""
     said = [say(image) for image in found[:_NAMED]]
     width = max(map(len, said), default=0)
     rows = [
-        f"    {text:<{width}}  {cut(shown(image['path']), _WIDTH - width - 6)}"
+        f"    {text:<{width}}  {shortened(printable(image['path']), _WIDTH - width - 6)}"
         for image, text in zip(found, said, strict=False)
     ]
     return [f"  {title}", *rows] if rows else []
@@ -159,8 +158,8 @@ def _more(n: int) -> list[str]:
     return [f"    ... {n - _NAMED:,} more in --json"] if n > _NAMED else []
 
 
-def _advice(found: "Statistics", shown: Shown) -> list[str]:
-    return [line for sentence in found.advice for line in _wrapped(shown(sentence), "  ", first="- ")]
+def _advice(found: "Statistics") -> list[str]:
+    return [line for sentence in found.advice for line in _wrapped(printable(sentence), "  ", first="- ")]
 
 
 def _fields(facts: dict[str, str]) -> list[str]:

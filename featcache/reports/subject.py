@@ -24,9 +24,12 @@ from featcache.spec import SPLITS
 ALL_SHOWN = 1500  # rows up to which every one is a card
 MOST_MISTAKES = 4000  # that are cards, the most confident first
 _SAMPLE = 1000  # cards of right answers, of more rows: half the least sure, half drawn evenly from the classes
-_PICTURES = 6_500_000  # bytes of cards' pictures, a third more as text
-_EVIDENCE_PICTURES = 1_000_000
+# Bytes of cards' pictures and of evidence: at most, and for each card; as text they take a third more. A thousand cards then
+# make a page of 4 MB with pictures of 128 pixels, ten thousand rows one of at most 15 MB.
+_PICTURES, _PICTURES_EACH = 6_500_000, 2_100
+_EVIDENCE_PICTURES, _EVIDENCE_EACH = 1_000_000, 350
 _EVIDENCE_SIZE = 64  # pixels
+_FEW = 400  # cards that get the budget of so many
 # Cosines that are computed for evidence, times the length of embeddings: some seconds on two cores, and half a second.
 _PRODUCTS, _QUICK_PRODUCTS = 4 * 10**11, 10**10
 
@@ -170,7 +173,8 @@ def _cards(
     inside = scored.relative(rows)  # the folder of the pictures
     inside = tuple(name or pictures.path_of(digest) or "" for name, digest in zip(inside, digests, strict=True))
     typed = scored.paths(rows)
-    small = pictures.thumbnails(inside, digests, budget=_PICTURES)
+    budget = min(_PICTURES, _PICTURES_EACH * max(len(rows), _FEW))
+    small = pictures.thumbnails(inside, digests, budget=budget)
     with_pictures = _with_pictures(nearest, rows, pictures)
     splits = [""] * len(rows)
     if cache is not None and scored.rows is not None:
@@ -219,7 +223,12 @@ def _with_pictures(
     if pictures.root is None:
         made: dict[bytes, str | None] = {}
     else:
-        small = pictures.thumbnails(list(wanted.values()), list(wanted), budget=_EVIDENCE_PICTURES, size=_EVIDENCE_SIZE)
+        small = pictures.thumbnails(
+            list(wanted.values()),
+            list(wanted),
+            budget=min(_EVIDENCE_PICTURES, _EVIDENCE_EACH * max(len(rows), _FEW)),
+            size=_EVIDENCE_SIZE,
+        )
         made = {digest: one.uri for digest, one in zip(wanted, small, strict=True)}
     return {
         row: tuple(dataclasses.replace(near, thumbnail=made.get(digest)) for near, digest in found)

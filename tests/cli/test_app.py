@@ -241,7 +241,8 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     model, curves = photos / "ft", photos / "ft.curves.png"  # among the photos, where it must not become one
     code, out, err = run("finetune", photos, "--init", start, "-o", model, *QUICK, "--json")
     assert (code, last_json(out)["epochs"]) == (0, 1)
-    assert err.endswith(f"  curves in {curves}\n")
+    assert err.endswith(f"  curves in {curves}\n  report in {photos / 'ft.report.html'}\n")
+    assert "data:image/webp" in (photos / "ft.report.html").read_text()  # of val, found by their digests
     with Image.open(curves) as image:
         assert (image.format, image.text["Software"]) == ("PNG", "featcache")
     assert not list(model.glob("*.png"))
@@ -268,7 +269,7 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     assert "val: frozen head" in out
     assert out.endswith("metrics.json and history.csv\n")
     remedy = "figures need matplotlib: pip install 'featcache[report]'"
-    assert err.endswith(f"no curves of {tmp_path / 'ft'}: {remedy}\n")
+    assert f"no curves of {tmp_path / 'ft'}: {remedy}\n" in err
     assert (tmp_path / "ft" / "history.csv").is_file()
 
 

@@ -20,7 +20,7 @@ from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
 from featcache.errors import BackboneError, ModelError, SpecMismatchError, UsageError
 from featcache.extraction.extract import extract, weights_copy
-from featcache.extraction.request import ExtractRequest, RequestOptions
+from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, preprocessing_of
 from featcache.finetuning.finetune import finetune
 from featcache.finetuning.pixels import training_input
 from featcache.heads.head import FittedHead
@@ -269,3 +269,28 @@ def test_a_path_is_a_name(photos: Path, tmp_path: Path, tune) -> None:
     model = tune()
     extract(photos, tmp_path / "f.h5", backbone=Path(model))
     assert load_model(model).spec == FeatureCache.open(tmp_path / "f.h5").spec
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"crop": 36, "white_level": 4095},
+        {"resize": (50, 60), "interpolation": "bicubic", "decode": "reduced"},
+        {"backbone": "timm/vit_tiny_patch16_224", "resize": None, "crop": None},
+        {"backbone": "vit_b_16", "resize": None, "crop": 96},
+        {"backbone": "timm/vit_small_patch14_reg4_dinov2.lvd142m", "resize": None, "crop": None},
+    ],
+)
+def test_preprocessing_is_known_without_weights(options: dict[str, Any]) -> None:
+    request = dataclasses.replace(TINY, **options)
+    found = preprocessing_of(dataclasses.replace(request, weights="auto"))
+    assert found == (request.backbone, load_requested(request, None).preprocess)
+
+
+@pytest.mark.parametrize("options", [{}, {"crop": 48}, {"interpolation": "bicubic"}])
+def test_preprocessing_of_a_model_is_known_without_weights(tune: Callable[..., Path], options: dict[str, Any]) -> None:
+    request = ExtractRequest(backbone=str(tune()), **options)
+    expected = load_requested(request, request.saved()).preprocess
+    (Path(request.backbone) / "backbone.safetensors").unlink()
+    assert preprocessing_of(request) == ("squeezenet1_1", expected)

@@ -140,6 +140,14 @@ def test_the_result_is_a_model_like_any_other(tune: Tuner, made: Path, tmp_path:
     assert [row.reason for row in found] == [""] * 5 and all(row.set is not None for row in found)
     held_out = model.training_rows().unseen()  # type: ignore[union-attr]
     assert held_out is not None and accuracy(held_out.labels, held_out.logits) == report.val_accuracy
+    answers = model.training_rows().compared  # type: ignore[union-attr]
+    head, tuned = answers.head == answers.labels, answers.tuned == answers.labels  # of val, then of test
+    for split, rows in (("val", slice(None, held_out.labels.size)), ("test", slice(held_out.labels.size, None))):
+        facts = metrics["comparison"][split]
+        assert (head[rows].mean(), tuned[rows].mean()) == (facts["head_accuracy"], facts["tuned_accuracy"])
+        assert [int((tuned & ~head)[rows].sum()), int((head & ~tuned)[rows].sum())] == [
+            facts["only_second_right"], facts["only_first_right"]
+        ]  # fmt: skip
 
 
 def test_old_caches_belong_to_other_weights_and_new_ones_can_be_made(tune: Tuner, made: Path, tmp_path: Path) -> None:

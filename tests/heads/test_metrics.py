@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
+from sklearn.calibration import calibration_curve
 
 from featcache.heads.head import softmax
 from featcache.heads.metrics import (
     accuracy_interval,
     answer_curve,
+    calibration_error_by_chance,
     evaluate_probabilities,
     expected_calibration_error,
     mcnemar,
+    reliability,
     score_answers,
     score_sets,
     standard_error,
@@ -186,3 +189,28 @@ def test_the_surest_rows_come_first() -> None:
     ]
     assert [point["least_probability"] for point in curve] == pytest.approx([sure[20 - point["n"]] for point in curve])
     assert [point["n"] for point in answer_curve(np.zeros(1, int), probabilities[:1])] == [1] * 7
+
+
+def test_reliability_is_that_of_scikit_learn_and_makes_up_the_error() -> None:
+    rng = np.random.default_rng(0)
+    y, probabilities = rng.integers(0, 4, 800), softmax(2 * rng.normal(size=(800, 4)))
+    right, confidence = probabilities.argmax(axis=1) == y, probabilities.max(axis=1)
+    bins = reliability(y, probabilities)
+    accuracies, means = calibration_curve(right, confidence, n_bins=15)
+    assert [entry["accuracy"] for entry in bins] == pytest.approx(accuracies)
+    assert [entry["confidence"] for entry in bins] == pytest.approx(means)
+    assert [entry["n"] for entry in bins] == [n for n in np.histogram(confidence, 15, (0, 1))[0] if n]
+    error = sum(entry["n"] * abs(entry["accuracy"] - entry["confidence"]) for entry in bins) / 800
+    assert error == pytest.approx(expected_calibration_error(y, probabilities))
+
+
+@pytest.mark.parametrize("n", [60, 4000])
+def test_a_calibrated_model_errs_by_chance(n: int) -> None:
+    rng = np.random.default_rng(1)
+    probabilities = softmax(2 * rng.normal(size=(n, 3)))
+    errors = []
+    for _ in range(300):  # labels as probable as the model says
+        y = (probabilities.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1)
+        errors.append(expected_calibration_error(y, probabilities))
+    assert calibration_error_by_chance(probabilities) == pytest.approx(np.mean(errors), rel=0.08)
+    assert calibration_error_by_chance(np.eye(2)) == 0

@@ -19,7 +19,7 @@ from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
-from featcache.models.training_rows import HeldOut, TrainingRows
+from featcache.models.training_rows import Compared, HeldOut, TrainingRows
 
 N = 90
 LABELS, SPLITS = np.arange(N) % 3, np.repeat([1, 2, 3], 30)
@@ -146,3 +146,16 @@ def test_held_out_rows_travel_along_and_count_once() -> None:
         broken = dataclasses.replace(plain, held_out=dataclasses.replace(held_out, **changes))
         with pytest.raises(ModelError, match=words):
             TrainingRows.from_bytes(broken.to_bytes())
+
+
+def test_answers_of_two_models_survive_and_are_checked() -> None:
+    answers = np.arange(4, dtype=np.int64)
+    compared = Compared(np.arange(128, dtype=np.uint8).reshape(4, 32), answers, answers[::-1].copy(), answers + 1)
+    rows = TrainingRows(np.ones((2, 32), np.uint8), np.zeros(2, np.int64), compared=compared)
+    again = TrainingRows.from_bytes(rows.to_bytes()).compared
+    assert again is not None
+    assert all(np.array_equal(value, getattr(again, name)) for name, value in vars(compared).items())
+    for change in ({"head": answers[:3]}, {"tuned": answers.astype(np.int32)}, {"labels": answers.reshape(2, 2)}):
+        damaged = dataclasses.replace(rows, compared=dataclasses.replace(compared, **change)).to_bytes()
+        with pytest.raises(ModelError, match="answers of other rows"):
+            TrainingRows.from_bytes(damaged)

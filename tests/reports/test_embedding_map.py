@@ -20,8 +20,8 @@ from featcache.errors import SourceError, UsageError
 from featcache.extraction.extract import extract
 from featcache.models.fit import fit_head
 from featcache.reports.cards import Card, cards_data
-from featcache.reports.charts import figure_file
 from featcache.reports.embedding_map import Mapped, map_chart, map_section, order_wall
+from featcache.reports.figures import figure_file
 from featcache.reports.projection import Projection
 from featcache.reports.report import report
 

@@ -15,6 +15,7 @@ from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.heads.head import FittedHead, Head
 from featcache.models.model import save_model
+from featcache.models.training_rows import Compared, HeldOut, TrainingRows
 
 CLASSES_DIM = 12  # of ``make_classes``
 
@@ -70,4 +71,48 @@ def save_head(path: Path, head: Head, classes: tuple[str, ...], number: int) -> 
     facts: dict[str, Any] = {"weights": {"source": "x", "reload": None}, "metrics": {"accuracy": 0.5}}
     fitted = FittedHead(head, (), {}, [])
     save_model(path, fitted, classes=classes, spec=SPEC, training={"number": number}, **facts)
+    return path
+
+
+HISTORY: list[dict[str, Any]] = [
+    {"epoch": 1, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 0.9, "val_accuracy": 0.6},
+    {"epoch": 2, "train_loss": 0.5, "train_accuracy": 0.8, "val_loss": None, "val_accuracy": None},
+    {"epoch": 3, "train_loss": 0.2, "train_accuracy": 0.9, "val_loss": 0.7, "val_accuracy": 0.75},
+]
+COMPARISON = {
+    "n": 6,
+    "head_accuracy": 0.5,
+    "tuned_accuracy": 4 / 6,
+    "only_second_right": 2,
+    "only_first_right": 1,
+    "p_value": 1.0,
+}
+
+
+def save_tuned(path: Path) -> Path:
+    """What a fine-tuning leaves: three epochs; answers to six val images, of which it won 4 and 5, and lost 2."""
+    digests = np.arange(6 * 32, dtype=np.uint8).reshape(6, 32)
+    labels, head, answers = np.array([0, 1, 0, 1, 0, 1]), np.array([0, 1, 0, 0, 1, 0]), np.array([0, 1, 1, 0, 0, 1])
+    rows = TrainingRows(
+        np.ones((3, 32), np.uint8),
+        np.zeros(3, np.int64),
+        held_out=HeldOut(digests, labels, np.eye(2)[answers].astype(np.float32)),
+        compared=Compared(digests, labels, head, answers),
+    )
+    save_model(
+        path,
+        FittedHead(Head("linear", "none", np.zeros(3), np.ones(3), ((np.eye(2, 3), np.zeros(2)),)), (), {}, []),
+        classes=("a", "b"),
+        spec=SPEC,
+        weights={"source": "", "reload": None},
+        training={"recipe": "gradual", "best_epoch": 3},
+        metrics={
+            "history": HISTORY,
+            "head_val_accuracy": 0.5,
+            "comparison": {"val": COMPARISON},
+            "report": {"verdict": "it is so"},
+        },
+        rows=rows,
+        finetuned=True,
+    )
     return path

@@ -108,7 +108,7 @@ def make_charts(names: list[str]) -> list[charts.Chart]:
         charts.reliability(bins, better, caption="On the diagonal, probabilities mean what they say."),
         charts.lines([charts.Series("val", sizes, accuracy, **band)], title="Learning curve", x_label="training images", y_label="accuracy", log_x=True, percent_y=True, caption="More images still help."),
         charts.lines([charts.Series(name, range(1, 13), [1 / (k + s) for k in range(1, 13)]) for s, name in ((1, "train"), (1.3, "val"), (1.4, names[0]))], title="Loss", x_label="epoch", y_label="loss (nats)", mark=(7, "best epoch 7")),
-        charts.coverage(shares.tolist(), (1 - 0.08 * shares**2).tolist(), caption="What is left when the least sure are not answered."),
+        charts.lines([charts.Series("accuracy", shares.tolist(), (1 - 0.08 * shares**2).tolist())], title="Coverage against accuracy", x_label="share answered", y_label="accuracy", percent_x=True, percent_y=True, points=False, caption="What is left when the least sure are not answered."),
         charts.histogram(np.geomspace(1e3, 1e7, 25).tolist(), counts.astype(int).tolist(), title="File sizes", x_label="size", log_x=True, x_text=bytes_text, mark=(1e5, "median")),
     ]  # fmt: skip
 

@@ -82,7 +82,7 @@ const items = list ? all(":scope > .card", list) : [];
 const form = find("form.controls");
 let shown = items.map((_, row) => row); // rows, in their order; other cards are out of the document
 let beyond = []; // the same of rows that have no card: a map has them, and lists of paths
-const AT_ONCE = 120; // cards: what follows the list stays within reach
+const AT_ONCE = 60; // cards: what follows the list stays within reach
 const more = list ? element("button", { type: "button", className: "more" }) : null;
 let most = AT_ONCE;
 
@@ -133,7 +133,8 @@ function place() {
   const wanted = shown.slice(0, most).map((row) => items[row]);
   if (wanted.length !== list.children.length || wanted.some((item, k) => item !== list.children[k])) list.replaceChildren(...wanted);
   more.hidden = shown.length <= most;
-  more.textContent = `Show ${Math.min(shown.length - most, 4 * AT_ONCE).toLocaleString("en")} more of ${(shown.length - most).toLocaleString("en")}`;
+  const rest = shown.length - most;
+  more.textContent = rest > 4 * AT_ONCE ? `Show ${4 * AT_ONCE} more of ${rest.toLocaleString("en")}` : `Show the other ${rest.toLocaleString("en")}`;
 }
 list?.after(more);
 more?.addEventListener("click", () => {
@@ -292,10 +293,10 @@ for (const button of all("[data-export]")) {
 
 /* ---- Confusion matrix: counts, or shares of rows or columns; of many classes a part, drawn as Python draws it */
 const matrix = find("table.matrix");
-for (const button of all("[data-by]:not(table)")) {
+for (const button of all("button[data-by]")) {
   button.addEventListener("click", () => {
     matrix.dataset.by = button.dataset.by;
-    for (const other of all("[data-by]:not(table)")) other.ariaPressed = String(other === button);
+    for (const other of all("button[data-by]")) other.ariaPressed = String(other === button);
   });
 }
 
@@ -307,7 +308,11 @@ function drawMatrix(numbers) {
   const at = new Map(triples.map((cell) => [cell[0] + "," + cell[1], cell[2]]));
   const highest = (hit) => Math.max(1, ...triples.filter(([i, j]) => (i === j) === hit).map((cell) => cell[2]));
   const tops = [highest(false), highest(true)];
-  const name = (number) => named(cards.classes[number]);
+  const name = (number) => { // as Python's middle_out
+    const whole = printable(cards.classes[number]);
+    const letters = [...whole];
+    return element("bdi", { title: whole }, letters.length > 24 ? letters.slice(0, 11).join("") + "…" + letters.slice(-12).join("") : whole);
+  };
   const cell = (i, j) => {
     const n = at.get(i + "," + j);
     if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));

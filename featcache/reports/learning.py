@@ -169,6 +169,7 @@ def learning_section(subject: Subject) -> Section | None:
         "charts": [learning_chart(curve, doubling)],
         "words": _worth(curve, doubling),
         "notes": _how(curve, judges, model),
+        "foretold": doubling.gain is not None,
     }
     return Section("learning", title, "section_charts.html", context, "Learning curve")
 

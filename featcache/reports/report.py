@@ -205,8 +205,10 @@ def _sections(
     subject: Subject, data: dict[str, Any], *, against: tuple[Model, Array] | None, map: Method
 ) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
+    learning = learning_section(subject)
+    foretold = learning is not None and learning.context.get("foretold")
     found = [
-        _summary(subject),
+        _summary(subject, learning=learning.context["words"] if learning and foretold else ""),
         confusion_section(subject, data),
         classes_section(subject),
         None if against is None else comparison_section(subject, *against, data),
@@ -215,14 +217,14 @@ def _sections(
         _pictures(subject),
         calibration_section(subject.scores),
         choice_section(subject),
-        learning_section(subject),
+        learning,
         training_section(subject),
         provenance_section(subject),
     ]
     return [section for section in found if section is not None]
 
 
-def _summary(subject: Subject) -> Section:
+def _summary(subject: Subject, *, learning: str) -> Section:
     scores = subject.scores
     name, share = largest_class(subject)
     interval = (
@@ -246,7 +248,7 @@ def _summary(subject: Subject) -> Section:
         notes.append(
             f"Settings of the head were chosen on these images, too: corrected for that choice, the estimate is {percent_text(estimate)}."
         )
-    context = {"tiles": tiles, "advice": advise(subject), "notes": notes}
+    context = {"tiles": tiles, "advice": advise(subject, learning=learning), "notes": notes}
     return Section("summary", "In short", "report_summary.html", context)
 
 

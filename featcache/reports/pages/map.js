@@ -24,7 +24,7 @@ const there = Int32Array.from({ length: N }, (_, row) => row).filter((row) => X[
 const pictureOf = (row) => (row < items.length ? find("img", items[row])?.src : known.pictures[row - items.length]);
 
 /* ---- Colours: five, as discs and as squares; what is not among the most frequent is grey */
-const by = find("[data-by]", box);
+const by = find("[data-colour]", box);
 const legend = find(".legend", box);
 const tint = new Uint8Array(N);
 let places = []; // [text, row]: where the name of a class stands
@@ -287,7 +287,7 @@ function within(polygon, [x, y]) {
 /* ---- Pointing: the picture and what is known of it */
 const tip = find(".tip", box);
 function point(row, { spoken = false } = {}) {
-  if (row === here && !spoken) return;
+  if (row === here && !spoken && tip.hidden === row < 0) return;
   tiles.get(here)?.classList.remove("here");
   here = row;
   tiles.get(here)?.classList.add("here");
@@ -319,7 +319,7 @@ selection.on((it) => {
   for (const name of ["show", "none"]) find(`[data-tool="${name}"]`, box).hidden = !it.rows;
   for (const [row, tile] of tiles) tile.classList.toggle("dim", !it.has(row));
   const first = it.rows ? onWall.find((row) => it.has(row)) : undefined;
-  if (first !== undefined && !wall.contains(document.activeElement)) wall.scrollTop = tiles.get(first).offsetTop - wall.offsetTop - 3;
+  if (first !== undefined && !wall.contains(document.activeElement)) wall.scrollTop = tiles.get(first).parentElement.offsetTop - wall.offsetTop - 3;
   paint();
 });
 
@@ -440,7 +440,7 @@ wall?.addEventListener("pointerleave", () => point(-1));
 wall?.addEventListener("keydown", (event) => {
   const all = [...tiles.values()];
   const at = all.indexOf(event.target.closest("button"));
-  const across = Math.max(1, all.findIndex((tile) => tile.offsetTop > all[0].offsetTop));
+  const across = Math.max(1, all.findIndex((tile) => tile.parentElement.offsetTop > wall.firstChild.offsetTop));
   const to = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + across, ArrowUp: at - across, Home: 0, End: all.length - 1 }[event.key];
   if (to === undefined || at < 0) return;
   event.preventDefault();

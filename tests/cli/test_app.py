@@ -241,7 +241,7 @@ def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, m
     model, curves = photos / "ft", photos / "ft.curves.png"  # among the photos, where it must not become one
     code, out, err = run("finetune", photos, "--init", start, "-o", model, *QUICK, "--json")
     assert (code, last_json(out)["epochs"]) == (0, 1)
-    assert err.endswith(f"  curves in {curves}\n  report in {photos / 'ft.report.html'}\n")
+    assert f"  curves in {curves}\n  report in {photos / 'ft.report.html'}\n" in err
     assert "data:image/webp" in (photos / "ft.report.html").read_text()  # of val, found by their digests
     with Image.open(curves) as image:
         assert (image.format, image.text["Software"]) == ("PNG", "featcache")

@@ -25,7 +25,9 @@ SIZES, DRAWS = 8, 5
 _LEAST, _LEAST_OF_CLASS, _LEAST_SHARE = 10, 2, 1 / 32  # images of the smallest size: in all, per class, of all
 _LEAST_SPAN = 4  # the largest size by the smallest
 _MOST_VALUES = 2**24  # of features that train: 13,000 images of 1,280
+_MOST_PRODUCTS = 2**30  # of images, values and classes: half a minute on two cores
 _Z = 1.959963984540054
+_TOLERANCE = 1e-5  # of solutions: rows on the border count here
 _EXPONENTS = np.linspace(0.05, 2, 391)
 _RESAMPLES = 400
 _EXPLAINED = 0.9  # of the points' variance, by a law that is worth a forecast
@@ -47,6 +49,11 @@ class LearningCurve:
     pool: int
     held_out: bool
     total: int
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the pool is a random part of the images, to save time."""
+        return self.pool < self.total * (0.75 if self.held_out else 1)
 
     @property
     def accuracies(self) -> Array:
@@ -138,7 +145,7 @@ def learning_curve(
         most_values: of features that train; of more, a random part is the pool.
 
     Raises:
-        SourceError: too few images.
+        SourceError: too few images, or so many classes that it would take minutes.
     """
     generator = np.random.default_rng(seed)
     images = np.unique(copies)
@@ -150,10 +157,10 @@ def learning_curve(
         everything, labels = rows, y
         parts = stratified_folds(y, copies, folds=draws, seed=seed)
     orders = [nested_order(y[train], copies[train], generator) for train, _ in parts]
-    pool = min(min(map(len, orders)), most_values // features.shape[1])
+    pool = _pool(min(map(len, orders)), features.shape[1], int(y.max()) + 1, most_values=most_values)
     steps = curve_sizes(pool, int(y.max()) + 1, sizes)
     X = features[everything].astype(np.float32, copy=False)
-    solver = Solver(X, labels, grid=(C,), scalings=(scaling,), balanced=balanced)
+    solver = Solver(X, labels, grid=(C,), scalings=(scaling,), balanced=balanced, tolerance=_TOLERANCE)
     right = np.full((len(steps), draws, len(labels)), np.nan, np.float32)
 
     def one(job: tuple[int, int]) -> None:
@@ -169,6 +176,14 @@ def learning_curve(
         list(workers.map(one, jobs))
     judged = np.unique(np.concatenate([held_out for _, held_out in parts]))
     return LearningCurve(steps, right[:, :, judged], pool, judges is None, len(images))
+
+
+def _pool(images: int, dim: int, classes: int, *, most_values: int) -> int:
+    """How many of the images are drawn from. Raises SourceError: what takes seconds would be too few for so many classes."""
+    most = min(most_values // dim, _MOST_PRODUCTS // (dim * classes))
+    if images > most and most < _LEAST_SPAN * _LEAST_OF_CLASS * classes:
+        raise SourceError(f"one of {classes:,} classes and {dim:,} values would take minutes")
+    return min(images, most)
 
 
 def curve_sizes(images: int, classes: int, count: int = SIZES) -> Indices:
@@ -221,8 +236,9 @@ def forecast(curve: LearningCurve, *, seed: int = 0) -> Doubling:
     """What twice the images of the last size would be worth.
 
     The law is fitted by least squares, points weighed by their standard errors; the interval is that of fits to resampled
-    draws and judges (Owen 2007). No forecast is made where the curve does not rise beyond its noise, the law explains less
-    than nine tenths of the points' variance, or it would not have foretold the last point from those of half its size.
+    draws and judges (Owen 2007). No forecast is made where the pool is a part of the images, the curve does not rise beyond its
+    noise, the law explains less than nine tenths of the points' variance, or it would not have foretold the last point from
+    those of half its size.
     """
     sizes, errors = curve.sizes.astype(np.float64), 1 - curve.accuracy
     noise = np.maximum(curve.standard_error, 1e-6)
@@ -234,7 +250,8 @@ def forecast(curve: LearningCurve, *, seed: int = 0) -> Doubling:
     gains = -np.diff(power_law(fit_power_law(sizes, resampled, 1 / noise**2), ends))[:, 0]
     gain = float(-np.diff(power_law(law, ends))[0, 0])
     low, high = np.quantile(gains, (0.025, 0.975)).tolist()
-    refused = _why_not(sizes, errors, resampled, noise=noise, explained=explained)
+    refused = f"the curve ends before all {curve.total:,} training images, to save time" if curve.sampled else ""
+    refused = refused or _why_not(sizes, errors, resampled, noise=noise, explained=explained)
     floor, factor, exponent = law[0].tolist()
     return Doubling(
         size=2 * int(curve.sizes[-1]),

@@ -11,6 +11,7 @@ from featcache.reports.numbers import count_text, number_text, percent_text
 from featcache.reports.page import Section
 
 Scores = Mapping[str, Any]
+_FEW = 5  # errors, below which the curve is no ground for advice
 
 
 def calibration_section(scores: Scores) -> Section:
@@ -85,7 +86,7 @@ def _advice(scores: Scores) -> tuple[str, str] | None:
     curve = scores["answer_curve"]
     wrong, n = _wrong(curve[0]), curve[0]["n"]
     for point in curve[1:]:
-        if wrong and 2 * _wrong(point) * n <= wrong * point["n"]:
+        if wrong >= _FEW and 2 * _wrong(point) * n <= wrong * point["n"]:
             least = point["least_probability"]
             words = (
                 f"Leaving the {count_text(scores['n'] - point['n'])} least sure images to people, those whose answer is less "

@@ -17,6 +17,7 @@ from featcache.errors import FeatcacheError, SourceError
 from featcache.heads.head import Array, Indices
 from featcache.heads.learning_curve import Doubling, LearningCurve, forecast, learning_curve
 from featcache.heads.validation import EQUAL_LOSSES, good_enough
+from featcache.images.splits import training_images
 from featcache.models.model import METRICS, Model
 from featcache.models.training_rows import TrainingRows
 from featcache.reports import charts
@@ -29,6 +30,7 @@ from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")
 Curve = Sequence[Mapping[str, Any]]
+_LITTLE = 0.001  # of accuracy, that is not worth a figure
 _ON_TRAIN = (
     "On train of augmented images and as the loss is trained, on val of images as they are: compare each with itself."
 )
@@ -129,7 +131,7 @@ def why_chosen(curve: Curve, chosen: tuple[str, float], n: int) -> str:
     if own is None:
         return ""
     words = (
-        f"{len(good)} of {len(curve)} settings lie within one standard error ({100 * (best - least):.1f} points on "
+        f"{len(good)} of {len(curve)} settings lie within one standard error ({_points(best - least)} points on "
         f"{count_text(n)} different images) of the best cross-validated accuracy, {percent_text(best)}. Of these "
     )
     taken = f"C {chosen[1]:g} with scaling {chosen[0]}"
@@ -150,16 +152,18 @@ def why_chosen(curve: Curve, chosen: tuple[str, float], n: int) -> str:
 def learning_section(subject: Subject) -> Section | None:
     """Accuracy against the number of training images, from fits on parts of them; takes seconds.
 
-    None for a quick report, for a fine-tuned model, whose features have seen all training images, and without a cache.
+    None for a quick report, for a fine-tuned model, whose features have seen all training images, for heads that are not
+    logistic regressions, and without a cache.
     """
     model, cache = subject.model, subject.cache
     if subject.quick or cache is None or model.manifest.get("finetuned") or model.head.kind != "logreg":
         return None
+    title = "Would more images help?"
     try:
         curve, judges = _fit_curve(model, cache)
     except FeatcacheError as error:
         context: dict[str, Any] = {"charts": [], "words": f"There is no learning curve: {error}."}
-        return Section("learning", "Would more images help?", "section_charts.html", context, "Learning curve")
+        return Section("learning", title, "section_charts.html", context, "Learning curve")
     doubling = forecast(curve)
     context = {
         "charts": [learning_chart(curve, doubling)],
@@ -167,7 +171,7 @@ def learning_section(subject: Subject) -> Section | None:
         "notes": _how(curve, judges, model),
         "foretold": doubling.gain is not None,
     }
-    return Section("learning", "Would more images help?", "section_charts.html", context, "Learning curve")
+    return Section("learning", title, "section_charts.html", context, "Learning curve")
 
 
 def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
@@ -176,11 +180,10 @@ def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
     position = {name: number for number, name in enumerate(model.classes)}
     own = np.array([position.get(name, -1) for name in cache.classes])
     y = np.where(cache.y >= 0, own[cache.y], -1)
-    trains = (y >= 0) & (np.ones(len(y), bool) if known is None else known.contain(cache.rows.digests))
-    if known is None and (cache.rows.splits == 1).any():
-        trains &= cache.rows.splits == 1
-    rows = np.flatnonzero(trains)
-    split, judges = _judges(cache, (y >= 0) & ~trains)
+    seen = np.zeros(len(y), bool) if known is None else known.contain(cache.rows.digests)
+    trains, _ = training_images(y, cache.rows.splits)
+    rows = np.flatnonzero(trains if known is None else trains & seen)
+    split, judges = _judges(cache, (y >= 0) & ~seen)
     if (missing := np.setdiff1d(np.arange(len(model.classes)), y[rows])).size:
         raise SourceError(f"{cache.path} holds no training image of {model.classes[missing[0]]}")
     cache.check_finite(np.concatenate([rows, judges]))
@@ -200,7 +203,7 @@ def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
 
 
 def _judges(cache: FeatureCache, free: Array) -> tuple[str, Indices]:
-    """The split that judges, and its rows that training has not seen; empty where there are none."""
+    """The split that judges, and its ``free`` rows, (N,) bool: those that training has not seen; empty where there are none."""
     for name, split in (("test", 3), ("val", 2)):
         rows = np.flatnonzero(free & (cache.rows.splits == split))
         if len(rows):
@@ -238,6 +241,8 @@ def _worth(curve: LearningCurve, doubling: Doubling) -> str:
     last = f"{percent_text(float(curve.accuracy[-1]))} with {count_text(curve.sizes[-1])} training images"
     if doubling.gain is None or doubling.low is None or doubling.high is None:
         return f"Accuracy is {last}. What twice as many would be worth is not foretold: {doubling.refused}."
+    if doubling.high < _LITTLE:
+        return f"Accuracy is {last}; twice as many would be worth less than {100 * _LITTLE:g} points, if the power law holds."
     return (
         f"Accuracy is {last}; twice as many, {count_text(doubling.size)}, would be worth about {_points(doubling.gain)} points "
         f"more ({_points(doubling.low)} to {_points(doubling.high)}), if the power law that explains "
@@ -246,7 +251,7 @@ def _worth(curve: LearningCurve, doubling: Doubling) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:.1f}" if abs(share) >= 0.001 else f"{100 * share:.2f}"
+    return f"{100 * share:.1f}" if abs(share) >= _LITTLE else f"{100 * share:.2f}"
 
 
 def _how(curve: LearningCurve, judges: str, model: Model) -> str:
@@ -262,7 +267,7 @@ def _how(curve: LearningCurve, judges: str, model: Model) -> str:
     return (
         f"{steps} sizes, {draws} random draws each, classes in proportion, copies of an image together; judged by {who}. C stays "
         f"{training['C']:g}, scaling {training['scaling']}, as chosen on all training images: chosen anew for few images it "
-        f"might do a little better there.{some if judges and curve.pool < curve.total else ''} Method: Viering and Loog (2022), "
+        f"might do a little better there.{some if curve.sampled else ''} Method: Viering and Loog (2022), "
         "The shape of learning curves; intervals: Owen (2007), The pigeonhole bootstrap; law: error = a + b / n^c, Cortes and "
         "others (1993)."
     )

@@ -72,6 +72,7 @@ def test_every_setting_is_drawn_and_the_choice_explained(fitted: Path) -> None:
 
 ROWS = [
     {"scaling": "none", "C": 0.1, "accuracy": 0.905, "log_loss": 0.302},
+    {"scaling": "none", "C": 0.3, "accuracy": 0.91, "log_loss": 0.301},
     {"scaling": "none", "C": 1.0, "accuracy": 0.91, "log_loss": 0.3},
     {"scaling": "unit", "C": 1.0, "accuracy": 0.92, "log_loss": 0.32},
     {"scaling": "unit", "C": 10.0, "accuracy": 0.7, "log_loss": 0.2},
@@ -86,6 +87,7 @@ ROWS = [
             "C 1 with scaling none has the lowest log loss, 0.3; C 0.1 with scaling none equals it to 0.005 nats",
         ),
         (("none", 1.0), "Of these C 1 with scaling none has the lowest log loss, 0.3."),
+        (("none", 0.3), "the model uses C 0.3 with scaling none"),
         (("unit", 10.0), "the model uses C 10 with scaling unit"),
         (("unit", 5.0), ""),
     ],
@@ -95,7 +97,7 @@ def test_why(chosen: tuple[str, float], says: str) -> None:
     assert says in words
     assert bool(words) == bool(says)
     assert not words or words.startswith(
-        "3 of 4 settings lie within one standard error (1.9 points on 200 different images)"
+        "4 of 5 settings lie within one standard error (1.9 points on 200 different images)"
     )
 
 

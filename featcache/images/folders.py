@@ -19,6 +19,7 @@ from featcache.system.workdir import is_work_folder
 
 log = logging.getLogger("featcache")
 _METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
+_BESIDE = (".curves.png", ".train.png", ".val.png", ".test.png", ".all.png")  # curves and contact sheets of models
 _HIDDEN, _OWN, _OTHERS = "hidden or system files and folders", "what featcache made", "files that are no images"
 
 
@@ -133,9 +134,10 @@ class _Walk:
         return False
 
     def _takes(self, file: "os.DirEntry[str]") -> bool:
-        """Images, but the curves that featcache draws beside a model."""
+        """Images, but what featcache draws beside a model."""
         suffix = _suffix(file.name)
-        if file.name.endswith(".curves.png") and os.path.lexists(f"{file.path.removesuffix('.curves.png')}/model.json"):
+        drawn = file.name.endswith(_BESIDE) and file.path.rsplit(".", 2)[0]
+        if drawn and os.path.lexists(f"{drawn}/model.json"):
             self.passed[_OWN, file.name] += 1
         elif suffix in IMAGE_SUFFIXES or holds_an_image(file):
             return True

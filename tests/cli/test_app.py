@@ -234,15 +234,17 @@ def test_flat_folder_can_be_embedded_but_not_fitted(tmp_path: Path, run) -> None
 
 def test_curves_are_drawn_beside_the_model(trained: Path, tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     photos, start = trained / "photos", trained / "m"
-    write_photo(photos / "red" / "a.curves.png", COLOURS["red"], 1)  # a photo like any other
+    for name in ("a.curves.png", "a.val.png"):  # photos like any other
+        write_photo(photos / "red" / name, COLOURS["red"], 1)
     before = list_images(photos).paths
-    assert "red/a.curves.png" in before
+    assert {"red/a.curves.png", "red/a.val.png"} < {*before}
 
     model, curves = photos / "ft", photos / "ft.curves.png"  # among the photos, where it must not become one
     code, out, err = run("finetune", photos, "--init", start, "-o", model, *QUICK, "--json")
     assert (code, last_json(out)["epochs"]) == (0, 1)
-    assert err.endswith(f"  curves in {curves}\n  report in {photos / 'ft.report.html'}\n")
-    assert "data:image/webp" in (photos / "ft.report.html").read_text()  # of val, found by their digests
+    report, sheet = photos / "ft.report.html", photos / "ft.val.png"
+    assert err.endswith(f"  curves in {curves}\n  report in {report}\n  contact sheet in {sheet}\n")
+    assert "data:image/webp" in report.read_text()  # of val, found by their digests
     with Image.open(curves) as image:
         assert (image.format, image.text["Software"]) == ("PNG", "featcache")
     assert not list(model.glob("*.png"))

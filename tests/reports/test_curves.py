@@ -113,20 +113,20 @@ def test_a_file_of_somebody_else_is_not_replaced(model: Path) -> None:
     curves = model.with_name("m.curves.png")
     Image.new("RGB", (3, 3)).save(curves)
     theirs = curves.read_bytes()
-    with pytest.raises(StorageError, match="was not drawn by featcache"):
+    with pytest.raises(StorageError, match="was not drawn by featcache|it is an empty folder"):
         draw_curves(model)
     assert curves.read_bytes() == theirs
     for make in (curves.mkdir, lambda: curves.symlink_to("nowhere"), lambda: os.mkfifo(curves)):
         curves.rmdir() if curves.is_dir() else curves.unlink()
         make()
-        with pytest.raises(StorageError, match="was not drawn by featcache"):
+        with pytest.raises(StorageError, match="was not drawn by featcache|it is an empty folder"):
             draw_curves(model)
 
 
 def test_a_model_without_a_history(model: Path) -> None:
     for text in ("{}", "[]", "no JSON", '{"history": [1], "head_val_accuracy": 0.5}'):
         (model / "metrics.json").write_text(text)
-        with pytest.raises(ModelError, match="holds no history of a fine-tuning"):
+        with pytest.raises(ModelError, match="holds no history"):
             draw_curves(model)
     with pytest.raises(ModelError, match="expected the folder of a model"):
         draw_curves(model.parent)

@@ -147,7 +147,8 @@ def test_zoom_keeps_what_is_under_the_pointer(browser: Any, made: MapPage) -> No
         page.wait_for_timeout(150)
         assert page.evaluate("scrollY") == before
         page.mouse.move(places[row][0] + 3, places[row][1])
-        assert f"{row}.jpg" == page.locator(".tip b").inner_text()
+        assert page.locator(".tip").is_visible()
+        assert page.locator(".tip b").inner_text() == f"{row}.jpg"
         page.get_by_role("button", name="Whole map").click()
 
 
@@ -158,15 +159,18 @@ def test_colours_and_classes(browser: Any, made: MapPage) -> None:
         page.select_option(".legend select", index=2)
         name = page.locator(".map-said output").inner_text()
         assert name.startswith(f"{COUNT // len(CLASSES)} of {COUNT + 2} selected")
-        page.select_option("[data-by]", "correct")
-        wrong = int((made.labels != made.predicted).sum())
+        page.select_option("[data-colour]", "correct")
+        mistakes = np.flatnonzero((made.labels != made.predicted) & (made.predicted >= 0))
+        wrong = len(mistakes)
         page.get_by_role("button", name=f"wrong {wrong}").click()
-        assert selected(page) == set(np.flatnonzero(made.labels != made.predicted).tolist())
+        assert selected(page) == set(mistakes.tolist())
         page.get_by_role("button", name=f"wrong {wrong}").click()
         assert page.evaluate("selection.rows") is None
-        page.select_option("[data-by]", "split")
+        page.select_option("[data-colour]", "split")
         page.get_by_role("button", name=f"train {COUNT - CARDS}").click()
         assert selected(page) == set(range(CARDS, COUNT))
+        page.evaluate("selection.set(rowsOf({label: 1}))")  # as a table of scores selects: what was scored
+        assert selected(page) == set(np.flatnonzero((made.labels == 1) & (made.predicted >= 0)).tolist())
         assert "more have no place in this list" in page.locator("form.controls output").inner_text()
 
 
@@ -202,6 +206,12 @@ def test_the_wall(browser: Any, made: MapPage) -> None:
         page.keyboard.press("Home")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowDown")
+        here = page.evaluate("(({left, top}) => [left, top])(document.activeElement.getBoundingClientRect())")
+        above = page.evaluate(
+            "(({left, top}) => [left, top])(document.querySelectorAll('.wall button')[1].getBoundingClientRect())"
+        )
+        assert here[0] == above[0]
+        assert here[1] > above[1]
         page.keyboard.press("ArrowUp")
         assert page.evaluate("[...document.querySelectorAll('.wall button')].indexOf(document.activeElement)") == 1
 

@@ -37,6 +37,7 @@ def make_map(
     middles = random.normal(size=(len(classes), 2)) * 6
     points = (middles[labels] + random.normal(size=(count, 2))).astype(np.float32)
     predicted = np.where(random.random(count) < 0.1, (labels + 1) % len(classes), labels)
+    predicted[count - count // 6 :] = -1  # rows that nobody scored
     small = [one.uri for one in thumbnails(pictures, size=64)] if pictures else []
     number = count if cards is None else cards
     made = [
@@ -44,8 +45,8 @@ def make_map(
             f"photos/{classes[labels[k]]}/{k}.jpg",
             small[k] if k < len(small) else None,
             label=classes[labels[k]],
-            predicted=classes[predicted[k]],
-            probabilities=((classes[predicted[k]], 0.9),),
+            predicted=None if predicted[k] < 0 else classes[predicted[k]],
+            probabilities=() if predicted[k] < 0 else ((classes[predicted[k]], 0.9),),
             split="val",
         )
         for k in range(number)

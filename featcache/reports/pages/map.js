@@ -24,7 +24,7 @@ const there = Int32Array.from({ length: N }, (_, row) => row).filter((row) => X[
 const pictureOf = (row) => (row < items.length ? find("img", items[row])?.src : known.pictures[row - items.length]);
 
 /* ---- Colours: five, as discs and as squares; what is not among the most frequent is grey */
-const by = find("[data-by]", box);
+const by = find("[data-colour]", box);
 const legend = find(".legend", box);
 const tint = new Uint8Array(N);
 let places = []; // [text, row]: where the name of a class stands
@@ -60,17 +60,22 @@ function recolour() {
     legend.append(element("li", {}, element("span", { className: "k0", ariaHidden: "true" }, "● "), list));
   }
   places = groups.size < 2 || key === "correct" || key === "split" ? [] : frequent.slice(0, 200).filter((value) => groups.get(value).length > 2)
-    .map((value) => [printable(shorten(name(value))), middleOf(groups.get(value))]);
+    .map((value) => [printable(shorten(name(value))), middleOf(groups.get(value)), groups.get(value)])
+    .filter(([, row, rows]) => groups.size <= 10 || spread(rows, row) < 0.4 * spread(there, middle));
   paint();
 }
 const shorten = (text, most = 30) => (text.length > most ? text.slice(0, most / 2 - 1) + "…" + text.slice(-most / 2 + 1) : text);
 
 /** Of some rows the one nearest to where most of them are. */
 function middleOf(rows) {
-  const median = (values) => rows.map((row) => values[row]).sort((a, b) => a - b)[rows.length >> 1];
+  const median = (values) => Int16Array.from(rows, (row) => values[row]).sort()[rows.length >> 1];
   const [x, y] = [median(X), median(Y)];
   return rows.reduce((best, row) => (Math.hypot(X[row] - x, Y[row] - y) < Math.hypot(X[best] - x, Y[best] - y) ? row : best));
 }
+
+/** Half of the rows are so near to one. Of many classes only those that lie together are named. */
+const spread = (rows, row) => Float64Array.from(rows, (each) => Math.hypot(X[each] - X[row], Y[each] - Y[row])).sort()[rows.length >> 1];
+const middle = middleOf([...there]);
 
 /* ---- Rows by cells of a grid, line by line: what is near is found without looking at all */
 const CELLS = Math.max(1, Math.min(256, Math.round(Math.sqrt(N / 2))));
@@ -287,7 +292,7 @@ function within(polygon, [x, y]) {
 /* ---- Pointing: the picture and what is known of it */
 const tip = find(".tip", box);
 function point(row, { spoken = false } = {}) {
-  if (row === here && !spoken) return;
+  if (row === here && !spoken && tip.hidden === row < 0) return;
   tiles.get(here)?.classList.remove("here");
   here = row;
   tiles.get(here)?.classList.add("here");
@@ -319,7 +324,7 @@ selection.on((it) => {
   for (const name of ["show", "none"]) find(`[data-tool="${name}"]`, box).hidden = !it.rows;
   for (const [row, tile] of tiles) tile.classList.toggle("dim", !it.has(row));
   const first = it.rows ? onWall.find((row) => it.has(row)) : undefined;
-  if (first !== undefined && !wall.contains(document.activeElement)) wall.scrollTop = tiles.get(first).offsetTop - wall.offsetTop - 3;
+  if (first !== undefined && !wall.contains(document.activeElement)) wall.scrollTop = tiles.get(first).parentElement.offsetTop - wall.offsetTop - 3;
   paint();
 });
 
@@ -440,7 +445,7 @@ wall?.addEventListener("pointerleave", () => point(-1));
 wall?.addEventListener("keydown", (event) => {
   const all = [...tiles.values()];
   const at = all.indexOf(event.target.closest("button"));
-  const across = Math.max(1, all.findIndex((tile) => tile.offsetTop > all[0].offsetTop));
+  const across = Math.max(1, all.findIndex((tile) => tile.parentElement.offsetTop > wall.firstChild.offsetTop));
   const to = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + across, ArrowUp: at - across, Home: 0, End: all.length - 1 }[event.key];
   if (to === undefined || at < 0) return;
   event.preventDefault();

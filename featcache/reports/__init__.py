@@ -10,7 +10,6 @@ stats.py              what a source of images holds, before any work
 stats_advice.py       what to do about it, in sentences
 stats_text.py         the same as text
 stats_page.py         the same as a page, in a folder with its numbers
-page.py         the same as a page, in a folder with its numbers
 scores.py             scores as text: intervals, which class is taken for which
 predictions_table.py  predictions as CSV or JSON lines
 report.py             the page about a model: its sections in order

@@ -21,7 +21,7 @@ _COMMANDS = {
     "finetune": "train training finetuning tune tuning transfer unfreeze",
     "predict": "infer inference classify label prediction run",
     "evaluate": "eval evaluation val validate test score scores metrics accuracy benchmark",
-    "report": "page html dashboard results visualize visualise confusion confusion-matrix errors mistakes plot plots",
+    "report": "page html dashboard results visualize visualise confusion confusion-matrix errors mistakes",
     "export": "convert onnx save deploy safetensors",
     "preview": "augment augmentation augmentations transforms",
     "stats": "statistics eda explore count analyze analyse summary",

@@ -91,7 +91,7 @@ def _matrix(subject: Subject, counts: Array, shown: Array) -> Matrix:
         why = f"{classes[i]}, recognised" if i == j else f"{classes[i]} taken for {classes[j]}"
         here = on_page.get((i, j), 0)
         if here < n:
-            why += f": {count_text(n)} images, {count_text(here)} of them on this page"
+            why += f": {count_text(n)} image{'s' * (n != 1)}, {count_text(here)} of them on this page"
         texts = percent_text(shares[1], 0), percent_text(shares[2], 0)
         return Cell(n, *texts, f"{'hit' if i == j else 'miss'} {levels}", {"label": i, "predicted": j}, why)
 

@@ -33,6 +33,7 @@ from featcache.system.display import middle_out, printable
 from featcache.system.path_kinds import AnyPath, as_path
 
 TINTS = 10  # that can be told apart: five colours, as discs and as squares; further classes are grey
+_NAMED = 200  # classes whose names may stand on the map, the most frequent ones
 _DRAWN = 4000  # points of the picture that is there without script
 _WIDE, _HIGHEST, _FLATTEST, _ROOM = 660, 660, 400, 24  # of that picture, and the room about its points
 _CARDS = 1200  # pictures of ``map``
@@ -317,9 +318,13 @@ def _named(x: Points, y: Points, names: Sequence[str]) -> list[Markup]:
     taken: list[tuple[float, float, float]] = []
     number = {name: k for k, name in enumerate(dict.fromkeys(names))}
     of_row = np.array([number[name] for name in names])  # an array of the names would cut NUL off their ends
-    for name, count in Counter(names).most_common(40):
+    _, spread = _middle(x, y)
+    for name, count in Counter(names).most_common(_NAMED):
         rows = np.flatnonzero(of_row == number[name])
-        middle = rows[((x[rows] - np.median(x[rows])) ** 2 + (y[rows] - np.median(y[rows])) ** 2).argmin()]
+        nearest, near = _middle(x[rows], y[rows])
+        middle = rows[nearest]
+        if len(number) > TINTS and near > 0.4 * spread:  # it lies all over the map
+            continue
         text = middle_out(printable(name), 24)
         at, up, wide = float(x[middle]), float(y[middle]), 7.5 * len(text)
         if count < 3 or any(abs(at - a) < (wide + w) / 2 and abs(up - b) < 16 for a, b, w in taken):
@@ -329,6 +334,12 @@ def _named(x: Points, y: Points, names: Sequence[str]) -> list[Markup]:
             Markup('<text class="place" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(at, up + 4, text)
         )
     return parts
+
+
+def _middle(x: Points, y: Points) -> tuple[int, float]:
+    """Which of some points is the nearest to where most of them are, and how near half of them are to it."""
+    nearest = int(((x - np.median(x)) ** 2 + (y - np.median(y)) ** 2).argmin())
+    return nearest, float(np.median(np.hypot(x - x[nearest], y - y[nearest])))
 
 
 def _colours(mapped: Mapped) -> list[tuple[str, str]]:

@@ -182,7 +182,7 @@ def test_a_head_s_held_out_tenth_is_named(tmp_path: Path) -> None:
     history = [{"epoch": k, "train_loss": 1 / k, "held_out_loss": 2 / k, "held_out_accuracy": k / 4} for k in (1, 2, 3)]
     (tmp_path / "m/metrics.json").write_text(json.dumps({"history": history}))
     loss, accuracy = training_charts(model)
-    assert {row[0] for row in loss.rows} == {"train", "held out"}
+    assert {row[0] for row in loss.rows} == {"train", "held out of train"}
     assert [row[2] for row in accuracy.rows] == ["25.0%", "50.0%", "75.0%"]
 
 

@@ -60,17 +60,22 @@ function recolour() {
     legend.append(element("li", {}, element("span", { className: "k0", ariaHidden: "true" }, "● "), list));
   }
   places = groups.size < 2 || key === "correct" || key === "split" ? [] : frequent.slice(0, 200).filter((value) => groups.get(value).length > 2)
-    .map((value) => [printable(shorten(name(value))), middleOf(groups.get(value))]);
+    .map((value) => [printable(shorten(name(value))), middleOf(groups.get(value)), groups.get(value)])
+    .filter(([, row, rows]) => groups.size <= 10 || spread(rows, row) < 0.4 * spread(there, middle));
   paint();
 }
 const shorten = (text, most = 30) => (text.length > most ? text.slice(0, most / 2 - 1) + "…" + text.slice(-most / 2 + 1) : text);
 
 /** Of some rows the one nearest to where most of them are. */
 function middleOf(rows) {
-  const median = (values) => rows.map((row) => values[row]).sort((a, b) => a - b)[rows.length >> 1];
+  const median = (values) => Int16Array.from(rows, (row) => values[row]).sort()[rows.length >> 1];
   const [x, y] = [median(X), median(Y)];
   return rows.reduce((best, row) => (Math.hypot(X[row] - x, Y[row] - y) < Math.hypot(X[best] - x, Y[best] - y) ? row : best));
 }
+
+/** Half of the rows are so near to one. Of many classes only those that lie together are named. */
+const spread = (rows, row) => Float64Array.from(rows, (each) => Math.hypot(X[each] - X[row], Y[each] - Y[row])).sort()[rows.length >> 1];
+const middle = middleOf([...there]);
 
 /* ---- Rows by cells of a grid, line by line: what is near is found without looking at all */
 const CELLS = Math.max(1, Math.min(256, Math.round(Math.sqrt(N / 2))));

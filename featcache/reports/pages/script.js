@@ -318,9 +318,9 @@ function drawMatrix(numbers) {
     if (!n) return element("td", {}, element("span", { className: "zero" }, "·"));
     const shares = { k: n / tops[Number(i === j)], r: n / sums[0].get(i), p: n / sums[1].get(j) };
     const level = (share) => Math.min(Math.floor(data.confusion.levels * Math.sqrt(share)), data.confusion.levels - 1);
-    const here = rowsOf({ label: i, predicted: j }).length;
+    const here = rowsOf({ label: i, predicted: j }).filter((row) => row < items.length).length; // others are on a map
     const why = (i === j ? `${cards.classes[i]}, recognised` : `${cards.classes[i]} taken for ${cards.classes[j]}`)
-      + (here < n ? `: ${n.toLocaleString("en")} images, ${here.toLocaleString("en")} of them on this page` : "");
+      + (here < n ? `: ${n.toLocaleString("en")} image${n === 1 ? "" : "s"}, ${here.toLocaleString("en")} of them on this page` : "");
     const button = element("button", { type: "button", "data-select": JSON.stringify({ label: i, predicted: j }) },
       ...["k", "r", "p"].map((by) => element("span", { className: by }, by === "k" ? n.toLocaleString("en") : percent(shares[by], 0))),
       element("span", { className: "said why" }, printable(why)));

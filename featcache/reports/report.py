@@ -214,11 +214,11 @@ def _sections(
         None if against is None else comparison_section(subject, *against, data),
         finetuned_section(subject),
         report_map(subject, data, method=map),
-        _pictures(subject),
         calibration_section(subject.scores),
         choice_section(subject),
         learning,
         training_section(subject),
+        _pictures(subject),  # behind the charts, for it is long; what selects pictures leads to them
         provenance_section(subject),
     ]
     return [section for section in found if section is not None]

@@ -50,7 +50,7 @@ def test_sort_and_filter(browser: Any, path: Path) -> None:
         cards = page.locator(".cards[data-main] > .card:not([hidden])")
         assert cards.count() == 11
         page.get_by_role("button", name="the mistakes").click()
-        assert cards.locator(".file").all_inner_texts() == ["blue.jpg"]
+        assert cards.locator(".file").all_text_contents() == ["blue.jpg"]
         cards.locator(".pic").press("Enter")
         facts = page.locator("dialog dl").inner_text()
         assert "red" in facts and "blue" in facts and "unfamiliar" in facts
@@ -58,7 +58,7 @@ def test_sort_and_filter(browser: Any, path: Path) -> None:
         page.keyboard.press("Escape")
         page.get_by_role("button", name="Show all").click()
         page.select_option("select[name=status]", label="refused (1)")
-        assert cards.locator(".file").all_inner_texts() == ["broken.jpg"]
+        assert cards.locator(".file").all_text_contents() == ["broken.jpg"]
         page.select_option("select[name=status]", "")
         page.select_option("select[name=sort]", "-unfamiliarity")
         shown = page.evaluate("shown.map((row) => cards.unfamiliarity[row])")

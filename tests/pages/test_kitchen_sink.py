@@ -78,7 +78,7 @@ def test_filters_and_sorts(browser: Any, path: Path) -> None:
     with opened(browser, path) as page:
         for key, decreasing in (("-probability", True), ("probability", False)):
             page.select_option("select[name=sort]", key)
-            texts = page.locator(".card:not([hidden]) .pic + p").all_inner_texts()
+            texts = page.locator(".card:not([hidden]) .pic + p").all_text_contents()
             values = [float(found[1]) for text in texts if (found := re.search(r"([\d.]+)%", text))]
             assert values == sorted(values, reverse=decreasing)
             assert page.locator(".card").last.get_attribute("class") == "card is-refused"

@@ -58,12 +58,12 @@ def test_parts_pick_out_pictures(browser: Any, made: tuple[Path, Statistics]) ->
         everything = pictures.count()
         page.get_by_role("button", name="Show both").click()
         assert pictures.count() == 2
-        assert sorted(pictures.locator(".file").all_inner_texts()) == ["00.jpg", "copy.jpg"]
+        assert sorted(pictures.locator(".file").all_text_contents()) == ["00.jpg", "copy.jpg"]
         page.get_by_role("button", name=f"Show these {len(found.oddest)} in the list").last.click()
         assert pictures.count() == len(found.oddest)
         odd = page.locator("#out .cards").last.locator(".pic").first
         odd.focus()
         page.keyboard.press("Enter")
-        assert pictures.locator(".file").all_inner_texts() == ["long.png"]
+        assert pictures.locator(".file").all_text_contents() == ["long.png"]
         page.get_by_role("button", name="Show all").click()
         assert pictures.count() == everything

@@ -178,6 +178,9 @@ def _cards(draw: Draw, rows: Sequence[Row], folder: Path | None, page: int) -> t
     of_evidence = int(left * _OF_EVIDENCE) if draw.evidence else 0
     pictures, words = _pictures(draw, rows, folder, int(left) - of_evidence)
     evidence = _evidence(draw, rows, folder, of_evidence) if draw.evidence else {}
+    if evidence and not any(each.thumbnail for each in evidence.values()):
+        where = "" if folder else f"; --source FOLDER says where those of {draw.evidence} are"
+        words = f"{words} The nearest training images have no pictures here{where}.".strip()
     everything_seen = draw.seen == draw.images - draw.status["refused"]
     cards = []
     for row, picture in zip(rows, pictures, strict=True):

@@ -211,6 +211,15 @@ def test_hostile_names_stay_text(trained: Path, tmp_path: Path) -> None:
     page.save(tmp_path / "page.html").read_text("utf-8")
 
 
+def test_missing_pictures_of_training_images_are_said(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "f.h5", tmp_path)
+    image = Image.new("RGB", (40, 40), (200, 0, 0))
+    html = featcache.gallery(trained / "m", [image], evidence=tmp_path / "f.h5").html
+    assert "nearest training images have no pictures here; --source FOLDER says where" in html
+    page = featcache.gallery(trained / "m", [image], evidence=tmp_path / "f.h5", pictures=trained / "photos")
+    assert "nearest training images have no pictures" not in page.html and page.html.count("data:image/webp") == 1 + 3
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [

@@ -33,7 +33,7 @@ def stats(
     sample: Annotated[
         int | None, typer.Option(min=0, help="How many images to decode. Default: 5000, fewer large ones.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws them.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Draws them.")] = 0,
     workers: options.Workers = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -257,10 +257,14 @@ def doctor(
 
 def preview(
     source: Annotated[Path, typer.Argument(readable=False, help="Images: folders or a table, as for extract.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The picture.")] = Path("preview.png"),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The picture. Default: preview.png.")
+    ] = Path("preview.png"),
     recipe: Annotated[
         str | None,
-        typer.Option(help="As for finetune. Default: only what evaluation sees if a backbone is named, else default."),
+        typer.Option(
+            help="As for finetune. Default: only what evaluation sees if a backbone and no --views is named, else default."
+        ),
     ] = None,
     settings: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe, as for finetune.")
@@ -277,7 +281,9 @@ def preview(
     label_column: options.LabelColumn = None,
     split_column: options.SplitColumn = None,
     n: Annotated[int, typer.Option("--n", min=1, max=200, help="Images.")] = 8,
-    views: Annotated[int, typer.Option(min=1, max=50, help="Augmented views of each.")] = 4,
+    views: Annotated[
+        int | None, typer.Option(min=1, max=50, help="Augmented views of each. Default: 4, none without a recipe.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of sample and augmentation.")] = 0,
     as_json: options.Json = False,
 ) -> None:

@@ -78,6 +78,7 @@ def predict(
 
     One row per image, in order, refused ones included.
     """
+    from featcache.cache.cache import is_cache
     from featcache.images.source import Source
     from featcache.models.model import load_model
     from featcache.models.predict import predict as run
@@ -90,7 +91,8 @@ def predict(
     output = None if output is None else as_path(output)
     _check_table(output, inputs, overwrite=overwrite)
     gallery = None if gallery is None else as_path(gallery)
-    _check_gallery(gallery, sample=sample, pictures=pictures)
+    caches = evidence is not None or any(map(is_cache, inputs))
+    _check_gallery(gallery, sample=sample, pictures=pictures, caches=caches)
     check_path(model, "model", ("predict", HERE, *inputs))
     started = time.perf_counter()
     loaded = load_model(model)
@@ -160,7 +162,7 @@ def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) ->
         raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
 
 
-def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path | None) -> None:
+def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path | None, caches: bool) -> None:
     """Refuse, before any work, a page that cannot or must not be written. Raises UsageError, StorageError."""
     from featcache.reports.gallery import check_pictures
     from featcache.reports.page import check_page_path
@@ -172,7 +174,7 @@ def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path |
     check_page_path(gallery)
     if (gallery.parent / "model.json").exists():
         raise UsageError(f"{gallery.parent} is a model folder, which keeps no other files; choose another --gallery")
-    check_pictures(pictures)
+    check_pictures(pictures, of_caches=caches)
 
 
 def _write_gallery(path: Path, draw: "Draw", pictures: Path | None, seconds: float) -> None:

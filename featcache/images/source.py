@@ -134,7 +134,7 @@ class ImageList:
 
     def __repr__(self) -> str:
         refused = f", {len(self.refused)} refused unopened" if self.refused else ""
-        return f"ImageList({str(self.root)!r}: {len(self)} images, {len(self.classes)} classes{refused})"
+        return f"ImageList({str(self.root)!r}: {_counted(self)}{refused})"
 
     def _repr_html_(self) -> str:
         return html_table(self.count_rows(), caption=repr(self))
@@ -215,11 +215,18 @@ def _image_list(listing: Listing) -> ImageList:
     )
 
 
+def _counted(images: ImageList) -> str:
+    """How many images and classes there are, in words."""
+    count, classes = len(images), len(images.classes)
+    named = f"{classes} class{'es' * (classes > 1)}" if classes else "no classes"
+    return f"{count} image{'s' * (count != 1)}, {named}"
+
+
 def _say(source: Source, images: ImageList, *, counted: bool) -> None:
     """Log the table, and what is probably a mistake in the names of classes."""
     refused = f", {len(images.refused)} refused unopened" if images.refused else ""
     first = f" (the first, {images.refused[0].path}: {images.refused[0].reason})" if images.refused else ""
-    log.info("%s: %d images, %d classes%s%s", source, len(images), len(images.classes), refused, first)
+    log.info("%s: %s%s%s", source, _counted(images), refused, first)
     for line in _aligned(images.count_rows()) if counted else ():
         log.info("%s", line)
     if groups := [" and ".join(map(ascii, names)) for names in alike(images.classes)]:

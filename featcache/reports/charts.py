@@ -267,7 +267,7 @@ def histogram(
     """``counts`` (B) of values between ``edges`` (B + 1), which are drawn to scale; see ``lines``."""
     across = _Axis(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT, log_x, percent_x, x_text)
     top = _TOP + (14 if mark else 0)
-    up = _Axis(0, max([*counts, 1]) * 1.05, 180 - _BOTTOM, top)
+    up = _Axis(0, max([*counts, 1]) * 1.05, 180 - _BOTTOM, top, whole=True)
     parts = _frame(across, up, WIDTH - _RIGHT, x_label, "images")
     texts = [(x_text or (percent_text if percent_x else number_text))(edge) for edge in edges]
     ranges = [f"{low} to {high}" for low, high in itertools.pairwise(texts)]

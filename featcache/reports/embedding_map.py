@@ -31,6 +31,7 @@ from featcache.reports.wall import WALL, order_by_similarity
 from featcache.spec import SPLITS
 from featcache.system.display import middle_out, printable
 from featcache.system.path_kinds import AnyPath, as_path
+from featcache.system.runtime_options import check_whole
 
 TINTS = 10  # that can be told apart: five colours, as discs and as squares; further classes are grey
 _NAMED = 200  # classes whose names may stand on the map, the most frequent ones
@@ -209,6 +210,7 @@ def map(
         CacheError: the cache cannot be read.
     """
     check_method(method, ("auto", "pca", "tsne"))
+    check_whole("seed", seed, 0, 2**32 - 1)
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     if not len(opened):
         raise SourceError(f"{opened.path} has no rows; a map needs some")

@@ -18,6 +18,8 @@ from featcache.models.model import Model
 from featcache.models.predict import named_inputs
 from featcache.models.prediction import Neighbour, Prediction
 from featcache.reports.cards import LIKELIEST
+from featcache.system.display import quiet
+from featcache.system.runtime_options import check_whole
 
 MOST = 10_000  # images that a page shows where nobody asks for more: 15 MB
 BINS = 20  # of probabilities, 0..1
@@ -86,7 +88,8 @@ def _labelled(source: Source) -> Iterator[tuple[str, str]]:
         yield from ((path, cache.classes[k]) for path, k in zip(cache.paths, cache.y.tolist(), strict=True) if k >= 0)
     elif source.path.is_dir() or is_table(source.path):
         try:
-            images = list_images(source, counted=False)
+            with quiet():  # predict has said what there is to say
+                images = list_images(source)
         except FeatcacheError:  # predict takes folders that mean nothing, too
             return
         pairs = zip(images.paths, images.labels.tolist(), strict=True)
@@ -165,12 +168,16 @@ class Draw:
 
 def check_sample(sample: int | None) -> int | None:
     """``sample``. Raises UsageError: below 1."""
-    if sample is not None and sample < 1:
-        raise UsageError(f"a gallery shows at least 1 image, found a sample of {sample}")
+    if sample is not None:
+        check_whole("sample", sample, 1)
     return sample
 
 
-def check_pictures(folder: Path | None) -> None:
-    """Raise SourceError, before any work, unless ``folder`` is one or not given."""
-    if folder is not None and not folder.is_dir():
+def check_pictures(folder: Path | None, *, of_caches: bool = True) -> None:
+    """Raise SourceError, before any work, unless ``folder`` is one or not given; UsageError: given, and there is no cache."""
+    if folder is None:
+        return
+    if not of_caches:
+        raise UsageError(f"--source {folder} is for images of caches, of --evidence, too; leave it out: there is none")
+    if not folder.is_dir():
         raise SourceError(f"--source {folder} is no folder; give the folder that holds the images")

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from featcache.cache.cache import FeatureCache
 from featcache.images.in_memory import Held
 from featcache.images.read import Paths
+from featcache.images.records import STDIN
 from featcache.models.limits import UNFAMILIAR
 from featcache.reports.cards import Card, Evidence, cards_data
 from featcache.reports.charts import Chart, histogram, share_bar
@@ -67,13 +68,18 @@ def gallery_page(
         wrong=any(card.outcome == "wrong" for card in cards),
         words=words,
         refused=draw.refused,
-        n_refused=draw.status["refused"],
+        refused_caption=_refused_caption(draw),
         facts=_facts(draw, pictures, seconds),
     )
 
 
 def _images(count: int) -> str:
     return f"{count_text(count)} image" + "s" * (count != 1)
+
+
+def _refused_caption(draw: Draw) -> str:
+    listed, refused = len(draw.refused), draw.status["refused"]
+    return f"{f'{count_text(listed)} of ' if listed < refused else ''}{_images(refused)} could not be labelled"
 
 
 def _drawn(draw: Draw, shown: int) -> str:
@@ -144,7 +150,7 @@ def _pairs(
 def _facts(draw: Draw, pictures: Path | None, seconds: float | None) -> list[tuple[str, str]]:
     """Where it comes from."""
     spec = draw.model.spec
-    inputs = [typed(each.path) for each in draw.inputs.sources]
+    inputs = [str(each) if each.path == STDIN else typed(each.path) for each in draw.inputs.sources]
     more = f" and {len(inputs) - 5} more" if len(inputs) > 5 else ""
     held = f"{_images(len(draw.inputs.held))} in memory" if draw.inputs.held else ""
     labels = sum(label in draw.model.classes for label in draw.inputs.labels.values())
@@ -172,6 +178,9 @@ def _cards(draw: Draw, rows: Sequence[Row], folder: Path | None, page: int) -> t
     of_evidence = int(left * _OF_EVIDENCE) if draw.evidence else 0
     pictures, words = _pictures(draw, rows, folder, int(left) - of_evidence)
     evidence = _evidence(draw, rows, folder, of_evidence) if draw.evidence else {}
+    if evidence and not any(each.thumbnail for each in evidence.values()):
+        where = "" if folder else f"; --source FOLDER says where those of {draw.evidence} are"
+        words = f"{words} The nearest training images have no pictures here{where}.".strip()
     everything_seen = draw.seen == draw.images - draw.status["refused"]
     cards = []
     for row, picture in zip(rows, pictures, strict=True):

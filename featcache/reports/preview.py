@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from featcache.backbones.choice import AUTO, choose_backbone
-from featcache.errors import RefusedImage, SourceError, UsageError
+from featcache.errors import RefusedImage, SourceError
 from featcache.extraction.request import BackboneOptions, ExtractRequest, preprocessing_of, settle_request
 from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.pixels import Picture, network_input, training_input
@@ -27,11 +27,12 @@ from featcache.finetuning.start import read_source
 from featcache.heads.head import Array, Indices
 from featcache.images.decode import decode
 from featcache.images.read import read_images
-from featcache.images.source import AnySource, ImageList, list_images
+from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.reports import drawing
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.display import printable
-from featcache.system.path_kinds import as_path
+from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.runtime_options import check_whole
 
 _EDGE = 224  # pixels of a view, about: smaller ones are enlarged in whole steps, larger ones beyond _MOST reduced
 _MOST = 320
@@ -39,6 +40,7 @@ _GAP, _GROUP, _MARGIN, _WORDS = 8, 32, 40, 280  # pixels between views, between 
 _TITLE, _TEXT, _SMALL = 38, 26, 20  # sizes of letters
 _WIDEST = 1500  # pixels of a picture whose lines of text are longer than its rows
 _N, _VIEWS = (1, 200), (1, 50)  # the least and the most there can be
+_FEW_VIEWS = 4  # where nobody says how many
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +89,7 @@ def preview(
     changes: dict[str, Any] | None = None,
     request: ExtractRequest | None = None,
     n: int = 8,
-    views: int = 4,
+    views: int | None = None,
     seed: int = 0,
     **options: Unpack[BackboneOptions],
 ) -> Preview:
@@ -96,9 +98,10 @@ def preview(
     Args:
         source: as for ``extract``. With a recipe training images are drawn from, as ``finetune`` would split it.
         output: a PNG; None: the picture is only returned. An earlier one is replaced.
-        recipe, changes: as for ``finetune``; when None, evaluation alone is shown if a backbone is named, else ``default``.
+        recipe, changes: as for ``finetune``; when both and ``views`` are None, evaluation alone is shown if a backbone is named, else
+            the recipe ``default``.
         request: of which backbone, with which size, resize and interpolation. options: its fields as keywords instead.
-        n: images, the classes in turn, at random in each. views: augmented ones of each image. seed: of both.
+        n: images, the classes in turn, at random in each. views: augmented ones of each image; 4 when None. seed: of both.
 
     Raises:
         SourceError: no image, or none that can be decoded. UsageError: impossible values. BackboneError, ModelError: no such
@@ -108,16 +111,21 @@ def preview(
     output = None if output is None else as_path(output)
     if output is not None:
         drawing.check_picture_path(output)
-    for what, value, (least, most) in (("n", n, _N), ("views", views, _VIEWS), ("seed", seed, (0, 2**32 - 1))):
-        if not least <= value <= most:
-            raise UsageError(f"{what} must lie between {least} and {most}, found {value}")
+    for what, value, (least, most) in (
+        ("n", n, _N),
+        ("views", _FEW_VIEWS if views is None else views, _VIEWS),
+        ("seed", seed, (0, 2**32 - 1)),
+    ):
+        check_whole(what, value, least, most)
     request = settle_request(request, options, preview) or ExtractRequest()
-    if recipe is None and (changes or request.backbone == AUTO):
+    if recipe is None and (changes or views is not None or request.backbone == AUTO):
         recipe = "default"
     name: str | None = None
     settings: Recipe | None = None
     if recipe is not None:
         name, settings = read_recipe(recipe, changes or {})
+    if not isinstance(source, ImageList):
+        check_path(Source.of(source).path, "images", ("preview", HERE))
     request.check_named()
     request.check_paths()
     images = list_images(source)
@@ -126,7 +134,7 @@ def preview(
         settings = settle(settings, len(images))
     backbone, spec = preprocessing_of(_named(request))
     rows, refused = _decode_some(images, spec, n=n, seed=seed)
-    shown = _Shown(images, spec, settings, name, backbone, views if settings else 0, seed)
+    shown = _Shown(images, spec, settings, name, backbone, (views or _FEW_VIEWS) if settings else 0, seed)
     png = drawing.to_png(_draw(rows, shown))
     if output is not None:
         drawing.publish_picture(output, png)

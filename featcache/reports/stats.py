@@ -25,7 +25,7 @@ from featcache.spec import SPLITS
 from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path
-from featcache.system.runtime_options import check_runtime_options, usable_cores
+from featcache.system.runtime_options import check_runtime_options, check_whole, usable_cores
 
 SHOWN = 14  # images of a kind that are picked out
 _OF_ONE_ODDITY = 3  # at most, of those
@@ -160,11 +160,14 @@ def stats(
     """
     started = time.perf_counter()
     check_runtime_options("cpu", workers=workers)
-    if sample is not None and sample < 0:
-        raise UsageError(f"sample must be at least 0, found {sample}")
+    if sample is not None:
+        check_whole("sample", sample, 0)
+    check_whole("seed", seed, 0)
     output, drawn = (None if path is None else named(as_path(path)) for path in (output, figures))
     if not isinstance(source, ImageList):
         check_path(Source.of(source).path, "images", ("stats", HERE, *(() if output is None else ("-o", output))))
+    if output is not None and drawn is not None and drawn.resolve().is_relative_to(output.resolve()):
+        raise UsageError(f"--figures {drawn} lies in {output}, which -o replaces as a whole; choose another folder")
     if output is not None:
         check_folder(output, source)
     if drawn is not None:

@@ -1,9 +1,12 @@
 """Statistics of a source in a folder: a page to look at, and its numbers. In: ``Statistics``. Out: ``stats.html``, ``stats.json``."""
 
 import json
+import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import bidirectional
 
 from markupsafe import Markup
 
@@ -43,6 +46,10 @@ def check_folder(folder: Path, source: AnySource | ImageList) -> None:
     check_apart(folder, source)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"cannot write {folder}: it is a file, and statistics are a folder; choose another -o")
+    if folder.suffix.lower() in (".html", ".json") and not folder.exists():
+        raise StorageError(
+            f"cannot write {folder}: statistics are a folder, of a page and its numbers; leave out {folder.suffix}"
+        )
     if folder.is_dir():
         _check_ours(folder)
 
@@ -114,7 +121,7 @@ def stats_page(found: "Statistics") -> str:
         contents=[("short", "In short"), *contents],
         lead=_lead(found),
         tiles=_tiles(found),
-        advice=found.advice,
+        advice=[_isolated(sentence, found.classes) for sentence in found.advice],
         class_caption="Readable images of each class" + (" in each split" if len(found.splits) > 1 else ""),
         class_head=classes[0],
         class_chart=_class_sizes(found),
@@ -294,6 +301,16 @@ def _class_sizes(found: "Statistics") -> Chart | None:
         y_range=span,
         points=False,
     )
+
+
+def _isolated(sentence: str, names: Iterable[str]) -> Markup:
+    """``sentence``; names written from right to left do not turn what stands beside them."""
+    turning = [name for name in map(printable, names) if any(bidirectional(sign) in ("R", "AL") for sign in name)]
+    parts = [printable(sentence)]
+    if turning:
+        longest_first = "|".join(re.escape(name) for name in sorted(turning, key=len, reverse=True))
+        parts = re.split(f"({longest_first})", parts[0])
+    return Markup().join(Markup("<bdi>{}</bdi>").format(part) if k % 2 else part for k, part in enumerate(parts))
 
 
 def _lead(found: "Statistics") -> str:

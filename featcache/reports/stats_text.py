@@ -40,7 +40,7 @@ MODES = {
 def stats_lines(found: "Statistics") -> list[str]:
     """What ``stats`` found, the advice last."""
     parts = (_head(found), _classes(found), _facts(found), _pictures(found), _advice(found))
-    return [line for part in parts for line in [*part, ""]][:-1]
+    return [line for part in parts if part for line in [*part, ""]][:-1]
 
 
 def _head(found: "Statistics") -> list[str]:

@@ -7,6 +7,7 @@ import contextlib
 import html
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -175,3 +176,18 @@ class _Bar:
         """Leave nothing behind."""
         if self._handle is not None:
             self._show({"text/html": "", "text/plain": ""})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out notes and warnings of this thread: of what is read once more, and has been told."""
+    log, here = logging.getLogger("featcache"), threading.get_ident()
+
+    def is_told(record: logging.LogRecord) -> bool:
+        return record.thread != here or record.levelno >= logging.ERROR
+
+    log.addFilter(is_told)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_told)

@@ -1,5 +1,6 @@
 """What may be asked of a machine, checked before any work and without torch, also where nothing has to be computed."""
 
+import numbers
 import os
 import re
 
@@ -13,6 +14,14 @@ def check_runtime_options(device: str, *, workers: int | None = None, batch_size
     for name, value, most in (("workers", workers, 1024), ("batch size", batch_size, 8192)):
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"{name} must lie between 1 and {most}, found {value}")
+
+
+def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise UsageError unless ``value`` is a whole number within its limits."""
+    found = int(value) if isinstance(value, numbers.Integral) else None
+    if found is None or found < least or (most is not None and found > most):
+        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise UsageError(f"{name} must be a whole number, {limits}, found {value!r}")
 
 
 def usable_cores() -> int:

@@ -243,5 +243,7 @@ def test_copies_are_held_out_together(tmp_path: Path) -> None:
 def test_what_a_list_shows_of_itself(photos: Path) -> None:
     images = dataclasses.replace(list_images(photos), classes=("<script>", "b", "c\udce9"))
     assert repr(images) == f"ImageList({str(photos)!r}: 18 images, 3 classes)"
+    assert repr(list_images(photos / "red")).endswith("6 images, no classes)")
+    assert "1 image, 3 classes" in repr(images.take(np.array([0])))
     shown = images._repr_html_()
     assert "<tr><td>&lt;script&gt;</td><td>6</td></tr>" in shown and "<script>" not in shown and shown.encode()

@@ -46,6 +46,13 @@ def test_the_last_tick_stays_within_the_picture() -> None:
     assert (last.get("text-anchor"), float(last.get("x"))) == ("end", charts.WIDTH)
 
 
+def test_images_are_counted_in_whole_numbers() -> None:
+    for most in (1, 2, 3, 8):
+        svg = charts.histogram([0, 1, 2], [most, 0], title="t", x_label="size", x_text="size {}".format).svg
+        texts = [str(each.text) for each in ElementTree.fromstring(svg).iter("text")]
+        assert not [text for text in texts if "." in text and "size" not in text]
+
+
 def test_bars_are_drawn_to_scale() -> None:
     chart = charts.bars([("a", 0.25), ("b", 0.5), ("c", 0.0)], title="t", percent=True)
     root = ElementTree.fromstring(chart.svg)

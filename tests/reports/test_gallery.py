@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from PIL import Image
 import featcache
 from featcache.errors import FeatcacheError
 from featcache.heads.head import softmax
+from featcache.images.source import Source
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction
 from featcache.reports.gallery import Draw
@@ -209,6 +211,15 @@ def test_hostile_names_stay_text(trained: Path, tmp_path: Path) -> None:
     page.save(tmp_path / "page.html").read_text("utf-8")
 
 
+def test_missing_pictures_of_training_images_are_said(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "f.h5", tmp_path)
+    image = Image.new("RGB", (40, 40), (200, 0, 0))
+    html = featcache.gallery(trained / "m", [image], evidence=tmp_path / "f.h5").html
+    assert "nearest training images have no pictures here; --source FOLDER says where" in html
+    page = featcache.gallery(trained / "m", [image], evidence=tmp_path / "f.h5", pictures=trained / "photos")
+    assert "nearest training images have no pictures" not in page.html and page.html.count("data:image/webp") == 1 + 3
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
@@ -218,7 +229,8 @@ def test_hostile_names_stay_text(trained: Path, tmp_path: Path) -> None:
         (["--gallery", "m/out.html"], "is a model folder, which keeps no other files"),
         (["--sample", 3], "--sample is for the page that --gallery names"),
         (["--source", "photos"], "--source is for the page that --gallery names"),
-        (["--gallery", "out.html", "--source", "nowhere"], "nowhere is no folder"),
+        (["--gallery", "out.html", "--source", "nowhere", "--evidence", "c.h5"], "nowhere is no folder"),
+        (["--gallery", "out.html", "--source", "."], "--source . is for images of caches"),
     ],
 )
 def test_what_cannot_be_is_refused_before_work(
@@ -239,12 +251,28 @@ def test_what_cannot_be_is_refused_before_work(
 
 
 def test_an_impossible_sample_is_refused(trained: Path) -> None:
-    with pytest.raises(FeatcacheError, match="at least 1 image"):
-        featcache.gallery(trained / "m", trained / "photos", sample=0)
+    for sample in (0, 2.5, "3"):
+        with pytest.raises(FeatcacheError, match="at least 1, found"):
+            featcache.gallery(trained / "m", trained / "photos", sample=sample)
+
+
+def test_a_gallery_adds_no_note_about_its_inputs(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``predict`` has listed them; and stdin is called so on the page."""
+    monkeypatch.chdir(tmp_path)
+    write_photo(tmp_path / "a.jpg", (200, 0, 0), 1)
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    inputs = [Source("-"), Source(tmp_path / "list.txt"), Source(trained / "photos")]
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr("os.dup", lambda _: os.open(tmp_path / "list.txt", os.O_RDONLY))
+        draw = Draw(load_model(trained / "m"), inputs)
+    assert len(draw.inputs.labels) == 24 and not caplog.messages
+    assert ">stdin, " in gallery_page(draw).split('id="origin"')[1]
 
 
 def test_where_all_are_refused_the_page_says_why(trained: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     code, _, err = run("predict", trained / "m", tmp_path / "a.jpg", "--gallery", tmp_path / "out.html")
     assert code == 1 and "not one image could be labelled" in err
-    assert "Not one image could be labelled" in (html := (tmp_path / "out.html").read_text()) and "empty file" in html
+    assert "1 image could not be labelled" in (html := (tmp_path / "out.html").read_text()) and "empty file" in html

@@ -154,6 +154,9 @@ def test_only_own_pictures_are_replaced(photos: Path, tmp_path: Path) -> None:
     for wrong in (
         {"n": 0},
         {"views": 0},
+        {"n": 1.5},
+        {"views": "2"},
+        {"seed": None},
         {"seed": -1},
         {"recipe": "flower"},
         {"changes": {"lrr": 1}},
@@ -175,3 +178,5 @@ def test_command(photos: Path, tmp_path: Path, run: Callable[..., tuple[int, str
     facts = json.loads(out)
     assert (facts["preview"], facts["recipe"], facts["views"], len(facts["images"])) == ("x.png", "default", 4, 2)
     assert run("preview", photos, "-o", "x.jpg")[0] == 2
+    code, out, _ = run("preview", photos, "-o", "x.png", "--views", 2, "--json", *TINY_FLAGS[:-2])  # are of a recipe
+    assert [json.loads(out)[name] for name in ("recipe", "views")] == ["default", 2]

@@ -263,6 +263,13 @@ def test_a_page_of_hostile_names_is_text(hostile: Statistics) -> None:
         assert (attributes.get("src") or "data:image/webp;base64,").startswith("data:image/webp;base64,")
 
 
+def test_names_in_advice_do_not_turn_what_stands_beside_them(tmp_path: Path) -> None:
+    """Without <bdi> a reader sees 3 as the count of the first name."""
+    for number, name in enumerate(("שלום/1.jpg", "שלום/2.jpg", "b/1.jpg")):
+        write_photo(tmp_path / "s" / name, (200, 0, 0), number)
+    assert "2 of <bdi>שלום</bdi>, 1 of b" in stats(tmp_path / "s").page()
+
+
 def test_the_numbers_of_the_page_are_those_found(found: Statistics) -> None:
     from test_page import Reader
 
@@ -306,6 +313,11 @@ def test_figures_are_the_charts_of_the_page(root: Path, tmp_path: Path, run: Run
     (tmp_path / "file").touch()
     code, _, err = run("stats", root, "--figures", tmp_path / "file")
     assert (code, "give the name of a folder" in err) == (1, True)
+    for figures in ("stats", "stats/figures"):  # -o replaces the folder as a whole
+        code, _, err = run("stats", root, "-o", tmp_path / "stats", "--figures", tmp_path / figures)
+        assert (code, "choose another folder" in err, (tmp_path / "stats").exists()) == (2, True, False)
+    code, _, err = run("stats", root, "-o", tmp_path / "stats.html")
+    assert (code, "leave out .html" in err, (tmp_path / "stats.html").exists()) == (1, True, False)
     code, _, err = run("stats", root, "--figures", root / "figures")
     assert (code, "counts as a class" in err, (root / "figures").exists()) == (1, True, False)
 
@@ -367,9 +379,12 @@ def test_other_sources(root: Path, tmp_path: Path, run: Run, monkeypatch: pytest
 
 
 def test_wrong_use(root: Path, tmp_path: Path) -> None:
-    for options, message in (({"sample": -1}, "at least 0"), ({"workers": 0}, "workers")):
+    wrong: list[tuple[dict[str, Any], str]] = [({"workers": 0}, "workers")]
+    wrong += [({"sample": n}, "sample must be a whole number, at least 0") for n in (-1, 1.5, "3")]
+    wrong += [({"seed": n}, "seed must be a whole number, at least 0") for n in (-1, 1.5, None)]
+    for options, message in wrong:
         with pytest.raises(UsageError, match=message):
-            stats(root, **options)  # type: ignore[arg-type]
+            stats(root, **options)
     with pytest.raises(SourceError, match="does not exist"):
         stats(tmp_path / "gone")
     (tmp_path / "f.h5").write_bytes(b"\x89HDF\r\n\x1a\n")

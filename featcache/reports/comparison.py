@@ -14,7 +14,7 @@ from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, accuracy_interval, log_loss, mcnemar
 from featcache.models.model import Model
 from featcache.models.scoring import Scored
-from featcache.reports.numbers import number_text, percent_text
+from featcache.reports.numbers import NONE, number_text, percent_text
 from featcache.reports.page import Section
 from featcache.reports.subject import Subject
 from featcache.spec import difference
@@ -101,15 +101,28 @@ def _verdict(test: Mapping[str, Any]) -> str:
 
 def _differences(model: Model, other: Model) -> list[tuple[str, str, str]]:
     """Fields of spec and training in which they differ: name, this model's value, the other's."""
-    lines = [f"spec: {line}" for line in difference(model.spec.to_json(), other.spec.to_json())]
-    ours, theirs = (_flat(each.manifest.get("training")) for each in (model, other))
-    lines += [f"training: {line}" for line in difference(ours, theirs)]
+    specs = [_readable(each.spec.to_json()) for each in (model, other)]
+    training = [_readable(_flat(each.manifest.get("training"))) for each in (model, other)]
+    lines = [f"spec: {line}" for line in difference(*specs)]
+    lines += [f"training: {line}" for line in difference(*training)]
     found = []
     for line in lines:
         kind, name, values = line.split(": ", 2)
-        before, _, after = values.partition(" -> ")
-        found.append((f"{kind}: {name}", before, after))
+        before, after = (
+            NONE if value == "None" else value for value in values.split(" -> ", 1)
+        )  # one has no such field
+        if before != after:
+            found.append((f"{kind}: {name}", before, after))
     return found
+
+
+def _readable(value: Any) -> Any:
+    """A value as people write it, to its last digit: 1000.0 as ``1000``; of an object each of its fields."""
+    if isinstance(value, Mapping):
+        return {name: _readable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_readable, value))
+    return NONE if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _flat(values: Any) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def _why_no_curve(subject: Subject) -> str | Markup | None:
     if model.manifest.get("finetuned"):
         return "the features of a fine-tuned model have seen all of its training images, and would flatter it."
     if model.head.kind != "logreg":
-        return f"only logreg heads are fit fast enough for one, and this is of kind {model.head.kind}: the page of a logreg head on the same cache has one."
+        words = f"only logreg heads are fit fast enough for one, and this is of kind {model.head.kind}"
+        return f"{words}: the page of a logreg head on the same cache has one."
     if cache is not None and not subject.quick:
         return None
     words = "it takes some seconds more." if cache is not None else "it takes the cache that the model was fit on."

@@ -101,10 +101,13 @@ def _verdict(test: Mapping[str, Any]) -> str:
 
 def _differences(model: Model, other: Model) -> list[tuple[str, str, str]]:
     """Fields of spec and training in which they differ: name, this model's value, the other's."""
-    specs = [_readable(each.spec.to_json()) for each in (model, other)]
-    training = [_readable(_flat(each.manifest.get("training"))) for each in (model, other)]
-    lines = [f"spec: {line}" for line in difference(*specs)]
-    lines += [f"training: {line}" for line in difference(*training)]
+
+    def fields(values: Mapping[str, Any]) -> dict[str, str]:
+        return {name: _exact(value) for name, value in _leaves(values)}
+
+    lines = [f"spec: {line}" for line in difference(fields(model.spec.to_json()), fields(other.spec.to_json()))]
+    ours, theirs = (fields(_flat(each.manifest.get("training"))) for each in (model, other))
+    lines += [f"training: {line}" for line in difference(ours, theirs)]
     found = []
     for line in lines:
         kind, name, values = line.split(": ", 2)
@@ -116,12 +119,10 @@ def _differences(model: Model, other: Model) -> list[tuple[str, str, str]]:
     return found
 
 
-def _readable(value: Any) -> Any:
-    """A value as people write it, to its last digit: 1000.0 as ``1000``; of an object each of its fields."""
-    if isinstance(value, Mapping):
-        return {name: _readable(each) for name, each in value.items()}
+def _exact(value: Any) -> str:
+    """A value as people write it, to its last digit: 1000.0 as ``1000``."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(_readable, value))
+        return ", ".join(map(_exact, value))
     return NONE if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
@@ -150,7 +151,7 @@ def provenance_section(subject: Subject, *, command: str = "") -> Section:
         "model": about_model,
         "cache": about_cache,
         "commands": [line for line in (_extract_command(cache), _fit_command(subject), command) if line],
-        "spec": _leaves(model.spec.to_json()),
+        "spec": [(name, _exact(value)) for name, value in _leaves(model.spec.to_json())],
         "written": written,
     }
     return Section("provenance", "Where it came from", "report_provenance.html", context, "Provenance")
@@ -216,14 +217,14 @@ def _in_words(values: Mapping[str, Any]) -> str:
             return " ".join(map(word, value)) or "none"
         return number_text(value, 4) if isinstance(value, float) else "none" if value is None else str(value)
 
-    return ", ".join(f"{name} {word(value)}" for name, value in values.items() if name != "sha256")
+    return ", ".join(f"{name} {word(value)}" for name, value in _leaves(values) if name != "sha256")
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, value in values.items():
         if isinstance(value, Mapping):
             found += _leaves(value, f"{prefix}{name}.")
         else:
-            found.append((prefix + name, str(value)))
+            found.append((prefix + name, value))
     return found

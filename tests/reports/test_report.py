@@ -300,6 +300,15 @@ def test_against_another_model(overlapping: Path, tmp_path: Path) -> None:
     assert f"{np.mean(theirs.probabilities.argmax(1) == theirs.y):.1%}" in text
     differences = text.split("What differs between the models")[-1].split("</table>")[0]
     assert re.search(r"training: C</bdi></th><td><bdi>1</bdi></td><td><bdi>–</bdi>", differences)  # not 1.0 and None
+    settings = {"settings": {"lr": 0.0003, "hidden": None, "augmentation": [["flip", 0.5]]}}
+    tuned = dataclasses.replace(second, manifest=second.manifest | {"training": settings})
+    report(tuned, cache, output=tmp_path / "p.html", against=first)
+    differences, provenance = (
+        (tmp_path / "p.html").read_text().split("What differs between the models")[-1].split("provenance", 1)
+    )
+    assert re.search(r"training: settings.lr<.*?>0.0003<.*?>–<", differences)
+    assert "settings.lr 0.0003, settings.hidden none, settings.augmentation flip 0.5" in provenance
+    assert "{" not in differences + provenance.split("<script")[0]
     two = save_head(
         tmp_path / "two",
         Head("linear", "none", head.mean, head.scale, ((layers[0][0][:2], layers[0][1][:2]),)),

@@ -102,7 +102,10 @@ def _about_the_score(subject: Subject) -> Iterator[Advice]:
         then = "score images that it has not seen" if new is None else f"on the others accuracy is {percent_text(new)}"
         yield Advice(_said(f"Do not rely on this score. Training has seen {what}, so that it flatters: {then}."))
     name, share = largest_class(subject)
-    if scores["accuracy_interval"][0] <= share:
+    if share == 1:
+        words = "Score images of other classes, too. All of these are {}: nothing is known of the others, or of what is taken for it."
+        yield Advice(_said(words, name))
+    elif scores["accuracy_interval"][0] <= share:
         constant = f"which is right in {percent_text(share)}: the interval begins at {low}"
         words = f"Check labels and images first. Accuracy may be no better than always answering {{}}, {constant}."
         yield Advice(_said(words, name))
@@ -118,7 +121,7 @@ def _about_labels(subject: Subject) -> Iterator[Advice]:
     if count := len(suspects(subject)):
         images = "1 image whose label" if count == 1 else f"{count_text(count)} images whose labels"
         words = f"Look at {images} may be wrong: another class is as probable as it usually is for its own images."
-        yield Advice(_said(words), "Show them", "suspects")
+        yield Advice(_said(words), "Show it" if count == 1 else "Show them", "suspects")
 
 
 def _about_classes(subject: Subject, *, learning: str) -> Iterator[Advice]:
@@ -164,6 +167,8 @@ def images_trained_on(subject: Subject) -> Array | None:
 def _about_the_model(subject: Subject) -> Iterator[Advice]:
     scores, model = subject.scores, subject.model
     n, mistakes = count_text(scores["n"]), scores["n"] - round(scores["accuracy"] * scores["n"])
+    if largest_class(subject)[1] == 1:  # of the other classes nothing is known
+        return
     if mistakes <= _FEW:
         what = ("no mistake", "1 mistake")[mistakes] if mistakes < 2 else f"{mistakes} mistakes"
         yield Advice(_said(f"Keep this model: {what} in {n} images leave nothing to choose another one by."))

@@ -14,7 +14,7 @@ from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, accuracy_interval, log_loss, mcnemar
 from featcache.models.model import Model
 from featcache.models.scoring import Scored
-from featcache.reports.numbers import number_text, percent_text
+from featcache.reports.numbers import NONE, number_text, percent_text
 from featcache.reports.page import Section
 from featcache.reports.subject import Subject
 from featcache.spec import difference
@@ -101,15 +101,29 @@ def _verdict(test: Mapping[str, Any]) -> str:
 
 def _differences(model: Model, other: Model) -> list[tuple[str, str, str]]:
     """Fields of spec and training in which they differ: name, this model's value, the other's."""
-    lines = [f"spec: {line}" for line in difference(model.spec.to_json(), other.spec.to_json())]
-    ours, theirs = (_flat(each.manifest.get("training")) for each in (model, other))
+
+    def fields(values: Mapping[str, Any]) -> dict[str, str]:
+        return {name: _exact(value) for name, value in _leaves(values)}
+
+    lines = [f"spec: {line}" for line in difference(fields(model.spec.to_json()), fields(other.spec.to_json()))]
+    ours, theirs = (fields(_flat(each.manifest.get("training"))) for each in (model, other))
     lines += [f"training: {line}" for line in difference(ours, theirs)]
     found = []
     for line in lines:
         kind, name, values = line.split(": ", 2)
-        before, _, after = values.partition(" -> ")
-        found.append((f"{kind}: {name}", before, after))
+        before, after = (
+            NONE if value == "None" else value for value in values.split(" -> ", 1)
+        )  # one has no such field
+        if before != after:
+            found.append((f"{kind}: {name}", before, after))
     return found
+
+
+def _exact(value: Any) -> str:
+    """A value as people write it, to its last digit: 1000.0 as ``1000``."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_exact, value))
+    return NONE if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def _flat(values: Any) -> dict[str, Any]:
@@ -137,7 +151,7 @@ def provenance_section(subject: Subject, *, command: str = "") -> Section:
         "model": about_model,
         "cache": about_cache,
         "commands": [line for line in (_extract_command(cache), _fit_command(subject), command) if line],
-        "spec": _leaves(model.spec.to_json()),
+        "spec": [(name, _exact(value)) for name, value in _leaves(model.spec.to_json())],
         "written": written,
     }
     return Section("provenance", "Where it came from", "report_provenance.html", context, "Provenance")
@@ -203,14 +217,14 @@ def _in_words(values: Mapping[str, Any]) -> str:
             return " ".join(map(word, value)) or "none"
         return number_text(value, 4) if isinstance(value, float) else "none" if value is None else str(value)
 
-    return ", ".join(f"{name} {word(value)}" for name, value in values.items() if name != "sha256")
+    return ", ".join(f"{name} {word(value)}" for name, value in _leaves(values) if name != "sha256")
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, value in values.items():
         if isinstance(value, Mapping):
             found += _leaves(value, f"{prefix}{name}.")
         else:
-            found.append((prefix + name, str(value)))
+            found.append((prefix + name, value))
     return found

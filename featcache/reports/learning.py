@@ -5,10 +5,12 @@ against the fine-tuned model. A section is None where the model has nothing of t
 """
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from featcache.backbones.saved import own_file
 from featcache.cache.cache import FeatureCache
@@ -26,6 +28,7 @@ from featcache.reports.curves import values_of
 from featcache.reports.numbers import count_text, number_text, percent_text
 from featcache.reports.page import Section
 from featcache.reports.subject import Subject
+from featcache.system.display import printable
 from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")
@@ -149,20 +152,17 @@ def why_chosen(curve: Curve, chosen: tuple[str, float], n: int) -> str:
 # ---------------------------------------------------------------------------------------------------- learning curve
 
 
-def learning_section(subject: Subject) -> Section | None:
-    """Accuracy against the number of training images, from fits on parts of them; takes seconds.
-
-    None for a quick report, for a fine-tuned model, whose features have seen all training images, for heads that are not
-    logistic regressions, and without a cache.
-    """
-    model, cache = subject.model, subject.cache
-    if subject.quick or cache is None or model.manifest.get("finetuned") or model.head.kind != "logreg":
-        return None
-    title = "Would more images help?"
-    try:
-        curve, judges = _fit_curve(model, cache)
-    except FeatcacheError as error:
-        context: dict[str, Any] = {"charts": [], "words": f"There is no learning curve: {error}."}
+def learning_section(subject: Subject) -> Section:
+    """Accuracy against the number of training images, from fits on parts of them, which take seconds; or why there is no curve."""
+    model, cache, title = subject.model, subject.cache, "Would more images help?"
+    why: str | Markup | None = _why_no_curve(subject)
+    if why is None and cache is not None:
+        try:
+            curve, judges = _fit_curve(model, cache)
+        except FeatcacheError as error:
+            why = f"{error}."
+    if why is not None:
+        context: dict[str, Any] = {"charts": [], "words": Markup("There is no learning curve: {}").format(why)}
         return Section("learning", title, "section_charts.html", context, "Learning curve")
     doubling = forecast(curve)
     context = {
@@ -172,6 +172,21 @@ def learning_section(subject: Subject) -> Section | None:
         "foretold": doubling.gain is not None,
     }
     return Section("learning", title, "section_charts.html", context, "Learning curve")
+
+
+def _why_no_curve(subject: Subject) -> str | Markup | None:
+    """What keeps a page from one, and what helps; None: nothing."""
+    model, cache = subject.model, subject.cache
+    if model.manifest.get("finetuned"):
+        return "the features of a fine-tuned model have seen all of its training images, and would flatter it."
+    if model.head.kind != "logreg":
+        words = f"only logreg heads are fit fast enough for one, and this is of kind {model.head.kind}"
+        return f"{words}: the page of a logreg head on the same cache has one."
+    if cache is not None and not subject.quick:
+        return None
+    words = "it takes some seconds more." if cache is not None else "it takes the cache that the model was fit on."
+    command = ["featcache", "report", str(model.path), "CACHE" if cache is None else str(cache.path)]
+    return Markup("{} <code>{}</code> draws it, and a map.").format(words, printable(shlex.join(command)))
 
 
 def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:

@@ -18,7 +18,7 @@ from featcache.cache.cache import FeatureCache, is_cache
 from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.heads.head import Array
 from featcache.images.source import AnySource, ImageList, Source, list_images
-from featcache.models.limits import Limits
+from featcache.models.limits import Limits, rows_that_trained
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import HELD_OUT, Scored, score_cache, score_held_out, score_images
 from featcache.reports.advice import advise, headline, largest_class, suspects
@@ -118,7 +118,7 @@ def report(
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
     other = None if against is None else _other(model, against)
-    compared = None if evidence is None else FeatureCache.open(as_path(evidence))
+    compared = None if evidence is None else _evidence(model, evidence, source)
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
     images, cache = _opened(model, source, other)
     if cache is None and map in ("pca", "tsne"):
@@ -206,9 +206,8 @@ def _sections(
 ) -> list[Section]:
     """The page, in its order. ``data``: for the script; sections may add to it, ``selections`` above all."""
     learning = learning_section(subject)
-    foretold = learning is not None and learning.context.get("foretold")
     found = [
-        _summary(subject, learning=learning.context["words"] if learning and foretold else ""),
+        _summary(subject, learning=learning.context["words"] if learning.context.get("foretold") else ""),
         confusion_section(subject, data),
         classes_section(subject),
         None if against is None else comparison_section(subject, *against, data),
@@ -344,6 +343,16 @@ def _other(model: Model, against: Model | AnyPath) -> Model:
         against = load_model(as_path(against))
     check_comparable(model, against)
     return against
+
+
+def _evidence(model: Model, evidence: AnyPath, source: AnySource | None) -> FeatureCache:
+    """The cache of training images; refused before any work where it is none of the model's, or there is nothing to compare."""
+    if source is None:
+        raise UsageError("--evidence goes with images or a cache as SOURCE; give them, or leave it out")
+    cache = FeatureCache.open(as_path(evidence))
+    model.check_cache(cache, advice="give as evidence the cache that the model was fit on")
+    rows_that_trained(model, cache)
+    return cache
 
 
 def _opened(

@@ -171,7 +171,7 @@ def test_colours_and_classes(browser: Any, made: MapPage) -> None:
         assert selected(page) == set(range(CARDS, COUNT))
         page.evaluate("selection.set(rowsOf({label: 1}))")  # as a table of scores selects: what was scored
         assert selected(page) == set(np.flatnonzero((made.labels == 1) & (made.predicted >= 0)).tolist())
-        assert "more have no place in this list" in page.locator("form.controls output").inner_text()
+        assert "more on the map only, saved with the paths" in page.locator("form.controls output").inner_text()
 
 
 def pixels(page: Any) -> bytes:

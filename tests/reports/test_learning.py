@@ -121,7 +121,6 @@ def test_a_given_c_has_bars_and_a_torch_head_no_curve(tmp_path: Path) -> None:
 def test_the_learning_curve_is_that_of_the_training_rows(fitted: Path) -> None:
     subject = subject_of(fitted, fitted.with_name("f.h5"))
     section = learning_section(subject)
-    assert section is not None
     training, cache = subject.model.manifest["training"], FeatureCache.open(fitted.with_name("f.h5"))
     rows, judges = np.arange(180), np.arange(180, 300)
     options = {"C": training["C"], "scaling": training["scaling"], "copies": rows, "judges": judges}
@@ -134,20 +133,30 @@ def test_the_learning_curve_is_that_of_the_training_rows(fitted: Path) -> None:
     assert f"Accuracy is {percent_text(found.accuracy[-1])} with 180 training images" in section.context["words"]
 
 
-def test_no_learning_curve_where_it_would_flatter_or_take_long(fitted: Path) -> None:
+def test_where_there_is_no_learning_curve_the_page_says_why(fitted: Path) -> None:
     cache = fitted.with_name("f.h5")
-    assert learning_section(subject_of(fitted, cache, quick=True)) is None
-    assert learning_section(subject_of(fitted, None)) is None
     subject = subject_of(fitted, cache)
     tuned = dataclasses.replace(subject.model, manifest=subject.model.manifest | {"finetuned": True})
-    assert learning_section(dataclasses.replace(subject, model=tuned)) is None
+    head = Head("mlp", "none", np.zeros(3), np.ones(3), ((np.eye(2, 3), np.zeros(2)),))
+    for other, why in [
+        (subject_of(fitted, cache, quick=True), f"<code>featcache report {fitted} {cache}</code> draws it, and a map."),
+        (subject_of(fitted, None), f"<code>featcache report {fitted} CACHE</code> draws it, and a map."),
+        (dataclasses.replace(subject, model=tuned), "have seen all of its training images"),
+        (
+            dataclasses.replace(subject, model=dataclasses.replace(subject.model, head=head)),
+            "this is of kind mlp: the page of a logreg head",
+        ),
+    ]:
+        section = learning_section(other)
+        assert section.context["charts"] == []
+        assert "There is no learning curve: " in section.context["words"]
+        assert why in render_sections([section], title="t")
 
 
 def test_too_few_images_are_said(tmp_path: Path) -> None:
     make_classes(tmp_path / "f.h5", np.arange(40) % 2, np.repeat([1, 3], 20))
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0)
     section = learning_section(subject_of(tmp_path / "m", tmp_path / "f.h5"))
-    assert section is not None
     assert section.context["charts"] == []
     assert (
         "There is no learning curve: 20 different training images of 2 classes are too few" in section.context["words"]

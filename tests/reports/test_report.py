@@ -268,6 +268,16 @@ def test_refused_before_any_work(overlapping: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "p.html").exists()
 
 
+@pytest.mark.parametrize("source", ["f.h5", None])
+def test_evidence_that_is_none_is_refused(overlapping: Path, source: str | None, monkeypatch: Any) -> None:
+    monkeypatch.chdir(overlapping)
+    write_cache(Path("other.h5"), plain_rows(["x.jpg"]), [np.zeros((1, 12), np.float16)], dim=12, spec=SPEC, classes=())
+    expected, words = (SourceError, "trained m") if source else (UsageError, "goes with images")
+    with pytest.raises(expected, match=words):
+        report("m", source, output="p.html", evidence="other.h5")
+    assert not Path("p.html").exists()
+
+
 # ------------------------------------------------------------------------------------------------- two models, advice
 
 
@@ -288,6 +298,17 @@ def test_against_another_model(overlapping: Path, tmp_path: Path) -> None:
     assert len(data["selections"]["neither"]) == expected["neither"]
     assert all(data["cards"]["correct"][k] == 1 for k in data["selections"]["won"])
     assert f"{np.mean(theirs.probabilities.argmax(1) == theirs.y):.1%}" in text
+    differences = text.split("What differs between the models")[-1].split("</table>")[0]
+    assert re.search(r"training: C</bdi></th><td><bdi>1</bdi></td><td><bdi>–</bdi>", differences)  # not 1.0 and None
+    settings = {"settings": {"lr": 0.0003, "hidden": None, "augmentation": [["flip", 0.5]]}}
+    tuned = dataclasses.replace(second, manifest=second.manifest | {"training": settings})
+    report(tuned, cache, output=tmp_path / "p.html", against=first)
+    differences, provenance = (
+        (tmp_path / "p.html").read_text().split("What differs between the models")[-1].split("provenance", 1)
+    )
+    assert re.search(r"training: settings.lr<.*?>0.0003<.*?>–<", differences)
+    assert "settings.lr 0.0003, settings.hidden none, settings.augmentation flip 0.5" in provenance
+    assert "{" not in differences + provenance.split("<script")[0]
     two = save_head(
         tmp_path / "two",
         Head("linear", "none", head.mean, head.scale, ((layers[0][0][:2], layers[0][1][:2]),)),
@@ -328,6 +349,14 @@ def test_suspects_by_definition(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert sorted(suspects(subject).tolist()) == expected
     assert 0 < len(expected) < (p.argmax(1) != y).sum()
+
+
+def test_of_one_class_no_more_is_claimed_than_it_shows(tmp_path: Path) -> None:
+    """Always answering it is right in 100 %, which no model beats, and says nothing of the model."""
+    words = advice_on(tmp_path, [68, 0], [70, 0])
+    assert words.startswith("Score images of other classes, too. All of these are a")
+    assert "Check labels" not in words
+    assert "Keep this model" not in words
 
 
 def advice_on(tmp_path: Path, right: list[int], n: list[int], *, trained: list[int] | None = None) -> str:

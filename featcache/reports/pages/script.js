@@ -123,7 +123,7 @@ function update() {
   beyond = (selection.rows ?? []).filter((row) => row >= items.length && matches(row, values));
   find("output", form).textContent = `Showing ${shown.length.toLocaleString("en")} of ${items.length.toLocaleString("en")}`
     + (selection.rows && selection.why ? `: ${printable(selection.why)}` : "")
-    + (beyond.length ? `; ${beyond.length.toLocaleString("en")} more have no place in this list, their paths are saved, too` : "");
+    + (beyond.length ? `; ${beyond.length.toLocaleString("en")} more on the map only, saved with the paths` : "");
   find("[data-clear]", form).hidden = selection.rows === null && !["label", "predicted", "status", "correct", "split", "text"].some((name) => values[name]);
   for (const button of all("[data-export]", form)) button.disabled = !shown.length && !beyond.length;
 }

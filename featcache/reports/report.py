@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
 
 log = logging.getLogger("featcache")
-_QUICK_SECONDS = 1.0  # for pictures of a page that is written on the way
+_QUICK_SECONDS = 0.5  # for pictures of a page that is written on the way
 _LEAST_CERTAIN = 48  # cards of that list
 
 

@@ -30,7 +30,7 @@ class Nearest:
     @property
     def k(self) -> int:
         """How many neighbours each row has."""
-        return self.places.shape[1]
+        return int(self.places.shape[1])
 
 
 def nearest_rows(features: FeatureSource, rows: Indices, *, k: int = 20) -> Nearest:

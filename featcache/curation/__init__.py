@@ -5,4 +5,7 @@ neighbours.py   the nearest neighbours of every row among all others, exactly
 copies.py       rows whose files hold the same bytes
 near_copies.py  rows that show the same picture, edited; groups of copies
 pixel_check.py  whether two image files show the same picture, by their pixels
+honest_score.py accuracy without leaks and without suspects
+plan.py         what to do with each image, and the table that follows
+audit.py        all of it about one cache, and what could not be looked for
 """

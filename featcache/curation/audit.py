@@ -18,41 +18,46 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
 from featcache.curation.copies import find_exact_copies
 from featcache.curation.finding import KINDS, Finding, Kind
+from featcache.curation.honest_score import Rows, Score, honest_scores
+from featcache.curation.label_errors import _FEWEST as FEWEST
+from featcache.curation.label_errors import find_label_errors, out_of_fold
+from featcache.curation.looks import measure_looks
 from featcache.curation.near_copies import NearCopies, find_near_copies
 from featcache.curation.neighbours import Nearest, estimate, nearest_rows
+from featcache.curation.outliers import find_off_topic, find_outliers
+from featcache.curation.overlaps import Overlap, find_overlaps
 from featcache.curation.pixel_check import PixelCheck
-from featcache.errors import UsageError
+from featcache.curation.quality import find_poor_images
+from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array, Indices
 from featcache.spec import SPLITS
 from featcache.system.memory import available_memory
 from featcache.system.runtime_options import usable_cores
 
 log = logging.getLogger("featcache")
+NO_PICTURES = "the images were not found; --source FOLDER says where they are"
 Progress = Callable[[int, int, str], None]  # done, to do, and what of
 _LONG = 10.0  # seconds, from which on work is announced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Opinions:
-    """What a classifier says of n labelled rows that it was not trained on: evidence for label suspects.
+    """What classifiers say of n rows that did not train them: evidence for label suspects.
 
     Attributes:
-        rows: (n,) their numbers in the cache, ascending. y: (n,) and classes: given labels as positions among ``classes``,
-            which are positions among the cache's. probabilities: (n, len(classes)).
+        rows: (n,) their numbers in the cache, ascending. probabilities: (n, C) of the cache's classes up to the last that
+            occurs; NaN of rows without a label and of classes with too few images.
     """
 
     rows: Indices
-    y: Indices
-    classes: Indices
     probabilities: Array
 
     def of(self, row: int) -> dict[int, float]:
-        """Class of the cache -> probability, the most probable first; empty of a row without."""
+        """Class -> probability, the most probable first; empty of a row without."""
         place = int(np.searchsorted(self.rows, row))
-        if place == len(self.rows) or self.rows[place] != row:
+        if place == len(self.rows) or self.rows[place] != row or np.isnan(values := self.probabilities[place]).any():
             return {}
-        values = self.probabilities[place]
-        return {int(self.classes[k]): float(values[k]) for k in np.argsort(-values, kind="stable")}
+        return {int(k): float(values[k]) for k in np.argsort(-values, kind="stable")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -67,7 +72,8 @@ class Found:
         groups: (M,) rows that hold the same image, exactly or nearly, share a number; others have their own.
         nearest: the nearest neighbours that findings rest on; None where nothing was compared.
         opinions: out-of-fold probabilities of labelled rows; None where there are none.
-        overlaps: pairs of classes that may be one. scores: accuracies before and after, see ``honest_score``.
+        near: thresholds and counts of the search for near copies. overlaps: pairs of classes that may be one.
+        scores: accuracies before and after, see ``honest_score``.
         seconds: step -> how long it took. interrupted: whether it was cut short.
     """
 
@@ -80,8 +86,8 @@ class Found:
     nearest: Nearest | None = None
     near: NearCopies | None = None
     opinions: Opinions | None = None
-    overlaps: tuple[Any, ...] = ()
-    scores: tuple[Any, ...] = ()
+    overlaps: tuple[Overlap, ...] = ()
+    scores: tuple[Score, ...] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     interrupted: bool = False
 
@@ -157,7 +163,17 @@ class _Work:
         self.notes: list[str] = []
         self.rows = np.arange(len(cache))  # with finite features
         self.nearest: Nearest | None = None
-        self.steps = (self._exact_copies, self._features, self._neighbours, self._near_copies)
+        self.opinions: Opinions | None = None
+        self.steps = (
+            self._exact_copies,
+            self._features,
+            self._neighbours,
+            self._near_copies,
+            self._outliers,
+            self._labels,
+            self._scores,
+            self._pictures,
+        )
 
     def found(self, *, interrupted: bool = False) -> Found:
         """What there is by now."""
@@ -221,6 +237,72 @@ class _Work:
         self.facts |= {"near": found, "groups": np.unique(groups, return_inverse=True)[1]}
         self._add("near_copy", found.findings)
 
+    def _outliers(self) -> None:
+        if self.nearest is None:
+            return
+        y, groups = self.cache.y[self.nearest.rows], self.facts["groups"][self.nearest.rows]
+        ways: tuple[tuple[Kind, Any], ...] = (("outlier", find_outliers), ("off_topic", find_off_topic))
+        for kind, find in ways:
+            if kind in self.kinds:
+                with self._timed(kind.replace("_", " ")):
+                    self._add(kind, find(self.nearest, y, groups=groups))
+
+    def _labels(self) -> None:
+        """Suspects among all labelled rows, each judged by heads that saw neither it nor its copies."""
+        wanted = self.kinds & {"label"}
+        if not wanted or self.nearest is None:
+            return
+        y, groups = self.cache.y[self.nearest.rows], self.facts["groups"][self.nearest.rows]
+        if why := _unjudged(y, groups):
+            self._not_done({*wanted, "overlaps"}, why)
+            return
+        try:
+            with self._timed("judging labels"), self.cache.reader() as features:
+                probabilities = out_of_fold(features, self.nearest.rows, y, groups, seed=self.seed)
+        except UsageError as error:  # more than fits into memory
+            self._not_done({*wanted, "overlaps"}, str(error))
+            return
+        self.facts["opinions"] = Opinions(self.nearest.rows, probabilities)
+        self._add("label", find_label_errors(y, probabilities, self.nearest, groups=groups))
+        self.facts["overlaps"] = tuple(find_overlaps(y, probabilities))
+
+    def _scores(self) -> None:
+        """The score before and after; it speaks of all kinds, so that it is left out where only some are asked for."""
+        if self.kinds != frozenset(KINDS):
+            return
+        usable = np.zeros(len(self.cache), np.bool_)
+        usable[self.rows] = True
+        exact = np.unique(first_copies(self.cache.rows.digests), return_inverse=True)[1]
+        columns = self.cache.y, self.cache.rows.splits, exact, self.facts["groups"], usable
+        try:
+            with self._timed("scores") as report, self.cache.reader() as features:
+                self.facts["scores"] = honest_scores(Rows(features, *columns), seed=self.seed, progress=report)
+        except (SourceError, UsageError) as error:
+            self._not_done({"scores"}, str(error))
+
+    def _pictures(self) -> None:
+        wanted = self.kinds & {"dark", "blurred", "blank", "tiny"}
+        if not wanted:
+            return
+        if self.root is None:
+            self._not_done(wanted, NO_PICTURES)
+            return
+        with self._timed("pictures") as report:
+            cache, workers = self.cache, self.workers
+            looks, edges = measure_looks(self.root, cache.paths, cache.rows.digests, workers=workers, progress=report)
+            missing = int(np.isnan(edges).sum())
+            found = find_poor_images(np.arange(len(cache)), looks, edges)
+        if missing == len(cache):
+            self._not_done(wanted, f"no image of the cache lies unchanged below {self.root}")
+            return
+        if missing:
+            self.notes.append(
+                f"{missing:,} images were not found unchanged below {self.root}; of these no pixels were seen"
+            )
+        for kind in KINDS:
+            if kind in wanted:
+                self._add(kind, [finding for finding in found if finding.kind == kind])
+
     def _add(self, kind: Kind, findings: list[Finding]) -> None:
         """The most remarkable first, groups together."""
         best: dict[int | None, float] = {}
@@ -246,6 +328,16 @@ class _Work:
             yield lambda done, total: self.progress(done, total, step)
         finally:
             self.facts["seconds"][step] = round(time.perf_counter() - started, 3)
+
+
+def _unjudged(y: Array, groups: Indices) -> str:
+    """Why no label can be judged; empty if some can."""
+    if not (y >= 0).any():
+        return "there are no labels"
+    pairs = np.unique(np.stack([y, groups])[:, y >= 0], axis=1)
+    if (np.bincount(pairs[0]) >= FEWEST).sum() < 2:
+        return f"it takes two classes with {FEWEST} different images each"
+    return ""
 
 
 def in_words(seconds: float) -> str:

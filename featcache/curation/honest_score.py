@@ -63,9 +63,7 @@ class Rows:
     usable: npt.NDArray[np.bool_]
 
 
-def honest_scores(
-    rows: Rows, *, seed: int = 0, progress: Progress = lambda *_: None
-) -> tuple[Score, ...]:
+def honest_scores(rows: Rows, *, seed: int = 0, progress: Progress = lambda *_: None) -> tuple[Score, ...]:
     """Scores of logistic regression as ``fit-head`` trains it: of val and test, or out of fold where there are no splits.
 
     Args:

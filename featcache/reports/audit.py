@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 from featcache.cache.cache import FeatureCache

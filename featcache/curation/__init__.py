@@ -1,5 +1,8 @@
 """What a cache tells about its images: copies, wrong labels, outliers, groups. Arrays in, rows with reasons out.
 
-finding.py     a row, what is remarkable about it, and why
-neighbours.py  the nearest neighbours of every row among all others, exactly
+finding.py      a row, what is remarkable about it, and why
+neighbours.py   the nearest neighbours of every row among all others, exactly
+copies.py       rows whose files hold the same bytes
+near_copies.py  rows that show the same picture, edited; groups of copies
+pixel_check.py  whether two image files show the same picture, by their pixels
 """

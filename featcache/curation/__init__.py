@@ -5,4 +5,8 @@ neighbours.py   the nearest neighbours of every row among all others, exactly
 copies.py       rows whose files hold the same bytes
 near_copies.py  rows that show the same picture, edited; groups of copies
 pixel_check.py  whether two image files show the same picture, by their pixels
+split.py        train, val and test of a source or cache, groups undivided
+deal.py         the arithmetic of that: labels, groups and ranks in, splits out
+manifest.py     its table
+split_folders.py  its folders of copies or links
 """

@@ -14,7 +14,7 @@ addEventListener("afterprint", () => still.forEach((each) => each.remove()));
 const count = (n, one, several = one + "s") => `${n.toLocaleString("en")} ${n === 1 ? one : several}`;
 const isCopies = (item) => items.keep[item] >= 0;
 const fileOf = (image) => images.path[image].split("/").pop();
-const className = (label, most = 30) => { const text = printable(classes[label]); return text.length > most ? text.slice(0, most - 1) + "…" : text; };
+const className = (label, most = 30) => { const text = printable(classes[label] ?? ""); return text.length > most ? text.slice(0, most - 1) + "…" : text; };
 
 /* ---- Decisions: a step is a list of [item, place among its images, verdict, label]; verdict null: none */
 const places = new Map(); // image -> [[item, place], ...]

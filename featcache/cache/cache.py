@@ -268,14 +268,18 @@ class FeatureCache:
         pair = self.take(rows), self.y[rows]
         return (*pair, np.array(self.paths, object)[rows]) if paths else pair
 
+    def rows_not_finite(self) -> npt.NDArray[np.intp]:
+        """Verify all features; in the same pass find the rows that are not finite. Raises CacheError as ``reader``."""
+        with self.unverified() as features:
+            return self._check(features, finite=True)
+
     def check_finite(self, rows: npt.NDArray[np.intp]) -> None:
         """Verify all features and, in the same pass, look for numbers that are not finite.
 
         Raises:
             SourceError: features of ``rows`` are not finite; the first is named. CacheError: as ``reader``.
         """
-        with self.unverified() as features:
-            bad = rows[np.isin(rows, self._check(features, finite=True))]
+        bad = rows[np.isin(rows, self.rows_not_finite())]
         if len(bad):
             raise SourceError(
                 f"{self.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "

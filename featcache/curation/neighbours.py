@@ -4,6 +4,7 @@ In: features (M, D) and which rows to compare. Out: ``Nearest``. Work grows with
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,24 @@ class Nearest:
         return int(self.places.shape[1])
 
 
-def nearest_rows(features: FeatureSource, rows: Indices, *, k: int = 20) -> Nearest:
-    """Find the k nearest other rows of each of (N,) ``rows`` of (M, D) features; k is N - 1 if there are fewer."""
+def estimate(n: int, dim: int, *, device: str = "cpu") -> tuple[float, int]:
+    """How long ``nearest_rows`` of n rows of ``dim`` values takes on this machine, in seconds, and its memory in bytes."""
+    return 2.0 * n * n * dim / 1e11, 4 * n * dim + 4 * _BLOCK * n
+
+
+def nearest_rows(
+    features: FeatureSource,
+    rows: Indices,
+    *,
+    k: int = 20,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Nearest:
+    """Find the k nearest other rows of each of (N,) ``rows`` of (M, D) features; k is N - 1 if there are fewer.
+
+    Args:
+        device: auto, cpu, cuda, cuda:N or mps. progress: called with blocks done and blocks to do; what it raises ends the search.
+    """
     k = min(k, len(rows) - 1)
     X: Array = features[rows].astype(np.float32)
     X = scale_features(X, "unit", X, X)
@@ -45,4 +62,6 @@ def nearest_rows(features: FeatureSource, rows: Indices, *, k: int = 20) -> Near
         best = np.argsort(-here, axis=1, kind="stable")[:, :k]
         places[start : start + len(here)] = best
         similarities[start : start + len(here)] = np.take_along_axis(here, best, axis=1)
+        if progress:
+            progress(start // _BLOCK + 1, -(-len(rows) // _BLOCK))
     return Nearest(rows, places, similarities)

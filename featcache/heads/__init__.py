@@ -5,6 +5,7 @@ logreg.py          logistic regression: C and scaling chosen by cross-validation
 logreg_path.py     its solver, along a path of C
 minibatch.py       linear and MLP heads, of features that need not fit in memory
 validation.py      folds that keep copies together; scores corrected for the choice of a setting
+confident.py       which labels the probabilities contradict
 conformal.py       sets of classes that hold the truth as often as asked
 neighbours.py      nearest rows; how unfamiliar a row is
 layers.py          a head as PyTorch layers

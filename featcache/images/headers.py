@@ -50,7 +50,12 @@ def read_header(path: Path) -> Header:
     with open_regular(path) as (file, status), contextlib.suppress(Exception):  # nearly anything: then read it whole
         if (found := _quick(file, status.st_size)) is not None:
             return found
-    data, size, _ = read_file(path)
+    return header_of(read_file(path)[0])
+
+
+def header_of(data: bytes) -> Header:
+    """The header of a file's content; ``ends`` is not looked at. Called inside of ``strict_decoding``. Raises RefusedImage."""
+    size = len(data)
     with guarded(data, None), open_image(data := plain_png(data)) as image:
         header = _header(image, size)
         reading_of(image, data)

@@ -1,0 +1,101 @@
+"""Which labels the probabilities contradict: confident learning. NumPy.
+
+In: labels and out-of-fold probabilities of N rows. Out: how many labels are wrong, and which come first.
+
+Method: Northcutt, Jiang and Chuang (2021), "Confident learning: estimating uncertainty in dataset labels", says how many, by
+the confident joint. Which ones follows from the margin of logits between the best other class and the given one; where the labels
+of nearest neighbours are known they have a quarter of the say (SimiFeat; Zhu, Dong and Liu 2022), which ranks planted errors
+better than either alone (``benchmarks/LOG.md``).
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from featcache.heads.head import Array, Indices
+
+_BLOCK = 2**22  # probabilities that are worked on at a time
+_NEIGHBOURS = 0.25  # weight of the neighbours' opinion
+_LEAST = 1e-4  # added to opinions, so that none is certain: rows are ranked by how they differ, not by rounding
+
+
+def confident_joint(y: Array, probabilities: Array) -> Array:
+    """(C, C) int64: how many rows labelled i count confidently as j.
+
+    A row does if its probability of j is at least the mean one of the rows labelled j, and the largest for which that holds. Rows
+    for which it holds of no class are not counted, and of each class that occurs one row at least counts as right.
+
+    Args:
+        y: (N,) labels 0..C-1. probabilities: (N, C), each from a head that the row did not train; NaN: no opinion.
+    """
+    n_classes = probabilities.shape[1]
+    sums, counts = np.zeros(n_classes), np.zeros(n_classes, np.int64)
+    for rows, p in _blocks(y, probabilities):
+        sums += np.bincount(y[rows], p[np.arange(len(p)), y[rows]], n_classes)
+        counts += np.bincount(y[rows], minlength=n_classes)
+    thresholds = np.where(counts, sums / np.maximum(counts, 1), np.inf) - 1e-6  # equal to rounding is enough
+    joint = np.zeros((n_classes, n_classes), np.int64)
+    for rows, p in _blocks(y, probabilities):
+        sure = np.where(p >= thresholds, p, -1.0)
+        guess = sure.argmax(axis=1)
+        kept = sure[np.arange(len(p)), guess] >= 0
+        np.add.at(joint, (y[rows][kept], guess[kept]), 1)
+    np.fill_diagonal(joint, np.maximum(joint.diagonal(), counts > 0))
+    return joint
+
+
+def count_wrong_labels(y: Array, probabilities: Array) -> int:
+    """How many labels are wrong, as the confident joint estimates it: also among rows that it did not count.
+
+    Each class's share of wrong labels, of its rows that were counted, is taken for all of its rows.
+    """
+    joint = confident_joint(y, probabilities)
+    rows = joint.sum(axis=1)
+    wrong = 1 - joint.diagonal() / np.maximum(rows, 1)
+    known = np.zeros(len(rows), np.int64)
+    for some, _ in _blocks(y, probabilities):
+        known += np.bincount(y[some], minlength=len(rows))
+    return round(float((wrong * known)[rows > 0].sum()))
+
+
+def doubts(y: Array, probabilities: Array, neighbours: Array | None = None) -> tuple[Array, Indices]:
+    """(N,) in 0..1, how far another class outweighs the label: q_other / (q_other + q_label); and (N,) which one.
+
+    That is the logit margin put through a sigmoid: above 0.5 the other class is the more probable. 0 and -1 without opinion.
+
+    Args:
+        y, probabilities: as for ``confident_joint``. neighbours: (N, C) shares of the classes among the labels of the nearest
+            neighbours, rows summing to 1, or 0 where there are none.
+    """
+    doubt, other = np.zeros(len(y)), np.full(len(y), -1, np.intp)
+    for rows, p in _blocks(y, probabilities):
+        q = p
+        if neighbours is not None:
+            shares = neighbours[rows]
+            weight = _NEIGHBOURS * shares.sum(axis=1, keepdims=True)
+            q = (1 - weight) * p + _NEIGHBOURS * shares
+        at = np.arange(len(q)), y[rows]
+        q = q + _LEAST
+        own = q[at]
+        q[at] = -1
+        other[rows] = q.argmax(axis=1)
+        doubt[rows] = q[at[0], other[rows]] / (q[at[0], other[rows]] + own)
+    return doubt, other
+
+
+def wrong_labels(y: Array, probabilities: Array, neighbours: Array | None = None) -> Indices:
+    """Rows whose label may be wrong, the surest first: as many as ``count_wrong_labels``, if another class outweighs each."""
+    if probabilities.shape[1] < 2:
+        return np.empty(0, np.intp)
+    doubt, _ = doubts(y, probabilities, neighbours)
+    found: Indices = np.argsort(-doubt, kind="stable")[: count_wrong_labels(y, probabilities)]
+    return found[doubt[found] > 0.5]
+
+
+def _blocks(y: Array, probabilities: Array) -> Iterator[tuple[Indices, Array]]:
+    """Row numbers and (n, C) float64 probabilities of the rows of which there is an opinion and a label."""
+    size = max(1, _BLOCK // probabilities.shape[1])
+    for start in range(0, len(y), size):
+        p = np.asarray(probabilities[start : start + size], np.float64)
+        known = np.flatnonzero(~np.isnan(p[:, 0]) & (y[start : start + size] >= 0))
+        yield start + known, p[known]

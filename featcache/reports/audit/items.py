@@ -5,16 +5,15 @@ twice about one image. Of copies one is proposed to be kept; ``KEEPS`` is that r
 """
 
 import dataclasses
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from featcache.cache.format import Rows
+from featcache.curation.audit import Found
 from featcache.curation.finding import KINDS, Finding, Kind
-from featcache.curation.neighbours import Nearest
 
 COPIES: tuple[Kind, ...] = ("exact_copy", "near_copy")
 KEEPS = (
@@ -23,32 +22,6 @@ KEEPS = (
 )
 _LIKE = 5  # most similar images that an item shows
 _ANSWERS = 4  # probabilities
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-    """An audit, as far as its page needs it.
-
-    Attributes:
-        paths, classes: names. labels: (N,), -1: none. splits: (N,) positions in ``SPLITS``. digests: (N, 32). sizes: (N,) bytes.
-        findings: of all kinds. nearest: neighbours of rows; None: not computed.
-        opinions: row -> class -> probability by a model that has not seen it, the most probable first; empty: not known.
-    """
-
-    paths: Sequence[str]
-    classes: Sequence[str]
-    labels: npt.NDArray[np.integer]
-    splits: npt.NDArray[np.integer]
-    digests: npt.NDArray[np.uint8]
-    sizes: npt.NDArray[np.integer]
-    findings: Sequence[Finding]
-    nearest: Nearest | None = None
-    opinions: Callable[[int], Mapping[int, float]] = lambda row: {}
-
-    @functools.cached_property
-    def places(self) -> dict[int, int]:
-        """Row -> its place in ``nearest``."""
-        return {} if self.nearest is None else {row: place for place, row in enumerate(self.nearest.rows.tolist())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +63,14 @@ class Item:
         return list(dict.fromkeys(finding.reason for finding in self.findings))
 
 
-def items_of(subject: Subject, *, most: int) -> list[Item]:
+def items_of(found: Found, *, most: int) -> list[Item]:
     """The items of the findings that are looked at first of each kind, ``most`` at most; by kind, then by score."""
-    copies = [_copies(subject, findings) for findings in _groups(subject.findings)]
+    copies = [_copies(findings) for findings in _groups(found)]
     by_row: defaultdict[int, list[Finding]] = defaultdict(list)
-    for finding in subject.findings:
+    for finding in found:
         if finding.kind not in COPIES or finding.group is None:
             by_row[finding.row].append(finding)
-    alone = [Item(tuple(sorted(found, key=_importance)), (row,)) for row, found in by_row.items()]
+    alone = [Item(tuple(sorted(of_row, key=_importance)), (row,)) for row, of_row in by_row.items()]
     items = sorted([*copies, *alone], key=lambda item: (_importance(item.findings[0])[0], -item.score, item.rows))
     if len(items) <= most:
         return items
@@ -114,7 +87,7 @@ def _importance(finding: Finding) -> tuple[int, float]:
     return KINDS.index(finding.kind), -finding.score
 
 
-def _groups(findings: Sequence[Finding]) -> list[list[Finding]]:
+def _groups(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Findings about copies, together where they share a row or a group of their kind: exact copies of a near one are one group."""
     copies = [finding for finding in findings if finding.kind in COPIES and finding.group is not None]
     parents: dict[Any, Any] = {}
@@ -126,43 +99,46 @@ def _groups(findings: Sequence[Finding]) -> list[list[Finding]]:
 
     for finding in copies:
         parents[leader((finding.kind, finding.group))] = leader(finding.row)
-    found: defaultdict[Any, list[Finding]] = defaultdict(list)
+    groups: defaultdict[Any, list[Finding]] = defaultdict(list)
     for finding in copies:
-        found[leader(finding.row)].append(finding)
-    return list(found.values())
+        groups[leader(finding.row)].append(finding)
+    return list(groups.values())
 
 
-def _copies(subject: Subject, findings: Sequence[Finding]) -> Item:
+def _copies(findings: Sequence[Finding]) -> Item:
     rows = sorted({finding.row for finding in findings})
     return Item(tuple(sorted(findings, key=_importance)), tuple(rows))
 
 
-def proposed(subject: Subject, rows: Sequence[int], pixels: Sequence[int]) -> int:
-    """The place among ``rows`` of the copy to keep, by the rule that ``KEEPS`` says. ``pixels``: of each, 0: not known."""
-    labels = [int(subject.labels[row]) for row in rows]
+def proposed(rows: Rows, copies: Sequence[int], pixels: Sequence[int]) -> int:
+    """The place among ``copies`` of the one to keep, by the rule that ``KEEPS`` says. ``pixels``: of each, 0: not known."""
+    labels = rows.labels[list(copies)].tolist()
     keys = [
-        (int(subject.splits[row]), labels.count(label), size, int(subject.sizes[row]), -place)
-        for place, (row, label, size) in enumerate(zip(rows, labels, pixels, strict=True))
+        (int(rows.splits[row]), labels.count(label), size, int(rows.sizes[row]), -place)
+        for place, (row, label, size) in enumerate(zip(copies, labels, pixels, strict=True))
     ]
-    return max(range(len(rows)), key=keys.__getitem__)
+    return max(range(len(copies)), key=keys.__getitem__)
 
 
-def answers(subject: Subject, item: Item) -> list[tuple[int, float]]:
+def answers(found: Found, item: Item) -> list[tuple[int, float]]:
     """Of one image the likeliest classes by a model that has not seen it, and its label, wherever that comes."""
-    if item.is_copies:
+    if item.is_copies or found.opinions is None:
         return []
-    of = subject.opinions(item.rows[0])
+    of = found.opinions.of(item.rows[0])
     best = [*of][:_ANSWERS]
-    label = int(subject.labels[item.rows[0]])
+    label = int(found.cache.y[item.rows[0]])
     if label in of and label not in best:
         best[-1] = label
     return [(k, of[k]) for k in best]
 
 
-def most_alike(subject: Subject, item: Item) -> list[tuple[int, float]]:
+def most_alike(found: Found, item: Item) -> list[tuple[int, float]]:
     """Of one image the rows most similar to it, with their cosines."""
-    if item.is_copies or subject.nearest is None or item.rows[0] not in subject.places:
+    nearest = found.nearest
+    if item.is_copies or nearest is None:
         return []
-    at = subject.places[item.rows[0]]
-    found = subject.nearest.rows[subject.nearest.places[at, :_LIKE]].tolist()
-    return list(zip(found, subject.nearest.similarities[at, :_LIKE].tolist(), strict=True))
+    at = int(np.searchsorted(nearest.rows, item.rows[0]))
+    if at == len(nearest.rows) or nearest.rows[at] != item.rows[0]:
+        return []
+    rows = nearest.rows[nearest.places[at, :_LIKE]].tolist()
+    return list(zip(rows, nearest.similarities[at, :_LIKE].tolist(), strict=True))

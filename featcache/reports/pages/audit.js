@@ -3,7 +3,7 @@
 (() => {
 const box = find("[data-audit]");
 if (!box) return;
-const { images, items, classes, splits, words, pictures, plan } = data.audit;
+const { images, items, classes, splits, words, pictures, whole } = data.audit;
 const N = items.rows.length;
 const still = all(".still");
 for (const picture of all("img[data-picture]")) pictures[picture.dataset.picture] ??= picture.src;
@@ -20,7 +20,7 @@ const className = (label, most = 30) => { const text = printable(classes[label] 
 const places = new Map(); // image -> [[item, place], ...]
 items.rows.forEach((rows, item) => rows.forEach((image, place) => places.set(image, [...places.get(image) ?? [], [item, place]])));
 let steps = [];
-let foreign = []; // lines of a loaded plan about other images: kept as they are
+let loaded = []; // lines of a plan that was chosen, about images that have no case here: saved again as they are
 const verdicts = items.rows.map((rows) => Array(rows.length).fill(null)); // of each image [verdict, label]
 const perform = (step) => { for (const [item, place, verdict, label] of step.set) verdicts[item][place] = verdict && [verdict, label]; };
 function replay() { for (const each of verdicts) each.fill(null); steps.forEach(perform); }
@@ -37,7 +37,7 @@ const memory = {
   key: "featcache-audit-" + data.audit.fingerprint,
   works: true,
   read() { try { return JSON.parse(localStorage.getItem(this.key)); } catch { this.works = false; return null; } },
-  write() { try { localStorage.setItem(this.key, JSON.stringify({ steps, foreign })); } catch { this.works = false; } },
+  write() { try { localStorage.setItem(this.key, JSON.stringify({ steps, loaded: loaded.length < 2e4 ? loaded : [] })); } catch { this.works = false; } },
 };
 let written = 0; // steps at the last write, to the memory or a file
 const remember = () => { if (memory.works) memory.write(); if (memory.works) written = steps.length; };
@@ -53,7 +53,7 @@ function fits(item, { kind, label, split, crossing, state, text }) {
   const rows = items.rows[item];
   return (!kind || items.kinds[item].includes(Number(kind)))
     && (!label || items.suggested[item] === Number(label) || rows.some((image) => images.label[image] === Number(label)))
-    && (!split || rows.some((image) => images.split[image] === split))
+    && (!split || rows.some((image) => splits[images.split[image]] === split))
     && (!crossing || crosses(item, crossing))
     && (!state || isDone(item) === (state === "done"))
     && (!text || rows.some((image) => printable(images.path[image]).toLowerCase().includes(text.toLowerCase())));
@@ -83,7 +83,7 @@ function said(item) {
 }
 function subtitle(item) {
   if (items.suggested[item] >= 0) return [element("bdi", {}, className(images.label[items.rows[item][0]], 20)), " → ", element("bdi", {}, className(items.suggested[item], 20)), "?"];
-  const there = [...new Set(items.rows[item].map((image) => images.split[image]))].filter(Boolean);
+  const there = [...new Set(items.rows[item].map((image) => images.split[image]))].filter(Boolean).sort().map((split) => splits[split]);
   return there.length > 1 ? ["in " + there.join(" and ")] : [named(fileOf(items.rows[item][0]))];
 }
 function pictureOf(image, properties = {}) {
@@ -121,7 +121,7 @@ const heard = find(".heard output", box);
 function labelled(image, against = -2) {
   const label = images.label[image];
   const name = label < 0 ? element("span", { className: "soft" }, "no label") : element("b", { className: against === label ? "same" : "" }, element("bdi", { title: printable(classes[label]) }, className(label)));
-  return images.split[image] ? [name, " ", element("span", { className: "chip" }, images.split[image])] : [name];
+  return images.split[image] ? [name, " ", element("span", { className: "chip" }, splits[images.split[image]])] : [name];
 }
 function copyOf(item, place) {
   const image = items.rows[item][place];
@@ -158,7 +158,7 @@ function aloneOf(item) {
   const facts = element("dl", { className: "facts" });
   const add = (word, ...values) => facts.append(element("dt", {}, word), element("dd", {}, ...values));
   if (images.label[image] >= 0) add("label", ...labelled(image));
-  else if (images.split[image]) add("split", images.split[image]);
+  else if (images.split[image]) add("split", splits[images.split[image]]);
   if (items.suggested[item] >= 0) add("fits better", element("b", { className: "same" }, element("bdi", { title: printable(classes[items.suggested[item]]) }, className(items.suggested[item]))));
   add("file", named(images.path[image]), element("br"), element("span", { className: "soft" }, images.facts[image]));
   const elsewhere = places.get(image).filter(([other]) => other !== item);
@@ -205,10 +205,8 @@ function drawProgress() {
   find("[data-shown]", box).textContent = `Showing ${shown.length.toLocaleString("en")} of ${N.toLocaleString("en")}, ${open.length.toLocaleString("en")} open`;
   buttons.undo.disabled = !steps.length;
   for (const button of all("[data-all]", box)) button.disabled = !open.some((item) => button.dataset.all !== "relabel" || items.suggested[item] >= 0);
-  const lines = planned().length + foreign.length;
-  const save = find("[data-save]");
-  save.disabled = !lines;
-  save.textContent = lines ? `Save ${plan}: ${count(lines, "image")}` : `Save ${plan}`;
+  const settled = [...places.keys()].reduce((sum, image) => sum + Boolean(fate(image)), 0);
+  find("[data-save]").textContent = `Save plan.csv${settled ? ": " + count(settled, "image") + " decided" : ""}`;
 }
 function draw() { reveal(); drawCase(); drawQueue(); drawProgress(); }
 
@@ -342,22 +340,34 @@ function cell(text) {
   const safe = FORMULA.test(text) ? "'" + text : text;
   return /[",\r\n]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
 }
-function planned() {
-  const lines = [];
-  for (const image of places.keys()) {
-    const given = fate(image);
-    if (given) lines.push([images.path[image], images.sha256[image], given[0], given[0] === "relabel" ? classes[given[1]] : images.label[image] < 0 ? "" : classes[images.label[image]]]);
-  }
-  return lines;
+const HEAD = ["path", "sha256", "decision", "label", "split", "given", "found"];
+const digests = atob(images.digests);
+const keyOf = ([path, digest]) => path + "\0" + digest;
+function lineOf(image) {
+  const digest = [...digests.slice(32 * image, 32 * image + 32)].map((c) => c.charCodeAt(0).toString(16).padStart(2, "0")).join("");
+  const [verdict, label] = (places.has(image) && fate(image)) || ["", undefined];
+  const given = classes[images.label[image]] ?? "";
+  const kinds = data.audit.kinds.filter((_, kind) => images.found[image] >> kind & 1);
+  return [images.path[image], digest, verdict, verdict === "relabel" ? classes[label] : given, splits[images.split[image]], given, kinds.join(";")];
 }
-const HEAD = ["path", "sha256", "decision", "label"];
+/** Every image of the cache once, as a plan stands for itself. */
+function planLines() {
+  const lines = new Map(whole ? [] : loaded.map((line) => [keyOf(line), line]));
+  const rows = whole ? images.path.map((_, image) => image) : [...places.keys()];
+  for (const line of rows.sort((a, b) => images.row[a] - images.row[b]).map(lineOf)) lines.set(keyOf(line), line);
+  if (whole) for (const line of loaded) lines.set(keyOf(line), line);
+  return [...lines.values()];
+}
+const tell = (text) => { find("[data-saved]").textContent = text; };
 find("[data-save]").addEventListener("click", () => {
-  const text = [HEAD, ...planned(), ...foreign].map((line) => line.map(cell).join(",") + "\n").join("");
-  const link = element("a", { href: URL.createObjectURL(new Blob(asBytes(text))), download: plan });
+  if (!whole && !loaded.length) { tell("This page knows only the images that were found. Choose the plan.csv that lies beside it first: it lists all."); return; }
+  const lines = planLines();
+  const text = [HEAD, ...lines].map((line) => line.map(cell).join(",") + "\n").join("");
+  const link = element("a", { href: URL.createObjectURL(new Blob(asBytes(text))), download: "plan.csv" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   written = steps.length;
-  find("[data-saved]").textContent = `Saved ${count(planned().length + foreign.length, "line")}. Next, where you saved it: featcache audit --apply ${plan} -o clean.csv`;
+  tell(`Saved ${count(lines.length, "image")}, ${count(lines.filter((line) => line[2]).length, "decision")}. Next, where you saved it: featcache audit --apply plan.csv -o clean.csv`);
 });
 
 /** Bytes as Python reads names: what is no UTF-8 becomes U+DC80 to U+DCFF. */
@@ -380,25 +390,33 @@ function parse(text) {
 find("[data-load]").addEventListener("change", async ({ target }) => {
   const file = target.files[0];
   if (!file) return;
-  const tell = (text) => { find("[data-saved]").textContent = text; };
   const [head = [], ...lines] = parse(asText(new Uint8Array(await file.arrayBuffer())));
   target.value = "";
-  if (HEAD.some((name, k) => head[k]?.toLowerCase() !== name)) { tell(`${file.name} is no plan: its first line should begin with ${HEAD.join(",")}.`); return; }
-  const known = new Map([...places.keys()].map((image) => [images.path[image] + "\0" + images.sha256[image], image]));
+  const columns = HEAD.map((name) => head.findIndex((word) => word.trim().toLowerCase() === name));
+  if (columns.slice(0, 4).includes(-1)) { tell(`${file.name} is no plan: its first line should hold path, sha256, decision and label.`); return; }
+  const known = new Map([...places.keys()].map((image) => [keyOf(lineOf(image)), image]));
   const set = [];
   const others = [];
-  let odd = 0;
-  for (const line of lines) {
-    const [path, digest, verdict, name] = line;
-    const image = known.get(path + "\0" + (digest ?? "").toLowerCase());
-    const label = verdict === "relabel" ? classes.indexOf(name) : undefined;
-    if (image === undefined) others.push(line.slice(0, 4));
-    else if (!["keep", "drop", "relabel"].includes(verdict) || label === -1) odd += verdict !== "";
-    else for (const [item, place] of places.get(image)) set.push([item, place, verdict === "relabel" && isCopies(item) ? "keep" : verdict, label]);
+  let [taken, odd] = [0, 0];
+  for (const cells of lines) {
+    const line = columns.map((column) => cells[column] ?? "");
+    [line[1], line[2]] = [line[1].trim().toLowerCase(), line[2].trim().toLowerCase()];
+    const image = known.get(keyOf(line));
+    const label = line[2] === "relabel" ? classes.indexOf(line[3]) : undefined;
+    if (image === undefined) { if (!whole || line[2]) others.push(line); continue; }
+    if (!whole) others.push(line);
+    if (!["", "keep", "drop", "relabel"].includes(line[2]) || label === -1) odd++;
+    else if (line[2]) {
+      taken++;
+      // A new label is for the image by itself: among copies it means that this one is kept.
+      const homes = places.get(image);
+      for (const [item, place] of homes) set.push(label !== undefined && isCopies(item) && homes.length > 1 ? [item, place, "keep"] : [item, place, line[2], label]);
+    }
   }
-  foreign = others;
-  perfect({ item: current(), all: lines.length - others.length - odd, set }, `${file.name}: ${count(lines.length - others.length - odd, "decision")} taken over`);
-  tell(heard.textContent + (others.length ? ` ${count(others.length, "line")} about other images will be saved again as they are.` : "") + (odd ? ` ${count(odd, "line")} not understood.` : ""));
+  loaded = others;
+  perfect({ item: current(), all: taken, set }, `${file.name}: ${count(taken, "decision")} taken over`);
+  const rest = others.filter((line) => !known.has(keyOf(line))).length;
+  tell(heard.textContent.replace(/\. Next:.*/, ".") + (rest ? ` ${count(rest, "line")} about other images will be saved again as they are.` : "") + (odd ? ` ${count(odd, "line")} could not be understood: a decision is keep, drop or relabel, with a label that exists.` : ""));
 });
 
 /* ---- The page */
@@ -416,7 +434,7 @@ queue.addEventListener("scroll", drawQueue);
 new ResizeObserver(drawQueue).observe(queue);
 box.hidden = false;
 const before = memory.read();
-if (before?.steps) { [steps, foreign] = [before.steps, before.foreign ?? []]; written = steps.length; replay(); }
+if (before?.steps) { [steps, loaded] = [before.steps, before.loaded ?? []]; written = steps.length; replay(); }
 memory.write();
 sift();
 if (steps.length) at = next(-1);

@@ -83,6 +83,7 @@ function said(item) {
 }
 function subtitle(item) {
   if (items.suggested[item] >= 0) return [element("bdi", {}, className(images.label[items.rows[item][0]], 20)), " → ", element("bdi", {}, className(items.suggested[item], 20)), "?"];
+  if (crosses(item, "label")) return [...new Set(items.rows[item].map((image) => images.label[image]))].slice(0, 3).flatMap((label, k) => [k ? " or " : "", label < 0 ? "no label" : element("bdi", {}, className(label, 14))]);
   const there = [...new Set(items.rows[item].map((image) => images.split[image]))].filter(Boolean).sort().map((split) => splits[split]);
   return there.length > 1 ? ["in " + there.join(" and ")] : [named(fileOf(items.rows[item][0]))];
 }
@@ -175,9 +176,9 @@ function drawCase() {
   const rows = items.rows[item];
   const here = said(item);
   const title = element("h3", { id: "case-h" }, titleOf(item), " ", ...(here ? [element("span", { className: "mark" }, here)] : []));
-  const why = element("p", { className: "why" }, items.reasons[item].join("; ") + ".");
+  const why = element("p", { className: "why" }, items.reasons[item].map((text) => text[0].toUpperCase() + text.slice(1)).join(". ") + ".");
   if (isCopies(item)) {
-    const list = element("ul", { className: "cards" }, ...rows.slice(0, data.audit.most).map((_, place) => copyOf(item, place)));
+    const list = element("ul", { className: rows.length < 4 ? "cards few" : "cards" }, ...rows.slice(0, data.audit.most).map((_, place) => copyOf(item, place)));
     stage.replaceChildren(title, why, list, ...(rows.length > data.audit.most ? [element("p", { className: "soft" }, `and ${count(rows.length - data.audit.most, "copy", "copies")} more, decided with these.`)] : []));
   } else stage.replaceChildren(title, why, aloneOf(item), ...alikeOf(item));
   drawBar(item);

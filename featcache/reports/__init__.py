@@ -2,6 +2,7 @@
 
 elements/             what pages are made of: cards, charts, thumbnails, and the one way to make a page
 model_report/         the page about a model, section by section
+audit/                the page on which people decide what becomes of each image
 source_stats/         what a source of images holds, before any work
 pages/                templates, style sheet and scripts
 info.py               what a cache or a model holds

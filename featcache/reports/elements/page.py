@@ -44,8 +44,8 @@ def render_page(
         context: what else the template uses; one that it uses and that is missing raises jinja2.UndefinedError.
     """
     style, script = _asset("style.css"), _asset("script.js")
-    if data and "map" in data:  # half as long again: only where there is a map
-        script += _asset("map.js")
+    for part in ("map", "audit"):  # as long again: only where there is one
+        script += _asset(f"{part}.js") if data and part in data else ""
     assets = {"style": Markup(style), "script": Markup(script), "policy": _policy(style, script)}
     json_text = json_in_html(data or {})
     return (

@@ -144,7 +144,9 @@ def _advice(found: Found) -> list[str]:
         )
     said += [HALF] if found.findings.get("label") else []
     names = found.cache.classes
-    said += [f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}." for pair in found.overlaps[:5]]
+    said += [
+        f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}." for pair in found.overlaps[:5]
+    ]
     if found.interrupted:
         said.append("The audit was interrupted; what was finished by then is here.")
     return [*said, *(note[:1].upper() + note[1:] + "." * (note[-1:] != ".") for note in found.notes)]

@@ -34,6 +34,9 @@ def audit(
             "--root", metavar="FOLDER", readable=False, help="With --apply: of the images. Default: looked for near."
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --apply: replace the table if it exists.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds.")] = 0,
     device: options.Device = "auto",
     workers: options.Workers = "auto",
@@ -51,7 +54,7 @@ def audit(
         if wrong:
             instead = "; --root says where the images are" if "--source" in wrong else ""
             raise UsageError(f"--apply needs the plan alone, found {wrong[0]} as well{instead}")
-        _apply(apply, output, root=root, workers=threads, as_json=as_json)
+        _apply(apply, output, root=root, overwrite=overwrite, workers=threads, as_json=as_json)
         return
     if cache is None:
         raise UsageError(
@@ -59,6 +62,10 @@ def audit(
         )
     if root is not None:
         raise UsageError("--root is for --apply; the images of a cache are where --source says")
+    if overwrite:
+        raise UsageError(
+            "--overwrite is for --apply; an earlier audit is replaced in any case, an edited plan never is"
+        )
     from featcache.reports.audit.audit import audit as run
 
     with show_steps() as progress:
@@ -68,7 +75,7 @@ def audit(
     note(f"  decide on {page}, or in {output / 'plan.csv'}; then `featcache audit --apply plan.csv -o clean.csv`")
 
 
-def _apply(plan: Path, output: Path, *, root: Path | None, workers: int | None, as_json: bool) -> None:
+def _apply(plan: Path, output: Path, *, root: Path | None, overwrite: bool, workers: int | None, as_json: bool) -> None:
     from featcache.curation.plan import apply_plan
     from featcache.system.runtime_options import check_runtime_options, usable_cores
 
@@ -80,7 +87,9 @@ def _apply(plan: Path, output: Path, *, root: Path | None, workers: int | None, 
                 if progress is not None:
                     progress(done, total, "comparing images")
 
-            found = apply_plan(plan, output, root=root, workers=workers or usable_cores(), progress=report)
+            found = apply_plan(
+                plan, output, root=root, overwrite=overwrite, workers=workers or usable_cores(), progress=report
+            )
     except SourceError as error:
         for problem in error.facts.get("problems", ()):
             say(f"  {problem}")

@@ -6,13 +6,14 @@ Before anything is written, all that is wrong with a plan is found. Images are o
 
 import dataclasses
 import difflib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from featcache.cache.cache import FeatureCache
 from featcache.curation.finding import KINDS, Finding
-from featcache.errors import RefusedImage, SourceError
+from featcache.errors import RefusedImage, SourceError, UsageError
 from featcache.images.columns import split_in
 from featcache.images.folders import Entry
 from featcache.images.home import find_home, places_in, some_of
@@ -22,7 +23,7 @@ from featcache.images.records import as_text, csv_line, read_table, without_esca
 from featcache.images.tables import Files
 from featcache.spec import SPLITS
 from featcache.system.display import printable
-from featcache.system.files import publish_file
+from featcache.system.files import check_output, publish_file
 from featcache.system.path_kinds import missing
 
 # The first four are the contract; then the image's split, its label as the cache has it, and the kinds of findings about it.
@@ -86,19 +87,24 @@ def apply_plan(
     output: Path,
     *,
     root: Path | None = None,
+    overwrite: bool = False,
     workers: int = 2,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Applied:
     """Write the table of the images that a plan keeps: ``path,label`` and, if there are any, ``split``; a source for ``extract``.
 
     Args:
-        plan: a ``plan.csv``. output: a .csv; an earlier file is replaced. root: what its paths are relative to; looked for
-            beside the plan and in the working folder when None. progress: called with files compared and to compare.
+        plan: a ``plan.csv``. output: a .csv. root: what its paths are relative to; looked for beside the plan and in the
+            working folder when None. overwrite: replace ``output`` if it is there. progress: called with files compared and
+            to compare.
 
     Raises:
         SourceError: it is no plan, or not consistent; ``facts["problems"]`` are all that was found. Nothing is written then.
-        StorageError: the table cannot be written.
+        UsageError: ``output`` exists, or is no .csv. StorageError: it cannot be written.
     """
+    _check_output(plan, output, overwrite=overwrite)
+    if root is not None and not root.is_dir():
+        raise SourceError(f"--root {root} is no folder; give the folder that holds the images")
     lines = read_plan(plan, root)
     root = _home(plan, lines) if root is None else root
     problems = [*_problems(lines), *(_problems_of_files(lines, root, workers, progress) if root is not None else ())]
@@ -129,6 +135,17 @@ def apply_plan(
         classes=dict(sorted(counts.items())),
         splits={split: splits[split] for split in SPLITS if split in splits},
     )
+
+
+def _check_output(plan: Path, output: Path, *, overwrite: bool) -> None:
+    """Refuse, before any work, a table that cannot or must not be written."""
+    if output.suffix.lower() != ".csv":
+        raise UsageError(f"the table of a plan is a CSV; name it .csv, found {output}")
+    check_output(output)
+    if output.exists() and plan.exists() and output.samefile(plan):
+        raise UsageError(f"{output} is the plan, and would be replaced; choose another -o")
+    if os.path.lexists(output) and not overwrite:
+        raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
 
 
 def read_plan(plan: Path, root: Path | None = None) -> list[Line]:
@@ -210,8 +227,8 @@ def _problems(lines: Sequence[Line]) -> Iterator[tuple[int, str]]:
             yield number, f"the split {line.split!r} is unknown; expected train, val, test or nothing"
         if not _is_digest(line.sha256):
             yield number, f"{line.sha256[:80]!r} is no sha256; expected 64 hexadecimal digits"
-        if line.decision == "relabel" and not line.label:
-            yield number, "relabel needs a label"
+        if line.decision == "relabel" and line.label in ("", line.given):
+            yield number, f"relabel needs another label{f' than the given {line.given!r}' if line.given else ''}"
         elif line.label not in {"", *classes} and classes and line.decision != "drop":
             yield number, f"the label {line.label!r} is no class of the plan{_near(line.label, classes)}"
         elif line.decision in ("", "keep") and line.given is not None and line.label != line.given:

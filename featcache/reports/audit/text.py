@@ -26,11 +26,6 @@ HALF = (
     "About half of such label flags are real: of those that people checked in ten well-known data sets 51 % were wrong labels "
     "(Northcutt et al. 2021). Look before you drop or relabel."
 )
-_TERMS = {
-    "as_given": "as given",
-    "without_leaks": "without leaks",
-    "without_suspects": "and without suspects",
-}
 
 
 def audit_lines(found: Found) -> list[str]:
@@ -58,7 +53,7 @@ def _kinds(found: Found) -> Iterator[str]:
             if findings:
                 yield from _examples(found, findings)
     names: dict[str, str] = {"scores": "score", "overlaps": "classes that overlap"}
-    names.update(TITLES)
+    names |= {str(kind): title for kind, title in TITLES.items()}
     for why in dict.fromkeys(found.not_done.values()):
         kinds = [names[name] for name, reason in found.not_done.items() if reason == why]
         yield from _wrapped(f"not looked for: {', '.join(kinds)}: {printable(why)}")
@@ -92,13 +87,18 @@ def _examples(found: Found, findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def _scores(scores: Sequence[Score]) -> Iterator[str]:
-    """Accuracies, each with its interval and what was left out for it."""
+    """Accuracies with their intervals, each on stricter terms than the one before."""
     for score in scores:
-        title = f"{score.split.replace('_', ' ')} accuracy, {_TERMS[score.terms]}"
-        out = {"as_given": "", "without_leaks": "of these", "without_suspects": "of training"}[score.terms]
-        left = f", {score.left_out:,} {out} left out" if score.left_out else ""
+        name, out = score.split.replace("_", " "), f"{score.left_out:,}"
+        title = {
+            "as_given": f"{name} accuracy",
+            "without_leaks": "  copies of an image in one fold"
+            if score.split == "out_of_fold"
+            else f"  without {out} that training has copies of",
+            "without_suspects": f"  and trained without {out} label suspects",
+        }[score.terms]
         low, high = score.interval
-        yield f"  {title:<38} {score.accuracy:.2%} of {score.n:,} ({low:.2%} to {high:.2%}){left}"
+        yield f"  {title:<43} {score.accuracy:>6.2%} of {score.n:,} ({low:.2%} to {high:.2%})"
 
 
 def _sentences(found: Found) -> Iterator[str]:

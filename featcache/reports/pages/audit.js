@@ -91,20 +91,31 @@ function pictureOf(image, properties = {}) {
   const src = pictures[images.picture[image]];
   return src ? element("img", { src, alt: "", ...properties }) : element("span", { className: "none" }, properties.short ? "–" : images.why[image]);
 }
+let drawn = new Map(); // case -> its row; rows stay as long as they are in sight, so that pictures are not decoded again
+function optionOf(item) {
+  return drawn.get(item) ?? element("div", { role: "option", id: "audit-" + item }, pictureOf(items.rows[item][0], { short: true }),
+    element("span", {}, element("b", {}, titleOf(item)), element("br"), element("small", {}, ...subtitle(item))), element("span", { className: "mark" }));
+}
 function drawQueue() {
   const first = Math.max(Math.floor(queue.scrollTop / HEIGHT) - 3, 0);
   const last = Math.min(first + Math.ceil(queue.clientHeight / HEIGHT) + 7, shown.length);
   queue.firstChild.style.height = `${shown.length * HEIGHT}px`;
-  const options = [];
+  const rows = new Map();
   for (let k = first; k < last; k++) {
-    const item = shown[k];
-    const option = element("div", { role: "option", id: "audit-" + item, ariaSelected: String(k === at), ariaPosInSet: String(k + 1), ariaSetSize: String(shown.length) },
-      pictureOf(items.rows[item][0], { short: true }), element("span", {}, element("b", {}, titleOf(item)), element("br"), element("small", {}, ...subtitle(item))), element("span", { className: "mark" }, said(item)));
+    const option = optionOf(shown[k]);
+    Object.assign(option, { ariaSelected: String(k === at), ariaPosInSet: String(k + 1), ariaSetSize: String(shown.length) });
     option.style.transform = `translateY(${k * HEIGHT}px)`;
     option.dataset.at = k;
-    options.push(option);
+    option.lastChild.textContent = said(shown[k]);
+    rows.set(shown[k], option);
   }
-  queue.firstChild.replaceChildren(...options);
+  for (const [item, option] of drawn) if (!rows.has(item)) option.remove();
+  let before = null;
+  for (const option of rows.values()) {
+    if (before ? before.nextSibling !== option : queue.firstChild.firstChild !== option) before ? before.after(option) : queue.firstChild.prepend(option);
+    before = option;
+  }
+  drawn = rows;
   if (shown.length) queue.setAttribute("aria-activedescendant", "audit-" + current());
   else queue.removeAttribute("aria-activedescendant");
 }
@@ -209,7 +220,7 @@ function drawProgress() {
   const settled = [...places.keys()].reduce((sum, image) => sum + Boolean(fate(image)), 0);
   find("[data-save]").textContent = `Save plan.csv${settled ? ": " + count(settled, "image") + " decided" : ""}`;
 }
-function draw() { reveal(); drawCase(); drawQueue(); drawProgress(); }
+function draw() { reveal(); drawCase(); drawQueue(); }
 
 /* ---- Deciding */
 const say = (text) => { heard.textContent = text; };
@@ -237,6 +248,7 @@ function perfect(step, text, { onward = true } = {}) {
     else at = Math.min(before, Math.max(shown.length - 1, 0));
   }
   draw();
+  drawProgress();
   const ahead = onward && shown.length && current() !== item ? ` Next: ${whatOf(current())}.` : "";
   say(text + "." + ahead);
 }
@@ -270,6 +282,7 @@ const actions = {
     remember();
     sift(step.item);
     draw();
+    drawProgress();
     say(`Undone: ${step.all ? count(step.all, "decision") : whatOf(step.item)}. ${steps.length ? count(steps.length, "step") + " before it can be undone." : "Nothing else is decided."}`);
   },
 };
@@ -421,13 +434,14 @@ find("[data-load]").addEventListener("change", async ({ target }) => {
 });
 
 /* ---- The page */
-for (const each of Object.values(controls)) each.addEventListener("input", () => { sift(); draw(); });
+for (const each of Object.values(controls)) each.addEventListener("input", () => { sift(); draw(); drawProgress(); });
 for (const link of all("a[data-kind]")) {
   link.addEventListener("click", () => {
     for (const [name, each] of Object.entries(controls)) if (name !== "sort") each.value = "";
     if (controls.kind) controls.kind.value = link.dataset.kind;
     sift(null);
     draw();
+    drawProgress();
     queue.focus({ preventScroll: true });
   });
 }
@@ -440,6 +454,7 @@ memory.write();
 sift();
 if (steps.length) at = next(-1);
 draw();
+drawProgress();
 if (steps.length) say(`Welcome back: ${count(steps.length, "step")} of decisions, kept by this browser.`);
 else if (!memory.works) say("This browser keeps nothing here: save the plan before you close the page.");
 })();

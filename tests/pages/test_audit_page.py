@@ -54,6 +54,10 @@ def heard(page: Any) -> str:
     return str(page.locator(".heard output").inner_text())
 
 
+def told(page: Any, words: str) -> None:
+    page.locator("[data-saved]").filter(has_text=words).wait_for()
+
+
 def saved(page: Any) -> list[dict[str, str]]:
     with page.expect_download() as download:
         page.get_by_role("button", name="Save plan.csv").click()
@@ -121,8 +125,7 @@ def test_decide_undo_reload_save_load(browser: Any, made: tuple[Path, Found], tm
     with opened(browser, path) as page:  # another browser, which remembers nothing
         assert "0 of 32 decided" in page.locator("[data-going]").inner_text()
         page.locator("[data-load]").set_input_files(plan)
-        page.wait_for_function("document.querySelector('[data-saved]').textContent")
-        assert "8 decisions taken over" in page.locator("[data-saved]").inner_text()
+        told(page, "8 decisions taken over")
         assert "4 of 32 decided" in page.locator("[data-going]").inner_text()
         assert decisions(page) == expected | {paths[59]: ("drop", classes[y[59]])}
 
@@ -144,11 +147,11 @@ def test_names_come_back_from_the_plan(browser: Any, hostile: tuple[Path, Found]
         plan.write_bytes(Path(download.value.path()).read_bytes())
     with opened(browser, path) as page:
         page.locator("[data-load]").set_input_files(plan)
-        page.wait_for_function("document.querySelector('[data-saved]').textContent")
+        told(page, "taken over")
         assert decisions(page) == before
         (tmp_path / "other.csv").write_text("a,b\n1,2\n")
         page.locator("[data-load]").set_input_files(tmp_path / "other.csv")
-        page.wait_for_function("document.querySelector('[data-saved]').textContent.startsWith('other.csv is no plan')")
+        told(page, "other.csv is no plan")
 
 
 def test_mouse_filters_and_bulk(browser: Any, made: tuple[Path, Found]) -> None:

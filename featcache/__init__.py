@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from featcache.backbones.load import backbone_names as backbone_names
     from featcache.backbones.load import load_backbone as load_backbone
     from featcache.cache.cache import FeatureCache as FeatureCache
+    from featcache.curation.split import Split as Split
+    from featcache.curation.split import split as split
     from featcache.errors import FeatcacheError as FeatcacheError
     from featcache.extraction.extract import ExtractReport as ExtractReport
     from featcache.extraction.extract import extract as extract
@@ -66,6 +68,7 @@ _HOME = {
     "RepairReport": "extraction.repair",
     "Report": "reports.model_report.report",
     "Source": "images.source",
+    "Split": "curation.split",
     "Statistics": "reports.source_stats.stats",
     "backbone_names": "backbones.load",
     "describe": "reports.info",
@@ -85,6 +88,7 @@ _HOME = {
     "preview": "reports.preview",
     "repair": "extraction.repair",
     "report": "reports.model_report.report",
+    "split": "curation.split",
     "stats": "reports.source_stats.stats",
 }
 __all__ = list(_HOME)

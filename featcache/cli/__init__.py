@@ -1,6 +1,7 @@
 """The command line: parse, call a plain function, print.
 
 app.py      all commands together, exit codes, logging
+split.py    split
 extract.py  extract
 train.py    fit-head, finetune
 predict.py  predict, evaluate, export

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache import __version__
-from featcache.cli import demo, extract, inspect, pages, predict, train
+from featcache.cli import demo, extract, inspect, pages, predict, split, train
 from featcache.cli.console import is_first_process, open_missing_streams, say, show_result, silence
 from featcache.cli.help import Command, Group
 from featcache.cli.usage import explain, with_backbone
@@ -26,7 +26,16 @@ from featcache.errors import DownloadError, FeatcacheError, Interrupted, UsageEr
 from featcache.system.signals import interrupt_on_signals
 from featcache.system.supervisor import supervised
 
-_DECODING = ("stats", "extract", "finetune", "predict", "evaluate", "report", "preview")  # commands that decode images
+_DECODING = (
+    "stats",
+    "split",
+    "extract",
+    "finetune",
+    "predict",
+    "evaluate",
+    "report",
+    "preview",
+)  # commands that decode images
 _EVERYWHERE = re.compile("-q+|--quiet|-v+|--verbose")  # options that may stand before or behind the command
 
 log = logging.getLogger("featcache")
@@ -43,7 +52,7 @@ app = typer.Typer(
     "  featcache fit-head features.h5 -o model/\n  featcache predict model/ new_photos/",
 )
 _EXAMPLES: dict[str, str] = {}  # the first of each command
-for group in (extract, train, predict, pages, inspect, demo):  # in the order in which the help shows them
+for group in (split, extract, train, predict, pages, inspect, demo):  # in the order in which the help shows them
     for command, text in group.COMMANDS.items():
         examples = text.split("  ·  ")
         _EXAMPLES[command.__name__.replace("_", "-")] = examples[0]

@@ -5,24 +5,27 @@ model's own opinion: only images whose copies train are taken out of them. Who i
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.curation.label_errors import find_label_errors, first_of_groups, out_of_fold
+from featcache.curation.label_errors import first_of_groups
 from featcache.errors import SourceError
-from featcache.heads.head import Array, FeatureSource, Indices
+from featcache.heads.confident import wrong_labels
+from featcache.heads.head import Array, FeatureSource, Indices, softmax
 from featcache.heads.metrics import accuracy_interval
 from featcache.images.splits import training_images
 from featcache.spec import SPLITS
+from featcache.system.runtime_options import usable_cores
 
 Progress = Callable[[int, int], None]
 Terms = Literal["as_given", "without_leaks", "without_suspects"]
-_PARTITIONS: tuple[tuple[Terms, str], ...] = (("as_given", "exact"), ("without_leaks", "groups"))
-_FOLDS = 5
-_VALUES = 10**7  # features: of more, one fold in five is scored without suspects, not all
+_FOLDS, _FEWEST_FOLDS = 5, 3  # with fewer than three, nobody is left to judge a fold's training rows
+_MOST_OPINIONS = 2**28  # probabilities, 1 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +92,12 @@ def _has_folds(labels: Array, copies: Indices) -> npt.NDArray[np.bool_]:
 
 def _of_splits(rows: Rows, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
     """By one head for the first two terms, and one for the third."""
-    progress(0, 3)
-    head = _Fitted(rows, train, rows.exact, seed)
-    progress(1, 3)
-    rest = _without_suspects(rows, train, rows.exact, seed)
-    progress(2, 3)
+    progress(0, 2)
+    head = judge = _Fitted(rows, train, rows.exact, seed)
+    if not _same_partition(rows.exact[train], rows.groups[train]):  # near copies would vouch for each other's labels
+        judge = _Fitted(rows, train, rows.groups, seed)
+    progress(1, 2)
+    rest = _with_folds(rows, np.delete(train, judge.suspects()))
     better = _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
     for split in ("val", "test"):
         here = np.flatnonzero((rows.splits == SPLITS.index(split)) & rows.usable & np.isin(rows.labels, head.present))
@@ -104,43 +108,35 @@ def _of_splits(rows: Rows, train: Indices, seed: int, progress: Progress) -> Ite
             yield from [_score(split, "without_leaks", right[new], int((~new).sum()))] if new.any() else ()
             if new.any() and better is not None:
                 yield _score(split, "without_suspects", better.right(here[new]), len(train) - len(rest))
-    progress(3, 3)
+    progress(2, 2)
 
 
 def _out_of_fold(rows: Rows, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
-    """The first two corrected for the choice among settings, as ``fit-head`` has it; the third chooses within each fold."""
-    from featcache.heads.validation import stratified_folds  # scikit-learn, late
-
-    y = np.unique(rows.labels[train], return_inverse=True)[1]
-    copies = first_of_groups(rows.groups[train])
-    folds = min(_FOLDS, int(np.bincount(y[np.unique(copies)]).min()))
-    tried = folds if len(train) * rows.features.shape[1] <= _VALUES else 1
-    for step, (terms, partition) in enumerate(_PARTITIONS):
-        progress(step, 2 + tried)
-        if step and folds < 2:
+    """As ``fit-head`` has it, corrected for the choice among settings; without suspects it changes by what the same folds say."""
+    progress(0, 2)
+    fitted = _Fitted(rows, train, rows.exact, seed)
+    yield _share("out_of_fold", "as_given", fitted.cv_accuracy, len(train), 0)
+    if not _same_partition(rows.exact[train], rows.groups[train]):
+        train = train[_has_folds(rows.labels[train], rows.groups[train])]
+        if len(np.unique(rows.labels[train])) < 2:
             return
-        share = _Fitted(rows, train, getattr(rows, partition), seed).cv_accuracy
-        yield _score("out_of_fold", terms, np.arange(len(train)) < round(share * len(train)), 0)
-    answers, left_out = [], 0
-    for step, (inside, held_out) in enumerate(stratified_folds(y, copies, folds=folds, seed=seed)[:tried]):
-        progress(2 + step, 2 + tried)
-        rest = _without_suspects(rows, train[inside], rows.groups, seed)
-        if not len(rest):
-            return
-        left_out += len(inside) - len(rest)
-        answers.append(_Fitted(rows, rest, rows.groups, seed).right(train[held_out]))
-    yield _score("out_of_fold", "without_suspects", np.concatenate(answers), round(left_out / max(tried - 1, 1)))
-    progress(2 + tried, 2 + tried)
+        fitted = _Fitted(rows, train, rows.groups, seed)
+    yield _share("out_of_fold", "without_leaks", fitted.cv_accuracy, len(train), 0)
+    progress(1, 2)
+    if (found := fitted.gain_without_suspects(seed)) is not None:
+        gain, left_out = found
+        yield _share("out_of_fold", "without_suspects", fitted.cv_accuracy + gain, len(train), left_out)
+    progress(2, 2)
 
 
-def _without_suspects(rows: Rows, train: Indices, partition: Indices, seed: int) -> Indices:
-    """``train`` without those rows whose labels other training rows speak against; empty if no two classes are left."""
-    y = rows.labels[train]
-    probabilities = out_of_fold(rows.features, train, y, rows.groups[train], seed=seed)
-    suspects = [finding.row for finding in find_label_errors(y, probabilities)]  # positions
-    rest = np.delete(train, suspects)
-    rest = rest[_has_folds(rows.labels[rest], partition[rest])]
-    return rest if len(np.unique(rows.labels[rest])) > 1 else rest[:0]
+def _with_folds(rows: Rows, train: Indices) -> Indices:
+    """``train`` without classes of which too little is left; empty if no two classes are left."""
+    train = train[_has_folds(rows.labels[train], rows.exact[train])]
+    return train if len(np.unique(rows.labels[train])) > 1 else train[:0]
+
+
+def _same_partition(first: Indices, second: Indices) -> bool:
+    return bool((first_of_groups(first) == first_of_groups(second)).all())
 
 
 class _Fitted:
@@ -149,19 +145,75 @@ class _Fitted:
     def __init__(self, rows: Rows, train: Indices, partition: Indices, seed: int) -> None:
         from featcache.heads.logreg import fit_logreg  # SciPy and scikit-learn, late
 
-        self.rows = rows
-        self.present, y = np.unique(rows.labels[train], return_inverse=True)
-        copies = first_of_groups(partition[train])
-        folds = min(_FOLDS, int(np.bincount(y[np.unique(copies)]).min()))
-        fitted = fit_logreg(rows.features, train, y, folds=folds, copies=copies, seed=seed)
-        self.head, self.cv_accuracy = fitted.head, fitted.cv_accuracy or 0.0
+        self.rows, self.train = rows, train
+        self.present, self.y = np.unique(rows.labels[train], return_inverse=True)
+        self.copies = first_of_groups(partition[train])
+        self.folds = min(_FOLDS, int(np.bincount(self.y[np.unique(self.copies)]).min()))
+        self.fitted = fit_logreg(rows.features, train, self.y, folds=self.folds, copies=self.copies, seed=seed)
+        self.cv_accuracy = self.fitted.cv_accuracy or 0.0
 
     def right(self, held_out: Indices) -> npt.NDArray[np.bool_]:
         """(n,) whether the most probable class is the row's label."""
-        answers = self.present[self.head.score(self.rows.features, held_out).argmax(axis=1)]
+        answers = self.present[self.fitted.head.score(self.rows.features, held_out).argmax(axis=1)]
         return np.asarray(answers == self.rows.labels[held_out])
+
+    def suspects(self) -> Indices:
+        """Positions in ``train`` of labels that the out-of-fold probabilities contradict."""
+        logits, kept = self.fitted.out_of_fold, self.fitted.kept
+        if logits is None:
+            return np.empty(0, np.intp)
+        found = wrong_labels(self.y if kept is None else self.y[kept], softmax(logits))
+        return found if kept is None else kept[found]
+
+    def gain_without_suspects(self, seed: int) -> tuple[float, int] | None:
+        """What leaving suspects out of each fold's training adds to the out-of-fold accuracy, and how many these are on average.
+
+        Nothing of a fold decides what its head is trained on: for each two folds a head that saw neither judges the rows of
+        both, and a fold's head does without the suspects of those heads that have not seen that fold. None: too little is left.
+        """
+        from featcache.heads.logreg import Solver, one_blas_thread
+        from featcache.heads.validation import stratified_folds
+
+        before, n, classes = self.fitted.out_of_fold, len(self.y), len(self.present)
+        if self.folds < _FEWEST_FOLDS or before is None or len(before) < n or self.folds * n * classes > _MOST_OPINIONS:
+            return None
+        setting = self.fitted.chosen["scaling"], self.fitted.chosen["C"]
+        X = self.rows.features[self.train].astype(np.float32)
+        solver = Solver(X, self.y, grid=setting[1:], scalings=setting[:1])
+        solver.prepare()
+        splits = stratified_folds(self.y, self.copies, folds=self.folds, seed=seed)
+        pairs = [*itertools.combinations([held_out for _, held_out in splits], 2)]
+
+        def judge(pair: tuple[Indices, Indices]) -> list[Array]:
+            both = np.concatenate(pair)
+            found = solver.held_out_logits((np.delete(np.arange(n), both), both), setting)
+            return np.split(softmax(found / self.fitted.temperature), [len(pair[0])])
+
+        def clean(number: int) -> tuple[Indices, Array]:
+            (inside, held_out), opinion = splits[number], opinions[number]
+            rest = np.setdiff1d(inside, wrong_labels(self.y, opinion))
+            enough = len(np.unique(self.y[rest])) == classes
+            return rest, solver.held_out_logits((rest, held_out), setting) if enough else np.empty((0, classes))
+
+        opinions = np.full((self.folds, n, classes), np.nan, np.float32)  # of each fold those of the other four
+        with one_blas_thread(), ThreadPoolExecutor(usable_cores()) as pool:
+            for (one, other), (first, second) in zip(
+                itertools.combinations(range(self.folds), 2), pool.map(judge, pairs), strict=True
+            ):
+                opinions[other, splits[one][1]], opinions[one, splits[other][1]] = first, second
+            rests, after = zip(*pool.map(clean, range(self.folds)), strict=True)
+        if sum(map(len, after)) < n:
+            return None
+        right = sum(int((z.argmax(axis=1) == self.y[rows]).sum()) for z, (_, rows) in zip(after, splits, strict=True))
+        left_out = sum(len(inside) - len(rest) for (inside, _), rest in zip(splits, rests, strict=True))
+        gain = right - int((before.argmax(axis=1) == self.y).sum())
+        return gain / n, round(left_out / (self.folds - 1))
 
 
 def _score(split: str, terms: Terms, right: npt.NDArray[np.bool_], left_out: int) -> Score:
-    hits, n = int(right.sum()), len(right)
-    return Score(split, terms, hits / n, accuracy_interval(hits, n), n, left_out)
+    return _share(split, terms, float(right.mean()), len(right), left_out)
+
+
+def _share(split: str, terms: Terms, share: float, n: int, left_out: int) -> Score:
+    right = min(max(round(share * n), 0), n)
+    return Score(split, terms, share, accuracy_interval(right, n), n, left_out)

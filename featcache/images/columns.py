@@ -34,15 +34,16 @@ class Columns(NamedTuple):
     label: int | None
     split: int | None
     header: tuple[str, ...] = ()
+    group: int | None = None
 
     @property
     def used(self) -> list[int]:
         """Positions of those that there are."""
-        return [column for column in self[:3] if isinstance(column, int)]
+        return [column for column in (*self[:3], self.group) if column is not None]
 
     def said(self, *, hint: bool) -> str:
         """``path from 'filename', label from 'species'; ignored: id``; ``hint``: also how to name a label if there is none."""
-        pairs = zip(("path", "label", "split"), self[:3], strict=True)
+        pairs = zip(("path", "label", "split", "group"), (*self[:3], self.group), strict=True)
         titles = {k: repr(name) for k, name in enumerate(self.header)}
         parts = [f"{role} from {titles.get(k, f'column {k + 1}')}" for role, k in pairs if isinstance(k, int)]
         ignored = [name for k, name in enumerate(self.header) if k not in self.used]
@@ -64,7 +65,7 @@ def find_columns(source: str, header: Sequence[str], chosen: Mapping[str, str | 
     """The columns of the table ``source``.
 
     Args:
-        chosen: path, label and split -> the header the user named, ``none`` if there is to be no such column, or None: one
+        chosen: path, label, split and group -> the header the user named, ``none`` if there is to be no such column, or None: one
             of the names that people use. hint: the header of a column that holds paths, for a message.
 
     Raises:
@@ -97,7 +98,7 @@ def find_columns(source: str, header: Sequence[str], chosen: Mapping[str, str | 
             f"{source} has the columns {shown(map(repr, header))}, none of them known as one of paths (path, file_name, image, "
             f"...); say which is, as --path-column {example}"
         )
-    return Columns(found["path"], found["label"], found["split"], tuple(header))
+    return Columns(found["path"], found["label"], found["split"], tuple(header), found.get("group"))
 
 
 def without_header(source: str, rows: Iterable[Sequence[str]], files: Sequence[bool]) -> Columns:

@@ -24,13 +24,14 @@ _HIDDEN, _OWN, _OTHERS = "hidden or system files and folders", "what featcache m
 
 
 class Entry(NamedTuple):
-    """An image: its path below the root, bytes and nanoseconds (-1: unknown), label, position in ``SPLITS``."""
+    """An image: its path below the root, bytes and nanoseconds (-1: unknown), label, position in ``SPLITS``, group."""
 
     path: str
     size: int
     mtime: int
     label: str | None = None
     split: int = 0
+    group: str = ""
 
 
 class Listing(NamedTuple):

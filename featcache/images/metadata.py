@@ -22,11 +22,12 @@ log = logging.getLogger("featcache")
 
 
 class _Described(NamedTuple):
-    """What the tables say: path -> its entry; whether of labels, of splits; what they name that is refused; a column."""
+    """What the tables say: path -> its entry; whether of labels, splits, groups; what they name that is refused; a column."""
 
     entries: dict[str, Entry]
     labels: bool
     splits: bool
+    groups: bool
     refused: list[Refusal]
     column: str
 
@@ -39,7 +40,7 @@ def describe(listing: Listing, chosen: Mapping[str, str | None]) -> Listing:
         the tables cannot be read as the options say.
     """
     found = _read(listing, chosen)
-    if found is None or not (found.labels or found.splits):
+    if found is None or not (found.labels or found.splits or found.groups):
         return listing
     known = {entry.path for entry in listing.entries}
     unlisted = [entry for path, entry in found.entries.items() if path not in known]
@@ -60,7 +61,7 @@ def _read(listing: Listing, chosen: Mapping[str, str | None]) -> _Described | No
     """All tables of the folder; None, and a note, if they name no image of it."""
     found: dict[str, Entry] = {}
     refused: list[Refusal] = []
-    labels, splits, column = set[bool](), set[bool](), ""
+    labels, splits, groups, column = set[bool](), set[bool](), set[bool](), ""
     known = {entry.path: entry for entry in listing.entries}
     for name in listing.metadata:
         folder, path = posixpath.dirname(name), listing.root / name
@@ -77,6 +78,7 @@ def _read(listing: Listing, chosen: Mapping[str, str | None]) -> _Described | No
         log.info("%s: %s", table.name, columns.said(hint=chosen["label"] is None))
         labels.add(columns.label is not None)
         splits.add(columns.split is not None)
+        groups.add(columns.group is not None)
         column = column or (columns.header[columns.label] if columns.label is not None else "")
         for entry, where in entries(table, columns):
             try:
@@ -85,19 +87,19 @@ def _read(listing: Listing, chosen: Mapping[str, str | None]) -> _Described | No
                 refused.append(Refusal(posixpath.join(folder, entry.path), str(reason)))
                 continue
             if found.setdefault(entry.path, entry) != entry:
-                raise SourceError(f"{where}: {entry.path} is named twice, with different labels or splits")
+                raise SourceError(f"{where}: {entry.path} is named twice, with different labels, splits or groups")
     if not any(entry.size >= 0 for entry in found.values()):
         if labels:
             log.warning("%s: no image is named by %s, which is not used", listing.root, some(listing.metadata))
         return None
-    return _Described(found, any(labels), any(splits), refused, column)
+    return _Described(found, any(labels), any(splits), any(groups), refused, column)
 
 
 def _found(entry: Entry, folder: str, known: Mapping[str, Entry], files: Files) -> Entry:
     """The entry under its path below the source. Raises RefusedImage: it lies outside of the metadata's folder."""
     path = posixpath.normpath(posixpath.join(folder, entry.path.replace(os.sep, "/")))
     if path.startswith(f"{folder}/" if folder else "") and (there := known.get(path)):
-        return there._replace(label=entry.label, split=entry.split)
+        return there._replace(label=entry.label, split=entry.split, group=entry.group)
     resolved = files.resolved(entry)
     path = posixpath.join(folder, resolved.path)
     there = known.get(path, resolved)
@@ -119,6 +121,7 @@ def _check_labels(listing: Listing, found: _Described) -> None:
 
 def _merged(listing: Listing, entry: Entry, found: _Described) -> Entry:
     named = found.entries.get(entry.path)
+    entry = entry._replace(group=named.group if named else "")
     if found.labels:
         entry = entry._replace(label=named.label if named else None)
     if found.splits and named and named.split:

@@ -35,6 +35,9 @@ _UTF8 = re.compile(
 _Encoding = tuple[str, str]  # a codec, and what to do about bytes that it lacks
 _BYTES: _Encoding = ("utf-8-sig", "surrogateescape")  # names as a file system has them that knows no encoding
 _WINDOWS: _Encoding = ("cp1252", "strict")
+# How a cell begins that a spreadsheet would run; full-width signs count. Apostrophes before the sign count, too: the one that
+# is added can then be taken away again.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 IsFile = Callable[[str], bool]
 Row = tuple[Sequence[Any], str]  # its cells, and where it stands
 
@@ -355,3 +358,17 @@ def _proven(text: _Text, is_file: IsFile, chosen: Mapping[str, str | None]) -> T
 
 def _is_text(name: str) -> bool:
     return not any("\udc80" <= character <= "\udcff" for character in name)
+
+
+def csv_line(cells: Sequence[Any]) -> bytes:
+    """A row as CSV, escaped: an apostrophe before what a spreadsheet would run; bytes that are not UTF-8 stay as they are."""
+    text = io.StringIO()
+    cells = [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list) else cell for cell in cells]
+    escaped = [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in cells]
+    csv.writer(text, lineterminator="\r\n").writerow(escaped)  # with both, cells holding either are quoted
+    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
+
+
+def without_escape(cell: str) -> str:
+    """The text that ``csv_line`` made ``cell`` of."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell[1:]) else cell

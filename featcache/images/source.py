@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import Refusal, SourceError, UsageError
+from featcache.errors import Refusal, SourceError, StorageError, UsageError
 from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.metadata import describe
 from featcache.images.records import STDIN
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
-from featcache.system.display import count_rows, html_table
+from featcache.system.display import aligned, count_rows, html_table
 from featcache.system.path_kinds import HERE, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
@@ -40,7 +40,7 @@ class Source:
         root: of a table: what its paths are relative to, and must not lead out of; when None the folder of the table, of stdin
             the current one.
         path_column, label_column, split_column: of a table: headers; known by the names people use for them when None. For label
-            and split ``none``: it has no such column.
+            and split ``none``: it has no such column. group_column: of what belongs together (patient, place), for ``split``.
 
     Raises:
         UsageError: ``class_level`` is impossible.
@@ -52,6 +52,7 @@ class Source:
     path_column: str | None = None
     label_column: str | None = None
     split_column: str | None = None
+    group_column: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("path", "root"):
@@ -83,7 +84,8 @@ class Source:
     @property
     def columns(self) -> dict[str, str | None]:
         """What the user said about the columns of a table."""
-        return {"path": self.path_column, "label": self.label_column, "split": self.split_column}
+        columns = {"path": self.path_column, "label": self.label_column, "split": self.split_column}
+        return columns | {"group": self.group_column}
 
     def check_options(self, kind: str) -> None:
         """Raise UsageError if an option is given that does not apply to such a source.
@@ -117,6 +119,7 @@ class ImageList:
         sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed.
         refused: entries that were skipped without opening them, and why.
         refused_at: how many images are listed before each of these.
+        groups: of each image what ``Source.group_column`` says, "" where nothing; empty without such a column.
     """
 
     root: Path
@@ -128,6 +131,7 @@ class ImageList:
     mtimes: npt.NDArray[np.int64]
     refused: tuple[Refusal, ...] = ()
     refused_at: tuple[int, ...] = ()
+    groups: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -154,7 +158,9 @@ class ImageList:
         """Return the list restricted to ``rows``, same classes and refusals."""
         picked = {name: getattr(self, name)[rows] for name in ("labels", "splits", "sizes", "mtimes")}
         at = tuple(np.searchsorted(rows, self.refused_at).tolist()) if len(self.refused_at) else ()
-        return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows), refused_at=at, **picked)
+        groups = tuple(self.groups[row] for row in rows) if self.groups else ()
+        paths = tuple(self.paths[row] for row in rows)
+        return dataclasses.replace(self, paths=paths, refused_at=at, groups=groups, **picked)
 
 
 def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted: bool = True) -> ImageList:
@@ -192,13 +198,22 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
     if not listing.entries and not listing.refused:
         expected = "rows below its header" if is_table(path) else f"files such as {path / 'CLASS' / 'photo.jpg'}"
         raise SourceError(f"no image found in {source}; expected {expected}")
-    images = _image_list(listing)
+    images = _image_list(listing, grouped=source.group_column is not None)
     if labelled:
         _say(source, images, counted=counted)
     return images
 
 
-def _image_list(listing: Listing) -> ImageList:
+def check_apart(folder: Path, source: AnySource | ImageList) -> None:
+    """Raise StorageError if ``folder`` lies among the images."""
+    root = source.root if isinstance(source, ImageList) else Source.of(source).path
+    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+        raise StorageError(
+            f"cannot write {folder}: it lies in {root}, where a folder counts as a class; choose another one"
+        )
+
+
+def _image_list(listing: Listing, *, grouped: bool) -> ImageList:
     found = listing.entries
     classes = tuple(sorted(listing.classes | {entry.label for entry in found if entry.label is not None}))
     index = {name: number for number, name in enumerate(classes)}
@@ -212,6 +227,7 @@ def _image_list(listing: Listing) -> ImageList:
         mtimes=np.array([entry.mtime for entry in found], np.int64),
         refused=tuple(listing.refused),
         refused_at=tuple(listing.refused_at),
+        groups=tuple(entry.group for entry in found) if grouped else (),
     )
 
 
@@ -227,19 +243,8 @@ def _say(source: Source, images: ImageList, *, counted: bool) -> None:
     refused = f", {len(images.refused)} refused unopened" if images.refused else ""
     first = f" (the first, {images.refused[0].path}: {images.refused[0].reason})" if images.refused else ""
     log.info("%s: %s%s%s", source, _counted(images), refused, first)
-    for line in _aligned(images.count_rows()) if counted else ():
+    for line in aligned(images.count_rows()) if counted else ():
         log.info("%s", line)
     if groups := [" and ".join(map(ascii, names)) for names in alike(images.classes)]:
         differ = "classes that differ in capitals, blanks or Unicode form alone count as different ones"
         log.warning("%s: %s: %s", source, differ, some(groups))
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """The first column to the left, the others to the right; nothing if there are no rows."""
-    if not rows:
-        return []
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([f"  {row[0]:{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))])
-        for row in rows
-    ]

@@ -49,7 +49,7 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
     touched, _ = training_images(images.labels, images.splits)
     splits = images.splits.copy()
     splits[touched] = _TRAIN
-    rows = sorted(np.flatnonzero(touched).tolist(), key=lambda row: _rank(images.paths[row], seed))
+    rows = sorted(np.flatnonzero(touched).tolist(), key=lambda row: rank(images.paths[row], seed))
     copies = _copies(images, rows)
     for label in np.unique(images.labels[touched]):
         groups = [group for group in copies if images.labels[group[0]] == label]
@@ -62,18 +62,22 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
 
 
 def _copies(images: ImageList, rows: list[int]) -> list[list[int]]:
-    """``rows`` in their order, those of equal content together. Only files that share their size with others are read."""
-    sizes, counts = np.unique(images.sizes[rows], return_counts=True)
-    suspects = np.array(rows)[np.isin(images.sizes[rows], sizes[counts > 1])]
-    digests = {
-        read.position: read.digest for read in read_images(images, suspects.tolist(), len, workers=8) if read.digest
-    }
+    """``rows`` in their order, those of equal content together."""
+    digests = digests_of_suspects(images, rows)
     groups: dict[bytes | int, list[int]] = {}
     for row in rows:
         groups.setdefault(digests.get(row, row), []).append(row)
     return list(groups.values())
 
 
-def _rank(path: str, seed: int) -> bytes:
+def digests_of_suspects(images: ImageList, rows: list[int], *, workers: int = 8) -> dict[int, bytes]:
+    """row -> sha256 of those of ``rows`` that may have copies: only files that share their size with others are read."""
+    sizes, counts = np.unique(images.sizes[rows], return_counts=True)
+    suspects = np.array(rows, np.intp)[np.isin(images.sizes[rows], sizes[counts > 1])]
+    reads = read_images(images, suspects.tolist(), len, workers=workers)
+    return {read.position: read.digest for read in reads if read.digest}
+
+
+def rank(path: str, seed: int) -> bytes:
     """A place in a random order that depends on nothing but the path and the seed."""
     return hashlib.sha256(f"{seed} {path}".encode("utf-8", "surrogateescape")).digest()

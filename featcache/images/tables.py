@@ -16,7 +16,7 @@ from pathlib import Path
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.images.columns import NONE, Columns, find_columns, printable, quoted, shown, split_in, without_header
 from featcache.images.folders import Entry, Listing, has_image_suffix, holds_an_image
-from featcache.images.records import STDIN, Table, as_text, read_table
+from featcache.images.records import STDIN, Table, as_text, read_table, without_escape
 
 log = logging.getLogger("featcache")
 TABLES = (".csv", ".tsv", ".tab", ".txt", ".jsonl", ".ndjson")
@@ -37,8 +37,8 @@ def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, la
     """The images that a table or list names.
 
     Args:
-        source: the file, or ``-``. root: the folder that its paths are relative to. chosen: ``path``, ``label`` and ``split`` ->
-            the header of that column; None: one of the names people use. labelled: whether labels and splits are read.
+        source: the file, or ``-``. root: the folder that its paths are relative to. chosen: ``path``, ``label``, ``split``
+            and ``group`` -> the header of that column; None: one of the names people use. labelled: whether labels and splits are read.
 
     Raises:
         SourceError: a row, or the encoding, cannot be understood; not one of its files is there. UsageError: the columns or a
@@ -46,7 +46,7 @@ def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, la
     """
     files = Files(root)
     table, columns = read_columns(source, files, chosen)
-    columns = columns if labelled else columns._replace(label=None, split=None)
+    columns = columns if labelled else columns._replace(label=None, split=None, group=None)
     said = columns.said(hint=labelled and chosen["label"] is None)
     log.info("%s: %s%s", table.name, "" if table.header else "no header; ", said)
     found: list[Entry] = []
@@ -62,7 +62,7 @@ def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, la
             continue
         known = seen.setdefault(entry.path, entry)
         if known != entry:
-            raise SourceError(f"{where}: {entry.path} is listed twice, with different labels or splits")
+            raise SourceError(f"{where}: {entry.path} is listed twice, with different labels, splits or groups")
         if known is entry:
             found.append(entry)
     if (found or refused) and all(entry.size < 0 for entry in found):
@@ -104,7 +104,8 @@ def entries(table: Table, columns: Columns) -> Iterator[tuple[Entry, str]]:
             )
         label = None if columns.label is None else _label(as_text(cells[columns.label], where), where)
         split = 0 if columns.split is None else _split(as_text(cells[columns.split], where), columns, where)
-        yield Entry(path, -1, -1, label, split), where
+        group = "" if columns.group is None else as_text(cells[columns.group], where).strip()
+        yield Entry(path, -1, -1, label, split, group), where
 
 
 def _label(cell: str, where: str) -> str | None:
@@ -113,6 +114,7 @@ def _label(cell: str, where: str) -> str | None:
         label != cell and len(label) > 1 and label[0] == label[-1] == '"'
     ):  # "a" after a blank: quotes that CSV takes for text
         label = label[1:-1].strip()
+    label = without_escape(label)
     if "\0" in label or not _is_storable(label):
         raise SourceError(f"{where}: the label {label[:200]!a} is no text; expected the name of a class")
     return label or None
@@ -219,7 +221,7 @@ def _spellings(cell: str) -> Iterator[str]:
     yield cell
     text = cell.strip().strip('"').strip()
     yield text
-    yield text.removeprefix("'")  # before what a spreadsheet would take for a formula
+    yield text.removeprefix("'")  # before what a spreadsheet would take for a formula, see ``csv_line``
     if (address := _ADDRESS.match(text)) and _is_storable(text):
         yield os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(text[address.end() :])))
     text = text.replace("\\", "/")

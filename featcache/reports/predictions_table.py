@@ -1,19 +1,14 @@
 """Predictions as a table. In: predictions. Out: a flat dictionary per image, written as CSV (escaped) or JSON lines (exact)."""
 
-import csv
-import io
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, Literal
 
 from featcache.errors import UsageError
+from featcache.images.records import csv_line
 from featcache.models.prediction import Prediction
 
 TableFormat = Literal["csv", "jsonl"]
-# How a cell begins that a spreadsheet would run; full-width signs count. Apostrophes before the sign count, too: the one that
-# is added can then be taken away again.
-_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 def prediction_rows(
@@ -48,17 +43,9 @@ def write_rows(rows: Iterable[dict[str, Any]], file: BinaryIO, kind: TableFormat
             file.write(json.dumps(row, ensure_ascii=True).encode() + b"\n")
         else:
             if not written:
-                file.write(_csv_line(list(row)))
-            file.write(_csv_line(list(row.values())))
+                file.write(csv_line(list(row)))
+            file.write(csv_line(list(row.values())))
         written += 1
         refused += row["status"] == "refused"
         unsure += row["status"] == "unsure"
     return written, refused, unsure
-
-
-def _csv_line(cells: list[Any]) -> bytes:
-    text = io.StringIO()
-    cells = [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list) else cell for cell in cells]
-    escaped = [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in cells]
-    csv.writer(text, lineterminator="\r\n").writerow(escaped)  # with both, cells holding either are quoted
-    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"

@@ -54,6 +54,17 @@ def count_rows(
     return [["class", *titles], *rows, ["all", *map(str, counts[:, there].sum(0))]]
 
 
+def aligned(rows: list[list[str]]) -> list[str]:
+    """The first column to the left, the others to the right; nothing if there are no rows."""
+    if not rows:
+        return []
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [
+        "  ".join([f"  {row[0]:{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))])
+        for row in rows
+    ]
+
+
 def printable(text: str) -> str:
     """``text`` on one line, without what a terminal would obey or a reader be misled by. Names may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -111,17 +111,26 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
 
 
 @contextlib.contextmanager
-def publish_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside ``path``; on success it replaces ``path``. Raises as ``publish_file`` does."""
+def publish_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield an empty temporary folder beside ``path``; on success it replaces ``path``. Raises as ``publish_file`` does.
+
+    With ``replace`` false it may become a tree, with links to files that are not ours; a ``path`` that is not empty is left alone.
+    """
     try:
         temporary, lock = _claim(path, path.parent, None)
         try:
             yield temporary
-            for path_inside in temporary.iterdir():
-                with path_inside.open("rb+") as file:
-                    _sync(file.fileno())
-            sync_folder(temporary)
-            _take_name(temporary, path)
+            if replace:
+                for path_inside in temporary.iterdir():
+                    with path_inside.open("rb+") as file:
+                        _sync(file.fileno())
+                sync_folder(temporary)
+                _take_name(temporary, path)
+            else:
+                getattr(os, "sync", lambda: None)()  # once, where there may be a million files
+                with contextlib.suppress(FileNotFoundError):
+                    path.rmdir()  # fails if anything is in it by now
+                _move(temporary, path)
             sync_folder(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # what failed, or what was replaced

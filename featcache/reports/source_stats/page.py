@@ -13,7 +13,7 @@ from markupsafe import Markup
 from featcache.errors import StorageError
 from featcache.images.layout import some
 from featcache.images.read import Paths
-from featcache.images.source import AnySource, ImageList, Source
+from featcache.images.source import AnySource, ImageList, check_apart
 from featcache.reports.elements.cards import Card, cards_data
 from featcache.reports.elements.charts import Chart, Series, bars, histogram, lines, share_bar, sizes
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
@@ -52,15 +52,6 @@ def check_folder(folder: Path, source: AnySource | ImageList) -> None:
         )
     if folder.is_dir():
         _check_ours(folder)
-
-
-def check_apart(folder: Path, source: AnySource | ImageList) -> None:
-    """Raise StorageError if ``folder`` lies among the images."""
-    root = source.root if isinstance(source, ImageList) else Source.of(source).path
-    if root.is_dir() and folder.resolve().is_relative_to(root.resolve()):
-        raise StorageError(
-            f"cannot write {folder}: it lies in {root}, where a folder counts as a class; choose another one"
-        )
 
 
 def _check_ours(folder: Path) -> None:

@@ -1,0 +1,437 @@
+"""``split``: the images of a source or cache in train, val and test. In: a path and shares. Out: a table or folders, and a ``Split``.
+
+Images that belong together, such as copies or those of one patient, lie on one side. What has a split keeps it.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.cache.cache import FeatureCache, is_cache
+from featcache.cache.copies import first_copies
+from featcache.curation.deal import Splits, deal
+from featcache.curation.manifest import check_manifest, known_splits, prefix_of, write_manifest
+from featcache.curation.near_copies import find_near_copies
+from featcache.curation.neighbours import estimate, nearest_rows
+from featcache.curation.pixel_check import PixelCheck
+from featcache.curation.split_folders import check_place, place_images
+from featcache.errors import SourceError, UsageError
+from featcache.images.groups import Indices, group_by_name, joined, read_groups
+from featcache.images.layout import some
+from featcache.images.source import AnySource, ImageList, Source, list_images
+from featcache.images.splits import digests_of_suspects, rank
+from featcache.spec import SPLITS
+from featcache.system.display import Shown, aligned, bar_in_notebook, count_rows, describe_images, printable
+from featcache.system.files import named
+from featcache.system.path_kinds import HERE, as_path, check_path, typed
+from featcache.system.runtime_options import check_whole
+
+log = logging.getLogger("featcache")
+Groups = Literal["exact", "near", "none"]
+Progress = Callable[[int, int, str], None]
+_TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
+_MAY_DIFFER = 0.01  # of all images, without a word about it
+_LONG = 10  # seconds
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Split(Shown):
+    """What ``split`` did with N images.
+
+    Attributes:
+        images: the list, with its new splits; those without one are left out: without a label where others have one, or no file.
+        groups: (N,) for each image the first of its group. output, folder: what was written; None: nothing.
+        asked: share of val and test, of those that are dealt. kind, column: what groups are made of.
+        kept: images that had a split and keep it. moved: split -> images that were in train.
+        left_out: reason -> images. unmet: sentences on what could not be had, and why.
+        next: the command that reads the table. seconds: of the whole call.
+    """
+
+    images: ImageList
+    groups: Indices
+    output: Path | None
+    folder: Path | None
+    asked: Mapping[str, float]
+    kind: Groups
+    column: str | None
+    kept: int
+    moved: Mapping[str, int]
+    left_out: Mapping[str, int]
+    unmet: tuple[str, ...]
+    next: str
+    seed: int
+    seconds: float = 0.0
+
+    _shown = ("output", "folder", "counts", "kind", "column", "kept", "seconds")
+
+    @property
+    def splits(self) -> npt.NDArray[np.uint8]:
+        """(N,) positions in ``spec.SPLITS``, 0: left out."""
+        return self.images.splits
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each split."""
+        return {name: int((self.splits == SPLITS.index(name)).sum()) for name in ("train", "val", "test")}
+
+    @property
+    def together(self) -> tuple[int, int]:
+        """How many groups of several images there are among those that are dealt, and how many images lie in them."""
+        sizes = np.unique(self.groups[self.splits > 0], return_counts=True)[1]
+        return int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
+
+    def lines(self) -> list[str]:
+        """As text for a terminal, names harmless to it."""
+        return _lines(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """What was done, as JSON values; the assignment itself is in the table."""
+        table = np.zeros((len(self.images.classes) + 1, len(SPLITS)), np.int64)
+        np.add.at(table, (self.images.labels, self.splits), 1)
+        names = SPLITS[1:]
+        classes = {
+            name: dict(zip(names, row[1:], strict=True))
+            for name, row in zip(self.images.classes, table.tolist(), strict=False)
+        }
+        n_groups, inside = self.together
+        return {
+            "output": self.output and str(self.output),
+            "folder": self.folder and str(self.folder),
+            "images": sum(self.counts.values()),
+            "splits": self.counts,
+            "asked": dict(self.asked),
+            "classes": classes,
+            "groups": {"kind": self.kind, "column": self.column, "together": n_groups, "images": inside},
+            "kept": self.kept,
+            "moved": dict(self.moved),
+            "left_out": dict(self.left_out),
+            "unmet": list(self.unmet),
+            "next": self.next,
+            "seed": self.seed,
+            "seconds": self.seconds,
+        }
+
+
+class _Read(NamedTuple):
+    """Images, and their cache if that is what they were read from; ``known``: whether the folder that they lie in is."""
+
+    images: ImageList
+    cache: FeatureCache | None
+    known: bool
+
+
+def split(
+    source: AnySource | ImageList,
+    output: str | Path | None = None,
+    *,
+    val: float | None = None,
+    test: float | None = None,
+    groups: Groups = "exact",
+    group_column: str | None = None,
+    group_table: str | Path | Source | None = None,
+    seed: int = 0,
+    reassign: bool = False,
+    pictures: str | Path | None = None,
+    copy_to: str | Path | None = None,
+    link_to: str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Split:
+    """Deal images out to train, val and test: stratified by class, groups undivided, by the seed and the images' own paths.
+
+    What has a split keeps it: by the source (its folders, its column), or by an earlier table at ``output``, in which new
+    images are dealt out beside the old ones. A split that the source lacks is drawn from train.
+
+    Args:
+        source: as for ``extract``, or a cache. output: a CSV to write, ``path,label,split``, a source for ``extract``.
+        val, test: share of all labelled images, in 0..1; None: no such split, but what there is stays.
+        groups: what stays together: ``exact`` copies, ``near`` copies (of a cache, by its features), or ``none``.
+        group_column: of the table: images with the same text in it stay together, too (patient, place); empty: alone.
+        group_table: a table with that column, where ``source`` is none; joined by path.
+        seed: another one deals otherwise. reassign: deal all images anew, whatever splits they have.
+        pictures: of a cache: the folder of its images.
+        copy_to, link_to: a new or empty folder for SPLIT/CLASS/image: copies, or hard links.
+        device: of the search for near copies. workers: threads that read files.
+        progress: called with (done, to do, what); a bar in notebooks when None.
+
+    Raises:
+        UsageError: impossible values. SourceError: no image; a group lies in several of the splits that are to be kept; the table
+        of groups lacks images. StorageError: what is to be written is there already, and something else.
+    """
+    started = time.perf_counter()
+    shares = _check(val=val, test=test, groups=groups, seed=seed, copy_to=copy_to, link_to=link_to)
+    output, copy_to, link_to, pictures = (
+        None if path is None else as_path(path) for path in (output, copy_to, link_to, pictures)
+    )
+    folder = copy_to or link_to
+    output, folder = (None if path is None else named(path) for path in (output, folder))
+    if group_table is not None:
+        column = group_column or getattr(group_table, "group_column", None)
+        group_table = dataclasses.replace(Source.of(group_table), group_column=column)
+    elif group_column is not None and not isinstance(source, ImageList):
+        source = dataclasses.replace(Source.of(source), group_column=group_column)
+    if output is not None and not isinstance(source, ImageList):
+        check_manifest(output, Source.of(source))
+    read = _read(source, groups, pictures, output)
+    if folder is not None:
+        if not read.known:
+            raise UsageError(f"{source} holds no images; say where they are, as --source FOLDER")
+        check_place(folder, read.images)
+    images, left_out = read.images, {}
+    old = images.splits.copy()
+    prefix = "" if output is None or not read.known else prefix_of(output, images.root)
+    if output is not None and output.exists():
+        earlier = known_splits(output, images, prefix or "")
+        old = np.where(earlier > 0, earlier, old)
+    if reassign:
+        old[:] = 0
+    labelled = images.labels >= 0
+    wanted = labelled | (not labelled.any())
+    left_out["no label"] = int((~wanted).sum())
+    if read.cache is None:
+        wanted &= images.sizes > 0
+        left_out["no readable file"] = int((images.sizes <= 0).sum())
+    rows = np.flatnonzero(wanted)
+    if not len(rows):
+        raise SourceError(f"{source} has no image that could be dealt out")
+    with bar_in_notebook(progress, describe_images("reading")) as report:
+        together = np.arange(len(images))
+        together[rows] = rows[
+            joined(
+                _copies(read, rows, groups, device=device, workers=workers or 8, progress=report),
+                _named_groups(read, rows, group_table),
+            )
+        ]
+        old[~wanted] = 0
+        _check_crossing(images, together, old)
+        splits = np.zeros(len(images), np.uint8)
+        splits[rows] = _deal(images.take(rows), together[rows], old[rows], shares, seed=seed)
+        done = dataclasses.replace(images, splits=splits)
+        if output is not None:
+            write_manifest(output, done, splits, together, prefix=prefix or "")
+        if folder is not None:
+            place_images(done, splits, folder, link=link_to is not None, progress=report)
+    was_train = (old == _TRAIN) & (splits != _TRAIN)
+    moved = {SPLITS[split]: int((was_train & (splits == split)).sum()) for split in (_VAL, _TEST)}
+    made = Split(
+        done,
+        together,
+        output,
+        folder,
+        asked={SPLITS[number]: share for number, share in shares.items()},
+        kind=groups,
+        column=group_column or (None if isinstance(source, ImageList) else Source.of(source).group_column),
+        kept=int(((old > 0) & (old == splits)).sum()),
+        moved={name: count for name, count in moved.items() if count},
+        left_out={reason: count for reason, count in left_out.items() if count},
+        unmet=(),
+        next=_next(read, output, folder, prefix),
+        seed=seed,
+    )
+    return dataclasses.replace(made, unmet=tuple(_unmet(made)), seconds=round(time.perf_counter() - started, 3))
+
+
+def _check(
+    *, val: float | None, test: float | None, groups: str, seed: int, copy_to: object, link_to: object
+) -> dict[int, float]:
+    """Position of val and test -> share, of those that are asked for. Raises UsageError."""
+    given = {"val": val, "test": test}
+    shares = {SPLITS.index(name): float(share) for name, share in given.items() if share is not None}
+    for number, share in shares.items():
+        if not 0 < share < 1:
+            raise UsageError(
+                f"{SPLITS[number]} must be a share between 0 and 1, such as 0.1, found {share:g}; leave it out for none"
+            )
+    if not shares:
+        raise UsageError("say how much of the images is val or test, as --val 0.1 --test 0.2")
+    if sum(shares.values()) >= 1:
+        raise UsageError(
+            f"val and test are {sum(shares.values()):g} of the images together, which leaves none to train on"
+        )
+    if groups not in get_args(Groups):
+        raise UsageError(f"unknown groups {groups!r}; choose one of {', '.join(get_args(Groups))}")
+    if copy_to is not None and link_to is not None:
+        raise UsageError("--copy-to and --link-to exclude each other; choose one")
+    check_whole("seed", seed, 0)
+    return shares
+
+
+def _read(source: AnySource | ImageList, groups: Groups, pictures: Path | None, output: Path | None) -> _Read:
+    """The images of a source or cache, without a look into them."""
+    cached = not isinstance(source, ImageList) and is_cache(Source.of(source).path)
+    if not cached:
+        if groups == "near":
+            name = "SOURCE" if isinstance(source, ImageList) else Source.of(source).typed
+            raise UsageError(
+                f"near copies are found by features, which a cache has: `featcache extract {name} -o features.h5`, then "
+                "`featcache split features.h5 --groups near ...`"
+            )
+        if pictures is not None:
+            raise UsageError("--source is the folder of a cache's images; leave it out")
+        if not isinstance(source, ImageList):
+            words = ("split", HERE, *(() if output is None else ("-o", output)))
+            check_path(Source.of(source).path, "images or cache", words)
+        return _Read(list_images(source, counted=False), None, True)
+    assert not isinstance(source, ImageList)
+    source = Source.of(source)
+    if source.group_column is not None:
+        raise UsageError(
+            f"{source} is a cache, which has no columns; --group-table TABLE says which table has the column"
+        )
+    source.check_options("cache")
+    if pictures is not None and not pictures.is_dir():
+        raise SourceError(f"--source {pictures} is no folder; give the one that the images of {source} lie in")
+    cache = FeatureCache.open(source.path)
+    if cache.refused:
+        log.info("%s: %d images were refused when it was made, and are left out", source, len(cache.refused))
+    columns = {name: getattr(cache.rows, name) for name in ("labels", "splits", "sizes", "mtimes")}
+    return _Read(
+        ImageList(pictures or Path(), cache.paths, classes=cache.classes, **columns), cache, pictures is not None
+    )
+
+
+def _copies(
+    read: _Read, rows: Indices, groups: Groups, *, device: str, workers: int, progress: Progress | None
+) -> Indices:
+    """(n,) of ``rows`` the first copy of each, a position among them."""
+    alone = np.arange(len(rows))
+    if groups == "none":
+        return alone
+    if read.cache is None:
+        found = digests_of_suspects(read.images, rows.tolist(), workers=workers)
+        return group_by_name([found[row].hex() if row in found else "" for row in rows.tolist()])
+    digests = read.cache.rows.digests
+    if groups == "exact" or len(rows) < 2:
+        return first_copies(digests[rows])
+    read.cache.check_finite(rows)
+    seconds, size = estimate(len(rows), read.cache.dim)
+    if seconds > _LONG:
+        log.info("near copies: comparing takes about %d s and %.1f GB", seconds, size / 1e9)
+
+    def say(what: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(done, total, what)
+
+    with read.cache.reader() as features:
+        nearest = nearest_rows(features, rows, device=device, progress=say("features"))
+    check = PixelCheck(read.images.root, read.images.paths, digests, workers=workers) if read.known else None
+    if check is None:
+        log.info("near copies are judged by their features alone; --source FOLDER compares their pixels, too")
+    numbers = find_near_copies(nearest, digests, check=check, progress=say("pixels")).groups
+    _, first, group = np.unique(numbers, return_index=True, return_inverse=True)
+    return first[group]
+
+
+def _named_groups(read: _Read, rows: Indices, table: Source | None) -> Indices:
+    """(n,) of ``rows`` the first of the group that a column names, a position among them."""
+    paths = [read.images.paths[row] for row in rows.tolist()]
+    if table is not None:
+        names = read_groups(table, paths)
+    elif read.images.groups:
+        names = [read.images.groups[row] for row in rows.tolist()]
+    else:
+        return np.arange(len(rows))
+    if without := names.count(""):
+        log.info("%d images have no group and stand alone", without)
+    return group_by_name(names)
+
+
+def _check_crossing(images: ImageList, groups: Indices, old: Splits) -> None:
+    """Raise SourceError if a group lies in several splits that are to be kept."""
+    rows = np.flatnonzero(old)
+    _, first, group = np.unique(groups[rows], return_index=True, return_inverse=True)
+    differs = np.flatnonzero(old[rows] != old[rows][first][group])
+    if len(differs):
+        number = len(np.unique(group[differs]))
+        other, one = rows[differs[0]], rows[first[group[differs[0]]]]
+        pair = " and ".join(f"{printable(images.paths[row])} in {SPLITS[old[row]]}" for row in (one, other))
+        raise SourceError(
+            f"{number} group{'s' * (number > 1)} of images that belong together {'lie' if number > 1 else 'lies'} in several splits, "
+            f"the first: {pair}; --reassign deals all images anew, --groups none leaves copies where they are"
+        )
+
+
+def _deal(images: ImageList, groups: Indices, old: Splits, shares: Mapping[int, float], *, seed: int) -> Splits:
+    """(n,) splits; first new images beside old ones, then splits that nothing is in yet."""
+    labels = images.labels - images.labels.min()  # all are -1 where there are none
+    ordered = sorted(range(len(images)), key=lambda row: rank(images.paths[row], seed))
+    ranks = np.empty(len(images), np.intp)
+    ranks[ordered] = np.arange(len(images))
+    there = {split: share for split, share in shares.items() if (old == split).any()}
+    lacking = {split: share for split, share in shares.items() if split not in there}
+    splits = old.copy()
+    if old.any() and not old.all():
+        splits = deal(labels, groups, ranks=ranks, shares=there, fixed=old)
+    if lacking:
+        splits = deal(labels, groups, ranks=ranks, shares=lacking, fixed=np.where(splits == _TRAIN, 0, splits))
+    return splits
+
+
+def _next(read: _Read, output: Path | None, folder: Path | None, prefix: str | None) -> str:
+    """The command that embeds what was written."""
+    if output is None:
+        return "" if folder is None else f"featcache extract {typed(folder)} -o features.h5"
+    root = "" if prefix is not None and read.known else f" --root {typed(read.images.root) if read.known else 'FOLDER'}"
+    return f"featcache extract {typed(output)}{root} -o features.h5"
+
+
+def _unmet(made: Split) -> list[str]:
+    """What could not be had, and why."""
+    splits, labels, found = made.splits, made.images.labels, []
+    n, rows = sum(made.counts.values()), np.flatnonzero(splits)
+    sizes = np.unique(made.groups[rows], return_counts=True)[1]
+    per_class = [np.unique(made.groups[rows][labels[rows] == label]) for label in np.unique(labels[rows])]
+    single = sum(len(groups) == 1 for groups in per_class)
+    for name, share in made.asked.items():
+        split, got = SPLITS.index(name), made.counts[name]
+        if abs(got - share * n) > max(_MAY_DIFFER * n, 1):
+            reasons = []
+            if made.kept:
+                reasons.append(f"{made.kept} images keep the split they had, --reassign deals them anew")
+            if sizes.max() > max(_MAY_DIFFER * n, 1):
+                reasons.append(f"the largest group holds {sizes.max()} images")
+            if single:
+                reasons.append(
+                    f"{single} {'classes are' if single > 1 else 'class is'} one image or group, which trains"
+                )
+            why = f": {'; '.join(reasons)}" if reasons else ""
+            found.append(f"{name} is {got / n:.1%} of the images, {share:.1%} was asked for{why}")
+        lacking = [
+            printable(made.images.classes[label])
+            for label in np.setdiff1d(labels[rows], labels[splits == split]).tolist()
+            if label >= 0
+        ]
+        if lacking:
+            what = "too few images" if sizes.max() == 1 else "too few images or groups"
+            found.append(f"no {name} image of {some(lacking)}: {what}")
+    return found
+
+
+def _lines(made: Split) -> list[str]:
+    written = [str(path) for path in (made.output, made.folder) if path is not None]
+    n = sum(made.counts.values())
+    titles = [printable(name) for name in made.images.classes]
+    used = made.splits > 0
+    table = count_rows(titles, made.images.labels[used], made.splits[used], names=SPLITS)
+    asked = ", ".join(
+        f"{name} {made.counts[name]} of {share * n:.0f} asked for ({made.counts[name] / n:.1%})"
+        for name, share in made.asked.items()
+    )
+    lines = [f"{' and '.join(written) or 'nothing written'}: {n} images; {asked}", *aligned(table)]
+    groups, inside = made.together
+    if groups:
+        what = {"exact": "copies", "near": "copies and near copies", "none": ""}[made.kind]
+        words = " and ".join(filter(None, [what, made.column and printable(made.column)]))
+        lines.append(f"  {groups} groups of {inside} images kept together ({words})")
+    if made.kept:
+        moved = "".join(f", {count} move from train to {name}" for name, count in made.moved.items())
+        lines.append(f"  {made.kept} images keep the split they had{moved}")
+    if made.left_out:
+        lines.append("  left out: " + ", ".join(f"{count} with {reason}" for reason, count in made.left_out.items()))
+    return [*lines, *(f"  not met: {sentence}" for sentence in made.unmet)]

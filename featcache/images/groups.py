@@ -1,0 +1,100 @@
+"""Images that belong together: of one patient, one place, one scene. In: names of groups, or a table of them. Out: first members.
+
+A partition of N images is an array (N,): for each the number of the first image of its group, its own where it stands alone.
+"""
+
+import itertools
+import os
+import posixpath
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import SourceError, UsageError
+from featcache.images.columns import NONE, printable
+from featcache.images.layout import some
+from featcache.images.records import without_escape
+from featcache.images.source import Source
+from featcache.images.tables import Files, entries, is_table, read_columns
+from featcache.system.path_kinds import kind_of
+
+Indices = npt.NDArray[np.intp]
+
+
+def group_by_name(names: Sequence[str]) -> Indices:
+    """(N,) the first image of each one's name; images without a name ("") stand alone."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(name, row) if name else row for row, name in enumerate(names)], np.intp)
+
+
+def joined(*partitions: Indices) -> Indices:
+    """(N,) the finest partition that keeps together what any of ``partitions`` does: their connected components."""
+    result = np.arange(len(partitions[0]))
+    while True:
+        before = result.copy()
+        for partition in partitions:
+            lowest = np.full(len(result), len(result))
+            np.minimum.at(lowest, partition, result)
+            result = lowest[partition]
+        if (result == before).all():
+            return result
+
+
+def read_groups(table: Source, paths: Sequence[str], *, needed: Sequence[bool] | None = None) -> list[str]:
+    """The group of each of N images by a table that names them; "" where its cell is empty.
+
+    Paths are compared as text, in the spellings that people use. Where all of the table's lead through folders that ``paths``
+    leave out, or the other way round, these are passed over.
+
+    Args:
+        table: a CSV, TSV or JSON lines with a column of paths, and its ``group_column``. paths: of the images.
+        needed: (N,) which images it has to name; all when None.
+
+    Raises:
+        SourceError: the table is missing, cannot be read, names an image twice in different groups, or lacks some.
+        UsageError: no column is called so.
+    """
+    if not is_table(table.path):
+        what = f"is {kind_of(table.path).value}" if table.path.exists() else "does not exist"
+        raise SourceError(f"{table} {what}; expected a table with a column of paths and one of groups")
+    table.check_options("table")
+    chosen = table.columns | {"label": NONE, "split": NONE}
+    read, columns = read_columns(table.path, Files(table.path.parent), chosen)
+    if columns.group is None:
+        raise UsageError(
+            f"{table} has no header, or no column of groups is named; say which, as --group-column patient"
+        )
+    found: dict[str, str] = {}
+    for entry, where in entries(read, columns):
+        if found.setdefault(path := _plain(entry.path), entry.group) != entry.group:
+            raise SourceError(f"{where}: {path} is listed twice, in the groups {found[path]!r} and {entry.group!r}")
+    wanted = [True] * len(paths) if needed is None else needed
+    keys = _as_in(found, [*map(_plain, paths)], wanted)
+    missing = [path for path, key, each in zip(paths, keys, wanted, strict=True) if each and key not in found]
+    if missing:
+        raise SourceError(
+            f"{table} has no row for {len(missing)} of {sum(wanted)} images ({some(missing)}); add them, with an empty cell where "
+            f"an image stands alone; its own first path is {printable(next(iter(found), 'none'))}"
+        )
+    return [found.get(key, "") for key in keys]
+
+
+def _plain(path: str) -> str:
+    text = without_escape(path.strip()).replace(os.sep, "/").replace("\\", "/")
+    return unicodedata.normalize("NFC", posixpath.normpath(text))
+
+
+def _as_in(table: dict[str, str], names: list[str], wanted: Sequence[bool]) -> list[str]:
+    """``names`` as the table has them: as they are, below folders of its own, without folders of theirs, or without suffix."""
+    probe = next(itertools.compress(names, wanted), "")
+    tails = [path for path in table if path and (path.endswith(f"/{probe}") or probe.endswith(f"/{path}"))]
+    longer = {path[: -len(probe)] for path in tails if len(path) > len(probe)}
+    shorter = {probe[: -len(path)] for path in tails if len(path) < len(probe)}
+    ways = [names, *([prefix + name for name in names] for prefix in sorted(longer))]
+    ways += [[name.removeprefix(prefix) for name in names] for prefix in sorted(shorter)]
+    stems = [posixpath.splitext(name)[0] for name in names]
+    if len({*stems}) == len(names):
+        ways.append(stems)
+    return max(ways, key=lambda way: sum(name in table for name in itertools.compress(way, wanted)))

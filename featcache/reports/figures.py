@@ -72,7 +72,8 @@ def _file_style() -> str:
     """The part of the style sheet that charts need, its variables replaced: programs that draw figures know none."""
     sheet = _STYLE.read_text(encoding="utf-8")
     rules = sheet.split("/* charts */")[1].split("/* end of charts */")[0].replace("var(--sans)", "Arial, sans-serif")
-    values = dict(re.findall(r"(--[\w-]+): ([^;]+);", sheet.split("}")[0])) | {"--page": "#fff"}
+    light = re.sub(r"light-dark\(([^,]+), [^)]+\)", r"\1", sheet.split("}")[0])
+    values = dict(re.findall(r"(--[\w-]+): ([^;]+);", light)) | {"--page": "#fff"}
     return re.sub(r"var\((--[\w-]+)\)", lambda found: values[found[1]], rules)
 
 

@@ -57,6 +57,7 @@ def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST) -> str:
     return render_page(
         "audit.html",
         title=f"Audit of {cache.path.name}",
+        parts=("stats.css", "audit.css", "audit.js"),
         data={"audit": columns(material, [WORDS[kind][0] for kind in KINDS], still=_STILL)},
         lead=_lead(found),
         tiles=_tiles(found),

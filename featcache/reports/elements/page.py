@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from html import unescape
 from pathlib import Path
@@ -32,7 +33,12 @@ _LOOKED_AT = 1024  # bytes, for the mark
 
 
 def render_page(
-    template: str | jinja2.Template, *, title: str, data: Mapping[str, Any] | None = None, **context: Any
+    template: str | jinja2.Template,
+    *,
+    title: str,
+    data: Mapping[str, Any] | None = None,
+    parts: Sequence[str] = (),
+    **context: Any,
 ) -> str:
     """A whole page as text.
 
@@ -41,11 +47,13 @@ def render_page(
         title: of the page, and its heading.
         data: for the script, as JSON, and for the template: ``cards``, what ``cards.cards_data`` gives; ``selections``, name ->
             row numbers, for ``part.select``. NaN and infinities become null.
+        parts: files of ``pages/`` that the page needs beside the style sheet and the script of all pages, such as ``map.css``.
         context: what else the template uses; one that it uses and that is missing raises jinja2.UndefinedError.
     """
-    style, script = _asset("style.css"), _asset("script.js")
-    for part in ("map", "audit"):  # as long again: only where there is one
-        script += _asset(f"{part}.js") if data and part in data else ""
+    style, script = (
+        "".join(_asset(name) for name in (first, *parts) if Path(name).suffix == Path(first).suffix)
+        for first in ("style.css", "script.js")
+    )
     assets = {"style": Markup(style), "script": Markup(script), "policy": _policy(style, script)}
     json_text = json_in_html(data or {})
     return (
@@ -59,7 +67,7 @@ class Section:
 
     Attributes:
         anchor: its id, for links. title: its heading. template: a file of ``pages/``, which holds what follows the heading.
-        context: what the template uses. word: for the table of contents; its title when empty.
+        context: what the template uses. word: for the table of contents; its title when empty. parts: as in ``render_page``.
     """
 
     anchor: str
@@ -67,6 +75,7 @@ class Section:
     template: str
     context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     word: str = ""
+    parts: Sequence[str] = ()
 
 
 def render_sections(
@@ -77,7 +86,8 @@ def render_sections(
         (section, Markup(environment().get_template(section.template).render(data=data or {}, **section.context)))
         for section in sections
     ]
-    return render_page("sections.html", title=title, data=data, lead=lead, sections=bodies)
+    parts = list(dict.fromkeys(part for section in sections for part in section.parts))
+    return render_page("sections.html", title=title, data=data, parts=parts, lead=lead, sections=bodies)
 
 
 def check_page_path(path: Path) -> None:
@@ -138,8 +148,20 @@ def _is_page(path: Path) -> bool:
 
 @functools.cache
 def _asset(name: str) -> str:
-    """With line ends as a browser counts them, whatever the checkout made of them."""
-    return (_FOLDER / name).read_text(encoding="utf-8")
+    """A style sheet or script as pages hold it. Line ends are those a browser counts, whatever the checkout made of them."""
+    return compact((_FOLDER / name).read_text(encoding="utf-8"), css=name.endswith(".css"))
+
+
+def compact(text: str, *, css: bool) -> str:
+    """A sheet or script of ours without what only its authors need: comments, if nothing else is on their lines, and indentation.
+
+    Of a style sheet also blanks around punctuation. No string or template of ours holds any of these, see the tests.
+    """
+    text = re.sub(r"^[ \t]*(?:/\*(?:(?!\*/).)*\*/|//[^\n]*)[ \t]*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\n\s*", "\n", text).lstrip()
+    if css:
+        text = re.sub(r"\s*([{};,>])\s*", r"\1", text).replace(": ", ":").replace(";}", "}")
+    return text
 
 
 def _policy(style: str, script: str) -> str:

@@ -30,7 +30,8 @@ def calibration_section(scores: Scores) -> Section:
         "words": _in_words(calibration["after"]),
         "advice": _advice(scores),
     }
-    return Section("calibration", "What probabilities are worth", "section_calibration.html", context, "Probabilities")
+    title, template = "What probabilities are worth", "section_calibration.html"
+    return Section("calibration", title, template, context, "Probabilities", parts=("report.css",))
 
 
 def calibration_charts(scores: Scores) -> list[Chart]:

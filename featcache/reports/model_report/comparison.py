@@ -154,7 +154,7 @@ def provenance_section(subject: Subject, *, command: str = "") -> Section:
         "spec": [(name, _exact(value)) for name, value in _leaves(model.spec.to_json())],
         "written": written,
     }
-    return Section("provenance", "Where it came from", "report_provenance.html", context, "Provenance")
+    return Section("provenance", "Where it came from", "report_provenance.html", context, "Provenance", ("report.css",))
 
 
 def _about_cache(cache: FeatureCache) -> list[tuple[str, str]]:

@@ -73,7 +73,8 @@ def confusion_section(subject: Subject, data: dict[str, Any]) -> Section:
         "classes": subject.model.classes,
         "subject": subject,
     }
-    return Section("confusion", "Which class is taken for which", "report_confusion.html", context, "Confusion")
+    title, parts = "Which class is taken for which", ("report.css", "report.js", *(["matrix.js"] if zoomed else []))
+    return Section("confusion", title, "report_confusion.html", context, "Confusion", parts)
 
 
 def _matrix(subject: Subject, counts: Array, shown: Array) -> Matrix:
@@ -174,4 +175,4 @@ def classes_section(subject: Subject) -> Section:
         )
     rows.sort(key=lambda row: 2.0 if row["f1"] is None else row["f1"])
     context = {"rows": rows, "with_training": trained is not None, "all_occur": bool(true.all())}
-    return Section("classes", "Each class", "report_classes.html", context, "Classes")
+    return Section("classes", "Each class", "report_classes.html", context, "Classes", ("report.css", "report.js"))

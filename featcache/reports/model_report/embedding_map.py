@@ -97,7 +97,7 @@ def map_section(mapped: Mapped, data: dict[str, Any], *, wall: Sequence[int] = (
         "wall": len(wall) > 0,
         "wall_words": _wall_words(len(wall), count),
     }
-    return Section("map", "Map", "map.html", context)
+    return Section("map", "Map", "map.html", context, parts=("map.css", "map.js"))
 
 
 def words_of(projection: Projection) -> str:

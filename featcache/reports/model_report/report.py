@@ -281,7 +281,7 @@ def _pictures(subject: Subject) -> Section:
         "lists": [(words, name, len(rows)) for words, name, rows in _lists(subject)],
         "notes": _what_is_missing(subject),
     }
-    return Section("pictures", "Pictures", "report_pictures.html", context)
+    return Section("pictures", "Pictures", "report_pictures.html", context, parts=("report.css",))
 
 
 def _code(text: str) -> Markup:

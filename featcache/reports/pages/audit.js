@@ -11,7 +11,7 @@ still.forEach((each) => each.remove());
 addEventListener("beforeprint", () => box.after(...still));
 addEventListener("afterprint", () => still.forEach((each) => each.remove()));
 
-const count = (n, one, several = one + "s") => `${n.toLocaleString("en")} ${n === 1 ? one : several}`;
+const things = (n, one, several = one + "s") => `${count(n)} ${n === 1 ? one : several}`;
 const isCopies = (item) => items.keep[item] >= 0;
 const fileOf = (image) => images.path[image].split("/").pop();
 const className = (label, most = 30) => { const text = printable(classes[label] ?? ""); return text.length > most ? text.slice(0, most - 1) + "…" : text; };
@@ -72,7 +72,7 @@ const HEIGHT = 60;
 const MARKS = { keep: "✓", drop: "✕", relabel: "→" };
 function titleOf(item) {
   const names = items.kinds[item].map((kind) => words[kind]).join(", ");
-  return isCopies(item) ? `${items.rows[item].length.toLocaleString("en")} ${names.split(", ").pop()}` : names[0].toUpperCase() + names.slice(1);
+  return isCopies(item) ? `${count(items.rows[item].length)} ${names.split(", ").pop()}` : names[0].toUpperCase() + names.slice(1);
 }
 function said(item) {
   const given = verdicts[item].map((one, place) => one ?? (fate(items.rows[item][place])?.[0] === "drop" ? ["drop"] : null));
@@ -82,8 +82,8 @@ function said(item) {
   return given.some((one) => !one) ? `${given.filter(Boolean).length} of ${given.length} decided` : kept === given.length ? "✓ keep all" : `✓ ${kept} ✕ ${given.length - kept}`;
 }
 function subtitle(item) {
-  if (items.suggested[item] >= 0) return [element("bdi", {}, className(images.label[items.rows[item][0]], 20)), " → ", element("bdi", {}, className(items.suggested[item], 20)), "?"];
-  if (crosses(item, "label")) return [...new Set(items.rows[item].map((image) => images.label[image]))].slice(0, 3).flatMap((label, k) => [k ? " or " : "", label < 0 ? "no label" : element("bdi", {}, className(label, 14))]);
+  if (items.suggested[item] >= 0) return [element("bdi", className(images.label[items.rows[item][0]], 20)), " → ", element("bdi", className(items.suggested[item], 20)), "?"];
+  if (crosses(item, "label")) return [...new Set(items.rows[item].map((image) => images.label[image]))].slice(0, 3).flatMap((label, k) => [k ? " or " : "", label < 0 ? "no label" : element("bdi", className(label, 14))]);
   const there = [...new Set(items.rows[item].map((image) => images.split[image]))].filter(Boolean).sort().map((split) => splits[split]);
   return there.length > 1 ? ["in " + there.join(" and ")] : [named(fileOf(items.rows[item][0]))];
 }
@@ -91,20 +91,31 @@ function pictureOf(image, properties = {}) {
   const src = pictures[images.picture[image]];
   return src ? element("img", { src, alt: "", ...properties }) : element("span", { className: "none" }, properties.short ? "–" : images.why[image]);
 }
+let drawn = new Map(); // case -> its row; rows stay as long as they are in sight, so that pictures are not decoded again
+function optionOf(item) {
+  return drawn.get(item) ?? element("div", { role: "option", id: "audit-" + item }, pictureOf(items.rows[item][0], { short: true }),
+    element("span", element("b", titleOf(item)), element("br"), element("small", ...subtitle(item))), element("span", { className: "mark" }));
+}
 function drawQueue() {
   const first = Math.max(Math.floor(queue.scrollTop / HEIGHT) - 3, 0);
   const last = Math.min(first + Math.ceil(queue.clientHeight / HEIGHT) + 7, shown.length);
   queue.firstChild.style.height = `${shown.length * HEIGHT}px`;
-  const options = [];
+  const rows = new Map();
   for (let k = first; k < last; k++) {
-    const item = shown[k];
-    const option = element("div", { role: "option", id: "audit-" + item, ariaSelected: String(k === at), ariaPosInSet: String(k + 1), ariaSetSize: String(shown.length) },
-      pictureOf(items.rows[item][0], { short: true }), element("span", {}, element("b", {}, titleOf(item)), element("br"), element("small", {}, ...subtitle(item))), element("span", { className: "mark" }, said(item)));
+    const option = optionOf(shown[k]);
+    Object.assign(option, { ariaSelected: String(k === at), ariaPosInSet: String(k + 1), ariaSetSize: String(shown.length) });
     option.style.transform = `translateY(${k * HEIGHT}px)`;
     option.dataset.at = k;
-    options.push(option);
+    option.lastChild.textContent = said(shown[k]);
+    rows.set(shown[k], option);
   }
-  queue.firstChild.replaceChildren(...options);
+  for (const [item, option] of drawn) if (!rows.has(item)) option.remove();
+  let before = null;
+  for (const option of rows.values()) {
+    if (before ? before.nextSibling !== option : queue.firstChild.firstChild !== option) before ? before.after(option) : queue.firstChild.prepend(option);
+    before = option;
+  }
+  drawn = rows;
   if (shown.length) queue.setAttribute("aria-activedescendant", "audit-" + current());
   else queue.removeAttribute("aria-activedescendant");
 }
@@ -127,13 +138,17 @@ function labelled(image, against = -2) {
 function copyOf(item, place) {
   const image = items.rows[item][place];
   const verdict = (verdicts[item][place] ?? [])[0];
-  const choose = (word) => element("button", { type: "button", ariaPressed: String(verdict === word || (word === "keep" && verdict === "relabel")), "data-set": word, "data-place": place },
-    word === "keep" ? "Keep" : "Drop", element("span", { className: "said" }, " " + printable(fileOf(image))));
+  const choose = (word) => {
+    const button = element("button", { type: "button", ariaPressed: String(verdict === word || (word === "keep" && verdict === "relabel")) },
+      word === "keep" ? "Keep" : "Drop", element("span", { className: "said" }, " " + printable(fileOf(image))));
+    Object.assign(button.dataset, { set: word, place });
+    return button;
+  };
   const notes = [place === items.keep[item] ? "proposed to keep" : "", verdict === "relabel" ? "→ " + className(verdicts[item][place][1]) : "", verdict !== "drop" && fate(image)?.[0] === "drop" ? "dropped elsewhere" : ""].filter(Boolean);
   return element("li", { className: `card ${verdict ? "is-" + verdict : ""}` }, element("div", { className: "pic" }, pictureOf(image, { alt: printable(fileOf(image)) })),
-    element("p", {}, ...(place < 9 ? [element("kbd", {}, String(place + 1)), " "] : []), ...labelled(image)),
+    element("p", ...(place < 9 ? [element("kbd", String(place + 1)), " "] : []), ...labelled(image)),
     element("p", { className: "soft" }, images.facts[image]), element("p", { className: "path" }, named(images.path[image])),
-    element("p", { className: "right" }, notes.join("; ")), element("p", {}, choose("keep"), " ", choose("drop")));
+    element("p", { className: "right" }, notes.join("; ")), element("p", choose("keep"), " ", choose("drop")));
 }
 function answersOf(item) {
   const flat = items.answers[item];
@@ -141,30 +156,33 @@ function answersOf(item) {
   const given = images.label[items.rows[item][0]];
   for (let k = 0; k < flat.length; k += 2) {
     const note = flat[k] === given ? " (given)" : flat[k] === items.suggested[item] ? " (suggested)" : "";
-    rows.push(element("li", {}, element("span", {}, named(classes[flat[k]]), note), element("span", {}, percent(flat[k + 1] / 1e4)), bar(flat[k + 1] / 1e4)));
+    // Markup, of a number alone.
+    const line = element("li", { innerHTML: `<svg class="share" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true"><rect width="${flat[k + 1] / 100}" height="8"/></svg>` });
+    line.prepend(element("span", named(classes[flat[k]]), note), element("span", percent(flat[k + 1] / 1e4)));
+    rows.push(line);
   }
-  return rows.length ? [element("h4", {}, "What a model says that has not seen it"), element("ol", { className: "likeliest" }, ...rows)] : [];
+  return rows.length ? [element("h4", "What a model says that has not seen it"), element("ol", { className: "likeliest" }, ...rows)] : [];
 }
 function alikeOf(item) {
   const flat = items.alike[item];
   const rows = [];
   for (let k = 0; k < flat.length; k += 2) {
     rows.push(element("li", { className: "card" }, element("div", { className: "pic" }, pictureOf(flat[k], { alt: printable(fileOf(flat[k])) })),
-      element("p", {}, ...labelled(flat[k], items.suggested[item])), element("p", { className: "soft" }, "cosine " + (flat[k + 1] / 1e4).toFixed(3)), element("span", { className: "file", title: printable(images.path[flat[k]]) }, named(fileOf(flat[k])))));
+      element("p", ...labelled(flat[k], items.suggested[item])), element("p", { className: "soft" }, "cosine " + (flat[k + 1] / 1e4).toFixed(3)), element("span", { className: "file", title: printable(images.path[flat[k]]) }, named(fileOf(flat[k])))));
   }
-  return rows.length ? [element("h4", {}, "The images most like it"), element("ul", { className: "cards" }, ...rows)] : [];
+  return rows.length ? [element("h4", "The images most like it"), element("ul", { className: "cards" }, ...rows)] : [];
 }
 function aloneOf(item) {
   const image = items.rows[item][0];
   const facts = element("dl", { className: "facts" });
-  const add = (word, ...values) => facts.append(element("dt", {}, word), element("dd", {}, ...values));
+  const add = (word, ...values) => facts.append(element("dt", word), element("dd", ...values));
   if (images.label[image] >= 0) add("label", ...labelled(image));
   else if (images.split[image]) add("split", splits[images.split[image]]);
   if (items.suggested[item] >= 0) add("fits better", element("b", { className: "same" }, element("bdi", { title: printable(classes[items.suggested[item]]) }, className(items.suggested[item]))));
   add("file", named(images.path[image]), element("br"), element("span", { className: "soft" }, images.facts[image]));
   const elsewhere = places.get(image).filter(([other]) => other !== item);
   if (elsewhere.length) add("also", `among ${titleOf(elsewhere[0][0])}${fate(image)?.[0] === "drop" && !verdicts[item][0] ? ", dropped there" : ""}`);
-  return element("div", { className: "two" }, element("div", { className: "pic large" }, pictureOf(image, { alt: printable(fileOf(image)) })), element("div", {}, facts, ...answersOf(item)));
+  return element("div", { className: "two" }, element("div", { className: "pic large" }, pictureOf(image, { alt: printable(fileOf(image)) })), element("div", facts, ...answersOf(item)));
 }
 function drawCase() {
   const item = current();
@@ -179,7 +197,7 @@ function drawCase() {
   const why = element("p", { className: "why" }, items.reasons[item].map((text) => text[0].toUpperCase() + text.slice(1)).join(". ") + ".");
   if (isCopies(item)) {
     const list = element("ul", { className: rows.length < 4 ? "cards few" : "cards" }, ...rows.slice(0, data.audit.most).map((_, place) => copyOf(item, place)));
-    stage.replaceChildren(title, why, list, ...(rows.length > data.audit.most ? [element("p", { className: "soft" }, `and ${count(rows.length - data.audit.most, "copy", "copies")} more, decided with these.`)] : []));
+    stage.replaceChildren(title, why, list, ...(rows.length > data.audit.most ? [element("p", { className: "soft" }, `and ${things(rows.length - data.audit.most, "copy", "copies")} more, decided with these.`)] : []));
   } else stage.replaceChildren(title, why, aloneOf(item), ...alikeOf(item));
   drawBar(item);
 }
@@ -202,14 +220,14 @@ function drawProgress() {
   const open = shown.filter((item) => !isDone(item));
   const progress = find("progress", box);
   [progress.max, progress.value] = [N, done];
-  find("[data-going]", box).textContent = `${done.toLocaleString("en")} of ${N.toLocaleString("en")} decided`;
-  find("[data-shown]", box).textContent = `Showing ${shown.length.toLocaleString("en")} of ${N.toLocaleString("en")}, ${open.length.toLocaleString("en")} open`;
+  find("[data-going]", box).textContent = `${count(done)} of ${count(N)} decided`;
+  find("[data-shown]", box).textContent = `Showing ${count(shown.length)} of ${count(N)}, ${count(open.length)} open`;
   buttons.undo.disabled = !steps.length;
   for (const button of all("[data-all]", box)) button.disabled = !open.some((item) => button.dataset.all !== "relabel" || items.suggested[item] >= 0);
   const settled = [...places.keys()].reduce((sum, image) => sum + Boolean(fate(image)), 0);
-  find("[data-save]").textContent = `Save plan.csv${settled ? ": " + count(settled, "image") + " decided" : ""}`;
+  find("[data-save]").textContent = `Save plan.csv${settled ? ": " + things(settled, "image") + " decided" : ""}`;
 }
-function draw() { reveal(); drawCase(); drawQueue(); drawProgress(); }
+function draw() { reveal(); drawCase(); drawQueue(); }
 
 /* ---- Deciding */
 const say = (text) => { heard.textContent = text; };
@@ -237,6 +255,7 @@ function perfect(step, text, { onward = true } = {}) {
     else at = Math.min(before, Math.max(shown.length - 1, 0));
   }
   draw();
+  drawProgress();
   const ahead = onward && shown.length && current() !== item ? ` Next: ${whatOf(current())}.` : "";
   say(text + "." + ahead);
 }
@@ -270,7 +289,8 @@ const actions = {
     remember();
     sift(step.item);
     draw();
-    say(`Undone: ${step.all ? count(step.all, "decision") : whatOf(step.item)}. ${steps.length ? count(steps.length, "step") + " before it can be undone." : "Nothing else is decided."}`);
+    drawProgress();
+    say(`Undone: ${step.all ? things(step.all, "decision") : whatOf(step.item)}. ${steps.length ? things(steps.length, "step") + " before it can be undone." : "Nothing else is decided."}`);
   },
 };
 function go(to) {
@@ -296,7 +316,7 @@ box.addEventListener("click", ({ target }) => {
     const verdict = bulk.dataset.all;
     const open = shown.filter((item) => !isDone(item) && (verdict !== "relabel" || items.suggested[item] >= 0));
     const item = current();
-    perfect({ item, all: open.length, set: open.flatMap((each) => setOf(each, verdict) ?? []) }, `${count(open.length, "decision")}: ${{ keep: "kept", drop: "dropped, of copies all but one", relabel: "relabelled as suggested" }[verdict]}; u undoes them`);
+    perfect({ item, all: open.length, set: open.flatMap((each) => setOf(each, verdict) ?? []) }, `${things(open.length, "decision")}: ${{ keep: "kept", drop: "dropped, of copies all but one", relabel: "relabelled as suggested" }[verdict]}; u undoes them`);
   }
 });
 chooser?.addEventListener("keydown", (event) => {
@@ -368,7 +388,7 @@ find("[data-save]").addEventListener("click", () => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   written = steps.length;
-  tell(`Saved ${count(lines.length, "image")}, ${count(lines.filter((line) => line[2]).length, "decision")}. Next, where you saved it: featcache audit --apply plan.csv -o clean.csv`);
+  tell(`Saved ${things(lines.length, "image")}, ${things(lines.filter((line) => line[2]).length, "decision")}. Next, where you saved it: featcache audit --apply plan.csv -o clean.csv`);
 });
 
 /** Bytes as Python reads names: what is no UTF-8 becomes U+DC80 to U+DCFF. */
@@ -415,19 +435,20 @@ find("[data-load]").addEventListener("change", async ({ target }) => {
     }
   }
   loaded = others;
-  perfect({ item: current(), all: taken, set }, `${file.name}: ${count(taken, "decision")} taken over`);
+  perfect({ item: current(), all: taken, set }, `${file.name}: ${things(taken, "decision")} taken over`);
   const rest = others.filter((line) => !known.has(keyOf(line))).length;
-  tell(heard.textContent.replace(/\. Next:.*/, ".") + (rest ? ` ${count(rest, "line")} about other images will be saved again as they are.` : "") + (odd ? ` ${count(odd, "line")} could not be understood: a decision is keep, drop or relabel, with a label that exists.` : ""));
+  tell(heard.textContent.replace(/\. Next:.*/, ".") + (rest ? ` ${things(rest, "line")} about other images will be saved again as they are.` : "") + (odd ? ` ${things(odd, "line")} could not be understood: a decision is keep, drop or relabel, with a label that exists.` : ""));
 });
 
 /* ---- The page */
-for (const each of Object.values(controls)) each.addEventListener("input", () => { sift(); draw(); });
+for (const each of Object.values(controls)) each.addEventListener("input", () => { sift(); draw(); drawProgress(); });
 for (const link of all("a[data-kind]")) {
   link.addEventListener("click", () => {
     for (const [name, each] of Object.entries(controls)) if (name !== "sort") each.value = "";
     if (controls.kind) controls.kind.value = link.dataset.kind;
     sift(null);
     draw();
+    drawProgress();
     queue.focus({ preventScroll: true });
   });
 }
@@ -440,6 +461,7 @@ memory.write();
 sift();
 if (steps.length) at = next(-1);
 draw();
-if (steps.length) say(`Welcome back: ${count(steps.length, "step")} of decisions, kept by this browser.`);
+drawProgress();
+if (steps.length) say(`Welcome back: ${things(steps.length, "step")} of decisions, kept by this browser.`);
 else if (!memory.works) say("This browser keeps nothing here: save the plan before you close the page.");
 })();

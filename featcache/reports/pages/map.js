@@ -7,7 +7,8 @@ const known = data.map;
 const unpack = (text, Kind) => new Kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
 const [X, Y] = [unpack(known.x, Int16Array), unpack(known.y, Int16Array)];
 const N = X.length;
-const there = Int32Array.from({ length: N }, (_, row) => row).filter((row) => X[row] > -32768); // refused images are nowhere
+// refused images are nowhere
+const there = Int32Array.from({ length: N }, (_, row) => row).filter((row) => X[row] > -32768);
 
 /* What is known of rows without a card stands behind what is known of the cards. */
 {
@@ -27,7 +28,8 @@ const pictureOf = (row) => (row < items.length ? find("img", items[row])?.src : 
 const by = find("[data-colour]", box);
 const legend = find(".legend", box);
 const tint = new Uint8Array(N);
-let places = []; // [text, row]: where the name of a class stands
+// [text, row]: where the name of a class stands
+let places = [];
 const WORDS = { correct: { 1: "right", 0: "wrong", "-1": "not known" }, split: { "": "no split" } };
 const wordOf = (key, value) => WORDS[key]?.[value] ?? (key === "split" ? value : cards.classes[value] ?? (key === "label" ? "(no label)" : "(none)"));
 
@@ -43,21 +45,19 @@ function recolour() {
     : frequent.slice(0, 10).sort(compare).map((value, k) => [value, value === -1 || value === "" ? 0 : k + 1]));
   tint.fill(0);
   for (const [value, number] of tints) for (const row of groups.get(value)) tint[row] = number;
-  const entry = (value, number) => element("li", {}, pick(value, element("span", { className: "k" + (number && (number - 1) % 5 + 1), ariaHidden: "true" }, number > 5 ? "■" : "●"),
-    " ", named(shorten(name(value))), " ", element("small", {}, groups.get(value).length.toLocaleString("en"))));
-  const pick = (value, ...inside) => {
-    const button = element("button", { type: "button" }, ...inside);
-    button.setAttribute("aria-pressed", "false");
-    button.addEventListener("click", () => choose(button.getAttribute("aria-pressed") === "true" ? null : groups.get(value), name(value), button));
-    return button;
+  const entry = (value, number) => {
+    const mark = element("span", { className: "k" + (number && (number - 1) % 5 + 1), ariaHidden: "true" }, number > 5 ? "■" : "●");
+    const button = element("button", { type: "button", ariaPressed: "false" }, mark, " ", named(shorten(name(value))), " ", element("small", count(groups.get(value).length)));
+    on(button, "click", () => selection.set(button.ariaPressed === "true" ? null : groups.get(value), name(value), button));
+    return element("li", button);
   };
   legend.replaceChildren(...[...tints].map(([value, number]) => entry(value, number)));
   const others = frequent.filter((value) => !tints.has(value)).sort(compare);
   if (others.length) {
-    const list = element("select", { ariaLabel: "Select another class" }, element("option", { value: "" }, `${others.length.toLocaleString("en")} more, grey …`),
+    const list = element("select", { ariaLabel: "Select another class" }, element("option", { value: "" }, `${count(others.length)} more, grey …`),
       ...others.map((value) => element("option", { value, dir: "auto" }, `${printable(shorten(name(value)))} (${groups.get(value).length})`)));
-    list.addEventListener("change", () => { if (list.value) choose(groups.get(+list.value), name(+list.value)); });
-    legend.append(element("li", {}, element("span", { className: "k0", ariaHidden: "true" }, "● "), list));
+    on(list, "change", () => { if (list.value) selection.set(groups.get(+list.value), name(+list.value)); });
+    legend.append(element("li", element("span", { className: "k0", ariaHidden: "true" }, "● "), list));
   }
   places = groups.size < 2 || key === "correct" || key === "split" ? [] : frequent.slice(0, 200).filter((value) => groups.get(value).length > 2)
     .map((value) => [printable(shorten(name(value))), middleOf(groups.get(value)), groups.get(value)])
@@ -95,21 +95,30 @@ const [canvas, over] = all("canvas", box);
 const plane = find(".plane", box);
 const [below, above] = [canvas.getContext("2d", { alpha: false }), over.getContext("2d")];
 const extent = there.reduce(([x, y], row) => [Math.max(x, Math.abs(X[row])), Math.max(y, Math.abs(Y[row]))], [1, 1]);
-const view = { x: 0, y: 0, zoom: 1, scale: 1, wide: 1, high: 1 }; // the middle, in units of X; pixels per unit
+// the middle, in units of X; pixels per unit
+const view = { x: 0, y: 0, zoom: 1, scale: 1, wide: 1, high: 1 };
 const ROOM = 24;
 const screen = (row) => [view.wide / 2 + (X[row] - view.x) * view.scale, view.high / 2 - (Y[row] - view.y) * view.scale];
 let [image, pixels, inks, here, lasso, awaited] = [null, null, [], -1, null, false];
 let [picturing, pictured] = [false, []];
 
-/** Colours, as CSS has them just now, as the numbers that pixels are. */
+/** Colours, as CSS has them just now: as texts, and as the numbers that pixels are. */
+const colours = {};
+const probe = element("span", { hidden: true });
+box.append(probe);
+const inkOf = (number) => (number ? "c" + ((number - 1) % 5 + 1) : "edge");
 function ink() {
-  const style = getComputedStyle(box);
+  for (const name of ["edge", "c1", "c2", "c3", "c4", "c5", "raised", "rule", "ink", "link"]) {
+    probe.style.color = `var(--${name})`;
+    colours[name] = getComputedStyle(probe).color;
+  }
   const number = (name) => {
-    const [r, g, b] = /^#(..?)(..?)(..?)$/.exec(style.getPropertyValue(name).trim()).slice(1).map((two) => parseInt(two.padStart(2, two), 16));
-    return -16777216 | b << 16 | g << 8 | r; // opaque
+    const [r, g, b] = colours[name].match(/\d+/g);
+    // opaque
+    return -16777216 | b << 16 | g << 8 | r;
   };
-  inks = ["--edge", "--c1", "--c2", "--c3", "--c4", "--c5", "--c1", "--c2", "--c3", "--c4", "--c5"].map(number);
-  [inks.page, inks.dim] = [number("--raised"), number("--rule")];
+  inks = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10].map((tinted) => number(inkOf(tinted)));
+  [inks.page, inks.dim] = [number("raised"), number("rule")];
 }
 
 /** Where a mark covers pixels around its own, and how much, 0..255. */
@@ -157,9 +166,10 @@ function draw() {
   pixels.fill(inks.page);
   const radius = ratio * Math.min(4, Math.max(1.1, 14 / N ** 0.22)) * Math.min(view.zoom ** 0.3, 2);
   const [disc, square, faint, rim] = [markOf(radius, 0.9), markOf(radius, 0.9, true), markOf(radius, 0.6), markOf(radius + ratio, 0.8)];
-  const apart = N < 3000; // then each has a rim
+  // then each has a rim
+  const apart = N < 3000;
   const [sx, sy, left, top] = [view.scale * ratio, -view.scale * ratio, canvas.width / 2 - view.x * view.scale * ratio, canvas.height / 2 + view.y * view.scale * ratio];
-  const members = selection.rows && (selection.members ??= new Set(selection.rows));
+  const { members } = selection;
   const { reach } = rim;
   const visible = [];
   for (const chosen of members ? [false, true] : [true]) {
@@ -206,8 +216,6 @@ function thinned(rows) {
 
 /** What lies over the points: pictures, names, where one is, the lasso. */
 function cover() {
-  const style = getComputedStyle(box);
-  const colour = (name) => style.getPropertyValue(name);
   const ratio = devicePixelRatio || 1;
   above.setTransform(ratio, 0, 0, ratio, 0, 0);
   above.clearRect(0, 0, view.wide, view.high);
@@ -217,11 +225,11 @@ function cover() {
     const [x, y] = screen(row);
     const side = (SIDE - 4) / Math.max(picture.naturalWidth, picture.naturalHeight);
     const [w, h] = [picture.naturalWidth * side, picture.naturalHeight * side];
-    above.fillStyle = colour(tint[row] ? "--c" + ((tint[row] - 1) % 5 + 1) : "--edge");
+    above.fillStyle = colours[inkOf(tint[row])];
     above.fillRect(x - w / 2 - 2, y - h / 2 - 2, w + 4, h + 4);
     above.drawImage(picture, x - w / 2, y - h / 2, w, h);
   }
-  above.font = "600 13px " + colour("--sans");
+  above.font = "600 13px " + getComputedStyle(box).fontFamily;
   [above.textAlign, above.textBaseline, above.lineJoin] = ["center", "middle", "round"];
   const taken = [];
   for (const [text, row] of pictured.length ? [] : places) {
@@ -230,14 +238,14 @@ function cover() {
     if (x < wide / 2 || y < 9 || x > view.wide - wide / 2 || y > view.high - 9) continue;
     if (taken.some(([u, v, w]) => Math.abs(u - x) < (wide + w) / 2 + 6 && Math.abs(v - y) < 18)) continue;
     taken.push([x, y, wide]);
-    [above.strokeStyle, above.fillStyle, above.lineWidth] = [colour("--raised"), colour("--ink"), 4];
+    [above.strokeStyle, above.fillStyle, above.lineWidth] = [colours.raised, colours.ink, 4];
     above.strokeText(text, x, y);
     above.fillText(text, x, y);
   }
   if (here >= 0) {
     const [x, y] = screen(here);
-    for (const [width, name] of [[5, "--raised"], [2.5, "--ink"]]) {
-      [above.lineWidth, above.strokeStyle] = [width, colour(name)];
+    for (const [width, name] of [[5, "raised"], [2.5, "ink"]]) {
+      [above.lineWidth, above.strokeStyle] = [width, colours[name]];
       above.beginPath();
       above.arc(x, y, 9, 0, 7);
       above.stroke();
@@ -247,7 +255,7 @@ function cover() {
     above.beginPath();
     for (const [x, y] of lasso) above.lineTo(x, y);
     above.closePath();
-    [above.lineWidth, above.strokeStyle, above.fillStyle, above.globalAlpha] = [2, colour("--focus"), colour("--focus"), 0.15];
+    [above.lineWidth, above.strokeStyle, above.fillStyle, above.globalAlpha] = [2, colours.link, colours.link, 0.15];
     above.fill("evenodd");
     above.globalAlpha = 1;
     above.stroke();
@@ -299,10 +307,9 @@ function point(row, { spoken = false } = {}) {
   tip.hidden = row < 0;
   if (row >= 0) {
     const src = pictureOf(row);
-    const facts = element("dl", { className: "facts" });
-    for (const [word, value] of factsOf(row)) facts.append(element("dt", {}, word), element("dd", {}, value));
+    const facts = factsOf(row);
     const name = cards.path[row].split("/").pop();
-    tip.replaceChildren(src ? element("img", { src, alt: "" }) : element("p", { className: "soft" }, "no picture on this page"), element("b", {}, named(shorten(name, 24))), facts);
+    tip.replaceChildren(src ? element("img", { src, alt: "" }) : element("p", { className: "soft" }, "no picture on this page"), element("b", named(shorten(name, 24))), facts);
     const [x, y] = screen(row);
     tip.style.transform = `translate(${Math.max(0, Math.min(x > view.wide / 2 ? x - tip.offsetWidth - 16 : x + 16, view.wide - tip.offsetWidth))}px, ${Math.max(0, Math.min(y - 40, view.high - tip.offsetHeight))}px)`;
     if (spoken) heard.textContent = [printable(name), ...all("dd", facts).map((each) => each.textContent)].join(", ");
@@ -312,15 +319,14 @@ function point(row, { spoken = false } = {}) {
 
 /* ---- Selecting */
 const [heard, said] = all("output", box);
-function choose(rows, why, source = null) { selection.set(rows, why, source); }
 function chooseOne(row, more) {
   const before = more && selection.rows ? selection.rows : [];
   if (row < 0) { if (!more) selection.clear(); return; }
-  if (!before.includes(row)) before.length ? choose([...before, row], `${before.length + 1} chosen on the map`) : choose([row], cards.path[row]);
+  if (!before.includes(row)) before.length ? selection.set([...before, row], `${before.length + 1} chosen on the map`) : selection.set([row], cards.path[row]);
 }
 selection.on((it) => {
-  for (const button of all('[aria-pressed="true"]', legend)) if (button !== it.source) button.setAttribute("aria-pressed", "false");
-  said.textContent = it.rows ? `${it.rows.length.toLocaleString("en")} of ${N.toLocaleString("en")} selected: ${printable(it.why)}` : "";
+  for (const button of all("button", legend)) button.ariaPressed = String(button === it.source);
+  said.textContent = it.rows ? `${count(it.rows.length)} of ${count(N)} selected: ${printable(it.why)}` : "";
   for (const name of ["show", "none"]) find(`[data-tool="${name}"]`, box).hidden = !it.rows;
   for (const [row, tile] of tiles) tile.classList.toggle("dim", !it.has(row));
   const first = it.rows ? onWall.find((row) => it.has(row)) : undefined;
@@ -334,7 +340,8 @@ function zoom(factor, x = view.wide / 2, y = view.high / 2) {
   const before = view.scale;
   view.scale *= after / view.zoom;
   view.zoom = after;
-  view.x += (x - view.wide / 2) * (1 / before - 1 / view.scale); // what is under the pointer stays there
+  // what is under the pointer stays there
+  view.x += (x - view.wide / 2) * (1 / before - 1 / view.scale);
   view.y -= (y - view.high / 2) * (1 / before - 1 / view.scale);
   if (after === 1) [view.x, view.y] = [0, 0];
   move(0, 0);
@@ -344,17 +351,18 @@ function move(dx, dy) {
   const limit = (value, most) => Math.min(Math.max(value, -most), most);
   view.x = limit(view.x - dx / view.scale, extent[0]);
   view.y = limit(view.y + dy / view.scale, extent[1]);
-  canvas.classList.toggle("near", view.zoom > 1); // then a finger moves the map, not the page
+  // then a finger moves the map, not the page
+  canvas.classList.toggle("near", view.zoom > 1);
   tip.hidden = true;
   paint();
 }
 const tools = {
-  lasso: (button) => { button.setAttribute("aria-pressed", String(canvas.classList.toggle("lasso"))); },
-  pictures: (button) => { picturing = !picturing; button.setAttribute("aria-pressed", String(picturing)); paint(); },
+  lasso: (button) => { button.ariaPressed = String(canvas.classList.toggle("lasso")); },
+  pictures: (button) => { picturing = !picturing; button.ariaPressed = String(picturing); paint(); },
   in: () => zoom(1.5), out: () => zoom(1 / 1.5), all: () => zoom(0),
   show: () => find("#pictures")?.scrollIntoView(), none: () => selection.clear(),
 };
-box.addEventListener("click", (event) => {
+on(box, "click", (event) => {
   const button = event.target.closest("[data-tool]");
   if (button) tools[button.dataset.tool](button);
 });
@@ -362,7 +370,7 @@ box.addEventListener("click", (event) => {
 const fingers = new Map();
 const place = (event) => { const { left, top } = canvas.getBoundingClientRect(); return [event.clientX - left, event.clientY - top]; };
 let moved = 0;
-canvas.addEventListener("pointerdown", (event) => {
+on(canvas, "pointerdown", (event) => {
   if (event.button) return;
   canvas.setPointerCapture(event.pointerId);
   fingers.set(event.pointerId, place(event));
@@ -370,7 +378,7 @@ canvas.addEventListener("pointerdown", (event) => {
   tip.hidden = true;
   lasso = fingers.size === 1 && (canvas.classList.contains("lasso") || event.shiftKey) ? [place(event)] : null;
 });
-canvas.addEventListener("pointermove", (event) => {
+on(canvas, "pointermove", (event) => {
   const [x, y] = place(event);
   const before = fingers.get(event.pointerId);
   if (!before) { point(nearest(x, y)); return; }
@@ -383,26 +391,26 @@ canvas.addEventListener("pointermove", (event) => {
   } else if (lasso) { lasso.push([x, y]); cover(); } else if (moved > 3) move(x - before[0], y - before[1]);
 });
 for (const name of ["pointerup", "pointercancel"]) {
-  canvas.addEventListener(name, (event) => {
+  on(canvas, name, (event) => {
     if (!fingers.delete(event.pointerId)) return;
     const polygon = lasso;
     lasso = null;
     if (name === "pointerup" && moved <= 3) chooseOne(nearest(...place(event)), event.shiftKey);
-    else if (polygon?.length > 2) choose([...there].filter((row) => within(polygon, screen(row))), "inside the lasso");
+    else if (polygon?.length > 2) selection.set([...there].filter((row) => within(polygon, screen(row))), "inside the lasso");
     cover();
   });
 }
-canvas.addEventListener("pointerleave", () => { if (document.activeElement !== canvas) point(-1); });
-canvas.addEventListener("dblclick", (event) => zoom(2, ...place(event)));
-canvas.addEventListener("wheel", (event) => {
+on(canvas, "pointerleave", () => { if (document.activeElement !== canvas) point(-1); });
+on(canvas, "dblclick", (event) => zoom(2, ...place(event)));
+on(canvas, "wheel", (event) => {
   // A wheel that turns the page must not get stuck on the map: it zooms who clicked there, or holds Ctrl.
   if (!event.ctrlKey && document.activeElement !== canvas) return;
   event.preventDefault();
   zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.002)), ...place(event));
-}, { passive: false });
+});
 
 /* ---- By keyboard */
-canvas.addEventListener("keydown", (event) => {
+on(canvas, "keydown", (event) => {
   const [dx, dy] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const step = { PageDown: 1, PageUp: -1 }[event.key];
@@ -421,7 +429,7 @@ function visit(row) {
   if (x < 0 || y < 0 || x > view.wide || y > view.high) { [view.x, view.y] = [X[row], Y[row]]; move(0, 0); }
   point(row, { spoken: true });
 }
-canvas.addEventListener("blur", () => point(-1));
+on(canvas, "blur", () => point(-1));
 
 /* ---- The wall: similar pictures beside each other */
 const wall = find(".wall", box);
@@ -431,33 +439,30 @@ let anchor = -1;
 for (const row of onWall) {
   const picture = find("img", items[row]);
   const tile = element("button", { type: "button", tabIndex: -1 }, element("img", { src: picture.src, alt: picture.alt, loading: "lazy" }));
-  tile.addEventListener("click", (event) => {
+  on(tile, "click", (event) => {
     const [from, to] = [onWall.indexOf(anchor), onWall.indexOf(row)];
-    if (event.shiftKey && from >= 0) choose(onWall.slice(Math.min(from, to), Math.max(from, to) + 1), "a stretch of the wall");
+    if (event.shiftKey && from >= 0) selection.set(onWall.slice(Math.min(from, to), Math.max(from, to) + 1), "a stretch of the wall");
     else { anchor = row; enlarge(row); }
   });
-  for (const name of ["pointerenter", "focus"]) tile.addEventListener(name, () => { point(row); tip.hidden = true; });
+  for (const name of ["pointerenter", "focus"]) on(tile, name, () => { point(row); tip.hidden = true; });
   tiles.set(row, tile);
-  wall.append(element("li", {}, tile));
+  wall.append(element("li", tile));
 }
 if (onWall.length) tiles.get(onWall[0]).tabIndex = 0;
-wall?.addEventListener("pointerleave", () => point(-1));
-wall?.addEventListener("keydown", (event) => {
-  const all = [...tiles.values()];
-  const at = all.indexOf(event.target.closest("button"));
-  const across = Math.max(1, all.findIndex((tile) => tile.parentElement.offsetTop > wall.firstChild.offsetTop));
-  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: at + across, ArrowUp: at - across, Home: 0, End: all.length - 1 }[event.key];
-  if (to === undefined || at < 0) return;
-  event.preventDefault();
-  if (!all[to]) return;
-  [all[at].tabIndex, all[to].tabIndex] = [-1, 0];
-  all[to].focus();
+on(wall, "pointerleave", () => point(-1));
+on(wall, "keydown", (event) => {
+  const here = event.target.closest("button")?.parentElement;
+  const places = [...wall.children];
+  const next = walked(event, places, places.indexOf(here));
+  if (!next) return;
+  [here.firstChild.tabIndex, next.firstChild.tabIndex] = [-1, 0];
+  next.firstChild.focus();
 });
 
 ink();
 new ResizeObserver(paint).observe(plane);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { ink(); paint(); });
-by.addEventListener("input", recolour);
+on(matchMedia("(prefers-color-scheme: dark)"), "change", () => { ink(); paint(); });
+on(by, "input", recolour);
 recolour();
 update();
 })();

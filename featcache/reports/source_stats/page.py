@@ -107,6 +107,7 @@ def stats_page(found: "Statistics") -> str:
     contents = [(id_, word) for id_, word, part in zip(ids, words, parts.values(), strict=True) if part]
     return render_page(
         "stats.html",
+        parts=("stats.css",),
         title=found.source,
         data={"cards": cards_data(gallery.cards, [*found.classes])},
         contents=[("short", "In short"), *contents],

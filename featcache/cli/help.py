@@ -17,7 +17,7 @@ PANELS = {
     "apply map_method report no_report max_bad as_json help",
     "Dealing": "val test groups group_column group_table reassign split.seed",
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
-    "patience class_weight folds fit-head.groups fit-head.group_column views n seed",
+    "patience class_weight folds fit-head.groups fit-head.group_column fit-head.path_column views n seed",
     "Backbone": "backbone weights pool layers resize crop interpolation",
     "Input": "images repair pictures against split limit sample reuse class_level root path_column label_column split_column decode "
     "white_level",

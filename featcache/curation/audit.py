@@ -19,7 +19,6 @@ from featcache.cache.copies import first_copies
 from featcache.curation.copies import find_exact_copies
 from featcache.curation.finding import KINDS, Finding, Kind
 from featcache.curation.honest_score import Rows, Score, honest_scores
-from featcache.curation.label_errors import _FEWEST as FEWEST
 from featcache.curation.label_errors import find_label_errors, out_of_fold
 from featcache.curation.looks import measure_looks
 from featcache.curation.near_copies import NearCopies, find_near_copies
@@ -173,7 +172,6 @@ class _Work:
         self.notes: list[str] = []
         self.rows = np.arange(len(cache))  # with finite features
         self.nearest: Nearest | None = None
-        self.opinions: Opinions | None = None
         self.steps = (
             self._exact_copies,
             self._features,
@@ -263,14 +261,19 @@ class _Work:
         if not wanted or self.nearest is None:
             return
         y, groups = self.cache.y[self.nearest.rows], self.facts["groups"][self.nearest.rows]
-        if why := _unjudged(y, groups):
-            self._not_done({*wanted, "overlaps"}, why)
+        if not (y >= 0).any():
+            self._not_done({*wanted, "overlaps"}, "there are no labels")
             return
         try:
             with self._timed("judging labels"), self.cache.reader() as features:
                 probabilities = out_of_fold(features, self.nearest.rows, y, groups, seed=self.seed)
         except UsageError as error:  # more than fits into memory
             self._not_done({*wanted, "overlaps"}, str(error))
+            return
+        if np.isnan(probabilities).all():
+            self._not_done(
+                {*wanted, "overlaps"}, "there are no two classes with enough different images to judge labels by"
+            )
             return
         self.facts["opinions"] = Opinions(self.nearest.rows, probabilities)
         self._add("label", find_label_errors(y, probabilities, self.nearest, groups=groups))
@@ -338,16 +341,6 @@ class _Work:
             yield lambda done, total: self.progress(done, total, step)
         finally:
             self.facts["seconds"][step] = round(time.perf_counter() - started, 3)
-
-
-def _unjudged(y: Array, groups: Indices) -> str:
-    """Why no label can be judged; empty if some can."""
-    if not (y >= 0).any():
-        return "there are no labels"
-    pairs = np.unique(np.stack([y, groups])[:, y >= 0], axis=1)
-    if (np.bincount(pairs[0]) >= FEWEST).sum() < 2:
-        return f"it takes two classes with {FEWEST} different images each"
-    return ""
 
 
 def in_words(seconds: float) -> str:

@@ -6,7 +6,7 @@ model's own opinion: only images whose copies train are taken out of them. Who i
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -98,7 +98,7 @@ def _of_splits(rows: Rows, train: Indices, seed: int, progress: Progress) -> Ite
         judge = _Fitted(rows, train, rows.groups, seed)
     progress(1, 2)
     rest = _with_folds(rows, np.delete(train, judge.suspects()))
-    better = _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
+    better = head if len(rest) == len(train) else _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
     for split in ("val", "test"):
         here = np.flatnonzero((rows.splits == SPLITS.index(split)) & rows.usable & np.isin(rows.labels, head.present))
         new = ~np.isin(rows.groups[here], rows.groups[train])
@@ -168,46 +168,68 @@ class _Fitted:
     def gain_without_suspects(self, seed: int) -> tuple[float, int] | None:
         """What leaving suspects out of each fold's training adds to the out-of-fold accuracy, and how many these are on average.
 
-        Nothing of a fold decides what its head is trained on: for each two folds a head that saw neither judges the rows of
-        both, and a fold's head does without the suspects of those heads that have not seen that fold. None: too little is left.
+        None: too little is left of a class, or there are too many rows.
         """
-        from featcache.heads.logreg import Solver, one_blas_thread
+        before, n = self.fitted.out_of_fold, len(self.y)
+        opinions = self.folds * n * len(self.present)
+        if self.folds < _FEWEST_FOLDS or before is None or len(before) < n or opinions > _MOST_OPINIONS:
+            return None
+        folds = _Folds(self, seed)
+        rests = folds.without_suspects()
+        if any(len(np.unique(self.y[rest])) < len(self.present) for rest in rests):
+            return None
+        gain = folds.right(rests) - int((before.argmax(axis=1) == self.y).sum())
+        left_out = sum(len(inside) - len(rest) for (inside, _), rest in zip(folds.splits, rests, strict=True))
+        return gain / n, round(left_out / (self.folds - 1))
+
+
+class _Folds:
+    """The folds of a fitted head once more, at the setting that was chosen, with other rows to train on.
+
+    Nothing of a fold decides what its head is trained on: for each two folds a head that saw neither judges the rows of both,
+    and the suspects of a fold's training rows are those of the heads that have not seen that fold.
+    """
+
+    def __init__(self, head: _Fitted, seed: int) -> None:
+        from featcache.heads.logreg import Solver
         from featcache.heads.validation import stratified_folds
 
-        before, n, classes = self.fitted.out_of_fold, len(self.y), len(self.present)
-        if self.folds < _FEWEST_FOLDS or before is None or len(before) < n or self.folds * n * classes > _MOST_OPINIONS:
-            return None
-        setting = self.fitted.chosen["scaling"], self.fitted.chosen["C"]
-        X = self.rows.features[self.train].astype(np.float32)
-        solver = Solver(X, self.y, grid=setting[1:], scalings=setting[:1])
-        solver.prepare()
-        splits = stratified_folds(self.y, self.copies, folds=self.folds, seed=seed)
-        pairs = [*itertools.combinations([held_out for _, held_out in splits], 2)]
+        self.y, self.temperature = head.y, head.fitted.temperature
+        self.setting = head.fitted.chosen["scaling"], head.fitted.chosen["C"]
+        self.splits = stratified_folds(head.y, head.copies, folds=head.folds, seed=seed)
+        X = head.rows.features[head.train].astype(np.float32)
+        self.solver = Solver(X, head.y, grid=self.setting[1:], scalings=self.setting[:1])
+        self.solver.prepare()
 
-        def judge(pair: tuple[Indices, Indices]) -> list[Array]:
-            both = np.concatenate(pair)
-            found = solver.held_out_logits((np.delete(np.arange(n), both), both), setting)
-            return np.split(softmax(found / self.fitted.temperature), [len(pair[0])])
+    def without_suspects(self) -> list[Indices]:
+        """Of each fold the rows that train it, without suspects."""
+        opinions = np.full((len(self.splits), len(self.y), int(self.y.max()) + 1), np.nan, np.float32)
+        pairs = [*itertools.combinations(range(len(self.splits)), 2)]
+        held_out = [rows for _, rows in self.splits]
+        both = [np.concatenate([held_out[one], held_out[other]]) for one, other in pairs]
+        trained = [np.delete(np.arange(len(self.y)), rows) for rows in both]
+        for (one, other), logits in zip(pairs, self._logits(trained, both), strict=True):
+            parts = np.split(softmax(logits / self.temperature), [len(held_out[one])])
+            opinions[other, held_out[one]], opinions[one, held_out[other]] = parts
+        return [
+            np.setdiff1d(inside, wrong_labels(self.y, opinion))
+            for opinion, (inside, _) in zip(opinions, self.splits, strict=True)
+        ]
 
-        def clean(number: int) -> tuple[Indices, Array]:
-            (inside, held_out), opinion = splits[number], opinions[number]
-            rest = np.setdiff1d(inside, wrong_labels(self.y, opinion))
-            enough = len(np.unique(self.y[rest])) == classes
-            return rest, solver.held_out_logits((rest, held_out), setting) if enough else np.empty((0, classes))
+    def right(self, trained: Sequence[Indices]) -> int:
+        """How many rows are right out of fold, if each fold's head is trained on ``trained``."""
+        held_out = [rows for _, rows in self.splits]
+        answers = self._logits(trained, held_out)
+        return sum(int((z.argmax(axis=1) == self.y[rows]).sum()) for z, rows in zip(answers, held_out, strict=True))
 
-        opinions = np.full((self.folds, n, classes), np.nan, np.float32)  # of each fold those of the other four
+    def _logits(self, trained: Sequence[Indices], held_out: Sequence[Indices]) -> list[Array]:
+        from featcache.heads.logreg import one_blas_thread
+
+        def one(split: tuple[Indices, Indices]) -> Array:
+            return self.solver.held_out_logits(split, self.setting)
+
         with one_blas_thread(), ThreadPoolExecutor(usable_cores()) as pool:
-            for (one, other), (first, second) in zip(
-                itertools.combinations(range(self.folds), 2), pool.map(judge, pairs), strict=True
-            ):
-                opinions[other, splits[one][1]], opinions[one, splits[other][1]] = first, second
-            rests, after = zip(*pool.map(clean, range(self.folds)), strict=True)
-        if sum(map(len, after)) < n:
-            return None
-        right = sum(int((z.argmax(axis=1) == self.y[rows]).sum()) for z, (_, rows) in zip(after, splits, strict=True))
-        left_out = sum(len(inside) - len(rest) for (inside, _), rest in zip(splits, rests, strict=True))
-        gain = right - int((before.argmax(axis=1) == self.y).sum())
-        return gain / n, round(left_out / (self.folds - 1))
+            return list(pool.map(one, zip(trained, held_out, strict=True)))
 
 
 def _score(split: str, terms: Terms, right: npt.NDArray[np.bool_], left_out: int) -> Score:

@@ -21,7 +21,12 @@ from featcache.spec import SPLITS
 
 COPIES_SHOWN = 24  # of a group; the others share its decision
 LISTED = 50_000  # images of a cache up to which a page can write a plan of all by itself, in some megabytes
-_LARGE, _BYTES_OF_LARGE, _SMALL, _LEAST = 256, 8000, 96, 64  # pixels and bytes of pictures; of those that are evidence only
+_LARGE, _BYTES_OF_LARGE, _SMALL, _LEAST = (
+    256,
+    8000,
+    96,
+    64,
+)  # pixels and bytes of pictures; of those that are evidence only
 _OF_EVIDENCE = 0.3  # of the bytes
 _FOUR_THIRDS = 4 / 3  # base64
 
@@ -152,17 +157,25 @@ def _sizes(found: Found, rows: Sequence[int], there: set[bytes]) -> dict[int, tu
     return sizes
 
 
-def columns(material: Material, words: Sequence[str], *, still: int) -> dict[str, Any]:
-    """Everything that the script needs. ``words``: one for each kind. ``still``: items that the page lists without it.
+def columns(material: Material, words: Sequence[str], *, still: int, listed: int = LISTED) -> dict[str, Any]:
+    """Everything that the script needs.
 
-    Their pictures are null here: the script takes them from that list, so that each is on the page once. Images come in three
-    parts: those that are decided on, evidence, and, of caches that are not too large, all others, for the plan.
+    Images come in three parts: those that are decided on, evidence, and all others of the cache, for the plan.
+
+    Args:
+        words: one for each kind. still: items that the page lists without script. Their pictures are null here: the script takes
+            them from that list, so that each is on the page once.
+        listed: images of a cache up to which the third part is there.
     """
     found, items, shown = material.found, material.items, list(material.images.values())
     cache = found.cache
     on_list = {material.images[row].number for item in items[:still] for row in item.rows[:COPIES_SHOWN]}
-    whole = len(cache) <= LISTED
-    rows = [*material.images, *(row for row in range(len(cache)) if row not in material.images)] if whole else [*material.images]
+    whole = len(cache) <= listed
+    rows = (
+        [*material.images, *(row for row in range(len(cache)) if row not in material.images)]
+        if whole
+        else [*material.images]
+    )
     digests = cache.rows.digests[rows].tobytes()
     kinds = _kinds(found)
     return {
@@ -213,7 +226,9 @@ def _fingerprint(material: Material) -> str:
     cache = material.found.cache
     rows = list(dict.fromkeys(row for item in material.items for row in item.rows))
     identity = hashlib.sha256(b"".join(cache.rows.paths[row] + b"\0" for row in rows))
-    identity.update(cache.rows.digests[rows].tobytes() + repr([(item.kinds, item.rows) for item in material.items]).encode())
+    identity.update(
+        cache.rows.digests[rows].tobytes() + repr([(item.kinds, item.rows) for item in material.items]).encode()
+    )
     identity.update("\0".join(cache.classes).encode("utf-8", "surrogatepass"))
     return identity.hexdigest()[:16]
 

@@ -44,11 +44,12 @@ _TERMS = {
 }
 
 
-def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST) -> str:
+def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST, listed: int = LISTED) -> str:
     """The page, as text. Files are only read.
 
     Args:
         budget: bytes of all pictures, about. most: items on the page; those of the highest scores of each kind are shown.
+        listed: images of a cache up to which the page writes a plan of all by itself; of more it needs the one beside it.
     """
     items = items_of(found, most=most)
     material = gather(found, items, budget=budget)
@@ -58,7 +59,7 @@ def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST) -> str:
         "audit.html",
         title=f"Audit of {cache.path.name}",
         parts=("stats.css", "audit.css", "audit.js"),
-        data={"audit": columns(material, [WORDS[kind][0] for kind in KINDS], still=_STILL)},
+        data={"audit": columns(material, [WORDS[kind][0] for kind in KINDS], still=_STILL, listed=listed)},
         lead=_lead(found),
         tiles=_tiles(found),
         scores=_scores(found.scores),
@@ -73,7 +74,7 @@ def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST) -> str:
         items=items,
         still=[_still(material, item) for item in items[:_STILL]],
         keeps=KEEPS if any(item.is_copies for item in items) else "",
-        whole=len(cache) <= LISTED,
+        whole=len(cache) <= listed,
         facts=_facts(found),
     )
 
@@ -89,7 +90,8 @@ def _heading(name: str) -> str:
 def _lead(found: Found) -> str:
     n, concerned = len(found.cache), len({finding.row for finding in found})
     if concerned:
-        return f"{_things(concerned, 'image')} of {count_text(n)} {'is' if concerned == 1 else 'are'} worth a look. You decide; no file is touched."
+        are = "is" if concerned == 1 else "are"
+        return f"{_things(concerned, 'image')} of {count_text(n)} {are} worth a look. You decide; no file is touched."
     if not found.findings:
         return f"Nothing was looked for among the {_things(n, 'image')}."
     looked = ", ".join(WORDS[kind][1].lower() for kind in found.findings)
@@ -145,7 +147,9 @@ def _advice(found: Found) -> list[str]:
         )
     said += [HALF] if found.findings.get("label") else []
     names = found.cache.classes
-    said += [f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}." for pair in found.overlaps[:5]]
+    said += [
+        f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}." for pair in found.overlaps[:5]
+    ]
     if found.interrupted:
         said.append("The audit was interrupted; what was finished by then is here.")
     return [*said, *(note[:1].upper() + note[1:] + "." * (note[-1:] != ".") for note in found.notes)]

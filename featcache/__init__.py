@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from featcache.models.predict import predict as predict
     from featcache.models.prediction import Prediction as Prediction
     from featcache.models.prediction import Predictions as Predictions
+    from featcache.reports.audit.audit import Audit as Audit
+    from featcache.reports.audit.audit import audit as audit
     from featcache.reports.doctor import doctor as doctor
     from featcache.reports.info import describe as describe
     from featcache.reports.model_report.embedding_map import map as map
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 _HOME = {
+    "Audit": "reports.audit.audit",
     "Embedder": "backbones.embedder",
     "ExportReport": "models.export",
     "ExtractReport": "extraction.extract",
@@ -70,6 +73,7 @@ _HOME = {
     "Source": "images.source",
     "Split": "curation.split",
     "Statistics": "reports.source_stats.stats",
+    "audit": "reports.audit.audit",
     "backbone_names": "backbones.load",
     "describe": "reports.info",
     "doctor": "reports.doctor",

@@ -55,7 +55,7 @@ ONLY_IN = {
     "matplotlib": "reports",
     "jinja2": "reports.elements.page",
     "markupsafe": "reports",
-    "pandas": "models.prediction",
+    "pandas": "models.prediction reports.audit.audit",
     "IPython": "system.display",
     "onnx": "models.as_onnx",
     "onnxruntime": "models.as_onnx",

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from featcache.cli import options
 from featcache.cli.console import is_first_process, note, say, show_result, show_training
 from featcache.errors import UsageError
 from featcache.system.display import printable
+
+if TYPE_CHECKING:
+    from featcache.images.source import Source
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
 
@@ -37,6 +40,12 @@ def fit_head(
     batch_size: Annotated[
         int | None, typer.Option(help="Of linear, mlp: images per step. Default: by their number.")
     ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", readable=False, help="A table, joined by path, that says what stays in one fold."),
+    ] = None,
+    group_column: Annotated[str | None, typer.Option(help="Its column that does (patient, place).")] = None,
+    path_column: options.PathColumn = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds, initial weights and batches.")] = 0,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
@@ -63,6 +72,8 @@ def fit_head(
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,
+        groups=_table(groups, path_column),
+        group_column=group_column,
         seed=seed,
         self_contained=self_contained,
     )
@@ -72,6 +83,14 @@ def fit_head(
     finally:  # also where the reader of stdout went away
         if not no_report:
             write_report_beside(report.model, cache=cache)
+
+
+def _table(groups: Path | None, path_column: str | None) -> "Source | None":
+    from featcache.images.source import Source
+
+    if groups is None and path_column is not None:
+        raise UsageError(f"--path-column {path_column} is of a table of groups; say which, as --groups TABLE")
+    return None if groups is None else Source(groups, path_column=path_column)
 
 
 def write_report_beside(model: Path, **about: Any) -> None:

@@ -19,6 +19,7 @@ _COMMANDS = {
     "extract": "embed embeddings embedding encode features feature feature-extraction featurize vectorize cache preprocess",
     "fit-head": "train training fit head probe linear-probe classifier logreg",
     "finetune": "train training finetuning tune tuning transfer unfreeze",
+    "audit": "clean curate duplicates dedup dedupe copies outliers label-errors mislabelled quality",
     "predict": "infer inference classify label prediction run",
     "evaluate": "eval evaluation val validate test score scores metrics accuracy benchmark",
     "report": "page html dashboard results visualize visualise confusion confusion-matrix errors mistakes",

@@ -52,6 +52,16 @@ class Opinions:
     rows: Indices
     probabilities: Array
 
+    @property
+    def known(self) -> Indices:
+        """Rows of which there are probabilities."""
+        return self.rows[~np.isnan(self.probabilities[:, 0])]
+
+    def probabilities_of(self, rows: Indices) -> Array:
+        """(m, C) of (m,) rows that are among ``rows``."""
+        found: Array = self.probabilities[np.searchsorted(self.rows, rows)]
+        return found
+
     def of(self, row: int) -> dict[int, float]:
         """Class -> probability, the most probable first; empty of a row without."""
         place = int(np.searchsorted(self.rows, row))

@@ -12,7 +12,7 @@ from featcache.curation.deal import Splits
 from featcache.errors import FeatcacheError, StorageError
 from featcache.images.groups import Indices
 from featcache.images.records import csv_line, without_escape
-from featcache.images.source import ImageList, Source
+from featcache.images.source import ImageList
 from featcache.images.tables import Files, entries, read_columns
 from featcache.spec import SPLITS
 from featcache.system.files import check_output, publish_file
@@ -30,12 +30,12 @@ def prefix_of(table: Path, root: Path) -> str | None:
     return "" if between == "." else f"{between}/"
 
 
-def check_manifest(table: Path, source: Source) -> None:
+def check_manifest(table: Path, source: Path | None) -> None:
     """Raise StorageError, before any work, unless ``table`` can be written: it is new, or one that was written here."""
     check_output(table)
     if table.suffix.lower() != ".csv":
         raise StorageError(f"cannot write {table}: the table is a CSV; call it {typed(table.with_suffix('.csv'))}")
-    if table.exists() and source.path.exists() and table.samefile(source.path):
+    if table.exists() and source is not None and source.exists() and table.samefile(source):
         raise StorageError(f"cannot write {table}: it is what is read; choose another -o, such as split.csv")
     if table.exists():
         read_manifest(table)
@@ -69,11 +69,11 @@ def known_splits(table: Path, images: ImageList, prefix: str) -> Splits:
     return splits
 
 
-def write_manifest(table: Path, images: ImageList, splits: Splits, groups: Indices, *, prefix: str) -> None:
+def write_manifest(table: Path, images: ImageList, groups: Indices, *, prefix: str) -> None:
     """Write one row per image, in the order of ``images``; ``groups``: (N,) the first image of each one's group."""
     numbers = group_numbers(groups)
     labels = ["" if label < 0 else images.classes[label] for label in images.labels.tolist()]
-    shown = ["" if not split else SPLITS[split] for split in splits.tolist()]
+    shown = ["" if not split else SPLITS[split] for split in images.splits.tolist()]
     several = any(numbers)
     with publish_file(table) as file:
         file.write(csv_line(_COLUMNS if several else _COLUMNS[:3]))

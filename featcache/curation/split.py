@@ -30,7 +30,7 @@ from featcache.spec import SPLITS
 from featcache.system.display import Shown, aligned, bar_in_notebook, count_rows, describe_images, printable
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path, typed
-from featcache.system.runtime_options import check_whole
+from featcache.system.runtime_options import check_runtime_options, check_whole
 
 log = logging.getLogger("featcache")
 Groups = Literal["exact", "near", "none"]
@@ -63,9 +63,9 @@ class Split(Shown):
     kept: int
     moved: Mapping[str, int]
     left_out: Mapping[str, int]
-    unmet: tuple[str, ...]
     next: str
     seed: int
+    unmet: tuple[str, ...] = ()
     seconds: float = 0.0
 
     _shown = ("output", "folder", "counts", "kind", "column", "kept", "seconds")
@@ -167,75 +167,89 @@ def split(
     """
     started = time.perf_counter()
     shares = _check(val=val, test=test, groups=groups, seed=seed, copy_to=copy_to, link_to=link_to)
-    output, copy_to, link_to, pictures = (
-        None if path is None else as_path(path) for path in (output, copy_to, link_to, pictures)
+    check_runtime_options(device, workers=workers)
+    output, folder, pictures = (
+        None if path is None else as_path(path) for path in (output, copy_to or link_to, pictures)
     )
-    folder = copy_to or link_to
     output, folder = (None if path is None else named(path) for path in (output, folder))
-    if group_table is not None:
-        column = group_column or getattr(group_table, "group_column", None)
-        group_table = dataclasses.replace(Source.of(group_table), group_column=column)
-    elif group_column is not None and not isinstance(source, ImageList):
-        source = dataclasses.replace(Source.of(source), group_column=group_column)
-    if output is not None and not isinstance(source, ImageList):
-        check_manifest(output, Source.of(source))
+    source, table = _with_column(source, group_column, group_table)
+    if output is not None:
+        check_manifest(output, None if isinstance(source, ImageList) else source.path)
     read = _read(source, groups, pictures, output)
+    images = read.images
     if folder is not None:
         if not read.known:
             raise UsageError(f"{source} holds no images; say where they are, as --source FOLDER")
-        check_place(folder, read.images)
-    images, left_out = read.images, {}
-    old = images.splits.copy()
-    prefix = "" if output is None or not read.known else prefix_of(output, images.root)
-    if output is not None and output.exists():
-        earlier = known_splits(output, images, prefix or "")
-        old = np.where(earlier > 0, earlier, old)
-    if reassign:
-        old[:] = 0
-    labelled = images.labels >= 0
-    wanted = labelled | (not labelled.any())
-    left_out["no label"] = int((~wanted).sum())
-    if read.cache is None:
-        wanted &= images.sizes > 0
-        left_out["no readable file"] = int((images.sizes <= 0).sum())
-    rows = np.flatnonzero(wanted)
-    if not len(rows):
-        raise SourceError(f"{source} has no image that could be dealt out")
+        check_place(folder, images)
+    prefix = prefix_of(output, images.root) if output is not None and read.known else None
+    old = np.zeros(len(images), np.uint8) if reassign else _old_splits(images, output, prefix)
+    rows, left_out = _dealt(read)
+    together, splits = np.arange(len(images)), np.zeros(len(images), np.uint8)
     with bar_in_notebook(progress, describe_images("reading")) as report:
-        together = np.arange(len(images))
-        together[rows] = rows[
-            joined(
-                _copies(read, rows, groups, device=device, workers=workers or 8, progress=report),
-                _named_groups(read, rows, group_table),
-            )
-        ]
-        old[~wanted] = 0
-        _check_crossing(images, together, old)
-        splits = np.zeros(len(images), np.uint8)
+        copies = _copies(read, rows, groups, device=device, workers=workers or 8, progress=report)
+        together[rows] = rows[joined(copies, _named_groups(read, rows, table))]
+        _check_crossing(images, together[rows], old[rows], rows)
         splits[rows] = _deal(images.take(rows), together[rows], old[rows], shares, seed=seed)
-        done = dataclasses.replace(images, splits=splits)
+        images = dataclasses.replace(images, splits=splits)
         if output is not None:
-            write_manifest(output, done, splits, together, prefix=prefix or "")
+            write_manifest(output, images, together, prefix=prefix or "")
         if folder is not None:
-            place_images(done, splits, folder, link=link_to is not None, progress=report)
-    was_train = (old == _TRAIN) & (splits != _TRAIN)
-    moved = {SPLITS[split]: int((was_train & (splits == split)).sum()) for split in (_VAL, _TEST)}
+            place_images(images, folder, link=link_to is not None, progress=report)
+    moved = {name: int(((old == _TRAIN) & (splits == SPLITS.index(name))).sum()) for name in ("val", "test")}
     made = Split(
-        done,
+        images,
         together,
         output,
         folder,
         asked={SPLITS[number]: share for number, share in shares.items()},
         kind=groups,
-        column=group_column or (None if isinstance(source, ImageList) else Source.of(source).group_column),
+        column=_column(table or source),
         kept=int(((old > 0) & (old == splits)).sum()),
         moved={name: count for name, count in moved.items() if count},
-        left_out={reason: count for reason, count in left_out.items() if count},
-        unmet=(),
+        left_out=left_out,
         next=_next(read, output, folder, prefix),
         seed=seed,
     )
     return dataclasses.replace(made, unmet=tuple(_unmet(made)), seconds=round(time.perf_counter() - started, 3))
+
+
+def _with_column(
+    source: AnySource | ImageList, column: str | None, table: str | Path | Source | None
+) -> tuple[Source | ImageList, Source | None]:
+    """``source``, and the other table that has the column of groups, if there is one."""
+    if not isinstance(source, ImageList):
+        source = Source.of(source)
+    if table is not None:
+        table = Source.of(table)
+        return source, dataclasses.replace(table, group_column=column or table.group_column)
+    if column is not None and isinstance(source, Source):
+        source = dataclasses.replace(source, group_column=column)
+    return source, None
+
+
+def _column(source: Source | ImageList) -> str | None:
+    return source.group_column if isinstance(source, Source) else None
+
+
+def _old_splits(images: ImageList, output: Path | None, prefix: str | None) -> Splits:
+    """(N,) what the source says, or an earlier table at ``output``, 0: nothing."""
+    if output is None or not output.exists():
+        return images.splits.copy()
+    earlier = known_splits(output, images, prefix or "")
+    return np.where(earlier > 0, earlier, images.splits)
+
+
+def _dealt(read: _Read) -> tuple[Indices, dict[str, int]]:
+    """Which images are dealt out, and why how many are not."""
+    labelled = read.images.labels >= 0
+    usable = {
+        "no label": labelled | (not labelled.any()),
+        "no readable file": (read.images.sizes > 0) | (read.cache is not None),
+    }
+    rows = np.flatnonzero(np.all([*usable.values()], axis=0))
+    if not len(rows):
+        raise SourceError(f"{read.images.root} has no image that could be dealt out: no file of them can be read")
+    return rows, {reason: int((~mask).sum()) for reason, mask in usable.items() if not mask.all()}
 
 
 def _check(
@@ -263,12 +277,11 @@ def _check(
     return shares
 
 
-def _read(source: AnySource | ImageList, groups: Groups, pictures: Path | None, output: Path | None) -> _Read:
+def _read(source: Source | ImageList, groups: Groups, pictures: Path | None, output: Path | None) -> _Read:
     """The images of a source or cache, without a look into them."""
-    cached = not isinstance(source, ImageList) and is_cache(Source.of(source).path)
-    if not cached:
+    if isinstance(source, ImageList) or not is_cache(source.path):
         if groups == "near":
-            name = "SOURCE" if isinstance(source, ImageList) else Source.of(source).typed
+            name = "SOURCE" if isinstance(source, ImageList) else source.typed
             raise UsageError(
                 f"near copies are found by features, which a cache has: `featcache extract {name} -o features.h5`, then "
                 "`featcache split features.h5 --groups near ...`"
@@ -277,10 +290,8 @@ def _read(source: AnySource | ImageList, groups: Groups, pictures: Path | None, 
             raise UsageError("--source is the folder of a cache's images; leave it out")
         if not isinstance(source, ImageList):
             words = ("split", HERE, *(() if output is None else ("-o", output)))
-            check_path(Source.of(source).path, "images or cache", words)
+            check_path(source.path, "images or cache", words)
         return _Read(list_images(source, counted=False), None, True)
-    assert not isinstance(source, ImageList)
-    source = Source.of(source)
     if source.group_column is not None:
         raise UsageError(
             f"{source} is a cache, which has no columns; --group-table TABLE says which table has the column"
@@ -342,18 +353,18 @@ def _named_groups(read: _Read, rows: Indices, table: Source | None) -> Indices:
     return group_by_name(names)
 
 
-def _check_crossing(images: ImageList, groups: Indices, old: Splits) -> None:
-    """Raise SourceError if a group lies in several splits that are to be kept."""
-    rows = np.flatnonzero(old)
-    _, first, group = np.unique(groups[rows], return_index=True, return_inverse=True)
-    differs = np.flatnonzero(old[rows] != old[rows][first][group])
+def _check_crossing(images: ImageList, groups: Indices, old: Splits, rows: Indices) -> None:
+    """Raise SourceError if one of (n,) ``groups`` of ``rows`` lies in several splits that are to be kept."""
+    groups, rows, old = groups[old > 0], rows[old > 0], old[old > 0]
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    differs = np.flatnonzero(old != old[first][group])
     if len(differs):
-        number = len(np.unique(group[differs]))
-        other, one = rows[differs[0]], rows[first[group[differs[0]]]]
-        pair = " and ".join(f"{printable(images.paths[row])} in {SPLITS[old[row]]}" for row in (one, other))
+        count = len(np.unique(group[differs]))
+        pair = (first[group[differs[0]]], differs[0])
+        names = " and ".join(f"{printable(images.paths[rows[at]])} in {SPLITS[old[at]]}" for at in pair)
         raise SourceError(
-            f"{number} group{'s' * (number > 1)} of images that belong together {'lie' if number > 1 else 'lies'} in several splits, "
-            f"the first: {pair}; --reassign deals all images anew, --groups none leaves copies where they are"
+            f"{count} group{'s' * (count > 1)} of images that belong together {'lie' if count > 1 else 'lies'} in several splits, "
+            f"the first: {names}; --reassign deals all images anew, --groups none (and no column of groups) leaves them there"
         )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.curation.deal import Splits
 from featcache.errors import SourceError, StorageError
 from featcache.images.layout import is_system
 from featcache.images.source import ImageList, check_apart
@@ -38,9 +37,7 @@ def check_place(folder: Path, images: ImageList) -> None:
         )
 
 
-def place_images(
-    images: ImageList, splits: Splits, folder: Path, *, link: bool, progress: Progress | None = None
-) -> None:
+def place_images(images: ImageList, folder: Path, *, link: bool, progress: Progress | None = None) -> None:
     """Copy or link all images that have a split to ``folder``.
 
     Raises:
@@ -48,8 +45,8 @@ def place_images(
         too small; nothing is left behind then.
     """
     check_place(folder, images)
-    rows = np.flatnonzero(splits)
-    targets = _targets(images, splits, rows.tolist())
+    rows = np.flatnonzero(images.splits)
+    targets = _targets(images, rows.tolist())
     if not link:
         check_free_space(folder.parent, int(np.maximum(images.sizes[rows], 0).sum()))
     with publish_folder(folder, replace=False) as temporary:
@@ -73,11 +70,13 @@ def _place(file: Path, to: Path, *, link: bool) -> None:
         raise StorageError(f"{what}; nothing was left behind") from error
 
 
-def _targets(images: ImageList, splits: Splits, rows: list[int]) -> dict[int, str]:
+def _targets(images: ImageList, rows: list[int]) -> dict[int, str]:
     """row -> where it goes. Images of one name in one folder, as capitals do not tell apart, carry a mark of their paths."""
     folders = ["" if label < 0 else _folder_name(images.classes[label]) for label in range(-1, len(images.classes))]
     plain = {
-        row: posixpath.join(SPLITS[splits[row]], folders[images.labels[row] + 1], posixpath.basename(images.paths[row]))
+        row: posixpath.join(
+            SPLITS[images.splits[row]], folders[images.labels[row] + 1], posixpath.basename(images.paths[row])
+        )
         for row in rows
     }
     count = Counter(map(_folded, plain.values()))

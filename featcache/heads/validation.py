@@ -33,12 +33,17 @@ def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> lis
     """Row numbers (train, held out) of each fold; copies of one image lie on the same side.
 
     Images are dealt out, and their copies follow. Without copies the folds are those of scikit-learn's ``StratifiedKFold``.
+    Where copies, or groups of rows in their place, hold several classes, all are dealt out by ``_dealt_groups``.
 
     Args:
-        y: (N,) labels; of copies that differ in label the first counts.
-        copies: (N,) for each row the first row that holds the same image: its own number where there is none before.
-        folds: at least 2, at most the number of different images of the rarest class. seed: of the order.
+        y: (N,) labels.
+        copies: (N,) for each row the first row that holds the same image, or is of the same group (patient): its own number
+            where there is none before.
+        folds: at least 2, at most the number of different images, or groups, of the rarest class. seed: of the order.
     """
+    if not np.array_equal(y, y[copies]):
+        fold = _dealt_groups(y, copies, folds=folds, seed=seed)
+        return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(folds)]
     images = np.unique(copies)
     fold = np.empty(len(y), np.intp)
     shuffled = StratifiedKFold(folds, shuffle=True, random_state=seed).split(images, y[images])
@@ -46,6 +51,27 @@ def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> lis
         fold[images[held_out]] = number
     fold = fold[copies]
     return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(folds)]
+
+
+def _dealt_groups(y: Array, copies: Indices, *, folds: int, seed: int) -> Indices:
+    """(N,) a fold for each row, one for all of a group: large ones first, each to where its classes are rarest so far."""
+    _, group, sizes = np.unique(copies, return_inverse=True, return_counts=True)
+    pairs, number = np.unique(np.stack([group, y]), axis=1, return_counts=True)
+    start = np.searchsorted(pairs[0], np.arange(len(sizes) + 1))
+    shares = number / np.bincount(y)[pairs[1]]  # of each class that lies in a group
+    shuffled = np.random.default_rng(seed).permutation(len(sizes))
+    held = np.zeros((y.max() + 2, folds))  # such shares of each class, and of all rows, in a fold
+    fold = np.empty(len(sizes), np.intp)
+    for each in shuffled[np.argsort(-sizes[shuffled], kind="stable")].tolist():
+        rows = slice(start[each], start[each + 1])
+        cost = number[rows] @ held[pairs[1, rows]]
+        fold[each] = best = np.lexsort((held[-1], np.round(cost, 9)))[0]
+        held[pairs[1, rows], best] += shares[rows]
+        held[-1, best] += sizes[each]
+    for label in np.flatnonzero((held[:-1] > 0).sum(1) == 1).tolist():  # or the others would train without this class
+        mine = pairs[0, pairs[1] == label]
+        fold[mine[sizes[mine].argmin()]] = (fold[mine[0]] + 1) % folds
+    return fold[group]
 
 
 @np.errstate(over="ignore")  # of steps, which then end at a bound

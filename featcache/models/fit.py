@@ -18,10 +18,13 @@ from featcache.cache.copies import find_copies, first_copies
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, TorchSettings
 from featcache.heads.metrics import accuracy, evaluate_probabilities
+from featcache.images.groups import group_by_name, joined, read_groups
+from featcache.images.source import Source
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import HeldOut, TrainingRows
-from featcache.system.display import Shown
+from featcache.spec import SPLITS
+from featcache.system.display import Shown, printable
 from featcache.system.path_kinds import HERE, as_path, check_path
 
 log = logging.getLogger("featcache")
@@ -53,6 +56,8 @@ class FitReport(Shown):
         val_accuracy_interval, ..., test_macro_f1: of these rows, as ``heads.metrics.evaluate_probabilities`` has them.
         val_accuracy_without_copies, test_accuracy_without_copies: without those.
         copies: within, across_splits, across_labels (``cache.copies``), over all labelled rows.
+        groups: what stayed in one fold besides: column, training (groups that train), across_splits (images of val and test in
+            one of them); None: nothing.
         settings: what the head was trained with: C and scaling, or epochs, lr, batch_size, and of an mlp hidden and dropout.
         seconds: of the whole call.
     """
@@ -79,6 +84,7 @@ class FitReport(Shown):
     test_macro_f1: float | None
     test_accuracy_without_copies: float | None
     copies: dict[str, int]
+    groups: dict[str, Any] | None
     settings: dict[str, Any]
     seconds: float
 
@@ -98,6 +104,8 @@ def fit_head(
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
+    groups: str | Path | Source | Sequence[str] | None = None,
+    group_column: str | None = None,
     seed: int = 0,
     self_contained: bool = False,
 ) -> FitReport:
@@ -114,12 +122,15 @@ def fit_head(
             and 0.25 when None.
         epochs: for linear and mlp: exactly so many; when None, as many as are best on a held-out tenth.
         lr, batch_size: for linear and mlp: AdamW's learning rate, 0.003 when None; rows per step, by their number when None.
+        groups: a table in which ``group_column`` says what belongs together (patient, place), joined by path, or a name for each
+            row of the cache: such rows, as copies always, lie in one fold. An empty name stands alone.
         seed: of folds, initial weights and batches.
         self_contained: copy the backbone's weights into the model even if a library provides them.
 
     Raises:
-        CacheError: unreadable or damaged. SourceError: labels missing, fewer than two classes, too few images, features
-        that are not finite. ModelError, StorageError: the model cannot be written. UsageError: impossible values.
+        CacheError: unreadable or damaged. SourceError: labels missing, fewer than two classes, too few images or groups,
+        features that are not finite, training images that the table of groups lacks.
+        ModelError, StorageError: the model cannot be written. UsageError: impossible values.
         TrainingError: the head does not stay finite.
     """
     started = time.perf_counter()
@@ -135,15 +146,28 @@ def fit_head(
     present, y = np.unique(labels, return_inverse=True)
     classes = tuple(opened.classes[index] for index in present)
     copies = first_copies(opened.rows.digests[rows])
-    folds = _possible_folds(opened, y, copies, present=present, folds=folds)
+    grouped = _Groups.read(opened, rows, groups, group_column)
+    if grouped is not None:
+        copies = joined(copies, group_by_name([grouped.names[row] for row in rows.tolist()]))
+    once = ", each group counted once" if grouped else ", copies not counted" if len(np.unique(copies)) < len(y) else ""
+    folds = _possible_folds(opened, y, copies, present=present, folds=folds, once=once)
     opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
     options = {"folds": folds, "balanced": class_weight == "balanced", "seed": seed, "copies": copies}
     fitted = _train(opened, rows, y, clf=clf, C=C, settings=torch_settings, **options)
     for note in fitted.notes:
         log.warning(note)
-    settings = {"clf": clf, "C": C, "folds": folds, "class_weight": class_weight, "seed": seed, "n_train": len(rows)}
+    settings: dict[str, Any] = {
+        "clf": clf,
+        "C": C,
+        "folds": folds,
+        "class_weight": class_weight,
+        "seed": seed,
+        "n_train": len(rows),
+    }
+    if grouped is not None:
+        settings["group_column"] = grouped.column
     seen = _seen(opened.rows.digests[rows], y, fitted)
-    metrics = _metrics(opened, fitted, seen, present=present)
+    metrics = _metrics(opened, fitted, seen, present=present) | {"groups": grouped and grouped.found(opened, rows)}
     save_model(
         output,
         fitted,
@@ -168,6 +192,7 @@ def fit_head(
         n_train=len(rows),
         **scores,
         copies=metrics["copies"],
+        groups=metrics["groups"],
         settings=fitted.chosen,
         seconds=time.perf_counter() - started,
     )
@@ -219,11 +244,62 @@ def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
     return rows, labels[rows]
 
 
-def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: Array, folds: int) -> int:
-    """``folds``, or as many as the smallest class has different training images.
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """What belongs together: a name for each of all N rows, "" for those that stand alone; the column that says so."""
+
+    names: Sequence[str]
+    column: str
+
+    @classmethod
+    def read(
+        cls, cache: FeatureCache, rows: Indices, given: str | Path | Source | Sequence[str] | None, column: str | None
+    ) -> "_Groups | None":
+        """Of a table, which must name all of ``rows``, or as they are; None if there are none. Raises UsageError, SourceError."""
+        if given is None:
+            if column is not None:
+                raise UsageError(f"--group-column {column} is of a table; say which, as --groups TABLE")
+            return None
+        if isinstance(given, str | Path | Source):
+            table = Source.of(given)
+            column = column or table.group_column
+            table = dataclasses.replace(table, group_column=column)
+            if column is None:
+                raise UsageError(
+                    f"--groups {table} needs the column that says what belongs together, as --group-column patient"
+                )
+            needed = np.zeros(len(cache), bool)
+            needed[rows] = True
+            names = read_groups(table, cache.paths, needed=needed.tolist())
+        elif len(names := list(given)) != len(cache):
+            raise UsageError(
+                f"groups are {len(names)} names, expected one for each of the {len(cache)} rows of {cache.path}"
+            )
+        if alone := sum(not names[row] for row in rows.tolist()):
+            log.info("%d of %d training images have no group and stand alone", alone, len(rows))
+        return cls(names, column or "as given")
+
+    def found(self, cache: FeatureCache, rows: Indices) -> dict[str, Any]:
+        """As JSON values; images of val and test whose group trains are named."""
+        training = {self.names[row] for row in rows.tolist()} - {""}
+        later = np.flatnonzero(cache.rows.splits > SPLITS.index("train")).tolist()
+        across = [row for row in later if self.names[row] in training]
+        if across:
+            log.warning(
+                "%d images of val or test are of groups that train, the first %s of %s: a score on them flatters; "
+                "`featcache split` keeps groups on one side",
+                len(across),
+                printable(cache.paths[across[0]]),
+                printable(self.names[across[0]]),
+            )
+        return {"column": self.column, "training": len(training), "across_splits": len(across)}
+
+
+def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: Array, folds: int, once: str) -> int:
+    """``folds``, or as many as the smallest class has different training images, or groups of them.
 
     Args:
-        y: (N,) and copies (N,): of the training rows. present: the labels that train, ascending.
+        y: (N,) and copies (N,): of the training rows. present: the labels that train, ascending. once: what is counted so.
     """
     if len(present) < 2:
         raise SourceError(
@@ -236,22 +312,18 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
             ", ".join(missing[:5]),
             "them" if missing[1:] else "it",
         )
-    counts = np.bincount(y[np.unique(copies)], minlength=len(present))
+    counts = np.bincount(np.unique(np.stack([y, copies]), axis=1)[0], minlength=len(present))
     single = [cache.classes[present[k]] for k in np.flatnonzero(counts < 2)]
     if folds and single:
         raise SourceError(
-            f"class {', '.join(single[:5])} has one training image{_not_counting(y, copies)}; "
+            f"class {', '.join(single[:5])} has one training image{once}; "
             "cross-validation needs at least two of each class: add images, take the class out, or do without (--folds 0 --C 1)"
         )
     if folds > counts.min():
         text = "folds: %d instead of %d, the smallest class has that many training images%s"
-        log.info(text, counts.min(), folds, _not_counting(y, copies))
+        log.info(text, counts.min(), folds, once)
         return int(counts.min())
     return folds
-
-
-def _not_counting(y: Array, copies: Indices) -> str:
-    return ", copies not counted" if len(np.unique(copies)) < len(y) else ""
 
 
 def _train(

@@ -17,7 +17,6 @@ gallery.py            what a gallery shows of predictions: counts of all, some d
 gallery_page.py       the page of it
 notebook.py           pages in a notebook
 curves.py             the history of a training as a picture
-audit.py              what a cache tells about its images: copies, labels, outliers; as text, tables and a folder
 preview.py            what the network sees of images, and what a recipe makes of them
 contact_sheet.py      predicted images with both labels, mistakes first
 """

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from featcache.models.fit import FitReport
+from featcache.system.display import printable
 
 _WIDTH = 80  # columns of a terminal
 _LEAST_NAME = 8  # columns, in front of a row
@@ -34,6 +35,10 @@ def fit_lines(report: FitReport, names: Sequence[str]) -> list[str]:
         choice = ", corrected for the choice of the setting" if report.clf == "logreg" else ""
         lines.append(f"  cross-validated accuracy {report.cv_accuracy:.2%}{choice}")
         lines.append(f"    standard deviation over folds {report.cv_std:.2%}; temperature {report.temperature:.3g}")
+        if report.groups is not None:
+            lines.append(
+                f"    {report.groups['training']} groups ({printable(report.groups['column'])}) in one fold each"
+            )
     lines += itertools.chain.from_iterable(_split_lines(report, split) for split in ("val", "test"))
     return [*lines, f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}"]
 

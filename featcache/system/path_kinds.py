@@ -220,7 +220,13 @@ _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
 HERE = ...  # the place of a path among the words of a command
 Words = Sequence[object]
 _EXPORTED = "it is for other programs to run"
-_EXAMPLES = {"extract": "features.h5", "fit-head": "model", "finetune": "model-ft", "export": "model.onnx"}  # of -o
+_EXAMPLES = {
+    "extract": "features.h5",
+    "fit-head": "model",
+    "finetune": "model-ft",
+    "export": "model.onnx",
+    "audit": "audit",
+}  # of -o
 
 
 def check_path(path: AnyPath, wanted: str, words: Words) -> None:

@@ -201,6 +201,8 @@ def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
     split, judges = _judges(cache, (y >= 0) & ~seen)
     if (missing := np.setdiff1d(np.arange(len(model.classes)), y[rows])).size:
         raise SourceError(f"{cache.path} holds no training image of {model.classes[missing[0]]}")
+    if not len(judges) and (column := training.get("group_column")):
+        raise SourceError(f"its folds would divide the groups of {column!r} that the model was fit with")
     cache.check_finite(np.concatenate([rows, judges]))
     with cache.reader() as features:
         found = learning_curve(

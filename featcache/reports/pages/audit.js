@@ -399,12 +399,14 @@ function asText(bytes) {
   const utf8 = /[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}|[\x80-\xff]/g;
   return text.replace(/^\xef\xbb\xbf/, "").replace(utf8, (found) => (found.length === 1 ? String.fromCharCode(0xdc00 + found.charCodeAt(0)) : new TextDecoder().decode(Uint8Array.from(found, (c) => c.charCodeAt(0)))));
 }
+/** Lines of cells, also as a spreadsheet separates them. */
 function parse(text) {
+  const separator = text.match(/[,;\t]/)?.[0] ?? ",";
   const lines = [[]];
-  for (const [whole, quoted, plain, end] of text.matchAll(/(?:"((?:[^"]|"")*)"|([^,\r\n"]*))(,|\r?\n|\r|$)/g)) {
-    if (!whole && lines.at(-1).length === 0) break;
+  for (const [whole, quoted, plain, end] of text.matchAll(RegExp(`(?:"((?:[^"]|"")*)"|([^${separator}\\r\\n"]*))(${separator}|\\r?\\n|\\r|$)`, "g"))) {
+    if (!whole && !lines.at(-1).length) break;
     lines.at(-1).push((quoted?.replaceAll('""', '"') ?? plain).replace(/^'(?='*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])/, ""));
-    if (end !== ",") lines.push([]);
+    if (end !== separator) lines.push([]);
   }
   return lines.filter((line) => line.length > 1 || line[0]);
 }

@@ -1,0 +1,117 @@
+"""What an audit found, as text for a terminal of 80 columns. In: ``Found``. Out: lines, names harmless to a terminal."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from featcache.curation.audit import Found
+from featcache.curation.finding import KINDS, Finding, Kind
+from featcache.curation.honest_score import Score
+from featcache.reports.scores import columns, shortened
+from featcache.system.display import printable
+
+_WIDTH = 80
+_NAMED = 3  # overlaps and examples of a kind
+TITLES: dict[Kind, str] = {
+    "exact_copy": "exact copies",
+    "near_copy": "near copies",
+    "label": "label suspects",
+    "outlier": "outliers",
+    "off_topic": "off topic",
+    "dark": "dark",
+    "blurred": "blurred",
+    "blank": "blank",
+    "tiny": "tiny",
+}
+HALF = (
+    "About half of such label flags are real: of those that people checked in ten well-known data sets 51 % were wrong labels "
+    "(Northcutt et al. 2021). Look before you drop or relabel."
+)
+
+
+def audit_lines(found: Found) -> list[str]:
+    """What was found, the next step left to the caller."""
+    parts = (_head(found), _kinds(found), _scores(found.scores), _sentences(found))
+    return [line for part in parts for line in part]
+
+
+def _head(found: Found) -> Iterator[str]:
+    concerned, n = len({finding.row for finding in found}), len(found.cache)
+    classes = len(found.cache.classes)
+    of = f"{classes} class{'es' * (classes != 1)}" if classes else "no classes"
+    facts = f": {n:,} image{'s' * (n != 1)}, {of}; {concerned:,} worth a look"
+    yield shortened(printable(str(found.cache.path)), max(_WIDTH - columns(facts), 12)) + facts
+
+
+def _kinds(found: Found) -> Iterator[str]:
+    """A line per kind with its count and the first examples; those that were not looked for together, by reason."""
+    width = max(len(f"{len(findings):,}") for findings in [*found.findings.values(), []])
+    for kind in KINDS:
+        if kind in found.findings:
+            findings = found.findings[kind]
+            line = f"  {TITLES[kind]:<14}  {len(findings):>{width},}"
+            yield line + _note(found, kind, findings)
+            if findings:
+                yield from _examples(found, findings)
+    names: dict[str, str] = {"scores": "score", "overlaps": "classes that overlap"}
+    names |= {str(kind): title for kind, title in TITLES.items()}
+    for why in dict.fromkeys(found.not_done.values()):
+        kinds = [names[name] for name, reason in found.not_done.items() if reason == why]
+        yield from _wrapped(f"not looked for: {', '.join(kinds)}: {printable(why)}")
+
+
+def _note(found: Found, kind: Kind, findings: Sequence[Finding]) -> str:
+    if kind not in ("exact_copy", "near_copy") or not findings:
+        return ""
+    groups = len({finding.group for finding in findings})
+    crossing = {*found.across_splits().tolist()} & {finding.row for finding in findings}
+    across = f", {len(crossing):,} of val or test in an earlier split, too" if crossing else ""
+    return f"  in {groups:,} group{'s' * (groups != 1)}{across}"
+
+
+def _examples(found: Found, findings: Sequence[Finding]) -> Iterator[str]:
+    cache, seen = found.cache, set[object]()
+    for finding in findings:
+        key = finding.row if finding.group is None else (finding.kind, finding.group)
+        if key in seen or len(seen) == _NAMED:
+            continue
+        seen.add(key)
+        path = printable(cache.paths[finding.row])
+        if finding.suggested is not None:
+            names = [printable(cache.classes[k]) for k in (int(cache.y[finding.row]), finding.suggested)]
+            behind = f"  {shortened(names[0], 16)}, rather {shortened(names[1], 16)}"
+        elif finding.other is not None:
+            behind = f" = {shortened(printable(cache.paths[finding.other]), (_WIDTH - 9) // 2)}"
+        else:
+            behind = f"  {shortened(finding.reason, 44)}"
+        yield f"    {shortened(path, _WIDTH - 4 - columns(behind))}{behind}"
+
+
+def _scores(scores: Sequence[Score]) -> Iterator[str]:
+    """Accuracies with their intervals, each on stricter terms than the one before."""
+    for score in scores:
+        name, out = score.split.replace("_", " "), f"{score.left_out:,}"
+        title = {
+            "as_given": f"{name} accuracy",
+            "without_leaks": "  copies of an image in one fold"
+            if score.split == "out_of_fold"
+            else f"  without {out} that training has copies of",
+            "without_suspects": f"  and trained without {out} label suspects",
+        }[score.terms]
+        low, high = score.interval
+        yield f"  {title:<43} {score.accuracy:>6.2%} of {score.n:,} ({low:.2%} to {high:.2%})"
+
+
+def _sentences(found: Found) -> Iterator[str]:
+    names = [printable(name) for name in found.cache.classes]
+    for pair in found.overlaps[:_NAMED]:
+        yield from _wrapped(f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}")
+    if found.findings.get("label"):
+        yield from _wrapped(HALF)
+    for sentence in found.notes:
+        yield from _wrapped(printable(sentence))
+    if found.interrupted:
+        yield "  interrupted: what was finished by then is kept"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")

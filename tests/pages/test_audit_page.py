@@ -13,6 +13,7 @@ from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from kitchen import HOSTILE
 
 from featcache.curation.audit import Found
+from featcache.curation.plan import apply_plan
 from featcache.reports.audit.page import audit_page
 from featcache.reports.elements.page import publish_page
 from featcache.reports.notebook import framed
@@ -127,6 +128,14 @@ def test_decide_undo_reload_save_load(browser: Any, made: tuple[Path, Found], tm
             writer = csv.DictWriter(file, list(lines[0]))
             writer.writeheader()
             writer.writerows(edited)
+    applied = apply_plan(plan, tmp_path / "clean.csv", root=path.parent)
+    assert (applied.images, applied.dropped, applied.relabelled) == (60 - 5, 5, 1)
+    with (tmp_path / "clean.csv").open(encoding="utf-8", newline="") as file:
+        table = {line["path"]: line["label"] for line in csv.DictReader(file)}
+    gone = {name for name, (decision, _) in expected.items() if decision == "drop"} | {paths[59]}
+    assert table == {
+        name: expected.get(name, ("", classes[k]))[1] for name, k in zip(paths, y, strict=True) if name not in gone
+    }
     with opened(browser, path) as page:  # another browser, which remembers nothing
         assert "0 of 32 decided" in page.locator("[data-going]").inner_text()
         page.locator("[data-load]").set_input_files(plan)

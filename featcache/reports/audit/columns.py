@@ -98,8 +98,7 @@ def gather(found: Found, items: Sequence[Item], *, budget: int) -> Material:
     evidence = list(dict.fromkeys(row for item in items for row, _ in most_alike(found, item)))
     pictures = _pictures(found, decided, evidence, budget)
     numbers = {digest: k for k, digest in enumerate(digest for digest, one in pictures.items() if one.webp)}
-    copies = [row for item in items if item.is_copies for row in item.rows[:COPIES_SHOWN]]
-    sizes = _sizes(found, copies, set(numbers))
+    sizes = _sizes(found, decided, set(numbers))
     none = Thumbnail(None, f"the first {COPIES_SHOWN} copies have a picture")
     cache, images = found.cache, {}
     for row in dict.fromkeys([*(row for item in items for row in item.rows), *evidence]):

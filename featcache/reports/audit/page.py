@@ -16,6 +16,7 @@ from featcache.curation.finding import KINDS, Kind
 from featcache.curation.honest_score import Score
 from featcache.reports.audit.columns import COPIES_SHOWN, LISTED, Material, columns, gather
 from featcache.reports.audit.items import KEEPS, Item, items_of
+from featcache.reports.audit.text import HALF, score_title
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
 
@@ -32,15 +33,6 @@ WORDS: Mapping[Kind, tuple[str, str, str]] = {  # of one item, a heading, what i
     "blurred": ("blurred", "Blurred", "no sharp edge"),
     "blank": ("blank", "Blank", "next to no content"),
     "tiny": ("tiny", "Tiny", "too few pixels"),
-}
-HALF = (
-    "About half of such flags are real: where people checked those of ten well-known data sets, 51% of the flagged labels were "
-    "wrong (Northcutt et al. 2021). So look before you drop or relabel."
-)
-_TERMS = {
-    "as_given": "as fit-head gives it",
-    "without_leaks": "without images that training has a copy of",
-    "without_suspects": "and trained without label suspects",
 }
 
 
@@ -113,10 +105,9 @@ def _scores(scores: Sequence[Score]) -> list[tuple[Any, ...]]:
     """Rows of a table: what is counted, accuracy, interval, images, and where the interval lies among all."""
     low = min((score.interval[0] for score in scores), default=0.0)
     high = max((score.interval[1] for score in scores), default=1.0)
-    names = {"out_of_fold": "out of fold"}
     return [
         (
-            f"{names.get(score.split, score.split)}, {_TERMS[score.terms]}",
+            score_title(score),
             percent_text(score.accuracy),
             f"{percent_text(score.interval[0])} to {percent_text(score.interval[1])}",
             count_text(score.n),

@@ -227,7 +227,17 @@ function drawProgress() {
   const settled = [...places.keys()].reduce((sum, image) => sum + Boolean(fate(image)), 0);
   find("[data-save]").textContent = `Save plan.csv${settled ? ": " + things(settled, "image") + " decided" : ""}`;
 }
-function draw() { reveal(); drawCase(); drawQueue(); }
+let last;
+function draw() {
+  reveal();
+  drawCase();
+  drawQueue();
+  if (last === current()) return;
+  last = current();
+  // Who had scrolled down sees the next case from its top.
+  const bench = find(".bench", box);
+  if (bench.getBoundingClientRect().top < -40 && bench.getBoundingClientRect().bottom > 0) bench.scrollIntoView({ behavior: "instant" });
+}
 
 /* ---- Deciding */
 const say = (text) => { heard.textContent = text; };
@@ -243,6 +253,7 @@ function setOf(item, verdict, label = items.suggested[item]) {
   return rows.map((_, place) => (chosen(place) ? [item, place, verdict === "relabel" ? "relabel" : "keep", verdict === "relabel" ? label : undefined] : [item, place, "drop"]));
 }
 function perfect(step, text, { onward = true } = {}) {
+  if (!step.set.length) { say(text + "."); return; }
   steps.push(step);
   perform(step);
   remember();
@@ -257,7 +268,7 @@ function perfect(step, text, { onward = true } = {}) {
   draw();
   drawProgress();
   const ahead = onward && shown.length && current() !== item ? ` Next: ${whatOf(current())}.` : "";
-  say(text + "." + ahead);
+  say(text + "." + (items.rows.every((_, each) => isDone(each)) ? " All are decided: save the plan." : ahead));
 }
 /** The place of the next case that is open; of the next one if none is. */
 function next(from) {
@@ -443,14 +454,18 @@ find("[data-load]").addEventListener("change", async ({ target }) => {
 });
 
 /* ---- The page */
-for (const each of Object.values(controls)) each.addEventListener("input", () => { sift(); draw(); drawProgress(); });
+function choose(kept) {
+  sift(kept);
+  draw();
+  drawProgress();
+  say(shown.length ? `${things(shown.length, "case")}; here is ${at + 1}: ${titleOf(current())}, ${whatOf(current())}.` : "");
+}
+for (const each of Object.values(controls)) each.addEventListener("input", () => choose());
 for (const link of all("a[data-kind]")) {
   link.addEventListener("click", () => {
     for (const [name, each] of Object.entries(controls)) if (name !== "sort") each.value = "";
     if (controls.kind) controls.kind.value = link.dataset.kind;
-    sift(null);
-    draw();
-    drawProgress();
+    choose(null);
     queue.focus({ preventScroll: true });
   });
 }

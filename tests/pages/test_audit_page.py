@@ -13,8 +13,10 @@ from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from kitchen import HOSTILE
 
 from featcache.curation.audit import Found
+from featcache.curation.plan import apply_plan
 from featcache.reports.audit.page import audit_page
 from featcache.reports.elements.page import publish_page
+from featcache.reports.notebook import framed
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found]:
     folder = tmp_path_factory.mktemp("hostile")
-    names = (*HOSTILE[:11], "=cmd()", "'=a, \"b\"", os.fsdecode(b"caf\xe9 \xff\xfe.jpg"))
+    names = (*HOSTILE[:11], "=cmd()", '\'=a, "b"', os.fsdecode(b"caf\xe9 \xff\xfe.jpg"))
     found = make_audit(folder, classes=tuple(HOSTILE), names=names)
     return written(folder, found), found
 
@@ -104,7 +106,9 @@ def test_decide_undo_reload_save_load(browser: Any, made: tuple[Path, Found], tm
         look(page)
         assert "4 of 32 decided" in page.locator("[data-going]").inner_text()
         expected = {paths[row]: ("keep" if row == 3 else "drop", classes[y[row]]) for row in COPIES[0]}
-        expected |= {paths[row]: ("keep" if row == COPIES[1][1] else "drop", classes[y[row]]) for row in sorted(COPIES[1])}
+        expected |= {
+            paths[row]: ("keep" if row == COPIES[1][1] else "drop", classes[y[row]]) for row in sorted(COPIES[1])
+        }
         # Copies are listed by row, so that key 2 means the second of these.
         second = sorted(COPIES[1])[1]
         expected |= {paths[row]: ("keep" if row == second else "drop", classes[y[row]]) for row in COPIES[1]}
@@ -117,11 +121,21 @@ def test_decide_undo_reload_save_load(browser: Any, made: tuple[Path, Found], tm
         assert [line["given"] for line in lines] == [classes[k] for k in y]
         assert lines[1]["found"] == "near_copy" and lines[1]["split"] == "val"
         plan = tmp_path / "plan.csv"
-        edited = [line | {"decision": "drop"} if line["path"] == paths[59] else line for line in lines]  # no case on the page
+        edited = [
+            line | {"decision": "drop"} if line["path"] == paths[59] else line for line in lines
+        ]  # no case on the page
         with plan.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]))
             writer.writeheader()
             writer.writerows(edited)
+    applied = apply_plan(plan, tmp_path / "clean.csv", root=path.parent)
+    assert (applied.images, applied.dropped, applied.relabelled) == (60 - 5, 5, 1)
+    with (tmp_path / "clean.csv").open(encoding="utf-8", newline="") as file:
+        table = {line["path"]: line["label"] for line in csv.DictReader(file)}
+    gone = {name for name, (decision, _) in expected.items() if decision == "drop"} | {paths[59]}
+    assert table == {
+        name: expected.get(name, ("", classes[k]))[1] for name, k in zip(paths, y, strict=True) if name not in gone
+    }
     with opened(browser, path) as page:  # another browser, which remembers nothing
         assert "0 of 32 decided" in page.locator("[data-going]").inner_text()
         page.locator("[data-load]").set_input_files(plan)
@@ -139,7 +153,9 @@ def test_names_come_back_from_the_plan(browser: Any, hostile: tuple[Path, Found]
             page.keyboard.press(key)
         lines = saved(page)
         assert [line["path"] for line in lines] == escaped
-        assert {line["given"].removeprefix("'") for line in lines} == {name.removeprefix("'") for name in found.cache.classes}
+        assert {line["given"].removeprefix("'") for line in lines} == {
+            name.removeprefix("'") for name in found.cache.classes
+        }
         before = decisions(page)
         plan = tmp_path / "plan.csv"
         with page.expect_download() as download:
@@ -155,8 +171,7 @@ def test_names_come_back_from_the_plan(browser: Any, hostile: tuple[Path, Found]
 
 
 def test_mouse_filters_and_bulk(browser: Any, made: tuple[Path, Found]) -> None:
-    path, found = made
-    with opened(browser, path) as page:
+    with opened(browser, made[0]) as page:
         page.get_by_role("link", name="5 label suspects").click()
         look(page)
         assert page.locator("[data-shown]").inner_text() == "Showing 5 of 32, 5 open"
@@ -189,7 +204,9 @@ def test_two_thousand(browser: Any, tmp_path: Path) -> None:
         for place in range(0, 2002 * 60, 12_000):
             page.evaluate(f"document.querySelector('.queue').scrollTop = {place}")
             page.wait_for_timeout(50)
-            rows = page.evaluate("[...document.querySelectorAll('[role=option]')].map((row) => Number(row.ariaPosInSet))")
+            rows = page.evaluate(
+                "[...document.querySelectorAll('[role=option]')].map((row) => Number(row.ariaPosInSet))"
+            )
             assert len(rows) < 40 and place // 60 + 1 in rows
             seen |= set(rows)
             most = max(most, page.evaluate(count))
@@ -237,3 +254,30 @@ def test_whatever_was_found(browser: Any, tmp_path: Path, options: Any, says: st
             for key in "dkru":
                 page.keyboard.press(key)
             assert page.locator(".case h3").count() == 1
+
+
+def test_in_a_notebook_nothing_is_kept_and_that_is_said(browser: Any, made: tuple[Path, Found], tmp_path: Path) -> None:
+    host = tmp_path / "notebook.html"
+    host.write_text(f"<!doctype html><title>Notebook</title><h1>A cell</h1>{framed(made[0].read_text())}")
+    with opened(browser, host) as page:
+        page.locator("iframe").scroll_into_view_if_needed()
+        page.wait_for_timeout(300)
+        frame = page.frames[1]
+        assert "keeps nothing here" in frame.locator(".heard output").inner_text()
+        frame.locator(".queue").focus()
+        page.keyboard.press("d")
+        page.keyboard.press("d")
+        assert frame.locator("[data-going]").inner_text() == "2 of 32 decided"
+        with page.expect_download() as download:
+            frame.get_by_role("button", name="Save plan.csv").click()
+        assert Path(download.value.path()).read_text().count(",drop,") == 1 + 3
+
+
+def test_on_paper_it_is_a_list(browser: Any, made: tuple[Path, Found]) -> None:
+    with opened(browser, made[0]) as page:
+        page.emulate_media(media="print")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator(".still > li").count() == 32 and page.locator("[data-audit]").is_hidden()
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        page.emulate_media(media="screen")
+        assert page.locator(".still").count() == 0 and page.locator("[data-audit]").is_visible()

@@ -32,13 +32,13 @@ def make_audit(
     *,
     classes: tuple[str, ...] = ("ants", "bees", "cats", "dogs"),
     images: int = 60,
-    files: int = 24,
+    files: int = 60,
     findings: int | None = None,
     names: tuple[str, ...] = (),
 ) -> Found:
     """An audit of ``images`` images, ``findings`` of them (half) remarkable: two groups of copies, then all other kinds in turn.
 
-    ``folder`` gets ``files`` small pictures; all later images hold the same bytes as one of these, but their files are not there.
+    ``folder`` gets ``files`` small pictures; later images hold the same bytes as these, but their files are not there.
     ``names``: of the first images, instead of plain ones; these have no file.
     """
     random = np.random.default_rng(0)
@@ -51,16 +51,17 @@ def make_audit(
             coarse = random.integers(0, 256, (4, 3 + number % 5, 3), dtype=np.uint8)
             size = (60 + 40 * (number % 5), 120)
             Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(place, quality=80)
+        if number == COPIES[0][1] < files:
+            place.write_bytes((folder / paths[0]).read_bytes())
         digests.append(hashlib.sha256(place.read_bytes()).digest() if number < files else digests[number % files])
     paths[: len(names)] = names
-    digests[3] = digests[0]
     labels = np.arange(images) % len(classes) if classes else np.full(images, -1)
     rows = plain_rows(
         paths,
         labels=labels.astype(np.int32),
         splits=np.array([1 + k % 3 for k in range(images)], np.uint8),
         digests=np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
-        sizes=np.array([4000 + 7 * k for k in range(images)]),
+        sizes=np.array([4000 + 7 * (k % files) for k in range(images)]),
     )
     X = random.normal(size=(images, 4)).astype(np.float16)
     write_cache(folder / "features.h5", rows, [X], dim=4, spec=SPEC, classes=tuple(sorted(classes)))

@@ -98,8 +98,7 @@ def gather(found: Found, items: Sequence[Item], *, budget: int) -> Material:
     evidence = list(dict.fromkeys(row for item in items for row, _ in most_alike(found, item)))
     pictures = _pictures(found, decided, evidence, budget)
     numbers = {digest: k for k, digest in enumerate(digest for digest, one in pictures.items() if one.webp)}
-    copies = [row for item in items if item.is_copies for row in item.rows[:COPIES_SHOWN]]
-    sizes = _sizes(found, copies, set(numbers))
+    sizes = _sizes(found, decided, set(numbers))
     none = Thumbnail(None, f"the first {COPIES_SHOWN} copies have a picture")
     cache, images = found.cache, {}
     for row in dict.fromkeys([*(row for item in items for row in item.rows), *evidence]):
@@ -157,16 +156,20 @@ def _sizes(found: Found, rows: Sequence[int], there: set[bytes]) -> dict[int, tu
     return sizes
 
 
-def columns(material: Material, words: Sequence[str], *, still: int) -> dict[str, Any]:
-    """Everything that the script needs. ``words``: one for each kind. ``still``: items that the page lists without it.
+def columns(material: Material, words: Sequence[str], *, still: int, listed: int = LISTED) -> dict[str, Any]:
+    """Everything that the script needs.
 
-    Their pictures are null here: the script takes them from that list, so that each is on the page once. Images come in three
-    parts: those that are decided on, evidence, and, of caches that are not too large, all others, for the plan.
+    Images come in three parts: those that are decided on, evidence, and all others of the cache, for the plan.
+
+    Args:
+        words: one for each kind. still: items that the page lists without script. Their pictures are null here: the script takes
+            them from that list, so that each is on the page once.
+        listed: images of a cache up to which the third part is there.
     """
     found, items, shown = material.found, material.items, list(material.images.values())
     cache = found.cache
     on_list = {material.images[row].number for item in items[:still] for row in item.rows[:COPIES_SHOWN]}
-    whole = len(cache) <= LISTED
+    whole = len(cache) <= listed
     rows = (
         [*material.images, *(row for row in range(len(cache)) if row not in material.images)]
         if whole

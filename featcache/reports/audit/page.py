@@ -16,6 +16,7 @@ from featcache.curation.finding import KINDS, Kind
 from featcache.curation.honest_score import Score
 from featcache.reports.audit.columns import COPIES_SHOWN, LISTED, Material, columns, gather
 from featcache.reports.audit.items import KEEPS, Item, items_of
+from featcache.reports.audit.text import HALF, score_title
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
 
@@ -33,22 +34,14 @@ WORDS: Mapping[Kind, tuple[str, str, str]] = {  # of one item, a heading, what i
     "blank": ("blank", "Blank", "next to no content"),
     "tiny": ("tiny", "Tiny", "too few pixels"),
 }
-HALF = (
-    "About half of such flags are real: where people checked those of ten well-known data sets, 51% of the flagged labels were "
-    "wrong (Northcutt et al. 2021). So look before you drop or relabel."
-)
-_TERMS = {
-    "as_given": "as fit-head gives it",
-    "without_leaks": "without images that training has a copy of",
-    "without_suspects": "and trained without label suspects",
-}
 
 
-def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST) -> str:
+def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST, listed: int = LISTED) -> str:
     """The page, as text. Files are only read.
 
     Args:
         budget: bytes of all pictures, about. most: items on the page; those of the highest scores of each kind are shown.
+        listed: images of a cache up to which the page writes a plan of all by itself; of more it needs the one beside it.
     """
     items = items_of(found, most=most)
     material = gather(found, items, budget=budget)
@@ -58,7 +51,7 @@ def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST) -> str:
         "audit.html",
         title=f"Audit of {cache.path.name}",
         parts=("stats.css", "audit.css", "audit.js"),
-        data={"audit": columns(material, [WORDS[kind][0] for kind in KINDS], still=_STILL)},
+        data={"audit": columns(material, [WORDS[kind][0] for kind in KINDS], still=_STILL, listed=listed)},
         lead=_lead(found),
         tiles=_tiles(found),
         scores=_scores(found.scores),
@@ -73,7 +66,7 @@ def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST) -> str:
         items=items,
         still=[_still(material, item) for item in items[:_STILL]],
         keeps=KEEPS if any(item.is_copies for item in items) else "",
-        whole=len(cache) <= LISTED,
+        whole=len(cache) <= listed,
         facts=_facts(found),
     )
 
@@ -89,7 +82,8 @@ def _heading(name: str) -> str:
 def _lead(found: Found) -> str:
     n, concerned = len(found.cache), len({finding.row for finding in found})
     if concerned:
-        return f"{_things(concerned, 'image')} of {count_text(n)} {'is' if concerned == 1 else 'are'} worth a look. You decide; no file is touched."
+        are = "is" if concerned == 1 else "are"
+        return f"{_things(concerned, 'image')} of {count_text(n)} {are} worth a look. You decide; no file is touched."
     if not found.findings:
         return f"Nothing was looked for among the {_things(n, 'image')}."
     looked = ", ".join(WORDS[kind][1].lower() for kind in found.findings)
@@ -111,10 +105,9 @@ def _scores(scores: Sequence[Score]) -> list[tuple[Any, ...]]:
     """Rows of a table: what is counted, accuracy, interval, images, and where the interval lies among all."""
     low = min((score.interval[0] for score in scores), default=0.0)
     high = max((score.interval[1] for score in scores), default=1.0)
-    names = {"out_of_fold": "out of fold"}
     return [
         (
-            f"{names.get(score.split, score.split)}, {_TERMS[score.terms]}",
+            score_title(score),
             percent_text(score.accuracy),
             f"{percent_text(score.interval[0])} to {percent_text(score.interval[1])}",
             count_text(score.n),

@@ -89,16 +89,20 @@ def _examples(found: Found, findings: Sequence[Finding]) -> Iterator[str]:
 def _scores(scores: Sequence[Score]) -> Iterator[str]:
     """Accuracies with their intervals, each on stricter terms than the one before."""
     for score in scores:
-        name, out = score.split.replace("_", " "), f"{score.left_out:,}"
-        title = {
-            "as_given": f"{name} accuracy",
-            "without_leaks": "  copies of an image in one fold"
-            if score.split == "out_of_fold"
-            else f"  without {out} that training has copies of",
-            "without_suspects": f"  and trained without {out} label suspects",
-        }[score.terms]
+        title = "  " * (score.terms != "as_given") + score_title(score)
         low, high = score.interval
         yield f"  {title:<43} {score.accuracy:>6.2%} of {score.n:,} ({low:.2%} to {high:.2%})"
+
+
+def score_title(score: Score) -> str:
+    """What an accuracy counts, beside the one before it."""
+    name, out = score.split.replace("_", " "), f"{score.left_out:,}"
+    folds = score.split == "out_of_fold"
+    return {
+        "as_given": f"{name} accuracy",
+        "without_leaks": "copies of an image in one fold" if folds else f"without {out} that training has copies of",
+        "without_suspects": f"and trained without {out} label suspects",
+    }[score.terms]
 
 
 def _sentences(found: Found) -> Iterator[str]:

@@ -227,7 +227,17 @@ function drawProgress() {
   const settled = [...places.keys()].reduce((sum, image) => sum + Boolean(fate(image)), 0);
   find("[data-save]").textContent = `Save plan.csv${settled ? ": " + things(settled, "image") + " decided" : ""}`;
 }
-function draw() { reveal(); drawCase(); drawQueue(); }
+let last;
+function draw() {
+  reveal();
+  drawCase();
+  drawQueue();
+  if (last === current()) return;
+  last = current();
+  // Who had scrolled down sees the next case from its top.
+  const bench = find(".bench", box);
+  if (bench.getBoundingClientRect().top < -40 && bench.getBoundingClientRect().bottom > 0) bench.scrollIntoView({ behavior: "instant" });
+}
 
 /* ---- Deciding */
 const say = (text) => { heard.textContent = text; };
@@ -243,6 +253,7 @@ function setOf(item, verdict, label = items.suggested[item]) {
   return rows.map((_, place) => (chosen(place) ? [item, place, verdict === "relabel" ? "relabel" : "keep", verdict === "relabel" ? label : undefined] : [item, place, "drop"]));
 }
 function perfect(step, text, { onward = true } = {}) {
+  if (!step.set.length) { say(text + "."); return; }
   steps.push(step);
   perform(step);
   remember();
@@ -257,7 +268,7 @@ function perfect(step, text, { onward = true } = {}) {
   draw();
   drawProgress();
   const ahead = onward && shown.length && current() !== item ? ` Next: ${whatOf(current())}.` : "";
-  say(text + "." + ahead);
+  say(text + "." + (items.rows.every((_, each) => isDone(each)) ? " All are decided: save the plan." : ahead));
 }
 /** The place of the next case that is open; of the next one if none is. */
 function next(from) {
@@ -399,12 +410,14 @@ function asText(bytes) {
   const utf8 = /[\xc2-\xdf][\x80-\xbf]|\xe0[\xa0-\xbf][\x80-\xbf]|[\xe1-\xec\xee\xef][\x80-\xbf]{2}|\xed[\x80-\x9f][\x80-\xbf]|\xf0[\x90-\xbf][\x80-\xbf]{2}|[\xf1-\xf3][\x80-\xbf]{3}|\xf4[\x80-\x8f][\x80-\xbf]{2}|[\x80-\xff]/g;
   return text.replace(/^\xef\xbb\xbf/, "").replace(utf8, (found) => (found.length === 1 ? String.fromCharCode(0xdc00 + found.charCodeAt(0)) : new TextDecoder().decode(Uint8Array.from(found, (c) => c.charCodeAt(0)))));
 }
+/** Lines of cells, also as a spreadsheet separates them. */
 function parse(text) {
+  const separator = text.match(/[,;\t]/)?.[0] ?? ",";
   const lines = [[]];
-  for (const [whole, quoted, plain, end] of text.matchAll(/(?:"((?:[^"]|"")*)"|([^,\r\n"]*))(,|\r?\n|\r|$)/g)) {
-    if (!whole && lines.at(-1).length === 0) break;
+  for (const [whole, quoted, plain, end] of text.matchAll(RegExp(`(?:"((?:[^"]|"")*)"|([^${separator}\\r\\n"]*))(${separator}|\\r?\\n|\\r|$)`, "g"))) {
+    if (!whole && !lines.at(-1).length) break;
     lines.at(-1).push((quoted?.replaceAll('""', '"') ?? plain).replace(/^'(?='*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20])/, ""));
-    if (end !== ",") lines.push([]);
+    if (end !== separator) lines.push([]);
   }
   return lines.filter((line) => line.length > 1 || line[0]);
 }
@@ -441,14 +454,18 @@ find("[data-load]").addEventListener("change", async ({ target }) => {
 });
 
 /* ---- The page */
-for (const each of Object.values(controls)) each.addEventListener("input", () => { sift(); draw(); drawProgress(); });
+function choose(kept) {
+  sift(kept);
+  draw();
+  drawProgress();
+  say(shown.length ? `${things(shown.length, "case")}; here is ${at + 1}: ${titleOf(current())}, ${whatOf(current())}.` : "");
+}
+for (const each of Object.values(controls)) each.addEventListener("input", () => choose());
 for (const link of all("a[data-kind]")) {
   link.addEventListener("click", () => {
     for (const [name, each] of Object.entries(controls)) if (name !== "sort") each.value = "";
     if (controls.kind) controls.kind.value = link.dataset.kind;
-    sift(null);
-    draw();
-    drawProgress();
+    choose(null);
     queue.focus({ preventScroll: true });
   });
 }

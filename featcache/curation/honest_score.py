@@ -13,17 +13,18 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from featcache.curation.label_errors import first_of_groups
 from featcache.errors import SourceError
 from featcache.heads.confident import wrong_labels
 from featcache.heads.head import Array, FeatureSource, Indices, softmax
 from featcache.heads.metrics import accuracy_interval
+from featcache.images.groups import first_members
 from featcache.images.splits import training_images
 from featcache.spec import SPLITS
 from featcache.system.runtime_options import usable_cores
 
 Progress = Callable[[int, int], None]
 Terms = Literal["as_given", "without_leaks", "without_suspects"]
+_MOST_VALUES = 2**27  # of features that train a head
 _FOLDS, _FEWEST_FOLDS = 5, 3  # with fewer than three, nobody is left to judge a fold's training rows
 _MOST_OPINIONS = 2**28  # probabilities, 1 GB
 
@@ -39,6 +40,7 @@ class Score:
             that was trained without its label suspects.
         accuracy: 0..1. interval: [low, high] of 95 %, ``heads.metrics.accuracy_interval``. n: images that are scored.
         left_out: images that these terms leave out: of the score, or ``without_suspects`` of training.
+        n_train: images that trained; of very many a sample does (128 million features).
     """
 
     split: str
@@ -47,6 +49,7 @@ class Score:
     interval: list[float]
     n: int
     left_out: int
+    n_train: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,18 +82,20 @@ def honest_scores(rows: Rows, *, seed: int = 0, progress: Progress = lambda *_: 
     train = train[_has_folds(rows.labels[train], rows.exact[train])]
     if len(np.unique(rows.labels[train])) < 2:
         raise SourceError("a score needs two classes with two different training images each")
-    if rows.splits.any():
-        return tuple(_of_splits(rows, train, seed, progress))
-    return tuple(_out_of_fold(rows, train, seed, progress))
+    most = _MOST_VALUES // rows.features.shape[1]
+    sample = np.sort(np.random.default_rng(seed).permutation(train)[:most])
+    sample = sample[_has_folds(rows.labels[sample], rows.exact[sample])]
+    way = _of_splits if rows.splits.any() else _out_of_fold
+    return tuple(way(rows, train, sample, seed, progress))
 
 
 def _has_folds(labels: Array, copies: Indices) -> npt.NDArray[np.bool_]:
     """Which rows are of a class with two different images at least: of fewer none could be held out."""
-    counts = np.bincount(labels[np.unique(first_of_groups(copies))], minlength=int(labels.max(initial=0)) + 1)
+    counts = np.bincount(labels[np.unique(first_members(copies))], minlength=int(labels.max(initial=0)) + 1)
     return counts[labels] >= 2
 
 
-def _of_splits(rows: Rows, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
+def _of_splits(rows: Rows, all_train: Indices, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
     """By one head for the first two terms, and one for the third."""
     progress(0, 2)
     head = judge = _Fitted(rows, train, rows.exact, seed)
@@ -101,31 +106,33 @@ def _of_splits(rows: Rows, train: Indices, seed: int, progress: Progress) -> Ite
     better = head if len(rest) == len(train) else _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
     for split in ("val", "test"):
         here = np.flatnonzero((rows.splits == SPLITS.index(split)) & rows.usable & np.isin(rows.labels, head.present))
-        new = ~np.isin(rows.groups[here], rows.groups[train])
+        new = ~np.isin(rows.groups[here], rows.groups[all_train])
         if len(here):
             right = head.right(here)
-            yield _score(split, "as_given", right, 0)
-            yield from [_score(split, "without_leaks", right[new], int((~new).sum()))] if new.any() else ()
-            if new.any() and better is not None:
-                yield _score(split, "without_suspects", better.right(here[new]), len(train) - len(rest))
+            yield _score(split, "as_given", right, 0, len(train))
+        if new.any():
+            yield _score(split, "without_leaks", right[new], int((~new).sum()), len(train))
+        if new.any() and better is not None:
+            yield _score(split, "without_suspects", better.right(here[new]), len(train) - len(rest), len(rest))
     progress(2, 2)
 
 
-def _out_of_fold(rows: Rows, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
+def _out_of_fold(rows: Rows, _: Indices, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
     """As ``fit-head`` has it, corrected for the choice among settings; without suspects it changes by what the same folds say."""
     progress(0, 2)
     fitted = _Fitted(rows, train, rows.exact, seed)
-    yield _share("out_of_fold", "as_given", fitted.cv_accuracy, len(train), 0)
+    yield _share("out_of_fold", "as_given", fitted.cv_accuracy, len(train), 0, len(train))
     if not _same_partition(rows.exact[train], rows.groups[train]):
         train = train[_has_folds(rows.labels[train], rows.groups[train])]
         if len(np.unique(rows.labels[train])) < 2:
             return
         fitted = _Fitted(rows, train, rows.groups, seed)
-    yield _share("out_of_fold", "without_leaks", fitted.cv_accuracy, len(train), 0)
+    yield _share("out_of_fold", "without_leaks", fitted.cv_accuracy, len(train), 0, len(train))
     progress(1, 2)
     if (found := fitted.gain_without_suspects(seed)) is not None:
         gain, left_out = found
-        yield _share("out_of_fold", "without_suspects", fitted.cv_accuracy + gain, len(train), left_out)
+        n = len(train)
+        yield _share("out_of_fold", "without_suspects", fitted.cv_accuracy + gain, n, left_out, n - left_out)
     progress(2, 2)
 
 
@@ -136,7 +143,7 @@ def _with_folds(rows: Rows, train: Indices) -> Indices:
 
 
 def _same_partition(first: Indices, second: Indices) -> bool:
-    return bool((first_of_groups(first) == first_of_groups(second)).all())
+    return bool((first_members(first) == first_members(second)).all())
 
 
 class _Fitted:
@@ -147,7 +154,7 @@ class _Fitted:
 
         self.rows, self.train = rows, train
         self.present, self.y = np.unique(rows.labels[train], return_inverse=True)
-        self.copies = first_of_groups(partition[train])
+        self.copies = first_members(partition[train])
         self.folds = min(_FOLDS, int(np.bincount(self.y[np.unique(self.copies)]).min()))
         self.fitted = fit_logreg(rows.features, train, self.y, folds=self.folds, copies=self.copies, seed=seed)
         self.cv_accuracy = self.fitted.cv_accuracy or 0.0
@@ -232,10 +239,10 @@ class _Folds:
             return list(pool.map(one, zip(trained, held_out, strict=True)))
 
 
-def _score(split: str, terms: Terms, right: npt.NDArray[np.bool_], left_out: int) -> Score:
-    return _share(split, terms, float(right.mean()), len(right), left_out)
+def _score(split: str, terms: Terms, right: npt.NDArray[np.bool_], left_out: int, n_train: int) -> Score:
+    return _share(split, terms, float(right.mean()), len(right), left_out, n_train)
 
 
-def _share(split: str, terms: Terms, share: float, n: int, left_out: int) -> Score:
+def _share(split: str, terms: Terms, share: float, n: int, left_out: int, n_train: int) -> Score:
     right = min(max(round(share * n), 0), n)
-    return Score(split, terms, share, accuracy_interval(right, n), n, left_out)
+    return Score(split, terms, share, accuracy_interval(right, n), n, left_out, n_train)

@@ -128,7 +128,7 @@ def compare_pictures(one: Pictures, other: Pictures, *, thorough: bool = False) 
             for edge in (32, 64):
                 if not thorough:
                     alike = likeness >= _UNLIKE[edge // 2]
-                    todo, maps = todo[alike], maps[alike]
+                    todo, maps, likeness = todo[alike], maps[alike], likeness[alike]
                 if len(todo):
                     maps = _align(a[edge][todo], b[edge][todo], maps)
                     likeness = _agreement(a[edge][todo], b[edge][todo], maps)

@@ -24,7 +24,17 @@ from featcache.images.source import Source, list_images
 from featcache.reports.audit.audit import Audit
 
 HEADER = "path,label,split,kind,score,group,verified,other_path,suggested_label"  # the contract
-KEYS = "rows exact_copies near_copies label_suspects outliers cross_split accuracy accuracy_clean seconds".split()
+KEYS = [
+    "rows",
+    "exact_copies",
+    "near_copies",
+    "label_suspects",
+    "outliers",
+    "cross_split",
+    "accuracy",
+    "accuracy_clean",
+    "seconds",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +48,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large.save(photos / "train/blue/large.png")
     large.resize((64, 48)).save(photos / "val/green/small.jpg", quality=90)  # under another label
     write_photo(photos / "train/green/tiny.png", (40, 190, 60), 7, size=(9, 8))
-    featcache.extract(photos, folder / "f.h5", **{field.name: getattr(TINY, field.name) for field in dataclasses.fields(TINY)})
+    featcache.extract(
+        photos, folder / "f.h5", **{field.name: getattr(TINY, field.name) for field in dataclasses.fields(TINY)}
+    )
     return folder
 
 
@@ -79,7 +91,12 @@ def test_the_folder_of_an_audit(found: Audit, work: Path, tmp_path: Path) -> Non
     rows = read(plan.parent / "audit.csv")
     assert [row["kind"] for row in rows] == [finding.kind for finding in found]
     (small,) = (row for row in rows if row["path"] == "val/green/small.jpg" and row["kind"] == "near_copy")
-    assert {"label": "green", "split": "val", "verified": "true", "other_path": "train/blue/large.png"}.items() <= small.items()
+    assert {
+        "label": "green",
+        "split": "val",
+        "verified": "true",
+        "other_path": "train/blue/large.png",
+    }.items() <= small.items()
     assert 0 <= float(small["score"]) <= 1
     facts = json.loads((plan.parent / "audit.json").read_text())
     assert {*KEYS} <= {*facts}
@@ -136,7 +153,10 @@ def test_data_frames(found: Audit) -> None:
 def test_an_audit_shows_itself(found: Audit) -> None:
     lines = found.lines()
     assert max(map(len, lines)) <= 80
-    assert any(line.startswith("  exact copies") and "in 1 group, 1 of val or test in an earlier split, too" in line for line in lines)
+    assert any(
+        line.startswith("  exact copies") and "in 1 group, 1 of val or test in an earlier split, too" in line
+        for line in lines
+    )
     assert any("val/red/copy.jpg" in line for line in lines)
     assert repr(found).startswith("Audit(")
     assert str(found) == "\n".join(lines)
@@ -244,7 +264,9 @@ def test_rows_that_are_not_finite_are_named(tmp_path: Path) -> None:
     rows = plain_rows([f"{k:04d}.jpg" for k in range(60)], labels=labels.astype(np.int32))
     write_cache(tmp_path / "g.h5", rows, [X], dim=12, spec=SPEC, classes=names)
     found = audited(tmp_path / "g.h5")
-    assert any("of 2 images are not finite and compared with nothing, the first is 0004.jpg" in note for note in found.notes)
+    assert any(
+        "of 2 images are not finite and compared with nothing, the first is 0004.jpg" in note for note in found.notes
+    )
     assert not {4, 9} & {finding.row for finding in found}
     assert {score.n for score in found.scores} == {58}
 
@@ -312,7 +334,7 @@ def test_progress_names_every_step(work: Path) -> None:
         "reading features",
         "comparing images",
         "near copies",
-        "outlier",
+        "outliers",
         "off topic",
         "judging labels",
         "scores",

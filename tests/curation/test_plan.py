@@ -26,10 +26,18 @@ def plan(tmp_path: Path) -> Path:
     """Of 12 photos in train and val, beside their folder photos."""
     photos = list_images(make_photos(tmp_path / "photos", each=2, splits=("train", "val")))
     digests = b"".join(hashlib.sha256((photos.root / path).read_bytes()).digest() for path in photos.paths)
-    columns = {"labels": photos.labels, "splits": photos.splits, "digests": np.frombuffer(digests, np.uint8).reshape(-1, 32)}
+    columns = {
+        "labels": photos.labels,
+        "splits": photos.splits,
+        "digests": np.frombuffer(digests, np.uint8).reshape(-1, 32),
+    }
     rows = plain_rows(photos.paths, **columns)
     write_cache(tmp_path / "f.h5", rows, [np.ones((12, 2), np.float16)], dim=2, spec=SPEC, classes=photos.classes)
-    findings = [Finding("label", 1, 0.9, "", suggested=2), Finding("exact_copy", 1, 0.4, ""), Finding("dark", 3, 0.4, "")]
+    findings = [
+        Finding("label", 1, 0.9, "", suggested=2),
+        Finding("exact_copy", 1, 0.4, ""),
+        Finding("dark", 3, 0.4, ""),
+    ]
     (tmp_path / "audit").mkdir()
     path = tmp_path / "audit" / "plan.csv"
     path.write_bytes(b"".join(plan_lines(FeatureCache.open(tmp_path / "f.h5"), findings)))
@@ -86,7 +94,19 @@ def test_decisions_become_a_table(plan: Path, tmp_path: Path, how: dict[str, Any
     found = apply_plan(edited(plan, edit, **how), tmp_path / "clean.csv")
     rows = table(tmp_path / "clean.csv")
     assert list(rows[0]) == ["path", "label", "split"]
-    assert [row["label"] for row in rows] == ["blue", "red", "green", "red", "red", "blue", "blue", "green", "green", "red", "red"]
+    assert [row["label"] for row in rows] == [
+        "blue",
+        "red",
+        "green",
+        "red",
+        "red",
+        "blue",
+        "blue",
+        "green",
+        "green",
+        "red",
+        "red",
+    ]
     assert (found.images, found.kept, found.dropped, found.relabelled) == (11, 10, 1, 1)
     assert found.classes == {"blue": 3, "green": 3, "red": 5}
 
@@ -167,7 +187,11 @@ def test_where_the_images_are_gone_that_is_said(plan: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("output", "words"),
-    [("clean.txt", "name it .csv"), ("audit/plan.csv", "it is the plan|is the plan"), ("list.csv", "exists; choose another -o")],
+    [
+        ("clean.txt", "name it .csv"),
+        ("audit/plan.csv", "it is the plan|is the plan"),
+        ("list.csv", "exists; choose another -o"),
+    ],
 )
 def test_no_file_is_replaced_that_should_not_be(plan: Path, tmp_path: Path, output: str, words: str) -> None:
     (tmp_path / "list.csv").write_text("path,label\n")

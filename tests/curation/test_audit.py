@@ -4,6 +4,9 @@ import csv
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -293,42 +296,60 @@ def test_only_some_kinds(work: Path) -> None:
         featcache.audit(work / "f.h5", source=work / "nowhere")
 
 
-def test_memory_that_is_not_there_is_said_before_work(
-    work: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level("INFO", "featcache")
-    monkeypatch.setattr(curation, "estimate", lambda *_, **__: (4000.0, 5 * 10**9))
-    monkeypatch.setattr(curation, "available_memory", lambda: 2**40)
-    featcache.audit(work / "f.h5", kinds=("near_copy",))
-    assert "comparing 64 images takes about 67 min and 5.0 GB of memory; Ctrl-C keeps what is finished" in caplog.text
-    monkeypatch.setattr(curation, "available_memory", lambda: 10**9)
-    found = featcache.audit(work / "f.h5", kinds=("near_copy", "exact_copy"))
-    assert found.not_done == {"near_copy": "comparing 64 images needs about 5.0 GB of memory, 1.0 are free"}
-    assert "exact_copy" in found.findings
+@pytest.fixture
+def light(tmp_path: Path) -> dict[str, Any]:
+    """Arguments of an audit of 60 rows whose images are not there."""
+    make_classes(tmp_path / "f.h5", np.arange(60) % 3)
+    (tmp_path / "empty").mkdir()
+    return {"cache": tmp_path / "f.h5", "source": tmp_path / "empty"}
 
 
 @pytest.mark.parametrize("step", ["comparing images", "judging labels", "scores", "pictures"])
-def test_an_interruption_keeps_what_is_done(work: Path, tmp_path: Path, step: str) -> None:
+def test_an_interruption_keeps_what_is_done(light: dict[str, Any], tmp_path: Path, step: str) -> None:
     def interrupt(done: int, total: int, what: str) -> None:
         if what == step:
             raise KeyboardInterrupt
 
+    folder = tmp_path / "audit"
     with pytest.raises(KeyboardInterrupt):
-        featcache.audit(work / "f.h5", tmp_path / "audit", progress=interrupt)
-    facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
-    assert facts["interrupted"] and facts["exact_copies"] == 2
+        featcache.audit(output=folder, progress=interrupt, **light)
+    facts = json.loads((folder / "audit.json").read_text())
+    assert facts["interrupted"] and facts["exact_copies"] == 0
     assert facts["not_done"]["dark"] == "interrupted"
     assert (facts["near_copies"] is None) == (step == "comparing images")
     assert (facts["label_suspects"] is None) == (step in ("comparing images", "judging labels"))
     assert bool(facts["scores"]) == (step == "pictures")
-    assert len(read(tmp_path / "audit" / "plan.csv")) == 64
-    featcache.audit(work / "f.h5", tmp_path / "audit")  # which replaces it
-    assert not json.loads((tmp_path / "audit" / "audit.json").read_text())["interrupted"]
+    assert len(read(folder / "plan.csv")) == 60
+    featcache.audit(output=folder, kinds=("exact_copy",), **light)  # which replaces it
+    assert not json.loads((folder / "audit.json").read_text())["interrupted"]
 
 
-def test_progress_names_every_step(work: Path) -> None:
+def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
+    """The program itself, with a signal of its own while it scores: what is done is written, 130, one object."""
+    make_classes(tmp_path / "f.h5", np.arange(60) % 3)
+    program = """
+        import os, signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+        import featcache.curation.audit as curation
+        from featcache.cli.app import main
+        def slow(*_, **__):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        curation.honest_scores = slow
+        sys.argv = ["featcache", "audit", "f.h5", "-o", "audit", "--json"]
+        main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, json.loads(done.stdout)["error"]["exit_code"]) == (130, 130)
+    assert "interrupted: what is finished is in audit, the rest is named there as not done" in done.stderr
+    facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert facts["not_done"]["scores"] == "interrupted" and facts["label_suspects"] is not None
+
+
+def test_progress_names_every_step_and_the_seed_decides(light: dict[str, Any]) -> None:
     steps: dict[str, None] = {}
-    featcache.audit(work / "f.h5", progress=lambda done, total, what: steps.setdefault(what))
+    first = featcache.audit(progress=lambda done, total, what: steps.setdefault(what), **light)
     assert [*steps] == [
         "exact copies",
         "reading features",
@@ -340,12 +361,22 @@ def test_progress_names_every_step(work: Path) -> None:
         "scores",
         "pictures",
     ]
+    again = featcache.audit(FeatureCache.open(light["cache"]), source=light["source"], seed=0)
+    assert list(again) == list(first) and again.scores == first.scores
 
 
-def test_the_same_seed_gives_the_same_audit(work: Path, found: Audit) -> None:
-    again = featcache.audit(FeatureCache.open(work / "f.h5"), seed=0)
-    assert list(again) == list(found)
-    assert again.scores == found.scores
+def test_memory_that_is_not_there_is_said_before_work(
+    light: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", "featcache")
+    monkeypatch.setattr(curation, "estimate", lambda *_, **__: (4000.0, 5 * 10**9))
+    monkeypatch.setattr(curation, "available_memory", lambda: 2**40)
+    featcache.audit(**light, kinds=("near_copy",))
+    assert "comparing 60 images takes about 67 min and 5.0 GB of memory; Ctrl-C keeps what is finished" in caplog.text
+    monkeypatch.setattr(curation, "available_memory", lambda: 10**9)
+    found = featcache.audit(**light, kinds=("near_copy", "exact_copy"))
+    assert found.not_done == {"near_copy": "comparing 60 images needs about 5.0 GB of memory, 1.0 are free"}
+    assert "exact_copy" in found.findings
 
 
 def test_datalab_takes_our_features_and_probabilities(found: Audit) -> None:

@@ -130,8 +130,8 @@ def main() -> None:
     for path in arguments.caches:
         cache, X, y, groups = load(path, arguments.most)
         nearest = nearest_rows(X, np.arange(len(X)))
-        facts = {"cache": cache.path.name, "backbone": cache.spec.backbone.name}
-        print(f"{cache.path.name}, {cache.spec.backbone.name}, {y.max() + 1} classes", flush=True)
+        facts = {"cache": cache.path.name, "backbone": cache.spec.backbone}
+        print(f"{cache.path.name}, {cache.spec.backbone}, {y.max() + 1} classes", flush=True)
         found.append(facts | {"untouched": untouched(X, y, groups, nearest)})
         print(
             "  untouched:", ", ".join(f"{name} {count}" for name, count in found[-1]["untouched"].items()), flush=True

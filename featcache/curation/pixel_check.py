@@ -129,13 +129,13 @@ def compare_pictures(one: Pictures, other: Pictures, *, thorough: bool = False) 
                 if not thorough:
                     alike = likeness >= _UNLIKE[edge // 2]
                     todo, maps = todo[alike], maps[alike]
-                if len(todo):
-                    maps = _align(a[edge][todo], b[edge][todo], maps)
-                    likeness = _agreement(a[edge][todo], b[edge][todo], maps)
-            if len(todo):
-                here = likeness
-                mirrored[todo] = torch.where(here > found[todo], mirror, mirrored[todo])
-                found[todo] = torch.maximum(here, found[todo])
+                if not len(todo):
+                    break
+                maps = _align(a[edge][todo], b[edge][todo], maps)
+                likeness = _agreement(a[edge][todo], b[edge][todo], maps)
+            else:
+                mirrored[todo] = torch.where(likeness > found[todo], mirror, mirrored[todo])
+                found[todo] = torch.maximum(likeness, found[todo])
         return found.numpy(), mirrored.numpy()
 
 

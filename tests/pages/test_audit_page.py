@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from audits import COPIES, make_audit
+from audits import COPIES, REASONS, make_audit
 from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from kitchen import HOSTILE
 
 from featcache.curation.audit import Found
+from featcache.curation.finding import Finding
 from featcache.curation.plan import apply_plan
 from featcache.reports.audit.page import audit_page
 from featcache.reports.elements.page import publish_page
@@ -290,3 +291,21 @@ def test_on_paper_it_is_a_list(browser: Any, made: tuple[Path, Found]) -> None:
         page.evaluate("dispatchEvent(new Event('afterprint'))")
         page.emulate_media(media="screen")
         assert page.locator(".still").count() == 0 and page.locator("[data-audit]").is_visible()
+
+
+def test_what_is_dropped_in_one_case_is_settled_in_all(browser: Any, tmp_path: Path) -> None:
+    found = make_audit(tmp_path, images=20, findings=3)
+    found.findings["tiny"].append(Finding("tiny", 4, 0.5, REASONS["tiny"]))
+    with opened(browser, written(tmp_path, found)) as page:
+        look(page)
+        page.get_by_role("link", name="1 tiny").click()
+        page.keyboard.press("k")
+        assert decisions(page) == {"val/4.jpg": ("keep", "ants")}
+        page.get_by_role("button", name="Undo").click()
+        page.get_by_role("link", name="4 near copies").click()
+        page.keyboard.press("1")
+        assert "2 of 6 decided" in page.locator("[data-going]").inner_text()  # the copies, and the tiny one among them
+        page.get_by_role("link", name="1 tiny").click()
+        assert "among 4 near copies, dropped there" in page.locator(".case").inner_text()
+        page.keyboard.press("k")
+        assert decisions(page)["val/4.jpg"] == ("drop", "ants")

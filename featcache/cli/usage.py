@@ -26,6 +26,7 @@ _COMMANDS = {
     "export": "convert onnx save deploy safetensors",
     "preview": "augment augmentation augmentations transforms",
     "stats": "statistics eda explore count analyze analyse summary",
+    "split": "train-test-split splitfolders partition divide holdout hold-out stratify manifest",
     "info": "show inspect describe summary models",
     "verify": "check validate-cache repair fix mend",
     "backbones": "list models model-list list-models archs networks",
@@ -80,6 +81,12 @@ _OPTIONS = {
     "--sample": "limit max-images max-samples num-images n-images num-samples subset n",
     "--max-bad": "ignore-errors skip-errors skip-bad skip-broken",
     "--split": "set subset val test train on",
+    "--val": "val-size val-split val-ratio valid validation validation-split",
+    "--test": "test-size test-split test-ratio",
+    "--group-column": "group patient patient-column by group-by subject",
+    "--copy-to": "copy",
+    "--link-to": "link symlink hardlink",
+    "--reassign": "force overwrite shuffle reshuffle",
     "--recipe": "config cfg preset",
     "--set": "optimizer optim scheduler schedule augment augmentation weight-decay momentum label-smoothing field param",
     "--hidden": "hidden-size hidden-sizes hidden-dim hidden-layers layers",
@@ -88,8 +95,8 @@ _OPTIONS = {
     "--patience": "early-stopping",
     "--class-weight": "class-weights balanced weighted",
     "--repair": "fix mend",
-    "splits come from folders called train, val and test, or from a column of the table": "val val-split val-size test test-size "
-    "test-split train train-size valid validation validation-split split splits",
+    "splits come from folders called train, val and test, or from a column of the table, as `featcache split` writes": "val "
+    "val-split val-size test test-size test-split train train-size valid validation validation-split split splits",
     "the ending of the file that -o names says its format": "format type",
 }
 _EVERYWHERE = ("--quiet", "--verbose", "--version", "--help")
@@ -192,10 +199,10 @@ def _no_option(typed: str, command: Any, commands: Mapping[str, Any], examples: 
             return f"{none}; {own[0]} stands without one, as in: {examples[command.name]}"
         named = (target.split() for target in own if target.startswith("-"))
         return none + _did_you_mean([" ".join([options[first].opts[0], *value]) for first, *value in named])
-    if owners := [name for name, other in commands.items() if typed in _options(other)]:
-        return f"{none}; {', '.join(owners[:3])} {'has' if len(owners) == 1 else 'have'} it"
     if sentence := next((target for target in synonyms if target[0].islower()), None):
         return f"{none}; {sentence}"
+    if owners := [name for name, other in commands.items() if typed in _options(other)]:
+        return f"{none}; {', '.join(owners[:3])} {'has' if len(owners) == 1 else 'have'} it"
     if near := _near(typed, [*options, *_EVERYWHERE]):
         return none + _did_you_mean(near)
     for target in synonyms:

@@ -19,7 +19,7 @@ from featcache.cache.copies import first_copies
 from featcache.curation.copies import find_exact_copies
 from featcache.curation.finding import KINDS, Finding, Kind
 from featcache.curation.honest_score import Rows, Score, honest_scores
-from featcache.curation.label_errors import _FEWEST as FEWEST
+from featcache.curation.label_errors import estimate as estimate_labels
 from featcache.curation.label_errors import find_label_errors, out_of_fold
 from featcache.curation.looks import measure_looks
 from featcache.curation.near_copies import NearCopies, find_near_copies
@@ -173,7 +173,6 @@ class _Work:
         self.notes: list[str] = []
         self.rows = np.arange(len(cache))  # with finite features
         self.nearest: Nearest | None = None
-        self.opinions: Opinions | None = None
         self.steps = (
             self._exact_copies,
             self._features,
@@ -226,10 +225,8 @@ class _Work:
         self._not_done(wanted, why)
 
     def _compare(self, seconds: float, size: int) -> None:
-        """Neighbours, all other findings rest on. Long work is announced: seconds and bytes."""
-        if seconds > _LONG:
-            text = "comparing %s images takes about %s and %.1f GB of memory; Ctrl-C keeps what is finished"
-            log.info(text, f"{len(self.rows):,}", in_words(seconds), size / 1e9)
+        """The neighbours, on which most findings rest."""
+        _announce(f"comparing {len(self.rows):,} images", seconds, size)
         with self._timed("comparing images") as report, self.cache.reader() as features:
             self.nearest = nearest_rows(features, self.rows, device=self.device, progress=report)
         self.facts["nearest"] = self.nearest
@@ -251,11 +248,12 @@ class _Work:
         if self.nearest is None:
             return
         y, groups = self.cache.y[self.nearest.rows], self.facts["groups"][self.nearest.rows]
-        ways: tuple[tuple[Kind, Any], ...] = (("outlier", find_outliers), ("off_topic", find_off_topic))
-        for kind, find in ways:
-            if kind in self.kinds:
-                with self._timed(kind.replace("_", " ")):
-                    self._add(kind, find(self.nearest, y, groups=groups))
+        if "outlier" in self.kinds:
+            with self._timed("outliers"):
+                self._add("outlier", find_outliers(self.nearest, y, groups=groups))
+        if "off_topic" in self.kinds:
+            with self._timed("off topic"), self.cache.reader() as features:
+                self._add("off_topic", find_off_topic(features, self.nearest.rows, y))
 
     def _labels(self) -> None:
         """Suspects among all labelled rows, each judged by heads that saw neither it nor its copies."""
@@ -263,18 +261,31 @@ class _Work:
         if not wanted or self.nearest is None:
             return
         y, groups = self.cache.y[self.nearest.rows], self.facts["groups"][self.nearest.rows]
-        if why := _unjudged(y, groups):
-            self._not_done({*wanted, "overlaps"}, why)
+        if not (y >= 0).any():
+            self._not_done({*wanted, "overlaps"}, "there are no labels")
             return
-        try:
-            with self._timed("judging labels"), self.cache.reader() as features:
-                probabilities = out_of_fold(features, self.nearest.rows, y, groups, seed=self.seed)
-        except UsageError as error:  # more than fits into memory
-            self._not_done({*wanted, "overlaps"}, str(error))
+        seconds, size = self._judging()
+        if size > (free := available_memory()):
+            self._not_done(
+                {*wanted, "overlaps"}, f"it needs about {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+            )
+            return
+        _announce("judging labels", seconds, size)
+        with self._timed("judging labels") as report, self.cache.reader() as features:
+            probabilities = out_of_fold(features, self.nearest.rows, y, groups, seed=self.seed, progress=report)
+        if np.isnan(probabilities).all():
+            self._not_done(
+                {*wanted, "overlaps"}, "there are no two classes with enough different images to judge labels by"
+            )
             return
         self.facts["opinions"] = Opinions(self.nearest.rows, probabilities)
         self._add("label", find_label_errors(y, probabilities, self.nearest, groups=groups))
         self.facts["overlaps"] = tuple(find_overlaps(y, probabilities))
+
+    def _judging(self) -> tuple[float, int]:
+        """Seconds and bytes that ``out_of_fold`` takes."""
+        labelled = int((self.cache.y >= 0).sum())
+        return estimate_labels(labelled, self.cache.dim, len(self.cache.classes), cores=usable_cores())
 
     def _scores(self) -> None:
         """The score before and after; it speaks of all kinds, so that it is left out where only some are asked for."""
@@ -284,6 +295,7 @@ class _Work:
         usable[self.rows] = True
         exact = np.unique(first_copies(self.cache.rows.digests), return_inverse=True)[1]
         columns = self.cache.y, self.cache.rows.splits, exact, self.facts["groups"], usable
+        _announce("scoring", 2 * self._judging()[0], 0)
         try:
             with self._timed("scores") as report, self.cache.reader() as features:
                 self.facts["scores"] = honest_scores(Rows(features, *columns), seed=self.seed, progress=report)
@@ -340,14 +352,11 @@ class _Work:
             self.facts["seconds"][step] = round(time.perf_counter() - started, 3)
 
 
-def _unjudged(y: Array, groups: Indices) -> str:
-    """Why no label can be judged; empty if some can."""
-    if not (y >= 0).any():
-        return "there are no labels"
-    pairs = np.unique(np.stack([y, groups])[:, y >= 0], axis=1)
-    if (np.bincount(pairs[0]) >= FEWEST).sum() < 2:
-        return f"it takes two classes with {FEWEST} different images each"
-    return ""
+def _announce(what: str, seconds: float, size: int) -> None:
+    """Say of long work how long it is, before it starts."""
+    if seconds > _LONG:
+        memory = f" and {size / 1e9:.1f} GB of memory" if size else ""
+        log.info("%s takes about %s%s; Ctrl-C keeps what is finished", what, in_words(seconds), memory)
 
 
 def in_words(seconds: float) -> str:

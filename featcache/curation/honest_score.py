@@ -6,24 +6,25 @@ model's own opinion: only images whose copies train are taken out of them. Who i
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.curation.label_errors import first_of_groups
 from featcache.errors import SourceError
 from featcache.heads.confident import wrong_labels
 from featcache.heads.head import Array, FeatureSource, Indices, softmax
 from featcache.heads.metrics import accuracy_interval
+from featcache.images.groups import first_members
 from featcache.images.splits import training_images
 from featcache.spec import SPLITS
 from featcache.system.runtime_options import usable_cores
 
 Progress = Callable[[int, int], None]
 Terms = Literal["as_given", "without_leaks", "without_suspects"]
+_MOST_VALUES = 2**27  # of features that train a head
 _FOLDS, _FEWEST_FOLDS = 5, 3  # with fewer than three, nobody is left to judge a fold's training rows
 _MOST_OPINIONS = 2**28  # probabilities, 1 GB
 
@@ -39,6 +40,7 @@ class Score:
             that was trained without its label suspects.
         accuracy: 0..1. interval: [low, high] of 95 %, ``heads.metrics.accuracy_interval``. n: images that are scored.
         left_out: images that these terms leave out: of the score, or ``without_suspects`` of training.
+        n_train: images that trained; of very many a sample does (128 million features).
     """
 
     split: str
@@ -47,6 +49,7 @@ class Score:
     interval: list[float]
     n: int
     left_out: int
+    n_train: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,18 +82,20 @@ def honest_scores(rows: Rows, *, seed: int = 0, progress: Progress = lambda *_: 
     train = train[_has_folds(rows.labels[train], rows.exact[train])]
     if len(np.unique(rows.labels[train])) < 2:
         raise SourceError("a score needs two classes with two different training images each")
-    if rows.splits.any():
-        return tuple(_of_splits(rows, train, seed, progress))
-    return tuple(_out_of_fold(rows, train, seed, progress))
+    most = _MOST_VALUES // rows.features.shape[1]
+    sample = np.sort(np.random.default_rng(seed).permutation(train)[:most])
+    sample = sample[_has_folds(rows.labels[sample], rows.exact[sample])]
+    way = _of_splits if rows.splits.any() else _out_of_fold
+    return tuple(way(rows, train, sample, seed, progress))
 
 
 def _has_folds(labels: Array, copies: Indices) -> npt.NDArray[np.bool_]:
     """Which rows are of a class with two different images at least: of fewer none could be held out."""
-    counts = np.bincount(labels[np.unique(first_of_groups(copies))], minlength=int(labels.max(initial=0)) + 1)
+    counts = np.bincount(labels[np.unique(first_members(copies))], minlength=int(labels.max(initial=0)) + 1)
     return counts[labels] >= 2
 
 
-def _of_splits(rows: Rows, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
+def _of_splits(rows: Rows, all_train: Indices, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
     """By one head for the first two terms, and one for the third."""
     progress(0, 2)
     head = judge = _Fitted(rows, train, rows.exact, seed)
@@ -98,34 +103,36 @@ def _of_splits(rows: Rows, train: Indices, seed: int, progress: Progress) -> Ite
         judge = _Fitted(rows, train, rows.groups, seed)
     progress(1, 2)
     rest = _with_folds(rows, np.delete(train, judge.suspects()))
-    better = _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
+    better = head if len(rest) == len(train) else _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
     for split in ("val", "test"):
         here = np.flatnonzero((rows.splits == SPLITS.index(split)) & rows.usable & np.isin(rows.labels, head.present))
-        new = ~np.isin(rows.groups[here], rows.groups[train])
+        new = ~np.isin(rows.groups[here], rows.groups[all_train])
         if len(here):
             right = head.right(here)
-            yield _score(split, "as_given", right, 0)
-            yield from [_score(split, "without_leaks", right[new], int((~new).sum()))] if new.any() else ()
-            if new.any() and better is not None:
-                yield _score(split, "without_suspects", better.right(here[new]), len(train) - len(rest))
+            yield _score(split, "as_given", right, 0, len(train))
+        if new.any():
+            yield _score(split, "without_leaks", right[new], int((~new).sum()), len(train))
+        if new.any() and better is not None:
+            yield _score(split, "without_suspects", better.right(here[new]), len(train) - len(rest), len(rest))
     progress(2, 2)
 
 
-def _out_of_fold(rows: Rows, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
+def _out_of_fold(rows: Rows, _: Indices, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
     """As ``fit-head`` has it, corrected for the choice among settings; without suspects it changes by what the same folds say."""
     progress(0, 2)
     fitted = _Fitted(rows, train, rows.exact, seed)
-    yield _share("out_of_fold", "as_given", fitted.cv_accuracy, len(train), 0)
+    yield _share("out_of_fold", "as_given", fitted.cv_accuracy, len(train), 0, len(train))
     if not _same_partition(rows.exact[train], rows.groups[train]):
         train = train[_has_folds(rows.labels[train], rows.groups[train])]
         if len(np.unique(rows.labels[train])) < 2:
             return
         fitted = _Fitted(rows, train, rows.groups, seed)
-    yield _share("out_of_fold", "without_leaks", fitted.cv_accuracy, len(train), 0)
+    yield _share("out_of_fold", "without_leaks", fitted.cv_accuracy, len(train), 0, len(train))
     progress(1, 2)
     if (found := fitted.gain_without_suspects(seed)) is not None:
         gain, left_out = found
-        yield _share("out_of_fold", "without_suspects", fitted.cv_accuracy + gain, len(train), left_out)
+        n = len(train)
+        yield _share("out_of_fold", "without_suspects", fitted.cv_accuracy + gain, n, left_out, n - left_out)
     progress(2, 2)
 
 
@@ -136,7 +143,7 @@ def _with_folds(rows: Rows, train: Indices) -> Indices:
 
 
 def _same_partition(first: Indices, second: Indices) -> bool:
-    return bool((first_of_groups(first) == first_of_groups(second)).all())
+    return bool((first_members(first) == first_members(second)).all())
 
 
 class _Fitted:
@@ -147,7 +154,7 @@ class _Fitted:
 
         self.rows, self.train = rows, train
         self.present, self.y = np.unique(rows.labels[train], return_inverse=True)
-        self.copies = first_of_groups(partition[train])
+        self.copies = first_members(partition[train])
         self.folds = min(_FOLDS, int(np.bincount(self.y[np.unique(self.copies)]).min()))
         self.fitted = fit_logreg(rows.features, train, self.y, folds=self.folds, copies=self.copies, seed=seed)
         self.cv_accuracy = self.fitted.cv_accuracy or 0.0
@@ -168,52 +175,74 @@ class _Fitted:
     def gain_without_suspects(self, seed: int) -> tuple[float, int] | None:
         """What leaving suspects out of each fold's training adds to the out-of-fold accuracy, and how many these are on average.
 
-        Nothing of a fold decides what its head is trained on: for each two folds a head that saw neither judges the rows of
-        both, and a fold's head does without the suspects of those heads that have not seen that fold. None: too little is left.
+        None: too little is left of a class, or there are too many rows.
         """
-        from featcache.heads.logreg import Solver, one_blas_thread
-        from featcache.heads.validation import stratified_folds
-
-        before, n, classes = self.fitted.out_of_fold, len(self.y), len(self.present)
-        if self.folds < _FEWEST_FOLDS or before is None or len(before) < n or self.folds * n * classes > _MOST_OPINIONS:
+        before, n = self.fitted.out_of_fold, len(self.y)
+        opinions = self.folds * n * len(self.present)
+        if self.folds < _FEWEST_FOLDS or before is None or len(before) < n or opinions > _MOST_OPINIONS:
             return None
-        setting = self.fitted.chosen["scaling"], self.fitted.chosen["C"]
-        X = self.rows.features[self.train].astype(np.float32)
-        solver = Solver(X, self.y, grid=setting[1:], scalings=setting[:1])
-        solver.prepare()
-        splits = stratified_folds(self.y, self.copies, folds=self.folds, seed=seed)
-        pairs = [*itertools.combinations([held_out for _, held_out in splits], 2)]
-
-        def judge(pair: tuple[Indices, Indices]) -> list[Array]:
-            both = np.concatenate(pair)
-            found = solver.held_out_logits((np.delete(np.arange(n), both), both), setting)
-            return np.split(softmax(found / self.fitted.temperature), [len(pair[0])])
-
-        def clean(number: int) -> tuple[Indices, Array]:
-            (inside, held_out), opinion = splits[number], opinions[number]
-            rest = np.setdiff1d(inside, wrong_labels(self.y, opinion))
-            enough = len(np.unique(self.y[rest])) == classes
-            return rest, solver.held_out_logits((rest, held_out), setting) if enough else np.empty((0, classes))
-
-        opinions = np.full((self.folds, n, classes), np.nan, np.float32)  # of each fold those of the other four
-        with one_blas_thread(), ThreadPoolExecutor(usable_cores()) as pool:
-            for (one, other), (first, second) in zip(
-                itertools.combinations(range(self.folds), 2), pool.map(judge, pairs), strict=True
-            ):
-                opinions[other, splits[one][1]], opinions[one, splits[other][1]] = first, second
-            rests, after = zip(*pool.map(clean, range(self.folds)), strict=True)
-        if sum(map(len, after)) < n:
+        folds = _Folds(self, seed)
+        rests = folds.without_suspects()
+        if any(len(np.unique(self.y[rest])) < len(self.present) for rest in rests):
             return None
-        right = sum(int((z.argmax(axis=1) == self.y[rows]).sum()) for z, (_, rows) in zip(after, splits, strict=True))
-        left_out = sum(len(inside) - len(rest) for (inside, _), rest in zip(splits, rests, strict=True))
-        gain = right - int((before.argmax(axis=1) == self.y).sum())
+        gain = folds.right(rests) - int((before.argmax(axis=1) == self.y).sum())
+        left_out = sum(len(inside) - len(rest) for (inside, _), rest in zip(folds.splits, rests, strict=True))
         return gain / n, round(left_out / (self.folds - 1))
 
 
-def _score(split: str, terms: Terms, right: npt.NDArray[np.bool_], left_out: int) -> Score:
-    return _share(split, terms, float(right.mean()), len(right), left_out)
+class _Folds:
+    """The folds of a fitted head once more, at the setting that was chosen, with other rows to train on.
+
+    Nothing of a fold decides what its head is trained on: for each two folds a head that saw neither judges the rows of both,
+    and the suspects of a fold's training rows are those of the heads that have not seen that fold.
+    """
+
+    def __init__(self, head: _Fitted, seed: int) -> None:
+        from featcache.heads.logreg import Solver
+        from featcache.heads.validation import stratified_folds
+
+        self.y, self.temperature = head.y, head.fitted.temperature
+        self.setting = head.fitted.chosen["scaling"], head.fitted.chosen["C"]
+        self.splits = stratified_folds(head.y, head.copies, folds=head.folds, seed=seed)
+        X = head.rows.features[head.train].astype(np.float32)
+        self.solver = Solver(X, head.y, grid=self.setting[1:], scalings=self.setting[:1])
+        self.solver.prepare()
+
+    def without_suspects(self) -> list[Indices]:
+        """Of each fold the rows that train it, without suspects."""
+        opinions = np.full((len(self.splits), len(self.y), int(self.y.max()) + 1), np.nan, np.float32)
+        pairs = [*itertools.combinations(range(len(self.splits)), 2)]
+        held_out = [rows for _, rows in self.splits]
+        both = [np.concatenate([held_out[one], held_out[other]]) for one, other in pairs]
+        trained = [np.delete(np.arange(len(self.y)), rows) for rows in both]
+        for (one, other), logits in zip(pairs, self._logits(trained, both), strict=True):
+            parts = np.split(softmax(logits / self.temperature), [len(held_out[one])])
+            opinions[other, held_out[one]], opinions[one, held_out[other]] = parts
+        return [
+            np.setdiff1d(inside, wrong_labels(self.y, opinion))
+            for opinion, (inside, _) in zip(opinions, self.splits, strict=True)
+        ]
+
+    def right(self, trained: Sequence[Indices]) -> int:
+        """How many rows are right out of fold, if each fold's head is trained on ``trained``."""
+        held_out = [rows for _, rows in self.splits]
+        answers = self._logits(trained, held_out)
+        return sum(int((z.argmax(axis=1) == self.y[rows]).sum()) for z, rows in zip(answers, held_out, strict=True))
+
+    def _logits(self, trained: Sequence[Indices], held_out: Sequence[Indices]) -> list[Array]:
+        from featcache.heads.logreg import one_blas_thread
+
+        def one(split: tuple[Indices, Indices]) -> Array:
+            return self.solver.held_out_logits(split, self.setting)
+
+        with one_blas_thread(), ThreadPoolExecutor(usable_cores()) as pool:
+            return list(pool.map(one, zip(trained, held_out, strict=True)))
 
 
-def _share(split: str, terms: Terms, share: float, n: int, left_out: int) -> Score:
+def _score(split: str, terms: Terms, right: npt.NDArray[np.bool_], left_out: int, n_train: int) -> Score:
+    return _share(split, terms, float(right.mean()), len(right), left_out, n_train)
+
+
+def _share(split: str, terms: Terms, share: float, n: int, left_out: int, n_train: int) -> Score:
     right = min(max(round(share * n), 0), n)
-    return Score(split, terms, share, accuracy_interval(right, n), n, left_out)
+    return Score(split, terms, share, accuracy_interval(right, n), n, left_out, n_train)

@@ -1,122 +1,224 @@
 """Labels that may be wrong: what heads say that have not seen the row, and what its neighbours are labelled.
 
-In: features, labels and groups of copies of N rows, their neighbours. Out: probabilities, and findings of kind ``label``. What
-``heads.confident`` decides is put into words here.
+In: features, labels and groups of copies of N rows, their neighbours. Out: probabilities, and findings of kind ``label``.
+``heads.confident`` decides; here it is fed, and put into words.
 """
 
 import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from featcache.curation.finding import Finding
 from featcache.curation.neighbours import Nearest
-from featcache.heads.confident import confident_joint, doubts, wrong_labels
-from featcache.heads.head import Array, FeatureSource, Indices, softmax
+from featcache.heads.confident import Votes, confident_joint, doubts, wrong_labels
+from featcache.heads.head import Array, FeatureSource, Indices, Scaling, softmax
 from featcache.heads.validation import fit_temperature, stratified_folds
 
-__all__ = ["confident_joint", "find_label_errors", "neighbour_shares", "out_of_fold"]
+if TYPE_CHECKING:
+    from featcache.heads.logreg import Solver
+
+__all__ = ["HOW_MANY_ARE_REAL", "confident_joint", "estimate", "find_label_errors", "out_of_fold"]
 
 log = logging.getLogger("featcache")
-_K = 10  # neighbours that are asked
-_FOLDS = 5
-_FEWEST = 3  # different images of a class: of fewer, one head in two has hardly seen it
-_REPEATS = 3  # other folds, over which probabilities are averaged
+HOW_MANY_ARE_REAL = (
+    "about half of such labels are really wrong: 51% by people's judgement on ten test sets (Northcutt et al. 2021)"
+)
+_ASKED = 10  # neighbours
+_FOLDS, _REPEATS = 5, 3  # other folds each time: averaged, probabilities depend less on who trained with whom
+_FEWEST = 3  # different images of a class: of fewer, heads have seen one or none
+_MOST_VALUES = 2**27  # of features that train at a time: 1 GB in float64; of more rows each head sees a sample
+_KEPT = 2**26  # probabilities, 256 MB; more lie in a temporary file, in half precision
+_BLOCK = 2**22  # of them, worked on at a time
+_SECONDS = 2e-6, 4e-8  # of one core, per value of the features: in all, and for each class
+Progress = Callable[[int, int], None]  # heads trained, heads to train
+
+
+def estimate(n: int, dim: int, n_classes: int, *, cores: int = 2) -> tuple[float, int]:
+    """Seconds and bytes of memory that ``out_of_fold`` takes, roughly."""
+    trained = min(n, _MOST_VALUES // dim)
+    values = trained * min(trained, dim)
+    seconds = values * (_SECONDS[0] + _SECONDS[1] * n_classes) / cores
+    return seconds, 8 * trained * dim + 12 * values + 4 * min(n * n_classes, _KEPT)
 
 
 def out_of_fold(
-    features: FeatureSource, rows: Indices, y: Array, groups: Indices | None = None, *, seed: int = 0
+    features: FeatureSource,
+    rows: Indices,
+    y: Array,
+    groups: Indices | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> Array:
-    """(N, C) float32 probabilities of each row, from logistic regressions that were trained without it and its copies.
+    """(N, C) probabilities of each row, from logistic regressions that were trained without it and its copies.
 
-    C and scaling are chosen as ``heads.logreg`` chooses them, logits are calibrated by temperature, and probabilities averaged
-    over several ways to fold.
+    C and scaling are chosen as ``heads.logreg`` chooses them, logits calibrated by temperature, and probabilities averaged over
+    three ways to fold. Of features too large for that (1 GB in float64) each head trains on a sample, and there is one way.
 
     Args:
         features: (M, D), finite. rows: (N,) numbers of rows among them. y: (N,) labels 0..C-1, -1: none.
-        groups: (N,) of rows that show the same image the same number; they lie in one fold. None: there are no copies.
-        seed: of the folds.
+        groups: (N,) the same number of rows that show the same image: they lie in one fold. None: there are no copies.
+        seed: of the folds and samples. progress: called after each pass.
 
     Returns:
-        NaN of rows without a label, or whose class has fewer than 3 different images; of all where fewer than two classes have.
+        float32; of more than 64 million float16, in a temporary file that goes when the array does. NaN of rows without a label,
+        and of those whose class has fewer than 3 different images; of all where fewer than two classes have more.
     """
-    n_classes = int(y.max(initial=-1)) + 1
-    found = np.full((len(rows), max(n_classes, 1)), np.nan, np.float32)
+    n_classes = max(int(y.max(initial=-1)) + 1, 1)
+    found = _table(len(rows), n_classes)
     groups = np.arange(len(rows)) if groups is None else groups
-    judged, present, labels = _judged(y, groups)
+    judged, present = _judged(y, groups)
     if len(present) < 2:
         return found
-    from featcache.heads.logreg import C_GRID, Solver
-
-    X = features[rows[judged]].astype(np.float64)
-    copies = first_of_groups(groups[judged])
-    folds = min(_FOLDS, int(np.bincount(labels[np.unique(copies)]).min()))
-    splits = stratified_folds(labels, copies, folds=folds, seed=seed)
-    solver = Solver(X, labels, grid=C_GRID)
-    results = solver.cross_validate(splits)
-    setting = solver.settings[results.best(np.ones((1, len(labels))), copies)[0]]
-    logits = solver.out_of_fold(splits, setting).astype(np.float64)
-    temperature, _ = fit_temperature(labels, logits, results.fold)
-    total = softmax(logits / temperature)
-    for repeat in range(1, _REPEATS):
-        splits = stratified_folds(labels, copies, folds=folds, seed=(seed + repeat * 7919) % 2**32)
-        again = Solver(X, labels, grid=C_GRID[: C_GRID.index(setting[1]) + 1], scalings=setting[:1])
-        again.prepare()
-        total += softmax(again.out_of_fold(splits, setting).astype(np.float64) / temperature)
-    found[judged] = 0
-    found[np.ix_(judged, present)] = total / _REPEATS
+    labels, copies = np.searchsorted(present, y[judged]), _first_of_groups(groups[judged])
+    whole = len(judged) * features.shape[1] <= _MOST_VALUES
+    passes = _passes if whole else _sampled_passes
+    for part, p in passes(features, rows[judged], labels, copies, seed=seed, progress=progress or (lambda *_: None)):
+        for some in np.array_split(np.arange(len(part)), max(1, p.size // _BLOCK)):  # what is left in between is 0
+            block = np.zeros((len(some), n_classes), np.float32)
+            block[:, present] = p[some]
+            found[judged[part[some]]] = block
     return found
 
 
-def _judged(y: Array, groups: Indices) -> tuple[Indices, Array, Array]:
-    """Rows whose class has enough different images, these classes, and the rows' positions among them."""
-    first = first_of_groups(groups)
-    different = np.unique(first[y >= 0])
-    counts = np.bincount(y[different][y[different] >= 0], minlength=1)
+def _table(n: int, n_classes: int) -> Array:
+    """(n, C) NaN, in memory or in a file that nobody else sees."""
+    if n * n_classes <= _KEPT:
+        return np.full((n, n_classes), np.nan, np.float32)
+    with tempfile.TemporaryFile() as file:
+        table: Array = np.memmap(file, np.float16, "w+", shape=(n, n_classes))
+    for start in range(0, n, step := max(1, _BLOCK // n_classes)):
+        table[start : start + step] = np.nan
+    return table
+
+
+def _judged(y: Array, groups: Indices) -> tuple[Indices, Array]:
+    """Rows whose class has enough different images, and these classes."""
+    known = np.flatnonzero(y >= 0)
+    different = y[known][np.unique(_first_of_groups(groups[known]))]
+    counts = np.bincount(different, minlength=1)
     present = np.flatnonzero(counts >= _FEWEST)
-    judged = np.flatnonzero(np.isin(y, present))
     if few := int((counts > 0).sum() - len(present)):
-        log.info("labels of %d classes with fewer than %d different images are not judged", few, _FEWEST)
-    return judged, present, np.searchsorted(present, y[judged])
+        classes = "1 class" if few == 1 else f"{few} classes"
+        log.info("labels of %s with fewer than %d different images are not judged", classes, _FEWEST)
+    return known[np.isin(y[known], present)], present
 
 
-def first_of_groups(groups: Indices) -> Indices:
-    """(N,) group numbers -> (N,) the first row of each row's group, as ``stratified_folds`` wants it."""
+def _first_of_groups(groups: Indices) -> Indices:
+    """(N,) the first row of each row's group, as ``stratified_folds`` wants it."""
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
     return first[group]
 
 
-def neighbour_shares(nearest: Nearest, y: Array, n_classes: int, *, groups: Indices | None = None) -> Array:
-    """(N, C) shares of the classes among the labels of the nearest neighbours, weighed by similarity.
+def _passes(
+    features: FeatureSource, rows: Indices, y: Array, copies: Indices, *, seed: int, progress: Progress
+) -> Iterator[tuple[Indices, Array]]:
+    """All rows, and their (n, K) probabilities."""
+    from featcache.heads.logreg import C_GRID, Solver
 
-    Copies of the row, and neighbours without a label, are not asked; zeros where nobody is left.
-    """
-    k = min(_K, nearest.k)
+    X, folds = features[rows].astype(np.float64), _folds_of(y, copies)
+    splits = stratified_folds(y, copies, folds=folds, seed=seed)
+    solver, scaling, C, temperature, logits = _chosen(X, y, copies, splits)
+    total = softmax(logits / temperature)
+    progress(1, _REPEATS)
+    path = C_GRID[: C_GRID.index(C) + 1]
+    again = Solver(X, y, grid=path, scalings=(scaling,))
+    again.basis, again.rows = solver.basis, solver.rows
+    for repeat in range(1, _REPEATS):
+        splits = stratified_folds(y, copies, folds=folds, seed=(seed + repeat * 7919) % 2**32)
+        total += softmax(again.out_of_fold(splits, (scaling, C)).astype(np.float64) / temperature)
+        progress(repeat + 1, _REPEATS)
+    yield np.arange(len(y)), total / _REPEATS
+
+
+def _chosen(
+    X: Array, y: Array, copies: Indices, splits: list[tuple[Indices, Indices]]
+) -> tuple["Solver", Scaling, float, float, Array]:
+    """The solver of all settings, the scaling, C and temperature that suit, and their (n, K) logits before the latter."""
+    from featcache.heads.logreg import C_GRID, Solver
+
+    solver = Solver(X, y, grid=C_GRID)
+    results = solver.cross_validate(splits)
+    scaling, C = solver.settings[results.best(np.ones((1, len(y))), copies)[0]]
+    logits = solver.out_of_fold(splits, (scaling, C)).astype(np.float64)
+    return solver, scaling, C, fit_temperature(y, logits, results.fold)[0], logits
+
+
+def _folds_of(y: Array, copies: Indices) -> int:
+    """As many as the smallest class has different images, at most five."""
+    return min(_FOLDS, int(np.bincount(y[np.unique(copies)]).min()))
+
+
+def _sampled_passes(
+    features: FeatureSource, rows: Indices, y: Array, copies: Indices, *, seed: int, progress: Progress
+) -> Iterator[tuple[Indices, Array]]:
+    """A fold's rows and their (n, K) probabilities, from a head that saw a sample of the others, block by block."""
+    from featcache.heads.logreg import Solver, head_of
+
+    generator, folds = np.random.default_rng(seed), _folds_of(y, copies)
+    some = _sample(np.unique(copies), y, features.shape[1], generator)
+    itself = np.arange(len(some))
+    splits = stratified_folds(y[some], itself, folds=min(folds, _folds_of(y[some], itself)), seed=seed)
+    _, scaling, C, temperature, _ = _chosen(features[rows[some]].astype(np.float64), y[some], itself, splits)
+    log.info("%d heads, each trained on %d of %d images, judge the labels", folds, len(some), len(y))
+    progress(1, folds + 1)
+    for number, (train, held_out) in enumerate(stratified_folds(y, copies, folds=folds, seed=seed), 2):
+        some = _sample(train, y, features.shape[1], generator)
+        solver = Solver(features[rows[some]].astype(np.float64), y[some], grid=(C,))
+        head = head_of(solver.fit(scaling, C)[0], scaling).at_temperature(temperature)
+        step = max(1, _BLOCK // max(features.shape[1], len(head.layers[0][1])))
+        for start in range(0, len(held_out), step):
+            part = held_out[start : start + step]
+            yield part, head.probabilities(features[rows[part]])
+        progress(number, folds + 1)
+
+
+def _sample(rows: Indices, y: Array, dim: int, generator: np.random.Generator) -> Indices:
+    """As many of ``rows`` as may train, ascending; the fewest that folds need of each class among them."""
+    rows = generator.permutation(rows)
+    order = np.argsort(y[rows], kind="stable")
+    starts = np.searchsorted(y[rows][order], y[rows][order])
+    first = order[np.arange(len(rows)) - starts < _FEWEST]
+    chosen = np.concatenate([first, np.arange(len(rows))])
+    _, at = np.unique(chosen, return_index=True)
+    kept = chosen[np.sort(at)][: max(_MOST_VALUES // dim, len(first))]
+    return np.sort(rows[kept])
+
+
+def _votes(nearest: Nearest, y: Array, groups: Indices | None) -> Votes:
+    """What the nearest neighbours are labelled, weighed by similarity. Copies, and rows without a label, are not asked."""
+    k = min(_ASKED, nearest.k)
     places, weights = nearest.places[:, :k], np.maximum(nearest.similarities[:, :k], 0).astype(np.float64)
-    weights = weights * (y[places] >= 0)
+    weights *= y[places] >= 0
     if groups is not None:
         weights *= groups[places] != groups[:, None]
-    shares = np.zeros((len(y), n_classes))
-    for column in range(k):
-        shares[np.arange(len(y)), y[places[:, column]]] += weights[:, column]
-    sums = shares.sum(axis=1, keepdims=True)
-    return shares / np.where(sums == 0, 1, sums)
+    sums = weights.sum(axis=1, keepdims=True)
+    return Votes(np.maximum(y[places], 0), weights / np.where(sums == 0, 1, sums))
 
 
 def find_label_errors(
     y: Array, probabilities: Array, nearest: Nearest | None = None, *, groups: Indices | None = None
 ) -> list[Finding]:
-    """Suspects, the surest first. score: ``heads.confident.doubts``.
+    """Suspects, the surest first; which and how many is said in ``heads.confident``. score: its ``doubts``, above 0.5.
 
     Args:
-        y: (N,) labels, -1: none. probabilities: (N, C), from ``out_of_fold``; y, probabilities and groups by place in
-            ``nearest.rows``. nearest: None: neighbours are not asked, and rows are numbered as they come.
+        y: (N,) labels, -1: none. probabilities: (N, C), from ``out_of_fold``. groups: as there. All three by place in
+            ``nearest.rows``.
+        nearest: None: neighbours are not asked, and rows are numbered as they come.
     """
-    shares = None if nearest is None else neighbour_shares(nearest, y, probabilities.shape[1], groups=groups)
-    doubt, other = doubts(y, probabilities, shares)
+    votes = None if nearest is None else _votes(nearest, y, groups)
+    doubt, other = doubts(y, probabilities, votes)
     rows = np.arange(len(y)) if nearest is None else nearest.rows
     found = []
-    for place in wrong_labels(y, probabilities, shares):
-        p = probabilities[place]
-        reason = f"another class has probability {p[other[place]]:.2f}, its own {p[y[place]]:.2f}"
-        found.append(Finding("label", int(rows[place]), float(doubt[place]), reason, suggested=int(other[place])))
+    for place in wrong_labels(y, probabilities, votes).tolist():
+        p, suggested = probabilities[place], int(other[place])
+        reason = f"probability {p[suggested]:.1%} of the class suggested, {p[y[place]]:.1%} of its own"
+        if votes is not None and (asked := votes.weights[place] > 0).any():
+            labels = votes.labels[place][asked]
+            of_other, of_own = int((labels == suggested).sum()), int((labels == y[place]).sum())
+            reason += f"; of its {len(labels)} nearest neighbours {of_other} are labelled so, {of_own} as it is"
+        found.append(Finding("label", int(rows[place]), float(doubt[place]), reason, suggested=suggested))
     return found

@@ -249,6 +249,8 @@ def _problems_of_files(
     """What does not agree with the images, which are read."""
     files, there = Files(root), dict[int, str]()
     for place, line in enumerate(lines):
+        if not line.path.strip():
+            continue
         try:
             found = files.resolved(Entry(line.path, -1, -1))
         except RefusedImage as reason:
@@ -256,7 +258,7 @@ def _problems_of_files(
             continue
         if found.size >= 0:
             there[place] = found.path
-        elif line.path.strip():
+        else:
             yield line.number, f"{line.path} is not there, below {root}"
     places = list(there)
     for read in read_images(Paths(root, tuple(there.values())), range(len(there)), len, workers=workers):

@@ -439,7 +439,7 @@ def _lines(made: Split) -> list[str]:
     if groups:
         what = {"exact": "copies", "near": "copies and near copies", "none": ""}[made.kind]
         words = " and ".join(filter(None, [what, made.column and printable(made.column)]))
-        lines.append(f"  {groups} groups of {inside} images kept together ({words})")
+        lines.append(f"  {inside} images in {groups} groups kept together ({words})")
     if made.kept:
         moved = "".join(f", {count} move from train to {name}" for name, count in made.moved.items())
         lines.append(f"  {made.kept} images keep the split they had{moved}")

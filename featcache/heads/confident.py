@@ -9,6 +9,7 @@ better than either alone (``benchmarks/LOG.md``).
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,18 @@ from featcache.heads.head import Array, Indices
 _BLOCK = 2**22  # probabilities that are worked on at a time
 _NEIGHBOURS = 0.25  # weight of the neighbours' opinion
 _LEAST = 1e-4  # added to opinions, so that none is certain: rows are ranked by how they differ, not by rounding
+
+
+class Votes(NamedTuple):
+    """What k neighbours of each of N rows are labelled.
+
+    Attributes:
+        labels: (N, k) classes. weights: (N, k), of a row summing to 1; 0 of neighbours that are not asked, and all 0 of rows
+            that have none.
+    """
+
+    labels: Indices
+    weights: Array
 
 
 def confident_joint(y: Array, probabilities: Array) -> Array:
@@ -52,42 +65,45 @@ def count_wrong_labels(y: Array, probabilities: Array) -> int:
     joint = confident_joint(y, probabilities)
     rows = joint.sum(axis=1)
     wrong = 1 - joint.diagonal() / np.maximum(rows, 1)
-    known = np.zeros(len(rows), np.int64)
+    judged = np.zeros(len(rows), np.int64)
     for some, _ in _blocks(y, probabilities):
-        known += np.bincount(y[some], minlength=len(rows))
-    return round(float((wrong * known)[rows > 0].sum()))
+        judged += np.bincount(y[some], minlength=len(rows))
+    return round(float((wrong * judged).sum()))
 
 
-def doubts(y: Array, probabilities: Array, neighbours: Array | None = None) -> tuple[Array, Indices]:
+def doubts(y: Array, probabilities: Array, votes: Votes | None = None) -> tuple[Array, Indices]:
     """(N,) in 0..1, how far another class outweighs the label: q_other / (q_other + q_label); and (N,) which one.
 
     That is the logit margin put through a sigmoid: above 0.5 the other class is the more probable. 0 and -1 without opinion.
 
     Args:
-        y, probabilities: as for ``confident_joint``. neighbours: (N, C) shares of the classes among the labels of the nearest
-            neighbours, rows summing to 1, or 0 where there are none.
+        y, probabilities: as for ``confident_joint``. votes: of the nearest neighbours; None: they are not asked.
     """
     doubt, other = np.zeros(len(y)), np.full(len(y), -1, np.intp)
     for rows, p in _blocks(y, probabilities):
-        q = p
-        if neighbours is not None:
-            shares = neighbours[rows]
-            weight = _NEIGHBOURS * shares.sum(axis=1, keepdims=True)
-            q = (1 - weight) * p + _NEIGHBOURS * shares
-        at = np.arange(len(q)), y[rows]
+        q = p if votes is None else _heard(p, votes.labels[rows], votes.weights[rows])
         q = q + _LEAST
+        at = np.arange(len(q)), y[rows]
         own = q[at]
         q[at] = -1
         other[rows] = q.argmax(axis=1)
-        doubt[rows] = q[at[0], other[rows]] / (q[at[0], other[rows]] + own)
+        most = q[at[0], other[rows]]
+        doubt[rows] = most / (most + own)
     return doubt, other
 
 
-def wrong_labels(y: Array, probabilities: Array, neighbours: Array | None = None) -> Indices:
+def _heard(p: Array, labels: Indices, weights: Array) -> Array:
+    """(n, C) probabilities, mixed with the neighbours' votes (n, k)."""
+    q = p * (1 - _NEIGHBOURS * weights.sum(axis=1, keepdims=True))
+    for column in range(labels.shape[1]):
+        q[np.arange(len(q)), labels[:, column]] += _NEIGHBOURS * weights[:, column]
+    heard: Array = q
+    return heard
+
+
+def wrong_labels(y: Array, probabilities: Array, votes: Votes | None = None) -> Indices:
     """Rows whose label may be wrong, the surest first: as many as ``count_wrong_labels``, if another class outweighs each."""
-    if probabilities.shape[1] < 2:
-        return np.empty(0, np.intp)
-    doubt, _ = doubts(y, probabilities, neighbours)
+    doubt, _ = doubts(y, probabilities, votes)
     found: Indices = np.argsort(-doubt, kind="stable")[: count_wrong_labels(y, probabilities)]
     return found[doubt[found] > 0.5]
 

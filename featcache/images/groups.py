@@ -4,7 +4,6 @@ A partition of N images is an array (N,): for each the number of the first image
 """
 
 import itertools
-import os
 import posixpath
 import unicodedata
 from collections.abc import Sequence
@@ -27,6 +26,12 @@ def group_by_name(names: Sequence[str]) -> Indices:
     """(N,) the first image of each one's name; images without a name ("") stand alone."""
     first: dict[str, int] = {}
     return np.array([first.setdefault(name, row) if name else row for row, name in enumerate(names)], np.intp)
+
+
+def first_members(groups: Indices) -> Indices:
+    """(N,) numbers that the images of a group share -> (N,) the first image of each one's group."""
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    return first[group]
 
 
 def joined(*partitions: Indices) -> Indices:
@@ -68,7 +73,7 @@ def read_groups(table: Source, paths: Sequence[str], *, needed: Sequence[bool] |
         )
     found: dict[str, str] = {}
     for entry, where in entries(read, columns):
-        if found.setdefault(path := _plain(entry.path), entry.group) != entry.group:
+        if found.setdefault(path := _plain(without_escape(entry.path.strip())), entry.group) != entry.group:
             raise SourceError(f"{where}: {path} is listed twice, in the groups {found[path]!r} and {entry.group!r}")
     wanted = [True] * len(paths) if needed is None else needed
     keys = _as_in(found, [*map(_plain, paths)], wanted)
@@ -82,8 +87,7 @@ def read_groups(table: Source, paths: Sequence[str], *, needed: Sequence[bool] |
 
 
 def _plain(path: str) -> str:
-    text = without_escape(path.strip()).replace(os.sep, "/").replace("\\", "/")
-    return unicodedata.normalize("NFC", posixpath.normpath(text))
+    return unicodedata.normalize("NFC", posixpath.normpath(path.replace("\\", "/")))
 
 
 def _as_in(table: dict[str, str], names: list[str], wanted: Sequence[bool]) -> list[str]:

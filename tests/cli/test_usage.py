@@ -8,7 +8,9 @@ import typer
 
 from featcache.cli import app, usage
 
-SPLITS = "splits come from folders called train, val and test, or from a column of the table"
+SPLITS = (
+    "splits come from folders called train, val and test, or from a column of the table, as `featcache split` writes"
+)
 EXTRACT = "as in: featcache extract photos/ -o features.h5"
 
 ANSWERS = {

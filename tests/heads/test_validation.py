@@ -42,6 +42,34 @@ def results(n: int, settings: int, seed: int) -> OutOfFold:
     )
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_of_several_classes_are_dealt_evenly(seed):
+    """As patients have images of several classes: no group is divided, each fold holds a fifth of each class."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 12, 80)
+    groups = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    y = random.choice(3, len(groups), p=[0.6, 0.3, 0.1])
+    y[groups == 0] = 3  # of a rare class two groups
+    y[groups == groups[-1]] = 3
+    found = stratified_folds(y, groups, folds=5, seed=seed)
+    np.testing.assert_array_equal(np.sort(np.concatenate([held_out for _, held_out in found])), np.arange(len(y)))
+    for train, held_out in found:
+        assert not {*groups[train].tolist()} & {*groups[held_out].tolist()}
+        assert {*y[train].tolist()} == {0, 1, 2, 3}
+        for label in range(3):
+            assert abs((y[held_out] == label).sum() - (y == label).sum() / 5) <= 0.02 * len(y)
+    again = stratified_folds(y, groups, folds=5, seed=seed)
+    assert all(np.array_equal(one[1], other[1]) for one, other in zip(found, again, strict=True))
+
+
+def test_a_class_of_two_groups_is_never_held_out_as_a_whole():
+    """Their other class is so common there that both would go to the same fold."""
+    y = np.array([0] * 9 + [1] + [0] * 9 + [1] + [0, 0])
+    groups = np.repeat([0, 10, 20, 21], [10, 10, 1, 1])
+    for seed in range(20):
+        assert all({*y[train].tolist()} == {0, 1} for train, _ in stratified_folds(y, groups, folds=2, seed=seed))
+
+
 def test_scores_and_choice_are_those_of_the_drawn_rows():
     found = results(60, 4, seed=2)
     weights = np.random.default_rng(3).integers(0, 3, (5, 60)).astype(float)

@@ -7,11 +7,13 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import write_photo
 
 from featcache.errors import SourceError, UsageError
 from featcache.images.columns import Columns
+from featcache.images.records import csv_line, without_escape
 from featcache.images.source import Source, list_images
 
 TEXT = "path,label\r\nx/a.png,caf\xe9 \u03a9\r\n"
@@ -254,3 +256,30 @@ def test_a_table_that_changes_meanwhile_is_refused(table: Path, monkeypatch: pyt
 def test_only_paths_are_read_where_images_are_to_be_labelled(table: Path) -> None:
     table.write_text("path,label,set\nx/a.png,a,fold 3\nx/a.png,b,fold 4\n")
     assert list_images(table, labelled=False).paths == ("x/a.png",)
+
+
+def test_a_column_of_groups_is_read_where_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("path,label,patient\n1.jpg,a, p 7 \n2.jpg,b,\n")
+    for name in ("1.jpg", "2.jpg"):
+        write_photo(tmp_path / name, (1, 2, 3), 1)
+    images = list_images(Source(tmp_path / "l.csv", group_column="PATIENT"))
+    assert images.groups == ("p 7", "") and images.take(np.array([1])).groups == ("",)
+    assert list_images(tmp_path / "l.csv").groups == ()
+    (tmp_path / "l.csv").write_text("path,label,patient\n1.jpg,a,p\n./1.jpg,a,q\n2.jpg,b,r\n")
+    assert len(list_images(tmp_path / "l.csv")) == 2
+    with pytest.raises(SourceError, match="listed twice, with different labels, splits or groups"):
+        list_images(Source(tmp_path / "l.csv", group_column="patient"))
+    with pytest.raises(UsageError, match=r"no column for --group-column patent; .* did you mean patient\?"):
+        list_images(Source(tmp_path / "l.csv", group_column="patent"))
+    write_photo(tmp_path / "photos/1.jpg", (1, 2, 3), 1)
+    with pytest.raises(UsageError, match="--group-column says how a table is read"):
+        list_images(Source(tmp_path / "photos", group_column="patient"))
+    (tmp_path / "photos/metadata.csv").write_text("file_name,patient\n1.jpg,p\n")
+    write_photo(tmp_path / "photos/2.jpg", (1, 2, 3), 1)
+    assert list_images(Source(tmp_path / "photos", group_column="patient")).groups == ("p", "")
+
+
+@pytest.mark.parametrize("name", ["=a", "'=a", "''-a", "+1", "'q", "-5", "@x"])
+def test_what_is_escaped_comes_back(name: str) -> None:
+    cell = csv_line([name]).decode().strip()
+    assert without_escape(cell) == name and not cell.startswith(("=", "+", "-", "@"))

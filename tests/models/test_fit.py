@@ -17,6 +17,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
 from featcache.errors import FeatcacheError, SourceError, SpecMismatchError, UsageError
 from featcache.heads.head import KINDS
+from featcache.heads.validation import stratified_folds
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
@@ -104,6 +105,91 @@ def test_three_ways_to_probabilities_agree(model: Path, cache: Path) -> None:
     np.testing.assert_array_equal(from_predict, from_tensors)
     metrics = json.loads((model / "metrics.json").read_text())
     assert metrics["temperature"] == load_model(model).manifest["metrics"]["temperature"] != 1
+
+
+@pytest.fixture
+def patients(tmp_path: Path) -> Path:
+    """A table that names a patient for each row of ``cache``: five rows of each, of all classes; the last three of nobody."""
+    names = [f"p{k // 5}" if k < 147 else "" for k in range(150)]
+    lines = [f"{k:04d}.jpg,{name}" for k, name in enumerate(names)]
+    (tmp_path / "p.csv").write_text("path,patient\n" + "\n".join(lines) + "\n")
+    return tmp_path / "p.csv"
+
+
+@pytest.mark.parametrize(
+    "clf", ["logreg", *(pytest.param(clf, marks=pytest.mark.slow) for clf in KINDS if clf != "logreg")]
+)
+def test_groups_lie_in_one_fold(
+    cache: Path,
+    tmp_path: Path,
+    patients: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    clf: Any,
+) -> None:
+    dealt: list[Any] = []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        dealt.append(stratified_folds(*args, **options))
+        return dealt[-1]
+
+    monkeypatch.setattr("featcache.heads.logreg.stratified_folds", spy)
+    monkeypatch.setattr("featcache.heads.minibatch.stratified_folds", spy)
+    report = fit_head(cache, tmp_path / "m", clf=clf, groups=patients, group_column="patient")
+    assert report.groups == {"column": "patient", "training": 10, "across_splits": 0}
+    assert len(dealt[0]) == 5
+    for train, held_out in dealt[0]:
+        assert not {*(train // 5).tolist()} & {*(held_out // 5).tolist()}
+        assert {*(train % 3).tolist()} == {0, 1, 2}
+    assert json.loads((tmp_path / "m" / "metrics.json").read_text())["groups"] == report.groups
+    assert load_model(tmp_path / "m").manifest["training"]["group_column"] == "patient"
+    names = [f"p{k // 7}" for k in range(150)]  # as a list; of one of them images train and others do not
+    report = fit_head(cache, tmp_path / "m", clf=clf, groups=names)
+    assert report.groups == {"column": "as given", "training": 8, "across_splits": 6}
+    assert "6 images of val or test are of groups that train, the first 0050.jpg of p7" in caplog.text
+    assert fit_head(cache, tmp_path / "m", clf=clf).groups is None
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "says"),
+    [
+        ("path,patient\n0000.jpg,a\n", {}, "no row for 49 of 50 images"),
+        ("path,patient\n0000.jpg,a\n./0000.jpg,b\n", {}, "line 3: 0000.jpg is listed twice, in the groups 'a' and 'b'"),
+        (
+            "path,patient\n0000.jpg,a\n",
+            {"group_column": "Patents"},
+            "no column for --group-column Patents; .*mean patient",
+        ),
+        ("path,patient\n0000.jpg,a\n", {"group_column": "none"}, "say which, as --group-column patient"),
+        ("path,patient\n0000.jpg,a\n", {"group_column": None}, "needs the column"),
+        ("0000.jpg,a\n", {}, "has no"),
+        ("path,patient\n" + "".join(f"{k:04d}.jpg,a\n" for k in range(50)), {}, "class a, b, c has one training image"),
+        (None, {}, "does not exist"),
+        (None, {"groups": ["a"] * 7}, "7 names, expected one for each of the 150 rows"),
+        (None, {"groups": None}, "--group-column patient is of a table"),
+    ],
+)
+def test_groups_that_say_too_little_are_refused(
+    cache: Path, tmp_path: Path, text: str | None, options: dict[str, Any], says: str
+) -> None:
+    if text is not None:
+        (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(FeatcacheError, match=says):
+        fit_head(cache, tmp_path / "m", **({"groups": tmp_path / "p.csv", "group_column": "patient"} | options))
+    assert not (tmp_path / "m").exists()
+
+
+def test_groups_are_given_on_the_command_line(cache: Path, tmp_path: Path, patients: Path, run: Any) -> None:
+    flags = ("--no-report", "--C", "1")
+    code, out, _ = run(
+        "fit-head", cache, "-o", tmp_path / "m", "--groups", patients, "--group-column", "patient", *flags
+    )
+    assert code == 0 and "    10 groups (patient) in one fold each" in out.splitlines()
+    patients.write_text(patients.read_text().replace("path", "Bild"))
+    wanted = ("fit-head", cache, "-o", tmp_path / "m", "--groups", patients, "--group-column", "patient")
+    assert "--path-column Bild" in run(*wanted, *flags)[2]
+    assert run(*wanted, "--path-column", "Bild", *flags)[0] == 0
+    assert "--groups TABLE" in run("fit-head", cache, "-o", tmp_path / "m", "--path-column", "Bild", *flags)[2]
 
 
 def test_classes_without_training_images_are_left_out_and_indices_hold(tmp_path: Path) -> None:

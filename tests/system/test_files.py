@@ -1,4 +1,4 @@
-"""What other systems do otherwise, pretended: Windows' open files, the cache of a Mac's drive, locks on NFS."""
+"""What other systems do otherwise, pretended: Windows' open files, the cache of a Mac's drive, locks on NFS. And trees."""
 
 import errno
 import os
@@ -156,3 +156,21 @@ def test_a_name_is_durable_only_once_its_folder_is(tmp_path: Path, monkeypatch: 
         (made / "part").write_bytes(b"x")
     assert Path(synced[0][0]).name == "part"  # what is in it first, the folder that names it last
     assert [path for path, _ in synced[1:]][-1] == str(tmp_path)
+
+
+def test_a_tree_with_links_appears_whole_and_replaces_nothing(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jpg"
+    mine.write_bytes(b"mine")
+    mine.chmod(0o400)
+    before = mine.stat().st_mtime_ns
+    (tmp_path / "out").mkdir()
+    with files.publish_folder(tmp_path / "out", replace=False) as folder:
+        (folder / "train" / "a").mkdir(parents=True)
+        (folder / "train" / "a" / "1.jpg").hardlink_to(mine)
+        assert not [*(tmp_path / "out").iterdir()]
+    assert (tmp_path / "out/train/a/1.jpg").read_bytes() == b"mine"
+    assert (mine.stat().st_mtime_ns, mine.stat().st_mode & 0o777) == (before, 0o400)
+    with pytest.raises(StorageError), files.publish_folder(tmp_path / "out", replace=False) as folder:
+        (folder / "2.jpg").touch()
+    assert [path.name for path in (tmp_path / "out").rglob("*.jpg")] == ["1.jpg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jpg", "out"]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from audits import COPIES, make_audit
+from audits import COPIES, REASONS, make_audit
 from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from kitchen import HOSTILE
 
 from featcache.curation.audit import Found
+from featcache.curation.finding import Finding
 from featcache.curation.plan import apply_plan
 from featcache.reports.audit.page import audit_page
 from featcache.reports.elements.page import publish_page
@@ -139,7 +140,7 @@ def test_decide_undo_reload_save_load(browser: Any, made: tuple[Path, Found], tm
     with opened(browser, path) as page:  # another browser, which remembers nothing
         assert "0 of 32 decided" in page.locator("[data-going]").inner_text()
         page.locator("[data-load]").set_input_files(plan)
-        told(page, "8 decisions taken over")
+        told(page, "8 decisions taken over. 1 decision about images that have no case here will be saved, too.")
         assert "4 of 32 decided" in page.locator("[data-going]").inner_text()
         assert decisions(page) == expected | {paths[59]: ("drop", classes[y[59]])}
 
@@ -168,6 +169,15 @@ def test_names_come_back_from_the_plan(browser: Any, hostile: tuple[Path, Found]
         (tmp_path / "other.csv").write_text("a,b\n1,2\n")
         page.locator("[data-load]").set_input_files(tmp_path / "other.csv")
         told(page, "other.csv is no plan")
+        text = "decision;label;path;sha256\nDrop;x;nowhere.jpg;00\n"  # as a spreadsheet saves it
+        for decision, line in (("burn", lines[20]), ("relabel", lines[40])):
+            text += f"{decision};x;{line['path']};{line['sha256']}\n"
+        (tmp_path / "odd.csv").write_text(text)
+        page.locator("[data-load]").set_input_files(tmp_path / "odd.csv")
+        told(
+            page,
+            "odd.csv: 0 decisions taken over. 1 line left out: their images are not in this cache, or have changed. 2 lines",
+        )
 
 
 def test_mouse_filters_and_bulk(browser: Any, made: tuple[Path, Found]) -> None:
@@ -195,7 +205,7 @@ def test_mouse_filters_and_bulk(browser: Any, made: tuple[Path, Found]) -> None:
 
 
 def test_two_thousand(browser: Any, tmp_path: Path) -> None:
-    path = written(tmp_path, make_audit(tmp_path, images=4000, findings=2000, files=100))
+    path = written(tmp_path, make_audit(tmp_path, images=2010, findings=2000))
     assert path.stat().st_size < 16_000_000
     with opened(browser, path) as page:
         look(page)
@@ -281,3 +291,21 @@ def test_on_paper_it_is_a_list(browser: Any, made: tuple[Path, Found]) -> None:
         page.evaluate("dispatchEvent(new Event('afterprint'))")
         page.emulate_media(media="screen")
         assert page.locator(".still").count() == 0 and page.locator("[data-audit]").is_visible()
+
+
+def test_what_is_dropped_in_one_case_is_settled_in_all(browser: Any, tmp_path: Path) -> None:
+    found = make_audit(tmp_path, images=20, findings=3)
+    found.findings["tiny"].append(Finding("tiny", 4, 0.5, REASONS["tiny"]))
+    with opened(browser, written(tmp_path, found)) as page:
+        look(page)
+        page.get_by_role("link", name="1 tiny").click()
+        page.keyboard.press("k")
+        assert decisions(page) == {"val/4.jpg": ("keep", "ants")}
+        page.get_by_role("button", name="Undo").click()
+        page.get_by_role("link", name="4 near copies").click()
+        page.keyboard.press("1")
+        assert "2 of 6 decided" in page.locator("[data-going]").inner_text()  # the copies, and the tiny one among them
+        page.get_by_role("link", name="1 tiny").click()
+        assert "among 4 near copies, dropped there" in page.locator(".case").inner_text()
+        page.keyboard.press("k")
+        assert decisions(page)["val/4.jpg"] == ("drop", "ants")

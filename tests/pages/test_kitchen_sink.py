@@ -10,8 +10,9 @@ import pytest
 from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from kitchen import HOSTILE, kitchen_sink
 
+from featcache.reports import elements
 from featcache.reports.elements.cards import Card, cards_data
-from featcache.reports.elements.page import environment, publish_page, render_page
+from featcache.reports.elements.page import compact, environment, publish_page, render_page
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,13 @@ def test_everything_is_there_without_script(browser: Any, path: Path) -> None:
         assert page.locator(".card").count() == 40
         assert page.locator("form.controls").is_hidden()
         assert page.locator("svg.plot").count() == 6
+
+
+def test_pictures_are_whole(browser: Any, path: Path) -> None:
+    """Once the lower part of an upright one was cut off."""
+    with opened(browser, path) as page:
+        boxes = "all => all.map(img => img.offsetHeight - img.parentElement.clientHeight)"
+        assert max(page.eval_on_selector_all(".cards .pic img", boxes)) <= 0
 
 
 def test_a_click_selects_and_another_shows_all(browser: Any, path: Path) -> None:
@@ -148,14 +156,20 @@ def test_paths_leave_as_the_bytes_they_are(browser: Any, path: Path, tmp_path: P
         assert download.value.suggested_filename == "paths.csv"  # there are line breaks in names
 
 
-def test_thousands_of_pictures_are_sorted_and_filtered_at_once(browser: Any, tmp_path: Path) -> None:
-    """Hidden list items once made it quadratic: 88 s for 10,000."""
-    cards = [Card(f"{k}.jpg", label="ab"[k % 2], predicted="ab"[k % 3 % 2]) for k in range(4000)]
+def many_cards(folder: Path, count: int) -> Path:
+    """A page of nothing but cards of two classes, without pictures."""
+    cards = [Card(f"{k}.jpg", label="ab"[k % 2], predicted="ab"[k % 3 % 2]) for k in range(count)]
     template = environment().from_string(
         '{% extends "base.html" %}{% import "macros.html" as part %}{% block main %}{{ part.pictures(cards, data.cards) }}{% endblock %}'
     )
-    path = tmp_path / "many.html"
+    path = folder / "many.html"
     publish_page(path, render_page(template, title="many", data={"cards": cards_data(cards)}, cards=cards))
+    return path
+
+
+def test_thousands_of_pictures_are_sorted_and_filtered_at_once(browser: Any, tmp_path: Path) -> None:
+    """Hidden list items once made it quadratic: 88 s for 10,000."""
+    path = many_cards(tmp_path, 4000)
     change = """([name, value]) => {
         const start = performance.now(), field = document.querySelector(`[name=${name}]`);
         field.value = value;
@@ -176,3 +190,40 @@ def test_print(browser: Any, path: Path, tmp_path: Path) -> None:
         page.emulate_media(media="print")
         assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
         assert page.locator("nav.contents").is_hidden()
+
+
+def test_on_paper_are_all_pictures(browser: Any, tmp_path: Path) -> None:
+    """Once the first 60. Of a list that is neither selected nor filtered the first 1,000, and that is said."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    publish_page(tmp_path / "photos.html", kitchen_sink(folder, count=130))
+    with opened(browser, tmp_path / "photos.html") as page:
+        assert page.locator(".card img").count() == 60
+        assert page.pdf(format="A4").count(b"/Subtype /Image") >= 129  # one is damaged
+        assert page.locator(".card img").count() == 60
+    printed = "addEventListener('beforeprint', () => { window.printed = [document.querySelectorAll('.card').length, more.textContent]; })"
+    with opened(browser, many_cards(tmp_path, 2600)) as page:
+        page.evaluate(printed)
+        page.locator(".pic").nth(3).focus()
+        page.pdf()
+        assert page.evaluate("printed") == [1000, "The other 1,600 are not printed; what is selected or filtered is."]
+        assert page.locator(".card").count() == 60
+        assert page.evaluate("document.activeElement === document.querySelectorAll('.pic')[3]")
+        page.select_option("select[name=label]", label="a (1,300)")
+        page.pdf()
+        assert page.evaluate("printed[0]") == 1300
+
+
+@pytest.mark.parametrize("name", ["style", "report", "stats", "map"])
+def test_a_browser_reads_the_same_style_in_what_pages_hold(browser: Any, name: str) -> None:
+    sheet = (Path(elements.__file__).parents[1] / f"pages/{name}.css").read_text("utf-8")
+    context = browser.new_context()
+    read = """(texts) => texts.map((text) => {
+        const sheet = new CSSStyleSheet();
+        sheet.replaceSync(text);
+        return [...sheet.cssRules].map((rule) => rule.cssText);
+    })"""
+    before, after = context.new_page().evaluate(read, [sheet, compact(sheet, css=True)])
+    context.close()
+    assert len(before) > 5
+    assert after == before

@@ -1,6 +1,7 @@
 """The report of a model in a real browser: a cell of the matrix shows its images, by mouse and by keyboard; tables sort; classes zoom."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,15 @@ def test_many_classes_are_zoomed(browser: Any, folder: Path) -> None:
         cell.click()
         assert result(page).startswith(f"Showing {count} of ")
         assert result(page).endswith(words)
+        grid = page.locator("table.matrix :is(th, td):visible")
+        page.fill("[data-zoom]", " no such\u202e ")
+        assert grid.count() == 0
+        assert page.locator("table.matrix caption").inner_text() == (
+            "No name of a class that occurs here contains “no such\\u202e”."
+        )
+        page.fill("[data-zoom]", "0123")
+        assert grid.count() > 4
+        assert page.locator("table.matrix caption").inner_text().startswith("Images of each class")
         page.fill("[data-zoom]", "script>document")
         assert page.locator("table.matrix tbody th").count() > 1
         assert page.title() == "Report on many"
@@ -164,6 +174,15 @@ def test_without_script_all_is_there(browser: Any, folder: Path) -> None:
         assert page.locator("#against table").count() >= 1
 
 
-def test_it_prints(browser: Any, folder: Path) -> None:
-    with opened(browser, folder / "photos.html") as page:
+@pytest.mark.parametrize("name", ["photos", "many"])
+def test_it_prints(browser: Any, folder: Path, name: str) -> None:
+    """Tables are printed whole, and nothing lies on anything else: once the longest did."""
+    with opened(browser, folder / f"{name}.html") as page:
         assert page.pdf().startswith(b"%PDF")
+        page.emulate_media(media="print")
+        heights = page.eval_on_selector_all(".scroll", "all => all.map(each => each.scrollHeight - each.clientHeight)")
+        assert heights and max(heights) <= 1
+        sections = page.eval_on_selector_all(
+            "main > section", "all => all.map(each => [each.offsetTop, each.offsetTop + each.scrollHeight])"
+        )
+        assert all(one[1] <= other[0] + 1 for one, other in pairwise(sections))

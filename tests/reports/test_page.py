@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,8 +13,16 @@ import pytest
 from kitchen import HOSTILE, kitchen_sink
 
 from featcache.errors import StorageError, UsageError
+from featcache.reports.elements import page
 from featcache.reports.elements.cards import Card, card_filters, card_sorts, cards_data
-from featcache.reports.elements.page import check_page_path, environment, json_in_html, publish_page, render_page
+from featcache.reports.elements.page import (
+    check_page_path,
+    compact,
+    environment,
+    json_in_html,
+    publish_page,
+    render_page,
+)
 from featcache.system.display import printable
 
 
@@ -111,9 +120,48 @@ def test_a_value_that_is_missing_is_an_error() -> None:
         render_page(environment().from_string("{{ missing }}"), title="")
 
 
+def assets() -> list[Path]:
+    return [path for path in (Path(page.__file__).parents[1] / "pages").iterdir() if path.suffix in (".css", ".js")]
+
+
 def test_assets_are_small() -> None:
-    folder = Path(__file__).parents[2] / "featcache/reports/pages"
-    assert sum((folder / name).stat().st_size for name in ("style.css", "script.js")) < 45_000
+    size = {path.name: len(compact(path.read_text("utf-8"), css=path.suffix == ".css").encode()) for path in assets()}
+    assert size["style.css"] + size["script.js"] <= 20_480  # what every page holds
+    assert size["report.css"] + size["report.js"] <= 4_096
+    assert size["map.css"] + size["map.js"] + size["matrix.js"] <= 27_000
+    assert sum(path.stat().st_size for path in assets() if path.stem in ("style", "script")) <= 26_624
+
+
+def test_a_page_holds_the_parts_it_asks_for() -> None:
+    plain, mapped = (render_page("base.html", title="", parts=parts) for parts in ((), ("map.css", "map.js")))
+    assert ".plane{" in mapped and "markOf(radius" in mapped
+    assert ".plane{" not in plain and "markOf(radius" not in plain
+    with pytest.raises(FileNotFoundError):
+        render_page("base.html", title="", parts=("none.css",))
+
+
+def test_comments_and_indentation_stay_behind() -> None:
+    script = """/* a
+  comment */
+let x = 1; // stays
+  // goes
+  x /* stays */ += "/* text */".length;
+
+    /** goes */
+"""
+    assert compact(script, css=False) == 'let x = 1; // stays\nx /* stays */ += "/* text */".length;\n'
+    sheet = "/* a */\n:root { --a: 1px }\n@media (min-width: 2px) {\n  a > b:hover,\n  c { margin: 0 .2rem; }\n}\n"
+    assert compact(sheet, css=True).strip() == ":root{--a:1px}@media (min-width:2px){a>b:hover,c{margin:0 .2rem}}"
+
+
+@pytest.mark.parametrize("path", assets(), ids=lambda path: path.name)
+def test_no_text_is_taken_for_comment_or_indentation(path: Path) -> None:
+    """Templates end on their line, no line begins within one; texts of sheets hold none of what blanks are taken from."""
+    text = path.read_text("utf-8")
+    assert all(line.count("`") % 2 == 0 for line in text.splitlines())
+    if path.suffix == ".css":
+        bare = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+        assert not any(set("{};,>") & set(each) or ": " in each for each in re.findall(r'"[^"\n]*"', bare))
 
 
 @pytest.mark.parametrize(

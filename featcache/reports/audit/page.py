@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -19,6 +20,7 @@ from featcache.reports.audit.items import KEEPS, Item, items_of
 from featcache.reports.audit.text import HALF, score_title
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
+from featcache.system.path_kinds import typed
 
 MOST = 3000  # items on a page
 BUDGET = 15_000_000  # bytes of a page's pictures
@@ -67,6 +69,7 @@ def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST, listed: 
         still=[_still(material, item) for item in items[:_STILL]],
         keeps=KEEPS if any(item.is_copies for item in items) else "",
         whole=len(cache) <= listed,
+        extract=f"featcache extract clean.csv --root {typed(found.root or Path('FOLDER'))} -o {typed(cache.path)}",
         facts=_facts(found),
     )
 

@@ -429,18 +429,20 @@ find("[data-load]").addEventListener("change", async ({ target }) => {
   const columns = HEAD.map((name) => head.findIndex((word) => word.trim().toLowerCase() === name));
   if (columns.slice(0, 4).includes(-1)) { tell(`${file.name} is no plan: its first line should hold path, sha256, decision and label.`); return; }
   const known = new Map([...places.keys()].map((image) => [keyOf(lineOf(image)), image]));
+  // Of a whole cache it is known which lines speak of none of its images.
+  const everything = whole ? new Set(images.path.map((_, image) => keyOf(lineOf(image)))) : null;
   const set = [];
   const others = [];
-  let [taken, odd] = [0, 0];
+  let [taken, odd, unknown] = [0, 0, 0];
   for (const cells of lines) {
     const line = columns.map((column) => cells[column] ?? "");
     [line[1], line[2]] = [line[1].trim().toLowerCase(), line[2].trim().toLowerCase()];
     const image = known.get(keyOf(line));
     const label = line[2] === "relabel" ? classes.indexOf(line[3]) : undefined;
-    if (image === undefined) { if (!whole || line[2]) others.push(line); continue; }
-    if (!whole) others.push(line);
-    if (!["", "keep", "drop", "relabel"].includes(line[2]) || label === -1) odd++;
-    else if (line[2]) {
+    if (everything && !everything.has(keyOf(line))) { unknown++; continue; }
+    if (!["", "keep", "drop", "relabel"].includes(line[2]) || label === -1) { odd++; line[2] = ""; }
+    if (!whole || (image === undefined && line[2])) others.push(line);
+    if (image !== undefined && line[2]) {
       taken++;
       // A new label is for the image by itself: among copies it means that this one is kept.
       const homes = places.get(image);
@@ -449,8 +451,10 @@ find("[data-load]").addEventListener("change", async ({ target }) => {
   }
   loaded = others;
   perfect({ item: current(), all: taken, set }, `${file.name}: ${things(taken, "decision")} taken over`);
-  const rest = others.filter((line) => !known.has(keyOf(line))).length;
-  tell(heard.textContent.replace(/\. Next:.*/, ".") + (rest ? ` ${things(rest, "line")} about other images will be saved again as they are.` : "") + (odd ? ` ${things(odd, "line")} could not be understood: a decision is keep, drop or relabel, with a label that exists.` : ""));
+  const rest = others.filter((line) => line[2] && !known.has(keyOf(line))).length;
+  tell(heard.textContent.replace(/\. (Next:|All are).*/, ".") + (rest ? ` ${things(rest, "decision")} about images that have no case here will be saved, too.` : "")
+    + (unknown ? ` ${things(unknown, "line")} left out: their images are not in this cache, or have changed.` : "")
+    + (odd ? ` ${things(odd, "line")} could not be understood: a decision is keep, drop or relabel, with a label that exists.` : ""));
 });
 
 /* ---- The page */

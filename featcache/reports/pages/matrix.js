@@ -62,6 +62,6 @@ on(find("[data-zoom]"), "input", ({ target }) => {
   const numbers = found.size || wanted ? [...found] : [...fitting].sort((a, b) => a - b).slice(0, MOST);
   drawMatrix(numbers.sort((a, b) => a - b));
   matrix.tHead.hidden = matrix.tFoot.hidden = !numbers.length;
-  matrix.caption.textContent = numbers.length ? CAPTION : `No name of a class that occurs here contains ${printable(target.value.trim())}.`;
+  matrix.caption.replaceChildren(...(numbers.length ? [CAPTION] : ["No name of a class that occurs here contains “", named(target.value.trim()), "”."]));
   find(".matrix-controls output").textContent = wanted ? `${count(fitting.length)} ${fitting.length === 1 ? "class fits" : "classes fit"}` : "";
 });

@@ -31,8 +31,7 @@ const count = (number) => number.toLocaleString("en");
 function percent(share, digits = 1) {
   const text = share.toLocaleString("en", { style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits, roundingMode: "halfEven" });
   const step = 10 ** -digits;
-  if (share < 1 && parseFloat(text) === 100) return `>${(100 - step).toFixed(digits)}%`;
-  return share > 0 && parseFloat(text) === 0 ? `<${step.toFixed(digits)}%` : text;
+  return share < 1 && parseFloat(text) === 100 ? `>${(100 - step).toFixed(digits)}%` : share > 0 && parseFloat(text) === 0 ? `<${step.toFixed(digits)}%` : text;
 }
 const collator = new Intl.Collator("en", { numeric: true });
 /** Numbers, or texts: image 9 before image 10. */
@@ -77,12 +76,12 @@ selection.on(({ source }) => {
 });
 
 /* ---- Cards. In the document are only the first ones of those that are shown: what follows the list stays within reach. */
-const list = find("ul.cards[data-main]");
-const items = list ? all(":scope > .card", list) : [];
+const list = find("ul[data-main]");
+const items = all("ul[data-main] > .card");
 const form = find("form.controls");
 const clear = find("[data-clear]");
 const say = (text) => { find("output", form).textContent = text; };
-const more = element("button", { type: "button", className: "more" });
+const more = element("button", { className: "more" });
 const AT_ONCE = 60;
 // On paper are all that are selected or filtered; of a list that is neither, so many.
 const PRINTED = 1000;
@@ -120,7 +119,7 @@ function update() {
   if (shown.length) inTabOrder(shown[0]);
   say(`Showing ${count(shown.length)} of ${count(items.length)}` + (selection.why ? `: ${printable(selection.why)}` : "")
     + (beyond.length ? `; ${count(beyond.length)} more on the map only, saved with the paths` : ""));
-  for (const button of all("[data-export]", form)) button.disabled = !fitting.length;
+  for (const button of all("[data-export]")) button.disabled = !fitting.length;
 }
 
 /** Puts the first cards on the page, in one step and only if they changed. */
@@ -225,7 +224,7 @@ function enlarge(row) {
   const known = element("div", element("h2", { id: "enlarged-name" }, named(cards.path[row])), factsOf(row));
   if (cards.top?.[row].length) known.append(element("h3", "Likeliest classes"), likeliest(cards.top[row]));
   if (cards.evidence?.[row].length) known.append(element("h3", "Nearest training images"), evidenceOf(row));
-  find(".two", dialog).replaceChildren(image ? element("img", { className: "big", src: image.src, alt: image.alt })
+  find(".two").replaceChildren(image ? element("img", { className: "big", src: image.src, alt: image.alt })
     : element("p", { className: "soft" }, "No picture."), known);
   for (const button of all("[data-step]", dialog)) button.disabled = beside(+button.dataset.step) === undefined;
   if (!dialog.open) dialog.showModal();
@@ -284,12 +283,7 @@ on(form, "click", ({ target }) => {
 /* ---- The page */
 // In a frame of a notebook links to places of the page would lead to the notebook, whose address they count from.
 if (location.protocol === "about:") {
-  on(document, "click", (event) => {
-    const link = event.target.closest('a[href^="#"]');
-    if (!link) return;
-    event.preventDefault();
-    find(link.hash)?.scrollIntoView();
-  });
+  for (const link of all("a")) on(link, "click", (event) => { event.preventDefault(); find(link.hash).scrollIntoView(); });
 }
 // What is of use with script only.
 for (const hidden of all("[data-script]")) hidden.hidden = false;

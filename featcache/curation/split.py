@@ -397,8 +397,8 @@ def _unmet(made: Split) -> list[str]:
     splits, labels, found = made.splits, made.images.labels, []
     n, rows = sum(made.counts.values()), np.flatnonzero(splits)
     sizes = np.unique(made.groups[rows], return_counts=True)[1]
-    per_class = [np.unique(made.groups[rows][labels[rows] == label]) for label in np.unique(labels[rows])]
-    single = sum(len(groups) == 1 for groups in per_class)
+    pairs = np.unique(np.stack([labels[rows], made.groups[rows]]), axis=1)
+    single = int((np.unique(pairs[0], return_counts=True)[1] == 1).sum())
     for name, share in made.asked.items():
         split, got = SPLITS.index(name), made.counts[name]
         if abs(got - share * n) > max(_MAY_DIFFER * n, 1):

@@ -191,10 +191,10 @@ def split(
         _check_crossing(images, together[rows], old[rows], rows)
         splits[rows] = _deal(images.take(rows), together[rows], old[rows], shares, seed=seed)
         images = dataclasses.replace(images, splits=splits)
-        if output is not None:
-            write_manifest(output, images, together, prefix=prefix or "")
         if folder is not None:
             place_images(images, folder, link=link_to is not None, progress=report)
+        if output is not None:
+            write_manifest(output, images, together, prefix=prefix or "")
     moved = {name: int(((old == _TRAIN) & (splits == SPLITS.index(name))).sum()) for name in ("val", "test")}
     made = Split(
         images,
@@ -224,11 +224,18 @@ def _with_column(
         return source, dataclasses.replace(table, group_column=column or table.group_column)
     if column is not None and isinstance(source, Source):
         source = dataclasses.replace(source, group_column=column)
+    elif column is not None:
+        raise UsageError(
+            f"a list of images has no column {column!r}; list it with Source(..., group_column={column!r})"
+        )
     return source, None
 
 
 def _column(source: Source | ImageList) -> str | None:
-    return source.group_column if isinstance(source, Source) else None
+    """What groups are called, beside copies."""
+    if isinstance(source, ImageList):
+        return "groups of the list" if source.groups else None
+    return source.group_column
 
 
 def _old_splits(images: ImageList, output: Path | None, prefix: str | None) -> Splits:

@@ -341,9 +341,11 @@ def _copies(
     check = PixelCheck(read.images.root, read.images.paths, digests, workers=workers) if read.known else None
     if check is None:
         log.info("near copies are judged by their features alone; --source FOLDER compares their pixels, too")
-    numbers = find_near_copies(nearest, digests, check=check, progress=say("pixels")).groups
-    _, first, group = np.unique(numbers, return_index=True, return_inverse=True)
-    return first[group]
+    copies = find_near_copies(nearest, digests, check=check, progress=say("pixels"))
+    _, first, group = np.unique(copies.groups, return_index=True, return_inverse=True)
+    # A copy of one picture of a group, not of all, is none of that group, and still must not lie on the other side.
+    links = [(each.row, each.other) for each in copies.findings if each.other is not None and each.verified is not False]
+    return joined(first[group], pairs=np.searchsorted(rows, np.array(links, np.intp).reshape(-1, 2)))
 
 
 def _named_groups(read: _Read, rows: Indices, table: Source | None) -> Indices:

@@ -191,10 +191,10 @@ def split(
         _check_crossing(images, together[rows], old[rows], rows)
         splits[rows] = _deal(images.take(rows), together[rows], old[rows], shares, seed=seed)
         images = dataclasses.replace(images, splits=splits)
-        if output is not None:
-            write_manifest(output, images, together, prefix=prefix or "")
         if folder is not None:
             place_images(images, folder, link=link_to is not None, progress=report)
+        if output is not None:
+            write_manifest(output, images, together, prefix=prefix or "")
     moved = {name: int(((old == _TRAIN) & (splits == SPLITS.index(name))).sum()) for name in ("val", "test")}
     made = Split(
         images,
@@ -224,11 +224,18 @@ def _with_column(
         return source, dataclasses.replace(table, group_column=column or table.group_column)
     if column is not None and isinstance(source, Source):
         source = dataclasses.replace(source, group_column=column)
+    elif column is not None:
+        raise UsageError(
+            f"a list of images has no column {column!r}; list it with Source(..., group_column={column!r})"
+        )
     return source, None
 
 
 def _column(source: Source | ImageList) -> str | None:
-    return source.group_column if isinstance(source, Source) else None
+    """What groups are called, beside copies."""
+    if isinstance(source, ImageList):
+        return "groups of the list" if source.groups else None
+    return source.group_column
 
 
 def _old_splits(images: ImageList, output: Path | None, prefix: str | None) -> Splits:
@@ -334,9 +341,11 @@ def _copies(
     check = PixelCheck(read.images.root, read.images.paths, digests, workers=workers) if read.known else None
     if check is None:
         log.info("near copies are judged by their features alone; --source FOLDER compares their pixels, too")
-    numbers = find_near_copies(nearest, digests, check=check, progress=say("pixels")).groups
-    _, first, group = np.unique(numbers, return_index=True, return_inverse=True)
-    return first[group]
+    copies = find_near_copies(nearest, digests, check=check, progress=say("pixels"))
+    _, first, group = np.unique(copies.groups, return_index=True, return_inverse=True)
+    # A copy of one picture of a group, not of all, is none of that group, and still must not lie on the other side.
+    links = [(each.row, each.other) for each in copies.findings if each.other is not None and each.verified is not False]
+    return joined(first[group], pairs=np.searchsorted(rows, np.array(links, np.intp).reshape(-1, 2)))
 
 
 def _named_groups(read: _Read, rows: Indices, table: Source | None) -> Indices:
@@ -397,8 +406,8 @@ def _unmet(made: Split) -> list[str]:
     splits, labels, found = made.splits, made.images.labels, []
     n, rows = sum(made.counts.values()), np.flatnonzero(splits)
     sizes = np.unique(made.groups[rows], return_counts=True)[1]
-    per_class = [np.unique(made.groups[rows][labels[rows] == label]) for label in np.unique(labels[rows])]
-    single = sum(len(groups) == 1 for groups in per_class)
+    pairs = np.unique(np.stack([labels[rows], made.groups[rows]]), axis=1)
+    single = int((np.unique(pairs[0], return_counts=True)[1] == 1).sum())
     for name, share in made.asked.items():
         split, got = SPLITS.index(name), made.counts[name]
         if abs(got - share * n) > max(_MAY_DIFFER * n, 1):

@@ -344,7 +344,9 @@ def _copies(
     copies = find_near_copies(nearest, digests, check=check, progress=say("pixels"))
     _, first, group = np.unique(copies.groups, return_index=True, return_inverse=True)
     # A copy of one picture of a group, not of all, is none of that group, and still must not lie on the other side.
-    links = [(each.row, each.other) for each in copies.findings if each.other is not None and each.verified is not False]
+    links = [
+        (each.row, each.other) for each in copies.findings if each.other is not None and each.verified is not False
+    ]
     return joined(first[group], pairs=np.searchsorted(rows, np.array(links, np.intp).reshape(-1, 2)))
 
 

@@ -42,6 +42,7 @@ ONLY_IN = {
     "scipy": "heads reports.projection reports.wall",
     "openTSNE": "reports.projection",
     "joblib": "heads models.model",
+    "usearch": "curation.neighbours",
     "timm": "backbones.from_timm",
     "open_clip": "backbones.from_openclip",
     "transformers": "backbones.from_transformers",

@@ -103,3 +103,24 @@ def test_the_estimate_grows_with_the_square() -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UsageError, match="device"):
         nearest_rows(draw(30), np.arange(30), device="abacus")
+
+
+def test_an_index_finds_nearly_all_and_says_how_many() -> None:
+    pytest.importorskip("usearch")
+    X = draw(2500, 24)
+    found, exact = nearest_rows(X, np.arange(2500), k=5, exact_below=2500), nearest_rows(X, np.arange(2500), k=5)
+    shared = np.mean([len(np.intersect1d(*pair)) / 5 for pair in zip(found.places, exact.places, strict=True)])
+    assert found.recall == pytest.approx(shared, abs=0.01)
+    assert found.recall > 0.95
+    assert exact.recall == nearest_rows(X, np.arange(2499), k=5, exact_below=2500).recall == 1
+
+
+def test_recall_is_the_share_of_true_neighbours() -> None:
+    X = draw(300)
+    blocks = neighbours._Blocks(X, np.arange(300), 2**29)
+    exact = nearest_rows(X, np.arange(300), k=6)
+    assert neighbours._recall(blocks, exact.similarities[:, :5]) == 1
+    assert neighbours._recall(blocks, exact.similarities[:, 1:]) == pytest.approx(0.8)
+    np.testing.assert_array_equal(
+        neighbours._places(neighbours._true(blocks, np.array([2, 9]), 1))[:, 0], exact.places[[2, 9], 0]
+    )

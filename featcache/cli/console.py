@@ -90,6 +90,17 @@ def show_progress(what: str, *, show: bool = True) -> AbstractContextManager[_Pr
     return contextlib.closing(_Progress(describe, seconds_per_line=10.0, time_left=True))
 
 
+def show_steps() -> AbstractContextManager[_Progress | None]:
+    """A context with a callback (parts done and to do, and of what); with None if quiet."""
+
+    def describe(done: int, total: int, what: str) -> _State:
+        return what, done, total, "", f"{what}: {done:,} of {total:,}"
+
+    if is_quiet():
+        return contextlib.nullcontext()
+    return contextlib.closing(_Progress(describe, seconds_per_line=10.0, time_left=True))
+
+
 def show_training() -> AbstractContextManager[_Progress | None]:
     """A context with a callback (a ``Status`` of training); with None if quiet."""
     speed = _Speed()  # pauses for validation count, as they will recur

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError, RefusedImage
+from featcache.images.home import find_home, places_in, some_of
 from featcache.images.read import Paths, read_file
 from featcache.images.source import list_images
 from featcache.reports.elements.thumbnails import Thumbnail, fitting_size, thumbnails
 
 _AT_A_TIME = 32  # files, between two looks at the clock
-_PLACES = 200  # folders in which the source of a cache is looked for
 
 MISSING = "no picture: not in the folder, or changed"
 NO_FOLDER = "no picture here"
@@ -121,28 +121,5 @@ def guess_root(cache: FeatureCache, *, near: Sequence[Path] = ()) -> Path | None
 
     Their bytes must have the recorded digest: a folder that merely looks alike is none.
     """
-    rows = sorted({0, len(cache) // 2, len(cache) - 1})
-    images = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in rows if row >= 0]
-    tops = dict.fromkeys((Path(), cache.path.parent))
-    best: tuple[int, Path | None] = (0, None)
-    for place in dict.fromkeys((*near, *(place for top in tops for place in (top, *_folders(top))))):
-        held = sum(_holds(place / name, digest) for name, digest in images)
-        if held > best[0]:
-            best = held, place
-        if held == len(images):
-            break
-    return best[1]
-
-
-def _holds(path: Path, digest: bytes) -> bool:
-    try:
-        return hashlib.sha256(read_file(path)[0]).digest() == digest
-    except RefusedImage:
-        return False
-
-
-def _folders(top: Path) -> list[Path]:
-    try:
-        return [place for place in sorted(top.iterdir()) if place.is_dir()][:_PLACES]
-    except OSError:
-        return []
+    images = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in some_of(len(cache))]
+    return find_home(images, [*near, *places_in(Path(), cache.path.parent)])

@@ -18,6 +18,7 @@ Splits = npt.NDArray[np.uint8]
 _TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
 _TOLERANCE = 0.005  # of all images: beyond, classes give more or less than their share to make up for others
 _TRIES = 5
+_TOTALS = 0.1  # what they count for where groups are dealt; all classes together: 1
 
 
 def deal(
@@ -106,10 +107,9 @@ def _deal_groups(
     start = np.searchsorted(pairs[0], np.arange(len(sizes) + 1))
     rank = np.full(len(sizes), np.iinfo(np.intp).max)
     np.minimum.at(rank, group, ranks)
-    # The totals count as much as all classes together.
     asked = np.vstack([target.asked, target.asked.sum(0)])
     weights = 1 / (np.maximum(asked, 0) + 1)
-    weights[-1] *= len(target.asked)
+    weights[-1] *= _TOTALS * len(target.asked)
     over = np.vstack([counts, counts.sum(0)]) - asked  # (C + 1, 4)
     spare = _TOLERANCE * target.asked.sum()
     chosen = np.zeros(len(sizes), np.intp)

@@ -23,11 +23,12 @@ from featcache.curation.pixel_check import PixelCheck
 from featcache.curation.split_folders import check_place, place_images
 from featcache.errors import SourceError, UsageError
 from featcache.images.groups import Indices, group_by_name, joined, read_groups
+from featcache.images.home import find_home, places_in, some_of
 from featcache.images.layout import some
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.images.splits import digests_of_suspects, rank
 from featcache.spec import SPLITS
-from featcache.system.display import Shown, aligned, bar_in_notebook, count_rows, describe_images, printable
+from featcache.system.display import Shown, aligned, bar_in_notebook, count_rows, printable
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path, typed
 from featcache.system.runtime_options import check_runtime_options, check_whole
@@ -156,7 +157,7 @@ def split(
         group_column: of the table: images with the same text in it stay together, too (patient, place); empty: alone.
         group_table: a table with that column, where ``source`` is none; joined by path.
         seed: another one deals otherwise. reassign: deal all images anew, whatever splits they have.
-        pictures: of a cache: the folder of its images.
+        pictures: of a cache: the folder of its images; looked for near the cache when None.
         copy_to, link_to: a new or empty folder for SPLIT/CLASS/image: copies, or hard links.
         device: of the search for near copies. workers: threads that read files.
         progress: called with (done, to do, what); a bar in notebooks when None.
@@ -179,13 +180,13 @@ def split(
     images = read.images
     if folder is not None:
         if not read.known:
-            raise UsageError(f"{source} holds no images; say where they are, as --source FOLDER")
+            raise UsageError(f"the images of {source} were not found near it; say where they are, as --source FOLDER")
         check_place(folder, images)
     prefix = prefix_of(output, images.root) if output is not None and read.known else None
     old = np.zeros(len(images), np.uint8) if reassign else _old_splits(images, output, prefix)
     rows, left_out = _dealt(read)
     together, splits = np.arange(len(images)), np.zeros(len(images), np.uint8)
-    with bar_in_notebook(progress, describe_images("reading")) as report:
+    with bar_in_notebook(progress, lambda done, total, what: (done, total, f"{what}: {done} of {total}")) as report:
         copies = _copies(read, rows, groups, device=device, workers=workers or 8, progress=report)
         together[rows] = rows[joined(copies, _named_groups(read, rows, table))]
         _check_crossing(images, together[rows], old[rows], rows)
@@ -309,6 +310,15 @@ def _read(source: Source | ImageList, groups: Groups, pictures: Path | None, out
     cache = FeatureCache.open(source.path)
     if cache.refused:
         log.info("%s: %d images were refused when it was made, and are left out", source, len(cache.refused))
+    if pictures is None:
+        some_images = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in some_of(len(cache))]
+        pictures = find_home(some_images, places_in(Path(), cache.path.parent))
+        found = (
+            "were not found near it; --source FOLDER says where they are"
+            if pictures is None
+            else f"are taken from {pictures}"
+        )
+        log.info("%s: its images %s", source, found)
     columns = {name: getattr(cache.rows, name) for name in ("labels", "splits", "sizes", "mtimes")}
     return _Read(
         ImageList(pictures or Path(), cache.paths, classes=cache.classes, **columns), cache, pictures is not None
@@ -340,7 +350,7 @@ def _copies(
         nearest = nearest_rows(features, rows, device=device, progress=say("features"))
     check = PixelCheck(read.images.root, read.images.paths, digests, workers=workers) if read.known else None
     if check is None:
-        log.info("near copies are judged by their features alone; --source FOLDER compares their pixels, too")
+        log.info("near copies are judged by their features alone, as there are no pixels to compare")
     copies = find_near_copies(nearest, digests, check=check, progress=say("pixels"))
     _, first, group = np.unique(copies.groups, return_index=True, return_inverse=True)
     # A copy of one picture of a group, not of all, is none of that group, and still must not lie on the other side.

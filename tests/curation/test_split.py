@@ -89,8 +89,10 @@ def test_extract_takes_the_table(run, tmp_path: Path, monkeypatch: pytest.Monkey
     code, out, _ = run("extract", "m.csv", "-o", "f.h5", *TINY_FLAGS, "--json")
     assert code == 0 and json.loads(out)["splits"] == facts["splits"]
     assert json.loads(out)["copies"] == {"within": 1, "across_splits": 0, "across_labels": 0}
-    again = json.loads(run("split", "f.h5", "--val", "0.1", "--test", "0.2", "-o", "n.csv", "--json")[1])
-    assert again["kept"] == 31 and again["splits"] == facts["splits"]
+    code, out, err = run("split", "f.h5", "--val", "0.1", "--test", "0.2", "-o", "n.csv", "--json")
+    assert json.loads(out)["kept"] == 31 and json.loads(out)["splits"] == facts["splits"]
+    assert err.endswith("next: featcache extract n.csv -o features.h5\n")  # its images were found
+    assert read(Path("n.csv")) == read(Path("m.csv"))
 
 
 def test_the_table_reads_well(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +199,7 @@ def test_a_cache_is_split_as_its_images_are(cache: Path, tmp_path: Path, run) ->
     assert by_path(made.images) == by_path(split(images, val=0.1, test=0.2).images)
     assert made.next == f"featcache extract {tmp_path}/m.csv --root FOLDER -o features.h5"
     code, _, err = run("split", cache, "--val", "0.1", "--copy-to", tmp_path / "x")
-    assert code == 2 and err.endswith("holds no images; say where they are, as --source FOLDER\n")
+    assert code == 2 and err.endswith("were not found near it; say where they are, as --source FOLDER\n")
 
 
 def test_near_copies_of_a_cache_stay_together(tmp_path: Path) -> None:

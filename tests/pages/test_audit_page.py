@@ -309,3 +309,10 @@ def test_what_is_dropped_in_one_case_is_settled_in_all(browser: Any, tmp_path: P
         assert "among 4 near copies, dropped there" in page.locator(".case").inner_text()
         page.keyboard.press("k")
         assert decisions(page)["val/4.jpg"] == ("drop", "ants")
+        for _ in range(2):
+            page.get_by_role("button", name="Undo").click()
+        page.get_by_role("link", name="4 near copies").click()
+        page.keyboard.press("k")
+        page.get_by_role("link", name="1 tiny").click()
+        page.keyboard.press("d")
+        assert decisions(page)["val/4.jpg"] == ("drop", "ants") and decisions(page)["val/1.jpg"] == ("keep", "bees")

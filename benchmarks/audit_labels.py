@@ -4,9 +4,9 @@
 
 For each cache, share and seed so many labels are replaced by another class, at random. Ranking: average precision of the replaced
 labels, ours and cleanlab's, by self-confidence and normalised margin, on the same out-of-fold probabilities; and of cleanlab's own
-usual way, `CleanLearning.find_label_issues` with scikit-learn's logistic regression, for `--usual` of the seeds, as it is slow. Flags: precision and recall of what is
-flagged, ours and that of `cleanlab.filter.find_label_issues`. Suggested: how often the class suggested for a found label is the
-one that was replaced. Untouched: what is flagged before anything is replaced.
+usual way, `CleanLearning.find_label_issues` with scikit-learn's logistic regression, for `--usual` of the seeds, as it is slow.
+Flags: precision and recall of what is flagged, ours and that of `cleanlab.filter.find_label_issues`. Suggested: how often the class
+suggested for a found label is the one that was replaced. Untouched: what is flagged before anything is replaced.
 
 With `--off-topic`, for each other cache of the same backbone, so many of its rows are added under random labels: area under the
 curve of `find_off_topic`'s order, precision and recall of what it flags. Of caches with more rows than `--most`, every so manieth.

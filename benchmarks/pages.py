@@ -29,7 +29,7 @@ from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.heads.learning_curve import learning_curve
 from featcache.models.fit import fit_head
-from featcache.reports.thumbnails import thumbnails
+from featcache.reports.elements.thumbnails import thumbnails
 from featcache.spec import PreprocessSpec, Spec
 
 DIM, CLASSES, TRAIN = 1280, 10, 3000
@@ -129,7 +129,7 @@ def measure_thumbnails(files: Sequence[Path], **_: Any) -> dict[str, float]:
 
 def measure_stats(root: Path, work: Path, files: Sequence[Path], **_: Any) -> dict[str, float]:
     """Of all files but those that train, with the page."""
-    from featcache.reports.stats import stats
+    from featcache.reports.source_stats.stats import stats
 
     seconds, _found = timed(lambda: stats(root / "judged", work / "stats"))
     return {"images": len(files), "seconds": seconds, "bytes": (work / "stats/stats.html").stat().st_size}
@@ -151,7 +151,7 @@ def measure_learning(cache: Path, **_: Any) -> dict[str, float]:
 
 def measure_quick(model: Path, cache: Path, root: Path, **_: Any) -> dict[str, float]:
     """The page that is written beside a model on the way."""
-    from featcache.reports.report import report_beside
+    from featcache.reports.model_report.report import report_beside
 
     seconds, _found = timed(lambda: report_beside(model, cache=cache, pictures=root))
     return {
@@ -163,7 +163,7 @@ def measure_quick(model: Path, cache: Path, root: Path, **_: Any) -> dict[str, f
 
 def measure_report(model: Path, cache: Path, root: Path, work: Path, **_: Any) -> dict[str, float]:
     """Of all files but those that train, with pictures, map and learning curve."""
-    from featcache.reports.report import report
+    from featcache.reports.model_report.report import report
 
     page = work / "report.html"
     seconds, found = timed(lambda: report(model, cache, pictures=root, output=page))
@@ -172,7 +172,7 @@ def measure_report(model: Path, cache: Path, root: Path, work: Path, **_: Any) -
 
 def measure_map(work: Path, points: int, **_: Any) -> dict[str, float]:
     """Of points without pictures, by principal components; then in a browser."""
-    from featcache.reports.embedding_map import map as draw_map
+    from featcache.reports.model_report.embedding_map import map as draw_map
 
     cache = make_cache(work / "map.h5", points, root=work, splits=np.ones(points, np.uint8), dim=32)
     seconds, page = timed(lambda: draw_map(cache, method="pca"))

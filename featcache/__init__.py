@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from featcache.models.prediction import Prediction as Prediction
     from featcache.models.prediction import Predictions as Predictions
     from featcache.reports.doctor import doctor as doctor
-    from featcache.reports.embedding_map import map as map
     from featcache.reports.info import describe as describe
+    from featcache.reports.model_report.embedding_map import map as map
+    from featcache.reports.model_report.report import Report as Report
+    from featcache.reports.model_report.report import report as report
     from featcache.reports.notebook import Page as Page
     from featcache.reports.notebook import gallery as gallery
     from featcache.reports.preview import Preview as Preview
     from featcache.reports.preview import preview as preview
-    from featcache.reports.report import Report as Report
-    from featcache.reports.report import report as report
-    from featcache.reports.stats import Statistics as Statistics
-    from featcache.reports.stats import stats as stats
+    from featcache.reports.source_stats.stats import Statistics as Statistics
+    from featcache.reports.source_stats.stats import stats as stats
     from featcache.spec import PreprocessSpec as PreprocessSpec
 
 __version__ = "0.1.0"
@@ -64,9 +64,9 @@ _HOME = {
     "PreprocessSpec": "spec",
     "Preview": "reports.preview",
     "RepairReport": "extraction.repair",
-    "Report": "reports.report",
+    "Report": "reports.model_report.report",
     "Source": "images.source",
-    "Statistics": "reports.stats",
+    "Statistics": "reports.source_stats.stats",
     "backbone_names": "backbones.load",
     "describe": "reports.info",
     "doctor": "reports.doctor",
@@ -80,12 +80,12 @@ _HOME = {
     "list_images": "images.source",
     "load_backbone": "backbones.load",
     "load_model": "models.model",
-    "map": "reports.embedding_map",
+    "map": "reports.model_report.embedding_map",
     "predict": "models.predict",
     "preview": "reports.preview",
     "repair": "extraction.repair",
-    "report": "reports.report",
-    "stats": "reports.stats",
+    "report": "reports.model_report.report",
+    "stats": "reports.source_stats.stats",
 }
 __all__ = list(_HOME)
 

@@ -39,8 +39,8 @@ ONLY_IN = {
     "typer": "cli",
     "rich": "cli",
     "sklearn": "heads cli.demo",
-    "scipy": "heads reports.projection reports.wall",
-    "openTSNE": "reports.projection",
+    "scipy": "heads reports.elements.projection reports.elements.wall",
+    "openTSNE": "reports.elements.projection",
     "joblib": "heads models.model",
     "timm": "backbones.from_timm",
     "open_clip": "backbones.from_openclip",
@@ -53,7 +53,7 @@ ONLY_IN = {
     "simplejpeg": "images.decode",
     "pillow_heif": "images.heif",
     "matplotlib": "reports",
-    "jinja2": "reports.page",
+    "jinja2": "reports.elements.page",
     "markupsafe": "reports",
     "pandas": "models.prediction",
     "IPython": "system.display",
@@ -192,14 +192,16 @@ def test_files_stay_small(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 500
 
 
-@pytest.mark.parametrize("room", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+@pytest.mark.parametrize(
+    "room", sorted(str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.glob("*/**/__init__.py"))
+)
 def test_every_room_has_a_sign(room: str) -> None:
-    """A docstring that names every file, and nothing that runs."""
+    """A docstring that names every file and folder, and nothing that runs."""
     tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
     assert len(tree.body) == 1
     sign = ast.get_docstring(tree) or ""
-    for path in (PACKAGE / room).glob("*.py"):
-        assert path.name == "__init__.py" or re.search(rf"\b{path.stem}\b", sign), f"{path.name} is not on the sign"
+    for path in (PACKAGE / room).glob("[!_]*"):
+        assert re.search(rf"\b{path.stem}\b", sign) or path.suffix not in {"", ".py"}, f"{path.name} is not on the sign"
 
 
 PROMISES = re.findall(r"^\| \*\*(.+?)\*\*.*\|(.+)\|$", (PACKAGE.parent / "SECURITY.md").read_text(), re.M)

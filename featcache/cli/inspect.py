@@ -42,7 +42,7 @@ def stats(
     Headers are read of all of them, pixels of a sample.
     """
     from featcache.images.source import Source
-    from featcache.reports.stats import stats as run
+    from featcache.reports.source_stats.stats import stats as run
 
     images = Source(
         source,

@@ -10,7 +10,7 @@ from featcache.cli import options
 from featcache.cli.console import show_progress, show_result
 
 if TYPE_CHECKING:
-    from featcache.reports.projection import Method
+    from featcache.reports.elements.projection import Method
 
 
 def report(
@@ -61,8 +61,8 @@ def report(
     One file that opens offline and asks for nothing.
     """
     from featcache.images.source import Source
-    from featcache.reports.numbers import bytes_text
-    from featcache.reports.report import report as run
+    from featcache.reports.elements.numbers import bytes_text
+    from featcache.reports.model_report.report import report as run
 
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     images = None

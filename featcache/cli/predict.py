@@ -164,8 +164,8 @@ def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) ->
 
 def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path | None, caches: bool) -> None:
     """Refuse, before any work, a page that cannot or must not be written. Raises UsageError, StorageError."""
+    from featcache.reports.elements.page import check_page_path
     from featcache.reports.gallery import check_pictures
-    from featcache.reports.page import check_page_path
 
     if gallery is None:
         if given := [name for name, value in (("--sample", sample), ("--source", pictures)) if value is not None]:
@@ -178,8 +178,8 @@ def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path |
 
 
 def _write_gallery(path: Path, draw: "Draw", pictures: Path | None, seconds: float) -> None:
+    from featcache.reports.elements.page import publish_page
     from featcache.reports.gallery_page import gallery_page
-    from featcache.reports.page import publish_page
 
     publish_page(path, gallery_page(draw, pictures=pictures, seconds=seconds))
 
@@ -235,8 +235,8 @@ def evaluate(
     from featcache.cache.cache import is_cache
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
-    from featcache.reports.calibration import calibration_charts
     from featcache.reports.figures import check_figures, write_figures
+    from featcache.reports.model_report.calibration import calibration_charts
     from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import audit_line, evaluation_lines
 
@@ -280,7 +280,7 @@ def evaluate(
     if figures is not None:
         lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
     if page is not None:
-        from featcache.reports.report import report_beside
+        from featcache.reports.model_report.report import report_beside
 
         pages = report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
         lines += [f"  {'report' if path == page else 'contact sheet'}: {path}" for path in pages]
@@ -289,8 +289,8 @@ def evaluate(
 
 def _page_of(model: Path) -> Path:
     """Where the report of a model goes. Raises StorageError, before any work, if it cannot or must not be written."""
-    from featcache.reports.page import check_page_path
-    from featcache.reports.report import page_beside
+    from featcache.reports.elements.page import check_page_path
+    from featcache.reports.model_report.report import page_beside
 
     check_path(model, "model", ("evaluate", HERE))
     page = page_beside(model)

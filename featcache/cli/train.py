@@ -77,7 +77,7 @@ def fit_head(
 
 def write_report_beside(model: Path, **about: Any) -> None:
     """Write the page about a model beside it. The model is saved by now, so that whatever goes wrong here is only said."""
-    from featcache.reports.report import report_beside
+    from featcache.reports.model_report.report import report_beside
 
     try:
         for path in report_beside(model, **about):
@@ -221,7 +221,7 @@ def _draw_curves(model: Path, figures: Path | None) -> None:
     from featcache.models.model import load_model
     from featcache.reports.curves import draw_curves
     from featcache.reports.figures import write_figures
-    from featcache.reports.learning import training_charts
+    from featcache.reports.model_report.learning import training_charts
 
     try:
         if figures is not None:

@@ -19,13 +19,13 @@ from featcache.images.decode import decode
 from featcache.images.in_memory import Held
 from featcache.images.read import Paths, read_images
 from featcache.models.scoring import HELD_OUT
-from featcache.reports import drawing
-from featcache.reports.numbers import percent_text
+from featcache.reports.elements import drawing
+from featcache.reports.elements.numbers import percent_text
 from featcache.system.display import printable
 from featcache.system.runtime_options import usable_cores
 
 if TYPE_CHECKING:
-    from featcache.reports.subject import Subject
+    from featcache.reports.model_report.subject import Subject
 
 _EDGE, _GAP, _MARGIN = 180, 16, 40  # pixels of a picture, between pictures, around
 _TITLE, _TEXT, _SMALL = 38, 26, 20  # sizes of letters

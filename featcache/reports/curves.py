@@ -13,7 +13,7 @@ from typing import Any
 from featcache.backbones.saved import own_file
 from featcache.errors import MissingDependencyError, ModelError, UsageError
 from featcache.models.model import load_model
-from featcache.reports.drawing import MARK, check_picture_path
+from featcache.reports.elements.drawing import MARK, check_picture_path
 from featcache.system.files import publish_file
 from featcache.system.safe_load import parse_json
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from featcache.backbones.saved import MANIFEST
 from featcache.errors import StorageError
-from featcache.reports.charts import Chart
-from featcache.reports.page import Section
+from featcache.reports.elements.charts import Chart
+from featcache.reports.elements.page import Section
 from featcache.system.files import check_output, publish_file
 
 _MARK = "<!-- drawn by featcache -->"  # near the start of each of ours

@@ -17,7 +17,7 @@ from featcache.images.tables import is_table
 from featcache.models.model import Model
 from featcache.models.predict import named_inputs
 from featcache.models.prediction import Neighbour, Prediction
-from featcache.reports.cards import LIKELIEST
+from featcache.reports.elements.cards import LIKELIEST
 from featcache.system.display import quiet
 from featcache.system.runtime_options import check_whole
 

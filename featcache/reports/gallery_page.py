@@ -14,13 +14,13 @@ from featcache.images.in_memory import Held
 from featcache.images.read import Paths
 from featcache.images.records import STDIN
 from featcache.models.limits import UNFAMILIAR
-from featcache.reports.cards import Card, Evidence, cards_data
-from featcache.reports.charts import Chart, histogram, share_bar
+from featcache.reports.elements.cards import Card, Evidence, cards_data
+from featcache.reports.elements.charts import Chart, histogram, share_bar
+from featcache.reports.elements.numbers import NONE, count_text, percent_text
+from featcache.reports.elements.page import render_page
+from featcache.reports.elements.pictures import Pictures, guess_root
+from featcache.reports.elements.thumbnails import Thumbnail, fitting_size, thumbnails
 from featcache.reports.gallery import BINS, Draw, Row
-from featcache.reports.numbers import NONE, count_text, percent_text
-from featcache.reports.page import render_page
-from featcache.reports.pictures import Pictures, guess_root
-from featcache.reports.thumbnails import Thumbnail, fitting_size, thumbnails
 from featcache.system.path_kinds import typed
 
 _FULL, _BARS = 400, 2000  # cards up to which bars carry the names of their classes, and are drawn at all

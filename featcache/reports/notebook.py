@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from featcache.reports.numbers import bytes_text
-from featcache.reports.page import publish_page, title_of
+from featcache.reports.elements.numbers import bytes_text
+from featcache.reports.elements.page import publish_page, title_of
 from featcache.system.display import printable
 from featcache.system.path_kinds import AnyPath, as_path
 

@@ -28,7 +28,7 @@ from featcache.heads.head import Array, Indices
 from featcache.images.decode import decode
 from featcache.images.read import read_images
 from featcache.images.source import AnySource, ImageList, Source, list_images
-from featcache.reports import drawing
+from featcache.reports.elements import drawing
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.display import printable
 from featcache.system.path_kinds import HERE, as_path, check_path

@@ -10,8 +10,8 @@ import pytest
 from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from kitchen import HOSTILE, kitchen_sink
 
-from featcache.reports.cards import Card, cards_data
-from featcache.reports.page import environment, publish_page, render_page
+from featcache.reports.elements.cards import Card, cards_data
+from featcache.reports.elements.page import environment, publish_page, render_page
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from caches import make_classes, save_tuned
 
 from featcache.models.fit import fit_head
-from featcache.reports.report import report
+from featcache.reports.model_report.report import report
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from featcache.extraction.extract import extract
 from featcache.heads.head import Head
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
-from featcache.reports.report import report
+from featcache.reports.model_report.report import report
 
 pytestmark = pytest.mark.slow
 

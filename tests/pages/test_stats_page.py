@@ -9,7 +9,7 @@ import pytest
 from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
 from conftest import make_photos, write_photo
 
-from featcache.reports.stats import Statistics, stats
+from featcache.reports.source_stats.stats import Statistics, stats
 
 pytestmark = pytest.mark.slow
 

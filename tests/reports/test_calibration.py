@@ -14,9 +14,9 @@ from featcache.heads.metrics import accuracy_interval
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
-from featcache.reports.calibration import calibration_charts, calibration_section
-from featcache.reports.numbers import percent_text
-from featcache.reports.page import render_sections
+from featcache.reports.elements.numbers import percent_text
+from featcache.reports.elements.page import render_sections
+from featcache.reports.model_report.calibration import calibration_charts, calibration_section
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from kitchen import HOSTILE, make_charts
 
-from featcache.reports import charts
+from featcache.reports.elements import charts
+from featcache.reports.elements.numbers import bytes_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 from featcache.reports.figures import figure_file
-from featcache.reports.numbers import bytes_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 
 SVG = "{http://www.w3.org/2000/svg}"
 

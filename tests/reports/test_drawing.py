@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from featcache.errors import StorageError, UsageError
-from featcache.reports import drawing
+from featcache.reports.elements import drawing
 
 TEXTS = [
     "ants",

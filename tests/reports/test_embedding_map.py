@@ -19,11 +19,11 @@ from featcache.cache.cache import FeatureCache
 from featcache.errors import SourceError, UsageError
 from featcache.extraction.extract import extract
 from featcache.models.fit import fit_head
-from featcache.reports.cards import Card, cards_data
-from featcache.reports.embedding_map import Mapped, map_chart, map_section, order_wall
+from featcache.reports.elements.cards import Card, cards_data
+from featcache.reports.elements.projection import Projection
 from featcache.reports.figures import figure_file
-from featcache.reports.projection import Projection
-from featcache.reports.report import report
+from featcache.reports.model_report.embedding_map import Mapped, map_chart, map_section, order_wall
+from featcache.reports.model_report.report import report
 
 
 def data_of(html: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pytest
 from kitchen import HOSTILE, make_charts
 
 from featcache.errors import StorageError
+from featcache.reports.elements.page import Section
 from featcache.reports.figures import charts_in, check_figures, write_figures
-from featcache.reports.page import Section
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -16,7 +16,10 @@ from featcache.models.fit import fit_head
 from featcache.models.limits import Limits
 from featcache.models.model import load_model
 from featcache.models.scoring import score_cache, score_held_out
-from featcache.reports.learning import (
+from featcache.reports.elements.numbers import number_text, percent_text
+from featcache.reports.elements.page import render_sections
+from featcache.reports.elements.pictures import Pictures
+from featcache.reports.model_report.learning import (
     choice_section,
     finetuned_section,
     learning_section,
@@ -24,10 +27,7 @@ from featcache.reports.learning import (
     training_section,
     why_chosen,
 )
-from featcache.reports.numbers import number_text, percent_text
-from featcache.reports.page import render_sections
-from featcache.reports.pictures import Pictures
-from featcache.reports.subject import Subject, make_subject
+from featcache.reports.model_report.subject import Subject, make_subject
 
 
 def subject_of(folder: Path, cache: Path | None, **options: Any) -> Subject:

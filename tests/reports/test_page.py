@@ -12,8 +12,8 @@ import pytest
 from kitchen import HOSTILE, kitchen_sink
 
 from featcache.errors import StorageError, UsageError
-from featcache.reports.cards import Card, card_filters, card_sorts, cards_data
-from featcache.reports.page import check_page_path, environment, json_in_html, publish_page, render_page
+from featcache.reports.elements.cards import Card, card_filters, card_sorts, cards_data
+from featcache.reports.elements.page import check_page_path, environment, json_in_html, publish_page, render_page
 from featcache.system.display import printable
 
 

@@ -8,8 +8,8 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import trustworthiness as reference
 
 from featcache.errors import MissingDependencyError, UsageError
-from featcache.reports import projection
-from featcache.reports.projection import principal_components, project, trustworthiness
+from featcache.reports.elements import projection
+from featcache.reports.elements.projection import principal_components, project, trustworthiness
 
 
 def blobs(count: int, dim: int, groups: int = 4) -> np.ndarray:

@@ -29,10 +29,10 @@ from featcache.models.limits import Limits
 from featcache.models.model import load_model, save_model
 from featcache.models.scoring import HELD_OUT, Scored, score_cache
 from featcache.models.training_rows import TrainingRows
-from featcache.reports.advice import advise, suspects
-from featcache.reports.pictures import Pictures
-from featcache.reports.report import page_beside, report, report_beside
-from featcache.reports.subject import choose_rows, make_subject
+from featcache.reports.elements.pictures import Pictures
+from featcache.reports.model_report.advice import advise, suspects
+from featcache.reports.model_report.report import page_beside, report, report_beside
+from featcache.reports.model_report.subject import choose_rows, make_subject
 
 
 def data_of(page: Path) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from featcache.errors import SourceError, StorageError, UsageError
 from featcache.extraction.extract import extract
 from featcache.images.source import list_images
 from featcache.reports.scores import columns
-from featcache.reports.stats import SHAPES, Statistics, stats
-from featcache.reports.stats_page import check_folder
+from featcache.reports.source_stats.page import check_folder
+from featcache.reports.source_stats.stats import SHAPES, Statistics, stats
 
 Run = Callable[..., tuple[int, str, str]]
 

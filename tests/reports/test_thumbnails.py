@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from featcache.images.source import list_images
-from featcache.reports.thumbnails import fitting_size, thumbnails
+from featcache.reports.elements.thumbnails import fitting_size, thumbnails
 
 
 def picture(path: Path, size: tuple[int, int] = (600, 300), *, orientation: int | None = None) -> Path:

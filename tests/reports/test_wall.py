@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from featcache.reports.wall import grid_similarity, order_by_similarity
+from featcache.reports.elements.wall import grid_similarity, order_by_similarity
 
 
 def test_neighbours_in_the_grid_are_similar() -> None:

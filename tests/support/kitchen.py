@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from featcache.reports import charts
-from featcache.reports.cards import Card, Evidence, cards_data
-from featcache.reports.numbers import bytes_text
-from featcache.reports.page import environment, publish_page, render_page
-from featcache.reports.thumbnails import thumbnails
+from featcache.reports.elements import charts
+from featcache.reports.elements.cards import Card, Evidence, cards_data
+from featcache.reports.elements.numbers import bytes_text
+from featcache.reports.elements.page import environment, publish_page, render_page
+from featcache.reports.elements.thumbnails import thumbnails
 
 HOSTILE = [
     "<script>document.title='taken'</script>",

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from featcache.reports.cards import Card, cards_data
-from featcache.reports.embedding_map import Mapped, map_section
-from featcache.reports.page import Section, publish_page, render_sections
-from featcache.reports.projection import Projection
-from featcache.reports.thumbnails import thumbnails
+from featcache.reports.elements.cards import Card, cards_data
+from featcache.reports.elements.page import Section, publish_page, render_sections
+from featcache.reports.elements.projection import Projection
+from featcache.reports.elements.thumbnails import thumbnails
+from featcache.reports.model_report.embedding_map import Mapped, map_section
 
 
 class MapPage(NamedTuple):

@@ -16,8 +16,8 @@ from featcache.heads.confident import wrong_labels
 from featcache.heads.head import Array
 from featcache.heads.metrics import chance_of_at_most
 from featcache.models.scoring import HELD_OUT
-from featcache.reports.numbers import count_text, number_text, percent_text
-from featcache.reports.subject import Subject
+from featcache.reports.elements.numbers import count_text, number_text, percent_text
+from featcache.reports.model_report.subject import Subject
 from featcache.system.display import printable
 
 # A difference of five points is one that people act on: where the interval spans ten, the score cannot show it.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from featcache.reports.stats import Statistics
+    from featcache.reports.source_stats.stats import Statistics
 
 _UNEVEN = (
     1.5  # times as many images in the largest class as in the smallest, from which that is said; advice from _SKEWED on

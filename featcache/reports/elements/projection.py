@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from featcache.errors import MissingDependencyError, UsageError
 from featcache.heads.head import FeatureSource, Indices, scale_features
-from featcache.reports.numbers import count_text, percent_text
+from featcache.reports.elements.numbers import count_text, percent_text
 
 Points = npt.NDArray[np.floating[Any]]
 Method = Literal["auto", "pca", "tsne", "none"]

@@ -14,19 +14,19 @@ from featcache.errors import StorageError
 from featcache.images.layout import some
 from featcache.images.read import Paths
 from featcache.images.source import AnySource, ImageList, Source
-from featcache.reports.cards import Card, cards_data
-from featcache.reports.charts import Chart, Series, bars, histogram, lines, share_bar, sizes
-from featcache.reports.numbers import bytes_text, count_text, percent_text
-from featcache.reports.page import render_page
-from featcache.reports.stats_advice import SMALL, counted, images, training_counts
-from featcache.reports.stats_text import MODES, score
-from featcache.reports.thumbnails import Thumbnail, thumbnails
+from featcache.reports.elements.cards import Card, cards_data
+from featcache.reports.elements.charts import Chart, Series, bars, histogram, lines, share_bar, sizes
+from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
+from featcache.reports.elements.page import render_page
+from featcache.reports.elements.thumbnails import Thumbnail, thumbnails
+from featcache.reports.source_stats.advice import SMALL, counted, images, training_counts
+from featcache.reports.source_stats.text import MODES, score
 from featcache.system.display import middle_out, printable
 from featcache.system.files import check_output, publish_folder
 from featcache.system.path_kinds import typed
 
 if TYPE_CHECKING:
-    from featcache.reports.stats import Statistics
+    from featcache.reports.source_stats.stats import Statistics
 
 PAGE, NUMBERS = "stats.html", "stats.json"
 _MARK = '{"kind": "stats", '  # how our numbers begin

@@ -8,13 +8,13 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from featcache.reports.numbers import bytes_text
+from featcache.reports.elements.numbers import bytes_text
 from featcache.reports.scores import columns, shortened
-from featcache.reports.stats_advice import counted, images
+from featcache.reports.source_stats.advice import counted, images
 from featcache.system.display import printable
 
 if TYPE_CHECKING:
-    from featcache.reports.stats import Statistics
+    from featcache.reports.source_stats.stats import Statistics
 
 _WIDTH = 80
 _CLASSES = 24  # that are shown one by one; of more the largest and the smallest

@@ -22,12 +22,12 @@ from featcache.heads.validation import EQUAL_LOSSES, good_enough
 from featcache.images.splits import training_images
 from featcache.models.model import METRICS, Model
 from featcache.models.training_rows import TrainingRows
-from featcache.reports import charts
-from featcache.reports.charts import Chart, Series
 from featcache.reports.curves import values_of
-from featcache.reports.numbers import count_text, number_text, percent_text
-from featcache.reports.page import Section
-from featcache.reports.subject import Subject
+from featcache.reports.elements import charts
+from featcache.reports.elements.charts import Chart, Series
+from featcache.reports.elements.numbers import count_text, number_text, percent_text
+from featcache.reports.elements.page import Section
+from featcache.reports.model_report.subject import Subject
 from featcache.system.display import printable
 from featcache.system.safe_load import parse_json
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy_interval
-from featcache.reports.advice import images_trained_on
-from featcache.reports.numbers import count_text, percent_text
-from featcache.reports.page import Section
-from featcache.reports.subject import Subject
+from featcache.reports.elements.numbers import count_text, percent_text
+from featcache.reports.elements.page import Section
+from featcache.reports.model_report.advice import images_trained_on
+from featcache.reports.model_report.subject import Subject
 
 IN_FULL = 40  # classes that the matrix shows all of
 ZOOMED = 20  # of more, so many at a time

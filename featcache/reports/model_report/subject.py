@@ -17,8 +17,8 @@ from featcache.models.limits import UNFAMILIAR, Limits, rows_that_trained
 from featcache.models.model import Model
 from featcache.models.prediction import EVIDENCE
 from featcache.models.scoring import HELD_OUT, Scored
-from featcache.reports.cards import LIKELIEST, Card, Evidence
-from featcache.reports.pictures import Pictures
+from featcache.reports.elements.cards import LIKELIEST, Card, Evidence
+from featcache.reports.elements.pictures import Pictures
 from featcache.spec import SPLITS
 
 ALL_SHOWN = 1500  # rows up to which every one is a card

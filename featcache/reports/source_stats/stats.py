@@ -18,9 +18,9 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.images.statistics import Floats, Measured, Progress, Rows, measure, oddness
 from featcache.reports.figures import check_figures, write_figures
 from featcache.reports.notebook import framed
-from featcache.reports.stats_advice import SMALL, advice
-from featcache.reports.stats_page import check_apart, check_folder, stats_charts, stats_page, write_folder
-from featcache.reports.stats_text import stats_lines
+from featcache.reports.source_stats.advice import SMALL, advice
+from featcache.reports.source_stats.page import check_apart, check_folder, stats_charts, stats_page, write_folder
+from featcache.reports.source_stats.text import stats_lines
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import named

@@ -20,13 +20,13 @@ import jinja2
 from markupsafe import Markup, escape
 
 from featcache.errors import StorageError, UsageError
-from featcache.reports.cards import card_filters, card_sorts
-from featcache.reports.charts import share_bar
-from featcache.reports.numbers import bytes_text, count_text, number_text, percent_text
+from featcache.reports.elements.cards import card_filters, card_sorts
+from featcache.reports.elements.charts import share_bar
+from featcache.reports.elements.numbers import bytes_text, count_text, number_text, percent_text
 from featcache.system.display import middle_out, printable
 from featcache.system.files import check_output, publish_file
 
-_FOLDER = Path(__file__).parent / "pages"
+_FOLDER = Path(__file__).parents[1] / "pages"
 _MARK = b'<meta name="generator" content="featcache">'
 _LOOKED_AT = 1024  # bytes, for the mark
 

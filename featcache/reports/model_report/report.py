@@ -21,21 +21,31 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.limits import Limits, rows_that_trained
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import HELD_OUT, Scored, score_cache, score_held_out, score_images
-from featcache.reports.advice import advise, headline, largest_class, suspects
-from featcache.reports.calibration import calibration_section
-from featcache.reports.cards import cards_data
-from featcache.reports.comparison import check_comparable, comparison_section, other_probabilities, provenance_section
-from featcache.reports.confusion import classes_section, confusion_section
 from featcache.reports.contact_sheet import sheet_beside
-from featcache.reports.embedding_map import report_map
+from featcache.reports.elements.cards import cards_data
+from featcache.reports.elements.numbers import count_text, percent_text
+from featcache.reports.elements.page import Section, check_page_path, publish_page, render_sections
+from featcache.reports.elements.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
+from featcache.reports.elements.projection import Method, check_method
 from featcache.reports.figures import charts_in, check_figures, write_figures
-from featcache.reports.learning import choice_section, finetuned_section, learning_section, training_section
+from featcache.reports.model_report.advice import advise, headline, largest_class, suspects
+from featcache.reports.model_report.calibration import calibration_section
+from featcache.reports.model_report.comparison import (
+    check_comparable,
+    comparison_section,
+    other_probabilities,
+    provenance_section,
+)
+from featcache.reports.model_report.confusion import classes_section, confusion_section
+from featcache.reports.model_report.embedding_map import report_map
+from featcache.reports.model_report.learning import (
+    choice_section,
+    finetuned_section,
+    learning_section,
+    training_section,
+)
+from featcache.reports.model_report.subject import Subject, make_subject
 from featcache.reports.notebook import framed
-from featcache.reports.numbers import count_text, percent_text
-from featcache.reports.page import Section, check_page_path, publish_page, render_sections
-from featcache.reports.pictures import MISSING, NO_FOLDER, NO_TIME, Pictures, guess_root
-from featcache.reports.projection import Method, check_method
-from featcache.reports.subject import Subject, make_subject
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path

@@ -14,9 +14,9 @@ from featcache.heads.head import Array
 from featcache.heads.metrics import accuracy, accuracy_interval, log_loss, mcnemar
 from featcache.models.model import Model
 from featcache.models.scoring import Scored
-from featcache.reports.numbers import NONE, number_text, percent_text
-from featcache.reports.page import Section
-from featcache.reports.subject import Subject
+from featcache.reports.elements.numbers import NONE, number_text, percent_text
+from featcache.reports.elements.page import Section
+from featcache.reports.model_report.subject import Subject
 from featcache.spec import difference
 
 _SIGNIFICANT = 0.05

@@ -7,8 +7,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from featcache.reports.charts import top_bars
-from featcache.reports.numbers import percent_text
+from featcache.reports.elements.charts import top_bars
+from featcache.reports.elements.numbers import percent_text
 from featcache.system.display import printable
 
 STATUSES = ("ok", "unsure", "refused")

@@ -19,15 +19,15 @@ from markupsafe import Markup
 from featcache.cache.cache import FeatureCache
 from featcache.errors import SourceError
 from featcache.heads.head import Indices
-from featcache.reports.cards import Card, cards_data
-from featcache.reports.charts import Chart
+from featcache.reports.elements.cards import Card, cards_data
+from featcache.reports.elements.charts import Chart
+from featcache.reports.elements.numbers import count_text
+from featcache.reports.elements.page import Section, render_sections
+from featcache.reports.elements.pictures import Pictures, guess_root
+from featcache.reports.elements.projection import Method, Points, Projection, check_method, project
+from featcache.reports.elements.wall import WALL, order_by_similarity
+from featcache.reports.model_report.subject import Subject, drawn_evenly
 from featcache.reports.notebook import Page
-from featcache.reports.numbers import count_text
-from featcache.reports.page import Section, render_sections
-from featcache.reports.pictures import Pictures, guess_root
-from featcache.reports.projection import Method, Points, Projection, check_method, project
-from featcache.reports.subject import Subject, drawn_evenly
-from featcache.reports.wall import WALL, order_by_similarity
 from featcache.spec import SPLITS
 from featcache.system.display import middle_out, printable
 from featcache.system.path_kinds import AnyPath, as_path

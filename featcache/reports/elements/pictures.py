@@ -14,7 +14,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError, RefusedImage
 from featcache.images.read import Paths, read_file
 from featcache.images.source import list_images
-from featcache.reports.thumbnails import Thumbnail, fitting_size, thumbnails
+from featcache.reports.elements.thumbnails import Thumbnail, fitting_size, thumbnails
 
 _AT_A_TIME = 32  # files, between two looks at the clock
 _PLACES = 200  # folders in which the source of a cache is looked for

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from featcache.heads.metrics import accuracy_interval
-from featcache.reports import charts
-from featcache.reports.charts import Chart
-from featcache.reports.numbers import count_text, number_text, percent_text
-from featcache.reports.page import Section
+from featcache.reports.elements import charts
+from featcache.reports.elements.charts import Chart
+from featcache.reports.elements.numbers import count_text, number_text, percent_text
+from featcache.reports.elements.page import Section
 
 Scores = Mapping[str, Any]
 _FEW = 5  # errors, below which the curve is no ground for advice

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from markupsafe import Markup, escape
 
 from featcache.heads.metrics import accuracy_interval
-from featcache.reports.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
+from featcache.reports.elements.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 from featcache.system.display import middle_out, printable
 
 WIDTH = 440  # units, near to pixels: small enough that its texts can be read on a phone

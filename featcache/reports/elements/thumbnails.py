@@ -16,7 +16,7 @@ from PIL import Image
 
 from featcache.images.decode import decode_pixels
 from featcache.images.read import ImageFiles, Paths, read_images
-from featcache.reports.numbers import bytes_text
+from featcache.reports.elements.numbers import bytes_text
 
 _TYPICAL = {160: 2800, 128: 2000, 96: 1300, 64: 720, 48: 490}  # pixels of the longer edge: bytes, of 1,000 photographs
 _METHOD = 4  # of libwebp, 0..6: 6 saves 3 % of the bytes for twice the time

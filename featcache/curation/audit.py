@@ -18,7 +18,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
 from featcache.curation.copies import find_exact_copies
 from featcache.curation.finding import KINDS, Finding, Kind
-from featcache.curation.honest_score import Rows, Score, honest_scores
+from featcache.curation.honest_score import Rows, Score, copies_of, honest_scores
 from featcache.curation.label_errors import estimate as estimate_labels
 from featcache.curation.label_errors import find_label_errors, out_of_fold
 from featcache.curation.looks import measure_looks
@@ -79,7 +79,8 @@ class Found:
         findings: kind -> its findings, by falling score, groups together; a kind that was not looked for is not there.
         not_done: kind, or ``scores`` or ``overlaps`` -> why it was not looked for.
         notes: sentences about what was left out, with names.
-        groups: (M,) rows that hold the same image, exactly or nearly, share a number; others have their own.
+        groups: (M,) rows that hold the same image, exactly or nearly, share a number; others have their own. pairs: (P, 2)
+            near copies beyond these: each two of a group are copies of each other.
         nearest: the nearest neighbours that findings rest on; None where nothing was compared.
         opinions: out-of-fold probabilities of labelled rows; None where there are none.
         near: thresholds and counts of the search for near copies. overlaps: pairs of classes that may be one.
@@ -93,6 +94,7 @@ class Found:
     not_done: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     groups: Indices = dataclasses.field(default_factory=lambda: np.empty(0, np.intp))
+    pairs: Indices = dataclasses.field(default_factory=lambda: np.empty((0, 2), np.intp))
     nearest: Nearest | None = None
     near: NearCopies | None = None
     opinions: Opinions | None = None
@@ -107,12 +109,14 @@ class Found:
 
     def across_splits(self) -> Indices:
         """Rows of val and test whose image, exactly or nearly, also lies in a split before theirs (train, val, test)."""
-        splits, groups = self.cache.rows.splits, self.groups
-        if not len(groups):
+        splits = self.cache.rows.splits
+        if not len(self.groups):
             return np.empty(0, np.intp)
-        earliest = np.full(groups.max() + 1, len(SPLITS))
-        np.minimum.at(earliest, groups, np.where(splits > 0, splits, len(SPLITS)))
-        return np.flatnonzero(splits > earliest[groups])
+        later = [
+            (splits > split) & copies_of(self.groups, self.pairs, splits == split)
+            for split in range(1, len(SPLITS) - 1)
+        ]
+        return np.flatnonzero(np.any(later, axis=0))
 
 
 class Cut(KeyboardInterrupt):
@@ -244,6 +248,8 @@ class _Work:
         groups = self.facts["groups"] + len(found.groups)  # of rows that were compared with nothing their exact copies
         groups[self.nearest.rows] = found.groups
         self.facts |= {"near": found, "groups": np.unique(groups, return_inverse=True)[1]}
+        pairs = [(finding.row, finding.other) for finding in found.findings if finding.other is not None]
+        self.facts["pairs"] = np.array(pairs, np.intp).reshape(-1, 2)
         self._add("near_copy", found.findings)
 
     def _outliers(self) -> None:
@@ -297,6 +303,7 @@ class _Work:
         usable[self.rows] = True
         exact = np.unique(first_copies(self.cache.rows.digests), return_inverse=True)[1]
         columns = self.cache.y, self.cache.rows.splits, exact, self.facts["groups"], usable
+        columns = (*columns, self.facts.get("pairs", np.empty((0, 2), np.intp)))
         _announce("scoring", 2 * self._judging()[0], 0)
         try:
             with self._timed("scores") as report, self.cache.reader() as features:

@@ -11,6 +11,7 @@ after the temperature. `--digits` adds scikit-learn's digits, made into pictures
 """
 
 import argparse
+import contextlib
 import json
 import tempfile
 from pathlib import Path
@@ -36,15 +37,15 @@ from featcache.models.limits import UNFAMILIAR
 HALVES = 100
 
 
-def embed_digits(path: Path) -> None:
-    """scikit-learn's 1,797 digits of 8 x 8 as PNG files, embedded into a cache unless that is there."""
+def embed_digits(path: Path, *, keep: Path | None = None) -> None:
+    """scikit-learn's 1,797 digits of 8 x 8 as PNG files (in ``keep``, if given), embedded into a cache unless that is there."""
     if path.exists():
         return
     digits = load_digits()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if keep is None else contextlib.nullcontext(keep) as folder:
         for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             file = Path(folder) / str(label) / f"{number:04d}.png"
-            file.parent.mkdir(exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((image * 255 / 16).round().astype(np.uint8)).save(file)
         extract(folder, path, backbone="timm/tf_efficientnet_lite0")
 

@@ -42,6 +42,7 @@ ONLY_IN = {
     "scipy": "heads reports.elements.projection reports.elements.wall",
     "openTSNE": "reports.elements.projection",
     "joblib": "heads models.model",
+    "usearch": "curation.neighbours",
     "timm": "backbones.from_timm",
     "open_clip": "backbones.from_openclip",
     "transformers": "backbones.from_transformers",

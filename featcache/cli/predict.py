@@ -232,12 +232,13 @@ def evaluate(
 
     Accuracy, scores per class, and which class is taken for which.
     """
+    from featcache.cache.cache import is_cache
     from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
     from featcache.reports.figures import check_figures, write_figures
     from featcache.reports.model_report.calibration import calibration_charts
     from featcache.reports.predictions_table import as_written
-    from featcache.reports.scores import evaluation_lines
+    from featcache.reports.scores import audit_line, evaluation_lines
 
     images = Source(
         source,
@@ -271,13 +272,14 @@ def evaluate(
             then=None if page is None else lambda _, scored: kept.append(scored),
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
+    audited = printable(str(source)) if is_cache(source) else None
+    lines.append(audit_line(scores["label_suspects"], scores["copies"]["across_splits"], audited))
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")
     if figures is not None:
         lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
     if page is not None:
-        from featcache.cache.cache import is_cache
         from featcache.reports.model_report.report import report_beside
 
         pages = report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)

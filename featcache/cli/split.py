@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from featcache.cli import options
-from featcache.cli.console import note, show_progress, show_result
+from featcache.cli.console import note, show_result, show_steps
 
 
 def split(
@@ -42,7 +42,12 @@ def split(
     seed: Annotated[int, typer.Option(min=0, help="Another one deals otherwise.")] = 0,
     pictures: Annotated[
         Path | None,
-        typer.Option("--source", metavar="FOLDER", readable=False, help="Of a cache: the folder of its images."),
+        typer.Option(
+            "--source",
+            metavar="FOLDER",
+            readable=False,
+            help="Of a cache: the folder of its images. Default: looked for near.",
+        ),
     ] = None,
     class_level: options.ClassLevel = None,
     root: options.Root = None,
@@ -71,7 +76,7 @@ def split(
         label_column=label_column,
         split_column=split_column,
     )
-    with show_progress("reading") as progress:
+    with show_steps() as progress:
         made = run(
             images,
             output,

@@ -58,7 +58,7 @@ def fit_head(
     Everything is chosen on training rows; val and test stay untouched.
     """
     from featcache.models.fit import fit_head as run
-    from featcache.reports.scores import fit_lines
+    from featcache.reports.scores import audit_line, fit_lines
 
     report = run(
         cache,
@@ -78,6 +78,7 @@ def fit_head(
         self_contained=self_contained,
     )
     lines = fit_lines(report, [*map(printable, report.class_names)])
+    lines.append(audit_line(report.label_suspects, report.copies["across_splits"], printable(str(cache))))
     try:
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away

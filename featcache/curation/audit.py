@@ -214,7 +214,7 @@ class _Work:
         wanted = self.kinds & {"near_copy", "label", "outlier", "off_topic"}
         if not wanted:
             return
-        seconds, size = estimate(len(self.rows), self.cache.dim, device=self.device)
+        seconds, size = estimate(len(self.rows), self.cache.dim)
         if len(self.rows) < 2:
             why = "there are no two images to compare"
         elif size > (free := available_memory()):
@@ -226,7 +226,7 @@ class _Work:
 
     def _compare(self, seconds: float, size: int) -> None:
         """The neighbours, on which most findings rest."""
-        _announce(f"comparing {len(self.rows):,} images", seconds, size)
+        _announce(f"comparing {len(self.rows):,} images on this CPU", seconds, size)
         with self._timed("comparing images") as report, self.cache.reader() as features:
             self.nearest = nearest_rows(features, self.rows, device=self.device, progress=report)
         self.facts["nearest"] = self.nearest
@@ -238,7 +238,9 @@ class _Work:
         if self.root is not None:
             check = PixelCheck(self.root, self.cache.paths, self.cache.rows.digests, workers=self.workers)
         with self._timed("near copies") as report:
-            found = find_near_copies(self.nearest, self.cache.rows.digests, check=check, progress=report)
+            found = find_near_copies(
+                self.nearest, self.cache.rows.digests, check=check, seed=self.seed, progress=report
+            )
         groups = self.facts["groups"] + len(found.groups)  # of rows that were compared with nothing their exact copies
         groups[self.nearest.rows] = found.groups
         self.facts |= {"near": found, "groups": np.unique(groups, return_inverse=True)[1]}

@@ -18,7 +18,7 @@ Splits = npt.NDArray[np.uint8]
 _TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
 _TOLERANCE = 0.005  # of all images: beyond, classes give more or less than their share to make up for others
 _TRIES = 5
-_ROUNDS = 200  # of improvement, each of which moves one group
+_TOTALS = 0.1  # what they count for where groups are dealt; all classes together: 1
 
 
 def deal(
@@ -27,13 +27,13 @@ def deal(
     """Deal N images out.
 
     First groups of several images, the largest first, each to where the distance from what is asked, as chi-squared over
-    classes and totals, grows least; then single groups move as long as it falls. Images that stand alone fill each class up.
-    A class whose images form one group trains, and of every class something trains.
+    classes and totals, grows least, among the splits that have room for it. Then images that stand alone fill each class up. A
+    class whose images form one group trains, and of every class something trains.
 
     Bounds. Where all images stand alone and every class has 1 / (share of train) images or more, and at least two, a class of n
     gives ``share * n``, rounded up or down, and the totals are ``share * N``, rounded: ups go first to classes that would have
     none. Where large groups, or classes of one image, leave a total more than 0.5 % of N off, images that stand alone make up
-    for it as far as that, in proportion to their classes. Groups end where no move of one of them brings the counts nearer.
+    for it as far as that, in proportion to their classes.
 
     Args:
         labels: (N,) from 0. groups: (N,) one number for images that stay together. ranks: (N,) all different; low ones are
@@ -98,15 +98,6 @@ def _is_in_one_group(labels: npt.NDArray[np.integer], groups: Indices) -> npt.ND
     return alone
 
 
-class _Entries(NamedTuple):
-    """How many images of a label lie in a group, sorted by group; (E,) each; ``start``: (G + 1,) where each group's begin."""
-
-    group: Indices
-    label: Indices
-    number: Array
-    start: Indices
-
-
 def _deal_groups(
     labels: npt.NDArray[np.integer], group: Indices, ranks: Indices, counts: Array, target: _Target
 ) -> Splits:
@@ -114,45 +105,23 @@ def _deal_groups(
     _, group, sizes = np.unique(group, return_inverse=True, return_counts=True)
     pairs, number = np.unique(np.stack([group, labels]), axis=1, return_counts=True)
     start = np.searchsorted(pairs[0], np.arange(len(sizes) + 1))
-    entries = _Entries(pairs[0], pairs[1], number.astype(np.float64), start)
     rank = np.full(len(sizes), np.iinfo(np.intp).max)
     np.minimum.at(rank, group, ranks)
-    # The totals count as much as all classes together.
     asked = np.vstack([target.asked, target.asked.sum(0)])
     weights = 1 / (np.maximum(asked, 0) + 1)
-    weights[-1] *= len(target.asked)
+    weights[-1] *= _TOTALS * len(target.asked)
     over = np.vstack([counts, counts.sum(0)]) - asked  # (C + 1, 4)
     spare = _TOLERANCE * target.asked.sum()
     chosen = np.zeros(len(sizes), np.intp)
     for each in np.lexsort((rank, -sizes)).tolist():
         at = slice(start[each], start[each + 1])
-        rows = np.append(entries.label[at], -1)
-        much = np.append(entries.number[at], sizes[each])[:, None]
+        rows = np.append(pairs[1, at], -1)
+        much = np.append(number[at], sizes[each])[:, None]
         costs = ((2 * over[rows] + much) * much * weights[rows]).sum(0)[target.open]
         full = over[-1, target.open] + sizes[each] > spare
         chosen[each] = split = target.open[np.where(full & ~full.all(), np.inf, costs).argmin()]
         over[rows, split] += much[:, 0]
-    _improve(chosen, entries, sizes, over, weights, target.open)
     return chosen[group].astype(np.uint8)
-
-
-def _improve(chosen: Indices, entries: _Entries, sizes: Indices, over: Array, weights: Array, splits: Indices) -> None:
-    """Move one group at a time to where it lowers the cost most, in place, until none does."""
-    everyone = np.arange(len(sizes))
-    group, label = np.append(entries.group, everyone), np.append(entries.label, np.full(len(sizes), -1))
-    count = np.append(entries.number, sizes)[:, None]
-    for _ in range(_ROUNDS):
-        into = (2 * over[label] + count) * count * weights[label]  # (E, 4)
-        out = (count[:, 0] - 2 * over[label, chosen[group]]) * count[:, 0] * weights[label, chosen[group]]
-        change = np.stack([np.bincount(group, into[:, split] + out) for split in splits], axis=1)  # (G, S)
-        change[chosen[:, None] == splits] = 0
-        each, to = np.unravel_index(change.argmin(), change.shape)
-        if change[each, to] > -1e-9:
-            return
-        mine = group == each
-        np.add.at(over, (label[mine], chosen[each]), -count[mine, 0])
-        chosen[each] = splits[to]
-        np.add.at(over, (label[mine], chosen[each]), count[mine, 0])
 
 
 def _fill_up(labels: npt.NDArray[np.integer], ranks: Indices, counts: Array, target: _Target) -> Splits:

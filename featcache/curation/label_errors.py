@@ -84,9 +84,9 @@ def out_of_fold(
     return found
 
 
-def _table(n: int, n_classes: int) -> Array:
+def _table(n: int, n_classes: int, *, kept: int = _KEPT) -> Array:
     """(n, C) NaN, in memory or in a file that nobody else sees."""
-    if n * n_classes <= _KEPT:
+    if n * n_classes <= kept:
         return np.full((n, n_classes), np.nan, np.float32)
     with tempfile.TemporaryFile() as file:
         table: Array = np.memmap(file, np.float16, "w+", shape=(n, n_classes))
@@ -153,20 +153,28 @@ def _folds_of(y: Array, copies: Indices) -> int:
 
 
 def _sampled_passes(
-    features: FeatureSource, rows: Indices, y: Array, copies: Indices, *, seed: int, progress: Progress
+    features: FeatureSource,
+    rows: Indices,
+    y: Array,
+    copies: Indices,
+    *,
+    seed: int,
+    progress: Progress,
+    most: int = _MOST_VALUES,
 ) -> Iterator[tuple[Indices, Array]]:
     """A fold's rows and their (n, K) probabilities, from a head that saw a sample of the others, block by block."""
     from featcache.heads.logreg import Solver, head_of
 
     generator, folds = np.random.default_rng(seed), _folds_of(y, copies)
-    some = _sample(np.unique(copies), y, features.shape[1], generator)
+    count = most // features.shape[1]
+    some = _sample(np.unique(copies), y, count, generator)
     itself = np.arange(len(some))
     splits = stratified_folds(y[some], itself, folds=min(folds, _folds_of(y[some], itself)), seed=seed)
     _, scaling, C, temperature, _ = _chosen(features[rows[some]].astype(np.float64), y[some], itself, splits)
     log.info("%d heads, each trained on %d of %d images, judge the labels", folds, len(some), len(y))
     progress(1, folds + 1)
     for number, (train, held_out) in enumerate(stratified_folds(y, copies, folds=folds, seed=seed), 2):
-        some = _sample(train, y, features.shape[1], generator)
+        some = _sample(train, y, count, generator)
         solver = Solver(features[rows[some]].astype(np.float64), y[some], grid=(C,))
         head = head_of(solver.fit(scaling, C)[0], scaling).at_temperature(temperature)
         step = max(1, _BLOCK // max(features.shape[1], len(head.layers[0][1])))
@@ -176,15 +184,15 @@ def _sampled_passes(
         progress(number, folds + 1)
 
 
-def _sample(rows: Indices, y: Array, dim: int, generator: np.random.Generator) -> Indices:
-    """As many of ``rows`` as may train, ascending; the fewest that folds need of each class among them."""
+def _sample(rows: Indices, y: Array, count: int, generator: np.random.Generator) -> Indices:
+    """``count`` of ``rows``, ascending; the fewest that folds need of each class among them."""
     rows = generator.permutation(rows)
     order = np.argsort(y[rows], kind="stable")
     starts = np.searchsorted(y[rows][order], y[rows][order])
     first = order[np.arange(len(rows)) - starts < _FEWEST]
     chosen = np.concatenate([first, np.arange(len(rows))])
     _, at = np.unique(chosen, return_index=True)
-    kept = chosen[np.sort(at)][: max(_MOST_VALUES // dim, len(first))]
+    kept = chosen[np.sort(at)][: max(count, len(first))]
     return np.sort(rows[kept])
 
 

@@ -44,8 +44,8 @@ def find_outliers(nearest: Nearest, y: Array, *, groups: Indices | None = None) 
 def find_off_topic(features: FeatureSource, rows: Indices, y: Array) -> list[Finding]:
     """Rows far from the mean of every class, the farthest first.
 
-    The mean direction of a class is told apart from its neighbours on purpose: off-topic images are often several of a kind, and
-    each other's nearest neighbours. score: z / (z + 3.5), z the least of the deviations above the classes' medians; above 0.5.
+    It is the distance to means that counts, not to neighbours: off-topic images are often several of a kind, and then each other's
+    nearest neighbours. score: z / (z + 3.5), z the least of the deviations above the classes' medians; above 0.5.
 
     Args:
         features: (M, D). rows: (N,) numbers of rows among them. y: (N,) labels, -1: none; where nobody has one, all are one class.

@@ -128,14 +128,14 @@ def compare_pictures(one: Pictures, other: Pictures, *, thorough: bool = False) 
             for edge in (32, 64):
                 if not thorough:
                     alike = likeness >= _UNLIKE[edge // 2]
-                    todo, maps, likeness = todo[alike], maps[alike], likeness[alike]
-                if len(todo):
-                    maps = _align(a[edge][todo], b[edge][todo], maps)
-                    likeness = _agreement(a[edge][todo], b[edge][todo], maps)
-            if len(todo):
-                here = likeness
-                mirrored[todo] = torch.where(here > found[todo], mirror, mirrored[todo])
-                found[todo] = torch.maximum(here, found[todo])
+                    todo, maps = todo[alike], maps[alike]
+                if not len(todo):
+                    break
+                maps = _align(a[edge][todo], b[edge][todo], maps)
+                likeness = _agreement(a[edge][todo], b[edge][todo], maps)
+            else:
+                mirrored[todo] = torch.where(likeness > found[todo], mirror, mirrored[todo])
+                found[todo] = torch.maximum(likeness, found[todo])
         return found.numpy(), mirrored.numpy()
 
 

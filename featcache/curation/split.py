@@ -23,11 +23,12 @@ from featcache.curation.pixel_check import PixelCheck
 from featcache.curation.split_folders import check_place, place_images
 from featcache.errors import SourceError, UsageError
 from featcache.images.groups import Indices, group_by_name, joined, read_groups
+from featcache.images.home import find_home, places_in, some_of
 from featcache.images.layout import some
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.images.splits import digests_of_suspects, rank
 from featcache.spec import SPLITS
-from featcache.system.display import Shown, aligned, bar_in_notebook, count_rows, describe_images, printable
+from featcache.system.display import Shown, aligned, bar_in_notebook, count_rows, printable
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path, typed
 from featcache.system.runtime_options import check_runtime_options, check_whole
@@ -156,7 +157,7 @@ def split(
         group_column: of the table: images with the same text in it stay together, too (patient, place); empty: alone.
         group_table: a table with that column, where ``source`` is none; joined by path.
         seed: another one deals otherwise. reassign: deal all images anew, whatever splits they have.
-        pictures: of a cache: the folder of its images.
+        pictures: of a cache: the folder of its images; looked for near the cache when None.
         copy_to, link_to: a new or empty folder for SPLIT/CLASS/image: copies, or hard links.
         device: of the search for near copies. workers: threads that read files.
         progress: called with (done, to do, what); a bar in notebooks when None.
@@ -179,22 +180,22 @@ def split(
     images = read.images
     if folder is not None:
         if not read.known:
-            raise UsageError(f"{source} holds no images; say where they are, as --source FOLDER")
+            raise UsageError(f"the images of {source} were not found near it; say where they are, as --source FOLDER")
         check_place(folder, images)
     prefix = prefix_of(output, images.root) if output is not None and read.known else None
     old = np.zeros(len(images), np.uint8) if reassign else _old_splits(images, output, prefix)
     rows, left_out = _dealt(read)
     together, splits = np.arange(len(images)), np.zeros(len(images), np.uint8)
-    with bar_in_notebook(progress, describe_images("reading")) as report:
+    with bar_in_notebook(progress, lambda done, total, what: (done, total, f"{what}: {done} of {total}")) as report:
         copies = _copies(read, rows, groups, device=device, workers=workers or 8, progress=report)
         together[rows] = rows[joined(copies, _named_groups(read, rows, table))]
         _check_crossing(images, together[rows], old[rows], rows)
         splits[rows] = _deal(images.take(rows), together[rows], old[rows], shares, seed=seed)
         images = dataclasses.replace(images, splits=splits)
-        if output is not None:
-            write_manifest(output, images, together, prefix=prefix or "")
         if folder is not None:
             place_images(images, folder, link=link_to is not None, progress=report)
+        if output is not None:
+            write_manifest(output, images, together, prefix=prefix or "")
     moved = {name: int(((old == _TRAIN) & (splits == SPLITS.index(name))).sum()) for name in ("val", "test")}
     made = Split(
         images,
@@ -224,11 +225,18 @@ def _with_column(
         return source, dataclasses.replace(table, group_column=column or table.group_column)
     if column is not None and isinstance(source, Source):
         source = dataclasses.replace(source, group_column=column)
+    elif column is not None:
+        raise UsageError(
+            f"a list of images has no column {column!r}; list it with Source(..., group_column={column!r})"
+        )
     return source, None
 
 
 def _column(source: Source | ImageList) -> str | None:
-    return source.group_column if isinstance(source, Source) else None
+    """What groups are called, beside copies."""
+    if isinstance(source, ImageList):
+        return "groups of the list" if source.groups else None
+    return source.group_column
 
 
 def _old_splits(images: ImageList, output: Path | None, prefix: str | None) -> Splits:
@@ -302,6 +310,15 @@ def _read(source: Source | ImageList, groups: Groups, pictures: Path | None, out
     cache = FeatureCache.open(source.path)
     if cache.refused:
         log.info("%s: %d images were refused when it was made, and are left out", source, len(cache.refused))
+    if pictures is None:
+        some_images = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in some_of(len(cache))]
+        pictures = find_home(some_images, places_in(Path(), cache.path.parent))
+        found = (
+            "were not found near it; --source FOLDER says where they are"
+            if pictures is None
+            else f"are taken from {pictures}"
+        )
+        log.info("%s: its images %s", source, found)
     columns = {name: getattr(cache.rows, name) for name in ("labels", "splits", "sizes", "mtimes")}
     return _Read(
         ImageList(pictures or Path(), cache.paths, classes=cache.classes, **columns), cache, pictures is not None
@@ -333,10 +350,14 @@ def _copies(
         nearest = nearest_rows(features, rows, device=device, progress=say("features"))
     check = PixelCheck(read.images.root, read.images.paths, digests, workers=workers) if read.known else None
     if check is None:
-        log.info("near copies are judged by their features alone; --source FOLDER compares their pixels, too")
-    numbers = find_near_copies(nearest, digests, check=check, progress=say("pixels")).groups
-    _, first, group = np.unique(numbers, return_index=True, return_inverse=True)
-    return first[group]
+        log.info("near copies are judged by their features alone, as there are no pixels to compare")
+    copies = find_near_copies(nearest, digests, check=check, progress=say("pixels"))
+    _, first, group = np.unique(copies.groups, return_index=True, return_inverse=True)
+    # A copy of one picture of a group, not of all, is none of that group, and still must not lie on the other side.
+    links = [
+        (each.row, each.other) for each in copies.findings if each.other is not None and each.verified is not False
+    ]
+    return joined(first[group], pairs=np.searchsorted(rows, np.array(links, np.intp).reshape(-1, 2)))
 
 
 def _named_groups(read: _Read, rows: Indices, table: Source | None) -> Indices:
@@ -397,8 +418,8 @@ def _unmet(made: Split) -> list[str]:
     splits, labels, found = made.splits, made.images.labels, []
     n, rows = sum(made.counts.values()), np.flatnonzero(splits)
     sizes = np.unique(made.groups[rows], return_counts=True)[1]
-    per_class = [np.unique(made.groups[rows][labels[rows] == label]) for label in np.unique(labels[rows])]
-    single = sum(len(groups) == 1 for groups in per_class)
+    pairs = np.unique(np.stack([labels[rows], made.groups[rows]]), axis=1)
+    single = int((np.unique(pairs[0], return_counts=True)[1] == 1).sum())
     for name, share in made.asked.items():
         split, got = SPLITS.index(name), made.counts[name]
         if abs(got - share * n) > max(_MAY_DIFFER * n, 1):

@@ -63,7 +63,9 @@ def _place(file: Path, to: Path, *, link: bool) -> None:
         if link:
             os.link(os.path.realpath(file), to)
         else:
-            shutil.copy2(file, to)
+            with file.open("rb") as here, to.open("xb") as there:
+                shutil.copyfileobj(here, there, 2**20)
+            shutil.copystat(file, to)
     except OSError as error:
         advice = "--copy-to copies instead: hard links need one file system that has them, and a file of yours"
         what = f"cannot link {file}: {error.strerror}; {advice}" if link else f"cannot copy {file}: {error.strerror}"

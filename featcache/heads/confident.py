@@ -108,9 +108,9 @@ def wrong_labels(y: Array, probabilities: Array, votes: Votes | None = None) -> 
     return found[doubt[found] > 0.5]
 
 
-def _blocks(y: Array, probabilities: Array) -> Iterator[tuple[Indices, Array]]:
+def _blocks(y: Array, probabilities: Array, *, values: int = _BLOCK) -> Iterator[tuple[Indices, Array]]:
     """Row numbers and (n, C) float64 probabilities of the rows of which there is an opinion and a label."""
-    size = max(1, _BLOCK // probabilities.shape[1])
+    size = max(1, values // probabilities.shape[1])
     for start in range(0, len(y), size):
         p = np.asarray(probabilities[start : start + size], np.float64)
         known = np.flatnonzero(~np.isnan(p[:, 0]) & (y[start : start + size] >= 0))

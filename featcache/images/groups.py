@@ -34,8 +34,8 @@ def first_members(groups: Indices) -> Indices:
     return first[group]
 
 
-def joined(*partitions: Indices) -> Indices:
-    """(N,) the finest partition that keeps together what any of ``partitions`` does: their connected components."""
+def joined(*partitions: Indices, pairs: Indices | None = None) -> Indices:
+    """(N,) the finest partition that keeps together what any of ``partitions`` does, and (P, 2) ``pairs``: connected components."""
     result = np.arange(len(partitions[0]))
     while True:
         before = result.copy()
@@ -43,6 +43,11 @@ def joined(*partitions: Indices) -> Indices:
             lowest = np.full(len(result), len(result))
             np.minimum.at(lowest, partition, result)
             result = lowest[partition]
+        if pairs is not None and len(pairs):
+            lower = result[pairs].min(axis=1)
+            np.minimum.at(result, pairs[:, 0], lower)
+            np.minimum.at(result, pairs[:, 1], lower)
+        result = result[result]  # of a chain this halves the length
         if (result == before).all():
             return result
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from featcache.cache.copies import find_copies
 from featcache.cache.format import decode_names
+from featcache.heads.confident import wrong_labels
 from featcache.heads.conformal import METHOD
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import (
@@ -101,7 +102,10 @@ def scores_of(model: Model, scored: Scored, limits: Limits, *, seen: Array | Non
     """What ``evaluate`` returns, without rows. seen: (N,) whether training has seen the image; None: not known."""
     scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
     scores |= _worth(model, scored, limits)
-    return scores | _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
+    unseen = seen is None or not seen.any()  # of rows that trained the head probabilities say what it was told
+    suspects = len(wrong_labels(scored.y, scored.probabilities)) if unseen else None
+    facts = {"label_suspects": suspects, "split": scored.split, "refused": len(scored.refused)}
+    return scores | _copies(scored, seen=seen) | facts
 
 
 def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:

@@ -16,7 +16,8 @@ from featcache.backbones.saved import MANIFEST, WEIGHTS
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.copies import find_copies, first_copies
 from featcache.errors import SourceError, UsageError
-from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, TorchSettings
+from featcache.heads.confident import wrong_labels
+from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, TorchSettings, softmax
 from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.groups import group_by_name, joined, read_groups
 from featcache.images.source import Source
@@ -60,6 +61,8 @@ class FitReport(Shown):
             one of them); None: nothing.
         settings: what the head was trained with: C and scaling, or epochs, lr, batch_size, and of an mlp hidden and dropout.
         seconds: of the whole call.
+        label_suspects: labels of training images in doubt (``heads.confident``, out of fold, without neighbours); None where there
+            was no cross-validation, or too much of it to keep.
     """
 
     model: Path
@@ -87,6 +90,7 @@ class FitReport(Shown):
     groups: dict[str, Any] | None
     settings: dict[str, Any]
     seconds: float
+    label_suspects: int | None = None
 
     _shown = ("model", "clf", "C", "classes", "n_train", "cv_accuracy", "val_accuracy", "test_accuracy", "seconds")
 
@@ -195,6 +199,7 @@ def fit_head(
         groups=metrics["groups"],
         settings=fitted.chosen,
         seconds=time.perf_counter() - started,
+        label_suspects=metrics["label_suspects"],
     )
 
 
@@ -370,7 +375,8 @@ def _metrics(cache: FeatureCache, fitted: FittedHead, seen: TrainingRows, *, pre
     for sentence in copies.examples:
         log.warning(sentence)
     history = {"history": fitted.history} if fitted.history else {}
-    return metrics | {"copies": copies.counts(), "curve": fitted.curve} | history
+    suspects = None if seen.logits is None else len(wrong_labels(seen.labels, softmax(seen.logits)))
+    return metrics | {"copies": copies.counts(), "label_suspects": suspects, "curve": fitted.curve} | history
 
 
 def _score(cache: FeatureCache, head: Head, seen: TrainingRows, *, split: str, present: Array) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Class names come as they are to be shown, on one line each and harmless to a ter
 
 import heapq
 import itertools
+import shlex
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +63,14 @@ def _split_lines(report: FitReport, split: str) -> list[str]:
 
 def _balanced(scores: dict[str, Any]) -> str:
     return f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro F1 {scores['macro_f1']:.2%}"
+
+
+def audit_line(suspects: int | None, copies: int | None, cache: str | None) -> str:
+    """What ``audit`` would find as far as it is known already, and the command. ``copies``: across splits."""
+    known = (("labels in doubt", suspects), ("copies across splits", copies))
+    counts = ", ".join(f"{count} {words}" for words, count in known if count is not None)
+    name = "FEATURES.h5" if cache is None else shlex.quote(cache)
+    return f"  {counts or 'wrong labels, copies'}: featcache audit {name} -o audit/"
 
 
 def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:

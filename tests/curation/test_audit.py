@@ -372,7 +372,10 @@ def test_memory_that_is_not_there_is_said_before_work(
     monkeypatch.setattr(curation, "estimate", lambda *_, **__: (4000.0, 5 * 10**9))
     monkeypatch.setattr(curation, "available_memory", lambda: 2**40)
     featcache.audit(**light, kinds=("near_copy",))
-    assert "comparing 60 images takes about 67 min and 5.0 GB of memory; Ctrl-C keeps what is finished" in caplog.text
+    assert (
+        "comparing 60 images on this CPU takes about 67 min and 5.0 GB of memory; Ctrl-C keeps what is finished"
+        in caplog.text
+    )
     monkeypatch.setattr(curation, "available_memory", lambda: 10**9)
     found = featcache.audit(**light, kinds=("near_copy", "exact_copy"))
     assert found.not_done == {"near_copy": "comparing 60 images needs about 5.0 GB of memory, 1.0 are free"}

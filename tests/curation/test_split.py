@@ -89,8 +89,10 @@ def test_extract_takes_the_table(run, tmp_path: Path, monkeypatch: pytest.Monkey
     code, out, _ = run("extract", "m.csv", "-o", "f.h5", *TINY_FLAGS, "--json")
     assert code == 0 and json.loads(out)["splits"] == facts["splits"]
     assert json.loads(out)["copies"] == {"within": 1, "across_splits": 0, "across_labels": 0}
-    again = json.loads(run("split", "f.h5", "--val", "0.1", "--test", "0.2", "-o", "n.csv", "--json")[1])
-    assert again["kept"] == 31 and again["splits"] == facts["splits"]
+    code, out, err = run("split", "f.h5", "--val", "0.1", "--test", "0.2", "-o", "n.csv", "--json")
+    assert json.loads(out)["kept"] == 31 and json.loads(out)["splits"] == facts["splits"]
+    assert err.endswith("next: featcache extract n.csv -o features.h5\n")  # its images were found
+    assert read(Path("n.csv")) == read(Path("m.csv"))
 
 
 def test_the_table_reads_well(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,6 +175,14 @@ def test_a_column_of_a_table_and_copies_are_joined(run, tmp_path: Path, caplog: 
     assert {k: SPLITS[v] for k, v in by_path(again.images).items()} == splits
 
 
+def test_a_list_brings_its_groups(tmp_path: Path) -> None:
+    images = list_images(Source(patients(tmp_path), group_column="patient"))
+    made = split(images, test=0.2, groups="none")
+    assert made.together == (19, 56) and "  56 images in 19 groups kept together (groups of the list)" in made.lines()
+    with pytest.raises(UsageError, match="a list of images has no column"):
+        split(images, test=0.2, group_column="patient")
+
+
 def test_a_folder_takes_groups_of_another_table(tmp_path: Path) -> None:
     patients(tmp_path)
     made = split(tmp_path / "p", test=0.2, group_table=tmp_path / "list.csv", group_column="patient")
@@ -189,7 +199,7 @@ def test_a_cache_is_split_as_its_images_are(cache: Path, tmp_path: Path, run) ->
     assert by_path(made.images) == by_path(split(images, val=0.1, test=0.2).images)
     assert made.next == f"featcache extract {tmp_path}/m.csv --root FOLDER -o features.h5"
     code, _, err = run("split", cache, "--val", "0.1", "--copy-to", tmp_path / "x")
-    assert code == 2 and err.endswith("holds no images; say where they are, as --source FOLDER\n")
+    assert code == 2 and err.endswith("were not found near it; say where they are, as --source FOLDER\n")
 
 
 def test_near_copies_of_a_cache_stay_together(tmp_path: Path) -> None:
@@ -200,6 +210,10 @@ def test_near_copies_of_a_cache_stay_together(tmp_path: Path) -> None:
     made = split(tmp_path / "f.h5", val=0.1, test=0.2, groups="near")
     assert (made.splits[0:20:2] == made.splits[1:20:2]).all() and made.together[0] >= 10
     assert abs(made.counts["test"] - 40) <= 2
+    X[7, 3] = np.nan
+    write_cache(tmp_path / "g.h5", rows, [X], dim=CLASSES_DIM, spec=SPEC, classes=("a", "b"))
+    with pytest.raises(SourceError, match="features of 1 images are not finite, the first is row 7"):
+        split(tmp_path / "g.h5", val=0.1, groups="near")
     apart = split(tmp_path / "f.h5", val=0.1, test=0.2).splits
     assert (apart[0:20:2] != apart[1:20:2]).any()
 
@@ -207,19 +221,21 @@ def test_near_copies_of_a_cache_stay_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("link", [False, True])
 def test_folders_of_copies_or_links_are_a_source(tmp_path: Path, run, link: bool) -> None:
     photos = make_photos(tmp_path / "photos", each=10)
-    for folder in ("x", "y"):  # of one name in one class, but for capitals, which some disks do not tell apart
-        write_photo(photos / "red" / folder / f"{'A' if folder == 'x' else 'a'}.jpg", COLOURS["red"], ord(folder))
+    for number in range(8):  # of one name in one class, also but for capitals, which some disks do not tell apart
+        write_photo(photos / "red" / f"{number}" / ("A.jpg" if number % 2 else "a.jpg"), COLOURS["red"], 90 + number)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(photos.rglob("*.jpg"))}
     out = tmp_path / "out"
     out.mkdir()
     option = "--link-to" if link else "--copy-to"
     code, said, _ = run("split", photos, "--val", "0.2", "--test", "0.2", option, out, "-o", tmp_path / "m.csv")
-    assert code == 0 and said.startswith(f"{tmp_path}/m.csv and {out}: 32 images")
+    assert code == 0 and said.startswith(f"{tmp_path}/m.csv and {out}: 38 images")
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(photos.rglob("*.jpg"))} == before
     images, table = list_images(out), list_images(tmp_path / "m.csv")
-    assert images.count_rows() == table.count_rows() and len(images) == 32
+    assert images.count_rows() == table.count_rows() and len(images) == 38
     content = Counter((out / path).read_bytes() for path in images.paths)
     assert content == Counter(data for data, _ in before.values())
+    folded = Counter(path.lower() for path in images.paths)
+    assert max(folded.values()) == 1
     assert {(out / path).stat().st_nlink for path in images.paths} == {2 if link else 1}
     code, _, err = run("split", photos, "--val", "0.2", option, out)
     assert code == 1 and "it is not empty, and nothing in it is replaced" in err

@@ -63,9 +63,9 @@ def test_groups_of_several_classes_are_dealt_evenly(seed):
 
 
 def test_a_class_of_two_groups_is_never_held_out_as_a_whole():
-    """Their other class is so common there that both would go to the same fold."""
-    y = np.array([0] * 9 + [1] + [0] * 9 + [1] + [0, 0])
-    groups = np.repeat([0, 10, 20, 21], [10, 10, 1, 1])
+    """Beside a group that makes up most of their other class, both would go to the fold without it."""
+    y = np.array([0] * 20 + [0, 1] + [0, 1])
+    groups = np.repeat([0, 20, 22], [20, 2, 2])
     for seed in range(20):
         assert all({*y[train].tolist()} == {0, 1} for train, _ in stratified_folds(y, groups, folds=2, seed=seed))
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,18 +18,27 @@ def test_images_without_a_name_stand_alone() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12)), max_size=30))
-def test_partitions_are_joined_as_a_search_through_the_graph_joins_them(names) -> None:
-    columns = [[*column] for column in zip(*names, strict=True)] or [[], [], []]
-    found = joined(*(group_by_name([*map(str, column)]) for column in columns))
+@given(st.lists(st.tuples(*[st.integers(0, 12)] * 3), min_size=1, max_size=30), st.integers(0, 2**32 - 1))
+def test_what_is_joined_is_what_a_search_through_the_graph_reaches(names, seed) -> None:
+    random = np.random.default_rng(seed)
+    pairs = random.integers(0, len(names), (random.integers(0, 5), 2))
+    columns = [[*column] for column in zip(*names, strict=True)]
+    found = joined(*(group_by_name([*map(str, column)]) for column in columns), pairs=pairs)
     for start in range(len(names)):
         reached, pending = {start}, [start]
         while pending:
             here = pending.pop()
-            near = {k for k in range(len(names)) if any(column[k] == column[here] for column in columns)} - reached
+            near = {k for k in range(len(names)) if any(column[k] == column[here] for column in columns)}
+            near |= {a for a, b in pairs.tolist() if b == here} | {b for a, b in pairs.tolist() if a == here}
+            near -= reached
             reached |= near
             pending += near
         assert found[start] == min(reached)
+
+
+def test_a_long_chain_is_joined_at_once() -> None:
+    pairs = np.stack([np.arange(99_999), np.arange(1, 100_000)], axis=1)
+    assert not joined(np.arange(100_000), pairs=np.random.default_rng(0).permutation(pairs)).any()
 
 
 PATHS = ("cat/1.jpg", "cat/2 b.jpg", "dog/\u00fc.jpg")

@@ -20,6 +20,7 @@ from featcache.cache.format import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import SourceError, SpecMismatchError, StorageError, UsageError
 from featcache.extraction.extract import extract
+from featcache.heads.confident import wrong_labels
 from featcache.heads.head import FittedHead, Head
 from featcache.heads.metrics import mcnemar
 from featcache.models.evaluate import evaluate
@@ -335,20 +336,20 @@ def model_by_hand(folder: Path, classes: tuple[str, ...], trained: list[int] | N
     return load_model(folder)
 
 
-def test_suspects_by_definition(tmp_path: Path) -> None:
+def test_suspects_are_those_of_the_one_rule(tmp_path: Path) -> None:
+    """Of confident learning; no row that trained the head is one."""
     rng = np.random.default_rng(3)
     p = rng.dirichlet(np.full(3, 0.3), 400)
     y = np.where(rng.random(400) < 0.8, p.argmax(1), rng.integers(0, 3, 400))
-    subject = make_subject(
-        model_by_hand(tmp_path / "m", ("a", "b", "c")), scored_by_hand(y, p), pictures=Pictures(None)
-    )
-    means = [np.mean([row[k] for row, label in zip(p, y, strict=True) if label == k]) for k in range(3)]
-    expected = [
-        k for k, (row, label) in enumerate(zip(p, y, strict=True))
-        if (answer := int(row.argmax())) != label and row[answer] >= means[answer] and row[label] < 1 / 3
-    ]  # fmt: skip
-    assert sorted(suspects(subject).tolist()) == expected
-    assert 0 < len(expected) < (p.argmax(1) != y).sum()
+    model = model_by_hand(tmp_path / "m", ("a", "b", "c"))
+    scored = scored_by_hand(y, p)
+    subject = make_subject(model, scored, pictures=Pictures(None))
+    found = suspects(subject)
+    np.testing.assert_array_equal(found, wrong_labels(y, p.astype(np.float32)))
+    assert 0 < len(found) == subject.scores["label_suspects"]
+    assert (p.argmax(1) != y)[found].all()
+    known = dataclasses.replace(scored, digests=np.repeat(model.training_rows().digests[:1], 400, axis=0))
+    assert not len(suspects(make_subject(model, known, pictures=Pictures(None))))
 
 
 def test_of_one_class_no_more_is_claimed_than_it_shows(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from featcache.models.fit import FitReport
-from featcache.reports.scores import columns, confusion_lines, evaluation_lines, fit_lines
+from featcache.reports.scores import audit_line, columns, confusion_lines, evaluation_lines, fit_lines
 
 REPORT = FitReport(
     model=Path("m"),
@@ -49,6 +49,18 @@ def test_what_fit_head_did() -> None:
         "    95% interval 91.70% to 98.19%; balanced accuracy 95.98%, macro F1 96.01%",
         "  1.3 s; details in m/metrics.json",
     ]
+
+
+@pytest.mark.parametrize(
+    ("suspects", "copies", "cache", "expected"),
+    [
+        (12, 0, "my f.h5", "  12 labels in doubt, 0 copies across splits: featcache audit 'my f.h5' -o audit/"),
+        (None, 3, None, "  3 copies across splits: featcache audit FEATURES.h5 -o audit/"),
+        (None, None, "f.h5", "  wrong labels, copies: featcache audit f.h5 -o audit/"),
+    ],
+)
+def test_what_audit_would_find(suspects: int | None, copies: int | None, cache: str | None, expected: str) -> None:
+    assert audit_line(suspects, copies, cache) == expected
 
 
 def test_what_else_there_is_to_say_of_a_head() -> None:

@@ -62,7 +62,7 @@ def _kinds(found: Found) -> Iterator[str]:
 def _note(found: Found, kind: Kind, findings: Sequence[Finding]) -> str:
     if kind not in ("exact_copy", "near_copy") or not findings:
         return ""
-    groups = len({finding.group for finding in findings})
+    groups = len({finding.group for finding in findings} - {None})
     crossing = {*found.across_splits().tolist()} & {finding.row for finding in findings}
     across = f", {len(crossing):,} of val or test in an earlier split, too" if crossing else ""
     return f"  in {groups:,} group{'s' * (groups != 1)}{across}"

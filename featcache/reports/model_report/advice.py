@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from featcache.backbones.catalog import ALIASES, counted
+from featcache.heads.confident import wrong_labels
 from featcache.heads.head import Array
 from featcache.heads.metrics import chance_of_at_most
 from featcache.models.scoring import HELD_OUT
@@ -67,24 +68,10 @@ def advise(subject: Subject, *, learning: str = "") -> list[Advice]:
 
 
 def suspects(subject: Subject) -> Array:
-    """Rows whose label may be wrong, the surest first: confident mistakes.
-
-    Method: of confident learning (Northcutt, Jiang and Chuang 2021, "Confident learning: estimating uncertainty in dataset
-    labels") the off-diagonal of the confident joint: a row labelled i counts as j if its probability of j is at least the
-    mean one of the rows labelled j. Here j must also be its answer, and i less probable than by guessing: else among classes
-    that are hard to tell apart many sound labels are doubted. For rows that did not train the head.
-    """
-    scored = subject.scored
-    if subject.seen is not None and subject.seen.any():
+    """Rows whose label may be wrong, the surest first (``heads.confident``); none where some rows trained the head."""
+    if subject.scores["label_suspects"] is None:
         return np.empty(0, np.intp)
-    y, p = scored.y, scored.probabilities
-    sums = np.bincount(y, p[np.arange(len(y)), y], minlength=p.shape[1])
-    counts = np.bincount(y, minlength=p.shape[1])
-    mean = np.where(counts, sums / np.maximum(counts, 1), np.inf)
-    answer, sure = subject.predicted, p.max(axis=1)
-    doubted = p[np.arange(len(y)), y] < 1 / p.shape[1]
-    found = np.flatnonzero((answer != y) & (sure >= mean[answer]) & doubted)
-    return found[np.argsort(-sure[found], kind="stable")]
+    return wrong_labels(subject.scored.y, subject.scored.probabilities)
 
 
 def largest_class(subject: Subject) -> tuple[str, float]:
@@ -120,8 +107,10 @@ def _about_the_score(subject: Subject) -> Iterator[Advice]:
 def _about_labels(subject: Subject) -> Iterator[Advice]:
     if count := len(suspects(subject)):
         images = "1 image whose label" if count == 1 else f"{count_text(count)} images whose labels"
-        words = f"Look at {images} may be wrong: another class is as probable as it usually is for its own images."
-        yield Advice(_said(words), "Show it" if count == 1 else "Show them", "suspects")
+        cache = "FEATURES.h5" if subject.cache is None else str(subject.cache.path)
+        words = f"Look at {images} may be wrong: that many contradict the probabilities (confident learning). "
+        words += "<code>featcache audit {} -o audit/</code> looks at all images, copies and outliers, too."
+        yield Advice(_said(words, cache), "Show it" if count == 1 else "Show them", "suspects")
 
 
 def _about_classes(subject: Subject, *, learning: str) -> Iterator[Advice]:

@@ -302,8 +302,8 @@ class _Work:
         usable = np.zeros(len(self.cache), np.bool_)
         usable[self.rows] = True
         exact = np.unique(first_copies(self.cache.rows.digests), return_inverse=True)[1]
-        columns = self.cache.y, self.cache.rows.splits, exact, self.facts["groups"], usable
-        columns = (*columns, self.facts.get("pairs", np.empty((0, 2), np.intp)))
+        pairs = self.facts.get("pairs", np.empty((0, 2), np.intp))
+        columns = self.cache.y, self.cache.rows.splits, exact, self.facts["groups"], usable, pairs
         _announce("scoring", 2 * self._judging()[0], 0)
         try:
             with self._timed("scores") as report, self.cache.reader() as features:

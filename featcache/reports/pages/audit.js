@@ -85,7 +85,9 @@ function subtitle(item) {
   if (items.suggested[item] >= 0) return [element("bdi", className(images.label[items.rows[item][0]], 20)), " → ", element("bdi", className(items.suggested[item], 20)), "?"];
   if (crosses(item, "label")) return [...new Set(items.rows[item].map((image) => images.label[image]))].slice(0, 3).flatMap((label, k) => [k ? " or " : "", label < 0 ? "no label" : element("bdi", className(label, 14))]);
   const there = [...new Set(items.rows[item].map((image) => images.split[image]))].filter(Boolean).sort().map((split) => splits[split]);
-  return there.length > 1 ? ["in " + there.join(" and ")] : [named(fileOf(items.rows[item][0]))];
+  const label = images.label[items.rows[item][0]];
+  if (there.length > 1) return ["in " + there.join(" and ")];
+  return [...(label < 0 ? [] : [element("bdi", className(label, 16)), ", "]), named(fileOf(items.rows[item][0]))];
 }
 function pictureOf(image, properties = {}) {
   const src = pictures[images.picture[image]];
@@ -308,7 +310,7 @@ function go(to) {
   if (!shown.length) return;
   at = Math.min(Math.max(to, 0), shown.length - 1);
   draw();
-  say(`${at + 1} of ${shown.length}: ${titleOf(current())}, ${whatOf(current())}`);
+  say(`${count(at + 1)} of ${count(shown.length)}: ${titleOf(current())}, ${whatOf(current())}`);
 }
 box.addEventListener("click", ({ target }) => {
   const button = target.closest("[data-do]");

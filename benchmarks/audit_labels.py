@@ -67,8 +67,7 @@ def labels_run(
     found["precision"], found["recall"] = precision_recall(flagged, wrong)
     issues = find_label_issues(noisy, p, n_jobs=1)
     found["cleanlab precision"], found["cleanlab recall"] = precision_recall(issues, wrong)
-    for name in USUAL:
-        found[name] = np.nan
+    found |= dict.fromkeys(USUAL, np.nan)
     if usual:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -119,7 +118,8 @@ def load(path: str, most: int) -> tuple[FeatureCache, np.ndarray, np.ndarray, np
 
 def mean(runs: list[dict[str, float]]) -> dict[str, float]:
     """Of each figure."""
-    return {name: float(np.nanmean([run[name] for run in runs])) for name in runs[0]}
+    known = {name: [run[name] for run in runs if not np.isnan(run[name])] for name in runs[0]}
+    return {name: float(np.mean(values)) for name, values in known.items() if values}
 
 
 def main() -> None:

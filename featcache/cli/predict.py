@@ -273,7 +273,10 @@ def evaluate(
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
     audited = printable(str(source)) if is_cache(source) else None
-    lines.append(audit_line(scores["label_suspects"], scores["copies"]["across_splits"], audited))
+    copies = (
+        None if scores["accuracy_without_copies"] is None else scores["copies"]["across_splits"]
+    )  # not training itself
+    lines.append(audit_line(scores["label_suspects"], copies, audited))
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {written} rows: {output}")

@@ -18,7 +18,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
 from featcache.curation.copies import find_exact_copies
 from featcache.curation.finding import KINDS, Finding, Kind
-from featcache.curation.honest_score import Rows, Score, honest_scores
+from featcache.curation.honest_score import Rows, Score, copies_of, honest_scores
 from featcache.curation.label_errors import estimate as estimate_labels
 from featcache.curation.label_errors import find_label_errors, out_of_fold
 from featcache.curation.looks import measure_looks
@@ -30,6 +30,7 @@ from featcache.curation.pixel_check import PixelCheck
 from featcache.curation.quality import find_poor_images
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array, Indices
+from featcache.images.home import leads_inside
 from featcache.spec import SPLITS
 from featcache.system.memory import available_memory
 from featcache.system.runtime_options import usable_cores
@@ -79,7 +80,8 @@ class Found:
         findings: kind -> its findings, by falling score, groups together; a kind that was not looked for is not there.
         not_done: kind, or ``scores`` or ``overlaps`` -> why it was not looked for.
         notes: sentences about what was left out, with names.
-        groups: (M,) rows that hold the same image, exactly or nearly, share a number; others have their own.
+        groups: (M,) rows that hold the same image, exactly or nearly, share a number; others have their own. pairs: (P, 2)
+            near copies beyond these: each two of a group are copies of each other.
         nearest: the nearest neighbours that findings rest on; None where nothing was compared.
         opinions: out-of-fold probabilities of labelled rows; None where there are none.
         near: thresholds and counts of the search for near copies. overlaps: pairs of classes that may be one.
@@ -93,6 +95,7 @@ class Found:
     not_done: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     groups: Indices = dataclasses.field(default_factory=lambda: np.empty(0, np.intp))
+    pairs: Indices = dataclasses.field(default_factory=lambda: np.empty((0, 2), np.intp))
     nearest: Nearest | None = None
     near: NearCopies | None = None
     opinions: Opinions | None = None
@@ -107,12 +110,14 @@ class Found:
 
     def across_splits(self) -> Indices:
         """Rows of val and test whose image, exactly or nearly, also lies in a split before theirs (train, val, test)."""
-        splits, groups = self.cache.rows.splits, self.groups
-        if not len(groups):
+        splits = self.cache.rows.splits
+        if not len(self.groups):
             return np.empty(0, np.intp)
-        earliest = np.full(groups.max() + 1, len(SPLITS))
-        np.minimum.at(earliest, groups, np.where(splits > 0, splits, len(SPLITS)))
-        return np.flatnonzero(splits > earliest[groups])
+        later = [
+            (splits > split) & copies_of(self.groups, self.pairs, splits == split)
+            for split in range(1, len(SPLITS) - 1)
+        ]
+        return np.flatnonzero(np.any(later, axis=0))
 
 
 class Cut(KeyboardInterrupt):
@@ -172,6 +177,7 @@ class _Work:
         self.facts: dict[str, Any] = {"findings": {}, "not_done": {}, "seconds": {}, "groups": np.arange(len(cache))}
         self.notes: list[str] = []
         self.rows = np.arange(len(cache))  # with finite features
+        self.paths = [path if leads_inside(path) else "" for path in cache.paths]  # of files that are opened
         self.nearest: Nearest | None = None
         self.steps = (
             self._exact_copies,
@@ -236,7 +242,7 @@ class _Work:
             return
         check = None
         if self.root is not None:
-            check = PixelCheck(self.root, self.cache.paths, self.cache.rows.digests, workers=self.workers)
+            check = PixelCheck(self.root, self.paths, self.cache.rows.digests, workers=self.workers)
         with self._timed("near copies") as report:
             found = find_near_copies(
                 self.nearest, self.cache.rows.digests, check=check, seed=self.seed, progress=report
@@ -244,6 +250,8 @@ class _Work:
         groups = self.facts["groups"] + len(found.groups)  # of rows that were compared with nothing their exact copies
         groups[self.nearest.rows] = found.groups
         self.facts |= {"near": found, "groups": np.unique(groups, return_inverse=True)[1]}
+        pairs = [(finding.row, finding.other) for finding in found.findings if finding.other is not None]
+        self.facts["pairs"] = np.array(pairs, np.intp).reshape(-1, 2)
         self._add("near_copy", found.findings)
 
     def _outliers(self) -> None:
@@ -296,7 +304,8 @@ class _Work:
         usable = np.zeros(len(self.cache), np.bool_)
         usable[self.rows] = True
         exact = np.unique(first_copies(self.cache.rows.digests), return_inverse=True)[1]
-        columns = self.cache.y, self.cache.rows.splits, exact, self.facts["groups"], usable
+        pairs = self.facts.get("pairs", np.empty((0, 2), np.intp))
+        columns = self.cache.y, self.cache.rows.splits, exact, self.facts["groups"], usable, pairs
         _announce("scoring", 2 * self._judging()[0], 0)
         try:
             with self._timed("scores") as report, self.cache.reader() as features:
@@ -313,7 +322,7 @@ class _Work:
             return
         with self._timed("pictures") as report:
             cache, workers = self.cache, self.workers
-            looks, edges = measure_looks(self.root, cache.paths, cache.rows.digests, workers=workers, progress=report)
+            looks, edges = measure_looks(self.root, self.paths, cache.rows.digests, workers=workers, progress=report)
             missing = int(np.isnan(edges).sum())
             found = find_poor_images(np.arange(len(cache)), looks, edges)
         if missing == len(cache):

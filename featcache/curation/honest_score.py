@@ -17,7 +17,7 @@ from featcache.errors import SourceError
 from featcache.heads.confident import wrong_labels
 from featcache.heads.head import Array, FeatureSource, Indices, softmax
 from featcache.heads.metrics import accuracy_interval
-from featcache.images.groups import first_members
+from featcache.images.groups import first_members, joined
 from featcache.images.splits import training_images
 from featcache.spec import SPLITS
 from featcache.system.runtime_options import usable_cores
@@ -59,6 +59,7 @@ class Rows:
     Attributes:
         features: (M, D). labels: (M,), -1: none. splits: (M,) positions in ``SPLITS``, 0: none.
         exact, groups: (M,) rows of the same bytes, or of the same image, share a number. usable: (M,) with finite features.
+        pairs: (P, 2) near copies beyond the groups: each two of a group copy each other, which of a pair need not be.
     """
 
     features: FeatureSource
@@ -67,6 +68,23 @@ class Rows:
     exact: Indices
     groups: Indices
     usable: npt.NDArray[np.bool_]
+    pairs: Indices = dataclasses.field(default_factory=lambda: np.empty((0, 2), np.intp))
+
+    def copies_of(self, members: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """(M,) some rows -> (M,) these, and all that copy one of them."""
+        return copies_of(self.groups, self.pairs, members)
+
+    def together(self) -> "Rows":
+        """With pairs as groups, too: for folds, which must not divide any."""
+        return dataclasses.replace(self, groups=joined(first_members(self.groups), pairs=self.pairs))
+
+
+def copies_of(groups: Indices, pairs: Indices, members: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """(M,) group numbers, (P, 2) pairs beyond them, (M,) some rows -> (M,) these, and all that copy one of them."""
+    found = np.isin(groups, groups[members])
+    for one, other in (pairs.T, pairs.T[::-1]):
+        found[one[members[other]]] = True
+    return found
 
 
 def honest_scores(rows: Rows, *, seed: int = 0, progress: Progress = lambda *_: None) -> tuple[Score, ...]:
@@ -85,8 +103,11 @@ def honest_scores(rows: Rows, *, seed: int = 0, progress: Progress = lambda *_: 
     most = _MOST_VALUES // rows.features.shape[1]
     sample = np.sort(np.random.default_rng(seed).permutation(train)[:most])
     sample = sample[_has_folds(rows.labels[sample], rows.exact[sample])]
-    way = _of_splits if rows.splits.any() else _out_of_fold
-    return tuple(way(rows, train, sample, seed, progress))
+    if not rows.splits.any():
+        return tuple(_out_of_fold(rows.together(), sample, seed, progress))
+    trains = np.zeros(len(rows.labels), np.bool_)
+    trains[train] = True
+    return tuple(_of_splits(rows.together(), rows.copies_of(trains), sample, seed, progress))
 
 
 def _has_folds(labels: Array, copies: Indices) -> npt.NDArray[np.bool_]:
@@ -95,8 +116,10 @@ def _has_folds(labels: Array, copies: Indices) -> npt.NDArray[np.bool_]:
     return counts[labels] >= 2
 
 
-def _of_splits(rows: Rows, all_train: Indices, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
-    """By one head for the first two terms, and one for the third."""
+def _of_splits(
+    rows: Rows, leaks: npt.NDArray[np.bool_], train: Indices, seed: int, progress: Progress
+) -> Iterator[Score]:
+    """By one head for the first two terms, and one for the third. ``leaks``: (M,) rows that train, or copy one that does."""
     progress(0, 2)
     head = judge = _Fitted(rows, train, rows.exact, seed)
     if not _same_partition(rows.exact[train], rows.groups[train]):  # near copies would vouch for each other's labels
@@ -106,7 +129,7 @@ def _of_splits(rows: Rows, all_train: Indices, train: Indices, seed: int, progre
     better = head if len(rest) == len(train) else _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
     for split in ("val", "test"):
         here = np.flatnonzero((rows.splits == SPLITS.index(split)) & rows.usable & np.isin(rows.labels, head.present))
-        new = ~np.isin(rows.groups[here], rows.groups[all_train])
+        new = ~leaks[here]
         if len(here):
             right = head.right(here)
             yield _score(split, "as_given", right, 0, len(train))
@@ -117,7 +140,7 @@ def _of_splits(rows: Rows, all_train: Indices, train: Indices, seed: int, progre
     progress(2, 2)
 
 
-def _out_of_fold(rows: Rows, _: Indices, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
+def _out_of_fold(rows: Rows, train: Indices, seed: int, progress: Progress) -> Iterator[Score]:
     """As ``fit-head`` has it, corrected for the choice among settings; without suspects it changes by what the same folds say."""
     progress(0, 2)
     fitted = _Fitted(rows, train, rows.exact, seed)

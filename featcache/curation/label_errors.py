@@ -29,7 +29,9 @@ HOW_MANY_ARE_REAL = (
 _ASKED = 10  # neighbours
 _FOLDS, _REPEATS = 5, 3  # other folds each time: averaged, probabilities depend less on who trained with whom
 _FEWEST = 3  # different images of a class: of fewer, heads have seen one or none
-_MOST_VALUES = 2**27  # of features that train at a time: 1 GB in float64; of more rows each head sees a sample
+_MOST_VALUES = (
+    2**25
+)  # of features that train at a time: 1.6 GB with all that is made of them; of more rows each head sees a sample
 _KEPT = 2**26  # probabilities, 256 MB; more lie in a temporary file, in half precision
 _BLOCK = 2**22  # of them, worked on at a time
 _SECONDS = 2e-6, 4e-8  # of one core, per value of the features: in all, and for each class
@@ -41,7 +43,7 @@ def estimate(n: int, dim: int, n_classes: int, *, cores: int = 2) -> tuple[float
     trained = min(n, _MOST_VALUES // dim)
     values = trained * min(trained, dim)
     seconds = values * (_SECONDS[0] + _SECONDS[1] * n_classes) / cores
-    return seconds, 8 * trained * dim + 12 * values + 4 * min(n * n_classes, _KEPT)
+    return seconds, 8 * trained * dim + 40 * values + 4 * min(n * n_classes, _KEPT)
 
 
 def out_of_fold(
@@ -56,7 +58,7 @@ def out_of_fold(
     """(N, C) probabilities of each row, from logistic regressions that were trained without it and its copies.
 
     C and scaling are chosen as ``heads.logreg`` chooses them, logits calibrated by temperature, and probabilities averaged over
-    three ways to fold. Of features too large for that (1 GB in float64) each head trains on a sample, and there is one way.
+    three ways to fold. Of more than 33 million values (26,000 rows of 1,280) each head trains on so many, and there is one way.
 
     Args:
         features: (M, D), finite. rows: (N,) numbers of rows among them. y: (N,) labels 0..C-1, -1: none.

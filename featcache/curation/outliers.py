@@ -15,7 +15,8 @@ from featcache.heads.head import Array, FeatureSource, Indices, scale_features
 _ASKED = 10  # neighbours
 # Deviations of a normal distribution above the median (Iglewicz and Hoaglin 1993 call what lies beyond an outlier).
 _FAR = 3.5
-_FEWEST = 10  # rows of a class that has a scale of its own; smaller ones share theirs
+_OWN = 30  # rows of a class that has a scale of its own: of fewer, the lowest tenth are one or two
+_FEWEST = 10  # rows of all that have a scale, which smaller classes share
 _LEAST = 1e-3  # of a scale, in cosines: features in half precision tell no less
 _BLOCK = 2**23  # values at a time
 
@@ -111,7 +112,7 @@ def _scales(values: Array, y: Array) -> tuple[Array, Array]:
 
     def scale(some: Array) -> tuple[float, float]:
         some = some[np.isfinite(some)]
-        if not len(some):
+        if len(some) < _FEWEST:
             return np.nan, np.nan
         median, low = np.quantile(some, [0.5, 0.1])
         return median, max((median - low) / 1.2816, _LEAST)  # what 10 % of a normal distribution lie below
@@ -120,7 +121,7 @@ def _scales(values: Array, y: Array) -> tuple[Array, Array]:
     counts = np.bincount(y[np.isfinite(values)] + 1, minlength=int(y.max(initial=-1)) + 2)
     order = np.argsort(y, kind="stable")
     parts = np.split(values[order], np.searchsorted(y[order], np.arange(0, len(counts) - 1)))  # -1, 0, 1, ...
-    found = [scale(part) if count >= _FEWEST else of_all for part, count in zip(parts, counts.tolist(), strict=True)]
+    found = [scale(part) if count >= _OWN else of_all for part, count in zip(parts, counts, strict=True)]
     median, deviation = np.roll(np.array(found), -1, axis=0).T
     return median, deviation
 

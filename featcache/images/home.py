@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from featcache.errors import RefusedImage
 from featcache.images.read import read_file
@@ -18,6 +18,7 @@ def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path]) -> Pa
     Args:
         images: path below the folder, and sha256, of each; a few are enough.
     """
+    images = [(name, digest) for name, digest in images if leads_inside(name)]
     best: tuple[int, Path | None] = (0, None)
     for place in places:
         held = sum(_holds(place / name, digest) for name, digest in images)
@@ -26,6 +27,12 @@ def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path]) -> Pa
         if held == len(images):
             break
     return best[1]
+
+
+def leads_inside(name: str) -> bool:
+    """Whether a path that a file names stays in the folder that it is looked for in; no other one is opened."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and not path.drive and ".." not in path.parts
 
 
 def places_in(*tops: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """The score on honest terms, against fit-head, against scikit-learn, and against its definition written out."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,13 @@ def test_everything_in_val_may_be_a_copy(blobs: tuple[np.ndarray, np.ndarray]) -
     X, labels = blobs
     found = honest_scores(rows_of(X, labels, 1 + np.arange(150) // 75, groups=np.arange(150) % 75))
     assert [(score.split, score.terms) for score in found] == [("val", "as_given")]
+
+
+def test_a_near_copy_beyond_its_group_leaks_too(blobs: tuple[np.ndarray, np.ndarray]) -> None:
+    """Rows 0 (train) and 80 (val) are a pair, 80 and 90 (val) another one: 90 copies nothing that trains."""
+    X, labels = blobs
+    rows = dataclasses.replace(rows_of(X, labels, 1 + np.arange(150) // 75), pairs=np.array([[80, 0], [80, 90]]))
+    assert by_terms(honest_scores(rows), "val")["without_leaks"].n == 74
+    trains = np.arange(150) < 75
+    assert np.flatnonzero(rows.copies_of(trains) & ~trains).tolist() == [80]
+    assert len({*rows.together().groups[[0, 80, 90]].tolist()}) == 1  # but no fold divides them

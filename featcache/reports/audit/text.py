@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from featcache.curation.audit import Found
 from featcache.curation.finding import KINDS, Finding, Kind
 from featcache.curation.honest_score import Score
+from featcache.curation.label_errors import HOW_MANY_ARE_REAL
 from featcache.reports.scores import columns, shortened
 from featcache.system.display import printable
 
@@ -22,10 +23,8 @@ TITLES: dict[Kind, str] = {
     "blank": "blank",
     "tiny": "tiny",
 }
-HALF = (
-    "About half of such label flags are real: of those that people checked in ten well-known data sets 51 % were wrong labels "
-    "(Northcutt et al. 2021). Look before you drop or relabel."
-)
+HALF = f"{HOW_MANY_ARE_REAL[0].upper()}{HOW_MANY_ARE_REAL[1:]}. Look before you drop or relabel."
+_NOTHING = {"without_leaks": "no copy of these in training", "without_suspects": "no label suspects in training"}
 
 
 def audit_lines(found: Found) -> list[str]:
@@ -82,16 +81,25 @@ def _examples(found: Found, findings: Sequence[Finding]) -> Iterator[str]:
         elif finding.other is not None:
             behind = f" = {shortened(printable(cache.paths[finding.other]), (_WIDTH - 9) // 2)}"
         else:
-            behind = f"  {shortened(finding.reason, 44)}"
+            label = int(cache.y[finding.row])
+            behind = f"  {shortened(printable(cache.classes[label]), 16)}" if label >= 0 else ""
         yield f"    {shortened(path, _WIDTH - 4 - columns(behind))}{behind}"
 
 
 def _scores(scores: Sequence[Score]) -> Iterator[str]:
-    """Accuracies with their intervals, each on stricter terms than the one before."""
-    for score in scores:
-        title = "  " * (score.terms != "as_given") + score_title(score)
-        low, high = score.interval
-        yield f"  {title:<43} {score.accuracy:>6.2%} of {score.n:,} ({low:.2%} to {high:.2%})"
+    """Accuracies with their intervals, each on stricter terms than the one before; stricter terms that change nothing in a line."""
+    for split in dict.fromkeys(score.split for score in scores):
+        nothing = []
+        for score in (score for score in scores if score.split == split):
+            folds = split == "out_of_fold" and score.terms == "without_leaks"  # in which nothing is left out
+            if score.terms == "as_given" or score.left_out or folds:
+                title = "  " * (score.terms != "as_given") + score_title(score)
+                low, high = score.interval
+                yield f"  {title:<43} {score.accuracy:>6.2%} of {score.n:,} ({low:.2%} to {high:.2%})"
+            else:
+                nothing.append(_NOTHING[score.terms])
+        if nothing:
+            yield f"    {', '.join(nothing)}"
 
 
 def score_title(score: Score) -> str:

@@ -153,6 +153,13 @@ def test_where_there_is_no_learning_curve_the_page_says_why(fitted: Path) -> Non
         assert why in render_sections([section], title="t")
 
 
+def test_folds_that_would_divide_groups_draw_no_curve(tmp_path: Path) -> None:
+    make_classes(tmp_path / "f.h5", np.arange(150) % 3)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, groups=[f"p{k // 5}" for k in range(150)])
+    section = learning_section(subject_of(tmp_path / "m", tmp_path / "f.h5"))
+    assert section.context["charts"] == [] and "its folds would divide the groups" in section.context["words"]
+
+
 def test_too_few_images_are_said(tmp_path: Path) -> None:
     make_classes(tmp_path / "f.h5", np.arange(40) % 2, np.repeat([1, 3], 20))
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0)

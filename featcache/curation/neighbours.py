@@ -29,6 +29,7 @@ _AT_A_TIME = 128  # rows whose similarities are computed again in float64
 EXACT_BELOW = 300_000  # rows; of more, an index may propose
 _MEASURED = 1000  # rows whose neighbours in an index are compared with the true ones
 _WORTH_A_GPU = 10**12  # multiplications; of fewer, loading PyTorch takes longer
+_WORKING = 2**28  # bytes: a product, and keys of all of it for rows that have met nobody
 _IN_ORDER = 4e-9  # seconds a value takes in float64
 _EMPTY = np.iinfo(np.int64).min
 Keys = npt.NDArray[np.int64]
@@ -120,7 +121,7 @@ def estimate(n: int, dim: int, *, k: int = 20, memory: int = _MEMORY) -> tuple[f
         seconds.append(time.perf_counter() - start)
     in_order = _IN_ORDER * n * (k + _SPARE) * dim / usable_cores()
     kept = min(4 * n * dim, memory) + 12 * _BLOCK * dim
-    return min(seconds) * _products(-(-n // _BLOCK)) + in_order, kept + n * (20 * k + 8 * _SPARE) + 24 * _BLOCK**2
+    return min(seconds) * _products(-(-n // _BLOCK)) + in_order, kept + n * (20 * k + 8 * _SPARE) + _WORKING
 
 
 def _products(blocks: int) -> int:

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from featcache.backbones.saved import own_file
 from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
+from featcache.cache.format import digest_keys
 from featcache.errors import FeatcacheError, SourceError
 from featcache.heads.head import Array, Indices
 from featcache.heads.learning_curve import Doubling, LearningCurve, forecast, learning_curve
@@ -203,6 +204,9 @@ def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
         raise SourceError(f"{cache.path} holds no training image of {model.classes[missing[0]]}")
     cache.check_finite(np.concatenate([rows, judges]))
     with cache.reader() as features:
+        whole = None
+        if known is not None and len(judges) and _are_those(known, cache.rows.keys[rows], y[rows]):
+            whole = model.head.score(features, judges).argmax(axis=1) == y[judges]
         found = learning_curve(
             features,
             rows,
@@ -213,8 +217,16 @@ def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
             balanced=training.get("class_weight") == "balanced",
             judges=judges if len(judges) else None,
             judges_y=y[judges] if len(judges) else None,
+            whole=whole,
         )
     return found, split
+
+
+def _are_those(known: TrainingRows, keys: Array, y: Array) -> bool:
+    """Whether rows, by their digests as keys and their labels, are all those that the model was trained on, in any order."""
+    own = digest_keys(known.digests)
+    order, own_order = np.lexsort((y, keys)), np.lexsort((known.labels, own))
+    return np.array_equal(keys[order], own[own_order]) and np.array_equal(y[order], known.labels[own_order])
 
 
 def _judges(cache: FeatureCache, free: Array) -> tuple[str, Indices]:

@@ -127,6 +127,10 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __fspath__(self) -> str:
+        """Its file: whatever takes the path of a cache takes the open cache, and opens what is there by then."""
+        return str(self.path)
+
     def __repr__(self) -> str:
         refused = f", {len(self.refused)} images refused" if self.refused else ""
         made = f"{len(self)} rows of {self.dim} {self.dtype.name} by {self.spec.backbone}, {len(self.classes)} classes"

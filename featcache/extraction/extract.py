@@ -35,7 +35,7 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import check_free_space, check_output
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
@@ -106,7 +106,7 @@ class ExtractReport(Shown):
 
 def extract(
     source: AnySource | ImageList,
-    output: str | Path,
+    output: AnyPath,
     request: ExtractRequest | None = None,
     *,
     device: str = "auto",
@@ -114,7 +114,7 @@ def extract(
     batch_size: int | None = None,
     limit: int | None = None,
     force: bool = False,
-    reuse: str | Path | Sequence[str | Path] = (),
+    reuse: AnyPath | Sequence[AnyPath] = (),
     progress: "Progress | None" = None,
     **options: Unpack[RequestOptions],
 ) -> ExtractReport:
@@ -158,7 +158,9 @@ def extract(
     with _interruption_noted(output), locked(work_folder(output)), bar as progress:
         old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(work_folder(output))
-        donors = open_donors([as_path(path) for path in ([reuse] if isinstance(reuse, str | Path) else reuse)], output)
+        donors = open_donors(
+            [as_path(path) for path in ([reuse] if isinstance(reuse, str | os.PathLike) else reuse)], output
+        )
         saved = request.saved()
         settings = settings_of(request, saved, own, output, force=force)
         job = _Job(request, saved, settings, donors, images, output, device, workers, batch_size)

@@ -25,7 +25,7 @@ from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import SourceFiles, locate, not_found, restore
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.system.files import check_free_space, check_output
-from featcache.system.path_kinds import HERE, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
@@ -62,7 +62,7 @@ class RepairReport:
 
 
 def repair(
-    cache: str | Path,
+    cache: AnyPath,
     source: AnySource | ImageList,
     *,
     device: str = "auto",
@@ -85,7 +85,7 @@ def repair(
         image that is needed, or is another one. BackboneError, SpecMismatchError: the backbone cannot be had again.
         StorageError: the file cannot be written, or another process is writing it. The file is then as it was before.
     """
-    started = time.perf_counter()
+    started, cache = time.perf_counter(), as_path(cache)
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     if not isinstance(source, ImageList):
         images = Source.of(source).path

@@ -22,7 +22,7 @@ from featcache.images.records import STDIN
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
 from featcache.system.display import count_rows, html_table
-from featcache.system.path_kinds import HERE, as_path, check_path, kind_of, missing
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
 
@@ -43,7 +43,7 @@ class Source:
             and split ``none``: it has no such column.
 
     Raises:
-        UsageError: ``class_level`` is impossible.
+        UsageError: ``class_level`` is impossible; ``path`` or ``root`` is no path.
     """
 
     path: Path = dataclasses.field(kw_only=False)
@@ -55,15 +55,15 @@ class Source:
 
     def __post_init__(self) -> None:
         for name in ("path", "root"):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or name == "path":
                 object.__setattr__(self, name, as_path(value))
         if self.class_level not in (None, *CLASS_LEVELS):
             raise UsageError(f"the class level must be one of {CLASS_LEVELS}, found {self.class_level}")
 
     @classmethod
-    def of(cls, source: "str | Path | Source") -> "Source":
-        """``source``, of which perhaps only the path is given."""
-        return source if isinstance(source, Source) else cls(Path(source))
+    def of(cls, source: "AnySource") -> "Source":
+        """``source``, of which perhaps only the path is given. Raises UsageError: it is no path."""
+        return source if isinstance(source, Source) else cls(as_path(source))
 
     def __str__(self) -> str:
         return "stdin" if self.path == STDIN else str(self.path)
@@ -101,7 +101,7 @@ class Source:
             raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; leave it out")
 
 
-AnySource = str | Path | Source
+AnySource = AnyPath | Source
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

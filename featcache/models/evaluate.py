@@ -40,7 +40,7 @@ log = logging.getLogger("featcache")
 
 
 def evaluate(
-    model: Model | str | Path,
+    model: Model | AnyPath,
     source: AnySource | ImageList,
     *,
     split: str | None = None,
@@ -104,9 +104,9 @@ def scores_of(model: Model, scored: Scored, limits: Limits, *, seen: Array | Non
     return scores | _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
 
 
-def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
+def _checked(model: Model | AnyPath, source: AnySource | ImageList) -> Model:
     """The model, loaded; paths that are something else are refused before."""
-    folder = as_path(model.path if isinstance(model, Model) else model)
+    folder = as_path(model)
     images = "SOURCE" if isinstance(source, ImageList) else Source.of(source).path
     check_path(folder, "model", ("evaluate", HERE, images))
     if isinstance(images, Path):

@@ -22,7 +22,7 @@ from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import HeldOut, TrainingRows
 from featcache.system.display import Shown
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 
 log = logging.getLogger("featcache")
 _OF_SPLITS = ("accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "accuracy_without_copies")
@@ -86,8 +86,8 @@ class FitReport(Shown):
 
 
 def fit_head(
-    cache: str | Path,
-    output: str | Path,
+    cache: AnyPath,
+    output: AnyPath,
     *,
     clf: Kind = "logreg",
     C: float | None = None,

@@ -20,7 +20,7 @@ from featcache.heads.head import Array, Indices
 from featcache.heads.neighbours import Neighbours
 from featcache.models.prediction import EVIDENCE, Neighbour, Prediction
 from featcache.spec import SPLITS
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 
 if TYPE_CHECKING:
     from featcache.models.model import Model
@@ -108,8 +108,9 @@ class Evidence:
             CacheError: not a readable cache. SpecMismatchError: one of another spec. SourceError: none of its images trained
             the model, or their features are not finite. UsageError: there is only one.
         """
+        path = as_path(path)
         check_path(path, "cache", ("predict", model.path, "IMAGES", "--evidence", HERE))
-        cache = FeatureCache.open(as_path(path))
+        cache = FeatureCache.open(path)
         model.check_cache(cache, advice="give as evidence the cache that the model was fit on")
         rows = rows_that_trained(model, cache)
         cache.check_finite(rows)
@@ -173,7 +174,7 @@ class Limits:
         model: "Model",
         *,
         coverage: float | None = None,
-        evidence: str | os.PathLike[str] | None = None,
+        evidence: AnyPath | None = None,
         abstain_below: float | None = None,
     ) -> "Limits":
         """What was asked for, settled. Raises as ``sets_of`` and ``Evidence``; UsageError: ``abstain_below`` is not in 0..1."""

@@ -32,7 +32,7 @@ from featcache.models.training_rows import TrainingRows
 from featcache.spec import Spec, fingerprint_of
 from featcache.system.display import html_table, in_words
 from featcache.system.files import check_output, named, publish_folder, read_published, recover_folder
-from featcache.system.path_kinds import Kind, as_path, kind_of
+from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of
 from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
@@ -65,6 +65,10 @@ class Model:
     head: Head
     backbone: saved.SavedBackbone
     manifest: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        """Its folder: whatever takes the path of a model takes the loaded model."""
+        return str(self.path)
 
     @property
     def spec(self) -> Spec:
@@ -263,7 +267,7 @@ def _as_table(history: list[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: AnyPath) -> Model:
     """Load a model folder. Nothing in it is executed.
 
     Raises:

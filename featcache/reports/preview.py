@@ -31,7 +31,7 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.reports.elements import drawing
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.display import printable
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_whole
 
 _EDGE = 224  # pixels of a view, about: smaller ones are enlarged in whole steps, larger ones beyond _MOST reduced
@@ -83,9 +83,9 @@ class Preview:
 
 def preview(
     source: AnySource | ImageList,
-    output: str | Path | None = None,
+    output: AnyPath | None = None,
     *,
-    recipe: str | Path | None = None,
+    recipe: AnyPath | None = None,
     changes: dict[str, Any] | None = None,
     request: ExtractRequest | None = None,
     n: int = 8,

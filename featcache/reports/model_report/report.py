@@ -338,7 +338,7 @@ def page_beside(model: Path) -> Path:
 
 def _checked(model: Model | AnyPath, source: AnySource | None) -> Model:
     """The model, loaded; paths that are something else are refused before."""
-    folder = as_path(model.path if isinstance(model, Model) else model)
+    folder = as_path(model)
     words = () if source is None else (Source.of(source).path,)
     check_path(folder, "model", ("report", HERE, *words))
     for path in words:

@@ -33,7 +33,7 @@ from featcache.extraction.settings import Settings, settings_of
 from featcache.images.formats import REVISION
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
-from featcache.system.display import Shown, bar_in_notebook, describe_images
+from featcache.system.display import Shown, bar_in_notebook, describe_images, quantity
 from featcache.system.files import check_free_space, check_output
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
@@ -88,12 +88,12 @@ class ExtractReport(Shown):
         names = [*self.class_names[:_NAMED], *(["..."] if self.classes > _NAMED else [])]
         splits = [f"{name} {count}" for name, count in self.splits.items() if name != "none"]
         held = [
-            f"{self.classes} classes: {', '.join(names)}" if names else "no classes",
+            f"{quantity(self.classes, 'class')}: {', '.join(names)}" if names else "no classes",
             ", ".join(splits) or "no splits",
         ]
         rate = f", {self.images_per_second:,.0f} images/s once started" if self.embedded else ""
         return [
-            f"{self.cache}: {self.embedded + self.reused} embeddings of {self.dim} dimensions",
+            f"{self.cache}: {quantity(self.embedded + self.reused, 'embedding')} of {quantity(self.dim, 'dimension')}",
             f"  {'; '.join(held)}",
             f"  embedded {self.embedded}, reused {self.reused}, refused {self.refused}; "
             f"added {self.added}, changed {self.changed}, removed {self.removed}",

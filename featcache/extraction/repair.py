@@ -24,6 +24,7 @@ from featcache.extraction.match import Matches, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import SourceFiles, locate, not_found, restore
 from featcache.images.source import AnySource, ImageList, Source
+from featcache.system.display import quantity
 from featcache.system.files import check_free_space, check_output
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
@@ -178,7 +179,7 @@ def _check_complete(found: FeatureCache, files: SourceFiles, sources: Matches, d
     if missing := len(sources.missing):
         reason = next(iter(done.refused.values()), "they changed meanwhile")
         raise SourceError(
-            f"{missing} rows of {found.path} cannot be embedded from {files.name} ({reason}); "
+            f"{quantity(missing, 'row')} of {found.path} cannot be embedded from {files.name} ({reason}); "
             "nothing was changed; run the command again"
         )
 
@@ -270,7 +271,6 @@ def _mention_new_images(cache: FeatureCache, files: SourceFiles) -> None:
     new = {*files.images.paths} - {*cache.paths, *(path for path, _ in cache.refused)}
     if new and "paths" not in cache.damaged_columns:
         log.info(
-            "%d images of %s are not in the cache under these names; `featcache extract` brings it up to date",
-            len(new),
-            files.name,
+            "%s not in the cache under these names; `featcache extract` brings it up to date",
+            quantity(len(new), f"image of {files.name} is", f"images of {files.name} are"),
         )

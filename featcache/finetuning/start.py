@@ -22,6 +22,7 @@ from featcache.models.fit import fit_head
 from featcache.models.model import Model, load_model
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import SPLITS
+from featcache.system.display import quantity
 from featcache.system.files import sync_folder
 from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.workdir import work_folder
@@ -46,7 +47,8 @@ def read_source(source: AnySource | ImageList, *, seed: int) -> tuple[ImageList,
         raise SourceError(f"{name} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
     wanted = usable(images.labels, images.splits)
     if left_out := int((~wanted).sum()):
-        log.info("%d images without a label or outside the splits are left out", left_out)
+        what = "without a label or outside the splits"
+        log.info("%s left out", quantity(left_out, f"image {what} is", f"images {what} are"))
     images = images.take(np.flatnonzero(wanted))
     held_out = not (images.splits == _VAL).any()
     if held_out:

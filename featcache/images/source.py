@@ -21,7 +21,7 @@ from featcache.images.metadata import describe
 from featcache.images.records import STDIN
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
-from featcache.system.display import count_rows, html_table
+from featcache.system.display import all_refused, count_rows, html_table, quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
@@ -146,9 +146,8 @@ class ImageList:
     def all_refused(self, refused: Mapping[int, str]) -> str:
         """What to say when not one image is left: those of the list were ``refused`` (number -> reason), too."""
         reasons = [*(Refusal(self.paths[index], reason) for index, reason in refused.items()), *self.refused]
-        return (
-            f"all {len(reasons)} images of {self.root} were refused, the first, {reasons[0].path}: {reasons[0].reason}"
-        )
+        first = f"the first, {reasons[0].path}: {reasons[0].reason}"
+        return f"{all_refused(len(reasons), self.root)}, {first}"
 
     def take(self, rows: npt.NDArray[np.intp]) -> "ImageList":
         """Return the list restricted to ``rows``, same classes and refusals."""
@@ -217,9 +216,8 @@ def _image_list(listing: Listing) -> ImageList:
 
 def _counted(images: ImageList) -> str:
     """How many images and classes there are, in words."""
-    count, classes = len(images), len(images.classes)
-    named = f"{classes} class{'es' * (classes > 1)}" if classes else "no classes"
-    return f"{count} image{'s' * (count != 1)}, {named}"
+    named = quantity(len(images.classes), "class") if images.classes else "no classes"
+    return f"{quantity(len(images), 'image')}, {named}"
 
 
 def _say(source: Source, images: ImageList, *, counted: bool) -> None:

@@ -30,6 +30,7 @@ from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.limits import UNFAMILIAR, Found, Limits, temperature_of
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import Scored, score_source
+from featcache.system.display import quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -176,7 +177,7 @@ def _copies(scored: Scored, *, seen: Array | None) -> dict[str, Any]:
         return {"accuracy_without_copies": None, "copies": copies.counts() | {"across_splits": None}}
     if count := int(seen.sum()):
         first = decode_names(scored.names[seen][:1])[0]
-        text = "training has seen %d of the %d images, the first %s: a score on them flatters"
-        log.warning(text, count, len(y), first)
+        text = "training has seen %d of the %s, the first %s: a score on them flatters"
+        log.warning(text, count, quantity(len(y), "image"), first)
     without = None if seen.all() else accuracy(y[~seen], probabilities[~seen])
     return {"accuracy_without_copies": without, "copies": copies.counts() | {"across_splits": count}}

@@ -21,7 +21,7 @@ from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import HeldOut, TrainingRows
-from featcache.system.display import Shown
+from featcache.system.display import Shown, quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 
 log = logging.getLogger("featcache")
@@ -215,7 +215,8 @@ def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
     if not len(rows):
         raise SourceError(f"{cache.path} has splits, but no labelled image in train")
     if left_out:
-        log.info("%d images without a label or outside the splits are left out", left_out)
+        what = "without a label or outside the splits"
+        log.info("%s left out", quantity(left_out, f"image {what} is", f"images {what} are"))
     return rows, labels[rows]
 
 

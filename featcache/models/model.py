@@ -30,7 +30,7 @@ from featcache.heads.head import FittedHead, Head
 from featcache.models import training_rows
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import Spec, fingerprint_of
-from featcache.system.display import html_table, in_words
+from featcache.system.display import html_table, in_words, quantity
 from featcache.system.files import check_output, named, publish_folder, read_published, recover_folder
 from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of
 from featcache.system.safe_load import parse_json
@@ -136,9 +136,8 @@ class Model:
 
     def __repr__(self) -> str:
         some = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
-        return (
-            f"Model({str(self.path)!r}: {self.head.kind} on {self.spec.backbone}, {len(self.classes)} classes: {some})"
-        )
+        held = f"{self.head.kind} on {self.spec.backbone}, {quantity(len(self.classes), 'class')}"
+        return f"Model({str(self.path)!r}: {held}: {some})"
 
     def _repr_html_(self) -> str:
         scores = {k: v for k, v in self.manifest["metrics"].items() if k.endswith("accuracy") and isinstance(v, float)}
@@ -148,7 +147,7 @@ class Model:
             "classes": ", ".join(self.classes[:20]),
         } | scores
         rows = [(name.replace("_", " "), in_words(name, value)) for name, value in facts.items()]
-        return html_table(rows, caption=f"Model {self.path}, {len(self.classes)} classes", header=False)
+        return html_table(rows, caption=f"Model {self.path}, {quantity(len(self.classes), 'class')}", header=False)
 
     def check_cache(self, cache: FeatureCache, *, advice: str = "predict from the images instead") -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""

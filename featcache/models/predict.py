@@ -28,7 +28,7 @@ from featcache.images.tables import is_table
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
-from featcache.system.display import bar_in_notebook, describe_images
+from featcache.system.display import bar_in_notebook, describe_images, quantity
 from featcache.system.path_kinds import HERE, AnyPath, Kind, check_path, is_wanted, kind_of, missing
 from featcache.system.runtime_options import check_runtime_options
 
@@ -185,9 +185,10 @@ def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Pred
         if prediction.digest in known:
             seen, first = seen + 1, first or prediction.path
     if seen:
-        log.info("training has seen %d of these %d images, the first %s", seen, labelled, first)
+        log.info("training has seen %d of these %s, the first %s", seen, quantity(labelled, "image"), first)
     if unsure:
-        log.info("%d of these %d images are unsure; the column reason says why", unsure, labelled)
+        verb = "is" if unsure == 1 else "are"
+        log.info("%d of these %s %s unsure; the column reason says why", unsure, quantity(labelled, "image"), verb)
 
 
 def _predict_caches(model: Model, caches: list[FeatureCache], limits: Limits) -> Iterator[Prediction]:

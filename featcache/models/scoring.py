@@ -22,6 +22,7 @@ from featcache.models.model import Model
 from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
+from featcache.system.display import all_refused
 
 log = logging.getLogger("featcache")
 HELD_OUT = "held out"  # the split of rows that the model keeps, with logits of heads that they did not train
@@ -151,9 +152,7 @@ def _of_predictions(images: ImageList, y: Array, found: list[Prediction], *, nam
     """``found``: for each of ``images``."""
     right = [k for k, prediction in enumerate(found) if prediction.probabilities is not None]
     if not right:
-        raise SourceError(
-            f"all {len(images)} images of {name} ({split}) were refused, the first because {found[0].reason}"
-        )
+        raise SourceError(f"{all_refused(len(images), f'{name} ({split})')}, the first because {found[0].reason}")
     refused: list[tuple[Refusal, int | None]] = [
         (Refusal(prediction.path, prediction.reason), label)
         for prediction, label in zip(found, y.tolist(), strict=True)

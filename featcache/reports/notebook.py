@@ -70,7 +70,8 @@ def gallery(
         pictures: of caches, of ``evidence``, too, the folder that they were made of, which is looked for near them when None.
 
     Raises:
-        UsageError: an impossible sample; ``pictures`` without a cache. SourceError: ``pictures`` is no folder. Otherwise as ``featcache.predict``.
+        UsageError: an impossible sample; ``pictures`` without a cache. SourceError: ``pictures`` is no folder. Otherwise as
+        ``featcache.predict``.
     """
     from featcache.cache.cache import is_cache
     from featcache.images.source import Source

@@ -30,7 +30,7 @@ from featcache.images.read import read_images
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.reports.elements import drawing
 from featcache.spec import SPLITS, PreprocessSpec
-from featcache.system.display import printable
+from featcache.system.display import printable, quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_whole
 
@@ -72,8 +72,9 @@ class Preview:
         return self.png
 
     def __repr__(self) -> str:
-        what = f"{len(self.images)} images of {self.listed} as {self.backbone} sees them"
-        return f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={self.path and str(self.path)!r})"
+        what = f"{quantity(len(self.images), 'image')} of {self.listed:,} as {self.backbone} sees them"
+        what += f", {quantity(self.views, 'view')} by {self.recipe}" if self.recipe else ""
+        return f"Preview({what}, path={self.path and str(self.path)!r})"
 
     def facts(self) -> dict[str, Any]:
         """Plain values, fit for JSON, without the picture."""
@@ -366,8 +367,10 @@ def _draw_frame(
 
 def summary(made: Preview) -> list[str]:
     """Lines for people: what was drawn, and of which images."""
-    what = f"{made.views} views of each by the recipe {made.recipe}" if made.recipe else "evaluation alone"
-    lines = [f"{made.path}: {len(made.images)} of {made.listed} images as {made.backbone} sees them, {what}"]
+    what = f"{quantity(made.views, 'view')} of each by the recipe {made.recipe}" if made.recipe else "evaluation alone"
+    lines = [
+        f"{made.path}: {len(made.images)} of {quantity(made.listed, 'image')} as {made.backbone} sees them, {what}"
+    ]
     for row in made.images:
         lines.append(f"  {row['label'] or 'no label'}: {printable(str(row['path']))}")
     return lines + [f"  refused: {path}: {reason}" for path, reason in made.refused.items()]

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 
 from featcache.heads.metrics import accuracy_interval
 from featcache.reports.elements.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
-from featcache.system.display import middle_out, printable
+from featcache.system.display import middle_out, printable, quantity
 
 WIDTH = 440  # units, near to pixels: small enough that its texts can be read on a phone
 _LETTER = 6.4  # units, of the 12-unit type on average
@@ -238,7 +238,7 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
             tall = max(low * count / most, 1.0)
             x = across.at(confidence) - 5 + (len(kinds) - 1) * (10 * number - 5) / 2
             parts.append(
-                _bar(x, base - tall, 9 if len(kinds) == 1 else 5, tall, f"f{number + 1}", f"{count_text(count)} images")
+                _bar(x, base - tall, 9 if len(kinds) == 1 else 5, tall, f"f{number + 1}", quantity(count, "image"))
             )
             table.append(
                 (*([name] if name else []), percent_text(confidence), percent_text(accuracy), count_text(count))

@@ -29,7 +29,7 @@ from featcache.reports.elements.charts import Chart, Series
 from featcache.reports.elements.numbers import count_text, number_text, percent_text
 from featcache.reports.elements.page import Section
 from featcache.reports.model_report.subject import Subject
-from featcache.system.display import printable
+from featcache.system.display import printable, quantity
 from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")
@@ -285,7 +285,7 @@ def _how(curve: LearningCurve, judges: str, model: Model) -> str:
     """How the curve was made."""
     steps, draws = curve.right.shape[:2]
     who = (
-        f"the {count_text(curve.right.shape[2])} {judges} images that are no copies of training images"
+        f"the {quantity(curve.right.shape[2], f'{judges} image that is no copy', f'{judges} images that are no copies')} of training images"
         if judges
         else f"a {_ORDINALS.get(draws, f'{draws}th')} of the training images that each draw holds out"
     )
@@ -369,7 +369,7 @@ def _best_in_words(history: Sequence[Mapping[str, Any]], best_epoch: float | Non
             accuracy, loss = percent_text(row[f"{split}_accuracy"]), number_text(row.get(f"{split}_loss"))
             words = f"Epoch {best_epoch:g} of {last:g} was the best {judged}: accuracy {accuracy}, loss {loss}."
             return f"{words} It was the last one: more epochs may do better." if best_epoch == last > 1 else words
-    return f"Trained for {last:g} epochs, without images held out to choose by."
+    return f"Trained for {quantity(last, 'epoch')}, without images held out to choose by."
 
 
 # ---------------------------------------------------------------------------------------------- frozen or fine-tuned
@@ -383,7 +383,7 @@ def finetuned_section(subject: Subject) -> Section | None:
         return None
     table = [
         [
-            f"{split}, {count_text(facts['n'])} images",
+            f"{split}, {quantity(facts['n'], 'image')}",
             percent_text(facts["head_accuracy"]),
             percent_text(facts["tuned_accuracy"]),
             count_text(facts["only_second_right"]),

@@ -47,7 +47,7 @@ from featcache.reports.model_report.learning import (
 from featcache.reports.model_report.subject import Subject, make_subject
 from featcache.reports.notebook import framed
 from featcache.spec import SPLITS
-from featcache.system.display import Shown, printable
+from featcache.system.display import Shown, printable, quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -248,7 +248,7 @@ def _summary(subject: Subject, *, learning: str) -> Section:
             f"{name}; guessing {percent_text(1 / len(subject.model.classes))}",
         ),
         ("Balanced accuracy", percent_text(scores["balanced_accuracy"]), "mean recall of the classes"),
-        ("Mistakes", count_text(mistakes), f"in {count_text(scores['n'])} images ({subject.scored.split})"),
+        ("Mistakes", count_text(mistakes), f"in {quantity(scores['n'], 'image')} ({subject.scored.split})"),
     ]
     if scores["top5_accuracy"] is not None:
         tiles.insert(3, ("Among the five likeliest", percent_text(scores["top5_accuracy"]), ""))
@@ -301,7 +301,7 @@ def _what_is_missing(subject: Subject) -> list[str | Markup]:
             else f"the {count_text(here)} most confident of {count_text(wrong)} mistakes"
         )
         notes.append(
-            f"{count_text(shown)} of {count_text(len(scored))} images are on this page: {mistakes}, the least sure of the right "
+            f"{count_text(shown)} of {quantity(len(scored), 'image')} are on this page: {mistakes}, the least sure of the right "
             "answers, and others drawn at random, as many of each class."
         )
     reasons = Counter(
@@ -312,21 +312,23 @@ def _what_is_missing(subject: Subject) -> list[str | Markup]:
         source = "" if subject.cache is None else f" {shlex.quote(str(subject.cache.path))}"
         command = _code(f"featcache report {name}{source} --source FOLDER")
         notes.append(
-            Markup("{} images have no picture here: {} adds them from their folder.").format(count_text(count), command)
+            Markup("{} no picture here: {} adds it from the folder.").format(
+                quantity(count, "image has", "images have"), command
+            )
         )
     if count := reasons.pop(MISSING, 0):
         notes.append(
-            f"{count_text(count)} images are not in {subject.pictures.root}, or were changed since: --source names another folder."
+            f"{quantity(count, 'image is', 'images are')} not in {subject.pictures.root}, or changed since: --source names another folder."
         )
     if count := reasons.pop(NO_TIME, 0):
         command = _code(f"featcache report {name} SOURCE")
         notes.append(
-            Markup("{} pictures were left out to be quick: {} makes a page with all.").format(
-                count_text(count), command
+            Markup("{} left out to be quick: {} makes a page with all.").format(
+                quantity(count, "picture was", "pictures were"), command
             )
         )
     if count := sum(reasons.values()):
-        notes.append(f"{count_text(count)} pictures are left out: {reasons.most_common(1)[0][0]}.")
+        notes.append(f"{quantity(count, 'picture is', 'pictures are')} left out: {reasons.most_common(1)[0][0]}.")
     return notes
 
 

@@ -29,7 +29,7 @@ from featcache.heads.metrics import (
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.limits import UNFAMILIAR, Found, Limits, temperature_of
 from featcache.models.model import Model, load_model
-from featcache.models.scoring import Scored, score_source
+from featcache.models.scoring import Scored, check_split, score_source
 from featcache.system.display import quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
@@ -67,7 +67,7 @@ def evaluate(
 
     Returns:
         n, accuracy, accuracy_interval, top5_accuracy, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
-        (``metrics.evaluate_probabilities``), split, refused;
+        (``metrics.evaluate_probabilities``), split, refused, refused_of_unknown_split (not among refused, unless all are scored);
         accuracy_without_copies: on images that training has not seen; None without any, or if the model does not know;
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
         ``across_labels``: as in ``cache.copies``;
@@ -83,9 +83,11 @@ def evaluate(
         true_probability, correct, and seen: whether training has seen it. What is unknown is None.
 
     Raises:
-        SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
+        UsageError: the name of no split. SourceError: no labelled image in the split, or classes the model does not know.
+        Otherwise as ``predict``.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
+    check_split(split)
     model = _checked(model, source)
     limits = Limits.of(model, coverage=coverage, evidence=evidence, abstain_below=abstain_below)
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
@@ -102,7 +104,8 @@ def scores_of(model: Model, scored: Scored, limits: Limits, *, seen: Array | Non
     """What ``evaluate`` returns, without rows. seen: (N,) whether training has seen the image; None: not known."""
     scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
     scores |= _worth(model, scored, limits)
-    return scores | _copies(scored, seen=seen) | {"split": scored.split, "refused": len(scored.refused)}
+    counts = {"split": scored.split, "refused": len(scored.refused), "refused_of_unknown_split": scored.elsewhere}
+    return scores | _copies(scored, seen=seen) | counts
 
 
 def _checked(model: Model | AnyPath, source: AnySource | ImageList) -> Model:

@@ -129,11 +129,12 @@ def preview(
         check_path(Source.of(source).path, "images", ("preview", HERE))
     request.check_named()
     request.check_paths()
+    network = None if request.backbone == AUTO else preprocessing_of(request)  # refused before anything is listed
     images = list_images(source)
     if settings is not None:
         images = _training_images(images, seed=seed)
         settings = settle(settings, len(images))
-    backbone, spec = preprocessing_of(_named(request))
+    backbone, spec = network or preprocessing_of(_named(request))
     rows, refused = _decode_some(images, spec, n=n, seed=seed)
     shown = _Shown(images, spec, settings, name, backbone, (views or _FEW_VIEWS) if settings else 0, seed)
     png = drawing.to_png(_draw(rows, shown))

@@ -64,8 +64,10 @@ def _balanced(scores: dict[str, Any]) -> str:
 def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
     """What ``evaluate`` found, a line per fact. ``names``: of the model's classes."""
     low, high = scores["accuracy_interval"]
+    elsewhere = scores.get("refused_of_unknown_split")
+    more = f", and {elsewhere} of a split that is not known" if elsewhere else ""
     lines = [
-        f"{quantity(scores['n'], 'image')} ({scores['split']}), refused {scores['refused']}",
+        f"{quantity(scores['n'], 'image')} ({scores['split']}), refused {scores['refused']}{more}",
         f"  accuracy {scores['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%})",
         f"  {_balanced(scores)}",
         f"  log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",

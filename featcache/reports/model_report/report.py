@@ -20,7 +20,7 @@ from featcache.heads.head import Array
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.limits import Limits, rows_that_trained
 from featcache.models.model import Model, load_model
-from featcache.models.scoring import HELD_OUT, Scored, score_cache, score_held_out, score_images
+from featcache.models.scoring import HELD_OUT, Scored, check_split, score_cache, score_held_out, score_images
 from featcache.reports.contact_sheet import sheet_beside
 from featcache.reports.elements.cards import cards_data
 from featcache.reports.elements.numbers import count_text, percent_text
@@ -117,13 +117,16 @@ def report(
     """
     started = time.perf_counter()
     check_runtime_options(device, workers=workers, batch_size=batch_size)
+    check_split(split)
+    check_method(map)
+    if map in ("pca", "tsne") and (source is None or not is_cache(Source.of(source).path)):
+        raise UsageError(f"--map {map} needs embeddings: give a cache as SOURCE, or leave it out")
     model = _checked(model, source)
     output = page_beside(model.path) if output is None else as_path(output)
     check_page_path(output)
     drawn = None if figures is None else as_path(figures)
     if drawn is not None:
         check_figures(drawn)
-    check_method(map)
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
@@ -131,8 +134,6 @@ def report(
     compared = None if evidence is None else _evidence(model, evidence, source)
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
     images, cache = _opened(model, source, other)
-    if cache is None and map in ("pca", "tsne"):
-        raise UsageError(f"--map {map} needs embeddings: give a cache as SOURCE, or leave it out")
     limits = Limits.of(model, evidence=None if images is None else evidence)
     scored = _score(model, images, cache, split=split, limits=limits, options=options)
     if root is None:
@@ -304,6 +305,9 @@ def _what_is_missing(subject: Subject) -> list[str | Markup]:
             f"{count_text(shown)} of {quantity(len(scored), 'image')} are on this page: {mistakes}, the least sure of the right "
             "answers, and others drawn at random, as many of each class."
         )
+    if scored.elsewhere:
+        what = quantity(scored.elsewhere, "refused image is", "refused images are")
+        notes.append(f"{what} not on this page: which split they are of is not known. --split all shows them.")
     reasons = Counter(
         card.no_thumbnail for card in subject.cards if card.thumbnail is None and card.status != "refused"
     )

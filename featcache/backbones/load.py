@@ -23,14 +23,14 @@ from featcache.backbones.choice import AUTO, choose_backbone, full_name, nearest
 from featcache.errors import AccessError, BackboneError, DownloadError
 from featcache.spec import OWN_POOLING, Spec, Taken
 from featcache.system.device import choose_runtime
-from featcache.system.path_kinds import as_path
+from featcache.system.path_kinds import AnyPath, as_path
 
 _LIBRARIES: dict[str, Any] = {"timm": from_timm, "openclip": from_openclip, "transformers": from_transformers}
 
 
 def load_backbone(
     name: str,
-    weights: str | Path = "auto",
+    weights: AnyPath = "auto",
     *,
     size: tuple[int, int] | None = None,
     pool: str | None = None,
@@ -55,6 +55,7 @@ def load_backbone(
         DownloadError: weights that cannot be downloaded. MissingDependencyError: ``timm/...`` without timm.
     """
     taken = Taken(size, pool, layers)
+    weights = weights if isinstance(weights, str) else as_path(weights)
     name = (
         choose_backbone(choose_runtime().device.type, download=weights == "auto") if name == AUTO else full_name(name)
     )

@@ -40,7 +40,7 @@ from featcache.errors import (
     repair_advice,
 )
 from featcache.spec import SPLITS, Spec
-from featcache.system.display import count_rows, html_table
+from featcache.system.display import count_rows, html_table, quantity
 from featcache.system.files import read_published
 from featcache.system.memory import available_memory
 from featcache.system.path_kinds import CACHE_SUFFIXES as CACHE_SUFFIXES
@@ -127,10 +127,14 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __fspath__(self) -> str:
+        """Its file: whatever takes the path of a cache takes the open cache, and opens what is there by then."""
+        return str(self.path)
+
     def __repr__(self) -> str:
-        refused = f", {len(self.refused)} images refused" if self.refused else ""
-        made = f"{len(self)} rows of {self.dim} {self.dtype.name} by {self.spec.backbone}, {len(self.classes)} classes"
-        return f"FeatureCache({str(self.path)!r}: {made}{refused})"
+        refused = f", {quantity(len(self.refused), 'image')} refused" if self.refused else ""
+        made = f"{quantity(len(self), 'row')} of {self.dim} {self.dtype.name} by {self.spec.backbone}"
+        return f"FeatureCache({str(self.path)!r}: {made}, {quantity(len(self.classes), 'class')}{refused})"
 
     def _repr_html_(self) -> str:
         return html_table(count_rows(self.classes, self.y, self.rows.splits, names=SPLITS), caption=repr(self))
@@ -282,7 +286,7 @@ class FeatureCache:
         bad = rows[np.isin(rows, self.rows_not_finite())]
         if len(bad):
             raise SourceError(
-                f"{self.path}: the features of {len(bad)} images are not finite, the first is row {bad[0]} "
+                f"{self.path}: the features of {quantity(len(bad), 'image')} are not finite, the first is row {bad[0]} "
                 f"({self.paths[bad[0]]}); extract again with --dtype float32 or --precision fp32"
             )
 

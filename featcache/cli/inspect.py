@@ -11,6 +11,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, DownloadError, UsageError, repair_advice
+from featcache.system.display import quantity
 from featcache.system.path_kinds import HERE, check_path
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def verify(
     if damaged or opened.damaged_columns:
         what = damage_in_words(damaged, opened.damaged_columns)
         raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {repair_advice(cache)}", facts=facts)
-    show_result([f"{cache}: {len(opened)} rows, all intact"], facts, as_json=as_json)
+    show_result([f"{cache}: {quantity(len(opened), 'row')}, all intact"], facts, as_json=as_json)
 
 
 def _mend(
@@ -157,11 +158,11 @@ def _mend(
     if report.damaged or report.damaged_columns:
         restored = ", ".join(report.restored_columns) or "no column"
         lines = [
-            f"{cache}: {report.rows} rows; damaged were {damage_in_words(report.damaged, report.damaged_columns)}",
-            f"  embedded {report.embedded} images again, took {restored} from {source} ({report.seconds:.1f} s)",
+            f"{cache}: {quantity(report.rows, 'row')}; damaged were {damage_in_words(report.damaged, report.damaged_columns)}",
+            f"  embedded {quantity(report.embedded, 'image')} again, took {restored} from {source} ({report.seconds:.1f} s)",
         ]
     else:
-        lines = [f"{cache}: {report.rows} rows, all intact, nothing to repair"]
+        lines = [f"{cache}: {quantity(report.rows, 'row')}, all intact, nothing to repair"]
     show_result(lines, dataclasses.asdict(report), as_json=as_json)
 
 

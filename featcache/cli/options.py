@@ -11,6 +11,7 @@ import typer
 
 from featcache.cli.console import say
 from featcache.errors import UsageError
+from featcache.system.display import quantity
 
 Commands = dict[Callable[..., None], str]  # what a file of commands offers: each, and the examples below its help
 
@@ -101,5 +102,6 @@ def size(text: str) -> int | tuple[int, int] | None:
 def exit_if_bad(refused: int, images: int, max_bad: float) -> None:
     """Exit with code 3, and say so, if more images were refused than ``--max-bad`` allows."""
     if refused > max_bad * images:
-        say(f"{refused} of {images} images were refused, more than --max-bad {max_bad:g} allows")
+        verb = "was" if refused == 1 else "were"
+        say(f"{refused:,} of {quantity(images, 'image')} {verb} refused, more than --max-bad {max_bad:g} allows")
         raise typer.Exit(3)

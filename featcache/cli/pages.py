@@ -8,6 +8,7 @@ import typer
 
 from featcache.cli import options
 from featcache.cli.console import show_progress, show_result
+from featcache.system.display import quantity
 
 if TYPE_CHECKING:
     from featcache.reports.elements.projection import Method
@@ -91,7 +92,7 @@ def report(
             batch_size=batch,
             progress=progress,
         )
-    line = f"{found.report}: {found.images} images, {bytes_text(found.bytes)}, in {found.seconds:.1f} s"
+    line = f"{found.report}: {quantity(found.images, 'image')}, {bytes_text(found.bytes)}, in {found.seconds:.1f} s"
     show_result([line], dataclasses.asdict(found), as_json=as_json)
 
 

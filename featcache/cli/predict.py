@@ -13,7 +13,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import note, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
-from featcache.system.display import printable
+from featcache.system.display import printable, quantity
 from featcache.system.path_kinds import HERE, as_path, check_path
 from featcache.system.supervisor import notes
 
@@ -117,7 +117,7 @@ def predict(
         _write_gallery(gallery, draw, pictures, time.perf_counter() - started)
     seconds = time.perf_counter() - started
     doubts = f", {unsure} of them unsure" if unsure else ""
-    line = f"{written - refused} of {written} images labelled{doubts} in {seconds:.1f} s"
+    line = f"{written - refused:,} of {quantity(written, 'image')} labelled{doubts} in {seconds:.1f} s"
     line += f": {output}" if output else ""
     lines = [line, *([] if gallery is None else [f"  gallery: {gallery}"])]
     facts = {
@@ -279,9 +279,9 @@ def evaluate(
     lines.append(audit_line(scores["label_suspects"], copies, audited))
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
-        lines.append(f"  {written} rows: {output}")
+        lines.append(f"  {quantity(written, 'row')}: {output}")
     if figures is not None:
-        lines.append(f"  {len(write_figures(calibration_charts(scores), figures))} figures: {figures}")
+        lines.append(f"  {quantity(len(write_figures(calibration_charts(scores), figures)), 'figure')}: {figures}")
     if page is not None:
         from featcache.reports.model_report.report import report_beside
 

@@ -33,9 +33,9 @@ from featcache.extraction.settings import Settings, settings_of
 from featcache.images.formats import REVISION
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
-from featcache.system.display import Shown, bar_in_notebook, describe_images
+from featcache.system.display import Shown, bar_in_notebook, describe_images, quantity
 from featcache.system.files import check_free_space, check_output
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
@@ -88,12 +88,12 @@ class ExtractReport(Shown):
         names = [*self.class_names[:_NAMED], *(["..."] if self.classes > _NAMED else [])]
         splits = [f"{name} {count}" for name, count in self.splits.items() if name != "none"]
         held = [
-            f"{self.classes} classes: {', '.join(names)}" if names else "no classes",
+            f"{quantity(self.classes, 'class')}: {', '.join(names)}" if names else "no classes",
             ", ".join(splits) or "no splits",
         ]
         rate = f", {self.images_per_second:,.0f} images/s once started" if self.embedded else ""
         return [
-            f"{self.cache}: {self.embedded + self.reused} embeddings of {self.dim} dimensions",
+            f"{self.cache}: {quantity(self.embedded + self.reused, 'embedding')} of {quantity(self.dim, 'dimension')}",
             f"  {'; '.join(held)}",
             f"  embedded {self.embedded}, reused {self.reused}, refused {self.refused}; "
             f"added {self.added}, changed {self.changed}, removed {self.removed}",
@@ -106,7 +106,7 @@ class ExtractReport(Shown):
 
 def extract(
     source: AnySource | ImageList,
-    output: str | Path,
+    output: AnyPath,
     request: ExtractRequest | None = None,
     *,
     device: str = "auto",
@@ -114,7 +114,7 @@ def extract(
     batch_size: int | None = None,
     limit: int | None = None,
     force: bool = False,
-    reuse: str | Path | Sequence[str | Path] = (),
+    reuse: AnyPath | Sequence[AnyPath] = (),
     progress: "Progress | None" = None,
     **options: Unpack[RequestOptions],
 ) -> ExtractReport:
@@ -158,7 +158,9 @@ def extract(
     with _interruption_noted(output), locked(work_folder(output)), bar as progress:
         old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(work_folder(output))
-        donors = open_donors([as_path(path) for path in ([reuse] if isinstance(reuse, str | Path) else reuse)], output)
+        donors = open_donors(
+            [as_path(path) for path in ([reuse] if isinstance(reuse, str | os.PathLike) else reuse)], output
+        )
         saved = request.saved()
         settings = settings_of(request, saved, own, output, force=force)
         job = _Job(request, saved, settings, donors, images, output, device, workers, batch_size)

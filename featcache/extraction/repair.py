@@ -24,8 +24,9 @@ from featcache.extraction.match import Matches, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import SourceFiles, locate, not_found, restore
 from featcache.images.source import AnySource, ImageList, Source
+from featcache.system.display import quantity
 from featcache.system.files import check_free_space, check_output
-from featcache.system.path_kinds import HERE, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
@@ -62,7 +63,7 @@ class RepairReport:
 
 
 def repair(
-    cache: str | Path,
+    cache: AnyPath,
     source: AnySource | ImageList,
     *,
     device: str = "auto",
@@ -85,7 +86,7 @@ def repair(
         image that is needed, or is another one. BackboneError, SpecMismatchError: the backbone cannot be had again.
         StorageError: the file cannot be written, or another process is writing it. The file is then as it was before.
     """
-    started = time.perf_counter()
+    started, cache = time.perf_counter(), as_path(cache)
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     if not isinstance(source, ImageList):
         images = Source.of(source).path
@@ -178,7 +179,7 @@ def _check_complete(found: FeatureCache, files: SourceFiles, sources: Matches, d
     if missing := len(sources.missing):
         reason = next(iter(done.refused.values()), "they changed meanwhile")
         raise SourceError(
-            f"{missing} rows of {found.path} cannot be embedded from {files.name} ({reason}); "
+            f"{quantity(missing, 'row')} of {found.path} cannot be embedded from {files.name} ({reason}); "
             "nothing was changed; run the command again"
         )
 
@@ -270,7 +271,6 @@ def _mention_new_images(cache: FeatureCache, files: SourceFiles) -> None:
     new = {*files.images.paths} - {*cache.paths, *(path for path, _ in cache.refused)}
     if new and "paths" not in cache.damaged_columns:
         log.info(
-            "%d images of %s are not in the cache under these names; `featcache extract` brings it up to date",
-            len(new),
-            files.name,
+            "%s not in the cache under these names; `featcache extract` brings it up to date",
+            quantity(len(new), f"image of {files.name} is", f"images of {files.name} are"),
         )

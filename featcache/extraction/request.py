@@ -72,7 +72,8 @@ class ExtractRequest:
 
     def __post_init__(self) -> None:
         for name in ("backbone", "weights"):
-            value = str(getattr(self, name))
+            given = getattr(self, name)
+            value = os.fspath(given) if isinstance(given, os.PathLike) else str(given)
             object.__setattr__(self, name, str(as_path(value)) if value.startswith("~") else value)
         object.__setattr__(self, "backbone", full_name(self.backbone))
         if self.dtype not in ("auto", *STORAGE_TYPES):

@@ -17,6 +17,7 @@ from featcache.errors import DamagedCacheError, Refusal, SourceError
 from featcache.extraction.match import hash_files
 from featcache.images.read import refusals
 from featcache.images.source import AnySource, ImageList, Source, list_images
+from featcache.system.display import quantity
 
 
 class SourceFiles:
@@ -122,8 +123,10 @@ def not_found(cache: FeatureCache, files: SourceFiles, rows: Indices) -> SourceE
     paths = None if "paths" in cache.damaged_columns else cache.paths
     names = ", ".join(paths[row] if paths else f"that of row {row}" for row in rows[:3].tolist())
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    takes = f"that repairing {cache.path} takes"
+    what = quantity(len(rows), f"image {takes} is", f"images {takes} are")
     return SourceError(
-        f"{len(rows)} images that repairing {cache.path} takes are not in {files.name} with the content they had: {names}{more}; "
+        f"{what} not in {files.name} with the content they had: {names}{more}; "
         f"nothing was changed; give a source that has them, or make the cache anew without them: {files.anew}"
     )
 

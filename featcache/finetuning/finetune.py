@@ -22,7 +22,7 @@ from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.model import check_replaceable, load_model
 from featcache.system.display import State, bar_in_notebook
 from featcache.system.files import named
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ log = logging.getLogger("featcache")
 
 def finetune(
     source: AnySource | ImageList,
-    output: str | Path,
+    output: AnyPath,
     *,
-    init: str | Path | None = None,
+    init: AnyPath | None = None,
     request: ExtractRequest | None = None,
-    recipe: str | Path = "default",
+    recipe: AnyPath = "default",
     changes: dict[str, Any] | None = None,
     seed: int = 0,
     precision: str = "auto",
@@ -129,7 +129,7 @@ def _describe(status: "Status") -> State:
 
 
 def _check_options(
-    init: str | Path | None, request: ExtractRequest | None, *, seed: int, resume: bool, force: bool
+    init: AnyPath | None, request: ExtractRequest | None, *, seed: int, resume: bool, force: bool
 ) -> None:
     if init is not None and request is not None:
         raise UsageError("--init brings its own backbone; leave the options of the backbone out")
@@ -155,7 +155,7 @@ def _check_paths(
             request.check_named()
 
 
-def _check_start_is_kept(output: Path, init: str | Path | None, *, request: ExtractRequest | None) -> None:
+def _check_start_is_kept(output: Path, init: AnyPath | None, *, request: ExtractRequest | None) -> None:
     """Raise UsageError if the model would replace the one that it starts from, whatever path leads to it."""
     for start in (init, request.folder if request else None):
         same = False

@@ -10,12 +10,12 @@ from typing import Any
 
 from featcache.errors import UsageError
 from featcache.finetuning.recipes import Recipe, find_recipe
-from featcache.system.path_kinds import as_path
+from featcache.system.path_kinds import AnyPath, as_path
 
 _MOST_BYTES = 2**16
 
 
-def read_recipe(recipe: str | Path, changes: Mapping[str, Any]) -> tuple[str, Recipe]:
+def read_recipe(recipe: AnyPath, changes: Mapping[str, Any]) -> tuple[str, Recipe]:
     """What a recipe is called, and the recipe with the user's ``changes``.
 
     Args:

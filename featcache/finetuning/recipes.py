@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from featcache.errors import UsageError
 from featcache.finetuning.recipe_values import Step, as_toml, check, converted
 from featcache.images.source import ImageList
+from featcache.system.display import quantity
 
 if TYPE_CHECKING:
     from featcache.system.device import Runtime
@@ -297,7 +298,8 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
     lines = [
         f"start: {start}",
         f"trains: {recipe.unfreeze}; {recipe.optimizer}, {rates}",
-        f"{recipe.epochs} epochs of {n_train} images in steps of {min(batch, n_train)}; schedule {recipe.schedule}"
+        f"{quantity(recipe.epochs or 0, 'epoch')} of {quantity(n_train, 'image')} in steps of {min(batch, n_train)}; "
+        f"schedule {recipe.schedule}"
         + (f" after a warm-up over {recipe.warmup:.0%} of the steps" if recipe.warmup else ""),
     ]
     if recipe.unfreeze != "head":
@@ -314,7 +316,7 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
         f"label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
         f"gradient clipped at {recipe.clip_norm:g}" if recipe.clip_norm else "",
         f"moving average of weights {recipe.ema:g}" if recipe.ema else "",
-        f"stops after {recipe.patience} epochs without a better one" if recipe.patience else "",
+        f"stops after {quantity(recipe.patience, 'epoch')} without a better one" if recipe.patience else "",
         "best point between head-only and fine-tuned weights kept (WiSE-FT)"
         if recipe.interpolate and recipe.hidden is None
         else "",

@@ -17,7 +17,7 @@ from featcache.heads.metrics import accuracy, log_loss, mcnemar, standard_error
 from featcache.heads.validation import fit_temperature
 from featcache.models.model import Model, save_model
 from featcache.models.training_rows import TrainingRows
-from featcache.system.display import Shown
+from featcache.system.display import Shown, quantity
 from featcache.system.safe_load import parse_json
 from featcache.system.workdir import work_folder
 
@@ -148,14 +148,14 @@ def in_words(facts: dict[str, Any]) -> str:
         remark = f", of which training has seen {facts['seen']}: {score_without}"
     return (
         f"{facts['split']}: frozen head {facts['head_accuracy']:.2%} (standard error {facts['head_standard_error']:.2%}), "
-        f"fine-tuned {facts['tuned_accuracy']:.2%} ({facts['tuned_standard_error']:.2%}), on {facts['n']} images{remark}"
+        f"fine-tuned {facts['tuned_accuracy']:.2%} ({facts['tuned_standard_error']:.2%}), on {quantity(facts['n'], 'image')}{remark}"
     )
 
 
 def _verdict(before: float, after: float, test: dict[str, Any], split: str, n: int) -> str:
     remark = "; optimistic, as epoch and mixture were chosen on these images" if split == "val" else ""
     won, lost, p = test["only_second_right"], test["only_first_right"], test["p_value"]
-    counts = f"{won} image{'s' * (won != 1)} won, {lost} lost of {n} in {split}; McNemar p = {p:.2g}{remark}"
+    counts = f"{quantity(won, 'image')} won, {lost} lost of {n} in {split}; McNemar p = {p:.2g}{remark}"
     if won == lost == 0:
         return f"fine-tuned and frozen head agree on every image of {split}: fine-tuning made no difference"
     if p >= _SIGNIFICANT:

@@ -22,8 +22,9 @@ from featcache.models.fit import fit_head
 from featcache.models.model import Model, load_model
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import SPLITS
+from featcache.system.display import quantity
 from featcache.system.files import sync_folder
-from featcache.system.path_kinds import as_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.workdir import work_folder
 
 log = logging.getLogger("featcache")
@@ -46,7 +47,8 @@ def read_source(source: AnySource | ImageList, *, seed: int) -> tuple[ImageList,
         raise SourceError(f"{name} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
     wanted = usable(images.labels, images.splits)
     if left_out := int((~wanted).sum()):
-        log.info("%d images without a label or outside the splits are left out", left_out)
+        what = "without a label or outside the splits"
+        log.info("%s left out", quantity(left_out, f"image {what} is", f"images {what} are"))
     images = images.take(np.flatnonzero(wanted))
     held_out = not (images.splits == _VAL).any()
     if held_out:
@@ -71,7 +73,7 @@ def _check_splits(images: ImageList, source: str) -> None:
 
 
 def prepare_start(
-    job: Job, init: str | Path | None, *, request: ExtractRequest | None, held_out: bool
+    job: Job, init: AnyPath | None, *, request: ExtractRequest | None, held_out: bool
 ) -> tuple[Model, FeatureCache | None]:
     """The model to start from, and the cache it was fit on if that happened here.
 
@@ -104,7 +106,7 @@ def prepare_start(
     return load_model(head), FeatureCache.open(cache)
 
 
-def seen_before(init: str | Path | None, *, request: ExtractRequest | None, held_out: bool) -> list[TrainingRows]:
+def seen_before(init: AnyPath | None, *, request: ExtractRequest | None, held_out: bool) -> list[TrainingRows]:
     """What earlier trainings of the backbone have seen, and those of the head if it was not fit again; as far as known."""
     start = init or (request.folder if request else None)
     if start is None:

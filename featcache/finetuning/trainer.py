@@ -26,6 +26,7 @@ from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.heads.head import Array, Indices
 from featcache.system.device import Runtime, has_bf16_arithmetic, memory_errors, one_core_each, true_float32
+from featcache.system.display import quantity
 
 log = logging.getLogger("featcache")
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]  # pixels, labels, weights, images of all processes
@@ -93,7 +94,7 @@ class Trainer:
     @property
     def position(self) -> str:
         """How far training has come, in words."""
-        return f"after {self.epoch} epochs" + (f" and {self.batch} steps" if self.batch else "")
+        return f"after {quantity(self.epoch, 'epoch')}" + (f" and {quantity(self.batch, 'step')}" if self.batch else "")
 
     def run_epoch(
         self, *, on_step: OnStep | None = None, stop: Callable[[], bool] = lambda: False
@@ -235,7 +236,8 @@ class Trainer:
             if whole:
                 why, what = "; batch norms that train need whole batches", "--batch-size"
             raise UsageError(
-                f"{micro} images at once do not fit into {self.device}'s memory{why}: use a smaller {what}"
+                f"{quantity(micro, 'image at once does', 'images at once do')} not fit into {self.device}'s memory{why}: "
+                f"use a smaller {what}"
             )
         self.micro_batch = micro // 2
         self.optimizer.zero_grad(set_to_none=True)

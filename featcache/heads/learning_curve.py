@@ -127,6 +127,7 @@ def learning_curve(
     copies: Indices,
     judges: Indices | None = None,
     judges_y: Array | None = None,
+    whole: Array | None = None,
     balanced: bool = False,
     seed: int = 0,
     sizes: int = SIZES,
@@ -142,6 +143,8 @@ def learning_curve(
         copies: (N,) which rows are copies, as ``stratified_folds`` wants it: they train or judge together.
         judges, judges_y: rows that do not train, and their labels; None: each draw holds out another part of the training
             rows.
+        whole: (m,) bool, of each of ``judges`` whether the head that all N rows train is right, where there is one: rows on
+            the border fall as the solver ends, and two figures of one head should not differ. None: it is fit.
         most_values: of features that train; of more, a random part is the pool.
 
     Raises:
@@ -162,6 +165,9 @@ def learning_curve(
     X = features[everything].astype(np.float32, copy=False)
     solver = Solver(X, labels, grid=(C,), scalings=(scaling,), balanced=balanced, tolerance=_TOLERANCE)
     right = np.full((len(steps), draws, len(labels)), np.nan, np.float32)
+    known = whole is not None and pool == len(images)
+    if known:  # every draw is all rows
+        right[-1, :, len(rows) :] = whole
 
     def one(job: tuple[int, int]) -> None:
         step, draw = job
@@ -172,7 +178,7 @@ def learning_curve(
 
     with one_blas_thread(), ThreadPoolExecutor(cpu_count()) as workers:
         solver.prepare()
-        jobs = itertools.product(reversed(range(len(steps))), range(draws))  # the longest first
+        jobs = itertools.product(reversed(range(len(steps) - known)), range(draws))  # the longest first
         list(workers.map(one, jobs))
     judged = np.unique(np.concatenate([held_out for _, held_out in parts]))
     return LearningCurve(steps, right[:, :, judged], pool, judges is None, len(images))

@@ -32,6 +32,7 @@ from featcache.heads.head import (
 )
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.device import use_one_thread_if_forked
+from featcache.system.display import quantity
 
 TorchKind = Literal["linear", "mlp"]
 _ADAMW: dict[str, Any] = {"weight_decay": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
@@ -108,7 +109,7 @@ def fit_torch_head(
     epochs = data.epochs(rounds)
     notes: tuple[str, ...] = ()
     if rounds == budget.max_rounds and settings.epochs is None:
-        notes = (f"trained for {epochs:g} epochs, the most there are: more data or logreg may do better",)
+        notes = (f"trained for {quantity(epochs, 'epoch')}, the most there are: more data or logreg may do better",)
     chosen: dict[str, Any] = {"scaling": "standardise", "lr": settings.lr, "batch_size": trainer.batch_size(len(rows))}
     chosen["epochs"] = epochs
     if kind == "mlp":
@@ -276,7 +277,9 @@ class _Trainer:
 
     def _diverged(self, rounds: int) -> TrainingError:
         epochs, lr = rounds / self.data.rounds_per_epoch, self.settings.lr
-        return TrainingError(f"the head is no longer finite after {epochs:g} epochs; try a lower lr than {lr:g}")
+        return TrainingError(
+            f"the head is no longer finite after {quantity(epochs, 'epoch')}; try a lower lr than {lr:g}"
+        )
 
     def batch_size(self, n: int) -> int:
         """Rows per step of ``n`` rows: as asked for, or so many that an epoch has about 32 steps."""

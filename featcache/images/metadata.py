@@ -17,6 +17,7 @@ from featcache.images.columns import NONE, quoted
 from featcache.images.folders import Entry, Listing
 from featcache.images.layout import some
 from featcache.images.tables import Files, entries, read_columns
+from featcache.system.display import quantity
 
 log = logging.getLogger("featcache")
 
@@ -49,7 +50,12 @@ def describe(listing: Listing, chosen: Mapping[str, str | None]) -> Listing:
         _check_labels(listing, found)
     merged = [_merged(listing, entry, found) for entry in every]
     if found.labels and (bare := [entry.path for entry in every if entry.path not in found.entries]):
-        log.warning("%s: %d images without a label, which no metadata names (%s)", listing.root, len(bare), some(bare))
+        log.warning(
+            "%s: %s without a label, which no metadata names (%s)",
+            listing.root,
+            quantity(len(bare), "image"),
+            some(bare),
+        )
     refused = sorted({*listing.refused, *found.refused})
     at = [bisect.bisect(merged, refusal.path, key=lambda entry: entry.path) for refusal in refused]
     return listing._replace(

@@ -21,8 +21,8 @@ from featcache.images.metadata import describe
 from featcache.images.records import STDIN
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
-from featcache.system.display import aligned, count_rows, html_table
-from featcache.system.path_kinds import HERE, as_path, check_path, kind_of, missing
+from featcache.system.display import aligned, all_refused, count_rows, html_table, quantity
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
 
@@ -43,7 +43,7 @@ class Source:
             and split ``none``: it has no such column. group_column: of what belongs together (patient, place), for ``split``.
 
     Raises:
-        UsageError: ``class_level`` is impossible.
+        UsageError: ``class_level`` is impossible; ``path`` or ``root`` is no path.
     """
 
     path: Path = dataclasses.field(kw_only=False)
@@ -56,15 +56,15 @@ class Source:
 
     def __post_init__(self) -> None:
         for name in ("path", "root"):
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or name == "path":
                 object.__setattr__(self, name, as_path(value))
         if self.class_level not in (None, *CLASS_LEVELS):
             raise UsageError(f"the class level must be one of {CLASS_LEVELS}, found {self.class_level}")
 
     @classmethod
-    def of(cls, source: "str | Path | Source") -> "Source":
-        """``source``, of which perhaps only the path is given."""
-        return source if isinstance(source, Source) else cls(Path(source))
+    def of(cls, source: "AnySource") -> "Source":
+        """``source``, of which perhaps only the path is given. Raises UsageError: it is no path."""
+        return source if isinstance(source, Source) else cls(as_path(source))
 
     def __str__(self) -> str:
         return "stdin" if self.path == STDIN else str(self.path)
@@ -103,7 +103,7 @@ class Source:
             raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; leave it out")
 
 
-AnySource = str | Path | Source
+AnySource = AnyPath | Source
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -150,9 +150,8 @@ class ImageList:
     def all_refused(self, refused: Mapping[int, str]) -> str:
         """What to say when not one image is left: those of the list were ``refused`` (number -> reason), too."""
         reasons = [*(Refusal(self.paths[index], reason) for index, reason in refused.items()), *self.refused]
-        return (
-            f"all {len(reasons)} images of {self.root} were refused, the first, {reasons[0].path}: {reasons[0].reason}"
-        )
+        first = f"the first, {reasons[0].path}: {reasons[0].reason}"
+        return f"{all_refused(len(reasons), self.root)}, {first}"
 
     def take(self, rows: npt.NDArray[np.intp]) -> "ImageList":
         """Return the list restricted to ``rows``, same classes and refusals."""
@@ -233,9 +232,8 @@ def _image_list(listing: Listing, *, grouped: bool) -> ImageList:
 
 def _counted(images: ImageList) -> str:
     """How many images and classes there are, in words."""
-    count, classes = len(images), len(images.classes)
-    named = f"{classes} class{'es' * (classes > 1)}" if classes else "no classes"
-    return f"{count} image{'s' * (count != 1)}, {named}"
+    named = quantity(len(images.classes), "class") if images.classes else "no classes"
+    return f"{quantity(len(images), 'image')}, {named}"
 
 
 def _say(source: Source, images: ImageList, *, counted: bool) -> None:

@@ -30,7 +30,8 @@ from featcache.heads.metrics import (
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.limits import UNFAMILIAR, Found, Limits, temperature_of
 from featcache.models.model import Model, load_model
-from featcache.models.scoring import Scored, score_source
+from featcache.models.scoring import Scored, check_split, score_source
+from featcache.system.display import quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -41,7 +42,7 @@ log = logging.getLogger("featcache")
 
 
 def evaluate(
-    model: Model | str | Path,
+    model: Model | AnyPath,
     source: AnySource | ImageList,
     *,
     split: str | None = None,
@@ -67,7 +68,7 @@ def evaluate(
 
     Returns:
         n, accuracy, accuracy_interval, top5_accuracy, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
-        (``metrics.evaluate_probabilities``), split, refused;
+        (``metrics.evaluate_probabilities``), split, refused, refused_of_unknown_split (not among refused, unless all are scored);
         accuracy_without_copies: on images that training has not seen; None without any, or if the model does not know;
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
         ``across_labels``: as in ``cache.copies``;
@@ -83,9 +84,11 @@ def evaluate(
         true_probability, correct, and seen: whether training has seen it. What is unknown is None.
 
     Raises:
-        SourceError: no labelled image in the split, or classes the model does not know. Otherwise as ``predict``.
+        UsageError: the name of no split. SourceError: no labelled image in the split, or classes the model does not know.
+        Otherwise as ``predict``.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
+    check_split(split)
     model = _checked(model, source)
     limits = Limits.of(model, coverage=coverage, evidence=evidence, abstain_below=abstain_below)
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
@@ -105,12 +108,13 @@ def scores_of(model: Model, scored: Scored, limits: Limits, *, seen: Array | Non
     unseen = seen is None or not seen.any()  # of rows that trained the head probabilities say what it was told
     suspects = len(wrong_labels(scored.y, scored.probabilities)) if unseen else None
     facts = {"label_suspects": suspects, "split": scored.split, "refused": len(scored.refused)}
+    facts["refused_of_unknown_split"] = scored.elsewhere
     return scores | _copies(scored, seen=seen) | facts
 
 
-def _checked(model: Model | str | Path, source: AnySource | ImageList) -> Model:
+def _checked(model: Model | AnyPath, source: AnySource | ImageList) -> Model:
     """The model, loaded; paths that are something else are refused before."""
-    folder = as_path(model.path if isinstance(model, Model) else model)
+    folder = as_path(model)
     images = "SOURCE" if isinstance(source, ImageList) else Source.of(source).path
     check_path(folder, "model", ("evaluate", HERE, images))
     if isinstance(images, Path):
@@ -180,7 +184,7 @@ def _copies(scored: Scored, *, seen: Array | None) -> dict[str, Any]:
         return {"accuracy_without_copies": None, "copies": copies.counts() | {"across_splits": None}}
     if count := int(seen.sum()):
         first = decode_names(scored.names[seen][:1])[0]
-        text = "training has seen %d of the %d images, the first %s: a score on them flatters"
-        log.warning(text, count, len(y), first)
+        text = "training has seen %d of the %s, the first %s: a score on them flatters"
+        log.warning(text, count, quantity(len(y), "image"), first)
     without = None if seen.all() else accuracy(y[~seen], probabilities[~seen])
     return {"accuracy_without_copies": without, "copies": copies.counts() | {"across_splits": count}}

@@ -22,7 +22,7 @@ from featcache.models.as_safetensors import make_safetensors
 from featcache.models.export_candidate import Candidate, normalise_pixels, sample_pixels
 from featcache.models.model import Model, load_model
 from featcache.system.files import check_free_space, check_output, publish_file
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 
 Format = Literal["onnx", "safetensors"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".safetensors": "safetensors"}
@@ -56,7 +56,7 @@ class ExportReport:
     seconds: float
 
 
-def export_model(model: Model | str | Path, output: str | Path, *, force: bool = False) -> ExportReport:
+def export_model(model: Model | AnyPath, output: AnyPath, *, force: bool = False) -> ExportReport:
     """Write a model as one file that needs no featcache; see the module for what goes in and comes out.
 
     Args:

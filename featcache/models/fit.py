@@ -25,8 +25,8 @@ from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import HeldOut, TrainingRows
 from featcache.spec import SPLITS
-from featcache.system.display import Shown, printable
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.display import Shown, printable, quantity
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 
 log = logging.getLogger("featcache")
 _OF_SPLITS = ("accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "accuracy_without_copies")
@@ -96,8 +96,8 @@ class FitReport(Shown):
 
 
 def fit_head(
-    cache: str | Path,
-    output: str | Path,
+    cache: AnyPath,
+    output: AnyPath,
     *,
     clf: Kind = "logreg",
     C: float | None = None,
@@ -245,7 +245,8 @@ def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
     if not len(rows):
         raise SourceError(f"{cache.path} has splits, but no labelled image in train")
     if left_out:
-        log.info("%d images without a label or outside the splits are left out", left_out)
+        what = "without a label or outside the splits"
+        log.info("%s left out", quantity(left_out, f"image {what} is", f"images {what} are"))
     return rows, labels[rows]
 
 

@@ -20,7 +20,8 @@ from featcache.heads.head import Array, Indices
 from featcache.heads.neighbours import Neighbours
 from featcache.models.prediction import EVIDENCE, Neighbour, Prediction
 from featcache.spec import SPLITS
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.display import quantity
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 
 if TYPE_CHECKING:
     from featcache.models.model import Model
@@ -108,16 +109,17 @@ class Evidence:
             CacheError: not a readable cache. SpecMismatchError: one of another spec. SourceError: none of its images trained
             the model, or their features are not finite. UsageError: there is only one.
         """
+        path = as_path(path)
         check_path(path, "cache", ("predict", model.path, "IMAGES", "--evidence", HERE))
-        cache = FeatureCache.open(as_path(path))
+        cache = FeatureCache.open(path)
         model.check_cache(cache, advice="give as evidence the cache that the model was fit on")
         rows = rows_that_trained(model, cache)
         cache.check_finite(rows)
         self.paths = cache.paths
         self.neighbours = Neighbours(cache.X, rows)
         self._position = {cache.rows.digests[row].tobytes(): place for place, row in enumerate(rows)}
-        text = "evidence: %d training images of %s; unfamiliar is what is farther from its %d nearest ones than %.0f%% of them are"
-        log.info(text, len(rows), path, self.neighbours.k, 100 * UNFAMILIAR)
+        text = "evidence: %s of %s; unfamiliar is what is farther from its %d nearest ones than %.0f%% of them are"
+        log.info(text, quantity(len(rows), "training image"), path, self.neighbours.k, 100 * UNFAMILIAR)
 
     def find(self, features: Array, digests: Iterable[bytes]) -> Found:
         """Per (n, D) row ``nearest`` and ``unfamiliarity``; an image that is among the training images has itself left out
@@ -144,7 +146,11 @@ def rows_that_trained(model: "Model", cache: FeatureCache) -> Indices:
     else:
         rows = cache.where("train")
         rows = rows if len(rows) else np.flatnonzero(cache.y >= 0)
-        log.warning("%s does not know what it was trained on; taken are %d labelled images", model.path, len(rows))
+        log.warning(
+            "%s does not know what it was trained on; taken are %s",
+            model.path,
+            quantity(len(rows), "labelled image"),
+        )
     if not len(rows):
         raise SourceError(
             f"no image of {cache.path} trained {model.path}; give as evidence the cache that it was fit on"
@@ -173,7 +179,7 @@ class Limits:
         model: "Model",
         *,
         coverage: float | None = None,
-        evidence: str | os.PathLike[str] | None = None,
+        evidence: AnyPath | None = None,
         abstain_below: float | None = None,
     ) -> "Limits":
         """What was asked for, settled. Raises as ``sets_of`` and ``Evidence``; UsageError: ``abstain_below`` is not in 0..1."""
@@ -214,7 +220,7 @@ class Limits:
     def _doubts(self, probability: float, likely: tuple[str, ...] | None, unfamiliarity: float | None) -> list[str]:
         doubts = []
         if likely is not None and len(likely) != 1:
-            doubts.append(f"{len(likely)} classes in the set" if likely else "no class in the set")
+            doubts.append(f"{quantity(len(likely), 'class')} in the set" if likely else "no class in the set")
         if unfamiliarity is not None and unfamiliarity > UNFAMILIAR:
             doubts.append(f"farther from the training images than {unfamiliarity:.1%} of them from each other")
         if self.abstain_below is not None and probability < self.abstain_below:
@@ -232,11 +238,11 @@ class Limits:
 def _say(thresholds: Thresholds) -> None:
     """What the sets come from."""
     own, classes = int(thresholds.own.sum()), len(thresholds.own)
-    text = "sets that hold the truth in %g%% of new images: %s, from held-out scores of %d images; %s"
+    text = "sets that hold the truth in %g%% of new images: %s, from held-out scores of %s; %s"
     of_class = "every class has its own threshold"
     if own < classes:
         needed = rows_of_class_needed(thresholds.coverage)
         of_class = (
             f"{own} of {classes} classes have their own threshold, the others, of fewer than {needed} images, share one"
         )
-    log.info(text, 100 * thresholds.coverage, METHOD, thresholds.n, of_class)
+    log.info(text, 100 * thresholds.coverage, METHOD, quantity(thresholds.n, "image"), of_class)

@@ -30,9 +30,9 @@ from featcache.heads.head import FittedHead, Head
 from featcache.models import training_rows
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import Spec, fingerprint_of
-from featcache.system.display import html_table, in_words
+from featcache.system.display import html_table, in_words, quantity
 from featcache.system.files import check_output, named, publish_folder, read_published, recover_folder
-from featcache.system.path_kinds import Kind, as_path, kind_of
+from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of
 from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:
@@ -65,6 +65,10 @@ class Model:
     head: Head
     backbone: saved.SavedBackbone
     manifest: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        """Its folder: whatever takes the path of a model takes the loaded model."""
+        return str(self.path)
 
     @property
     def spec(self) -> Spec:
@@ -132,9 +136,8 @@ class Model:
 
     def __repr__(self) -> str:
         some = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")
-        return (
-            f"Model({str(self.path)!r}: {self.head.kind} on {self.spec.backbone}, {len(self.classes)} classes: {some})"
-        )
+        held = f"{self.head.kind} on {self.spec.backbone}, {quantity(len(self.classes), 'class')}"
+        return f"Model({str(self.path)!r}: {held}: {some})"
 
     def _repr_html_(self) -> str:
         scores = {k: v for k, v in self.manifest["metrics"].items() if k.endswith("accuracy") and isinstance(v, float)}
@@ -144,7 +147,7 @@ class Model:
             "classes": ", ".join(self.classes[:20]),
         } | scores
         rows = [(name.replace("_", " "), in_words(name, value)) for name, value in facts.items()]
-        return html_table(rows, caption=f"Model {self.path}, {len(self.classes)} classes", header=False)
+        return html_table(rows, caption=f"Model {self.path}, {quantity(len(self.classes), 'class')}", header=False)
 
     def check_cache(self, cache: FeatureCache, *, advice: str = "predict from the images instead") -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
@@ -263,7 +266,7 @@ def _as_table(history: list[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: AnyPath) -> Model:
     """Load a model folder. Nothing in it is executed.
 
     Raises:

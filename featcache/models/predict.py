@@ -28,8 +28,8 @@ from featcache.images.tables import is_table
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
-from featcache.system.display import bar_in_notebook, describe_images
-from featcache.system.path_kinds import HERE, Kind, check_path, is_wanted, kind_of, missing
+from featcache.system.display import bar_in_notebook, describe_images, quantity
+from featcache.system.path_kinds import HERE, AnyPath, Kind, check_path, is_wanted, kind_of, missing
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("featcache")
 _BLOCK = 4096
-Input = str | os.PathLike[str] | Source | Held
+Input = AnyPath | Source | Held
 _ARRAYS = "uint8 of shape (H, W), (H, W, 3) in the order RGB, or (H, W, 4) with alpha, or several as (N, H, W, 3)"
 
 
 def predict(
-    model: Model | str | Path,
+    model: Model | AnyPath,
     inputs: Input | Iterable[Input],
     *,
     device: str = "auto",
@@ -52,7 +52,7 @@ def predict(
     batch_size: int | None = None,
     progress: "Progress | None" = None,
     coverage: float | None = None,
-    evidence: str | os.PathLike[str] | None = None,
+    evidence: AnyPath | None = None,
     abstain_below: float | None = None,
 ) -> Iterator[Prediction]:
     """Label images: one ``Prediction`` per input image, in the order of the inputs and of paths within a folder.
@@ -122,7 +122,7 @@ def named_inputs(inputs: Any) -> Iterator[tuple[str, Source | Held]]:
 
 def _named_one(name: str, entry: Any) -> Iterator[tuple[str, Source | Held]]:
     if isinstance(entry, str | os.PathLike | Source):
-        yield str(entry), Source.of(entry)  # type: ignore[arg-type]
+        yield str(entry), Source.of(entry)
     elif isinstance(entry, Image.Image):
         yield name, entry
     elif not isinstance(entry, np.ndarray) or not _is_picture(entry):
@@ -185,9 +185,10 @@ def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Pred
         if prediction.digest in known:
             seen, first = seen + 1, first or prediction.path
     if seen:
-        log.info("training has seen %d of these %d images, the first %s", seen, labelled, first)
+        log.info("training has seen %d of these %s, the first %s", seen, quantity(labelled, "image"), first)
     if unsure:
-        log.info("%d of these %d images are unsure; the column reason says why", unsure, labelled)
+        verb = "is" if unsure == 1 else "are"
+        log.info("%d of these %s %s unsure; the column reason says why", unsure, quantity(labelled, "image"), verb)
 
 
 def _predict_caches(model: Model, caches: list[FeatureCache], limits: Limits) -> Iterator[Prediction]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from featcache.errors import MissingDependencyError, UsageError
 from featcache.heads.head import Array
-from featcache.system.display import html_table
+from featcache.system.display import html_table, quantity
 
 EVIDENCE = 3  # training images that are named per image
 _NUMBERS = ("prob", "similarity", "unfamiliarity")  # how columns of numbers begin
@@ -157,10 +157,10 @@ class Predictions(Sequence[Prediction]):
             return f"[{', '.join(map(repr, self.rows))}]"
         counts = Counter(row.label for row in self.rows if row.label is not None).most_common()
         texts = [f"{label!r} {count}" for label, count in counts[:5]]
-        texts += [f"{len(counts) - 5} classes more"] * (len(counts) > 5)
+        texts += [f"{quantity(len(counts) - 5, 'class')} more"] * (len(counts) > 5)
         states = Counter(row.status for row in self.rows)
         texts += [f"{state} {states[state]}" for state in ("unsure", "refused") if states[state]]
-        return f"Predictions({len(self)} images: {', '.join(texts)})"
+        return f"Predictions({quantity(len(self), 'image')}: {', '.join(texts)})"
 
     def _repr_html_(self) -> str:
         with_sets, with_nearest = (
@@ -177,5 +177,5 @@ class Predictions(Sequence[Prediction]):
             cells += [row.nearest[0].path if row.nearest else "", similarity, unfamiliarity] * with_nearest
             rows.append(tuple(cells))
         if len(self) > _MOST_ROWS:
-            rows.append((f"... {len(self) - _MOST_ROWS} images more", *[""] * (len(heads) - 1)))
-        return html_table(rows, caption=f"{len(self)} predictions")
+            rows.append((f"... {quantity(len(self) - _MOST_ROWS, 'image')} more", *[""] * (len(heads) - 1)))
+        return html_table(rows, caption=quantity(len(self), "prediction"))

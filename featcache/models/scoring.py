@@ -22,6 +22,7 @@ from featcache.models.model import Model
 from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
+from featcache.system.display import all_refused, quantity
 
 log = logging.getLogger("featcache")
 HELD_OUT = "held out"  # the split of rows that the model keeps, with logits of heads that they did not train
@@ -38,6 +39,7 @@ class Scored:
         refused: the others, with their label where that is known.
         root: what paths are relative to; None: they stay as they are.
         rows: (N,) their numbers in the cache that they come from; None: they come from none.
+        elsewhere: how many images more were refused of which the split is not known; they are not among ``refused``.
     """
 
     split: str
@@ -49,6 +51,7 @@ class Scored:
     refused: list[tuple[Refusal, int | None]]
     root: Path | None = None
     rows: Indices | None = None
+    elsewhere: int = 0
 
     def __len__(self) -> int:
         return len(self.y)
@@ -61,6 +64,12 @@ class Scored:
     def relative(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
         """Their paths relative to ``root``, or to the source of the cache; empty where not known."""
         return decode_names(self.names[rows])
+
+
+def check_split(split: str | None) -> None:
+    """Raise UsageError, before anything is listed, for the name of no split; None is for choosing by oneself."""
+    if split is not None and split not in (*SPLITS, "all"):
+        raise UsageError(f"unknown split {split!r}; choose train, val, test or all")
 
 
 def score_source(
@@ -91,10 +100,11 @@ def score_cache(model: Model, cache: FeatureCache, *, split: str | None, limits:
         found = [
             one for block in cache.blocks(chosen) for one in limits.find(block, itertools.islice(known, len(block)))
         ]
-    refused = cache.refused if split == "all" else ()  # which split they were of is not known
+    refused = cache.refused if split == "all" else ()
     columns = cache.rows.digests[chosen], cache.rows.paths[chosen]
     refusals: list[tuple[Refusal, int | None]] = [(refusal, None) for refusal in refused]
-    return Scored(split, y, probabilities, *columns, found, refusals, rows=chosen)
+    elsewhere = len(cache.refused) - len(refusals)
+    return Scored(split, y, probabilities, *columns, found, refusals, rows=chosen, elsewhere=_said(elsewhere))
 
 
 def score_images(
@@ -151,15 +161,14 @@ def _of_predictions(images: ImageList, y: Array, found: list[Prediction], *, nam
     """``found``: for each of ``images``."""
     right = [k for k, prediction in enumerate(found) if prediction.probabilities is not None]
     if not right:
-        raise SourceError(
-            f"all {len(images)} images of {name} ({split}) were refused, the first because {found[0].reason}"
-        )
+        raise SourceError(f"{all_refused(len(images), f'{name} ({split})')}, the first because {found[0].reason}")
     refused: list[tuple[Refusal, int | None]] = [
         (Refusal(prediction.path, prediction.reason), label)
         for prediction, label in zip(found, y.tolist(), strict=True)
         if prediction.probabilities is None
     ]
-    refused += [(refusal, None) for refusal in images.refused if split == "all"]  # their splits are not known
+    unopened = [(refusal, None) for refusal in images.refused if split == "all"]
+    refused += unopened
     probabilities = np.stack([found[k].probabilities for k in right])  # type: ignore[misc]
     digests = np.frombuffer(b"".join(found[k].digest for k in right), np.uint8).reshape(-1, 32)
     names = encode_names(found[k].path for k in right)
@@ -167,7 +176,16 @@ def _of_predictions(images: ImageList, y: Array, found: list[Prediction], *, nam
         {} if found[k].nearest is None else {"nearest": found[k].nearest, "unfamiliarity": found[k].unfamiliarity}
         for k in right
     ]
-    return Scored(split, y[right], probabilities, digests, names, evidence, refused, images.root)
+    elsewhere = _said(len(images.refused) - len(unopened))
+    return Scored(split, y[right], probabilities, digests, names, evidence, refused, images.root, elsewhere=elsewhere)
+
+
+def _said(elsewhere: int) -> int:
+    """The number of refused images that a split may lack: a guess by their folders could be wrong, a table's column is not kept."""
+    if elsewhere:
+        what = quantity(elsewhere, "refused image is", "refused images are")
+        log.info("%s not counted: which split they are of is not known; --split all lists them", what)
+    return elsewhere
 
 
 def choose_split(splits: Array, asked: str | None, source: str) -> tuple[str, Array]:

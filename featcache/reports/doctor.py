@@ -26,7 +26,7 @@ from featcache.images.source import ImageList, list_images
 from featcache.reports.machine import machine
 from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic
-from featcache.system.path_kinds import HERE, check_path
+from featcache.system.path_kinds import HERE, AnyPath, check_path
 from featcache.system.runtime_options import check_runtime_options, usable_cores
 
 log = logging.getLogger("featcache")
@@ -35,7 +35,7 @@ _SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of b
 
 
 def doctor(
-    images: str | Path | None = None,
+    images: AnyPath | None = None,
     *,
     backbone: str = AUTO,
     weights: str | None = None,

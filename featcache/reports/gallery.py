@@ -173,7 +173,7 @@ def check_sample(sample: int | None) -> int | None:
     return sample
 
 
-def check_pictures(folder: Path | None, *, of_caches: bool = True) -> None:
+def check_pictures(folder: Path | None, *, of_caches: bool) -> None:
     """Raise SourceError, before any work, unless ``folder`` is one or not given; UsageError: given, and there is no cache."""
     if folder is None:
         return

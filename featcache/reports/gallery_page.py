@@ -21,6 +21,7 @@ from featcache.reports.elements.page import render_page
 from featcache.reports.elements.pictures import Pictures, guess_root
 from featcache.reports.elements.thumbnails import Thumbnail, fitting_size, thumbnails
 from featcache.reports.gallery import BINS, Draw, Row
+from featcache.system.display import quantity
 from featcache.system.path_kinds import typed
 
 _FULL, _BARS = 400, 2000  # cards up to which bars carry the names of their classes, and are drawn at all
@@ -74,7 +75,7 @@ def gallery_page(
 
 
 def _images(count: int) -> str:
-    return f"{count_text(count)} image" + "s" * (count != 1)
+    return quantity(count, "image")
 
 
 def _refused_caption(draw: Draw) -> str:
@@ -236,7 +237,7 @@ def _pictures(draw: Draw, rows: Sequence[Row], folder: Path | None, budget: int)
     if left_out:
         first = "every mistake and doubt has one, " if sum(map(matters, wanted)) < len(wanted) - left_out else ""
         words.append(
-            f"{count_text(left_out)} pictures are left out, to keep the page small: {first}the others are drawn at random."
+            f"{quantity(left_out, 'picture is', 'pictures are')} left out, to keep the page small: {first}the others are drawn at random."
         )
     if missing := sum(each.webp is None for each in made) - left_out:
         words.append(

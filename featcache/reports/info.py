@@ -13,11 +13,11 @@ from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError
 from featcache.models.model import METRICS, Model, load_model
 from featcache.spec import SPLITS
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.safe_load import parse_json
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: AnyPath) -> dict[str, Any]:
     """What a cache file or a model folder holds, and where it came from.
 
     Returns:

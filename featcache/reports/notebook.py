@@ -67,22 +67,25 @@ def gallery(
     Args:
         model, inputs, options: as in ``featcache.predict``; images in memory have pictures, too.
         sample: how many images are shown, drawn at random; all, but 10,000 at most, when None. seed: another one draws others.
-        pictures: of caches, the folder that they were made of, which is looked for near them when None.
+        pictures: of caches, of ``evidence``, too, the folder that they were made of, which is looked for near them when None.
 
     Raises:
-        UsageError: an impossible sample. SourceError: ``pictures`` is no folder. Otherwise as ``featcache.predict``.
+        UsageError: an impossible sample; ``pictures`` without a cache. SourceError: ``pictures`` is no folder. Otherwise as
+        ``featcache.predict``.
     """
+    from featcache.cache.cache import is_cache
+    from featcache.images.source import Source
     from featcache.models.model import Model, load_model
-    from featcache.models.predict import predict
+    from featcache.models.predict import named_inputs, predict
     from featcache.reports.gallery import Draw, check_pictures, check_sample
     from featcache.reports.gallery_page import gallery_page
 
     check_sample(sample)
-    folder = None if pictures is None else as_path(pictures)
-    check_pictures(folder)
     if not hasattr(inputs, "__len__") and hasattr(inputs, "__iter__"):  # what can be gone through once only
         inputs = list(inputs)
-    evidence = options.get("evidence")
+    evidence, folder = options.get("evidence"), None if pictures is None else as_path(pictures)
+    sources = [entry.path for _, entry in named_inputs(inputs) if isinstance(entry, Source)]
+    check_pictures(folder, of_caches=evidence is not None or any(map(is_cache, sources)))
     predictions = predict(model, inputs, **options)
     loaded = model if isinstance(model, Model) else load_model(model)
     draw = Draw(loaded, inputs, evidence=None if evidence is None else as_path(evidence), sample=sample, seed=seed)

@@ -30,8 +30,8 @@ from featcache.images.read import read_images
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.reports.elements import drawing
 from featcache.spec import SPLITS, PreprocessSpec
-from featcache.system.display import printable
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.display import printable, quantity
+from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_whole
 
 _EDGE = 224  # pixels of a view, about: smaller ones are enlarged in whole steps, larger ones beyond _MOST reduced
@@ -72,8 +72,9 @@ class Preview:
         return self.png
 
     def __repr__(self) -> str:
-        what = f"{len(self.images)} images of {self.listed} as {self.backbone} sees them"
-        return f"Preview({what}{f', {self.views} views by {self.recipe}' if self.recipe else ''}, path={self.path and str(self.path)!r})"
+        what = f"{quantity(len(self.images), 'image')} of {self.listed:,} as {self.backbone} sees them"
+        what += f", {quantity(self.views, 'view')} by {self.recipe}" if self.recipe else ""
+        return f"Preview({what}, path={self.path and str(self.path)!r})"
 
     def facts(self) -> dict[str, Any]:
         """Plain values, fit for JSON, without the picture."""
@@ -83,9 +84,9 @@ class Preview:
 
 def preview(
     source: AnySource | ImageList,
-    output: str | Path | None = None,
+    output: AnyPath | None = None,
     *,
-    recipe: str | Path | None = None,
+    recipe: AnyPath | None = None,
     changes: dict[str, Any] | None = None,
     request: ExtractRequest | None = None,
     n: int = 8,
@@ -128,11 +129,12 @@ def preview(
         check_path(Source.of(source).path, "images", ("preview", HERE))
     request.check_named()
     request.check_paths()
+    network = None if request.backbone == AUTO else preprocessing_of(request)  # refused before anything is listed
     images = list_images(source)
     if settings is not None:
         images = _training_images(images, seed=seed)
         settings = settle(settings, len(images))
-    backbone, spec = preprocessing_of(_named(request))
+    backbone, spec = network or preprocessing_of(_named(request))
     rows, refused = _decode_some(images, spec, n=n, seed=seed)
     shown = _Shown(images, spec, settings, name, backbone, (views or _FEW_VIEWS) if settings else 0, seed)
     png = drawing.to_png(_draw(rows, shown))
@@ -366,8 +368,10 @@ def _draw_frame(
 
 def summary(made: Preview) -> list[str]:
     """Lines for people: what was drawn, and of which images."""
-    what = f"{made.views} views of each by the recipe {made.recipe}" if made.recipe else "evaluation alone"
-    lines = [f"{made.path}: {len(made.images)} of {made.listed} images as {made.backbone} sees them, {what}"]
+    what = f"{quantity(made.views, 'view')} of each by the recipe {made.recipe}" if made.recipe else "evaluation alone"
+    lines = [
+        f"{made.path}: {len(made.images)} of {quantity(made.listed, 'image')} as {made.backbone} sees them, {what}"
+    ]
     for row in made.images:
         lines.append(f"  {row['label'] or 'no label'}: {printable(str(row['path']))}")
     return lines + [f"  refused: {path}: {reason}" for path, reason in made.refused.items()]

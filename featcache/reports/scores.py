@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from featcache.models.fit import FitReport
-from featcache.system.display import printable
+from featcache.system.display import printable, quantity
 
 _WIDTH = 80  # columns of a terminal
 _LEAST_NAME = 8  # columns, in front of a row
@@ -21,8 +21,9 @@ _MOST_CONFUSIONS = 10
 def fit_lines(report: FitReport, names: Sequence[str]) -> list[str]:
     """What ``fit_head`` did, a line per fact. ``names``: of its classes."""
     chosen = f"C {report.C:g}, " if report.C is not None else ""
+    trained = f"{quantity(report.classes, 'class')}, {quantity(report.n_train, 'training image')}"
     lines = [
-        f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {report.classes} classes, {report.n_train} training images",
+        f"{report.model}: {report.clf} ({chosen}scaling {report.scaling}), {trained}",
         f"  classes: {_some(names, _WIDTH - len('  classes: '))}",
     ]
     if report.clf != "logreg":
@@ -30,7 +31,7 @@ def fit_lines(report: FitReport, names: Sequence[str]) -> list[str]:
         layers = [
             f"{key} {', '.join(f'{x:g}' for x in settings[key])}; " for key in ("hidden", "dropout") if settings[key]
         ]
-        steps = f"{settings['epochs']:g} epochs in steps of {settings['batch_size']}, lr {settings['lr']:g}"
+        steps = f"{quantity(settings['epochs'], 'epoch')} in steps of {settings['batch_size']}, lr {settings['lr']:g}"
         lines.append(f"  {''.join(layers)}{steps}")
     if report.cv_accuracy is not None:
         choice = ", corrected for the choice of the setting" if report.clf == "logreg" else ""
@@ -76,8 +77,10 @@ def audit_line(suspects: int | None, copies: int | None, cache: str | None) -> s
 def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
     """What ``evaluate`` found, a line per fact. ``names``: of the model's classes."""
     low, high = scores["accuracy_interval"]
+    elsewhere = scores.get("refused_of_unknown_split")
+    more = f", and {elsewhere} of a split that is not known" if elsewhere else ""
     lines = [
-        f"{scores['n']} images ({scores['split']}), refused {scores['refused']}",
+        f"{quantity(scores['n'], 'image')} ({scores['split']}), refused {scores['refused']}{more}",
         f"  accuracy {scores['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%})",
         f"  {_balanced(scores)}",
         f"  log loss {scores['log_loss']:.4f}, calibration error {scores['ece']:.2%}",
@@ -92,7 +95,9 @@ def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
     for name, entry in zip(names, scores["per_class"].values(), strict=True):
         if entry["n"]:
             precision = "-" if entry["precision"] is None else f"{entry['precision']:.2%}"
-            lines.append(f"  {name}: {entry['n']} images, recall {entry['recall']:.2%}, precision {precision}")
+            lines.append(
+                f"  {name}: {quantity(entry['n'], 'image')}, recall {entry['recall']:.2%}, precision {precision}"
+            )
     return lines + confusion_lines(scores["confusion"], names)
 
 
@@ -109,7 +114,7 @@ def limit_lines(scores: dict[str, Any]) -> list[str]:
         lines += _coverage_lines(scores["coverage"])
     if answered["unfamiliar"] is not None:
         lines.append(f"  unlike the training images {answered['unfamiliar']:.2%}")
-    share = f"  {answered['n']} images are answered ({answered['share']:.2%})"
+    share = f"  {quantity(answered['n'], 'image is', 'images are')} answered ({answered['share']:.2%})"
     lines.append(f"{share}, accuracy {answered['accuracy']:.2%}" if answered["n"] else "  no image is answered")
     return lines + _curve_lines(scores["answer_curve"])
 
@@ -121,7 +126,7 @@ def _coverage_lines(sets: dict[str, Any]) -> list[str]:
     return [
         f"  coverage {sets['reached']:.2%} (95% interval {low:.2%} to {high:.2%}), asked for {sets['asked']:.4g}",
         f"    sets of {sets['mean_size']:.2f} classes (at most {sets['largest']}): {shares}",
-        f"    by class {min(reached):.2%} to {max(reached):.2%}; own thresholds: {sets['own_thresholds']} classes",
+        f"    by class {min(reached):.2%} to {max(reached):.2%}; own thresholds: {quantity(sets['own_thresholds'], 'class')}",
     ]
 
 
@@ -199,7 +204,11 @@ def _largest_confusions(names: Sequence[str], counts: list[list[int]]) -> list[s
         room = _WIDTH - len("     -> " + count)
         true, predicted = (shortened(names[a], max(room // 2, room - columns(names[b]))) for a, b in ((i, j), (j, i)))
         lines.append(f"    {true} -> {predicted}{count}")
-    more = f"; {len(wrong) - len(lines)} more pairs were confused" if wrong[len(lines) :] else ""
+    more = (
+        f"; {quantity(len(wrong) - len(lines), 'more pair was', 'more pairs were')} confused"
+        if wrong[len(lines) :]
+        else ""
+    )
     return [f"  largest confusions, true -> predicted{more}", *lines]
 
 

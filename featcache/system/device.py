@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from featcache.errors import UsageError
+from featcache.system.display import quantity
 from featcache.system.memory import keep_freed_memory
 from featcache.system.runtime_options import check_runtime_options, usable_cores
 
@@ -53,7 +54,11 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     batch_size = batch_size or (8 if chosen.type == "cpu" else 64)
     kept = "kept" if keep_freed_memory() else "not kept"
     log.debug(
-        "%d workers for %d usable cores; %d images per batch; freed memory is %s", workers, cores, batch_size, kept
+        "%d workers for %d usable cores; %s per batch; freed memory is %s",
+        workers,
+        cores,
+        quantity(batch_size, "image"),
+        kept,
     )
     return Runtime(chosen, workers, batch_size, f"{reason}; {workers} worker{'s' if workers > 1 else ''}")
 

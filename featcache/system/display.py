@@ -70,6 +70,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def quantity(n: float, one: str, several: str = "") -> str:
+    """``1 image``, ``1,234 images``, ``2 classes``; ``several`` where that rule does not hold."""
+    number = f"{n:,g}" if isinstance(n, float) else f"{n:,}"
+    return f"{number} {one if n == 1 else several or one + ('es' if one.endswith('s') else 's')}"
+
+
+def all_refused(n: int, source: object) -> str:
+    """``all 24 images of SOURCE were refused``, ``the only image of ...``."""
+    return f"the only image of {source} was refused" if n == 1 else f"all {n:,} images of {source} were refused"
+
+
 def middle_out(text: str, most: int) -> str:
     """``text``, or its two ends around an ellipsis if it is longer than ``most`` characters: names differ at their ends."""
     head = (most - 1) // 2

@@ -16,9 +16,9 @@ import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError
+from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError, UsageError
 
-AnyPath = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]  # an open cache and a loaded model are paths, too
 HDF5 = b"\x89HDF\r\n\x1a\n"
 CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 # fmt: off
@@ -102,8 +102,16 @@ _BY_SUFFIX = {
 
 
 def as_path(path: AnyPath) -> Path:
-    """``path``, with ``~`` or ``~user`` at its start as a shell expands it, unless that is what something here is called."""
-    found = Path(path)
+    """``path``, with ``~`` or ``~user`` at its start as a shell expands it, unless that is what something here is called.
+
+    Raises:
+        UsageError: it is no path.
+    """
+    try:
+        found = Path(path)
+    except TypeError:
+        what = "None" if path is None else f"a {type(path).__name__}"
+        raise UsageError(f"found {what} where a path was expected; give it as text or as a pathlib.Path") from None
     if not str(found).startswith("~") or os.path.lexists(found):
         return found
     try:

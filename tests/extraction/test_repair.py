@@ -211,7 +211,7 @@ def test_images_that_change_while_they_are_embedded(work: Work, monkeypatch: pyt
         return original(images, *arguments, **options)
 
     monkeypatch.setattr("featcache.extraction.repair.embed_into_parts", edit_first)
-    with pytest.raises(SourceError, match="1 rows .* cannot be embedded .* changed meanwhile"):
+    with pytest.raises(SourceError, match="1 row .* cannot be embedded .* changed meanwhile"):
         work.mend()
     assert work.cache.read_bytes() == damaged
 

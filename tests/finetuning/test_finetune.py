@@ -465,7 +465,7 @@ def test_resuming_with_other_settings_names_the_difference(tune: Tuner, photos: 
 @pytest.mark.parametrize(
     ("done", "signalled", "message"),
     [
-        (6, False, r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epochs, is kept in"),
+        (6, False, r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epoch, is kept in"),
         (12, True, "not finite after step 2 of epoch 2"),  # gone bad in the very step in which a signal asks to stop
     ],
 )

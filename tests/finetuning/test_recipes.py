@@ -18,7 +18,7 @@ def test_every_recipe_settles_and_explains_itself(name: str) -> None:
     assert recipe.batch_size
     assert len(recipe.dropout) in (0, len(recipe.hidden or ()))
     text = "\n".join(explain(recipe, 1000))
-    assert f"{recipe.epochs} epochs of 1000 images" in text
+    assert f"{recipe.epochs} epoch{'s' * (recipe.epochs != 1)} of 1,000 images" in text
     assert f"learning rate {recipe.lr:g}" in text
     assert json.loads(json.dumps(recipe.to_json())) == recipe.to_json()
 

@@ -185,7 +185,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_batch_down_to_one(capl
     assert [record.getMessage() for record in caplog.records if "out of memory with 4" in record.getMessage()]
     assert_same(trainer.network, whole.network)
     refuse_more_than(0, trainer.network)
-    with pytest.raises(UsageError, match="1 images at once do not fit .* smaller --crop"):
+    with pytest.raises(UsageError, match="1 image at once does not fit .* smaller --crop"):
         trainer.run_epoch()
 
 

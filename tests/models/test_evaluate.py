@@ -7,11 +7,14 @@ import pytest
 from caches import make_classes
 from conftest import TINY, make_photos
 
+import featcache
+from featcache.errors import BackboneError, UsageError
 from featcache.extraction.extract import extract
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
+from featcache.reports.scores import evaluation_lines
 
 OF_PREDICT = ["path", "label", "probability", "status", "reason"]
 OWN = ["true_label", "true_probability", "correct", "seen"]
@@ -56,6 +59,41 @@ def test_rows_can_be_joined_with_predictions(tmp_path: Path, monkeypatch: pytest
     bad = rows["photos/test/red/bad.jpg"]
     assert [bad[name] for name in OWN] == ["red", None, None, None]
     assert "photos/test/red/link.jpg" not in rows  # its split is not known
+
+
+def test_refused_images_of_unknown_split_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refused = {"refused": (("a.jpg", "empty file"), ("b.jpg", "empty file"))}
+    make_classes(tmp_path / "f.h5", np.arange(60) % 3, np.repeat([1, 3], 30), **refused)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0)
+    with caplog.at_level("INFO"):
+        scores = evaluate(tmp_path / "m", tmp_path / "f.h5")
+    assert (scores["refused"], scores["refused_of_unknown_split"]) == (0, 2)
+    assert (
+        "2 refused images are not counted: which split they are of is not known; --split all lists them" in caplog.text
+    )
+    assert evaluation_lines(scores, "abc")[0] == "30 images (test), refused 0, and 2 of a split that is not known"
+    everything = evaluate(tmp_path / "m", tmp_path / "f.h5", split="all")
+    assert (everything["refused"], everything["refused_of_unknown_split"]) == (2, 0)
+    page = tmp_path / "p.html"
+    featcache.report(tmp_path / "m", tmp_path / "f.h5", output=page)
+    assert (
+        "2 refused images are not on this page: which split they are of is not known. --split all shows them."
+        in page.read_text()
+    )
+
+
+def test_the_name_of_no_split_is_refused_before_anything_is_listed(
+    photos: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        for call in (evaluate, featcache.report):
+            with pytest.raises(UsageError, match="^unknown split 'tset'; choose train, val, test or all"):
+                call(model, photos, split="tset")
+        with pytest.raises(UsageError, match="^--map pca needs embeddings"):
+            featcache.report(model, photos, map="pca")
+        with pytest.raises(BackboneError, match="no backbone is called 'resnet99'"):
+            featcache.preview(photos, backbone="resnet99")
+    assert not caplog.messages
 
 
 def test_a_model_of_an_earlier_version_does_not_know_what_it_has_seen(model: Path, cache: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from kitchen import HOSTILE, make_charts
 
 from featcache.reports.elements import charts
+from featcache.reports.elements.chart_parts import apart
 from featcache.reports.elements.numbers import bytes_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
 from featcache.reports.figures import figure_file
 
@@ -90,7 +91,7 @@ def test_little_or_nothing_to_draw_is_no_error(values: list[float]) -> None:
 
 def test_labels_keep_apart() -> None:
     for places in ([100.0, 100, 100], [215.0, 216, 10], [5.0], [180.0, 180, 180, 30]):
-        moved = charts._apart(places, 14, 16, 180)
+        moved = apart(places, 14, 16, 180)
         ordered = sorted(moved)
         assert all(b - a >= 14 - 1e-9 for a, b in itertools.pairwise(ordered))
         assert ordered[0] >= 16

@@ -18,7 +18,7 @@ from kitchen import HOSTILE
 from PIL import Image
 
 import featcache
-from featcache.errors import FeatcacheError
+from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.heads.head import softmax
 from featcache.images.source import Source
 from featcache.models.model import Model, load_model
@@ -254,6 +254,14 @@ def test_an_impossible_sample_is_refused(trained: Path) -> None:
     for sample in (0, 2.5, "3"):
         with pytest.raises(FeatcacheError, match="at least 1, found"):
             featcache.gallery(trained / "m", trained / "photos", sample=sample)
+
+
+def test_pictures_are_for_caches_and_refused_without(trained: Path, no_model: None) -> None:
+    for inputs in (trained / "photos", iter([trained / "photos"]), np.zeros((9, 9, 3), np.uint8)):
+        with pytest.raises(UsageError, match=r"^--source \. is for images of caches, of --evidence, too; leave it out"):
+            featcache.gallery(trained / "m", inputs, pictures=".")
+    with pytest.raises(SourceError, match=r"^--source nowhere is no folder"):
+        featcache.gallery(trained / "m", [trained / "f.h5"], pictures="nowhere")
 
 
 def test_a_gallery_adds_no_note_about_its_inputs(

@@ -133,6 +133,27 @@ def test_the_learning_curve_is_that_of_the_training_rows(fitted: Path) -> None:
     assert f"Accuracy is {percent_text(found.accuracy[-1])} with 180 training images" in section.context["words"]
 
 
+def test_all_training_images_are_the_model_itself(fitted: Path, tmp_path: Path) -> None:
+    """A fit of the same rows may differ by an image on the border, and the page would contradict its own headline."""
+
+    def last(subject: Subject) -> str:
+        (chart,) = learning_section(subject).context["charts"]
+        return [row[2] for row in chart.rows if row[0] == "measured"][-1]
+
+    subject = subject_of(fitted, fitted.with_name("f.h5"))
+    weight, bias = subject.model.head.layers[0]
+    other = dataclasses.replace(subject.model.head, layers=((np.roll(weight, 1, axis=0), bias),))  # nearly always wrong
+    model = dataclasses.replace(subject.model, head=other)
+    scored = score_cache(model, FeatureCache.open(fitted.with_name("f.h5")), split="test", limits=Limits(model.classes))
+    right = float((scored.probabilities.argmax(axis=1) == scored.y).mean())
+    assert last(dataclasses.replace(subject, model=model)) == percent_text(right) != last(subject)
+    relabelled = np.arange(300) % 3
+    relabelled[0] = 1
+    make_classes(tmp_path / "f.h5", relabelled, np.repeat([1, 3], [180, 120]), spread=4.0)
+    with_others = dataclasses.replace(subject, model=model, cache=FeatureCache.open(tmp_path / "f.h5"))
+    assert last(with_others) != percent_text(right)  # other training labels: another head
+
+
 def test_where_there_is_no_learning_curve_the_page_says_why(fitted: Path) -> None:
     cache = fitted.with_name("f.h5")
     subject = subject_of(fitted, cache)

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featcache.system.display import Shown, bar_in_notebook, count_rows, describe_images, html_table
+from featcache.system.display import (
+    Shown,
+    all_refused,
+    bar_in_notebook,
+    count_rows,
+    describe_images,
+    html_table,
+    quantity,
+)
 
 HOSTILE = "<script>alert('x')</script>&\udce9"
 
@@ -33,6 +41,15 @@ def test_counts() -> None:
     assert count_rows((), none - 1, none, names=names) == count_rows(("a",), none[:0], none[:0], names=names) == []
     many = count_rows([str(k) for k in range(50)], np.arange(50), np.zeros(50, np.int64), names=names)
     assert (len(many), many[6]) == (13, ["... 40 classes between", ""])
+
+
+def test_one_is_not_several() -> None:
+    assert [quantity(n, "image") for n in (0, 1, 2, 1234)] == ["0 images", "1 image", "2 images", "1,234 images"]
+    assert [quantity(n, "class") for n in (1, 2)] == ["1 class", "2 classes"]
+    assert [quantity(n, "image is", "images are") for n in (1, 2)] == ["1 image is", "2 images are"]
+    assert [quantity(n, "epoch") for n in (1.0, 2.5, 30.0)] == ["1 epoch", "2.5 epochs", "30 epochs"]
+    assert all_refused(1, "photos") == "the only image of photos was refused"
+    assert all_refused(24, "photos") == "all 24 images of photos were refused"
 
 
 def test_a_report_is_short() -> None:

@@ -3,15 +3,18 @@
 import gzip
 import io
 import os
+import re
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import featcache
-from featcache.errors import FeatcacheError, SourceError
+from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, UsageError
 from featcache.extraction.request import ExtractRequest
 from featcache.images.source import Source
 from featcache.system.path_kinds import HERE, Kind, as_path, check_path, kind_of, missing, typed
@@ -237,3 +240,77 @@ def test_python_is_told_like_the_console(tmp_path: Path, monkeypatch: pytest.Mon
         featcache.extract("f.h5", "g.h5")
     with pytest.raises(SourceError, match=r"^f.h5 is a cache, "):
         featcache.list_images("f.h5")
+
+
+# Each takes a path in the place of v; m is a model, f a cache, p a folder.
+TAKES_A_PATH: dict[str, Callable[[Any, Path, Path, Path], Any]] = {
+    "report model": lambda v, m, f, p: featcache.report(v, f),
+    "report source": lambda v, m, f, p: featcache.report(m, v),
+    "report output": lambda v, m, f, p: featcache.report(m, f, output=v),
+    "report pictures": lambda v, m, f, p: featcache.report(m, f, pictures=v),
+    "report against": lambda v, m, f, p: featcache.report(m, f, against=v),
+    "report evidence": lambda v, m, f, p: featcache.report(m, p, evidence=v),
+    "report figures": lambda v, m, f, p: featcache.report(m, f, figures=v),
+    "stats source": lambda v, m, f, p: featcache.stats(v),
+    "stats output": lambda v, m, f, p: featcache.stats(p, output=v),
+    "stats figures": lambda v, m, f, p: featcache.stats(p, figures=v),
+    "preview source": lambda v, m, f, p: featcache.preview(v),
+    "preview output": lambda v, m, f, p: featcache.preview(p, output=v),
+    "gallery model": lambda v, m, f, p: featcache.gallery(v, f),
+    "gallery inputs": lambda v, m, f, p: featcache.gallery(m, [v]),
+    "gallery pictures": lambda v, m, f, p: featcache.gallery(m, f, pictures=v),
+    "gallery evidence": lambda v, m, f, p: featcache.gallery(m, f, evidence=v),
+    "map": lambda v, m, f, p: featcache.map(v),
+    "evaluate model": lambda v, m, f, p: featcache.evaluate(v, f),
+    "evaluate source": lambda v, m, f, p: featcache.evaluate(m, v),
+    "evaluate evidence": lambda v, m, f, p: featcache.evaluate(m, f, evidence=v),
+    "predict model": lambda v, m, f, p: featcache.predict(v, f),
+    "predict inputs": lambda v, m, f, p: featcache.predict(m, [f, v]),
+    "predict evidence": lambda v, m, f, p: featcache.predict(m, f, evidence=v),
+    "fit_head cache": lambda v, m, f, p: featcache.fit_head(v, p / "m"),
+    "fit_head output": lambda v, m, f, p: featcache.fit_head(f, v),
+    "extract source": lambda v, m, f, p: featcache.extract(v, p / "f.h5"),
+    "extract output": lambda v, m, f, p: featcache.extract(p, v),
+    "extract reuse": lambda v, m, f, p: featcache.extract(p, p / "f.h5", reuse=[v]),
+    "finetune source": lambda v, m, f, p: featcache.finetune(v, p / "m", init=m),
+    "finetune output": lambda v, m, f, p: featcache.finetune(p, v, init=m),
+    "finetune init": lambda v, m, f, p: featcache.finetune(p, p / "m", init=v),
+    "export model": lambda v, m, f, p: featcache.export_model(v, p / "m.onnx"),
+    "export output": lambda v, m, f, p: featcache.export_model(m, v),
+    "describe": lambda v, m, f, p: featcache.describe(v),
+    "repair cache": lambda v, m, f, p: featcache.repair(v, p),
+    "repair source": lambda v, m, f, p: featcache.repair(f, v),
+    "doctor": lambda v, m, f, p: featcache.doctor(v, seconds=0),
+    "load_model": lambda v, m, f, p: featcache.load_model(v),
+    "load_backbone weights": lambda v, m, f, p: featcache.load_backbone("resnet18", v),
+    "list_images": lambda v, m, f, p: featcache.list_images(v),
+    "FeatureCache": lambda v, m, f, p: featcache.FeatureCache.open(v),
+    "Source": lambda v, m, f, p: featcache.Source(v),
+    "Source root": lambda v, m, f, p: featcache.Source(p, root=v),
+}
+OPTIONAL = {"source", "output", "pictures", "against", "evidence", "figures", "init", "root", "doctor"}
+
+
+def test_what_is_no_path_is_refused_with_a_sentence(photos: Path, model: Path, cache: Path) -> None:
+    said = r"(^found .* where a path was expected; give it as text or|^inputs\[.* give paths)"
+    for name, call in TAKES_A_PATH.items():
+        for value in (3, ["a"], b"a", object(), *([] if name.split()[-1] in OPTIONAL else [None])):
+            with pytest.raises((UsageError, TypeError)) as found:
+                call(value, model, cache, photos)
+            assert found.type is UsageError and re.match(said, str(found.value)), (name, value)
+
+
+def test_an_open_cache_and_a_loaded_model_are_paths(model: Path, cache: Path, tmp_path: Path) -> None:
+    opened, loaded = featcache.FeatureCache.open(cache), featcache.load_model(model)
+    assert featcache.evaluate(loaded, opened) == featcache.evaluate(model, cache)
+    assert featcache.report(model, opened).images == featcache.report(loaded, cache).images == 50
+    for inputs in (opened, [opened]):
+        rows = [row.to_row() for row in featcache.predict(model, inputs)]
+        assert rows == [row.to_row() for row in featcache.predict(model, cache)]
+    assert featcache.describe(opened) == featcache.describe(cache)
+    assert featcache.describe(loaded) == featcache.describe(model)
+    assert featcache.fit_head(opened, tmp_path / "again", C=1.0).n_train == 50
+    with pytest.raises(ModelError, match=r"f\.h5 is a cache and .* did you mean `featcache evaluate "):
+        featcache.evaluate(opened, loaded)
+    with pytest.raises(CacheError, match=r"m is a model, expected a cache; it is trained already"):
+        featcache.fit_head(loaded, tmp_path / "other")

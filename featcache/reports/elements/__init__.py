@@ -3,6 +3,7 @@
 page.py        the one way to make a page: templates of pages/, escaped, under a Content-Security-Policy
 cards.py       pictures with what is known of them, for pages
 charts.py      charts as SVG
+chart_parts.py what they are made of: axes, lines, words
 thumbnails.py  small pictures within a budget
 pictures.py    the image files of rows, found by digest
 projection.py  embeddings on a plane: principal components, t-SNE, and how far to trust it

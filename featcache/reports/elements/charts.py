@@ -9,15 +9,32 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from featcache.heads.metrics import accuracy_interval
-from featcache.reports.elements.numbers import count_text, log_ticks, number_text, percent_text, round_ticks, tick_texts
-from featcache.system.display import middle_out, printable
+from featcache.reports.elements.chart_parts import (
+    BOTTOM,
+    LEFT,
+    LETTER,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    apart,
+    bar_at,
+    clipped,
+    fitting,
+    frame,
+    left_of,
+    line_between,
+    marked_at,
+    rounded,
+    span_of,
+    text_at,
+)
+from featcache.reports.elements.numbers import count_text, number_text, percent_text
+from featcache.system.display import printable, quantity
 
-WIDTH = 440  # units, near to pixels: small enough that its texts can be read on a phone
-_LETTER = 6.4  # units, of the 12-unit type on average
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 40  # around the field of a chart with axes
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
@@ -82,33 +99,6 @@ class Bins:
     count: Sequence[int]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Axis:
-    """From values to positions, along one edge of the field."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-    log: bool = False
-    percent: bool = False
-    text: Callable[[float], str] | None = None  # of a tick
-    whole: bool = False  # no ticks between whole numbers
-
-    def at(self, value: float) -> float:
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        place = math.log(max(value, 1e-300)) if self.log else value
-        return round(self.start + (self.stop - self.start) * (place - low) / ((high - low) or 1.0), 1)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        about = max(2, round(abs(self.stop - self.start) / (60 if self.start < self.stop else 42)))
-        found = log_ticks(self.low, self.high) if self.log else round_ticks(self.low, self.high, about=about)
-        found = [tick for tick in found if tick == round(tick)] if self.whole else found
-        if self.text or self.log:
-            return [(tick, (self.text or number_text)(tick)) for tick in found]
-        return list(zip(found, tick_texts(found, percent=self.percent), strict=True))
-
-
 def bars(
     rows: Sequence[tuple[str, float]],
     *,
@@ -128,25 +118,29 @@ def bars(
     """
     top = highest or (1.0 if percent else max([value for _, value in rows] + [line[0] if line else 0]) or 1.0)
     texts = [percent_text(value) if percent else number_text(value) for _, value in rows]
-    left = min(150.0, _LETTER * max([len(printable(name)) for name, _ in rows], default=0) + 10)
-    right = WIDTH - 10 - _LETTER * max(map(len, texts), default=0)
-    axis = _Axis(0, top, left, right)
+    left = min(150.0, LETTER * max([len(printable(name)) for name, _ in rows], default=0) + 10)
+    right = WIDTH - 10 - LETTER * max(map(len, texts), default=0)
+    axis = Axis(0, top, left, right)
     parts = [Markup()]
     for number, ((name, value), text) in enumerate(zip(rows, texts, strict=True)):
         y = 6 + 22 * number + (18 if line else 0)
         kind = "bar marked" if name in marked else "bar"
         wide = max(axis.at(min(max(value, 0), top)) - left, 1 if value else 0)
         parts += [
-            _text(left - 6, y + 12, _fitting(name, left - 8), "end", whole=name),
-            Markup('<rect class="trough" x="{}" y="{}" width="{}" height="14"/>').format(_n(left), y, _n(right - left)),
-            Markup('<rect class="{}" x="{}" y="{}" width="{}" height="14"/>').format(kind, _n(left), y, _n(wide)),
-            _text(right + 6, y + 12, text, "start", "value"),
+            text_at(left - 6, y + 12, fitting(name, left - 8), "end", whole=name),
+            Markup('<rect class="trough" x="{}" y="{}" width="{}" height="14"/>').format(
+                rounded(left), y, rounded(right - left)
+            ),
+            Markup('<rect class="{}" x="{}" y="{}" width="{}" height="14"/>').format(
+                kind, rounded(left), y, rounded(wide)
+            ),
+            text_at(right + 6, y + 12, text, "start", "value"),
         ]
     height = 10 + 22 * len(rows) + (18 if line else 0)
     if line:
         x, label = axis.at(line[0]), f"{line[1]} {percent_text(line[0]) if percent else number_text(line[0])}"
         side = "end" if x > WIDTH / 2 else "start"
-        parts += [_line(x, 20, x, height, "reference"), _text(x, 13, label, side, "note")]
+        parts += [line_between(x, 20, x, height, "reference"), text_at(x, 13, label, side, "note")]
     table = tuple((name, text) for (name, _), text in zip(rows, texts, strict=True))
     return _chart(title, caption, parts, height, columns, table)
 
@@ -179,34 +173,34 @@ def lines(
     kept = [_clean(each, log_x) for each in series]
     xs = [x for each in kept for x in each.x] + ([mark[0]] if mark else [])
     ys = [y for each in kept for y in (*each.y, *each.low, *each.high) if y is not None] + ([level[0]] if level else [])
-    low, high = _span([y for y in ys if floor is None or y >= floor], y_range, percent_y)
+    low, high = span_of([y for y in ys if floor is None or y >= floor], y_range, percent_y)
     low = low if floor is None else floor
-    names = [_fitting(each.name, 100) for each in kept]
+    names = [fitting(each.name, 100) for each in kept]
     named = len(kept) > 1
-    right = WIDTH - (28 + _LETTER * max(map(len, names), default=0) if named else _RIGHT)
+    right = WIDTH - (28 + LETTER * max(map(len, names), default=0) if named else RIGHT)
     whole = not percent_x and all(x == round(x) for x in xs)
-    top = _TOP + (14 if mark else 0)
-    up = _Axis(low, high, 220 - _BOTTOM, top, percent=percent_y)
-    left = _left(up)
-    across = _Axis(min(xs, default=1), max(xs, default=2), left + 4, right - 4, log_x, percent_x, x_text, whole)
-    parts = _frame(across, up, right, x_label, y_label, left=left)
+    top = TOP + (14 if mark else 0)
+    up = Axis(low, high, 220 - BOTTOM, top, percent=percent_y)
+    left = left_of(up)
+    across = Axis(min(xs, default=1), max(xs, default=2), left + 4, right - 4, log_x, percent_x, x_text, whole)
+    parts = frame(across, up, right, x_label, y_label, left=left)
     y_level = up.at(level[0]) if level else 0.0
     if level:
-        parts.append(_line(left, y_level, right, y_level, "reference"))
+        parts.append(line_between(left, y_level, right, y_level, "reference"))
     if mark:
-        parts += _marked(across.at(mark[0]), mark[1], top, 220 - _BOTTOM)
+        parts += marked_at(across.at(mark[0]), mark[1], top, 220 - BOTTOM)
     drawn: list[Markup] = []
     for number, each in enumerate(kept):
         drawn += _drawn(each, number, across, up, points=points and each.points)
-    parts += _clipped(drawn, right, top - 6, 220 - _BOTTOM) if floor is not None else drawn
+    parts += clipped(drawn, right, top - 6, 220 - BOTTOM) if floor is not None else drawn
     if level and level[1]:
         drawn_at = [[(across.at(x), up.at(y)) for x, y in zip(e.x, e.y, strict=True) if y is not None] for e in kept]
         parts.append(_beside(y_level, level[1], left + 6, right - 4, drawn_at))
     if named:
         ends = [up.at(max(next((y for y in reversed(each.y) if y is not None), low), low)) for each in kept]
-        for number, (name, y) in enumerate(zip(names, _apart(ends, 14, top + 4, 220 - _BOTTOM), strict=True)):
+        for number, (name, y) in enumerate(zip(names, apart(ends, 14, top + 4, 220 - BOTTOM), strict=True)):
             point = _point(right + 9, y, number, f"f{number % 6 + 1}")
-            parts += [point, _text(right + 18, y + 4, name, "start", "name", whole=series[number].name)]
+            parts += [point, text_at(right + 18, y + 4, name, "start", "name", whole=series[number].name)]
     header = ("series", x_label, y_label) + (("low", "high") if any(each.low for each in kept) else ())
     in_words = (x_text or (percent_text if percent_x else number_text), percent_text if percent_y else number_text)
     return _chart(title, caption, parts, 220, header, _rows(kept, *in_words, len(header) > 3))
@@ -219,12 +213,12 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
     ``after``: the same once logits are divided by the temperature (Guo et al. 2017).
     """
     size, low = 240.0, 40.0  # of the field, and of the counts beneath it
-    up = _Axis(0, 1, _TOP + size, _TOP, percent=True)
-    left = _left(up) if after else (WIDTH - size) / 2 + 10  # names to the right of the field
-    across = _Axis(0, 1, left, left + size, percent=True)
-    base = _TOP + size + 30 + low
-    parts = _frame(across, up, left + size, "", "accuracy", left=left)
-    parts.append(_line(across.at(0), up.at(0), across.at(1), up.at(1), "reference"))
+    up = Axis(0, 1, TOP + size, TOP, percent=True)
+    left = left_of(up) if after else (WIDTH - size) / 2 + 10  # names to the right of the field
+    across = Axis(0, 1, left, left + size, percent=True)
+    base = TOP + size + 30 + low
+    parts = frame(across, up, left + size, "", "accuracy", left=left)
+    parts.append(line_between(across.at(0), up.at(0), across.at(1), up.at(1), "reference"))
     kinds = [("before temperature", before), ("after temperature", after)] if after else [("", before)]
     table: list[tuple[str, ...]] = []
     for number, (name, bins) in enumerate(kinds):
@@ -232,22 +226,22 @@ def reliability(before: Bins, after: Bins | None = None, *, title: str = "Reliab
         there = [row for row in zip(bins.confidence, bins.accuracy, bins.count, strict=True) if row[2]]
         for confidence, accuracy, count in there:
             x, ends = across.at(confidence), accuracy_interval(round(accuracy * count), count)
-            parts.append(_line(x, up.at(ends[0]), x, up.at(ends[1]), f"whisker s{number + 1}"))
+            parts.append(line_between(x, up.at(ends[0]), x, up.at(ends[1]), f"whisker s{number + 1}"))
         parts += [_point(across.at(x), up.at(y), number, f"f{number + 1}") for x, y, _ in there]
         for confidence, accuracy, count in there:
             tall = max(low * count / most, 1.0)
             x = across.at(confidence) - 5 + (len(kinds) - 1) * (10 * number - 5) / 2
             parts.append(
-                _bar(x, base - tall, 9 if len(kinds) == 1 else 5, tall, f"f{number + 1}", f"{count_text(count)} images")
+                bar_at(x, base - tall, 9 if len(kinds) == 1 else 5, tall, f"f{number + 1}", quantity(count, "image"))
             )
             table.append(
                 (*([name] if name else []), percent_text(confidence), percent_text(accuracy), count_text(count))
             )
         if name:
-            x, y = left + size + 16, _TOP + 6 + 18 * number
-            parts += [_point(x, y, number, f"f{number + 1}"), _text(x + 9, y + 4, name, "start", "name")]
-    parts += [_line(left, base, left + size, base, "axis"), _text(left - 8, base, "images", "end", "tick")]
-    parts.append(_text(left + size / 2, base + 20, "probability of the answer", "middle", "label"))
+            x, y = left + size + 16, TOP + 6 + 18 * number
+            parts += [_point(x, y, number, f"f{number + 1}"), text_at(x + 9, y + 4, name, "start", "name")]
+    parts += [line_between(left, base, left + size, base, "axis"), text_at(left - 8, base, "images", "end", "tick")]
+    parts.append(text_at(left + size / 2, base + 20, "probability of the answer", "middle", "label"))
     header = (*(["when"] if after else []), "probability", "accuracy", "images")
     return _chart(title, caption, parts, base + 28, header, tuple(table))
 
@@ -265,18 +259,18 @@ def histogram(
     x_text: Callable[[float], str] | None = None,
 ) -> Chart:
     """``counts`` (B) of values between ``edges`` (B + 1), which are drawn to scale; see ``lines``."""
-    across = _Axis(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT, log_x, percent_x, x_text)
-    top = _TOP + (14 if mark else 0)
-    up = _Axis(0, max([*counts, 1]) * 1.05, 180 - _BOTTOM, top, whole=True)
-    parts = _frame(across, up, WIDTH - _RIGHT, x_label, "images")
+    across = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT, log_x, percent_x, x_text)
+    top = TOP + (14 if mark else 0)
+    up = Axis(0, max([*counts, 1]) * 1.05, 180 - BOTTOM, top, whole=True)
+    parts = frame(across, up, WIDTH - RIGHT, x_label, "images")
     texts = [(x_text or (percent_text if percent_x else number_text))(edge) for edge in edges]
     ranges = [f"{low} to {high}" for low, high in itertools.pairwise(texts)]
     for number, count in enumerate(counts):
         x, stop, y = across.at(edges[number]), across.at(edges[number + 1]), up.at(count)
         hint = f"{ranges[number]}: {count_text(count)}"
-        parts.append(_bar(x + 0.5, y, max(stop - x - 1, 0.5), 180 - _BOTTOM - y, "bar", hint) if count else Markup())
+        parts.append(bar_at(x + 0.5, y, max(stop - x - 1, 0.5), 180 - BOTTOM - y, "bar", hint) if count else Markup())
     if mark:
-        parts += _marked(across.at(mark[0]), mark[1], top, 180 - _BOTTOM)
+        parts += marked_at(across.at(mark[0]), mark[1], top, 180 - BOTTOM)
     table = tuple((name, count_text(count)) for name, count in zip(ranges, counts, strict=True))
     return _chart(title, caption, parts, 180, (x_label, "images"), table)
 
@@ -284,22 +278,22 @@ def histogram(
 def sizes(counts: Sequence[Sequence[int]], *, title: str, caption: str = "") -> Chart:
     """How many images have which width and height: a disc for each (width, height, count), its area the count."""
     widths, heights = ([row[k] for row in counts] for k in (0, 1))
-    across = _Axis(min(widths) / 1.15, max(widths) * 1.15, _LEFT + 6, WIDTH - _RIGHT, log=True)
-    up = _Axis(min(heights) / 1.15, max(heights) * 1.15, 260 - _BOTTOM, _TOP, log=True)
-    parts = _frame(across, up, WIDTH - _RIGHT, "width in pixels", "height", left=_LEFT + 6)
+    across = Axis(min(widths) / 1.15, max(widths) * 1.15, LEFT + 6, WIDTH - RIGHT, log=True)
+    up = Axis(min(heights) / 1.15, max(heights) * 1.15, 260 - BOTTOM, TOP, log=True)
+    parts = frame(across, up, WIDTH - RIGHT, "width in pixels", "height", left=LEFT + 6)
     most = max(row[2] for row in counts)
     for width, height, count in counts:
         radius = max(16 * math.sqrt(count / most), 2)
         disc = Markup('<circle class="disc" cx="{}" cy="{}" r="{}"><title>{}</title></circle>')
         hint = f"{width} x {height}: {count_text(count)}"
-        parts.append(disc.format(_n(across.at(width)), _n(up.at(height)), _n(radius), hint))
+        parts.append(disc.format(rounded(across.at(width)), rounded(up.at(height)), rounded(radius), hint))
     table = tuple((str(width), str(height), count_text(count)) for width, height, count in counts[:100])
     return _chart(title, caption, parts, 260, ("width", "height", "images"), table)
 
 
 def top_bars(shares: Sequence[float]) -> Markup:
     """The likeliest classes' shares as bars, tiny and in few bytes: pages have thousands. What they are is said elsewhere."""
-    path = "".join(f"M0 {3 * row}h{_n(100 * p)}v2H0z" for row, p in enumerate(shares) if p >= 5e-4)
+    path = "".join(f"M0 {3 * row}h{rounded(100 * p)}v2H0z" for row, p in enumerate(shares) if p >= 5e-4)
     return Markup('<svg class="likely" viewBox="0 0 100 {}"><path d="{}"/></svg>').format(3 * len(shares) - 1, path)
 
 
@@ -308,7 +302,7 @@ def share_bar(share: float, *, words: str = "", kind: str = "") -> Markup:
     hidden = Markup('role="img" aria-label="{}"').format(printable(words)) if words else Markup('aria-hidden="true"')
     return Markup(
         '<svg class="share {}" viewBox="0 0 100 8" preserveAspectRatio="none" {}><rect width="{}" height="8"/></svg>'
-    ).format(kind, hidden, _n(100 * min(max(share, 0.0), 1.0)))
+    ).format(kind, hidden, rounded(100 * min(max(share, 0.0), 1.0)))
 
 
 def _chart(
@@ -320,38 +314,14 @@ def _chart(
     rows: tuple[tuple[str, ...], ...],
 ) -> Chart:
     svg = Markup('<svg class="plot" viewBox="0 0 {} {}" role="img"><title>{}</title><desc>{}</desc>{}</svg>').format(
-        WIDTH, _n(height), printable(title), printable(caption or title), Markup().join(parts)
+        WIDTH, rounded(height), printable(title), printable(caption or title), Markup().join(parts)
     )
     return Chart(title, svg, header, rows, caption)
 
 
-def _frame(across: _Axis, up: _Axis, right: float, x_label: str, y_label: str, *, left: float = _LEFT) -> list[Markup]:
-    """Grid, ticks and names of both axes."""
-    bottom = up.start
-    parts = []
-    for tick, text in up.ticks():
-        y = up.at(tick)
-        parts += [_line(left, y, right, y, "grid"), _text(left - 6, y + 4, text, "end", "tick")]
-    for tick, text in across.ticks():
-        x = across.at(tick)
-        fits = x + len(text) * _LETTER / 2 <= WIDTH  # in a file of its own nothing is drawn beyond the edge
-        place = _text(x if fits else WIDTH, bottom + 17, text, "middle" if fits else "end", "tick")
-        parts += [_line(x, bottom, x, bottom + 4, "axis"), place]
-    parts.append(_line(left, bottom, right, bottom, "axis"))
-    if x_label:
-        parts.append(_text((left + right) / 2, bottom + 35, x_label, "middle", "label"))
-    turned = Markup('<text class="label" text-anchor="middle" transform="translate({} {}) rotate(-90)">{}</text>')
-    return [*parts, turned.format(_n(left - _left(up) + 10), _n((up.start + up.stop) / 2), printable(y_label))]
-
-
-def _left(up: _Axis) -> float:
-    """Where the field begins: beyond the axis's name and its widest tick."""
-    return max(_LEFT, 28 + _LETTER * max((len(text) for _, text in up.ticks()), default=0))
-
-
 def _beside(y: float, word: str, left: float, right: float, lines: Sequence[Sequence[tuple[float, float]]]) -> Markup:
     """A word above or below a level line, at its left or right end: where it covers the least of the ``lines``."""
-    wide, some = _LETTER * len(word), 40  # points between two of a line's
+    wide, some = LETTER * len(word), 40  # points between two of a line's
     between = [
         (x1 + (x2 - x1) * k / some, y1 + (y2 - y1) * k / some)
         for line in lines
@@ -365,33 +335,22 @@ def _beside(y: float, word: str, left: float, right: float, lines: Sequence[Sequ
 
     places = [(x, side, at) for at in (y - 5, y + 14) for x, side in ((left, "start"), (right, "end"))]
     x, side, at = min(places, key=covered)
-    return _text(x, at, word, side, "note")
+    return text_at(x, at, word, side, "note")
 
 
-def _clipped(parts: Sequence[Markup], right: float, top: float, bottom: float) -> list[Markup]:
-    """What lies within the field; an inner svg clips without a name that another chart of the page might have, too."""
-    box = {"top": _n(top), "wide": _n(right + 6), "tall": _n(bottom - top)}
-    opening = '<svg x="0" y="{top}" width="{wide}" height="{tall}" viewBox="0 {top} {wide} {tall}" overflow="hidden">'
-    return [Markup(opening).format(**box), *parts, Markup("</svg>")]
-
-
-def _marked(x: float, word: str, top: float, bottom: float) -> list[Markup]:
-    """A line across the field at ``x``, its word above it."""
-    side = "start" if x < WIDTH * 0.3 else "end" if x > WIDTH * 0.7 else "middle"
-    return [_line(x, top - 4, x, bottom, "reference"), _text(x, top - 9, word, side, "note")]
-
-
-def _drawn(each: Series, number: int, across: _Axis, up: _Axis, *, points: bool = True) -> list[Markup]:
+def _drawn(each: Series, number: int, across: Axis, up: Axis, *, points: bool = True) -> list[Markup]:
     """Band, line and points of a series; the line is broken where a value is missing."""
     parts = []
     colour, dash = f"s{number % 6 + 1}", _DASHES[number % len(_DASHES)]
     if each.low:
         there = [(across.at(x), up.at(lo), up.at(hi)) for x, lo, hi in zip(each.x, each.low, each.high, strict=True)]
-        ring = [f"{_n(x)} {_n(hi)}" for x, _, hi in there] + [f"{_n(x)} {_n(lo)}" for x, lo, _ in reversed(there)]
+        ring = [f"{rounded(x)} {rounded(hi)}" for x, _, hi in there] + [
+            f"{rounded(x)} {rounded(lo)}" for x, lo, _ in reversed(there)
+        ]
         parts.append(Markup('<path class="band {}" d="M{}z"/>').format(colour.replace("s", "f"), "L".join(ring)))
     path, pen = "", "M"
     for x, y in zip(each.x, each.y, strict=True):
-        path += "" if y is None else f"{pen}{_n(across.at(x))} {_n(up.at(y))}"
+        path += "" if y is None else f"{pen}{rounded(across.at(x))} {rounded(up.at(y))}"
         pen = "M" if y is None else "L"
     dashes = Markup(' stroke-dasharray="{}"').format(dash) if dash else Markup()
     parts.append(Markup('<path class="line {}"{} d="{}"/>').format(colour, dashes, path))
@@ -410,7 +369,9 @@ def _point(x: float, y: float, number: int, colour: str) -> Markup:
         "m0-4l4 7h-8z",
         "m0-4.5l4.5 4.5l-4.5 4.5l-4.5-4.5z",
     )
-    return Markup('<path class="point {}" d="M{} {}{}"/>').format(colour, _n(x), _n(y), shapes[number % len(shapes)])
+    return Markup('<path class="point {}" d="M{} {}{}"/>').format(
+        colour, rounded(x), rounded(y), shapes[number % len(shapes)]
+    )
 
 
 def _clean(each: Series, log_x: bool) -> Series:
@@ -431,19 +392,6 @@ def _clean(each: Series, log_x: bool) -> Series:
     )
 
 
-def _span(values: Sequence[float], asked: tuple[float, float] | None, percent: bool) -> tuple[float, float]:
-    """What an axis spans: all values and a little room; of shares never beyond 0..1."""
-    low, high = min([*values, *(asked or ())], default=0.0), max([*values, *(asked or ())], default=1.0)
-    room = 0.08 * (high - low) or (0.05 if percent else abs(high) * 0.1 or 1.0)
-    if asked:
-        return low, high
-    return (
-        (max(low - room, 0.0), min(high + room, 1.0))
-        if percent
-        else (low - room if low < 0 else max(low - room, 0), high + room)
-    )
-
-
 def _rows(
     kept: Sequence[Series], x_text: Callable[[float], str], y_text: Callable[[float | None], str], band: bool
 ) -> tuple[tuple[str, ...], ...]:
@@ -455,45 +403,3 @@ def _rows(
         for each in kept
         for row, (x, y) in enumerate(zip(each.x, each.y, strict=True))
     )
-
-
-def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places of labels, moved until they are ``gap`` apart, in their order, within ``low``..``high``."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    found = list(places)
-    for before, here in itertools.pairwise(order):
-        found[here] = max(found[here], found[before] + gap)
-    over = max((found[order[-1]] - high) if order else 0, 0)
-    for here in reversed(order):
-        found[here] = min(found[here], high - gap * (len(order) - 1 - order.index(here))) if over else found[here]
-    return [max(place, low) for place in found]
-
-
-def _fitting(text: str, width: float) -> str:
-    return middle_out(printable(text), max(int(width / _LETTER), 3))
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "", *, whole: str | None = None) -> Markup:
-    hint = (
-        Markup("<title>{}</title>").format(printable(whole))
-        if whole is not None and printable(whole) != text
-        else Markup()
-    )
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}{}</text>').format(
-        kind, _n(x), _n(y), anchor, escape(text), hint
-    )
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    return Markup('<path class="{}" d="M{} {}L{} {}"/>').format(kind, _n(x1), _n(y1), _n(x2), _n(y2))
-
-
-def _bar(x: float, y: float, width: float, height: float, kind: str, hint: str) -> Markup:
-    return Markup('<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>{}</title></rect>').format(
-        kind, _n(x), _n(y), _n(width), _n(height), hint
-    )
-
-
-def _n(value: float) -> str:
-    """A coordinate, short."""
-    return f"{value:.1f}".rstrip("0").rstrip(".")

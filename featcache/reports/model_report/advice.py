@@ -18,7 +18,7 @@ from featcache.heads.metrics import chance_of_at_most
 from featcache.models.scoring import HELD_OUT
 from featcache.reports.elements.numbers import count_text, number_text, percent_text
 from featcache.reports.model_report.subject import Subject
-from featcache.system.display import printable
+from featcache.system.display import printable, quantity
 
 # A difference of five points is one that people act on: where the interval spans ten, the score cannot show it.
 _WIDE = 0.10
@@ -132,8 +132,8 @@ def _about_class(subject: Subject, k: int, counts: Array, trained: Array | None)
     others = np.where(np.arange(len(counts)) == k, 0, counts[k])
     other, most = int(others.argmax()), int(others.max())
     recall, accuracy = percent_text(right / n), percent_text(subject.scores["accuracy"])
-    words = f"{recall} of its {count_text(n)} images are recognised, {accuracy} of all"
-    words += "." if trained is None else f"; it trained on {count_text(int(trained[k]))} images."
+    words = f"{recall} of its {quantity(n, 'image is', 'images are')} recognised, {accuracy} of all"
+    words += "." if trained is None else f"; it trained on {quantity(int(trained[k]), 'image')}."
     names = [classes[k]]
     # Most of the missed in one other class: what tells these two apart is missing, not images of one of them.
     if 2 * most > n - right and most > _FEW:
@@ -160,7 +160,11 @@ def _about_the_model(subject: Subject) -> Iterator[Advice]:
         return
     if mistakes <= _FEW:
         what = ("no mistake", "1 mistake")[mistakes] if mistakes < 2 else f"{mistakes} mistakes"
-        yield Advice(_said(f"Keep this model: {what} in {n} images leave nothing to choose another one by."))
+        yield Advice(
+            _said(
+                f"Keep this model: {what} in {quantity(scores['n'], 'image')} leave nothing to choose another one by."
+            )
+        )
         return
     if (stronger := _stronger(model.spec.backbone, scores["accuracy"])) is not None:
         yield stronger
@@ -199,7 +203,7 @@ def headline(subject: Subject) -> Markup:
     name, share = largest_class(subject)
     chance = 1 / len(subject.model.classes)
     words = (
-        f"{count_text(right)} of {count_text(scores['n'])} images{which} are classified correctly: "
+        f"{count_text(right)} of {quantity(scores['n'], 'image')}{which} {'is' if scores['n'] == 1 else 'are'} classified correctly: "
         f"{percent_text(scores['accuracy'])}, 95% interval {percent_text(low)} to {percent_text(high)}. Always answering {{}} "
         f"would score {percent_text(share)}, guessing {percent_text(chance)}."
     )

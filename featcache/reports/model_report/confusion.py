@@ -16,6 +16,7 @@ from featcache.reports.elements.numbers import count_text, percent_text
 from featcache.reports.elements.page import Section
 from featcache.reports.model_report.advice import images_trained_on
 from featcache.reports.model_report.subject import Subject
+from featcache.system.display import quantity
 
 IN_FULL = 40  # classes that the matrix shows all of
 ZOOMED = 20  # of more, so many at a time
@@ -92,7 +93,7 @@ def _matrix(subject: Subject, counts: Array, shown: Array) -> Matrix:
         why = f"{classes[i]}, recognised" if i == j else f"{classes[i]} taken for {classes[j]}"
         here = on_page.get((i, j), 0)
         if here < n:
-            why += f": {count_text(n)} image{'s' * (n != 1)}, {count_text(here)} of them on this page"
+            why += f": {quantity(n, 'image')}, {count_text(here)} of them on this page"
         texts = percent_text(shares[1], 0), percent_text(shares[2], 0)
         return Cell(n, *texts, f"{'hit' if i == j else 'miss'} {levels}", {"label": i, "predicted": j}, why)
 

@@ -29,7 +29,7 @@ from featcache.reports.elements.wall import WALL, order_by_similarity
 from featcache.reports.model_report.subject import Subject, drawn_evenly
 from featcache.reports.notebook import Page
 from featcache.spec import SPLITS
-from featcache.system.display import middle_out, printable
+from featcache.system.display import middle_out, printable, quantity
 from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_whole
 
@@ -245,8 +245,8 @@ def _lead(cache: FeatureCache, cards: Sequence[Card], root: Path | None) -> str:
         pictures = "No pictures: give the folder of the images as source."
     elif shown == len(cache):
         pictures = "All of them have their picture here."
-    classes = f", {count_text(len(cache.classes))} classes" if len(cache.classes) > 1 else ""
-    return f"{count_text(len(cache))} images{classes}, embedded by {cache.spec.backbone}. {pictures}"
+    classes = f", {quantity(len(cache.classes), 'class')}" if len(cache.classes) > 1 else ""
+    return f"{quantity(len(cache), 'image')}{classes}, embedded by {cache.spec.backbone}. {pictures}"
 
 
 def _cards(cache: FeatureCache, rows: Indices, pictures: Pictures) -> list[Card]:
@@ -310,7 +310,7 @@ def _legend(names: Sequence[str]) -> list[tuple[str, str, str, int]]:
     counts, tints = Counter(names), _tints(names)
     rows = [("●" if _is_disc(tint) else "■", _colour(tint, "k"), name, counts[name]) for name, tint in tints.items()]
     if rest := sum(counts.values()) - sum(row[3] for row in rows):
-        rows.append(("●", "k0", f"{len(counts) - len(tints)} other classes", rest))
+        rows.append(("●", "k0", f"{quantity(len(counts) - len(tints), 'other class', 'other classes')}", rest))
     return rows
 
 

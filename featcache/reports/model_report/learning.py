@@ -15,6 +15,7 @@ from markupsafe import Markup
 from featcache.backbones.saved import own_file
 from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
+from featcache.cache.format import digest_keys
 from featcache.errors import FeatcacheError, SourceError
 from featcache.heads.head import Array, Indices
 from featcache.heads.learning_curve import Doubling, LearningCurve, forecast, learning_curve
@@ -28,7 +29,7 @@ from featcache.reports.elements.charts import Chart, Series
 from featcache.reports.elements.numbers import count_text, number_text, percent_text
 from featcache.reports.elements.page import Section
 from featcache.reports.model_report.subject import Subject
-from featcache.system.display import printable
+from featcache.system.display import printable, quantity
 from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")
@@ -205,6 +206,9 @@ def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
         raise SourceError(f"its folds would divide the groups of {column!r} that the model was fit with")
     cache.check_finite(np.concatenate([rows, judges]))
     with cache.reader() as features:
+        whole = None
+        if known is not None and len(judges) and _are_those(known, cache.rows.keys[rows], y[rows]):
+            whole = model.head.score(features, judges).argmax(axis=1) == y[judges]
         found = learning_curve(
             features,
             rows,
@@ -215,8 +219,16 @@ def _fit_curve(model: Model, cache: FeatureCache) -> tuple[LearningCurve, str]:
             balanced=training.get("class_weight") == "balanced",
             judges=judges if len(judges) else None,
             judges_y=y[judges] if len(judges) else None,
+            whole=whole,
         )
     return found, split
+
+
+def _are_those(known: TrainingRows, keys: Array, y: Array) -> bool:
+    """Whether rows, by their digests as keys and their labels, are all those that the model was trained on, in any order."""
+    own = digest_keys(known.digests)
+    order, own_order = np.lexsort((y, keys)), np.lexsort((known.labels, own))
+    return np.array_equal(keys[order], own[own_order]) and np.array_equal(y[order], known.labels[own_order])
 
 
 def _judges(cache: FeatureCache, free: Array) -> tuple[str, Indices]:
@@ -275,7 +287,7 @@ def _how(curve: LearningCurve, judges: str, model: Model) -> str:
     """How the curve was made."""
     steps, draws = curve.right.shape[:2]
     who = (
-        f"the {count_text(curve.right.shape[2])} {judges} images that are no copies of training images"
+        f"the {quantity(curve.right.shape[2], f'{judges} image that is no copy', f'{judges} images that are no copies')} of training images"
         if judges
         else f"a {_ORDINALS.get(draws, f'{draws}th')} of the training images that each draw holds out"
     )
@@ -359,7 +371,7 @@ def _best_in_words(history: Sequence[Mapping[str, Any]], best_epoch: float | Non
             accuracy, loss = percent_text(row[f"{split}_accuracy"]), number_text(row.get(f"{split}_loss"))
             words = f"Epoch {best_epoch:g} of {last:g} was the best {judged}: accuracy {accuracy}, loss {loss}."
             return f"{words} It was the last one: more epochs may do better." if best_epoch == last > 1 else words
-    return f"Trained for {last:g} epochs, without images held out to choose by."
+    return f"Trained for {quantity(last, 'epoch')}, without images held out to choose by."
 
 
 # ---------------------------------------------------------------------------------------------- frozen or fine-tuned
@@ -373,7 +385,7 @@ def finetuned_section(subject: Subject) -> Section | None:
         return None
     table = [
         [
-            f"{split}, {count_text(facts['n'])} images",
+            f"{split}, {quantity(facts['n'], 'image')}",
             percent_text(facts["head_accuracy"]),
             percent_text(facts["tuned_accuracy"]),
             count_text(facts["only_second_right"]),

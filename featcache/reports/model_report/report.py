@@ -20,7 +20,7 @@ from featcache.heads.head import Array
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.limits import Limits, rows_that_trained
 from featcache.models.model import Model, load_model
-from featcache.models.scoring import HELD_OUT, Scored, score_cache, score_held_out, score_images
+from featcache.models.scoring import HELD_OUT, Scored, check_split, score_cache, score_held_out, score_images
 from featcache.reports.contact_sheet import sheet_beside
 from featcache.reports.elements.cards import cards_data
 from featcache.reports.elements.numbers import count_text, percent_text
@@ -47,7 +47,7 @@ from featcache.reports.model_report.learning import (
 from featcache.reports.model_report.subject import Subject, make_subject
 from featcache.reports.notebook import framed
 from featcache.spec import SPLITS
-from featcache.system.display import Shown, printable
+from featcache.system.display import Shown, printable, quantity
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
 
@@ -117,13 +117,16 @@ def report(
     """
     started = time.perf_counter()
     check_runtime_options(device, workers=workers, batch_size=batch_size)
+    check_split(split)
+    check_method(map)
+    if map in ("pca", "tsne") and (source is None or not is_cache(Source.of(source).path)):
+        raise UsageError(f"--map {map} needs embeddings: give a cache as SOURCE, or leave it out")
     model = _checked(model, source)
     output = page_beside(model.path) if output is None else as_path(output)
     check_page_path(output)
     drawn = None if figures is None else as_path(figures)
     if drawn is not None:
         check_figures(drawn)
-    check_method(map)
     root = None if pictures is None else as_path(pictures)
     if root is not None and not root.is_dir():
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
@@ -131,8 +134,6 @@ def report(
     compared = None if evidence is None else _evidence(model, evidence, source)
     options = {"device": device, "workers": workers, "batch_size": batch_size, "progress": progress}
     images, cache = _opened(model, source, other)
-    if cache is None and map in ("pca", "tsne"):
-        raise UsageError(f"--map {map} needs embeddings: give a cache as SOURCE, or leave it out")
     limits = Limits.of(model, evidence=None if images is None else evidence)
     scored = _score(model, images, cache, split=split, limits=limits, options=options)
     if root is None:
@@ -248,7 +249,7 @@ def _summary(subject: Subject, *, learning: str) -> Section:
             f"{name}; guessing {percent_text(1 / len(subject.model.classes))}",
         ),
         ("Balanced accuracy", percent_text(scores["balanced_accuracy"]), "mean recall of the classes"),
-        ("Mistakes", count_text(mistakes), f"in {count_text(scores['n'])} images ({subject.scored.split})"),
+        ("Mistakes", count_text(mistakes), f"in {quantity(scores['n'], 'image')} ({subject.scored.split})"),
     ]
     if scores["top5_accuracy"] is not None:
         tiles.insert(3, ("Among the five likeliest", percent_text(scores["top5_accuracy"]), ""))
@@ -301,9 +302,12 @@ def _what_is_missing(subject: Subject) -> list[str | Markup]:
             else f"the {count_text(here)} most confident of {count_text(wrong)} mistakes"
         )
         notes.append(
-            f"{count_text(shown)} of {count_text(len(scored))} images are on this page: {mistakes}, the least sure of the right "
+            f"{count_text(shown)} of {quantity(len(scored), 'image')} are on this page: {mistakes}, the least sure of the right "
             "answers, and others drawn at random, as many of each class."
         )
+    if scored.elsewhere:
+        what = quantity(scored.elsewhere, "refused image is", "refused images are")
+        notes.append(f"{what} not on this page: which split they are of is not known. --split all shows them.")
     reasons = Counter(
         card.no_thumbnail for card in subject.cards if card.thumbnail is None and card.status != "refused"
     )
@@ -312,21 +316,23 @@ def _what_is_missing(subject: Subject) -> list[str | Markup]:
         source = "" if subject.cache is None else f" {shlex.quote(str(subject.cache.path))}"
         command = _code(f"featcache report {name}{source} --source FOLDER")
         notes.append(
-            Markup("{} images have no picture here: {} adds them from their folder.").format(count_text(count), command)
+            Markup("{} no picture here: {} adds it from the folder.").format(
+                quantity(count, "image has", "images have"), command
+            )
         )
     if count := reasons.pop(MISSING, 0):
         notes.append(
-            f"{count_text(count)} images are not in {subject.pictures.root}, or were changed since: --source names another folder."
+            f"{quantity(count, 'image is', 'images are')} not in {subject.pictures.root}, or changed since: --source names another folder."
         )
     if count := reasons.pop(NO_TIME, 0):
         command = _code(f"featcache report {name} SOURCE")
         notes.append(
-            Markup("{} pictures were left out to be quick: {} makes a page with all.").format(
-                count_text(count), command
+            Markup("{} left out to be quick: {} makes a page with all.").format(
+                quantity(count, "picture was", "pictures were"), command
             )
         )
     if count := sum(reasons.values()):
-        notes.append(f"{count_text(count)} pictures are left out: {reasons.most_common(1)[0][0]}.")
+        notes.append(f"{quantity(count, 'picture is', 'pictures are')} left out: {reasons.most_common(1)[0][0]}.")
     return notes
 
 
@@ -338,7 +344,7 @@ def page_beside(model: Path) -> Path:
 
 def _checked(model: Model | AnyPath, source: AnySource | None) -> Model:
     """The model, loaded; paths that are something else are refused before."""
-    folder = as_path(model.path if isinstance(model, Model) else model)
+    folder = as_path(model)
     words = () if source is None else (Source.of(source).path,)
     check_path(folder, "model", ("report", HERE, *words))
     for path in words:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from featcache.system.display import quantity
+
 if TYPE_CHECKING:
     from featcache.reports.source_stats.stats import Statistics
 
@@ -60,7 +62,7 @@ def _balance(found: "Statistics") -> Iterator[str]:
     elif ratio > 1:
         yield f"Classes are even, {ratio:.2f} to 1 in training images ({figures}): plain accuracy can be trusted."
     else:
-        yield f"Each class has {counted(there[largest], 'training image')}: plain accuracy can be trusted."
+        yield f"Each class has {quantity(there[largest], 'training image')}: plain accuracy can be trusted."
     if few := sorted((count, name) for name, count in there.items() if count < _FEW):
         names = [f"{name} ({count})" for count, name in few]
         yield (
@@ -125,12 +127,7 @@ def _pictures(found: "Statistics") -> Iterator[str]:
 
 def images(n: int) -> str:
     """``1 image``, ``1,234 images``."""
-    return counted(n, "image")
-
-
-def counted(n: int, one: str, several: str = "") -> str:
-    """``1 split``, ``2 splits``; ``several`` where an s is not enough."""
-    return f"{n:,} {one if n == 1 else several or one + 's'}"
+    return quantity(n, "image")
 
 
 def some(names: Sequence[str]) -> str:

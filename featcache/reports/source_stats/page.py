@@ -19,9 +19,9 @@ from featcache.reports.elements.charts import Chart, Series, bars, histogram, li
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
 from featcache.reports.elements.thumbnails import Thumbnail, thumbnails
-from featcache.reports.source_stats.advice import SMALL, counted, images, training_counts
+from featcache.reports.source_stats.advice import SMALL, images, training_counts
 from featcache.reports.source_stats.text import MODES, score
-from featcache.system.display import middle_out, printable
+from featcache.system.display import middle_out, printable, quantity
 from featcache.system.files import check_output, publish_folder
 from featcache.system.path_kinds import typed
 
@@ -239,7 +239,7 @@ def _histogram(found: "Statistics", name: str, title: str, label: str, **options
 def _sizes_caption(found: "Statistics") -> str:
     first = ", ".join(f"{w} x {h} ({percent_text(n / found.readable, 0)})" for w, h, n in found.sizes[:2])
     shown = f"; the {len(found.sizes):,} most frequent are drawn" if found.distinct_sizes > len(found.sizes) else ""
-    return f"{counted(found.distinct_sizes, 'size')}, most often {first}{shown}. Area: number of images."
+    return f"{quantity(found.distinct_sizes, 'size')}, most often {first}{shown}. Area: number of images."
 
 
 def _shape(name: str) -> str:
@@ -308,7 +308,7 @@ def _isolated(sentence: str, names: Iterable[str]) -> Markup:
 def _lead(found: "Statistics") -> str:
     splits = [split for split in found.splits if split != "none"]
     of = f" in {' and '.join([', '.join(splits[:-1]), splits[-1]] if splits[1:] else splits)}" if splits else ""
-    classes = f" of {counted(len(found.classes), 'class', 'classes')}" if found.classes else ""
+    classes = f" of {quantity(len(found.classes), 'class')}" if found.classes else ""
     return f"{images(found.images)}{classes}{of}, {bytes_text(found.total_bytes)}. Nothing has been trained yet."
 
 
@@ -319,7 +319,7 @@ def _tiles(found: "Statistics") -> list[tuple[str, str, str]]:
     if found.classes:
         training = [count for count in training_counts(found).values() if count]
         low, high = min(training, default=0), max(training, default=0)
-        span = f"{low:,} to {high:,} training images" if low < high else f"{counted(high, 'training image')} each"
+        span = f"{low:,} to {high:,} training images" if low < high else f"{quantity(high, 'training image')} each"
         tiles.append(("Classes", count_text(len(found.classes)), span))
     if found.constant:
         split = next((split for split in ("val", "test") if split in found.constant), "all")
@@ -328,7 +328,7 @@ def _tiles(found: "Statistics") -> list[tuple[str, str, str]]:
         tiles.append(("One answer scores", percent_text(facts["accuracy"]), always))
     if found.width and found.height:
         middle = f"{found.width['median']:,.0f} × {found.height['median']:,.0f}"
-        tiles.append(("Median size", middle, counted(found.distinct_sizes, "different size")))
+        tiles.append(("Median size", middle, quantity(found.distinct_sizes, "different size")))
     kinds = (("across_labels", "under several labels"), ("across_splits", "across splits"))
     worst = [f"{copies[kind]:,} {word}" for kind, word in kinds if copies[kind]]
     number = sum(len(group["images"]) - 1 for group in copies["groups"])
@@ -368,7 +368,7 @@ def _unreadable_caption(found: "Statistics") -> str:
 def _copies_words(found: "Statistics") -> str:
     n = len(found.copies["groups"])
     rest = f" The first {_MOST_GROUPS} are shown, {NUMBERS} has all." if n > _MOST_GROUPS else ""
-    return f"{counted(n, 'picture lies', 'pictures lie')} in several places, byte for byte.{rest}"
+    return f"{quantity(n, 'picture lies', 'pictures lie')} in several places, byte for byte.{rest}"
 
 
 def _sample_words(found: "Statistics") -> str:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from featcache.reports.elements.numbers import bytes_text
 from featcache.reports.scores import columns, shortened
-from featcache.reports.source_stats.advice import counted, images
-from featcache.system.display import printable
+from featcache.reports.source_stats.advice import images
+from featcache.system.display import printable, quantity
 
 if TYPE_CHECKING:
     from featcache.reports.source_stats.stats import Statistics
@@ -46,8 +46,8 @@ def stats_lines(found: "Statistics") -> list[str]:
 def _head(found: "Statistics") -> list[str]:
     unreadable = f", {len(found.unreadable):,} unreadable" if found.unreadable else ""
     splits = [name for name in found.splits if name != "none"]
-    classes = counted(len(found.classes), "class", "classes") if found.classes else "no classes"
-    of = [classes, *([counted(len(splits), "split")] if splits else [])]
+    classes = quantity(len(found.classes), "class") if found.classes else "no classes"
+    of = [classes, *([quantity(len(splits), "split")] if splits else [])]
     facts = f": {images(found.images)}{unreadable}, {', '.join(of)}, {bytes_text(found.total_bytes)}"
     return [shortened(printable(found.source), max(_WIDTH - columns(facts), 12)) + facts]
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from featcache.errors import UsageError
 from featcache.heads.head import Array, FeatureSource, Indices, scale_features
 from featcache.system.runtime_options import usable_cores
 
-_BLOCK = 2048  # rows on each side of a product: 16 MB of similarities
+_BLOCK = 1024  # rows on each side of a product: its 4 MB of similarities stay in the caches while they are sifted
 _SPARE = 8  # neighbours more than asked for: exact arithmetic then puts in order what float32 does not tell apart
 _MEMORY = 2**29  # bytes; rows that fit as float32 are kept in memory, of more each block is read again
 _AT_A_TIME = 128  # rows whose similarities are computed again in float64
@@ -31,7 +32,7 @@ _MEASURED = 1000  # rows whose neighbours in an index are compared with the true
 _WORTH_A_GPU = 10**12  # multiplications; of fewer, loading PyTorch takes longer
 _WORKING = 2**28  # bytes: a product, and keys of all of it for rows that have met nobody
 _IN_ORDER = 4e-9  # seconds a value takes in float64
-_EMPTY = np.iinfo(np.int64).min
+_EMPTY = (-0x7F800001 << 32) | 0xFFFFFFFF  # the key of -inf at place 0, from which the first other may be subtracted
 Keys = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
@@ -161,45 +162,70 @@ class _Blocks:
 def _search(blocks: _Blocks, best: Keys) -> Iterator[None]:
     """Fill ``best`` (N, c) with keys of neighbours, unsorted; yields after each product.
 
-    Each row meets the blocks in their order, and of equal similarities the first one stays.
+    Every core multiplies, and sifts what it multiplied, on its own.
     """
-    worst = np.full(len(best), -np.inf, np.float32)
-    for number, here in enumerate(slices := blocks.slices()):
+    slices, worst = blocks.slices(), np.full(len(best), _EMPTY)
+
+    def meet(pair: tuple[int, int]) -> None:
+        here, there = (slices[number] for number in pair)
         X = blocks[here]
-        for there in slices[number:]:
-            similar = X @ (X if there is here else blocks[there]).T
-            if there is here:
-                np.fill_diagonal(similar, -np.inf)
-            _keep(best[here], worst[here], similar, there.start)
-            if there is not here:
-                _keep(best[there], worst[there], similar.T, here.start)
-            yield
+        similar = X @ (X if here is there else blocks[there]).T
+        if here is there:
+            np.fill_diagonal(similar, -np.inf)
+        else:
+            _keep(best[there], worst[there], similar.T, here.start)
+        _keep(best[here], worst[here], similar, there.start)
+
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(usable_cores(), "featcache-neighbours") as pool:
+        for pairs in _rounds(len(slices)):
+            for _ in pool.map(meet, pairs):
+                yield
 
 
-def _keep(best: Keys, worst: npt.NDArray[np.float32], similar: Array, first: int) -> None:
-    """Put those of (n, m) similarities that are among the best of their row into ``best``; m rows from ``first`` on."""
-    if worst[0] == -np.inf:  # these rows have met nobody, or too few: everything may be among the best
-        keys = _keys(np.ascontiguousarray(similar), np.arange(first, first + similar.shape[1]))
-        keys = np.concatenate([best, keys], axis=1)
-        best[:] = np.partition(keys, keys.shape[1] - best.shape[1], axis=1)[:, -best.shape[1] :]
-        worst[:] = _similarities(best.min(axis=1))
-        return
+def _rounds(count: int) -> list[list[tuple[int, int]]]:
+    """All pairs of ``count`` blocks, each with itself too; none occurs twice in a round, so pairs of a round may meet at once."""
+    size = count | 1
+    return [[(one, (r - one) % size) for one in range(count) if one <= (r - one) % size < count] for r in range(size)]
+
+
+def _keep(best: Keys, worst: Keys, similar: Array, first: int) -> None:
+    """Put those of (n, m) similarities that are among the best of their row into ``best``; m rows from ``first`` on.
+
+    worst: (n,) least of each row of ``best``, kept up with it.
+    """
+    count = best.shape[1]
+    if worst[0] == _EMPTY and similar.shape[1] >= count:  # these rows have met nobody
+        bar = _surpassed(similar, count)
+    else:
+        bar = _similarities(worst - (0xFFFFFFFF - first))  # what equals the worst and comes before it surpasses this
     if similar.flags.c_contiguous:
-        row, column = np.divmod(np.flatnonzero(similar > worst[:, None]), similar.shape[1])
+        row, column = np.divmod(np.flatnonzero(similar > bar[:, None]), similar.shape[1])
     else:  # the other side of a product, as it lies in memory
-        column, row = np.divmod(np.flatnonzero(worst < similar.T), similar.shape[0])
-        order = np.argsort(row, kind="stable")
+        column, row = np.divmod(np.flatnonzero(similar.T > bar), similar.shape[0])
+        order = np.argsort(row.astype(np.uint16), kind="stable")
         row, column = row[order], column[order]
     if not len(row):
         return
     counts = np.bincount(row, minlength=len(best))
     changed, starts = np.flatnonzero(counts), np.cumsum(counts) - counts
-    keys = np.full((len(changed), counts.max()), _EMPTY)
-    position = np.arange(len(row)) - starts[row]
-    keys[(np.cumsum(counts > 0) - 1)[row], position] = _keys(similar[row, column], column + first)
-    keys = np.concatenate([best[changed], keys], axis=1)
-    best[changed] = np.partition(keys, keys.shape[1] - best.shape[1], axis=1)[:, -best.shape[1] :]
-    worst[changed] = _similarities(best[changed].min(axis=1))
+    keys = np.full((len(changed), count + counts.max()), _EMPTY)
+    keys[:, :count] = best[changed]
+    keys[(np.cumsum(counts > 0) - 1)[row], np.arange(count, len(row) + count) - starts[row]] = _keys(
+        similar[row, column], column + first
+    )
+    keys.partition(counts.max(), axis=1)
+    best[changed] = keys = keys[:, -count:]
+    worst[changed] = keys.min(axis=1)
+
+
+def _surpassed(similar: Array, count: int) -> npt.NDArray[np.float32]:
+    """(n,) values that at least ``count`` of each row of (n, m) surpass: the least maximum of so many parts of the row."""
+    each = similar.shape[1] // count
+    if similar.flags.c_contiguous:
+        parts = similar[:, : each * count].reshape(len(similar), count, each).max(axis=2).min(axis=1)
+    else:
+        parts = similar.T[: each * count].reshape(count, each, len(similar)).max(axis=1).min(axis=0)
+    return np.nextafter(parts, -np.inf, dtype=np.float32)
 
 
 def _keys(similarities: npt.NDArray[np.float32], places: Indices) -> Keys:
@@ -215,8 +241,7 @@ def _places(keys: Keys) -> Indices:
 
 def _similarities(keys: Keys) -> npt.NDArray[np.float32]:
     bits = (keys >> 32).astype(np.int32)
-    found = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
-    return np.where(keys == _EMPTY, np.float32(-np.inf), found)
+    return (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 def _search_index(blocks: _Blocks, best: Keys) -> Iterator[None]:
@@ -250,7 +275,7 @@ def _recall(blocks: _Blocks, similarities: Array) -> float:
 
 def _true(blocks: _Blocks, some: Indices, count: int) -> Keys:
     """(n, count) keys of the nearest of (n,) places, by all products."""
-    best, worst = np.full((len(some), count), _EMPTY), np.full(len(some), -np.inf, np.float32)
+    best, worst = np.full((len(some), count), _EMPTY), np.full(len(some), _EMPTY)
     queries = blocks[some]
     for there in blocks.slices() if len(some) else ():
         similar = queries @ blocks[there].T

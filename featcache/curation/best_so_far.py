@@ -48,7 +48,8 @@ def _surpassed(similar: Array, count: int) -> npt.NDArray[np.float32]:
         parts = similar[:, : each * count].reshape(len(similar), count, each).max(axis=2).min(axis=1)
     else:
         parts = similar.T[: each * count].reshape(count, each, len(similar)).max(axis=1).min(axis=0)
-    return np.nextafter(parts, -np.inf, dtype=np.float32)
+    bar: npt.NDArray[np.float32] = np.nextafter(parts, -np.inf, dtype=np.float32)
+    return bar
 
 
 def keys_of(similarities: npt.NDArray[np.float32], places: Indices) -> Keys:
@@ -66,4 +67,5 @@ def places_of(keys: Keys) -> Indices:
 def similarities_of(keys: Keys) -> npt.NDArray[np.float32]:
     """The similarities in keys, to the bit."""
     bits = (keys >> 32).astype(np.int32)
-    return (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+    found: npt.NDArray[np.float32] = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
+    return found

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +36,7 @@ _MEASURED = 1000  # rows whose neighbours in an index are compared with the true
 _WORTH_A_GPU = 10**12  # multiplications; of fewer, loading PyTorch takes longer
 _WORKING = 2**25  # bytes of each core: a product, and what of it is among the best
 _SIFTED = 3e-7  # seconds for each that was among the best of its row when they met
-_READ = 3e-9  # seconds a value takes that is read and scaled again
+_READ = 4e-9  # seconds a value takes that is read and scaled again
 _IN_ORDER = 3e-9  # seconds a value takes in float64
 Progress = Callable[[int, int], None]
 
@@ -136,7 +136,7 @@ def estimate(n: int, dim: int, *, k: int = 20, memory: int = _MEMORY) -> tuple[f
     again = 0 if kept else n / _LARGE * dim * _READ
     memory = 4 * n * dim if kept else cores * _LARGE * (12 * dim + 8 * _LARGE)
     working = cores * (_WORKING + 8 * _AT_A_TIME * (k + _SPARE) * dim)
-    return each * _products(blocks) + n * (once + again) / cores, memory + working + n * (20 * k + 8 * _SPARE)
+    return float(each * _products(blocks) + n * (once + again) / cores), memory + working + n * (20 * k + 8 * _SPARE)
 
 
 @contextlib.contextmanager
@@ -182,7 +182,7 @@ class _Blocks:
         return X
 
 
-def _search(blocks: _Blocks, best: Keys) -> Iterator[None]:
+def _search(blocks: _Blocks, best: Keys) -> Generator[None]:
     """Fill ``best`` (N, c) with keys of neighbours, unsorted; yields after each product.
 
     Every core multiplies, and sifts what it multiplied, on its own.
@@ -211,7 +211,7 @@ def _rounds(count: int) -> list[list[tuple[int, int]]]:
     return [[(one, (r - one) % size) for one in range(count) if one <= (r - one) % size < count] for r in range(size)]
 
 
-def _search_index(blocks: _Blocks, best: Keys) -> Iterator[None]:
+def _search_index(blocks: _Blocks, best: Keys) -> Generator[None]:
     """As ``_search``, by an index of all rows: not all of the nearest are found."""
     from usearch.index import Index
 
@@ -286,7 +286,7 @@ def _gpu(device: str, n: int, dim: int) -> Any:
     return None if chosen.type == "cpu" else chosen
 
 
-def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Iterator[None]:
+def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Generator[None]:
     """As ``_search``, by PyTorch on a device; which of equal similarities stay is its choice."""
     import torch
 

@@ -100,6 +100,16 @@ def test_the_estimate_grows_with_the_square() -> None:
     assert large[1] < 3e9  # a million rows of any size: 0.5 GB of features, and what was found of them
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_each_block_meets_each_other_once_and_one_at_a_time(count: int) -> None:
+    rounds = neighbours._rounds(count)
+    met = sorted(pair for pairs in rounds for pair in pairs)
+    assert met == [(one, other) for one in range(count) for other in range(one, count)]
+    for pairs in rounds:
+        busy = [block for one, other in pairs for block in {one, other}]
+        assert len(busy) == len(set(busy))
+
+
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(UsageError, match="device"):
         nearest_rows(draw(30), np.arange(30), device="abacus")

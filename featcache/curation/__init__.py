@@ -2,6 +2,7 @@
 
 finding.py        a row, what is remarkable about it, and why
 neighbours.py     the nearest neighbours of every row among all others, exactly
+best_so_far.py    the best similarities of each row, as blocks of them come
 copies.py         rows whose files hold the same bytes
 near_copies.py    rows that show the same picture, edited; groups of copies
 pixel_check.py    whether two image files show the same picture, by their pixels

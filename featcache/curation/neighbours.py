@@ -2,37 +2,42 @@
 
 In: features (M, D) and which rows to compare. Out: ``Nearest``. Work grows with the square of the number of rows, memory with the
 number; what does not fit into half a gigabyte as float32 is read again block by block. Each product serves both of its sides,
-and of each only what beats the k-th best so far is looked at: sorting everything would take longer than the products.
+and of each only what beats the k-th best so far is looked at: sorting everything would take longer than the products. Blocks
+meet in rounds, as teams do in a tournament, so that cores need not wait for each other.
 
 Beyond 300,000 rows, without a GPU and with the extra ``neighbours``, an index proposes (HNSW: Malkov and Yashunin 2018) instead of
 all products, and how many of the true neighbours it finds is measured on 1,000 rows.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
+from featcache.curation.best_so_far import EMPTY, Keys, keep, keys_of, places_of, similarities_of
 from featcache.errors import UsageError
-from featcache.heads.head import Array, FeatureSource, Indices, scale_features
+from featcache.heads.head import Array, FeatureSource, Indices
 from featcache.system.runtime_options import usable_cores
 
-_BLOCK = 2048  # rows on each side of a product: 16 MB of similarities
+_BLOCK = 1024  # rows on each side of a product: its 4 MB of similarities stay in the caches while they are sifted
+_LARGE = 2048  # rows read at a time where they are not kept, or on each side of a GPU's product
 _SPARE = 8  # neighbours more than asked for: exact arithmetic then puts in order what float32 does not tell apart
 _MEMORY = 2**29  # bytes; rows that fit as float32 are kept in memory, of more each block is read again
 _AT_A_TIME = 128  # rows whose similarities are computed again in float64
 EXACT_BELOW = 300_000  # rows; of more, an index may propose
 _MEASURED = 1000  # rows whose neighbours in an index are compared with the true ones
 _WORTH_A_GPU = 10**12  # multiplications; of fewer, loading PyTorch takes longer
-_WORKING = 2**28  # bytes: a product, and keys of all of it for rows that have met nobody
-_IN_ORDER = 4e-9  # seconds a value takes in float64
-_EMPTY = np.iinfo(np.int64).min
-Keys = npt.NDArray[np.int64]
+_WORKING = 2**25  # bytes of each core: a product, and what of it is among the best
+_SIFTED = 3e-7  # seconds for each that was among the best of its row when they met
+_READ = 4e-9  # seconds a value takes that is read and scaled again
+_IN_ORDER = 3e-9  # seconds a value takes in float64
 Progress = Callable[[int, int], None]
 
 
@@ -82,9 +87,8 @@ def nearest_rows(
     """
     count = max(len(rows) - 1, 0)
     k, kept = min(k, count), min(k + _SPARE, count)
-    blocks, best = _Blocks(features, rows, memory), np.full((len(rows), kept), _EMPTY)
-    report = progress or (lambda *_: None)
-    gpu = _gpu(device, len(rows), features.shape[1])
+    report, gpu = progress or (lambda *_: None), _gpu(device, len(rows), features.shape[1])
+    blocks, best = _Blocks(features, rows, memory, _LARGE if gpu else _BLOCK), np.full((len(rows), kept), EMPTY)
     indexed = gpu is None and len(rows) >= exact_below and has_index()
     if gpu is not None:
         steps, todo = _search_on(gpu, blocks, best), len(blocks) ** 2
@@ -92,8 +96,9 @@ def nearest_rows(
         steps, todo = _search_index(blocks, best), 2 * len(blocks)
     else:
         steps, todo = _search(blocks, best), _products(len(blocks))
-    for done, _ in enumerate(steps if k else (), 1):
-        report(done, todo)
+    with contextlib.closing(steps):
+        for done, _ in enumerate(steps if k else (), 1):
+            report(done, todo)
     places, similarities = _in_order(blocks, best, k)
     recall = _recall(blocks, similarities) if indexed and k else 1.0
     return Nearest(rows, places, similarities, recall)
@@ -107,21 +112,38 @@ def has_index() -> bool:
 def estimate(n: int, dim: int, *, k: int = 20, memory: int = _MEMORY) -> tuple[float, int]:
     """How long ``nearest_rows`` takes for n rows of ``dim`` values on this CPU, in seconds, and what memory, in bytes.
 
-    It times a product of random rows, a tenth of a second; what is read again block by block comes on top.
+    It times products of random rows on all cores, a tenth of a second or two, as busy as they are now.
     """
     X = np.random.default_rng(0).normal(size=(min(n, _BLOCK), dim)).astype(np.float32)
-    X = scale_features(X, "unit", X, X)
-    none, all_found = np.zeros((len(X), 1), np.int64), np.full(len(X), 2, np.float32)
-    seconds = []
-    for _ in range(2):  # the first wakes up threads
-        start = time.perf_counter()
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    none, all_found = (
+        np.zeros((len(X), 1), np.int64),
+        keys_of(np.full(len(X), 2, np.float32), np.zeros(len(X), np.intp)),
+    )
+
+    def meet(_: int) -> None:
         similar = X @ X.T
         for side in (similar, similar.T):
-            _keep(none, all_found, side, 0)
-        seconds.append(time.perf_counter() - start)
-    in_order = _IN_ORDER * n * (k + _SPARE) * dim / usable_cores()
-    kept = min(4 * n * dim, memory) + 12 * _BLOCK * dim
-    return min(seconds) * _products(-(-n // _BLOCK)) + in_order, kept + n * (20 * k + 8 * _SPARE) + _WORKING
+            keep(none, all_found, side, 0)
+
+    cores, blocks, kept = usable_cores(), -(-n // _BLOCK), 4 * n * dim <= memory
+    with _on_each_core() as pool:
+        list(pool.map(meet, range(cores)))  # wakes up threads
+        start = time.perf_counter()
+        list(pool.map(meet, range(8 * cores)))
+        each = (time.perf_counter() - start) / (8 * cores)
+    once = (k + _SPARE) * (1 + np.log(blocks + 1)) * _SIFTED + (k + _SPARE) * dim * _IN_ORDER
+    again = 0 if kept else n / _LARGE * dim * _READ
+    memory = 4 * n * dim if kept else cores * _LARGE * (12 * dim + 8 * _LARGE)
+    working = cores * (_WORKING + 8 * _AT_A_TIME * (k + _SPARE) * dim)
+    return float(each * _products(blocks) + n * (once + again) / cores), memory + working + n * (20 * k + 8 * _SPARE)
+
+
+@contextlib.contextmanager
+def _on_each_core() -> Iterator[ThreadPoolExecutor]:
+    """Threads in which NumPy multiplies on one core: none waits for another."""
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(usable_cores(), "featcache-neighbours") as pool:
+        yield pool
 
 
 def _products(blocks: int) -> int:
@@ -129,21 +151,23 @@ def _products(blocks: int) -> int:
 
 
 class _Blocks:
-    """Rows of unit length, ``_BLOCK`` at a time."""
+    """Rows of unit length, ``size`` at a time."""
 
-    def __init__(self, features: FeatureSource, rows: Indices, memory: int) -> None:
-        self.rows, self.dim, self._features = rows, features.shape[1], features
+    def __init__(self, features: FeatureSource, rows: Indices, memory: int, size: int = _BLOCK) -> None:
+        self.rows, self.dim, self._features, self._size = rows, features.shape[1], features, size
         self._kept: Array | None = None
         if 4 * len(rows) * features.shape[1] <= memory:
             self._kept = np.empty((len(rows), features.shape[1]), np.float32)
             for here in self.slices():
                 self._kept[here] = self._read(here)
+        else:
+            self._size = _LARGE
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // _BLOCK)
+        return -(-len(self.rows) // self._size)
 
     def slices(self) -> list[slice]:
-        return [slice(start, start + _BLOCK) for start in range(0, len(self.rows), _BLOCK)]
+        return [slice(start, start + self._size) for start in range(0, len(self.rows), self._size)]
 
     def __getitem__(self, here: "slice | Indices") -> Array:
         """(b, D) float32 rows."""
@@ -151,75 +175,43 @@ class _Blocks:
 
     def _read(self, here: "slice | Indices") -> Array:
         X = self._features[self.rows[here]].astype(np.float32)
-        finite = np.isfinite(X).all(axis=1)
-        if not finite.all():
-            bad = self.rows[here][~finite]
+        lengths = np.sqrt(np.einsum("nd,nd->n", X, X))
+        if not np.isfinite(lengths).all() and len(bad := self.rows[here][~np.isfinite(X).all(axis=1)]):
             raise UsageError(f"the features of row {bad[0]} are not finite; expected numbers, extract it again")
-        return scale_features(X, "unit", X, X)
+        X /= np.where(lengths == 0, 1, lengths)[:, None]
+        return X
 
 
-def _search(blocks: _Blocks, best: Keys) -> Iterator[None]:
+def _search(blocks: _Blocks, best: Keys) -> Generator[None]:
     """Fill ``best`` (N, c) with keys of neighbours, unsorted; yields after each product.
 
-    Each row meets the blocks in their order, and of equal similarities the first one stays.
+    Every core multiplies, and sifts what it multiplied, on its own.
     """
-    worst = np.full(len(best), -np.inf, np.float32)
-    for number, here in enumerate(slices := blocks.slices()):
+    slices, worst = blocks.slices(), np.full(len(best), EMPTY)
+
+    def meet(pair: tuple[int, int]) -> None:
+        here, there = (slices[number] for number in pair)
         X = blocks[here]
-        for there in slices[number:]:
-            similar = X @ (X if there is here else blocks[there]).T
-            if there is here:
-                np.fill_diagonal(similar, -np.inf)
-            _keep(best[here], worst[here], similar, there.start)
-            if there is not here:
-                _keep(best[there], worst[there], similar.T, here.start)
-            yield
+        similar = X @ (X if here is there else blocks[there]).T
+        if here is there:
+            np.fill_diagonal(similar, -np.inf)
+        else:
+            keep(best[there], worst[there], similar.T, here.start)
+        keep(best[here], worst[here], similar, there.start)
+
+    with _on_each_core() as pool:
+        for pairs in _rounds(len(slices)):
+            for _ in pool.map(meet, pairs):
+                yield
 
 
-def _keep(best: Keys, worst: npt.NDArray[np.float32], similar: Array, first: int) -> None:
-    """Put those of (n, m) similarities that are among the best of their row into ``best``; m rows from ``first`` on."""
-    if worst[0] == -np.inf:  # these rows have met nobody, or too few: everything may be among the best
-        keys = _keys(np.ascontiguousarray(similar), np.arange(first, first + similar.shape[1]))
-        keys = np.concatenate([best, keys], axis=1)
-        best[:] = np.partition(keys, keys.shape[1] - best.shape[1], axis=1)[:, -best.shape[1] :]
-        worst[:] = _similarities(best.min(axis=1))
-        return
-    if similar.flags.c_contiguous:
-        row, column = np.divmod(np.flatnonzero(similar > worst[:, None]), similar.shape[1])
-    else:  # the other side of a product, as it lies in memory
-        column, row = np.divmod(np.flatnonzero(worst < similar.T), similar.shape[0])
-        order = np.argsort(row, kind="stable")
-        row, column = row[order], column[order]
-    if not len(row):
-        return
-    counts = np.bincount(row, minlength=len(best))
-    changed, starts = np.flatnonzero(counts), np.cumsum(counts) - counts
-    keys = np.full((len(changed), counts.max()), _EMPTY)
-    position = np.arange(len(row)) - starts[row]
-    keys[(np.cumsum(counts > 0) - 1)[row], position] = _keys(similar[row, column], column + first)
-    keys = np.concatenate([best[changed], keys], axis=1)
-    best[changed] = np.partition(keys, keys.shape[1] - best.shape[1], axis=1)[:, -best.shape[1] :]
-    worst[changed] = _similarities(best[changed].min(axis=1))
+def _rounds(count: int) -> list[list[tuple[int, int]]]:
+    """All pairs of ``count`` blocks, each with itself too; none occurs twice in a round, so pairs of a round may meet at once."""
+    size = count | 1
+    return [[(one, (r - one) % size) for one in range(count) if one <= (r - one) % size < count] for r in range(size)]
 
 
-def _keys(similarities: npt.NDArray[np.float32], places: Indices) -> Keys:
-    """Numbers in the order of similarities and, of equal ones, against that of places: NumPy sorts them many times faster."""
-    bits = (similarities + np.float32(0)).view(np.int32)  # of two zeros one
-    bits = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))  # negative numbers count backwards
-    return (bits.astype(np.int64) << 32) | (0xFFFFFFFF - places)
-
-
-def _places(keys: Keys) -> Indices:
-    return (0xFFFFFFFF - (keys & 0xFFFFFFFF)).astype(np.intp)
-
-
-def _similarities(keys: Keys) -> npt.NDArray[np.float32]:
-    bits = (keys >> 32).astype(np.int32)
-    found = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32)
-    return np.where(keys == _EMPTY, np.float32(-np.inf), found)
-
-
-def _search_index(blocks: _Blocks, best: Keys) -> Iterator[None]:
+def _search_index(blocks: _Blocks, best: Keys) -> Generator[None]:
     """As ``_search``, by an index of all rows: not all of the nearest are found."""
     from usearch.index import Index
 
@@ -232,31 +224,31 @@ def _search_index(blocks: _Blocks, best: Keys) -> Iterator[None]:
     for here in blocks.slices():
         found = index.search(X := blocks[here], best.shape[1] + 1, threads=cores)
         places = found.keys.reshape(len(X), -1).astype(np.intp)
-        keys = _keys((1 - found.distances).astype(np.float32).reshape(places.shape), places)
+        keys = keys_of((1 - found.distances).astype(np.float32).reshape(places.shape), places)
         itself = places == np.arange(here.start, here.start + len(X))[:, None]
-        keys[itself | (np.arange(keys.shape[1]) >= found.counts[:, None])] = _EMPTY
+        keys[itself | (np.arange(keys.shape[1]) >= found.counts[:, None])] = EMPTY
         best[here] = np.partition(keys, 1, axis=1)[:, 1:]
         yield
-    lacking = np.flatnonzero((best == _EMPTY).any(axis=1))  # an index may come back with fewer than it was asked for
+    lacking = np.flatnonzero((best == EMPTY).any(axis=1))  # an index may come back with fewer than it was asked for
     best[lacking] = _true(blocks, lacking, best.shape[1])
 
 
 def _recall(blocks: _Blocks, similarities: Array) -> float:
     """The share of neighbours that are as near as the true k-th one, of some rows."""
     some = np.sort(np.random.default_rng(0).permutation(len(similarities))[:_MEASURED])
-    farthest = _similarities(_true(blocks, some, similarities.shape[1]).min(axis=1))
+    farthest = similarities_of(_true(blocks, some, similarities.shape[1]).min(axis=1))
     return float((similarities[some] >= farthest[:, None] - 1e-6).mean())
 
 
 def _true(blocks: _Blocks, some: Indices, count: int) -> Keys:
     """(n, count) keys of the nearest of (n,) places, by all products."""
-    best, worst = np.full((len(some), count), _EMPTY), np.full(len(some), -np.inf, np.float32)
+    best, worst = np.full((len(some), count), EMPTY), np.full(len(some), EMPTY)
     queries = blocks[some]
     for there in blocks.slices() if len(some) else ():
         similar = queries @ blocks[there].T
         own = np.flatnonzero((some >= there.start) & (some < there.stop))
         similar[own, some[own] - there.start] = -np.inf
-        _keep(best, worst, similar, there.start)
+        keep(best, worst, similar, there.start)
     return best
 
 
@@ -266,7 +258,7 @@ def _in_order(blocks: _Blocks, best: Keys, k: int) -> tuple[Indices, npt.NDArray
 
     def finish(start: int) -> None:
         here = slice(start, start + _AT_A_TIME)
-        places[here], similarities[here] = _exactly(blocks, here, _places(best[here]), k)
+        places[here], similarities[here] = _exactly(blocks, here, places_of(best[here]), k)
 
     with ThreadPoolExecutor(usable_cores(), "featcache-neighbours") as pool:
         for _ in pool.map(finish, range(0, len(best), _AT_A_TIME) if k else ()):
@@ -294,7 +286,7 @@ def _gpu(device: str, n: int, dim: int) -> Any:
     return None if chosen.type == "cpu" else chosen
 
 
-def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Iterator[None]:
+def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Generator[None]:
     """As ``_search``, by PyTorch on a device; which of equal similarities stay is its choice."""
     import torch
 
@@ -306,7 +298,7 @@ def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Iterator[None]:
     def block(number: int) -> Any:
         if number not in kept:
             rows = torch.from_numpy(np.ascontiguousarray(blocks[slices[number]])).to(device)
-            if len(kept) * _BLOCK * rows.shape[1] * 4 > _MEMORY * 8:  # of 4 GB on, blocks are sent again
+            if len(kept) * rows.nbytes > _MEMORY * 8:  # of 4 GB on, blocks are sent again
                 return rows
             kept[number] = rows
         return kept[number]
@@ -324,4 +316,4 @@ def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Iterator[None]:
                 values, order = torch.topk(torch.cat([values, near], 1), count, dim=1)
                 places = torch.cat([places, at + there.start], 1).gather(1, order)
             yield
-        best[here] = _keys(values.cpu().numpy(), places.cpu().numpy())
+        best[here] = keys_of(values.cpu().numpy(), places.cpu().numpy())

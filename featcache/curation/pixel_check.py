@@ -38,6 +38,7 @@ _STEP, _REACH = 0.15, 0.45  # the longest step, and how far a map may be from no
 _BLUR = 3.0  # pixels of 64: what is broader is light and shade
 _NOISE = 0.25  # grey values squared: where a picture varies no more it has nothing to compare
 _OVERLAP = 0.7  # of the picture, that both must show
+_CLEAR = 0.9  # agreement of which on it does not matter which of the two is moved
 Floats = npt.NDArray[np.float64]
 Pictures = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -113,7 +114,21 @@ def _picture(data: bytes) -> Pictures:
 
 
 def compare_pictures(one: Pictures, other: Pictures, *, thorough: bool = False) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Two times (P, 64, 64) uint8 grey -> (P,) agreements, 0..1, and whether the other is mirrored."""
+    """Two times (P, 64, 64) uint8 grey -> (P,) agreements, 0..1, and whether the other is mirrored.
+
+    Steps may end at different places when the other of the two is moved; unless they agree clearly, the better way counts.
+    """
+    agreement, mirrored = _compare(one, other, thorough)
+    doubtful = np.flatnonzero(agreement < _CLEAR)
+    if len(doubtful):
+        again, and_mirrored = _compare(other[doubtful], one[doubtful], thorough)
+        mirrored[doubtful] = np.where(again > agreement[doubtful], and_mirrored, mirrored[doubtful])
+        agreement[doubtful] = np.maximum(again, agreement[doubtful])
+    return agreement, mirrored
+
+
+def _compare(one: Pictures, other: Pictures, thorough: bool) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """``compare_pictures``, the other one moved."""
     import torch
 
     with torch.inference_mode():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from featcache.curation import neighbours
+from featcache.curation import best_so_far, neighbours
 from featcache.curation.neighbours import Nearest, estimate, nearest_rows
 from featcache.errors import UsageError
 
@@ -19,11 +19,11 @@ def draw(n: int, dim: int = 16, *, seed: int = 0) -> np.ndarray:
 def on_a_device(X: np.ndarray, rows: np.ndarray, *, k: int, memory: int = 2**29) -> Nearest:
     """The path of a GPU, on PyTorch's CPU."""
     blocks = neighbours._Blocks(X, rows, memory)
-    best = np.full((len(rows), min(k + neighbours._SPARE, len(rows) - 1)), neighbours._EMPTY)
+    best = np.full((len(rows), min(k + neighbours._SPARE, len(rows) - 1)), best_so_far.EMPTY)
     for _ in neighbours._search_on(torch.device("cpu"), blocks, best):
         pass
     return Nearest(
-        rows, *neighbours._exactly(blocks, slice(0, len(rows)), neighbours._places(best), min(k, len(rows) - 1))
+        rows, *neighbours._exactly(blocks, slice(0, len(rows)), best_so_far.places_of(best), min(k, len(rows) - 1))
     )
 
 
@@ -61,9 +61,9 @@ def test_of_very_many_equal_rows_some_are_found() -> None:
 @pytest.mark.parametrize("values", [[0.0, 0.0], [-1.0, -2.0], [np.float32(-0.0), 1.0]])
 def test_keys_keep_order_and_value(values: list[float]) -> None:
     similar, places = np.array([*values, 0.5, -0.5, 1e-30], np.float32), np.arange(5) * 7
-    keys = neighbours._keys(similar, places)
-    np.testing.assert_array_equal(neighbours._similarities(keys), similar)
-    np.testing.assert_array_equal(neighbours._places(keys), places)
+    keys = best_so_far.keys_of(similar, places)
+    np.testing.assert_array_equal(best_so_far.similarities_of(keys), similar)
+    np.testing.assert_array_equal(best_so_far.places_of(keys), places)
     np.testing.assert_array_equal(np.argsort(-keys), np.lexsort((places, -similar)))
 
 
@@ -85,7 +85,7 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
 def test_progress_ends_at_the_last_product_and_may_end_the_search() -> None:
     seen: list[tuple[int, int]] = []
     nearest_rows(draw(2500), np.arange(2500), k=2, progress=lambda done, todo: seen.append((done, todo)))
-    assert seen == [(done, 3) for done in range(1, 4)]
+    assert seen == [(done, 6) for done in range(1, 7)]
 
     def stop(*_: int) -> None:
         raise KeyboardInterrupt
@@ -98,6 +98,16 @@ def test_the_estimate_grows_with_the_square() -> None:
     small, large = estimate(20_000, 64), estimate(2_000_000, 64)
     assert large[0] > 1000 * small[0] > 0
     assert large[1] < 3e9  # a million rows of any size: 0.5 GB of features, and what was found of them
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_each_block_meets_each_other_once_and_one_at_a_time(count: int) -> None:
+    rounds = neighbours._rounds(count)
+    met = sorted(pair for pairs in rounds for pair in pairs)
+    assert met == [(one, other) for one in range(count) for other in range(one, count)]
+    for pairs in rounds:
+        busy = [block for one, other in pairs for block in {one, other}]
+        assert len(busy) == len(set(busy))
 
 
 def test_an_unknown_device_is_refused() -> None:
@@ -122,5 +132,5 @@ def test_recall_is_the_share_of_true_neighbours() -> None:
     assert neighbours._recall(blocks, exact.similarities[:, :5]) == 1
     assert neighbours._recall(blocks, exact.similarities[:, 1:]) == pytest.approx(0.8)
     np.testing.assert_array_equal(
-        neighbours._places(neighbours._true(blocks, np.array([2, 9]), 1))[:, 0], exact.places[[2, 9], 0]
+        best_so_far.places_of(neighbours._true(blocks, np.array([2, 9]), 1))[:, 0], exact.places[[2, 9], 0]
     )

@@ -82,6 +82,16 @@ def test_another_object_before_the_same_wall_is_another_picture() -> None:
     assert agreement.max() < 0.65
 
 
+def test_agreement_does_not_depend_on_which_of_the_two_comes_first() -> None:
+    grey = [np.asarray(picture(seed).convert("L").resize((64, 64))) for seed in range(6)]
+    edited = [np.asarray(EDITS["border"](marked(picture(seed))).convert("L").resize((64, 64))) for seed in range(6)]
+    one, other = np.stack([*grey, *grey]), np.stack([*edited, *grey[1:], grey[0]])
+    there, back = (compare_pictures(*pair, thorough=True)[0] for pair in ((one, other), (other, one)))
+    doubtful = np.minimum(there, back) < 0.9
+    assert doubtful.any()
+    np.testing.assert_array_equal(there[doubtful], back[doubtful])
+
+
 def test_blank_pictures_agree_with_nothing() -> None:
     blank, noisy = np.full((2, 64, 64), 255, np.uint8), np.asarray(picture(0).convert("L").resize((64, 64)))[None]
     assert compare_pictures(blank[:1], blank[1:])[0] == 0

@@ -30,7 +30,6 @@ from featcache.curation.pixel_check import PixelCheck
 from featcache.curation.quality import find_poor_images
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array, Indices
-from featcache.images.home import leads_inside
 from featcache.spec import SPLITS
 from featcache.system.memory import available_memory
 from featcache.system.runtime_options import usable_cores
@@ -177,7 +176,6 @@ class _Work:
         self.facts: dict[str, Any] = {"findings": {}, "not_done": {}, "seconds": {}, "groups": np.arange(len(cache))}
         self.notes: list[str] = []
         self.rows = np.arange(len(cache))  # with finite features
-        self.paths = [path if leads_inside(path) else "" for path in cache.paths]  # of files that are opened
         self.nearest: Nearest | None = None
         self.steps = (
             self._exact_copies,
@@ -242,7 +240,7 @@ class _Work:
             return
         check = None
         if self.root is not None:
-            check = PixelCheck(self.root, self.paths, self.cache.rows.digests, workers=self.workers)
+            check = PixelCheck(self.root, self.cache.paths, self.cache.rows.digests, workers=self.workers)
         with self._timed("near copies") as report:
             found = find_near_copies(
                 self.nearest, self.cache.rows.digests, check=check, seed=self.seed, progress=report
@@ -322,7 +320,7 @@ class _Work:
             return
         with self._timed("pictures") as report:
             cache, workers = self.cache, self.workers
-            looks, edges = measure_looks(self.root, self.paths, cache.rows.digests, workers=workers, progress=report)
+            looks, edges = measure_looks(self.root, cache.paths, cache.rows.digests, workers=workers, progress=report)
             missing = int(np.isnan(edges).sum())
             found = find_poor_images(np.arange(len(cache)), looks, edges)
         if missing == len(cache):

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import json
 import shutil
 import subprocess
@@ -286,20 +285,6 @@ def test_pictures_of_other_files_are_not_looked_at(work: Path, tmp_path: Path) -
     empty.mkdir()
     found = featcache.audit(work / "f.h5", source=empty, kinds=("tiny",))
     assert found.not_done == {"tiny": f"no image of the cache lies unchanged below {empty}"}
-
-
-def test_no_path_of_a_cache_leads_out_of_the_folder(work: Path, tmp_path: Path) -> None:
-    """The right bytes, but elsewhere: neither looked at nor taken for a sign of the folder."""
-    tiny = (work / "photos/train/green/tiny.png").read_bytes()
-    for place in (tmp_path / "tiny.png", tmp_path / "photos" / "tiny.png"):
-        place.parent.mkdir(exist_ok=True)
-        place.write_bytes(tiny)
-    digests = np.frombuffer(hashlib.sha256(tiny).digest() * 4, np.uint8).reshape(-1, 32)
-    rows = plain_rows(["../tiny.png", str(tmp_path / "tiny.png"), "a/../../tiny.png", "tiny.png"], digests=digests)
-    write_cache(tmp_path / "f.h5", rows, [np.eye(4, 8, dtype=np.float16)], dim=8, spec=SPEC, classes=())
-    found = featcache.audit(tmp_path / "f.h5", source=tmp_path / "photos", kinds=("tiny", "near_copy"))
-    assert [finding.row for finding in found.findings["tiny"]] == [3]
-    assert any(note.startswith("3 images were not found unchanged") for note in found.notes)
 
 
 def test_only_some_kinds(work: Path) -> None:

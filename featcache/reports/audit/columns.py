@@ -1,7 +1,6 @@
 """What the script of an audit's page knows. In: items. Out: columns of images and items, and each picture once."""
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -10,9 +9,8 @@ from typing import Any
 
 from featcache.curation.audit import Found
 from featcache.curation.finding import KINDS, Kind
-from featcache.errors import RefusedImage
-from featcache.images.decode import strict_decoding
-from featcache.images.headers import read_header
+from featcache.images.headers import header_of
+from featcache.images.read import Paths, read_images
 from featcache.reports.audit.items import Item, answers, most_alike, proposed
 from featcache.reports.elements.numbers import bytes_text
 from featcache.reports.elements.pictures import Pictures
@@ -142,18 +140,14 @@ def _pictures(found: Found, decided: Sequence[int], evidence: Sequence[int], bud
 
 def _sizes(found: Found, rows: Sequence[int], there: set[bytes]) -> dict[int, tuple[int, int]]:
     """Pixels of those whose file is the one that was embedded; the others are not known."""
-    by_content: dict[bytes, tuple[int, int]] = {}
-    sizes = {}
-    with strict_decoding():
-        for row in rows:
-            digest = found.cache.rows.digests[row].tobytes()
-            if found.root is not None and digest in there and digest not in by_content:
-                with contextlib.suppress(RefusedImage, OSError):
-                    header = read_header(found.root / found.cache.paths[row])
-                    by_content[digest] = (header.width, header.height)
-            if digest in by_content:
-                sizes[row] = by_content[digest]
-    return sizes
+    if found.root is None:
+        return {}
+    digests = {row: found.cache.rows.digests[row].tobytes() for row in rows}
+    first = {digest: row for row, digest in reversed(digests.items()) if digest in there}
+    files = Paths(found.root, tuple(found.cache.paths[row] for row in first.values()))
+    headers = {read.digest: read.value for read in read_images(files, range(len(first)), header_of)}
+    sizes = {digest: (header.width, header.height) for digest, header in headers.items() if header is not None}
+    return {row: sizes[digest] for row, digest in digests.items() if digest in sizes}
 
 
 def columns(material: Material, words: Sequence[str], *, still: int, listed: int = LISTED) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Pictures:
     ) -> list[Thumbnail]:
         """One for each row, in their order; without a picture where there is none of these bytes. Arguments: ``thumbnails``.
 
-        names: paths relative to the folder, or absolute; empty where not known.
+        names: paths below the folder; empty where not known.
         """
         if self.root is None:
             return [Thumbnail(None, NO_FOLDER)] * len(names)

@@ -256,12 +256,15 @@ class _Work:
         if self.nearest is None:
             return
         y, groups = self.cache.y[self.nearest.rows], self.facts["groups"][self.nearest.rows]
-        if "outlier" in self.kinds:
-            with self._timed("outliers"):
-                self._add("outlier", find_outliers(self.nearest, y, groups=groups))
+        off_topic: list[Finding] = []
         if "off_topic" in self.kinds:
             with self._timed("off topic"), self.cache.reader() as features:
-                self._add("off_topic", find_off_topic(features, self.nearest.rows, y))
+                self._add("off_topic", off_topic := find_off_topic(features, self.nearest.rows, y))
+        if "outlier" in self.kinds:
+            known = {finding.row for finding in off_topic}  # like no class at all: not like its own, either
+            with self._timed("outliers"):
+                found = find_outliers(self.nearest, y, groups=groups)
+                self._add("outlier", [finding for finding in found if finding.row not in known])
 
     def _labels(self) -> None:
         """Suspects among all labelled rows, each judged by heads that saw neither it nor its copies."""

@@ -38,6 +38,10 @@ log = logging.getLogger("featcache")
 NO_PICTURES = "the images were not found; --source FOLDER says where they are"
 Progress = Callable[[int, int, str], None]  # done, to do, and what of
 _LONG = 10.0  # seconds, from which on work is announced
+_OF_PICTURES = (
+    8e-3,
+    5e-3,
+)  # seconds of a core for an image of usual size: to be compared with two or three, to be looked at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -240,6 +244,7 @@ class _Work:
             return
         check = None
         if self.root is not None:
+            _announce("comparing pictures", len(self.rows) * _OF_PICTURES[0] / self.workers, 0)
             check = PixelCheck(self.root, self.cache.paths, self.cache.rows.digests, workers=self.workers)
         with self._timed("near copies") as report:
             found = find_near_copies(
@@ -321,6 +326,7 @@ class _Work:
         if self.root is None:
             self._not_done(wanted, NO_PICTURES)
             return
+        _announce("looking at pictures", len(self.cache) * _OF_PICTURES[1] / self.workers, 0)
         with self._timed("pictures") as report:
             cache, workers = self.cache, self.workers
             looks, edges = measure_looks(self.root, cache.paths, cache.rows.digests, workers=workers, progress=report)

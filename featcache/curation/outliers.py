@@ -48,7 +48,7 @@ def find_off_topic(features: FeatureSource, rows: Indices, y: Array) -> list[Fin
     """Rows far from the mean of every class, the farthest first.
 
     It is the distance to means that counts, not to neighbours: off-topic images are often several of a kind, and then each other's
-    nearest neighbours. score: z / (z + bar), z the least of the deviations above the classes' medians; above 0.5. The bar: as of ``find_outliers``.
+    nearest neighbours. score: z / (z + bar), z the least of the deviations above the classes' medians; above 0.5. The bar: as above.
 
     Args:
         features: (M, D). rows: (N,) numbers of rows among them. y: (N,) labels, -1: none; where nobody has one, all are one class.

@@ -30,7 +30,7 @@ _EDGE = 64  # pixels; the levels are a quarter and half of it, and itself
 _STEPS = {16: 10, 32: 6, 64: 5}  # on each level
 _BLURS = {16: 3.0, 32: 1.0, 64: 0.7}  # pixels of 64
 _PAIRS = 128  # compared together: small enough for the caches of a core
-_BLOCK = 32 * _PAIRS  # pairs between two reports
+_BLOCK = 8 * _PAIRS  # pairs between two reports
 _UNLIKE = {
     16: 0.5,
     32: 0.3,

@@ -349,17 +349,18 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
 
 def test_progress_names_every_step_and_the_seed_decides(light: dict[str, Any]) -> None:
     steps: dict[str, None] = {}
-    first = featcache.audit(progress=lambda done, total, what: steps.setdefault(what), **light)
+    first = featcache.audit(output="audit", progress=lambda done, total, what: steps.setdefault(what), **light)
     assert [*steps] == [
         "exact copies",
         "reading features",
         "comparing images",
         "near copies",
-        "outliers",
         "off topic",
+        "outliers",
         "judging labels",
         "scores",
         "pictures",
+        "pictures of the page",
     ]
     again = featcache.audit(FeatureCache.open(light["cache"]), source=light["source"], seed=0)
     assert list(again) == list(first) and again.scores == first.scores
@@ -382,14 +383,20 @@ def test_memory_that_is_not_there_is_said_before_work(
     assert "exact_copy" in found.findings
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own dependencies; as errors it would swallow them
 def test_datalab_takes_our_features_and_probabilities(found: Audit) -> None:
+    """The recipe of ``featcache.audit``: it judges labels, and what have the same bytes are its near duplicates."""
     cleanlab = pytest.importorskip("cleanlab")
     pytest.importorskip("datasets")
     rows = found.opinions.known  # type: ignore[union-attr]
     lab = cleanlab.Datalab({"y": found.cache.y[rows]}, label_name="y")
     probabilities = found.opinions.probabilities_of(rows)  # type: ignore[union-attr]
     lab.find_issues(features=found.cache.X[rows].astype("f4"), pred_probs=probabilities)
-    assert len(lab.get_issues()) == len(rows)
+    assert len(lab.get_issues("label")) == len(rows)
+    sets = lab.get_issues("near_duplicate")["near_duplicate_sets"]
+    places = {row: place for place, row in enumerate(rows.tolist())}
+    pairs = [(finding.row, finding.other) for finding in found.findings["exact_copy"]]
+    assert pairs and all(places[other] in sets[places[row]] for row, other in pairs if other is not None)
 
 
 @pytest.fixture(autouse=True)

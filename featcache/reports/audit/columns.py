@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from featcache.curation.audit import Found
@@ -90,11 +90,16 @@ class Material:
         return proposed(self.found.cache.rows, item.rows, [width * height for width, height in sizes])
 
 
-def gather(found: Found, items: Sequence[Item], *, budget: int) -> Material:
-    """Read the images of ``items`` in the audit's folder, if there is one; ``budget``: bytes of all pictures on the page."""
+def gather(
+    found: Found, items: Sequence[Item], *, budget: int, progress: Callable[[int, int], None] = lambda *_: None
+) -> Material:
+    """Read the images of ``items`` in the audit's folder, if there is one; ``budget``: bytes of all pictures on the page.
+
+    progress: called with pictures made and to make: of those that are decided on, then of evidence.
+    """
     decided = list(dict.fromkeys(row for item in items for row in item.rows[:COPIES_SHOWN]))
     evidence = list(dict.fromkeys(row for item in items for row, _ in most_alike(found, item)))
-    pictures = _pictures(found, decided, evidence, budget)
+    pictures = _pictures(Pictures(found.root, progress=progress), found, decided, evidence, budget)
     numbers = {digest: k for k, digest in enumerate(digest for digest, one in pictures.items() if one.webp)}
     sizes = _sizes(found, decided, set(numbers))
     none = Thumbnail(None, f"the first {COPIES_SHOWN} copies have a picture")
@@ -117,9 +122,11 @@ def gather(found: Found, items: Sequence[Item], *, budget: int) -> Material:
 _SPLITS = ("", *SPLITS[1:])
 
 
-def _pictures(found: Found, decided: Sequence[int], evidence: Sequence[int], budget: int) -> dict[bytes, Thumbnail]:
+def _pictures(
+    finder: Pictures, found: Found, decided: Sequence[int], evidence: Sequence[int], budget: int
+) -> dict[bytes, Thumbnail]:
     """Digest -> picture: as large as fits of what is decided on, small ones of what is evidence only."""
-    digests, finder = found.cache.rows.digests, Pictures(found.root)
+    digests = found.cache.rows.digests
     first: dict[bytes, int] = {}
     for row in decided:
         first.setdefault(digests[row].tobytes(), row)

@@ -6,7 +6,7 @@ Decisions are made, kept and saved by ``pages/audit.js``; without script the pag
 import datetime
 import importlib.metadata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,23 @@ WORDS: Mapping[Kind, tuple[str, str, str]] = {  # of one item, a heading, what i
 }
 
 
-def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST, listed: int = LISTED) -> str:
+def audit_page(
+    found: Found,
+    *,
+    budget: int = BUDGET,
+    most: int = MOST,
+    listed: int = LISTED,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> str:
     """The page, as text. Files are only read.
 
     Args:
         budget: bytes of all pictures, about. most: items on the page; those of the highest scores of each kind are shown.
         listed: images of a cache up to which the page writes a plan of all by itself; of more it needs the one beside it.
+        progress: called with pictures made and to make.
     """
     items = items_of(found, most=most)
-    material = gather(found, items, budget=budget)
+    material = gather(found, items, budget=budget, progress=progress)
     cache = found.cache
     splits = sorted({one.split for one in material.images.values() if one.split}, key=("train", "val", "test").index)
     return render_page(

@@ -55,6 +55,7 @@ def test_what_fit_head_did() -> None:
     ("suspects", "copies", "cache", "expected"),
     [
         (12, 0, "my f.h5", "  12 labels in doubt, 0 copies across splits: featcache audit 'my f.h5' -o audit/"),
+        (1, 1, "f.h5", "  1 label in doubt, 1 copy across splits: featcache audit f.h5 -o audit/"),
         (None, 3, None, "  3 copies across splits: featcache audit FEATURES.h5 -o audit/"),
         (None, None, "f.h5", "  wrong labels, copies: featcache audit f.h5 -o audit/"),
     ],

@@ -17,7 +17,7 @@ from featcache.curation.finding import KINDS, Kind
 from featcache.curation.honest_score import Score
 from featcache.reports.audit.columns import COPIES_SHOWN, LISTED, Material, columns, gather
 from featcache.reports.audit.items import KEEPS, Item, items_of
-from featcache.reports.audit.text import HALF, score_title
+from featcache.reports.audit.text import how_sure, score_title
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
 from featcache.system.path_kinds import typed
@@ -29,8 +29,8 @@ WORDS: Mapping[Kind, tuple[str, str, str]] = {  # of one item, a heading, what i
     "exact_copy": ("exact copies", "Exact copies", "the same bytes"),
     "near_copy": ("near copies", "Near copies", "one picture resized, cropped, recompressed"),
     "label": ("label suspect", "Label suspects", "another label fits better"),
-    "outlier": ("outlier", "Outliers", "far from others of the class"),
-    "off_topic": ("off topic", "Off topic", "like no class at all"),
+    "outlier": ("outlier", "Outliers", "unusual for the class: look, most may be right"),
+    "off_topic": ("off topic", "Off topic", "unlike every class: look, most may be right"),
     "dark": ("dark", "Dark", "hardly any light"),
     "blurred": ("blurred", "Blurred", "no sharp edge"),
     "blank": ("blank", "Blank", "next to no content"),
@@ -147,7 +147,7 @@ def _advice(found: Found) -> list[str]:
             f"{_things(crossing, 'image')} of val or test {'is' if crossing == 1 else 'are'} in an earlier split, too: scores on them "
             "count what was learnt by heart."
         )
-    said += [HALF] if found.findings.get("label") else []
+    said += how_sure(found)
     names = found.cache.classes
     said += [
         f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}." for pair in found.overlaps[:5]

@@ -104,8 +104,8 @@ def _lead(found: Found) -> str:
 def _tiles(found: Found) -> list[tuple[int, str, str, str]]:
     """Number, heading, count and note of each kind that was found."""
     tiles = []
-    for kind, findings in found.findings.items():
-        if findings:
+    for kind in KINDS:
+        if findings := found.findings.get(kind):
             groups = len({finding.group for finding in findings})
             note = f"in {_things(groups, 'group')}: {WORDS[kind][2]}" if kind.endswith("copy") else WORDS[kind][2]
             tiles.append((KINDS.index(kind), WORDS[kind][1], count_text(len(findings)), note))

@@ -70,7 +70,7 @@ def audit_line(suspects: int | None, copies: int | None, cache: str | None) -> s
     """What ``audit`` would find as far as it is known already, and the command. ``copies``: across splits."""
     known = (
         (("label in doubt", "labels in doubt"), suspects),
-        (("copy across splits", "copies across splits"), copies),
+        (("exact copy across splits", "exact copies across splits"), copies),
     )
     counts = ", ".join(quantity(count, *words) for words, count in known if count is not None)
     name = "FEATURES.h5" if cache is None else shlex.quote(cache)

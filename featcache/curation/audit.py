@@ -30,7 +30,6 @@ from featcache.curation.pixel_check import PixelCheck
 from featcache.curation.quality import find_poor_images
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array, Indices
-from featcache.images.home import leads_inside
 from featcache.spec import SPLITS
 from featcache.system.memory import available_memory
 from featcache.system.runtime_options import usable_cores
@@ -39,6 +38,10 @@ log = logging.getLogger("featcache")
 NO_PICTURES = "the images were not found; --source FOLDER says where they are"
 Progress = Callable[[int, int, str], None]  # done, to do, and what of
 _LONG = 10.0  # seconds, from which on work is announced
+_OF_PICTURES = (
+    8e-3,
+    5e-3,
+)  # seconds of a core for an image of usual size: to be compared with two or three, to be looked at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,7 +180,6 @@ class _Work:
         self.facts: dict[str, Any] = {"findings": {}, "not_done": {}, "seconds": {}, "groups": np.arange(len(cache))}
         self.notes: list[str] = []
         self.rows = np.arange(len(cache))  # with finite features
-        self.paths = [path if leads_inside(path) else "" for path in cache.paths]  # of files that are opened
         self.nearest: Nearest | None = None
         self.steps = (
             self._exact_copies,
@@ -242,7 +244,8 @@ class _Work:
             return
         check = None
         if self.root is not None:
-            check = PixelCheck(self.root, self.paths, self.cache.rows.digests, workers=self.workers)
+            _announce("comparing pictures", len(self.rows) * _OF_PICTURES[0] / self.workers, 0)
+            check = PixelCheck(self.root, self.cache.paths, self.cache.rows.digests, workers=self.workers)
         with self._timed("near copies") as report:
             found = find_near_copies(
                 self.nearest, self.cache.rows.digests, check=check, seed=self.seed, progress=report
@@ -258,12 +261,15 @@ class _Work:
         if self.nearest is None:
             return
         y, groups = self.cache.y[self.nearest.rows], self.facts["groups"][self.nearest.rows]
-        if "outlier" in self.kinds:
-            with self._timed("outliers"):
-                self._add("outlier", find_outliers(self.nearest, y, groups=groups))
+        off_topic: list[Finding] = []
         if "off_topic" in self.kinds:
             with self._timed("off topic"), self.cache.reader() as features:
-                self._add("off_topic", find_off_topic(features, self.nearest.rows, y))
+                self._add("off_topic", off_topic := find_off_topic(features, self.nearest.rows, y))
+        if "outlier" in self.kinds:
+            known = {finding.row for finding in off_topic}  # like no class at all: not like its own, either
+            with self._timed("outliers"):
+                found = find_outliers(self.nearest, y, groups=groups)
+                self._add("outlier", [finding for finding in found if finding.row not in known])
 
     def _labels(self) -> None:
         """Suspects among all labelled rows, each judged by heads that saw neither it nor its copies."""
@@ -320,9 +326,10 @@ class _Work:
         if self.root is None:
             self._not_done(wanted, NO_PICTURES)
             return
+        _announce("looking at pictures", len(self.cache) * _OF_PICTURES[1] / self.workers, 0)
         with self._timed("pictures") as report:
             cache, workers = self.cache, self.workers
-            looks, edges = measure_looks(self.root, self.paths, cache.rows.digests, workers=workers, progress=report)
+            looks, edges = measure_looks(self.root, cache.paths, cache.rows.digests, workers=workers, progress=report)
             missing = int(np.isnan(edges).sum())
             found = find_poor_images(np.arange(len(cache)), looks, edges)
         if missing == len(cache):

@@ -24,7 +24,7 @@ __all__ = ["HOW_MANY_ARE_REAL", "confident_joint", "estimate", "find_label_error
 
 log = logging.getLogger("featcache")
 HOW_MANY_ARE_REAL = (
-    "about half of such labels are really wrong: 51% by people's judgement on ten test sets (Northcutt et al. 2021)"
+    "of label suspects about half are really wrong: 51% by people's judgement on ten test sets (Northcutt et al. 2021)"
 )
 _ASKED = 10  # neighbours
 _FOLDS, _REPEATS = 5, 3  # other folds each time: averaged, probabilities depend less on who trained with whom

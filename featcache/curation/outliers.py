@@ -1,7 +1,8 @@
 """Images unlike their class, and images that belong to no class. In: neighbours, or features, and labels. Out: findings.
 
 Both compare an image's distance with the class's own distances. The scale is taken from the lower half of these alone: wrong
-images lie in the upper one, and where there are many of them they would hide themselves.
+images lie in the upper one, and where there are many of them they would hide themselves. Photographs that are right have a longer
+tail above than below, so that the bar from which images are named is wider where the middle of the set's upper half is.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from featcache.heads.head import Array, FeatureSource, Indices, scale_features
 _ASKED = 10  # neighbours
 # Deviations of a normal distribution above the median (Iglewicz and Hoaglin 1993 call what lies beyond an outlier).
 _FAR = 3.5
+_UPPER, _OF_NORMAL = 0.65, 0.38532  # a share that wrong images hardly change, and the deviations it lies at if normal
 _OWN = 30  # rows of a class that has a scale of its own: of fewer, the lowest tenth are one or two
 _FEWEST = 10  # rows of all that have a scale, which smaller classes share
 _LEAST = 1e-3  # of a scale, in cosines: features in half precision tell no less
@@ -24,7 +26,7 @@ _BLOCK = 2**23  # values at a time
 def find_outliers(nearest: Nearest, y: Array, *, groups: Indices | None = None) -> list[Finding]:
     """Rows whose mean distance to their ten nearest neighbours is unusual among the rows of their class, the farthest first.
 
-    score: z / (z + 3.5), z the deviations above the class's median; above 0.5.
+    score: z / (z + bar), z the deviations above the class's median; above 0.5. The bar is 3.5, and more where all z spread more.
 
     Args:
         y: (N,) labels by place in ``nearest.rows``, -1: none; rows without one are a class, too.
@@ -46,7 +48,7 @@ def find_off_topic(features: FeatureSource, rows: Indices, y: Array) -> list[Fin
     """Rows far from the mean of every class, the farthest first.
 
     It is the distance to means that counts, not to neighbours: off-topic images are often several of a kind, and then each other's
-    nearest neighbours. score: z / (z + 3.5), z the least of the deviations above the classes' medians; above 0.5.
+    nearest neighbours. score: z / (z + bar), z the least of the deviations above the classes' medians; above 0.5. The bar: as above.
 
     Args:
         features: (M, D). rows: (N,) numbers of rows among them. y: (N,) labels, -1: none; where nobody has one, all are one class.
@@ -127,12 +129,19 @@ def _scales(values: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _findings(kind: Kind, rows: Indices, z: Array, figures: tuple[Array, Array], words: str) -> list[Finding]:
-    far = np.flatnonzero(z > _FAR)  # NaN is not
+    bar = _bar(z)
+    far = np.flatnonzero(z > bar)  # NaN is not
     far = far[np.argsort(-z[far], kind="stable")]
     distance, usual = figures
     return [
-        Finding(
-            kind, int(rows[place]), float(z[place] / (z[place] + _FAR)), words.format(distance[place], usual[place])
-        )
+        Finding(kind, int(rows[place]), float(z[place] / (z[place] + bar)), words.format(distance[place], usual[place]))
         for place in far.tolist()
     ]
+
+
+def _bar(z: Array) -> float:
+    """The z beyond which an image stands apart: 3.5 deviations, taken from below the median or from above, whichever are larger."""
+    if not (known := np.isfinite(z)).any():
+        return _FAR
+    median, upper = np.quantile(z[known], [0.5, _UPPER])
+    return float(max(_FAR, median + _FAR * (upper - median) / _OF_NORMAL))

@@ -9,6 +9,7 @@ weighing little, so that a watermark does not move it. Their agreement is the co
 broad light and shade are taken away; two photographs before the same wall share no more than these.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 _EDGE = 64  # pixels; the levels are a quarter and half of it, and itself
 _STEPS = {16: 10, 32: 6, 64: 5}  # on each level
+_BLURS = {16: 3.0, 32: 1.0, 64: 0.7}  # pixels of 64
 _PAIRS = 128  # compared together: small enough for the caches of a core
-_BLOCK = 32 * _PAIRS  # pairs between two reports
+_BLOCK = 8 * _PAIRS  # pairs between two reports
 _UNLIKE = {
     16: 0.5,
     32: 0.3,
@@ -132,44 +134,53 @@ def _compare(one: Pictures, other: Pictures, thorough: bool) -> tuple[Floats, np
     import torch
 
     with torch.inference_mode():
-        a, b = (_levels(torch.from_numpy(side.astype(np.float32))[:, None]) for side in (one, other))
+        a, b = (torch.from_numpy(side.astype(np.float32))[:, None] for side in (one, other))
+        low_a, low_b = _level(a, 16), _level(b, 16)
         found = torch.zeros(len(one), dtype=torch.float64)
         mirrored = torch.zeros(len(one), dtype=torch.bool)
         for mirror in (False, True):
             maps = torch.eye(2, 3).repeat(len(one), 1, 1)
             maps[:, 0] *= -1 if mirror else 1
-            maps = _align(a[16], b[16], maps)
-            todo, likeness = torch.arange(len(one)), _correlation(a[16], *_moved(b[16], maps))
+            maps = _align(low_a, low_b, maps)
+            todo, likeness = torch.arange(len(one)), _correlation(low_a, *_moved(low_b, maps))
             for edge in (32, 64):
                 if not thorough:
                     alike = likeness >= _UNLIKE[edge // 2]
                     todo, maps = todo[alike], maps[alike]
                 if not len(todo):
                     break
-                maps = _align(a[edge][todo], b[edge][todo], maps)
-                likeness = _agreement(a[edge][todo], b[edge][todo], maps)
+                some_a, some_b = _level(a[todo], edge), _level(b[todo], edge)
+                maps = _align(some_a, some_b, maps)
+                likeness = _agreement(some_a, some_b, maps)
             else:
                 mirrored[todo] = torch.where(likeness > found[todo], mirror, mirrored[todo])
                 found[todo] = torch.maximum(likeness, found[todo])
         return found.numpy(), mirrored.numpy()
 
 
-def _levels(x: "Tensor") -> dict[int, "Tensor"]:
-    """(P, 1, 64, 64) -> the same on each level, blurred so that a step of Gauss-Newton reaches a pixel or two."""
-    from torch.nn.functional import avg_pool2d
-
-    return {16: avg_pool2d(_blur(x, 3.0), 4), 32: avg_pool2d(_blur(x, 1.0), 2), 64: _blur(x, 0.7)}
+def _level(x: "Tensor", edge: int) -> "Tensor":
+    """(P, 1, 64, 64) -> (P, 1, edge, edge), blurred so that a step of Gauss-Newton reaches a pixel or two."""
+    blur = _blurring(_EDGE, _BLURS[edge])
+    ways = blur.view(edge, _EDGE // edge, _EDGE).mean(1)
+    return ways @ x @ ways.T
 
 
 def _blur(x: "Tensor", sigma: float) -> "Tensor":
+    ways = _blurring(x.shape[-1], sigma)
+    return ways @ x @ ways.T
+
+
+@functools.cache
+def _blurring(n: int, sigma: float) -> "Tensor":
+    """(n, n): what makes of a row of pixels a blurred one, as if the last pixel went on. Ten times as fast as a convolution."""
     import torch
-    from torch.nn.functional import conv2d, pad
 
     reach = int(np.ceil(2.5 * sigma))
-    kernel = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * sigma * sigma))
-    kernel /= kernel.sum()
-    x = conv2d(pad(x, (reach, reach, 0, 0), mode="replicate"), kernel.view(1, 1, 1, -1))
-    return conv2d(pad(x, (0, 0, reach, reach), mode="replicate"), kernel.view(1, 1, -1, 1))
+    kernel = np.exp(-(np.arange(-reach, reach + 1.0) ** 2) / (2 * sigma * sigma))
+    ways, rows = np.zeros((n, n)), np.repeat(np.arange(n), len(kernel))
+    at = (np.arange(n)[:, None] + np.arange(-reach, reach + 1)).clip(0, n - 1)
+    np.add.at(ways, (rows, at.ravel()), np.tile(kernel / kernel.sum(), n))
+    return torch.from_numpy(ways.astype(np.float32))
 
 
 def _slopes(x: "Tensor") -> tuple["Tensor", "Tensor"]:

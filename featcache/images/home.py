@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from featcache.errors import RefusedImage
-from featcache.images.read import read_file
+from featcache.images.read import leads_inside, read_file
 
 _PLACES = 200  # folders in which they are looked for
 
@@ -27,12 +27,6 @@ def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path]) -> Pa
         if held == len(images):
             break
     return best[1]
-
-
-def leads_inside(name: str) -> bool:
-    """Whether a path that a file names stays in the folder that it is looked for in; no other one is opened."""
-    path = PurePath(name)
-    return bool(path.parts) and not path.is_absolute() and not path.drive and ".." not in path.parts
 
 
 def places_in(*tops: Path) -> list[Path]:

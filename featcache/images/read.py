@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -27,12 +27,12 @@ MAX_FILE_BYTES = 2**30
 
 
 class Paths(NamedTuple):
-    """Files of images that nobody listed: ``paths`` relative to ``root``, as somebody typed them.
+    """Files of images that nobody listed: ``paths`` that a file names, below ``root``; those that lead out of it are refused.
 
-    ``held``: position -> image, of those that are in memory; their paths are mere names.
+    ``root`` None: as the user typed them. ``held``: position -> image, of those that are in memory; their paths are mere names.
     """
 
-    root: Path
+    root: Path | None
     paths: tuple[str, ...]
     held: Mapping[int, Held] = MappingProxyType({})
 
@@ -89,7 +89,16 @@ def _content(files: ImageFiles, index: int) -> tuple[bytes, int, int]:
         with refusing_errors():
             data = as_file(files.held[index])
         return data, len(data), -1
-    return read_file(files.root / files.paths[index])
+    path = Path(files.paths[index])
+    if isinstance(files, Paths) and files.root is not None and not leads_inside(path):
+        raise RefusedImage("its path leads out of the folder")
+    return read_file(path if files.root is None else files.root / path)
+
+
+def leads_inside(name: str | PurePath) -> bool:
+    """Whether a path that a file names stays in the folder that it is looked for in; no other one is opened."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and not path.drive and ".." not in path.parts
 
 
 def read_file(path: Path) -> tuple[bytes, int, int]:

@@ -96,7 +96,7 @@ def predict(
             model.check_cache(cache)
         return _note_seen(model, _predict_caches(model, opened, limits))
     entries, held = _list_inputs(named)
-    files = Paths(Path(), tuple(entry.path for entry in entries if not entry.reason), held)
+    files = Paths(None, tuple(entry.path for entry in entries if not entry.reason), held)
     found = predict_images(model, files, device, workers, batch_size, progress, limits=limits)
     return _note_seen(model, _fill_in(limits, entries, found))
 

@@ -167,7 +167,7 @@ def _pictures(rows: Sequence[Judged], *, workers: int) -> list[Image.Image | str
     paths = tuple(str(row.image) if isinstance(row.image, str | Path) else "" for row in rows)
     held = {number: row.image for number, row in enumerate(rows) if not isinstance(row.image, str | Path)}
     reads = read_images(
-        Paths(Path(), paths, held),
+        Paths(None, paths, held),
         range(len(rows)),
         lambda data: drawing.fitted(decode(data, at_least=_EDGE), _EDGE, _EDGE),
         workers=workers,

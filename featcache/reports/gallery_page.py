@@ -275,7 +275,7 @@ def _as_typed(
 ) -> list[Thumbnail]:
     """Thumbnails of the inputs; of files whose content is what it was."""
     in_memory = {k: held[path] for k, path in enumerate(paths) if path in held}
-    made = thumbnails(Paths(Path(), tuple(paths), in_memory), size=size, budget=budget)
+    made = thumbnails(Paths(None, tuple(paths), in_memory), size=size, budget=budget)
     changed = Thumbnail(None, "the file has changed since")
     return [
         changed if each.digest and each.digest != digest else each for each, digest in zip(made, digests, strict=True)

@@ -68,8 +68,11 @@ def _balanced(scores: dict[str, Any]) -> str:
 
 def audit_line(suspects: int | None, copies: int | None, cache: str | None) -> str:
     """What ``audit`` would find as far as it is known already, and the command. ``copies``: across splits."""
-    known = (("labels in doubt", suspects), ("copies across splits", copies))
-    counts = ", ".join(f"{count} {words}" for words, count in known if count is not None)
+    known = (
+        (("label in doubt", "labels in doubt"), suspects),
+        (("exact copy across splits", "exact copies across splits"), copies),
+    )
+    counts = ", ".join(quantity(count, *words) for words, count in known if count is not None)
     name = "FEATURES.h5" if cache is None else shlex.quote(cache)
     return f"  {counts or 'wrong labels, copies'}: featcache audit {name} -o audit/"
 

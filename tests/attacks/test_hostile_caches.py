@@ -4,6 +4,7 @@ In: good caches, changed through h5py or byte by byte, checksums set right where
 """
 
 import hashlib
+import shutil
 import struct
 import time
 import zlib
@@ -14,12 +15,19 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from caches import plain_rows
+from conftest import SPEC
 from hostile import NO_JSON, watched
+from PIL import Image
 from test_mutated_caches import write_shape
 
+import featcache
 from featcache.cache import format as cache_format
 from featcache.cache.cache import FeatureCache
+from featcache.cache.write import write_cache
 from featcache.errors import CacheError, DamagedCacheError, FeatcacheError
+from featcache.images.home import find_home
+from featcache.reports.elements.pictures import Pictures
 from featcache.spec import Spec, canonical_json
 
 
@@ -325,3 +333,24 @@ def test_what_check_spec_refuses_has_no_traceback() -> None:
     for spec in (None, [], {}, {"backbone": {}}, {"backbone": {"name": 1}, "preprocess": 3}):
         with pytest.raises(FeatcacheError):
             Spec.from_json(spec)
+
+
+def test_no_path_of_a_cache_leads_out_of_the_folder(tmp_path: Path) -> None:
+    """The right bytes, but elsewhere: opened neither by an audit, nor for its page or a report's, nor to find the folder."""
+    photos, secret = tmp_path / "photos", tmp_path / "home" / "secret.png"
+    secret.parent.mkdir()
+    photos.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 8, 3), np.uint8)).save(secret)
+    shutil.copy(secret, photos / "a.png")
+    digest = hashlib.sha256(secret.read_bytes()).digest()
+    names = ["../home/secret.png", str(secret), "b/../../home/secret.png", "a.png"]
+    rows = plain_rows(names, digests=np.frombuffer(digest * 4, np.uint8).reshape(-1, 32))
+    write_cache(tmp_path / "f.h5", rows, [np.eye(4, 8, dtype=np.float16)], dim=8, spec=SPEC, classes=())
+    with watched() as seen:
+        found = featcache.audit(tmp_path / "f.h5", tmp_path / "audit", source=photos)
+        pictures = Pictures(photos, search=False).thumbnails(names, [digest] * 4, budget=10**6)
+        assert find_home([(names[0], digest)], [photos]) is None
+    assert [finding.row for finding in found.findings["tiny"]] == [3]
+    assert any(note.startswith("3 images were not found unchanged") for note in found.notes)
+    assert [each.webp is None for each in pictures] == [True, True, True, False]
+    assert not [entry for entry in seen if "secret.png" in entry]

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import json
 import shutil
 import subprocess
@@ -288,20 +287,6 @@ def test_pictures_of_other_files_are_not_looked_at(work: Path, tmp_path: Path) -
     assert found.not_done == {"tiny": f"no image of the cache lies unchanged below {empty}"}
 
 
-def test_no_path_of_a_cache_leads_out_of_the_folder(work: Path, tmp_path: Path) -> None:
-    """The right bytes, but elsewhere: neither looked at nor taken for a sign of the folder."""
-    tiny = (work / "photos/train/green/tiny.png").read_bytes()
-    for place in (tmp_path / "tiny.png", tmp_path / "photos" / "tiny.png"):
-        place.parent.mkdir(exist_ok=True)
-        place.write_bytes(tiny)
-    digests = np.frombuffer(hashlib.sha256(tiny).digest() * 4, np.uint8).reshape(-1, 32)
-    rows = plain_rows(["../tiny.png", str(tmp_path / "tiny.png"), "a/../../tiny.png", "tiny.png"], digests=digests)
-    write_cache(tmp_path / "f.h5", rows, [np.eye(4, 8, dtype=np.float16)], dim=8, spec=SPEC, classes=())
-    found = featcache.audit(tmp_path / "f.h5", source=tmp_path / "photos", kinds=("tiny", "near_copy"))
-    assert [finding.row for finding in found.findings["tiny"]] == [3]
-    assert any(note.startswith("3 images were not found unchanged") for note in found.notes)
-
-
 def test_only_some_kinds(work: Path) -> None:
     found = featcache.audit(work / "f.h5", kinds=("exact_copy",))
     assert [*found.findings] == ["exact_copy"] and not found.scores and not found.not_done
@@ -364,17 +349,18 @@ def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
 
 def test_progress_names_every_step_and_the_seed_decides(light: dict[str, Any]) -> None:
     steps: dict[str, None] = {}
-    first = featcache.audit(progress=lambda done, total, what: steps.setdefault(what), **light)
+    first = featcache.audit(output="audit", progress=lambda done, total, what: steps.setdefault(what), **light)
     assert [*steps] == [
         "exact copies",
         "reading features",
         "comparing images",
         "near copies",
-        "outliers",
         "off topic",
+        "outliers",
         "judging labels",
         "scores",
         "pictures",
+        "pictures of the page",
     ]
     again = featcache.audit(FeatureCache.open(light["cache"]), source=light["source"], seed=0)
     assert list(again) == list(first) and again.scores == first.scores
@@ -397,14 +383,20 @@ def test_memory_that_is_not_there_is_said_before_work(
     assert "exact_copy" in found.findings
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own dependencies; as errors it would swallow them
 def test_datalab_takes_our_features_and_probabilities(found: Audit) -> None:
+    """The recipe of ``featcache.audit``: it judges labels, and what have the same bytes are its near duplicates."""
     cleanlab = pytest.importorskip("cleanlab")
     pytest.importorskip("datasets")
     rows = found.opinions.known  # type: ignore[union-attr]
     lab = cleanlab.Datalab({"y": found.cache.y[rows]}, label_name="y")
     probabilities = found.opinions.probabilities_of(rows)  # type: ignore[union-attr]
     lab.find_issues(features=found.cache.X[rows].astype("f4"), pred_probs=probabilities)
-    assert len(lab.get_issues()) == len(rows)
+    assert len(lab.get_issues("label")) == len(rows)
+    sets = lab.get_issues("near_duplicate")["near_duplicate_sets"]
+    places = {row: place for place, row in enumerate(rows.tolist())}
+    pairs = [(finding.row, finding.other) for finding in found.findings["exact_copy"]]
+    assert pairs and all(places[other] in sets[places[row]] for row, other in pairs if other is not None)
 
 
 @pytest.fixture(autouse=True)

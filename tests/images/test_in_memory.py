@@ -119,7 +119,7 @@ def test_what_has_no_meaning_is_refused_with_its_reason() -> None:
     closed = Image.open(io.BytesIO(saved(PICTURE)))
     closed.close()
     images = [PICTURE, PICTURE.convert("F"), PICTURE.convert("I"), Image.new("RGB", (0, 3)), closed]
-    reads = read_images(Paths(Path(), tuple("abcde"), dict(enumerate(images))), range(5), decode, workers=2)
+    reads = read_images(Paths(None, tuple("abcde"), dict(enumerate(images))), range(5), decode, workers=2)
     reasons = [read.reason.split(":")[0] for read in reads]
     deep = "32-bit pixels (mode {}) have no defined range; save it with 8 or 16 bits"
     assert reasons == ["", deep.format("F"), deep.format("I"), "an image without pixels", "damaged"]
@@ -138,7 +138,7 @@ def test_no_two_threads_load_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
         return load()
 
     monkeypatch.setattr(opened, "load", slow)
-    files = Paths(Path(), ("x",) * 16, dict.fromkeys(range(16), opened))
+    files = Paths(None, ("x",) * 16, dict.fromkeys(range(16), opened))
     for read in read_images(files, range(16), decode, workers=8):
         assert np.array_equal(read.value, RGB)
     assert max(most) == 1

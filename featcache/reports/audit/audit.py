@@ -148,10 +148,13 @@ class Audit(Found):
     def _repr_html_(self) -> str:
         return framed(audit_page(self))
 
-    def save(self, folder: AnyPath) -> Path:
+    def save(self, folder: AnyPath, *, progress: Progress = lambda *_: None) -> Path:
         """Write audit.csv, audit.html, plan.csv and audit.json; returns where the plan is.
 
         An earlier audit is replaced. A plan.csv that was edited since stays, and the new one is called plan.new.csv.
+
+        Args:
+            progress: called with pictures made and to make, and what is being done.
 
         Raises:
             StorageError: the folder holds other things, lies among the images, or cannot be written.
@@ -161,7 +164,8 @@ class Audit(Found):
         if self.root is not None:
             check_apart(target, self.root)
         plan = plan_lines(self.cache, self)
-        name = write_folder(target, rows=self.rows(), page=audit_page(self), plan=plan, facts=self.to_json())
+        page = audit_page(self, progress=lambda done, total: progress(done, total, "pictures of the page"))
+        name = write_folder(target, rows=self.rows(), page=page, plan=plan, facts=self.to_json())
         return target / name
 
 
@@ -219,14 +223,14 @@ def audit(
     try:
         with bar_in_notebook(progress, _describe) as report:
             found = _finished(examine(opened, progress=report, **options), started)
+            if output is not None:
+                _save_finished(found, output, report)
     except Cut as cut:
         if output is not None and cut.found.findings:
             log.warning(
                 "interrupted: what is finished is in %s, the rest is named there as not done", _saved(cut.found, output)
             )
         raise
-    if output is not None:
-        _saved(found, output)
     return found
 
 
@@ -246,9 +250,19 @@ def _finished(found: Found, started: float) -> Audit:
     return Audit(**facts | {"seconds": found.seconds | {"opening": round(rest, 3)}})
 
 
-def _saved(found: Found, output: Path) -> Path:
+def _save_finished(found: Audit, output: Path, progress: Progress | None) -> None:
+    """Interrupted while pictures are made: without them, as they are what takes long."""
+    try:
+        _saved(found, output, progress)
+    except KeyboardInterrupt:
+        place = _saved(dataclasses.replace(found, root=None), output)
+        log.warning("interrupted: all findings are in %s, the page has no pictures", place)
+        raise
+
+
+def _saved(found: Found, output: Path, progress: Progress | None = None) -> Path:
     audited = found if isinstance(found, Audit) else _finished(found, time.perf_counter())
-    plan = audited.save(output)
+    plan = audited.save(output, progress=progress or (lambda *_: None))
     if plan.name != "plan.csv":
         log.warning(
             "%s was edited since the last audit and stays as it is; the new plan is %s", output / "plan.csv", plan

@@ -1,18 +1,16 @@
 """What the script of an audit's page knows. In: items. Out: columns of images and items, and each picture once."""
 
 import base64
-import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from featcache.curation.audit import Found
 from featcache.curation.finding import KINDS, Kind
-from featcache.errors import RefusedImage
-from featcache.images.decode import strict_decoding
-from featcache.images.headers import read_header
+from featcache.images.headers import header_of
+from featcache.images.read import Paths, read_images
 from featcache.reports.audit.items import Item, answers, most_alike, proposed
 from featcache.reports.elements.numbers import bytes_text
 from featcache.reports.elements.pictures import Pictures
@@ -92,11 +90,16 @@ class Material:
         return proposed(self.found.cache.rows, item.rows, [width * height for width, height in sizes])
 
 
-def gather(found: Found, items: Sequence[Item], *, budget: int) -> Material:
-    """Read the images of ``items`` in the audit's folder, if there is one; ``budget``: bytes of all pictures on the page."""
+def gather(
+    found: Found, items: Sequence[Item], *, budget: int, progress: Callable[[int, int], None] = lambda *_: None
+) -> Material:
+    """Read the images of ``items`` in the audit's folder, if there is one; ``budget``: bytes of all pictures on the page.
+
+    progress: called with pictures made and to make: of those that are decided on, then of evidence.
+    """
     decided = list(dict.fromkeys(row for item in items for row in item.rows[:COPIES_SHOWN]))
     evidence = list(dict.fromkeys(row for item in items for row, _ in most_alike(found, item)))
-    pictures = _pictures(found, decided, evidence, budget)
+    pictures = _pictures(Pictures(found.root, progress=progress), found, decided, evidence, budget)
     numbers = {digest: k for k, digest in enumerate(digest for digest, one in pictures.items() if one.webp)}
     sizes = _sizes(found, decided, set(numbers))
     none = Thumbnail(None, f"the first {COPIES_SHOWN} copies have a picture")
@@ -119,9 +122,11 @@ def gather(found: Found, items: Sequence[Item], *, budget: int) -> Material:
 _SPLITS = ("", *SPLITS[1:])
 
 
-def _pictures(found: Found, decided: Sequence[int], evidence: Sequence[int], budget: int) -> dict[bytes, Thumbnail]:
+def _pictures(
+    finder: Pictures, found: Found, decided: Sequence[int], evidence: Sequence[int], budget: int
+) -> dict[bytes, Thumbnail]:
     """Digest -> picture: as large as fits of what is decided on, small ones of what is evidence only."""
-    digests, finder = found.cache.rows.digests, Pictures(found.root)
+    digests = found.cache.rows.digests
     first: dict[bytes, int] = {}
     for row in decided:
         first.setdefault(digests[row].tobytes(), row)
@@ -142,18 +147,14 @@ def _pictures(found: Found, decided: Sequence[int], evidence: Sequence[int], bud
 
 def _sizes(found: Found, rows: Sequence[int], there: set[bytes]) -> dict[int, tuple[int, int]]:
     """Pixels of those whose file is the one that was embedded; the others are not known."""
-    by_content: dict[bytes, tuple[int, int]] = {}
-    sizes = {}
-    with strict_decoding():
-        for row in rows:
-            digest = found.cache.rows.digests[row].tobytes()
-            if found.root is not None and digest in there and digest not in by_content:
-                with contextlib.suppress(RefusedImage, OSError):
-                    header = read_header(found.root / found.cache.paths[row])
-                    by_content[digest] = (header.width, header.height)
-            if digest in by_content:
-                sizes[row] = by_content[digest]
-    return sizes
+    if found.root is None:
+        return {}
+    digests = {row: found.cache.rows.digests[row].tobytes() for row in rows}
+    first = {digest: row for row, digest in reversed(digests.items()) if digest in there}
+    files = Paths(found.root, tuple(found.cache.paths[row] for row in first.values()))
+    headers = {read.digest: read.value for read in read_images(files, range(len(first)), header_of)}
+    sizes = {digest: (header.width, header.height) for digest, header in headers.items() if header is not None}
+    return {row: sizes[digest] for row, digest in digests.items() if digest in sizes}
 
 
 def columns(material: Material, words: Sequence[str], *, still: int, listed: int = LISTED) -> dict[str, Any]:

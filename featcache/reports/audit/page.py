@@ -6,7 +6,7 @@ Decisions are made, kept and saved by ``pages/audit.js``; without script the pag
 import datetime
 import importlib.metadata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from featcache.curation.finding import KINDS, Kind
 from featcache.curation.honest_score import Score
 from featcache.reports.audit.columns import COPIES_SHOWN, LISTED, Material, columns, gather
 from featcache.reports.audit.items import KEEPS, Item, items_of
-from featcache.reports.audit.text import HALF, score_title
+from featcache.reports.audit.text import how_sure, score_title
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
 from featcache.system.path_kinds import typed
@@ -29,8 +29,8 @@ WORDS: Mapping[Kind, tuple[str, str, str]] = {  # of one item, a heading, what i
     "exact_copy": ("exact copies", "Exact copies", "the same bytes"),
     "near_copy": ("near copies", "Near copies", "one picture resized, cropped, recompressed"),
     "label": ("label suspect", "Label suspects", "another label fits better"),
-    "outlier": ("outlier", "Outliers", "far from others of the class"),
-    "off_topic": ("off topic", "Off topic", "like no class at all"),
+    "outlier": ("outlier", "Outliers", "unusual for the class: look, most may be right"),
+    "off_topic": ("off topic", "Off topic", "unlike every class: look, most may be right"),
     "dark": ("dark", "Dark", "hardly any light"),
     "blurred": ("blurred", "Blurred", "no sharp edge"),
     "blank": ("blank", "Blank", "next to no content"),
@@ -38,15 +38,23 @@ WORDS: Mapping[Kind, tuple[str, str, str]] = {  # of one item, a heading, what i
 }
 
 
-def audit_page(found: Found, *, budget: int = BUDGET, most: int = MOST, listed: int = LISTED) -> str:
+def audit_page(
+    found: Found,
+    *,
+    budget: int = BUDGET,
+    most: int = MOST,
+    listed: int = LISTED,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> str:
     """The page, as text. Files are only read.
 
     Args:
         budget: bytes of all pictures, about. most: items on the page; those of the highest scores of each kind are shown.
         listed: images of a cache up to which the page writes a plan of all by itself; of more it needs the one beside it.
+        progress: called with pictures made and to make.
     """
     items = items_of(found, most=most)
-    material = gather(found, items, budget=budget)
+    material = gather(found, items, budget=budget, progress=progress)
     cache = found.cache
     splits = sorted({one.split for one in material.images.values() if one.split}, key=("train", "val", "test").index)
     return render_page(
@@ -96,8 +104,8 @@ def _lead(found: Found) -> str:
 def _tiles(found: Found) -> list[tuple[int, str, str, str]]:
     """Number, heading, count and note of each kind that was found."""
     tiles = []
-    for kind, findings in found.findings.items():
-        if findings:
+    for kind in KINDS:
+        if findings := found.findings.get(kind):
             groups = len({finding.group for finding in findings})
             note = f"in {_things(groups, 'group')}: {WORDS[kind][2]}" if kind.endswith("copy") else WORDS[kind][2]
             tiles.append((KINDS.index(kind), WORDS[kind][1], count_text(len(findings)), note))
@@ -139,7 +147,7 @@ def _advice(found: Found) -> list[str]:
             f"{_things(crossing, 'image')} of val or test {'is' if crossing == 1 else 'are'} in an earlier split, too: scores on them "
             "count what was learnt by heart."
         )
-    said += [HALF] if found.findings.get("label") else []
+    said += how_sure(found)
     names = found.cache.classes
     said += [
         f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}." for pair in found.overlaps[:5]

@@ -23,7 +23,9 @@ TITLES: dict[Kind, str] = {
     "blank": "blank",
     "tiny": "tiny",
 }
-HALF = f"{HOW_MANY_ARE_REAL[0].upper()}{HOW_MANY_ARE_REAL[1:]}. Look before you drop or relabel."
+_HALF = f"{HOW_MANY_ARE_REAL[0].upper()}{HOW_MANY_ARE_REAL[1:]}. Look before you drop or relabel."
+_OVERLAP = 0.9  # of labels that heads agree with; fewer: wrong ones hide among those that are hard to tell
+_UNUSUAL = "Outliers and off-topic images are unusual ones: look at them; most may be right."
 _NOTHING = {"without_leaks": "no copy of these in training", "without_suspects": "no label suspects in training"}
 
 
@@ -109,7 +111,7 @@ def score_title(score: Score) -> str:
     return {
         "as_given": f"{name} accuracy",
         "without_leaks": "copies of an image in one fold" if folds else f"without {out} that training has copies of",
-        "without_suspects": f"and trained without {out} label suspects",
+        "without_suspects": f"and trained without {out} label suspect{'s' * (score.left_out != 1)}",
     }[score.terms]
 
 
@@ -117,12 +119,32 @@ def _sentences(found: Found) -> Iterator[str]:
     names = [printable(name) for name in found.cache.classes]
     for pair in found.overlaps[:_NAMED]:
         yield from _wrapped(f"{names[pair.first]} and {names[pair.second]} may be one class: {pair.reason}")
-    if found.findings.get("label"):
-        yield from _wrapped(HALF)
+    for sentence in how_sure(found):
+        yield from _wrapped(sentence)
     for sentence in found.notes:
         yield from _wrapped(printable(sentence))
     if found.interrupted:
         yield "  interrupted: what was finished by then is kept"
+
+
+def how_sure(found: Found) -> Iterator[str]:
+    """What is to be known of findings that are opinions."""
+    if found.findings.get("label"):
+        yield _HALF
+        if (agree := _agreement(found)) < _OVERLAP:
+            yield (
+                f"Here classes overlap: {agree:.0%} of the labels are what heads answer. Fewer of the suspects may be wrong than that "
+                "half: where it was 77%, 31% of them were."
+            )
+    if found.findings.get("outlier") or found.findings.get("off_topic"):
+        yield _UNUSUAL
+
+
+def _agreement(found: Found) -> float:
+    """The share of labels that heads give, too, which did not see them."""
+    if found.opinions is None or not len(rows := found.opinions.known):
+        return 1.0
+    return float((found.opinions.probabilities_of(rows).argmax(axis=1) == found.cache.y[rows]).mean())
 
 
 def _wrapped(text: str) -> list[str]:

@@ -7,7 +7,7 @@ moved within the folder is found again by hashing.
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from featcache.cache.cache import FeatureCache
@@ -28,12 +28,14 @@ NO_TIME = "left out to be quick"
 class Pictures:
     """Finds pictures. ``root``: the folder; None: there are none. ``search``: whether to hash the folder for what was moved.
 
-    ``seconds``: for all pictures together; None: as long as it takes.
+    ``seconds``: for all pictures together; None: as long as it takes. ``progress``: called with pictures made and to make, each time
+    that some are asked for.
     """
 
     root: Path | None
     search: bool = True
     seconds: float | None = None
+    progress: Callable[[int, int], None] = lambda *_: None
     _by_digest: dict[bytes, str] | None = None
 
     def thumbnails(
@@ -46,7 +48,7 @@ class Pictures:
     ) -> list[Thumbnail]:
         """One for each row, in their order; without a picture where there is none of these bytes. Arguments: ``thumbnails``.
 
-        names: paths relative to the folder, or absolute; empty where not known.
+        names: paths below the folder; empty where not known.
         """
         if self.root is None:
             return [Thumbnail(None, NO_FOLDER)] * len(names)
@@ -86,6 +88,7 @@ class Pictures:
             made = thumbnails(files, size=size, budget=max(budget, 0))
             budget -= sum(len(one.webp or b"") for one in made)
             found |= zip(some, made, strict=True)
+            self.progress(start + len(some), len(numbers))
         return found
 
     def _moved(self, digest: bytes) -> str | None:

@@ -60,7 +60,7 @@ def thumbnails(
         workers: threads; as many as this process has cores when not given.
     """
     if isinstance(files, Sequence) and not isinstance(files, Paths):
-        files = Paths(Path(), tuple(map(str, files)))
+        files = Paths(None, tuple(map(str, files)))
     wanted = list(range(len(files.paths)) if indices is None else indices)
     edge = size or fitting_size(len(wanted), budget)
     convert = functools.partial(_thumbnail, size=edge, quality=quality)

@@ -15,7 +15,7 @@ from featcache.heads.head import Array, FeatureSource, Indices, scale_features
 
 _ASKED = 10  # neighbours
 # Deviations of a normal distribution above the median (Iglewicz and Hoaglin 1993 call what lies beyond an outlier).
-_FAR = 3.5
+_FAR = 3.0
 _UPPER, _OF_NORMAL = 0.65, 0.38532  # a share that wrong images hardly change, and the deviations it lies at if normal
 _OWN = 30  # rows of a class that has a scale of its own: of fewer, the lowest tenth are one or two
 _FEWEST = 10  # rows of all that have a scale, which smaller classes share
@@ -26,7 +26,7 @@ _BLOCK = 2**23  # values at a time
 def find_outliers(nearest: Nearest, y: Array, *, groups: Indices | None = None) -> list[Finding]:
     """Rows whose mean distance to their ten nearest neighbours is unusual among the rows of their class, the farthest first.
 
-    score: z / (z + bar), z the deviations above the class's median; above 0.5. The bar is 3.5, and more where all z spread more.
+    score: z / (z + bar), z the deviations above the class's median; above 0.5. The bar is 3, and more where all z spread more.
 
     Args:
         y: (N,) labels by place in ``nearest.rows``, -1: none; rows without one are a class, too.
@@ -140,7 +140,7 @@ def _findings(kind: Kind, rows: Indices, z: Array, figures: tuple[Array, Array],
 
 
 def _bar(z: Array) -> float:
-    """The z beyond which an image stands apart: 3.5 deviations, taken from below the median or from above, whichever are larger."""
+    """The z beyond which an image stands apart: 3 deviations, taken from below the median or from above, whichever are larger."""
     if not (known := np.isfinite(z)).any():
         return _FAR
     median, upper = np.quantile(z[known], [0.5, _UPPER])

@@ -45,7 +45,7 @@ def test_outliers_by_definition() -> None:
     for k, distance in enumerate(distances):
         own = distances[y == y[k]]
         z[k] = (distance - np.median(own)) / ((np.median(own) - np.quantile(own, 0.1)) / 1.2816)
-    bar = np.median(z) + 3.5 * (np.quantile(z, 0.65) - np.median(z)) / 0.38532
+    bar = np.median(z) + 3 * (np.quantile(z, 0.65) - np.median(z)) / 0.38532
     assert bar > 3.6
     expected = [(k, value / (value + bar)) for k, value in enumerate(z) if value > bar]
     found = {finding.row: finding.score for finding in find_outliers(nearest_rows(X, np.arange(len(y))), y)}

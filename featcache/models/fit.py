@@ -20,6 +20,7 @@ from featcache.heads.confident import wrong_labels
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, TorchSettings, softmax
 from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.groups import group_by_name, joined, read_groups
+from featcache.images.layout import some
 from featcache.images.source import Source
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
@@ -322,7 +323,7 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
     single = [cache.classes[present[k]] for k in np.flatnonzero(counts < 2)]
     if folds and single:
         raise SourceError(
-            f"class {', '.join(single[:5])} has one training image{once}; "
+            f"{'classes' if single[1:] else 'class'} {some(single)} {'have' if single[1:] else 'has'} one training image{once}; "
             "cross-validation needs at least two of each class: add images, take the class out, or do without (--folds 0 --C 1)"
         )
     if folds > counts.min():

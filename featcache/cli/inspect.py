@@ -185,7 +185,7 @@ def backbones(
         if few
         else ""
     )
-    note(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else "") + hint + more)
+    note(quantity(len(names), "backbone") + (f" with {pattern!r} in their name" if pattern else "") + hint + more)
 
 
 def doctor(

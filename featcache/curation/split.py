@@ -30,7 +30,7 @@ from featcache.spec import SPLITS
 from featcache.system.display import bar_in_notebook, printable, quantity
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path, typed
-from featcache.system.runtime_options import check_runtime_options, check_whole
+from featcache.system.runtime_options import check_device, check_runtime_options, check_whole
 
 log = logging.getLogger("featcache")
 Progress = Callable[[int, int, str], None]
@@ -88,6 +88,8 @@ def split(
     started = time.perf_counter()
     shares = _check(val=val, test=test, groups=groups, seed=seed, copy_to=copy_to, link_to=link_to)
     check_runtime_options(device, workers=workers)
+    if groups == "near":
+        check_device(device)
     output, folder, pictures = (
         None if path is None else as_path(path) for path in (output, copy_to or link_to, pictures)
     )

@@ -293,9 +293,9 @@ class _Groups:
         across = [row for row in later if self.names[row] in training]
         if across:
             log.warning(
-                "%d images of val or test are of groups that train, the first %s of %s: a score on them flatters; "
+                "%s of groups that train, the first %s of %s: a score on them flatters; "
                 "`featcache split` keeps groups on one side",
-                len(across),
+                quantity(len(across), "image of val or test is", "images of val or test are"),
                 printable(cache.paths[across[0]]),
                 printable(self.names[across[0]]),
             )

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from featcache.backbones.load import backbone_names as backbone_names
     from featcache.backbones.load import load_backbone as load_backbone
     from featcache.cache.cache import FeatureCache as FeatureCache
-    from featcache.curation.split import Split as Split
     from featcache.curation.split import split as split
+    from featcache.curation.split_result import Split as Split
     from featcache.errors import FeatcacheError as FeatcacheError
     from featcache.extraction.extract import ExtractReport as ExtractReport
     from featcache.extraction.extract import extract as extract
@@ -71,7 +71,7 @@ _HOME = {
     "RepairReport": "extraction.repair",
     "Report": "reports.model_report.report",
     "Source": "images.source",
-    "Split": "curation.split",
+    "Split": "curation.split_result",
     "Statistics": "reports.source_stats.stats",
     "audit": "reports.audit.audit",
     "backbone_names": "backbones.load",

@@ -21,7 +21,7 @@ POOLS = ("auto", "own", "cls", "mean", "cls+mean")  # as asked for
 OWN_POOLING = "the network's own"  # up to the input of its classifier
 _POOLINGS = (OWN_POOLING, "cls", "mean", "cls+mean")
 _MAX_LAYERS = 256
-_MAX_EDGE = 2048
+MAX_EDGE = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class PreprocessSpec:
         edges = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
         if not all(type(edge) is int for edge in (*edges, *self.crop)) or len(edges) != 2 or len(self.crop) != 2:
             raise UsageError(f"resize {self.resize} and crop {self.crop} must be whole pixels, height and width")
-        if min(*edges, *self.crop) < 1 or max(*edges, *self.crop) > _MAX_EDGE:
-            raise UsageError(f"resize {self.resize} and crop {self.crop} must lie between 1 and {_MAX_EDGE} pixels")
+        if min(*edges, *self.crop) < 1 or max(*edges, *self.crop) > MAX_EDGE:
+            raise UsageError(f"resize {self.resize} and crop {self.crop} must lie between 1 and {MAX_EDGE} pixels")
         if edges[0] < self.crop[0] or edges[1] < self.crop[1]:
             raise UsageError(
                 f"resize {self.resize} is smaller than crop {self.crop}; make the resize at least as large"

@@ -9,6 +9,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import note, say, show_result, show_steps
 from featcache.errors import SourceError, UsageError
+from featcache.system.display import quantity
 from featcache.system.path_kinds import typed
 
 
@@ -96,7 +97,7 @@ def _apply(plan: Path, output: Path, *, root: Path | None, overwrite: bool, work
         raise
     splits = "".join(f", {split} {count:,}" for split, count in found.splits.items())
     lines = [
-        f"{found.output}: {found.images:,} images, {len(found.classes)} classes{splits}",
+        f"{found.output}: {quantity(found.images, 'image')}, {quantity(len(found.classes), 'class')}{splits}",
         f"  kept {found.kept:,}, relabelled {found.relabelled:,}, dropped {found.dropped:,}",
     ]
     if found.root is None:

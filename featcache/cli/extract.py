@@ -10,16 +10,13 @@ from featcache.cli import options
 from featcache.cli.console import show_progress, show_result
 
 
+@options.reads_source
 def extract(
     source: Annotated[
         Path, typer.Argument(readable=False, help="Folder of class folders (or of splits, or of images), or a table.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The cache; updated if it exists.")],
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     backbone: options.Backbone = "auto",
     weights: options.Weights = "auto",
     batch_size: options.BatchSize = "auto",
@@ -50,16 +47,8 @@ def extract(
     """
     from featcache.extraction.extract import extract as run
     from featcache.extraction.request import ExtractRequest
-    from featcache.images.source import Source
 
-    images = Source(
-        source,
-        class_level=class_level,
-        root=root,
-        path_column=path_column,
-        label_column=label_column,
-        split_column=split_column,
-    )
+    images = reading.of(source)
     request = ExtractRequest(
         backbone=backbone,
         weights=weights,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from featcache.images.source import Source
 
 
+@options.reads_source
 def stats(
     source: Annotated[
         Path, typer.Argument(readable=False, help="Folder of class folders (or of splits, or of images), or a table.")
@@ -26,11 +27,7 @@ def stats(
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where to write stats.html and stats.json.")
     ] = None,
     figures: options.Figures = None,
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     sample: Annotated[
         int | None, typer.Option(min=0, help="How many images to decode. Default: 5000, fewer large ones.")
     ] = None,
@@ -42,17 +39,9 @@ def stats(
 
     Headers are read of all of them, pixels of a sample.
     """
-    from featcache.images.source import Source
     from featcache.reports.source_stats.stats import stats as run
 
-    images = Source(
-        source,
-        class_level=class_level,
-        root=root,
-        path_column=path_column,
-        label_column=label_column,
-        split_column=split_column,
-    )
+    images = reading.of(source)
     with show_progress("reading") as progress:
         found = run(
             images,
@@ -77,17 +66,14 @@ def info(
     show_result(facts_as_lines(facts), facts, as_json=as_json)
 
 
+@options.reads_source
 def verify(
     cache: Annotated[Path, typer.Argument(readable=False, help="A cache file.")],
     repair: Annotated[
         Path | None,
         typer.Option(metavar="SOURCE", readable=False, help="Mend it from the images it was made from."),
     ] = None,
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     batch_size: options.BatchSize = "auto",
@@ -99,24 +85,11 @@ def verify(
     """
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     if repair is not None:
-        from featcache.images.source import Source
-
-        images = Source(
-            repair,
-            class_level=class_level,
-            root=root,
-            path_column=path_column,
-            label_column=label_column,
-            split_column=split_column,
-        )
+        images = reading.of(repair)
         _mend(cache, images, device=device, workers=threads, batch_size=batch, as_json=as_json)
         return
     given = {
-        "--class-level": class_level,
-        "--root": root,
-        "--path-column": path_column,
-        "--label-column": label_column,
-        "--split-column": split_column,
+        **reading.of(cache).options,
         "--device": None if device == "auto" else device,
         "--workers": threads,
         "--batch-size": batch,
@@ -212,7 +185,7 @@ def backbones(
         if few
         else ""
     )
-    note(f"{len(names)} backbones" + (f" with {pattern!r} in their name" if pattern else "") + hint + more)
+    note(quantity(len(names), "backbone") + (f" with {pattern!r} in their name" if pattern else "") + hint + more)
 
 
 def doctor(
@@ -256,6 +229,7 @@ def doctor(
     show_result([*facts_as_lines(shown), *sentences], facts, as_json=as_json)
 
 
+@options.reads_source
 def preview(
     source: Annotated[Path, typer.Argument(readable=False, help="Images: folders or a table, as for extract.")],
     output: Annotated[
@@ -276,11 +250,7 @@ def preview(
     crop: options.Crop = "auto",
     interpolation: options.Interpolation = "auto",
     white_level: options.WhiteLevel = "auto",
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     n: Annotated[int, typer.Option("--n", min=1, max=200, help="Images.")] = 8,
     views: Annotated[
         int | None, typer.Option(min=1, max=50, help="Augmented views of each. Default: 4, none without a recipe.")
@@ -294,19 +264,11 @@ def preview(
     """
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.recipe_files import parse_settings
-    from featcache.images.source import Source
     from featcache.reports.preview import preview as run
     from featcache.reports.preview import summary
 
     made = run(
-        Source(
-            source,
-            class_level=class_level,
-            root=root,
-            path_column=path_column,
-            label_column=label_column,
-            split_column=split_column,
-        ),
+        reading.of(source),
         output,
         recipe=recipe,
         changes=parse_settings(settings, {}),

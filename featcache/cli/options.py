@@ -3,9 +3,12 @@
 In: what was typed. Out: a value, or None where ``auto`` was typed and the function behind the command decides.
 """
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,19 +16,14 @@ from featcache.cli.console import say
 from featcache.errors import UsageError
 from featcache.system.display import quantity
 
+if TYPE_CHECKING:
+    from featcache.images.source import Source
+
 Commands = dict[Callable[..., None], str]  # what a file of commands offers: each, and the examples below its help
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, mps. Default: a GPU if there is one.")]
 Workers = Annotated[str, typer.Option(help="Threads that read and decode; on a CPU also embed. Default: one a core.")]
-ClassLevel = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=3,
-        help="Which folder names the class: 1 the top one, 2 the one inside, 3 one deeper. Default: names decide.",
-    ),
-]
 Root = Annotated[
     Path | None,
     typer.Option(
@@ -33,8 +31,6 @@ Root = Annotated[
     ),
 ]
 PathColumn = Annotated[str | None, typer.Option(help="Of a table: the column of paths.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Of a table: the column of classes.")]
-SplitColumn = Annotated[str | None, typer.Option(help="Of a table: the column of splits.")]
 BatchSize = Annotated[str, typer.Option(help="Images per forward pass; changes no result.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write MODEL.report.html beside the model.")]
 MaxBad = Annotated[
@@ -69,6 +65,50 @@ WhiteLevel = Annotated[
     typer.Option(help="Sample of 16-bit images that is white: 4095 for 12 bits of data. Default: 65535."),
 ]
 Decode = Annotated[str, typer.Option(help="Of large JPEGs: full, or reduced (faster, other pixels). Default: full.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a source is read where there are several ways, see ``Source``: the options of ``reads_source``."""
+
+    class_level: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=3,
+            help="Which folder names the class: 1 the top one, 2 the one inside, 3 one deeper. Default: names decide.",
+        ),
+    ] = None
+    root: Root = None
+    path_column: PathColumn = None
+    label_column: Annotated[str | None, typer.Option(help="Of a table: the column of classes.")] = None
+    split_column: Annotated[str | None, typer.Option(help="Of a table: the column of splits.")] = None
+
+    def of(self, path: Path) -> "Source":
+        """What is at ``path``, read so. Raises UsageError: an option is impossible."""
+        from featcache.images.source import Source
+
+        return Source(path, **dataclasses.asdict(self))
+
+
+AS_FOUND = Reading()
+
+
+def reads_source(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, typed with the options of a ``Reading`` in the place of its parameter ``reading``."""
+    options = inspect.signature(Reading, eval_str=True).parameters
+    signature = inspect.signature(command)
+    shown: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        shown += options.values() if name == "reading" else [parameter]
+
+    @functools.wraps(command)
+    def run(**typed: Any) -> None:
+        command(reading=Reading(**{name: typed.pop(name) for name in options}), **typed)
+
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}  # typer reads both
+    return run
 
 
 def count(text: str, name: str) -> int | None:

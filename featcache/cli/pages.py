@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from featcache.reports.elements.projection import Method
 
 
+@options.reads_source
 def report(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
     source: Annotated[
@@ -47,11 +48,7 @@ def report(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="A .html file. Default: beside the model.")
     ] = None,
     figures: options.Figures = None,
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     batch_size: options.BatchSize = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
@@ -61,21 +58,13 @@ def report(
 
     One file that opens offline and asks for nothing.
     """
-    from featcache.images.source import Source
     from featcache.reports.elements.numbers import bytes_text
     from featcache.reports.model_report.report import report as run
 
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     images = None
     if source is not None:
-        images = Source(
-            source,
-            class_level=class_level,
-            root=root,
-            path_column=path_column,
-            label_column=label_column,
-            split_column=split_column,
-        )
+        images = reading.of(source)
     with show_progress("predicting") as progress:
         found = run(
             model,

@@ -200,6 +200,7 @@ def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, in
     return counts
 
 
+@options.reads_source
 def evaluate(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
     source: Annotated[Path, typer.Argument(readable=False, help="Labelled images (folder or table), or a cache file.")],
@@ -218,11 +219,7 @@ def evaluate(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     figures: options.Figures = None,
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     batch_size: options.BatchSize = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
@@ -233,21 +230,13 @@ def evaluate(
     Accuracy, scores per class, and which class is taken for which.
     """
     from featcache.cache.cache import is_cache
-    from featcache.images.source import Source
     from featcache.models.evaluate import evaluate as run
     from featcache.reports.figures import check_figures, write_figures
     from featcache.reports.model_report.calibration import calibration_charts
     from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import audit_line, evaluation_lines
 
-    images = Source(
-        source,
-        class_level=class_level,
-        root=root,
-        path_column=path_column,
-        label_column=label_column,
-        split_column=split_column,
-    )
+    images = reading.of(source)
     chosen = None if split == "auto" else split
     threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
     output = None if output is None else as_path(output)

@@ -9,6 +9,7 @@ from featcache.cli import options
 from featcache.cli.console import note, show_result, show_steps
 
 
+@options.reads_source
 def split(
     source: Annotated[
         Path, typer.Argument(readable=False, help="Images: folders or a table, as for extract; or a cache file.")
@@ -49,11 +50,7 @@ def split(
             help="Of a cache: the folder of its images. Default: looked for near.",
         ),
     ] = None,
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     as_json: options.Json = False,
@@ -64,18 +61,10 @@ def split(
     """
     from featcache.curation.split import split as run
     from featcache.errors import UsageError
-    from featcache.images.source import Source
 
     if output is None and copy_to is None and link_to is None:
         raise UsageError("say what to write: a table, as -o manifest.csv, or folders, as --copy-to FOLDER")
-    images = Source(
-        source,
-        class_level=class_level,
-        root=root,
-        path_column=path_column,
-        label_column=label_column,
-        split_column=split_column,
-    )
+    images = reading.of(source)
     with show_steps() as progress:
         made = run(
             images,

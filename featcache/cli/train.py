@@ -114,16 +114,13 @@ def _numbers(text: str | None, name: str, kind: Callable[[str], float]) -> Any:
         raise UsageError(f"{name} takes {what} with commas between them, found {text!r}") from None
 
 
+@options.reads_source
 def finetune(
     source: Annotated[
         Path, typer.Argument(readable=False, help="Labelled images: folders or a table, as for extract.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The new model.")],
-    class_level: options.ClassLevel = None,
-    root: options.Root = None,
-    path_column: options.PathColumn = None,
-    label_column: options.LabelColumn = None,
-    split_column: options.SplitColumn = None,
+    reading: options.Reading = options.AS_FOUND,
     init: Annotated[
         Path | None,
         typer.Option(
@@ -177,7 +174,6 @@ def finetune(
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune as run
     from featcache.finetuning.recipe_files import parse_settings
-    from featcache.images.source import Source
     from featcache.reports.figures import check_figures
 
     named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "backbone_lr": backbone_lr}
@@ -192,14 +188,7 @@ def finetune(
         "white_level": None if white_level is None else options.count(white_level, "white level"),
     }
     asked = {name: value for name, value in asked.items() if value is not None}
-    images = Source(
-        source,
-        class_level=class_level,
-        root=root,
-        path_column=path_column,
-        label_column=label_column,
-        split_column=split_column,
-    )
+    images = reading.of(source)
     if figures is not None:
         check_figures(figures)
     with show_training() as progress:

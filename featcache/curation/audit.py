@@ -31,6 +31,7 @@ from featcache.curation.quality import find_poor_images
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array, Indices
 from featcache.spec import SPLITS
+from featcache.system.display import quantity
 from featcache.system.memory import available_memory
 from featcache.system.runtime_options import usable_cores
 
@@ -214,7 +215,7 @@ class _Work:
         if len(bad):
             self.rows = np.setdiff1d(self.rows, bad)
             self.notes.append(
-                f"the features of {len(bad)} images are not finite and compared with nothing, the first is "
+                f"the features of {quantity(len(bad), 'image')} are not finite and compared with nothing, the first is "
                 f"{self.cache.paths[bad[0]]}; extract again with --dtype float32 or --precision fp32"
             )
 
@@ -337,7 +338,7 @@ class _Work:
             return
         if missing:
             self.notes.append(
-                f"{missing:,} images were not found unchanged below {self.root}; of these no pixels were seen"
+                f"{quantity(missing, 'image was', 'images were')} not found unchanged below {self.root}; of these no pixels were seen"
             )
         for kind in KINDS:
             if kind in wanted:

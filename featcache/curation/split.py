@@ -8,10 +8,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import first_copies
@@ -20,103 +19,23 @@ from featcache.curation.manifest import check_manifest, known_splits, prefix_of,
 from featcache.curation.near_copies import find_near_copies
 from featcache.curation.neighbours import estimate, nearest_rows
 from featcache.curation.pixel_check import PixelCheck
-from featcache.curation.split_folders import check_place, place_images
+from featcache.curation.split_folders import check_new, place_images
+from featcache.curation.split_result import Groups, Split
 from featcache.errors import SourceError, UsageError
 from featcache.images.groups import Indices, group_by_name, joined, read_groups
 from featcache.images.home import find_home, places_in, some_of
-from featcache.images.layout import some
-from featcache.images.source import AnySource, ImageList, Source, list_images
+from featcache.images.source import AnySource, ImageList, Source, check_apart, list_images
 from featcache.images.splits import digests_of_suspects, rank
 from featcache.spec import SPLITS
-from featcache.system.display import Shown, aligned, bar_in_notebook, count_rows, printable
+from featcache.system.display import bar_in_notebook, printable, quantity
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, as_path, check_path, typed
-from featcache.system.runtime_options import check_runtime_options, check_whole
+from featcache.system.runtime_options import check_device, check_runtime_options, check_whole
 
 log = logging.getLogger("featcache")
-Groups = Literal["exact", "near", "none"]
 Progress = Callable[[int, int, str], None]
 _TRAIN, _VAL, _TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
-_MAY_DIFFER = 0.01  # of all images, without a word about it
 _LONG = 10  # seconds
-
-
-@dataclasses.dataclass(frozen=True, repr=False, eq=False)
-class Split(Shown):
-    """What ``split`` did with N images.
-
-    Attributes:
-        images: the list, with its new splits; those without one are left out: without a label where others have one, or no file.
-        groups: (N,) for each image the first of its group. output, folder: what was written; None: nothing.
-        asked: share of val and test, of those that are dealt. kind, column: what groups are made of.
-        kept: images that had a split and keep it. moved: split -> images that were in train.
-        left_out: reason -> images. unmet: sentences on what could not be had, and why.
-        next: the command that reads the table. seconds: of the whole call.
-    """
-
-    images: ImageList
-    groups: Indices
-    output: Path | None
-    folder: Path | None
-    asked: Mapping[str, float]
-    kind: Groups
-    column: str | None
-    kept: int
-    moved: Mapping[str, int]
-    left_out: Mapping[str, int]
-    next: str
-    seed: int
-    unmet: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    _shown = ("output", "folder", "counts", "kind", "column", "kept", "seconds")
-
-    @property
-    def splits(self) -> npt.NDArray[np.uint8]:
-        """(N,) positions in ``spec.SPLITS``, 0: left out."""
-        return self.images.splits
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Images of each split."""
-        return {name: int((self.splits == SPLITS.index(name)).sum()) for name in ("train", "val", "test")}
-
-    @property
-    def together(self) -> tuple[int, int]:
-        """How many groups of several images there are among those that are dealt, and how many images lie in them."""
-        sizes = np.unique(self.groups[self.splits > 0], return_counts=True)[1]
-        return int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
-
-    def lines(self) -> list[str]:
-        """As text for a terminal, names harmless to it."""
-        return _lines(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """What was done, as JSON values; the assignment itself is in the table."""
-        table = np.zeros((len(self.images.classes) + 1, len(SPLITS)), np.int64)
-        np.add.at(table, (self.images.labels, self.splits), 1)
-        names = SPLITS[1:]
-        classes = {
-            name: dict(zip(names, row[1:], strict=True))
-            for name, row in zip(self.images.classes, table.tolist(), strict=False)
-        }
-        n_groups, inside = self.together
-        return {
-            "output": self.output and str(self.output),
-            "folder": self.folder and str(self.folder),
-            "images": sum(self.counts.values()),
-            "splits": self.counts,
-            "asked": dict(self.asked),
-            "classes": classes,
-            "groups": {"kind": self.kind, "column": self.column, "together": n_groups, "images": inside},
-            "kept": self.kept,
-            "moved": dict(self.moved),
-            "left_out": dict(self.left_out),
-            "unmet": list(self.unmet),
-            "next": self.next,
-            "seed": self.seed,
-            "seconds": self.seconds,
-        }
 
 
 class _Read(NamedTuple):
@@ -169,11 +88,15 @@ def split(
     started = time.perf_counter()
     shares = _check(val=val, test=test, groups=groups, seed=seed, copy_to=copy_to, link_to=link_to)
     check_runtime_options(device, workers=workers)
+    if groups == "near":
+        check_device(device)
     output, folder, pictures = (
         None if path is None else as_path(path) for path in (output, copy_to or link_to, pictures)
     )
     output, folder = (None if path is None else named(path) for path in (output, folder))
     source, table = _with_column(source, group_column, group_table)
+    if folder is not None:
+        check_new(folder)
     if output is not None:
         check_manifest(output, None if isinstance(source, ImageList) else source.path)
     read = _read(source, groups, pictures, output)
@@ -181,14 +104,15 @@ def split(
     if folder is not None:
         if not read.known:
             raise UsageError(f"the images of {source} were not found near it; say where they are, as --source FOLDER")
-        check_place(folder, images)
+        check_apart(folder, images)
     prefix = prefix_of(output, images.root) if output is not None and read.known else None
     old = np.zeros(len(images), np.uint8) if reassign else _old_splits(images, output, prefix)
     rows, left_out = _dealt(read)
     together, splits = np.arange(len(images)), np.zeros(len(images), np.uint8)
     with bar_in_notebook(progress, lambda done, total, what: (done, total, f"{what}: {done} of {total}")) as report:
+        named_groups = _named_groups(read, rows, table)
         copies = _copies(read, rows, groups, device=device, workers=workers or 8, progress=report)
-        together[rows] = rows[joined(copies, _named_groups(read, rows, table))]
+        together[rows] = rows[joined(copies, named_groups)]
         _check_crossing(images, together[rows], old[rows], rows)
         splits[rows] = _deal(images.take(rows), together[rows], old[rows], shares, seed=seed)
         images = dataclasses.replace(images, splits=splits)
@@ -197,7 +121,7 @@ def split(
         if output is not None:
             write_manifest(output, images, together, prefix=prefix or "")
     moved = {name: int(((old == _TRAIN) & (splits == SPLITS.index(name))).sum()) for name in ("val", "test")}
-    made = Split(
+    return Split(
         images,
         together,
         output,
@@ -210,8 +134,8 @@ def split(
         left_out=left_out,
         next=_next(read, output, folder, prefix),
         seed=seed,
+        seconds=round(time.perf_counter() - started, 3),
     )
-    return dataclasses.replace(made, unmet=tuple(_unmet(made)), seconds=round(time.perf_counter() - started, 3))
 
 
 def _with_column(
@@ -300,29 +224,31 @@ def _read(source: Source | ImageList, groups: Groups, pictures: Path | None, out
             words = ("split", HERE, *(() if output is None else ("-o", output)))
             check_path(source.path, "images or cache", words)
         return _Read(list_images(source, counted=False), None, True)
-    if source.group_column is not None:
-        raise UsageError(
-            f"{source} is a cache, which has no columns; --group-table TABLE says which table has the column"
-        )
+    return _read_cache(source, pictures)
+
+
+def _read_cache(source: Source, pictures: Path | None) -> _Read:
+    """The same of a cache; ``pictures``: the folder of its images, if it was said."""
     source.check_options("cache")
     if pictures is not None and not pictures.is_dir():
         raise SourceError(f"--source {pictures} is no folder; give the one that the images of {source} lie in")
     cache = FeatureCache.open(source.path)
     if cache.refused:
-        log.info("%s: %d images were refused when it was made, and are left out", source, len(cache.refused))
+        were = quantity(len(cache.refused), "image was", "images were")
+        log.info("%s: %s refused when it was made, and left out", source, were)
+    looked_for = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in some_of(len(cache))]
     if pictures is None:
-        some_images = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in some_of(len(cache))]
-        pictures = find_home(some_images, places_in(Path(), cache.path.parent))
-        found = (
-            "were not found near it; --source FOLDER says where they are"
-            if pictures is None
-            else f"are taken from {pictures}"
+        pictures = find_home(looked_for, places_in(Path(), cache.path.parent), whole=True)
+        where = f"taken from {pictures}" if pictures else "not found near it; --source FOLDER says where they are"
+        log.info("%s: its images are %s", source, where)
+    elif find_home(looked_for, [pictures]) is None:
+        names = " or ".join(printable(name) for name, _ in looked_for)
+        raise SourceError(
+            f"--source {pictures} has no {names} with the bytes that {source} was made of; give the folder of its images"
         )
-        log.info("%s: its images %s", source, found)
     columns = {name: getattr(cache.rows, name) for name in ("labels", "splits", "sizes", "mtimes")}
-    return _Read(
-        ImageList(pictures or Path(), cache.paths, classes=cache.classes, **columns), cache, pictures is not None
-    )
+    images = ImageList(pictures or Path(), cache.paths, classes=cache.classes, **columns)
+    return _Read(images, cache, pictures is not None)
 
 
 def _copies(
@@ -370,7 +296,7 @@ def _named_groups(read: _Read, rows: Indices, table: Source | None) -> Indices:
     else:
         return np.arange(len(rows))
     if without := names.count(""):
-        log.info("%d images have no group and stand alone", without)
+        log.info("%s no group and stand alone", quantity(without, "image has", "images have"))
     return group_by_name(names)
 
 
@@ -411,59 +337,3 @@ def _next(read: _Read, output: Path | None, folder: Path | None, prefix: str | N
         return "" if folder is None else f"featcache extract {typed(folder)} -o features.h5"
     root = "" if prefix is not None and read.known else f" --root {typed(read.images.root) if read.known else 'FOLDER'}"
     return f"featcache extract {typed(output)}{root} -o features.h5"
-
-
-def _unmet(made: Split) -> list[str]:
-    """What could not be had, and why."""
-    splits, labels, found = made.splits, made.images.labels, []
-    n, rows = sum(made.counts.values()), np.flatnonzero(splits)
-    sizes = np.unique(made.groups[rows], return_counts=True)[1]
-    pairs = np.unique(np.stack([labels[rows], made.groups[rows]]), axis=1)
-    single = int((np.unique(pairs[0], return_counts=True)[1] == 1).sum())
-    for name, share in made.asked.items():
-        split, got = SPLITS.index(name), made.counts[name]
-        if abs(got - share * n) > max(_MAY_DIFFER * n, 1):
-            reasons = []
-            if made.kept:
-                reasons.append(f"{made.kept} images keep the split they had, --reassign deals them anew")
-            if sizes.max() > max(_MAY_DIFFER * n, 1):
-                reasons.append(f"the largest group holds {sizes.max()} images")
-            if single:
-                reasons.append(
-                    f"{single} {'classes are' if single > 1 else 'class is'} one image or group, which trains"
-                )
-            why = f": {'; '.join(reasons)}" if reasons else ""
-            found.append(f"{name} is {got / n:.1%} of the images, {share:.1%} was asked for{why}")
-        lacking = [
-            printable(made.images.classes[label])
-            for label in np.setdiff1d(labels[rows], labels[splits == split]).tolist()
-            if label >= 0
-        ]
-        if lacking:
-            what = "too few images" if sizes.max() == 1 else "too few images or groups"
-            found.append(f"no {name} image of {some(lacking)}: {what}")
-    return found
-
-
-def _lines(made: Split) -> list[str]:
-    written = [str(path) for path in (made.output, made.folder) if path is not None]
-    n = sum(made.counts.values())
-    titles = [printable(name) for name in made.images.classes]
-    used = made.splits > 0
-    table = count_rows(titles, made.images.labels[used], made.splits[used], names=SPLITS)
-    asked = ", ".join(
-        f"{name} {made.counts[name]} of {share * n:.0f} asked for ({made.counts[name] / n:.1%})"
-        for name, share in made.asked.items()
-    )
-    lines = [f"{' and '.join(written) or 'nothing written'}: {n} images; {asked}", *aligned(table)]
-    groups, inside = made.together
-    if groups:
-        what = {"exact": "copies", "near": "copies and near copies", "none": ""}[made.kind]
-        words = " and ".join(filter(None, [what, made.column and printable(made.column)]))
-        lines.append(f"  {inside} images in {groups} groups kept together ({words})")
-    if made.kept:
-        moved = "".join(f", {count} move from train to {name}" for name, count in made.moved.items())
-        lines.append(f"  {made.kept} images keep the split they had{moved}")
-    if made.left_out:
-        lines.append("  left out: " + ", ".join(f"{count} with {reason}" for reason, count in made.left_out.items()))
-    return [*lines, *(f"  not met: {sentence}" for sentence in made.unmet)]

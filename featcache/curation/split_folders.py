@@ -17,7 +17,7 @@ import numpy as np
 
 from featcache.errors import SourceError, StorageError
 from featcache.images.layout import is_system
-from featcache.images.source import ImageList, check_apart
+from featcache.images.source import ImageList
 from featcache.spec import SPLITS
 from featcache.system.display import printable
 from featcache.system.files import check_free_space, check_output, publish_folder
@@ -25,10 +25,9 @@ from featcache.system.files import check_free_space, check_output, publish_folde
 Progress = Callable[[int, int, str], None]
 
 
-def check_place(folder: Path, images: ImageList) -> None:
-    """Raise StorageError, before any work, unless ``folder`` can be made: it is new or empty, and not among the images."""
+def check_new(folder: Path) -> None:
+    """Raise StorageError, before any work, unless ``folder`` is new or empty and can be made."""
     check_output(folder, folder_allowed=True)
-    check_apart(folder, images)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"cannot write {folder}: it is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -44,7 +43,7 @@ def place_images(images: ImageList, folder: Path, *, link: bool, progress: Progr
         SourceError: a class cannot be the name of a folder. StorageError: a file cannot be read, linked or written, the disk is
         too small; nothing is left behind then.
     """
-    check_place(folder, images)
+    check_new(folder)
     rows = np.flatnonzero(images.splits)
     targets = _targets(images, rows.tolist())
     if not link:

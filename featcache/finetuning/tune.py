@@ -43,6 +43,7 @@ from featcache.models.model import Model, check_replaceable
 from featcache.models.training_rows import Compared, HeldOut, TrainingRows
 from featcache.spec import fingerprint_of
 from featcache.system.device import kept_random_state
+from featcache.system.display import quantity
 from featcache.system.signals import StopRequest, deferred_signals
 from featcache.system.workdir import work_folder
 
@@ -172,8 +173,8 @@ def _assemble_start(
     start = _Start(model, backbone, network, val, compute_logits(network, val, job=job))
     expected = model.head.logits(encoder(pixels).astype(model.spec.storage))
     difference = check_parity(start.val_logits[: len(pixels)], expected, tolerance=_TOLERANCE)
-    text = "parity: the assembled network gives the cached head's logits on %d images (they differ by %.4f%%)"
-    log.info(text, len(pixels), 100 * difference)
+    text = "parity: the assembled network gives the cached head's logits on %s (they differ by %.4f%%)"
+    log.info(text, quantity(len(pixels), "image"), 100 * difference)
     if cache is not None:
         _check_cached_rows(start, cache)
     return start

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from featcache.errors import SourceError, UsageError
 from featcache.images.columns import NONE, printable
+from featcache.images.home import some_of
 from featcache.images.layout import some
 from featcache.images.records import without_escape
 from featcache.images.source import Source
 from featcache.images.tables import Files, entries, is_table, read_columns
+from featcache.system.display import quantity
 from featcache.system.path_kinds import kind_of
 
 Indices = npt.NDArray[np.intp]
@@ -84,9 +86,14 @@ def read_groups(table: Source, paths: Sequence[str], *, needed: Sequence[bool] |
     keys = _as_in(found, [*map(_plain, paths)], wanted)
     missing = [path for path, key, each in zip(paths, keys, wanted, strict=True) if each and key not in found]
     if missing:
+        first = printable(next(iter(found), "none"))
+        if len(missing) == sum(wanted):
+            raise SourceError(
+                f"{table} has none of the images: its first path is {first}, theirs {printable(missing[0])}; give their table"
+            )
         raise SourceError(
-            f"{table} has no row for {len(missing)} of {sum(wanted)} images ({some(missing)}); add them, with an empty cell where "
-            f"an image stands alone; its own first path is {printable(next(iter(found), 'none'))}"
+            f"{table} has no row for {len(missing):,} of {quantity(sum(wanted), 'image')} ({some(missing)}); add them, with an "
+            f"empty cell where an image stands alone; its own first path is {first}"
         )
     return [found.get(key, "") for key in keys]
 
@@ -97,10 +104,10 @@ def _plain(path: str) -> str:
 
 def _as_in(table: dict[str, str], names: list[str], wanted: Sequence[bool]) -> list[str]:
     """``names`` as the table has them: as they are, below folders of its own, without folders of theirs, or without suffix."""
-    probe = next(itertools.compress(names, wanted), "")
-    tails = [path for path in table if path and (path.endswith(f"/{probe}") or probe.endswith(f"/{path}"))]
-    longer = {path[: -len(probe)] for path in tails if len(path) > len(probe)}
-    shorter = {probe[: -len(path)] for path in tails if len(path) < len(probe)}
+    asked = [*itertools.compress(names, wanted)]
+    probes = [asked[k] for k in some_of(len(asked))]  # one of them may be missing
+    longer = {path[: -len(probe)] for probe in probes for path in table if path.endswith(f"/{probe}")}
+    shorter = {probe[: -len(path)] for probe in probes for path in table if path and probe.endswith(f"/{path}")}
     ways = [names, *([prefix + name for name in names] for prefix in sorted(longer))]
     ways += [[name.removeprefix(prefix) for name in names] for prefix in sorted(shorter)]
     stems = [posixpath.splitext(name)[0] for name in names]

@@ -10,8 +10,8 @@ from featcache.images.read import leads_inside, read_file
 _PLACES = 200  # folders in which they are looked for
 
 
-def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path]) -> Path | None:
-    """The first of ``places`` that holds all ``images``, or else the one that holds the most of them.
+def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path], *, whole: bool = False) -> Path | None:
+    """The first of ``places`` that holds all ``images``, or else, unless ``whole``, the one that holds the most of them.
 
     Their bytes must have the recorded digest: a folder that merely looks alike is none.
 
@@ -19,7 +19,7 @@ def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path]) -> Pa
         images: path below the folder, and sha256, of each; a few are enough.
     """
     images = [(name, digest) for name, digest in images if leads_inside(name)]
-    best: tuple[int, Path | None] = (0, None)
+    best: tuple[int, Path | None] = (len(images) - 1 if whole else 0, None)
     for place in places:
         held = sum(_holds(place / name, digest) for name, digest in images)
         if held > best[0]:

@@ -100,7 +100,10 @@ class Source:
         }.get(kind, set())
         if wrong := [option for option in self.options if option not in applies]:
             what = "which folders name the classes" if wrong[0] == "--class-level" else "how a table is read"
-            raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; leave it out")
+            instead = (
+                "name the table that has it, as --group-table FILE" if wrong[0] == "--group-column" else "leave it out"
+            )
+            raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; {instead}")
 
 
 AnySource = AnyPath | Source

@@ -20,6 +20,7 @@ from featcache.heads.confident import wrong_labels
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, TorchSettings, softmax
 from featcache.heads.metrics import accuracy, evaluate_probabilities
 from featcache.images.groups import group_by_name, joined, read_groups
+from featcache.images.layout import some
 from featcache.images.source import Source
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
@@ -292,9 +293,9 @@ class _Groups:
         across = [row for row in later if self.names[row] in training]
         if across:
             log.warning(
-                "%d images of val or test are of groups that train, the first %s of %s: a score on them flatters; "
+                "%s of groups that train, the first %s of %s: a score on them flatters; "
                 "`featcache split` keeps groups on one side",
-                len(across),
+                quantity(len(across), "image of val or test is", "images of val or test are"),
                 printable(cache.paths[across[0]]),
                 printable(self.names[across[0]]),
             )
@@ -322,7 +323,7 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
     single = [cache.classes[present[k]] for k in np.flatnonzero(counts < 2)]
     if folds and single:
         raise SourceError(
-            f"class {', '.join(single[:5])} has one training image{once}; "
+            f"{'classes' if single[1:] else 'class'} {some(single)} {'have' if single[1:] else 'has'} one training image{once}; "
             "cross-validation needs at least two of each class: add images, take the class out, or do without (--folds 0 --C 1)"
         )
     if folds > counts.min():

@@ -23,6 +23,7 @@ from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
 from featcache.system.display import all_refused, quantity
+from featcache.system.runtime_options import check_device
 
 log = logging.getLogger("featcache")
 HELD_OUT = "held out"  # the split of rows that the model keeps, with logits of heads that they did not train
@@ -119,6 +120,7 @@ def score_images(
     progress: Any = None,
 ) -> Scored:
     """Embed and score labelled images; see ``score_source``. Raises SourceError if all were refused."""
+    check_device(device)
     name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
     images = list_images(source)
     split, chosen = choose_split(images.splits, split, name)

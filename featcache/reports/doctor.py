@@ -97,7 +97,7 @@ def _measure(
 ) -> dict[str, Any]:
     embedder = Embedder.prepare(backbone, images, runtime=runtime, precision=cast("Precision", precision))
     if not len(embedder.sample):
-        raise SourceError(f"not one of {len(images)} images in {images.root} can be decoded")
+        raise SourceError(f"not one of the images in {images.root} can be decoded, of {len(images):,}")
     log.info("measuring for about %g s", seconds)
     rates, choice = measure(images, embedder.encoder, runtime, seconds=seconds), embedder.choice
     edge, here = _median_edge(images), Abilities(usable_cores(), has_bf16_arithmetic(), fast_jpeg() is not None)

@@ -39,7 +39,7 @@ def fit_lines(report: FitReport, names: Sequence[str]) -> list[str]:
         lines.append(f"    standard deviation over folds {report.cv_std:.2%}; temperature {report.temperature:.3g}")
         if report.groups is not None:
             lines.append(
-                f"    {report.groups['training']} groups ({printable(report.groups['column'])}) in one fold each"
+                f"    {quantity(report.groups['training'], 'group')} ({printable(report.groups['column'])}) in one fold each"
             )
     lines += itertools.chain.from_iterable(_split_lines(report, split) for split in ("val", "test"))
     return [*lines, f"  {report.seconds:.1f} s; details in {report.model / 'metrics.json'}"]

@@ -48,7 +48,7 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     use_one_thread_if_forked()
     cores = usable_cores()
-    chosen, reason = _choose_device(device)
+    chosen, reason = choose_device(device)
     if workers is None:
         workers = cores if chosen.type == "cpu" else min(cores, 32)
     batch_size = batch_size or (8 if chosen.type == "cpu" else 64)
@@ -140,7 +140,8 @@ def memory_errors() -> Iterator[None]:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
-def _choose_device(name: str) -> tuple[torch.device, str]:
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """The device and why, by one of the names that ``check_runtime_options`` lets pass. Raises UsageError: it is not here."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda"), f"device cuda: {torch.cuda.get_device_name()}"

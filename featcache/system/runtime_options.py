@@ -16,6 +16,14 @@ def check_runtime_options(device: str, *, workers: int | None = None, batch_size
             raise UsageError(f"{name} must lie between 1 and {most}, found {value}")
 
 
+def check_device(device: str) -> None:
+    """Raise UsageError if a GPU that is asked for by its name is not here; asking for another one loads no torch."""
+    if str(device) not in ("auto", "cpu"):
+        from featcache.system.device import choose_device
+
+        choose_device(str(device))
+
+
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
     """Raise UsageError unless ``value`` is a whole number within its limits."""
     found = int(value) if isinstance(value, numbers.Integral) else None

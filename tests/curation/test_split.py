@@ -1,6 +1,7 @@
 """``split``: of folders, tables and caches, into a table or folders; what is kept, what is refused."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from featcache.cache.write import write_cache
 from featcache.curation import split_folders
 from featcache.curation.split import split
 from featcache.errors import FeatcacheError, SourceError, StorageError, UsageError
+from featcache.images.home import find_home
 from featcache.images.source import ImageList, Source, list_images
 from featcache.spec import SPLITS
 
@@ -200,6 +202,28 @@ def test_a_cache_is_split_as_its_images_are(cache: Path, tmp_path: Path, run) ->
     assert made.next == f"featcache extract {tmp_path}/m.csv --root FOLDER -o features.h5"
     code, _, err = run("split", cache, "--val", "0.1", "--copy-to", tmp_path / "x")
     assert code == 2 and err.endswith("were not found near it; say where they are, as --source FOLDER\n")
+    code, _, err = run("split", cache, "--val", "0.1", "-o", tmp_path / "n.csv", "--source", tmp_path)
+    assert code == 1 and f"--source {tmp_path} has no 0000.jpg or 0075.jpg or 0149.jpg with the bytes that" in err
+
+
+def test_a_folder_that_holds_some_images_of_a_cache_is_not_its_home(tmp_path: Path) -> None:
+    for name in ("0.jpg", "1.jpg", "2.jpg"):
+        write_photo(tmp_path / "all" / name, (9, 9, 9), int(name[0]))
+    shutil.copytree(tmp_path / "all", tmp_path / "a few")
+    (tmp_path / "a few/1.jpg").unlink()
+    digests = [hashlib.sha256((tmp_path / "all" / f"{k}.jpg").read_bytes()).digest() for k in range(3)]
+    images = [(f"{k}.jpg", digest) for k, digest in enumerate(digests)]
+    places = [tmp_path / "a few", tmp_path / "nothing"]
+    assert find_home(images, places) == find_home(images[:1], places, whole=True) == tmp_path / "a few"
+    assert find_home(images, places, whole=True) is None
+    assert find_home(images, [*places, tmp_path / "all"], whole=True) == tmp_path / "all"
+
+
+def test_the_table_of_groups_is_read_before_images_are_compared(tmp_path: Path, monkeypatch) -> None:
+    make_classes(tmp_path / "f.h5", np.zeros(30, int))
+    monkeypatch.setattr("featcache.curation.split.nearest_rows", lambda *_, **__: pytest.fail("compared"))
+    with pytest.raises(SourceError, match="nothing.csv does not exist"):
+        split(tmp_path / "f.h5", val=0.1, groups="near", group_table=tmp_path / "nothing.csv", group_column="x")
 
 
 def test_near_copies_of_a_cache_stay_together(tmp_path: Path) -> None:
@@ -212,7 +236,7 @@ def test_near_copies_of_a_cache_stay_together(tmp_path: Path) -> None:
     assert abs(made.counts["test"] - 40) <= 2
     X[7, 3] = np.nan
     write_cache(tmp_path / "g.h5", rows, [X], dim=CLASSES_DIM, spec=SPEC, classes=("a", "b"))
-    with pytest.raises(SourceError, match="features of 1 images are not finite, the first is row 7"):
+    with pytest.raises(SourceError, match="features of 1 image are not finite, the first is row 7"):
         split(tmp_path / "g.h5", val=0.1, groups="near")
     apart = split(tmp_path / "f.h5", val=0.1, test=0.2).splits
     assert (apart[0:20:2] != apart[1:20:2]).any()
@@ -321,7 +345,7 @@ BAD = [
     ({"val": 0.1, "groups": "near"}, UsageError, "near copies are found by features.*extract photos -o features.h5"),
     ({"val": 0.1, "seed": -1}, UsageError, "seed"),
     ({"val": 0.1, "workers": 0}, UsageError, "workers"),
-    ({"val": 0.1, "group_column": "patient"}, UsageError, "photos is a folder"),
+    ({"val": 0.1, "group_column": "patient"}, UsageError, "photos is a folder; name .* --group-table FILE"),
     ({"val": 0.1, "pictures": "photos"}, UsageError, "leave it out"),
     ({"val": 0.1, "copy_to": "a", "link_to": "b"}, UsageError, "choose one"),
     ({"val": 0.1, "copy_to": "photos/out"}, StorageError, "counts as a class"),

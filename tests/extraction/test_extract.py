@@ -393,6 +393,26 @@ def test_useless_sources(tmp_path: Path, prepare: Callable[[Path], object], word
     assert not (tmp_path / "f.h5.parts").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"backbone": "resnet5"}, "no backbone is called 'resnet5'; near: resnet50"),
+        ({"crop": 100_000}, "between 1 and 2048 pixels, found 100000"),
+        ({"resize": (224, 0)}, "between 1 and 2048 pixels, found 0"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"interpolation": "x"}, "unknown interpolation 'x'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not on this machine"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_anything_is_listed(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, options: dict, says: str
+) -> None:
+    monkeypatch.setattr("featcache.extraction.extract._list", lambda _: pytest.fail("listed"))
+    with pytest.raises((BackboneError, UsageError), match=says):
+        extract(photos, tmp_path / "f.h5", **options)
+
+
 def test_useless_requests(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="does not exist"):
         extract(photos, tmp_path / "nowhere" / "f.h5", TINY)

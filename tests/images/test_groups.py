@@ -64,8 +64,11 @@ def test_paths_are_found_as_people_write_them(tmp_path: Path, rows: tuple[str, .
     assert read_groups(table, paths[::-1]) == ["a", "b", "a"]
     needed = [True, True, True, False]
     assert read_groups(table, (*paths, "cat/unknown.jpg"), needed=needed) == ["a", "b", "a", ""]
-    with pytest.raises(FeatcacheError, match="no row for 1 of 4 images"):
-        read_groups(table, (*paths, "cat/unknown.jpg"))
+    for four in ((*paths, "cat/unknown.jpg"), ("cat/unknown.jpg", *paths)):
+        with pytest.raises(FeatcacheError, match=r"no row for 1 of 4 images \(cat/unknown.jpg\)"):
+            read_groups(table, four)
+    with pytest.raises(FeatcacheError, match=r"has none of the images: its first path is .*, theirs x/1\.jpg; give"):
+        read_groups(table, ("x/1.jpg", "x/2.jpg"))
 
 
 def test_jsonl_and_semicolons_name_groups_too(tmp_path: Path) -> None:

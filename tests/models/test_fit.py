@@ -163,7 +163,11 @@ def test_groups_lie_in_one_fold(
         ("path,patient\n0000.jpg,a\n", {"group_column": "none"}, "say which, as --group-column patient"),
         ("path,patient\n0000.jpg,a\n", {"group_column": None}, "needs the column"),
         ("0000.jpg,a\n", {}, "has no"),
-        ("path,patient\n" + "".join(f"{k:04d}.jpg,a\n" for k in range(50)), {}, "class a, b, c has one training image"),
+        (
+            "path,patient\n" + "".join(f"{k:04d}.jpg,a\n" for k in range(50)),
+            {},
+            "classes a, b, c have one training image",
+        ),
         (None, {}, "does not exist"),
         (None, {"groups": ["a"] * 7}, "7 names, expected one for each of the 150 rows"),
         (None, {"groups": None}, "--group-column patient is of a table"),

@@ -261,6 +261,15 @@ TAKES_A_PATH: dict[str, Callable[[Any, Path, Path, Path], Any]] = {
     "gallery pictures": lambda v, m, f, p: featcache.gallery(m, f, pictures=v),
     "gallery evidence": lambda v, m, f, p: featcache.gallery(m, f, evidence=v),
     "map": lambda v, m, f, p: featcache.map(v),
+    "audit cache": lambda v, m, f, p: featcache.audit(v),
+    "audit output": lambda v, m, f, p: featcache.audit(f, v),
+    "audit source": lambda v, m, f, p: featcache.audit(f, source=v),
+    "split source": lambda v, m, f, p: featcache.split(v, val=0.1),
+    "split output": lambda v, m, f, p: featcache.split(p, v, val=0.1),
+    "split group_table output": lambda v, m, f, p: featcache.split(p, val=0.1, group_column="x", group_table=v),
+    "split pictures": lambda v, m, f, p: featcache.split(f, val=0.1, pictures=v),
+    "split copy_to output": lambda v, m, f, p: featcache.split(p, val=0.1, copy_to=v),
+    "split link_to output": lambda v, m, f, p: featcache.split(p, val=0.1, link_to=v),
     "evaluate model": lambda v, m, f, p: featcache.evaluate(v, f),
     "evaluate source": lambda v, m, f, p: featcache.evaluate(m, v),
     "evaluate evidence": lambda v, m, f, p: featcache.evaluate(m, f, evidence=v),
@@ -310,6 +319,8 @@ def test_an_open_cache_and_a_loaded_model_are_paths(model: Path, cache: Path, tm
     assert featcache.describe(opened) == featcache.describe(cache)
     assert featcache.describe(loaded) == featcache.describe(model)
     assert featcache.fit_head(opened, tmp_path / "again", C=1.0).n_train == 50
+    assert featcache.split(opened, val=0.1).counts == featcache.split(cache, val=0.1).counts
+    assert len(featcache.audit(opened).cache) == len(featcache.audit(cache).cache)
     with pytest.raises(ModelError, match=r"f\.h5 is a cache and .* did you mean `featcache evaluate "):
         featcache.evaluate(opened, loaded)
     with pytest.raises(CacheError, match=r"m is a model, expected a cache; it is trained already"):

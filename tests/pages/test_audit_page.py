@@ -3,13 +3,12 @@
 import csv
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from audits import COPIES, REASONS, make_audit
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import SCHEMES, WIDTHS, opened, serious_findings
 from kitchen import HOSTILE
 
 from featcache.curation.audit import Found
@@ -20,12 +19,6 @@ from featcache.reports.elements.page import publish_page
 from featcache.reports.notebook import framed
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 def written(folder: Path, found: Found, **options: Any) -> Path:

@@ -1,22 +1,15 @@
 """The gallery in a real browser, by itself and in the frame of a notebook."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import SCHEMES, WIDTHS, opened, serious_findings
 from conftest import TINY, make_photos, write_photo
 
 import featcache
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

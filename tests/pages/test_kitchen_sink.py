@@ -2,12 +2,11 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import SCHEMES, WIDTHS, opened, serious_findings
 from kitchen import HOSTILE, kitchen_sink
 
 from featcache.reports import elements
@@ -15,12 +14,6 @@ from featcache.reports.elements.cards import Card, cards_data
 from featcache.reports.elements.page import compact, environment, publish_page, render_page
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,17 @@
 """Sections about training in a real browser: nobody is shut out, and images that fine-tuning won are selected by a click."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import SCHEMES, WIDTHS, opened, serious_findings
 from caches import make_classes, save_tuned
 
 from featcache.models.fit import fit_head
 from featcache.reports.model_report.report import report
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

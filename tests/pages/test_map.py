@@ -1,13 +1,12 @@
 """The map in a real browser: what it shows under the pointer, selects, and reaches by keyboard; against the same in Python."""
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import SCHEMES, WIDTHS, opened, serious_findings
 from kitchen import HOSTILE, make_images
 from maps import MapPage, make_map
 from matplotlib.path import Path as Outline
@@ -16,12 +15,6 @@ pytestmark = pytest.mark.slow
 ROOM = 24  # pixels about the points of the whole map
 CLASSES = [*HOSTILE[:4], *(f"class {k}" for k in range(8))]  # more than there are colours
 COUNT, CARDS = 300, 120
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

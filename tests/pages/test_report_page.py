@@ -1,13 +1,12 @@
 """The report of a model in a real browser: a cell of the matrix shows its images, by mouse and by keyboard; tables sort; classes zoom."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import SCHEMES, WIDTHS, opened, serious_findings
 from caches import plain_rows, save_head
 from conftest import SPEC, TINY, make_photos
 from kitchen import HOSTILE
@@ -21,12 +20,6 @@ from featcache.models.fit import fit_head
 from featcache.reports.model_report.report import report
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

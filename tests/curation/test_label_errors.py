@@ -160,6 +160,7 @@ def test_what_it_costs_grows_until_samples_are_drawn() -> None:
     assert size[1] < size[2] < 2**32
 
 
+@pytest.mark.filterwarnings("ignore:The inplace keyword")  # pandas 3.1 to cleanlab 2.9
 def test_cleanlabs_datalab_takes_our_features_and_probabilities(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     cleanlab = pytest.importorskip("cleanlab")

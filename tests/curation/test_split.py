@@ -212,7 +212,7 @@ def test_near_copies_of_a_cache_stay_together(tmp_path: Path) -> None:
     assert abs(made.counts["test"] - 40) <= 2
     X[7, 3] = np.nan
     write_cache(tmp_path / "g.h5", rows, [X], dim=CLASSES_DIM, spec=SPEC, classes=("a", "b"))
-    with pytest.raises(SourceError, match="features of 1 images are not finite, the first is row 7"):
+    with pytest.raises(SourceError, match="features of 1 image are not finite, the first is row 7"):
         split(tmp_path / "g.h5", val=0.1, groups="near")
     apart = split(tmp_path / "f.h5", val=0.1, test=0.2).splits
     assert (apart[0:20:2] != apart[1:20:2]).any()

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from caches import make_classes, save_tuned
 
 from featcache.models.fit import fit_head
@@ -26,8 +26,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 @pytest.mark.parametrize("name", ["head", "tuned"])
 def test_nobody_is_shut_out(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     with opened(browser, pages[name], width=width, scheme=scheme) as page:

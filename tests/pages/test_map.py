@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from kitchen import HOSTILE, make_images
 from maps import MapPage, make_map
 from matplotlib.path import Path as Outline
@@ -51,8 +51,7 @@ def lonely(places: np.ndarray, rows: range) -> int:
     return max(rows, key=lambda row: apart[row].min())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 def test_nobody_is_shut_out(browser: Any, made: MapPage, width: int, scheme: str) -> None:
     with opened(browser, made.path, width=width, scheme=scheme) as page:
         canvas_of(page)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from caches import plain_rows, save_head
 from conftest import SPEC, TINY, make_photos
 from kitchen import HOSTILE
@@ -50,8 +50,7 @@ def result(page: Any) -> str:
     return str(page.locator("form.controls output").inner_text())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 @pytest.mark.parametrize("name", ["photos", "many"])
 def test_nobody_is_shut_out(browser: Any, folder: Path, name: str, width: int, scheme: str) -> None:
     with opened(browser, folder / f"{name}.html", width=width, scheme=scheme) as page:

@@ -35,6 +35,7 @@ REPORT = FitReport(
     test_accuracy_without_copies=None,
     copies={"within": 0, "across_splits": 0, "across_labels": 0},
     settings={"C": 10.0, "scaling": "unit"},
+    groups=None,
     seconds=1.3,
 )
 

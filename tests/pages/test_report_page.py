@@ -55,8 +55,10 @@ def result(page: Any) -> str:
 def test_nobody_is_shut_out(browser: Any, folder: Path, name: str, width: int, scheme: str) -> None:
     with opened(browser, folder / f"{name}.html", width=width, scheme=scheme) as page:
         assert page.title() == f"Report on {'m' if name == 'photos' else 'many'}"
-        if name == "many" and (width, scheme) != (390, "dark"):
-            return  # axe-core takes a while for a thousand classes
+        if name == "many" and width == 1440:
+            return  # axe-core takes a while for a thousand classes, of which it then sees those at both ends
+        rows = "document.querySelectorAll('#classes tr:nth-child(n+30):nth-last-child(n+30)')"
+        page.evaluate(f"{rows}.forEach((row) => row.remove())")
         assert serious_findings(page) == []
         page.locator("button[data-by=p]").click()
         assert serious_findings(page, "#confusion") == []

@@ -104,11 +104,13 @@ def test_keys_reach_every_point(browser: Any, made: MapPage) -> None:
     with opened(browser, made.path) as page:
         canvas_of(page).focus()
         heard = page.locator("output.said")
-        seen = set()
-        for _ in range(COUNT):
-            page.keyboard.press("PageDown")
-            seen.add(int(heard.inner_text().split(".")[0]))
-        assert seen == set(range(COUNT))
+        page.keyboard.press("PageDown")
+        seen = {int(heard.inner_text().split(".")[0])}
+        press = """(times) => Array.from({length: times}, () => {  // there and back through Playwright is 30 ms
+            document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key: "PageDown", bubbles: true}));
+            return parseInt(document.querySelector("output.said").textContent);
+        })"""
+        assert seen | {*page.evaluate(press, COUNT - 1)} == set(range(COUNT))
         page.keyboard.press("Escape")
         before = None
         for key, axis, sign in (("ArrowRight", 0, 1), ("ArrowUp", 1, 1), ("ArrowLeft", 0, -1), ("ArrowDown", 1, -1)):

@@ -193,6 +193,12 @@ def test_files_stay_small(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 500
 
 
+def test_no_two_files_of_tests_share_a_name() -> None:
+    """They are modules without a package: of two with one name, pytest imports one and collects nothing of the other."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py")]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize(
     "room", sorted(str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.glob("*/**/__init__.py"))
 )

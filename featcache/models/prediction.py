@@ -145,12 +145,14 @@ class Predictions(Sequence[Prediction]):
             raise MissingDependencyError("a table for pandas needs pandas: pip install pandas") from error
         rows = [row.to_row(top_k=top_k, probs=probs) for row in self.rows]
         names = list(rows[0] if rows else Prediction("", None).to_row(top_k=top_k))
-        # Texts as objects: a name that is not UTF-8 does not fit into pandas' own type.
-        columns = {
-            name: pd.Series([row[name] for row in rows], self.index, float if name.startswith(_NUMBERS) else object)
+        # Texts as objects: a name that is not UTF-8 does not fit into pandas' own type, also that of a column (of a class).
+        columns = [
+            pd.Series([row[name] for row in rows], self.index, float if name.startswith(_NUMBERS) else object)
             for name in names
-        }
-        return pd.DataFrame(columns)
+        ]
+        frame = pd.DataFrame(dict(enumerate(columns)))
+        frame.columns = pd.Index(names, dtype=object)
+        return frame
 
     def __repr__(self) -> str:
         if len(self) <= 3:

@@ -52,6 +52,15 @@ def check_output(path: Path, *, folder_allowed: bool = False) -> None:
         raise StorageError(f"cannot write {path}: no permission to write in {folder}")
 
 
+def check_is_folder(folder: Path, what: str, parts: str) -> None:
+    """``check_output`` of a folder of files; also a file, or what is called like one, is refused. "an audit is", "a page and tables"."""
+    check_output(folder, folder_allowed=True)
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"cannot write {folder}: it is a file, and {what} a folder; choose another -o")
+    if folder.suffix.lower() in (".html", ".csv", ".json") and not folder.exists():
+        raise StorageError(f"cannot write {folder}: {what} a folder, of {parts}; leave out {folder.suffix}")
+
+
 def named(path: Path) -> Path:
     """``path`` as typed, but for ``.`` and ``..``: what lies beside an output is named after it, so it needs a name.
 

@@ -4,9 +4,6 @@ import csv
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,26 +321,19 @@ def test_an_interruption_keeps_what_is_done(light: dict[str, Any], tmp_path: Pat
     assert not json.loads((folder / "audit.json").read_text())["interrupted"]
 
 
-def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
-    """The program itself, with a signal of its own while it scores: what is done is written, 130, one object."""
-    make_classes(tmp_path / "f.h5", np.arange(60) % 3)
-    program = """
-        import os, signal, sys, time
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
-        import featcache.curation.audit as curation
-        from featcache.cli.app import main
-        def slow(*_, **__):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(30)
-        curation.honest_scores = slow
-        sys.argv = ["featcache", "audit", "f.h5", "-o", "audit", "--json"]
-        main()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, json.loads(done.stdout)["error"]["exit_code"]) == (130, 130)
-    assert "interrupted: what is finished is in audit, the rest is named there as not done" in done.stderr
-    facts = json.loads((tmp_path / "audit" / "audit.json").read_text())
+def test_ctrl_c_on_the_command_line(
+    light: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, run
+) -> None:
+    """While it scores: what is done is written, 130, one object. That a signal raises this: tests/system/test_signals.py."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curation, "honest_scores", interrupt)
+    code, out, _ = run("audit", light["cache"], "--source", light["source"], "-o", "audit", "--json")
+    assert (code, json.loads(out)["error"]["exit_code"]) == (130, 130)
+    assert "interrupted: what is finished is in audit, the rest is named there as not done" in caplog.text
+    facts = json.loads(Path("audit/audit.json").read_text())
     assert facts["not_done"]["scores"] == "interrupted" and facts["label_suspects"] is not None
 
 

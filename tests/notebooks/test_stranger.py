@@ -128,7 +128,7 @@ def test_a_notebook_shows_what_a_stranger_expects(tmp_path: Path, monkeypatch: p
     assert "<tr><td>blue &amp; co</td><td>5</td><td>5</td></tr>" in html["cache"]
     assert html["again"].split("</caption>")[1] == html["cache"].split("</caption>")[1]
     assert text["split"] == "((10, 512), [0, 0, 0, 0, 0, 1, 1, 1, 1, 1], 'train/blue & co/0.png')"
-    assert text["preview"].startswith("Preview(2 images of 10 as squeezenet1_1 sees them, 1 views by default")
+    assert text["preview"].startswith("Preview(2 images of 10 as squeezenet1_1 sees them, 1 view by default")
     assert set(outputs["preview"][0].data) == {"text/plain", "image/png"}  # a picture, nothing that would hide it
     assert text["sklearn"] == "[1.0, 1.0, 1.0, 1.0, 1.0]"
     assert "val_accuracy=1" in text["fit"] and "<td>val accuracy</td><td>100.00%</td>" in html["fit"]

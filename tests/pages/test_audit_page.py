@@ -3,13 +3,12 @@
 import csv
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from audits import COPIES, REASONS, make_audit
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from kitchen import HOSTILE
 
 from featcache.curation.audit import Found
@@ -20,12 +19,6 @@ from featcache.reports.elements.page import publish_page
 from featcache.reports.notebook import framed
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 def written(folder: Path, found: Found, **options: Any) -> Path:
@@ -72,8 +65,7 @@ def decisions(page: Any) -> dict[str, tuple[str, str]]:
     return {line["path"]: (line["decision"], line["label"]) for line in saved(page) if line["decision"]}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 def test_nobody_is_shut_out(browser: Any, hostile: tuple[Path, Found], width: int, scheme: str) -> None:
     with opened(browser, hostile[0], width=width, scheme=scheme) as page:
         look(page)

@@ -1,22 +1,15 @@
 """The gallery in a real browser, by itself and in the frame of a notebook."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from conftest import TINY, make_photos, write_photo
 
 import featcache
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +29,7 @@ def path(page_of: featcache.Page, tmp_path_factory: pytest.TempPathFactory) -> P
     return page_of.save(tmp_path_factory.mktemp("page") / "gallery.html")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 def test_nobody_is_shut_out(browser: Any, path: Path, width: int, scheme: str) -> None:
     with opened(browser, path, width=width, scheme=scheme) as page:
         assert serious_findings(page) == []

@@ -1,24 +1,17 @@
 """Sections about training in a real browser: nobody is shut out, and images that fine-tuning won are selected by a click."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from caches import make_classes, save_tuned
 
 from featcache.models.fit import fit_head
 from featcache.reports.model_report.report import report
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +26,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 @pytest.mark.parametrize("name", ["head", "tuned"])
 def test_nobody_is_shut_out(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     with opened(browser, pages[name], width=width, scheme=scheme) as page:

@@ -1,13 +1,12 @@
 """The report of a model in a real browser: a cell of the matrix shows its images, by mouse and by keyboard; tables sort; classes zoom."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from caches import plain_rows, save_head
 from conftest import SPEC, TINY, make_photos
 from kitchen import HOSTILE
@@ -21,12 +20,6 @@ from featcache.models.fit import fit_head
 from featcache.reports.model_report.report import report
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +50,15 @@ def result(page: Any) -> str:
     return str(page.locator("form.controls output").inner_text())
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 @pytest.mark.parametrize("name", ["photos", "many"])
 def test_nobody_is_shut_out(browser: Any, folder: Path, name: str, width: int, scheme: str) -> None:
     with opened(browser, folder / f"{name}.html", width=width, scheme=scheme) as page:
         assert page.title() == f"Report on {'m' if name == 'photos' else 'many'}"
-        if name == "many" and (width, scheme) != (390, "dark"):
-            return  # axe-core takes a while for a thousand classes
+        if name == "many" and width == 1440:
+            return  # axe-core takes a while for a thousand classes, of which it then sees those at both ends
+        rows = "document.querySelectorAll('#classes tr:nth-child(n+30):nth-last-child(n+30)')"
+        page.evaluate(f"{rows}.forEach((row) => row.remove())")
         assert serious_findings(page) == []
         page.locator("button[data-by=p]").click()
         assert serious_findings(page, "#confusion") == []
@@ -158,7 +152,7 @@ def test_many_classes_are_zoomed(browser: Any, folder: Path) -> None:
 def test_cards_come_in_steps(browser: Any, folder: Path) -> None:
     with opened(browser, folder / "many.html") as page:
         assert page.locator(".cards .card").count() == 60
-        page.get_by_role("button", name="Show 240 more of").click()
+        page.get_by_role("button", name="Show 240 more of").press("Enter")  # on a busy machine a click once missed it
         assert page.locator(".cards .card").count() == 300
         assert page.evaluate(
             "document.activeElement.closest('.card') === document.querySelectorAll('.cards .card')[60]"

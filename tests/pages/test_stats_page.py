@@ -1,23 +1,16 @@
 """The page of statistics in a real browser: what it says, and that its parts pick out pictures."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import SCHEMES, WIDTHS, opened, running_browser, serious_findings
+from browser import WINDOWS, opened, serious_findings
 from conftest import make_photos, write_photo
 
 from featcache.reports.source_stats.stats import Statistics, stats
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_browser() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +23,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Statistics]:
     return folder / "stats/stats.html", stats(photos, folder / "stats")
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
+@WINDOWS
 def test_nobody_is_shut_out(browser: Any, made: tuple[Path, Statistics], width: int, scheme: str) -> None:
     with opened(browser, made[0], width=width, scheme=scheme) as page:
         assert serious_findings(page) == []

@@ -14,6 +14,8 @@ import pytest
 
 WIDTHS = {1440: 900, 390: 844}  # of a window, and its height
 SCHEMES = ("light", "dark")
+# No width has colours of its own, so two windows try both; the page that holds every part is tried in all four.
+WINDOWS = pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
 
 
 def _program() -> str:

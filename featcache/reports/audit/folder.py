@@ -13,7 +13,7 @@ from typing import Any
 from featcache.errors import StorageError
 from featcache.images.layout import some
 from featcache.images.records import csv_line
-from featcache.system.files import check_output, publish_folder
+from featcache.system.files import check_is_folder, publish_folder
 from featcache.system.path_kinds import typed
 from featcache.system.safe_load import parse_json
 
@@ -26,13 +26,7 @@ _MOST_FACTS = 2**26  # bytes
 
 def check_folder(folder: Path) -> None:
     """Raise StorageError, before any work, unless ``folder`` may be written: it is new, empty, or holds an earlier audit."""
-    check_output(folder, folder_allowed=True)
-    if folder.exists() and not folder.is_dir():
-        raise StorageError(f"cannot write {folder}: it is a file, and an audit is a folder; choose another -o")
-    if folder.suffix.lower() in (".html", ".csv", ".json") and not folder.exists():
-        raise StorageError(
-            f"cannot write {folder}: an audit is a folder, of a page and tables; leave out {folder.suffix}"
-        )
+    check_is_folder(folder, "an audit is", "a page and tables")
     if folder.is_dir():
         _check_ours(folder)
 

@@ -22,7 +22,7 @@ from featcache.reports.elements.thumbnails import Thumbnail, thumbnails
 from featcache.reports.source_stats.advice import SMALL, images, training_counts
 from featcache.reports.source_stats.text import MODES, score
 from featcache.system.display import middle_out, printable, quantity
-from featcache.system.files import check_output, publish_folder
+from featcache.system.files import check_is_folder, publish_folder
 from featcache.system.path_kinds import typed
 
 if TYPE_CHECKING:
@@ -42,14 +42,8 @@ _COPIES = {
 
 def check_folder(folder: Path, source: AnySource | ImageList) -> None:
     """Raise StorageError, before any work, unless ``folder`` may be written: it is new, empty, or holds earlier statistics."""
-    check_output(folder, folder_allowed=True)
+    check_is_folder(folder, "statistics are", "a page and its numbers")
     check_apart(folder, source)
-    if folder.exists() and not folder.is_dir():
-        raise StorageError(f"cannot write {folder}: it is a file, and statistics are a folder; choose another -o")
-    if folder.suffix.lower() in (".html", ".json") and not folder.exists():
-        raise StorageError(
-            f"cannot write {folder}: statistics are a folder, of a page and its numbers; leave out {folder.suffix}"
-        )
     if folder.is_dir():
         _check_ours(folder)
 

@@ -17,7 +17,7 @@ from featcache.curation.finding import KINDS, Kind
 from featcache.curation.honest_score import Score
 from featcache.reports.audit.columns import COPIES_SHOWN, LISTED, Material, columns, gather
 from featcache.reports.audit.items import KEEPS, Item, items_of
-from featcache.reports.audit.text import how_sure, score_title
+from featcache.reports.audit.text import how_sure, score_title, telling
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
 from featcache.system.path_kinds import typed
@@ -65,6 +65,9 @@ def audit_page(
         lead=_lead(found),
         tiles=_tiles(found),
         scores=_scores(found.scores),
+        unchanged=[
+            f"{some[0].split.replace('_', ' ')}: {nothing}" for some, nothing in telling(found.scores) if nothing
+        ],
         advice=_advice(found),
         not_done=[(_heading(name), why) for name, why in found.not_done.items()],
         review=_review(found, items, material),
@@ -124,7 +127,8 @@ def _scores(scores: Sequence[Score]) -> list[tuple[Any, ...]]:
             count_text(score.n),
             _interval(score, low, high),
         )
-        for score in scores
+        for some, _ in telling(scores)
+        for score in some
     ]
 
 

@@ -90,18 +90,26 @@ def _examples(found: Found, findings: Sequence[Finding]) -> Iterator[str]:
 
 def _scores(scores: Sequence[Score]) -> Iterator[str]:
     """Accuracies with their intervals, each on stricter terms than the one before; stricter terms that change nothing in a line."""
+    for some, nothing in telling(scores):
+        for score in some:
+            title = "  " * (score.terms != "as_given") + score_title(score)
+            low, high = score.interval
+            yield f"  {title:<43} {score.accuracy:>6.2%} of {score.n:,} ({low:.2%} to {high:.2%})"
+        if nothing:
+            yield f"    {nothing}"
+
+
+def telling(scores: Sequence[Score]) -> Iterator[tuple[list[Score], str]]:
+    """For each split the scores that differ in their terms, and in words which terms leave nothing out; empty if all do."""
     for split in dict.fromkeys(score.split for score in scores):
-        nothing = []
+        some, nothing = [], []
         for score in (score for score in scores if score.split == split):
             folds = split == "out_of_fold" and score.terms == "without_leaks"  # in which nothing is left out
             if score.terms == "as_given" or score.left_out or folds:
-                title = "  " * (score.terms != "as_given") + score_title(score)
-                low, high = score.interval
-                yield f"  {title:<43} {score.accuracy:>6.2%} of {score.n:,} ({low:.2%} to {high:.2%})"
+                some.append(score)
             else:
                 nothing.append(_NOTHING[score.terms])
-        if nothing:
-            yield f"    {', '.join(nothing)}"
+        yield some, ", ".join(nothing)
 
 
 def score_title(score: Score) -> str:

@@ -97,7 +97,7 @@ def test_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, out.splitlines()[0].split()) == (0, ["name", "dim", "GFLOP", "input", "licence", "linear"])
     assert [line.split()[0] for line in out.splitlines()[1 : len(CHOSEN) + 1]] == [*CHOSEN]
     assert set(backbone_names()) <= {line.split()[0] for line in out.splitlines()}  # into a pipe all
-    assert f"{len(backbone_names())} backbones" in err
+    assert f"{len(backbone_names()):,} backbones" in err
     code, out, _ = run("backbones", "squeeze", "--json")
     found = json.loads(out)
     assert found["backbones"] == backbone_names("squeeze")

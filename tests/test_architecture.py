@@ -38,7 +38,7 @@ ONLY_IN = {
     "h5py": "cache.write reports.machine",  # reports: its version number
     "typer": "cli",
     "rich": "cli",
-    "sklearn": "heads cli.demo",
+    "sklearn": "heads cli.demo sklearn",
     "scipy": "heads reports.elements.projection reports.elements.wall",
     "openTSNE": "reports.elements.projection",
     "joblib": "heads models.model",
@@ -72,7 +72,7 @@ CALLS_ONLY_IN = {
     "sys.exit": "cli.app",
 }
 # What starts without torch, which takes seconds to import.
-LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "cli", "__init__", "__main__")
+LIGHT = ("errors", "spec", "images", "cache", "extraction", "models", "sklearn", "cli", "__init__", "__main__")
 HEAVY = ("models.as_onnx", "models.as_safetensors", "models.export", "models.export_candidate")
 
 

@@ -7,5 +7,6 @@ plan.py     what is there, what is left to do
 match.py    images to cached rows, by digest
 parts.py    finished work of a running extraction: how it is resumed
 repair.py   verify --repair
+kept.py     embeddings kept by content, for callers that bring images and want arrays
 restore.py  damaged columns, from the source
 """

@@ -77,6 +77,7 @@ def fit_logreg(
     grid: Grid = C_GRID,
     folds: int = 5,
     balanced: bool = False,
+    class_weight: Array | None = None,
     seed: int = 0,
     copies: Indices | None = None,
     max_logits: int = MAX_LOGITS,
@@ -89,7 +90,7 @@ def fit_logreg(
         features: (M, D). rows: numbers of the N training rows. y: (N,) labels from 0, each occurring.
         grid: of C, the inverse regularisation strength as in scikit-learn, ascending.
         folds: of the cross-validation; 0 for none: then the first C of ``grid`` and the scaling "standardise" are taken.
-        balanced: weigh classes inversely to their frequency.
+        balanced: weigh classes inversely to their frequency. class_weight: (C,) or by these weights instead, in training alone.
         seed: of the folds and of the correction for the choice.
         copies: (N,) which of the N rows are copies, as ``stratified_folds`` wants it; None: none are.
         max_logits: out of fold, that are kept; of more, those of some rows.
@@ -100,7 +101,7 @@ def fit_logreg(
     _check_memory(len(rows), features.shape[1])
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
-    solver = Solver(X, y, grid=grid, balanced=balanced)
+    solver = Solver(X, y, grid=grid, balanced=balanced, class_weight=class_weight)
     copies = np.arange(len(rows)) if copies is None else copies
     best: dict[str, Any] = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
     temperature = 1.0
@@ -171,7 +172,7 @@ class Solver:
 
     Attributes:
         X: (N, D) float32 or float64. y: (N,) labels 0..K-1, each occurring.
-        grid: of C, ascending. balanced: weigh classes inversely to their frequency.
+        grid: of C, ascending. balanced: weigh classes inversely to their frequency. class_weight: (K,) weights given instead.
         tolerance: of solutions while settings are compared, see ``regularisation_path``.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
         basis: (D, r), orthonormal. rows: (N, r), the centred rows in it.
@@ -187,10 +188,11 @@ class Solver:
         grid: Grid,
         scalings: Sequence[Scaling] = SCALINGS,
         balanced: bool = False,
+        class_weight: Array | None = None,
         tolerance: float = 2e-4,
         memory: int = 2**28,
     ) -> None:
-        self.X, self.y, self.grid, self.balanced = X, y, grid, balanced
+        self.X, self.y, self.grid, self.balanced, self.class_weight = X, y, grid, balanced, class_weight
         self.scalings = scalings
         self.settings: list[Setting] = list(itertools.product(scalings, grid))
         self.tolerance, self.memory = tolerance, memory
@@ -377,6 +379,8 @@ class Solver:
 
     def _weights(self, y: Array) -> Array:
         """(n,) of rows that train, by their class."""
+        if self.class_weight is not None:
+            return np.asarray(self.class_weight[y])
         weights: Array = class_weights(y, self.n_classes, balanced=self.balanced)[y]
         return weights
 
@@ -387,7 +391,9 @@ class Solver:
             yield np.column_stack([classifier.coef_, classifier.intercept_])
 
     def _classifier(self, C: float) -> LogisticRegression:
-        return LogisticRegression(C=C, class_weight="balanced" if self.balanced else None, max_iter=_MAX_ITERATIONS)
+        given = None if self.class_weight is None else dict(enumerate(self.class_weight.tolist()))
+        weight = "balanced" if self.balanced else given
+        return LogisticRegression(C=C, class_weight=weight, max_iter=_MAX_ITERATIONS)
 
 
 def _scaler(scaling: Scaling) -> Any:

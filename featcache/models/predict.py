@@ -108,16 +108,19 @@ def predict_all(model: Model, inputs: Input | Iterable[Input], **options: Any) -
     return Predictions(rows, index if index is not None and len(index) == len(rows) else None)
 
 
-def named_inputs(inputs: Any) -> Iterator[tuple[str, Source | Held]]:
-    """Each input and its name in messages and results; of an array of several images, each. Raises UsageError."""
+def named_inputs(inputs: Any, name: str = "inputs") -> Iterator[tuple[str, Source | Held]]:
+    """Each input and its name in messages and results; of an array of several images, each. Raises UsageError.
+
+    ``name``: of the argument.
+    """
     one = isinstance(inputs, str | os.PathLike | Source | Image.Image | np.ndarray)
     if one and not (isinstance(inputs, np.ndarray) and inputs.ndim and inputs.dtype.kind in "OU"):  # of paths
-        yield from _named_one("inputs", inputs)
+        yield from _named_one(name, inputs)
     elif isinstance(inputs, bytes | dict) or not hasattr(inputs, "__iter__") or _advice(inputs):
-        raise _unusable("inputs", inputs)
+        raise _unusable(name, inputs)
     else:
         for number, entry in enumerate(inputs):
-            yield from _named_one(f"inputs[{number}]", entry)
+            yield from _named_one(f"{name}[{number}]", entry)
 
 
 def _named_one(name: str, entry: Any) -> Iterator[tuple[str, Source | Held]]:

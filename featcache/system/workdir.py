@@ -37,14 +37,14 @@ def is_work_folder(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, patience: float = PATIENCE) -> Iterator[None]:
     """Hold the right to write into ``folder`` (made if missing), so that two runs never write one output.
 
     The operating system frees the lock of a process that died. An empty folder is removed at the end. Raises StorageError
-    if another process holds the right, or the folder cannot be made.
+    if another process holds the right for longer than ``patience``, in seconds, or the folder cannot be made.
     """
     try:
-        lock = _acquire(folder)
+        lock = _acquire(folder, patience)
         sweep(folder)
     except filelock.Timeout as error:
         raise StorageError(
@@ -65,9 +65,9 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _acquire(folder: Path) -> filelock.BaseFileLock:
+def _acquire(folder: Path, patience: float) -> filelock.BaseFileLock:
     """The lock in ``folder``, which is made if missing. Raises OSError, filelock.Timeout."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)  # parts are as durable as the folder they lie in

@@ -11,9 +11,9 @@ import dataclasses
 import hashlib
 import os
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from featcache.backbones.choice import AUTO, choose_backbone, warn_of_licence
+from featcache.backbones.saved import SavedBackbone
 from featcache.errors import BackboneError, SourceError, UsageError
 from featcache.extraction.kept import KeptEmbeddings, Settled, embed_now
 from featcache.extraction.request import ExtractRequest, load_requested
@@ -33,22 +34,27 @@ from featcache.heads.logreg import C_GRID, fit_logreg
 from featcache.images.groups import group_by_name, joined
 from featcache.images.in_memory import Held
 from featcache.images.read import Paths, refusals
-from featcache.images.source import Source
+from featcache.images.source import ImageList, Source
 from featcache.images.tables import is_table
 from featcache.models.model import Model, load_model
 from featcache.models.predict import named_inputs
 from featcache.spec import Spec, canonical_json
 from featcache.system.path_kinds import AnyPath, as_path
-from featcache.system.runtime_options import check_runtime_options
+from featcache.system.runtime_options import check_runtime_options, check_whole
 
 if TYPE_CHECKING:
+    from featcache.backbones.backbone import Backbone
     from featcache.backbones.embedder import Embedder
     from featcache.backbones.encoder import Precision
 
 _REQUEST = tuple(field.name for field in dataclasses.fields(ExtractRequest))
 _RUNTIME = ("device", "workers", "batch_size")
-_KEPT_READY = 2  # embedders, so that clones of one estimator, and two side by side, share what is loaded
-_ready: "OrderedDict[str, Embedder]" = OrderedDict()
+_loaded: "OrderedDict[str, Backbone]" = (
+    OrderedDict()
+)  # so that clones of an estimator, and two side by side, share them
+_MAX_LOADED = 2
+# What each estimator embeds with: checked on the images that it was fitted on. Not part of it, which is data.
+_ready: "weakref.WeakKeyDictionary[FeatureExtractor, tuple[str, Embedder]]" = weakref.WeakKeyDictionary()
 _getting_ready = threading.Lock()
 
 
@@ -187,6 +193,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         tags = super().__sklearn_tags__()
         tags.input_tags.one_d_array = tags.input_tags.string = True
         tags.input_tags.two_d_array = False  # rows are images
+        tags.transformer_tags.preserves_dtype = []
         return tags
 
     def _kept(self) -> KeptEmbeddings | None:
@@ -196,8 +203,13 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """Raises UsageError, BackboneError."""
         if self.on_refused not in ("raise", "nan"):
             raise UsageError(f"unknown on_refused {self.on_refused!r}; choose raise or nan")
-        check_runtime_options(self.device, workers=self.workers, batch_size=self.batch_size)
         values = {name: _plain(getattr(self, name)) for name in _REQUEST}
+        pair = values["resize"] if isinstance(values["resize"], tuple) else (values["resize"],)
+        counts = {name: getattr(self, name) for name in ("crop", "layers", "white_level", "workers", "batch_size")}
+        for name, value in (*counts.items(), *(("resize", edge) for edge in pair)):
+            if value is not None:
+                check_whole(name, value, 1)
+        check_runtime_options(self.device, workers=self.workers, batch_size=self.batch_size)
         request = ExtractRequest(**values)
         request.check_paths()
         return request
@@ -219,7 +231,7 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         return Settled(embedder.spec(storage=storage, precision=precision), embedder.backbone.dim)
 
     def _embedder(self, request: ExtractRequest, files: Paths, fitted: Spec | None = None) -> "Embedder":
-        """What ``request`` asks for, loaded once and checked on ``files``. fitted: what it was settled to mean.
+        """What ``request`` asks for, checked on ``files``. fitted: what it was settled to mean, once that is so.
 
         Raises:
             BackboneError, ModelError: backbone or weights are not to be had. UsageError: impossible settings.
@@ -232,26 +244,36 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             if request.backbone == AUTO:
                 name = fitted.backbone if fitted else choose_backbone(runtime.device.type)
                 request = dataclasses.replace(request, backbone=name)
-            record = request.record()
-            key = canonical_json({"record": record, **{name: _plain(getattr(self, name)) for name in _RUNTIME}})
-            if key not in _ready:
-                saved = request.saved()
-                asked = request.resolved(saved.spec) if saved else request
-                backbone = load_requested(asked, saved)
-                if request.record() != record:
-                    raise BackboneError(f"the weights of {request.backbone} changed while they were read; do it again")
-                warn_of_licence(backbone.name, backbone.weights, loaded=True)
-                precision = asked.precision
-                if fitted and precision != "fp32":  # what passed when it was fitted need not pass on fewer images
-                    precision = AUTO if fitted.precision == "reference" else fitted.precision
-                embedder = Embedder.prepare(backbone, files, runtime=runtime, precision=cast("Precision", precision))
-                if not len(embedder.sample):
-                    return embedder  # for want of an image nothing was checked
-                _ready[key] = embedder
-                while len(_ready) > _KEPT_READY:
-                    _ready.popitem(last=False)
-            _ready.move_to_end(key)
-            return _ready[key]
+            key = canonical_json({"record": request.record(), "runtime": str(runtime)})
+            before, embedder = _ready.get(self, ("", None))
+            if embedder and fitted and before == key:
+                return embedder
+            saved = request.saved()
+            asked = request.resolved(saved.spec) if saved else request
+            precision = asked.precision
+            if fitted and precision != "fp32":  # what passed when it was fitted need not pass on fewer images
+                precision = AUTO if fitted.precision == "reference" else fitted.precision
+            backbone = _load(request, asked, saved)
+            embedder = Embedder.prepare(backbone, files, runtime=runtime, precision=cast("Precision", precision))
+            if len(embedder.sample):  # else nothing was checked
+                _ready[self] = key, embedder
+            return embedder
+
+
+def _load(request: ExtractRequest, asked: ExtractRequest, saved: SavedBackbone | None) -> "Backbone":
+    """The backbone of ``request``; ``asked``: with what ``saved`` says where it is silent. Raises BackboneError, ModelError."""
+    record = request.record()
+    key = canonical_json(record)
+    if key not in _loaded:
+        backbone = load_requested(asked, saved)
+        if request.record() != record:
+            raise BackboneError(f"the weights of {request.backbone} changed while they were read; do it again")
+        warn_of_licence(backbone.name, backbone.weights, loaded=True)
+        _loaded[key] = backbone
+        while len(_loaded) > _MAX_LOADED:
+            _loaded.popitem(last=False)
+    _loaded.move_to_end(key)
+    return _loaded[key]
 
 
 class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -420,8 +442,14 @@ def _one_a_row(X: Any) -> Paths:
         what = "one image" if array or isinstance(X, Image.Image) else f"one path ({X})"
         folder = not array and not isinstance(X, Image.Image) and Source.of(X).path.is_dir()
         raise UsageError(f"X is {what}, expected a list of images, one a row; {_LISTED if folder else 'give [X]'}")
-    if not array and isinstance(X, Iterable) and not hasattr(X, "columns"):
-        X = list(X)
+    if not array and not (
+        isinstance(X, Sized) and hasattr(X, "__getitem__")
+    ):  # an iterator is read once, a set has no order
+        advice = f"; {_LISTED}" if isinstance(X, ImageList) else ""
+        raise UsageError(
+            f"X is a {type(X).__name__}, expected a list, a pandas column or an array of images, one a row{advice}"
+        )
+    if isinstance(X, list | tuple):
         for number, entry in enumerate(X):
             if isinstance(entry, np.ndarray) and entry.ndim == 4:
                 raise UsageError(

@@ -116,10 +116,9 @@ class KeptEmbeddings:
             if len(missing):
                 made = embedder()
                 _check_spec(made, settled.spec)
-                contents, first = np.unique(keys[missing], return_index=True)
-                todo = missing[np.sort(first)].tolist()
-                options = {"spec": settled.spec, "provenance": _provenance(made, record)}
-                done = embed_into_parts(_some(files, todo), made, folder, **options)
+                _, first = np.unique(keys[missing], return_index=True)
+                todo, provenance = missing[np.sort(first)].tolist(), _provenance(made, record)
+                done = embed_into_parts(_some(files, todo), made, folder, spec=settled.spec, provenance=provenance)
                 why = {keys[todo[position]]: reason for position, reason in done.refused.items()}
                 missing = _fill(found, keys, missing, done.parts, settled)
                 refused |= {k: why.get(keys[k], "changed while it was read") for k in missing.tolist()}

@@ -83,7 +83,7 @@ class OfRows(FeatureExtractor):
     "estimator",
     [
         HeadClassifier(C=1.0, folds=2),
-        OfRows(**(TINY_SETTINGS | {"resize": 32})),
+        pytest.param(OfRows(**(TINY_SETTINGS | {"resize": 32})), marks=pytest.mark.slow),
         pytest.param(HeadClassifier(), marks=pytest.mark.slow),
         pytest.param(HeadClassifier(class_weight="balanced", folds=3, random_state=None), marks=pytest.mark.slow),
     ],
@@ -115,9 +115,9 @@ def test_embeddings_are_those_of_extract_to_the_bit(made: Path, images: Any, tmp
 
 def test_float32_embeddings_are_those_of_the_embedder(made: Path, images: Any) -> None:
     files = list_images(made / "photos")
-    embedder = Embedder.prepare(load_backbone("squeezenet1_1", "none"), files, precision="fp32")
+    embedder = Embedder.prepare(load_backbone("squeezenet1_1", "none", size=(32, 32)), files, precision="fp32")
     expected = np.concatenate([batch.features for batch in embedder.embed(files)])
-    extractor = FeatureExtractor("squeezenet1_1", weights="none", precision="fp32", dtype="float32")
+    extractor = FeatureExtractor("squeezenet1_1", weights="none", crop=32, precision="fp32", dtype="float32")
     np.testing.assert_array_equal(extractor.fit_transform(images[0]), expected)
 
 

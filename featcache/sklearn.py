@@ -1,8 +1,15 @@
 """featcache in scikit-learn's pipelines: images in, embeddings out, and the classifier of ``fit-head`` on them.
 
->>> from sklearn.pipeline import make_pipeline
+>>> import featcache
 >>> from featcache.sklearn import FeatureExtractor, HeadClassifier
->>> pipeline = make_pipeline(FeatureExtractor("resnet50", cache="kept"), HeadClassifier())
+>>> from sklearn.pipeline import make_pipeline
+>>> images = featcache.list_images("photos")
+>>> X = [images.root / path for path in images.paths]
+>>> y = [images.classes[label] for label in images.labels]
+>>> extractor = FeatureExtractor("squeezenet1_1", weights="none", cache="kept")
+>>> pipeline = make_pipeline(extractor, HeadClassifier(C=1.0)).fit(X, y)
+>>> print(*pipeline.predict(X[:2]))
+blue blue
 
 Nothing here loads PyTorch before an image has to be embedded.
 """

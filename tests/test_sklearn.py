@@ -1,5 +1,6 @@
 """In scikit-learn's hands: its own checks of estimators; ``extract`` and ``fit_head`` as oracles, and its logistic regression."""
 
+import doctest
 import os
 import pickle
 import shutil
@@ -20,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+import featcache.sklearn
 from featcache.backbones.embedder import Embedder
 from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
@@ -85,7 +87,6 @@ class OfRows(FeatureExtractor):
         HeadClassifier(C=1.0, folds=2),
         pytest.param(OfRows(**(TINY_SETTINGS | {"resize": 32})), marks=pytest.mark.slow),
         pytest.param(HeadClassifier(), marks=pytest.mark.slow),
-        pytest.param(HeadClassifier(class_weight="balanced", folds=3, random_state=None), marks=pytest.mark.slow),
     ],
     ids=repr,
 )
@@ -354,3 +355,10 @@ def test_a_saved_model_is_a_pipeline(made: Path, images: Any) -> None:
     assert fitted.spec_ == model.spec
     with pytest.raises(UsageError, match="crop is the model's own"):
         FeatureExtractor.from_model(model, crop=40)
+
+
+def test_the_example_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_photos(tmp_path / "photos", each=4)
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(featcache.sklearn)
+    assert (found.failed, found.attempted) == (0, 9)

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from featcache.backbones.embedder import Embedder
     from featcache.backbones.encoder import Precision
 
+__all__ = ["FeatureExtractor", "HeadClassifier"]
 _REQUEST = tuple(field.name for field in dataclasses.fields(ExtractRequest))
 _RUNTIME = ("device", "workers", "batch_size")
 _loaded: "OrderedDict[str, Backbone]" = (

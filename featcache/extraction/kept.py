@@ -27,6 +27,7 @@ from featcache.extraction.parts import MAX_ROWS, embed_into_parts, open_parts
 from featcache.images.formats import REVISION
 from featcache.images.read import Paths, read_images
 from featcache.spec import Spec, fingerprint_of
+from featcache.system.display import bar_in_notebook, describe_images
 from featcache.system.files import publish_file
 from featcache.system.safe_load import parse_json
 from featcache.system.workdir import locked, work_folder
@@ -48,15 +49,21 @@ class Settled:
 
 def embed_now(files: Paths, embedder: "Embedder", settled: Settled) -> Found:
     """Embed ``files``, rounded as they would be stored. Raises SpecMismatchError: ``embedder`` embeds otherwise."""
-    from featcache.backbones.embed import storable
+    from featcache.backbones.embed import Timings, storable
 
     _check_spec(embedder, settled.spec)
     found, refused = np.full((len(files.paths), settled.dim), np.nan, np.float32), dict[int, str]()
-    with contextlib.closing(embedder.embed(files)) as batches:
+    timings, done = Timings(), 0
+    with _bar() as progress, contextlib.closing(embedder.embed(files, timings=timings)) as batches:
+        if progress:
+            progress(0, len(found), timings.bottleneck)
         for batch in (storable(batch, settled.spec.storage) for batch in batches):
             if len(batch.indices):
                 found[batch.indices] = batch.features.astype(settled.spec.storage)
             refused |= batch.refused
+            done += len(batch)
+            if progress:
+                progress(done, len(found), timings.bottleneck)
     return found, refused
 
 
@@ -118,7 +125,15 @@ class KeptEmbeddings:
                 _check_spec(made, settled.spec)
                 _, first = np.unique(keys[missing], return_index=True)
                 todo, provenance = missing[np.sort(first)].tolist(), _provenance(made, record)
-                done = embed_into_parts(_some(files, todo), made, folder, spec=settled.spec, provenance=provenance)
+                with _bar() as progress:
+                    done = embed_into_parts(
+                        _some(files, todo),
+                        made,
+                        folder,
+                        spec=settled.spec,
+                        provenance=provenance,
+                        progress=progress,
+                    )
                 why = {keys[todo[position]]: reason for position, reason in done.refused.items()}
                 missing = _fill(found, keys, missing, done.parts, settled)
                 refused |= {k: why.get(keys[k], "changed while it was read") for k in missing.tolist()}
@@ -178,6 +193,10 @@ def _fill(
 def _is_of(part: FeatureCache, settled: Settled) -> bool:
     """Whether its embeddings are what is wanted: a file's name says nothing."""
     return (part.spec, part.dim, part.provenance.decoder) == (settled.spec, settled.dim, REVISION)
+
+
+def _bar() -> Any:
+    return bar_in_notebook(None, describe_images("embedding"))
 
 
 def _check_spec(embedder: "Embedder", wanted: Spec) -> None:

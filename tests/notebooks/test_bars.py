@@ -2,26 +2,37 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY
 
 from featcache.extraction.extract import extract
 from featcache.finetuning.finetune import finetune
+from featcache.images.source import list_images
 from featcache.models.evaluate import evaluate
 from featcache.models.predict import predict
+from featcache.sklearn import FeatureExtractor
 from featcache.system.display import bar_in_notebook
 
 WORK: list[tuple[str, Callable[[Path, Path], object]]] = [
     ("embedding 0/24", lambda trained, to: extract(trained / "photos", to / "f.h5", TINY)),
     ("predicting 0/24", lambda trained, _: list(predict(trained / "m", trained / "photos"))),
     ("predicting 0/24", lambda trained, _: evaluate(trained / "m", trained / "photos")),
+    ("embedding 0/24", lambda trained, _: transform(trained)),
+    ("embedding 0/24", lambda trained, to: transform(trained, cache=to)),
     ("epoch 1/1, image ", lambda trained, to: tune(trained, to / "ft")),
 ]
 
 
 def tune(trained: Path, output: Path) -> object:
     return finetune(trained / "photos", output, init=trained / "m", changes={"epochs": 1}, precision="fp32")
+
+
+def transform(trained: Path, **options: Any) -> object:
+    images = list_images(trained / "photos")
+    extractor = FeatureExtractor("squeezenet1_1", weights="none", crop=32, precision="fp32", **options)
+    return extractor.fit_transform([images.root / path for path in images.paths])
 
 
 @pytest.mark.parametrize(("text", "work"), WORK)

@@ -243,8 +243,9 @@ def test_impossible_settings_are_refused_at_fit(images: Any, wrong: dict[str, An
         tiny(**wrong).fit(images[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"C": 0.1}, {"class_weight": "balanced", "folds": 3}])
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(
+    ("options", "classes"), [({}, 2), ({"C": 0.1}, 3), ({"class_weight": "balanced", "folds": 3}, 3)]
+)
 def test_the_classifier_is_the_head_of_fit_head(tmp_path: Path, options: dict[str, Any], classes: int) -> None:
     labels = np.arange(90) ** 2 % 7 % classes
     X = make_classes(tmp_path / "f.h5", labels, spread=3.0)

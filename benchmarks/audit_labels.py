@@ -30,7 +30,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
-from featcache.curation.label_errors import _votes, find_label_errors, out_of_fold
+from featcache.curation.label_errors import find_label_errors, neighbour_votes, out_of_fold
 from featcache.curation.neighbours import Nearest, nearest_rows
 from featcache.curation.outliers import find_off_topic, find_outliers, off_topic_scores
 from featcache.curation.overlaps import find_overlaps
@@ -56,7 +56,7 @@ def labels_run(
     p = out_of_fold(X, places, noisy, groups, seed=seed).astype(np.float64)
     seconds = time.process_time() - started
     p /= p.sum(axis=1, keepdims=True)
-    doubt, _ = doubts(noisy, p, _votes(nearest, noisy, groups))
+    doubt, _ = doubts(noisy, p, neighbour_votes(nearest, noisy, groups))
     findings = find_label_errors(noisy, p, nearest, groups=groups)
     flagged = np.isin(places, [finding.row for finding in findings])
     right = [finding.suggested == y[finding.row] for finding in findings if wrong[finding.row]]

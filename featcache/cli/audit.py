@@ -72,8 +72,12 @@ def audit(
     with show_steps() as progress:
         found = run(cache, output, source=pictures, seed=seed, device=device, workers=threads, progress=progress)
     show_result(found.lines(), found.to_json() | {"output": output}, as_json=as_json)
-    page = output / "audit.html"
-    note(f"  decide on {page}, or in {output / 'plan.csv'}; then `featcache audit --apply plan.csv -o clean.csv`")
+    # That of --source may lie where nobody would look for it.
+    place = "" if pictures is None and found.root is not None else f" --root {_place(found.root)}"
+    note(
+        f"  decide on {output / 'audit.html'}, or in {output / 'plan.csv'}; then "
+        f"`featcache audit --apply plan.csv -o clean.csv{place}`"
+    )
 
 
 def _apply(plan: Path, output: Path, *, root: Path | None, overwrite: bool, workers: int | None, as_json: bool) -> None:
@@ -103,8 +107,12 @@ def _apply(plan: Path, output: Path, *, root: Path | None, overwrite: bool, work
     if found.root is None:
         say(f"warning: the images of {plan} were not found and not looked at; --root FOLDER says where they are")
     show_result(lines, dataclasses.asdict(found), as_json=as_json)
-    place = "FOLDER" if found.root is None else typed(found.root)
-    note(f"  next: featcache extract {typed(found.output)} --root {place} -o features.h5")
+    note(f"  next: featcache extract {typed(found.output)} --root {_place(found.root)} -o features.h5")
+
+
+def _place(root: Path | None) -> str:
+    """Of images, as typed; a word to be replaced where they were not found."""
+    return "FOLDER" if root is None else typed(root)
 
 
 COMMANDS: options.Commands = {

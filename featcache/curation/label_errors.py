@@ -198,7 +198,7 @@ def _sample(rows: Indices, y: Array, count: int, generator: np.random.Generator)
     return np.sort(rows[kept])
 
 
-def _votes(nearest: Nearest, y: Array, groups: Indices | None) -> Votes:
+def neighbour_votes(nearest: Nearest, y: Array, groups: Indices | None) -> Votes:
     """What the nearest neighbours are labelled, weighed by similarity. Copies, and rows without a label, are not asked."""
     k = min(_ASKED, nearest.k)
     places, weights = nearest.places[:, :k], np.maximum(nearest.similarities[:, :k], 0).astype(np.float64)
@@ -219,7 +219,7 @@ def find_label_errors(
             ``nearest.rows``.
         nearest: None: neighbours are not asked, and rows are numbered as they come.
     """
-    votes = None if nearest is None else _votes(nearest, y, groups)
+    votes = None if nearest is None else neighbour_votes(nearest, y, groups)
     doubt, other = doubts(y, probabilities, votes)
     rows = np.arange(len(y)) if nearest is None else nearest.rows
     found = []

@@ -27,7 +27,7 @@ from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, Refusal, SourceError, UsageError
 from featcache.extraction.match import gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, remove_parts
-from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
+from featcache.extraction.plan import Plan, check_donors, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, settle_request
 from featcache.extraction.settings import Settings, settings_of
 from featcache.images.formats import REVISION
@@ -134,13 +134,14 @@ def extract(
         limit: only this many images, evenly spread over the list; rows that the cache already has are kept.
         force: replace a cache that was made with another spec, or is damaged.
         reuse: other caches, never changed, whose rows are taken over if their spec is the same; the first that has an image
-            counts, and those that cannot be used are passed over.
+            counts, and those that are damaged or of another spec are passed over.
         progress: called with (done, total, bottleneck) when embedding starts and after every batch; a bar in notebooks when None.
         options: the fields of ``ExtractRequest`` as keywords, instead of ``request``: ``extract("photos", "f.h5", crop=224)``.
 
     Raises:
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made
-        with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
+        with another spec. CacheError: it is damaged, or what ``reuse`` names is no cache. StorageError: it cannot be
+        written. UsageError: impossible values.
     """
     started = time.perf_counter()
     output, request = as_path(output), settle_request(request, options, extract) or ExtractRequest()
@@ -152,6 +153,8 @@ def extract(
         request.check_named()
         check_device(device)
     check_output(output)
+    others = [as_path(path) for path in ([reuse] if isinstance(reuse, str | os.PathLike) else reuse)]
+    check_donors(others)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
     images = _list(source)
@@ -159,9 +162,7 @@ def extract(
     with _interruption_noted(output), locked(work_folder(output)), bar as progress:
         old = open_old(output, force=force)
         own = ([old] if old else []) + open_parts(work_folder(output))
-        donors = open_donors(
-            [as_path(path) for path in ([reuse] if isinstance(reuse, str | os.PathLike) else reuse)], output
-        )
+        donors = open_donors(others, output)
         saved = request.saved()
         settings = settings_of(request, saved, own, output, force=force)
         job = _Job(request, saved, settings, donors, images, output, device, workers, batch_size)

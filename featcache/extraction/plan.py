@@ -24,6 +24,7 @@ from featcache.images.formats import REVISION
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec
+from featcache.system.path_kinds import Kind, kind_of, missing, typed
 
 log = logging.getLogger("featcache")
 
@@ -130,6 +131,15 @@ def of_spec(caches: list[FeatureCache], spec: Spec, output: Path, *, force: bool
             "choose another -o, repeat the old options, or replace it with --force"
         )
     return [cache for cache in caches if cache.spec == spec]
+
+
+def check_donors(paths: Iterable[Path]) -> None:
+    """Raise CacheError, before any work, for what is no cache: a wrong name, most likely. Damaged ones are passed over later."""
+    for path in paths:
+        if (kind := kind_of(path)) is Kind.MISSING:
+            raise CacheError(f"--reuse {missing(path, 'name a cache that `featcache extract` made')}")
+        if kind is not Kind.CACHE:
+            raise CacheError(f"--reuse {typed(path)} is {kind.value}, expected a cache that `featcache extract` made")
 
 
 def open_donors(paths: Iterable[Path], output: Path) -> list[FeatureCache]:

@@ -34,7 +34,7 @@ from featcache.heads.head import (
     Scaling,
     class_weights,
 )
-from featcache.heads.logreg_path import NotSolvedError, eigenbasis, moved, regularisation_path, with_direction
+from featcache.heads.logreg_path import NotSolvedError, eigenbasis, moved, product, regularisation_path, with_direction
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.memory import available_memory
 
@@ -301,8 +301,8 @@ class Solver:
                 factor = cholesky(span.T @ span, lower=True, check_finite=False)
                 # Half the work of rows @ factor.
                 trmm = get_blas_funcs("trmm", (factor, rows))  # in place
-                product = trmm(1, factor, rows.T, trans_a=1, lower=1, overwrite_b=1).T
-                return Coordinates(product, span, factor)
+                turned = trmm(1, factor, rows.T, trans_a=1, lower=1, overwrite_b=1).T
+                return Coordinates(turned, span, factor)
             own, _ = eigenbasis(scaler.transform(self.X[train]).astype(self.rows.dtype))
             return Coordinates(rows @ (span.T @ own), own)
         except _FAILURES as error:
@@ -404,7 +404,7 @@ def _scaler(scaling: Scaling) -> Any:
 
 def _logits(rows: Array, parameters: Array) -> Array:
     """(n, K), also for two classes."""
-    logits = rows @ parameters[:, :-1].T + parameters[:, -1]
+    logits = product(rows, parameters[:, :-1]) + parameters[:, -1]
     return np.column_stack([-logits / 2, logits / 2]) if logits.shape[1] == 1 else logits
 
 

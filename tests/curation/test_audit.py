@@ -170,7 +170,7 @@ def test_the_command_from_a_cache_to_a_clean_one(work: Path, tmp_path: Path, run
     assert {*KEYS} <= {*facts}
     assert (facts["rows"], facts["exact_copies"], facts["near_copies"], facts["cross_split"]) == (64, 2, 2, 2)
     assert 0 < facts["accuracy"] <= 1 and 0 < facts["accuracy_clean"] <= 1
-    assert "featcache audit --apply plan.csv -o clean.csv" in err
+    assert "featcache audit --apply plan.csv -o clean.csv`" in err
     plan = tmp_path / "audit" / "plan.csv"
     text = plan.read_text().splitlines(keepends=True)
     text = [line.replace(",,red,", ",drop,red,") if line.startswith("val/red/copy.jpg") else line for line in text]
@@ -319,6 +319,29 @@ def test_an_interruption_keeps_what_is_done(light: dict[str, Any], tmp_path: Pat
     assert len(read(folder / "plan.csv")) == 60
     featcache.audit(output=folder, kinds=("exact_copy",), **light)  # which replaces it
     assert not json.loads((folder / "audit.json").read_text())["interrupted"]
+
+
+def test_interrupted_while_pictures_are_made_all_findings_are_kept(work: Path, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int, what: str) -> None:
+        if what == "pictures of the page":
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "audit"
+    with pytest.raises(KeyboardInterrupt):
+        featcache.audit(work / "f.h5", folder, source=work / "photos", kinds=["exact_copy"], progress=interrupt)
+    facts = json.loads((folder / "audit.json").read_text())
+    assert facts["interrupted"] and (facts["exact_copies"], facts["not_done"]) == (2, {})
+    assert len(read(folder / "plan.csv")) == 64 and len(read(folder / "audit.csv")) == 2
+    assert "interrupted before they were made" in (folder / "audit.html").read_text()
+
+
+@pytest.mark.parametrize("source", [(), ("--source", "pictures")])
+def test_the_next_command_says_where_the_images_are(tmp_path: Path, source: tuple[str, ...], run) -> None:
+    make_classes(tmp_path / "f.h5", np.arange(6) % 2)
+    (tmp_path / "pictures").mkdir()
+    _, _, err = run("audit", "f.h5", "-o", "audit", *source)
+    place = source[-1] if source else "FOLDER"
+    assert f"then `featcache audit --apply plan.csv -o clean.csv --root {place}`" in err
 
 
 def test_ctrl_c_on_the_command_line(

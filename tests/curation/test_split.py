@@ -382,6 +382,12 @@ def test_the_source_itself_is_never_replaced(run, tmp_path: Path) -> None:
     assert code == 2 and "say what to write" in err
 
 
+def test_a_cache_takes_the_folder_of_its_images_by_another_option(tmp_path: Path) -> None:
+    make_classes(tmp_path / "f.h5", np.arange(8) % 2)
+    with pytest.raises(UsageError, match="f.h5 is a cache; --source says where its images are"):
+        split(Source(tmp_path / "f.h5", root=tmp_path), val=0.2)
+
+
 def test_what_a_split_shows_of_itself(tmp_path: Path) -> None:
     make_classes(tmp_path / "one.h5", np.zeros(30, int))
     assert repr(split(tmp_path / "one.h5", val=0.1)).startswith("Split(counts={'train': 27, 'val': 3, 'test': 0}")

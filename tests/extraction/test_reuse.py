@@ -18,6 +18,7 @@ from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows
 from featcache.cache.write import write_cache
+from featcache.errors import CacheError
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest
 from featcache.images.formats import REVISION
@@ -110,7 +111,6 @@ def test_what_cannot_be_used_is_passed_over_with_a_reason(
     (tmp_path / "text.h5").write_text("mine")
     (tmp_path / "cut.h5").write_bytes(other.read_bytes()[:-100])
     reasons = {
-        "gone.h5": "does not exist",
         "text.h5": "is not an HDF5 file",
         "cut.h5": "is damaged",
         "spec.h5": r"another spec (preprocess.resize: 41 -> 40)",
@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_passed_over_with_a_reason(
     caplog.clear()
     assert counts(extract(photos, tmp_path / "f.h5", TINY, reuse=[tmp_path / name for name in reasons]))[:2] == (18, 0)
     said = [record.getMessage() for record in caplog.records if "nothing is reused" in record.getMessage()]
-    assert len(said) == 4
+    assert len(said) == 3
     for name, reason in reasons.items():
         assert [
             line for line in said if line.startswith(f"nothing is reused from {tmp_path / name}") and reason in line
@@ -127,6 +127,24 @@ def test_what_cannot_be_used_is_passed_over_with_a_reason(
     caplog.clear()
     assert counts(extract(photos, tmp_path / "f.h5", TINY, reuse=str(tmp_path / "f.h5")))[:2] == (0, 18)
     assert "reused" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("missing", "missing does not exist; name a cache"),
+        ("othr.h5", "did you mean .*other.h5"),
+        ("text.md", "text.md is a document, expected a cache"),
+        ("photos", "photos is a folder of images, expected a cache"),
+    ],
+)
+def test_what_is_no_cache_is_refused_before_anything_is_listed(
+    photos: Path, other: Path, tmp_path: Path, name: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.extraction.extract.list_images", None)
+    (tmp_path / "text.md").write_text("mine")
+    with pytest.raises(CacheError, match=f"--reuse .*{says}"):
+        extract(photos, tmp_path / "f.h5", TINY, reuse=[other, tmp_path / name])
 
 
 def test_damaged_features_are_passed_over_before_work_starts(

@@ -181,6 +181,26 @@ def test_values_that_overflow_are_not_solved() -> None:
         list(regularisation_path((X * 1e30).astype(np.float32), y, np.ones((60, 1)), [1.0]))
 
 
+def leave_signalling_nans_on_the_stack(depth: int) -> None:
+    """Where OpenBLAS copies a vector to that is not contiguous, so many calls down."""
+    nans = np.full((66, 64), 0x7FA00001, np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        nans[:64] @ nans[64:].ravel()[::2]
+    if depth:
+        list(map(leave_signalling_nans_on_the_stack, [depth - 1]))
+
+
+def test_no_warning_of_values_that_are_not_there() -> None:
+    """Only OpenBLAS for AVX-512 would give one, of this shape."""
+    R, y = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6) % 2
+    path, theta = _Path(R, y, np.ones((6, 1)), 1e-4), np.ones((1, 6), np.float32)
+    expected = path.products(theta, 0)
+    for depth in range(6):
+        leave_signalling_nans_on_the_stack(depth)
+        with np.errstate(all="raise"):
+            np.testing.assert_array_equal(path.products(theta, 0), expected)
+
+
 # ------------------------------------------------------------------------------------------------------ fit_logreg
 
 

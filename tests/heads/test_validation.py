@@ -207,10 +207,10 @@ def test_copies_of_noise_are_no_knowledge(kind):
 @pytest.mark.slow
 def test_noise_cross_validates_to_chance():
     accuracies, raw = [], []
-    for seed in range(100):
+    for seed in range(40):
         generator = np.random.default_rng(seed)
         fitted = fit_logreg(generator.normal(size=(100, 64)), np.arange(100), generator.permutation(np.arange(100) % 2))
         accuracies.append(fitted.cv_accuracy)
         raw.append(max(entry["accuracy"] for entry in fitted.curve))
     assert np.mean(raw) > 0.53
-    assert np.mean(accuracies) == pytest.approx(0.5, abs=0.015)
+    assert np.mean(accuracies) == pytest.approx(0.5, abs=0.02)

@@ -223,6 +223,21 @@ def test_two_thousand(browser: Any, tmp_path: Path) -> None:
             assert min(page.evaluate(press, key) for _ in range(12)) < 16
 
 
+def test_two_tabs_decide_as_one(browser: Any, made: tuple[Path, Found]) -> None:
+    """What is decided or undone in one is so in the other, which else would overwrite it."""
+    with opened(browser, made[0]) as page:
+        other = page.context.new_page()
+        other.goto(page.url)
+        for done, tab, keys in ((1, page, "d"), (2, other, "nd"), (3, page, "nd"), (2, other, "u")):
+            look(tab)
+            for key in keys:
+                tab.keyboard.press(key)
+            for each in (page, other):
+                each.locator("[data-going]").filter(has_text=f"{done} of 32 decided").wait_for(timeout=3000)
+        assert heard(page).startswith("Decided in another tab, and taken over: 2 steps")
+        other.close()
+
+
 def test_without_script_it_is_a_list(browser: Any, made: tuple[Path, Found]) -> None:
     with opened(browser, made[0], script=False) as page:
         assert page.locator(".still > li").count() == 32

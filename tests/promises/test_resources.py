@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, warm: Program) -> Path:
 # -------------------------------------------------------------------------------------------------- descriptors
 
 
-@pytest.mark.parametrize("each", [40, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("each", [40, pytest.param(300, marks=pytest.mark.soak)])
 def test_many_parts_under_a_small_limit_of_open_files(tmp_path: Path, warm: Program, each: int) -> None:
     """A part per image, of a run that died before it packed them."""
     source, output, count = make_photos(tmp_path / "photos", each=each), tmp_path / "f.h5", 3 * each
@@ -136,7 +136,7 @@ MOST = {"verify": 90, "unchanged": 450, "packing": 580, "reuse": 580}
 
 @pytest.mark.parametrize(
     "many",
-    [300_000, pytest.param(1_000_000, marks=pytest.mark.slow), pytest.param(10_000_000, marks=pytest.mark.soak)],
+    [300_000, pytest.param(10_000_000, marks=pytest.mark.soak)],
 )
 def test_memory_per_row(tmp_path: Path, warm: Program, many: int) -> None:
     """Peak memory with many rows less that with few, over the difference."""

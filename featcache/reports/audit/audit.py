@@ -255,7 +255,7 @@ def _save_finished(found: Audit, output: Path, progress: Progress | None) -> Non
     try:
         _saved(found, output, progress)
     except KeyboardInterrupt:
-        place = _saved(dataclasses.replace(found, root=None), output)
+        place = _saved(dataclasses.replace(found, root=None, interrupted=True), output)
         log.warning("interrupted: all findings are in %s, the page has no pictures", place)
         raise
 

@@ -180,8 +180,9 @@ def _review(found: Found, items: Sequence[Item], material: Material) -> list[str
             f"{_things(more, 'image')} more {'is' if more == 1 else 'are'} in audit.csv."
         )
     if items and not material.uris:
+        cut = "the audit was interrupted before they were made, or " if found.interrupted else ""
         said.append(
-            "There are no pictures here: the images were not found where they were embedded from. To see them, run "
+            f"There are no pictures here: {cut}the images were not found where they were embedded from. To see them, run "
             "featcache audit again with --source FOLDER."
         )
     elif material.missing:

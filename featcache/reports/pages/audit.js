@@ -32,15 +32,27 @@ function fate(image) {
 }
 const isDone = (item) => verdicts[item].every((given, place) => given || fate(items.rows[item][place])?.[0] === "drop");
 
-/* The browser's memory of this audit. In a notebook's frame, or where cookies are forbidden, there is none. */
+/* The browser's memory of this audit, which all its tabs share. In a notebook's frame, or where cookies are forbidden, there is none. */
 const memory = {
   key: "featcache-audit-" + data.audit.fingerprint,
   works: true,
-  read() { try { return JSON.parse(localStorage.getItem(this.key)); } catch { this.works = false; return null; } },
-  write() { try { localStorage.setItem(this.key, JSON.stringify({ steps, loaded: loaded.length < 2e4 ? loaded : [] })); } catch { this.works = false; } },
+  text: null, // as last read or written
+  /** What is there, if another tab or an earlier visit wrote it. */
+  read() { try { const text = localStorage.getItem(this.key); const news = text !== this.text; this.text = text; return news ? JSON.parse(text) : null; } catch { this.works = false; return null; } },
+  write() { try { localStorage.setItem(this.key, this.text = JSON.stringify({ steps, loaded: loaded.length < 2e4 ? loaded : [] })); } catch { this.works = false; } },
 };
 let written = 0; // steps at the last write, to the memory or a file
 const remember = () => { if (memory.works) memory.write(); if (memory.works) written = steps.length; };
+/** Go on from what is in the memory, so that no tab overwrites what was decided in another. Returns whether there was news. */
+function catchUp() {
+  const kept = memory.works ? memory.read() : null;
+  if (!kept?.steps) return false;
+  steps = kept.steps;
+  if (kept.loaded?.length) loaded = kept.loaded;
+  written = steps.length;
+  replay();
+  return true;
+}
 addEventListener("beforeunload", (event) => { if (written !== steps.length) event.preventDefault(); });
 
 /* ---- Which are shown */
@@ -256,6 +268,7 @@ function setOf(item, verdict, label = items.suggested[item]) {
 }
 function perfect(step, text, { onward = true } = {}) {
   if (!step.set.length) { say(text + "."); return; }
+  catchUp();
   steps.push(step);
   perform(step);
   remember();
@@ -296,6 +309,7 @@ const actions = {
   next: () => go(at + 1),
   previous: () => go(at - 1),
   undo() {
+    catchUp();
     const step = steps.pop();
     if (!step) { say("There is nothing to undo."); return; }
     replay();
@@ -478,9 +492,15 @@ for (const link of all("a[data-kind]")) {
 queue.addEventListener("scroll", drawQueue);
 new ResizeObserver(drawQueue).observe(queue);
 box.hidden = false;
-const before = memory.read();
-if (before?.steps) { [steps, loaded] = [before.steps, before.loaded ?? []]; written = steps.length; replay(); }
+catchUp();
 memory.write();
+addEventListener("storage", ({ key }) => {
+  if (key !== memory.key || !catchUp()) return;
+  sift();
+  draw();
+  drawProgress();
+  say(`Decided in another tab, and taken over: ${things(steps.length, "step")} of decisions by now.`);
+});
 sift();
 if (steps.length) at = next(-1);
 draw();

@@ -69,6 +69,18 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     return matches
 
 
+def find_in(caches: Sequence[FeatureCache], paths: npt.NDArray[np.bytes_]) -> tuple[Indices, Indices]:
+    """(n,) the first of ``caches`` that has each of ``paths`` (n,), and the row there; -1 where none has. Reads no file."""
+    if not caches:
+        return np.full(len(paths), -1, np.intp), np.full(len(paths), -1, np.intp)
+    place = find(
+        np.concatenate([cache.rows.paths for cache in caches]), paths
+    )  # one sort, however many parts there are
+    starts = np.cumsum([0, *map(len, caches)])
+    number = np.searchsorted(starts, place, side="right") - 1
+    return np.where(place < 0, -1, number), np.where(place < 0, -1, place - starts[number])
+
+
 def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:
     """Read some of ``files``: (n,) position, digest, size and mtime of those that can be read; embedding says why others cannot."""
     workers = min(32, (os.cpu_count() or 1) + 4)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Indices, Provenance, Rows, encode_names
+from featcache.cache.format import Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, NewerCacheError
+from featcache.errors import CacheError, NewerCacheError, Refusal
 from featcache.images.read import ImageFiles
 from featcache.spec import Spec
 
@@ -53,55 +53,67 @@ def remove_parts(folder: Path) -> None:
             path.unlink()
 
 
-class PartWriter:
-    """Collects embedded rows and publishes them as a part when there are enough, or when it has been long enough."""
+def part_name() -> str:
+    """A name that no other part has, of whatever machine; in the order of time on one machine, where nothing hangs on it."""
+    return f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
 
-    def __init__(self, folder: Path, files: ImageFiles, *, spec: Spec, provenance: Provenance) -> None:
-        self._folder, self._files, self._spec, self._provenance = folder, files, spec, provenance
+
+class PartWriter:
+    """Collects embedded rows, and refusals, and publishes them as a part when there are enough, or when it has been long enough."""
+
+    def __init__(self, folder: Path, files: ImageFiles, *, dim: int, spec: Spec, provenance: Provenance) -> None:
+        self._folder, self._files, self._dim, self._spec, self._provenance = folder, files, dim, spec, provenance
         self._pending: list[EmbeddedBatch] = []
-        self._rows = 0
+        self._images = 0
         self._since = time.monotonic()
         self.written: list[FeatureCache] = []
 
     def add(self, batch: "EmbeddedBatch") -> None:
         """Take a batch. Raises StorageError when publishing fails."""
-        if len(batch.indices):
-            self._pending.append(batch)
-            self._rows += len(batch.indices)
-        if self._rows >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
+        self._pending.append(batch)
+        self._images += len(batch)
+        if self._images >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Publish what has been collected. Raises StorageError."""
-        if batches := self._pending:
+        if self._images:
+            batches = [batch for batch in self._pending if len(batch.indices)]
+            refused = {position: why for batch in self._pending for position, why in batch.refused.items()}
+            n = sum(len(batch.indices) for batch in batches)
             rows = Rows(
                 paths=encode_names(self._files.paths[index] for batch in batches for index in batch.indices),
-                labels=np.full(self._rows, -1, np.int32),
-                splits=np.zeros(self._rows, np.uint8),
-                digests=np.concatenate([batch.digests for batch in batches]),
-                sizes=np.concatenate([batch.sizes for batch in batches]),
-                mtimes=np.concatenate([batch.mtimes for batch in batches]),
+                labels=np.full(n, -1, np.int32),
+                splits=np.zeros(n, np.uint8),
+                digests=np.concatenate([np.empty((0, 32), np.uint8), *(batch.digests for batch in batches)]),
+                sizes=np.concatenate([np.empty(0, np.int64), *(batch.sizes for batch in batches)]),
+                mtimes=np.concatenate([np.empty(0, np.int64), *(batch.mtimes for batch in batches)]),
             )
-            path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
-            blocks, dim = [batch.features for batch in batches], batches[0].features.shape[1]
-            write_cache(path, rows, blocks, dim=dim, spec=self._spec, provenance=self._provenance)
+            path = self._folder / part_name()
+            write_cache(
+                path,
+                rows,
+                [batch.features for batch in batches],
+                dim=self._dim,
+                spec=self._spec,
+                refused=[Refusal(self._files.paths[position], why) for position, why in refused.items()],
+                provenance=self._provenance,
+            )
             self.written.append(FeatureCache.open(path))
-        self._pending, self._rows, self._since = [], 0, time.monotonic()
+        self._pending, self._images, self._since = [], 0, time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """What ``embed_into_parts`` did with n images.
-
-    Attributes:
-        parts: what was written. images: positions of those embedded, in the order of the parts' rows.
-        refused: position -> reason, for the others. seconds: in the loop.
-    """
+    """What became of some images: rows, and refusals, of ``parts``. seconds: in the loop."""
 
     parts: list[FeatureCache]
-    images: Indices
-    refused: dict[int, str]
     seconds: float
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """path -> reason, of those without an embedding."""
+        return {refusal.path: refusal.reason for part in self.parts for refusal in part.refused}
 
 
 def embed_into_parts(
@@ -120,10 +132,8 @@ def embed_into_parts(
     """
     from featcache.backbones.embed import Timings, storable
 
-    writer = PartWriter(folder, files, spec=spec, provenance=provenance)
+    writer = PartWriter(folder, files, dim=embedder.backbone.dim, spec=spec, provenance=provenance)
     timings, total = Timings(), len(files.paths)
-    refused: dict[int, str] = {}
-    embedded: list[Indices] = [np.empty(0, np.intp)]
     done, started = 0, time.perf_counter()
     with contextlib.ExitStack() as last:
         last.callback(writer.flush)  # also when interrupted: what is finished is kept
@@ -131,11 +141,9 @@ def embed_into_parts(
         if progress:
             progress(0, total, timings.bottleneck)
         for batch in (storable(batch, spec.storage) for batch in batches):
-            refused |= batch.refused
-            embedded.append(batch.indices)
             with timings.measure("disk"):
                 writer.add(batch)
             done += len(batch)
             if progress:
                 progress(done, total, timings.bottleneck)
-    return Embedded(writer.written, np.concatenate(embedded), refused, time.perf_counter() - started)
+    return Embedded(writer.written, time.perf_counter() - started)

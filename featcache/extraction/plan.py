@@ -8,17 +8,16 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Indices
+from featcache.cache.format import Indices, encode_names
 from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
-from featcache.extraction.match import Matches, match
-from featcache.extraction.parts import Embedded
+from featcache.extraction.match import Matches, find_in, match
 from featcache.images.decode import FATAL, was_misread
 from featcache.images.formats import REVISION
 from featcache.images.read import refusals
@@ -52,16 +51,20 @@ class Plan:
         """Whose provenance counts: the last of the caches that give rows. At least one must."""
         return self.caches[int(self.matches.source.max())]
 
-    def once(self, done: Embedded) -> "Plan":
-        """The plan once ``todo`` is ``done``."""
-        todo, matches, start = self.todo, copy.deepcopy(self.matches), 0
-        for number, part in enumerate(done.parts, len(self.caches)):
-            here = todo[done.images[start : start + len(part)]]
-            matches.put(here, number, np.arange(len(part)))
-            matches.sizes[here], matches.mtimes[here] = part.rows.sizes, part.rows.mtimes
-            start += len(part)
-        refused = {int(todo[position]): why for position, why in done.refused.items()}
-        caches = (*self.caches, *done.parts)
+    def once(self, parts: Sequence[FeatureCache]) -> "Plan":
+        """The plan once ``todo`` is done: in ``parts``, as a row or refused. What is in none of them stays to do."""
+        todo, matches, caches = self.todo, copy.deepcopy(self.matches), (*self.caches, *parts)
+        number, row = find_in(parts, encode_names(self.images.paths[index] for index in todo))
+        order = np.argsort(number, kind="stable")
+        edges = np.searchsorted(number[order], np.arange(len(parts) + 1))
+        for k, part in enumerate(parts):
+            there = order[edges[k] : edges[k + 1]]
+            here = todo[there]
+            matches.source[here], matches.row[here] = len(self.caches) + k, row[there]
+            matches.sizes[here], matches.mtimes[here] = part.rows.sizes[row[there]], part.rows.mtimes[row[there]]
+        reasons = {refusal.path: refusal.reason for part in parts for refusal in part.refused}
+        left = todo[number < 0].tolist()
+        refused = {index: reasons[path] for index in left if (path := self.images.paths[index]) in reasons}
         return dataclasses.replace(self, caches=caches, matches=matches, refused={**self.refused, **refused})
 
 

@@ -2,6 +2,9 @@
 
 extract.py   the whole of it, in order
 job.py       what it needs once there is something to embed
+in_parts.py  extract --part, and merge
+listing.py   what the processes that make parts agree on
+shares.py    which images are whose
 executors.py who embeds: the contract, and this very process
 request.py   what is asked for
 settings.py  what a cache was made with: it counts where the request is silent

@@ -51,6 +51,7 @@ class Work:
         images: what positions count in. Workers read the files below its root.
         spec, provenance: settled: what each part has to be, where the weights come from, in which precision they passed.
         device, workers, batch_size: as for ``extract``; of the worker's machine where they are auto or None.
+        tag: what the names of parts carry: whose they are, where several runs write beside each other.
     """
 
     output: Path
@@ -60,6 +61,7 @@ class Work:
     device: str = "auto"
     workers: int | None = None
     batch_size: int | None = None
+    tag: str = ""
 
     @property
     def folder(self) -> Path:
@@ -147,6 +149,7 @@ def run_here(
         work.folder,
         spec=work.spec,
         provenance=work.provenance_of(embedder),
+        tag=work.tag,
         progress=progress,
     )
     return Published(work.folder, tuple(part.path.name for part in done.parts), done.seconds)

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -18,14 +18,14 @@ import numpy as np
 from featcache.backbones.choice import warn_of_licence
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.copies import find_copies
-from featcache.cache.format import Rows, encode_names, find
+from featcache.cache.format import Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
 from featcache.errors import Refusal, SourceError, UsageError
 from featcache.extraction.executors import Executor
 from featcache.extraction.job import Job
 from featcache.extraction.match import gather
-from featcache.extraction.parts import open_parts, remove_parts
-from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
+from featcache.extraction.parts import open_parts, remove_parts, tag_of
+from featcache.extraction.plan import Plan, check_shared, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, RequestOptions, settle_request
 from featcache.extraction.settings import settings_of
 from featcache.images.formats import REVISION
@@ -138,26 +138,16 @@ def extract(
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made
         with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
-    started = time.perf_counter()
-    output, request = as_path(output), settle_request(request, options, extract) or ExtractRequest()
-    check_runtime_options(device, workers=workers, batch_size=batch_size)
-    if not isinstance(source, ImageList):
-        check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
-    request.check_paths()
-    if not (os.path.lexists(output) or work_folder(output).is_dir()):
-        request.check_named()
-        check_device(device)
-    check_output(output)
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit must be at least 1, found {limit}")
-    images = _list(source)
+    started, folder = time.perf_counter(), work_folder(as_path(output))
+    request = settle_request(request, options, extract) or ExtractRequest()
+    output, images = prepare(
+        source, output, request, device=device, workers=workers, batch_size=batch_size, limit=limit
+    )
     bar = bar_in_notebook(progress, describe_images("embedding"))
-    with _interruption_noted(output), locked(work_folder(output)), bar as progress:
-        old = open_old(output, force=force)
-        own = ([old] if old else []) + open_parts(work_folder(output))
-        donors = open_donors(
-            [as_path(path) for path in ([reuse] if isinstance(reuse, str | os.PathLike) else reuse)], output
-        )
+    with interruption_noted(output), locked(folder), bar as progress:
+        old, parts = open_old(output, force=force), open_parts(folder)
+        own = ([old] if old else []) + parts
+        donors = open_donors(reuse, output)
         saved = request.saved()
         settings = settings_of(request, saved, own, output, force=force)
         job = Job(request, saved, settings, donors, images, output, device, workers, batch_size)
@@ -168,18 +158,60 @@ def extract(
             of_spec(own, job.spec, output, force=False)
             spec = job.spec  # only donors had the other one
             plan = make_plan(images, [], own, spec=spec, limit=limit)
+        check_shared(plan, [part for part in parts if part in own and tag_of(part.path)])
         reused, seconds = len(plan.images) - len(plan.matches.missing), 0.0
         if len(plan.todo):
             done = job.embed(plan, executor, progress)
             plan, seconds = plan.once(done.parts), done.seconds
         elif reused and plan.origin.provenance.reload is None:
             job.keep_weights(spec)
-        rows = _pack(job, plan, spec)
+        rows = pack(output, plan, spec, record=job.record, provenance_of=job.provenance_of)
         if not job.is_loaded:
             warn_of_licence(spec.backbone, plan.origin.provenance.source, loaded=False)
-        remove_parts(work_folder(output))
+        remove_parts(folder)
         if old and old.spec.weights_sha256 != spec.weights_sha256:  # its copy of the weights has no use any more
             weights_copy(output, old.spec).unlink(missing_ok=True)
+    return report_of(
+        output, plan, rows, old, spec=spec, reused=reused, seconds=(time.perf_counter() - started, seconds)
+    )
+
+
+def prepare(
+    source: AnySource | ImageList,
+    output: AnyPath,
+    request: ExtractRequest,
+    *,
+    device: str,
+    workers: int | None,
+    batch_size: int | None,
+    limit: int | None,
+) -> tuple[Path, ImageList]:
+    """Refuse what cannot work before any work starts; then list the images. Arguments and errors are those of ``extract``."""
+    output = as_path(output)
+    check_runtime_options(device, workers=workers, batch_size=batch_size)
+    if not isinstance(source, ImageList):
+        check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
+    request.check_paths()
+    if not (os.path.lexists(output) or work_folder(output).is_dir()):
+        request.check_named()
+        check_device(device)
+    check_output(output)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, found {limit}")
+    return output, _list(source)
+
+
+def report_of(
+    output: Path,
+    plan: Plan,
+    rows: Rows,
+    old: FeatureCache | None,
+    *,
+    spec: Spec,
+    reused: int,
+    seconds: tuple[float, float],
+) -> ExtractReport:
+    """What became of ``plan``; names copies. ``seconds``: of the whole, and of embedding."""
     added, changed, removed = _compare(old, rows)
     total = len(plan.images) + len(plan.images.refused)
     copies = find_copies(rows.digests, rows.labels, rows.splits, rows.paths)
@@ -197,8 +229,8 @@ def extract(
         removed=removed,
         refused=total - len(rows),
         dim=plan.origin.dim,
-        seconds=time.perf_counter() - started,
-        images_per_second=(len(rows) - reused) / seconds if seconds else 0.0,
+        seconds=seconds[0],
+        images_per_second=(len(rows) - reused) / seconds[1] if seconds[1] else 0.0,
         fingerprint=spec.fingerprint,
         classes=len(plan.images.classes),
         class_names=plan.images.classes,
@@ -208,7 +240,7 @@ def extract(
 
 
 @contextlib.contextmanager
-def _interruption_noted(output: Path) -> Iterator[None]:
+def interruption_noted(output: Path) -> Iterator[None]:
     """Say, when the user interrupts what is inside, how to go on, if anything is finished."""
     try:
         yield
@@ -236,8 +268,18 @@ def _list(source: AnySource | ImageList) -> ImageList:
     return images
 
 
-def _pack(job: Job, plan: Plan, spec: Spec) -> Rows:
-    """Publish the final file, unless it would be what is there already. Returns its rows."""
+def pack(
+    output: Path,
+    plan: Plan,
+    spec: Spec,
+    *,
+    record: dict[str, object],
+    provenance_of: Callable[[FeatureCache], Provenance],
+) -> Rows:
+    """Publish the final file, unless it would be what is there already. Returns its rows.
+
+    record: of the request. provenance_of: gives what is to be recorded, of the cache whose provenance counts.
+    """
     images, caches, matches = plan.images, plan.caches, plan.matches
     order = np.flatnonzero(matches.source >= 0)
     if not len(order):
@@ -255,21 +297,21 @@ def _pack(job: Job, plan: Plan, spec: Spec) -> Rows:
         mtimes=matches.mtimes[order],
     )
     refused = tuple(sorted([*images.refused, *(Refusal(images.paths[k], why) for k, why in plan.refused.items())]))
-    beside = (images.classes, refused, job.record, REVISION)
+    beside = (images.classes, refused, record, REVISION)
     for old in caches:
         there = (old.classes, old.refused, old.provenance.request, old.provenance.decoder)
-        if old.path == job.output and there == beside and old.rows.equals(rows):
+        if old.path == output and there == beside and old.rows.equals(rows):
             return rows
     write_cache(
-        job.output,
+        output,
         rows,
         gather([cache.take for cache in caches], matches, order),
         dim=plan.origin.dim,
         spec=spec,
         classes=images.classes,
         refused=refused,
-        provenance=job.provenance_of(plan.origin),
-        staging=work_folder(job.output),
+        provenance=provenance_of(plan.origin),
+        staging=work_folder(output),
     )
     return rows
 

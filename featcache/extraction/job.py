@@ -6,6 +6,7 @@ In: a request, and what is known of the cache that it is for. Out: the ``Spec`` 
 import dataclasses
 import functools
 import logging
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +24,7 @@ from featcache.extraction.settings import Settings
 from featcache.images.formats import REVISION
 from featcache.images.source import ImageList
 from featcache.spec import Spec
-from featcache.system.files import check_free_space
+from featcache.system.files import check_free_space, give_name
 from featcache.system.workdir import work_folder
 
 if TYPE_CHECKING:
@@ -171,21 +172,20 @@ class Job:
         if not copy.is_file() and self.backbone.reload is None:  # in this order: a backbone takes long to load
             from featcache.backbones.backbone import save_weights  # and so does PyTorch
 
-            save_weights(self.backbone, copy, staging=work_folder(self.output))
+            own = work_folder(self.output) / f"weights-{secrets.token_hex(8)}.safetensors"
+            save_weights(self.backbone, own)
+            give_name(own, copy)  # others may do the same at this moment
 
-    def embed(self, plan: Plan, executor: Executor | None, progress: "Progress | None") -> Published:
-        """Embed ``plan.todo`` into new parts. Raises StorageError; CacheError: what is to be reused is damaged."""
+    def embed(self, plan: Plan, executor: Executor | None, progress: "Progress | None", *, tag: str = "") -> Published:
+        """Embed ``plan.todo`` into new parts, ``tag`` in their names. Raises StorageError; CacheError: what is to be reused is damaged."""
         for number in np.unique(plan.matches.source[plan.matches.source >= 0]):  # damage is found before work starts
             plan.caches[number].check_features()
         values = (len(plan.todo) + len(plan.images)) * self.backbone.dim
         check_free_space(self.output.parent, values * np.dtype(self.spec.storage).itemsize)
         self.keep_weights(self.spec)
         run = executor or functools.partial(run_here, embedder=self.embedder)
-        return run(self.work(plan.images), plan.todo, progress=progress)
-
-    def work(self, images: ImageList) -> Work:
-        """What whoever embeds some of ``images`` needs. Raises as ``embedder``."""
-        return Work(self.output, images, self.spec, self.provenance, self.device, self.workers, self.batch_size)
+        options = (self.device, self.workers, self.batch_size, tag)
+        return run(Work(self.output, plan.images, self.spec, self.provenance, *options), plan.todo, progress=progress)
 
     @functools.cached_property
     def provenance(self) -> Provenance:

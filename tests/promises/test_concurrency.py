@@ -56,7 +56,7 @@ def test_a_second_writer_is_refused_and_the_first_unharmed(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program
 ) -> None:
     command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
-    with warm.held("extraction.extract._pack", *command) as first:
+    with warm.held("extraction.extract.pack", *command) as first:
         second = warm.run(*command, settings={"system.workdir.PATIENCE": 0.3})
     assert (second.code, second.out) == (1, "")
     assert second.err.endswith(f"\nerror: {REFUSAL} {tmp_path / 'f.h5'}; wait for it, or choose another -o\n")
@@ -74,7 +74,7 @@ def test_a_second_writer_takes_over_from_one_that_ends(
     command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     patient = {"system.workdir.PATIENCE": 60}
     with (
-        warm.held("extraction.extract._pack", *command, die=killed) as first,
+        warm.held("extraction.extract.pack", *command, die=killed) as first,
         warm.held("system.workdir.sync_folder", *command, settings=patient) as second,  # the last step before the lock
     ):
         pass

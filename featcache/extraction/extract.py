@@ -24,6 +24,7 @@ from featcache.errors import Refusal, SourceError, UsageError
 from featcache.extraction.executors import Executor
 from featcache.extraction.job import Job
 from featcache.extraction.match import gather
+from featcache.extraction.on_devices import ALL_GPUS
 from featcache.extraction.parts import open_parts, remove_parts, tag_of
 from featcache.extraction.plan import Plan, check_shared, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, RequestOptions, settle_request
@@ -123,7 +124,7 @@ def extract(
             taken as it is: what changes after listing is not noticed.
         output: the cache file; its folder must exist.
         request: backbone, weights, preprocessing, precision; the defaults of ``ExtractRequest`` when None.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps; cuda:all, which auto means, too, where there are several GPUs: a process for each.
         workers: threads; one per usable core when None.
         batch_size: images per forward pass; chosen for the device when None.
         limit: only this many images, evenly spread over the list; rows that the cache already has are kept.
@@ -187,14 +188,14 @@ def prepare(
     limit: int | None,
 ) -> tuple[Path, ImageList]:
     """Refuse what cannot work before any work starts; then list the images. Arguments and errors are those of ``extract``."""
-    output = as_path(output)
-    check_runtime_options(device, workers=workers, batch_size=batch_size)
+    output, one = as_path(output), "cuda" if device == ALL_GPUS else device
+    check_runtime_options(one, workers=workers, batch_size=batch_size)
     if not isinstance(source, ImageList):
         check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
     request.check_paths()
     if not (os.path.lexists(output) or work_folder(output).is_dir()):
         request.check_named()
-        check_device(device)
+        check_device(one)
     check_output(output)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")

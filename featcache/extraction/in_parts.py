@@ -29,6 +29,7 @@ from featcache.extraction.extract import ExtractReport, interruption_noted, pack
 from featcache.extraction.job import Job
 from featcache.extraction.listing import Listing
 from featcache.extraction.match import Matches, find_in, gather, match
+from featcache.extraction.on_devices import own_device
 from featcache.extraction.parts import MAX_ROWS, check_agreement, open_parts, part_name, remove_parts
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old, spread
 from featcache.extraction.request import ExtractRequest, RequestOptions, settle_request
@@ -115,6 +116,7 @@ def extract_part(
     """
     started, share = time.perf_counter(), Share.parse(part)
     request = settle_request(request, options, extract_part) or ExtractRequest()
+    device, workers = own_device(device, workers)
     output, images = prepare(
         source, output, request, device=device, workers=workers, batch_size=batch_size, limit=limit
     )

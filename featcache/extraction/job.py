@@ -17,7 +17,8 @@ from featcache.backbones.saved import SavedBackbone
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.format import Provenance
 from featcache.errors import BackboneError, SourceError
-from featcache.extraction.executors import Executor, Published, Work, machine_facts, run_here
+from featcache.extraction.executors import Executor, Published, Work, machine_facts
+from featcache.extraction.on_devices import ALL_GPUS, executor_for
 from featcache.extraction.plan import Plan
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.extraction.settings import Settings
@@ -115,7 +116,8 @@ class Job:
         """Where to compute: settled before anything large is allocated."""
         from featcache.system.device import choose_runtime  # here: it takes torch
 
-        return choose_runtime(self.device, workers=self.workers, batch_size=self.batch_size)
+        device = "cuda" if self.device == ALL_GPUS else self.device
+        return choose_runtime(device, workers=self.workers, batch_size=self.batch_size)
 
     @functools.cached_property
     def backbone(self) -> "Backbone":
@@ -183,7 +185,7 @@ class Job:
         values = (len(plan.todo) + len(plan.images)) * self.backbone.dim
         check_free_space(self.output.parent, values * np.dtype(self.spec.storage).itemsize)
         self.keep_weights(self.spec)
-        run = executor or functools.partial(run_here, embedder=self.embedder)
+        run = executor or executor_for(self.device, self.embedder, len(plan.todo))
         options = (self.device, self.workers, self.batch_size, tag)
         return run(Work(self.output, plan.images, self.spec, self.provenance, *options), plan.todo, progress=progress)
 

@@ -49,31 +49,25 @@ def rows_in(output: Path) -> set[str]:
 def killed_again_and_again(
     warm: Program, photos: Path, output: Path, whole: FeatureCache, *, of: int, kills: int, seed: int
 ) -> dict[str, int]:
-    """Two workers at a time take parts in random order, each try killed at a random moment until so many ``kills`` are done."""
+    """Two workers at a time take parts in random order; each try is killed at a random moment or step on the disk, until so many are."""
     chance, left = random.Random(seed), [*range(1, of + 1)]
     chance.shuffle(left)
-    counts, seen, usual = {"kills": 0, "finished": 0, "kills after a part": 0, "merges refused": 0}, set[str](), 1.0
+    counts, seen, usual = {"kills": 0, "finished": 0, "kills after a part": 0, "merges refused": 0}, set[str](), 0.0
     while left:
         batch = [left.pop() for _ in range(min(2, len(left)))]
         if counts["kills"] < kills and chance.random() < 0.3:
             batch += batch[:1]  # a straggler's share, given to a second worker
-        moments = [chance.uniform(0.05, 1.1) * usual if counts["kills"] < kills else None for _ in batch]
+        deadly = counts["kills"] < kills
         with ThreadPoolExecutor(3) as threads:
-            tries = [
-                threads.submit(
-                    warm.run,
-                    "extract",
-                    photos,
-                    "-o",
-                    output,
-                    *TINY_FLAGS,
-                    "--part",
-                    f"{number}/{of}",
-                    after=after,
-                    settings=SETTINGS,
-                )
-                for number, after in zip(batch, moments, strict=True)
-            ]
+            tries = []
+            for number in batch:
+                how: dict[str, Any] = {}
+                if deadly and usual and chance.random() < 0.4:
+                    how = {"after": chance.uniform(0.1, 1.05) * usual}
+                elif deadly:
+                    how = {"fault": Fault(chance.choice(["die before", "die after"]), chance.randrange(12 + 80 // of))}
+                command = ("extract", photos, "-o", output, *TINY_FLAGS, "--part", f"{number}/{of}")
+                tries.append(threads.submit(warm.run, *command, below=output.parent, settings=SETTINGS, **how))
         for number, outcome in zip(batch, (entry.result() for entry in tries), strict=True):
             assert outcome.code == 0 or outcome.died, (seed, number, outcome)
             counts["kills" if outcome.died else "finished"] += 1
@@ -113,7 +107,7 @@ def test_300_kills(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Prog
         found = killed_again_and_again(warm, photos, tmp_path / f"{seed}.h5", whole, of=of, kills=kills, seed=seed)
         print(json.dumps({"seed": seed, "of": of, **found}), flush=True)
         total = {name: total.get(name, 0) + count for name, count in found.items()}
-    print(json.dumps(total))
+    print(json.dumps(total), flush=True)
     assert total["kills"] >= 300
 
 

@@ -1,9 +1,8 @@
 """Parts made by real processes that are killed, race, and see other clocks: what is merged is what one run makes, byte for byte.
 
-By default some seeds; ``soak``: 300 kills over 1, 2, 7 and 64 parts, with figures.
+By default one seed; hundreds of kills over 1, 2, 7 and 64 parts: ``benchmarks/parts.py kills``.
 """
 
-import json
 import os
 import random
 import shutil
@@ -46,69 +45,31 @@ def rows_in(output: Path) -> set[str]:
     return {path for part in parts for path in part.paths}
 
 
-def killed_again_and_again(
-    warm: Program, photos: Path, output: Path, whole: FeatureCache, *, of: int, kills: int, seed: int
-) -> dict[str, int]:
-    """Two workers at a time take parts in random order; each try is killed at a random moment or step on the disk, until so many are."""
-    chance, left = random.Random(seed), [*range(1, of + 1)]
-    chance.shuffle(left)
-    counts, seen, usual = {"kills": 0, "finished": 0, "kills after a part": 0, "merges refused": 0}, set[str](), 0.0
-    while left:
-        batch = [left.pop() for _ in range(min(2, len(left)))]
-        if counts["kills"] < kills and chance.random() < 0.3:
-            batch += batch[:1]  # a straggler's share, given to a second worker
-        deadly = counts["kills"] < kills
-        with ThreadPoolExecutor(3) as threads:
-            tries = []
-            for number in batch:
-                how: dict[str, Any] = {}
-                if deadly and usual and chance.random() < 0.4:
-                    how = {"after": chance.uniform(0.1, 1.05) * usual}
-                elif deadly:
-                    how = {"fault": Fault(chance.choice(["die before", "die after"]), chance.randrange(12 + 80 // of))}
-                command = ("extract", photos, "-o", output, *TINY_FLAGS, "--part", f"{number}/{of}")
-                tries.append(threads.submit(warm.run, *command, below=output.parent, settings=SETTINGS, **how))
-        for number, outcome in zip(batch, (entry.result() for entry in tries), strict=True):
-            assert outcome.code == 0 or outcome.died, (seed, number, outcome)
-            counts["kills" if outcome.died else "finished"] += 1
-            usual = usual if outcome.died else outcome.seconds
-            if outcome.died and number not in left:
-                left.insert(chance.randrange(len(left) + 1), number)
-        found = rows_in(output)
-        assert seen <= found, seed  # what was published is never lost
-        counts["kills after a part"] += int(found > seen and any(entry.result().died for entry in tries))
-        seen = found
-        if counts["kills"] < kills and not left:
-            left = [chance.randint(1, of)]  # a part that is done, once more
-        if chance.random() < 0.2 and left:
-            merged = warm.run("merge", output)
-            assert merged.code in (0, 1), (seed, merged.err)
-            if merged.code == 0:
-                assert_same(output, whole, seed)
-                return counts
-            counts["merges refused"] += 1
-    warm.check("merge", output, "--max-bad", 1)
-    assert_same(output, whole, seed)
-    assert not work_folder(output).exists(), seed
-    return counts
-
-
 @pytest.mark.parametrize(("of", "kills"), [(2, 3), pytest.param(7, 8, marks=pytest.mark.slow)])
 def test_workers_killed_at_random(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, of: int, kills: int
 ) -> None:
-    killed_again_and_again(warm, photos, tmp_path / "f.h5", whole, of=of, kills=kills, seed=of)
-
-
-@pytest.mark.soak
-def test_300_kills(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
-    total: dict[str, int] = {}
-    for seed, (of, kills) in enumerate([(1, 10), (2, 15), (7, 25)] * 4 + [(64, 50)] * 2):
-        found = killed_again_and_again(warm, photos, tmp_path / f"{seed}.h5", whole, of=of, kills=kills, seed=seed)
-        print(json.dumps({"seed": seed, "of": of, **found}), flush=True)
-        total = {name: total.get(name, 0) + count for name, count in found.items()}
-    print(json.dumps(total), flush=True)
-    assert total["kills"] >= 300
+    """Two at a time take parts in random order; each is killed at a random step on the disk, until so many are."""
+    output, chance, left, seen = tmp_path / "f.h5", random.Random(of), [*range(1, of + 1)], set[str]()
+    while left:
+        batch = [left.pop() for _ in range(min(2, len(left)))]
+        with ThreadPoolExecutor(2) as threads:
+            tries = []
+            for number in batch:
+                mode, step = chance.choice(["die before", "die after"]), chance.randrange(10, 20 + 50 // of)
+                fault = Fault(mode, step) if kills > 0 else None
+                command = ("extract", photos, "-o", output, *TINY_FLAGS, "--part", f"{number}/{of}")
+                tries.append(threads.submit(warm.run, *command, below=tmp_path, settings=SETTINGS, fault=fault))
+        for number, outcome in zip(batch, (entry.result() for entry in tries), strict=True):
+            assert outcome.code == 0 or outcome.died, (number, outcome)
+            kills -= outcome.died
+            left = [number, *left] if outcome.died else left
+        found = rows_in(output)
+        assert seen <= found, "what was published is gone"
+        seen = found
+    warm.check("merge", output, "--max-bad", 1)
+    assert_same(output, whole)
+    assert not work_folder(output).exists()
 
 
 @pytest.mark.parametrize(

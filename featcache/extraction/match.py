@@ -56,6 +56,8 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     matches = Matches(nowhere, nowhere.copy(), images.sizes.copy(), images.mtimes.copy())
     paths, everything = encode_names(images.paths), np.arange(len(images))
     for number, cache in enumerate(caches):
+        if not len(cache):  # a part of refusals alone
+            continue
         rows = find(cache.rows.paths, paths)
         same = (cache.rows.sizes[rows] == images.sizes) & (cache.rows.mtimes[rows] == images.mtimes)
         matches.put(everything, number, np.where(same, rows, -1))

@@ -22,6 +22,7 @@ from featcache.extraction.extract import extract
 from featcache.extraction.in_parts import describe_parts, extract_part, merge
 from featcache.extraction.listing import Listing
 from featcache.extraction.parts import check_agreement, open_parts
+from featcache.extraction.shares import owners
 from featcache.images.source import list_images
 from featcache.reports.info import describe
 from featcache.system import files, workdir
@@ -367,6 +368,18 @@ def test_all_refused(tmp_path: Path, of: int) -> None:
     with pytest.raises(SourceError, match="all 2 images"):
         extract_part(tmp_path / "p", tmp_path / "f.h5", f"1/{of}", TINY)
     assert not (tmp_path / "f.h5.parts").exists()
+
+
+def test_a_part_of_refusals_alone_is_resumed(photos: Path, whole: Any, tmp_path: Path) -> None:
+    """With and without ``--part``: what only says why an image was refused has no rows to compare with."""
+    output = tmp_path / "f.h5"
+    broken = [*list_images(photos).paths].index("green/broken.jpg")
+    images = list_images(photos)
+    number = next(n for n in range(1, 21) if (owners(images, 20) == n)[broken])
+    assert [extract_part(photos, output, f"{number}/20", TINY).refused for _ in range(2)] == [1, 1]
+    assert [len(part) for part in open_parts(work_folder(output))] == [0]
+    extract(photos, output, TINY)
+    assert columns(output) == whole
 
 
 def test_nothing_to_merge(photos: Path, tmp_path: Path) -> None:

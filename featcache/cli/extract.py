@@ -37,7 +37,10 @@ def extract(
     layers: options.Layers = "auto",
     decode: options.Decode = "auto",
     white_level: options.WhiteLevel = "auto",
-    device: options.Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, cuda:all, mps. Default: all GPUs, if there are any."),
+    ] = "auto",
     workers: options.Workers = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
     part: Annotated[
@@ -106,5 +109,6 @@ def extract(
 
 
 COMMANDS: options.Commands = {
-    extract: "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100",
+    extract: "featcache extract photos/ -o features.h5  ·  featcache extract list.csv -o f.h5 --limit 100  ·  "
+    "featcache extract photos/ -o features.h5 --part 1/8",
 }

@@ -137,10 +137,12 @@ def give_name(file: Path, path: Path) -> bool:
             won = path.samefile(file)  # the answer to a first try was lost on the way, as NFS may do
         except OSError:  # a file system without hard links
             won = _give_name_without_links(file, path)
-        file.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
         raise _failure(path, error, None, None) from error
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
     return won
 
 

@@ -320,8 +320,8 @@ def describe_parts(folder: Path) -> dict[str, Any]:
     listing, parts = Listing.find(folder), open_parts(folder, shared=True)
     missing = listing.missing(parts) if listing else np.empty(0, np.intp)
     behind = listing.shares_of(missing) if listing else []
-    rows = {name for part in parts for name in part.rows.paths.tolist()}
-    refused = {*encode_names(refusal.path for part in parts for refusal in part.refused).tolist()} - rows
+    rows = np.unique(np.concatenate([np.empty(0, "S1"), *(part.rows.paths for part in parts)]))
+    refused = np.setdiff1d(encode_names(refusal.path for part in parts for refusal in part.refused), rows)
     some = listing.cache if listing else parts[0] if parts else None
     return {
         "kind": "parts",

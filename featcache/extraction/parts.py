@@ -83,13 +83,16 @@ def check_agreement(parts: list[FeatureCache], *, contents: bool = False) -> Non
     paths = np.concatenate([np.empty(0, "S1"), *(part.rows.paths for part in parts)])
     first = find(paths, paths)
     again = np.flatnonzero(first != np.arange(len(paths)))
+    if not len(again):
+        return
     starts = np.cumsum([0, *map(len, parts)])
-    numbers = np.searchsorted(starts, np.stack([first[again], again]), side="right") - 1  # (2, n) parts of both
-    rounded = 0
-    for pair in np.unique(numbers, axis=1).T:
-        a, b = (parts[number] for number in pair)
-        of_pair = again[(pair == numbers.T).all(axis=1)]
-        rows_a, rows_b = first[of_pair] - starts[pair[0]], of_pair - starts[pair[1]]
+    one, two = (np.searchsorted(starts, rows, side="right") - 1 for rows in (first[again], again))
+    pairs, which = np.unique(one * len(parts) + two, return_inverse=True)  # of parts
+    order, rounded = np.argsort(which, kind="stable"), 0
+    for pair, here in zip(pairs.tolist(), np.split(order, np.cumsum(np.bincount(which))[:-1]), strict=True):
+        a, b = parts[pair // len(parts)], parts[pair % len(parts)]
+        rows_a = first[again[here]] - starts[pair // len(parts)]
+        rows_b = again[here] - starts[pair % len(parts)]
         same = (a.rows.digests[rows_a] == b.rows.digests[rows_b]).all(axis=1)
         if contents and not same.all():
             raise _disagreement(

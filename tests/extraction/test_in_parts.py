@@ -4,6 +4,7 @@ Kills and races: ``tests/promises/test_parts.py``.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from featcache.cache.write import write_cache
 from featcache.errors import CacheError, SourceError, SpecMismatchError, StorageError
 from featcache.extraction.extract import extract
 from featcache.extraction.in_parts import describe_parts, extract_part, merge
+from featcache.extraction.job import Job
 from featcache.extraction.listing import Listing
 from featcache.extraction.parts import check_agreement, open_parts
 from featcache.extraction.shares import owners
@@ -35,6 +37,23 @@ def columns(path: Path) -> Any:
     features = cache.take(np.arange(len(cache)))
     rows = {name: (column.dtype, column.tobytes()) for name, column in vars(cache.rows).items()}
     return features.dtype, features.tobytes(), rows, cache.classes, cache.refused, cache.fingerprint
+
+
+_MADE: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _each_embedder_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes longer than embedding these images; that each process makes the same one is shown elsewhere."""
+    make = Job.__dict__["embedder"].func
+
+    def kept(job: Job) -> Any:
+        key = job.resolved, job.images.root.name
+        _MADE[key] = _MADE.get(key) or make(job)
+        return _MADE[key]
+
+    monkeypatch.setattr(Job, "embedder", functools.cached_property(kept))
+    Job.__dict__["embedder"].__set_name__(Job, "embedder")
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +302,7 @@ def test_reused_rows_are_in_the_parts(photos: Path, whole: Any, tmp_path: Path) 
     assert columns(output) == whole
 
 
+@pytest.mark.slow
 def test_limit_is_shared_out(photos: Path, tmp_path: Path) -> None:
     output = tmp_path / "f.h5"
     assert [extract_part(photos, output, f"{number}/2", TINY, limit=6).images for number in (1, 2)] == [3, 3]

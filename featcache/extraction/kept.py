@@ -10,8 +10,6 @@ import json
 import math
 import os
 import platform
-import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices, Provenance, Rows, find
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, SpecMismatchError, StorageError, UsageError
-from featcache.extraction.parts import MAX_ROWS, embed_into_parts, open_parts
+from featcache.extraction.parts import MAX_ROWS, embed_into_parts, open_parts, part_name
 from featcache.images.formats import REVISION
 from featcache.images.read import Paths, read_images
 from featcache.spec import Spec, fingerprint_of
@@ -134,7 +132,7 @@ class KeptEmbeddings:
                         provenance=provenance,
                         progress=progress,
                     )
-                why = {keys[todo[position]]: reason for position, reason in done.refused.items()}
+                why = {keys[k]: done.refused[path] for k in todo if (path := files.paths[k]) in done.refused}
                 missing = _fill(found, keys, missing, done.parts, settled)
                 refused |= {k: why.get(keys[k], "changed while it was read") for k in missing.tolist()}
                 parts += done.parts
@@ -232,7 +230,7 @@ def _pack(parts: list[FeatureCache], folder: Path) -> None:
     names = [field.name for field in dataclasses.fields(Rows)]
     rows = Rows(**{name: np.concatenate([getattr(part.rows, name) for part in small]) for name in names})
     blocks = (part.take(np.arange(len(part))) for part in small)
-    path = folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
+    path = folder / part_name("")
     write_cache(path, rows, blocks, dim=small[0].dim, spec=small[0].spec, provenance=small[-1].provenance)
     for part in small:
         part.path.unlink()

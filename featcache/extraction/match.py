@@ -56,6 +56,8 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     matches = Matches(nowhere, nowhere.copy(), images.sizes.copy(), images.mtimes.copy())
     paths, everything = encode_names(images.paths), np.arange(len(images))
     for number, cache in enumerate(caches):
+        if not len(cache):  # a part of refusals alone
+            continue
         rows = find(cache.rows.paths, paths)
         same = (cache.rows.sizes[rows] == images.sizes) & (cache.rows.mtimes[rows] == images.mtimes)
         matches.put(everything, number, np.where(same, rows, -1))
@@ -67,6 +69,18 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
         for number, cache in enumerate(caches):
             matches.put(read["position"], number, find(cache.rows.keys, read["digest"]))
     return matches
+
+
+def find_in(caches: Sequence[FeatureCache], paths: npt.NDArray[np.bytes_]) -> tuple[Indices, Indices]:
+    """(n,) the first of ``caches`` that has each of ``paths`` (n,), and the row there; -1 where none has. Reads no file."""
+    if not caches:
+        return np.full(len(paths), -1, np.intp), np.full(len(paths), -1, np.intp)
+    place = find(
+        np.concatenate([cache.rows.paths for cache in caches]), paths
+    )  # one sort, however many parts there are
+    starts = np.cumsum([0, *map(len, caches)])
+    number = np.searchsorted(starts, place, side="right") - 1
+    return np.where(place < 0, -1, number), np.where(place < 0, -1, place - starts[number])
 
 
 def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:

@@ -11,6 +11,7 @@ Takes about 1.7 KB of disk per row of 384 values in FOLDER, in a temporary folde
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -150,7 +151,12 @@ def size_of(folder: Path) -> int:
 
 def go_through(rows: int, options: argparse.Namespace, tell: Callable[[dict[str, Any]], None]) -> None:
     """All steps with so many rows."""
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+    place = (
+        tempfile.TemporaryDirectory(dir=options.folder)
+        if options.keep is None
+        else contextlib.nullcontext(options.keep)
+    )
+    with place as name:
         for step in options.steps:
             facts = run(step, Path(name), rows, options)
             tell(facts | {"disk_gb": round(size_of(Path(name)) / 1e9, 2)})
@@ -168,6 +174,9 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=USUAL, metavar="NAME", help=", ".join(STEPS))
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="go on in this folder, which stays, with --rows alone"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -191,8 +200,11 @@ def main() -> None:
         print(f"{step:14}" + "".join(f"{column:>10}" for column in columns) + f"  {note}", flush=True)
 
     print(f"{options.rows:,} x {options.dim} float16, {options.classes} classes; bytes per row from {base:,} rows on")
-    print(f"{'step':14}" + "".join(f"{head:>10}" for head in ("s", "CPU s", "peak MB", "B/row", "x100 M GB", "GB", "disk GB")))
-    for rows in dict.fromkeys((base, options.rows)):
+    print(
+        f"{'step':14}"
+        + "".join(f"{head:>10}" for head in ("s", "CPU s", "peak MB", "B/row", "x100 M GB", "GB", "disk GB"))
+    )
+    for rows in dict.fromkeys((base, options.rows)) if options.keep is None else [options.rows]:
         go_through(rows, options, tell)
     print(json.dumps({"rows": options.rows, "base": base, "dim": options.dim, "steps": found} | machine_facts()))
 

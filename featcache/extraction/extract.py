@@ -25,7 +25,7 @@ from featcache.cache.copies import find_copies
 from featcache.cache.format import Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, Refusal, SourceError, UsageError
-from featcache.extraction.match import gather
+from featcache.extraction.match import BLOCK, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, remove_parts
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
 from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, settle_request
@@ -443,9 +443,12 @@ def _pack(job: _Job, plan: Plan, spec: Spec) -> Rows:
     if not len(order):
         raise SourceError(images.all_refused(plan.refused))
     digests = np.empty((len(order), 32), np.uint8)
-    for number, cache in enumerate(caches):
-        here = matches.source[order] == number
-        digests[here] = cache.rows.digests[matches.row[order][here]]
+    for start, block in zip(
+        range(0, len(order), BLOCK),
+        gather([each.rows.digests.__getitem__ for each in caches], matches, order),
+        strict=True,
+    ):
+        digests[start : start + len(block)] = block
     rows = Rows(
         paths=encode_names(images.paths[index] for index in order),
         labels=images.labels[order],

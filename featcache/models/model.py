@@ -22,8 +22,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from featcache.backbones import saved
 from featcache.cache.cache import FeatureCache
+from featcache.cache.copies import Digests
 from featcache.cache.format import encode_names
 from featcache.errors import ModelError, SpecMismatchError
 from featcache.heads.head import FittedHead, Head
@@ -129,10 +132,10 @@ class Model:
             return TrainingRows.from_bytes(data)
 
     @functools.cached_property
-    def digests_seen(self) -> frozenset[bytes]:
+    def digests_seen(self) -> Digests:
         """sha256 of each image that training has seen; empty if the model does not know. Raises as ``training_rows``."""
         rows = self.training_rows()
-        return frozenset() if rows is None else frozenset(digest.tobytes() for digest in rows.digests)
+        return Digests(np.empty((0, 32), np.uint8) if rows is None else rows.digests)
 
     def __repr__(self) -> str:
         some = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")

@@ -61,9 +61,9 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     # There may be thousands of parts: each looks for its few rows among all images, not the other way round.
     places = _Places(encode_names(images.paths))
     for number, cache in enumerate(caches):
-        found, rows = places.of(cache.rows.paths)
-        same = (cache.rows.sizes[rows] == images.sizes[found]) & (cache.rows.mtimes[rows] == images.mtimes[found])
-        matches.put(found[same], number, rows[same])
+        for found, rows in places.of(cache.rows.paths):
+            same = (cache.rows.sizes[rows] == images.sizes[found]) & (cache.rows.mtimes[rows] == images.mtimes[found])
+            matches.put(found[same], number, rows[same])
     del places
     if len(missing := matches.missing):
         suspects = missing[np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))]
@@ -71,8 +71,8 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
         matches.sizes[read["position"]], matches.mtimes[read["position"]] = read["size"], read["mtime"]
         places = _Places(read["digest"])
         for number, cache in enumerate(caches):
-            found, rows = places.of(cache.rows.keys)
-            matches.put(read["position"][found], number, rows)
+            for found, rows in places.of(cache.rows.keys):
+                matches.put(read["position"][found], number, rows)
     return matches
 
 
@@ -83,8 +83,13 @@ class _Places:
         self._order = np.argsort(keys, kind="stable")
         self._sorted = keys[self._order]
 
-    def of(self, wanted: npt.NDArray[np.bytes_]) -> tuple[Indices, Indices]:
-        """All pairs of equal ones, as positions in ``keys`` and in ``wanted``, these descending: what is noted last counts."""
+    def of(self, wanted: npt.NDArray[np.bytes_]) -> Iterator[tuple[Indices, Indices]]:
+        """All pairs of equal ones, some at a time: positions in ``keys`` and in ``wanted``, these descending: the first comes last."""
+        for start in range(0, len(wanted), BLOCK)[::-1]:
+            found, rows = self._of_some(wanted[start : start + BLOCK])
+            yield found, start + rows
+
+    def _of_some(self, wanted: npt.NDArray[np.bytes_]) -> tuple[Indices, Indices]:
         keys = wanted.astype(self._sorted.dtype)  # or all of the others would be made as wide as these, each time
         first, end = (np.searchsorted(self._sorted, keys, side) for side in ("left", "right"))
         counts = np.where(keys == wanted, end - first, 0)

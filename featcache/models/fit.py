@@ -319,7 +319,7 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
             ", ".join(missing[:5]),
             "them" if missing[1:] else "it",
         )
-    counts = np.bincount(np.unique(np.stack([y, copies]), axis=1)[0], minlength=len(present))
+    counts = np.bincount(np.unique(copies * len(present) + y) % len(present), minlength=len(present))
     single = [cache.classes[present[k]] for k in np.flatnonzero(counts < 2)]
     if folds and single:
         raise SourceError(

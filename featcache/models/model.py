@@ -120,6 +120,10 @@ class Model:
 
     def training_rows(self) -> TrainingRows | None:
         """What the model was trained on; None for one that an earlier version saved. Raises ModelError if it is damaged."""
+        return self._training_rows
+
+    @functools.cached_property
+    def _training_rows(self) -> TrainingRows | None:  # of many images, reading them takes seconds and much memory
         if "training_rows" not in self.manifest:
             return None
         with saved.as_model_error(self.path):

@@ -55,9 +55,10 @@ def request() -> Any:
 
 
 def write_parts(folder: Path, images: Any, dim: int) -> None:
-    """All rows, in the order of the list, as a run that died before it packed them leaves them."""
+    """All rows, in the order of the list, and what `extract --part 1/1` agrees on before it begins."""
     from featcache.backbones.embed import EmbeddedBatch
     from featcache.cache.format import Provenance
+    from featcache.extraction.listing import Listing
     from featcache.extraction.parts import PartWriter
     from featcache.images.formats import REVISION
     from featcache.spec import PreprocessSpec, Spec
@@ -67,7 +68,9 @@ def write_parts(folder: Path, images: Any, dim: int) -> None:
     spec = Spec(backbone="resnet18", preprocess=preprocess, **facts)
     provenance = Provenance(request=request().record(), source="none", reload="IMAGENET1K_V1", decoder=REVISION)
     (folder / "features.h5.parts").mkdir()
-    writer = PartWriter(folder / "features.h5.parts", images, spec=spec, provenance=provenance)
+    Listing.publish(folder / "features.h5.parts", images, 1, spec=spec, provenance=provenance)
+    options = {"spec": spec, "provenance": provenance}
+    writer = PartWriter(folder / "features.h5.parts", images, dim=dim, tag="1of1", **options)
     rng = np.random.default_rng(0)
     centres = rng.normal(0, DISTANCE / np.sqrt(dim), (len(images.classes), dim)).astype(np.float32)
     for start in range(0, len(images), BATCH):
@@ -78,8 +81,8 @@ def write_parts(folder: Path, images: Any, dim: int) -> None:
     writer.flush()
 
 
-def merge(folder: Path, images: Any) -> None:
-    """Pack the parts."""
+def extract_again(folder: Path, images: Any) -> None:
+    """Bring the cache up to date with a list in which nothing has changed; it packs parts, too, if they are not merged."""
     from featcache.extraction.extract import extract
 
     report = extract(images, folder / "features.h5", request())
@@ -94,7 +97,7 @@ def command(*words: str) -> list[str]:
 # name -> what is run, and how often it reads or writes all features at least
 STEPS: dict[str, tuple[list[str] | None, int]] = {
     "parts": (None, 1),
-    "merge": (None, 3),  # parts are verified, and read once more
+    "merge": (command("merge", "features.h5", "--json"), 3),  # parts are verified, and read once more
     "unchanged": (None, 0),
     "verify": (command("verify", "features.h5"), 1),
     "info": (command("info", "features.h5", "--json"), 0),
@@ -141,7 +144,7 @@ def child(name: str, rows: int, dim: int, classes: int) -> None:
     if name == "parts":
         write_parts(Path.cwd(), images, dim)
     else:
-        merge(Path.cwd(), images)
+        extract_again(Path.cwd(), images)
 
 
 def size_of(folder: Path) -> int:

@@ -3,6 +3,7 @@
 app.py      all commands together, exit codes, logging
 split.py    split
 extract.py  extract
+merge.py    merge
 audit.py    audit
 train.py    fit-head, finetune
 predict.py  predict, evaluate, export

@@ -2,12 +2,20 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featcache.cli import options
 from featcache.cli.console import show_progress, show_result
+from featcache.errors import UsageError
+
+if TYPE_CHECKING:
+    from featcache.extraction.extract import ExtractReport
+    from featcache.extraction.in_parts import PartReport
+
+
+_MAX_BAD = 0.05
 
 
 @options.reads_source
@@ -32,7 +40,14 @@ def extract(
     device: options.Device = "auto",
     workers: options.Workers = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
-    max_bad: options.MaxBad = 0.05,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Embed share I of N beside the output, for `featcache merge`; auto: as a scheduler says.",
+        ),
+    ] = None,
+    max_bad: options.MaxBad = _MAX_BAD,
     reuse: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Another cache to take embeddings from; may be repeated.")
     ] = None,
@@ -46,8 +61,17 @@ def extract(
     Only new content is embedded, and an interrupted run goes on where it was.
     """
     from featcache.extraction.extract import extract as run
+    from featcache.extraction.in_parts import extract_part
     from featcache.extraction.request import ExtractRequest
 
+    if part is not None and force:
+        raise UsageError(
+            f"--force replaces {output}, and --part runs would replace each other's work; remove the file, or choose another -o"
+        )
+    if part is not None and max_bad != _MAX_BAD:
+        raise UsageError(
+            "--max-bad counts over all images; leave it out of --part runs, and give it to `featcache merge`"
+        )
     images = reading.of(source)
     request = ExtractRequest(
         backbone=backbone,
@@ -62,21 +86,23 @@ def extract(
         precision=precision,
         dtype=dtype,
     )
+    threads, batch = options.count(workers, "workers"), options.count(batch_size, "batch size")
+    report: ExtractReport | PartReport
     with show_progress("embedding") as progress:
-        report = run(
-            images,
-            output,
-            request,
-            device=device,
-            workers=options.count(workers, "workers"),
-            batch_size=options.count(batch_size, "batch size"),
-            limit=limit,
-            force=force,
-            reuse=reuse or (),
-            progress=progress,
-        )
+        common: dict[str, Any] = {
+            "device": device,
+            "workers": threads,
+            "batch_size": batch,
+            "limit": limit,
+            "reuse": reuse or (),
+        }
+        if part is None:
+            report = run(images, output, request, force=force, progress=progress, **common)
+        else:
+            report = extract_part(images, output, part, request, progress=progress, **common)
     show_result(report.lines(), dataclasses.asdict(report), as_json=as_json)
-    options.exit_if_bad(report.refused, report.images, max_bad)
+    if part is None:
+        options.exit_if_bad(report.refused, report.images, max_bad)
 
 
 COMMANDS: options.Commands = {

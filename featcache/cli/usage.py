@@ -17,6 +17,7 @@ from featcache.errors import UsageError
 # Commands, and what else people call them. Where a word fits several, all are named.
 _COMMANDS = {
     "extract": "embed embeddings embedding encode features feature feature-extraction featurize vectorize cache preprocess",
+    "merge": "pack combine join gather parts shards",
     "fit-head": "train training fit head probe linear-probe classifier logreg",
     "finetune": "train training finetuning tune tuning transfer unfreeze",
     "audit": "clean curate duplicates dedup dedupe copies outliers label-errors mislabelled quality",

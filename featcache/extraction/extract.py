@@ -6,45 +6,40 @@ spec, match what is embedded already, embed the rest into parts, pack everything
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
-import platform
 import time
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, cast
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
-from featcache.backbones.choice import AUTO, choose_backbone, warn_of_licence
-from featcache.backbones.saved import SavedBackbone
+from featcache.backbones.choice import warn_of_licence
 from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.copies import find_copies
 from featcache.cache.format import Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
-from featcache.errors import BackboneError, Refusal, SourceError, UsageError
+from featcache.errors import Refusal, SourceError, UsageError
+from featcache.extraction.executors import Executor
+from featcache.extraction.job import Job
 from featcache.extraction.match import BLOCK, gather
-from featcache.extraction.parts import Embedded, embed_into_parts, open_parts, remove_parts
-from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old
-from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, settle_request
-from featcache.extraction.settings import Settings, settings_of
+from featcache.extraction.on_devices import ALL_GPUS
+from featcache.extraction.parts import open_parts, remove_parts, tag_of
+from featcache.extraction.plan import Plan, check_shared, make_plan, of_spec, open_donors, open_old
+from featcache.extraction.request import ExtractRequest, RequestOptions, settle_request
+from featcache.extraction.settings import settings_of
 from featcache.images.formats import REVISION
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, bar_in_notebook, describe_images, quantity
-from featcache.system.files import check_free_space, check_output
+from featcache.system.files import check_output
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_device, check_runtime_options
 from featcache.system.workdir import locked, work_folder
 
 if TYPE_CHECKING:
-    from featcache.backbones.backbone import Backbone
     from featcache.backbones.embed import Progress
-    from featcache.backbones.embedder import Embedder
-    from featcache.backbones.encoder import Precision
-    from featcache.system.device import Runtime
 
 log = logging.getLogger("featcache")
 _NAMED = 8  # classes at most, in the summary
@@ -115,6 +110,7 @@ def extract(
     limit: int | None = None,
     force: bool = False,
     reuse: AnyPath | Sequence[AnyPath] = (),
+    executor: Executor | None = None,
     progress: "Progress | None" = None,
     **options: Unpack[RequestOptions],
 ) -> ExtractReport:
@@ -128,13 +124,14 @@ def extract(
             taken as it is: what changes after listing is not noticed.
         output: the cache file; its folder must exist.
         request: backbone, weights, preprocessing, precision; the defaults of ``ExtractRequest`` when None.
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N, mps; cuda:all, which auto means, too, where there are several GPUs: a process for each.
         workers: threads; one per usable core when None.
         batch_size: images per forward pass; chosen for the device when None.
         limit: only this many images, evenly spread over the list; rows that the cache already has are kept.
         force: replace a cache that was made with another spec, or is damaged.
         reuse: other caches, never changed, whose rows are taken over if their spec is the same; the first that has an image
             counts, and those that cannot be used are passed over.
+        executor: who embeds, see ``extraction.executors``; this process when None.
         progress: called with (done, total, bottleneck) when embedding starts and after every batch; a bar in notebooks when None.
         options: the fields of ``ExtractRequest`` as keywords, instead of ``request``: ``extract("photos", "f.h5", crop=224)``.
 
@@ -142,29 +139,19 @@ def extract(
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. SpecMismatchError: the file was made
         with another spec. CacheError: it is damaged. StorageError: it cannot be written. UsageError: impossible values.
     """
-    started = time.perf_counter()
-    output, request = as_path(output), settle_request(request, options, extract) or ExtractRequest()
-    check_runtime_options(device, workers=workers, batch_size=batch_size)
-    if not isinstance(source, ImageList):
-        check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
-    request.check_paths()
-    if not (os.path.lexists(output) or work_folder(output).is_dir()):
-        request.check_named()
-        check_device(device)
-    check_output(output)
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit must be at least 1, found {limit}")
-    images = _list(source)
+    started, folder = time.perf_counter(), work_folder(as_path(output))
+    request = settle_request(request, options, extract) or ExtractRequest()
+    output, images = prepare(
+        source, output, request, device=device, workers=workers, batch_size=batch_size, limit=limit
+    )
     bar = bar_in_notebook(progress, describe_images("embedding"))
-    with _interruption_noted(output), locked(work_folder(output)), bar as progress:
-        old = open_old(output, force=force)
-        own = ([old] if old else []) + open_parts(work_folder(output))
-        donors = open_donors(
-            [as_path(path) for path in ([reuse] if isinstance(reuse, str | os.PathLike) else reuse)], output
-        )
+    with interruption_noted(output), locked(folder), bar as progress:
+        old, parts = open_old(output, force=force), open_parts(folder)
+        own = ([old] if old else []) + parts
+        donors = open_donors(reuse, output)
         saved = request.saved()
         settings = settings_of(request, saved, own, output, force=force)
-        job = _Job(request, saved, settings, donors, images, output, device, workers, batch_size)
+        job = Job(request, saved, settings, donors, images, output, device, workers, batch_size)
         spec = job.known if job.known and not force else job.spec
         own = of_spec(own, spec, output, force=force)
         plan = make_plan(images, donors, own, spec=spec, limit=limit)
@@ -172,18 +159,60 @@ def extract(
             of_spec(own, job.spec, output, force=False)
             spec = job.spec  # only donors had the other one
             plan = make_plan(images, [], own, spec=spec, limit=limit)
+        check_shared(plan, [part for part in parts if part in own and tag_of(part.path)])
         reused, seconds = len(plan.images) - len(plan.matches.missing), 0.0
         if len(plan.todo):
-            done = job.embed(plan, progress)
-            plan, seconds = plan.once(done), done.seconds
+            done = job.embed(plan, executor, progress)
+            plan, seconds = plan.once(done.parts), done.seconds
         elif reused and plan.origin.provenance.reload is None:
             job.keep_weights(spec)
-        rows = _pack(job, plan, spec)
+        rows = pack(output, plan, spec, record=job.record, provenance_of=job.provenance_of)
         if not job.is_loaded:
             warn_of_licence(spec.backbone, plan.origin.provenance.source, loaded=False)
-        remove_parts(work_folder(output))
+        remove_parts(folder)
         if old and old.spec.weights_sha256 != spec.weights_sha256:  # its copy of the weights has no use any more
             weights_copy(output, old.spec).unlink(missing_ok=True)
+    return report_of(
+        output, plan, rows, old, spec=spec, reused=reused, seconds=(time.perf_counter() - started, seconds)
+    )
+
+
+def prepare(
+    source: AnySource | ImageList,
+    output: AnyPath,
+    request: ExtractRequest,
+    *,
+    device: str,
+    workers: int | None,
+    batch_size: int | None,
+    limit: int | None,
+) -> tuple[Path, ImageList]:
+    """Refuse what cannot work before any work starts; then list the images. Arguments and errors are those of ``extract``."""
+    output, one = as_path(output), "cuda" if device == ALL_GPUS else device
+    check_runtime_options(one, workers=workers, batch_size=batch_size)
+    if not isinstance(source, ImageList):
+        check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
+    request.check_paths()
+    if not (os.path.lexists(output) or work_folder(output).is_dir()):
+        request.check_named()
+        check_device(one)
+    check_output(output)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, found {limit}")
+    return output, _list(source)
+
+
+def report_of(
+    output: Path,
+    plan: Plan,
+    rows: Rows,
+    old: FeatureCache | None,
+    *,
+    spec: Spec,
+    reused: int,
+    seconds: tuple[float, float],
+) -> ExtractReport:
+    """What became of ``plan``; names copies. ``seconds``: of the whole, and of embedding."""
     added, changed, removed = _compare(old, rows)
     total = len(plan.images) + len(plan.images.refused)
     copies = find_copies(rows.digests, rows.labels, rows.splits, rows.paths)
@@ -201,8 +230,8 @@ def extract(
         removed=removed,
         refused=total - len(rows),
         dim=plan.origin.dim,
-        seconds=time.perf_counter() - started,
-        images_per_second=(len(rows) - reused) / seconds if seconds else 0.0,
+        seconds=seconds[0],
+        images_per_second=(len(rows) - reused) / seconds[1] if seconds[1] else 0.0,
         fingerprint=spec.fingerprint,
         classes=len(plan.images.classes),
         class_names=plan.images.classes,
@@ -212,7 +241,7 @@ def extract(
 
 
 @contextlib.contextmanager
-def _interruption_noted(output: Path) -> Iterator[None]:
+def interruption_noted(output: Path) -> Iterator[None]:
     """Say, when the user interrupts what is inside, how to go on, if anything is finished."""
     try:
         yield
@@ -220,202 +249,6 @@ def _interruption_noted(output: Path) -> Iterator[None]:
         if (folder := work_folder(output)).is_dir():
             log.warning("finished work is kept in %s; the same once more goes on from there", folder)
         raise
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What an extraction needs once there is something to embed; loads the model at most once, and late.
-
-    Attributes:
-        asked: the request as it came. saved: the saved model whose backbone that asks for, if it is one.
-        settings: what counts where it is silent: what an earlier run settled stays, also what it measured.
-        donors: other caches. images: as listed. output: the file. device, workers, batch_size: as given.
-    """
-
-    asked: ExtractRequest
-    saved: SavedBackbone | None
-    settings: Settings | None
-    donors: list[FeatureCache]
-    images: ImageList
-    output: Path
-    device: str
-    workers: int | None
-    batch_size: int | None
-
-    @functools.cached_property
-    def request(self) -> ExtractRequest:
-        """The request, with a name instead of ``auto``. Raises UsageError, DownloadError."""
-        if self.settings:
-            self.settings.say(self.asked)
-        if self.asked.backbone != AUTO:
-            return self.asked
-        if self.settings:
-            return dataclasses.replace(self.asked, backbone=self.settings.spec.backbone)
-        self.asked.check_named()
-        return dataclasses.replace(self.asked, backbone=choose_backbone(self.runtime.device.type))
-
-    @functools.cached_property
-    def written(self) -> dict[str, object]:
-        """The record of the request, as files were when it was first needed."""
-        return self.request.record()
-
-    @property
-    def record(self) -> dict[str, object]:
-        """What to keep as provenance: as it is while nothing new is computed, or asked for."""
-        if self.settings is None:
-            return self.written
-        old = self.settings.provenance.request
-        if old is not None and not self.is_loaded and self.settings.meet(self.written):
-            return dict(old)
-        return self.settings.record(self.written)
-
-    @functools.cached_property
-    def known(self) -> Spec | None:
-        """The spec, if the cache, or one of the others, shows that this very request makes it."""
-        if self.settings and self.settings.meet(self.written):
-            return self.settings.spec
-        # Where a donor differs from what is here, the backbone decides, not the donor.
-        fitting = [cache for cache in self.donors[::-1] if not self.settings or cache.spec == self.settings.spec]
-        return next((cache.spec for cache in fitting if cache.provenance.request == self.record), None)
-
-    @property
-    def before(self) -> Spec | None:
-        """What an earlier run settled: it stays, also if today's sample would just pass or fail."""
-        return self.settings.spec if self.settings else self.known
-
-    @property
-    def resolved(self) -> ExtractRequest:
-        """The request, ``auto`` replaced by what the cache, or the saved model, says."""
-        if self.settings:
-            return self.settings.resolved(self.request)
-        return self.request.resolved(self.saved.spec) if self.saved else self.request
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the backbone is."""
-        return "backbone" in vars(self)
-
-    @functools.cached_property
-    def runtime(self) -> "Runtime":
-        """Where to compute: settled before anything large is allocated."""
-        from featcache.system.device import choose_runtime  # here: it takes torch
-
-        return choose_runtime(self.device, workers=self.workers, batch_size=self.batch_size)
-
-    @functools.cached_property
-    def backbone(self) -> "Backbone":
-        """Raises BackboneError, ModelError, UsageError."""
-        log.log(logging.INFO if self.device == "auto" else logging.DEBUG, self.runtime.reason)
-        before = self.written
-        backbone = load_requested(self.resolved, self.saved, self.settings)
-        if self.request.record() != before:  # it would be taken for the file that was there before
-            raise BackboneError(
-                f"the weights of {self.request.backbone} changed while they were read; run the command again"
-            )
-        warn_of_licence(backbone.name, backbone.weights, loaded=True)
-        return backbone
-
-    @functools.cached_property
-    def embedder(self) -> "Embedder":
-        """Raises SourceError: no image can be decoded. UsageError: impossible precision or size. Otherwise as ``backbone``."""
-        from featcache.backbones.embedder import Embedder
-        from featcache.images.read import refusals
-
-        precision = cast("Precision", self.resolved.precision)
-        embedder = Embedder.prepare(self.backbone, self.images, runtime=self.runtime, precision=precision)
-        if advice := embedder.choice.advice:
-            log.info(advice)
-        if not len(embedder.sample):
-            raise SourceError(self.images.all_refused(refusals(self.images, range(len(self.images)))))
-        _compare_with_full_scale(embedder, self.images)
-        return embedder
-
-    @functools.cached_property
-    def spec(self) -> Spec:
-        """What embeddings are now. Raises as ``embedder``."""
-        asked = self.resolved.precision
-        settled = [spec.precision for spec in (self.before, self.saved and self.saved.spec) if spec]
-        return self.embedder.spec(storage=self._storage(), precision=asked if asked in settled else None)
-
-    def _storage(self) -> str:
-        from featcache.backbones.self_check import survives_rounding
-
-        if self.resolved.dtype != "auto":
-            return self.resolved.dtype
-        if self.before:
-            return self.before.storage
-        fits = survives_rounding(self.embedder.encoder(self.embedder.sample))
-        level = logging.DEBUG if fits else logging.INFO  # what costs twice the space is worth a word
-        log.log(
-            level, "these embeddings %s float16, which is half the size of float32", "fit" if fits else "do not fit"
-        )
-        return "float16" if fits else "float32"
-
-    def keep_weights(self, spec: Spec) -> None:
-        """Put a copy of the weights beside the cache if no library provides them again. Raises StorageError."""
-        copy = weights_copy(self.output, spec)
-        if not copy.is_file() and self.backbone.reload is None:  # in this order: a backbone takes long to load
-            from featcache.backbones.backbone import save_weights  # and so does PyTorch
-
-            save_weights(self.backbone, copy, staging=work_folder(self.output))
-
-    def embed(self, plan: Plan, progress: "Progress | None") -> Embedded:
-        """Embed ``plan.todo`` into new parts. Raises StorageError; CacheError: what is to be reused is damaged."""
-        for number in np.unique(plan.matches.source[plan.matches.source >= 0]):  # damage is found before work starts
-            plan.caches[number].check_features()
-        values = (len(plan.todo) + len(plan.images)) * self.backbone.dim
-        check_free_space(self.output.parent, values * np.dtype(self.spec.storage).itemsize)
-        self.keep_weights(self.spec)
-        return embed_into_parts(
-            plan.images.take(plan.todo),
-            self.embedder,
-            work_folder(self.output),
-            spec=self.spec,
-            provenance=self._provenance(),
-            progress=progress,
-        )
-
-    def _provenance(self) -> Provenance:
-        embedder = self.embedder
-        return Provenance(
-            request=self.record,
-            source=embedder.backbone.weights,
-            reload=embedder.backbone.reload,
-            self_check=dataclasses.asdict(embedder.choice),
-            decoder=REVISION,
-            rest={
-                "runtime": embedder.runtime.reason,
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        )
-
-    def provenance_of(self, origin: FeatureCache) -> Provenance:
-        """That of ``origin`` with this request, so that the next run recognises itself, and of rows that are all right."""
-        provenance = dataclasses.replace(origin.provenance, request=self.record, decoder=REVISION)
-        if self.is_loaded and provenance.reload is None:  # as of the copy that was kept, or not needed
-            backbone = self.backbone
-            provenance = dataclasses.replace(provenance, source=backbone.weights, reload=backbone.reload)
-        return provenance
-
-
-def _compare_with_full_scale(embedder: "Embedder", images: ImageList) -> None:
-    """Say what decoding at a reduced scale does to embeddings."""
-    from featcache.backbones.embed import sample_pixels
-    from featcache.backbones.self_check import agreement
-
-    preprocess = embedder.backbone.preprocess
-    if preprocess.decode_at_least is None:
-        return
-    full = sample_pixels(images, dataclasses.replace(preprocess, decode="full scale"), len(embedder.sample))
-    found = agreement(embedder.encoder(full), embedder.encoder(embedder.sample))
-    log.log(
-        logging.INFO if found.passes else logging.WARNING,
-        "large JPEGs are decoded at a reduced scale: to full scale %s%s",
-        found,
-        "" if found.passes else ", below what passes for the same embedding; --decode full does without",
-    )
 
 
 def _list(source: AnySource | ImageList) -> ImageList:
@@ -436,8 +269,18 @@ def _list(source: AnySource | ImageList) -> ImageList:
     return images
 
 
-def _pack(job: _Job, plan: Plan, spec: Spec) -> Rows:
-    """Publish the final file, unless it would be what is there already. Returns its rows."""
+def pack(
+    output: Path,
+    plan: Plan,
+    spec: Spec,
+    *,
+    record: dict[str, object],
+    provenance_of: Callable[[FeatureCache], Provenance],
+) -> Rows:
+    """Publish the final file, unless it would be what is there already. Returns its rows.
+
+    record: of the request. provenance_of: gives what is to be recorded, of the cache whose provenance counts.
+    """
     images, caches, matches = plan.images, plan.caches, plan.matches
     order = np.flatnonzero(matches.source >= 0)
     if not len(order):
@@ -458,21 +301,21 @@ def _pack(job: _Job, plan: Plan, spec: Spec) -> Rows:
         mtimes=matches.mtimes[order],
     )
     refused = tuple(sorted([*images.refused, *(Refusal(images.paths[k], why) for k, why in plan.refused.items())]))
-    beside = (images.classes, refused, job.record, REVISION)
+    beside = (images.classes, refused, record, REVISION)
     for old in caches:
         there = (old.classes, old.refused, old.provenance.request, old.provenance.decoder)
-        if old.path == job.output and there == beside and old.rows.equals(rows):
+        if old.path == output and there == beside and old.rows.equals(rows):
             return rows
     write_cache(
-        job.output,
+        output,
         rows,
         gather([cache.take for cache in caches], matches, order),
         dim=plan.origin.dim,
         spec=spec,
         classes=images.classes,
         refused=refused,
-        provenance=job.provenance_of(plan.origin),
-        staging=work_folder(job.output),
+        provenance=provenance_of(plan.origin),
+        staging=work_folder(output),
     )
     return rows
 

@@ -98,6 +98,15 @@ class _Places:
         return self._order[first[rows] + nth][::-1], rows[::-1]
 
 
+def find_in(caches: Sequence[FeatureCache], paths: npt.NDArray[np.bytes_]) -> tuple[Indices, Indices]:
+    """(n,) the first of ``caches`` that has each of ``paths`` (n,), and the row there; -1 where none has. Reads no file."""
+    number, row, places = np.full(len(paths), -1, np.intp), np.full(len(paths), -1, np.intp), _Places(paths)
+    for position in range(len(caches))[::-1]:
+        for found, rows in places.of(caches[position].rows.paths):
+            number[found], row[found] = position, rows
+    return number, row
+
+
 def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:
     """Read some of ``files``: (n,) position, digest, size and mtime of those that can be read; embedding says why others cannot."""
     workers = min(32, (os.cpu_count() or 1) + 4)

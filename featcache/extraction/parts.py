@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Indices, Provenance, Rows, encode_names
+from featcache.cache.format import Indices, Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, NewerCacheError
+from featcache.errors import CacheError, NewerCacheError, Refusal
 from featcache.images.read import ImageFiles
 from featcache.spec import Spec
+from featcache.system.display import quantity
+from featcache.system.workdir import LISTING
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import EmbeddedBatch, Progress
@@ -27,13 +29,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("featcache")
 _PARTS = "[0-9]*.h5"  # named after the time; what is called otherwise is not ours
 MAX_ROWS = 4096
+MEAN_COSINE = 0.9995  # as in ``backbones.self_check``
 MAX_SECONDS = 15.0  # what an interruption can cost at most, plus the images in flight
 
 
-def open_parts(folder: Path) -> list[FeatureCache]:
-    """Open every intact part. One that is no part is removed: its images are embedded again. Raises CacheError."""
+def open_parts(folder: Path, *, tag: str | None = None, shared: bool = False) -> list[FeatureCache]:
+    """Open every intact part. One that is no part is removed: its images are embedded again. Raises CacheError.
+
+    Args:
+        folder: where they are. tag: those of this tag and those without one; all when None.
+        shared: others write there, too: what is no part is left to whoever has the folder alone.
+    """
     parts = []
     for path in sorted(folder.glob(_PARTS)):
+        if tag is not None and tag_of(path) not in ("", tag):
+            continue
         try:
             part = FeatureCache.open(path)
             part.check_features()
@@ -42,66 +52,139 @@ def open_parts(folder: Path) -> list[FeatureCache]:
             if isinstance(error, NewerCacheError) or isinstance(error.__cause__, OSError | MemoryError):
                 raise  # the part may well be intact
             log.warning("part %s is damaged and will be made again (%s)", path.name, error)
-            path.unlink(missing_ok=True)
+            if not shared:
+                path.unlink(missing_ok=True)
     return parts
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what the packed cache has made superfluous: parts, and temporary files of a run that died."""
-    for pattern in (_PARTS, ".*.tmp"):
+    """Delete what the packed cache has made superfluous: the listing first, parts, and temporary files of a run that died."""
+    for pattern in (LISTING, _PARTS, "listing-*.h5", "weights-*.safetensors", ".*.tmp"):
         for path in folder.glob(pattern):
-            path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def part_name(tag: str) -> str:
+    """A name that no other part has, on whatever machine it is made. Of time and ``tag`` nothing hangs on the time."""
+    return f"{time.time_ns():020d}-{secrets.token_hex(4)}{'.' if tag else ''}{tag}.h5"
+
+
+def tag_of(path: Path) -> str:
+    """The tag in a part's name: ``3of7`` of what was made for share 3 of 7; empty without one."""
+    return path.name.removesuffix(".h5").partition(".")[2]
+
+
+def check_agreement(parts: list[FeatureCache], *, contents: bool = False) -> None:
+    """Compare images that are in several of ``parts``, by path; the first of them counts.
+
+    Raises CacheError where one content has two embeddings, unless they were made on machines of two kinds and agree as the
+    self-check has it; with ``contents`` also where one path has two contents, which only the source can decide.
+    """
+    paths = np.concatenate([np.empty(0, "S1"), *(part.rows.paths for part in parts)])
+    first = find(paths, paths)
+    again = np.flatnonzero(first != np.arange(len(paths)))
+    starts = np.cumsum([0, *map(len, parts)])
+    numbers = np.searchsorted(starts, np.stack([first[again], again]), side="right") - 1  # (2, n) parts of both
+    rounded = 0
+    for pair in np.unique(numbers, axis=1).T:
+        a, b = (parts[number] for number in pair)
+        of_pair = again[(pair == numbers.T).all(axis=1)]
+        rows_a, rows_b = first[of_pair] - starts[pair[0]], of_pair - starts[pair[1]]
+        same = (a.rows.digests[rows_a] == b.rows.digests[rows_b]).all(axis=1)
+        if contents and not same.all():
+            raise _disagreement(
+                a, b, rows_a[~same][0], "its file changed in between; `featcache extract SOURCE` decides by it"
+            )
+        rounded += _compare(a, b, rows_a[same], rows_b[same])
+    if rounded:
+        log.warning(
+            "%s embedded on machines of several kinds, with roundings of their own; the first part by name counts",
+            quantity(rounded, "image was", "images were"),
+        )
+
+
+def _compare(a: FeatureCache, b: FeatureCache, rows_a: Indices, rows_b: Indices) -> int:
+    """How many rows differ by roundings of other machines. Raises CacheError: by more."""
+    found = 0
+    for start in range(0, len(rows_a), MAX_ROWS):
+        block = rows_a[start : start + MAX_ROWS]
+        x, y = a.take(block), b.take(rows_b[start : start + MAX_ROWS])
+        differ = (x.view(np.uint8) != y.view(np.uint8)).any(axis=1)
+        if not differ.any():
+            continue
+        x, y = x[differ].astype(np.float64), y[differ].astype(np.float64)
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        near = (x * y).sum(axis=1) >= MEAN_COSINE * norms
+        if a.provenance.rest.get("kind") == b.provenance.rest.get("kind") or not near.all():
+            row = block[differ][int(near.argmin())]
+            raise _disagreement(a, b, row, "one of them is wrong; remove both, and make them again")
+        found += len(x)
+    return found
+
+
+def _disagreement(a: FeatureCache, b: FeatureCache, row: int, what: str) -> CacheError:
+    return CacheError(f"{a.paths[row]} is in {a.path} and in {b.path.name} with another embedding: {what}")
 
 
 class PartWriter:
-    """Collects embedded rows and publishes them as a part when there are enough, or when it has been long enough."""
+    """Collects embedded rows, and refusals, and publishes them as a part when there are enough, or when it has been long enough."""
 
-    def __init__(self, folder: Path, files: ImageFiles, *, spec: Spec, provenance: Provenance) -> None:
-        self._folder, self._files, self._spec, self._provenance = folder, files, spec, provenance
+    def __init__(
+        self, folder: Path, files: ImageFiles, *, dim: int, spec: Spec, provenance: Provenance, tag: str
+    ) -> None:
+        self._folder, self._files, self._dim, self._spec = folder, files, dim, spec
+        self._provenance, self._tag = provenance, tag
         self._pending: list[EmbeddedBatch] = []
-        self._rows = 0
+        self._images = 0
         self._since = time.monotonic()
         self.written: list[FeatureCache] = []
 
     def add(self, batch: "EmbeddedBatch") -> None:
         """Take a batch. Raises StorageError when publishing fails."""
-        if len(batch.indices):
-            self._pending.append(batch)
-            self._rows += len(batch.indices)
-        if self._rows >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
+        self._pending.append(batch)
+        self._images += len(batch)
+        if self._images >= MAX_ROWS or time.monotonic() - self._since > MAX_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Publish what has been collected. Raises StorageError."""
-        if batches := self._pending:
+        if self._images:
+            batches = [batch for batch in self._pending if len(batch.indices)]
+            refused = {position: why for batch in self._pending for position, why in batch.refused.items()}
+            n = sum(len(batch.indices) for batch in batches)
             rows = Rows(
                 paths=encode_names(self._files.paths[index] for batch in batches for index in batch.indices),
-                labels=np.full(self._rows, -1, np.int32),
-                splits=np.zeros(self._rows, np.uint8),
-                digests=np.concatenate([batch.digests for batch in batches]),
-                sizes=np.concatenate([batch.sizes for batch in batches]),
-                mtimes=np.concatenate([batch.mtimes for batch in batches]),
+                labels=np.full(n, -1, np.int32),
+                splits=np.zeros(n, np.uint8),
+                digests=np.concatenate([np.empty((0, 32), np.uint8), *(batch.digests for batch in batches)]),
+                sizes=np.concatenate([np.empty(0, np.int64), *(batch.sizes for batch in batches)]),
+                mtimes=np.concatenate([np.empty(0, np.int64), *(batch.mtimes for batch in batches)]),
             )
-            path = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.h5"
-            blocks, dim = [batch.features for batch in batches], batches[0].features.shape[1]
-            write_cache(path, rows, blocks, dim=dim, spec=self._spec, provenance=self._provenance)
+            path = self._folder / part_name(self._tag)
+            write_cache(
+                path,
+                rows,
+                [batch.features for batch in batches],
+                dim=self._dim,
+                spec=self._spec,
+                refused=[Refusal(self._files.paths[position], why) for position, why in refused.items()],
+                provenance=self._provenance,
+            )
             self.written.append(FeatureCache.open(path))
-        self._pending, self._rows, self._since = [], 0, time.monotonic()
+        self._pending, self._images, self._since = [], 0, time.monotonic()
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """What ``embed_into_parts`` did with n images.
-
-    Attributes:
-        parts: what was written. images: positions of those embedded, in the order of the parts' rows.
-        refused: position -> reason, for the others. seconds: in the loop.
-    """
+    """What became of some images: rows, and refusals, of ``parts``. seconds: in the loop."""
 
     parts: list[FeatureCache]
-    images: Indices
-    refused: dict[int, str]
     seconds: float
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """path -> reason, of those without an embedding."""
+        return {refusal.path: refusal.reason for part in self.parts for refusal in part.refused}
 
 
 def embed_into_parts(
@@ -111,19 +194,18 @@ def embed_into_parts(
     *,
     spec: Spec,
     provenance: Provenance,
+    tag: str = "",
     progress: "Progress | None" = None,
 ) -> Embedded:
-    """Embed ``files`` into new parts in ``folder``; when interrupted, what is finished stays there.
+    """Embed ``files`` into new parts in ``folder``, with ``tag`` in their names; when interrupted, what is finished stays there.
 
     Raises:
         StorageError: a part cannot be written.
     """
     from featcache.backbones.embed import Timings, storable
 
-    writer = PartWriter(folder, files, spec=spec, provenance=provenance)
+    writer = PartWriter(folder, files, dim=embedder.backbone.dim, spec=spec, provenance=provenance, tag=tag)
     timings, total = Timings(), len(files.paths)
-    refused: dict[int, str] = {}
-    embedded: list[Indices] = [np.empty(0, np.intp)]
     done, started = 0, time.perf_counter()
     with contextlib.ExitStack() as last:
         last.callback(writer.flush)  # also when interrupted: what is finished is kept
@@ -131,11 +213,9 @@ def embed_into_parts(
         if progress:
             progress(0, total, timings.bottleneck)
         for batch in (storable(batch, spec.storage) for batch in batches):
-            refused |= batch.refused
-            embedded.append(batch.indices)
             with timings.measure("disk"):
                 writer.add(batch)
             done += len(batch)
             if progress:
                 progress(done, total, timings.bottleneck)
-    return Embedded(writer.written, np.concatenate(embedded), refused, time.perf_counter() - started)
+    return Embedded(writer.written, time.perf_counter() - started)

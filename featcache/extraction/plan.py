@@ -8,22 +8,23 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Indices
-from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError
-from featcache.extraction.match import Matches, match
-from featcache.extraction.parts import Embedded
+from featcache.cache.format import Indices, encode_names
+from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError, StorageError
+from featcache.extraction.match import Matches, find_in, match
+from featcache.extraction.parts import check_agreement
 from featcache.images.decode import FATAL, was_misread
 from featcache.images.formats import REVISION
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec
+from featcache.system.path_kinds import AnyPath, as_path
 
 log = logging.getLogger("featcache")
 
@@ -52,16 +53,20 @@ class Plan:
         """Whose provenance counts: the last of the caches that give rows. At least one must."""
         return self.caches[int(self.matches.source.max())]
 
-    def once(self, done: Embedded) -> "Plan":
-        """The plan once ``todo`` is ``done``."""
-        todo, matches, start = self.todo, copy.deepcopy(self.matches), 0
-        for number, part in enumerate(done.parts, len(self.caches)):
-            here = todo[done.images[start : start + len(part)]]
-            matches.put(here, number, np.arange(len(part)))
-            matches.sizes[here], matches.mtimes[here] = part.rows.sizes, part.rows.mtimes
-            start += len(part)
-        refused = {int(todo[position]): why for position, why in done.refused.items()}
-        caches = (*self.caches, *done.parts)
+    def once(self, parts: Sequence[FeatureCache]) -> "Plan":
+        """The plan once ``todo`` is done: in ``parts``, as a row or refused. What is in none of them stays to do."""
+        todo, matches, caches = self.todo, copy.deepcopy(self.matches), (*self.caches, *parts)
+        number, row = find_in(parts, encode_names(self.images.paths[index] for index in todo))
+        order = np.argsort(number, kind="stable")
+        edges = np.searchsorted(number[order], np.arange(len(parts) + 1))
+        for k, part in enumerate(parts):
+            there = order[edges[k] : edges[k + 1]]
+            here = todo[there]
+            matches.source[here], matches.row[here] = len(self.caches) + k, row[there]
+            matches.sizes[here], matches.mtimes[here] = part.rows.sizes[row[there]], part.rows.mtimes[row[there]]
+        reasons = {refusal.path: refusal.reason for part in parts for refusal in part.refused}
+        left = todo[number < 0].tolist()
+        refused = {index: reasons[path] for index in left if (path := self.images.paths[index]) in reasons}
         return dataclasses.replace(self, caches=caches, matches=matches, refused={**self.refused, **refused})
 
 
@@ -78,7 +83,7 @@ def make_plan(
     caches, matches = _match_intact(images, donors, own, spec)
     matches = _without_misread(images, matches, caches)
     if limit is not None:
-        kept = _spread(matches.source >= len(caches) - len(own), limit)
+        kept = spread(matches.source >= len(caches) - len(own), limit)
         images, matches = images.take(kept), matches.take(kept)
     return Plan(images, tuple(caches), matches, _refuse_again(images, matches, caches))
 
@@ -132,10 +137,10 @@ def of_spec(caches: list[FeatureCache], spec: Spec, output: Path, *, force: bool
     return [cache for cache in caches if cache.spec == spec]
 
 
-def open_donors(paths: Iterable[Path], output: Path) -> list[FeatureCache]:
+def open_donors(given: AnyPath | Iterable[AnyPath], output: Path) -> list[FeatureCache]:
     """Open the caches that may give rows to ``output``, the one to prefer last. What cannot be read is passed over."""
     donors = []
-    for path in paths:
+    for path in map(as_path, [given] if isinstance(given, str | os.PathLike) else given):
         try:
             cache = FeatureCache.open(path)
         except CacheError as error:
@@ -144,6 +149,24 @@ def open_donors(paths: Iterable[Path], output: Path) -> list[FeatureCache]:
         if not output.exists() or not path.samefile(output):  # its own old rows it has anyway
             donors.append(cache)
     return donors[::-1]
+
+
+def check_shared(plan: Plan, parts: list[FeatureCache]) -> None:
+    """Raise StorageError if ``plan`` would throw away most of what others made, as of another source; CacheError: it disagrees.
+
+    ``parts``: made by several processes beside each other, on machines that may be gone.
+    """
+    check_agreement(parts)
+    rows, used = (
+        sum(map(len, parts)),
+        int(np.isin(plan.matches.source, [plan.caches.index(part) for part in parts]).sum()),
+    )
+    if 2 * used < rows:
+        folder = parts[0].path.parent
+        raise StorageError(
+            f"{folder} holds {rows:,} embeddings made by --part runs, and this source has only {used:,} of these images; choose "
+            f"another -o, or remove {folder} if they are not needed"
+        )
 
 
 def _match_intact(
@@ -174,7 +197,7 @@ def _is_damaged(donor: FeatureCache) -> bool:
     return False
 
 
-def _spread(there: npt.NDArray[np.bool_], limit: int) -> Indices:
+def spread(there: npt.NDArray[np.bool_], limit: int) -> Indices:
     """``limit`` images evenly spread over the list, and all that are ``there`` (N,) already."""
     n = len(there)
     keep = there.copy()

@@ -10,16 +10,17 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.cache import FeatureCache
 from featcache.cache.features import Features
 from featcache.cache.format import CHECKSUMS, Indices, find, update_checksums
 from featcache.cache.write import write_cache
-from featcache.errors import BackboneError, CacheError, SourceError, SpecMismatchError, StorageError
+from featcache.errors import CacheError, SourceError, StorageError
+from featcache.extraction.executors import Work
 from featcache.extraction.match import Matches, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
 from featcache.extraction.restore import SourceFiles, locate, not_found, restore
@@ -28,13 +29,10 @@ from featcache.system.display import quantity
 from featcache.system.files import check_free_space, check_output
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
-from featcache.system.workdir import locked, work_folder
+from featcache.system.workdir import LISTING, locked, work_folder
 
 if TYPE_CHECKING:
-    from featcache.backbones.backbone import Backbone
     from featcache.backbones.embed import Progress
-    from featcache.backbones.embedder import Embedder
-    from featcache.backbones.encoder import Precision
 
 log = logging.getLogger("featcache")
 _Options = tuple[str, int | None, int | None]  # device, workers, batch size
@@ -169,7 +167,7 @@ def _embed(
     if (at < 0).any():
         raise not_found(cache, files, rows[at < 0])
     images = files.images.take(at)
-    embedder = _embedder(cache, images, options)
+    embedder = Work(cache.path, images, cache.spec, cache.provenance, *options).prepare()
     check_free_space(cache.path.parent, (len(rows) + len(cache)) * cache.dim * cache.dtype.itemsize)
     folder = work_folder(cache.path)
     return embed_into_parts(images, embedder, folder, spec=cache.spec, provenance=cache.provenance, progress=progress)
@@ -182,58 +180,6 @@ def _check_complete(found: FeatureCache, files: SourceFiles, sources: Matches, d
             f"{quantity(missing, 'row')} of {found.path} cannot be embedded from {files.name} ({reason}); "
             "nothing was changed; run the command again"
         )
-
-
-def _embedder(cache: FeatureCache, images: ImageList, options: _Options) -> "Embedder":
-    """The backbone of ``cache`` in the precision that it was made with, if that is to be had here."""
-    from featcache.backbones.embedder import Embedder
-    from featcache.backbones.encoder import candidates
-    from featcache.system.device import choose_runtime
-
-    device, workers, batch_size = options
-    runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
-    log.info(runtime.reason)
-    backbone, wanted = backbone_of(cache), cache.spec.precision
-    precision = wanted
-    if wanted == "reference":
-        before = cache.provenance.precision
-        precision = before if before in candidates(runtime.device) else "auto"
-    embedder = Embedder.prepare(backbone, images, runtime=runtime, precision=cast("Precision", precision))
-    if wanted == "reference" != embedder.choice.precision_class:  # what passed on other images need not on these
-        embedder = Embedder.prepare(backbone, images, runtime=runtime, precision="fp32")
-    return embedder
-
-
-def backbone_of(cache: FeatureCache) -> "Backbone":
-    """The backbone that ``cache`` was made with.
-
-    Raises:
-        BackboneError: its weights are missing, or a library cannot provide them here.
-        SpecMismatchError: what was found is another backbone, or has other weights.
-    """
-    from featcache.backbones.load import load_again
-
-    copy, spec = weights_copy(cache.path, cache.spec), cache.spec
-    backbone = load_again(spec, copy, cache.provenance.reload)
-    if backbone is None:
-        raise BackboneError(
-            f"{copy} is missing, and no library provides the weights of {cache.path} ({cache.provenance.source}); copy the "
-            "weights file to that name and run the same command again"
-        )
-    found = dataclasses.replace(
-        spec,
-        backbone=backbone.name,
-        weights_sha256=backbone.weights_sha256,
-        layer=backbone.layer,
-        pooling=backbone.pooling,
-        layers=backbone.layers,
-    )
-    if found != spec:
-        raise SpecMismatchError(
-            f"{cache.path} was made with another backbone than {backbone.weights} gives "
-            f"({spec.difference(found)}); copy the original weights to {copy}"
-        )
-    return backbone
 
 
 def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: npt.NDArray[np.bool_]) -> Iterator[Features]:
@@ -255,13 +201,15 @@ def _unchanged(blocks: Iterable[Features], cache: FeatureCache, anew: npt.NDArra
 def _remove_known(parts: list[FeatureCache], keys: Any) -> None:
     """Delete parts whose every row a cache with the digests ``keys`` has; an interrupted ``extract`` may have left others."""
     for part in parts:
-        if np.isin(part.rows.keys, keys).all():
+        if len(part) and np.isin(part.rows.keys, keys).all():
             part.path.unlink(missing_ok=True)
 
 
 def _tidy(cache: FeatureCache) -> None:
     """What a repair left behind that was killed when its file was in place already."""
     folder = work_folder(cache.path)
+    if (folder / LISTING).exists():  # parts of several processes, which `merge` packs
+        return
     with contextlib.suppress(StorageError), locked(folder):  # otherwise somebody is at work there
         parts = [part for part in open_parts(folder) if part.spec == cache.spec]
         _remove_known(parts, cache.rows.keys)

@@ -75,7 +75,12 @@ def named(path: Path) -> Path:
 
 def check_free_space(folder: Path, needed: int) -> None:
     """Raise StorageError unless ``folder``'s file system has ``needed`` bytes and a little to spare."""
-    free = shutil.disk_usage(folder).free
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise StorageError(
+            f"cannot write in {folder}: {error.strerror}; mend that and run the same command again"
+        ) from error
     if free < needed + _SPARE_BYTES:
         raise StorageError(
             f"not enough space in {folder}: {free / 1e6:,.0f} MB free, {(needed + _SPARE_BYTES) / 1e6:,.0f} MB needed; "
@@ -117,6 +122,49 @@ def publish_file(path: Path, *, staging: Path | None = None, needed: int | None 
                 temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _failure(path, error, written, needed) from error
+
+
+def give_name(file: Path, path: Path) -> bool:
+    """Give a complete ``file`` the name ``path`` in the same folder unless that is taken; of several processes, on any machines, one wins.
+
+    Returns whether this one did. ``file`` is gone then, in either case. Raises StorageError.
+    """
+    try:
+        try:
+            os.link(file, path)
+            won = True
+        except FileExistsError:
+            won = path.samefile(file)  # the answer to a first try was lost on the way, as NFS may do
+        except OSError:  # a file system without hard links
+            won = _give_name_without_links(file, path)
+        file.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _failure(path, error, None, None) from error
+    return won
+
+
+def _give_name_without_links(file: Path, path: Path) -> bool:
+    """As ``give_name``: a folder, too, can be made only once. Raises StorageError, OSError."""
+    claim, deadline = path.with_name(f"{path.name}.claim"), time.monotonic() + _PATIENCE
+    while not path.exists():
+        try:
+            claim.mkdir()
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"{path} was about to be written by a process that is gone; remove {claim}"
+                ) from None
+            time.sleep(0.05)
+            continue
+        try:
+            if path.exists():  # somebody was faster, and has removed the claim since
+                return False
+            _move(file, path)
+            return True
+        finally:
+            claim.rmdir()
+    return False
 
 
 @contextlib.contextmanager

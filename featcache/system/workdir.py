@@ -4,6 +4,7 @@ In: the output, ``features.h5`` or ``model-ft/``. Out: ``features.h5.parts/`` or
 """
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -15,8 +16,14 @@ import filelock
 from featcache.errors import StorageError
 from featcache.system.files import sweep, sync_folder
 
+try:
+    import fcntl
+except ImportError:  # Windows: several that write one folder keep no other out
+    fcntl = None  # type: ignore[assignment]
+
+LISTING = "listing.h5"  # there while several, on whatever machines, write parts for one output
 # At least one of these is there, while it is in use or to be resumed.
-_CONTENT = re.compile(r"lock|run\.json|\d{20}-[0-9a-f]{8}\.h5")
+_CONTENT = re.compile(r"lock|run\.json|listing\.h5|\d{20}-[0-9a-f]{8}(\.\d+of\d+)?\.h5")
 PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a moment to be gone
 
 
@@ -45,11 +52,12 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         lock = _acquire(folder)
-        sweep(folder)
+        if not (
+            folder / LISTING
+        ).exists():  # where locks are not seen from machine to machine, a writer may live elsewhere
+            sweep(folder)
     except filelock.Timeout as error:
-        raise StorageError(
-            f"another featcache is writing {folder.with_suffix('')}; wait for it, or choose another -o"
-        ) from error
+        raise _in_use(folder) from error
     except OSError as error:
         raise StorageError(f"cannot write in {folder}: {error.strerror or error}") from error
     try:
@@ -77,3 +85,64 @@ def _acquire(folder: Path) -> filelock.BaseFileLock:
             return lock
         except FileNotFoundError:  # whoever had it is done, and has removed the folder
             continue
+
+
+@contextlib.contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Write new files into ``folder`` (made if missing) beside others that do the same, on whatever machines; delete none.
+
+    This needs no lock. One is held all the same, so that ``locked`` keeps out while anybody is seen to write; where locks of
+    another machine are not seen, ``locked`` gets in, and what writers publish later must be superfluous.
+
+    Raises StorageError if a process has locked the folder, or it cannot be made.
+    """
+    try:
+        descriptor = _join(folder)
+    except OSError as error:
+        raise StorageError(f"cannot write in {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if fcntl and not [name for name in os.listdir(folder) if name != "lock"]:  # noqa: PTH208 - names are enough
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if others are here
+                (folder / "lock").unlink()
+                folder.rmdir()
+        os.close(descriptor)
+
+
+def _join(folder: Path) -> int:
+    """The descriptor of the lock in ``folder``, shared with others. Raises OSError, StorageError."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+        try:
+            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the folder was removed just now
+            continue
+        try:
+            if fcntl:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.path.samestat((folder / "lock").stat(), os.fstat(descriptor)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return descriptor  # a file system without locks
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise _in_use(folder) from error
+            time.sleep(0.05)
+        os.close(descriptor)
+
+
+def _in_use(folder: Path) -> StorageError:
+    output = folder.with_suffix("")
+    if (folder / LISTING).exists():
+        return StorageError(
+            f"parts of {output} are being made, or packed, at this moment; wait for the others, or end them, and run the "
+            "same command again"
+        )
+    return StorageError(f"another featcache is writing {output}; wait for it, or choose another -o")

@@ -16,8 +16,8 @@ from featcache.backbones.backbone import Backbone, hash_tensors, save_weights
 from featcache.backbones.load import build_network, load_again, load_backbone
 from featcache.cache.cache import FeatureCache
 from featcache.errors import BackboneError, UsageError
+from featcache.extraction.executors import backbone_of
 from featcache.extraction.extract import extract
-from featcache.extraction.repair import backbone_of
 from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested
 from featcache.finetuning.finetune import finetune
 from featcache.models.export import export_model

@@ -14,8 +14,8 @@ from test_input_size import pixels, same, shuffled
 from featcache.backbones.load import load_backbone
 from featcache.cache.cache import FeatureCache
 from featcache.errors import SpecMismatchError, UsageError
+from featcache.extraction.executors import backbone_of
 from featcache.extraction.extract import extract
-from featcache.extraction.repair import backbone_of
 from featcache.extraction.request import ExtractRequest, RequestOptions
 from featcache.finetuning.finetune import finetune
 from featcache.models.export import export_model

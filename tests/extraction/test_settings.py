@@ -77,8 +77,9 @@ def test_the_line_that_says_so_and_the_licence(
     settled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warned: list[tuple[str, str, bool]] = []
-    note = "featcache.extraction.extract.warn_of_licence"
-    monkeypatch.setattr(note, lambda name, source, *, loaded: warned.append((name, source, loaded)))
+    notes = ("featcache.extraction.job.warn_of_licence", "featcache.extraction.extract.warn_of_licence")
+    for note in notes:
+        monkeypatch.setattr(note, lambda name, source, *, loaded: warned.append((name, source, loaded)))
     extract(settled, tmp_path / "f.h5", dataclasses.replace(TINY, layers=1, dtype="float32"))
     for options, words in (
         ({}, ["backbone squeezenet1_1, weights none, resize 40, crop 32, layers 1, precision fp32, dtype float32"]),
@@ -238,7 +239,7 @@ def test_auto_stays_what_it_was_whatever_the_network_says(
         extract(settled, cache, **small)
     spec = FeatureCache.open(cache).spec
     assert spec.backbone == "timm/tf_efficientnet_lite0"
-    monkeypatch.setattr("featcache.extraction.extract.choose_backbone", refuse)
+    monkeypatch.setattr("featcache.extraction.job.choose_backbone", refuse)
     os.utime(write_photo(settled / "red" / "new.jpg", COLOURS["red"], 99), (1e9, 1e9))
     for _ in range(2):
         extract(settled, cache, **small)

@@ -56,7 +56,7 @@ def test_a_second_writer_is_refused_and_the_first_unharmed(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program
 ) -> None:
     command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
-    with warm.held("extraction.extract._pack", *command) as first:
+    with warm.held("extraction.extract.pack", *command) as first:
         second = warm.run(*command, settings={"system.workdir.PATIENCE": 0.3})
     assert (second.code, second.out) == (1, "")
     assert second.err.endswith(f"\nerror: {REFUSAL} {tmp_path / 'f.h5'}; wait for it, or choose another -o\n")
@@ -74,7 +74,7 @@ def test_a_second_writer_takes_over_from_one_that_ends(
     command = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
     patient = {"system.workdir.PATIENCE": 60}
     with (
-        warm.held("extraction.extract._pack", *command, die=killed) as first,
+        warm.held("extraction.extract.pack", *command, die=killed) as first,
         warm.held("system.workdir.sync_folder", *command, settings=patient) as second,  # the last step before the lock
     ):
         pass
@@ -467,7 +467,7 @@ def check_against_what_was_read(cache: FeatureCache, log: Path, warm: Program) -
         np.testing.assert_array_equal(row, oracle.X[at[bytes(digest).hex()]], path)
 
 
-@pytest.mark.parametrize("moment", ["extraction.extract.load_requested", "extraction.extract._compare_with_full_scale"])
+@pytest.mark.parametrize("moment", ["extraction.job.load_requested", "extraction.job._compare_with_full_scale"])
 def test_weights_that_are_replaced_during_the_run(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, moment: str
 ) -> None:
@@ -484,7 +484,7 @@ def test_weights_that_are_replaced_during_the_run(
     with warm.held(moment, *command) as running:
         shutil.copy(other, weights)
     done = running.result()
-    if moment == "extraction.extract.load_requested":  # after its sha256 was noted, before it is read
+    if moment == "extraction.job.load_requested":  # after its sha256 was noted, before it is read
         assert (done.code, done.err.splitlines()[-1]) == (
             1,
             "error: the weights of squeezenet1_1 changed while they were read; run the command again",

@@ -63,7 +63,7 @@ def test_many_parts_under_a_small_limit_of_open_files(tmp_path: Path, warm: Prog
     source, output, count = make_photos(tmp_path / "photos", each=each), tmp_path / "f.h5", 3 * each
     command = ("extract", source, *TINY_FLAGS, "--batch-size", 1, "--json", "-o")
     options = {"settings": {"extraction.parts.MAX_ROWS": 1}, "timeout": 3600}
-    with warm.held("extraction.extract._pack", *command, output, die=True, **options) as first:
+    with warm.held("extraction.extract.pack", *command, output, die=True, **options) as first:
         assert len(list(tmp_path.glob("f.h5.parts/*.h5"))) == count
     assert first.result().died
     write_photo(source / "red" / "new.jpg", (1, 2, 3), 0)

@@ -1,0 +1,131 @@
+"""What several processes agree on that make parts for one output: ``listing.h5``, published by the first of them, the same for all.
+
+It is a cache without embeddings (one column of zeros): the images as listed, the spec, and as provenance how many shares there are.
+Parts themselves are ordinary (``parts.py``); which shares are done follows from what is in them.
+"""
+
+import dataclasses
+import secrets
+from pathlib import Path
+
+import numpy as np
+
+from featcache.cache.cache import FeatureCache
+from featcache.cache.format import Indices, Provenance, Rows, encode_names, find
+from featcache.cache.write import write_cache
+from featcache.errors import CacheError, NewerCacheError, SpecMismatchError
+from featcache.extraction.match import find_in
+from featcache.extraction.shares import listing_digest, named, owners
+from featcache.images.source import ImageList
+from featcache.spec import Spec
+from featcache.system.display import quantity
+from featcache.system.files import give_name
+from featcache.system.workdir import LISTING
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """What was agreed on.
+
+    Attributes:
+        cache: the file. images: as listed. of: how many shares. digest: of the images.
+    """
+
+    cache: FeatureCache
+    images: ImageList
+    of: int
+    digest: str
+
+    @classmethod
+    def find(cls, folder: Path) -> "Listing | None":
+        """That in ``folder``; None if there is none. Raises CacheError: it is damaged, or of a newer version."""
+        if not (path := folder / LISTING).exists():
+            return None
+        cache = FeatureCache.open(path)
+        match cache.provenance.rest.get("parts"):
+            case {"version": int(version), "of": int(of), "root": str(root), "listing": str(digest)} if of > 0:
+                if version != _VERSION:
+                    raise NewerCacheError(
+                        f"{path} is of version {version} of parts, this featcache reads {_VERSION}; use the same one for all"
+                    )
+            case _:
+                raise CacheError(f"{path} is a cache, expected what --part runs agreed on; remove it")
+        rows = cache.rows
+        images = ImageList(
+            root=Path(root),
+            paths=cache.paths,
+            labels=rows.labels,
+            classes=cache.classes,
+            splits=rows.splits,
+            sizes=rows.sizes,
+            mtimes=rows.mtimes,
+            refused=cache.refused,
+        )
+        return cls(cache, images, of, digest)
+
+    @classmethod
+    def publish(cls, folder: Path, images: ImageList, of: int, *, spec: Spec, provenance: Provenance) -> None:
+        """Agree on this, unless others have agreed on something: the first counts. Raises StorageError."""
+        digest = listing_digest(images)
+        facts = {"version": _VERSION, "of": of, "root": str(images.root.absolute()), "listing": digest}
+        rows = Rows(
+            paths=encode_names(images.paths),
+            labels=images.labels,
+            splits=images.splits,
+            digests=np.zeros((len(images), 32), np.uint8),  # nothing is read for a list
+            sizes=images.sizes,
+            mtimes=images.mtimes,
+        )
+        own = folder / f"listing-{secrets.token_hex(8)}.h5"
+        write_cache(
+            own,
+            rows,
+            [np.zeros((len(images), 1), spec.storage)],
+            dim=1,
+            spec=spec,
+            classes=images.classes,
+            refused=images.refused,
+            provenance=dataclasses.replace(provenance, rest={**provenance.rest, "parts": facts}),
+        )
+        give_name(own, folder / LISTING)
+
+    def check(self, images: ImageList, of: int) -> None:
+        """Raise SpecMismatchError unless ``images`` are those listed, in as many shares."""
+        folder = self.cache.path.parent
+        remedy = f"use the same for all parts, choose another -o, or remove {folder} to begin anew"
+        if of != self.of:
+            raise SpecMismatchError(f"{folder} holds parts of {self.of}, found --part of {of}; {remedy}")
+        if (found := listing_digest(images)) == self.digest:
+            return
+        listed, here = encode_names(self.images.paths), encode_names(images.paths)
+        where = f"{len(images):,} images here, {len(self.images):,} when the first part was begun"
+        if len(new := np.flatnonzero(find(listed, here) < 0)):
+            where += f"; new: {images.paths[new[0]]}"
+        elif len(gone := np.flatnonzero(find(here, listed) < 0)):
+            where += f"; gone: {self.images.paths[gone[0]]}"
+        else:
+            sizes = images.sizes[find(here, listed)] != self.images.sizes
+            first = self.images.paths[int(sizes.argmax())] if sizes.any() else ""
+            where += f"; of another size: {first}" if first else "; order, classes, splits or refusals differ"
+        raise SpecMismatchError(
+            f"{folder} is for another list of images (digest {self.digest[:12]}, found {found[:12]}: {where}); {remedy}"
+        )
+
+    def missing(self, parts: list[FeatureCache]) -> Indices:
+        """Positions of images that are in none of ``parts``, neither as a row nor as a refusal."""
+        number, _ = find_in(parts, encode_names(self.images.paths))
+        refused = encode_names(refusal.path for part in parts for refusal in part.refused)
+        left = np.flatnonzero(number < 0)
+        return left[find(refused, encode_names(self.images.paths[index] for index in left)) < 0]
+
+    def shares_of(self, positions: Indices) -> list[int]:
+        """The numbers of the shares that ``positions`` are in."""
+        return [int(number) for number in np.unique(owners(self.images, self.of)[positions])]
+
+    def describe_missing(self, positions: Indices) -> str:
+        """``parts 1, 4-7 of 64 (1,234 images of 10,000)``."""
+        numbers = self.shares_of(positions)
+        word = "part" if len(numbers) == 1 else "parts"
+        return f"{word} {named(numbers)} of {self.of} ({quantity(len(positions), 'image')} of {len(self.images):,})"

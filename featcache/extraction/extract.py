@@ -325,6 +325,8 @@ def _compare(old: FeatureCache | None, rows: Rows) -> tuple[int, int, int]:
     if old is None:
         return len(rows), 0, 0
     at = find(old.rows.paths, rows.paths)
-    there = at >= 0
-    changed = rows.keys[there] != old.rows.keys[at[there]]
-    return int((~there).sum()), int(changed.sum()), int(len(old) - there.sum())
+    there, changed = np.flatnonzero(at >= 0), 0
+    for start in range(0, len(there), BLOCK):
+        block = there[start : start + BLOCK]
+        changed += int((rows.digests[block] != old.rows.digests[at[block]]).any(axis=1).sum())
+    return len(rows) - len(there), changed, len(old) - len(there)

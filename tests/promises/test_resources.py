@@ -136,7 +136,7 @@ def go_over_many(folder: str, rows: int, way: str) -> tuple[int, int]:
 
 # Bytes per row, of which the list of images itself takes about 150 (a Python string and five numbers), a cache's columns,
 # with paths of 16 bytes, about 70: as found, and a quarter more. Features are never in memory but for a block.
-MOST = {"verify": 90, "unchanged": 450, "packing": 580, "reuse": 580}
+MOST = {"verify": 90, "unchanged": 410, "packing": 410, "reuse": 380}
 
 
 @pytest.mark.parametrize(

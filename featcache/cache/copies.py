@@ -9,6 +9,7 @@ from featcache.cache.format import Indices, decode_names, digest_keys
 from featcache.spec import SPLITS
 
 _NOWHERE = len(SPLITS)
+_BLOCK = 2**16  # digests that are looked up at a time
 
 
 def first_copies(digests: npt.NDArray[np.uint8]) -> Indices:
@@ -21,14 +22,50 @@ def first_copies(digests: npt.NDArray[np.uint8]) -> Indices:
 
 def _repeated(digests: npt.NDArray[np.uint8]) -> Indices:
     """Rows that share the first eight bytes with others: all copies, and next to nothing else. It saves time and memory."""
-    starts = np.ascontiguousarray(digests[:, :8]).view(np.uint64)[:, 0]
+    starts = _starts(digests)
     ordered = np.sort(starts)
     return np.flatnonzero(np.isin(starts, ordered[1:][ordered[1:] == ordered[:-1]]))
 
 
+def _starts(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """(N, 32) -> (N,) the first eight bytes, which sort many times as fast as all of them."""
+    return np.ascontiguousarray(digests[:, :8]).view(np.uint64)[:, 0]
+
+
+class Digests:
+    """A set of digests, (M, 32), to look others up in: 48 bytes each, where a set of Python's takes some 150."""
+
+    def __init__(self, digests: npt.NDArray[np.uint8]) -> None:
+        starts = _starts(digests)
+        self._digests, self._order = digests, np.argsort(starts)
+        self._starts = starts[self._order]
+
+    def __contains__(self, digest: bytes) -> bool:
+        return bool(self.contain(np.frombuffer(digest, np.uint8).reshape(-1, 32)).any())
+
+    def contain(self, digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        """(N, 32) digests -> (N,) whether the content occurs among these."""
+        if not len(self._starts):
+            return np.zeros(len(digests), bool)
+        found = np.empty(len(digests), bool)
+        for start in range(0, len(digests), _BLOCK):
+            found[start : start + _BLOCK] = self._contain(digests[start : start + _BLOCK])
+        return found
+
+    def _contain(self, digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+        starts = _starts(digests)
+        place = np.searchsorted(self._starts, starts).clip(max=len(self._starts) - 1)
+        found: npt.NDArray[np.bool_] = (self._digests[self._order[place]] == digests).all(axis=1)
+        # Others may begin alike: nobody's photographs, but somebody may have made them so.
+        if len(doubtful := np.flatnonzero((self._starts[place] == starts) & ~found)):
+            alike = self._digests[np.isin(_starts(self._digests), starts[doubtful])]
+            found[doubtful] = np.isin(digest_keys(digests[doubtful]), digest_keys(alike))
+        return found
+
+
 def are_among(digests: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """(N, 32) and (M, 32) digests -> (N,) whether the content occurs among ``others``."""
-    return np.isin(digest_keys(digests), digest_keys(others))
+    return Digests(others).contain(digests)
 
 
 @dataclasses.dataclass(frozen=True)

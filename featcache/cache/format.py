@@ -14,6 +14,7 @@ for every ``rows_per_checksum`` rows of features), ``metadata_crc32`` (all the r
 """
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,6 +39,7 @@ ROW_COLUMNS = ("paths", "labels", "splits", "digests", "sizes", "mtimes")
 PROVENANCE = "provenance"
 CHECKSUMS = "checksums"  # no column: what is wrong is one of the checksums themselves
 Indices = npt.NDArray[np.intp]
+_NAMES = 2**16  # that are Python objects at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Rows:
 
     def equals(self, other: "Rows") -> bool:
         """Whether all columns are the same."""
-        return all(map(np.array_equal, vars(self).values(), vars(other).values()))
+        pairs, starts = zip(vars(self).values(), vars(other).values(), strict=True), range(0, len(self), _NAMES)
+        blocks = ((a[start : start + _NAMES], b[start : start + _NAMES]) for a, b in pairs for start in starts)
+        return len(self) == len(other) and all(np.array_equal(*block) for block in blocks)
 
     @property
     def keys(self) -> npt.NDArray[np.bytes_]:
@@ -127,13 +131,19 @@ class Provenance:
 
 def encode_names(names: Iterable[str]) -> npt.NDArray[np.bytes_]:
     """Names as fixed-width bytes; file names that are not UTF-8 keep their own bytes."""
-    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-    return np.array(encoded, dtype=f"S{max([1, *map(len, encoded)])}")
+    pending, blocks = iter(names), [np.empty(0, "S1")]
+    while block := [name.encode("utf-8", "surrogateescape") for name in itertools.islice(pending, _NAMES)]:
+        blocks.append(
+            np.array(block, f"S{max(1, *map(len, block))}")
+        )  # of all at once objects would take the most memory
+    return np.concatenate(blocks)
 
 
 def decode_names(names: npt.NDArray[np.bytes_]) -> tuple[str, ...]:
     """Inverse of ``encode_names``."""
-    return tuple(name.decode("utf-8", "surrogateescape") for name in names.tolist())
+    starts = range(0, len(names), _NAMES)
+    blocks = (names[start : start + _NAMES].tolist() for start in starts)
+    return tuple(name.decode("utf-8", "surrogateescape") for block in blocks for name in block)
 
 
 def digest_keys(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:

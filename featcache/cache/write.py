@@ -8,7 +8,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def write_cache(
     layout = functools.partial(_layout, columns, texts, (len(rows), dim), dtype, per_checksum)
 
     checksums = np.zeros(-(-len(rows) // per_checksum), np.uint32)
-    frame, region = layout(checksums)
+    frame, places = layout(checksums)
+    region = range(places["features"], places["features"] + len(rows) * dim * dtype.itemsize)
     check_free_space(path.parent, region.stop)
     with publish_file(path, staging=staging, needed=max(frame.size, region.stop)) as file:
         file.seek(region.start)
@@ -85,11 +86,14 @@ def write_cache(
             written += len(data)
         if written != len(rows):
             raise ValueError(f"{written} feature rows for {len(rows)} images")
-        # The first layout told where the features go; this one, alike, carries the checksums of what was written.
+        # The first layout told where the values go; this one, alike, carries the checksums of what was written.
         frame, _ = layout(checksums)
-        for offset, segment in frame.segments(region):
+        for offset, segment in frame.written:
             file.seek(offset)
             file.write(segment)
+        for name, values in columns.items():
+            file.seek(places[name])
+            file.write(bytes_of(values))
         file.truncate(frame.size)
 
 
@@ -111,9 +115,9 @@ def _layout(
     dtype: np.dtype[Any],
     per_checksum: int,
     checksums: npt.NDArray[np.uint32],
-) -> "tuple[_SparseFile, range]":
-    """Lay out the whole file in memory, except for the feature bytes; also return the byte range where they go."""
-    frame = _SparseFile()
+) -> "tuple[_SparseFile, dict[str, int]]":
+    """Lay out the whole file in memory, except for the values of datasets; also return at which offset each has its own."""
+    frame, shapes = _SparseFile(), {name: (values.shape, values.dtype) for name, values in columns.items()}
     with h5py.File(
         frame, "w", libver="earliest", alignment_threshold=_ALIGNMENT, alignment_interval=_ALIGNMENT
     ) as file:
@@ -125,27 +129,29 @@ def _layout(
         file.attrs["features_crc32"] = checksums
         file.attrs["metadata_crc32"] = np.uint32(metadata_checksum(columns, texts))
         file.attrs["column_crc32"] = column_checksums(columns, texts[1])
-        for name, values in columns.items():
-            kind = h5py.string_dtype("utf-8", values.dtype.itemsize) if values.dtype.kind == "S" else values.dtype
-            file.create_dataset(name, data=values.astype(kind))
-        # Space for the features is reserved and left for plain I/O to fill.
-        creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        creation.set_layout(h5py.h5d.CONTIGUOUS)
-        creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-        creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        creation.set_obj_track_times(False)  # the same content gives the same bytes, whenever it is written
-        space = h5py.h5s.create_simple(shape)
-        dataset = h5py.h5d.create(file.id, b"features", h5py.h5t.py_create(dtype), space, creation)
-        start = dataset.get_offset() or 0  # HDF5 gives no offset to an empty dataset
-        del dataset
-    return frame, range(start, start + shape[0] * shape[1] * dtype.itemsize)
+        places = {name: _reserve(file, name, *kind) for name, kind in {**shapes, "features": (shape, dtype)}.items()}
+    return frame, places
+
+
+def _reserve(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Make a dataset whose space is reserved and left for plain I/O to fill. Returns its offset."""
+    creation, links = h5py.h5p.create(h5py.h5p.DATASET_CREATE), h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    creation.set_obj_track_times(False)  # the same content gives the same bytes, whenever it is written
+    links.set_create_intermediate_group(True)
+    kind = h5py.string_dtype("utf-8", dtype.itemsize) if dtype.kind == "S" else dtype
+    space, number = h5py.h5s.create_simple(shape), h5py.h5t.py_create(kind, logical=True)
+    dataset = h5py.h5d.create(file.id, name.encode(), number, space, creation, links)
+    return int(dataset.get_offset() or 0)  # HDF5 gives no offset to an empty dataset
 
 
 class _SparseFile(io.RawIOBase):
-    """A file in memory for h5py's file-object driver. Only what is written takes memory; the rest reads as zeros."""
+    """A file in memory for h5py's driver of file objects: only what is ``written``, (offset, bytes), takes any; the rest reads as zeros."""
 
     def __init__(self) -> None:
-        self._written: list[tuple[int, bytes]] = []
+        self.written: list[tuple[int, bytes]] = []
         self._position = 0
         self.size = 0
 
@@ -154,15 +160,15 @@ class _SparseFile(io.RawIOBase):
         return self._position
 
     def write(self, data: Any) -> int:
-        self._written.append((self._position, bytes(data)))
-        self._position += len(self._written[-1][1])
+        self.written.append((self._position, bytes(data)))
+        self._position += len(self.written[-1][1])
         self.size = max(self.size, self._position)
-        return len(self._written[-1][1])
+        return len(self.written[-1][1])
 
     def readinto(self, buffer: Any) -> int:
         view, start = memoryview(buffer).cast("B"), self._position
         view[:] = bytes(len(view))
-        for offset, data in self._written:
+        for offset, data in self.written:
             first, last = max(start, offset), min(start + len(view), offset + len(data))
             if first < last:
                 view[first - start : last - start] = data[first - offset : last - offset]
@@ -172,11 +178,3 @@ class _SparseFile(io.RawIOBase):
     def truncate(self, size: int | None = None) -> int:
         self.size = self._position if size is None else size
         return self.size
-
-    def segments(self, hole: range) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes) of all that was written, except inside ``hole``, in the order in which it was."""
-        for start, data in self._written:
-            stop = start + len(data)
-            for first, last in ((start, min(stop, hole.start)), (max(start, hole.stop), stop)):
-                if first < last:
-                    yield first, data[first - start : last - start]

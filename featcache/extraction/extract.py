@@ -23,7 +23,7 @@ from featcache.cache.write import write_cache
 from featcache.errors import Refusal, SourceError, UsageError
 from featcache.extraction.executors import Executor
 from featcache.extraction.job import Job
-from featcache.extraction.match import gather
+from featcache.extraction.match import BLOCK, gather
 from featcache.extraction.on_devices import ALL_GPUS
 from featcache.extraction.parts import open_parts, remove_parts, tag_of
 from featcache.extraction.plan import Plan, check_donors, check_shared, make_plan, of_spec, open_donors, open_old
@@ -289,9 +289,12 @@ def pack(
     if not len(order):
         raise SourceError(images.all_refused(plan.refused))
     digests = np.empty((len(order), 32), np.uint8)
-    for number, cache in enumerate(caches):
-        here = matches.source[order] == number
-        digests[here] = cache.rows.digests[matches.row[order][here]]
+    for start, block in zip(
+        range(0, len(order), BLOCK),
+        gather([each.rows.digests.__getitem__ for each in caches], matches, order),
+        strict=True,
+    ):
+        digests[start : start + len(block)] = block
     rows = Rows(
         paths=encode_names(images.paths[index] for index in order),
         labels=images.labels[order],
@@ -325,6 +328,8 @@ def _compare(old: FeatureCache | None, rows: Rows) -> tuple[int, int, int]:
     if old is None:
         return len(rows), 0, 0
     at = find(old.rows.paths, rows.paths)
-    there = at >= 0
-    changed = rows.keys[there] != old.rows.keys[at[there]]
-    return int((~there).sum()), int(changed.sum()), int(len(old) - there.sum())
+    there, changed = np.flatnonzero(at >= 0), 0
+    for start in range(0, len(there), BLOCK):
+        block = there[start : start + BLOCK]
+        changed += int((rows.digests[block] != old.rows.digests[at[block]]).any(axis=1).sum())
+    return len(rows) - len(there), changed, len(old) - len(there)

@@ -294,8 +294,9 @@ def merge(output: AnyPath) -> ExtractReport:
             )
         check_agreement(parts, contents=True)
         nowhere = np.full(len(images), -1, np.intp)
-        empty = Plan(images, (), Matches(nowhere, nowhere.copy(), images.sizes.copy(), images.mtimes.copy()), {})
-        plan = empty.once(parts)
+        matches = Matches(nowhere, nowhere.copy(), images.sizes, images.mtimes)  # of which the plan makes its own
+        plan = Plan(images, (), matches, {}).once(parts)
+        del nowhere, matches
 
         def provenance_of(origin: FeatureCache) -> Provenance:
             revisions = {part.provenance.decoder for part in parts if len(part)}

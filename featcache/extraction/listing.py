@@ -30,7 +30,7 @@ class Listing:
     """What was agreed on.
 
     Attributes:
-        cache: the file. images: as listed. of: how many shares. digest: of the images.
+        cache: the file, without its rows. images: as listed. of: how many shares. digest: of the images.
     """
 
     cache: FeatureCache
@@ -63,7 +63,10 @@ class Listing:
             mtimes=rows.mtimes,
             refused=cache.refused,
         )
-        return cls(cache, images, of, digest)
+        nothing = Rows(**{name: column[:0].copy() for name, column in vars(rows).items()})
+        return cls(
+            dataclasses.replace(cache, rows=nothing), images, of, digest
+        )  # what is of use of many rows are the images
 
     @classmethod
     def publish(cls, folder: Path, images: ImageList, of: int, *, spec: Spec, provenance: Provenance) -> None:

@@ -6,15 +6,17 @@ In: an ``ImageList`` and caches of one spec. Out: ``Matches``, per image the cac
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.features import Features
-from featcache.cache.format import Indices, encode_names, find
+from featcache.cache.format import Indices, encode_names
 from featcache.images.read import ImageFiles, read_images
 from featcache.images.source import ImageList
+
+BLOCK = 4096  # rows that are gathered at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +56,55 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     """
     nowhere = np.full(len(images), -1, np.intp)
     matches = Matches(nowhere, nowhere.copy(), images.sizes.copy(), images.mtimes.copy())
-    paths, everything = encode_names(images.paths), np.arange(len(images))
+    if not caches:
+        return matches
+    # There may be thousands of parts: each looks for its few rows among all images, not the other way round.
+    places = _Places(encode_names(images.paths))
     for number, cache in enumerate(caches):
-        if not len(cache):  # a part of refusals alone
-            continue
-        rows = find(cache.rows.paths, paths)
-        same = (cache.rows.sizes[rows] == images.sizes) & (cache.rows.mtimes[rows] == images.mtimes)
-        matches.put(everything, number, np.where(same, rows, -1))
-    if caches:
-        missing = matches.missing
+        for found, rows in places.of(cache.rows.paths):
+            same = (cache.rows.sizes[rows] == images.sizes[found]) & (cache.rows.mtimes[rows] == images.mtimes[found])
+            matches.put(found[same], number, rows[same])
+    del places
+    if len(missing := matches.missing):
         suspects = missing[np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))]
         read = hash_files(images, suspects)
         matches.sizes[read["position"]], matches.mtimes[read["position"]] = read["size"], read["mtime"]
+        places = _Places(read["digest"])
         for number, cache in enumerate(caches):
-            matches.put(read["position"], number, find(cache.rows.keys, read["digest"]))
+            for found, rows in places.of(cache.rows.keys):
+                matches.put(read["position"][found], number, rows)
     return matches
+
+
+class _Places:
+    """Where in (N,) ``keys`` others lie, of which some may occur several times."""
+
+    def __init__(self, keys: npt.NDArray[np.bytes_]) -> None:
+        self._order = np.argsort(keys, kind="stable")
+        self._sorted = keys[self._order]
+
+    def of(self, wanted: npt.NDArray[np.bytes_]) -> Iterator[tuple[Indices, Indices]]:
+        """All pairs of equal ones, some at a time: positions in ``keys`` and in ``wanted``, these descending: the first comes last."""
+        for start in range(0, len(wanted), BLOCK)[::-1]:
+            found, rows = self._of_some(wanted[start : start + BLOCK])
+            yield found, start + rows
+
+    def _of_some(self, wanted: npt.NDArray[np.bytes_]) -> tuple[Indices, Indices]:
+        keys = wanted.astype(self._sorted.dtype)  # or all of the others would be made as wide as these, each time
+        first, end = (np.searchsorted(self._sorted, keys, side) for side in ("left", "right"))
+        counts = np.where(keys == wanted, end - first, 0)
+        rows = np.repeat(np.arange(len(wanted)), counts)
+        nth = np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)
+        return self._order[first[rows] + nth][::-1], rows[::-1]
 
 
 def find_in(caches: Sequence[FeatureCache], paths: npt.NDArray[np.bytes_]) -> tuple[Indices, Indices]:
     """(n,) the first of ``caches`` that has each of ``paths`` (n,), and the row there; -1 where none has. Reads no file."""
-    if not caches:
-        return np.full(len(paths), -1, np.intp), np.full(len(paths), -1, np.intp)
-    place = find(
-        np.concatenate([cache.rows.paths for cache in caches]), paths
-    )  # one sort, however many parts there are
-    starts = np.cumsum([0, *map(len, caches)])
-    number = np.searchsorted(starts, place, side="right") - 1
-    return np.where(place < 0, -1, number), np.where(place < 0, -1, place - starts[number])
+    number, row, places = np.full(len(paths), -1, np.intp), np.full(len(paths), -1, np.intp), _Places(paths)
+    for position in range(len(caches))[::-1]:
+        for found, rows in places.of(caches[position].rows.paths):
+            number[found], row[found] = position, rows
+    return number, row
 
 
 def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:
@@ -92,11 +116,11 @@ def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:
 
 
 def gather(
-    takes: Sequence[Callable[[Indices], Features]], matches: Matches, order: Indices, *, size: int = 4096
-) -> Iterator[Features]:
-    """The features of the images ``order``, in blocks; ``takes`` give rows of the caches that ``matches`` counts."""
-    for start in range(0, len(order), size):
-        block = order[start : start + size]
+    takes: Sequence[Callable[[Indices], npt.NDArray[Any]]], matches: Matches, order: Indices
+) -> Iterator[npt.NDArray[Any]]:
+    """The features, or digests, of the images ``order``, in blocks; ``takes`` give rows of the caches that ``matches`` counts."""
+    for start in range(0, len(order), BLOCK):
+        block = order[start : start + BLOCK]
         source, row = matches.source[block], matches.row[block]
         taken = {number: takes[number](row[source == number]) for number in np.unique(source)}
         some = next(iter(taken.values()))

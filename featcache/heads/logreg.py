@@ -52,6 +52,10 @@ _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 1e-4, 1e-8
 _BLOCK = 512  # rows
+_SECONDS, _FEW_CLASSES = (
+    4e-8,
+    8,
+)  # of one core for each value and class, of which few take as long as some more (benchmarks/LOG.md)
 _MAX_FLOAT32 = 1e18  # beyond, squares overflow
 _MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
@@ -98,7 +102,7 @@ def fit_logreg(
     Raises:
         UsageError: not enough memory.
     """
-    _check_memory(len(rows), features.shape[1])
+    check_memory(len(rows), features.shape[1])
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
     solver = Solver(X, y, grid=grid, balanced=balanced, class_weight=class_weight)
@@ -436,8 +440,13 @@ def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str
     return [f"the best C, {best['C']:g}, lies on the edge of the grid {grid[0]:g} to {grid[-1]:g}; try --C beyond it"]
 
 
-def _check_memory(n: int, dim: int) -> None:
-    """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated."""
+def estimate(n: int, dim: int, n_classes: int) -> float:
+    """Seconds that choosing C on n rows of ``dim`` values takes on this machine's cores, to a factor of two or so."""
+    return float(_SECONDS * n * dim * max(n_classes, _FEW_CLASSES) / cpu_count())
+
+
+def check_memory(n: int, dim: int) -> None:
+    """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated. Raises UsageError."""
     size = 4 * n * dim
     needed = size * (2 + 3 * min(cpu_count() + 1, 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
     if sys.platform == "linux" and needed > (free := available_memory()):

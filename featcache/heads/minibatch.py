@@ -293,7 +293,9 @@ class _Trainer:
         """
         generator, y = np.random.default_rng(self.seed), self.data.y
         share = min(0.1, self.data.budget.held_out_rows / len(picked))
-        images, held_out = np.unique(self.copies[picked]), np.zeros(len(y), bool)
+        shown, held_out = np.zeros(len(y), bool), np.zeros(len(y), bool)
+        shown[self.copies[picked]] = True
+        images = np.flatnonzero(shown)
         for label in np.unique(y[images]):
             members = generator.permutation(images[y[images] == label])
             held_out[members[: max(1, round(len(members) * share)) if len(members) > 1 else 0]] = True

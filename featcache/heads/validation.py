@@ -44,7 +44,7 @@ def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> lis
     if not np.array_equal(y, y[copies]):
         fold = _dealt_groups(y, copies, folds=folds, seed=seed)
         return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(folds)]
-    images = np.unique(copies)
+    images = np.flatnonzero(copies == np.arange(len(copies)))
     fold = np.empty(len(y), np.intp)
     shuffled = StratifiedKFold(folds, shuffle=True, random_state=seed).split(images, y[images])
     for number, (_, held_out) in enumerate(shuffled):

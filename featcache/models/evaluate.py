@@ -125,9 +125,7 @@ def _checked(model: Model | AnyPath, source: AnySource | ImageList) -> Model:
 def _worth(model: Model, scored: Scored, limits: Limits) -> dict[str, Any]:
     """What probabilities, sets and answers are worth."""
     y, probabilities, temperature = scored.y, scored.probabilities, temperature_of(model)
-    with np.errstate(divide="ignore"):
-        before = softmax(temperature * np.log(probabilities.astype(np.float64)))
-    ways = {"before": before, "after": probabilities}
+    ways = {"before": _at_temperature(probabilities, temperature), "after": probabilities}
     worth: dict[str, Any] = {
         "calibration": {"temperature": temperature} | {way: _calibration(y, p) for way, p in ways.items()},
         "answer_curve": answer_curve(y, probabilities),
@@ -143,6 +141,16 @@ def _worth(model: Model, scored: Scored, limits: Limits) -> dict[str, Any]:
         facts = {"abstain_below": limits.abstain_below, "unfamiliar": float(np.mean(strange)) if strange else None}
         worth["answered"] = facts | score_answers(y, probabilities, ~limits.unsure(probabilities, scored.found))
     return worth
+
+
+@np.errstate(divide="ignore")
+def _at_temperature(probabilities: Array, temperature: float, *, block: int = 4096) -> Array:
+    """(N, C) what they were before logits were divided by it; as float64 are never more than a few of them."""
+    before = np.empty_like(probabilities)
+    for start in range(0, len(before), block):
+        logits = np.log(probabilities[start : start + block].astype(np.float64))
+        before[start : start + block] = softmax(temperature * logits)
+    return before
 
 
 def _calibration(y: Array, probabilities: Array) -> dict[str, Any]:

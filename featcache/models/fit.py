@@ -150,11 +150,19 @@ def fit_head(
     rows, labels = _training_rows(opened)
     present, y = np.unique(labels, return_inverse=True)
     classes = tuple(opened.classes[index] for index in present)
+    if clf == "logreg":
+        _announce_logreg(len(rows), opened.dim, len(classes), choosing=C is None)
     copies = first_copies(opened.rows.digests[rows])
     grouped = _Groups.read(opened, rows, groups, group_column)
     if grouped is not None:
         copies = joined(copies, group_by_name([grouped.names[row] for row in rows.tolist()]))
-    once = ", each group counted once" if grouped else ", copies not counted" if len(np.unique(copies)) < len(y) else ""
+    once = (
+        ", each group counted once"
+        if grouped
+        else ", copies not counted"
+        if (copies != np.arange(len(y))).any()
+        else ""
+    )
     folds = _possible_folds(opened, y, copies, present=present, folds=folds, once=once)
     opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
     options = {"folds": folds, "balanced": class_weight == "balanced", "seed": seed, "copies": copies}
@@ -319,7 +327,10 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
             ", ".join(missing[:5]),
             "them" if missing[1:] else "it",
         )
-    counts = np.bincount(np.unique(np.stack([y, copies]), axis=1)[0], minlength=len(present))
+    once_each = y[copies == np.arange(len(y))]
+    if not np.array_equal(y, y[copies]):  # a group may hold several classes, and counts once in each
+        once_each = np.unique(copies * len(present) + y) % len(present)
+    counts = np.bincount(once_each, minlength=len(present))
     single = [cache.classes[present[k]] for k in np.flatnonzero(counts < 2)]
     if folds and single:
         raise SourceError(
@@ -331,6 +342,19 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
         log.info(text, counts.min(), folds, once)
         return int(counts.min())
     return folds
+
+
+def _announce_logreg(n: int, dim: int, n_classes: int, *, choosing: bool) -> None:
+    """Refuse, before features are read, what does not fit into memory; say how long much of it takes. Raises UsageError."""
+    from featcache.heads.logreg import check_memory, estimate
+
+    check_memory(n, dim)
+    if n > _MANY_ROWS and choosing:
+        minutes = max(1, round(estimate(n, dim, n_classes) / 60))
+        text = (
+            "choosing C on %s of %d values and %d classes takes some %s here; --clf linear needs less time and memory"
+        )
+        log.info(text, quantity(n, "row"), dim, n_classes, quantity(minutes, "minute"))
 
 
 def _train(

@@ -22,8 +22,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from featcache.backbones import saved
 from featcache.cache.cache import FeatureCache
+from featcache.cache.copies import Digests
 from featcache.cache.format import encode_names
 from featcache.errors import ModelError, SpecMismatchError
 from featcache.heads.head import FittedHead, Head
@@ -117,6 +120,10 @@ class Model:
 
     def training_rows(self) -> TrainingRows | None:
         """What the model was trained on; None for one that an earlier version saved. Raises ModelError if it is damaged."""
+        return self._training_rows
+
+    @functools.cached_property
+    def _training_rows(self) -> TrainingRows | None:  # of many images, reading them takes seconds and much memory
         if "training_rows" not in self.manifest:
             return None
         with saved.as_model_error(self.path):
@@ -129,10 +136,10 @@ class Model:
             return TrainingRows.from_bytes(data)
 
     @functools.cached_property
-    def digests_seen(self) -> frozenset[bytes]:
+    def digests_seen(self) -> Digests:
         """sha256 of each image that training has seen; empty if the model does not know. Raises as ``training_rows``."""
         rows = self.training_rows()
-        return frozenset() if rows is None else frozenset(digest.tobytes() for digest in rows.digests)
+        return Digests(np.empty((0, 32), np.uint8) if rows is None else rows.digests)
 
     def __repr__(self) -> str:
         some = ", ".join(map(repr, self.classes[:5])) + (", ..." if len(self.classes) > 5 else "")

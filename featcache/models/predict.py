@@ -18,6 +18,7 @@ from PIL import Image
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.features import is_finite
+from featcache.cache.format import decode_names
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
 from featcache.images.in_memory import Held
@@ -181,12 +182,24 @@ def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bo
 def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Prediction]:
     """The same; says in the end how many of them training has seen, and how many are unsure."""
     known, labelled, seen, unsure, first = model.digests_seen, 0, 0, 0, ""
+    looked_at: list[tuple[str, bytes]] = []  # and not yet looked up, which is done of many at a time
+
+    def look_up() -> None:
+        nonlocal seen, first
+        digests = np.frombuffer(b"".join(digest for _, digest in looked_at), np.uint8).reshape(-1, 32)
+        found = np.flatnonzero(known.contain(digests))
+        seen, first = seen + len(found), first or (looked_at[found[0]][0] if len(found) else "")
+        looked_at.clear()
+
     for prediction in predictions:
         yield prediction
         unsure += prediction.status == "unsure"
-        labelled += prediction.probabilities is not None
-        if prediction.digest in known:
-            seen, first = seen + 1, first or prediction.path
+        if prediction.probabilities is not None:
+            labelled += 1
+            looked_at.append((prediction.path, prediction.digest))
+        if len(looked_at) == _BLOCK:
+            look_up()
+    look_up()
     if seen:
         log.info("training has seen %d of these %s, the first %s", seen, quantity(labelled, "image"), first)
     if unsure:
@@ -199,7 +212,7 @@ def _predict_caches(model: Model, caches: list[FeatureCache], limits: Limits) ->
     for cache in caches:
         for number, block in enumerate(cache.blocks(np.arange(len(cache)), size=_BLOCK)):
             here = slice(number * _BLOCK, (number + 1) * _BLOCK)
-            names, digests = cache.paths[here], [digest.tobytes() for digest in cache.rows.digests[here]]
+            names, digests = decode_names(cache.rows.paths[here]), [row.tobytes() for row in cache.rows.digests[here]]
             finite = is_finite(block)
             block = np.where(finite[:, None], block, 0)
             scored = limits.describe(names, model.head.probabilities(block), digests, limits.find(block, digests))

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from featcache.cache.copies import are_among, find_copies, first_copies
+from featcache.cache.copies import Digests, are_among, find_copies, first_copies
 from featcache.cache.format import encode_names
 
 
@@ -35,3 +35,18 @@ def test_what_is_no_leak():
     assert found("aaa", [0, 0, 0], [0, 0, 0]).counts() == {"within": 2, "across_splits": 0, "across_labels": 0}
     assert found("aa", [0, -1], [0, 1]).counts() == {"within": 0, "across_splits": 0, "across_labels": 0}  # of no split
     assert found("a", [0], [1]).examples == ()
+
+
+def test_digests_are_found_however_they_begin() -> None:
+    """Oracle: a set of Python's. Of some rows all begin alike, as nobody's photographs do, but somebody's files may."""
+    rng = np.random.default_rng(0)
+    for alike in (0, 7, 8, 9, 31, 32):
+        for n, m in ((0, 5), (5, 0), (1, 1), (40, 30), (300, 200)):
+            some, others = (rng.integers(0, 3, (size, 32)).astype(np.uint8) for size in (n, m))
+            some[:, :alike] = others[:, :alike] = 0
+            others[: m // 3] = some[rng.integers(0, n, m // 3)] if n else 0
+            known = {row.tobytes() for row in others}
+            wanted = [row.tobytes() in known for row in some]
+            assert are_among(some, others).tolist() == wanted
+            assert [row.tobytes() in Digests(others) for row in some] == wanted
+    assert b"" not in Digests(np.zeros((1, 32), np.uint8))  # that of an image that was refused

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import os
 import resource
 import shutil
@@ -16,8 +17,8 @@ from conftest import SPEC
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Rows, encode_names
-from featcache.cache.write import _SparseFile, write_cache
-from featcache.errors import StorageError
+from featcache.cache.write import _columns, _layout, _SparseFile, write_cache
+from featcache.errors import Refusal, StorageError
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 1023, 1024, 1025, 5000])
@@ -113,11 +114,25 @@ def test_a_sparse_file_behaves_like_a_file() -> None:
         ours.seek(start)
         ours.readinto(got)
         assert bytes(got[: len(wanted)]) == wanted
-    hole = range(5000, 17_001)
     rebuilt = bytearray(ours.size)
-    for offset, data in ours.segments(hole):
-        assert offset + len(data) <= hole.start or offset >= hole.stop
+    for offset, data in ours.written:
         rebuilt[offset : offset + len(data)] = data
-    expected = bytearray(real.getvalue())
-    expected[hole.start : hole.stop] = bytes(len(hole))
-    assert rebuilt == expected
+    assert rebuilt == real.getvalue()
+
+
+def test_libhdf5_writes_nothing_where_values_go() -> None:
+    """Values are written by plain I/O, in any order: what is laid out must not touch them, nor they each other."""
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 7, *rng.integers(1, 5000, 20).tolist()):
+        dim, width = rng.integers(1, 300, 2).tolist()
+        rows = dataclasses.replace(make_rows(n), paths=np.full(n, b"x" * width))
+        columns = _columns(rows, ("a",), [Refusal("b", "c" * width)] * (n % 3))
+        texts = ("{}", "x" * (width * 300))
+        frame, places = _layout(columns, texts, (n, dim), np.dtype("<f2"), n + 1, np.ones(min(n, 1), np.uint32))
+        sizes = {name: values.nbytes for name, values in columns.items()} | {"features": n * dim * 2}
+        spans = sorted((places[name], places[name] + size) for name, size in sizes.items() if size)
+        spans += [(offset, offset + len(data)) for offset, data in frame.written]
+        values, written = spans[: -len(frame.written)], spans[-len(frame.written) :]
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(values))
+        assert not any(max(a, c) < min(b, d) for a, b in values for c, d in written)
+        assert values[-1][1] <= frame.size

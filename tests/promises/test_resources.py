@@ -17,11 +17,15 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from caches import plain_rows
 from conftest import SPEC, TINY, TINY_FLAGS, make_photos, write_photo
 from faults import Program
 from test_same_result import assert_same
@@ -32,6 +36,7 @@ from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
 from featcache.images.formats import REVISION
 from featcache.images.source import ImageList
+from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
@@ -131,7 +136,7 @@ def go_over_many(folder: str, rows: int, way: str) -> tuple[int, int]:
 
 # Bytes per row, of which the list of images itself takes about 150 (a Python string and five numbers), a cache's columns,
 # with paths of 16 bytes, about 70: as found, and a quarter more. Features are never in memory but for a block.
-MOST = {"verify": 90, "unchanged": 450, "packing": 580, "reuse": 580}
+MOST = {"verify": 90, "unchanged": 410, "packing": 410, "reuse": 380}
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,40 @@ def test_memory_per_row(tmp_path: Path, warm: Program, many: int) -> None:
     found = {way: (peak[1] - peak[0]) / (many - few) for way, peak in peaks.items()}
     print({way: round(value) for way, value in found.items()}, "bytes per row,", many, "rows")
     assert {way: value for way, value in found.items() if value > MOST[way]} == {}, found
+
+
+# Bytes per row of a cache of 4 values in 10 classes, of which half train and half are test: as found, and a quarter more.
+# Among them are about 80 of columns, and what a model keeps of the images that it saw, 40 of each; of scored rows, 40 each time.
+MOST_OF_MODELS = {"fit": 240, "predict": 210, "evaluate": 290}
+
+
+def test_memory_per_row_of_what_models_do(tmp_path: Path) -> None:
+    """As NumPy and Python allocate it: what is kept of each row, and nothing of what is computed of it but for a block."""
+    peaks: dict[str, list[int]] = {way: [] for way in MOST_OF_MODELS}
+    for rows in (100, 3_000, 13_000):  # the first: what is imported late, and kept for good
+        images = list_many(rows)
+        labels, splits = np.arange(rows) * 10 // rows, np.arange(rows) % 2 * 2 + 1
+        columns = plain_rows(images.paths, labels=labels.astype(np.int32), splits=splits.astype(np.uint8))
+        noise = np.random.default_rng(0).normal(size=(rows, 4))
+        X = (noise + 3 * np.eye(10, 4)[labels]).astype(np.float16)
+        cache, model = tmp_path / f"{rows}.h5", tmp_path / f"m{rows}"
+        write_cache(cache, columns, [X], dim=4, spec=SPEC, classes=images.classes, provenance=Provenance(reload="none"))
+        ways: dict[str, Callable[[], object]] = {
+            "fit": lambda: fit_head(cache, model, clf="linear", folds=0, epochs=1),  # noqa: B023
+            "predict": lambda: deque(predict(model, cache), maxlen=0),  # noqa: B023
+            "evaluate": lambda: evaluate(model, cache),  # noqa: B023
+        }
+        for way, do in ways.items():
+            if rows > 100:
+                tracemalloc.start()
+            try:
+                do()
+                peaks[way].append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+    found = {way: (peak[2] - peak[1]) / 10_000 for way, peak in peaks.items()}
+    print({way: round(value) for way, value in found.items()}, "bytes per row")
+    assert {way: value for way, value in found.items() if value > MOST_OF_MODELS[way]} == {}, found
 
 
 # ----------------------------------------------------------------------------------------------- processes of a user

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from featcache.extraction.in_parts import PartReport
 
 
+_MAX_BAD = 0.05
+
+
 @options.reads_source
 def extract(
     source: Annotated[
@@ -44,7 +47,7 @@ def extract(
             help="Embed share I of N beside the output, for `featcache merge`; auto: as a scheduler says.",
         ),
     ] = None,
-    max_bad: options.MaxBad = 0.05,
+    max_bad: options.MaxBad = _MAX_BAD,
     reuse: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="Another cache to take embeddings from; may be repeated.")
     ] = None,
@@ -64,6 +67,10 @@ def extract(
     if part is not None and force:
         raise UsageError(
             f"--force replaces {output}, and --part runs would replace each other's work; remove the file, or choose another -o"
+        )
+    if part is not None and max_bad != _MAX_BAD:
+        raise UsageError(
+            "--max-bad counts over all images; leave it out of --part runs, and give it to `featcache merge`"
         )
     images = reading.of(source)
     request = ExtractRequest(
@@ -94,7 +101,8 @@ def extract(
         else:
             report = extract_part(images, output, part, request, progress=progress, **common)
     show_result(report.lines(), dataclasses.asdict(report), as_json=as_json)
-    options.exit_if_bad(report.refused, report.images, max_bad)
+    if part is None:
+        options.exit_if_bad(report.refused, report.images, max_bad)
 
 
 COMMANDS: options.Commands = {

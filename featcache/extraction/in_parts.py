@@ -15,14 +15,15 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices, Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, SourceError, StorageError
+from featcache.errors import CacheError, Refusal, SourceError, StorageError
 from featcache.extraction.executors import Executor
 from featcache.extraction.extract import ExtractReport, interruption_noted, pack, prepare, report_of
 from featcache.extraction.job import Job
@@ -32,7 +33,7 @@ from featcache.extraction.parts import MAX_ROWS, check_agreement, open_parts, pa
 from featcache.extraction.plan import Plan, make_plan, of_spec, open_donors, open_old, spread
 from featcache.extraction.request import ExtractRequest, RequestOptions, settle_request
 from featcache.extraction.settings import settings_of
-from featcache.extraction.shares import Share, owners
+from featcache.extraction.shares import Share, named, owners
 from featcache.images.source import AnySource, ImageList
 from featcache.system.display import Shown, bar_in_notebook, describe_images, quantity
 from featcache.system.files import check_output
@@ -148,15 +149,20 @@ def extract_part(
         plan = make_plan(images.take(positions), donors, own, spec=spec, limit=None)
         if len(plan.todo):
             of_spec([found.cache], job.spec, output, force=False)
+        done, failed = None, None
         try:
             reused = _publish_known(job, plan, own, share)
             done = job.embed(plan, executor, progress, tag=share.tag) if len(plan.todo) else None
-        except StorageError:
-            if (folder / LISTING).exists() or not os.path.lexists(output):
-                raise
+        except StorageError as error:
+            failed = error
+        if not (folder / LISTING).exists() and os.path.lexists(output):
             log.info("%s was packed meanwhile, from what others made of this share", output)
+            for name in done.names if done else ():
+                (folder / name).unlink(missing_ok=True)
             there = FeatureCache.open(output)
             return _done(there, job_after(there), images.take(positions), share, started)
+        if failed:
+            raise failed
     plan = plan.once(done.parts) if done else plan
     left = len(plan.todo)
     if left:
@@ -207,41 +213,50 @@ def _done(there: FeatureCache, job: Job, images: ImageList, share: Share, starte
 
 
 def _publish_known(job: Job, plan: Plan, own: list[FeatureCache], share: Share) -> int:
-    """Copy rows that this share's parts lack under the image's own path: of other caches, or of copies. Returns how many are known."""
+    """Publish what this share's parts lack and is known: rows of other caches or of copies, refusals. Returns how many rows are."""
     images, matches = plan.images, plan.matches
     known = np.flatnonzero(matches.source >= 0)
     number, row = find_in(own, encode_names(images.paths[index] for index in known))
-    first = len(plan.caches) - len(own)
-    lacking = known[(matches.source[known] < first) | (number < 0)]
-    for position in range(len(known)):  # by content, and under its path another content lies
-        if number[position] >= 0 and matches.source[known[position]] >= first:
-            source = plan.caches[matches.source[known[position]]]
-            digest = source.rows.digests[matches.row[known[position]]]
-            if (own[number[position]].rows.digests[row[position]] != digest).any():
-                lacking = np.append(lacking, known[position])
-    for start in range(0, len(lacking), MAX_ROWS):
-        _copy_rows(job, plan, np.sort(lacking)[start : start + MAX_ROWS], share)
+    wanted, there = _digests(plan.caches, matches.source[known], matches.row[known]), _digests(own, number, row)
+    lacking = known[(number < 0) | (wanted != there).any(axis=1)]
+    before = {refusal.path for part in own for refusal in part.refused}
+    refused = [Refusal(images.paths[index], why) for index, why in plan.refused.items()]
+    refused = [refusal for refusal in refused if refusal.path not in before]
+    blocks = [lacking[start : start + MAX_ROWS] for start in range(0, len(lacking), MAX_ROWS)]
+    for block in blocks or ([lacking] if refused else []):
+        _publish_copy(job, plan, block, refused, share)
+        refused = []
     return len(known)
 
 
-def _copy_rows(job: Job, plan: Plan, images: Indices, share: Share) -> None:
+def _digests(caches: Sequence[FeatureCache], numbers: Indices, rows: Indices) -> npt.NDArray[np.uint8]:
+    """(n, 32) those of some rows; zeros where the number is -1."""
+    digests = np.zeros((len(numbers), 32), np.uint8)
+    for number in np.unique(numbers[numbers >= 0]):
+        here = numbers == number
+        digests[here] = caches[number].rows.digests[rows[here]]
+    return digests
+
+
+def _publish_copy(job: Job, plan: Plan, block: Indices, refused: list[Refusal], share: Share) -> None:
+    """Publish a part of rows that are known; ``block`` may be empty."""
     matches, caches = plan.matches, plan.caches
-    digests = [caches[matches.source[index]].rows.digests[matches.row[index]] for index in images.tolist()]
     rows = Rows(
-        paths=encode_names(plan.images.paths[index] for index in images.tolist()),
-        labels=np.full(len(images), -1, np.int32),
-        splits=np.zeros(len(images), np.uint8),
-        digests=np.stack(digests),
-        sizes=matches.sizes[images],
-        mtimes=matches.mtimes[images],
+        paths=encode_names(plan.images.paths[index] for index in block.tolist()),
+        labels=np.full(len(block), -1, np.int32),
+        splits=np.zeros(len(block), np.uint8),
+        digests=_digests(caches, matches.source[block], matches.row[block]),
+        sizes=matches.sizes[block],
+        mtimes=matches.mtimes[block],
     )
-    origin = caches[int(matches.source[images].max())]
+    origin = caches[int(matches.source[block].max()) if len(block) else -1]
     write_cache(
         work_folder(job.output) / part_name(share.tag),
         rows,
-        gather([cache.take for cache in caches], matches, images),
+        gather([cache.take for cache in caches], matches, block),
         dim=origin.dim,
         spec=origin.spec,
+        refused=refused,
         provenance=origin.provenance,
     )
 
@@ -289,6 +304,38 @@ def merge(output: AnyPath) -> ExtractReport:
         rows = pack(output, plan, spec, record=record, provenance_of=provenance_of)
         remove_parts(folder)
     return report_of(output, plan, rows, old, spec=spec, reused=0, seconds=(time.perf_counter() - started, 0.0))
+
+
+def describe_parts(folder: Path) -> dict[str, Any]:
+    """How far the unfinished work in ``folder`` is; plain values. Only reads, whoever writes there.
+
+    ``parts``: how many shares; None if one process works alone, and then what it lists is not known either. ``complete``: shares;
+    ``missing``: their numbers, in words. ``images``: listed. ``embedded``, ``refused``: distinct images.
+
+    Raises:
+        CacheError: the listing is damaged.
+    """
+    listing, parts = Listing.find(folder), open_parts(folder, shared=True)
+    missing = listing.missing(parts) if listing else np.empty(0, np.intp)
+    behind = listing.shares_of(missing) if listing else []
+    rows = {name for part in parts for name in part.rows.paths.tolist()}
+    refused = {*encode_names(refusal.path for part in parts for refusal in part.refused).tolist()} - rows
+    some = listing.cache if listing else parts[0] if parts else None
+    return {
+        "kind": "parts",
+        "path": str(folder),
+        "parts": listing.of if listing else None,
+        "complete": listing.of - len(behind) if listing else None,
+        "missing": named(behind) if listing else None,
+        "images": len(listing.images) if listing else None,
+        "missing_images": len(missing) if listing else None,
+        "embedded": len(rows),
+        "refused": len(refused),
+        "files": len(parts),
+        "fingerprint": some.fingerprint if some else None,
+        "spec": some.spec.to_json() if some else None,
+        "provenance": some.provenance.to_json() if some else None,
+    }
 
 
 def _merged_before(output: Path, started: float) -> ExtractReport:

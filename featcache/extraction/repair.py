@@ -29,7 +29,7 @@ from featcache.system.display import quantity
 from featcache.system.files import check_free_space, check_output
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.runtime_options import check_runtime_options
-from featcache.system.workdir import locked, work_folder
+from featcache.system.workdir import LISTING, locked, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -208,6 +208,8 @@ def _remove_known(parts: list[FeatureCache], keys: Any) -> None:
 def _tidy(cache: FeatureCache) -> None:
     """What a repair left behind that was killed when its file was in place already."""
     folder = work_folder(cache.path)
+    if (folder / LISTING).exists():  # parts of several processes, which `merge` packs
+        return
     with contextlib.suppress(StorageError), locked(folder):  # otherwise somebody is at work there
         parts = [part for part in open_parts(folder) if part.spec == cache.spec]
         _remove_known(parts, cache.rows.keys)

@@ -11,17 +11,20 @@ from featcache.backbones import saved
 from featcache.backbones.catalog import facts_of
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError
+from featcache.extraction.in_parts import describe_parts
 from featcache.models.model import METRICS, Model, load_model
 from featcache.spec import SPLITS
 from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
 from featcache.system.safe_load import parse_json
+from featcache.system.workdir import is_work_folder
 
 
 def describe(path: AnyPath) -> dict[str, Any]:
     """What a cache file or a model folder holds, and where it came from.
 
     Returns:
-        Plain values, fit for JSON; ``kind`` is ``cache`` or ``model``. Of a model: ``parameters`` of backbone and head,
+        Plain values, fit for JSON; ``kind`` is ``cache``, ``model`` or ``parts`` (unfinished work, see ``describe_parts``). Of a
+        model: ``parameters`` of backbone and head,
         ``trainable_parameters``, those that its training could change, and ``backbone``, the facts of ``backbones.catalog`` at
         the model's own input size; None where this installation does not know. Of a cache: ``classes`` counts its images per class
         and split, ``image_bytes`` are the quartiles of the sizes of the image files, smallest to largest.
@@ -30,6 +33,8 @@ def describe(path: AnyPath) -> dict[str, Any]:
         CacheError, ModelError: it is neither, or damaged.
     """
     path = as_path(path)
+    if path.is_dir() and is_work_folder(str(path)) and not (path / "run.json").exists():
+        return describe_parts(path)
     check_path(path, "cache or model", ("info", HERE))
     return _describe_model(path) if path.is_dir() else _describe_cache(path)
 

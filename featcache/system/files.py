@@ -75,7 +75,12 @@ def named(path: Path) -> Path:
 
 def check_free_space(folder: Path, needed: int) -> None:
     """Raise StorageError unless ``folder``'s file system has ``needed`` bytes and a little to spare."""
-    free = shutil.disk_usage(folder).free
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise StorageError(
+            f"cannot write in {folder}: {error.strerror}; mend that and run the same command again"
+        ) from error
     if free < needed + _SPARE_BYTES:
         raise StorageError(
             f"not enough space in {folder}: {free / 1e6:,.0f} MB free, {(needed + _SPARE_BYTES) / 1e6:,.0f} MB needed; "

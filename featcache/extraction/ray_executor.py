@@ -83,7 +83,10 @@ class _Share(NamedTuple):
 
 
 class _Worker:
-    """An actor: prepares its ``Embedder`` for the first block and keeps it. What goes wrong is returned, not raised: Ray would try again."""
+    """An actor: prepares its ``Embedder`` for the first block, and keeps it.
+
+    What goes wrong is returned, not raised: Ray would try again.
+    """
 
     def __init__(self, work: Work, token: str) -> None:
         self._work, self._token = work, token
@@ -227,7 +230,9 @@ def _check_nodes(ray: Any, nodes: list[dict[str, Any]], work: Work, token: str) 
                 f"the Ray node {address} cannot run featcache ({_first_line(error)}); install the same on all nodes"
             ) from error
         if version != featcache.__version__:
-            raise UsageError(f"the Ray node {address} has featcache {version}, here is {featcache.__version__}; install one")
+            raise UsageError(
+                f"the Ray node {address} has featcache {version}, here is {featcache.__version__}; install one"
+            )
         if unseen:
             raise StorageError(f"the Ray node {address} {unseen}")
 

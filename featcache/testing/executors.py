@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import os
 import pickle
-
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +133,8 @@ class ExecutorContract:
 
         def note(work: Work, positions: Indices, *, progress: Any = None) -> Published:
             assert positions.tolist() == list(range(IMAGES))
-            found.append(pickle.loads(pickle.dumps(work)))
+            assert pickle.dumps((work, positions))
+            found.append(work)
             raise Death
 
         with contextlib.suppress(Death):
@@ -183,5 +183,3 @@ def children() -> set[int]:
         for task in os.listdir(f"/proc/{os.getpid()}/task"):  # noqa: PTH208
             found |= set(map(int, Path(f"/proc/{os.getpid()}/task/{task}/children").read_text().split()))
     return found
-
-

@@ -1,18 +1,18 @@
 """Executors: what all pass, and what each is alone in. See ``featcache.testing.executors``."""
 
+import contextlib
 import os
-import pickle
-import signal
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from featcache.errors import StorageError
-from featcache.extraction.executors import Published, Work, blocks, run_here
+from featcache.errors import StorageError, UsageError
+from featcache.extraction.executors import Published, Work, blocks, run_here, run_part
+from featcache.extraction.ray_executor import RayExecutor, _share
 from featcache.testing.executors import ExecutorContract
 
 
@@ -21,63 +21,88 @@ class TestInProcess(ExecutorContract):
         return run_here
 
 
-RUN_PART = (
-    "import pickle, sys, numpy; from featcache.extraction.executors import run_part; "
-    "work, positions = pickle.load(sys.stdin.buffer); print(*run_part(work, positions))"
-)
+class TestInPieces(ExecutorContract):
+    """As any scheduler would: block by block, in any order, and some of them twice."""
+
+    def executor(self) -> Any:
+        def run(work: Work, positions: Any, *, progress: Any = None) -> Published:
+            progress = progress or (lambda *_: None)
+            pieces, names, done = list(blocks(positions, size=5)), list[str](), 0
+            progress(0, len(positions), "tests")
+            for number in np.random.default_rng(1).permutation(len(pieces)):
+                for _ in range(1 + number % 2):
+                    names += run_part(work, pieces[number])
+                done += len(pieces[number])
+                progress(done, len(positions), "tests")
+            return Published(work.folder, tuple(names), 1.0)
+
+        return run
 
 
-class InProcesses:
-    """As any scheduler would: a process for each block, and again for those that died."""
+@pytest.fixture(scope="class")
+def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Three nodes of one core each beside a head without one, as processes of this machine."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
 
-    def __init__(self) -> None:
-        self.running: dict[subprocess.Popen[str], Any] = {}
-
-    def __call__(self, work: Work, positions: Any, *, progress: Any = None) -> Published:
-        names: list[str] = []
-        todo, done = list(blocks(positions, size=12)), 0
-        if progress:
-            progress(0, len(positions), "processes")
-        try:
-            while todo or self.running:
-                for block in todo:
-                    self.start(work, block)
-                todo = []
-                for process, block in list(self.running.items()):
-                    output, _ = process.communicate()
-                    del self.running[process]
-                    if process.returncode == -signal.SIGKILL:
-                        todo.append(block)
-                        continue
-                    if process.returncode:
-                        raise StorageError("a worker failed")
-                    names += output.split()
-                    done += len(block)
-                    if progress:
-                        progress(done, len(positions), "processes")
-        finally:
-            for process in self.running:
-                process.kill()
-                process.communicate()
-        return Published(work.folder, tuple(names), 1.0)
-
-    def start(self, work: Work, block: Any) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN_PART], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert process.stdin
-        process.stdin.write(pickle.dumps((work, block)))
-        process.stdin.close()
-        process.stdin = None
-        self.running[process] = block
+    size = {"object_store_memory": 80 * 2**20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # nodes import what this process does
+        patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size})
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        nodes = [cluster.add_node(num_cpus=1, **size) for _ in range(3)]
+        request.cls.cluster, request.cls.nodes = cluster, nodes
+        yield
+        cluster.shutdown()
 
 
 @pytest.mark.slow
-class TestInProcesses(ExecutorContract):
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+class TestRay(ExecutorContract):
+    cluster: Any
+    nodes: list[Any]
+
     def executor(self) -> Any:
-        self.made = InProcesses()
-        return self.made
+        return RayExecutor(block=5)
 
     def kill_a_worker(self) -> None:
-        for process in self.made.running:
-            process.kill()
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+    def test_a_node_that_does_not_see_the_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from featcache.extraction import ray_executor
+
+        monkeypatch.setattr(ray_executor, "_token", lambda work: contextlib.nullcontext("elsewhere.tmp"))
+        with pytest.raises(StorageError, match=r"the Ray node [\d.]+ does not see .*own\.h5\.parts; put the output on"):
+            self._extract(tmp_path, "own", self.executor())
+
+
+def node(**resources: float) -> dict[str, Any]:
+    return {"Resources": resources, "Alive": True}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "tasks", "expected"),
+    [
+        ([node(CPU=16)], "auto", 100, (1, 16, 0)),
+        ([node(), node(CPU=4), node(CPU=8)], "auto", 100, (3, 4, 0)),
+        ([node(CPU=16, GPU=4), node(CPU=64, GPU=8)], "auto", 100, (12, 4, 1)),
+        ([node(CPU=16, GPU=4), node(CPU=64)], "auto", 100, (4, 4, 1)),
+        ([node(CPU=16, GPU=4)], "cpu", 100, (1, 16, 0)),
+        ([node(CPU=2)] * 8, "auto", 3, (3, 2, 0)),
+    ],
+)
+def test_what_each_actor_gets(nodes: list[Any], device: str, tasks: int, expected: tuple[int, ...]) -> None:
+    assert _share(nodes, device, tasks)[:3] == expected
+
+
+def test_a_cluster_without_cores() -> None:
+    with pytest.raises(UsageError, match="has no CPUs; add a node"):
+        _share([node(memory=1)], "auto", 1)
+
+
+def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'featcache\[ray\]'"):
+        RayExecutor().check()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_BAD = 0.05
 
-Executors = Literal["local", "ray"]
+_EXECUTORS = ("local", "ray")
 
 
 @options.reads_source
@@ -42,7 +42,7 @@ def extract(
     white_level: options.WhiteLevel = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
-    executor: Annotated[Executors, typer.Option(help="Who embeds: this process, or a Ray cluster.")] = "local",
+    executor: Annotated[str, typer.Option(help="Who embeds: local (this process) or ray (a Ray cluster).")] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Of the Ray cluster; auto: the one that runs, else this machine; local."),
@@ -115,8 +115,10 @@ def extract(
         options.exit_if_bad(report.refused, report.images, max_bad)
 
 
-def _executor(name: Executors, ray_address: str | None) -> "Executor | None":
+def _executor(name: str, ray_address: str | None) -> "Executor | None":
     """What embeds; None: this process."""
+    if name not in _EXECUTORS:
+        raise UsageError(f"no executor is called {name!r}; choose from {', '.join(_EXECUTORS)}")
     if name == "local":
         if ray_address is not None:
             raise UsageError("--ray-address says where Ray is; add --executor ray, or leave it out")

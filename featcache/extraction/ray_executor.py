@@ -64,6 +64,8 @@ class RayExecutor:
             the images or the output. Otherwise what a worker raised.
         """
         ray = _ray()
+        if not len(positions):
+            return Published(work.folder, (), 0.0)
         with _connected(ray, self.address), _token(work) as token:
             nodes = _nodes(ray)
             _check_nodes(ray, nodes, work, token)
@@ -254,7 +256,7 @@ def _share(nodes: list[dict[str, Any]], device: str, tasks: int) -> _Share:
             raise UsageError("the Ray cluster has no CPUs; add a node that has some")
         cpus, gpus = min(usable), 0
         actors = sum(count // cpus for count in usable)
-    actors = max(1, min(actors, tasks))
+    actors = min(actors, tasks)
     what = f"{cpus} CPU{'s' if cpus > 1 else ''}" + (" and a GPU" if gpus else "")
     return _Share(actors, cpus, gpus, f"{len(nodes)} nodes, {actors} workers with {what} each")
 

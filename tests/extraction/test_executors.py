@@ -57,19 +57,34 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
         cluster.shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-class TestRay(ExecutorContract):
+class OnRay(ExecutorContract):
     cluster: Any
     nodes: list[Any]
 
     def executor(self) -> Any:
-        return RayExecutor(block=5)
+        return RayExecutor(block=8)
 
     def kill_a_worker(self) -> None:
         self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
 
+
+RAYS_OWN = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+
+
+@pytest.mark.slow
+@RAYS_OWN
+@pytest.mark.usefixtures("cluster")
+class TestRayLosesANode:
+    def test_it(self, tmp_path: Path) -> None:
+        tried = OnRay()
+        tried.cluster, tried.nodes = self.cluster, self.nodes  # type: ignore[attr-defined]
+        tried.test_a_worker_that_dies_costs_nothing(tmp_path)
+
+
+@pytest.mark.soak  # two minutes: every run starts actors, which import PyTorch
+@RAYS_OWN
+@pytest.mark.usefixtures("cluster")
+class TestRay(OnRay):
     def test_a_node_that_does_not_see_the_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from featcache.extraction import ray_executor
 

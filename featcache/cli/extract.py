@@ -11,11 +11,14 @@ from featcache.cli.console import show_progress, show_result
 from featcache.errors import UsageError
 
 if TYPE_CHECKING:
+    from featcache.extraction.executors import Executor
     from featcache.extraction.extract import ExtractReport
     from featcache.extraction.in_parts import PartReport
 
 
 _MAX_BAD = 0.05
+
+_EXECUTORS = ("local", "ray")
 
 
 @options.reads_source
@@ -42,6 +45,11 @@ def extract(
         typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, cuda:all, mps. Default: all GPUs, if there are any."),
     ] = "auto",
     workers: options.Workers = "auto",
+    executor: Annotated[str, typer.Option(help="Who embeds: local (this process) or ray (a Ray cluster).")] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Of the Ray cluster; auto: the one that runs, else this machine; local."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly spread.")] = None,
     part: Annotated[
         str | None,
@@ -75,6 +83,7 @@ def extract(
         raise UsageError(
             "--max-bad counts over all images; leave it out of --part runs, and give it to `featcache merge`"
         )
+    embeds = _executor(executor, ray_address)
     images = reading.of(source)
     request = ExtractRequest(
         backbone=backbone,
@@ -98,6 +107,7 @@ def extract(
             "batch_size": batch,
             "limit": limit,
             "reuse": reuse or (),
+            "executor": embeds,
         }
         if part is None:
             report = run(images, output, request, force=force, progress=progress, **common)
@@ -106,6 +116,21 @@ def extract(
     show_result(report.lines(), dataclasses.asdict(report), as_json=as_json)
     if part is None:
         options.exit_if_bad(report.refused, report.images, max_bad)
+
+
+def _executor(name: str, ray_address: str | None) -> "Executor | None":
+    """What embeds; None: this process."""
+    if name not in _EXECUTORS:
+        raise UsageError(f"no executor is called {name!r}; choose from {', '.join(_EXECUTORS)}")
+    if name == "local":
+        if ray_address is not None:
+            raise UsageError("--ray-address says where Ray is; add --executor ray, or leave it out")
+        return None
+    from featcache.extraction.on_ray import RayExecutor
+
+    chosen = RayExecutor(ray_address or "auto")
+    chosen.check()
+    return chosen
 
 
 COMMANDS: options.Commands = {

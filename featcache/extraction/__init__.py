@@ -7,6 +7,7 @@ listing.py    what the processes that make parts agree on
 shares.py     which images are whose
 executors.py  who embeds: the contract, and this very process
 on_devices.py who embeds: several GPUs of one machine
+on_ray.py     who embeds: a Ray cluster
 request.py    what is asked for
 settings.py   what a cache was made with: it counts where the request is silent
 plan.py       what is there, what is left to do

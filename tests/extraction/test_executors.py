@@ -1,0 +1,123 @@
+"""Executors: what all pass, and what each is alone in. See ``featcache.testing.executors``."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featcache.errors import StorageError, UsageError
+from featcache.extraction.executors import Published, Work, blocks, run_here, run_part
+from featcache.extraction.on_ray import RayExecutor, _share
+from featcache.testing.executors import ExecutorContract
+
+
+class TestInProcess(ExecutorContract):
+    def executor(self) -> Any:
+        return run_here
+
+
+class TestInPieces(ExecutorContract):
+    """As any scheduler would: block by block, in any order, and some of them twice."""
+
+    def executor(self) -> Any:
+        def run(work: Work, positions: Any, *, progress: Any = None) -> Published:
+            progress = progress or (lambda *_: None)
+            pieces, names, done = list(blocks(positions, size=5)), list[str](), 0
+            progress(0, len(positions), "tests")
+            for number in np.random.default_rng(1).permutation(len(pieces)):
+                for _ in range(1 + number % 2):
+                    names += run_part(work, pieces[number])
+                done += len(pieces[number])
+                progress(done, len(positions), "tests")
+            return Published(work.folder, tuple(names), 1.0)
+
+        return run
+
+
+@pytest.fixture(scope="class")
+def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Three nodes of one core each beside a head without one, as processes of this machine."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    size = {"object_store_memory": 80 * 2**20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # nodes import what this process does
+        patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size})
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        nodes = [cluster.add_node(num_cpus=1, **size) for _ in range(3)]
+        request.cls.cluster, request.cls.nodes = cluster, nodes
+        yield
+        cluster.shutdown()
+
+
+class OnRay(ExecutorContract):
+    cluster: Any
+    nodes: list[Any]
+
+    def executor(self) -> Any:
+        return RayExecutor(block=8)
+
+    def kill_a_worker(self) -> None:
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+
+RAYS_OWN = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+
+
+@pytest.mark.slow
+@RAYS_OWN
+@pytest.mark.usefixtures("cluster")
+class TestRayLosesANode:
+    def test_it(self, tmp_path: Path) -> None:
+        tried = OnRay()
+        tried.cluster, tried.nodes = self.cluster, self.nodes  # type: ignore[attr-defined]
+        tried.test_a_worker_that_dies_costs_nothing(tmp_path)
+
+
+@pytest.mark.soak  # two minutes: every run starts actors, which import PyTorch
+@RAYS_OWN
+@pytest.mark.usefixtures("cluster")
+class TestRay(OnRay):
+    def test_a_node_that_does_not_see_the_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from featcache.extraction import on_ray
+
+        monkeypatch.setattr(on_ray, "_token", lambda work: contextlib.nullcontext("elsewhere.tmp"))
+        with pytest.raises(StorageError, match=r"the Ray node [\d.]+ does not see .*own\.h5\.parts; put the output on"):
+            self._extract(tmp_path, "own", self.executor())
+
+
+def node(**resources: float) -> dict[str, Any]:
+    return {"Resources": resources, "Alive": True}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "tasks", "expected"),
+    [
+        ([node(CPU=16)], "auto", 100, (1, 16, 0)),
+        ([node(), node(CPU=4), node(CPU=8)], "auto", 100, (3, 4, 0)),
+        ([node(CPU=16, GPU=4), node(CPU=64, GPU=8)], "auto", 100, (12, 4, 1)),
+        ([node(CPU=16, GPU=4), node(CPU=64)], "auto", 100, (4, 4, 1)),
+        ([node(CPU=16, GPU=4)], "cpu", 100, (1, 16, 0)),
+        ([node(CPU=2)] * 8, "auto", 3, (3, 2, 0)),
+    ],
+)
+def test_what_each_actor_gets(nodes: list[Any], device: str, tasks: int, expected: tuple[int, ...]) -> None:
+    assert _share(nodes, device, tasks)[:3] == expected
+
+
+def test_a_cluster_without_cores() -> None:
+    with pytest.raises(UsageError, match="has no CPUs; add a node"):
+        _share([node(memory=1)], "auto", 1)
+
+
+def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'featcache\[ray\]'"):
+        RayExecutor().check()

@@ -10,6 +10,7 @@ layout.py       what the names of folders mean: splits, classes
 splits.py       which of them train, which are held out
 groups.py       which belong together
 home.py         the folder that some probably lie in
+locations.py    where bytes lie: patterns, versions, open files
 read.py         files read: the one loop over them
 headers.py      what their headers say
 statistics.py   what can be told of them before any network sees them

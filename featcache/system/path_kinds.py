@@ -124,6 +124,12 @@ def _address(path: AnyPath) -> re.Match[str] | None:
     return _ADDRESS.fullmatch(Path(path).as_posix())
 
 
+def address_of(path: AnyPath) -> str | None:
+    """The address that ``path`` is, with both of its slashes, unless something here is called so; None if it is none."""
+    found = None if os.path.lexists(path) else _address(path)
+    return f"{found[1].lower()}://{found[2]}" if found else None
+
+
 def begins_like_an_image(head: bytes) -> bool:
     """Whether a file is an image by its first 32 bytes."""
     return _IMAGE.match(head) is not None

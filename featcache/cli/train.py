@@ -13,7 +13,8 @@ from featcache.errors import UsageError
 from featcache.system.display import printable
 
 if TYPE_CHECKING:
-    from featcache.images.source import Source
+    from featcache.images.archives import is_home
+from featcache.images.source import Source
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
 
@@ -221,7 +222,7 @@ def finetune(
     finally:  # also where the reader of stdout went away
         _draw_curves(report.model, figures)
         if not no_report:
-            write_report_beside(report.model, pictures=source if source.is_dir() else None)
+            write_report_beside(report.model, pictures=source if is_home(source) else None)
 
 
 def _draw_curves(model: Path, figures: Path | None) -> None:

@@ -22,6 +22,7 @@ from featcache.curation.pixel_check import PixelCheck
 from featcache.curation.split_folders import check_new, place_images
 from featcache.curation.split_result import Groups, Split
 from featcache.errors import SourceError, UsageError
+from featcache.images.archives import is_home
 from featcache.images.groups import Indices, group_by_name, joined, read_groups
 from featcache.images.home import find_home, places_in, some_of
 from featcache.images.source import AnySource, ImageList, Source, check_apart, list_images
@@ -230,7 +231,7 @@ def _read(source: Source | ImageList, groups: Groups, pictures: Path | None, out
 def _read_cache(source: Source, pictures: Path | None) -> _Read:
     """The same of a cache; ``pictures``: the folder of its images, if it was said."""
     source.check_options("cache")
-    if pictures is not None and not pictures.is_dir():
+    if pictures is not None and not is_home(pictures):
         raise SourceError(f"--source {pictures} is no folder; give the one that the images of {source} lie in")
     cache = FeatureCache.open(source.path)
     if cache.refused:

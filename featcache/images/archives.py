@@ -51,6 +51,11 @@ def archive_in(path: Path) -> tuple[Path, str] | None:
     return None
 
 
+def is_home(place: Path) -> bool:
+    """Whether images can lie below ``place``: it is a folder, or an archive, or a folder in one."""
+    return place.is_dir() or kind_of(place) in (Kind.ARCHIVE, Kind.PARQUET) or archive_in(place) is not None
+
+
 def read_member(location: Path, name: str) -> tuple[bytes, int, int]:
     """Read one file of an archive; as ``read.read_file``, its size and time being those that ``members_of`` gives."""
     try:
@@ -60,6 +65,11 @@ def read_member(location: Path, name: str) -> tuple[bytes, int, int]:
             raise
     _archives.pop(location, None)
     return _remembered(location).read(name)
+
+
+def stat_member(location: Path, name: str) -> tuple[int, int]:
+    """The size and the time (ns) of one file of an archive, as it was when that was looked through last. Raises RefusedImage."""
+    return _remembered(location).stat(name)
 
 
 def look_through(location: Path, text: Callable[[str, bytes], None] | None = None) -> "Archive":
@@ -142,6 +152,11 @@ class Archive:
             member = self._find(name)
             data = self._bytes(self._unpacked() if self.form == _GZIP else file, member)
             return data, member.size, self._settled()
+
+    def stat(self, name: str) -> tuple[int, int]:
+        """See ``stat_member``."""
+        size = self.rows().size(name) if self.is_parquet else self._find(name).size
+        return size, self.mtime
 
     def _bytes(self, file: Any, member: Member) -> bytes:
         """Of one file. ``file``: the archive, of gzip unpacked."""
@@ -263,8 +278,8 @@ def _once_each(members: list[Member]) -> tuple[list[Member], list[Refusal]]:
 
 def _as_time(version: str) -> int:
     """A version as a number that fits into the column of times: of a file its time, of others a part of their hash."""
-    if version.isdecimal() and len(version) < 19:
-        return int(version)
+    if version.isdecimal() and (time := int(version)) < 2**63:
+        return time
     return int.from_bytes(hashlib.sha256(version.encode()).digest()[:8], "big") >> 1
 
 

@@ -7,6 +7,7 @@ kept; memory does not depend on the size of row groups. Metadata is read as JSON
 import bisect
 import itertools
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -66,15 +67,23 @@ class ParquetImages:
 
     def read(self, name: str) -> tuple[bytes, int]:
         """The bytes of a row, and its size as ``members`` has it."""
-        if not name.isdecimal() or (row := int(name)) >= len(self):
-            raise RefusedImage("cannot be read: not in the archive")
+        row, size = self._row(name), self.size(name)
         with self._lock, _refusing():
             value = self._value(row)
         if not value:
             raise RefusedImage("no image in this row of Parquet")
         if len(value) > MAX_FILE_BYTES:
             raise RefusedImage(f"too large: {len(value)} bytes, at most {MAX_FILE_BYTES} are read")
-        return bytes(value), self._sizes[self._group(row)]
+        return bytes(value), size
+
+    def size(self, name: str) -> int:
+        """That of a row, as ``members`` has it. Raises RefusedImage: there is no such row."""
+        return self._sizes[self._group(self._row(name))]
+
+    def _row(self, name: str) -> int:
+        if not re.fullmatch(r"0|[1-9]\d{0,17}", name, re.ASCII) or int(name) >= len(self):
+            raise RefusedImage("cannot be read: not in the archive")
+        return int(name)
 
     def columns(self, chosen: Mapping[str, str | None], name: str) -> Columns:
         """What the columns hold beside the image.

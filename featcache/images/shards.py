@@ -76,8 +76,7 @@ def list_shards(
         reading.take(location)
     say_passed_over(source, reading.passed)
     entries, classes = reading.meant(source, class_level) if labelled else (reading.entries, set[str]())
-    listing = Listing(shards.root, entries, classes, reading.refused, reading.refused_at)
-    return _below(listing, reading.wrap) if reading.wrap and len(shards.archives) == 1 else listing
+    return Listing(shards.root, entries, classes, reading.refused, reading.refused_at)
 
 
 class _Reading:
@@ -85,7 +84,7 @@ class _Reading:
 
     Attributes:
         entries: images; the labels of Parquet are theirs. inner: of each the folder inside of its archive. beside: of each what a file
-        beside it says, and which kind of file. wrap: the folder that holds all the others.
+        beside it says, and which kind of file.
     """
 
     def __init__(self, shards: Shards, chosen: Mapping[str, str | None], *, labelled: bool) -> None:
@@ -98,7 +97,7 @@ class _Reading:
         self.passed: Counter[tuple[str, str]] = Counter()
         self.folders, self.classes, self.tables = set[str](), set[str](), set[str]()
         self.names: tuple[str, ...] | None = None  # of classes, by number
-        self.wrap, self.parquet = "", False
+        self.parquet = False
         self._alone = len(shards.archives) == 1 and shards.root in (
             shards.archives[0],
             shards.archives[0] / shards.inside,
@@ -208,13 +207,13 @@ class _Reading:
             ]
             each = zip(self.entries, labels, splits, strict=True)
             return [entry._replace(label=label, split=split) for entry, label, split in each], {*(self.names or ())}
-        self.wrap = _wrap({*self.inner}, self.folders)
-        start = len(self.wrap) + 1 if self.wrap else 0
+        wrap = _wrap({*self.inner}, self.folders)
+        start = len(wrap) + 1 if wrap else 0
         folders, inner = (
             {folder[start:] for folder in self.folders if folder[start:]},
             [each[start:] for each in self.inner],
         )
-        layout = read_layout(self.shards.root / self.wrap, folders, {*inner}, class_level)
+        layout = read_layout(self.shards.root / wrap, folders, {*inner}, class_level)
         found = {folder: meaning(folder, layout) for folder in {*inner, *folders}}
         entries = [
             entry._replace(label=found[folder][0], split=found[folder][1] or entry.split)
@@ -323,11 +322,3 @@ def _wrap(filled: set[str], folders: set[str]) -> str:
         if any(not (f"{folder}/".startswith(f"{below}/") or below.startswith(f"{folder}/")) for folder in folders):
             return wrap  # an empty class lies beside it
         wrap = below
-
-
-def _below(listing: Listing, wrap: str) -> Listing:
-    """The same, with paths relative to the folder ``wrap``; what does not lie in it keeps its own."""
-    start = len(wrap) + 1
-    entries = [entry._replace(path=entry.path[start:]) for entry in listing.entries]
-    refused = [Refusal(path.removeprefix(f"{wrap}/"), reason) for path, reason in listing.refused]
-    return listing._replace(root=listing.root / wrap, entries=entries, refused=refused)

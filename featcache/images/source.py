@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import Refusal, SourceError, StorageError, UsageError
+from featcache.images.archives import is_home
 from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.metadata import describe
@@ -198,7 +199,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
             listing = describe(listing, source.columns)
     elif is_table(path):
         source.check_options("table")
-        if not (root := source.root or path.parent).is_dir():
+        if not is_home(root := source.root or path.parent):
             raise SourceError(f"--root {root} is no folder; give the one that the paths of {path} are relative to")
         listing = list_table(path, root, source.columns, labelled=labelled)
     else:

@@ -76,7 +76,7 @@ class Kind(enum.Enum):
     WEIGHTS = "a file of weights"
     ARCHIVE = "an archive"
     PARQUET = "a Parquet file"
-    PACKED = "an archive of another kind"
+    PACKED = "a packed file"
     TABLE = "a table"
     SHEET = "a spreadsheet or data file"
     IMAGE = "an image"
@@ -87,6 +87,7 @@ class Kind(enum.Enum):
 
 
 _FOLDERS = (Kind.FOLDER, Kind.BARE, Kind.EMPTY)
+_ZIPPED = (Kind.SHEET, Kind.DOCUMENT, Kind.ARRAYS, Kind.WEIGHTS, Kind.IMAGE)  # formats that are archives inside
 _SOURCES = (*_FOLDERS, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET)
 _BY_SUFFIX = {
     **dict.fromkeys(IMAGE_SUFFIXES, Kind.IMAGE),
@@ -204,14 +205,7 @@ def _kind_of_file(path: Path) -> Kind:
         if pattern.match(head):
             if kind is Kind.PACKED and _is_gzipped_tar(head):
                 return Kind.ARCHIVE
-            zipped = (
-                Kind.SHEET,
-                Kind.DOCUMENT,
-                Kind.ARRAYS,
-                Kind.WEIGHTS,
-                Kind.IMAGE,
-            )  # formats that are archives inside
-            return named if kind in (Kind.SHEET, Kind.ARCHIVE, Kind.PACKED) and named in zipped else kind
+            return named if kind in (Kind.SHEET, Kind.ARCHIVE, Kind.PACKED) and named in _ZIPPED else kind
     if head[257:262] == b"ustar":
         return Kind.ARCHIVE
     if (
@@ -243,20 +237,17 @@ def _head(path: Path, size: int) -> bytes:
 
 # ------------------------------------------------------------------------------------------------- what to type instead
 
+_INPUTS = (*_SOURCES, Kind.CACHE, Kind.IMAGE, Kind.FILE)
 _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
     "model": (ModelError, "the folder of a model", (Kind.MODEL,)),
     "cache": (CacheError, "a cache", (Kind.CACHE,)),
-    "images": (SourceError, "a folder of images, an archive of them or a table", (*_SOURCES, Kind.FILE)),
+    "images": (SourceError, "a folder, an archive or a table of images", (*_SOURCES, Kind.FILE)),
     "images or cache": (
         SourceError,
-        "a folder of images, an archive of them, a table or a cache",
+        "a folder, an archive or a table of images, or a cache",
         (*_SOURCES, Kind.FILE, Kind.CACHE),
     ),
-    "inputs": (
-        SourceError,
-        "images, a folder or archive of them, a table or a cache",
-        (*_SOURCES, Kind.CACHE, Kind.IMAGE, Kind.FILE),
-    ),
+    "inputs": (SourceError, "images, a folder, archive or table of them, or a cache", _INPUTS),
     "cache or model": (CacheError, "a cache or the folder of a model", (Kind.CACHE, Kind.MODEL)),
 }
 HERE = ...  # the place of a path among the words of a command

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError, UsageError
+from featcache.system import addresses
+from featcache.system.addresses import AnyPath
 
-AnyPath = str | os.PathLike[str]  # an open cache and a loaded model are paths, too
 HDF5 = b"\x89HDF\r\n\x1a\n"
 CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 # fmt: off
@@ -46,7 +47,6 @@ _IMAGE = re.compile(b"|".join((
     rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
 )), re.DOTALL)
 # fmt: on
-_ADDRESS = re.compile(r"(https?|s3|gs|gcs|hf|ftp|file):/+(.+)", re.IGNORECASE)  # a Path has one slash left of two
 _PACKED = re.compile(
     rb"PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh\d|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07"
 )
@@ -112,22 +112,14 @@ def as_path(path: AnyPath) -> Path:
     except TypeError:
         what = "None" if path is None else f"a {type(path).__name__}"
         raise UsageError(f"found {what} where a path was expected; give it as text or as a pathlib.Path") from None
+    if addresses.parse(path) and not os.path.lexists(found):
+        return addresses.without_secrets(path)
     if not str(found).startswith("~") or os.path.lexists(found):
         return found
     try:
         return found.expanduser()
     except RuntimeError:  # there is no such user
         return found
-
-
-def _address(path: AnyPath) -> re.Match[str] | None:
-    return _ADDRESS.fullmatch(Path(path).as_posix())
-
-
-def address_of(path: AnyPath) -> str | None:
-    """The address that ``path`` is, with both of its slashes, unless something here is called so; None if it is none."""
-    found = None if os.path.lexists(path) else _address(path)
-    return f"{found[1].lower()}://{found[2]}" if found else None
 
 
 def begins_like_an_image(head: bytes) -> bool:
@@ -141,7 +133,7 @@ def kind_of(path: AnyPath) -> Kind:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return Kind.ADDRESS if _address(path) and not os.path.lexists(path) else Kind.MISSING
+        return Kind.ADDRESS if addresses.parse(path) and not os.path.lexists(path) else Kind.MISSING
     if stat.S_ISDIR(status.st_mode):
         return _kind_of_folder(path)
     return _kind_of_file(path) if stat.S_ISREG(status.st_mode) else Kind.SPECIAL
@@ -300,9 +292,7 @@ def place_for(path: Path) -> str:
 
 def typed(path: object) -> str:
     """A path, or another word, as it is typed in a shell."""
-    text = str(path)
-    if found := _address(text):
-        text = f"{found[1]}://{'/' if found[1].lower() == 'file' else ''}{found[2]}"
+    text = addresses.shown(str(path))
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
@@ -459,7 +449,7 @@ def _unpack(path: Path) -> tuple[str, str]:
 
 def _download(path: Path, words: Words) -> str:
     """For an address, by its scheme."""
-    scheme, rest = _address(path).groups()  # type: ignore[union-attr]
+    scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
     scheme, address, name = scheme.lower(), typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
     if scheme == "file":
         return f"did you mean {_again(words, urllib.parse.unquote('/' + rest))}?"

@@ -89,7 +89,10 @@ def describe(address: str, patience: Patience = PATIENT) -> Described:
         RefusedImage: there is none. SourceError: no access, no bucket, no answer. MissingDependencyError.
     """
     store = store_of(address)
-    return submit(store, _patiently(store, functools.partial(store.describe, address), address, patience)).result()
+    found: Described = submit(
+        store, _patiently(store, functools.partial(store.describe, address), address, patience)
+    ).result()
+    return found
 
 
 def start_fetch(
@@ -190,9 +193,11 @@ def _answer(error: Exception) -> _AnswerError | None:
             return _AnswerError(
                 int(meta.get("HTTPStatusCode", 0)), code, meta.get("HTTPHeaders", {}).get("retry-after")
             )
-        if (status := getattr(each, "status", getattr(each, "code", None))) and isinstance(status, int):  # gcsfs
-            return _AnswerError(status)
-    return {FileNotFoundError: _AnswerError(404), PermissionError: _AnswerError(403)}.get(type(error))
+        if type(each).__name__ == "HttpError":  # gcsfs
+            return _AnswerError(int(getattr(each, "code", 0) or 0))
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return _AnswerError(404 if isinstance(error, FileNotFoundError) else 403)
+    return None
 
 
 def _refuse(answer: _AnswerError, address: str) -> NoReturn:

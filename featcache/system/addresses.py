@@ -1,6 +1,6 @@
-"""Addresses among paths: ``s3://bucket/key`` as typed, as kept, and as shown to anybody. In: a path. Out: text. Nothing is asked of any place.
+"""Addresses among paths: ``s3://bucket/key`` as typed, as kept, and as shown to anybody. In: a path. Out: text, or a path.
 
-As a ``Path`` an address has one slash left of two. What may be a secret in it is kept in this process alone.
+Nothing is asked of any place. As a ``Path`` an address has one slash left of two. What may be a secret in it is kept in this process alone.
 """
 
 import itertools

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError, UsageError
 from featcache.system import addresses
-from featcache.system.addresses import AnyPath
+from featcache.system.addresses import AnyPath as AnyPath
 
 HDF5 = b"\x89HDF\r\n\x1a\n"
 CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")

@@ -147,16 +147,16 @@ class RemoteFile(io.RawIOBase):
 
 
 _lock = threading.Lock()
-_shared: "weakref.WeakValueDictionary[tuple[str, Described], Blocks]" = weakref.WeakValueDictionary()
+_shared: "weakref.WeakValueDictionary[tuple[str, Described, Patience], Blocks]" = weakref.WeakValueDictionary()
 _latest: "collections.deque[Blocks]" = collections.deque(maxlen=2)  # not given up between one reader and the next
 
 
 def open_remote(address: str, described: Described, patience: Patience = PATIENT) -> RemoteFile:
     """A reader of the object at ``address``, of the version ``described`` and no other. Nothing is fetched yet."""
     with _lock:
-        blocks = _shared.get((address, described))
+        blocks = _shared.get(key := (address, described, patience))
         if blocks is None:
-            blocks = _shared[address, described] = Blocks(address, described, patience)
+            blocks = _shared[key] = Blocks(address, described, patience)
         if blocks not in _latest:
             _latest.append(blocks)
     return RemoteFile(blocks)

@@ -12,6 +12,7 @@ import dataclasses
 import fnmatch
 import functools
 import logging
+import os
 import random
 import re
 import time
@@ -28,7 +29,9 @@ CHANGED = "changed while it was read"
 _CONNECT, _STALL = 10, 20  # seconds until there is a connection; without a byte on one
 _REDIRECTS = 5
 _LATER = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be others in a while
+_NO_KEYS = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "AuthorizationHeaderMalformed"}  # come as 400
 _PATTERN = re.compile(r"[*?\[]")
+_TELLING = re.compile(r"AWS_|GOOGLE_|SSL_|NETRC$|(HTTPS?|ALL|NO)_PROXY$", re.IGNORECASE)  # variables
 _AGAIN = "what is finished is kept, and the same command goes on from there"
 _S3_KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a bucket that everybody may read FSSPEC_S3_ANON=true"
 _KEYS = {"s3": _S3_KEYS, "gs": "`gcloud auth application-default login` or GOOGLE_APPLICATION_CREDENTIALS gives them"}
@@ -73,6 +76,7 @@ class _AnswerError(Exception):
     """A server said no: the HTTP status, the code of its error if it gives one, and after how many seconds it wants to be asked."""
 
     def __init__(self, status: int, code: str = "", after: str | None = None) -> None:
+        code = re.sub(r"[^ -~]", "?", code)[:60]  # a server may write to nobody's terminal
         super().__init__(f"{status} {code}".strip())
         self.status, self.code = status, code
         self.after = float(after) if after and re.fullmatch(r"\d{1,9}", after) else 0.0
@@ -149,9 +153,9 @@ async def _patiently(store: "_Store", attempt: Callable[[], Awaitable[T]], addre
         log.log(logging.WARNING if number == 4 else logging.DEBUG, "%s: %s; asking again", shown(address), reason)
         wait = min(patience.longest, patience.first * 2 ** (number - 1)) * random.uniform(0.5, 1)
         await asyncio.sleep(min(patience.longest, max(after, wait)))
-    raise SourceError(
-        f"{shown(address)}: {reason}, {quantity(number, 'time')} in {time.monotonic() - started:.0f} s; {_AGAIN}"
-    )
+    advice = _AGAIN if store.answered else "is the address right, and is there a network?"
+    seconds = time.monotonic() - started
+    raise SourceError(f"{shown(address)}: {reason}, {quantity(number, 'time')} in {seconds:.0f} s; {advice}")
 
 
 def _transient(error: Exception, address: str) -> tuple[str, float]:
@@ -210,7 +214,7 @@ def _refuse(answer: _AnswerError, address: str) -> NoReturn:
         raise RefusedImage(CHANGED)
     if answer.code == "InvalidObjectState":
         raise RefusedImage("cannot be read: it is archived (Glacier); restore it first")
-    if answer.status in (401, 403, 407):
+    if answer.status in (401, 403, 407) or answer.code in _NO_KEYS:
         place = "proxy" if answer.status == 407 else "server"
         raise SourceError(f"{name}: the {place} refuses access ({answer}); {_keys(address)}")
     raise SourceError(f"{name}: the server answers {answer}; expected the object")
@@ -341,7 +345,8 @@ class _Web(_Store):
             if answer.status == 200:
                 reason = "the server gives it only whole, not in pieces"
                 raise SourceError(f"{shown(address)}: {reason}; save it first: `curl -LO {shown(address)}`")
-            return _described(_total(answer.headers.get("Content-Range")), _web_version(answer.headers), address)
+            size, version = _total(answer.headers.get("Content-Range")), _web_version(answer.headers)
+            return _described(size, version, address)._replace(settled="ETag" in answer.headers)
 
     async def fetch(self, address: str, start: int, stop: int, described: Described) -> bytes:
         async with self._get(address, wanted := f"bytes={start}-{stop - 1}") as answer:
@@ -368,7 +373,7 @@ class _Web(_Store):
                     url = answer.url.join(yarl.URL(place))
                     if url.scheme not in ("https", first.scheme) or url.scheme not in ("http", "https"):
                         raise SourceError(
-                            f"{shown(address)}: the server sends on to {shown(str(url))}, which is not encrypted"
+                            f"{shown(address)}: the server sends on to {shown(str(url))}, which is no encrypted place"
                         )
                     if url.origin() == first.origin() and first.user:
                         url = url.with_user(first.user).with_password(first.password)
@@ -382,19 +387,20 @@ class _Web(_Store):
         raise SourceError(f"{shown(address)}: the server sends on more than {_REDIRECTS} times")
 
 
+def store_of(address: str) -> _Store:
+    """The place that an address is in, reached as the environment says now. Raises MissingDependencyError."""
+    environment = tuple(sorted((name, value) for name, value in os.environ.items() if _TELLING.match(name)))
+    return _store(address.partition("://")[0], environment)
+
+
 @functools.lru_cache(maxsize=8)
-def _store(scheme: str) -> _Store:
+def _store(scheme: str, _: tuple[tuple[str, str], ...]) -> _Store:
     kinds: dict[str, type[_Store]] = {"s3": _S3, "http": _Web, "https": _Web}
     try:
         return kinds.get(scheme, _Store)(scheme)
     except ImportError as error:
-        extra = "gcsfs" if scheme in ("gs", "gcs") else "featcache[remote]"
-        raise MissingDependencyError(f"{scheme}:// needs {extra.split('[')[0]}: pip install '{extra}'") from error
-
-
-def store_of(address: str) -> _Store:
-    """The place that an address is in. Raises MissingDependencyError."""
-    return _store(address.partition("://")[0])
+        packages = "'featcache[remote]'" + (" gcsfs" if scheme in ("gs", "gcs") else "")
+        raise MissingDependencyError(f"{scheme}:// needs fsspec: pip install {packages}") from error
 
 
 def _file_system(scheme: str, **settings: Any) -> Any:

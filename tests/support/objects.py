@@ -3,6 +3,7 @@
 Whatever is asked for goes through a real socket. Which request fails how is said by a plan, so that a run can be repeated.
 """
 
+import _socket
 import http.client
 import os
 import socket
@@ -15,12 +16,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from typing import Any, NamedTuple
 
-import _socket
 import pytest
 
 KEYS = {"AWS_ACCESS_KEY_ID": "dummy", "AWS_SECRET_ACCESS_KEY": "SECRETKEY", "AWS_EC2_METADATA_DISABLED": "true"}
 KEYS |= {"AWS_DEFAULT_REGION": "us-east-1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-FAULTS = ("slow down", "too many", "error", "drop", "short", "reset")
+FAULTS = ("slow-down", "too-many", "error", "drop", "short", "reset")
 
 
 class Answer(NamedTuple):
@@ -121,8 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault:
                 self.server.faults[fault if isinstance(fault, str) else str(fault.status)] += 1
         answer = {
-            "slow down": s3_error(503, "SlowDown"),
-            "too many": Answer(429, {"Retry-After": "0"}, b""),
+            "slow-down": s3_error(503, "SlowDown"),
+            "too-many": Answer(429, {"Retry-After": "0"}, b""),
             "error": s3_error(500, "InternalError"),
         }.get(str(fault))
         if isinstance(fault, Answer):
@@ -133,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         answer = answer or self.server.origin(request, body)
         self.send_response(answer.status)
         headers, sent = {"Content-Length": str(len(answer.body)), **answer.headers}, answer.body
+        if "Transfer-Encoding" in headers:
+            del headers["Content-Length"]
         if fault == "short":  # a well-formed answer, and less than was asked for
             sent = answer.body[: len(answer.body) // 2]
             headers["Content-Length"] = str(len(sent))
@@ -150,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("drop", "stall"):
             self._hang_up()
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815
 
     def _hang_up(self) -> None:
         self.close_connection = True
@@ -210,10 +212,12 @@ class Bucket:
 
 
 @contextmanager
-def s3_server() -> Iterator[int]:
-    """moto's server; its port."""
+def s3_server(patch: pytest.MonkeyPatch) -> Iterator[int]:
+    """moto's server; its port. ``patch`` keeps the environment that starting it changes."""
     from moto.server import ThreadedMotoServer
 
+    for name, value in KEYS.items():
+        patch.setenv(name, value)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

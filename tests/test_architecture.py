@@ -43,6 +43,7 @@ ONLY_IN = {
     "openTSNE": "reports.elements.projection",
     "joblib": "heads models.model",
     "usearch": "curation.neighbours",
+    "pyarrow": "images.parquet cache.table",
     "timm": "backbones.from_timm",
     "open_clip": "backbones.from_openclip",
     "transformers": "backbones.from_transformers",

@@ -18,12 +18,13 @@ from types import MappingProxyType
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from featcache.errors import RefusedImage
+from featcache.images.archives import archive_in, read_member
 from featcache.images.decode import decode, refusing_errors, strict_decoding
 from featcache.images.in_memory import Held, as_file
+from featcache.images.members import MAX_FILE_BYTES
 from featcache.images.source import ImageList
 
 T = TypeVar("T")
-MAX_FILE_BYTES = 2**30
 
 
 class Paths(NamedTuple):
@@ -102,7 +103,7 @@ def leads_inside(name: str | PurePath) -> bool:
 
 
 def read_file(path: Path) -> tuple[bytes, int, int]:
-    """Read one file whole.
+    """Read one file whole, on the disk or in an archive (``archives.py``).
 
     Returns:
         Its bytes, its size and its modification time (ns; -1 if it is so recent that a later change could carry the
@@ -111,6 +112,8 @@ def read_file(path: Path) -> tuple[bytes, int, int]:
     Raises:
         RefusedImage: it cannot be read, is no regular file, or changed meanwhile.
     """
+    if inside := archive_in(path):
+        return read_member(*inside)
     with open_regular(path) as (file, before):
         data = file.read()
         after = os.fstat(file.fileno())

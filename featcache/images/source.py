@@ -19,10 +19,11 @@ from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.metadata import describe
 from featcache.images.records import STDIN
+from featcache.images.shards import find_shards, list_shards
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
 from featcache.system.display import aligned, all_refused, count_rows, html_table, quantity
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path, kind_of, missing
+from featcache.system.path_kinds import HERE, AnyPath, Kind, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
 
@@ -34,7 +35,8 @@ class Source:
     Attributes:
         path: a folder of class folders; a folder with split folders on top of that (train, val, test, and the names people use
             for them); a flat folder (no labels); a table with a column of paths, or a list of paths, see ``tables.py``; ``-``,
-            the table or list that the command line finds on stdin. A folder may hold a ``metadata.csv``, see ``metadata.py``.
+            the table or list that the command line finds on stdin. A folder may hold a ``metadata.csv``, see ``metadata.py``. A
+            tar, gzipped tar, zip or Parquet file, a folder of such files alone, or a pattern of names, see ``shards.py``.
         class_level: of a folder: which one inside of it names the class, 1: directly in it, 2: one further down, 3: two; when
             None, 2 below folders called like splits, else 1.
         root: of a table: what its paths are relative to, and must not lead out of; when None the folder of the table, of stdin
@@ -90,13 +92,16 @@ class Source:
     def check_options(self, kind: str) -> None:
         """Raise UsageError if an option is given that does not apply to such a source.
 
-        ``kind``: ``folder``, ``folder with metadata``, ``table``, or any other to which none applies, as ``cache``.
+        ``kind``: ``folder``, ``folder with metadata``, ``archive``, ``Parquet file``, ``table``, or any other to which none applies,
+        as ``cache``.
         """
         columns = {f"--{role}-column" for role in self.columns}
         applies = {
             "folder": {"--class-level"},
             "folder with metadata": {"--class-level", *columns},
             "table": {"--root", *columns},
+            "archive": {"--class-level"},
+            "Parquet file": {"--label-column", "--split-column"},
         }.get(kind, set())
         if wrong := [option for option in self.options if option not in applies]:
             what = "which folders name the classes" if wrong[0] == "--class-level" else "how a table is read"
@@ -111,10 +116,10 @@ AnySource = AnyPath | Source
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ImageList:
-    """The images of a source, sorted by path (CSV: in the order of its rows).
+    """The images of a source, sorted by path (table: in the order of its rows; archives: in their order).
 
     Attributes:
-        root: what ``paths`` are relative to.
+        root: what ``paths`` are relative to; it, or the path below it, may go through an archive.
         paths: N relative paths, POSIX separators; bytes that are not UTF-8 appear as surrogate escapes.
         labels: (N,) int32, index into ``classes``; -1 when unknown.
         classes: sorted class names over all splits, empty class folders included.
@@ -181,7 +186,11 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         return source
     source = Source.of(source)
     path = source.path
-    if path.is_dir():
+    if shards := find_shards(path):
+        rows = shards.archives[0].suffix.lower() == ".parquet" or kind_of(shards.archives[0]) is Kind.PARQUET
+        source.check_options("Parquet file" if rows else "archive")
+        listing = list_shards(path, shards, source.columns, labelled=labelled, class_level=source.class_level)
+    elif path.is_dir():
         source.check_options("folder with metadata" if labelled else "folder")
         listing = list_folder(path, labelled=labelled, class_level=source.class_level)
         source.check_options("folder with metadata" if listing.metadata else "folder")
@@ -204,6 +213,11 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
     if labelled:
         _say(source, images, counted=counted)
     return images
+
+
+def holds_images(path: Path) -> bool:
+    """Whether ``path`` is listed, as a folder, table or archives are; else it is one file."""
+    return path.is_dir() or is_table(path) or find_shards(path) is not None
 
 
 def check_apart(folder: Path, source: AnySource | ImageList) -> None:

@@ -13,6 +13,7 @@ import re
 import shlex
 import stat
 import urllib.parse
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -47,13 +48,12 @@ _IMAGE = re.compile(b"|".join((
     rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
 )), re.DOTALL)
 # fmt: on
-_PACKED = re.compile(
-    rb"PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh\d|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07"
-)
+_ZIP = re.compile(rb"PK\x03\x04|PK\x05\x06")
+_PACKED = re.compile(rb"\x1f\x8b|BZh\d|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07")
 _TORCH = re.compile(
     rb"PK\x03\x04.{26}[^/]+/(?:data\.pkl|\.format_version|byteorder|version)|\x80\x02\x8a\nl\xfc", re.DOTALL
 )
-_SHEET = re.compile(rb"PAR1|ARROW1|SQLite format 3\0|PK\x03\x04.{26}(?:\[Content_Types|_rels|xl/|mimetype)", re.DOTALL)
+_SHEET = re.compile(rb"ARROW1|SQLite format 3\0|PK\x03\x04.{26}(?:\[Content_Types|_rels|xl/|mimetype)", re.DOTALL)
 _VIDEO = re.compile(
     rb".{4}ftyp(?:isom|iso\d|mp4|M4V|qt  |avc1|3gp)|\x1aE\xdf\xa3|RIFF.{4}AVI |.{4}(?:moov|wide)", re.DOTALL
 )
@@ -75,6 +75,8 @@ class Kind(enum.Enum):
     EXPORT = "an exported model"
     WEIGHTS = "a file of weights"
     ARCHIVE = "an archive"
+    PARQUET = "a Parquet file"
+    PACKED = "an archive of another kind"
     TABLE = "a table"
     SHEET = "a spreadsheet or data file"
     IMAGE = "an image"
@@ -85,15 +87,16 @@ class Kind(enum.Enum):
 
 
 _FOLDERS = (Kind.FOLDER, Kind.BARE, Kind.EMPTY)
+_SOURCES = (*_FOLDERS, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET)
 _BY_SUFFIX = {
     **dict.fromkeys(IMAGE_SUFFIXES, Kind.IMAGE),
     **dict.fromkeys(CACHE_SUFFIXES, Kind.CACHE),
     **dict.fromkeys((".csv", ".tsv", ".tab", ".txt", ".jsonl"), Kind.TABLE),
-    **dict.fromkeys(
-        (".xlsx", ".xls", ".ods", ".numbers", ".parquet", ".feather", ".arrow", ".json", ".db"), Kind.SHEET
-    ),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers", ".feather", ".arrow", ".json", ".db"), Kind.SHEET),
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl"), Kind.WEIGHTS),
-    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"), Kind.ARCHIVE),
+    **dict.fromkeys((".zip", ".tar", ".tgz"), Kind.ARCHIVE),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), Kind.PACKED),
+    ".parquet": Kind.PARQUET,
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".wmv", ".mpg", ".mpeg", ".mts"), Kind.VIDEO),
     **dict.fromkeys((".pdf", ".doc", ".docx", ".pptx", ".html", ".md"), Kind.DOCUMENT),
     **dict.fromkeys((".npy", ".npz"), Kind.ARRAYS),
@@ -125,6 +128,13 @@ def as_path(path: AnyPath) -> Path:
 def begins_like_an_image(head: bytes) -> bool:
     """Whether a file is an image by its first 32 bytes."""
     return _IMAGE.match(head) is not None
+
+
+def kind_by_name(name: str) -> Kind:
+    """What a file of this name is to hold; FILE where the name does not say."""
+    if name.lower().endswith(".tar.gz"):
+        return Kind.ARCHIVE
+    return _BY_SUFFIX.get(os.path.splitext(name)[1].rstrip().lower(), Kind.FILE)  # noqa: PTH122
 
 
 def kind_of(path: AnyPath) -> Kind:
@@ -168,13 +178,24 @@ def _files_below(folder: Path) -> "Iterator[os.DirEntry[str]]":
 
 
 def _kind_of_file(path: Path) -> Kind:
-    head, named = _head(path, 512), _BY_SUFFIX.get(path.suffix.rstrip().lower(), Kind.FILE)
+    head, named = _head(path, 512), kind_by_name(path.name)
     if head.startswith(HDF5):
         return Kind.CACHE
     if begins_like_an_image(head):
         return Kind.IMAGE
-    for pattern, kind in ((_TORCH, Kind.WEIGHTS), (_SHEET, Kind.SHEET), (_PACKED, Kind.ARCHIVE), (_VIDEO, Kind.VIDEO)):
+    if head.startswith(b"PAR1"):
+        return Kind.PARQUET
+    kinds = (
+        (_TORCH, Kind.WEIGHTS),
+        (_SHEET, Kind.SHEET),
+        (_ZIP, Kind.ARCHIVE),
+        (_PACKED, Kind.PACKED),
+        (_VIDEO, Kind.VIDEO),
+    )
+    for pattern, kind in kinds:
         if pattern.match(head):
+            if kind is Kind.PACKED and _is_gzipped_tar(head):
+                return Kind.ARCHIVE
             zipped = (
                 Kind.SHEET,
                 Kind.DOCUMENT,
@@ -182,7 +203,7 @@ def _kind_of_file(path: Path) -> Kind:
                 Kind.WEIGHTS,
                 Kind.IMAGE,
             )  # formats that are archives inside
-            return named if kind in (Kind.SHEET, Kind.ARCHIVE) and named in zipped else kind
+            return named if kind in (Kind.SHEET, Kind.ARCHIVE, Kind.PACKED) and named in zipped else kind
     if head[257:262] == b"ustar":
         return Kind.ARCHIVE
     if (
@@ -190,6 +211,13 @@ def _kind_of_file(path: Path) -> Kind:
     ):  # safetensors: the length of its header comes first
         return Kind.EXPORT if b'"featcache_version"' in _head(path, 1 << 16) else Kind.WEIGHTS
     return Kind.DOCUMENT if head.startswith(b"%PDF-") else named
+
+
+def _is_gzipped_tar(head: bytes) -> bool:
+    """By the first 512 bytes of a gzip file, in which there is enough of the first header."""
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj(31).decompress(head, 512)[257:262] == b"ustar"
+    return False
 
 
 def _head(path: Path, size: int) -> bytes:
@@ -210,16 +238,16 @@ def _head(path: Path, size: int) -> bytes:
 _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
     "model": (ModelError, "the folder of a model", (Kind.MODEL,)),
     "cache": (CacheError, "a cache", (Kind.CACHE,)),
-    "images": (SourceError, "a folder of images or a table", (*_FOLDERS, Kind.TABLE, Kind.FILE)),
+    "images": (SourceError, "a folder of images, an archive of them or a table", (*_SOURCES, Kind.FILE)),
     "images or cache": (
         SourceError,
-        "a folder of images, a table or a cache",
-        (*_FOLDERS, Kind.TABLE, Kind.FILE, Kind.CACHE),
+        "a folder of images, an archive of them, a table or a cache",
+        (*_SOURCES, Kind.FILE, Kind.CACHE),
     ),
     "inputs": (
         SourceError,
-        "images, a folder, a table or a cache",
-        (*_FOLDERS, Kind.TABLE, Kind.CACHE, Kind.IMAGE, Kind.FILE),
+        "images, a folder or archive of them, a table or a cache",
+        (*_SOURCES, Kind.CACHE, Kind.IMAGE, Kind.FILE),
     ),
     "cache or model": (CacheError, "a cache or the folder of a model", (Kind.CACHE, Kind.MODEL)),
 }
@@ -316,7 +344,7 @@ def _same(path: Path, output: Path) -> bool:
 
 def _swapped(path: Path, kind: Kind, accepted: tuple[Kind, ...], words: Words) -> str:
     """Whether another path of the command is what is wanted here: what to say then."""
-    fit = (*_FOLDERS, Kind.TABLE, Kind.IMAGE, Kind.CACHE, Kind.MODEL)
+    fit = (*_SOURCES, Kind.IMAGE, Kind.CACHE, Kind.MODEL)
     for place, other in enumerate(words):
         if not isinstance(other, os.PathLike) or not (kind in fit or kind is Kind.MISSING):
             continue
@@ -345,7 +373,7 @@ def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
     """What to do about a path of the wrong kind."""
     if kind is Kind.ADDRESS:
         return _download(path, words)
-    if kind is Kind.ARCHIVE:
+    if kind is Kind.PACKED or (kind is Kind.ARCHIVE and not wanted.startswith(("cache", "images", "inputs"))):
         line, into = _unpack(path)
         return f"unpack it: `{line}`" + ("" if wanted.startswith("cache") else f", then {_again(words, into)}")
     if kind is Kind.WORK:
@@ -395,7 +423,7 @@ def _to_model(path: Path, kind: Kind, words: Words) -> str:
         return f"there is one in it: {_again(words, inside[0].parent)}"
     if kind is Kind.CACHE:
         return f"train one on it: `featcache fit-head {given} -o {model}`, then {again}"
-    if kind in (Kind.FOLDER, Kind.TABLE):
+    if kind in (Kind.FOLDER, Kind.TABLE, Kind.PARQUET):
         cache = typed(_apart("features.h5", path))
         return (
             f"make one: `featcache extract {given} -o {cache}`, `featcache fit-head {cache} -o {model}`, then {again}"
@@ -422,7 +450,7 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
         return f"`featcache extract SOURCE -o features.h5 --backbone NAME --weights {given}` makes one with it"
     if kind in _FOLDERS and (inside := sorted(found for found in path.glob("*.h5") if kind_of(found) is Kind.CACHE)):
         return f"there is one in it: {_again(words, inside[0])}"
-    if kind not in (Kind.FOLDER, Kind.TABLE):
+    if kind not in (Kind.FOLDER, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET):
         return "`featcache extract SOURCE -o features.h5` makes one"
     if command == "fit-head" and output is not None and output.suffix.lower() in CACHE_SUFFIXES:
         return f"did you mean `featcache extract {given} -o {typed(output)}`?"
@@ -462,7 +490,7 @@ def _download(path: Path, words: Words) -> str:
     }.get(scheme, f"curl -L -o {typed(target)} {address}" if kind else "")
     if not line:
         return "save what is there as files first, and give their folder"
-    if kind is not Kind.ARCHIVE:
+    if kind is not Kind.PACKED:
         return f"download it: `{line}`, then {_again(words, target)}"
     unpack, into = _unpack(Path(target))
     return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"

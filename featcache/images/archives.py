@@ -27,6 +27,7 @@ from featcache.images.members import CUT, Member
 from featcache.images.parquet import ParquetImages
 from featcache.images.tar import tar_members
 from featcache.images.zip import read_zipped, zip_members
+from featcache.system.addresses import parse
 from featcache.system.path_kinds import Kind, kind_of
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
@@ -44,6 +45,9 @@ def archive_in(path: Path) -> tuple[Path, str] | None:
     """The archive that a path goes through, and the file inside of it; None if it goes through none."""
     if os.path.lexists(path):
         return None
+    if parse(path):  # by name: scheme and place come first, and nothing is asked there
+        outer = next(filter(is_archive, list(reversed(path.parents))[3:]), None)
+        return (outer, path.relative_to(outer).as_posix()) if outer else None
     for parent in path.parents:
         if os.path.lexists(parent):
             there = is_archive(parent) or kind_of(parent) in (Kind.ARCHIVE, Kind.PARQUET)

@@ -18,7 +18,9 @@ from typing import BinaryIO, cast
 from featcache.errors import RefusedImage, SourceError, UsageError
 from featcache.images import remote
 from featcache.images.readahead import RemoteFile, open_remote
-from featcache.images.remote import CHANGED, PATIENT, Described, Patience
+from featcache.images.remote import CHANGED as CHANGED
+from featcache.images.remote import PATIENT, Patience
+from featcache.images.remote import Described as Described
 from featcache.system.addresses import AnyPath, address_of, shown
 from featcache.system.path_kinds import as_path, typed
 

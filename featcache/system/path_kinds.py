@@ -65,6 +65,7 @@ class Kind(enum.Enum):
 
     MISSING = "missing"
     ADDRESS = "an address"
+    PLACE = "a place elsewhere"
     SPECIAL = "a pipe, socket or device"
     FOLDER = "a folder of images"
     BARE = "a folder without images"
@@ -87,7 +88,7 @@ class Kind(enum.Enum):
 
 
 _FOLDERS = (Kind.FOLDER, Kind.BARE, Kind.EMPTY)
-_SOURCES = (*_FOLDERS, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET)
+_SOURCES = (*_FOLDERS, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET, Kind.PLACE)
 _BY_SUFFIX = {
     **dict.fromkeys(IMAGE_SUFFIXES, Kind.IMAGE),
     **dict.fromkeys(CACHE_SUFFIXES, Kind.CACHE),
@@ -143,10 +144,21 @@ def kind_of(path: AnyPath) -> Kind:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return Kind.ADDRESS if addresses.parse(path) and not os.path.lexists(path) else Kind.MISSING
+        return _kind_of_address(path) if addresses.address_of(path) else Kind.MISSING
     if stat.S_ISDIR(status.st_mode):
         return _kind_of_folder(path)
     return _kind_of_file(path) if stat.S_ISREG(status.st_mode) else Kind.SPECIAL
+
+
+def _kind_of_address(path: Path) -> Kind:
+    """By its name: archives are read where they are, and a place that has a listing may hold some."""
+    scheme, _ = addresses.parse(path).groups()  # type: ignore[union-attr]
+    if scheme.lower() not in ("s3", "gs", "gcs", "http", "https"):
+        return Kind.ADDRESS
+    kind = kind_by_name(path.name)
+    if kind is Kind.FILE and not scheme.lower().startswith("http"):
+        return Kind.PLACE
+    return kind if kind in (Kind.ARCHIVE, Kind.PARQUET) else Kind.ADDRESS
 
 
 def _kind_of_folder(path: Path) -> Kind:
@@ -371,7 +383,7 @@ def _apart(name: str, *sources: object) -> str:
 
 def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
     """What to do about a path of the wrong kind."""
-    if kind is Kind.ADDRESS:
+    if kind in (Kind.ADDRESS, Kind.PLACE) or (addresses.parse(path) and wanted == "model"):
         return _download(path, words)
     if kind is Kind.PACKED or (kind is Kind.ARCHIVE and not wanted.startswith(("cache", "images", "inputs"))):
         line, into = _unpack(path)
@@ -478,19 +490,26 @@ def _unpack(path: Path) -> tuple[str, str]:
 def _download(path: Path, words: Words) -> str:
     """For an address, by its scheme."""
     scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
-    scheme, address, name = scheme.lower(), typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
-    if scheme == "file":
+    if scheme.lower() == "file":
         return f"did you mean {_again(words, urllib.parse.unquote('/' + rest))}?"
+    line, target = fetch_line(path)
+    if not line:
+        return "save what is there as files first, and give their folder"
+    if kind_by_name(target) is not Kind.PACKED:
+        return f"download it: `{line}`, then {_again(words, target)}"
+    unpack, into = _unpack(Path(target))
+    return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"
+
+
+def fetch_line(path: Path) -> tuple[str, str]:
+    """Of an address, by its scheme: the line that fetches what is there, empty if none would, and what it is called then."""
+    scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
+    address, name = typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
     repository = rest.removeprefix("datasets/").split("/")[:2]
     kind, target = _BY_SUFFIX.get(Path(name).suffix.lower()), _apart(name)
     line = {
         "s3": f"aws s3 {'cp' if kind else 'sync'} {address} {typed(target)}",
         "hf": f"hf download {typed('/'.join(repository))} --repo-type dataset --local-dir {typed(target)}",
         **dict.fromkeys(("gs", "gcs"), f"gcloud storage {'cp' if kind else 'rsync -r'} {address} {typed(target)}"),
-    }.get(scheme, f"curl -L -o {typed(target)} {address}" if kind else "")
-    if not line:
-        return "save what is there as files first, and give their folder"
-    if kind is not Kind.PACKED:
-        return f"download it: `{line}`, then {_again(words, target)}"
-    unpack, into = _unpack(Path(target))
-    return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"
+    }.get(scheme.lower(), f"curl -L -o {typed(target)} {address}" if kind else "")
+    return line, target

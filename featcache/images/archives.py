@@ -194,7 +194,7 @@ class Archive:
         self._keys, self._places = keys[order], np.array(places, np.int64).reshape(-1, 5)[order]
 
     def _find(self, name: str) -> Member:
-        key = np.bytes_(_key(name))
+        key = np.array([_key(name)], "S16")[0]  # as the others: without zeros at its end
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             raise RefusedImage("cannot be read: not in the archive")
@@ -267,7 +267,7 @@ def _once_each(members: list[Member]) -> tuple[list[Member], list[Refusal]]:
 
 def _as_time(version: str) -> int:
     """A version as a number that fits into the column of times: of a file its time, of others a part of their hash."""
-    if version.isdecimal() and len(version) < 19:
+    if version.isdecimal() and len(version) < 20 and int(version) < 2**63:
         return int(version)
     return int.from_bytes(hashlib.sha256(version.encode()).digest()[:8], "big") >> 1
 

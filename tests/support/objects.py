@@ -90,9 +90,9 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 64
 
-    def __init__(self, origin: Origin, plan: Plan = lambda _: None) -> None:
+    def __init__(self, origin: Origin, plan: Plan = lambda _: None, *, latency: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.origin, self.plan = origin, plan
+        self.origin, self.plan, self.latency = origin, plan, latency
         self.lock, self.requests, self.faults, self.bytes_sent = threading.Lock(), list[Request](), Counter[str](), 0
 
     @property
@@ -120,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault = self.server.plan(request)
             if fault:
                 self.server.faults[fault if isinstance(fault, str) else str(fault.status)] += 1
+        time.sleep(self.server.latency)
         answer = {
             "slow-down": s3_error(503, "SlowDown"),
             "too-many": Answer(429, {"Retry-After": "0"}, b""),
@@ -163,8 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(origin: Origin, plan: Plan = lambda _: None) -> Iterator[Server]:
-    with Server(origin, plan) as server:
+def serving(origin: Origin, plan: Plan = lambda _: None, *, latency: float = 0.0) -> Iterator[Server]:
+    with Server(origin, plan, latency=latency) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
@@ -172,6 +173,24 @@ def serving(origin: Origin, plan: Plan = lambda _: None) -> Iterator[Server]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def wait_for(port: int, seconds: float = 60) -> None:
+    """Until something listens there."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 def allow_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ gzipped.py      a gzip file, from anywhere
 parquet.py      rows of Parquet with bytes of images; the one door to pyarrow here
 home.py         the folder that some probably lie in
 locations.py    where bytes lie: patterns, versions, open files
+remote.py       objects elsewhere, through fsspec: versions, bytes, patience
+readahead.py    an object elsewhere as an open file
 read.py         files read: the one loop over them
 headers.py      what their headers say
 statistics.py   what can be told of them before any network sees them

@@ -27,6 +27,7 @@ from featcache.images.members import CUT, Member
 from featcache.images.parquet import ParquetImages
 from featcache.images.tar import tar_members
 from featcache.images.zip import read_zipped, zip_members
+from featcache.system.addresses import parse
 from featcache.system.path_kinds import Kind, kind_of
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
@@ -44,6 +45,9 @@ def archive_in(path: Path) -> tuple[Path, str] | None:
     """The archive that a path goes through, and the file inside of it; None if it goes through none."""
     if os.path.lexists(path):
         return None
+    if parse(path):  # by name: scheme and place come first, and nothing is asked there
+        outer = next(filter(is_archive, list(reversed(path.parents))[3:]), None)
+        return (outer, path.relative_to(outer).as_posix()) if outer else None
     for parent in path.parents:
         if os.path.lexists(parent):
             there = is_archive(parent) or kind_of(parent) in (Kind.ARCHIVE, Kind.PARQUET)
@@ -205,7 +209,7 @@ class Archive:
         self._keys, self._places = keys[order], np.array(places, np.int64).reshape(-1, 5)[order]
 
     def _find(self, name: str) -> Member:
-        key = np.bytes_(_key(name))
+        key = np.array([_key(name)], "S16")[0]  # as the others: without zeros at its end
         at = int(np.searchsorted(self._keys, key))
         if at == len(self._keys) or self._keys[at] != key:
             raise RefusedImage("cannot be read: not in the archive")
@@ -278,8 +282,8 @@ def _once_each(members: list[Member]) -> tuple[list[Member], list[Refusal]]:
 
 def _as_time(version: str) -> int:
     """A version as a number that fits into the column of times: of a file its time, of others a part of their hash."""
-    if version.isdecimal() and (time := int(version)) < 2**63:
-        return time
+    if version.isdecimal() and len(version) < 20 and int(version) < 2**63:
+        return int(version)
     return int.from_bytes(hashlib.sha256(version.encode()).digest()[:8], "big") >> 1
 
 

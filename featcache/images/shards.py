@@ -21,8 +21,10 @@ from featcache.images.columns import is_label, printable, shown, split_in
 from featcache.images.folders import HIDDEN, OTHERS, Entry, Listing, has_image_suffix, meaning, say_passed_over
 from featcache.images.layout import is_system, read_layout, some, split_of
 from featcache.images.locations import expand, open_binary
+from featcache.system.addresses import address_of
+from featcache.system.addresses import shown as shown_path
 from featcache.system.display import quantity
-from featcache.system.path_kinds import Kind, begins_like_an_image, kind_by_name, kind_of
+from featcache.system.path_kinds import Kind, begins_like_an_image, fetch_line, kind_by_name, kind_of, typed
 from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")
@@ -44,6 +46,8 @@ class Shards(NamedTuple):
 def find_shards(path: Path) -> Shards | None:
     """The archives that ``path`` means; None if it means something else. Raises UsageError, SourceError: of patterns, ``expand``."""
     kind = kind_of(path)
+    if kind in (*_ARCHIVES, Kind.PLACE) and address_of(path):
+        return _find_elsewhere(path)
     if kind in _ARCHIVES:
         return Shards((path,), path)
     if kind is Kind.BARE:
@@ -53,7 +57,19 @@ def find_shards(path: Path) -> Shards | None:
         return Shards((through[0],), path, through[1])
     if kind is not Kind.MISSING or not (glob.has_magic(str(path)) or "{" in path.name) or not is_archive(path):
         return None
-    locations = expand(path)
+    return _several(expand(path))
+
+
+def _find_elsewhere(path: Path) -> Shards:
+    locations = [location for location in expand(path) if is_archive(location)]
+    if not locations:
+        line, target = fetch_line(path)
+        what = "holds no archive directly, and images one by one are not read from there"
+        raise SourceError(f"{typed(path)} {what}; fetch them: `{line}`, and give the folder {typed(target)}")
+    return Shards((path,), path) if locations == [path] else _several(locations)
+
+
+def _several(locations: list[Path]) -> Shards:
     return Shards(tuple(locations), Path(os.path.commonpath([location.parent for location in locations])))
 
 
@@ -117,7 +133,7 @@ class _Reading:
             )
         except RefusedImage as error:
             if len(self.shards.archives) == 1:
-                raise SourceError(f"{location}: {error}") from error
+                raise SourceError(f"{shown_path(location)}: {error}") from error
             self._refuse(prefix.rstrip("/"), str(error))
             return
         for path, reason in archive.refused:

@@ -23,6 +23,7 @@ from featcache.images.records import STDIN
 from featcache.images.shards import find_shards, list_shards
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
+from featcache.system.addresses import shown
 from featcache.system.display import aligned, all_refused, count_rows, html_table, quantity
 from featcache.system.path_kinds import HERE, AnyPath, Kind, as_path, check_path, kind_of, missing
 
@@ -70,7 +71,7 @@ class Source:
         return source if isinstance(source, Source) else cls(as_path(source))
 
     def __str__(self) -> str:
-        return "stdin" if self.path == STDIN else str(self.path)
+        return "stdin" if self.path == STDIN else shown(self.path)
 
     @property
     def options(self) -> dict[str, object]:
@@ -82,7 +83,7 @@ class Source:
     def typed(self) -> str:
         """As a user would type it in a command."""
         words = [self.path, *itertools.chain.from_iterable(self.options.items())]
-        return " ".join(shlex.quote(str(word)) for word in words)
+        return " ".join(shlex.quote(shown(str(word))) for word in words)
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -147,7 +148,7 @@ class ImageList:
 
     def __repr__(self) -> str:
         refused = f", {len(self.refused)} refused unopened" if self.refused else ""
-        return f"ImageList({str(self.root)!r}: {_counted(self)}{refused})"
+        return f"ImageList({shown(self.root)!r}: {_counted(self)}{refused})"
 
     def _repr_html_(self) -> str:
         return html_table(self.count_rows(), caption=repr(self))

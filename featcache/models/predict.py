@@ -27,6 +27,7 @@ from featcache.images.source import Source, holds_images, list_images
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
+from featcache.system.addresses import shown
 from featcache.system.display import bar_in_notebook, describe_images, quantity
 from featcache.system.path_kinds import HERE, AnyPath, Kind, check_path, is_wanted, kind_of, missing
 from featcache.system.runtime_options import check_runtime_options
@@ -213,10 +214,10 @@ def _list_inputs(named: list[tuple[str, Source | Held]]) -> tuple[list[Predictio
     for name, entry in named:
         if isinstance(entry, Source) and holds_images(entry.path):
             images = list_images(entry, labelled=False)
-            here = [Prediction(str(images.root / path), None) for path in images.paths]
+            here = [Prediction(shown(images.root / path), None) for path in images.paths]
             refused = zip(images.refused_at, images.refused, strict=True)
             for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true
-                here.insert(position, Prediction(str(images.root / refusal.path), None, refusal.reason))
+                here.insert(position, Prediction(shown(images.root / refusal.path), None, refusal.reason))
             entries += here
         elif isinstance(entry, Source):
             entry.check_options("single image")

@@ -18,8 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError, UsageError
+from featcache.system import addresses
+from featcache.system.addresses import AnyPath as AnyPath
 
-AnyPath = str | os.PathLike[str]  # an open cache and a loaded model are paths, too
 HDF5 = b"\x89HDF\r\n\x1a\n"
 CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 # fmt: off
@@ -47,7 +48,6 @@ _IMAGE = re.compile(b"|".join((
     rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
 )), re.DOTALL)
 # fmt: on
-_ADDRESS = re.compile(r"(https?|s3|gs|gcs|hf|ftp|file):/+(.+)", re.IGNORECASE)  # a Path has one slash left of two
 _ZIP = re.compile(rb"PK\x03\x04|PK\x05\x06")
 _PACKED = re.compile(rb"\x1f\x8b|BZh\d|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07")
 _TORCH = re.compile(
@@ -65,6 +65,7 @@ class Kind(enum.Enum):
 
     MISSING = "missing"
     ADDRESS = "an address"
+    PLACE = "a place elsewhere"
     SPECIAL = "a pipe, socket or device"
     FOLDER = "a folder of images"
     BARE = "a folder without images"
@@ -88,7 +89,7 @@ class Kind(enum.Enum):
 
 _FOLDERS = (Kind.FOLDER, Kind.BARE, Kind.EMPTY)
 _ZIPPED = (Kind.SHEET, Kind.DOCUMENT, Kind.ARRAYS, Kind.WEIGHTS, Kind.IMAGE)  # formats that are archives inside
-_SOURCES = (*_FOLDERS, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET)
+_SOURCES = (*_FOLDERS, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET, Kind.PLACE)
 _BY_SUFFIX = {
     **dict.fromkeys(IMAGE_SUFFIXES, Kind.IMAGE),
     **dict.fromkeys(CACHE_SUFFIXES, Kind.CACHE),
@@ -116,22 +117,14 @@ def as_path(path: AnyPath) -> Path:
     except TypeError:
         what = "None" if path is None else f"a {type(path).__name__}"
         raise UsageError(f"found {what} where a path was expected; give it as text or as a pathlib.Path") from None
+    if addresses.parse(path) and not os.path.lexists(found):
+        return addresses.without_secrets(path)
     if not str(found).startswith("~") or os.path.lexists(found):
         return found
     try:
         return found.expanduser()
     except RuntimeError:  # there is no such user
         return found
-
-
-def _address(path: AnyPath) -> re.Match[str] | None:
-    return _ADDRESS.fullmatch(Path(path).as_posix())
-
-
-def address_of(path: AnyPath) -> str | None:
-    """The address that ``path`` is, with both of its slashes, unless something here is called so; None if it is none."""
-    found = None if os.path.lexists(path) else _address(path)
-    return f"{found[1].lower()}://{found[2]}" if found else None
 
 
 def begins_like_an_image(head: bytes) -> bool:
@@ -152,10 +145,21 @@ def kind_of(path: AnyPath) -> Kind:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return Kind.ADDRESS if _address(path) and not os.path.lexists(path) else Kind.MISSING
+        return _kind_of_address(path) if addresses.address_of(path) else Kind.MISSING
     if stat.S_ISDIR(status.st_mode):
         return _kind_of_folder(path)
     return _kind_of_file(path) if stat.S_ISREG(status.st_mode) else Kind.SPECIAL
+
+
+def _kind_of_address(path: Path) -> Kind:
+    """By its name: archives are read where they are, and a place that has a listing may hold some."""
+    scheme, _ = addresses.parse(path).groups()  # type: ignore[union-attr]
+    if scheme.lower() not in ("s3", "gs", "gcs", "http", "https"):
+        return Kind.ADDRESS
+    kind = kind_by_name(path.name)
+    if kind is Kind.FILE and not scheme.lower().startswith("http"):
+        return Kind.PLACE
+    return kind if kind in (Kind.ARCHIVE, Kind.PARQUET) else Kind.ADDRESS
 
 
 def _kind_of_folder(path: Path) -> Kind:
@@ -319,9 +323,7 @@ def place_for(path: Path) -> str:
 
 def typed(path: object) -> str:
     """A path, or another word, as it is typed in a shell."""
-    text = str(path)
-    if found := _address(text):
-        text = f"{found[1]}://{'/' if found[1].lower() == 'file' else ''}{found[2]}"
+    text = addresses.shown(str(path))
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
@@ -372,7 +374,7 @@ def _apart(name: str, *sources: object) -> str:
 
 def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
     """What to do about a path of the wrong kind."""
-    if kind is Kind.ADDRESS:
+    if kind in (Kind.ADDRESS, Kind.PLACE) or (addresses.parse(path) and wanted == "model"):
         return _download(path, words)
     if kind is Kind.PACKED or (kind is Kind.ARCHIVE and not wanted.startswith(("cache", "images", "inputs"))):
         line, into = _unpack(path)
@@ -478,20 +480,27 @@ def _unpack(path: Path) -> tuple[str, str]:
 
 def _download(path: Path, words: Words) -> str:
     """For an address, by its scheme."""
-    scheme, rest = _address(path).groups()  # type: ignore[union-attr]
-    scheme, address, name = scheme.lower(), typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
-    if scheme == "file":
+    scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
+    if scheme.lower() == "file":
         return f"did you mean {_again(words, urllib.parse.unquote('/' + rest))}?"
+    line, target = fetch_line(path)
+    if not line:
+        return "save what is there as files first, and give their folder"
+    if kind_by_name(target) is not Kind.PACKED:
+        return f"download it: `{line}`, then {_again(words, target)}"
+    unpack, into = _unpack(Path(target))
+    return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"
+
+
+def fetch_line(path: Path) -> tuple[str, str]:
+    """Of an address, by its scheme: the line that fetches what is there, empty if none would, and what it is called then."""
+    scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
+    address, name = typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
     repository = rest.removeprefix("datasets/").split("/")[:2]
     kind, target = _BY_SUFFIX.get(Path(name).suffix.lower()), _apart(name)
     line = {
         "s3": f"aws s3 {'cp' if kind else 'sync'} {address} {typed(target)}",
         "hf": f"hf download {typed('/'.join(repository))} --repo-type dataset --local-dir {typed(target)}",
         **dict.fromkeys(("gs", "gcs"), f"gcloud storage {'cp' if kind else 'rsync -r'} {address} {typed(target)}"),
-    }.get(scheme, f"curl -L -o {typed(target)} {address}" if kind else "")
-    if not line:
-        return "save what is there as files first, and give their folder"
-    if kind is not Kind.PACKED:
-        return f"download it: `{line}`, then {_again(words, target)}"
-    unpack, into = _unpack(Path(target))
-    return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"
+    }.get(scheme.lower(), f"curl -L -o {typed(target)} {address}" if kind else "")
+    return line, target

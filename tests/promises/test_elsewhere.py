@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, TINY_FLAGS
 from objects import (
     FAULTS,
     Answer,
@@ -18,6 +18,7 @@ from objects import (
     Request,
     allow_this_machine,
     environment,
+    files_of,
     forwarded,
     s3_error,
     s3_server,
@@ -135,6 +136,22 @@ def test_a_shard_that_changes_during_the_run_is_refused(bucket: Bucket, local: P
         assert {*file["refused/reasons"].asstr()} == {"changed while it was read"}
     report = extract(source, tmp_path / "f.h5", TINY)
     assert (report.embedded, report.reused, report.refused) == (PER_SHARD, 3 * PER_SHARD, 0)
+
+
+def test_nothing_of_a_secret_is_kept(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """Shards of a web server: the same rows, and neither the password nor the signature in any file or message."""
+    allow_this_machine(monkeypatch)
+    with serving(files_of({f"/train-{number:03d}.tar": shard(number) for number in range(4)})) as web:
+        source = f"http://ann:pa55word@127.0.0.1:{web.port}/{SHARDS}?sig=TOPSECRET"
+        code, out, err = run("extract", source, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
+    assert code == 0
+    for request in web.requests:  # what nobody named is asked for without
+        assert (
+            ("Authorization" in request.headers) == ("sig=TOPSECRET" in request.path) == ("classes" not in request.path)
+        )
+    assert columns(tmp_path / "f.h5") == columns(local)
+    kept = (tmp_path / "f.h5").read_bytes() + out.encode() + err.encode()
+    assert not any(secret in kept for secret in (b"pa55word", b"TOPSECRET", b"YW5uOnBhNTV3b3Jk"))
 
 
 def test_the_command_line(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

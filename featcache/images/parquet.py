@@ -61,26 +61,22 @@ class ParquetImages:
         self._file.close()
 
     def members(self) -> list[Member]:
-        """One for each row, called by its number; its size is the mean of its row group."""
-        pairs = zip(itertools.pairwise(self._starts), self._sizes, strict=True)
-        return [Member(str(row), row, size, size) for (first, end), size in pairs for row in range(first, end)]
+        """One for each row, called by its number; its size is -1: Parquet says nothing of it unread."""
+        return [Member(str(row), row, -1, -1) for row in range(len(self))]
 
-    def read(self, name: str) -> tuple[bytes, int]:
-        """The bytes of a row, and its size as ``members`` has it."""
-        row, size = self._row(name), self.size(name)
+    def read(self, name: str) -> bytes:
+        """The bytes of a row."""
+        row = self.row(name)
         with self._lock, _refusing():
             value = self._value(row)
         if not value:
             raise RefusedImage("no image in this row of Parquet")
         if len(value) > MAX_FILE_BYTES:
             raise RefusedImage(f"too large: {len(value)} bytes, at most {MAX_FILE_BYTES} are read")
-        return bytes(value), size
+        return bytes(value)
 
-    def size(self, name: str) -> int:
-        """That of a row, as ``members`` has it. Raises RefusedImage: there is no such row."""
-        return self._sizes[self._group(self._row(name))]
-
-    def _row(self, name: str) -> int:
+    def row(self, name: str) -> int:
+        """The row of that name. Raises RefusedImage: there is none."""
         if not re.fullmatch(r"0|[1-9]\d{0,17}", name, re.ASCII) or int(name) >= len(self):
             raise RefusedImage("cannot be read: not in the archive")
         return int(name)

@@ -16,7 +16,10 @@ from featcache.models.fit import fit_head
 
 MODEL, IMAGES = "expected the folder of a model", "expected a folder, an archive or a table of images"
 SCORED = "expected a folder, an archive or a table of images, or a cache"
-INPUTS, EITHER = "expected images, a folder, archive or table of them, or a cache", "expected a cache or the folder of a model"
+INPUTS, EITHER = (
+    "expected images, a folder, archive or table of them, or a cache",
+    "expected a cache or the folder of a model",
+)
 EXPORTED = "it is for other programs to run"
 MAKE = "make one: `featcache extract photos -o features.h5`, `featcache fit-head features.h5 -o model`, then"
 WEIGHTS = "`featcache extract SOURCE -o features.h5 --backbone NAME --weights w.pth`"

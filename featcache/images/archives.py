@@ -194,7 +194,7 @@ class Archive:
     def _unpacked(self) -> GzipFile:
         file = self._gzip
         if file is None:
-            file = self._gzip = GzipFile(open_binary(self.location, self.described))
+            file = self._gzip = GzipFile(lambda: open_binary(self.location, self.described))
         return file
 
     def rows(self) -> ParquetImages:
@@ -232,7 +232,7 @@ def _remembered(location: Path) -> Archive:
         lock = _locks.setdefault(location, threading.Lock())
     with lock:
         with _guard:
-            if found := _archives.get(location):
+            if (found := _archives.get(location)) is not None:
                 _archives.move_to_end(location)
                 return found
         archive = Archive(location, describe(location))

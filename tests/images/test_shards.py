@@ -1,6 +1,7 @@
 """What is in archives, by their folders, by files beside images, by columns: as a folder of the same files would be read."""
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from packing import FORMS, parquet, read_folder, tar, zipped
 
 from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.images.layout import SPLITS
+from featcache.images.read import Paths, read_images
 from featcache.images.source import ImageList, Source, list_images
 
 JPEG = b"\xff\xd8\xff\xe0 as it begins"
@@ -210,6 +212,18 @@ def written(to: Path, /, metadata: dict[str, str] | None = None, **columns: Any)
 
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), to)
     return to
+
+
+@pytest.mark.parametrize("group", [1, 7, 1000])
+def test_rows_of_parquet_in_any_order(tmp_path: Path, group: int) -> None:
+    """Of several row groups, on several threads, each row has its own bytes."""
+    rows: list[bytes | None] = [f"{k}".encode() * (1 + 50 * (k % 3)) for k in range(300)]
+    files = Paths(parquet(tmp_path / "x.parquet", rows, group=group), tuple(map(str, range(300))))
+    orders = [list(range(300)), list(range(299, -1, -1)), random.Random(0).sample(range(300), 300)]
+    for order in orders:
+        for workers in (1, 8):
+            read = read_images(files, order, bytes, workers=workers)
+            assert [one.value for one in read] == [rows[k] for k in order]
 
 
 def test_parquet_as_others_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

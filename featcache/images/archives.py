@@ -33,6 +33,7 @@ from featcache.system.path_kinds import Kind, kind_of
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip", ".parquet")
 _MOST_MEMBERS, _MOST_OPEN = 6_000_000, 8  # of archives that are remembered; of those that keep a file open
+_HOMES = (Kind.ARCHIVE, Kind.PARQUET, Kind.PLACE)
 _TEXTS, _MAX_TEXT = (".cls", ".json", ".txt"), 2**16
 _TAR, _GZIP, _ZIP, _PARQUET = "tar", "tar.gz", "zip", "parquet"
 
@@ -58,15 +59,18 @@ def archive_in(path: Path) -> tuple[Path, str] | None:
 
 def is_home(place: Path) -> bool:
     """Whether images can lie below ``place``: it is a folder, or an archive, or a folder in one."""
-    return place.is_dir() or kind_of(place) in (Kind.ARCHIVE, Kind.PARQUET) or archive_in(place) is not None
+    return place.is_dir() or kind_of(place) in _HOMES or archive_in(place) is not None
 
 
 def read_member(location: Path, name: str) -> tuple[bytes, int, int]:
-    """Read one file of an archive; as ``read.read_file``, with the time of its archive."""
+    """Read one file of an archive; as ``read.read_file``, with the time of its archive.
+
+    What an archive holds that was listed and is another one by now is refused: its labels may be others, too.
+    """
     try:
-        return _remembered(location).read(name)
+        return (archive := _remembered(location)).read(name)
     except RefusedImage as reason:
-        if str(reason) != CHANGED:
+        if str(reason) != CHANGED or archive.listed:
             raise
     _archives.pop(location, None)
     return _remembered(location).read(name)
@@ -91,6 +95,7 @@ def look_through(location: Path, text: Callable[[str, bytes], None] | None = Non
     """
     archive = Archive(location, describe(location))
     archive.look_through(text)
+    archive.listed = True
     _remember(archive)
     return archive
 
@@ -99,12 +104,14 @@ class Archive:
     """One version of an archive, and where its files lie in it.
 
     Attributes:
-        members: files and folders in their order. refused: what of it is not read. mtime: its time (ns), for rows of a cache. The first
-        two are empty where it was looked through merely to read from it; whoever lists them empties them.
+        members: files and folders in their order. refused: what of it is not read. Both are empty where it was looked through merely
+            to read from it; whoever lists them empties them. mtime: its time (ns), for rows of a cache.
+        listed: whether its images are in a list, with labels.
     """
 
     def __init__(self, location: Path, described: Described) -> None:
         self.location, self.described = location, described
+        self.listed = False
         self.members: list[Member] = []
         self.refused: list[Refusal] = []
         self._parquet: ParquetImages | None = None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from featcache.images.remote import PATIENT, Described, Patience, start_fetch
 
 MOST = 4 << 20  # bytes of one request
-_FIRST = 128 << 10  # ahead of a first read that goes on from the last; doubled from read to read
+_FIRST = 512 << 10  # ahead of a first read that goes on from the last; doubled from read to read
 _NEAR = 1 << 20  # bytes that are sooner read than jumped over: what a connection brings in the time of one request
 _AHEAD = 4  # requests under way beyond what is read
 _KEPT = 8  # blocks, of the latest

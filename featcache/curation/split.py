@@ -175,9 +175,10 @@ def _old_splits(images: ImageList, output: Path | None, prefix: str | None) -> S
 def _dealt(read: _Read) -> tuple[Indices, dict[str, int]]:
     """Which images are dealt out, and why how many are not."""
     labelled = read.images.labels >= 0
+    unsaid = (read.images.sizes < 0) & (read.images.mtimes >= 0)  # of Parquet
     usable = {
         "no label": labelled | (not labelled.any()),
-        "no readable file": (read.images.sizes > 0) | (read.cache is not None),
+        "no readable file": (read.images.sizes > 0) | unsaid | (read.cache is not None),
     }
     rows = np.flatnonzero(np.all([*usable.values()], axis=0))
     if not len(rows):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.features import Features
-from featcache.cache.format import Indices, encode_names, find
+from featcache.cache.format import Indices, Rows, encode_names, find
 from featcache.images.read import ImageFiles, read_images
 from featcache.images.source import ImageList
 
@@ -57,16 +57,29 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     paths, everything = encode_names(images.paths), np.arange(len(images))
     for number, cache in enumerate(caches):
         rows = find(cache.rows.paths, paths)
-        same = (cache.rows.sizes[rows] == images.sizes) & (cache.rows.mtimes[rows] == images.mtimes)
+        same = unread_alike(images, everything, cache.rows, rows)
         matches.put(everything, number, np.where(same, rows, -1))
+        matches.sizes[same] = cache.rows.sizes[rows[same]]
     if caches:
         missing = matches.missing
-        suspects = missing[np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))]
+        occurs = np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))
+        suspects = missing[occurs | (images.sizes[missing] < 0)]
         read = hash_files(images, suspects)
         matches.sizes[read["position"]], matches.mtimes[read["position"]] = read["size"], read["mtime"]
         for number, cache in enumerate(caches):
             matches.put(read["position"], number, find(cache.rows.keys, read["digest"]))
     return matches
+
+
+def unread_alike(images: ImageList, at: Indices, rows: Rows, row: Indices) -> npt.NDArray[np.bool_]:
+    """(n,) whether size and time prove that the images ``at`` are what ``rows`` have in ``row``; -1: nowhere.
+
+    Of images in Parquet no size is listed; their time is of the file's size, too.
+    """
+    sizes, times = images.sizes[at], images.mtimes[at]
+    alike = (rows.sizes[row] == sizes) | ((sizes < 0) & (times >= 0))
+    found: npt.NDArray[np.bool_] = (at >= 0) & (row >= 0) & alike & (rows.mtimes[row] == times)
+    return found
 
 
 def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:

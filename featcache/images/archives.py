@@ -6,7 +6,8 @@ every path of a cache finds its image again, below the same archive or the folde
 each version of an archive, and kept for some of them: about 60 bytes per file, 350 MB at most.
 
 What changed is noticed as with files: each has its size, and the time of its archive. Where an archive is another than when it was
-looked through, it is looked through again. Of a row of Parquet the size is the mean of its row group: Parquet says no more unread.
+looked through, it is looked through again. Of a row of Parquet no size is known unread; its time is a number made of the time and
+the size of the whole file.
 """
 
 import contextlib
@@ -62,7 +63,7 @@ def is_home(place: Path) -> bool:
 
 
 def read_member(location: Path, name: str) -> tuple[bytes, int, int]:
-    """Read one file of an archive; as ``read.read_file``, its size and time being those that ``members_of`` gives.
+    """Read one file of an archive; as ``read.read_file``, with the time of its archive.
 
     What an archive holds that was listed and is another one by now is refused: its labels may be others, too.
     """
@@ -113,12 +114,13 @@ class Archive:
         self.listed = False
         self.members: list[Member] = []
         self.refused: list[Refusal] = []
-        self.mtime = _as_time(described.version)
         self._parquet: ParquetImages | None = None
         self._gzip: GzipFile | None = None
         self._keys, self._places = np.empty(0, "S16"), np.empty((0, 5), np.int64)
         with self._opened() as file:
             self.form = _form(file)
+        version = described.version
+        self.mtime = _as_time(f"{version} {described.size}" if self.is_parquet else version)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -158,16 +160,17 @@ class Archive:
         """As ``read_member``. Raises RefusedImage(CHANGED): it is another version by now."""
         with self._opened() as file:
             if self.form == _PARQUET:
-                data, size = self.rows().read(name)
-                return data, size, self._settled()
+                data = self.rows().read(name)
+                return data, len(data), self._settled()
             member = self._find(name)
             data = self._bytes(self._unpacked() if self.form == _GZIP else file, member)
             return data, member.size, self._settled()
 
     def stat(self, name: str) -> tuple[int, int]:
         """See ``stat_member``."""
-        size = self.rows().size(name) if self.is_parquet else self._find(name).size
-        return size, self.mtime
+        if self.is_parquet:
+            self.rows().row(name)
+        return -1 if self.is_parquet else self._find(name).size, self.mtime
 
     def _bytes(self, file: Any, member: Member) -> bytes:
         """Of one file. ``file``: the archive, of gzip unpacked."""
@@ -198,7 +201,7 @@ class Archive:
     def _unpacked(self) -> GzipFile:
         file = self._gzip
         if file is None:
-            file = self._gzip = GzipFile(open_binary(self.location, self.described))
+            file = self._gzip = GzipFile(lambda: open_binary(self.location, self.described))
         return file
 
     def rows(self) -> ParquetImages:
@@ -236,7 +239,7 @@ def _remembered(location: Path) -> Archive:
         lock = _locks.setdefault(location, threading.Lock())
     with lock:
         with _guard:
-            if found := _archives.get(location):
+            if (found := _archives.get(location)) is not None:
                 _archives.move_to_end(location)
                 return found
         archive = Archive(location, describe(location))

@@ -1,4 +1,4 @@
-"""A gzip file as if it were not packed: read in order at the speed of zlib, and from anywhere at a bounded cost. In: an open file.
+"""A gzip file as if it were not packed: read in order at the speed of zlib, and from anywhere at a bounded cost. In: what opens it.
 Out: a file that can be sought in. Memory stays below about 50 MB, whatever the size.
 
 Positions to start from are kept on the way, as in zlib's own example ``zran.c``: the state of the decompressor every so many bytes.
@@ -8,6 +8,7 @@ import io
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import BinaryIO
 
 from featcache.errors import RefusedImage
@@ -33,14 +34,14 @@ class _State:
 
 
 class GzipFile(io.RawIOBase):
-    """The content of a gzip file; a position of its own for each thread.
+    """The content of a gzip file, which ``open_packed`` opens where it is read; a position of its own for each thread.
 
     Reading raises RefusedImage: damaged, a decompression bomb. ``fault``: why it is to be trusted up to its end at most: it is cut
     off, or something else follows; ``damaged``: nothing of it is to be trusted.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._lock, self._local = file, threading.Lock(), threading.local()
+    def __init__(self, open_packed: Callable[[], BinaryIO]) -> None:
+        self._open, self._lock, self._local = open_packed, threading.Lock(), threading.local()
         self._state, self._starts, self._spacing = _State(), [_State()], 16 * _BLOCK
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self.fault, self.damaged = "", False
@@ -76,11 +77,6 @@ class GzipFile(io.RawIOBase):
         self._local.at = at
         return b"".join(parts)
 
-    def close(self) -> None:
-        """Close the packed file, too."""
-        self._file.close()
-        super().close()
-
     def _block(self, number: int) -> bytes:
         if number in self._blocks:
             self._blocks.move_to_end(number)
@@ -105,17 +101,18 @@ class GzipFile(io.RawIOBase):
     def _unpack(self, size: int) -> bytes:
         """The next ``size`` bytes, fewer at the end."""
         try:
-            return self._unpack_on(self._state, size)
+            with self._open() as file:
+                return self._unpack_on(file, self._state, size)
         except (zlib.error, RefusedImage) as error:
             self._state, self.damaged = self._starts[0].copy(), True
             raise error if isinstance(error, RefusedImage) else RefusedImage(f"damaged: {error}") from error
 
-    def _unpack_on(self, state: _State, left: int) -> bytes:
+    def _unpack_on(self, file: BinaryIO, state: _State, left: int) -> bytes:
         parts = []
         while left:
             if len(state.waiting) < len(_GZIP):
-                self._file.seek(state.packed)
-                state.waiting += (more := self._file.read(_CHUNK))
+                file.seek(state.packed)
+                state.waiting += (more := file.read(_CHUNK))
                 state.packed += len(more)
             if not state.waiting:
                 self.fault = "" if state.inflater.eof else CUT

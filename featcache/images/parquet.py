@@ -1,7 +1,8 @@
 """Parquet files that hold the bytes of images, as Hugging Face's ``datasets`` writes them: the one door to pyarrow of the images.
 
-In: an open file. Out: rows and what their columns say; the bytes of a row. Rows are read in small blocks, those of the last few are
-kept; memory does not depend on the size of row groups. Metadata is read as JSON; nothing of it is evaluated.
+In: an open file. Out: rows and what their columns say; the bytes of a row. Rows are read in small blocks, the last few of which are
+kept; memory is that of two pages, which most libraries make of up to 1,024 rows, whatever the size of the row group. Metadata is
+read as JSON; nothing of it is evaluated.
 """
 
 import bisect
@@ -9,6 +10,7 @@ import itertools
 import json
 import re
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
@@ -18,7 +20,7 @@ from featcache.images.columns import NONE, find_columns, quoted, shown
 from featcache.images.members import MAX_FILE_BYTES, Member
 
 _BYTES = ("image", "img", "picture", "photo", "bytes", "imagebytes", "content", "data", "jpg", "jpeg", "png", "webp")
-_AT_A_TIME, _MOST_ROWS, _KEPT = 2**24, 64, 12  # bytes and rows of a block; how many are kept
+_AT_A_TIME, _MOST_ROWS, _KEPT = 2**22, 64, 12  # bytes and rows of a block; how many are kept
 _MAX_LABEL = 10_000  # characters
 
 
@@ -42,8 +44,13 @@ class ParquetImages:
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._lock = file, threading.Lock()
-        self._rows: tuple[int, Iterator[Any]] = -1, iter(())  # the first row of the block that comes next
+        weakref.finalize(self, file.close)
+        self._lock = threading.Lock()
+        self._next: tuple[int, int, Iterator[Any]] = (
+            -1,
+            -1,
+            iter(()),
+        )  # its row group, its first row: the block that comes next
         self._blocks: OrderedDict[int, list[Any]] = OrderedDict()
         with _refusing():
             self._parquet = _pyarrow().parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
@@ -57,30 +64,23 @@ class ParquetImages:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __del__(self) -> None:
-        self._file.close()
-
     def members(self) -> list[Member]:
-        """One for each row, called by its number; its size is the mean of its row group."""
-        pairs = zip(itertools.pairwise(self._starts), self._sizes, strict=True)
-        return [Member(str(row), row, size, size) for (first, end), size in pairs for row in range(first, end)]
+        """One for each row, called by its number; its size is -1: Parquet says nothing of it unread."""
+        return [Member(str(row), row, -1, -1) for row in range(len(self))]
 
-    def read(self, name: str) -> tuple[bytes, int]:
-        """The bytes of a row, and its size as ``members`` has it."""
-        row, size = self._row(name), self.size(name)
+    def read(self, name: str) -> bytes:
+        """The bytes of a row."""
+        row = self.row(name)
         with self._lock, _refusing():
             value = self._value(row)
         if not value:
             raise RefusedImage("no image in this row of Parquet")
         if len(value) > MAX_FILE_BYTES:
             raise RefusedImage(f"too large: {len(value)} bytes, at most {MAX_FILE_BYTES} are read")
-        return bytes(value), size
+        return bytes(value)
 
-    def size(self, name: str) -> int:
-        """That of a row, as ``members`` has it. Raises RefusedImage: there is no such row."""
-        return self._sizes[self._group(self._row(name))]
-
-    def _row(self, name: str) -> int:
+    def row(self, name: str) -> int:
+        """The row of that name. Raises RefusedImage: there is none."""
         if not re.fullmatch(r"0|[1-9]\d{0,17}", name, re.ASCII) or int(name) >= len(self):
             raise RefusedImage("cannot be read: not in the archive")
         return int(name)
@@ -145,23 +145,32 @@ class ParquetImages:
         first, many = self._starts[group], self._block_size(group)
         block = first + (row - first) // many * many
         if block not in self._blocks:
-            at, batches = self._rows
-            if not first <= at <= block:
+            of, at, batches = self._next
+            if of != group or at > block:
                 at = first
                 batches = self._parquet.iter_batches(
                     batch_size=many, row_groups=[group], columns=[self._image], use_threads=False
                 )
             while at <= block:
-                self._rows = -1, iter(())  # should this fail
-                column = next(batches).column(0)
-                values = column.field("bytes") if "." in self._image else column
+                self._next = -1, -1, iter(())  # should this fail
+                values = self._take(batches, min(many, self._starts[group + 1] - at))
                 self._blocks[at] = values
                 if len(self._blocks) > _KEPT:
                     self._blocks.popitem(last=False)
                 at += len(values)
-                self._rows = at, batches
+                self._next = group, at, batches
         value: bytes | None = self._blocks[block][row - block].as_py()
         return value
+
+    def _take(self, batches: Iterator[Any], count: int) -> Any:
+        """The next ``count`` values, in however many batches pyarrow gives them."""
+        parts: list[Any] = []
+        while (missing := count - sum(map(len, parts))) > 0:
+            column = next(batches).column(0)
+            parts.append(column.field("bytes") if "." in self._image else column)
+        if missing:
+            raise ValueError("row groups are not as long as they say")
+        return parts[0] if len(parts) == 1 else _pyarrow().concat_arrays(parts)
 
     def _block_size(self, group: int) -> int:
         return max(1, min(_MOST_ROWS, _AT_A_TIME // max(self._sizes[group], 1)))

@@ -327,13 +327,13 @@ def _named(label: str, names: tuple[str, ...] | None, source: Path | str) -> str
 
 
 def _wrap(filled: set[str], folders: set[str]) -> str:
-    """The folder that all images lie below, in folders of their own; empty if there is none that means nothing."""
+    """The deepest folder that all images lie in; empty if there is none, or its name is that of a split."""
     wrap = ""
     while True:
         start = len(wrap) + 1 if wrap else 0
         tops = {folder[start:].partition("/")[0] for folder in filled}
         below = f"{wrap}/{min(tops)}" if wrap and tops else min(tops, default="")
-        if len(tops) != 1 or not below or split_of(min(tops)) or below in filled:
+        if len(tops) != 1 or not below or split_of(min(tops)) or wrap in filled:
             return wrap
         if any(not (f"{folder}/".startswith(f"{below}/") or below.startswith(f"{folder}/")) for folder in folders):
             return wrap  # an empty class lies beside it

@@ -126,7 +126,7 @@ class ImageList:
         labels: (N,) int32, index into ``classes``; -1 when unknown.
         classes: sorted class names over all splits, empty class folders included.
         splits: (N,) uint8, index into ``spec.SPLITS``.
-        sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed.
+        sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed; -1: not known. Of archives see ``archives.py``.
         refused: entries that were skipped without opening them, and why.
         refused_at: how many images are listed before each of these.
         groups: of each image what ``Source.group_column`` says, "" where nothing; empty without such a column.

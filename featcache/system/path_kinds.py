@@ -198,23 +198,16 @@ def _kind_of_file(path: Path) -> Kind:
         return Kind.IMAGE
     if head.startswith(b"PAR1"):
         return Kind.PARQUET
-    kinds = (
-        (_TORCH, Kind.WEIGHTS),
-        (_SHEET, Kind.SHEET),
-        (_ZIP, Kind.ARCHIVE),
-        (_PACKED, Kind.PACKED),
-        (_VIDEO, Kind.VIDEO),
-    )
-    for pattern, kind in kinds:
+    kinds = (Kind.WEIGHTS, Kind.SHEET, Kind.ARCHIVE, Kind.PACKED, Kind.VIDEO)
+    for pattern, kind in zip((_TORCH, _SHEET, _ZIP, _PACKED, _VIDEO), kinds, strict=True):
         if pattern.match(head):
             if kind is Kind.PACKED and _is_gzipped_tar(head):
                 return Kind.ARCHIVE
             return named if kind in (Kind.SHEET, Kind.ARCHIVE, Kind.PACKED) and named in _ZIPPED else kind
     if head[257:262] == b"ustar":
         return Kind.ARCHIVE
-    if (
-        head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
-    ):  # safetensors: the length of its header comes first
+    # Safetensors: the length of its header comes first.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
         return Kind.EXPORT if b'"featcache_version"' in _head(path, 1 << 16) else Kind.WEIGHTS
     return Kind.DOCUMENT if head.startswith(b"%PDF-") else named
 
@@ -257,13 +250,14 @@ _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
 HERE = ...  # the place of a path among the words of a command
 Words = Sequence[object]
 _EXPORTED = "it is for other programs to run"
+# Of -o.
 _EXAMPLES = {
     "extract": "features.h5",
     "fit-head": "model",
     "finetune": "model-ft",
     "export": "model.onnx",
     "audit": "audit",
-}  # of -o
+}
 
 
 def check_path(path: AnyPath, wanted: str, words: Words) -> None:
@@ -386,11 +380,8 @@ def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
 
 
 def _to_images(path: Path, kind: Kind, words: Words) -> str:
-    given, source, option = (
-        typed(path),
-        _again(words, "SOURCE").rstrip("`"),
-        {"extract": "--backbone", "finetune": "--init"},
-    )
+    given, source = typed(path), _again(words, "SOURCE").rstrip("`")
+    option = {"extract": "--backbone", "finetune": "--init"}
     match str(words[0]), kind:
         case "extract", Kind.CACHE:
             return f"did you mean `featcache fit-head {given} -o {typed(_apart('model'))}`?"

@@ -106,9 +106,9 @@ def embed(
     work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), seen, again)
     pending: deque[Future[EmbeddedBatch]] = deque()
     with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool, stoppable() as stop_with:
-        work = stop_with(work)
+        work_until = stop_with(work)
         for start in range(0, len(files.paths), runtime.batch_size):
-            pending.append(pool.submit(work, start))
+            pending.append(pool.submit(work_until, start))
             if len(pending) >= 2 * runtime.workers:
                 yield pending.popleft().result()
                 seen.warn(at_least=_MANY)

@@ -67,10 +67,11 @@ def read_images(
     """
     pending = iter(indices)
     with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool, stoppable() as stop_with:
+        read = stop_with(functools.partial(read_image, files, convert=convert))
         if workers == 1:
             yield from (read_image(files, index, convert) for index in pending)
         while block := list(itertools.islice(pending, 16 * workers)):
-            yield from pool.map(stop_with(lambda index: read_image(files, index, convert)), block)
+            yield from pool.map(read, block)
 
 
 def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> ReadImage[T]:

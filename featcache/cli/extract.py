@@ -13,7 +13,10 @@ from featcache.cli.console import show_progress, show_result
 @options.reads_source
 def extract(
     source: Annotated[
-        Path, typer.Argument(readable=False, help="Folder of class folders (or of splits, or of images), or a table.")
+        Path,
+        typer.Argument(
+            readable=False, help="Folder of class folders (or of splits, or of images), an archive, shards, or a table."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The cache; updated if it exists.")],
     reading: options.Reading = options.AS_FOUND,

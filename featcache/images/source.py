@@ -110,7 +110,9 @@ class Source:
             instead = (
                 "name the table that has it, as --group-table FILE" if wrong[0] == "--group-column" else "leave it out"
             )
-            raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; {instead}")
+            raise UsageError(
+                f"{wrong[0]} says {what}, and {self} is {'an' if kind[0] == 'a' else 'a'} {kind}; {instead}"
+            )
 
 
 AnySource = AnyPath | Source

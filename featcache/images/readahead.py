@@ -23,6 +23,7 @@ MOST = 4 << 20  # bytes of one request
 _FIRST = 512 << 10  # ahead of a first read that goes on from the last; doubled from read to read
 _NEAR = 1 << 20  # bytes that are sooner read than jumped over: what a connection brings in the time of one request
 _AHEAD = 4  # requests under way beyond what is read
+_KEPT = 32  # blocks at most: 128 MiB; of reads in one order 8
 _ORDERS = 32  # that are followed at a time: threads may be far from each other
 
 
@@ -103,7 +104,7 @@ class Blocks:
     def _request(self, start: int, stop: int) -> _Block:
         stop = min([stop, *(block.start for block in self._blocks if block.start > start)])
         block = _Block(start, stop, start_fetch(self.address, start, stop, self.described, self.patience))
-        kept = _AHEAD + 4 * len(self._orders)  # what threads that follow one another have between them
+        kept = min(_AHEAD + 4 * len(self._orders), _KEPT)  # what threads that follow one another have between them
         self._blocks = [*self._blocks, block][-kept:]
         return block
 
@@ -184,7 +185,7 @@ class RemoteFile(io.RawIOBase):
 
 _lock = threading.Lock()
 _shared: "weakref.WeakValueDictionary[tuple[str, Described, Patience], Blocks]" = weakref.WeakValueDictionary()
-_latest: "collections.deque[Blocks]" = collections.deque(maxlen=2)  # not given up between one reader and the next
+_latest: "collections.deque[Blocks]" = collections.deque(maxlen=4)  # not given up between one reader and the next
 
 
 def open_remote(address: str, described: Described, patience: Patience = PATIENT) -> RemoteFile:

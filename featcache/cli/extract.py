@@ -24,7 +24,10 @@ _EXECUTORS = ("local", "ray")
 @options.reads_source
 def extract(
     source: Annotated[
-        Path, typer.Argument(readable=False, help="Folder of class folders (or of splits, or of images), or a table.")
+        Path,
+        typer.Argument(
+            readable=False, help="Folder of class folders (or of splits, or of images), an archive, shards, or a table."
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The cache; updated if it exists.")],
     reading: options.Reading = options.AS_FOUND,

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @options.reads_source
 def stats(
     source: Annotated[
-        Path, typer.Argument(readable=False, help="Folder of class folders (or of splits, or of images), or a table.")
+        Path,
+        typer.Argument(
+            readable=False, help="Folder of class folders (or of splits, or of images), an archive, shards, or a table."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FOLDER", help="Where to write stats.html and stats.json.")
@@ -231,7 +234,9 @@ def doctor(
 
 @options.reads_source
 def preview(
-    source: Annotated[Path, typer.Argument(readable=False, help="Images: folders or a table, as for extract.")],
+    source: Annotated[
+        Path, typer.Argument(readable=False, help="Images: folders, archives or a table, as for extract.")
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="The picture. Default: preview.png.")
     ] = Path("preview.png"),

@@ -21,7 +21,7 @@ def report(
         Path | None,
         typer.Argument(
             readable=False,
-            help="Labelled images (folder or table), or a cache file. Default: what the model keeps of held-out images.",
+            help="Labelled images (folder, archive or table), or a cache file. Default: what the model keeps of held-out images.",
         ),
     ] = None,
     pictures: Annotated[

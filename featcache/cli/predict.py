@@ -203,7 +203,9 @@ def _write(rows: Iterator[dict[str, Any]], output: Path | None) -> tuple[int, in
 @options.reads_source
 def evaluate(
     model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
-    source: Annotated[Path, typer.Argument(readable=False, help="Labelled images (folder or table), or a cache file.")],
+    source: Annotated[
+        Path, typer.Argument(readable=False, help="Labelled images (folder, archive or table), or a cache file.")
+    ],
     split: Annotated[
         str, typer.Option(help="train, val, test, all; auto: test if there is one, else val, else all.")
     ] = "auto",

@@ -12,7 +12,8 @@ from featcache.cli.console import note, show_result, show_steps
 @options.reads_source
 def split(
     source: Annotated[
-        Path, typer.Argument(readable=False, help="Images: folders or a table, as for extract; or a cache file.")
+        Path,
+        typer.Argument(readable=False, help="Images: folders, archives or a table, as for extract; or a cache file."),
     ],
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="The table: a .csv, a source for extract.")

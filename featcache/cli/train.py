@@ -117,7 +117,7 @@ def _numbers(text: str | None, name: str, kind: Callable[[str], float]) -> Any:
 @options.reads_source
 def finetune(
     source: Annotated[
-        Path, typer.Argument(readable=False, help="Labelled images: folders or a table, as for extract.")
+        Path, typer.Argument(readable=False, help="Labelled images: folders, archives or a table, as for extract.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The new model.")],
     reading: options.Reading = options.AS_FOUND,
@@ -174,6 +174,7 @@ def finetune(
     from featcache.extraction.request import ExtractRequest
     from featcache.finetuning.finetune import finetune as run
     from featcache.finetuning.recipe_files import parse_settings
+    from featcache.images.archives import is_home
     from featcache.reports.figures import check_figures
 
     named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "backbone_lr": backbone_lr}
@@ -221,7 +222,7 @@ def finetune(
     finally:  # also where the reader of stdout went away
         _draw_curves(report.model, figures)
         if not no_report:
-            write_report_beside(report.model, pictures=source if source.is_dir() else None)
+            write_report_beside(report.model, pictures=source if is_home(source) else None)
 
 
 def _draw_curves(model: Path, figures: Path | None) -> None:

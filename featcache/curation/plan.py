@@ -14,6 +14,7 @@ from pathlib import Path
 from featcache.cache.cache import FeatureCache
 from featcache.curation.finding import KINDS, Finding
 from featcache.errors import RefusedImage, SourceError, UsageError
+from featcache.images.archives import is_home
 from featcache.images.columns import split_in
 from featcache.images.folders import Entry
 from featcache.images.home import find_home, places_in, some_of
@@ -103,7 +104,7 @@ def apply_plan(
         UsageError: ``output`` exists, or is no .csv. StorageError: it cannot be written.
     """
     _check_output(plan, output, overwrite=overwrite)
-    if root is not None and not root.is_dir():
+    if root is not None and not is_home(root):
         raise SourceError(f"--root {root} is no folder; give the folder that holds the images")
     lines = read_plan(plan, root)
     root = _home(plan, lines) if root is None else root

@@ -22,6 +22,7 @@ from featcache.curation.pixel_check import PixelCheck
 from featcache.curation.split_folders import check_new, place_images
 from featcache.curation.split_result import Groups, Split
 from featcache.errors import SourceError, UsageError
+from featcache.images.archives import is_home
 from featcache.images.groups import Indices, group_by_name, joined, read_groups
 from featcache.images.home import find_home, places_in, some_of
 from featcache.images.source import AnySource, ImageList, Source, check_apart, list_images
@@ -174,9 +175,10 @@ def _old_splits(images: ImageList, output: Path | None, prefix: str | None) -> S
 def _dealt(read: _Read) -> tuple[Indices, dict[str, int]]:
     """Which images are dealt out, and why how many are not."""
     labelled = read.images.labels >= 0
+    unsaid = (read.images.sizes < 0) & (read.images.mtimes >= 0)  # of Parquet
     usable = {
         "no label": labelled | (not labelled.any()),
-        "no readable file": (read.images.sizes > 0) | (read.cache is not None),
+        "no readable file": (read.images.sizes > 0) | unsaid | (read.cache is not None),
     }
     rows = np.flatnonzero(np.all([*usable.values()], axis=0))
     if not len(rows):
@@ -234,7 +236,7 @@ def _read_cache(source: Source, pictures: Path | None) -> _Read:
             f"--root says how a table is read, and {source} is a cache; --source says where its images are"
         )
     source.check_options("cache")
-    if pictures is not None and not pictures.is_dir():
+    if pictures is not None and not is_home(pictures):
         raise SourceError(f"--source {pictures} is no folder; give the one that the images of {source} lie in")
     cache = FeatureCache.open(source.path)
     if cache.refused:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.errors import SourceError, StorageError
+from featcache.errors import RefusedImage, SourceError, StorageError
+from featcache.images.archives import archive_in, read_member
 from featcache.images.layout import is_system
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS
@@ -58,6 +59,16 @@ def place_images(images: ImageList, folder: Path, *, link: bool, progress: Progr
 
 
 def _place(file: Path, to: Path, *, link: bool) -> None:
+    if inside := archive_in(file):
+        if link:
+            raise StorageError(
+                f"cannot link {file}: it lies in an archive; --copy-to copies it instead; nothing was left behind"
+            )
+        try:
+            to.write_bytes(read_member(*inside)[0])
+        except RefusedImage as reason:
+            raise StorageError(f"cannot copy {file}: {reason}; nothing was left behind") from reason
+        return
     try:
         if link:
             os.link(os.path.realpath(file), to)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Indices, encode_names
+from featcache.cache.format import Indices, Rows, encode_names
 from featcache.images.read import ImageFiles, read_images
 from featcache.images.source import ImageList
 
@@ -62,11 +62,13 @@ def match(images: ImageList, caches: Sequence[FeatureCache]) -> Matches:
     places = _Places(encode_names(images.paths))
     for number, cache in enumerate(caches):
         for found, rows in places.of(cache.rows.paths):
-            same = (cache.rows.sizes[rows] == images.sizes[found]) & (cache.rows.mtimes[rows] == images.mtimes[found])
+            same = unread_alike(images, found, cache.rows, rows)
             matches.put(found[same], number, rows[same])
+            matches.sizes[found[same]] = cache.rows.sizes[rows[same]]
     del places
     if len(missing := matches.missing):
-        suspects = missing[np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))]
+        occurs = np.isin(images.sizes[missing], np.concatenate([cache.rows.sizes for cache in caches]))
+        suspects = missing[occurs | (images.sizes[missing] < 0)]
         read = hash_files(images, suspects)
         matches.sizes[read["position"]], matches.mtimes[read["position"]] = read["size"], read["mtime"]
         places = _Places(read["digest"])
@@ -105,6 +107,17 @@ def find_in(caches: Sequence[FeatureCache], paths: npt.NDArray[np.bytes_]) -> tu
         for found, rows in places.of(caches[position].rows.paths):
             number[found], row[found] = position, rows
     return number, row
+
+
+def unread_alike(images: ImageList, at: Indices, rows: Rows, row: Indices) -> npt.NDArray[np.bool_]:
+    """(n,) whether size and time prove that the images ``at`` are what ``rows`` have in ``row``; -1: nowhere.
+
+    Of images in Parquet no size is listed; their time is of the file's size, too.
+    """
+    sizes, times = images.sizes[at], images.mtimes[at]
+    alike = (rows.sizes[row] == sizes) | ((sizes < 0) & (times >= 0))
+    found: npt.NDArray[np.bool_] = (at >= 0) & (row >= 0) & alike & (rows.mtimes[row] == times)
+    return found
 
 
 def hash_files(files: ImageFiles, indices: Indices) -> npt.NDArray[np.void]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import ROW_COLUMNS, Indices, Rows, encode_names, find
 from featcache.errors import DamagedCacheError, Refusal, SourceError
-from featcache.extraction.match import hash_files
+from featcache.extraction.match import hash_files, unread_alike
 from featcache.images.read import refusals
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.system.display import quantity
@@ -66,13 +66,13 @@ def locate(rows: Rows, files: SourceFiles, wanted: Indices, *, by_stat: bool = F
     keys = rows.keys[wanted]
     at = find(files.paths, rows.paths[wanted])
     there = at >= 0
-    same = there & by_stat & (files.images.sizes[at] == rows.sizes[wanted])
-    same &= files.images.mtimes[at] == rows.mtimes[wanted]
+    same = by_stat & unread_alike(files.images, at, rows, wanted)
     files.read(at[there & ~same])
     same |= there & (files.digests[at] == keys)
     missing = np.flatnonzero(~same)
     if len(missing):
-        suspects = np.isin(files.images.sizes, rows.sizes[wanted[missing]]) if by_size else files.images.sizes > -2
+        sizes = files.images.sizes
+        suspects = np.isin(sizes, rows.sizes[wanted[missing]]) | (sizes < 0) | (not by_size)
         files.read(np.flatnonzero(suspects))
         at[missing] = find(files.digests, keys[missing])
     return at

@@ -9,7 +9,17 @@ columns.py      which column holds what
 layout.py       what the names of folders mean: splits, classes
 splits.py       which of them train, which are held out
 groups.py       which belong together
+shards.py       in archives: what their folders, neighbours and columns mean
+archives.py     bytes of a file inside of an archive
+members.py      what is known of such a file
+tar.py          what a tar holds
+zip.py          what a zip holds, and its bytes
+gzipped.py      a gzip file, from anywhere
+parquet.py      rows of Parquet with bytes of images; the one door to pyarrow here
 home.py         the folder that some probably lie in
+locations.py    where bytes lie: patterns, versions, open files
+remote.py       objects elsewhere, through fsspec: versions, bytes, patience
+readahead.py    an object elsewhere as an open file
 read.py         files read: the one loop over them
 headers.py      what their headers say
 statistics.py   what can be told of them before any network sees them

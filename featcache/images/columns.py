@@ -61,6 +61,11 @@ def known(header: Sequence[str], chosen: Mapping[str, str | None]) -> int:
     return sum(_plain(name) in _ROLES for name in header) + 1 if paths else 0
 
 
+def is_label(key: str) -> bool:
+    """Whether a key of a file beside an image says its class."""
+    return _ROLES.get(_plain(key)) == "label" or key == "cls"
+
+
 def find_columns(source: str, header: Sequence[str], chosen: Mapping[str, str | None], *, hint: str = "") -> Columns:
     """The columns of the table ``source``.
 

@@ -7,7 +7,7 @@ import bisect
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from featcache.system.workdir import is_work_folder
 log = logging.getLogger("featcache")
 _METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face's ImageFolder
 _BESIDE = (".curves.png", ".train.png", ".val.png", ".test.png", ".all.png")  # curves and contact sheets of models
-_HIDDEN, _OWN, _OTHERS = "hidden or system files and folders", "what featcache made", "files that are no images"
+HIDDEN, _OWN, OTHERS = "hidden or system files and folders", "what featcache made", "files that are no images"
 
 
 class Entry(NamedTuple):
@@ -55,16 +55,16 @@ def list_folder(root: Path, *, labelled: bool, class_level: int | None) -> Listi
     files = sorted(walk, key=lambda entry: entry.path)
     refused = sorted(walk.refused, key=lambda refusal: refusal.path)
     refused_at = [bisect.bisect(files, refusal.path, key=lambda entry: entry.path) for refusal in refused]
-    walk.say_what_was_passed_over()
+    say_passed_over(root, walk.passed)
     if not labelled:
         return Listing(root, files, set(), refused, refused_at)
     metadata = tuple(sorted(walk.metadata))
     filled = {entry.path.rpartition("/")[0] for entry in files}
     layout = read_layout(root, walk.folders, filled, class_level)
     _say_what_splits_are_called(root, walk.folders, layout)
-    meaning = {folder: _meaning(folder, layout) for folder in filled}
-    entries = [Entry(*entry[:3], *meaning[entry.path.rpartition("/")[0]]) for entry in files]
-    classes = {label for label, _ in (_meaning(folder, layout) for folder in walk.folders) if label is not None}
+    meant = {folder: meaning(folder, layout) for folder in filled}
+    entries = [Entry(*entry[:3], *meant[entry.path.rpartition("/")[0]]) for entry in files]
+    classes = {label for label, _ in (meaning(folder, layout) for folder in walk.folders) if label is not None}
     return Listing(root, entries, classes, refused, refused_at, metadata)
 
 
@@ -74,7 +74,7 @@ def _say_what_splits_are_called(root: Path, folders: set[str], layout: Layout) -
         log.info("%s: split folders: %s", root, ", ".join(renamed))
 
 
-def _meaning(folder: str, layout: Layout) -> tuple[str | None, int]:
+def meaning(folder: str, layout: Layout) -> tuple[str | None, int]:
     """The label and the split of the images in ``folder``."""
     names, split_at = folder.split("/") if folder else [], layout.split_at
     label = names[layout.class_at] if len(names) > layout.class_at else None
@@ -108,7 +108,7 @@ class _Walk:
                 for entry in entries:
                     path, linked = prefix + entry.name, entry.is_symlink()
                     if entry.name.startswith("."):
-                        self.passed[_HIDDEN, entry.name] += 1
+                        self.passed[HIDDEN, entry.name] += 1
                     elif linked and (reason := _why_not_follow(entry, real_root, ancestors)):
                         self.refused.append(Refusal(path, reason))
                     elif entry.is_dir():
@@ -127,7 +127,7 @@ class _Walk:
     def _enters(self, folder: "os.DirEntry[str]") -> bool:
         """Not what a system keeps, nor what featcache writes: parts of caches, unfinished fine-tunings, model folders."""
         if is_system(folder.name):
-            self.passed[_HIDDEN, folder.name] += 1
+            self.passed[HIDDEN, folder.name] += 1
         elif is_work_folder(folder.path) or os.path.lexists(f"{folder.path}/model.json"):
             self.passed[_OWN, folder.name] += 1
         else:
@@ -143,18 +143,19 @@ class _Walk:
         elif suffix in IMAGE_SUFFIXES or holds_an_image(file):
             return True
         else:
-            self.passed[_OTHERS, suffix if suffix.startswith(".") else file.name] += 1
+            self.passed[OTHERS, suffix if suffix.startswith(".") else file.name] += 1
         return False
 
-    def say_what_was_passed_over(self) -> None:
-        """Say it in one line, counted by kind, with some names."""
-        parts = []
-        for kind in (_HIDDEN, _OTHERS, _OWN):
-            names = {name: count for (of, name), count in self.passed.items() if of == kind}
-            if names:
-                parts.append(f"{kind}: {sum(names.values())} ({some(names)})")
-        if parts:
-            log.info("%s: passed over %s", self.root, "; ".join(parts))
+
+def say_passed_over(source: Path | str, passed: Mapping[tuple[str, str], int]) -> None:
+    """Say in one line what is no image, by kind, with some names: (kind, name or suffix) -> how often."""
+    parts = []
+    for kind in (HIDDEN, OTHERS, _OWN):
+        names = {name: count for (of, name), count in passed.items() if of == kind}
+        if names:
+            parts.append(f"{kind}: {sum(names.values())} ({some(names)})")
+    if parts:
+        log.info("%s: passed over %s", source, "; ".join(parts))
 
 
 def has_image_suffix(name: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from featcache.errors import RefusedImage
+from featcache.images.archives import archive_in, read_member
 from featcache.images.decode import MAX_PIXELS, guarded, open_image
 from featcache.images.formats import orientation, plain_png, reading_of
 from featcache.images.read import open_regular, read_file
@@ -47,6 +48,12 @@ class Header(NamedTuple):
 
 def read_header(path: Path) -> Header:
     """The header of one file. Called inside of ``strict_decoding``. Raises RefusedImage, as ``decode`` would."""
+    if inside := archive_in(path):
+        data = read_member(*inside)[0]
+        with contextlib.suppress(Exception):
+            if (found := _quick(io.BytesIO(data), len(data))) is not None:
+                return found
+        return header_of(data)
     with open_regular(path) as (file, status), contextlib.suppress(Exception):  # nearly anything: then read it whole
         if (found := _quick(file, status.st_size)) is not None:
             return found

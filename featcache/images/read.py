@@ -18,12 +18,14 @@ from types import MappingProxyType
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from featcache.errors import RefusedImage
+from featcache.images.archives import archive_in, read_member
 from featcache.images.decode import decode, refusing_errors, strict_decoding
 from featcache.images.in_memory import Held, as_file
+from featcache.images.members import MAX_FILE_BYTES
+from featcache.images.readahead import stoppable
 from featcache.images.source import ImageList
 
 T = TypeVar("T")
-MAX_FILE_BYTES = 2**30
 
 
 class Paths(NamedTuple):
@@ -64,11 +66,12 @@ def read_images(
     ``convert`` makes what is wanted of a file's bytes, and may raise RefusedImage. A refused image never ends the loop.
     """
     pending = iter(indices)
-    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool:
+    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool, stoppable() as stop_with:
+        read = stop_with(functools.partial(read_image, files, convert=convert))
         if workers == 1:
             yield from (read_image(files, index, convert) for index in pending)
         while block := list(itertools.islice(pending, 16 * workers)):
-            yield from pool.map(lambda index: read_image(files, index, convert), block)
+            yield from pool.map(read, block)
 
 
 def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> ReadImage[T]:
@@ -102,7 +105,7 @@ def leads_inside(name: str | PurePath) -> bool:
 
 
 def read_file(path: Path) -> tuple[bytes, int, int]:
-    """Read one file whole.
+    """Read one file whole, on the disk or in an archive (``archives.py``).
 
     Returns:
         Its bytes, its size and its modification time (ns; -1 if it is so recent that a later change could carry the
@@ -111,6 +114,8 @@ def read_file(path: Path) -> tuple[bytes, int, int]:
     Raises:
         RefusedImage: it cannot be read, is no regular file, or changed meanwhile.
     """
+    if inside := archive_in(path):
+        return read_member(*inside)
     with open_regular(path) as (file, before):
         data = file.read()
         after = os.fstat(file.fileno())

@@ -15,14 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import Refusal, SourceError, StorageError, UsageError
+from featcache.images.archives import is_home
 from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.metadata import describe
 from featcache.images.records import STDIN
+from featcache.images.shards import find_shards, list_shards
 from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
+from featcache.system.addresses import shown
 from featcache.system.display import aligned, all_refused, count_rows, html_table, quantity
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path, kind_of, missing
+from featcache.system.path_kinds import HERE, AnyPath, Kind, as_path, check_path, kind_of, missing
 
 log = logging.getLogger("featcache")
 
@@ -34,7 +37,8 @@ class Source:
     Attributes:
         path: a folder of class folders; a folder with split folders on top of that (train, val, test, and the names people use
             for them); a flat folder (no labels); a table with a column of paths, or a list of paths, see ``tables.py``; ``-``,
-            the table or list that the command line finds on stdin. A folder may hold a ``metadata.csv``, see ``metadata.py``.
+            the table or list that the command line finds on stdin. A folder may hold a ``metadata.csv``, see ``metadata.py``. A
+            tar, gzipped tar, zip or Parquet file, a folder of such files alone, or a pattern of names, see ``shards.py``.
         class_level: of a folder: which one inside of it names the class, 1: directly in it, 2: one further down, 3: two; when
             None, 2 below folders called like splits, else 1.
         root: of a table: what its paths are relative to, and must not lead out of; when None the folder of the table, of stdin
@@ -67,7 +71,7 @@ class Source:
         return source if isinstance(source, Source) else cls(as_path(source))
 
     def __str__(self) -> str:
-        return "stdin" if self.path == STDIN else str(self.path)
+        return "stdin" if self.path == STDIN else shown(self.path)
 
     @property
     def options(self) -> dict[str, object]:
@@ -79,7 +83,7 @@ class Source:
     def typed(self) -> str:
         """As a user would type it in a command."""
         words = [self.path, *itertools.chain.from_iterable(self.options.items())]
-        return " ".join(shlex.quote(str(word)) for word in words)
+        return " ".join(shlex.quote(shown(str(word))) for word in words)
 
     @property
     def columns(self) -> dict[str, str | None]:
@@ -90,20 +94,25 @@ class Source:
     def check_options(self, kind: str) -> None:
         """Raise UsageError if an option is given that does not apply to such a source.
 
-        ``kind``: ``folder``, ``folder with metadata``, ``table``, or any other to which none applies, as ``cache``.
+        ``kind``: ``folder``, ``folder with metadata``, ``archive``, ``Parquet file``, ``table``, or any other to which none applies,
+        as ``cache``.
         """
         columns = {f"--{role}-column" for role in self.columns}
         applies = {
             "folder": {"--class-level"},
             "folder with metadata": {"--class-level", *columns},
             "table": {"--root", *columns},
+            "archive": {"--class-level"},
+            "Parquet file": {"--label-column", "--split-column"},
         }.get(kind, set())
         if wrong := [option for option in self.options if option not in applies]:
             what = "which folders name the classes" if wrong[0] == "--class-level" else "how a table is read"
             instead = (
                 "name the table that has it, as --group-table FILE" if wrong[0] == "--group-column" else "leave it out"
             )
-            raise UsageError(f"{wrong[0]} says {what}, and {self} is a {kind}; {instead}")
+            raise UsageError(
+                f"{wrong[0]} says {what}, and {self} is {'an' if kind[0] == 'a' else 'a'} {kind}; {instead}"
+            )
 
 
 AnySource = AnyPath | Source
@@ -111,15 +120,15 @@ AnySource = AnyPath | Source
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class ImageList:
-    """The images of a source, sorted by path (CSV: in the order of its rows).
+    """The images of a source, sorted by path (table: in the order of its rows; archives: in their order).
 
     Attributes:
-        root: what ``paths`` are relative to.
+        root: what ``paths`` are relative to; it, or the path below it, may go through an archive.
         paths: N relative paths, POSIX separators; bytes that are not UTF-8 appear as surrogate escapes.
         labels: (N,) int32, index into ``classes``; -1 when unknown.
         classes: sorted class names over all splits, empty class folders included.
         splits: (N,) uint8, index into ``spec.SPLITS``.
-        sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed.
+        sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed; -1: not known. Of archives see ``archives.py``.
         refused: entries that were skipped without opening them, and why.
         refused_at: how many images are listed before each of these.
         groups: of each image what ``Source.group_column`` says, "" where nothing; empty without such a column.
@@ -141,7 +150,7 @@ class ImageList:
 
     def __repr__(self) -> str:
         refused = f", {len(self.refused)} refused unopened" if self.refused else ""
-        return f"ImageList({str(self.root)!r}: {_counted(self)}{refused})"
+        return f"ImageList({shown(self.root)!r}: {_counted(self)}{refused})"
 
     def _repr_html_(self) -> str:
         return html_table(self.count_rows(), caption=repr(self))
@@ -181,7 +190,11 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         return source
     source = Source.of(source)
     path = source.path
-    if path.is_dir():
+    if shards := find_shards(path):
+        rows = shards.archives[0].suffix.lower() == ".parquet" or kind_of(shards.archives[0]) is Kind.PARQUET
+        source.check_options("Parquet file" if rows else "archive")
+        listing = list_shards(str(source), shards, source.columns, labelled=labelled, class_level=source.class_level)
+    elif path.is_dir():
         source.check_options("folder with metadata" if labelled else "folder")
         listing = list_folder(path, labelled=labelled, class_level=source.class_level)
         source.check_options("folder with metadata" if listing.metadata else "folder")
@@ -189,7 +202,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
             listing = describe(listing, source.columns)
     elif is_table(path):
         source.check_options("table")
-        if not (root := source.root or path.parent).is_dir():
+        if not is_home(root := source.root or path.parent):
             raise SourceError(f"--root {root} is no folder; give the one that the paths of {path} are relative to")
         listing = list_table(path, root, source.columns, labelled=labelled)
     else:
@@ -204,6 +217,11 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
     if labelled:
         _say(source, images, counted=counted)
     return images
+
+
+def holds_images(path: Path) -> bool:
+    """Whether ``path`` is listed, as a folder, table or archives are; else it is one file."""
+    return path.is_dir() or is_table(path) or find_shards(path) is not None
 
 
 def check_apart(folder: Path, source: AnySource | ImageList) -> None:

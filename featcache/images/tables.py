@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
+from featcache.images.archives import archive_in, stat_member
 from featcache.images.columns import NONE, Columns, find_columns, printable, quoted, shown, split_in, without_header
 from featcache.images.folders import Entry, Listing, has_image_suffix, holds_an_image
 from featcache.images.records import STDIN, Table, as_text, read_table, without_escape
@@ -138,6 +139,14 @@ def _split(cell: str, columns: Columns, where: str) -> int:
     return split
 
 
+def _in_archive(path: str) -> tuple[int, int]:
+    """Size and time of a file in an archive; -1 if there is none."""
+    try:
+        return stat_member(*inside) if (inside := archive_in(Path(path))) else (-1, -1)
+    except RefusedImage:
+        return -1, -1
+
+
 class Files:
     """The files below a folder, by the names that people write for them."""
 
@@ -193,7 +202,8 @@ class Files:
         try:
             status = os.stat(target)  # noqa: PTH116
         except OSError:
-            return entry._replace(path=path)
+            size, mtime = _in_archive(target)
+            return entry._replace(path=path, size=size, mtime=mtime)
         return entry._replace(path=path, size=status.st_size, mtime=status.st_mtime_ns)
 
     def _without_suffix(self, entry: Entry) -> str | None:

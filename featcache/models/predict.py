@@ -24,11 +24,11 @@ from featcache.heads.head import Array
 from featcache.images.in_memory import Held
 from featcache.images.read import ImageFiles, Paths
 from featcache.images.records import STDIN
-from featcache.images.source import Source, list_images
-from featcache.images.tables import is_table
+from featcache.images.source import Source, holds_images, list_images
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
+from featcache.system.addresses import shown
 from featcache.system.display import bar_in_notebook, describe_images, quantity
 from featcache.system.path_kinds import HERE, AnyPath, Kind, check_path, is_wanted, kind_of, missing
 from featcache.system.runtime_options import check_runtime_options
@@ -174,7 +174,7 @@ def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bo
     for place, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
         if hopeless or not path.is_file():
             check_path(path, "inputs", ("predict", model, *paths[:place], HERE, *paths[place + 1 :]))
-        if kind is Kind.MISSING and path != STDIN and not os.path.lexists(path):
+        if kind is Kind.MISSING and path != STDIN and not os.path.lexists(path) and not holds_images(path):
             raise SourceError(missing(path, "give image files, folders, a CSV or a cache"))
     return [kind is Kind.CACHE for kind in kinds]
 
@@ -228,12 +228,12 @@ def _list_inputs(named: list[tuple[str, Source | Held]]) -> tuple[list[Predictio
     entries: list[Prediction] = []
     in_memory: dict[int, Held] = {}
     for name, entry in named:
-        if isinstance(entry, Source) and (entry.path.is_dir() or is_table(entry.path)):
+        if isinstance(entry, Source) and holds_images(entry.path):
             images = list_images(entry, labelled=False)
-            here = [Prediction(str(images.root / path), None) for path in images.paths]
+            here = [Prediction(shown(images.root / path), None) for path in images.paths]
             refused = zip(images.refused_at, images.refused, strict=True)
             for position, refusal in reversed(list(refused)):  # from the end, so that positions stay true
-                here.insert(position, Prediction(str(images.root / refusal.path), None, refusal.reason))
+                here.insert(position, Prediction(shown(images.root / refusal.path), None, refusal.reason))
             entries += here
         elif isinstance(entry, Source):
             entry.check_options("single image")

@@ -22,6 +22,7 @@ from featcache.models.model import Model
 from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
 from featcache.spec import SPLITS
+from featcache.system.addresses import shown
 from featcache.system.display import all_refused, quantity
 from featcache.system.runtime_options import check_device
 
@@ -60,7 +61,7 @@ class Scored:
     def paths(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
         """Of some of the rows, as the user would type them."""
         names = self.relative(rows)
-        return names if self.root is None else tuple(str(self.root / name) for name in names)
+        return names if self.root is None else tuple(shown(self.root / name) for name in names)
 
     def relative(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
         """Their paths relative to ``root``, or to the source of the cache; empty where not known."""

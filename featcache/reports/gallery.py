@@ -11,9 +11,9 @@ from pathlib import Path
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.errors import FeatcacheError, SourceError, UsageError
+from featcache.images.archives import is_home
 from featcache.images.in_memory import Held
-from featcache.images.source import Source, list_images
-from featcache.images.tables import is_table
+from featcache.images.source import Source, holds_images, list_images
 from featcache.models.model import Model
 from featcache.models.predict import named_inputs
 from featcache.models.prediction import Neighbour, Prediction
@@ -86,7 +86,7 @@ def _labelled(source: Source) -> Iterator[tuple[str, str]]:
     if is_cache(source.path):
         cache = FeatureCache.open(source.path)
         yield from ((path, cache.classes[k]) for path, k in zip(cache.paths, cache.y.tolist(), strict=True) if k >= 0)
-    elif source.path.is_dir() or is_table(source.path):
+    elif holds_images(source.path):
         try:
             with quiet():  # predict has said what there is to say
                 images = list_images(source)
@@ -179,5 +179,5 @@ def check_pictures(folder: Path | None, *, of_caches: bool) -> None:
         return
     if not of_caches:
         raise UsageError(f"--source {folder} is for images of caches, of --evidence, too; leave it out: there is none")
-    if not folder.is_dir():
+    if not is_home(folder):
         raise SourceError(f"--source {folder} is no folder; give the folder that holds the images")

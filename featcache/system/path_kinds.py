@@ -13,12 +13,14 @@ import re
 import shlex
 import stat
 import urllib.parse
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError, UsageError
+from featcache.system import addresses
+from featcache.system.addresses import AnyPath as AnyPath
 
-AnyPath = str | os.PathLike[str]  # an open cache and a loaded model are paths, too
 HDF5 = b"\x89HDF\r\n\x1a\n"
 CACHE_SUFFIXES = (".h5", ".hdf5", ".hdf", ".he5")
 # fmt: off
@@ -46,14 +48,12 @@ _IMAGE = re.compile(b"|".join((
     rb"icns", rb"8BPS\0[\1\2]", rb"v/1\x01", rb"qoif", rb"DDS ", rb"%!PS-Adobe-[\d.]+ EPSF", rb"<svg\s",
 )), re.DOTALL)
 # fmt: on
-_ADDRESS = re.compile(r"(https?|s3|gs|gcs|hf|ftp|file):/+(.+)", re.IGNORECASE)  # a Path has one slash left of two
-_PACKED = re.compile(
-    rb"PK\x03\x04|PK\x05\x06|\x1f\x8b|BZh\d|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07"
-)
+_ZIP = re.compile(rb"PK\x03\x04|PK\x05\x06")
+_PACKED = re.compile(rb"\x1f\x8b|BZh\d|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07")
 _TORCH = re.compile(
     rb"PK\x03\x04.{26}[^/]+/(?:data\.pkl|\.format_version|byteorder|version)|\x80\x02\x8a\nl\xfc", re.DOTALL
 )
-_SHEET = re.compile(rb"PAR1|ARROW1|SQLite format 3\0|PK\x03\x04.{26}(?:\[Content_Types|_rels|xl/|mimetype)", re.DOTALL)
+_SHEET = re.compile(rb"ARROW1|SQLite format 3\0|PK\x03\x04.{26}(?:\[Content_Types|_rels|xl/|mimetype)", re.DOTALL)
 _VIDEO = re.compile(
     rb".{4}ftyp(?:isom|iso\d|mp4|M4V|qt  |avc1|3gp)|\x1aE\xdf\xa3|RIFF.{4}AVI |.{4}(?:moov|wide)", re.DOTALL
 )
@@ -65,6 +65,7 @@ class Kind(enum.Enum):
 
     MISSING = "missing"
     ADDRESS = "an address"
+    PLACE = "a place elsewhere"
     SPECIAL = "a pipe, socket or device"
     FOLDER = "a folder of images"
     BARE = "a folder without images"
@@ -75,6 +76,8 @@ class Kind(enum.Enum):
     EXPORT = "an exported model"
     WEIGHTS = "a file of weights"
     ARCHIVE = "an archive"
+    PARQUET = "a Parquet file"
+    PACKED = "a packed file"
     TABLE = "a table"
     SHEET = "a spreadsheet or data file"
     IMAGE = "an image"
@@ -85,15 +88,17 @@ class Kind(enum.Enum):
 
 
 _FOLDERS = (Kind.FOLDER, Kind.BARE, Kind.EMPTY)
+_ZIPPED = (Kind.SHEET, Kind.DOCUMENT, Kind.ARRAYS, Kind.WEIGHTS, Kind.IMAGE)  # formats that are archives inside
+_SOURCES = (*_FOLDERS, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET, Kind.PLACE)
 _BY_SUFFIX = {
     **dict.fromkeys(IMAGE_SUFFIXES, Kind.IMAGE),
     **dict.fromkeys(CACHE_SUFFIXES, Kind.CACHE),
     **dict.fromkeys((".csv", ".tsv", ".tab", ".txt", ".jsonl"), Kind.TABLE),
-    **dict.fromkeys(
-        (".xlsx", ".xls", ".ods", ".numbers", ".parquet", ".feather", ".arrow", ".json", ".db"), Kind.SHEET
-    ),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers", ".feather", ".arrow", ".json", ".db"), Kind.SHEET),
     **dict.fromkeys((".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pkl"), Kind.WEIGHTS),
-    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"), Kind.ARCHIVE),
+    **dict.fromkeys((".zip", ".tar", ".tgz"), Kind.ARCHIVE),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), Kind.PACKED),
+    ".parquet": Kind.PARQUET,
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".wmv", ".mpg", ".mpeg", ".mts"), Kind.VIDEO),
     **dict.fromkeys((".pdf", ".doc", ".docx", ".pptx", ".html", ".md"), Kind.DOCUMENT),
     **dict.fromkeys((".npy", ".npz"), Kind.ARRAYS),
@@ -112,6 +117,8 @@ def as_path(path: AnyPath) -> Path:
     except TypeError:
         what = "None" if path is None else f"a {type(path).__name__}"
         raise UsageError(f"found {what} where a path was expected; give it as text or as a pathlib.Path") from None
+    if addresses.parse(path) and not os.path.lexists(found):
+        return addresses.without_secrets(path)
     if not str(found).startswith("~") or os.path.lexists(found):
         return found
     try:
@@ -120,13 +127,16 @@ def as_path(path: AnyPath) -> Path:
         return found
 
 
-def _address(path: AnyPath) -> re.Match[str] | None:
-    return _ADDRESS.fullmatch(Path(path).as_posix())
-
-
 def begins_like_an_image(head: bytes) -> bool:
     """Whether a file is an image by its first 32 bytes."""
     return _IMAGE.match(head) is not None
+
+
+def kind_by_name(name: str) -> Kind:
+    """What a file of this name is to hold; FILE where the name does not say."""
+    if name.lower().endswith(".tar.gz"):
+        return Kind.ARCHIVE
+    return _BY_SUFFIX.get(os.path.splitext(name)[1].rstrip().lower(), Kind.FILE)  # noqa: PTH122
 
 
 def kind_of(path: AnyPath) -> Kind:
@@ -135,10 +145,21 @@ def kind_of(path: AnyPath) -> Kind:
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return Kind.ADDRESS if _address(path) and not os.path.lexists(path) else Kind.MISSING
+        return _kind_of_address(path) if addresses.address_of(path) else Kind.MISSING
     if stat.S_ISDIR(status.st_mode):
         return _kind_of_folder(path)
     return _kind_of_file(path) if stat.S_ISREG(status.st_mode) else Kind.SPECIAL
+
+
+def _kind_of_address(path: Path) -> Kind:
+    """By its name: archives are read where they are, and a place that has a listing may hold some."""
+    scheme, _ = addresses.parse(path).groups()  # type: ignore[union-attr]
+    if scheme.lower() not in ("s3", "gs", "gcs", "http", "https"):
+        return Kind.ADDRESS
+    kind = kind_by_name(path.name)
+    if kind is Kind.FILE and not scheme.lower().startswith("http"):
+        return Kind.PLACE
+    return kind if kind in (Kind.ARCHIVE, Kind.PARQUET) else Kind.ADDRESS
 
 
 def _kind_of_folder(path: Path) -> Kind:
@@ -170,28 +191,32 @@ def _files_below(folder: Path) -> "Iterator[os.DirEntry[str]]":
 
 
 def _kind_of_file(path: Path) -> Kind:
-    head, named = _head(path, 512), _BY_SUFFIX.get(path.suffix.rstrip().lower(), Kind.FILE)
+    head, named = _head(path, 512), kind_by_name(path.name)
     if head.startswith(HDF5):
         return Kind.CACHE
     if begins_like_an_image(head):
         return Kind.IMAGE
-    for pattern, kind in ((_TORCH, Kind.WEIGHTS), (_SHEET, Kind.SHEET), (_PACKED, Kind.ARCHIVE), (_VIDEO, Kind.VIDEO)):
+    if head.startswith(b"PAR1"):
+        return Kind.PARQUET
+    kinds = (Kind.WEIGHTS, Kind.SHEET, Kind.ARCHIVE, Kind.PACKED, Kind.VIDEO)
+    for pattern, kind in zip((_TORCH, _SHEET, _ZIP, _PACKED, _VIDEO), kinds, strict=True):
         if pattern.match(head):
-            zipped = (
-                Kind.SHEET,
-                Kind.DOCUMENT,
-                Kind.ARRAYS,
-                Kind.WEIGHTS,
-                Kind.IMAGE,
-            )  # formats that are archives inside
-            return named if kind in (Kind.SHEET, Kind.ARCHIVE) and named in zipped else kind
+            if kind is Kind.PACKED and _is_gzipped_tar(head):
+                return Kind.ARCHIVE
+            return named if kind in (Kind.SHEET, Kind.ARCHIVE, Kind.PACKED) and named in _ZIPPED else kind
     if head[257:262] == b"ustar":
         return Kind.ARCHIVE
-    if (
-        head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
-    ):  # safetensors: the length of its header comes first
+    # Safetensors: the length of its header comes first.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
         return Kind.EXPORT if b'"featcache_version"' in _head(path, 1 << 16) else Kind.WEIGHTS
     return Kind.DOCUMENT if head.startswith(b"%PDF-") else named
+
+
+def _is_gzipped_tar(head: bytes) -> bool:
+    """By the first 512 bytes of a gzip file, in which there is enough of the first header."""
+    with contextlib.suppress(zlib.error):
+        return zlib.decompressobj(31).decompress(head, 512)[257:262] == b"ustar"
+    return False
 
 
 def _head(path: Path, size: int) -> bytes:
@@ -209,32 +234,30 @@ def _head(path: Path, size: int) -> bytes:
 
 # ------------------------------------------------------------------------------------------------- what to type instead
 
+_INPUTS = (*_SOURCES, Kind.CACHE, Kind.IMAGE, Kind.FILE)
 _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
     "model": (ModelError, "the folder of a model", (Kind.MODEL,)),
     "cache": (CacheError, "a cache", (Kind.CACHE,)),
-    "images": (SourceError, "a folder of images or a table", (*_FOLDERS, Kind.TABLE, Kind.FILE)),
+    "images": (SourceError, "a folder, an archive or a table of images", (*_SOURCES, Kind.FILE)),
     "images or cache": (
         SourceError,
-        "a folder of images, a table or a cache",
-        (*_FOLDERS, Kind.TABLE, Kind.FILE, Kind.CACHE),
+        "a folder, an archive or a table of images, or a cache",
+        (*_SOURCES, Kind.FILE, Kind.CACHE),
     ),
-    "inputs": (
-        SourceError,
-        "images, a folder, a table or a cache",
-        (*_FOLDERS, Kind.TABLE, Kind.CACHE, Kind.IMAGE, Kind.FILE),
-    ),
+    "inputs": (SourceError, "images, a folder, archive or table of them, or a cache", _INPUTS),
     "cache or model": (CacheError, "a cache or the folder of a model", (Kind.CACHE, Kind.MODEL)),
 }
 HERE = ...  # the place of a path among the words of a command
 Words = Sequence[object]
 _EXPORTED = "it is for other programs to run"
+# Of -o.
 _EXAMPLES = {
     "extract": "features.h5",
     "fit-head": "model",
     "finetune": "model-ft",
     "export": "model.onnx",
     "audit": "audit",
-}  # of -o
+}
 
 
 def check_path(path: AnyPath, wanted: str, words: Words) -> None:
@@ -294,9 +317,7 @@ def place_for(path: Path) -> str:
 
 def typed(path: object) -> str:
     """A path, or another word, as it is typed in a shell."""
-    text = str(path)
-    if found := _address(text):
-        text = f"{found[1]}://{'/' if found[1].lower() == 'file' else ''}{found[2]}"
+    text = addresses.shown(str(path))
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
@@ -320,7 +341,7 @@ def _same(path: Path, output: Path) -> bool:
 
 def _swapped(path: Path, kind: Kind, accepted: tuple[Kind, ...], words: Words) -> str:
     """Whether another path of the command is what is wanted here: what to say then."""
-    fit = (*_FOLDERS, Kind.TABLE, Kind.IMAGE, Kind.CACHE, Kind.MODEL)
+    fit = (*_SOURCES, Kind.IMAGE, Kind.CACHE, Kind.MODEL)
     for place, other in enumerate(words):
         if not isinstance(other, os.PathLike) or not (kind in fit or kind is Kind.MISSING):
             continue
@@ -347,9 +368,9 @@ def _apart(name: str, *sources: object) -> str:
 
 def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
     """What to do about a path of the wrong kind."""
-    if kind is Kind.ADDRESS:
+    if kind in (Kind.ADDRESS, Kind.PLACE) or (addresses.parse(path) and wanted == "model"):
         return _download(path, words)
-    if kind is Kind.ARCHIVE:
+    if kind is Kind.PACKED or (kind is Kind.ARCHIVE and not wanted.startswith(("cache", "images", "inputs"))):
         line, into = _unpack(path)
         return f"unpack it: `{line}`" + ("" if wanted.startswith("cache") else f", then {_again(words, into)}")
     if kind is Kind.WORK:
@@ -359,11 +380,8 @@ def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
 
 
 def _to_images(path: Path, kind: Kind, words: Words) -> str:
-    given, source, option = (
-        typed(path),
-        _again(words, "SOURCE").rstrip("`"),
-        {"extract": "--backbone", "finetune": "--init"},
-    )
+    given, source = typed(path), _again(words, "SOURCE").rstrip("`")
+    option = {"extract": "--backbone", "finetune": "--init"}
     match str(words[0]), kind:
         case "extract", Kind.CACHE:
             return f"did you mean `featcache fit-head {given} -o {typed(_apart('model'))}`?"
@@ -399,7 +417,7 @@ def _to_model(path: Path, kind: Kind, words: Words) -> str:
         return f"there is one in it: {_again(words, inside[0].parent)}"
     if kind is Kind.CACHE:
         return f"train one on it: `featcache fit-head {given} -o {model}`, then {again}"
-    if kind in (Kind.FOLDER, Kind.TABLE):
+    if kind in (Kind.FOLDER, Kind.TABLE, Kind.PARQUET):
         cache = typed(_apart("features.h5", path))
         return (
             f"make one: `featcache extract {given} -o {cache}`, `featcache fit-head {cache} -o {model}`, then {again}"
@@ -426,7 +444,7 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
         return f"`featcache extract SOURCE -o features.h5 --backbone NAME --weights {given}` makes one with it"
     if kind in _FOLDERS and (inside := sorted(found for found in path.glob("*.h5") if kind_of(found) is Kind.CACHE)):
         return f"there is one in it: {_again(words, inside[0])}"
-    if kind not in (Kind.FOLDER, Kind.TABLE):
+    if kind not in (Kind.FOLDER, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET):
         return "`featcache extract SOURCE -o features.h5` makes one"
     if command == "fit-head" and output is not None and output.suffix.lower() in CACHE_SUFFIXES:
         return f"did you mean `featcache extract {given} -o {typed(output)}`?"
@@ -453,20 +471,27 @@ def _unpack(path: Path) -> tuple[str, str]:
 
 def _download(path: Path, words: Words) -> str:
     """For an address, by its scheme."""
-    scheme, rest = _address(path).groups()  # type: ignore[union-attr]
-    scheme, address, name = scheme.lower(), typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
-    if scheme == "file":
+    scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
+    if scheme.lower() == "file":
         return f"did you mean {_again(words, urllib.parse.unquote('/' + rest))}?"
+    line, target = fetch_line(path)
+    if not line:
+        return "save what is there as files first, and give their folder"
+    if kind_by_name(target) is not Kind.PACKED:
+        return f"download it: `{line}`, then {_again(words, target)}"
+    unpack, into = _unpack(Path(target))
+    return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"
+
+
+def fetch_line(path: Path) -> tuple[str, str]:
+    """Of an address, by its scheme: the line that fetches what is there, empty if none would, and what it is called then."""
+    scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
+    address, name = typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
     repository = rest.removeprefix("datasets/").split("/")[:2]
     kind, target = _BY_SUFFIX.get(Path(name).suffix.lower()), _apart(name)
     line = {
         "s3": f"aws s3 {'cp' if kind else 'sync'} {address} {typed(target)}",
         "hf": f"hf download {typed('/'.join(repository))} --repo-type dataset --local-dir {typed(target)}",
         **dict.fromkeys(("gs", "gcs"), f"gcloud storage {'cp' if kind else 'rsync -r'} {address} {typed(target)}"),
-    }.get(scheme, f"curl -L -o {typed(target)} {address}" if kind else "")
-    if not line:
-        return "save what is there as files first, and give their folder"
-    if kind is not Kind.ARCHIVE:
-        return f"download it: `{line}`, then {_again(words, target)}"
-    unpack, into = _unpack(Path(target))
-    return f"download it: `{line}`, unpack it: `{unpack}`, then {_again(words, into)}"
+    }.get(scheme.lower(), f"curl -L -o {typed(target)} {address}" if kind else "")
+    return line, target

@@ -14,13 +14,15 @@ from conftest import write_photo
 
 from featcache.models.fit import fit_head
 
-MODEL, IMAGES = "expected the folder of a model", "expected a folder of images or a table"
-SCORED = "expected a folder of images, a table or a cache"
-INPUTS, EITHER = "expected images, a folder, a table or a cache", "expected a cache or the folder of a model"
+MODEL, IMAGES = "expected the folder of a model", "expected a folder, an archive or a table of images"
+SCORED = "expected a folder, an archive or a table of images, or a cache"
+INPUTS, EITHER = (
+    "expected images, a folder, archive or table of them, or a cache",
+    "expected a cache or the folder of a model",
+)
 EXPORTED = "it is for other programs to run"
 MAKE = "make one: `featcache extract photos -o features.h5`, `featcache fit-head features.h5 -o model`, then"
 WEIGHTS = "`featcache extract SOURCE -o features.h5 --backbone NAME --weights w.pth`"
-UNZIP = "unpack it: `unzip birds.zip -d birds`"
 # What is typed -> exit code, answer.
 MIXUPS = {
     "predict photos model": "photos is a folder of images and model is a model; did you mean `featcache predict model photos`?",
@@ -40,7 +42,6 @@ MIXUPS = {
     "predict model photo": "photo does not exist; did you mean photos?",
     "predict model model": f"model is a model, {INPUTS}; did you mean `featcache predict model SOURCE`?",
     "predict model m.onnx": f"m.onnx is an exported model, {INPUTS}; {EXPORTED}",
-    "predict model birds.zip": f"birds.zip is an archive, {INPUTS}; {UNZIP}, then `featcache predict model birds`",
     "predict model https://example.org/a%20b.jpg": f"https://example.org/a%20b.jpg is an address, {INPUTS}; download it: "
     "`curl -L -o 'a b.jpg' https://example.org/a%20b.jpg`, then `featcache predict model 'a b.jpg'`",
     "predict model film.mp4": f"film.mp4 is a video, {INPUTS}; take frames out of it: `mkdir frames && ffmpeg -i film.mp4 -r 1 frames/%06d.jpg`, "
@@ -61,7 +62,7 @@ MIXUPS = {
     "fit-head f.h5 -o photos": "cannot write photos: it is a folder of images, not a featcache model; choose another -o",
     "fit-head f.h5 -o f.h5": "cannot write f.h5: it is what is read; choose another -o, such as model",
     "fit-head w.pth -o m": f"w.pth is a file of weights, expected a cache; {WEIGHTS} makes one with it",
-    "fit-head f.h5.gz -o m": "f.h5.gz is an archive, expected a cache; unpack it: `gunzip -k f.h5.gz`",
+    "fit-head f.h5.gz -o m": "f.h5.gz is a packed file, expected a cache; unpack it: `gunzip -k f.h5.gz`",
     "extract f.h5 -o g.h5": f"f.h5 is a cache, {IMAGES}; did you mean `featcache fit-head f.h5 -o model`?",
     "extract disguised.jpg -o g.h5": f"disguised.jpg is a cache, {IMAGES}; did you mean `featcache fit-head disguised.jpg -o model`?",
     "extract model -o g.h5": f"model is a model, {IMAGES}; did you mean `featcache extract SOURCE -o g.h5 --backbone model`?",
@@ -69,21 +70,22 @@ MIXUPS = {
     "extract m.onnx -o g.h5": f"m.onnx is an exported model, {IMAGES}; {EXPORTED}",
     "extract photos/red/0.png -o g.h5": f"photos/red/0.png is an image, {IMAGES}; single images are for predict: "
     "`featcache predict MODEL photos/red/0.png`",
-    "extract birds.zip -o g.h5": f"birds.zip is an archive, {IMAGES}; {UNZIP}, then `featcache extract birds -o g.h5`",
-    "extract birds.tar.gz -o g.h5": f"birds.tar.gz is an archive, {IMAGES}; unpack it: `mkdir birds && tar -xf birds.tar.gz -C birds`, then "
+    "extract birds.tar.gz -o g.h5": f"birds.tar.gz is a packed file, {IMAGES}; unpack it: `mkdir birds && tar -xf birds.tar.gz -C birds`, then "
     "`featcache extract birds -o g.h5`",
-    "extract birds.7z -o g.h5": f"birds.7z is an archive, {IMAGES}; unpack it: `7z x birds.7z -obirds`, then `featcache extract birds -o g.h5`",
-    "extract birds.rar -o g.h5": f"birds.rar is an archive, {IMAGES}; unpack it: `unrar x birds.rar birds/`, then `featcache extract birds -o g.h5`",
-    "extract photos.zip -o g.h5": f"photos.zip is an archive, {IMAGES}; unpack it: `unzip photos.zip -d photos-unpacked`, then "
-    "`featcache extract photos-unpacked -o g.h5`",
-    "extract https://example.org/birds.zip -o g.h5": f"https://example.org/birds.zip is an address, {IMAGES}; download it: "
-    f"`curl -L -o birds.zip https://example.org/birds.zip`, {UNZIP}, then `featcache extract birds -o g.h5`",
+    "extract birds.7z -o g.h5": f"birds.7z is a packed file, {IMAGES}; unpack it: `7z x birds.7z -obirds`, then `featcache extract birds -o g.h5`",
+    "extract birds.rar -o g.h5": f"birds.rar is a packed file, {IMAGES}; unpack it: `unrar x birds.rar birds/`, then `featcache extract birds -o g.h5`",
+    "extract https://example.org/birds.rar -o g.h5": f"https://example.org/birds.rar is an address, {IMAGES}; download it: "
+    "`curl -L -o birds.rar https://example.org/birds.rar`, unpack it: `unrar x birds.rar birds/`, then `featcache extract birds -o g.h5`",
+    "fit-head s3://bucket/birds.tar -o m": "s3://bucket/birds.tar is an archive, expected a cache; make one: "
+    "`featcache extract s3://bucket/birds.tar -o features.h5`, then `featcache fit-head features.h5 -o m`",
+    "predict s3://bucket/m.tar photos": "s3://bucket/m.tar is an archive, expected the folder of a model; download it: "
+    "`aws s3 cp s3://bucket/m.tar m.tar`, then `featcache predict m.tar photos`",
     "extract https://example.org/gallery -o g.h5": f"https://example.org/gallery is an address, {IMAGES}; save what is there as files first, "
     "and give their folder",
-    "extract s3://bucket/birds -o g.h5": f"s3://bucket/birds is an address, {IMAGES}; download it: `aws s3 sync s3://bucket/birds birds`, then "
-    "`featcache extract birds -o g.h5`",
-    "extract gs://bucket/birds -o g.h5": f"gs://bucket/birds is an address, {IMAGES}; download it: `gcloud storage rsync -r gs://bucket/birds birds`, "
-    "then `featcache extract birds -o g.h5`",
+    "extract s3://bucket/birds.csv -o g.h5": f"s3://bucket/birds.csv is an address, {IMAGES}; download it: "
+    "`aws s3 cp s3://bucket/birds.csv birds.csv`, then `featcache extract birds.csv -o g.h5`",
+    "extract gs://bucket/1.jpg -o g.h5": f"gs://bucket/1.jpg is an address, {IMAGES}; download it: `gcloud storage cp gs://bucket/1.jpg 1.jpg`, "
+    "then `featcache extract 1.jpg -o g.h5`",
     "extract hf://datasets/ann/birds -o g.h5": f"hf://datasets/ann/birds is an address, {IMAGES}; download it: "
     "`hf download ann/birds --repo-type dataset --local-dir birds`, then `featcache extract birds -o g.h5`",
     "extract file:///data/birds -o g.h5": f"file:///data/birds is an address, {IMAGES}; did you mean `featcache extract /data/birds -o g.h5`?",

@@ -50,17 +50,17 @@ FILES = [
     ("photo.jpg", tarred("w:"), Kind.ARCHIVE),
     ("list.csv", zipped("list.csv"), Kind.ARCHIVE),
     ("photos", tarred("w:gz"), Kind.ARCHIVE),
-    ("photos", tarred("w:xz"), Kind.ARCHIVE),
-    ("photos", tarred("w:bz2"), Kind.ARCHIVE),
-    ("photos", gzip.compress(b"x"), Kind.ARCHIVE),
-    ("photos", b"7z\xbc\xaf\x27\x1c", Kind.ARCHIVE),
-    ("photos", b"Rar!\x1a\x07\x01\0", Kind.ARCHIVE),
+    ("photos", tarred("w:xz"), Kind.PACKED),
+    ("photos", tarred("w:bz2"), Kind.PACKED),
+    ("photos", gzip.compress(b"x"), Kind.PACKED),
+    ("photos", b"7z\xbc\xaf\x27\x1c", Kind.PACKED),
+    ("photos", b"Rar!\x1a\x07\x01\0", Kind.PACKED),
     ("photos", b"PK\x05\x06" + bytes(18), Kind.ARCHIVE),  # empty
     ("model.bin", OURS, Kind.EXPORT),
     ("model.bin", OTHERS, Kind.WEIGHTS),
     ("model", zipped("archive/data.pkl"), Kind.WEIGHTS),
     ("table", zipped("[Content_Types].xml"), Kind.SHEET),
-    ("table", b"PAR1", Kind.SHEET),
+    ("table", b"PAR1", Kind.PARQUET),
     ("clip", b"\0\0\0\x20ftypisom", Kind.VIDEO),
     ("photo.mp4", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", Kind.IMAGE),
     ("text", b"%PDF-1.7", Kind.DOCUMENT),
@@ -122,11 +122,23 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["https://a.b/c.zip", "s3://bucket", "GS://bucket/x", "hf://datasets/u/n", "file:///x"]
+    ("address", "kind"),
+    [
+        ("https://a.b/c.zip", Kind.ARCHIVE),
+        ("https://a.b/c", Kind.ADDRESS),
+        ("https://a.zip", Kind.ARCHIVE),
+        ("s3://bucket/train-{000..003}.tar", Kind.ARCHIVE),
+        ("s3://bucket/x.parquet", Kind.PARQUET),
+        ("s3://bucket/x.h5", Kind.ADDRESS),
+        ("s3://bucket", Kind.PLACE),
+        ("GS://bucket/x", Kind.PLACE),
+        ("hf://datasets/u/n.tar", Kind.ADDRESS),
+        ("file:///x", Kind.ADDRESS),
+    ],
 )
-def test_addresses(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kind_of(address) is kind_of(Path(address)) is Kind.ADDRESS
-    assert typed(Path(address)) == address  # a Path swallows a slash
+def test_addresses(address: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kind_of(address) is kind_of(Path(address)) is kind
+    assert typed(Path(address)).strip("'") == address  # a Path swallows a slash
     monkeypatch.chdir(tmp_path)
     Path(address).mkdir(parents=True)  # nothing is too odd to be a folder's name
     assert address.startswith("file:///") or kind_of(address) is Kind.EMPTY

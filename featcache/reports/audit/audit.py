@@ -13,6 +13,7 @@ from featcache.curation.finding import KINDS, Kind
 from featcache.curation.honest_score import Score
 from featcache.curation.plan import plan_lines
 from featcache.errors import MissingDependencyError, SourceError, UsageError
+from featcache.images.archives import is_home
 from featcache.images.source import check_apart
 from featcache.reports.audit.folder import COLUMNS, check_folder, write_folder
 from featcache.reports.audit.page import audit_page
@@ -238,7 +239,7 @@ def _root(cache: FeatureCache, source: AnyPath | None) -> Path | None:
     if source is None:
         return guess_root(cache)
     root = as_path(source)
-    if not root.is_dir():
+    if not is_home(root):
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
     return root
 

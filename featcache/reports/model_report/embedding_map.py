@@ -19,6 +19,7 @@ from markupsafe import Markup
 from featcache.cache.cache import FeatureCache
 from featcache.errors import SourceError
 from featcache.heads.head import Indices
+from featcache.images.archives import is_home
 from featcache.reports.elements.cards import Card, cards_data
 from featcache.reports.elements.charts import Chart
 from featcache.reports.elements.numbers import count_text
@@ -215,7 +216,7 @@ def map(
     if not len(opened):
         raise SourceError(f"{opened.path} has no rows; a map needs some")
     root = None if source is None else as_path(source)
-    if root is not None and not root.is_dir():
+    if root is not None and not is_home(root):
         raise SourceError(f"{root} is no folder; give the folder that holds the images of {opened.path}")
     root = root or guess_root(opened)
     chosen = np.sort(drawn_evenly(np.arange(len(opened)), opened.y, _CARDS, seed=seed))

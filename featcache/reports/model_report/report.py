@@ -17,6 +17,7 @@ from markupsafe import Markup
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.heads.head import Array
+from featcache.images.archives import is_home
 from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.models.limits import Limits, rows_that_trained
 from featcache.models.model import Model, load_model
@@ -128,7 +129,7 @@ def report(
     if drawn is not None:
         check_figures(drawn)
     root = None if pictures is None else as_path(pictures)
-    if root is not None and not root.is_dir():
+    if root is not None and not is_home(root):
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
     other = None if against is None else _other(model, against)
     compared = None if evidence is None else _evidence(model, evidence, source)

@@ -171,6 +171,9 @@ def test_an_archive_that_is_cut_off(tmp_path: Path, form: str) -> None:
     (tmp_path / "a.tar").write_bytes(tar(tmp_path / "b.tar", GOOD).read_bytes()[: 512 * 5 + 100])
     contents, refused = found(tmp_path / "a.tar")
     assert [*contents] == ["good/0.jpg", "good/1.jpg"] and refused == {"": "cut off; nothing is read from byte 2048 on"}
+    images = list_images(tmp_path / "a.tar")
+    assert images.paths == ("good/0.jpg", "good/1.jpg")
+    assert images.refused == (("a.tar", "cut off; nothing is read from byte 2048 on"),) and images.refused_at == (2,)
 
 
 def test_two_tars_in_one_file(tmp_path: Path) -> None:

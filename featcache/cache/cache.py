@@ -88,7 +88,7 @@ class FeatureCache:
         cache = cls.salvage(path)
         if cache.damaged_columns:
             raise DamagedCacheError(
-                f"{path} is damaged: checksum mismatch in its {', '.join(cache.damaged_columns)}; {repair_advice(path)}"
+                f"{path} is damaged: checksum mismatch in its {', '.join(cache.damaged_columns)}; {cache.advice}"
             )
         return cache
 
@@ -143,6 +143,11 @@ class FeatureCache:
     def fingerprint(self) -> str:
         """sha256 (hex) of the spec."""
         return self.spec.fingerprint
+
+    @property
+    def advice(self) -> str:
+        """What to do if it is damaged."""
+        return repair_advice(self.path, external=self.spec.stated is not None)
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
@@ -219,9 +224,7 @@ class FeatureCache:
         damaged, not_finite = self._scan(features, finite=finite)
         if damaged:
             rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
-            raise DamagedCacheError(
-                f"{self.path} is damaged: checksum mismatch in rows {rows}; {repair_advice(self.path)}"
-            )
+            raise DamagedCacheError(f"{self.path} is damaged: checksum mismatch in rows {rows}; {self.advice}")
         self._verified.add(identity)
         return not_finite
 

@@ -173,7 +173,13 @@ class Spec:
     @classmethod
     def external(cls, stated: str, storage: str) -> "Spec":
         """Of vectors made elsewhere: equal where the statements are. Raises UsageError: not 1 to 500 printable characters."""
-        unknown: dict[str, Any] = {"weights_sha256": "", "layer": "", "precision": "", "pooling": "", "preprocess": None}
+        unknown: dict[str, Any] = {
+            "weights_sha256": "",
+            "layer": "",
+            "precision": "",
+            "pooling": "",
+            "preprocess": None,
+        }
         return cls(backbone=f"external: {stated}", stated=stated, storage=storage, **unknown)
 
     def __post_init__(self) -> None:

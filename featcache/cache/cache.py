@@ -275,6 +275,26 @@ class FeatureCache:
         pair = self.take(rows), self.y[rows]
         return (*pair, np.array(self.paths, object)[rows]) if paths else pair
 
+    def to_arrow(self) -> Any:
+        """A ``pyarrow.Table``, a row an image: the columns of ``cache.table``, ``vector`` on the file's own memory, like ``X``.
+
+        Raises:
+            MissingDependencyError: pyarrow is not installed. CacheError, ExportError: as ``X``, and ``readable_classes``.
+        """
+        from featcache.cache.table import to_arrow  # which takes what is above
+
+        return to_arrow(self)
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with the same columns; each ``vector`` is an array (D,) on the file's own memory.
+
+        Raises:
+            MissingDependencyError: pandas is not installed. CacheError, ExportError: as ``to_arrow``.
+        """
+        from featcache.cache.table import to_pandas
+
+        return to_pandas(self)
+
     def rows_not_finite(self) -> npt.NDArray[np.intp]:
         """Verify all features; in the same pass find the rows that are not finite. Raises CacheError as ``reader``."""
         with self.unverified() as features:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache import __version__
-from featcache.cli import audit, demo, extract, inspect, pages, predict, split, train
+from featcache.cli import audit, demo, exchange, extract, inspect, pages, predict, split, train
 from featcache.cli.console import is_first_process, open_missing_streams, say, show_result, silence
 from featcache.cli.help import Command, Group
 from featcache.cli.usage import explain, with_backbone
@@ -53,7 +53,17 @@ app = typer.Typer(
     "  featcache fit-head features.h5 -o model/\n  featcache predict model/ new_photos/",
 )
 _EXAMPLES: dict[str, str] = {}  # the first of each command
-for group in (split, extract, audit, train, predict, pages, inspect, demo):  # in the order in which the help shows them
+for group in (
+    split,
+    extract,
+    audit,
+    train,
+    predict,
+    exchange,
+    pages,
+    inspect,
+    demo,
+):  # in the order in which the help shows them
     for command, text in group.COMMANDS.items():
         examples = text.split("  ·  ")
         _EXAMPLES[command.__name__.replace("_", "-")] = examples[0]

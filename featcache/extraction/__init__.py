@@ -8,4 +8,6 @@ match.py    images to cached rows, by digest
 parts.py    finished work of a running extraction: how it is resumed
 repair.py   verify --repair
 restore.py  damaged columns, from the source
+external.py import: vectors that were made elsewhere
+vectors.py  their tables: Parquet, .npz
 """

@@ -205,6 +205,10 @@ class Spec:
             raise UsageError(f"the spec's layers are {self.layers!r}, expected a number from 1 to {_MAX_LAYERS}")
 
     @property
+    def _origin(self) -> str:
+        return f"embedded by {self.backbone}" if self.stated is None else f"made elsewhere, stated: {self.stated}"
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON."""
         return fingerprint_of(self.to_json())
@@ -252,6 +256,8 @@ class Spec:
 
     def difference(self, wanted: "Spec") -> str:
         """Field by field: ``preprocess.interpolation: bicubic -> bilinear; storage: float16 -> float32``."""
+        if (self.stated is None) != (wanted.stated is None):
+            return f"{self._origin} -> {wanted._origin}"
         return "; ".join(difference(self.to_json(), wanted.to_json()))
 
 

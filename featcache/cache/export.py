@@ -72,6 +72,7 @@ def write_as(cache: "FeatureCache", output: Path, added: Added = NOTHING, *, by:
     assert kind is not None
     needed = len(cache) * (cache.dim * (4 if kind == ".faiss" else cache.dtype.itemsize) + 64)
     check_free_space(output.parent, needed)
+    cache.check_features()  # before the first file is there
     for path in files_of(output):
         write = WRITERS[kind] if path == output else _write_which
         with publish_file(path) as file:
@@ -152,23 +153,25 @@ def _entry(
 
 def _write_faiss(file: BinaryIO, cache: "FeatureCache", added: Added, by: str) -> None:
     size = rows_per_block(cache)
-    usable = [_norms(block)[1] for block in cache.blocks(np.arange(len(cache)), size=size)]
-    ids = np.flatnonzero(np.concatenate(usable)) if usable else np.empty(0, np.intp)
+    found = [_norms(block) for block in cache.blocks(np.arange(len(cache)), size=size)]
+    norms = np.concatenate([np.empty(0, np.float32), *found])
+    ids = np.flatnonzero(norms)
     if not len(ids):
         raise ExportError(f"{cache.path} has no row that an index could hold: none, or only zeros")
     file.write(_faiss_header(b"IxMp", cache.dim, len(ids)) + _faiss_header(b"IxFI", cache.dim, len(ids)))
     file.write(struct.pack("<Q", len(ids) * cache.dim))
-    for block in cache.blocks(ids, size=size):
-        file.write(bytes_of((block.astype(np.float32) / _norms(block)[0][:, None]).astype("<f4")))
+    for rows, block in zip(slices(len(ids), size), cache.blocks(ids, size=size), strict=True):
+        file.write(bytes_of((block.astype(np.float32) / norms[ids[rows], None]).astype("<f4", copy=False)))
     file.write(struct.pack("<Q", len(ids)))
     file.write(bytes_of(ids.astype("<i8")))
 
 
-def _norms(features: Features) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """(n,) lengths of (n, D) rows, and which have one that can be divided by."""
+def _norms(features: Features) -> npt.NDArray[np.float32]:
+    """(n,) lengths of (n, D) rows; 0 where there is none that can be divided by."""
+    values = features.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.linalg.norm(features.astype(np.float32), axis=1)
-    return norms, is_finite(features) & np.isfinite(norms) & (norms > 0)
+        norms = np.sqrt(np.einsum("nd,nd->n", values, values))
+    return np.where(is_finite(features) & np.isfinite(norms), norms, np.float32(0))
 
 
 def _faiss_header(kind: bytes, dim: int, n: int) -> bytes:
@@ -178,11 +181,11 @@ def _faiss_header(kind: bytes, dim: int, n: int) -> bytes:
 
 def _write_which(file: BinaryIO, cache: "FeatureCache", added: Added, by: str) -> None:
     """Beside an index: a line of JSON for each row, its id first."""
-    kinds, row = [name for name, kind in kinds_of(cache.rows, added).items() if kind != "bytes"], 0
-    for block in blocks(cache, added):
-        for values in zip(*(block[name] for name in kinds), strict=True):
-            file.write(json.dumps({"id": row} | dict(zip(kinds, map(_plain, values), strict=True))).encode() + b"\n")
-            row += 1
+    texts, names = Texts(cache), ("path", "label", "split", "sha256")
+    for rows in slices(len(cache), 1 << 16):
+        block = texts.of(rows)
+        for row, *values in zip(range(rows.start, rows.stop), *(block[name] for name in names), strict=True):
+            file.write(json.dumps({"id": row} | dict(zip(names, values, strict=True))).encode() + b"\n")
 
 
 def _plain(value: Any) -> Any:

@@ -104,6 +104,8 @@ def import_vectors(
         original = _original_spec(table)
         stated = _statement(table, stated, original)
         vectors = choose_vectors(table, vector_column)
+        if not table.n:
+            raise SourceError(f"{source} has no rows; expected an image in each")
         dim, found = table.shape(vectors)
         storage = "float16" if found == np.float16 else "float32"
         spec = Spec.external(stated, storage)
@@ -189,8 +191,6 @@ def _read_rows(
     table: VectorTable, chosen: dict[str, str | None]
 ) -> tuple[Rows, tuple[str, ...], tuple[Refusal, ...], str]:
     """All columns beside the vectors, the classes, refused images, and what the digests are of."""
-    if not table.n:
-        raise SourceError(f"{table.path} has no rows; expected an image in each")
     columns = find_columns(str(table.path), table.header, chosen)
     try:
         classes, refused = original_names(table.notes)

@@ -204,6 +204,7 @@ def _read_rows(
     ignored = [name for name in (*table.header, *table.others) if name not in names.values()]
     said = ", ".join(f"{role} from {name!r}" for role, name in names.items() if role != "path_bytes")
     log.info("%s: %s%s", table.path, printable(said), f"; ignored: {printable(shown(ignored))}" if ignored else "")
+    classes = classes if names.get("label") == "label" else []  # they are those of that column
     reading = _Reading(table.path, names, classes)
     for block in table.columns(list(dict.fromkeys(names.values()))):
         reading.add(block)

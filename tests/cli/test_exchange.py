@@ -32,8 +32,8 @@ MIXUPS = {
     "export m -o x.parquet": ".parquet is for the rows of a cache; name x.parquet .onnx or .safetensors, or give a cache",
     "export m -o x.onnx --map pca": "--map is for the rows of a cache; leave it out, or give a cache",
     "export m -o x.onnx --model m": "--model is for the rows of a cache; leave it out, or give a cache",
-    "export f.h5 -o x.npz --map x": "unknown map 'x'; choose one of auto, pca, tsne, none",
-    "export f.h5 -o x.npz --model n": "n does not exist; make one with `featcache fit-head features.h5 -o n`",
+    "export f.h5 -o z.npz --map x": "no map is called 'x'; choose one of auto, pca, tsne, none",
+    "export f.h5 -o z.npz --model n": "n does not exist; make one with `featcache fit-head features.h5 -o n`",
     "import x.npz -o g.h5": "nothing says what made the vectors of x.npz; say it, as --stated 'CLIP ViT-L/14 of open_clip, laion2b'",
     "import m -o g.h5": "m is a model, expected a table of vectors, Parquet or .npz; "
     "numpy.savez('vectors.npz', vector=X, path=names) makes one",

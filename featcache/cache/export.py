@@ -89,6 +89,7 @@ def _write_parquet(file: BinaryIO, cache: "FeatureCache", added: Added, by: str)
         "compression": {**dict.fromkeys(others, "zstd"), vector: "none"},
         "use_dictionary": [name for name in texts if name not in ("sha256", "path")],
         "write_statistics": others,
+        "write_page_checksum": True,
     }
     per_group, group, held = max(1, _ROW_GROUP_BYTES // (cache.dim * cache.dtype.itemsize)), list[Any](), 0
     with pa.parquet.ParquetWriter(file, schema, **options) as writer:

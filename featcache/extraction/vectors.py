@@ -140,7 +140,8 @@ class _Parquet:
         self.notes = _notes(metadata.get(b"featcache", b""))
         texts = [name for name in self.header if _is_text(pa, self._types[name])]
         # One page after the other, not whole columns: row groups may be of any size.
-        self._file = pa.parquet.ParquetFile(path, read_dictionary=texts, pre_buffer=False, buffer_size=1 << 20)
+        options = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
+        self._file = pa.parquet.ParquetFile(path, read_dictionary=texts, **options)
 
     def shape(self, vectors: str) -> tuple[int, np.dtype[Any]]:
         kind, metadata = self._types[vectors], self._file.metadata

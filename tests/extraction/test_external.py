@@ -247,6 +247,17 @@ def test_flipped_bits_never_crash(tmp_path: Path, ending: str) -> None:
     assert "refused" in outcomes
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".npz"])
+def test_a_flipped_bit_of_a_vector_is_found(tmp_path: Path, ending: str) -> None:
+    X = make_cache(tmp_path / "f.h5", 20)
+    export_cache(tmp_path / "f.h5", tmp_path / f"x{ending}")
+    data = bytearray((tmp_path / f"x{ending}").read_bytes())
+    data[data.index(X[7].tobytes())] ^= 1
+    (tmp_path / f"x{ending}").write_bytes(data)
+    with pytest.raises(SourceError, match="cannot be read: .*(?i:crc)"):
+        import_vectors(tmp_path / f"x{ending}", tmp_path / "g.h5")
+
+
 def test_a_text_that_is_repeated_takes_no_memory_for_each_row(tmp_path: Path) -> None:
     n = 50_000
     labels = pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), pa.array(["x" * 100_000]))  # 5 GB

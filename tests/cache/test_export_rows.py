@@ -205,7 +205,7 @@ def test_nothing_is_replaced_unasked(made: Path, tmp_path: Path, cache: Path) ->
             export_cache(made, tmp_path / name)
     make_classes(tmp_path / "g.h5", [0, 1] * 20, spec=SPEC.external("other", "float16"))
     fit_head(tmp_path / "g.h5", tmp_path / "m", C=1.0, folds=0)
-    with pytest.raises(SpecMismatchError, match="give the cache that it belongs to"):
+    with pytest.raises(SpecMismatchError, match="give a cache that was imported with the same statement"):
         export_cache(made, tmp_path / "y.parquet", model=tmp_path / "m")
 
 

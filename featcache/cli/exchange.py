@@ -87,6 +87,15 @@ def import_(
             help="What made the vectors, in a line; same words, same spec. Default: what an exported cache says.",
         ),
     ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--source",
+            metavar="FOLDER",
+            readable=False,
+            help="The images: identified by their bytes, and shown on pages.",
+        ),
+    ] = None,
     vector_column: Annotated[
         str | None, typer.Option(help="The column of vectors. Default: the only one, or one called so.")
     ] = None,
@@ -106,6 +115,7 @@ def import_(
         table,
         output,
         stated=stated,
+        pictures=pictures,
         vector_column=vector_column,
         path_column=path_column,
         label_column=label_column,

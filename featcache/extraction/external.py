@@ -23,12 +23,13 @@ import numpy.typing as npt
 
 from featcache.cache.copies import find_copies
 from featcache.cache.features import Features, is_finite
-from featcache.cache.format import Provenance, Rows
+from featcache.cache.format import Provenance, Rows, decode_names
 from featcache.cache.table import original_names, readable
 from featcache.cache.write import write_cache
 from featcache.errors import Refusal, SourceError, UsageError
 from featcache.extraction.vectors import VectorTable, choose_vectors, open_vectors
 from featcache.images.columns import find_columns, printable, shown, split_in
+from featcache.images.read import Paths, ReadImage, read_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, quantity
 from featcache.system.files import check_output
@@ -39,6 +40,7 @@ from featcache.system.workdir import work_folder
 log = logging.getLogger("featcache")
 _NAMED = 200  # characters of a column's name that are kept
 _OF_FILES, _OF_VECTORS = "of image files, as the table says", "of vectors: the table has no sha256"
+_OF_FOLDER = "of image files, as they are now"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -73,6 +75,7 @@ def import_vectors(
     output: AnyPath,
     *,
     stated: str | None = None,
+    pictures: AnyPath | None = None,
     vector_column: str | None = None,
     path_column: str | None = None,
     label_column: str | None = None,
@@ -86,16 +89,18 @@ def import_vectors(
         output: the cache file.
         stated: what made the vectors, in a line; caches of the same statement belong together. What the file says if ``export``
             wrote it and this is None.
+        pictures: the folder that paths are relative to: sha256, sizes and times are those of its files; all must be there, and be
+            those that the table has a sha256 of.
         vector_column: lists of one length, of float16, float32 or float64 (stored as float32); found by its type when None.
         path_column, label_column, split_column: as in tables of images, see ``images.columns``; ``none``: there is no such.
             Labels are texts or whole numbers, with the names of a ClassLabel where datasets noted them. Besides ``sha256`` (hex) of
-            the image file, if there is one: without it rows of the same vector count as copies.
+            the image file, if there is one: without it, and without ``pictures``, rows of the same vector count as copies.
         force: replace the output if it exists.
 
     Raises:
         UsageError: nothing is stated; no column, or several, for one thing; an output that exists. MissingDependencyError.
         SourceError: the table cannot be read; no rows; a path twice or none; vectors that are missing, not finite or of several
-            lengths; texts that are no split or no sha256. StorageError: the cache cannot be written.
+            lengths; texts that are no split or no sha256; files that are missing or others. StorageError: the cache cannot be written.
     """
     started, source, output = time.perf_counter(), as_path(source), as_path(output)
     _check_places(source, output, force=force)
@@ -111,6 +116,8 @@ def import_vectors(
         spec = Spec.external(stated, storage)
         chosen = {"path": path_column, "label": label_column, "split": split_column}
         rows, classes, refused, digests = _read_rows(table, chosen)
+        if pictures is not None:
+            rows, digests = _with_files(rows, as_path(pictures), known=digests == _OF_FILES), _OF_FOLDER
         own = _check_vectors(table, vectors, rows, storage, digest=digests == _OF_VECTORS)
         rows = rows if own is None else dataclasses.replace(rows, digests=own)
         imported: dict[str, Any] = {"from": source.name, "vectors": vectors[:_NAMED], "digests": digests}
@@ -322,6 +329,26 @@ class _Reading:
     def _whole(self, values: list[Any]) -> npt.NDArray[np.int64]:
         usable = all(isinstance(value, int) and abs(value) < 2**63 for value in values)
         return np.array(values if usable else [], np.int64)
+
+
+def _with_files(rows: Rows, folder: Path, *, known: bool) -> Rows:
+    """``rows`` with digests, sizes and times of the files below ``folder``; ``known``: they have digests to be compared with."""
+    if not folder.is_dir():
+        raise SourceError(missing(folder, "give the folder that the paths of the table are relative to"))
+    files, found = Paths(folder, decode_names(rows.paths)), list[ReadImage[int]]()
+    for read in read_images(files, range(len(rows)), len, workers=8):
+        if read.reason:
+            raise SourceError(
+                f"{folder / files.paths[read.position]} {read.reason}; all images of the table must be there"
+            )
+        if known and read.digest != rows.digests[read.position].tobytes():
+            raise SourceError(
+                f"{folder / files.paths[read.position]} is not the image whose sha256 the table has; leave --source out"
+            )
+        found.append(read)
+    digests = np.frombuffer(b"".join(read.digest for read in found), np.uint8).reshape(-1, 32)
+    sizes, mtimes = (np.array([getattr(read, name) for read in found], np.int64) for name in ("size", "mtime"))
+    return dataclasses.replace(rows, digests=digests, sizes=sizes, mtimes=mtimes)
 
 
 def _preferred(column: dict[str, list[Any]]) -> list[Any]:

@@ -1,5 +1,6 @@
 """Vectors that were made elsewhere: what becomes of them, what is refused, and what such a cache is good for."""
 
+import hashlib
 import io
 import json
 import random
@@ -97,6 +98,29 @@ def test_vectors_stand_in_for_digests(tmp_path: Path) -> None:
     cache = FeatureCache.open(tmp_path / "f.h5")
     assert (report.copies["within"], len(np.unique(cache.rows.digests, axis=0))) == (1, 3)
     assert (X.astype(np.float32) == cache.X).all()
+
+
+def test_files_of_images_are_hashed(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "photos", each=2)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+    table: dict[str, Any] = {"path": names, "v": list(np.ones((6, 3)))}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED, pictures=folder)
+    cache = FeatureCache.open(tmp_path / "f.h5")
+    digests = [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+    assert [digest.tobytes().hex() for digest in cache.rows.digests] == digests
+    assert cache.rows.sizes.tolist() == [(folder / name).stat().st_size for name in names]
+    pq.write_table(pa.table(table | {"sha256": digests}), tmp_path / "x.parquet")
+    import_vectors(tmp_path / "x.parquet", tmp_path / "g.h5", stated=STATED, pictures=folder)
+    (folder / names[3]).write_bytes(b"another")
+    with pytest.raises(SourceError, match=f"{names[3]} is not the image whose sha256 the table has"):
+        import_vectors(tmp_path / "x.parquet", tmp_path / "h.h5", stated=STATED, pictures=folder)
+    (folder / names[3]).unlink()
+    with pytest.raises(SourceError, match=f"{names[3]} cannot be read: No such file"):
+        import_vectors(tmp_path / "x.parquet", tmp_path / "h.h5", stated=STATED, pictures=folder)
+    pq.write_table(pa.table({"path": ["../f.h5"], "v": [[1.0]]}), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="leads out of the folder"):
+        import_vectors(tmp_path / "x.parquet", tmp_path / "h.h5", stated=STATED, pictures=folder)
 
 
 def test_names_of_classes_that_datasets_noted(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TEXT, BYTES, INTEGER, REAL = "text", "bytes", "integer", "real"
 BLOCK_BYTES = 1 << 25  # of features in memory at a time
 _MOST_ROWS = 1 << 16
+_MOST_NOTED = 1 << 28  # bytes of names, each as wide as the longest
 _NOTES = b"featcache"  # the key of what Arrow's and Parquet's metadata say
 Block = dict[str, Any]  # column -> n texts, or an array (n,); ``vector``: (n, D)
 
@@ -134,6 +135,7 @@ def arrow() -> Any:
     """The module ``pyarrow``, with its ``parquet``. Raises MissingDependencyError."""
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError("Arrow and Parquet need pyarrow: pip install 'featcache[parquet]'") from error
@@ -193,11 +195,12 @@ def to_pandas(cache: "FeatureCache") -> Any:
 
 
 def original_names(notes: Any) -> tuple[list[str], list[tuple[str, str]]]:
-    """Classes and refused images that ``notes_of`` wrote. Raises ValueError: they are not of that form."""
+    """Classes and refused images that ``notes_of`` wrote. Raises ValueError: they are not of that form, or take too much memory."""
     classes, refused = notes["classes"], [(path, reason) for path, reason in notes["refused"]]
     names = [*classes, *(text for pair in refused for text in pair)]
     if not all(isinstance(name, str) for name in names) or classes != sorted(set(classes)):
         raise ValueError("its classes are not sorted names")
-    for name in names:
-        name.encode("utf-8", "surrogateescape")
+    longest = max((len(name.encode("utf-8", "surrogateescape")) for name in names), default=0)
+    if longest * len(names) > _MOST_NOTED:
+        raise ValueError("its names are too long")
     return classes, refused

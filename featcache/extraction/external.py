@@ -228,6 +228,7 @@ class _Reading:
 
     def __init__(self, path: Path, names: dict[str, str], classes: list[str]) -> None:
         self.path, self.names, self.n = path, names, 0
+        self.room, self.widest = available_memory() // 3, 1  # columns are twice in memory when they are joined
         self.known = list(classes)
         self.number = {readable(name): k for k, name in enumerate(classes)}
         self.pieces: dict[str, list[npt.NDArray[Any]]] = {}
@@ -237,6 +238,11 @@ class _Reading:
         column = {role: block[name] for role, name in self.names.items()}
         count = len(column["path"])
         paths = [self._path(k, path) for k, path in enumerate(_preferred(column))]
+        self.widest = max(self.widest, max(map(len, paths), default=1))
+        if self.widest * (self.n + count) > self.room:
+            raise SourceError(
+                f"{self.path}: paths of up to {self.widest:,} bytes do not fit into this machine's memory"
+            )
         found: dict[str, npt.NDArray[Any]] = {
             "paths": np.array(paths, f"S{max(map(len, paths), default=1)}"),
             "labels": np.array([self._label(k, label) for k, label in enumerate(column.get("label", ()))], np.int32),
@@ -256,11 +262,10 @@ class _Reading:
         self.n += count
 
     def finish(self) -> tuple[Rows, tuple[str, ...]]:
-        """All rows, and sorted classes. Raises SourceError: a path occurs twice, or names do not fit into the memory."""
-        widest = max(piece.dtype.itemsize for piece in self.pieces["paths"])
-        if widest * self.n > available_memory():
+        """All rows, and sorted classes. Raises SourceError: a path occurs twice, or names of classes do not fit into the memory."""
+        if max((len(name) for name in self.known), default=0) * len(self.known) * 4 > self.room:
             raise SourceError(
-                f"{self.path}: {self.n:,} paths of up to {widest:,} bytes do not fit into this machine's memory"
+                f"{self.path}: names of {len(self.known):,} classes do not fit into this machine's memory"
             )
         rows = Rows(**{name: np.concatenate(pieces) for name, pieces in self.pieces.items()})
         order = np.argsort(rows.paths, kind="stable")

@@ -7,9 +7,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from caches import make_cache, make_classes, plain_rows
 from conftest import SPEC
@@ -19,6 +16,7 @@ from featcache.cache.write import write_cache
 from featcache.errors import CacheError, ExportError, SpecMismatchError, UsageError
 from featcache.spec import SPLITS
 
+pa, pq, pd = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet", "pandas"))
 ENDINGS = (".parquet", ".npz", ".faiss", ".fiftyone.json", ".labelstudio.json")
 
 

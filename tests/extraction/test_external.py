@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from caches import CLASSES_DIM, make_cache, make_classes, plain_rows
 from conftest import SPEC, make_photos
@@ -30,9 +28,18 @@ from featcache import (
     predict,
 )
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, SpecMismatchError, UsageError
+from featcache.errors import (
+    CacheError,
+    FeatcacheError,
+    MissingDependencyError,
+    ModelError,
+    SourceError,
+    SpecMismatchError,
+    UsageError,
+)
 from featcache.extraction.repair import repair
 
+pa, pq, pd = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet", "pandas"))
 STATED = "CLIP ViT-L/14 of open_clip, laion2b"
 
 
@@ -293,6 +300,30 @@ def test_a_text_that_is_repeated_takes_no_memory_for_each_row(tmp_path: Path) ->
     pq.write_table(pa.table(columns), tmp_path / "x.parquet", store_schema=False)
     with pytest.raises(SourceError, match="label has 100,000 bytes"):
         import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED)
+
+
+def test_names_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.extraction.external.available_memory", lambda: 3 * 2000)
+    for columns, what in (
+        ({"path": ["a" * 1001, "b"]}, "paths of up to 1,001 bytes do not fit"),
+        ({"path": ["a", "b"], "label": ["c" * 251, "d"]}, "names of 2 classes do not fit"),
+    ):
+        pq.write_table(pa.table(columns | {"v": list(GOOD)}), tmp_path / "x.parquet")
+        with pytest.raises(SourceError, match=what):
+            import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED)
+
+
+def test_parquet_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"path": ["a", "b"], "v": list(GOOD)}), tmp_path / "x.parquet")
+    make_cache(tmp_path / "f.h5")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for attempt in (
+        lambda: import_vectors(tmp_path / "x.parquet", tmp_path / "g.h5", stated=STATED),
+        lambda: export_cache(tmp_path / "f.h5", tmp_path / "y.parquet"),
+        FeatureCache.open(tmp_path / "f.h5").to_arrow,
+    ):
+        with pytest.raises(MissingDependencyError, match=r"pip install 'featcache\[parquet\]'"):
+            attempt()
 
 
 def test_what_is_stated(tmp_path: Path) -> None:

@@ -80,13 +80,12 @@ def write_as(cache: "FeatureCache", output: Path, added: Added = NOTHING, *, by:
 
 
 def _write_parquet(file: BinaryIO, cache: "FeatureCache", added: Added, by: str) -> None:
-    """Texts compressed, vectors plain, as dense ones do not get smaller; no statistics of vectors."""
+    """Compressed; no dictionary and no statistics of vectors."""
     pa, schema = arrow(), arrow_schema(cache, added)
     texts = [name for name, kind in kinds_of(cache.rows, added).items() if kind == TEXT]
     others = [name for name in schema.names if name != "vector"]
-    vector = "vector.list.element"
     options: dict[str, Any] = {
-        "compression": {**dict.fromkeys(others, "zstd"), vector: "none"},
+        "compression": "zstd",
         "use_dictionary": [name for name in texts if name not in ("sha256", "path")],
         "write_statistics": others,
         "write_page_checksum": True,

@@ -283,7 +283,13 @@ def test_a_flipped_bit_of_a_vector_is_found(tmp_path: Path, ending: str) -> None
     X = make_cache(tmp_path / "f.h5", 20)
     export_cache(tmp_path / "f.h5", tmp_path / f"x{ending}")
     data = bytearray((tmp_path / f"x{ending}").read_bytes())
-    data[data.index(X[7].tobytes())] ^= 1
+    if ending == ".npz":
+        at = data.index(X[7].tobytes())
+    else:
+        group = pq.read_metadata(tmp_path / "x.parquet").row_group(0)
+        column = group.column(group.num_columns - 1)
+        at = column.data_page_offset + column.total_compressed_size - 9
+    data[at] ^= 1
     (tmp_path / f"x{ending}").write_bytes(data)
     with pytest.raises(SourceError, match="cannot be read: .*(?i:crc)"):
         import_vectors(tmp_path / f"x{ending}", tmp_path / "g.h5")

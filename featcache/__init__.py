@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from featcache.curation.split import split as split
     from featcache.curation.split_result import Split as Split
     from featcache.errors import FeatcacheError as FeatcacheError
+    from featcache.extraction.external import ImportReport as ImportReport
+    from featcache.extraction.external import import_vectors as import_vectors
     from featcache.extraction.extract import ExtractReport as ExtractReport
     from featcache.extraction.extract import extract as extract
     from featcache.extraction.repair import RepairReport as RepairReport
@@ -48,11 +50,14 @@ if TYPE_CHECKING:
     from featcache.reports.preview import preview as preview
     from featcache.reports.source_stats.stats import Statistics as Statistics
     from featcache.reports.source_stats.stats import stats as stats
+    from featcache.reports.tables import CacheExport as CacheExport
+    from featcache.reports.tables import export_cache as export_cache
     from featcache.spec import PreprocessSpec as PreprocessSpec
 
 __version__ = "0.1.0"
 _HOME = {
     "Audit": "reports.audit.audit",
+    "CacheExport": "reports.tables",
     "Embedder": "backbones.embedder",
     "ExportReport": "models.export",
     "ExtractReport": "extraction.extract",
@@ -62,6 +67,7 @@ _HOME = {
     "FinetuneReport": "finetuning.result",
     "FitReport": "models.fit",
     "ImageList": "images.source",
+    "ImportReport": "extraction.external",
     "Model": "models.model",
     "Page": "reports.notebook",
     "Prediction": "models.prediction",
@@ -78,12 +84,14 @@ _HOME = {
     "describe": "reports.info",
     "doctor": "reports.doctor",
     "evaluate": "models.evaluate",
+    "export_cache": "reports.tables",
     "export_model": "models.export",
     "extract": "extraction.extract",
     "finetune": "finetuning.finetune",
     "fit_head": "models.fit",
     "gallery": "reports.notebook",
     "hold_out": "images.splits",
+    "import_vectors": "extraction.external",
     "list_images": "images.source",
     "load_backbone": "backbones.load",
     "load_model": "models.model",

@@ -114,7 +114,9 @@ class Refusal(NamedTuple):
     reason: str
 
 
-def repair_advice(cache: str | os.PathLike[str]) -> str:
-    """What to do about a damaged cache that can be repaired."""
+def repair_advice(cache: str | os.PathLike[str], *, external: bool = False) -> str:
+    """What to do about a damaged cache that can be repaired; ``external``: whose vectors were made elsewhere."""
     name = shlex.quote(os.fspath(cache))
+    if external:
+        return f"import it again: `featcache import TABLE -o {name} --force`"
     return f"`featcache verify {name} --repair SOURCE` mends it, `featcache extract SOURCE -o {name} --force` makes it anew"

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from featcache.errors import UsageError
 
@@ -21,6 +21,7 @@ POOLS = ("auto", "own", "cls", "mean", "cls+mean")  # as asked for
 OWN_POOLING = "the network's own"  # up to the input of its classifier
 _POOLINGS = (OWN_POOLING, "cls", "mean", "cls+mean")
 _MAX_LAYERS = 256
+_MAX_STATED = 500  # characters
 MAX_EDGE = 2048
 
 
@@ -154,6 +155,8 @@ class Spec:
         pooling: ``the network's own``, or how a layer's tokens became one vector: ``cls``, ``mean`` (of patches), ``cls+mean``.
         layers: how many of the last layers lie side by side, normalised. Not in the JSON where it is 1.
         views: one value today; stored so that a later change can never pass unnoticed.
+        stated: None; of vectors that were made elsewhere, what whoever imported them says of their origin. Nobody knows more:
+            there is no layer, no sha256 and no ``preprocess`` (None) then, and ``backbone`` repeats it. See ``external``.
     """
 
     backbone: str
@@ -165,8 +168,31 @@ class Spec:
     pooling: str = OWN_POOLING
     layers: int = 1
     views: int = 1
+    stated: str | None = None
+
+    @classmethod
+    def external(cls, stated: str, storage: str) -> "Spec":
+        """Of vectors made elsewhere: equal where the statements are. Raises UsageError: not 1 to 500 printable characters."""
+        unknown: dict[str, Any] = {
+            "weights_sha256": "",
+            "layer": "",
+            "precision": "",
+            "pooling": "",
+            "preprocess": None,
+        }
+        return cls(backbone=f"external: {stated}", stated=stated, storage=storage, **unknown)
 
     def __post_init__(self) -> None:
+        if self.stated is not None:
+            text = cast("object", self.stated)
+            if not isinstance(text, str) or not text.strip().isprintable() or not 0 < len(text.strip()) <= _MAX_STATED:
+                raise UsageError(
+                    f"what is stated of the vectors must be one line of at most {_MAX_STATED} characters, such as "
+                    f"'CLIP ViT-L/14 of open_clip, laion2b'; found {str(text)[:60]!r}"
+                )
+            if self.storage not in STORAGE_TYPES:
+                raise UsageError(f"the spec's storage is {self.storage!r}, expected {' or '.join(STORAGE_TYPES)}")
+            return
         if not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):  # it becomes part of a file's name
             raise UsageError("the spec's weights_sha256 is no sha256")
         known = {"precision": PRECISION_CLASSES, "storage": STORAGE_TYPES, "pooling": _POOLINGS, "views": (1,)}
@@ -179,12 +205,18 @@ class Spec:
             raise UsageError(f"the spec's layers are {self.layers!r}, expected a number from 1 to {_MAX_LAYERS}")
 
     @property
+    def _origin(self) -> str:
+        return f"embedded by {self.backbone}" if self.stated is None else f"made elsewhere, stated: {self.stated}"
+
+    @property
     def fingerprint(self) -> str:
         """sha256 (hex) of the canonical JSON."""
         return fingerprint_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as caches and models store them; ``from_json`` gives back an equal spec."""
+        if self.stated is not None:  # without a backbone: versions that do not know of this refuse it with that reason
+            return {"external": {"stated": self.stated}, "storage": self.storage, "views": self.views}
         return {
             "backbone": {
                 "name": self.backbone,
@@ -202,6 +234,9 @@ class Spec:
     @classmethod
     def from_json(cls, values: Any) -> "Spec":
         """Rebuild a spec that nobody vouches for. Raises UsageError for missing or wrong fields, or of other versions."""
+        if isinstance(values, dict) and isinstance(external := values.get("external"), dict):
+            spec = cls.external(external.get("stated", ""), str(values.get("storage")))
+            return _unchanged(spec, values)
         if not isinstance(values, dict) or not isinstance(backbone := values.get("backbone"), dict):
             raise UsageError("the spec is not a JSON object with a backbone")
         try:
@@ -217,13 +252,20 @@ class Spec:
             )
         except KeyError as error:
             raise UsageError(f"the spec lacks {error}") from error
-        if different := difference(values, spec.to_json()):
-            raise UsageError(f"the spec asks for what this version does not do: {'; '.join(different)}")
-        return spec
+        return _unchanged(spec, values)
 
     def difference(self, wanted: "Spec") -> str:
         """Field by field: ``preprocess.interpolation: bicubic -> bilinear; storage: float16 -> float32``."""
+        if (self.stated is None) != (wanted.stated is None):
+            return f"{self._origin} -> {wanted._origin}"
         return "; ".join(difference(self.to_json(), wanted.to_json()))
+
+
+def _unchanged(spec: Spec, values: dict[str, Any]) -> Spec:
+    """``spec``, if it says all that ``values`` do. Raises UsageError."""
+    if different := difference(values, spec.to_json()):
+        raise UsageError(f"the spec asks for what this version does not do: {'; '.join(different)}")
+    return spec
 
 
 def canonical_json(value: dict[str, Any]) -> str:

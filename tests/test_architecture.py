@@ -61,7 +61,7 @@ ONLY_IN = {
     "matplotlib": "reports",
     "jinja2": "reports.elements.page",
     "markupsafe": "reports",
-    "pandas": "models.prediction reports.audit.audit",
+    "pandas": "models.prediction reports.audit.audit cache.table",
     "IPython": "system.display",
     "onnx": "models.as_onnx",
     "onnxruntime": "models.as_onnx",

@@ -55,13 +55,22 @@ class SavedBackbone:
         reload = reload if isinstance(reload, str) else None
         return cls(path, spec, str(weights.get("source")), reload, fingerprint_of(manifest))
 
+    def check_embeds(self) -> None:
+        """Raise ModelError if nobody knows the network: the model was trained on vectors that were made elsewhere."""
+        if self.spec.stated is not None:
+            raise ModelError(
+                f"{self.path} was trained on vectors that were made elsewhere (stated: {self.spec.stated}), by a network that "
+                "featcache does not know: it labels caches imported with the same statement, not images"
+            )
+
     def load(self, *, taken: Taken = Taken()) -> "Backbone":  # noqa: B008 - frozen
         """The backbone itself. taken: what is asked for otherwise than the model was trained on.
 
         Raises:
-            ModelError: its weights are missing, or are not those the model was trained on.
+            ModelError: its weights are missing, or are not those the model was trained on; or as ``check_embeds``.
             BackboneError: the library cannot provide them here.
         """
+        self.check_embeds()
         try:
             return self._load(taken)
         except FeatcacheError:

@@ -88,7 +88,7 @@ class FeatureCache:
         cache = cls.salvage(path)
         if cache.damaged_columns:
             raise DamagedCacheError(
-                f"{path} is damaged: checksum mismatch in its {', '.join(cache.damaged_columns)}; {repair_advice(path)}"
+                f"{path} is damaged: checksum mismatch in its {', '.join(cache.damaged_columns)}; {cache.advice}"
             )
         return cache
 
@@ -143,6 +143,11 @@ class FeatureCache:
     def fingerprint(self) -> str:
         """sha256 (hex) of the spec."""
         return self.spec.fingerprint
+
+    @property
+    def advice(self) -> str:
+        """What to do if it is damaged."""
+        return repair_advice(self.path, external=self.spec.stated is not None)
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
@@ -219,9 +224,7 @@ class FeatureCache:
         damaged, not_finite = self._scan(features, finite=finite)
         if damaged:
             rows = ", ".join(f"{start}-{stop - 1}" for start, stop in damaged[:5])
-            raise DamagedCacheError(
-                f"{self.path} is damaged: checksum mismatch in rows {rows}; {repair_advice(self.path)}"
-            )
+            raise DamagedCacheError(f"{self.path} is damaged: checksum mismatch in rows {rows}; {self.advice}")
         self._verified.add(identity)
         return not_finite
 
@@ -271,6 +274,26 @@ class FeatureCache:
             raise SourceError(f"{self.path} has {what}")
         pair = self.take(rows), self.y[rows]
         return (*pair, np.array(self.paths, object)[rows]) if paths else pair
+
+    def to_arrow(self) -> Any:
+        """A ``pyarrow.Table``, a row an image: the columns of ``cache.table``, ``vector`` on the file's own memory, like ``X``.
+
+        Raises:
+            MissingDependencyError: pyarrow is not installed. CacheError, ExportError: as ``X``, and ``readable_classes``.
+        """
+        from featcache.cache.table import to_arrow  # which takes what is above
+
+        return to_arrow(self)
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with the same columns; each ``vector`` is an array (D,) on the file's own memory.
+
+        Raises:
+            MissingDependencyError: pandas is not installed. CacheError, ExportError: as ``to_arrow``.
+        """
+        from featcache.cache.table import to_pandas
+
+        return to_pandas(self)
 
     def rows_not_finite(self) -> npt.NDArray[np.intp]:
         """Verify all features; in the same pass find the rows that are not finite. Raises CacheError as ``reader``."""

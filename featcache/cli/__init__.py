@@ -6,7 +6,8 @@ extract.py  extract
 merge.py    merge
 audit.py    audit
 train.py    fit-head, finetune
-predict.py  predict, evaluate, export
+predict.py  predict, evaluate
+exchange.py export, import
 pages.py    report
 inspect.py  stats, preview, info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits

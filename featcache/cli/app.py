@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache import __version__
-from featcache.cli import audit, demo, extract, inspect, merge, pages, predict, split, train
+from featcache.cli import audit, demo, exchange, extract, inspect, merge, pages, predict, split, train
 from featcache.cli.console import is_first_process, open_missing_streams, say, show_result, silence
 from featcache.cli.help import Command, Group
 from featcache.cli.usage import explain, with_backbone
@@ -60,6 +60,7 @@ for group in (
     audit,
     train,
     predict,
+    exchange,
     pages,
     inspect,
     demo,

@@ -19,8 +19,8 @@ PANELS = {
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
     "patience class_weight folds fit-head.groups fit-head.group_column fit-head.path_column views n seed",
     "Backbone": "backbone weights pool layers resize crop interpolation",
-    "Input": "images repair pictures against split limit part sample reuse class_level root path_column label_column split_column decode "
-    "white_level",
+    "Input": "stated predictions vector_column images repair pictures against split limit part sample reuse class_level root path_column "
+    "label_column split_column decode white_level",
     "How sure": "coverage abstain_below evidence",
     "Speed": "seconds device precision batch_size micro_batch workers executor ray_address",
     "Everywhere": "quiet verbose version featcache.help install_completion show_completion",

@@ -10,7 +10,7 @@ import typer
 
 from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
-from featcache.errors import DamagedCacheError, DownloadError, UsageError, repair_advice
+from featcache.errors import DamagedCacheError, DownloadError, UsageError
 from featcache.system.display import quantity
 from featcache.system.path_kinds import HERE, check_path
 
@@ -107,7 +107,7 @@ def verify(
     facts = {"cache": cache, "rows": len(opened), "damaged": damaged, "damaged_columns": opened.damaged_columns}
     if damaged or opened.damaged_columns:
         what = damage_in_words(damaged, opened.damaged_columns)
-        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {repair_advice(cache)}", facts=facts)
+        raise DamagedCacheError(f"{cache} is damaged: checksum mismatch in {what}; {opened.advice}", facts=facts)
     show_result([f"{cache}: {quantity(len(opened), 'row')}, all intact"], facts, as_json=as_json)
 
 

@@ -1,6 +1,5 @@
-"""``predict``, ``evaluate`` and ``export``: the commands that use a model. In: what was typed. Out: rows, scores or a file."""
+"""``predict`` and ``evaluate``: the commands that use a model. In: what was typed. Out: rows or scores."""
 
-import dataclasses
 import os
 import sys
 import time
@@ -292,34 +291,9 @@ def _page_of(model: Path) -> Path:
     return page
 
 
-def export(
-    model: Annotated[Path, typer.Argument(readable=False, help="A model folder.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="A .onnx or .safetensors file.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-    as_json: options.Json = False,
-) -> None:
-    """Write a model as one file that runs without featcache.
-
-    The file is checked against the model before it is published.
-    """
-    from featcache.models.export import export_model
-
-    report = export_model(model, output, force=force)
-    lines = [
-        f"  {heading}: " + "; ".join(f"{name}, {what}" for name, what in entries.items())
-        for heading, entries in (("in", report.inputs), ("out", report.outputs))
-    ]
-    lines += [
-        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model:",
-        f"  {report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits",
-    ]
-    show_result(lines, dataclasses.asdict(report), as_json=as_json)
-
-
 COMMANDS: options.Commands = {
     predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3  ·  "
     "featcache predict model/ new/ --coverage 0.95 --evidence features.h5  ·  "
     "featcache predict model/ new/ -o labels.csv --gallery labels.html",
     evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv --coverage 0.95",
-    export: "featcache export model/ -o model.onnx  ·  featcache export model/ -o model.safetensors",
 }

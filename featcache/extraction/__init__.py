@@ -16,4 +16,6 @@ parts.py      finished work of a running extraction: how it is resumed
 repair.py     verify --repair
 kept.py       embeddings kept by content, for callers that bring images and want arrays
 restore.py    damaged columns, from the source
+external.py   import: vectors that were made elsewhere
+vectors.py    their tables: Parquet, .npz
 """

@@ -115,6 +115,14 @@ def open_old(output: Path, *, force: bool) -> FeatureCache | None:
         return None
     try:
         old = FeatureCache.open(output)
+        if old.spec.stated is not None:
+            if force:
+                log.warning("%s holds vectors that were made elsewhere; replacing it, as --force says", output)
+                return None
+            raise SpecMismatchError(
+                f"{output} holds vectors that were made elsewhere (stated: {old.spec.stated}), by a network that featcache does "
+                "not know; choose another -o, or replace it with --force"
+            )
         if force:
             old.check_features()
         return old

@@ -19,7 +19,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.features import Features
 from featcache.cache.format import CHECKSUMS, Indices, find, update_checksums
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, SourceError, StorageError
+from featcache.errors import CacheError, DamagedCacheError, SourceError, StorageError
 from featcache.extraction.executors import Work
 from featcache.extraction.match import Matches, gather
 from featcache.extraction.parts import Embedded, embed_into_parts, open_parts
@@ -92,6 +92,8 @@ def repair(
         check_path(images, "images", ("verify", cache, "--repair", HERE))
     found = FeatureCache.salvage(cache)
     damaged, embedded = tuple(found.verify()), 0
+    if (damaged or found.damaged_columns) and found.spec.stated is not None:
+        raise DamagedCacheError(f"{cache} is damaged, and its vectors were made elsewhere; {found.advice}")
     if damaged or found.damaged_columns:
         check_output(found.path)
         with locked(work_folder(found.path)):

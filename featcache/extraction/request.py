@@ -155,7 +155,9 @@ class ExtractRequest:
             raise UsageError(
                 f"--weights {self.weights} and the model {self.backbone}, which has weights of its own; leave one of them out"
             )
-        return SavedBackbone.open(folder)
+        found = SavedBackbone.open(folder)
+        found.check_embeds()
+        return found
 
     def resolved(self, spec: Spec) -> "ExtractRequest":
         """The request with ``auto`` replaced by what ``spec``, of a model or a cache, says."""

@@ -173,6 +173,7 @@ def settings_of(
 
 def _damaged(output: Path) -> FeatureCache | None:
     try:
-        return FeatureCache.salvage(output)
+        found = FeatureCache.salvage(output)
     except CacheError:
         return None
+    return found if found.spec.stated is None else None  # of vectors made elsewhere there is nothing to go on with

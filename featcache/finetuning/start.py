@@ -87,6 +87,7 @@ def prepare_start(
     if init is not None:
         init = as_path(init)
         model = load_model(init)
+        model.backbone.check_embeds()
         if job.processes.is_first:
             warn_of_licence(model.spec.backbone, str(model.manifest["weights"].get("source")), loaded=True)
         _check_classes(job.images, model)

@@ -427,6 +427,9 @@ def _score(cache: FeatureCache, head: Head, seen: TrainingRows, *, split: str, p
 
 def _weights_to_keep(cache: FeatureCache, *, self_contained: bool) -> dict[str, bytes | Path]:
     """The backbone's weights if they have to travel with the model: under their file name, the content or the file to copy."""
+    if cache.spec.stated is not None:
+        log.info("%s holds vectors that were made elsewhere: the model will label such caches, not images", cache.path)
+        return {}
     copy, reload = weights_copy(cache.path, cache.spec), cache.provenance.reload
     if reload is None and copy.is_file():
         return {WEIGHTS: copy}

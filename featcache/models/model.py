@@ -158,6 +158,8 @@ class Model:
 
     def check_cache(self, cache: FeatureCache, *, advice: str = "predict from the images instead") -> None:
         """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
+        if self.spec.stated is not None:
+            advice = "give a cache that was imported with the same statement"
         if cache.spec != self.spec:
             raise SpecMismatchError(
                 f"{cache.path} and the model {self.path} do not belong together (cache -> model: "

@@ -96,6 +96,7 @@ def predict(
         for cache in opened:
             model.check_cache(cache)
         return _note_seen(model, _predict_caches(model, opened, limits))
+    model.backbone.check_embeds()
     entries, held = _list_inputs(named)
     files = Paths(None, tuple(entry.path for entry in entries if not entry.reason), held)
     found = predict_images(model, files, device, workers, batch_size, progress, limits=limits)

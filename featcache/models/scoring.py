@@ -122,6 +122,7 @@ def score_images(
 ) -> Scored:
     """Embed and score labelled images; see ``score_source``. Raises SourceError if all were refused."""
     check_device(device)
+    model.backbone.check_embeds()
     name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
     images = list_images(source)
     split, chosen = choose_split(images.splits, split, name)

@@ -12,6 +12,7 @@ machine.py            facts about machine and installation
 throughput.py         rates of decoding and of the backbone, measured; photographs to measure with
 figures.py            charts as files, for papers
 scores.py             scores as text: intervals, which class is taken for which
+tables.py             export of a cache, with predictions and places on a map
 predictions_table.py  predictions as CSV or JSON lines
 gallery.py            what a gallery shows of predictions: counts of all, some drawn at random
 gallery_page.py       the page of it

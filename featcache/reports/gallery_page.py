@@ -157,7 +157,7 @@ def _facts(draw: Draw, pictures: Path | None, seconds: float | None) -> list[tup
     labels = sum(label in draw.model.classes for label in draw.inputs.labels.values())
     pairs = [
         ("model", str(draw.model.path)),
-        ("backbone", f"{spec.backbone}, weights sha256 {spec.weights_sha256[:12]}"),
+        ("backbone", spec.backbone + (f", weights sha256 {spec.weights_sha256[:12]}" if spec.weights_sha256 else "")),
         ("images", "; ".join(filter(None, [", ".join(inputs[:5]) + more, held]))),
         ("labels", f"of {_images(labels)}, by their folders or table" if labels else ""),
         ("evidence", "" if draw.evidence is None else str(draw.evidence)),

@@ -80,7 +80,8 @@ def _describe_network(model: Model) -> dict[str, Any]:
     """How large it is and what its backbone is."""
     head = sum(weight.size + bias.size for weight, bias in model.head.layers)
     facts: dict[str, Any] | None = None
-    if not model.spec.backbone.startswith("transformers/"):  # for which the hub would have to be asked
+    known = model.spec.stated is None  # by which network
+    if known and not model.spec.backbone.startswith("transformers/"):  # for which the hub would have to be asked
         with contextlib.suppress(FeatcacheError):  # this installation does not know the backbone
             facts = dataclasses.asdict(facts_of(model.spec.backbone, size=model.spec.preprocess.crop))
             facts |= {"dim": model.head.dim}  # of the model's own pooling and layers

@@ -245,6 +245,7 @@ _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
         (*_SOURCES, Kind.FILE, Kind.CACHE),
     ),
     "inputs": (SourceError, "images, a folder, archive or table of them, or a cache", _INPUTS),
+    "vectors": (SourceError, "a table of vectors, Parquet or .npz", (Kind.PARQUET, Kind.ARRAYS)),
     "cache or model": (CacheError, "a cache or the folder of a model", (Kind.CACHE, Kind.MODEL)),
 }
 HERE = ...  # the place of a path among the words of a command
@@ -256,6 +257,7 @@ _EXAMPLES = {
     "fit-head": "model",
     "finetune": "model-ft",
     "export": "model.onnx",
+    "import": "features.h5",
     "audit": "audit",
 }
 
@@ -375,7 +377,9 @@ def _advice(path: Path, kind: Kind, wanted: str, words: Words) -> str:
         return f"unpack it: `{line}`" + ("" if wanted.startswith("cache") else f", then {_again(words, into)}")
     if kind is Kind.WORK:
         return "the command that began it goes on with it when it is run again"
-    to = {"model": _to_model, "cache": _to_cache, "cache or model": _to_cache}.get(wanted, _to_images)
+    to = {"model": _to_model, "cache": _to_cache, "cache or model": _to_cache, "vectors": _to_vectors}.get(
+        wanted, _to_images
+    )
     return to(path, kind, words)
 
 
@@ -444,6 +448,11 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
         return f"`featcache extract SOURCE -o features.h5 --backbone NAME --weights {given}` makes one with it"
     if kind in _FOLDERS and (inside := sorted(found for found in path.glob("*.h5") if kind_of(found) is Kind.CACHE)):
         return f"there is one in it: {_again(words, inside[0])}"
+    if kind is Kind.ARRAYS:
+        return f"of vectors in it one is made by `featcache import {given} -o {typed(_apart('features.h5', path))}`"
+    if kind is Kind.PARQUET and command not in ("fit-head", "finetune"):
+        made = typed(_apart("features.h5", path))
+        return f"of images in it `featcache extract {given} -o {made}` makes one, of vectors `featcache import {given} -o {made}`"
     if kind not in (Kind.FOLDER, Kind.TABLE, Kind.ARCHIVE, Kind.PARQUET):
         return "`featcache extract SOURCE -o features.h5` makes one"
     if command == "fit-head" and output is not None and output.suffix.lower() in CACHE_SUFFIXES:
@@ -451,6 +460,12 @@ def _to_cache(path: Path, kind: Kind, words: Words) -> str:
     cache = _apart("features.h5", path)
     then = f", then {_again(words, cache)}" if command == "fit-head" else ""
     return f"make one: `featcache extract {given} -o {typed(cache)}`{then}"
+
+
+def _to_vectors(path: Path, kind: Kind, words: Words) -> str:
+    if kind in (Kind.FOLDER, Kind.TABLE):
+        return f"of images one is made by `featcache extract {typed(path)} -o {typed(_output(words))}`"
+    return "it is one already" if kind is Kind.CACHE else "numpy.savez('vectors.npz', vector=X, path=names) makes one"
 
 
 def _unpack(path: Path) -> tuple[str, str]:

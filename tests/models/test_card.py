@@ -1,5 +1,6 @@
 """The card of a model: what the Hugging Face hub reads of it, and what a browser shows, whatever classes and folders are called."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -63,7 +64,9 @@ def test_the_hub_reads_the_scores_that_the_model_holds(model: Path) -> None:
         dataset_id=result.dataset_type,
         dataset_split="val",
     )
-    assert repocard.ModelCardData(**written).eval_results == [dataclasses.replace(result, verified=False)]  # as the hub's own library writes it
+    assert repocard.ModelCardData(**written).eval_results == [
+        dataclasses.replace(result, verified=False)
+    ]  # as the hub's own library writes it
     again = repocard.ModelCard(str(card))  # also after it was written anew
     assert again.data.to_dict() == card.data.to_dict()
 

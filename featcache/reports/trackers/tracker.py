@@ -35,7 +35,7 @@ def check_tracker(name: str, model: Path) -> None:
     """
     if name not in _PIP:
         raise UsageError(f"--log must be one of {', '.join(_PIP)}, found {name!r}")
-    if importlib.util.find_spec(name) is None:
+    if getattr(importlib.util.find_spec(name), "origin", None) is None:  # a mere folder, as wandb itself makes one
         raise MissingDependencyError(f"--log {name} needs a package: pip install {_PIP[name]}")
     where = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:")
     if name == "mlflow" and where.startswith("sqlite:") and importlib.util.find_spec("sqlalchemy") is None:

@@ -32,6 +32,7 @@ ROOMS = {
     "testing": "finetuning models extraction backbones cache heads images spec system",
     "cli": "__init__ finetuning reports sklearn models extraction curation backbones cache heads images spec system",
     "__main__": "cli",
+    "examples": "",
 }
 # Libraries, and the rooms or files that alone may use them.
 ONLY_IN = {
@@ -57,6 +58,9 @@ ONLY_IN = {
     "jinja2": "reports.elements.page",
     "markupsafe": "reports",
     "pandas": "models.prediction reports.audit.audit",
+    "fastapi": "examples.service",
+    "pydantic": "examples.service",
+    "starlette": "examples.service",
     "tensorboard": "reports.trackers.to_tensorboard",
     "torch.utils.tensorboard": "reports.trackers.to_tensorboard",
     "mlflow": "reports.trackers.to_mlflow",

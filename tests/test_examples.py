@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from conftest import TINY_FLAGS, make_photos
+from conftest import TINY_FLAGS, make_photos, write_photo
 from damage import bombs
 
 from featcache.cli.app import app as command_line
@@ -235,7 +235,7 @@ def test_snakemake_embeds_only_new_photos(tmp_path: Path) -> None:
     command = [snakemake, "--cores", "1", "--config", "backbone=timm/tf_efficientnet_lite0"]
     subprocess.run(command, cwd=tmp_path, check=True)
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 12
-    shutil.copy(photos / "red" / "00.jpg", photos / "red" / "new.jpg")
+    write_photo(photos / "red" / "new.jpg", (210, 40, 30), 99)
     again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "12 reused" in again.stdout + again.stderr
+    assert "embedded 1, reused 12" in again.stdout + again.stderr
     assert json.loads((tmp_path / "scores.json").read_text())["n"] == 13

@@ -3,6 +3,7 @@
 wandb is not installed: a stand-in of its few names writes down what it was told.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from featcache.errors import MissingDependencyError, StorageError, TrackerError, UsageError
 from featcache.models.evaluate import evaluate
 from featcache.models.model import load_model
+from featcache.reports.trackers import to_tensorboard
 from featcache.reports.trackers.run import Run, evaluation_run, training_run
 from featcache.reports.trackers.tracker import check_tracker, log_run
 
@@ -116,6 +118,10 @@ def test_tensorboard_reads_back_what_was_told(tuned: Run, tmp_path: Path) -> Non
     content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     told = hparams.FromString(content).session_start_info.hparams
     assert told["recipe"].string_value == "gradual" and told["spec.preprocess.resize"].number_value == 40
+    tags = [
+        summary.value[0].tag for _, summary in to_tensorboard._summaries(dataclasses.replace(tuned, keeps_model=False))
+    ]
+    assert "README.md/text_summary" not in tags  # of a model that somebody else made, it may be a link to anything
 
 
 @pytest.mark.slow  # its import alone takes seconds, twice

@@ -9,10 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from featcache.models.card import FILE
 from featcache.reports.trackers.run import Run
 from featcache.reports.trackers.tracker import runs_beside
-
-_CARD = "README.md"
 
 
 def write(run: Run) -> str:
@@ -53,9 +52,9 @@ def _summaries(run: Run) -> Iterator[tuple[int, Any]]:
         with Image.open(picture) as image:
             size = {"width": image.width, "height": image.height}
         yield 0, of(picture.name, image=Summary.Image(**size, colorspace=3, encoded_image_string=picture.read_bytes()))
-    if (card := Path(run.model) / _CARD).is_file():
-        text = TensorProto(dtype="DT_STRING", string_val=[card.read_bytes()])
-        yield 0, of(f"{_CARD}/text_summary", tensor=text, metadata=create_summary_metadata("model card", ""))
+    if run.keeps_model:  # just saved here: that of somebody else's model may be a link to anything
+        text = TensorProto(dtype="DT_STRING", string_val=[(Path(run.model) / FILE).read_bytes()])
+        yield 0, of(f"{FILE}/text_summary", tensor=text, metadata=create_summary_metadata("model card", ""))
 
 
 def _new_folder(folder: Path, command: str) -> Path:

@@ -2,7 +2,7 @@
 
 pip install fastapi uvicorn
 FEATCACHE_MODEL=model uvicorn --factory service:make_app --limit-concurrency 8
-curl localhost:8000/predict -d "{\"images\": [\"$(base64 -w0 a.jpg)\", \"$(base64 -w0 b.jpg)\"]}"
+echo "{\"images\": [\"$(base64 -w0 a.jpg)\", \"$(base64 -w0 b.jpg)\"]}" | curl localhost:8000/predict -d @-
 
 Behind a proxy that knows who may ask, and under something that starts it again.
 """

@@ -45,7 +45,7 @@ def make_card(name: str, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
         _facts(name, manifest, metrics),
         f"# {_literal(name)}",
         _about(manifest),
-        _use(manifest["classes"]),
+        _use(manifest),
         _scores(manifest, metrics),
         _classes(manifest["classes"], counts, metrics),
         _spec(manifest),
@@ -96,24 +96,31 @@ def _dataset(split: str) -> dict[str, str]:
 
 
 def _about(manifest: Mapping[str, Any]) -> str:
-    backbone, head = _literal(manifest["spec"]["backbone"]["name"]), manifest["head"]["kind"]
+    backbone, stated, head = _backbone(manifest), manifest["spec"].get("external"), manifest["head"]["kind"]
     heads = {"logreg": "Logistic regression", "linear": "A linear classifier", "mlp": "A small network"}
-    made = f"{heads.get(head, 'A classifier')} on embeddings of the frozen network {backbone}"
+    made = f"{heads.get(head, 'A classifier')} on embeddings of the frozen network {_literal(backbone)}"
     if manifest["finetuned"]:
-        made = f"The network {backbone}, fine-tuned as a whole"
+        made = f"The network {_literal(backbone)}, fine-tuned as a whole"
+    elif stated:  # vectors that were imported
+        made = f"{heads.get(head, 'A classifier')} on vectors made elsewhere, stated: {_literal(_in_words(stated.get('stated')))}"
     n, classes = manifest["training"].get("n_train"), quantity(len(manifest["classes"]), "class")
     trained = "" if n is None else f", trained on {quantity(n, 'image')}"
     return f"{made}: tells {classes} of images apart{trained}. Made by featcache {manifest['versions']['featcache']}."
 
 
-def _use(classes: Sequence[str]) -> str:
+def _use(manifest: Mapping[str, Any]) -> str:
+    if not _backbone(manifest):
+        return (
+            "## Use\n\nIt labels caches of vectors that were imported with the same statement, not images; with featcache "
+            "installed:\n\n```sh\nfeatcache predict model vectors.h5 -o labels.csv\n```"
+        )
     return (
         "## Use\n\n"
         "With featcache installed; `model` is this folder, or a copy of it (`hf download OWNER/NAME --local-dir model`):\n\n"
         "```sh\nfeatcache predict model new_photos -o labels.csv\n```\n\n"
         "```python\nimport featcache\n\n"
         'model = featcache.load_model("model")\n'
-        'print(model.predict(["photo.jpg"])[0].top(' + str(min(3, len(classes))) + "))\n```"
+        'print(model.predict(["photo.jpg"])[0].top(' + str(min(3, len(manifest["classes"]))) + "))\n```"
     )
 
 
@@ -196,6 +203,11 @@ def _limits(manifest: Mapping[str, Any], metrics: Mapping[str, Any], counts: Seq
     return "## Limits\n\n" + "\n".join(f"- {sentence}" for sentence in text)
 
 
+def _backbone(manifest: Mapping[str, Any]) -> str:
+    """Its name; none of vectors that were made elsewhere."""
+    return str(manifest["spec"].get("backbone", {}).get("name", ""))
+
+
 def _origin(manifest: Mapping[str, Any]) -> str:
     """Where the weights come from that training, however often, began with."""
     return re.sub(f"^({_TUNED})+", "", str(manifest["weights"]["source"]))
@@ -208,13 +220,13 @@ def _licence(manifest: Mapping[str, Any]) -> str | None:
         return None
     if "CC-BY-NC 4.0" in origin:  # of some of torchvision's, beside others under its own
         return "cc-by-nc-4.0"
-    known = counted().get(manifest["spec"]["backbone"]["name"])
+    known = counted().get(_backbone(manifest))
     return known.licence if known and known.licence != "unknown" else None
 
 
 def _base_model(manifest: Mapping[str, Any]) -> str | None:
     """The repository on the hub that has the weights, if their library is the hub's."""
-    name = str(manifest["spec"]["backbone"]["name"])
+    name = _backbone(manifest)
     if not _origin(manifest).startswith(_PROVIDED):
         return None
     if name.startswith("timm/"):

@@ -128,6 +128,19 @@ def test_licence_and_origin_are_those_of_the_weights(
         assert data.license_name == "dinov3-license"
 
 
+def test_vectors_made_elsewhere_have_a_card_that_says_so(model: Path) -> None:
+    spec = {"external": {"stated": "CLIP <b>"}, "storage": "float16", "views": 1}
+    manifest = load_model(model).manifest | {
+        "finetuned": False,
+        "spec": spec,
+        "weights": {"source": "x", "reload": None},
+    }
+    card = repocard.ModelCard(make_card("m", manifest, {}, None).decode())
+    assert (card.data.license, card.data.base_model) == (None, None)
+    assert "on vectors made elsewhere, stated: CLIP &#60;b&#62;: tells 3 classes" in card.text
+    assert "not images" in card.text and "new_photos" not in card.text
+
+
 def test_a_fine_tuned_model_says_what_its_score_was_chosen_by(tmp_path: Path) -> None:
     save_tuned(tmp_path / "m")
     data = repocard.ModelCard.load(tmp_path / "m" / "README.md").data

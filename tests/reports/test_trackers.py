@@ -55,6 +55,9 @@ def init(**_):
 FAILS = "def init(**_): raise ValueError('no\\nservice')"
 
 
+NAME, SHOWN = "m <b>\udce9", r"m <b>\udce9"  # of a model's folder: not UTF-8
+
+
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Puts a module in the place of wandb, here and in what is started from here; the folder it writes to."""
@@ -74,10 +77,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 @pytest.fixture
 def tuned(tmp_path: Path) -> Run:
     """A fine-tuning of three epochs, with a picture of 4 x 3 pixels and a page."""
-    save_tuned(tmp_path / "m <b>")
+    save_tuned(tmp_path / NAME)
     Image.fromarray(np.arange(36, dtype=np.uint8).reshape(3, 4, 3)).save(tmp_path / "curves.png")
     (tmp_path / "page.html").write_text("a page")
-    return training_run("finetune", tmp_path / "m <b>", [tmp_path / "curves.png", tmp_path / "page.html"])
+    return training_run("finetune", tmp_path / NAME, [tmp_path / "curves.png", tmp_path / "page.html"])
 
 
 def epochs(name: str) -> list[tuple[int, float]]:
@@ -103,7 +106,7 @@ def test_what_is_told_is_what_the_model_holds(tuned: Run, model: Path, cache: Pa
 def test_tensorboard_reads_back_what_was_told(tuned: Run, tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert log_run("tensorboard", tuned).startswith(f"{tmp_path / 'runs'}: tensorboard --logdir ")
-    (folder,) = (tmp_path / "runs" / "m <b>").iterdir()
+    (folder,) = (tmp_path / "runs" / SHOWN).iterdir()
     found = accumulators.EventAccumulator(str(folder)).Reload()
     for name in ("train_loss", "val_loss", "val_accuracy"):
         events = found.Scalars(f"epoch/{name}")
@@ -139,7 +142,7 @@ def test_mlflow_reads_back_what_was_told(tuned: Run, tmp_path: Path, monkeypatch
         history = client.get_metric_history(run.info.run_id, "epoch/val_accuracy")
         artifacts = {entry.path for entry in client.list_artifacts(run.info.run_id)}
         kept = {Path(entry.path).name for entry in client.list_artifacts(run.info.run_id, "model")}
-    assert (run.info.run_name, run.info.status) == ("finetune m <b>", "FINISHED")
+    assert (run.info.run_name, run.info.status) == (f"finetune {SHOWN}", "FINISHED")
     assert run.data.params == {name: str(value) for name, value in tuned.parameters.items()}
     assert tuned.scores.items() <= run.data.metrics.items()
     assert sorted((metric.step, metric.value) for metric in history) == epochs("val_accuracy")
@@ -153,12 +156,12 @@ def test_wandb_is_told_by_its_own_names(tuned: Run, stand_in: Any, monkeypatch: 
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     assert log_run("wandb", tuned) == str(folder)
     told = json.loads((folder / "told.json").read_text())
-    assert (told["project"], told["name"], told["mode"]) == ("featcache", "finetune m <b>", "offline")
+    assert (told["project"], told["name"], told["mode"]) == ("featcache", f"finetune {SHOWN}", "offline")
     assert (told["config"], told["summary"]) == (tuned.parameters, tuned.scores)
     assert [(step, row.get("epoch/val_loss")) for step, row in told["log"][:3]] == [(1, 0.9), (2, None), (3, 0.7)]
     assert told["log"][3] == [None, {"curves.png": "curves.png"}]
     (artifact,) = told["artifacts"]
-    assert artifact["name"] == "m--b-" and "model.json" in artifact["files"]
+    assert artifact["name"] == "m--b--" and "model.json" in artifact["files"]
 
 
 def test_a_tracker_that_hangs_is_ended_with_all_it_started(tuned: Run, stand_in: Any) -> None:

@@ -27,7 +27,7 @@ def write(run: Run) -> str:
 
     model = Path(run.model)
     runs = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or runs_beside(model))
-    writer = EventFileWriter(str(_new_folder(runs / model.name, run.command)))
+    writer = EventFileWriter(str(_new_folder(runs / run.name, run.command)))
     for step, summary in _summaries(run):
         writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
     writer.close()

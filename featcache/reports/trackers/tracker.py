@@ -18,6 +18,7 @@ from typing import Any
 
 from featcache.errors import MissingDependencyError, StorageError, TrackerError, UsageError
 from featcache.reports.trackers.run import Run
+from featcache.system.display import printable
 from featcache.system.files import check_output
 
 _PIP = {"tensorboard": "'featcache[log]'", "mlflow": "mlflow", "wandb": "wandb"}
@@ -99,5 +100,5 @@ def _tell() -> None:
     try:
         where = importlib.import_module(f"featcache.reports.trackers.to_{sys.argv[1]}").write(run)
     except Exception as error:
-        raise SystemExit(" ".join(f"{type(error).__name__}: {error}".split())) from error
-    sys.stdout.write(f"\n{where}\n")
+        raise SystemExit(printable(" ".join(f"{type(error).__name__}: {error}".split()))) from error
+    sys.stdout.write(f"\n{printable(where)}\n")

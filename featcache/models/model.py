@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
 import shutil
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from featcache.models.predict import Input
     from featcache.models.prediction import Predictions
 
+log = logging.getLogger("featcache")
 _HEAD, METRICS, _PIPELINE, _HISTORY = "head.safetensors", "metrics.json", "head.joblib", "history.csv"
 _FILES = (
     _HEAD,
@@ -268,11 +270,20 @@ def save_model(
         if rows is not None:
             digest = hashlib.sha256(seen[training_rows.FILE]).hexdigest()
             manifest["training_rows"] = {"n": len(rows.digests), "sha256": digest}
-        text = card.make_card(path.resolve().name, manifest, metrics, None if rows is None else rows.labels)
-        (folder / card.FILE).write_bytes(text)
-        manifest["card"] = hashlib.sha256(text).hexdigest()
+        if text := _card(path, manifest, metrics, rows):
+            (folder / card.FILE).write_bytes(text)
+            manifest["card"] = hashlib.sha256(text).hexdigest()
         manifest["sha256"] = fingerprint_of(manifest)
         (folder / saved.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _card(path: Path, manifest: dict[str, Any], metrics: dict[str, Any], rows: TrainingRows | None) -> bytes:
+    """The model card; nothing if it cannot be made: it never costs a model that may have taken hours."""
+    try:
+        return card.make_card(path.resolve().name, manifest, metrics, None if rows is None else rows.labels)
+    except Exception as error:
+        log.warning("no model card of %s (%s: %s); please report it", path, type(error).__name__, error)
+        return b""
 
 
 def _digest(path: Path) -> str:

@@ -152,6 +152,19 @@ def test_a_fine_tuned_model_says_what_its_score_was_chosen_by(tmp_path: Path) ->
     assert tables(text)[0][1][-1] == "epoch and mixture were chosen on these"
 
 
+def test_a_card_that_cannot_be_made_costs_no_model(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("featcache.models.card.counted", lambda: {}["no\nkey"])
+    monkeypatch.setattr("featcache.models.card._PROVIDED", "torchvision")
+    model = fit_head(cache, tmp_path / "m", C=1.0, folds=0).model
+    assert f"no model card of {model} (KeyError: " in caplog.text
+    assert load_model(model).classes == ("a", "b", "c") and not (model / "README.md").exists()
+    monkeypatch.undo()
+    fit_head(cache, model, C=1.0, folds=0)
+    assert (model / "README.md").exists()
+
+
 def test_the_same_model_has_the_same_card_and_one_changed_by_hand_is_kept(
     cache: Path, model: Path, tmp_path: Path
 ) -> None:

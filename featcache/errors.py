@@ -100,6 +100,10 @@ class MissingDependencyError(FeatcacheError):
     """An optional package is needed; the message holds the pip line that adds it."""
 
 
+class TrackerError(FeatcacheError):
+    """A run could not be told to TensorBoard, MLflow or Weights & Biases."""
+
+
 class RefusedImage(Exception):  # noqa: N818 - a state of an image, not an error of the program
     """One image cannot be embedded; ``str()`` is the reason, fit to be stored and shown."""
 

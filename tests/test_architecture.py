@@ -32,6 +32,7 @@ ROOMS = {
     "testing": "finetuning models extraction backbones cache heads images spec system",
     "cli": "__init__ finetuning reports sklearn models extraction curation backbones cache heads images spec system",
     "__main__": "cli",
+    "examples": "",
 }
 # Libraries, and the rooms or files that alone may use them.
 ONLY_IN = {
@@ -62,6 +63,13 @@ ONLY_IN = {
     "jinja2": "reports.elements.page",
     "markupsafe": "reports",
     "pandas": "models.prediction reports.audit.audit cache.table",
+    "fastapi": "examples.service",
+    "pydantic": "examples.service",
+    "starlette": "examples.service",
+    "tensorboard": "reports.trackers.to_tensorboard",
+    "torch.utils.tensorboard": "reports.trackers.to_tensorboard",
+    "mlflow": "reports.trackers.to_mlflow",
+    "wandb": "reports.trackers.to_wandb",
     "IPython": "system.display",
     "onnx": "models.as_onnx",
     "onnxruntime": "models.as_onnx",

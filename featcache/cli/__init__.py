@@ -11,6 +11,7 @@ exchange.py export, import
 pages.py    report
 inspect.py  stats, preview, info, verify, backbones, doctor
 demo.py     demo: the whole job on handwritten digits
+examples.py examples: files to copy
 options.py  options that several commands share
 help.py     options in groups
 usage.py    what is said about wrong usage

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache import __version__
-from featcache.cli import audit, demo, exchange, extract, inspect, merge, pages, predict, split, train
+from featcache.cli import audit, demo, examples, exchange, extract, inspect, merge, pages, predict, split, train
 from featcache.cli.console import is_first_process, open_missing_streams, say, show_result, silence
 from featcache.cli.help import Command, Group
 from featcache.cli.usage import explain, with_backbone
@@ -64,11 +64,12 @@ for group in (
     pages,
     inspect,
     demo,
+    examples,
 ):  # in the order in which the help shows them
     for command, text in group.COMMANDS.items():
-        examples = text.split("  ·  ")
-        _EXAMPLES[command.__name__.replace("_", "-")] = examples[0]
-        lines = ["Examples:", *(f"  {example}" for example in examples)]
+        typed = text.split("  ·  ")
+        _EXAMPLES[command.__name__.replace("_", "-")] = typed[0]
+        lines = ["Examples:", *(f"  {example}" for example in typed)]
         app.command(cls=Command, epilog="\n".join([*lines, "-q leaves notes out, -v shows why."]))(command)
 
 

@@ -14,7 +14,7 @@ from featcache.cli.usage import check_words, value_type
 # Groups and the options in each, in this order. What means something else in one command is named with it.
 PANELS = {
     "Output": "output copy_to link_to gallery figures everything top_k probs folder dtype overwrite resume force self_contained "
-    "apply map_method report no_report max_bad as_json help",
+    "apply map_method report no_report log max_bad as_json help",
     "Dealing": "val test groups group_column group_table reassign split.seed",
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
     "patience class_weight folds fit-head.groups fit-head.group_column fit-head.path_column views n seed",

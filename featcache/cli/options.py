@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featcache.cli.console import say
+from featcache.cli.console import note, say
 from featcache.errors import UsageError
 from featcache.system.display import quantity
 
 if TYPE_CHECKING:
     from featcache.images.source import Source
+    from featcache.reports.trackers.run import Run
 
 Commands = dict[Callable[..., None], str]  # what a file of commands offers: each, and the examples below its help
 
@@ -35,6 +36,13 @@ BatchSize = Annotated[str, typer.Option(help="Images per forward pass; changes n
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write MODEL.report.html beside the model.")]
 MaxBad = Annotated[
     float, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Exit with 3 if more of the images are refused.")
+]
+Log = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TRACKER",
+        help="Tell tensorboard (in runs/ beside the model), mlflow or wandb, too: parameters, scores, pictures, the model.",
+    ),
 ]
 
 Figures = Annotated[
@@ -137,6 +145,26 @@ def size(text: str) -> int | tuple[int, int] | None:
     if not cross or first is None:
         return first
     return first, count(width, "resize") or first
+
+
+def check_log(tracker: str | None, model: Path) -> None:
+    """Refuse, before any work, a tracker that cannot be used. Raises as ``trackers.tracker.check_tracker``."""
+    if tracker is not None:
+        from featcache.reports.trackers.tracker import check_tracker
+
+        check_tracker(tracker, model)
+
+
+def log_run(tracker: str | None, run: "Callable[[], Run]") -> None:
+    """Tell ``tracker`` about a run. The work is done by now, so that whatever goes wrong here is only said."""
+    if tracker is None:
+        return
+    from featcache.reports.trackers.tracker import log_run as tell
+
+    try:
+        note(f"  logged to {tell(tracker, run())}")
+    except Exception as error:
+        say(f"warning: not logged to {tracker}: {error}")
 
 
 def exit_if_bad(refused: int, images: int, max_bad: float) -> None:

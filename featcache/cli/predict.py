@@ -220,6 +220,7 @@ def evaluate(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     figures: options.Figures = None,
+    log: options.Log = None,
     reading: options.Reading = options.AS_FOUND,
     batch_size: options.BatchSize = "auto",
     device: options.Device = "auto",
@@ -236,6 +237,7 @@ def evaluate(
     from featcache.reports.model_report.calibration import calibration_charts
     from featcache.reports.predictions_table import as_written
     from featcache.reports.scores import audit_line, evaluation_lines
+    from featcache.reports.trackers.run import evaluation_run
 
     images = reading.of(source)
     chosen = None if split == "auto" else split
@@ -245,6 +247,9 @@ def evaluate(
     if figures is not None:
         check_figures(figures)
     page = _page_of(model) if report else None
+    if log is not None:
+        check_path(model, "model", ("evaluate", HERE))
+        options.check_log(log, model)
     kept: list[Any] = []
     with show_progress("evaluating") as progress:
         scores = run(
@@ -270,14 +275,18 @@ def evaluate(
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {quantity(written, 'row')}: {output}")
+    files: list[Path] = []
     if figures is not None:
-        lines.append(f"  {quantity(len(write_figures(calibration_charts(scores), figures)), 'figure')}: {figures}")
+        files += write_figures(calibration_charts(scores), figures)
+        lines.append(f"  {quantity(len(files), 'figure')}: {figures}")
     if page is not None:
         from featcache.reports.model_report.report import report_beside
 
         pages = report_beside(model, cache=source if is_cache(source) else None, scored=kept[0], quick=False)
         lines += [f"  {'report' if path == page else 'contact sheet'}: {path}" for path in pages]
+        files += pages
     show_result(lines, scores | {"output": output, "report": page}, as_json=as_json)
+    options.log_run(log, lambda: evaluation_run(model, scores, source=source, files=files))
 
 
 def _page_of(model: Path) -> Path:

@@ -1,7 +1,7 @@
 """``fit-head`` and ``finetune``: the commands that make a model. In: what was typed. Out: scores, or facts with ``--json``."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +51,7 @@ def fit_head(
         bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
     ] = False,
     no_report: options.NoReport = False,
+    log: options.Log = None,
     as_json: options.Json = False,
 ) -> None:
     """Train a classifier on cached embeddings, in seconds.
@@ -60,6 +61,7 @@ def fit_head(
     from featcache.models.fit import fit_head as run
     from featcache.reports.scores import audit_line, fit_lines
 
+    options.check_log(log, output)
     report = run(
         cache,
         output,
@@ -82,8 +84,8 @@ def fit_head(
     try:
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away
-        if not no_report:
-            write_report_beside(report.model, cache=cache)
+        files = [] if no_report else write_report_beside(report.model, cache=cache)
+        _log(log, "fit-head", report.model, files)
 
 
 def _table(groups: Path | None, path_column: str | None) -> "Source | None":
@@ -94,15 +96,25 @@ def _table(groups: Path | None, path_column: str | None) -> "Source | None":
     return None if groups is None else Source(groups, path_column=path_column)
 
 
-def write_report_beside(model: Path, **about: Any) -> None:
+def write_report_beside(model: Path, **about: Any) -> list[Path]:
     """Write the page about a model beside it. The model is saved by now, so that whatever goes wrong here is only said."""
     from featcache.reports.model_report.report import report_beside
 
     try:
-        for path in report_beside(model, **about):
+        paths = report_beside(model, **about)
+        for path in paths:
             note(f"  {'report' if path.suffix == '.html' else 'contact sheet'} in {path}")
+        return paths
     except Exception as error:
         say(f"no report of {model}: {error}")
+        return []
+
+
+def _log(tracker: str | None, command: str, model: Path, files: Iterable[Path]) -> None:
+    """Tell ``tracker`` about a model that was just saved."""
+    from featcache.reports.trackers.run import training_run
+
+    options.log_run(tracker, lambda: training_run(command, model, files))
 
 
 def _numbers(text: str | None, name: str, kind: Callable[[str], float]) -> Any:
@@ -165,6 +177,7 @@ def finetune(
     force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")] = False,
     no_report: options.NoReport = False,
+    log: options.Log = None,
     as_json: options.Json = False,
 ) -> None:
     """Train the backbone, too, end to end, from the cached head on.
@@ -192,6 +205,7 @@ def finetune(
     images = reading.of(source)
     if figures is not None:
         check_figures(figures)
+    options.check_log(log, output)
     with show_training() as progress:
         report = run(
             images,
@@ -220,24 +234,29 @@ def finetune(
     try:
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away
-        _draw_curves(report.model, figures)
+        files = _draw_curves(report.model, figures)
         if not no_report:
-            write_report_beside(report.model, pictures=source if is_home(source) else None)
+            files += write_report_beside(report.model, pictures=source if is_home(source) else None)
+        _log(log, "finetune", report.model, files)
 
 
-def _draw_curves(model: Path, figures: Path | None) -> None:
+def _draw_curves(model: Path, figures: Path | None) -> list[Path]:
     """Draw the history beside the model. The model is saved by now, so that whatever goes wrong here is only said."""
     from featcache.models.model import load_model
     from featcache.reports.curves import draw_curves
     from featcache.reports.figures import write_figures
     from featcache.reports.model_report.learning import training_charts
 
+    files: list[Path] = []
     try:
         if figures is not None:
-            write_figures(training_charts(load_model(model)), figures)
-        note(f"  curves in {draw_curves(model)}")
+            files += write_figures(training_charts(load_model(model)), figures)
+        curves = draw_curves(model)
+        note(f"  curves in {curves}")
+        files.append(curves)
     except Exception as error:
         say(f"no curves of {model}: {error}")
+    return files
 
 
 COMMANDS: options.Commands = {

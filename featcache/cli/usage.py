@@ -34,6 +34,7 @@ _COMMANDS = {
     "backbones": "list models model-list list-models archs networks",
     "doctor": "check bench benchmark speed env system settings checks",
     "demo": "example tutorial quickstart",
+    "examples": "example recipe recipes template templates docker dockerfile slurm snakemake dvc fastapi serve server service api",
     "featcache --version": "version",
     "featcache COMMAND --help": "help usage man",
 }
@@ -47,6 +48,8 @@ _ABOUT = {
     "evaluate": "a model",
     "report": "a page about a model",
     "doctor": "this machine",
+    "demo": "the whole job on digits",
+    "examples": "files to copy",
 }
 # Options and arguments, and what else people call them: those count that the command has. Instead of an option, a sentence.
 _OPTIONS = {
@@ -70,6 +73,10 @@ _OPTIONS = {
     "--precision fp32": "fp32 float32",
     "--resize": "image-size img-size imgsz size input-size imsz resolution",
     "--crop": "image-size img-size imgsz size input-size imsz crop-size center-crop",
+    "--log tensorboard": "tensorboard tb",
+    "--log mlflow": "mlflow",
+    "--log wandb": "wandb",
+    "--log": "logger loggers report-to tracker track with-tracking",
     "--epochs": "num-epochs n-epochs max-epochs num-train-epochs epoch e n",
     "--lr": "learning-rate lr0 eta head-lr",
     "--C": "reg regularization regularisation l2",

@@ -1,6 +1,7 @@
 """The saved model: fit, load, predict, evaluate, export.
 
 model.py             what it is: saved, loaded, checked
+card.py              its README.md, for people and the Hugging Face hub
 fit.py               fit-head
 predict.py           labels for images or caches
 prediction.py        what is said of an image; for pandas

@@ -2,7 +2,7 @@
 
 ``model.json`` (what it is, classes, spec, training, metrics), ``head.safetensors``, ``metrics.json``; with weights that no
 library provides, ``backbone.safetensors``; ``training.safetensors``, what training has seen; ``history.csv``, how training went, a
-row per epoch, also in ``metrics.json``; for logistic regression
+row per epoch, also in ``metrics.json``; ``README.md``, the model card, for people and the Hugging Face hub; for logistic regression
 ``head.joblib``, the scikit-learn pipeline for notebooks, written and never read: loading a pickle runs code.
 """
 
@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
 import shutil
@@ -30,7 +31,7 @@ from featcache.cache.copies import Digests
 from featcache.cache.format import encode_names
 from featcache.errors import ModelError, SpecMismatchError
 from featcache.heads.head import FittedHead, Head
-from featcache.models import training_rows
+from featcache.models import card, training_rows
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import Spec, fingerprint_of
 from featcache.system.display import html_table, in_words, quantity
@@ -47,8 +48,19 @@ if TYPE_CHECKING:
     from featcache.models.predict import Input
     from featcache.models.prediction import Predictions
 
+log = logging.getLogger("featcache")
 _HEAD, METRICS, _PIPELINE, _HISTORY = "head.safetensors", "metrics.json", "head.joblib", "history.csv"
-_FILES = (_HEAD, saved.WEIGHTS, saved.MANIFEST, METRICS, _PIPELINE, training_rows.FILE, _HISTORY, "curves.png")
+_FILES = (
+    _HEAD,
+    saved.WEIGHTS,
+    saved.MANIFEST,
+    METRICS,
+    _PIPELINE,
+    training_rows.FILE,
+    _HISTORY,
+    "curves.png",
+    card.FILE,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -193,6 +205,10 @@ def check_replaceable(path: Path, *, overwrite: bool | None = None) -> None:
         raise ModelError(
             f"{path} also holds {', '.join(foreign[:3])}, not part of a model; choose another -o or move that out"
         )
+    if (path / card.FILE).is_file() and _digest(path / card.FILE) != manifest.get("card"):
+        raise ModelError(
+            f"{path / card.FILE} is not as featcache wrote it; choose another -o, or move that file out first"
+        )
     kind = "a fine-tuned model, which took long to make" if manifest.get("finetuned") else "a model"
     if overwrite is False:
         raise ModelError(f"{path} holds {kind}; choose another -o, or replace it with --overwrite")
@@ -263,8 +279,24 @@ def save_model(
         if rows is not None:
             digest = hashlib.sha256(seen[training_rows.FILE]).hexdigest()
             manifest["training_rows"] = {"n": len(rows.digests), "sha256": digest}
+        if text := _card(path, manifest, metrics, rows):
+            (folder / card.FILE).write_bytes(text)
+            manifest["card"] = hashlib.sha256(text).hexdigest()
         manifest["sha256"] = fingerprint_of(manifest)
         (folder / saved.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _card(path: Path, manifest: dict[str, Any], metrics: dict[str, Any], rows: TrainingRows | None) -> bytes:
+    """The model card; nothing if it cannot be made: it never costs a model that may have taken hours."""
+    try:
+        return card.make_card(path.resolve().name, manifest, metrics, None if rows is None else rows.labels)
+    except Exception as error:
+        log.warning("no model card of %s (%s: %s); please report it", path, type(error).__name__, error)
+        return b""
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _as_table(history: list[dict[str, Any]]) -> bytes:

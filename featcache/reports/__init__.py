@@ -4,6 +4,7 @@ elements/             what pages are made of: cards, charts, thumbnails, and the
 model_report/         the page about a model, section by section
 audit/                the page on which people decide what becomes of each image
 source_stats/         what a source of images holds, before any work
+trackers/             runs, told to TensorBoard, MLflow or Weights & Biases
 pages/                templates, style sheet and scripts
 info.py               what a cache or a model holds
 backbones.py          backbones: a table to choose from, one network from input to embedding

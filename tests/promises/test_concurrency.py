@@ -212,7 +212,7 @@ def test_readers_meet_writers(tmp_path: Path, warm: Program, versions: int) -> N
         assert set(seen) <= allowed, seen
         assert seen["cache"] > 5 and seen["model"] > 5, seen
     check_cache_version(FeatureCache.open(tmp_path / "f.h5"))
-    assert sorted(os.listdir(tmp_path / "m")) == ["head.safetensors", "metrics.json", "model.json"]
+    assert sorted(os.listdir(tmp_path / "m")) == ["README.md", "head.safetensors", "metrics.json", "model.json"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])

@@ -230,7 +230,9 @@ def _read(source: Source | ImageList, groups: Groups, pictures: Path | None, out
 def _read_cache(source: Source, pictures: Path | None) -> _Read:
     """The same of a cache; ``pictures``: the folder of its images, if it was said."""
     if source.root is not None:
-        raise UsageError(f"--root says how a table is read, and {source} is a cache; --source says where its images are")
+        raise UsageError(
+            f"--root says how a table is read, and {source} is a cache; --source says where its images are"
+        )
     source.check_options("cache")
     if pictures is not None and not pictures.is_dir():
         raise SourceError(f"--source {pictures} is no folder; give the one that the images of {source} lie in")

@@ -10,6 +10,6 @@ requirements = [
     *(entry for extra in project["optional-dependencies"].values() for entry in extra),
 ]
 for requirement in sorted({entry for entry in requirements if not entry.startswith("featcache")}):
-    found = re.fullmatch(r"([\w-]+)(?:>=|==|~=)([\w.]+)", requirement)
+    found = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?(?:>=|==|~=)([\w.]+)", requirement)
     assert found, requirement
     print(f"{found[1]}=={found[2]}")

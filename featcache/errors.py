@@ -34,6 +34,10 @@ class SourceError(FeatcacheError):
     """The images (folder, CSV, cache) cannot be used for what was asked."""
 
 
+class NoAccessError(SourceError):
+    """What lies elsewhere is not given to whoever asks, or only to those whose credentials are missing here."""
+
+
 class BackboneError(FeatcacheError):
     """No such backbone, or its weights are missing, unreadable or do not fit."""
 

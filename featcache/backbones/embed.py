@@ -24,6 +24,7 @@ from featcache.backbones.self_check import fits_float16
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
 from featcache.images.formats import Brightest
 from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
+from featcache.images.readahead import stoppable
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
@@ -104,9 +105,10 @@ def embed(
     seen, again = Brightest(), list[int]()
     work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), seen, again)
     pending: deque[Future[EmbeddedBatch]] = deque()
-    with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool:
+    with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool, stoppable() as stop_with:
+        work_until = stop_with(work)
         for start in range(0, len(files.paths), runtime.batch_size):
-            pending.append(pool.submit(work, start))
+            pending.append(pool.submit(work_until, start))
             if len(pending) >= 2 * runtime.workers:
                 yield pending.popleft().result()
                 seen.warn(at_least=_MANY)

@@ -147,7 +147,7 @@ class _Walk:
         return False
 
 
-def say_passed_over(source: Path, passed: Mapping[tuple[str, str], int]) -> None:
+def say_passed_over(source: Path | str, passed: Mapping[tuple[str, str], int]) -> None:
     """Say in one line what is no image, by kind, with some names: (kind, name or suffix) -> how often."""
     parts = []
     for kind in (HIDDEN, OTHERS, _OWN):

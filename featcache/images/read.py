@@ -22,6 +22,7 @@ from featcache.images.archives import archive_in, read_member
 from featcache.images.decode import decode, refusing_errors, strict_decoding
 from featcache.images.in_memory import Held, as_file
 from featcache.images.members import MAX_FILE_BYTES
+from featcache.images.readahead import stoppable
 from featcache.images.source import ImageList
 
 T = TypeVar("T")
@@ -65,11 +66,12 @@ def read_images(
     ``convert`` makes what is wanted of a file's bytes, and may raise RefusedImage. A refused image never ends the loop.
     """
     pending = iter(indices)
-    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool:
+    with strict_decoding(), ThreadPoolExecutor(workers, "featcache-read") as pool, stoppable() as stop_with:
+        read = stop_with(functools.partial(read_image, files, convert=convert))
         if workers == 1:
             yield from (read_image(files, index, convert) for index in pending)
         while block := list(itertools.islice(pending, 16 * workers)):
-            yield from pool.map(lambda index: read_image(files, index, convert), block)
+            yield from pool.map(read, block)
 
 
 def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> ReadImage[T]:

@@ -6,20 +6,25 @@ several at a time; whoever jumps about gets what was asked for and no more.
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import threading
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, ParamSpec, TypeVar
 
+from featcache.errors import RefusedImage
 from featcache.images.remote import PATIENT, Described, Patience, start_fetch
 
+P = ParamSpec("P")
+T = TypeVar("T")
 MOST = 4 << 20  # bytes of one request
 _FIRST = 512 << 10  # ahead of a first read that goes on from the last; doubled from read to read
 _NEAR = 1 << 20  # bytes that are sooner read than jumped over: what a connection brings in the time of one request
 _AHEAD = 4  # requests under way beyond what is read
-_KEPT = 8  # blocks, of the latest
-_ORDERS = 4  # that are followed at a time: those of threads far from each other
+_KEPT = 32  # blocks at most: 128 MiB; of reads in one order 8
+_ORDERS = 32  # that are followed at a time: threads may be far from each other
 
 
 class _Block(NamedTuple):
@@ -53,6 +58,7 @@ class Blocks:
                 block = self._holding(start) or self._fetch(start, stop)
                 self._go_ahead(start)
             try:
+                _wait_for(block.data)
                 piece = block.data.result()[start - block.start : stop - block.start]
             except BaseException:
                 with self._lock:  # whoever comes next asks again
@@ -74,7 +80,8 @@ class Blocks:
                     pass
                 return block
         block = self._request(start, min(stop, start + MOST))
-        self._orders = [*self._orders, _Order(block.stop)][-_ORDERS:]
+        going_on = [order for order in self._orders if not self._holding(order.end)]  # others have come to each other
+        self._orders = [*going_on, _Order(block.stop)][-_ORDERS:]
         return block
 
     def _extend(self, order: _Order, stop: int) -> _Block:
@@ -97,8 +104,38 @@ class Blocks:
     def _request(self, start: int, stop: int) -> _Block:
         stop = min([stop, *(block.start for block in self._blocks if block.start > start)])
         block = _Block(start, stop, start_fetch(self.address, start, stop, self.described, self.patience))
-        self._blocks = [*self._blocks, block][-_KEPT:]
+        kept = min(_AHEAD + 4 * len(self._orders), _KEPT)  # what threads that follow one another have between them
+        self._blocks = [*self._blocks, block][-kept:]
         return block
+
+
+_thread = threading.local()  # its ``stopped``: the event that ends its waiting
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[Callable[P, T]], Callable[P, T]]]:
+    """What makes work for threads end, at the end of this context, as if the server that it waits for had nothing."""
+    stopped = threading.Event()
+
+    def stop_with(work: Callable[P, T]) -> Callable[P, T]:
+        def run(*given: P.args, **named: P.kwargs) -> T:
+            _thread.stopped = stopped
+            return work(*given, **named)
+
+        return run
+
+    try:
+        yield stop_with
+    finally:
+        stopped.set()
+
+
+def _wait_for(data: "concurrent.futures.Future[bytes]") -> None:
+    """Raise RefusedImage when it is to be given up: nobody waits for the result."""
+    stopped = getattr(_thread, "stopped", None)
+    while stopped is not None and not concurrent.futures.wait([data], timeout=0.2).done:
+        if stopped.is_set():
+            raise RefusedImage("the run was stopped")
 
 
 class RemoteFile(io.RawIOBase):
@@ -148,7 +185,7 @@ class RemoteFile(io.RawIOBase):
 
 _lock = threading.Lock()
 _shared: "weakref.WeakValueDictionary[tuple[str, Described, Patience], Blocks]" = weakref.WeakValueDictionary()
-_latest: "collections.deque[Blocks]" = collections.deque(maxlen=2)  # not given up between one reader and the next
+_latest: "collections.deque[Blocks]" = collections.deque(maxlen=4)  # not given up between one reader and the next
 
 
 def open_remote(address: str, described: Described, patience: Patience = PATIENT) -> RemoteFile:

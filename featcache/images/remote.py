@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from featcache.errors import MissingDependencyError, RefusedImage, SourceError, UsageError
+from featcache.errors import MissingDependencyError, NoAccessError, RefusedImage, SourceError, UsageError
 from featcache.system.addresses import shown
 from featcache.system.display import quantity
 
@@ -168,7 +168,7 @@ def _transient(error: Exception, address: str) -> tuple[str, float]:
             _refuse(answer, address)
         return f"the server answers {answer}", answer.after
     if kinds & {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError"}:
-        raise SourceError(f"{shown(address)} needs credentials, and there are none; {_keys(address)}") from error
+        raise NoAccessError(f"{shown(address)} needs credentials, and there are none; {_keys(address)}") from error
     if kinds & {"ProfileNotFound", "SSOError", "DefaultCredentialsError", "RefreshError"}:
         raise SourceError(f"{shown(address)}: {_words(error)}; {_keys(address)}") from error
     if kinds & {"ClientConnectorCertificateError", "ClientSSLError", "SSLError", "SSLCertVerificationError"}:
@@ -216,7 +216,7 @@ def _refuse(answer: _AnswerError, address: str) -> NoReturn:
         raise RefusedImage("cannot be read: it is archived (Glacier); restore it first")
     if answer.status in (401, 403, 407) or answer.code in _NO_KEYS:
         place = "proxy" if answer.status == 407 else "server"
-        raise SourceError(f"{name}: the {place} refuses access ({answer}); {_keys(address)}")
+        raise NoAccessError(f"{name}: the {place} refuses access ({answer}); {_keys(address)}")
     raise SourceError(f"{name}: the server answers {answer}; expected the object")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from featcache.errors import Refusal, RefusedImage, SourceError
+from featcache.errors import NoAccessError, Refusal, RefusedImage, SourceError
 from featcache.images.archives import Archive, archive_in, is_archive, look_through, read_member
 from featcache.images.columns import is_label, printable, shown, split_in
 from featcache.images.folders import HIDDEN, OTHERS, Entry, Listing, has_image_suffix, meaning, say_passed_over
@@ -76,7 +76,7 @@ def _several(locations: list[Path]) -> Shards:
 
 
 def list_shards(
-    source: Path, shards: Shards, chosen: Mapping[str, str | None], *, labelled: bool, class_level: int | None
+    source: Path | str, shards: Shards, chosen: Mapping[str, str | None], *, labelled: bool, class_level: int | None
 ) -> Listing:
     """The images in ``shards``, if ``labelled`` with classes and splits.
 
@@ -209,7 +209,7 @@ class _Reading:
         if known is None or _BESIDE.index(suffix) < _BESIDE.index(known[1]):
             said[key] = label, suffix
 
-    def meant(self, source: Path, class_level: int | None) -> tuple[list[Entry], set[str]]:
+    def meant(self, source: Path | str, class_level: int | None) -> tuple[list[Entry], set[str]]:
         """The entries with labels and splits, and all classes. Raises SourceError, UsageError: as ``read_layout``."""
         if self.parquet:
             return self.entries, self.classes
@@ -239,7 +239,7 @@ class _Reading:
         ]
         return entries, {label for label, _ in found.values() if label is not None}
 
-    def _labels_beside(self, source: Path) -> list[str | None] | None:
+    def _labels_beside(self, source: Path | str) -> list[str | None] | None:
         """The labels that files beside the images give; None if they give none."""
         kinds = Counter(each[1] for each in self.beside if each)
         for group in ((".cls", ".json"), (".txt",)):
@@ -319,11 +319,11 @@ def _names_beside(shards: Shards) -> tuple[str, ...] | None:
     try:
         with open_binary(folder / _CLASSES) as file:
             return _lines(file.read(_MAX_CLASSES))
-    except RefusedImage:
+    except (RefusedImage, NoAccessError):  # who may read only the shards cannot ask whether there is one
         return None
 
 
-def _named(label: str, names: tuple[str, ...] | None, source: Path) -> str:
+def _named(label: str, names: tuple[str, ...] | None, source: Path | str) -> str:
     """The class of that number, if there are ``names``. Raises SourceError: there is none of that number."""
     if names is None or not label.isdecimal() or label in names:
         return label

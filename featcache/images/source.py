@@ -193,7 +193,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
     if shards := find_shards(path):
         rows = shards.archives[0].suffix.lower() == ".parquet" or kind_of(shards.archives[0]) is Kind.PARQUET
         source.check_options("Parquet file" if rows else "archive")
-        listing = list_shards(path, shards, source.columns, labelled=labelled, class_level=source.class_level)
+        listing = list_shards(str(source), shards, source.columns, labelled=labelled, class_level=source.class_level)
     elif path.is_dir():
         source.check_options("folder with metadata" if labelled else "folder")
         listing = list_folder(path, labelled=labelled, class_level=source.class_level)

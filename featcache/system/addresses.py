@@ -30,15 +30,17 @@ def shown(path: AnyPath) -> str:
     """``path``; of an address without user, password and what follows a ``?`` or ``#``: what may be shown to anybody."""
     if (found := parse(path)) is None:
         return str(path)
-    scheme, rest = found[1].lower(), found[2]
-    if scheme == "file":
-        return f"file:///{rest}"
+    scheme, rest = found[1], found[2]
+    if scheme.lower() == "file":
+        return f"{scheme}:///{rest}"
     place = re.split(r"[/?#]", rest)[0]
     if "@" in place:
         rest = rest[place.rindex("@") + 1 :]
     elif not _PLACE.fullmatch(place):  # a password with a / or ? in it
         rest = rest.rpartition("@")[2]
-    return f"{scheme}://" + (rest if scheme in ("s3", "gs", "gcs") else re.sub(r"[?#].*", "", rest, flags=re.DOTALL))
+    return f"{scheme}://" + (
+        rest if scheme.lower() in ("s3", "gs", "gcs") else re.sub(r"[?#].*", "", rest, flags=re.DOTALL)
+    )
 
 
 def without_secrets(path: AnyPath) -> Path:

@@ -74,14 +74,18 @@ MIXUPS = {
     "`featcache extract birds -o g.h5`",
     "extract birds.7z -o g.h5": f"birds.7z is a packed file, {IMAGES}; unpack it: `7z x birds.7z -obirds`, then `featcache extract birds -o g.h5`",
     "extract birds.rar -o g.h5": f"birds.rar is a packed file, {IMAGES}; unpack it: `unrar x birds.rar birds/`, then `featcache extract birds -o g.h5`",
-    "extract https://example.org/birds.zip -o g.h5": f"https://example.org/birds.zip is an address, {IMAGES}; download it: "
-    "`curl -L -o birds.zip https://example.org/birds.zip`, then `featcache extract birds.zip -o g.h5`",
+    "extract https://example.org/birds.rar -o g.h5": f"https://example.org/birds.rar is an address, {IMAGES}; download it: "
+    "`curl -L -o birds.rar https://example.org/birds.rar`, unpack it: `unrar x birds.rar birds/`, then `featcache extract birds -o g.h5`",
+    "fit-head s3://bucket/birds.tar -o m": "s3://bucket/birds.tar is an archive, expected a cache; make one: "
+    "`featcache extract s3://bucket/birds.tar -o features.h5`, then `featcache fit-head features.h5 -o m`",
+    "predict s3://bucket/m.tar photos": "s3://bucket/m.tar is an archive, expected the folder of a model; download it: "
+    "`aws s3 cp s3://bucket/m.tar m.tar`, then `featcache predict m.tar photos`",
     "extract https://example.org/gallery -o g.h5": f"https://example.org/gallery is an address, {IMAGES}; save what is there as files first, "
     "and give their folder",
-    "extract s3://bucket/birds -o g.h5": f"s3://bucket/birds is an address, {IMAGES}; download it: `aws s3 sync s3://bucket/birds birds`, then "
-    "`featcache extract birds -o g.h5`",
-    "extract gs://bucket/birds -o g.h5": f"gs://bucket/birds is an address, {IMAGES}; download it: `gcloud storage rsync -r gs://bucket/birds birds`, "
-    "then `featcache extract birds -o g.h5`",
+    "extract s3://bucket/birds.csv -o g.h5": f"s3://bucket/birds.csv is an address, {IMAGES}; download it: "
+    "`aws s3 cp s3://bucket/birds.csv birds.csv`, then `featcache extract birds.csv -o g.h5`",
+    "extract gs://bucket/1.jpg -o g.h5": f"gs://bucket/1.jpg is an address, {IMAGES}; download it: `gcloud storage cp gs://bucket/1.jpg 1.jpg`, "
+    "then `featcache extract 1.jpg -o g.h5`",
     "extract hf://datasets/ann/birds -o g.h5": f"hf://datasets/ann/birds is an address, {IMAGES}; download it: "
     "`hf download ann/birds --repo-type dataset --local-dir birds`, then `featcache extract birds -o g.h5`",
     "extract file:///data/birds -o g.h5": f"file:///data/birds is an address, {IMAGES}; did you mean `featcache extract /data/birds -o g.h5`?",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, TINY_FLAGS
 from objects import (
     FAULTS,
     Answer,
@@ -18,6 +18,7 @@ from objects import (
     Request,
     allow_this_machine,
     environment,
+    files_of,
     forwarded,
     s3_error,
     s3_server,
@@ -30,8 +31,8 @@ from featcache.extraction.extract import extract
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
-SHARDS = "train-{000..003}.tar"
-PER_SHARD = 8
+SHARDS, NUMBER = "train-{000..007}.tar", 8  # more than are held between listing and reading
+PER_SHARD = 4
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -63,7 +64,7 @@ def bucket(
     allow_this_machine(monkeypatch)
     bucket = Bucket(f"bucket-{abs(hash(request.node.name))}", server.server, server.port)
     bucket.create()
-    for number in range(4):
+    for number in range(NUMBER):
         bucket.put(f"train-{number:03d}.tar", shard(number))
     server.server.requests.clear()
     server.server.faults.clear()
@@ -74,7 +75,7 @@ def bucket(
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("local")
-    for number in range(4):
+    for number in range(NUMBER):
         (folder / f"train-{number:03d}.tar").write_bytes(shard(number))
     extract(folder / SHARDS, folder / "f.h5", TINY)
     return folder / "f.h5"
@@ -93,19 +94,19 @@ def test_the_rows_are_those_of_the_same_shards_here(bucket: Bucket, local: Path,
     chance = random.Random(5)
     bucket.server.plan = lambda _: chance.choice(FAULTS) if chance.random() < 0.2 else None
     report = extract(f"s3://{bucket.name}/{SHARDS}", tmp_path / "f.h5", TINY)
-    assert report.embedded == report.images == 4 * PER_SHARD
+    assert report.embedded == report.images == NUMBER * PER_SHARD
     assert bucket.server.faults.total() > 0
     assert columns(tmp_path / "f.h5") == columns(local)
     bucket.server.plan = lambda _: None
     again = extract(f"s3://{bucket.name}/", tmp_path / "f.h5", TINY)  # the same shards, by their place
-    assert (again.embedded, again.reused, again.changed) == (0, 4 * PER_SHARD, 0)
+    assert (again.embedded, again.reused, again.changed) == (0, NUMBER * PER_SHARD, 0)
 
 
 def test_a_run_whose_access_ends_goes_on_where_it_was(bucket: Bucket, local: Path, tmp_path: Path) -> None:
     listed: list[Request] = []
 
     def plan(request: Request) -> Answer | None:
-        if "/train-003.tar" in request.path and request.method == "GET":
+        if "/train-006.tar" in request.path and request.method == "GET":
             listed.append(request)
             return s3_error(400, "ExpiredToken") if len(listed) > before else None
         return None
@@ -117,7 +118,7 @@ def test_a_run_whose_access_ends_goes_on_where_it_was(bucket: Bucket, local: Pat
     assert list((tmp_path / "f.h5.parts").glob("*.h5"))
     bucket.server.plan = lambda _: None
     report = extract(f"s3://{bucket.name}/{SHARDS}", tmp_path / "f.h5", TINY)
-    assert report.reused >= PER_SHARD and report.embedded + report.reused == 4 * PER_SHARD
+    assert report.reused > 0 and report.embedded + report.reused == NUMBER * PER_SHARD
     assert columns(tmp_path / "f.h5") == columns(local)
 
 
@@ -126,15 +127,31 @@ def test_a_shard_that_changes_during_the_run_is_refused(bucket: Bucket, local: P
 
     def progress(done: int, total: int, bottleneck: str) -> None:
         if done == 0:
-            bucket.put("train-002.tar", shard(2, colour=1))
+            bucket.put("train-005.tar", shard(5, colour=1))
 
     source = f"s3://{bucket.name}/{SHARDS}"
     report = extract(source, tmp_path / "f.h5", TINY, progress=progress)
-    assert (report.embedded, report.refused) == (3 * PER_SHARD, PER_SHARD)
+    assert (report.embedded, report.refused) == ((NUMBER - 1) * PER_SHARD, PER_SHARD)
     with h5py.File(tmp_path / "f.h5") as file:
         assert {*file["refused/reasons"].asstr()} == {"changed while it was read"}
     report = extract(source, tmp_path / "f.h5", TINY)
-    assert (report.embedded, report.reused, report.refused) == (PER_SHARD, 3 * PER_SHARD, 0)
+    assert (report.embedded, report.reused, report.refused) == (PER_SHARD, (NUMBER - 1) * PER_SHARD, 0)
+
+
+def test_nothing_of_a_secret_is_kept(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """Shards of a web server: the same rows, and neither the password nor the signature in any file or message."""
+    allow_this_machine(monkeypatch)
+    with serving(files_of({f"/train-{number:03d}.tar": shard(number) for number in range(NUMBER)})) as web:
+        source = f"http://ann:pa55word@127.0.0.1:{web.port}/{SHARDS}?sig=TOPSECRET"
+        code, out, err = run("extract", source, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
+    assert code == 0
+    for request in web.requests:  # what nobody named is asked for without
+        assert (
+            ("Authorization" in request.headers) == ("sig=TOPSECRET" in request.path) == ("classes" not in request.path)
+        )
+    assert columns(tmp_path / "f.h5") == columns(local)
+    kept = (tmp_path / "f.h5").read_bytes() + out.encode() + err.encode()
+    assert not any(secret in kept for secret in (b"pa55word", b"TOPSECRET", b"YW5uOnBhNTV3b3Jk"))
 
 
 def test_the_command_line(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:

@@ -7,6 +7,7 @@ the split, as those of folders do: ``train-000.tar``. Paths: see ``archives.py``
 """
 
 import glob
+import itertools
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from featcache.system.safe_load import parse_json
 log = logging.getLogger("featcache")
 _ARCHIVES = (Kind.ARCHIVE, Kind.PARQUET)
 _CLASSES = "classes.txt"
+_MOST_FOLDERS = 10_000  # that are looked into for archives
 _MAX_CLASSES, _MAX_LABEL = 2**24, 200  # bytes of the file, characters
 _BESIDE = (".cls", ".json", ".txt")  # in this order: the first that there is says the class
 _TABLES = ("metadata.csv", "metadata.jsonl")
@@ -259,11 +261,17 @@ class _Reading:
 
 
 def _archives_below(folder: Path) -> Iterator[Path]:
-    for at, folders, names in os.walk(folder):
+    """Those of a tree that are called like archives; not behind links that leave it."""
+    root = os.path.realpath(folder)
+    for at, folders, names in itertools.islice(os.walk(folder), _MOST_FOLDERS):
         folders[:] = [each for each in folders if not each.startswith(".")]
-        yield from (
-            path for name in names if not name.startswith(".") and is_archive(path := Path(at, name)) and path.is_file()
-        )
+        for path in (Path(at, name) for name in names if not name.startswith(".")):
+            if not is_archive(path) or not path.is_file():
+                continue
+            if os.path.commonpath([root, os.path.realpath(path)]) == root:
+                yield path
+            else:
+                log.warning("%s: link that leaves the source folder; it is not read", path)
 
 
 def _split_of_shard(path: str) -> int:

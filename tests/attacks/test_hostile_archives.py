@@ -171,6 +171,9 @@ def test_an_archive_that_is_cut_off(tmp_path: Path, form: str) -> None:
     (tmp_path / "a.tar").write_bytes(tar(tmp_path / "b.tar", GOOD).read_bytes()[: 512 * 5 + 100])
     contents, refused = found(tmp_path / "a.tar")
     assert [*contents] == ["good/0.jpg", "good/1.jpg"] and refused == {"": "cut off; nothing is read from byte 2048 on"}
+    images = list_images(tmp_path / "a.tar")
+    assert images.paths == ("good/0.jpg", "good/1.jpg")
+    assert images.refused == (("a.tar", "cut off; nothing is read from byte 2048 on"),) and images.refused_at == (2,)
 
 
 def test_two_tars_in_one_file(tmp_path: Path) -> None:
@@ -212,7 +215,7 @@ EVIL_ZIPS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "absolute": (lambda path: plus(path, "/bad.jpg"), "its path leads out of the archive"),
     "encrypted": (lambda path: patched(plus(path), C, 8, b"\1\0", last=True), "encrypted; unpack"),
     "packed otherwise": (lambda path: plus(path, method=zipfile.ZIP_LZMA), "packed by method 14 of zip"),
-    "bomb": (lambda path: plus(path, content=bytes(2**27), method=zipfile.ZIP_DEFLATED), "a decompression bomb: "),
+    "bomb": (lambda path: plus(path, content=bytes(2**26 + 2**20), method=zipfile.ZIP_DEFLATED), "a decompression bomb: "),
     "claims too much": (
         lambda path: patched(plus(path, content=b"x" * 9999, method=zipfile.ZIP_DEFLATED), C, 24, struct.pack("<L", 2**31), last=True),
         "too large: 2147483648 bytes",
@@ -285,7 +288,7 @@ def test_gzip_bombs(tmp_path: Path) -> None:
     packer, path = zlib.compressobj(9, wbits=31), tmp_path / "x.tar.gz"
     with path.open("wb") as file:
         file.write(packer.compress(header(b"zeros.jpg", b"77777777777")))
-        for _ in range(100):
+        for _ in range(70):
             file.write(packer.compress(bytes(2**20)))
         file.write(packer.flush())
     tracemalloc.start()
@@ -393,7 +396,7 @@ def test_parquet_runs_nothing_and_stays_small(tmp_path: Path) -> None:
 
     trace = tmp_path / "trace"
     evil = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": pickle.dumps(Bomb(trace))}
-    images = [None, b"", *(os.urandom(200_000) for _ in range(298))]
+    images = [None, b"", *(os.urandom(60_000) for _ in range(298))]
     fields = [pa.field("image", pa.binary()), pa.field("label", pa.int64(), metadata=evil)]
     table = pa.table(
         {"image": images, "label": [0] * 300},
@@ -409,7 +412,7 @@ def test_parquet_runs_nothing_and_stays_small(tmp_path: Path) -> None:
         assert read.value == (images[row] or None) and bool(read.reason) == (row < 2)
         peak = max(peak, pa.total_allocated_bytes() - before)
     assert read_image(files, 5, bytes).value == images[5]  # back to the start of its group
-    assert peak < 140e6 and not trace.exists()  # twice the page, which is all of it
+    assert peak < 60e6 and not trace.exists()  # twice the page, which is all of it
     for name in ("300", "-1", "01", "²", "1/2", "x"):
         assert "not in the archive" in read_image(Paths(tmp_path / "x.parquet", (name,)), 0, bytes).reason
 

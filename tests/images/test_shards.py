@@ -157,6 +157,21 @@ def test_several_shards(shards: Path, pattern: str, names: list[str]) -> None:
     assert [images.classes[k] for k in images.labels] == [label for name in names for label in SHARDS[name]]
 
 
+def test_links_that_leave_the_folder_of_shards(shards: Path, tmp_path: Path) -> None:
+    tar(tmp_path / "secret.tar", samples(("cls", b"secret")))
+    (shards / "train-002.tar").symlink_to(tmp_path / "secret.tar")
+    (shards / "train-003.tar").symlink_to("train-001.tar")
+    images = list_images(shards)
+    assert images.classes == ("cat", "dog") and not [path for path in images.paths if "002" in path]
+    assert "train-003.tar/000000.jpg" in images.paths
+
+
+def test_a_shard_that_is_missing_is_named(shards: Path) -> None:
+    images = list_images(shards / "train-{000..002}.tar")
+    assert len(images) == 3
+    assert images.refused == (("train-002.tar", "cannot be read: No such file or directory"),)
+
+
 def test_a_pattern_of_nothing(shards: Path, run) -> None:
     code, _, err = run("extract", shards / "tst-*.tar", "-o", shards / "f.h5")
     assert code == 1 and "nothing matches" in err and "in a shell put a pattern in quotes" in err

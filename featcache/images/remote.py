@@ -201,7 +201,7 @@ def _answer(error: Exception) -> _AnswerError | None:
             return _AnswerError(int(getattr(each, "code", 0) or 0))
     if isinstance(error, FileNotFoundError | PermissionError):
         return _AnswerError(404 if isinstance(error, FileNotFoundError) else 403)
-    return None
+    return _AnswerError(403) if str(error).startswith("Forbidden") else None  # gcsfs
 
 
 def _refuse(answer: _AnswerError, address: str) -> NoReturn:

@@ -186,7 +186,8 @@ class Job:
         check_free_space(self.output.parent, values * np.dtype(self.spec.storage).itemsize)
         self.keep_weights(self.spec)
         run = executor or executor_for(self.device, self.embedder, len(plan.todo))
-        options = (self.device, self.workers, self.batch_size, tag)
+        device = "auto" if self.device == ALL_GPUS else self.device
+        options = (device, self.workers, self.batch_size, tag)
         return run(Work(self.output, plan.images, self.spec, self.provenance, *options), plan.todo, progress=progress)
 
     @functools.cached_property

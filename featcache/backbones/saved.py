@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from featcache.errors import FeatcacheError, ModelError
 from featcache.spec import Spec, Taken, fingerprint_of
 from featcache.system.files import read_published, recover_folder
-from featcache.system.path_kinds import HERE, check_path, missing, place_for
+from featcache.system.path_advice import HERE, check_path, missing, place_for
 from featcache.system.safe_load import parse_json
 
 if TYPE_CHECKING:

@@ -43,8 +43,9 @@ from featcache.spec import SPLITS, Spec
 from featcache.system.display import count_rows, html_table, quantity
 from featcache.system.files import read_published
 from featcache.system.memory import available_memory
+from featcache.system.path_advice import missing, place_for, typed
 from featcache.system.path_kinds import CACHE_SUFFIXES as CACHE_SUFFIXES
-from featcache.system.path_kinds import Kind, as_path, kind_of, missing, place_for, typed
+from featcache.system.path_kinds import Kind, as_path, kind_of
 from featcache.system.safe_load import parse_json
 
 Labels = npt.NDArray[np.int32]

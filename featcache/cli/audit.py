@@ -10,7 +10,7 @@ from featcache.cli import options
 from featcache.cli.console import note, say, show_result, show_steps
 from featcache.errors import SourceError, UsageError
 from featcache.system.display import quantity
-from featcache.system.path_kinds import typed
+from featcache.system.path_advice import typed
 
 
 def audit(

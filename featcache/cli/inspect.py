@@ -12,7 +12,7 @@ from featcache.cli import options
 from featcache.cli.console import facts_as_lines, interruptible, note, show_progress, show_result
 from featcache.errors import DamagedCacheError, DownloadError, UsageError
 from featcache.system.display import quantity
-from featcache.system.path_kinds import HERE, check_path
+from featcache.system.path_advice import HERE, check_path
 
 if TYPE_CHECKING:
     from featcache.images.source import Source

@@ -13,7 +13,8 @@ from featcache.cli import options
 from featcache.cli.console import note, printable_row, show_progress, show_result
 from featcache.errors import SourceError, UsageError
 from featcache.system.display import printable, quantity
-from featcache.system.path_kinds import HERE, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import as_path
 from featcache.system.supervisor import notes
 
 if TYPE_CHECKING:

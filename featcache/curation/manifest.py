@@ -16,7 +16,7 @@ from featcache.images.source import ImageList
 from featcache.images.tables import Files, entries, read_columns
 from featcache.spec import SPLITS
 from featcache.system.files import check_output, publish_file
-from featcache.system.path_kinds import typed
+from featcache.system.path_advice import typed
 
 _COLUMNS = ("path", "label", "split", "group")
 

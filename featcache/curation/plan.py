@@ -25,7 +25,7 @@ from featcache.images.tables import Files
 from featcache.spec import SPLITS
 from featcache.system.display import printable
 from featcache.system.files import check_output, publish_file
-from featcache.system.path_kinds import missing
+from featcache.system.path_advice import missing
 
 # The first four are the contract; then the image's split, its label as the cache has it, and the kinds of findings about it.
 COLUMNS = ("path", "sha256", "decision", "label", "split", "given", "found")

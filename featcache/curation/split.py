@@ -30,7 +30,8 @@ from featcache.images.splits import digests_of_suspects, rank
 from featcache.spec import SPLITS
 from featcache.system.display import bar_in_notebook, printable, quantity
 from featcache.system.files import named
-from featcache.system.path_kinds import HERE, as_path, check_path, typed
+from featcache.system.path_advice import HERE, check_path, typed
+from featcache.system.path_kinds import as_path
 from featcache.system.runtime_options import check_device, check_runtime_options, check_whole
 
 log = logging.getLogger("featcache")

@@ -34,7 +34,8 @@ from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, quantity
 from featcache.system.files import check_output
 from featcache.system.memory import available_memory
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path, missing
+from featcache.system.path_advice import HERE, check_path, missing
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.workdir import work_folder
 
 log = logging.getLogger("featcache")

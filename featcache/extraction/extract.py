@@ -34,7 +34,8 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, bar_in_notebook, describe_images, quantity
 from featcache.system.files import check_output
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_device, check_runtime_options
 from featcache.system.workdir import locked, work_folder
 

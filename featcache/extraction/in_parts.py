@@ -38,7 +38,8 @@ from featcache.extraction.shares import Share, named, owners
 from featcache.images.source import AnySource, ImageList
 from featcache.system.display import Shown, bar_in_notebook, describe_images, quantity
 from featcache.system.files import check_output
-from featcache.system.path_kinds import AnyPath, as_path, typed
+from featcache.system.path_advice import typed
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.workdir import LISTING, locked, shared, work_folder
 
 if TYPE_CHECKING:

@@ -24,7 +24,8 @@ from featcache.images.formats import REVISION
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec
-from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of, missing, typed
+from featcache.system.path_advice import missing, typed
+from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of
 
 log = logging.getLogger("featcache")
 

@@ -27,7 +27,8 @@ from featcache.extraction.restore import SourceFiles, locate, not_found, restore
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.system.display import quantity
 from featcache.system.files import check_free_space, check_output
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_runtime_options
 from featcache.system.workdir import LISTING, locked, work_folder
 

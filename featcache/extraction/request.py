@@ -18,7 +18,8 @@ from featcache.backbones.choice import AUTO, full_name
 from featcache.backbones.saved import SavedBackbone
 from featcache.errors import BackboneError, UsageError
 from featcache.spec import DECODING, MAX_EDGE, STORAGE_TYPES, Interpolation, PreprocessSpec, Spec, Taken
-from featcache.system.path_kinds import Kind, as_path, kind_of, missing, typed
+from featcache.system.path_advice import missing, typed
+from featcache.system.path_kinds import Kind, as_path, kind_of
 
 if TYPE_CHECKING:
     from featcache.backbones.backbone import Backbone

@@ -22,7 +22,8 @@ from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.model import check_replaceable, load_model
 from featcache.system.display import State, bar_in_notebook
 from featcache.system.files import named
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_device, check_runtime_options
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from featcache.images.remote import CHANGED as CHANGED
 from featcache.images.remote import PATIENT, Patience
 from featcache.images.remote import Described as Described
 from featcache.system.addresses import AnyPath, address_of, shown
-from featcache.system.path_kinds import as_path, typed
+from featcache.system.path_advice import typed
+from featcache.system.path_kinds import as_path
 
 MAX_LOCATIONS = 100_000  # of one pattern
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")

@@ -25,7 +25,8 @@ from featcache.images.locations import expand, open_binary
 from featcache.system.addresses import address_of
 from featcache.system.addresses import shown as shown_path
 from featcache.system.display import quantity
-from featcache.system.path_kinds import Kind, begins_like_an_image, fetch_line, kind_by_name, kind_of, typed
+from featcache.system.path_advice import fetch_line, typed
+from featcache.system.path_kinds import Kind, begins_like_an_image, kind_by_name, kind_of
 from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")

@@ -25,7 +25,8 @@ from featcache.images.tables import is_table, list_table
 from featcache.spec import SPLITS
 from featcache.system.addresses import shown
 from featcache.system.display import aligned, all_refused, count_rows, html_table, quantity
-from featcache.system.path_kinds import HERE, AnyPath, Kind, as_path, check_path, kind_of, missing
+from featcache.system.path_advice import HERE, check_path, missing
+from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of
 
 log = logging.getLogger("featcache")
 

@@ -32,7 +32,8 @@ from featcache.models.limits import UNFAMILIAR, Found, Limits, temperature_of
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import Scored, check_split, score_source
 from featcache.system.display import quantity
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:

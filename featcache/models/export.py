@@ -22,7 +22,8 @@ from featcache.models.as_safetensors import make_safetensors
 from featcache.models.export_candidate import Candidate, normalise_pixels, sample_pixels
 from featcache.models.model import Model, load_model
 from featcache.system.files import check_free_space, check_output, publish_file
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 
 Format = Literal["onnx", "safetensors"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".safetensors": "safetensors"}

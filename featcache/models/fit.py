@@ -27,7 +27,8 @@ from featcache.models.model import check_replaceable, save_model
 from featcache.models.training_rows import HeldOut, TrainingRows
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable, quantity
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 
 log = logging.getLogger("featcache")
 _OF_SPLITS = ("accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "accuracy_without_copies")

@@ -21,7 +21,8 @@ from featcache.heads.neighbours import Neighbours
 from featcache.models.prediction import EVIDENCE, Neighbour, Prediction
 from featcache.spec import SPLITS
 from featcache.system.display import quantity
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 
 if TYPE_CHECKING:
     from featcache.models.model import Model

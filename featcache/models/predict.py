@@ -30,7 +30,8 @@ from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
 from featcache.system.addresses import shown
 from featcache.system.display import bar_in_notebook, describe_images, quantity
-from featcache.system.path_kinds import HERE, AnyPath, Kind, check_path, is_wanted, kind_of, missing
+from featcache.system.path_advice import HERE, check_path, is_wanted, missing
+from featcache.system.path_kinds import AnyPath, Kind, kind_of
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from featcache.images.source import ImageList, list_images
 from featcache.reports.machine import machine
 from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic
-from featcache.system.path_kinds import HERE, AnyPath, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath
 from featcache.system.runtime_options import check_runtime_options, usable_cores
 
 log = logging.getLogger("featcache")

@@ -22,7 +22,7 @@ from featcache.reports.elements.pictures import Pictures, guess_root
 from featcache.reports.elements.thumbnails import Thumbnail, fitting_size, thumbnails
 from featcache.reports.gallery import BINS, Draw, Row
 from featcache.system.display import quantity
-from featcache.system.path_kinds import typed
+from featcache.system.path_advice import typed
 
 _FULL, _BARS = 400, 2000  # cards up to which bars carry the names of their classes, and are drawn at all
 _PAGE, _ALL, _EACH = 3_800_000, 1000, 1200  # bytes of a page of up to so many images, and of each one more

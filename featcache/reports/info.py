@@ -14,7 +14,8 @@ from featcache.errors import FeatcacheError
 from featcache.extraction.in_parts import describe_parts
 from featcache.models.model import METRICS, Model, load_model
 from featcache.spec import SPLITS
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.safe_load import parse_json
 from featcache.system.workdir import is_work_folder
 

@@ -31,7 +31,8 @@ from featcache.images.source import AnySource, ImageList, Source, list_images
 from featcache.reports.elements import drawing
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.display import printable, quantity
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_whole
 
 _EDGE = 224  # pixels of a view, about: smaller ones are enlarged in whole steps, larger ones beyond _MOST reduced

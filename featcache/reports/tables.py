@@ -21,7 +21,8 @@ from featcache.models.model import Model, load_model
 from featcache.reports.elements.projection import Method, check_method, project
 from featcache.system.display import Shown
 from featcache.system.files import check_output
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 
 log = logging.getLogger("featcache")
 _USAGE = {

@@ -9,7 +9,8 @@
 - ``display``: tables, and what a notebook shows
 - ``lazy_imports``: torchvision without PyTorch's compiler
 - ``addresses``: addresses among paths, and what of them may be shown
-- ``path_kinds``: what is on a path, and the command that was probably meant
+- ``path_kinds``: what is on a path
+- ``path_advice``: the command that was probably meant
 - ``files``: atomic, durable files and folders
 - ``workdir``: where unfinished work lies, and its lock
 - ``safe_load``: files of ``torch.save`` and JSON that nobody vouches for

@@ -17,7 +17,8 @@ import featcache
 from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, UsageError
 from featcache.extraction.request import ExtractRequest
 from featcache.images.source import Source
-from featcache.system.path_kinds import HERE, Kind, as_path, check_path, kind_of, missing, typed
+from featcache.system.path_advice import HERE, check_path, missing, typed
+from featcache.system.path_kinds import Kind, as_path, kind_of
 
 
 def zipped(name: str) -> bytes:

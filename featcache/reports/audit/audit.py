@@ -23,7 +23,8 @@ from featcache.reports.notebook import Page, framed
 from featcache.spec import SPLITS
 from featcache.system.display import State, bar_in_notebook
 from featcache.system.files import named
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_runtime_options, check_whole
 
 log = logging.getLogger("featcache")

@@ -14,7 +14,7 @@ from featcache.errors import StorageError
 from featcache.images.layout import some
 from featcache.images.records import csv_line
 from featcache.system.files import check_is_folder, publish_folder
-from featcache.system.path_kinds import typed
+from featcache.system.path_advice import typed
 from featcache.system.safe_load import parse_json
 
 ROWS, PAGE, FACTS = "audit.csv", "audit.html", "audit.json"

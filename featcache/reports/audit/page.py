@@ -20,7 +20,7 @@ from featcache.reports.audit.items import KEEPS, Item, items_of
 from featcache.reports.audit.text import how_sure, score_title, telling
 from featcache.reports.elements.numbers import bytes_text, count_text, percent_text
 from featcache.reports.elements.page import render_page
-from featcache.system.path_kinds import typed
+from featcache.system.path_advice import typed
 
 MOST = 3000  # items on a page
 BUDGET = 15_000_000  # bytes of a page's pictures

@@ -49,7 +49,8 @@ from featcache.reports.model_report.subject import Subject, make_subject
 from featcache.reports.notebook import framed
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable, quantity
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_runtime_options
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from featcache.reports.source_stats.advice import SMALL, images, training_counts
 from featcache.reports.source_stats.text import MODES, score
 from featcache.system.display import middle_out, printable, quantity
 from featcache.system.files import check_is_folder, publish_folder
-from featcache.system.path_kinds import typed
+from featcache.system.path_advice import typed
 
 if TYPE_CHECKING:
     from featcache.reports.source_stats.stats import Statistics

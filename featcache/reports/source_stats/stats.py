@@ -24,7 +24,8 @@ from featcache.reports.source_stats.text import stats_lines
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, bar_in_notebook, describe_images
 from featcache.system.files import named
-from featcache.system.path_kinds import HERE, AnyPath, as_path, check_path
+from featcache.system.path_advice import HERE, check_path
+from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_runtime_options, check_whole, usable_cores
 
 SHOWN = 14  # images of a kind that are picked out

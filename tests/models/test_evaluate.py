@@ -1,5 +1,6 @@
 """The rows of an evaluation: one per labelled image, saying what ``predict`` says, and what is true."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from conftest import TINY, make_photos
 import featcache
 from featcache.errors import BackboneError, UsageError
 from featcache.extraction.extract import extract
-from featcache.models.evaluate import evaluate
+from featcache.heads.head import softmax
+from featcache.heads.metrics import top_accuracy
+from featcache.models.evaluate import _at_temperature, evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
@@ -101,3 +104,22 @@ def test_a_model_of_an_earlier_version_does_not_know_what_it_has_seen(model: Pat
     del older.manifest["training_rows"]
     assert {row["seen"] for row in evaluate(older, cache, split="train", rows=True)["rows"]} == {None}
     assert {row["seen"] for row in evaluate(model, cache, split="train", rows=True)["rows"]} == {True}
+
+
+def test_many_rows_are_scored_in_blocks() -> None:
+    """Oracle: all rows at once, which takes several times the probabilities themselves."""
+    rng = np.random.default_rng(0)
+    probabilities, y = softmax(rng.normal(size=(20_000, 50)).astype(np.float32)), rng.integers(0, 50, 20_000)
+    tracemalloc.start()
+    try:
+        before = _at_temperature(probabilities, 2.0)
+        peak_before = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        top = top_accuracy(y, probabilities, 5)
+        peak_top = tracemalloc.get_traced_memory()[1] - before.nbytes
+    finally:
+        tracemalloc.stop()
+    assert peak_before < 3 * probabilities.nbytes and peak_top < probabilities.nbytes
+    np.testing.assert_allclose(before, softmax(2 * np.log(probabilities.astype(np.float64))), rtol=1e-5)
+    own = probabilities[np.arange(len(y)), y][:, None]
+    assert top == ((probabilities > own).sum(axis=1) < 5).mean()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
+from featcache.cache.format import decode_names, encode_names, find
 from featcache.errors import SourceError
 from featcache.heads.head import Array, Indices
 from featcache.heads.neighbours import Neighbours
@@ -130,16 +131,20 @@ def _nearest(
     """row -> the training images nearest to it, and their digests; of those rows for which they are known or soon found."""
     if evidence is None:
         return {}
-    labels = dict(zip(evidence.paths, evidence.y.tolist(), strict=True))
-    digests = dict(zip(evidence.paths, evidence.rows.digests, strict=True))
 
-    def described(path: str, similarity: float) -> tuple[Evidence, bytes]:
-        label = labels[path]
-        return Evidence(path, similarity, evidence.classes[label] if label >= 0 else None), digests[path].tobytes()
+    def described(place: int, similarity: float) -> tuple[Evidence, bytes]:
+        (path,), label = decode_names(evidence.rows.paths[place : place + 1]), int(evidence.y[place])
+        name = evidence.classes[label] if label >= 0 else None
+        return Evidence(path, similarity, name), evidence.rows.digests[place].tobytes()
 
     known = {row: scored.found[row]["nearest"] for row in rows.tolist() if "nearest" in scored.found[row]}
     if known or cache is None or scored.rows is None:
-        return {row: [described(*near) for near in found] for row, found in known.items()}
+        pairs = [(row, near) for row, found in known.items() for near in found]
+        places = find(evidence.rows.paths, encode_names(near.path for _, near in pairs)).tolist()
+        described_of: dict[int, list[tuple[Evidence, bytes]]] = {row: [] for row in known}
+        for (row, near), place in zip(pairs, places, strict=True):
+            described_of[row].append(described(place, near.similarity))
+        return described_of
     try:
         trained = rows_that_trained(model, evidence)
     except SourceError:  # none of its images did
@@ -150,12 +155,12 @@ def _nearest(
     if len(trained) < 2 or not len(wanted):
         return {}
     neighbours = Neighbours(evidence.X, trained)
-    places, similarities = neighbours.nearest(cache.take(scored.rows[wanted]), count=EVIDENCE + 1)
+    nearest, similarities = neighbours.nearest(cache.take(scored.rows[wanted]), count=EVIDENCE + 1)
     found = {}
-    for row, near, similar in zip(wanted.tolist(), trained[places].tolist(), similarities.tolist(), strict=True):
+    for row, near, similar in zip(wanted.tolist(), trained[nearest].tolist(), similarities.tolist(), strict=True):
         own = scored.digests[row].tobytes()
-        pairs = [described(evidence.paths[k], value) for k, value in zip(near, similar, strict=True)]
-        found[row] = [pair for pair in pairs if pair[1] != own][:EVIDENCE]  # an image is no evidence for itself
+        there = [described(k, value) for k, value in zip(near, similar, strict=True)]
+        found[row] = [pair for pair in there if pair[1] != own][:EVIDENCE]  # an image is no evidence for itself
     return found
 
 

@@ -166,7 +166,9 @@ def _kind_of_folder(path: Path) -> Kind:
     found = Kind.EMPTY
     for entry in itertools.islice(_files_below(path), ENOUGH):
         found = Kind.BARE
-        if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES or begins_like_an_image(_head(Path(entry.path), 32)):
+        if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+            return Kind.FOLDER
+        if not entry.is_symlink() and begins_like_an_image(_head(Path(entry.path), 32)):  # a link may lead anywhere
             return Kind.FOLDER
     if os.path.lexists(manifest):  # damaged
         return Kind.MODEL

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from featcache.extraction.external import import_vectors as import_vectors
     from featcache.extraction.extract import ExtractReport as ExtractReport
     from featcache.extraction.extract import extract as extract
+    from featcache.extraction.in_parts import PartReport as PartReport
+    from featcache.extraction.in_parts import extract_part as extract_part
+    from featcache.extraction.in_parts import merge as merge
     from featcache.extraction.repair import RepairReport as RepairReport
     from featcache.extraction.repair import repair as repair
     from featcache.extraction.request import ExtractRequest as ExtractRequest
@@ -70,6 +73,7 @@ _HOME = {
     "ImportReport": "extraction.external",
     "Model": "models.model",
     "Page": "reports.notebook",
+    "PartReport": "extraction.in_parts",
     "Prediction": "models.prediction",
     "Predictions": "models.prediction",
     "PreprocessSpec": "spec",
@@ -87,6 +91,7 @@ _HOME = {
     "export_cache": "reports.tables",
     "export_model": "models.export",
     "extract": "extraction.extract",
+    "extract_part": "extraction.in_parts",
     "finetune": "finetuning.finetune",
     "fit_head": "models.fit",
     "gallery": "reports.notebook",
@@ -96,6 +101,7 @@ _HOME = {
     "load_backbone": "backbones.load",
     "load_model": "models.model",
     "map": "reports.model_report.embedding_map",
+    "merge": "extraction.in_parts",
     "predict": "models.predict",
     "preview": "reports.preview",
     "repair": "extraction.repair",

@@ -288,10 +288,10 @@ def fetch_line(path: Path) -> tuple[str, str]:
     scheme, rest = addresses.parse(path).groups()  # type: ignore[union-attr]
     address, name = typed(path), urllib.parse.unquote(Path(rest.split("?")[0]).name)
     repository = rest.removeprefix("datasets/").split("/")[:2]
-    kind, target = kind_by_name(name), _apart(name)
+    is_file, target = kind_by_name(name) is not Kind.FILE, _apart(name)
     line = {
-        "s3": f"aws s3 {'cp' if kind else 'sync'} {address} {typed(target)}",
+        "s3": f"aws s3 {'cp' if is_file else 'sync'} {address} {typed(target)}",
         "hf": f"hf download {typed('/'.join(repository))} --repo-type dataset --local-dir {typed(target)}",
-        **dict.fromkeys(("gs", "gcs"), f"gcloud storage {'cp' if kind else 'rsync -r'} {address} {typed(target)}"),
-    }.get(scheme.lower(), f"curl -L -o {typed(target)} {address}" if kind else "")
+        **dict.fromkeys(("gs", "gcs"), f"gcloud storage {'cp' if is_file else 'rsync -r'} {address} {typed(target)}"),
+    }.get(scheme.lower(), f"curl -L -o {typed(target)} {address}" if is_file else "")
     return line, target

@@ -141,12 +141,13 @@ def extract(
         with another spec. CacheError: it is damaged, or what ``reuse`` names is no cache. StorageError: it cannot be
         written. UsageError: impossible values.
     """
-    started, folder = time.perf_counter(), work_folder(as_path(output))
+    started = time.perf_counter()
     request = settle_request(request, options, extract) or ExtractRequest()
     output, images = prepare(
         source, output, request, device=device, workers=workers, batch_size=batch_size, limit=limit, reuse=reuse
     )
     bar = bar_in_notebook(progress, describe_images("embedding"))
+    folder = work_folder(output)
     with interruption_noted(output), locked(folder), bar as progress:
         old, parts = open_old(output, force=force), open_parts(folder)
         own = ([old] if old else []) + parts

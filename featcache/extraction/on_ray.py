@@ -167,9 +167,12 @@ def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
             ray.init(address=_LOCAL, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        why = _first_line(error)
+        if address in ("auto", _LOCAL):
+            raise UsageError(f"Ray does not start on this machine ({why}); leave --executor ray out") from error
         raise UsageError(
-            f"no Ray cluster answers at {address} ({_first_line(error)}); start one with `ray start --head`, or give --ray-address local"
+            f"no Ray cluster answers at {address} ({why}); start one with `ray start --head`, or give --ray-address local"
         ) from error
 
 

@@ -7,6 +7,7 @@ The user's files are only ever read.
 import dataclasses
 import itertools
 import logging
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -222,7 +223,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
 
 def holds_images(path: Path) -> bool:
     """Whether ``path`` is listed, as a folder, table or archives are; else it is one file."""
-    return path.is_dir() or is_table(path) or find_shards(path) is not None
+    return os.path.isdir(path) or is_table(path) or find_shards(path) is not None  # noqa: PTH112 - of any name
 
 
 def check_apart(folder: Path, source: AnySource | ImageList) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[None]:
     from ray.cluster_utils import Cluster
 
     size = {"object_store_memory": 80 * 2**20}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as short:
+        patch.setenv("RAY_TMPDIR", short)  # names of sockets may have 107 characters
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # nodes import what this process does
         patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size})

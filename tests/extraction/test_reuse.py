@@ -196,6 +196,9 @@ def test_reuse_on_the_command_line(tmp_path: Path, run) -> None:
     photos = make_photos(tmp_path / "photos", each=2)
     assert run("extract", photos, "-o", tmp_path / "a.h5", *TINY_FLAGS, "--limit", 3)[0] == 0
     arguments = ("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+    code, _, err = run(*arguments, "--reuse", tmp_path / "a.h5", "--reuse", tmp_path / "b.h5")
+    assert code == 1 and "b.h5 does not exist; did you mean" in err
+    shutil.copy(tmp_path / "a.h5", tmp_path / "b.h5")
     code, out, _ = run(*arguments, "--reuse", tmp_path / "a.h5", "--reuse", tmp_path / "b.h5")
     assert code == 0
     assert "embedded 3, reused 3" in out

@@ -208,6 +208,9 @@ def outcome_of(task: tuple[str, str, Any, Any]) -> list[str]:
     return [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in arrays]
 
 
+FOLDERS = [folder for folder in Path(__file__).parents[1].iterdir() if folder.is_dir()]  # as in conftest.py
+
+
 def work_in_pools(made: str, work: str) -> None:
     """A user's script: do it here, then in pools of processes that are forked from here, and started anew."""
     cache, model = FeatureCache.open(Path(made) / "f.h5"), load_model(Path(made) / "m")
@@ -224,7 +227,7 @@ def test_pools_of_processes(made: Path, tmp_path: Path) -> None:
     """Forked from a process that has embedded already, with all its threads, or started anew: the same results."""
     script = tmp_path / "script.py"
     script.write_text(
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1]), *map(str, FOLDERS)]!r}\n"
         "from test_resources import work_in_pools\n"
         "if __name__ == '__main__': work_in_pools(*sys.argv[1:])\n"
     )

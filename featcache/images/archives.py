@@ -52,8 +52,10 @@ def archive_in(path: Path) -> tuple[Path, str] | None:
         return (outer, path.relative_to(outer).as_posix()) if outer else None
     for parent in path.parents:
         if os.path.lexists(parent):
+            if not parent.is_file():  # asked first: to tell the kind of a folder, thousands of its files may be opened
+                return None
             there = is_archive(parent) or kind_of(parent) in (Kind.ARCHIVE, Kind.PARQUET)
-            return (parent, path.relative_to(parent).as_posix()) if there and parent.is_file() else None
+            return (parent, path.relative_to(parent).as_posix()) if there else None
     return None
 
 

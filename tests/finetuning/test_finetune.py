@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, make_photos, write_photo
+from faults import Fault, Program
 from safetensors.numpy import load_file
 
 import featcache
@@ -550,21 +550,21 @@ def test_a_recipe_whose_own_head_ends_below_the_cached_one_says_so(tune: Tuner) 
     assert "ended below the cached head on val" in tune.log.text
 
 
-def test_kill_and_resume(tune: Tuner, made: Path, tmp_path: Path) -> None:
-    """SIGKILL during the second epoch of a real process."""
-    command = [sys.executable, "-m", "featcache", "finetune", str(made / "photos"), "--init", str(made / "m")]
-    command += ["--epochs", "3", "--batch-size", "6", *FLAGS]
-    tune(output=tmp_path / "whole", changes=QUICK | {"epochs": 3})
-    killed = subprocess.Popen([*command, "-o", str(tune.ft)], stderr=subprocess.DEVNULL)
-    checkpoint = work_folder(tune.ft) / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline and killed.poll() is None:
-        time.sleep(0.01)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
-    assert checkpoint.exists()
-    subprocess.run([*command, "-o", str(tune.ft), "--resume"], check=True, stderr=subprocess.DEVNULL)
-    assert_same_model(tmp_path / "whole", tune.ft)
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and held on Linux only")
+def test_kill_and_resume(made: Path, tmp_path: Path, warm: Program) -> None:
+    """SIGKILL after the first epoch of a real process."""
+    command = ("finetune", made / "photos", "--init", made / "m", "--epochs", 3, "--batch-size", 6, *FLAGS, "-o")
+    whole, killed = tmp_path / "whole" / "ft", tmp_path / "killed" / "ft"
+    whole.parent.mkdir()
+    killed.parent.mkdir()
+    steps = warm.check(*command, whole, below=whole.parent, trace=True).steps
+    saved = [step for step, it in enumerate(steps) if it.what == "rename" and it.other.endswith("/checkpoint.pt")]
+    assert len(saved) >= 2
+    assert warm.run(*command, killed, below=killed.parent, fault=Fault("die after", saved[0])).died
+    assert not killed.exists()
+    again = warm.check(*command, killed, "--resume")
+    assert "resuming in epoch 2, after 0 of its steps" in again.err
+    assert_same_model(whole, killed)
 
 
 # ------------------------------------------------------------------------------------------- several processes

@@ -145,6 +145,14 @@ def test_only_files_have_something_inside(tmp_path: Path) -> None:
     assert archive_in(zipped(tmp_path / "x.zip", {}) / "a" / "b.jpg") == (tmp_path / "x.zip", "a/b.jpg")
 
 
+def test_a_missing_file_opens_none_of_its_neighbours(photos: Path) -> None:
+    """Of a folder whose images are gone each would look into thousands of files."""
+    with watched() as reached:
+        read = next(read_images(Paths(photos, ("gone/a.jpg",)), [0], bytes))
+    assert read.reason == "cannot be read: No such file or directory"
+    assert reached == [f"open {photos}/gone/a.jpg"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """photos/, f.h5 of it, and all of photos/ as archives."""

@@ -286,9 +286,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
     ("make", "seeds"),
     [
         (extracting, range(6)),  # each signal, to a warm process and to a cold one
-        pytest.param(extracting, range(6, 12), marks=SLOW),
         *(pytest.param(make, range(3), marks=SLOW) for make in (fitting, predicting)),
-        pytest.param(finetuning, range(1, 2), marks=SLOW),  # other signals: tests/finetuning/test_finetune.py
+        # A fine-tuning that is killed or gets a signal: tests/finetuning/test_finetune.py
         pytest.param(extracting, range(1000, 1450), marks=SOAK),
         *(pytest.param(make, range(1000, 1250), marks=SOAK) for make in (fitting, predicting)),
         pytest.param(finetuning, range(1000, 1050), marks=SOAK),

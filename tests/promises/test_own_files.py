@@ -1,14 +1,13 @@
 """What featcache writes is known again, wherever it lies and whatever it is called, and is never taken for the user's images."""
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import TINY, TINY_FLAGS, make_photos, write_photo
+from faults import Program
 
 from featcache.cache.cache import is_cache
 from featcache.errors import UsageError
@@ -41,26 +40,18 @@ def test_images_are_no_caches(photos: Path) -> None:
     assert not any(map(is_cache, others))
 
 
-DIES = """
-import faults, os
-faults.change({"extraction.parts.MAX_ROWS": 4})
-faults.before_next("extraction.parts.FeatureCache.open", lambda: os._exit(9))  # which has been published just now
-import featcache.__main__
-"""
-
-
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and held on Linux only")
 @pytest.mark.parametrize("name", ["f.h5", "f.hdf5", "features"])
-def test_unfinished_work_inside_the_source_is_no_class(tmp_path: Path, name: str) -> None:
+def test_unfinished_work_inside_the_source_is_no_class(tmp_path: Path, warm: Program, name: str) -> None:
     """Killed after its first part, with everything inside the folder of images; the same command goes on, to the same cache."""
     photos = make_photos(tmp_path / "photos")
-    command = ["extract", str(photos), "-o", str(photos / name), *TINY_FLAGS, "--workers", "1", "--json"]
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    died = subprocess.run([sys.executable, "-c", DIES, *command], capture_output=True, text=True, check=False, env=here)
-    assert died.returncode == 9, died.stderr
-    assert (photos / f"{name}.parts").is_dir()
+    command = ("extract", photos, "-o", photos / name, *TINY_FLAGS, "--workers", 1, "--json")
+    published, small = "extraction.parts.FeatureCache.open", {"extraction.parts.MAX_ROWS": 4}
+    with warm.held(published, *command, die=True, settings=small) as died:
+        assert len(list((photos / f"{name}.parts").glob("*.h5"))) == 1
+    assert died.result().died
     assert list_images(photos).classes == ("blue", "green", "red")
-    done = subprocess.run([sys.executable, "-m", "featcache", *command], capture_output=True, text=True, check=True)
-    facts = json.loads(done.stdout.splitlines()[-1])
+    facts = warm.check(*command).result
     assert (facts["embedded"] + facts["reused"], facts["reused"] > 0) == (18, True)
 
 

@@ -72,10 +72,13 @@ def test_workers_killed_at_random(
     assert not work_folder(output).exists()
 
 
-@pytest.mark.parametrize(
-    "at_most", [pytest.param(8, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.soak)]
+@pytest.mark.parametrize(  # dying after a step is dying before the next one
+    ("mode", "at_most"),
+    [
+        pytest.param("die before", 8, marks=pytest.mark.slow),
+        *(pytest.param(mode, 1000, marks=pytest.mark.soak) for mode in ("die before", "die after")),
+    ],
 )
-@pytest.mark.parametrize("mode", ["die before", "die after"])
 def test_death_at_a_step_on_the_disk(
     photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, mode: str, at_most: int
 ) -> None:

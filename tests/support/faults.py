@@ -300,12 +300,15 @@ def change(settings: dict[str, Any]) -> None:
 
 # All that commands import, also late; simplejpeg may be missing.
 _IMPORTED = "models.fit models.predict models.export finetuning.finetune backbones.load backbones.embed heads.logreg"
-_IMPORTED += " heads.minibatch extraction.parts cli.app"
+_IMPORTED += " heads.minibatch extraction.parts extraction.in_parts backbones.embedder finetuning.trainer cli.app"
+_IMPORTED += " reports.model_report.report reports.curves reports.gallery reports.info"
+# Of others what takes a command a tenth of a second or, PyTorch's compiler, two.
+_OTHERS = "sklearn.linear_model simplejpeg torch._dynamo typer._adapters jinja2 safetensors.torch matplotlib.figure"
 
 
 def _serve() -> None:
     """Fork a child for every plan on stdin. Imports everything first, and computes nothing: no thread may be running."""
-    for name in (*(f"featcache.{module}" for module in _IMPORTED.split()), "sklearn.linear_model", "simplejpeg"):
+    for name in (*(f"featcache.{module}" for module in _IMPORTED.split()), *_OTHERS.split()):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     Image.init()

@@ -18,11 +18,13 @@ from packing import FORMS
 
 from featcache.cache.write import write_cache
 from featcache.curation import split_folders
+from featcache.curation.manifest import prefix_of
 from featcache.curation.split import split
 from featcache.errors import FeatcacheError, SourceError, StorageError, UsageError
 from featcache.images.home import find_home, places_in
 from featcache.images.source import ImageList, Source, list_images
 from featcache.spec import SPLITS
+from featcache.system.path_kinds import as_path
 
 
 def image_list(names: dict[str, int], **changes: object) -> ImageList:
@@ -218,6 +220,12 @@ def test_a_folder_that_holds_some_images_of_a_cache_is_not_its_home(tmp_path: Pa
     assert find_home(images, places) == find_home(images[:1], places, whole=True) == tmp_path / "a few"
     assert find_home(images, places, whole=True) is None
     assert find_home(images, [*places, tmp_path / "all"], whole=True) == tmp_path / "all"
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a.zip", "https://host/a.tar"])
+def test_what_lies_elsewhere_does_not_lie_below_a_table(tmp_path: Path, address: str) -> None:
+    assert prefix_of(tmp_path / "m.csv", as_path(address)) is None
+    assert prefix_of(Path("m.csv"), as_path(address)) is None
 
 
 @pytest.mark.parametrize("form", FORMS)

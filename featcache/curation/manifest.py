@@ -15,6 +15,7 @@ from featcache.images.records import csv_line, without_escape
 from featcache.images.source import ImageList
 from featcache.images.tables import Files, entries, read_columns
 from featcache.spec import SPLITS
+from featcache.system.addresses import parse
 from featcache.system.files import check_output, publish_file
 from featcache.system.path_advice import typed
 
@@ -24,7 +25,7 @@ _COLUMNS = ("path", "label", "split", "group")
 def prefix_of(table: Path, root: Path) -> str | None:
     """What leads from the folder of ``table`` to ``root``, ending in ``/``; None: ``root`` does not lie below it."""
     folder, real = table.parent.resolve(), root.resolve()
-    if not real.is_relative_to(folder):
+    if parse(root) or not real.is_relative_to(folder):
         return None
     between = real.relative_to(folder).as_posix()
     return "" if between == "." else f"{between}/"

@@ -16,7 +16,7 @@ tar.py          what a tar holds
 zip.py          what a zip holds, and its bytes
 gzipped.py      a gzip file, from anywhere
 parquet.py      rows of Parquet with bytes of images; the one door to pyarrow here
-home.py         the folder that some probably lie in
+home.py         the folder or archive that some probably lie in
 locations.py    where bytes lie: patterns, versions, open files
 remote.py       objects elsewhere, through fsspec: versions, bytes, patience
 readahead.py    an object elsewhere as an open file

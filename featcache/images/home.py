@@ -1,13 +1,15 @@
-"""The folder that images probably lie in. In: some of them, by path and digest, and places to look. Out: the folder, or None."""
+"""The folder or archive that images probably lie in. In: some of them, by path and digest, and places to look. Out: it, or None."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from featcache.errors import RefusedImage
+from featcache.images.archives import is_archive
 from featcache.images.read import leads_inside, read_file
 
 _PLACES = 200  # folders in which they are looked for
+_ARCHIVES, _MOST_GZIP = 20, 2**28  # archives; bytes of one that has to be unpacked to its end to be looked through
 
 
 def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path], *, whole: bool = False) -> Path | None:
@@ -30,8 +32,8 @@ def find_home(images: Sequence[tuple[str, bytes]], places: Sequence[Path], *, wh
 
 
 def places_in(*tops: Path) -> list[Path]:
-    """Folders to look in: each of ``tops``, then the folders directly in it."""
-    return list(dict.fromkeys(place for top in tops for place in (top, *_folders(top))))
+    """Where to look: in each of ``tops``, then in the folders directly in it, then in the archives there, which take longer."""
+    return list(dict.fromkeys(place for top in tops for place in (top, *_inside(top))))
 
 
 def some_of(count: int) -> list[int]:
@@ -46,8 +48,17 @@ def _holds(path: Path, digest: bytes) -> bool:
         return False
 
 
-def _folders(top: Path) -> list[Path]:
+def _inside(top: Path) -> list[Path]:
     try:
-        return [place for place in sorted(top.iterdir()) if place.is_dir()][:_PLACES]
+        inside = sorted(top.iterdir())
+        folders = [place for place in inside if place.is_dir()][:_PLACES]
+        return folders + [place for place in inside if _is_quick(place)][:_ARCHIVES]
     except OSError:
         return []
+
+
+def _is_quick(place: Path) -> bool:
+    """Whether it is an archive that is looked through in seconds."""
+    if not is_archive(place) or not place.is_file():
+        return False
+    return not place.name.lower().endswith("gz") or place.stat().st_size <= _MOST_GZIP

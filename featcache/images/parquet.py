@@ -74,7 +74,12 @@ class ParquetImages:
         with self._lock, _refusing():
             value = self._value(row)
         if not value:
-            raise RefusedImage("no image in this row of Parquet")
+            only = (
+                "; at most a path, and datasets.table.embed_table_storage puts in the bytes"
+                if "." in self._image
+                else ""
+            )
+            raise RefusedImage(f"no image in this row of Parquet{only}")
         if len(value) > MAX_FILE_BYTES:
             raise RefusedImage(f"too large: {len(value)} bytes, at most {MAX_FILE_BYTES} are read")
         return bytes(value)

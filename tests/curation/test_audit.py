@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -136,6 +137,20 @@ def test_no_audit_lies_among_the_images(work: Path) -> None:
     with pytest.raises(StorageError, match="where a folder counts as a class"):
         featcache.audit(work / "f.h5", work / "photos" / "audit", kinds=("exact_copy",))
     assert not (work / "photos" / "audit").exists()
+
+
+def test_an_audit_may_lie_beside_the_folder_that_a_table_names(work: Path, tmp_path: Path) -> None:
+    """As after `split photos -o manifest.csv`: below the table's folder no other folder counts."""
+    shutil.copytree(work / "photos", tmp_path / "photos")
+    images = list_images(tmp_path / "photos")
+    digests = [hashlib.sha256((tmp_path / "photos" / path).read_bytes()).digest() for path in images.paths]
+    columns = {"labels": images.labels, "digests": np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)}
+    rows = plain_rows([f"photos/{path}" for path in images.paths], **columns)
+    write_cache(tmp_path / "f.h5", rows, [np.ones((len(images), 8), "f4")], dim=8, spec=SPEC, classes=images.classes)
+    made = featcache.audit(tmp_path / "f.h5", tmp_path / "audit", kinds=("exact_copy",))
+    assert made.root is not None and (tmp_path / "audit/plan.csv").exists()
+    with pytest.raises(StorageError, match="where a folder counts as a class"):
+        made.save(tmp_path / "photos/audit")
 
 
 def test_data_frames(found: Audit) -> None:

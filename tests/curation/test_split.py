@@ -14,14 +14,17 @@ from caches import CLASSES_DIM, make_classes, plain_rows
 from conftest import COLOURS, SPEC, TINY_FLAGS, make_photos, write_photo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing import FORMS
 
 from featcache.cache.write import write_cache
 from featcache.curation import split_folders
+from featcache.curation.manifest import prefix_of
 from featcache.curation.split import split
 from featcache.errors import FeatcacheError, SourceError, StorageError, UsageError
-from featcache.images.home import find_home
+from featcache.images.home import find_home, places_in
 from featcache.images.source import ImageList, Source, list_images
 from featcache.spec import SPLITS
+from featcache.system.path_kinds import as_path
 
 
 def image_list(names: dict[str, int], **changes: object) -> ImageList:
@@ -217,6 +220,26 @@ def test_a_folder_that_holds_some_images_of_a_cache_is_not_its_home(tmp_path: Pa
     assert find_home(images, places) == find_home(images[:1], places, whole=True) == tmp_path / "a few"
     assert find_home(images, places, whole=True) is None
     assert find_home(images, [*places, tmp_path / "all"], whole=True) == tmp_path / "all"
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a.zip", "https://host/a.tar"])
+def test_what_lies_elsewhere_does_not_lie_below_a_table(tmp_path: Path, address: str) -> None:
+    assert prefix_of(tmp_path / "m.csv", as_path(address)) is None
+    assert prefix_of(Path("m.csv"), as_path(address)) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_archives_are_homes_that_are_looked_for_after_folders(tmp_path: Path, monkeypatch, form: str) -> None:
+    files = {"cats/1.jpg": b"one", "dogs/2.jpg": b"two"}
+    images = [(name, hashlib.sha256(data).digest()) for name, data in files.items()]
+    archive = FORMS[form](tmp_path / form, files)
+    assert find_home(images, places_in(tmp_path), whole=True) == archive
+    for name, data in files.items():
+        (tmp_path / "a.zip" / name).parent.mkdir(parents=True)  # a folder may be called so
+        (tmp_path / "a.zip" / name).write_bytes(data)
+    assert find_home(images, places_in(tmp_path), whole=True) == tmp_path / "a.zip"
+    monkeypatch.setattr("featcache.images.home._MOST_GZIP", 10)
+    assert (archive in places_in(tmp_path)) == (not form.endswith("gz"))
 
 
 def test_the_table_of_groups_is_read_before_images_are_compared(tmp_path: Path, monkeypatch) -> None:

@@ -10,9 +10,9 @@ import pytest
 from conftest import write_photo
 from packing import FORMS, parquet, read_folder, tar, zipped
 
-from featcache.errors import FeatcacheError, SourceError, UsageError
+from featcache.errors import FeatcacheError, RefusedImage, SourceError, UsageError
 from featcache.images.layout import SPLITS
-from featcache.images.read import Paths, read_images
+from featcache.images.read import Paths, read_file, read_images
 from featcache.images.source import ImageList, Source, list_images
 
 JPEG = b"\xff\xd8\xff\xe0 as it begins"
@@ -219,6 +219,15 @@ def test_parquet_of_datasets(tmp_path: Path) -> None:
     assert images.paths[3] == "data/train-00000-of-00002.parquet/3"
     assert list_images(tmp_path / "data" / "train-*.parquet").paths[3] == "train-00000-of-00002.parquet/3"
     assert list_images(tmp_path / "data" / "train-00000-of-00002.parquet").paths[3] == "3"
+
+
+def test_rows_that_hold_only_a_path_say_how_to_put_in_the_bytes(tmp_path: Path) -> None:
+    """So ``datasets`` writes images of a folder by ``to_parquet``."""
+    path = parquet(tmp_path / "x.parquet", [None])
+    with pytest.raises(
+        RefusedImage, match=r"^no image in this row of Parquet; .*embed_table_storage puts in the bytes$"
+    ):
+        read_file(path / "0")
 
 
 def written(to: Path, /, metadata: dict[str, str] | None = None, **columns: Any) -> Path:

@@ -400,6 +400,7 @@ def test_all_unreadable(tmp_path: Path) -> None:
     assert "1 image cannot be read" in " ".join(found.advice)
     assert "empty file" in (tmp_path / "stats/stats.html").read_text()
     assert any("unreadable" in line for line in found.lines())
+    assert not any("No image has a label" in line for line in found.lines())
 
 
 def test_the_public_function() -> None:

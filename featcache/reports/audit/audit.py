@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os.path
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -163,8 +164,7 @@ class Audit(Found):
         """
         target = named(as_path(folder))
         check_folder(target)
-        if self.root is not None:
-            check_apart(target, self.root)
+        _check_apart(target, self.cache, self.root)
         plan = plan_lines(self.cache, self)
         page = audit_page(self, progress=lambda done, total: progress(done, total, "pictures of the page"))
         name = write_folder(target, rows=self.rows(), page=page, plan=plan, facts=self.to_json())
@@ -219,8 +219,8 @@ def audit(
         check_folder(output)
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
     root = _root(opened, source)
-    if output is not None and root is not None:
-        check_apart(output, root)
+    if output is not None:
+        _check_apart(output, opened, root)
     options: dict[str, Any] = {"root": root, "kinds": kinds, "device": device, "seed": seed, "workers": workers}
     try:
         with bar_in_notebook(progress, _describe) as report:
@@ -243,6 +243,13 @@ def _root(cache: FeatureCache, source: AnyPath | None) -> Path | None:
     if not is_home(root):
         raise SourceError(f"--source {root} is no folder; give the folder that holds the images")
     return root
+
+
+def _check_apart(output: Path, cache: FeatureCache, root: Path | None) -> None:
+    """Raise StorageError if ``output`` lies among the images. Beside a folder of all images, as a table names it, it does not."""
+    if root is not None:
+        top = os.path.commonpath([min(cache.paths), max(cache.paths)]) if len(cache) else ""
+        check_apart(output, root / top)
 
 
 def _finished(found: Found, started: float) -> Audit:

@@ -25,7 +25,8 @@ def advice(found: "Statistics") -> list[str]:
 
 def _constant(found: "Statistics") -> Iterator[str]:
     if not found.constant:
-        yield "No image has a label: this source can be predicted on, not trained on."
+        if len(found.unreadable) < found.images:
+            yield "No image has a label: this source can be predicted on, not trained on."
         return
     if found.constant["all"]["classes"] < 2:
         yield f"All labelled images are {found.constant['all']['label']}: one class alone cannot be told from anything."

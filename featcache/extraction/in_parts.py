@@ -76,9 +76,10 @@ class PartReport(Shown):
 
     def lines(self) -> list[str]:
         """What was done, and what is to be done once all shares are."""
+        rate = f", {self.images_per_second:,.0f} images/s once started" if self.images_per_second else ""
         return [
             f"part {self.part} of {self.parts} for {self.cache}: embedded {self.embedded}, reused {self.reused}, refused "
-            f"{self.refused}; {self.seconds:.1f} s, {self.images_per_second:,.0f} images/s once started",
+            f"{self.refused}; {self.seconds:.1f} s{rate}",
             f"  when all are done: featcache merge {typed(self.cache)}",
         ]
 
@@ -131,11 +132,11 @@ def extract_part(
         own, found = open_parts(folder, tag=share.tag, shared=True), Listing.find(folder)
         there = FeatureCache.open(output) if found is None and os.path.lexists(output) else None
 
-        def job_after(cache: FeatureCache | None) -> Job:
-            settings = settings_of(request, saved, [cache] if cache else own, output, force=False)
+        def job_after(cache: FeatureCache | None) -> Job:  # that of a listing has no rows, and is false
+            settings = settings_of(request, saved, own if cache is None else [cache], output, force=False)
             return Job(request, saved, settings, donors, images, output, device, workers, batch_size)
 
-        if there:
+        if there is not None:
             return _done(there, job_after(there), images.take(positions), share, started)
         job = job_after(found.cache if found else None)
         if found is None:
@@ -336,9 +337,9 @@ def describe_parts(folder: Path) -> dict[str, Any]:
         "embedded": len(rows),
         "refused": len(refused),
         "files": len(parts),
-        "fingerprint": some.fingerprint if some else None,
-        "spec": some.spec.to_json() if some else None,
-        "provenance": some.provenance.to_json() if some else None,
+        "fingerprint": None if some is None else some.fingerprint,
+        "spec": None if some is None else some.spec.to_json(),
+        "provenance": None if some is None else some.provenance.to_json(),
     }
 
 

@@ -156,8 +156,19 @@ def test_parts_that_do_not_fit_are_refused(
     with pytest.raises(SpecMismatchError) as error:
         extract_part(photos, output, f"2/{of}", request, limit=limit)
     assert words in str(error.value)
+    assert "--force" not in str(error.value)  # which no part takes
     assert "\n" not in str(error.value)
     assert sorted(os.listdir(work_folder(output))) == before
+
+
+def test_what_the_first_part_settled_holds_for_those_that_leave_it_open(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "f.h5"
+    request = dataclasses.replace(TINY, dtype="float32")
+    first = extract_part(photos, output, "1/2", request)
+    facts = describe(work_folder(output))
+    assert facts["fingerprint"] == first.fingerprint
+    assert facts["spec"]["storage"] == "float32"
+    assert extract_part(photos, output, "2/2").fingerprint == first.fingerprint
 
 
 def test_another_listing_is_refused_and_the_first_difference_named(photos: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,3 +122,16 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'featcache\[ray\]'"):
         RayExecutor().check()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "auto"])
+def test_no_cluster_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(is_initialized=lambda: False, data=None))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    RayExecutor().check()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # no other is started instead
+    with pytest.raises(
+        UsageError, match=r"no Ray cluster answers at .*(:1|nonsense) \(.*HOST:PORT; .* --ray-address local"
+    ):
+        RayExecutor(address).check()

@@ -130,7 +130,7 @@ def extract_part(
     with interruption_noted(output), shared(folder), bar as progress:
         donors, saved = open_donors(reuse, output), request.saved()
         own, found = open_parts(folder, tag=share.tag, shared=True), Listing.find(folder)
-        there = FeatureCache.open(output) if found is None and os.path.lexists(output) else None
+        there = open_old(output, force=False) if found is None else None
 
         def job_after(cache: FeatureCache | None) -> Job:  # that of a listing has no rows, and is false
             settings = settings_of(request, saved, own if cache is None else [cache], output, force=False)

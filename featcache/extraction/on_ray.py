@@ -31,6 +31,8 @@ from featcache import errors
 from featcache.cache.format import Indices
 from featcache.errors import FeatcacheError, StorageError, UsageError
 from featcache.extraction.executors import BLOCK, Published, Work, blocks, run_here
+from featcache.images.archives import archive_in
+from featcache.system.addresses import address_of
 from featcache.system.display import quantity
 
 if TYPE_CHECKING:
@@ -228,7 +230,8 @@ def _unseen(work: Work, token: str) -> str:
     if not (work.folder / token).is_file():
         return f"does not see {work.folder.absolute()}; put the output on a file system that all nodes share, under one path"
     root: Path = work.images.root
-    if len(work.images) and not os.path.lexists(root / work.images.paths[0]):
+    first = root / work.images.paths[0] if len(work.images) else root
+    if not (os.path.lexists(first) or archive_in(first) or address_of(first)):
         return f"does not see {root.absolute()}; put the images on a file system that all nodes share, under one path"
     return ""
 

@@ -123,7 +123,7 @@ def open_old(output: Path, *, force: bool) -> FeatureCache | None:
                 return None
             raise SpecMismatchError(
                 f"{output} holds vectors that were made elsewhere (stated: {old.spec.stated}), by a network that featcache does "
-                "not know; choose another -o, or replace it with --force"
+                "not know; choose another -o, remove it, or let `extract --force` replace it"
             )
         if force:
             old.check_features()

@@ -19,6 +19,7 @@ from conftest import COLOURS, TINY, make_photos, write_photo
 from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, SourceError, SpecMismatchError, StorageError
+from featcache.extraction.external import import_vectors
 from featcache.extraction.extract import extract
 from featcache.extraction.in_parts import describe_parts, extract_part, merge
 from featcache.extraction.job import Job
@@ -333,6 +334,11 @@ def test_a_cache_that_is_there(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="may be of another spec"):
         extract_part(list_images(photos).take(np.arange(1)), output, "1/1", dataclasses.replace(TINY, resize=48))
     assert output.read_bytes() == before
+    names, stated = np.array(["a.jpg", "b.jpg"]), tmp_path / "e.h5"
+    np.savez(tmp_path / "x.npz", path=names, vector=np.eye(2, dtype=np.float32))
+    import_vectors(tmp_path / "x.npz", stated, stated="elsewhere")
+    with pytest.raises(SpecMismatchError, match=r"made elsewhere .*; choose another -o, remove it"):
+        extract_part(photos, stated, "1/2")
     assert not work_folder(output).exists()
 
 

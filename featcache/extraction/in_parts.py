@@ -40,7 +40,7 @@ from featcache.system.display import Shown, bar_in_notebook, describe_images, qu
 from featcache.system.files import check_output
 from featcache.system.path_advice import typed
 from featcache.system.path_kinds import AnyPath, as_path
-from featcache.system.workdir import LISTING, locked, shared, work_folder
+from featcache.system.workdir import LISTING, is_work_folder, locked, shared, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -116,7 +116,7 @@ def extract_part(
         SpecMismatchError: the other parts are of another spec, list of images or number of shares. StorageError: ``output`` exists
         and lacks some of these images; another process packs, or writes alone. Otherwise as ``extract``.
     """
-    started, share = time.perf_counter(), Share.parse(part)
+    started, share = time.perf_counter(), Share.parse(str(part))
     request = settle_request(request, options, extract_part) or ExtractRequest()
     device, workers = own_device(device, workers)
     output, images = prepare(
@@ -276,6 +276,10 @@ def merge(output: AnyPath) -> ExtractReport:
         made at this moment, as far as that can be seen; the file cannot be written.
     """
     started, output = time.perf_counter(), as_path(output)
+    if is_work_folder(str(output)):
+        raise CacheError(
+            f"{output} is a folder of parts; name the cache that they are for: `featcache merge {typed(output.with_suffix(''))}`"
+        )
     folder = work_folder(output)
     check_output(output)
     if not folder.is_dir() or not (folder / LISTING).exists():

@@ -18,7 +18,7 @@ from conftest import COLOURS, TINY, make_photos, write_photo
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, SourceError, SpecMismatchError, StorageError
+from featcache.errors import CacheError, SourceError, SpecMismatchError, StorageError, UsageError
 from featcache.extraction.external import import_vectors
 from featcache.extraction.extract import extract
 from featcache.extraction.in_parts import describe_parts, extract_part, merge
@@ -426,6 +426,10 @@ def test_nothing_to_merge(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "f.h5.parts").mkdir()
     with pytest.raises(CacheError, match="holds no listing of parts"):
         merge(tmp_path / "f.h5")
+    with pytest.raises(CacheError, match=r"is a folder of parts; .*`featcache merge .*/f\.h5`"):
+        merge(tmp_path / "f.h5.parts")
+    with pytest.raises(UsageError, match="must be I/N, such as 3/64, or auto, found '3'"):
+        extract_part(photos, tmp_path / "f.h5", 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [["--force"], ["--max-bad", "0"]])

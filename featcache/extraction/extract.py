@@ -87,7 +87,7 @@ class ExtractReport(Shown):
             f"{quantity(self.classes, 'class')}: {', '.join(names)}" if names else "no classes",
             ", ".join(splits) or "no splits",
         ]
-        rate = f", {self.images_per_second:,.0f} images/s once started" if self.embedded else ""
+        rate = f", {self.images_per_second:,.0f} images/s once started" if self.images_per_second else ""
         return [
             f"{self.cache}: {quantity(self.embedded + self.reused, 'embedding')} of {quantity(self.dim, 'dimension')}",
             f"  {'; '.join(held)}",

@@ -40,7 +40,7 @@ from featcache.system.display import Shown, bar_in_notebook, describe_images, qu
 from featcache.system.files import check_output
 from featcache.system.path_advice import typed
 from featcache.system.path_kinds import AnyPath, as_path
-from featcache.system.workdir import LISTING, locked, shared, work_folder
+from featcache.system.workdir import LISTING, is_work_folder, locked, shared, work_folder
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -76,9 +76,10 @@ class PartReport(Shown):
 
     def lines(self) -> list[str]:
         """What was done, and what is to be done once all shares are."""
+        rate = f", {self.images_per_second:,.0f} images/s once started" if self.images_per_second else ""
         return [
             f"part {self.part} of {self.parts} for {self.cache}: embedded {self.embedded}, reused {self.reused}, refused "
-            f"{self.refused}; {self.seconds:.1f} s, {self.images_per_second:,.0f} images/s once started",
+            f"{self.refused}; {self.seconds:.1f} s{rate}",
             f"  when all are done: featcache merge {typed(self.cache)}",
         ]
 
@@ -115,7 +116,7 @@ def extract_part(
         SpecMismatchError: the other parts are of another spec, list of images or number of shares. StorageError: ``output`` exists
         and lacks some of these images; another process packs, or writes alone. Otherwise as ``extract``.
     """
-    started, share = time.perf_counter(), Share.parse(part)
+    started, share = time.perf_counter(), Share.parse(str(part))
     request = settle_request(request, options, extract_part) or ExtractRequest()
     device, workers = own_device(device, workers)
     output, images = prepare(
@@ -129,13 +130,13 @@ def extract_part(
     with interruption_noted(output), shared(folder), bar as progress:
         donors, saved = open_donors(reuse, output), request.saved()
         own, found = open_parts(folder, tag=share.tag, shared=True), Listing.find(folder)
-        there = FeatureCache.open(output) if found is None and os.path.lexists(output) else None
+        there = open_old(output, force=False) if found is None else None
 
-        def job_after(cache: FeatureCache | None) -> Job:
-            settings = settings_of(request, saved, [cache] if cache else own, output, force=False)
+        def job_after(cache: FeatureCache | None) -> Job:  # that of a listing has no rows, and is false
+            settings = settings_of(request, saved, own if cache is None else [cache], output, force=False)
             return Job(request, saved, settings, donors, images, output, device, workers, batch_size)
 
-        if there:
+        if there is not None:
             return _done(there, job_after(there), images.take(positions), share, started)
         job = job_after(found.cache if found else None)
         if found is None:
@@ -275,6 +276,10 @@ def merge(output: AnyPath) -> ExtractReport:
         made at this moment, as far as that can be seen; the file cannot be written.
     """
     started, output = time.perf_counter(), as_path(output)
+    if is_work_folder(str(output)):
+        raise CacheError(
+            f"{output} is a folder of parts; name the cache that they are for: `featcache merge {typed(output.with_suffix(''))}`"
+        )
     folder = work_folder(output)
     check_output(output)
     if not folder.is_dir() or not (folder / LISTING).exists():
@@ -336,9 +341,9 @@ def describe_parts(folder: Path) -> dict[str, Any]:
         "embedded": len(rows),
         "refused": len(refused),
         "files": len(parts),
-        "fingerprint": some.fingerprint if some else None,
-        "spec": some.spec.to_json() if some else None,
-        "provenance": some.provenance.to_json() if some else None,
+        "fingerprint": None if some is None else some.fingerprint,
+        "spec": None if some is None else some.spec.to_json(),
+        "provenance": None if some is None else some.provenance.to_json(),
     }
 
 

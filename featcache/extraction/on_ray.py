@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
@@ -30,6 +31,9 @@ from featcache import errors
 from featcache.cache.format import Indices
 from featcache.errors import FeatcacheError, StorageError, UsageError
 from featcache.extraction.executors import BLOCK, Published, Work, blocks, run_here
+from featcache.images.archives import archive_in
+from featcache.system.addresses import address_of
+from featcache.system.display import quantity
 
 if TYPE_CHECKING:
     from featcache.backbones.embed import Progress
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("featcache")
 _LOCAL = "local"
+_PATIENCE = 5.0  # seconds that whoever listens at an address may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +58,15 @@ class RayExecutor:
     block: int = BLOCK
 
     def check(self) -> None:
-        """Raise UsageError if Ray is not installed."""
-        _ray()
+        """Raise UsageError if Ray is not installed, or nothing listens at the address. Nothing has been loaded yet."""
+        ray, address = _ray(), _named(self.address)
+        if address in ("auto", _LOCAL) or ray.is_initialized():
+            return
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise _no_cluster(address, error) from error
 
     def __call__(self, work: Work, positions: Indices, *, progress: "Progress | None" = None) -> Published:
         """See ``executors.Executor``.
@@ -157,7 +169,20 @@ class _Talk(io.TextIOBase):
         self._stdout.flush()
 
 
+def _named(address: str) -> str:
+    """``auto`` as the environment means it: who sets ``RAY_ADDRESS`` wants that cluster, and no other."""
+    return os.environ.get("RAY_ADDRESS") or address if address == "auto" else address
+
+
+def _no_cluster(address: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"no Ray cluster answers at {address} ({_first_line(error)}), expected HOST:PORT; start one with `ray start --head`, or "
+        "give --ray-address local"
+    )
+
+
 def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
+    address = _named(address)
     try:
         if address == "auto":
             with contextlib.suppress(ConnectionError):
@@ -168,12 +193,10 @@ def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
         else:
             ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
-        why = _first_line(error)
         if address in ("auto", _LOCAL):
+            why = _first_line(error)
             raise UsageError(f"Ray does not start on this machine ({why}); leave --executor ray out") from error
-        raise UsageError(
-            f"no Ray cluster answers at {address} ({why}); start one with `ray start --head`, or give --ray-address local"
-        ) from error
+        raise _no_cluster(address, error) from error
 
 
 def _handlers() -> dict[int, Any]:
@@ -210,7 +233,8 @@ def _unseen(work: Work, token: str) -> str:
     if not (work.folder / token).is_file():
         return f"does not see {work.folder.absolute()}; put the output on a file system that all nodes share, under one path"
     root: Path = work.images.root
-    if len(work.images) and not os.path.lexists(root / work.images.paths[0]):
+    first = root / work.images.paths[0] if len(work.images) else root
+    if not (os.path.lexists(first) or archive_in(first) or address_of(first)):
         return f"does not see {root.absolute()}; put the images on a file system that all nodes share, under one path"
     return ""
 
@@ -261,7 +285,7 @@ def _share(nodes: list[dict[str, Any]], device: str, tasks: int) -> _Share:
         actors = sum(count // cpus for count in usable)
     actors = min(actors, tasks)
     what = f"{cpus} CPU{'s' if cpus > 1 else ''}" + (" and a GPU" if gpus else "")
-    return _Share(actors, cpus, gpus, f"{len(nodes)} nodes, {actors} workers with {what} each")
+    return _Share(actors, cpus, gpus, f"{quantity(len(nodes), 'node')}, {quantity(actors, 'worker')} with {what} each")
 
 
 def _run(

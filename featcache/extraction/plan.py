@@ -26,6 +26,7 @@ from featcache.images.source import ImageList
 from featcache.spec import Spec
 from featcache.system.path_advice import missing, typed
 from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of
+from featcache.system.workdir import LISTING, work_folder
 
 log = logging.getLogger("featcache")
 
@@ -122,7 +123,7 @@ def open_old(output: Path, *, force: bool) -> FeatureCache | None:
                 return None
             raise SpecMismatchError(
                 f"{output} holds vectors that were made elsewhere (stated: {old.spec.stated}), by a network that featcache does "
-                "not know; choose another -o, or replace it with --force"
+                "not know; choose another -o, remove it, or let `extract --force` replace it"
             )
         if force:
             old.check_features()
@@ -138,10 +139,14 @@ def of_spec(caches: list[FeatureCache], spec: Spec, output: Path, *, force: bool
     """Those of our own caches made with ``spec``. Others raise SpecMismatchError, or with ``force`` are left aside."""
     others = [cache for cache in caches if cache.spec != spec]
     if others and not force:
-        what = "" if others[0].path == output else "unfinished work for "
+        folder, there = work_folder(output), others[0].path == output
+        remedy = "choose another -o, repeat the old options, or replace it with --force"
+        if (folder / LISTING).exists():  # where --force would replace the work of many
+            anew = output if there else folder
+            remedy = f"use the same options for all parts, choose another -o, or remove {anew} to begin anew"
         raise SpecMismatchError(
-            f"{what}{output} was made with another spec ({others[0].spec.difference(spec)}); "
-            "choose another -o, repeat the old options, or replace it with --force"
+            f"{'' if there else 'unfinished work for '}{output} was made with another spec "
+            f"({others[0].spec.difference(spec)}); {remedy}"
         )
     return [cache for cache in caches if cache.spec == spec]
 

@@ -76,7 +76,9 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     """Raises UsageError."""
     text = environ.get(name) or ("" if default is None else str(default))
     if not re.fullmatch(r"\d{1,9}", text):
-        raise UsageError(f"--part auto: {name} is {text or 'not set'}, expected a whole number; give --part I/N")
+        raise UsageError(
+            f"--part auto: {name} is {text or 'not set'}, expected a whole number; give --part auto/N or I/N"
+        )
     return int(text)
 
 

@@ -45,7 +45,7 @@ _ELSEWHERE = [(re.compile(begins, re.DOTALL), words) for begins, words in (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL is not read: convert it, as by `djxl FILE FILE.png`"),
     (rb".{128}DICM", "DICOM leaves open what is black and white: export it as PNG from a viewer"),
     (rb"v/1\x01", "OpenEXR leaves open what is white: export it as PNG or TIFF of 8 or 16 bits"),
-    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "not an image but an archive: unpack it first"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "not an image but an archive: give a .zip or .tar itself as the source, or unpack it"),
     (rb"(?i)\s*<(?:!doctype )?html", "not an image but a web page, as a failed download leaves: download the image again"),
     (rb"version https://git-lfs", "not an image but what Git LFS leaves in its place: run `git lfs pull`"),
 )]

@@ -151,7 +151,8 @@ class Files:
     """The files below a folder, by the names that people write for them."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.real_root = root, os.path.realpath(root)
+        self.root, self.is_elsewhere = root, address_of(root) is not None
+        self.real_root = self._real(str(root))
         self._stems: dict[str, dict[str, list[str]]] = {}  # folder -> names of images by their names without suffix
 
     def has(self, cell: str) -> bool:
@@ -160,7 +161,11 @@ class Files:
             found = self.resolved(Entry(cell, -1, -1))
         except RefusedImage:
             return False
-        return found.size >= 0 and os.path.isfile(os.path.join(self.real_root, found.path))  # noqa: PTH113, PTH118
+        path = os.path.join(self.real_root, found.path)  # noqa: PTH118
+        return found.size >= 0 and (self.is_elsewhere or os.path.isfile(path))  # noqa: PTH113
+
+    def _real(self, path: str) -> str:
+        return os.path.normpath(path) if self.is_elsewhere else os.path.realpath(path)
 
     def resolved(self, entry: Entry) -> Entry:
         """The entry under its one real path, so that no spelling of it counts twice.
@@ -193,7 +198,7 @@ class Files:
 
     def _at(self, entry: Entry, path: str) -> Entry:
         try:
-            target = os.path.realpath(os.path.join(self.real_root, path))  # noqa: PTH118 - an absolute path may replace it
+            target = self._real(os.path.join(self.real_root, path))  # noqa: PTH118 - an absolute path may replace it
             if os.path.commonpath([self.real_root, target]) != self.real_root:
                 raise RefusedImage("lies outside of the table's folder or --root")
         except ValueError as error:  # another drive, or a NUL in the name

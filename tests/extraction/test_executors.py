@@ -3,9 +3,11 @@
 import contextlib
 import os
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 
 from featcache.errors import StorageError, UsageError
 from featcache.extraction.executors import Published, Work, blocks, run_here, run_part
-from featcache.extraction.on_ray import RayExecutor, _share
+from featcache.extraction.on_ray import RayExecutor, _share, _unseen
+from featcache.images.source import ImageList
+from featcache.system.path_kinds import as_path
 from featcache.testing.executors import ExecutorContract
 
 
@@ -123,3 +127,35 @@ def test_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'featcache\[ray\]'"):
         RayExecutor().check()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense", "auto"])
+def test_no_cluster_is_noticed_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(is_initialized=lambda: False, data=None))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    RayExecutor().check()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # no other is started instead
+    with pytest.raises(
+        UsageError, match=r"no Ray cluster answers at .*(:1|nonsense) \(.*HOST:PORT; .* --ray-address local"
+    ):
+        RayExecutor(address).check()
+
+
+def test_what_a_node_sees(tmp_path: Path) -> None:
+    """Images lie in folders, in archives and at addresses."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    (tmp_path / "token").touch()
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(tmp_path / "photos" / "a.jpg", "a.jpg")
+
+    def unseen(root: Path, token: str = "token") -> str:
+        images = ImageList(root, ("a.jpg",), np.zeros(1, np.int32), (), *(np.zeros(1, np.int64),) * 3)  # type: ignore[arg-type]
+        return _unseen(SimpleNamespace(folder=tmp_path, images=images), token)  # type: ignore[arg-type]
+
+    for root in (tmp_path / "photos", tmp_path / "photos.tar", as_path("s3://bucket/photos.tar")):
+        assert not unseen(root)
+    assert "put the images on" in unseen(tmp_path / "none")
+    assert "put the images on" in unseen(tmp_path / "none.tar")
+    assert "put the output on" in unseen(tmp_path / "photos", "other")

@@ -18,7 +18,8 @@ from conftest import COLOURS, TINY, make_photos, write_photo
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, SourceError, SpecMismatchError, StorageError
+from featcache.errors import CacheError, SourceError, SpecMismatchError, StorageError, UsageError
+from featcache.extraction.external import import_vectors
 from featcache.extraction.extract import extract
 from featcache.extraction.in_parts import describe_parts, extract_part, merge
 from featcache.extraction.job import Job
@@ -156,8 +157,19 @@ def test_parts_that_do_not_fit_are_refused(
     with pytest.raises(SpecMismatchError) as error:
         extract_part(photos, output, f"2/{of}", request, limit=limit)
     assert words in str(error.value)
+    assert "--force" not in str(error.value)  # which no part takes
     assert "\n" not in str(error.value)
     assert sorted(os.listdir(work_folder(output))) == before
+
+
+def test_what_the_first_part_settled_holds_for_those_that_leave_it_open(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "f.h5"
+    request = dataclasses.replace(TINY, dtype="float32")
+    first = extract_part(photos, output, "1/2", request)
+    facts = describe(work_folder(output))
+    assert facts["fingerprint"] == first.fingerprint
+    assert facts["spec"]["storage"] == "float32"
+    assert extract_part(photos, output, "2/2").fingerprint == first.fingerprint
 
 
 def test_another_listing_is_refused_and_the_first_difference_named(photos: Path, tmp_path: Path) -> None:
@@ -322,6 +334,11 @@ def test_a_cache_that_is_there(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="may be of another spec"):
         extract_part(list_images(photos).take(np.arange(1)), output, "1/1", dataclasses.replace(TINY, resize=48))
     assert output.read_bytes() == before
+    names, stated = np.array(["a.jpg", "b.jpg"]), tmp_path / "e.h5"
+    np.savez(tmp_path / "x.npz", path=names, vector=np.eye(2, dtype=np.float32))
+    import_vectors(tmp_path / "x.npz", stated, stated="elsewhere")
+    with pytest.raises(SpecMismatchError, match=r"made elsewhere .*; choose another -o, remove it"):
+        extract_part(photos, stated, "1/2")
     assert not work_folder(output).exists()
 
 
@@ -409,6 +426,10 @@ def test_nothing_to_merge(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "f.h5.parts").mkdir()
     with pytest.raises(CacheError, match="holds no listing of parts"):
         merge(tmp_path / "f.h5")
+    with pytest.raises(CacheError, match=r"is a folder of parts; .*`featcache merge .*/f\.h5`"):
+        merge(tmp_path / "f.h5.parts")
+    with pytest.raises(UsageError, match="must be I/N, such as 3/64, or auto, found '3'"):
+        extract_part(photos, tmp_path / "f.h5", 3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [["--force"], ["--max-bad", "0"]])

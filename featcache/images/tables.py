@@ -18,6 +18,7 @@ from featcache.images.archives import archive_in, stat_member
 from featcache.images.columns import NONE, Columns, find_columns, printable, quoted, shown, split_in, without_header
 from featcache.images.folders import Entry, Listing, has_image_suffix, holds_an_image
 from featcache.images.records import STDIN, Table, as_text, read_table, without_escape
+from featcache.system.addresses import address_of
 
 log = logging.getLogger("featcache")
 TABLES = (".csv", ".tsv", ".tab", ".txt", ".jsonl", ".ndjson")

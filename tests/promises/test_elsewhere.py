@@ -26,8 +26,10 @@ from objects import (
 )
 from PIL import Image
 
+from featcache.curation.split import split
 from featcache.errors import SourceError
 from featcache.extraction.extract import extract
+from featcache.images.source import Source, list_images
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -100,6 +102,14 @@ def test_the_rows_are_those_of_the_same_shards_here(bucket: Bucket, local: Path,
     bucket.server.plan = lambda _: None
     again = extract(f"s3://{bucket.name}/", tmp_path / "f.h5", TINY)  # the same shards, by their place
     assert (again.embedded, again.reused, again.changed) == (0, NUMBER * PER_SHARD, 0)
+
+
+def test_the_table_of_a_split_is_a_source(bucket: Bucket, tmp_path: Path) -> None:
+    at = f"s3://{bucket.name}/train-000.tar"
+    split(at, tmp_path / "m.csv", val=0.5)
+    images, listed = list_images(Source(tmp_path / "m.csv", root=at)), list_images(at)
+    assert (sorted(images.paths), images.classes) == (sorted(listed.paths), listed.classes)
+    assert set(images.sizes.tolist()) == set(listed.sizes.tolist()) and (images.splits > 0).all()
 
 
 def test_a_run_whose_access_ends_goes_on_where_it_was(bucket: Bucket, local: Path, tmp_path: Path) -> None:

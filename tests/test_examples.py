@@ -206,6 +206,7 @@ def test_the_dockerfile_names_what_there_is() -> None:
     lines = re.sub(r"\\\n", " ", (EXAMPLES / "Dockerfile").read_text()).splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     assert steps[0][0] == "FROM" and {step[0] for step in steps} <= {
+        "ARG",
         "FROM",
         "RUN",
         "COPY",

@@ -506,7 +506,7 @@ def test_a_csv_that_changes_during_the_run(photos: Path, whole: FeatureCache, tm
     source, names = tmp_path / "p" / "list.csv", [*whole.paths]
     source.write_text("path,label\n" + "".join(f"{name},{name.split('/')[0]}\n" for name in names))
     command = ("extract", source, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--json")
-    with warm.held("backbones.embed.embed", *command) as running:
+    with warm.held("backbones.embedder.embed", *command) as running:
         rows = [f"{name},{'ab'[row % 2]}\n" for row, name in enumerate(names[::-1])]
         source.write_text("path,label\n" + "".join(rows))
     assert running.result().code == 0, running.result().err

@@ -1,7 +1,8 @@
 """Images inside of archives: tar, gzipped tar, zip and Parquet. In: a path that goes through one, ``photos.zip/cats/1.jpg``. Out: the
 file's bytes. Nothing is ever unpacked to the disk.
 
-A file's path below its archive is its name there; of a row of Parquet it is the number of the row, from 0: ``train.parquet/17``. So
+A file's path below its archive is its name there; of a row of Parquet it is the number of the row, from 0: ``train.parquet/17``, of
+one of several columns of images ``train.parquet/left/17``. So
 every path of a cache finds its image again, below the same archive or the folder of the archives. What lies where is read once for
 each version of an archive, and kept for some of them: about 60 bytes per file, 350 MB at most.
 
@@ -83,7 +84,7 @@ def stat_member(location: Path, name: str) -> tuple[int, int]:
     return _remembered(location).stat(name)
 
 
-def look_through(location: Path, text: Callable[[str, bytes], None] | None = None) -> "Archive":
+def look_through(location: Path, text: Callable[[str, bytes], None] | None = None, *, column: str = "") -> "Archive":
     """An archive with ``members`` and ``refused``, which are not kept; where they lie is.
 
     Of two files of one name neither is taken. Of an archive that is cut off what lies before the cut is; a refusal whose path is
@@ -91,12 +92,15 @@ def look_through(location: Path, text: Callable[[str, bytes], None] | None = Non
 
     Args:
         text: called with the name and the bytes of each small file that is called like a text.
+        column: of Parquet, the one of images.
 
     Raises:
-        RefusedImage: it cannot be read, or is no archive.
+        RefusedImage: it cannot be read, or is no archive. UsageError: there is no such column.
     """
     archive = Archive(location, describe(location))
     archive.look_through(text)
+    if archive.is_parquet:
+        archive.members = archive.rows(column).members()
     archive.listed = True
     _remember(archive)
     return archive
@@ -116,7 +120,7 @@ class Archive:
         self.listed = False
         self.members: list[Member] = []
         self.refused: list[Refusal] = []
-        self._parquet: ParquetImages | None = None
+        self._parquet: dict[str, ParquetImages] = {}  # by column
         self._gzip: GzipFile | None = None
         self._keys, self._places = np.empty(0, "S16"), np.empty((0, 5), np.int64)
         with self._opened() as file:
@@ -134,12 +138,11 @@ class Archive:
 
     def rest(self) -> None:
         """Let go of what keeps a file open, as soon as nobody reads it; it is opened again where it is needed."""
-        self._gzip = self._parquet = None
+        self._gzip, self._parquet = None, {}
 
     def look_through(self, text: Callable[[str, bytes], None] | None = None) -> None:
         """See ``look_through``."""
-        if self.form == _PARQUET:
-            self.members = self.rows().members()
+        if self.is_parquet:
             return
         found: list[Member] = []
         with self._opened() as plain:
@@ -162,7 +165,8 @@ class Archive:
         """As ``read_member``. Raises RefusedImage(CHANGED): it is another version by now."""
         with self._opened() as file:
             if self.form == _PARQUET:
-                data = self.rows().read(name)
+                column, _, row = name.rpartition("/")
+                data = self.rows(column).read(row)
                 return data, len(data), self._settled()
             member = self._find(name)
             data = self._bytes(self._unpacked() if self.form == _GZIP else file, member)
@@ -171,7 +175,8 @@ class Archive:
     def stat(self, name: str) -> tuple[int, int]:
         """See ``stat_member``."""
         if self.is_parquet:
-            self.rows().row(name)
+            column, _, row = name.rpartition("/")
+            self.rows(column).row(row)
         return -1 if self.is_parquet else self._find(name).size, self.mtime
 
     def _bytes(self, file: Any, member: Member) -> bytes:
@@ -206,11 +211,11 @@ class Archive:
             file = self._gzip = GzipFile(lambda: open_binary(self.location, self.described))
         return file
 
-    def rows(self) -> ParquetImages:
-        """Of a Parquet file."""
-        rows = self._parquet
+    def rows(self, column: str = "") -> ParquetImages:
+        """Of a Parquet file, by the column of images."""
+        rows = self._parquet.get(column)
         if rows is None:
-            rows = self._parquet = ParquetImages(open_binary(self.location, self.described))
+            rows = self._parquet[column] = ParquetImages(open_binary(self.location, self.described), column)
         return rows
 
     def _remember_places(self, members: list[Member]) -> None:

@@ -57,7 +57,7 @@ def known(header: Sequence[str], chosen: Mapping[str, str | None]) -> int:
     if chosen["path"] is None:
         paths = any(_ROLES.get(_plain(name)) == "path" or _plain(name) in _LESS for name in header)
     else:
-        paths = bool(_same(header, chosen["path"]))
+        paths = bool(same_header(header, chosen["path"]))
     return sum(_plain(name) in _ROLES for name in header) + 1 if paths else 0
 
 
@@ -160,7 +160,7 @@ def printable(text: str) -> str:
 
 
 def _chosen(source: str, header: Sequence[str], role: str, name: str) -> int | None:
-    columns = _same(header, name)
+    columns = same_header(header, name)
     if len(columns) == 1:
         return columns[0]
     option = f"--{role}-column {quoted(name)}"
@@ -173,7 +173,7 @@ def _chosen(source: str, header: Sequence[str], role: str, name: str) -> int | N
     raise UsageError(f"{source} has no column for {option}; it has {shown(map(repr, header))}{meant}")
 
 
-def _same(header: Sequence[str], name: str) -> list[int]:
+def same_header(header: Sequence[str], name: str) -> list[int]:
     """Where it stands: letter by letter, or else in other capitals or with blanks around it."""
     exact = [column for column, each in enumerate(header) if each == name]
     return exact or [column for column, each in enumerate(header) if each.strip().casefold() == name.strip().casefold()]

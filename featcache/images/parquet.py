@@ -1,8 +1,9 @@
-"""Parquet files that hold the bytes of images, as Hugging Face's ``datasets`` writes them: the one door to pyarrow of the images.
+"""Parquet files that hold the bytes of images, as Hugging Face's ``datasets`` writes them, or their paths: the one door to pyarrow
+of the images.
 
-In: an open file. Out: rows and what their columns say; the bytes of a row. Rows are read in small blocks, the last few of which are
-kept; memory is that of two pages, which most libraries make of up to 1,024 rows, whatever the size of the row group. Metadata is
-read as JSON; nothing of it is evaluated.
+In: an open file. Out: rows and what their columns say; the bytes of a row; the cells of a table of paths. Rows are read in small
+blocks, the last few of which are kept; memory is that of two pages, which most libraries make of up to 1,024 rows, whatever the
+size of the row group. Metadata is read as JSON; nothing of it is evaluated.
 """
 
 import bisect
@@ -13,15 +14,18 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from featcache.errors import MissingDependencyError, RefusedImage, SourceError, UsageError
-from featcache.images.columns import NONE, find_columns, quoted, shown
+from featcache.images.columns import NONE, find_columns, known, quoted, same_header, shown
 from featcache.images.members import MAX_FILE_BYTES, Member
+from featcache.system.path_kinds import Kind, kind_of
 
 _BYTES = ("image", "img", "picture", "photo", "bytes", "imagebytes", "content", "data", "jpg", "jpeg", "png", "webp")
 _AT_A_TIME, _MOST_ROWS, _KEPT = 2**22, 64, 12  # bytes and rows of a block; how many are kept
 _MAX_LABEL = 10_000  # characters
+_CELLS_ROWS = 4096  # rows of a table that are read at a time
 
 
 class Columns(NamedTuple):
@@ -36,14 +40,25 @@ class Columns(NamedTuple):
     names: tuple[str, ...]
 
 
+class Unread(NamedTuple):
+    """A cell of a column that holds neither text nor whole numbers."""
+
+    column: str
+    type: str
+
+
 class ParquetImages:
     """The rows of one Parquet file.
 
+    Args:
+        column: of several that hold images; the only one, or the one that ``datasets`` marks, when empty.
+
     Raises:
-        RefusedImage: it is none, or damaged; the same of any reading. MissingDependencyError: pyarrow is missing.
+        RefusedImage: it is none, or damaged; the same of any reading. MissingDependencyError: pyarrow is missing. UsageError: there
+        is no such column.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, column: str = "") -> None:
         weakref.finalize(self, file.close)
         self._lock = threading.Lock()
         self._next: tuple[int, int, Iterator[Any]] = (
@@ -58,15 +73,16 @@ class ParquetImages:
             meta = self._parquet.metadata
             counts = (int(meta.row_group(k).num_rows) for k in range(meta.num_row_groups))
             self._starts = [0, *itertools.accumulate(counts)]
-            self._image = _image_column(self.schema)
+            self._image, self._prefix = _image_column(self.schema, column)
             self._sizes = [self._mean_size(k) for k in range(meta.num_row_groups)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def members(self) -> list[Member]:
-        """One for each row, called by its number; its size is -1: Parquet says nothing of it unread."""
-        return [Member(str(row), row, -1, -1) for row in range(len(self))]
+        """One for each row, called by its number, below the name of its column where there are several; its size is -1: Parquet
+        says nothing of it unread."""
+        return [Member(f"{self._prefix}{row}", row, -1, -1) for row in range(len(self))]
 
     def read(self, name: str) -> bytes:
         """The bytes of a row."""
@@ -100,7 +116,7 @@ class ParquetImages:
             UsageError: there is no such column, or several may be it. SourceError: it holds neither numbers nor text.
         """
         features = _features(self.schema)
-        top = self._image.partition(".")[0]
+        top = self._image.removesuffix(".bytes")
         asked = {"path": top, "label": chosen["label"], "split": chosen["split"]}
         found = find_columns(name, self.schema.names, asked)
         label, split = ("" if at is None else self.schema.names[at] for at in (found.label, found.split))
@@ -125,12 +141,7 @@ class ParquetImages:
 
     def _check_text(self, column: str, name: str) -> None:
         kind = self.schema.field(column).type
-        types = _pyarrow().types
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        if not (
-            types.is_integer(kind) or types.is_boolean(kind) or types.is_string(kind) or types.is_large_string(kind)
-        ):
+        if not _is_cell(kind):
             raise SourceError(
                 f"{name}: the column {column!r} is of the type {kind}; expected numbers or names of classes"
             )
@@ -181,23 +192,138 @@ class ParquetImages:
         return max(1, min(_MOST_ROWS, _AT_A_TIME // max(self._sizes[group], 1)))
 
 
-def _image_column(schema: Any) -> str:
-    """The path of the column of bytes. Raises RefusedImage: there is none, or there are several."""
+def is_table_of_paths(path: Path, column: str | None = None) -> bool:
+    """Whether ``path`` is a Parquet file on this machine that names images and does not hold their bytes: by the column that the
+    user named, or by all that it has. False where it cannot be read."""
+    if kind_of(path) is not Kind.PARQUET or not path.is_file():
+        return False
+    try:
+        with _refusing():
+            schema = _pyarrow().parquet.read_schema(path)
+    except (RefusedImage, MissingDependencyError):
+        return False
+    held = _bytes_columns(schema)
+    if named := same_header(schema.names, column) if column is not None else []:
+        return not any(schema.names[k] in held for k in named)
+    texts = [field.name for field in schema if _is_cell(field.type)]
+    return not _likely_images(schema, held) and (not held or known(texts, {"path": None}) > 0)
+
+
+def table_rows(path: Path) -> Iterator[tuple[list[Any], str]]:
+    """The cells of a table, one row after the other, and where each stands; texts as they are, whole numbers, None, ``Unread``.
+
+    Raises:
+        SourceError: it is damaged, or a text is too long for a name. MissingDependencyError: pyarrow is missing.
+    """
+    pa = _pyarrow()
+    try:
+        with _refusing():
+            schema = pa.parquet.read_schema(path)
+            cells = [field.name for field in schema if _is_cell(field.type)]
+            # A long text that comes again and again takes memory once; pages come one after the other.
+            options = {"pre_buffer": False, "buffer_size": 2**20, "read_dictionary": cells}
+            names, start = {name: _class_names(_features(schema).get(name)) for name in cells}, 0
+            empty = [None if name in cells else Unread(name, str(schema.field(name).type)) for name in schema.names]
+            with pa.parquet.ParquetFile(path, **options) as file:
+                for batch in file.iter_batches(_CELLS_ROWS, columns=cells, use_threads=False):
+                    read = {name: iter(_cells(batch.column(name), names[name])) for name in cells}
+                    for row in range(start, start + len(batch)):
+                        found = [next(read[name]) if name in read else empty[k] for k, name in enumerate(schema.names)]
+                        yield found, f"{path}, row {row}"
+                    start += len(batch)
+    except RefusedImage as error:
+        raise SourceError(f"{path}: {error}") from error
+
+
+def table_header(path: Path) -> tuple[str, ...]:
+    """Raises as ``table_rows``; SourceError: two columns have one name, or there is no row."""
+    try:
+        with _refusing(), _pyarrow().parquet.ParquetFile(path) as file:
+            names, rows = tuple(file.schema_arrow.names), file.metadata.num_rows
+    except RefusedImage as error:
+        raise SourceError(f"{path}: {error}") from error
+    if len({*names}) < len(names):
+        raise SourceError(f"{path} has two columns of one name; expected one of each")
+    if not rows:
+        raise SourceError(f"{path} is empty; expected a table of images")
+    return names
+
+
+def _cells(column: Any, names: tuple[str, ...]) -> list[Any]:
+    pa = _pyarrow()
+    if pa.types.is_dictionary(column.type):
+        if _is_text(column.type.value_type):
+            longest = pa.compute.max(pa.compute.binary_length(column.dictionary)).as_py() or 0
+            if longest > _MAX_LABEL:
+                raise RefusedImage(f"a text of {longest:,} bytes; expected names of at most {_MAX_LABEL:,}")
+        column = column.dictionary_decode()
+    if _is_text(column.type):
+        raw = column.cast(pa.large_binary()).to_pylist()  # what is not UTF-8 is kept byte for byte
+        return [None if text is None else text.decode("utf-8", "surrogateescape") for text in raw]
+    values: list[Any] = column.to_pylist()
+    return [_as_text(value, names) for value in values] if names else values
+
+
+def _image_column(schema: Any, column: str) -> tuple[str, str]:
+    """The path of the column of bytes, and what comes before the numbers of its rows. Raises RefusedImage, UsageError."""
+    every = _bytes_columns(schema)
+    found = _likely_images(schema, every)
+    if not column and len(found) == 1:
+        return next(iter(found.values())), ""
+    if not column:
+        have = ", ".join(f"{field.name} ({field.type})"[:60] for field in itertools.islice(schema, 8))
+        choose = f"; choose one, as --path-column {quoted(next(iter(found or every)))}" if every else ""
+        what = f"several columns of images ({shown(found)})" if found else "no column of the bytes of images"
+        raise RefusedImage(
+            f"{what}; expected one called image, of bytes or of a struct with bytes; it has {have}{choose}"
+        )
+    at = find_columns("the Parquet file", schema.names, {"path": column, "label": NONE, "split": NONE}).path
+    name = schema.names[at]
+    if name not in every:
+        raise RefusedImage(
+            f"the column {name!r} is of the type {schema.field(at).type}, expected the bytes of images; a table of paths has to be "
+            "one file on this machine"
+        )
+    if re.search(r"[/\\\0]", name) or name in (".", ".."):
+        raise RefusedImage(f"the column {name!r} cannot be part of a path; rename it")
+    return every[name], "" if [*found] == [name] else f"{name}/"
+
+
+def _bytes_columns(schema: Any) -> dict[str, str]:
+    """Columns that can hold the bytes of images -> their paths in the file."""
     types, found = _pyarrow().types, dict[str, str]()
-    features = _features(schema)
     for field in schema:
         inside = [field.type.field(k) for k in range(field.type.num_fields)] if types.is_struct(field.type) else []
         if any(each.name == "bytes" and _is_binary(each.type) for each in inside):
             found[field.name] = f"{field.name}.bytes"
-        elif _is_binary(field.type) and (len(schema) == 1 or field.name.lower().replace("_", "") in _BYTES):
+        elif _is_binary(field.type):
             found[field.name] = field.name
+    return found
+
+
+def _likely_images(schema: Any, found: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``found`` that ``datasets`` marks as images, or else that are called and made like some."""
+    features = _features(schema)
     marked = {name: path for name, path in found.items() if _kind(features.get(name)) == "Image"}
-    found = marked or found
-    if len(found) != 1:
-        have = ", ".join(f"{field.name} ({field.type})"[:60] for field in itertools.islice(schema, 8))
-        what = f"several columns of images ({shown(found)})" if found else "no column of the bytes of images"
-        raise RefusedImage(f"{what}; expected one called image, of bytes or of a struct with bytes; it has {have}")
-    return next(iter(found.values()))
+    return marked or {
+        name: path
+        for name, path in found.items()
+        if path != name or len(schema) == 1 or name.lower().replace("_", "") in _BYTES
+    }
+
+
+def _is_cell(kind: Any) -> bool:
+    """Whether a column of this type holds text or whole numbers."""
+    types = _pyarrow().types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind) or _is_text(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    types = _pyarrow().types
+    views = getattr(types, "is_string_view", lambda _: False)  # since pyarrow 16
+    return bool(types.is_string(kind) or types.is_large_string(kind) or views(kind))
 
 
 def _is_binary(kind: Any) -> bool:
@@ -240,6 +366,7 @@ def _as_text(value: Any, names: tuple[str, ...]) -> str | None:
 def _pyarrow() -> Any:
     try:
         import pyarrow
+        import pyarrow.compute
         import pyarrow.parquet
     except ImportError as error:
         raise MissingDependencyError("Arrow and Parquet need pyarrow: pip install 'featcache[parquet]'") from error

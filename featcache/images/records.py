@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.images.columns import NONE, known
 from featcache.images.folders import has_image_suffix
+from featcache.images.parquet import Unread, table_header, table_rows
+from featcache.system.path_kinds import Kind, kind_of
 from featcache.system.safe_load import parse_json
 
 log = logging.getLogger("featcache")
@@ -47,7 +49,7 @@ class Table(NamedTuple):
 
     Attributes:
         name: as a message calls it. header: empty if there is none.
-        rows: reads it anew: the cells of each row that is not blank, and where it stands; of JSON lines any values.
+        rows: reads it anew: the cells of each row that is not blank, and where it stands; of JSON lines and Parquet any values.
     """
 
     name: str
@@ -64,6 +66,8 @@ def read_table(path: Path, is_file: IsFile, chosen: Mapping[str, str | None]) ->
     Raises:
         SourceError: it is empty, or in an unknown encoding, or changes while it is read. UsageError: it can be read in two ways or in none.
     """
+    if kind_of(path) is Kind.PARQUET:
+        return _read_parquet(path)
     text = _Text(path, "stdin" if path == STDIN else str(path), *_BYTES)
     with text.open() as file:
         text, start = text._replace(version=_version(file)), file.read(8192)
@@ -294,6 +298,19 @@ def _row(text: _Text, delimiter: str, number: int) -> list[str]:
         return []
 
 
+def _read_parquet(path: Path) -> Table:
+    with path.open("rb") as file:
+        version = _version(file)
+
+    def rows() -> Iterator[Row]:
+        with path.open("rb") as file:
+            if _version(file) != version:
+                raise SourceError(f"{path} was changed while it was read; run it again")
+        yield from (row for row in table_rows(path) if any(str(cell).strip() for cell in row[0] if cell is not None))
+
+    return Table(str(path), table_header(path), rows)
+
+
 def _read_json(text: _Text) -> Table:
     keys: dict[str, None] = {}
     for number, line in enumerate(text.lines("\n"), 1):
@@ -314,7 +331,11 @@ def _json(line: str, where: str) -> dict[str, Any]:
 
 
 def as_text(value: Any, where: str) -> str:
-    """A cell as text: what JSON holds as it is written. Raises SourceError: several values."""
+    """A cell as text: what JSON holds as it is written. Raises SourceError: several values, or of a type that is no text."""
+    if isinstance(value, Unread):
+        raise SourceError(
+            f"{where}: the column {value.column!r} is of the type {value.type}; expected text or whole numbers"
+        )
     if isinstance(value, dict | list):
         raise SourceError(f"{where}: found {json.dumps(value)[:200]}, expected one text or number")
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)

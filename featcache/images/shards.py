@@ -128,7 +128,9 @@ class _Reading:
         said: dict[str, tuple[str, str]] = {}
         try:
             archive = look_through(
-                location, (lambda name, text: self._note(said, name, text)) if self.labelled else None
+                location,
+                (lambda name, text: self._note(said, name, text)) if self.labelled else None,
+                column=self.chosen["path"] or "",
             )
             split = 0 if self._alone else _split_of_shard(prefix.rstrip("/"))
             self._take_rows(archive, prefix, split) if archive.is_parquet else self._take_files(
@@ -148,7 +150,7 @@ class _Reading:
         self.refused_at.append(len(self.entries))
 
     def _take_rows(self, archive: Archive, prefix: str, split: int) -> None:
-        rows, self.parquet = archive.rows(), True
+        rows, self.parquet = archive.rows(self.chosen["path"] or ""), True
         labels: Iterator[str | None] = iter(())
         splits: Iterator[str | None] = iter(())
         if self.labelled:

@@ -20,6 +20,7 @@ from featcache.images.archives import is_home
 from featcache.images.folders import Listing, list_folder
 from featcache.images.layout import CLASS_LEVELS, alike, some
 from featcache.images.metadata import describe
+from featcache.images.parquet import is_table_of_paths
 from featcache.images.records import STDIN
 from featcache.images.shards import find_shards, list_shards
 from featcache.images.tables import is_table, list_table
@@ -46,7 +47,8 @@ class Source:
         root: of a table: what its paths are relative to, and must not lead out of; when None the folder of the table, of stdin
             the current one.
         path_column, label_column, split_column: of a table: headers; known by the names people use for them when None. For label
-            and split ``none``: it has no such column. group_column: of what belongs together (patient, place), for ``split``.
+            and split ``none``: it has no such column. Of Parquet ``path_column`` may be one of the bytes of images. group_column:
+            of what belongs together (patient, place), for ``split``.
 
     Raises:
         UsageError: ``class_level`` is impossible; ``path`` or ``root`` is no path.
@@ -105,7 +107,7 @@ class Source:
             "folder with metadata": {"--class-level", *columns},
             "table": {"--root", *columns},
             "archive": {"--class-level"},
-            "Parquet file": {"--label-column", "--split-column"},
+            "Parquet file": {"--path-column", "--label-column", "--split-column"},
         }.get(kind, set())
         if wrong := [option for option in self.options if option not in applies]:
             what = "which folders name the classes" if wrong[0] == "--class-level" else "how a table is read"
@@ -192,7 +194,8 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         return source
     source = Source.of(source)
     path = source.path
-    if shards := find_shards(path):
+    names = is_table_of_paths(path, source.path_column)  # of images, which other Parquet files hold
+    if not names and (shards := find_shards(path)):
         rows = shards.archives[0].suffix.lower() == ".parquet" or kind_of(shards.archives[0]) is Kind.PARQUET
         source.check_options("Parquet file" if rows else "archive")
         listing = list_shards(str(source), shards, source.columns, labelled=labelled, class_level=source.class_level)
@@ -202,7 +205,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         source.check_options("folder with metadata" if listing.metadata else "folder")
         if listing.metadata:
             listing = describe(listing, source.columns)
-    elif is_table(path):
+    elif names or is_table(path):
         source.check_options("table")
         if not is_home(root := source.root or path.parent):
             raise SourceError(f"--root {root} is no folder; give the one that the paths of {path} are relative to")

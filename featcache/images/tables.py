@@ -17,6 +17,7 @@ from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.images.archives import archive_in, stat_member
 from featcache.images.columns import NONE, Columns, find_columns, printable, quoted, shown, split_in, without_header
 from featcache.images.folders import Entry, Listing, has_image_suffix, holds_an_image
+from featcache.images.parquet import is_table_of_paths
 from featcache.images.records import STDIN, Table, as_text, read_table, without_escape
 from featcache.system.addresses import address_of
 
@@ -32,7 +33,9 @@ _NO_CLASSES = frozenset(("nan", "na", "n/a", "null", "none", "<na>", "?"))
 
 def is_table(path: Path) -> bool:
     """Whether ``path`` is a file that is read as a table or list, or ``-``: stdin."""
-    return path == STDIN or (path.suffix.lower() in TABLES and path.is_file() and not holds_an_image(path))
+    if path == STDIN or (path.suffix.lower() in TABLES and path.is_file() and not holds_an_image(path)):
+        return True
+    return is_table_of_paths(path)
 
 
 def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, labelled: bool) -> Listing:

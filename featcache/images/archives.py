@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from featcache.errors import Refusal, RefusedImage
+from featcache.errors import Refusal, RefusedImage, UsageError
 from featcache.images.gzipped import GzipFile
 from featcache.images.locations import CHANGED, Described, check_unchanged, describe, open_binary
 from featcache.images.members import CUT, Member
@@ -165,8 +165,8 @@ class Archive:
         """As ``read_member``. Raises RefusedImage(CHANGED): it is another version by now."""
         with self._opened() as file:
             if self.form == _PARQUET:
-                column, _, row = name.rpartition("/")
-                data = self.rows(column).read(row)
+                rows, row = self._row(name)
+                data = rows.read(row)
                 return data, len(data), self._settled()
             member = self._find(name)
             data = self._bytes(self._unpacked() if self.form == _GZIP else file, member)
@@ -175,8 +175,8 @@ class Archive:
     def stat(self, name: str) -> tuple[int, int]:
         """See ``stat_member``."""
         if self.is_parquet:
-            column, _, row = name.rpartition("/")
-            self.rows(column).row(row)
+            rows, row = self._row(name)
+            rows.row(row)
         return -1 if self.is_parquet else self._find(name).size, self.mtime
 
     def _bytes(self, file: Any, member: Member) -> bytes:
@@ -217,6 +217,17 @@ class Archive:
         if rows is None:
             rows = self._parquet[column] = ParquetImages(open_binary(self.location, self.described), column)
         return rows
+
+    def _row(self, name: str) -> tuple[ParquetImages, str]:
+        """Where a row of that name is. Raises RefusedImage: there is none that is called exactly so."""
+        column, _, row = name.rpartition("/")
+        try:
+            rows = self.rows(column)
+        except UsageError as error:
+            raise RefusedImage("cannot be read: not in the archive") from error
+        if rows.prefix + row != name:
+            raise RefusedImage("cannot be read: not in the archive")
+        return rows, row
 
     def _remember_places(self, members: list[Member]) -> None:
         files = [member for member in members if not member.name.endswith("/")]

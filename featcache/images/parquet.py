@@ -53,6 +53,9 @@ class ParquetImages:
     Args:
         column: of several that hold images; the only one, or the one that ``datasets`` marks, when empty.
 
+    Attributes:
+        prefix: what comes before the number of a row in its name, as ``left/``; empty where the column needs no choice.
+
     Raises:
         RefusedImage: it is none, or damaged; the same of any reading. MissingDependencyError: pyarrow is missing. UsageError: there
         is no such column.
@@ -73,7 +76,7 @@ class ParquetImages:
             meta = self._parquet.metadata
             counts = (int(meta.row_group(k).num_rows) for k in range(meta.num_row_groups))
             self._starts = [0, *itertools.accumulate(counts)]
-            self._image, self._prefix = _image_column(self.schema, column)
+            self._image, self.prefix = _image_column(self.schema, column)
             self._sizes = [self._mean_size(k) for k in range(meta.num_row_groups)]
 
     def __len__(self) -> int:
@@ -82,7 +85,7 @@ class ParquetImages:
     def members(self) -> list[Member]:
         """One for each row, called by its number, below the name of its column where there are several; its size is -1: Parquet
         says nothing of it unread."""
-        return [Member(f"{self._prefix}{row}", row, -1, -1) for row in range(len(self))]
+        return [Member(f"{self.prefix}{row}", row, -1, -1) for row in range(len(self))]
 
     def read(self, name: str) -> bytes:
         """The bytes of a row."""

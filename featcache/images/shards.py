@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featcache.errors import NoAccessError, Refusal, RefusedImage, SourceError
-from featcache.images.archives import Archive, archive_in, is_archive, look_through, read_member
+from featcache.images.archives import Archive, archive_in, is_archive, look_through, read_member, stat_member
 from featcache.images.columns import is_label, printable, shown, split_in
 from featcache.images.folders import HIDDEN, OTHERS, Entry, Listing, has_image_suffix, meaning, say_passed_over
 from featcache.images.layout import is_system, read_layout, some, split_of
@@ -57,10 +57,19 @@ def find_shards(path: Path) -> Shards | None:
         found = tuple(sorted(_archives_below(path)))
         return Shards(found, path) if found else None
     if kind is Kind.MISSING and (through := archive_in(path)):
-        return Shards((through[0],), path, through[1])
+        return None if _is_file(*through) else Shards((through[0],), path, through[1])
     if kind is not Kind.MISSING or not (glob.has_magic(str(path)) or "{" in path.name) or not is_archive(path):
         return None
     return _several(expand(path))
+
+
+def _is_file(location: Path, name: str) -> bool:
+    """Whether an archive holds a file of that name, not a folder."""
+    try:
+        stat_member(location, name)
+    except RefusedImage:
+        return False
+    return True
 
 
 def _find_elsewhere(path: Path) -> Shards:
@@ -130,7 +139,7 @@ class _Reading:
             archive = look_through(
                 location,
                 (lambda name, text: self._note(said, name, text)) if self.labelled else None,
-                column=self.chosen["path"] or "",
+                column=self._column,
             )
             split = 0 if self._alone else _split_of_shard(prefix.rstrip("/"))
             self._take_rows(archive, prefix, split) if archive.is_parquet else self._take_files(
@@ -145,12 +154,22 @@ class _Reading:
             self._refuse(f"{prefix}{path}" if path else prefix.rstrip("/") or location.name, reason)
         archive.members, archive.refused = [], []
 
+    @property
+    def _column(self) -> str:
+        """Of Parquet, that of images: named by the user, or part of the path."""
+        return self.chosen["path"] or self.shards.inside
+
     def _refuse(self, path: str, reason: str) -> None:
         self.refused.append(Refusal(path, reason))
         self.refused_at.append(len(self.entries))
 
     def _take_rows(self, archive: Archive, prefix: str, split: int) -> None:
-        rows, self.parquet = archive.rows(self.chosen["path"] or ""), True
+        rows, self.parquet = archive.rows(self._column), True
+        inside = f"{self.shards.inside}/" if self.shards.inside else ""
+        if inside not in ("", rows.prefix):
+            raise RefusedImage(
+                f"{self.shards.inside} is no choice of a column: it has one of images; give the file itself"
+            )
         labels: Iterator[str | None] = iter(())
         splits: Iterator[str | None] = iter(())
         if self.labelled:
@@ -166,7 +185,7 @@ class _Reading:
                 raise SourceError(
                     f"{archive.location}, row {member.name}: {cell!r} is no split; expected train, val or test"
                 )
-            self.entries.append(Entry(prefix + member.name, member.size, archive.mtime, label, at))
+            self.entries.append(Entry(prefix + member.name.removeprefix(inside), member.size, archive.mtime, label, at))
 
     def _take_files(self, archive: Archive, prefix: str, split: int, said: Mapping[str, tuple[str, str]]) -> None:
         inside = f"{self.shards.inside}/" if self.shards.inside else ""

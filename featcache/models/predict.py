@@ -21,6 +21,7 @@ from featcache.cache.features import is_finite
 from featcache.cache.format import decode_names
 from featcache.errors import SourceError, UsageError
 from featcache.heads.head import Array
+from featcache.images.archives import archive_in
 from featcache.images.in_memory import Held
 from featcache.images.read import ImageFiles, Paths
 from featcache.images.records import STDIN
@@ -176,7 +177,8 @@ def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bo
     for place, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
         if hopeless or not path.is_file():
             check_path(path, "inputs", ("predict", model, *paths[:place], HERE, *paths[place + 1 :]))
-        if kind is Kind.MISSING and path != STDIN and not os.path.lexists(path) and not holds_images(path):
+        gone = kind is Kind.MISSING and path != STDIN and not os.path.lexists(path) and archive_in(path) is None
+        if gone and not holds_images(path):
             raise SourceError(missing(path, "give image files, folders, a CSV or a cache"))
     return [kind is Kind.CACHE for kind in kinds]
 

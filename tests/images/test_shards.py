@@ -13,7 +13,7 @@ from packing import FORMS, parquet, read_folder, tar, zipped
 from featcache.errors import FeatcacheError, RefusedImage, SourceError, UsageError
 from featcache.images.layout import SPLITS
 from featcache.images.read import Paths, read_file, read_images
-from featcache.images.source import ImageList, Source, list_images
+from featcache.images.source import ImageList, Source, holds_images, list_images
 
 JPEG = b"\xff\xd8\xff\xe0 as it begins"
 
@@ -268,18 +268,42 @@ def test_parquet_as_others_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "no bytes": ({"path": ["a.jpg"], "label": ["x"]}, "no column of the bytes of images; expected one called image"),
-    "a struct without": ({"image": [{"path": "a.jpg"}]}, "no column of the bytes"),
-    "text": ({"image": ["a.jpg"]}, "no column of the bytes"),
-    "lists": ({"image": [[b"a", b"b"]]}, "no column of the bytes"),
-    "two": ({"image": [JPEG], "jpg": [JPEG]}, "several columns of images"),
+    "no bytes": (
+        {"left": [b"a"], "label": ["x"]},
+        r"no column of the bytes of images; .*; choose one, as --path-column left",
+    ),
+    "a struct without": ({"image": [{"path": "a.jpg"}]}, "the column 'image' is of the type struct"),
+    "text": ({"image": ["a.jpg"]}, "not one of its images is a file"),
+    "lists": ({"image": [[b"a", b"b"]]}, "the column 'image' is of the type list"),
+    "two": (
+        {"image": [JPEG], "jpg": [JPEG]},
+        r"several columns of images \(image, jpg\).*; choose one, as --path-column image",
+    ),
     "labels that are lists": ({"image": [JPEG], "label": [["a"]]}, "the column 'label' is of the type list"),
     "labels that are parts": ({"image": [JPEG], "label": [0.5]}, "the column 'label' is of the type double"),
     "labels beyond reason": ({"image": [JPEG], "label": ["x" * 20_000]}, "a label of 20000 characters"),
     "no split": ({"image": [JPEG], "split": ["huh"]}, "row 0: 'huh' is no split"),
     "several labels": ({"image": [JPEG], "label": ["a"], "class": ["b"]}, "may each hold the label; choose one"),
-    "none": ({"image": []}, "no column of the bytes"),
+    "none": ({"image": []}, "is empty"),
 }
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_one_of_several_columns_of_images(tmp_path: Path, marked: bool) -> None:
+    """Its name is part of the paths, so that each finds its bytes again without the option."""
+    features = {name: {"_type": "Image"} for name in ("left", "right")} if marked else {}
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    path = written(tmp_path / "x.parquet", said, left=PHOTOS[:3], right=PHOTOS[3:6], label=["a", "b", "a"])
+    images = list_images(Source(path, path_column="RIGHT"))
+    assert images.paths == ("right/0", "right/1", "right/2") and images.classes == ("a", "b")
+    assert [read_file(images.root / name)[0] for name in (*images.paths, "left/1")] == [*PHOTOS[3:6], PHOTOS[1]]
+    with pytest.raises(UsageError, match=r"no column for --path-column lef; .*did you mean left\?"):
+        list_images(Source(path, path_column="lef"))
+    assert list_images(path / "left").paths == ("0", "1", "2") and read_file(path / "left" / "2")[0] == PHOTOS[2]
+    assert not holds_images(path / "left" / "2") and holds_images(path / "left")
+    for wrong in ("up/0", "left/3", "0", "label/0", "LEFT/0", "left/left/0"):
+        with pytest.raises(RefusedImage):
+            read_file(path / wrong)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -1,5 +1,7 @@
 """A table's names are read in an encoding that is known or proven, or the table is refused with the line in question."""
 
+import csv
+import datetime
 import logging
 import os
 import sys
@@ -13,7 +15,7 @@ from conftest import write_photo
 
 from featcache.errors import SourceError, UsageError
 from featcache.images.columns import Columns
-from featcache.images.records import csv_line, without_escape
+from featcache.images.records import csv_line, read_table, without_escape
 from featcache.images.source import Source, list_images
 
 TEXT = "path,label\r\nx/a.png,caf\xe9 \u03a9\r\n"
@@ -283,3 +285,95 @@ def test_a_column_of_groups_is_read_where_it_is_named(tmp_path: Path) -> None:
 def test_what_is_escaped_comes_back(name: str) -> None:
     cell = csv_line([name]).decode().strip()
     assert without_escape(cell) == name and not cell.startswith(("=", "+", "-", "@"))
+
+
+# ------------------------------------------------------------------------------------------------------------ Parquet
+
+
+def parquet(to: Path, /, **columns: Any) -> Path:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table(columns), to)
+    return to
+
+
+def in_parquet(kind: str, texts: list[str | None]) -> Any:
+    pa = pytest.importorskip("pyarrow")
+    return pa.array(texts).dictionary_encode() if kind == "dictionary" else pa.array(texts, getattr(pa, kind)())
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+@pytest.mark.parametrize("options", [{}, {"path_column": "FILE"}, {"label_column": "other", "split_column": "none"}])
+def test_parquet_of_paths_is_the_csv_of_the_same_rows(table: Path, kind: str, options: dict[str, str]) -> None:
+    """Of the same names, numbers and holes; vectors and other columns beside them are not read."""
+    columns: dict[str, list[Any]] = {
+        "file": ["x/a.png", "x\\\xe4.png", "x/gone.png", "../out.png", "x/\u20ac"],
+        "Species": ["cat", " dog", None, "cat", "caf\xe9"],
+        "set": ["Training", "valid", None, "test", "test"],
+        "other": [3, 0, None, 3, 0],
+    }
+    with table.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([[*columns], *zip(*columns.values(), strict=True)])
+    arrow = {name: in_parquet(kind, values) for name, values in columns.items() if name != "other"}
+    path = parquet(table.with_name("t.parquet"), **arrow, other=columns["other"], vector=[[0.5]] * 5, blob=[b"b"] * 5)
+    found, expected = (list_images(Source(each, **options)) for each in (path, table))
+    assert len(expected) == 4 and len(expected.classes) == (2 if "label_column" in options else 3)
+    for field in ("root", "paths", "classes", "refused", "refused_at"):
+        assert getattr(found, field) == getattr(expected, field)
+    for field in ("labels", "splits", "sizes", "mtimes"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(expected, field))
+
+
+def test_numbers_of_classes_in_parquet_have_the_names_that_datasets_gives(table: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    said = '{"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}'
+    rows = pa.table({"file_name": ["x/a.png", "x/\xe4.png"], "label": [1, 0]})
+    pq.write_table(rows.replace_schema_metadata({"huggingface": said}), path := table.with_name("t.parquet"))
+    assert list_images(path).classes == ("cat", "dog") and list_images(path).labels.tolist() == [1, 0]
+
+
+NO_TABLES: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "parts": ({"label": [0.5]}, {}, "row 0: the column 'label' is of the type double; expected text or whole numbers"),
+    "dates": ({"label": [datetime.date(2026, 1, 1)]}, {}, "the column 'label' is of the type date32"),
+    "nested": ({"label": [["a"]]}, {}, "the column 'label' is of the type list"),
+    "a vector for a path": ({"v": [[1.0]]}, {"path_column": "v"}, "the column 'v' is of the type list"),
+    "bytes for a label": ({"label": [b"a"]}, {}, "the column 'label' is of the type binary"),
+    "no path": (
+        {"path": [None], "label": ["a"]},
+        {},
+        r"row 0: found the path '', expected the name of a file in each row",
+    ),
+    "long": ({"label": ["a" * 10_001]}, {}, "a text of 10,001 bytes; expected names of at most 10,000"),
+    "no split": ({"split": ["huh"]}, {}, "row 0: split is 'huh', expected train, val, test"),
+    "two labels": (
+        {"label": ["a"], "class": ["b"]},
+        {},
+        "may each hold the label; choose one, as --label-column class",
+    ),
+    "no name": ({"path": ["b.png"]}, {}, "not one of its images is a file below .*; --root FOLDER says what"),
+    "elsewhere": ({"path": ["a.png"]}, {}, "--root .*x has 1 of the first 1"),
+    "unknown": ({"path": [["x"]], "where": ["x/a.png"]}, {"path_column": "wher"}, "no column for .*did you mean where"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TABLES)
+def test_parquet_that_is_no_table_is_answered_in_a_line(table: Path, case: str) -> None:
+    columns, options, message = NO_TABLES[case]
+    path = parquet(table.with_name("t.parquet"), **{"path": ["x/a.png"], **columns})
+    with pytest.raises((SourceError, UsageError), match=message) as raised:
+        list_images(Source(path, **options))
+    assert "\n" not in str(raised.value)
+
+
+def test_parquet_that_changes_meanwhile_is_refused(table: Path) -> None:
+    path = parquet(table.with_name("t.parquet"), path=["x/a.png"])
+    read = read_table(path, lambda _: True, {"path": None})
+    assert [cells for cells, _ in read.rows()] == [["x/a.png"]]
+    parquet(path, path=["x/a.png", "x/b.png"])
+    with pytest.raises(SourceError, match="was changed while it was read"):
+        next(read.rows())
+
+
+def test_a_column_of_text_beside_images_can_be_the_one_of_paths(table: Path) -> None:
+    path = parquet(table.with_name("t.parquet"), path=["x/a.png"], image=[(table.parent / "x" / "a.png").read_bytes()])
+    assert list_images(path).paths == ("0",)
+    assert list_images(Source(path, path_column="path")).paths == ("x/a.png",)

@@ -20,7 +20,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
@@ -330,11 +330,13 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             UsageError: not enough memory.
         """
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        if y.dtype == object and any(label is None for label in y):
+            raise ValueError("y holds None where a label is expected; leave these rows out")
         check_classification_targets(y)
         self._check_settings()
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y holds one class only ({self.classes_[0]!r}); a classifier needs at least two")
+            raise ValueError(f"y holds one class only ({self.classes_.tolist()[0]!r}); a classifier needs at least two")
         copies = group_by_name([hashlib.sha256(row).hexdigest() for row in np.ascontiguousarray(X)])
         if groups is not None:
             check_consistent_length(X, groups)
@@ -422,8 +424,8 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         counts = np.bincount(np.unique(np.stack([labels, copies]), axis=1)[0])
         if counts.min() < 2:
             raise ValueError(
-                f"class {self.classes_[counts.argmin()]!r} has 1 sample or group of equal samples; cross-validation needs at least "
-                "two: add some, take the class out, or do without (folds=0, C=1.0)"
+                f"class {self.classes_.tolist()[counts.argmin()]!r} has 1 sample or group of equal samples; cross-validation needs at "
+                "least two: add some, take the class out, or do without (folds=0, C=1.0)"
             )
         return min(int(self.folds), int(counts.min()))
 
@@ -453,7 +455,7 @@ def _one_a_row(X: Any) -> Paths:
     if not array and not (
         isinstance(X, Sized) and hasattr(X, "__getitem__")
     ):  # an iterator is read once, a set has no order
-        advice = f"; {_LISTED}" if isinstance(X, ImageList) else ""
+        advice = f"; {_LISTED}" if isinstance(X, ImageList) else "; give list(X)" if isinstance(X, Iterator) else ""
         raise UsageError(
             f"X is a {type(X).__name__}, expected a list, a pandas column or an array of images, one a row{advice}"
         )

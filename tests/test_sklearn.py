@@ -205,7 +205,7 @@ def test_an_image_that_cannot_be_embedded(images: Any, tmp_path: Path) -> None:
         (["."], "is not one image"),
         (["table.csv"], "is not one image"),
         (None, "expected a list"),
-        (iter(["x.jpg"]), "expected a list"),
+        (iter(["x.jpg"]), r"X is a list_iterator, expected a list, .*; give list\(X\)$"),
         ({"a", "b"}, "expected a list"),
         ({"x.jpg": 1}, "give paths"),
         (["x.jpg", 3], r"X\[1\] is a int"),
@@ -325,8 +325,9 @@ def test_groups_are_routed(routing: None) -> None:
 @pytest.mark.parametrize(
     ("options", "y", "sentence"),
     [
-        ({}, ["a"] * 6, "one class only"),
-        ({}, ["a"] * 5 + ["b"], "class .*b.* has 1 sample"),
+        ({}, ["a"] * 6, r"one class only \('a'\)"),
+        ({}, ["a"] * 5 + ["b"], "class 'b' has 1 sample"),
+        ({}, ["a", None, "b"] * 2, "y holds None where a label is expected"),
         ({}, [0.0, 1.0, float("nan")] * 2, "Input y contains NaN"),
         ({}, [0.5, 1.25, 2.75] * 2, "Unknown label type"),
         ({}, ["a", "b"], "inconsistent numbers"),

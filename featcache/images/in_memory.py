@@ -29,7 +29,7 @@ def as_file(image: Held) -> bytes:
         image: uint8 (H, W), (H, W, 3) or, with alpha, (H, W, 4), channels in the order RGB; or a PIL image.
 
     Raises:
-        RefusedImage: samples without a defined range. Otherwise nearly anything, as ``decode`` without its guard.
+        RefusedImage: samples without a defined range, or a closed image. Otherwise nearly anything, as ``decode`` without its guard.
     """
     if isinstance(image, np.ndarray):
         return _pnm(
@@ -38,12 +38,23 @@ def as_file(image: Held) -> bytes:
     with _one_at_a_time:
         if (data := _opened_from(image)) is not None:
             return data
+        _check_open(image)
         upright = ImageOps.exif_transpose(image) if is_turned(image) else image
         if not upright.mode.startswith("I;16"):
             return _pnm(np.asarray(to_rgb(upright, Reading(), b"")))
         samples = np.array(upright, np.uint16)
         samples[samples == upright.info.get("transparency", -1)] = 65535
         return _pnm(samples)
+
+
+def _check_open(image: Image.Image) -> None:
+    """Load the pixels. Raises RefusedImage: the image was closed; nearly anything else of a damaged one."""
+    try:
+        image.load()
+    except ValueError as error:
+        if "closed" in str(error):  # by its file or by Pillow, which say so in different words
+            raise RefusedImage("the image was closed before it was read; give its path, or keep it open") from error
+        raise
 
 
 def _opened_from(image: Image.Image) -> bytes | None:

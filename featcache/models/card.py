@@ -57,7 +57,7 @@ def make_card(name: str, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
 
 def _facts(name: str, manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """What the hub reads, in YAML."""
-    tags = ["image-classification", "featcache", *([] if manifest["finetuned"] else ["linear-probe"])]
+    tags = ["image-classification", "featcache", *(["linear-probe"] if _is_linear(manifest) else [])]
     facts: dict[str, Any] = {"library_name": "featcache", "pipeline_tag": "image-classification", "tags": tags}
     licence = _licence(manifest)
     if licence is not None:
@@ -165,12 +165,15 @@ def _classes(classes: Sequence[str], counts: Sequence[int] | None, metrics: Mapp
 def _spec(manifest: Mapping[str, Any]) -> str:
     """All that changes the numbers."""
     spec, weights = manifest["spec"], manifest["weights"]
-    facts = {"weights": weights["source"]}
+    stated = "external" in spec  # whose origin is the statement
+    facts = {} if stated else {"weights": weights["source"]}
     for key, value in spec.items():
         facts |= {f"{key} {name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
     rows = [[_literal(name.replace("_", " ")), _literal(_in_words(value))] for name, value in facts.items()]
     rows.append(["fingerprint", manifest["fingerprint"]])
     text = "What decides the numbers. featcache checks it before it labels an image, and refuses other weights."
+    if stated:
+        text = "What decides the numbers. featcache labels no vectors that were imported with another statement."
     return f"## Spec\n\n{text}\n\n" + _table(["field", "value"], rows)
 
 
@@ -201,6 +204,10 @@ def _limits(manifest: Mapping[str, Any], metrics: Mapping[str, Any], counts: Seq
     if manifest["head"]["kind"] == "logreg" and not manifest["finetuned"]:
         text.append("`head.joblib` is a pickle, for notebooks: loading one runs code. featcache never loads it.")
     return "## Limits\n\n" + "\n".join(f"- {sentence}" for sentence in text)
+
+
+def _is_linear(manifest: Mapping[str, Any]) -> bool:
+    return not manifest["finetuned"] and manifest["head"]["kind"] in ("logreg", "linear")
 
 
 def _backbone(manifest: Mapping[str, Any]) -> str:

@@ -116,13 +116,16 @@ def test_what_is_only_opened_is_read_as_its_file(tmp_path: Path) -> None:
 
 
 def test_what_has_no_meaning_is_refused_with_its_reason() -> None:
-    closed = Image.open(io.BytesIO(saved(PICTURE)))
-    closed.close()
-    images = [PICTURE, PICTURE.convert("F"), PICTURE.convert("I"), Image.new("RGB", (0, 3)), closed]
-    reads = read_images(Paths(None, tuple("abcde"), dict(enumerate(images))), range(5), decode, workers=2)
+    closed = [Image.open(io.BytesIO(saved(PICTURE))) for _ in range(2)]
+    closed[1].load()
+    for image in closed:
+        image.close()
+    images = [PICTURE, PICTURE.convert("F"), PICTURE.convert("I"), Image.new("RGB", (0, 3)), *closed]
+    reads = read_images(Paths(None, tuple("abcdef"), dict(enumerate(images))), range(6), decode, workers=2)
     reasons = [read.reason.split(":")[0] for read in reads]
+    gone = "the image was closed before it was read; give its path, or keep it open"
     deep = "32-bit pixels (mode {}) have no defined range; save it with 8 or 16 bits"
-    assert reasons == ["", deep.format("F"), deep.format("I"), "an image without pixels", "damaged"]
+    assert reasons == ["", deep.format("F"), deep.format("I"), "an image without pixels", gone, gone]
 
 
 def test_no_two_threads_load_one_image(monkeypatch: pytest.MonkeyPatch) -> None:

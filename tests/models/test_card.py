@@ -139,6 +139,17 @@ def test_vectors_made_elsewhere_have_a_card_that_says_so(model: Path) -> None:
     assert (card.data.license, card.data.base_model) == (None, None)
     assert "on vectors made elsewhere, stated: CLIP &#60;b&#62;: tells 3 classes" in card.text
     assert "not images" in card.text and "new_photos" not in card.text
+    assert dict(row[:2] for row in tables(card.text)[-1])["external stated"] == "CLIP <b>"
+    assert "weights" not in dict(row[:2] for row in tables(card.text)[-1])
+
+
+@pytest.mark.parametrize(("kind", "linear"), [("logreg", True), ("linear", True), ("mlp", False)])
+def test_only_a_linear_head_is_tagged_as_a_linear_probe(model: Path, kind: str, linear: bool) -> None:
+    """What the hub's readers filter by."""
+    data = changed(
+        load_model(model), "resnet50", "torchvision x", head=load_model(model).manifest["head"] | {"kind": kind}
+    )
+    assert ("linear-probe" in data.tags) == linear
 
 
 def test_a_fine_tuned_model_says_what_its_score_was_chosen_by(tmp_path: Path) -> None:

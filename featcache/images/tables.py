@@ -166,7 +166,9 @@ class Files:
         except RefusedImage:
             return False
         path = os.path.join(self.real_root, found.path)  # noqa: PTH118
-        return found.size >= 0 and (self.is_elsewhere or os.path.isfile(path))  # noqa: PTH113
+        if found.size < 0 or self.is_elsewhere or os.path.isfile(path):  # noqa: PTH113
+            return found.size >= 0
+        return not os.path.lexists(path)  # then it is in an archive
 
     def _real(self, path: str) -> str:
         return os.path.normpath(path) if self.is_elsewhere else os.path.realpath(path)
@@ -285,7 +287,8 @@ def _where_they_are(sample: Sequence[str], files: Files) -> str:
 def _folders_in(root: Path) -> list[Path]:
     try:
         with os.scandir(root) as inside:
-            names = sorted(each.name for each in itertools.islice(inside, 100_000) if each.is_dir())
+            each_one = itertools.islice(inside, 100_000)
+            names = sorted(each.name for each in each_one if each.is_dir() or each.name.lower().endswith(".zip"))
     except OSError:
         return []
     return [root / name for name in names[:_FOLDERS]]

@@ -245,6 +245,8 @@ def test_predictions_of_an_archive(folder: Path, tmp_path: Path) -> None:
     assert [row.path for row in rows["train.parquet"]] == [f"{folder}/train.parquet/{row}" for row in range(18)]
     labels = [[(row.label, row.digest) for row in found] for found in rows.values()]
     assert labels[0] == labels[1] == labels[2]
+    alone = [*predict(model, [rows["a.tar"][0].path, rows["train.parquet"][3].path])]
+    assert [row.digest for row in alone] == [rows["a.tar"][0].digest, rows["train.parquet"][3].digest]
     scores = [evaluate(model, folder / name, split="test")["accuracy"] for name in ("f.h5", "stored.zip")]
     assert scores[0] == scores[1]
 

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import unicodedata
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +378,13 @@ def test_a_column_of_text_beside_images_can_be_the_one_of_paths(table: Path) -> 
     path = parquet(table.with_name("t.parquet"), path=["x/a.png"], image=[(table.parent / "x" / "a.png").read_bytes()])
     assert list_images(path).paths == ("0",)
     assert list_images(Source(path, path_column="path")).paths == ("x/a.png",)
+
+
+def test_a_table_of_what_a_zip_near_it_holds_says_so(table: Path) -> None:
+    """So ``audit --apply`` writes it for a cache of an archive."""
+    with zipfile.ZipFile(table.with_name("photos.zip"), "w") as archive:
+        archive.write(table.parent / "x" / "a.png", "cats/1.png")
+    table.write_text("path,label\ncats/1.png,cat\n")
+    with pytest.raises(SourceError, match=r"--root .*photos\.zip has 1 of the first 1"):
+        list_images(table)
+    assert list_images(Source(table, root=table.with_name("photos.zip"))).paths == ("cats/1.png",)

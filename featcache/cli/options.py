@@ -31,7 +31,7 @@ Root = Annotated[
         metavar="FOLDER", readable=False, help="Of a table: what its paths are relative to. Default: its own folder."
     ),
 ]
-PathColumn = Annotated[str | None, typer.Option(help="Of a table: the column of paths.")]
+PathColumn = Annotated[str | None, typer.Option(help="Of a table: the column of paths; of Parquet also one of images.")]
 BatchSize = Annotated[str, typer.Option(help="Images per forward pass; changes no result.")]
 NoReport = Annotated[bool, typer.Option("--no-report", help="Do not write MODEL.report.html beside the model.")]
 MaxBad = Annotated[

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-
 _ONE_SLASH = re.compile(r"(?<![\w./-])((?:https?|s3|gs|gcs|hf|ftp):/)(?=[^/\s])")
 
 

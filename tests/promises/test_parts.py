@@ -3,9 +3,13 @@
 By default one seed; hundreds of kills over 1, 2, 7 and 64 parts: ``benchmarks/parts.py kills``.
 """
 
+import functools
+import itertools
 import os
+import pkgutil
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
 from faults import Fault, Program
+from packing import FORMS, parquet, read_folder
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
@@ -111,6 +116,72 @@ def test_merge_killed_at_a_step(photos: Path, whole: FeatureCache, tmp_path: Pat
         assert warm.run(*merge, below=output.parent, fault=Fault("die before", step)).died, step
         warm.check(*merge)
         assert_same(output, whole, step)
+
+
+def _die_at(moment: str, call: int) -> None:
+    """In the process: be killed when ``featcache.MOMENT`` is called so often."""
+    where, _, name = moment.rpartition(".")
+    home, calls = pkgutil.resolve_name(f"featcache.{where}"), itertools.count(1)
+    original = getattr(home, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(home, name, counted)
+
+
+KILLS = (  # which command; where it is killed, and the how manieth time
+    ("1/2", "extraction.listing.give_name", 1),  # all is settled, and not published
+    ("1/2", "extraction.in_parts.make_plan", 1),  # it is, and nothing embedded
+    ("1/2", "extraction.parts.part_name", 2),  # between two parts
+    ("2/2", "extraction.in_parts.PartReport", 1),  # the last part is published
+    ("merge", "extraction.in_parts.pack", 1),
+    ("merge", "extraction.in_parts.remove_parts", 1),
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "kills"),
+    [
+        ("a.tar.gz", KILLS[2:3]),
+        *(pytest.param(form, KILLS, marks=pytest.mark.slow) for form in ("deflated.zip", "train.parquet")),
+    ],
+)
+def test_an_archive_killed_at_each_stage(
+    photos: Path, tmp_path: Path, warm: Program, form: str, kills: tuple[tuple[str, str, int], ...]
+) -> None:
+    """One after the other, upon what the one before left; meanwhile two processes make the same share at once."""
+    files, output = read_folder(photos), tmp_path / "f.h5"
+    if form == "train.parquet":
+        pytest.importorskip("pyarrow")
+        names = tuple(sorted({name.split("/")[0] for name in files}))
+        source = parquet(
+            tmp_path / form, [*files.values()], names, label=[names.index(name.split("/")[0]) for name in files]
+        )
+    else:
+        source = FORMS[form](tmp_path / form, files)
+    part = ("extract", source, "-o", output, *TINY_FLAGS, "--part")
+    seen = set[str]()
+    for what, moment, call in kills:
+        command = ("merge", output, "--max-bad", 1) if what == "merge" else (*part, what)
+        if what == "merge":
+            warm.check(*part, "2/2")
+        assert warm.run(*command, before=functools.partial(_die_at, moment, call), settings=SETTINGS).died, moment
+        seen |= (found := rows_in(output))
+        assert seen == found or output.exists(), moment
+        if moment.endswith("part_name"):
+            assert found, "one part was published"
+            with warm.held("extraction.parts.part_name", *part, "1/2", settings=SETTINGS) as first:
+                warm.check(*part, "1/2")
+            assert first.result().code == 0, first.result().err
+    if kills[-1][0] != "merge":
+        warm.check(*part, "2/2")
+    warm.check("merge", output, "--max-bad", 1)
+    warm.check("extract", source, "-o", tmp_path / "one.h5", *TINY_FLAGS, "--max-bad", 1)
+    assert_same(output, FeatureCache.open(tmp_path / "one.h5"))
+    assert not [*tmp_path.glob("*.parts")]
 
 
 def test_two_first_parts_in_a_race(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:

@@ -221,39 +221,7 @@ def test_clocks_that_differ(photos: Path, tmp_path: Path, warm: Program) -> None
     assert_same(output, FeatureCache.open(tmp_path / "one.h5"))
 
 
-# ------------------------------------------------------------------------------------------------- as schedulers start them
-
-SLURM = """
-#SBATCH --array=1-2
-#SBATCH --output=part-%a.log
-export OMP_NUM_THREADS=1
-featcache extract "$PHOTOS" -o "$SHARED/features.h5" $FLAGS --part auto/2
-[ "$SLURM_ARRAY_TASK_ID" = 2 ] || exit 0  # here only: the merge is a job of its own, --dependency=afterok:ARRAY
-featcache merge "$SHARED/features.h5" --max-bad 1
-"""
-KUBERNETES = """
-featcache extract "$PHOTOS" -o "$SHARED/features.h5" $FLAGS --part auto/2  # completions: 2, completionMode: Indexed
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "name", "first"), [(SLURM, "SLURM_ARRAY_TASK_ID", 1), (KUBERNETES, "JOB_COMPLETION_INDEX", 0)]
-)
-def test_scripts_with_a_scheduler_s_variables(
-    photos: Path, whole: FeatureCache, tmp_path: Path, script: str, name: str, first: int
-) -> None:
-    (tmp_path / "featcache").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m featcache "$@"\n')
-    (tmp_path / "featcache").chmod(0o755)
-    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PHOTOS": str(photos), "SHARED": str(tmp_path)}
-    environ |= {"FLAGS": " ".join(TINY_FLAGS), "FEATCACHE_FUSE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for task in (first, first + 1):
-        done = subprocess.run(["bash", "-c", script], env=environ | {name: str(task)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"part {task - first + 1}/2: {name}={task}" in done.stderr
-    if name != "SLURM_ARRAY_TASK_ID":
-        subprocess.run(["featcache", "merge", tmp_path / "features.h5", "--max-bad", "1"], env=environ, check=True)
-    assert_same(tmp_path / "features.h5", whole)
+# -------------------------------------- as schedulers start them; Slurm and Kubernetes: ``tests/test_examples.py``
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import numpy as np
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices, Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, NewerCacheError, SpecMismatchError
+from featcache.errors import CacheError, DamagedCacheError, NewerCacheError, SpecMismatchError
 from featcache.extraction.match import find_in
 from featcache.extraction.shares import listing_digest, named, owners
 from featcache.images.archives import archive_in
@@ -47,7 +47,14 @@ class Listing:
         """That in ``folder``; None if there is none. Raises CacheError: it is damaged, or of a newer version."""
         if not (path := folder / LISTING).exists():
             return None
-        cache = FeatureCache.open(path)
+        try:
+            cache = FeatureCache.open(path)
+        except DamagedCacheError as error:
+            reason = str(error).removeprefix(f"{path} ").partition("; ")[0]
+            raise CacheError(
+                f"{path}, what --part runs agreed on, {reason}; `featcache extract SOURCE -o {typed(folder.with_suffix(''))}`, without "
+                "--part, goes on from what they made"
+            ) from error
         match cache.provenance.rest.get("parts"):
             case {"version": int(version), "of": int(of), "root": str(root), "listing": str(digest)} if of > 0:
                 if version != _VERSION:

@@ -209,18 +209,36 @@ def test_what_is_missing_is_named_and_nothing_else_changes(photos: Path, whole: 
     assert not work_folder(output).exists()
 
 
-def test_a_damaged_part_is_made_again(photos: Path, whole: Any, tmp_path: Path) -> None:
+def test_a_damaged_part_is_made_again(
+    photos: Path, whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     output = tmp_path / "f.h5"
     parts_of(photos, output, 2)
     cache = open_parts(work_folder(output), tag="2of2")[0]
     part, data = cache.path, bytearray(cache.path.read_bytes())
     data[data.index(cache.take(np.arange(1)).tobytes())] ^= 1
     part.write_bytes(data)
+    caplog.clear()
     assert extract_part(photos, output, "1/2", TINY).embedded == 0  # not its own
     assert describe_parts(work_folder(output))["missing"] == "2"
     assert extract_part(photos, output, "2/2", TINY).embedded > 0
     assert part.exists()  # several write here: none deletes
+    assert "is damaged and will be made again (it " in caplog.text and "restore it" not in caplog.text
     merge(output)
+    assert columns(output) == whole
+
+
+def test_a_damaged_listing_costs_no_part(photos: Path, whole: Any, tmp_path: Path) -> None:
+    output = tmp_path / "f.h5"
+    extract_part(photos, output, "1/2", TINY)
+    listing = work_folder(output) / LISTING
+    listing.write_bytes(listing.read_bytes()[:3000])
+    for call in (lambda: merge(output), lambda: extract_part(photos, output, "2/2", TINY)):
+        with pytest.raises(
+            CacheError, match=r"agreed on, is damaged.*truncated; `featcache extract SOURCE -o .*/f\.h5`, without"
+        ):
+            call()
+    assert extract(photos, output, TINY).reused > 5
     assert columns(output) == whole
 
 

@@ -279,8 +279,9 @@ def _list(source: AnySource | ImageList) -> ImageList:
     else:
         images, name = source, f"the list of images in {source.root}"
         remedy = "leave the classes out and set labels to -1"
+    images.check_any()
     if not len(images):
-        raise SourceError(images.all_refused({}) if images.refused else f"{name} is empty; expected at least one image")
+        raise SourceError(f"{name} is empty; expected at least one image")
     if len(images.classes) == 1:
         raise SourceError(
             f"{name} holds one class only ({images.classes[0]}), a classifier needs at least two; "

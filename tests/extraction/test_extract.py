@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, write_photo
 
+from featcache import doctor, finetune, preview
 from featcache.backbones import embed as embedding
 from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import cosine
@@ -550,4 +551,7 @@ def test_a_source_of_refusals_alone_is_refused_before_anything_is_loaded(tmp_pat
     (tmp_path / "a.tar").write_bytes(b"no archive" * 200)
     with pytest.raises(SourceError, match=r"^the only image of .*a\.tar was refused, the first, a\.tar: damaged: "):
         extract(tmp_path / "a.tar", tmp_path / "f.h5", TINY)
+    for other in (finetune, preview, lambda source, output: doctor(images=source)):
+        with pytest.raises(SourceError, match=r"^the only image of .*a\.tar was refused"):
+            other(tmp_path / "a.tar", tmp_path / "x.png")
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]

@@ -5,10 +5,18 @@ reason is kept.
 """
 
 import os
+import re
 import shlex
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+_ONE_SLASH = re.compile(r"(?<![\w./-])((?:https?|s3|gs|gcs|hf|ftp):/)(?=[^/\s])")
+
+
+def with_slashes(text: str) -> str:
+    """``text`` with both slashes of every address in it, of which a ``Path`` has one left: ``s3:/bucket`` is shown as ``s3://bucket``."""
+    return _ONE_SLASH.sub(r"\1/", text)
 
 
 class FeatcacheError(Exception):
@@ -20,7 +28,7 @@ class FeatcacheError(Exception):
     exit_code = 1
 
     def __init__(self, *message: str, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
-        super().__init__(*message)
+        super().__init__(*map(with_slashes, message))
         self.facts = dict(facts)
 
 

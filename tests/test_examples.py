@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ import pytest
 import typer
 from conftest import TINY_FLAGS, make_photos, write_photo
 from damage import bombs
+from faults import Program
+from test_same_result import assert_same
 
+from featcache.cache.cache import FeatureCache
 from featcache.cli.app import app as command_line
 from featcache.errors import ModelError
 
@@ -199,6 +203,48 @@ def test_slurm_jobs_follow_each_other_whatever_folders_are_called(tmp_path: Path
     assert (tmp_path / "calls").read_text() == f"1|{extract}2|{extract}|merge|{features}|{fit}"
     jobs = (tmp_path / "jobs").read_text().splitlines()
     assert ["--dependency=afterok:1" in jobs[1], "--dependency=afterok:2" in jobs[2]] == [True, True]
+
+
+def stand_in(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, warm: Program) -> Path:
+    """A folder with photos, and what one run makes of them."""
+    folder = tmp_path_factory.mktemp("alone")
+    make_photos(folder / "photos", settled=True)
+    warm.check("extract", folder / "photos", "-o", folder / "whole.h5", *TINY_FLAGS)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slurm.sh", "kubernetes.yaml"])
+def test_what_a_scheduler_starts_makes_what_one_run_makes(alone: Path, tmp_path: Path, name: str) -> None:
+    """The very text that is printed, with the real program; only who starts it, with which variables, is made up."""
+    photos, output = shutil.copytree(alone / "photos", tmp_path / "photos"), tmp_path / "features.h5"
+    stand_in(tmp_path, "featcache", f'#!/bin/sh\nexec "{sys.executable}" -m featcache "$@"\n')
+    stand_in(tmp_path, "sbatch", SBATCH)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environ |= {"FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1", "JOBS": str(tmp_path / "jobs")}
+    if name == "slurm.sh":
+        words = ["bash", EXAMPLES / name, photos, output, tmp_path / "model"]
+        subprocess.run(words, env=environ | {"PARTS": "2", "EXTRACT": " ".join(TINY_FLAGS)}, check=True)
+        assert (tmp_path / "model" / "model.json").exists()
+    else:
+        embed, pack = pytest.importorskip("yaml").safe_load_all((EXAMPLES / name).read_text())
+        count = embed["spec"]["completions"]
+        args, last = (job["spec"]["template"]["spec"]["containers"][0]["args"] for job in (embed, pack))
+        assert embed["spec"]["completionMode"] == "Indexed" and args[-1] == f"auto/{count}"
+        args = [word.replace(f"auto/{count}", "auto/2") for word in args]  # 16 starts would show no more
+        missing = subprocess.run(["featcache", *last], env=environ, cwd=tmp_path, capture_output=True)
+        assert missing.returncode == 1  # and the Job tries again
+        for index in (1, 0):
+            pod = environ | {"JOB_COMPLETION_INDEX": str(index)}
+            subprocess.run(["featcache", *args, *TINY_FLAGS], env=pod, cwd=tmp_path, check=True)
+        subprocess.run(["featcache", *last], env=environ, cwd=tmp_path, check=True)
+    assert_same(output, FeatureCache.open(alone / "whole.h5"))
 
 
 def test_the_dockerfile_names_what_there_is() -> None:

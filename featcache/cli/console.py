@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from featcache.errors import with_slashes
 from featcache.system.display import printable as printable
 
 if TYPE_CHECKING:
@@ -211,6 +212,8 @@ def _word(value: Any) -> str:
 
 def show_result(lines: Iterable[str], facts: Mapping[str, Any], *, as_json: bool) -> None:
     """Print what a command found to stdout: ``lines``, whatever names are in them; or else ``facts`` as one line of JSON."""
-    for line in [json.dumps(facts, default=str)] if as_json else map(printable, lines):
+    for line in (
+        [json.dumps(facts, default=lambda value: with_slashes(str(value)))] if as_json else map(printable, lines)
+    ):
         print(line)
     sys.stdout.flush()

@@ -14,7 +14,7 @@ def examples(
     name: Annotated[str | None, typer.Argument(help="One of them. Default: a list of all.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Print a file to start from: web service, Docker, Slurm, Snakemake, DVC.
+    """Print a file to start from: web service, Docker, Slurm, Kubernetes, Snakemake, DVC.
 
     They are copied and changed: featcache itself needs none of them.
     """

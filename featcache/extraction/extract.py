@@ -6,6 +6,7 @@ spec, match what is embedded already, embed the rest into parts, pack everything
 
 import contextlib
 import dataclasses
+import glob
 import logging
 import os
 import time
@@ -148,7 +149,7 @@ def extract(
     )
     bar = bar_in_notebook(progress, describe_images("embedding"))
     folder = work_folder(output)
-    with interruption_noted(output), locked(folder), bar as progress:
+    with interruption_noted(output), locked(folder), _no_weights_left(output), bar as progress:
         old, parts = open_old(output, force=force), open_parts(folder)
         own = ([old] if old else []) + parts
         donors = open_donors(reuse, output)
@@ -256,6 +257,20 @@ def interruption_noted(output: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def _no_weights_left(output: Path) -> Iterator[None]:
+    """Remove, when what is inside fails, the copy of weights that it put beside ``output``, unless finished work needs it."""
+    pattern = f"{glob.escape(output.name)}.*.safetensors"
+    before = {*output.parent.glob(pattern)}
+    try:
+        yield
+    except BaseException:
+        if not os.path.lexists(output) and not any(work_folder(output).glob("*.h5")):
+            for copy in {*output.parent.glob(pattern)} - before:
+                copy.unlink(missing_ok=True)
+        raise
+
+
 def _list(source: AnySource | ImageList) -> ImageList:
     if not isinstance(source, ImageList):
         images, name = list_images(source), str(source)
@@ -264,7 +279,8 @@ def _list(source: AnySource | ImageList) -> ImageList:
     else:
         images, name = source, f"the list of images in {source.root}"
         remedy = "leave the classes out and set labels to -1"
-    if not len(images) and not images.refused:
+    images.check_any()
+    if not len(images):
         raise SourceError(f"{name} is empty; expected at least one image")
     if len(images.classes) == 1:
         raise SourceError(

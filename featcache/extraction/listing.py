@@ -13,16 +13,20 @@ import numpy as np
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices, Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, NewerCacheError, SpecMismatchError
+from featcache.errors import CacheError, DamagedCacheError, NewerCacheError, SpecMismatchError
 from featcache.extraction.match import find_in
 from featcache.extraction.shares import listing_digest, named, owners
+from featcache.images.archives import archive_in
 from featcache.images.source import ImageList
 from featcache.spec import Spec
+from featcache.system.addresses import parse, shown
 from featcache.system.display import quantity
 from featcache.system.files import give_name
+from featcache.system.path_advice import typed
 from featcache.system.workdir import LISTING
 
 _VERSION = 1
+_TIME_OF_A_COPY = 2_000_000_000  # ns within which times of copies agree: FAT, the coarsest in use, counts in 2 s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,14 @@ class Listing:
         """That in ``folder``; None if there is none. Raises CacheError: it is damaged, or of a newer version."""
         if not (path := folder / LISTING).exists():
             return None
-        cache = FeatureCache.open(path)
+        try:
+            cache = FeatureCache.open(path)
+        except DamagedCacheError as error:
+            reason = str(error).removeprefix(f"{path} ").partition("; ")[0]
+            raise CacheError(
+                f"{path}, what --part runs agreed on, {reason}; `featcache extract SOURCE -o {typed(folder.with_suffix(''))}`, without "
+                "--part, goes on from what they made"
+            ) from error
         match cache.provenance.rest.get("parts"):
             case {"version": int(version), "of": int(of), "root": str(root), "listing": str(digest)} if of > 0:
                 if version != _VERSION:
@@ -72,7 +83,8 @@ class Listing:
     def publish(cls, folder: Path, images: ImageList, of: int, *, spec: Spec, provenance: Provenance) -> None:
         """Agree on this, unless others have agreed on something: the first counts. Raises StorageError."""
         digest = listing_digest(images)
-        facts = {"version": _VERSION, "of": of, "root": str(images.root.absolute()), "listing": digest}
+        root = shown(images.root if parse(images.root) else images.root.absolute())
+        facts = {"version": _VERSION, "of": of, "root": root, "listing": digest}
         rows = Rows(
             paths=encode_names(images.paths),
             labels=images.labels,
@@ -101,19 +113,46 @@ class Listing:
         if of != self.of:
             raise SpecMismatchError(f"{folder} holds parts of {self.of}, found --part of {of}; {remedy}")
         if (found := listing_digest(images)) == self.digest:
+            self._check_versions(images)
             return
-        listed, here = encode_names(self.images.paths), encode_names(images.paths)
-        where = f"{len(images):,} images here, {len(self.images):,} when the first part was begun"
-        if len(new := np.flatnonzero(find(listed, here) < 0)):
-            where += f"; new: {images.paths[new[0]]}"
-        elif len(gone := np.flatnonzero(find(here, listed) < 0)):
-            where += f"; gone: {self.images.paths[gone[0]]}"
-        else:
-            sizes = images.sizes[find(here, listed)] != self.images.sizes
-            first = self.images.paths[int(sizes.argmax())] if sizes.any() else ""
-            where += f"; of another size: {first}" if first else "; order, classes, splits or refusals differ"
+        counts = f"{len(images):,} images here, {len(self.images):,} when the first part was begun"
         raise SpecMismatchError(
-            f"{folder} is for another list of images (digest {self.digest[:12]}, found {found[:12]}: {where}); {remedy}"
+            f"{folder} is for another list of images (digest {self.digest[:12]}, found {found[:12]}: {counts}; "
+            f"{self._difference(images)}); {remedy}"
+        )
+
+    def _difference(self, images: ImageList) -> str:
+        """The first thing that tells ``images`` from those listed."""
+        if unopened := sorted({*images.refused} - {*self.images.refused}):
+            return f"refused now: {unopened[0].path}: {unopened[0].reason}"
+        listed, here = encode_names(self.images.paths), encode_names(images.paths)
+        if len(new := np.flatnonzero(find(listed, here) < 0)):
+            return f"new: {images.paths[new[0]]}"
+        if len(gone := np.flatnonzero(find(here, listed) < 0)):
+            return f"gone: {self.images.paths[gone[0]]}"
+        at, before = find(here, listed), self.images
+        for what, column, old in (
+            ("size", images.sizes, before.sizes),
+            ("split", images.splits, before.splits),
+            ("class", np.array([*images.classes, ""])[images.labels], np.array([*before.classes, ""])[before.labels]),
+        ):
+            if (differ := column[at] != old).any():
+                return f"of another {what}: {before.paths[int(differ.argmax())]}"
+        return "order, names of classes or refusals differ"
+
+    def _check_versions(self, images: ImageList) -> None:
+        """Raise SpecMismatchError for an archive of another version, of whose images even the sizes need not tell it.
+
+        Files of a folder are of the times of their copies, and count by their content alone.
+        """
+        apart = np.abs(images.mtimes - self.images.mtimes) >= _TIME_OF_A_COPY
+        if not apart.any() or not (inside := archive_in(images.root / images.paths[int(apart.argmax())])):
+            return
+        folder = self.cache.path.parent
+        output = typed(folder.with_suffix(""))
+        raise SpecMismatchError(
+            f"{shown(inside[0])} is of another version, or time, than when the first part in {folder} was begun; give a copy its time "
+            f"(`cp -p`), let `featcache extract SOURCE -o {output}` without --part compare every image, or remove {folder} to begin anew"
         )
 
     def missing(self, parts: list[FeatureCache]) -> Indices:

@@ -51,7 +51,10 @@ def open_parts(folder: Path, *, tag: str | None = None, shared: bool = False) ->
         except CacheError as error:
             if isinstance(error, NewerCacheError) or isinstance(error.__cause__, OSError | MemoryError):
                 raise  # the part may well be intact
-            log.warning("part %s is damaged and will be made again (%s)", path.name, error)
+            reason = (
+                str(error).removeprefix(f"{path} ").partition("; ")[0]
+            )  # what to do about a cache is of no use here
+            log.warning("part %s is damaged and will be made again (it %s)", path.name, reason)
             if not shared:
                 path.unlink(missing_ok=True)
     return parts

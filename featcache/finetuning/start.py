@@ -42,6 +42,7 @@ def read_source(source: AnySource | ImageList, *, seed: int) -> tuple[ImageList,
         SourceError: no labels, or fewer than two classes to train on.
     """
     images = list_images(source)
+    images.check_any()
     name = f"the list of images in {images.root}" if isinstance(source, ImageList) else str(source)
     if not (images.labels >= 0).any():
         raise SourceError(f"{name} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")

@@ -13,6 +13,7 @@ the size of the whole file.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import threading
 from collections import OrderedDict
@@ -231,10 +232,11 @@ class Archive:
 
     def _remember_places(self, members: list[Member]) -> None:
         files = [member for member in members if not member.name.endswith("/")]
-        keys = np.array([_key(member.name) for member in files], "S16")
+        keys = np.fromiter((_key(member.name) for member in files), "S16", len(files))
         order = np.argsort(keys)
-        places = [(m.offset, m.packed, m.size, m.deflated, m.crc) for m in files]
-        self._keys, self._places = keys[order], np.array(places, np.int64).reshape(-1, 5)[order]
+        numbers = itertools.chain.from_iterable((m.offset, m.packed, m.size, m.deflated, m.crc) for m in files)
+        places = np.fromiter(numbers, np.int64, 5 * len(files))  # no list of them: there may be millions
+        self._keys, self._places = keys[order], places.reshape(-1, 5)[order]
 
     def _find(self, name: str) -> Member:
         key = np.array([_key(name)], "S16")[0]  # as the others: without zeros at its end

@@ -188,12 +188,15 @@ class _Reading:
             self.entries.append(Entry(prefix + member.name.removeprefix(inside), member.size, archive.mtime, label, at))
 
     def _take_files(self, archive: Archive, prefix: str, split: int, said: Mapping[str, tuple[str, str]]) -> None:
-        inside = f"{self.shards.inside}/" if self.shards.inside else ""
-        for member in archive.members:
+        inside, names = f"{self.shards.inside}/" if self.shards.inside else "", dict[str, str]()
+        left, archive.members = archive.members[::-1], []
+        while left:  # each is let go of once it is an entry: there may be millions
+            member = left.pop()
             if not member.name.startswith(inside):
                 continue
             name = member.name[len(inside) :]
             folder, _, file = name.rpartition("/")
+            folder = names.setdefault(folder, folder)
             if odd := next((each for each in name.split("/") if each.startswith(".") or is_system(each)), None):
                 self.passed[HIDDEN, odd] += 1
             elif not file:
@@ -241,25 +244,21 @@ class _Reading:
                 "give the folder"
             )
         if (labels := self._labels_beside(source)) is not None:
-            splits = [
-                entry.split or split_of(inner.split("/")[0])
-                for entry, inner in zip(self.entries, self.inner, strict=True)
-            ]
-            each = zip(self.entries, labels, splits, strict=True)
-            return [entry._replace(label=label, split=split) for entry, label, split in each], {*(self.names or ())}
-        wrap = _wrap({*self.inner}, self.folders)
+            for row, (entry, folder, label) in enumerate(zip(self.entries, self.inner, labels, strict=True)):
+                split = entry.split or split_of(folder.split("/")[0])
+                self.entries[row] = entry._replace(label=label, split=split)  # in its place: there may be millions
+            return self.entries, {*(self.names or ())}
+        filled = {*self.inner}
+        wrap = _wrap(filled, self.folders)
         start = len(wrap) + 1 if wrap else 0
-        folders, inner = (
-            {folder[start:] for folder in self.folders if folder[start:]},
-            [each[start:] for each in self.inner],
-        )
-        layout = read_layout(self.shards.root / wrap, folders, {*inner}, class_level)
-        found = {folder: meaning(folder, layout) for folder in {*inner, *folders}}
-        entries = [
-            entry._replace(label=found[folder][0], split=found[folder][1] or entry.split)
-            for entry, folder in zip(self.entries, inner, strict=True)
-        ]
-        return entries, {label for label, _ in found.values() if label is not None}
+        folders = {folder[start:] for folder in self.folders if folder[start:]}
+        inner = {folder: folder[start:] for folder in filled}
+        layout = read_layout(self.shards.root / wrap, folders, {*inner.values()}, class_level)
+        found = {folder: meaning(folder, layout) for folder in {*inner.values(), *folders}}
+        for row, (entry, folder) in enumerate(zip(self.entries, self.inner, strict=True)):
+            label, split = found[inner[folder]]
+            self.entries[row] = entry._replace(label=label, split=split or entry.split)
+        return self.entries, {label for label, _ in found.values() if label is not None}
 
     def _labels_beside(self, source: Path | str) -> list[str | None] | None:
         """The labels that files beside the images give; None if they give none."""

@@ -169,6 +169,11 @@ class ImageList:
         first = f"the first, {reasons[0].path}: {reasons[0].reason}"
         return f"{all_refused(len(reasons), self.root)}, {first}"
 
+    def check_any(self) -> None:
+        """Raise SourceError where not one image is left, as all that there was is refused unopened: no work is to start then."""
+        if not len(self) and self.refused:
+            raise SourceError(self.all_refused({}))
+
     def take(self, rows: npt.NDArray[np.intp]) -> "ImageList":
         """Return the list restricted to ``rows``, same classes and refusals."""
         picked = {name: getattr(self, name)[rows] for name in ("labels", "splits", "sizes", "mtimes")}

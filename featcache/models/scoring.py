@@ -125,6 +125,7 @@ def score_images(
     model.backbone.check_embeds()
     name = f"the list of images in {source.root}" if isinstance(source, ImageList) else str(source)
     images = list_images(source)
+    images.check_any()
     split, chosen = choose_split(images.splits, split, name)
     images = images.take(chosen[images.labels[chosen] >= 0])
     y = _labels_of_model(model, images.classes, images.labels, name, split)

@@ -69,6 +69,8 @@ def doctor(
     if images is not None:
         check_path(images, "images", ("doctor", "--images", HERE))
     given = list_images(images, labelled=False) if images is not None else None
+    if given is not None:
+        given.check_any()
     runtime = choose_runtime(device, workers=workers, batch_size=batch_size)
     facts = machine(runtime)
     if not seconds:

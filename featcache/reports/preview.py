@@ -132,6 +132,7 @@ def preview(
     request.check_paths()
     network = None if request.backbone == AUTO else preprocessing_of(request)  # refused before anything is listed
     images = list_images(source)
+    images.check_any()
     if settings is not None:
         images = _training_images(images, seed=seed)
         settings = settle(settings, len(images))

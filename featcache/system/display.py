@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from featcache.errors import with_slashes
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -67,7 +69,8 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 def printable(text: str) -> str:
     """``text`` on one line, without what a terminal would obey or a reader be misled by. Names may hold anything."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return with_slashes(shown)
 
 
 def quantity(n: float, one: str, several: str = "") -> str:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, write_photo
 
+from featcache import doctor, finetune, preview
 from featcache.backbones import embed as embedding
 from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import cosine
@@ -31,6 +32,7 @@ from featcache.errors import (
     UsageError,
 )
 from featcache.extraction import parts
+from featcache.extraction.executors import Published, Work, run_part
 from featcache.extraction.extract import ExtractReport, extract, weights_copy
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.images.decode import decode
@@ -527,3 +529,29 @@ def test_an_interruption_says_where_the_work_is(
     kept = f"finished work is kept in {tmp_path / 'f.h5.parts'}; the same once more goes on from there"
     assert caplog.messages == ([kept] if after else [])
     assert (tmp_path / "f.h5.parts").is_dir() == bool(after)
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_a_first_run_that_fails_leaves_its_weights_only_to_finished_work(
+    photos: Path, tmp_path: Path, finished: int
+) -> None:
+    def fail(work: Work, *_: object, **__: object) -> Published:
+        if finished:
+            run_part(work, np.arange(4))
+        raise StorageError("no room")
+
+    with pytest.raises(StorageError, match="no room"):
+        extract(photos, tmp_path / "f.h5", TINY, executor=fail)
+    assert (tmp_path / WEIGHTS).exists() == bool(finished) == (tmp_path / "f.h5.parts").exists()
+    assert extract(photos, tmp_path / "f.h5", TINY).reused == 4 * finished
+    assert (tmp_path / WEIGHTS).exists()
+
+
+def test_a_source_of_refusals_alone_is_refused_before_anything_is_loaded(tmp_path: Path, no_model: None) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no archive" * 200)
+    with pytest.raises(SourceError, match=r"^the only image of .*a\.tar was refused, the first, a\.tar: damaged: "):
+        extract(tmp_path / "a.tar", tmp_path / "f.h5", TINY)
+    for other in (finetune, preview, lambda source, output: doctor(images=source)):
+        with pytest.raises(SourceError, match=r"^the only image of .*a\.tar was refused"):
+            other(tmp_path / "a.tar", tmp_path / "x.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import COLOURS, TINY, make_photos, write_photo
+from packing import FORMS, Files, parquet, read_folder, tar
 
 from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
@@ -49,7 +50,7 @@ def _each_embedder_once(monkeypatch: pytest.MonkeyPatch) -> None:
     make = Job.__dict__["embedder"].func
 
     def kept(job: Job) -> Any:
-        key = job.resolved, job.images.root.name
+        key = job.resolved, job.images.classes
         _MADE[key] = _MADE.get(key) or make(job)
         return _MADE[key]
 
@@ -101,6 +102,93 @@ def test_parts_in_any_order_and_again_make_what_one_run_makes(
     assert extract(photos, output).reused == 19
 
 
+def _web_dataset(path: Path, files: Files) -> Path:
+    """Two shards of ``key.jpg`` beside ``key.cls``."""
+    for half in (0, 1):
+        members: dict[str, bytes] = {}
+        for number, (name, data) in [*enumerate(files.items())][half::2]:
+            members |= {f"{number:03d}.jpg": data, f"{number:03d}.cls": name.split("/")[0].encode()}
+        tar(path.with_name(f"train-{half}.tar"), members)
+    return path
+
+
+def _rows(path: Path, files: Files) -> Path:
+    labels = [name.split("/")[0] for name in files]
+    return parquet(
+        path, [*files.values()], ("blue", "green", "red"), label=[sorted({*labels}).index(x) for x in labels]
+    )
+
+
+SOURCES = {**FORMS, "train-{0..1}.tar": _web_dataset, "train.parquet": _rows}
+
+
+def _packed(photos: Path, folder: Path, form: str) -> Path:
+    if form.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    return SOURCES[form](folder / form, read_folder(photos))
+
+
+@pytest.mark.parametrize("form", SOURCES)
+def test_parts_of_what_is_no_folder(photos: Path, tmp_path: Path, form: str) -> None:
+    """Of archives of class folders, shards and rows of Parquet: as one run, in another order, and one of them again."""
+    source, output = _packed(photos, tmp_path, form), tmp_path / "f.h5"
+    embedded = [extract_part(source, output, f"{number}/3", TINY).embedded for number in (3, 1, 3, 2)]
+    assert (embedded[2], sum(embedded)) == (0, 19)
+    merge(output)
+    assert extract(source, tmp_path / "one.h5", TINY).refused == 1
+    assert columns(output) == columns(tmp_path / "one.h5")
+    assert {*FeatureCache.open(output).classes} == {"blue", "green", "red"}
+
+
+def _last_bit(files: Files) -> dict[str, bytes]:
+    """Another picture of the same size."""
+    data = bytearray(files["red/00.jpg"])
+    data[-40] ^= 3
+    return {**files, "red/00.jpg": bytes(data)}
+
+
+CHANGES: dict[str, Any] = {  # what becomes of the files; what is said
+    "an image's bytes": (_last_bit, "is of another version, or time"),
+    "an image more": (
+        lambda files: {**files, "red/new.jpg": files["red/00.jpg"]},
+        "20 when the first part was begun; new: ",
+    ),
+    "an image less": (lambda files: dict([*files.items()][:-1]), "gone: "),
+    "another class": (
+        lambda files: {name.replace("green/00", "red/zz"): data for name, data in files.items()},
+        "20 when the first part was begun; ",
+    ),
+    "cut off": (None, "refused now: .*cut off"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("form", ["a.tar", "deflated.zip", "train-{0..1}.tar", "train.parquet"])
+def test_an_archive_that_changes_between_two_parts(photos: Path, tmp_path: Path, form: str, change: str) -> None:
+    """It is refused by name, nothing is mixed, and what is said to do helps."""
+    if change == "cut off" and form in ("deflated.zip", "train.parquet"):
+        return  # which have their index at the end, and are no archives without it
+    files, output = read_folder(photos), tmp_path / "f.h5"
+    source = _packed(photos, tmp_path, form)
+    extract_part(source, output, "1/2", TINY)
+    before = sorted(os.listdir(work_folder(output)))
+    alter, words = CHANGES[change]
+    some = tmp_path / form.replace("{0..1}", "1")
+    if alter:
+        SOURCES[form](source, alter(files))
+        for path in (some, tmp_path / form.replace("{0..1}", "0")):
+            os.utime(path, (1.1e9, 1.1e9))
+    else:
+        some.write_bytes(some.read_bytes()[:15_000])
+    with pytest.raises(SpecMismatchError, match=words) as error:
+        extract_part(source, output, "2/2", TINY)
+    assert "\n" not in str(error.value)
+    assert sorted(os.listdir(work_folder(output))) == before
+    extract(source, output, TINY)
+    extract(source, tmp_path / "one.h5", TINY)
+    assert columns(output) == columns(tmp_path / "one.h5")
+
+
 def test_what_is_missing_is_named_and_nothing_else_changes(photos: Path, whole: Any, tmp_path: Path) -> None:
     output = tmp_path / "f.h5"
     for number in (2, 3, 6):
@@ -121,18 +209,36 @@ def test_what_is_missing_is_named_and_nothing_else_changes(photos: Path, whole: 
     assert not work_folder(output).exists()
 
 
-def test_a_damaged_part_is_made_again(photos: Path, whole: Any, tmp_path: Path) -> None:
+def test_a_damaged_part_is_made_again(
+    photos: Path, whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     output = tmp_path / "f.h5"
     parts_of(photos, output, 2)
     cache = open_parts(work_folder(output), tag="2of2")[0]
     part, data = cache.path, bytearray(cache.path.read_bytes())
     data[data.index(cache.take(np.arange(1)).tobytes())] ^= 1
     part.write_bytes(data)
+    caplog.clear()
     assert extract_part(photos, output, "1/2", TINY).embedded == 0  # not its own
     assert describe_parts(work_folder(output))["missing"] == "2"
     assert extract_part(photos, output, "2/2", TINY).embedded > 0
     assert part.exists()  # several write here: none deletes
+    assert "is damaged and will be made again (it " in caplog.text and "restore it" not in caplog.text
     merge(output)
+    assert columns(output) == whole
+
+
+def test_a_damaged_listing_costs_no_part(photos: Path, whole: Any, tmp_path: Path) -> None:
+    output = tmp_path / "f.h5"
+    extract_part(photos, output, "1/2", TINY)
+    listing = work_folder(output) / LISTING
+    listing.write_bytes(listing.read_bytes()[:3000])
+    for call in (lambda: merge(output), lambda: extract_part(photos, output, "2/2", TINY)):
+        with pytest.raises(
+            CacheError, match=r"agreed on, is damaged.*truncated; `featcache extract SOURCE -o .*/f\.h5`, without"
+        ):
+            call()
+    assert extract(photos, output, TINY).reused > 5
     assert columns(output) == whole
 
 

@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from PIL import Image
 from featcache.curation.split import split
 from featcache.errors import SourceError
 from featcache.extraction.extract import extract
+from featcache.extraction.in_parts import extract_part, merge
 from featcache.images.source import Source, list_images
 
 pytest.importorskip("s3fs")
@@ -179,3 +181,29 @@ def test_the_command_line(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.Mo
         assert code == 1 and said in err
         assert "pa55word" not in err and "TOPSECRET" not in err
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_shards_there(bucket: Bucket, local: Path, tmp_path: Path, run: Run) -> None:
+    """The same rows. A shard that changes, or is cut off, between two parts is refused by name; addresses keep both slashes."""
+    source, output = f"s3://{bucket.name}/{SHARDS}", tmp_path / "f.h5"
+    said = "".join(run("extract", source, "-o", output, *TINY_FLAGS, "--part", "1/2")[1:])
+    before = shard(7)
+    other = bytearray(before)
+    other[700] ^= 1  # of a picture
+    for data, words in (
+        (bytes(other), f"s3://{bucket.name}/train-007.tar is of another version"),
+        (before[:4000], "refused now: train-007.tar: cut off"),
+    ):
+        bucket.put("train-007.tar", data)
+        code, _, err = run("extract", source, "-o", output, *TINY_FLAGS, "--part", "2/2")
+        assert (code, words in err) == (1, True), err
+        said += err
+    bucket.put("train-007.tar", before)
+    said += "".join(run("info", f"{output}.parts")[1:])
+    assert extract_part(source, output, "2/2", TINY).images == NUMBER * PER_SHARD // 2
+    merge(output)
+    assert columns(output) == columns(local)
+    bucket.put("broken.tar", b"no archive" * 100)
+    code, _, err = run("extract", f"s3://{bucket.name}/broken.tar", "-o", tmp_path / "g.h5", *TINY_FLAGS)
+    assert code == 1 and "backbone" not in err and not [*tmp_path.glob("g.h5*")]
+    assert f"s3://{bucket.name}" in said and not re.search(r"s3:/[^/]", said + err), said + err

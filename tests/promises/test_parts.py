@@ -3,9 +3,13 @@
 By default one seed; hundreds of kills over 1, 2, 7 and 64 parts: ``benchmarks/parts.py kills``.
 """
 
+import functools
+import itertools
 import os
+import pkgutil
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
 from faults import Fault, Program
+from packing import FORMS, parquet, read_folder
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
@@ -113,6 +118,72 @@ def test_merge_killed_at_a_step(photos: Path, whole: FeatureCache, tmp_path: Pat
         assert_same(output, whole, step)
 
 
+def _die_at(moment: str, call: int) -> None:
+    """In the process: be killed when ``featcache.MOMENT`` is called so often."""
+    where, _, name = moment.rpartition(".")
+    home, calls = pkgutil.resolve_name(f"featcache.{where}"), itertools.count(1)
+    original = getattr(home, name)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(home, name, counted)
+
+
+KILLS = (  # which command; where it is killed, and the how manieth time
+    ("1/2", "extraction.listing.give_name", 1),  # all is settled, and not published
+    ("1/2", "extraction.in_parts.make_plan", 1),  # it is, and nothing embedded
+    ("1/2", "extraction.parts.part_name", 2),  # between two parts
+    ("2/2", "extraction.in_parts.PartReport", 1),  # the last part is published
+    ("merge", "extraction.in_parts.pack", 1),
+    ("merge", "extraction.in_parts.remove_parts", 1),
+)
+
+
+@pytest.mark.parametrize(
+    ("form", "kills"),
+    [
+        ("a.tar.gz", KILLS[2:3]),
+        *(pytest.param(form, KILLS, marks=pytest.mark.slow) for form in ("deflated.zip", "train.parquet")),
+    ],
+)
+def test_an_archive_killed_at_each_stage(
+    photos: Path, tmp_path: Path, warm: Program, form: str, kills: tuple[tuple[str, str, int], ...]
+) -> None:
+    """One after the other, upon what the one before left; meanwhile two processes make the same share at once."""
+    files, output = read_folder(photos), tmp_path / "f.h5"
+    if form == "train.parquet":
+        pytest.importorskip("pyarrow")
+        names = tuple(sorted({name.split("/")[0] for name in files}))
+        source = parquet(
+            tmp_path / form, [*files.values()], names, label=[names.index(name.split("/")[0]) for name in files]
+        )
+    else:
+        source = FORMS[form](tmp_path / form, files)
+    part = ("extract", source, "-o", output, *TINY_FLAGS, "--part")
+    seen = set[str]()
+    for what, moment, call in kills:
+        command = ("merge", output, "--max-bad", 1) if what == "merge" else (*part, what)
+        if what == "merge":
+            warm.check(*part, "2/2")
+        assert warm.run(*command, before=functools.partial(_die_at, moment, call), settings=SETTINGS).died, moment
+        seen |= (found := rows_in(output))
+        assert seen == found or output.exists(), moment
+        if moment.endswith("part_name"):
+            assert found, "one part was published"
+            with warm.held("extraction.parts.part_name", *part, "1/2", settings=SETTINGS) as first:
+                warm.check(*part, "1/2")
+            assert first.result().code == 0, first.result().err
+    if kills[-1][0] != "merge":
+        warm.check(*part, "2/2")
+    warm.check("merge", output, "--max-bad", 1)
+    warm.check("extract", source, "-o", tmp_path / "one.h5", *TINY_FLAGS, "--max-bad", 1)
+    assert_same(output, FeatureCache.open(tmp_path / "one.h5"))
+    assert not [*tmp_path.glob("*.parts")]
+
+
 def test_two_first_parts_in_a_race(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
     """Both have settled everything and are about to publish it; one wins, and both go on."""
     commands = [("extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--part", f"{number}/2") for number in (1, 2)]
@@ -150,39 +221,7 @@ def test_clocks_that_differ(photos: Path, tmp_path: Path, warm: Program) -> None
     assert_same(output, FeatureCache.open(tmp_path / "one.h5"))
 
 
-# ------------------------------------------------------------------------------------------------- as schedulers start them
-
-SLURM = """
-#SBATCH --array=1-2
-#SBATCH --output=part-%a.log
-export OMP_NUM_THREADS=1
-featcache extract "$PHOTOS" -o "$SHARED/features.h5" $FLAGS --part auto/2
-[ "$SLURM_ARRAY_TASK_ID" = 2 ] || exit 0  # here only: the merge is a job of its own, --dependency=afterok:ARRAY
-featcache merge "$SHARED/features.h5" --max-bad 1
-"""
-KUBERNETES = """
-featcache extract "$PHOTOS" -o "$SHARED/features.h5" $FLAGS --part auto/2  # completions: 2, completionMode: Indexed
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("script", "name", "first"), [(SLURM, "SLURM_ARRAY_TASK_ID", 1), (KUBERNETES, "JOB_COMPLETION_INDEX", 0)]
-)
-def test_scripts_with_a_scheduler_s_variables(
-    photos: Path, whole: FeatureCache, tmp_path: Path, script: str, name: str, first: int
-) -> None:
-    (tmp_path / "featcache").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m featcache "$@"\n')
-    (tmp_path / "featcache").chmod(0o755)
-    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PHOTOS": str(photos), "SHARED": str(tmp_path)}
-    environ |= {"FLAGS": " ".join(TINY_FLAGS), "FEATCACHE_FUSE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for task in (first, first + 1):
-        done = subprocess.run(["bash", "-c", script], env=environ | {name: str(task)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"part {task - first + 1}/2: {name}={task}" in done.stderr
-    if name != "SLURM_ARRAY_TASK_ID":
-        subprocess.run(["featcache", "merge", tmp_path / "features.h5", "--max-bad", "1"], env=environ, check=True)
-    assert_same(tmp_path / "features.h5", whole)
+# -------------------------------------- as schedulers start them; Slurm and Kubernetes: ``tests/test_examples.py``
 
 
 @pytest.mark.slow

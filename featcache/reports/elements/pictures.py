@@ -6,6 +6,7 @@ moved within the folder is found again by hashing.
 
 import dataclasses
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from featcache.images.read import Paths, read_file
 from featcache.images.source import list_images
 from featcache.reports.elements.thumbnails import Thumbnail, fitting_size, thumbnails
 
+log = logging.getLogger("featcache")
 _AT_A_TIME = 32  # files, between two looks at the clock
 
 MISSING = "no picture: not in the folder, or changed"
@@ -125,4 +127,6 @@ def guess_root(cache: FeatureCache, *, near: Sequence[Path] = ()) -> Path | None
     Their bytes must have the recorded digest: a folder that merely looks alike is none.
     """
     images = [(cache.paths[row], cache.rows.digests[row].tobytes()) for row in some_of(len(cache))]
-    return find_home(images, [*near, *places_in(Path(), cache.path.parent)])
+    found = find_home(images, [*near, *places_in(Path(), cache.path.parent)])
+    log.debug("%s: its images are taken from %s", cache.path, found or "nowhere: they are not found near it")
+    return found

@@ -9,9 +9,9 @@ fork of one process that has made its ``Embedder``, take parts in random order; 
 moment, or before or after a random step on the disk; ``merge`` is tried in between. In the end every
 dataset must be that of one run, and at no time may a published row be gone.
 
-``ray-kills``: a Ray cluster of three nodes of one core each beside a head without one, all processes of this machine; 240 images in 30
-blocks. In each run one node loses its processes at a moment drawn from all of an undisturbed run, starting of actors included; it comes
-back for the next. Every cache must be that of one process.
+``ray-kills``: a Ray cluster of three nodes of one core each beside a head without one, all processes of this machine; 240 images in 31
+blocks. In each run one node loses its processes: in every other at a moment drawn from all that Ray does in an undisturbed run, starting
+of actors included, else once a random number of images is done. It comes back for the next. Every cache must be that of one process.
 
 ``speed``: the real commands, a process with a thread for each core, then as many parts at once with one thread each. Rates are those
 of the embedding loops, starting left out: every process loads its backbone.
@@ -224,50 +224,53 @@ def measure_ray_kills(arguments: argparse.Namespace, folder: Path) -> dict[str, 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size})
     nodes = [cluster.add_node(num_cpus=1, **size) for _ in range(3)]
     run = functools.partial(ray_run, cluster, folder)
-    usual, rows, started = run("usual", None, 0.0)["seconds"], list[dict[str, Any]](), time.monotonic()
+    usual, rows, late = run("usual")["seconds"], list[dict[str, Any]](), 0
     print(f"undisturbed: {usual:.1f} s\nrun   killed after s   images done   seconds   parts not needed   same bytes")
-    while len(rows) < arguments.runs and time.monotonic() - started < 20 * 60:
-        node, moment = nodes.pop(chance.randrange(3)), chance.uniform(0.0, 1.0) * usual
-        found = run(f"{len(rows)}", node, moment)
-        found["same_bytes"] = columns(folder / f"{len(rows)}.h5") == whole
+    while len(rows) < arguments.runs:
+        node, name = nodes.pop(chance.randrange(3)), f"{len(rows)}-{late}"
+        moment, images = chance.uniform(0.0, 1.0) * usual, chance.randrange(8, 200)
+        found = run(name, node, **{"images": images} if len(rows) % 2 else {"moment": moment})
+        found["same_bytes"] = columns(folder / f"{name}.h5") == whole
         nodes.append(cluster.add_node(num_cpus=1, **size))
+        if found["done"] == 241:  # says nothing
+            late += 1
+            continue
         rows.append(found)
         row = f"{found['killed_after']:15.1f} {found['done']:13} {found['seconds']:9.1f} {found['superfluous']:18}"
         print(f"{len(rows):3} {row} {found['same_bytes']!s:>12}", flush=True)
     cluster.shutdown()
     same = sum(row["same_bytes"] for row in rows)
     print(f"{same} of {len(rows)} the same")
-    return {"usual_seconds": usual, "runs": rows, "same": same, "same_bytes": same == len(rows) == arguments.runs}
+    return {"usual_seconds": usual, "runs": rows, "too_late": late, "same": same, "same_bytes": same == arguments.runs}
 
 
-def ray_run(cluster: Any, folder: Path, name: str, node: Any, moment: float) -> dict[str, Any]:
-    """One cache by Ray; ``node`` is killed ``moment`` seconds after the pool of actors was asked for, or at the last block."""
+def ray_run(
+    cluster: Any, folder: Path, name: str, node: Any = None, *, moment: float = 1e9, images: int = 241
+) -> dict[str, Any]:
+    """One cache by Ray; ``node`` is killed ``moment`` seconds after actors were asked for, or once so many ``images`` are done."""
     executor, found = RayExecutor(cluster.address, block=8), {"done": 0, "killed_after": 0.0, "superfluous": 0}
-    published, begun = set[str](), threading.Event()
+    begun, now = list[float](), [0]
 
     def progress(done: int, total: int, bottleneck: str) -> None:
-        begun.set()
-        found["now"] = done
+        begun.append(time.monotonic())
+        now.append(done)
 
     def kill() -> None:
-        begun.wait()
-        started = time.monotonic()
-        while time.monotonic() - started < moment and found["now"] < 240:
-            time.sleep(0.02)
-        found.update(done=found["now"], killed_after=time.monotonic() - started)
+        while not begun or (time.monotonic() - begun[0] < moment and now[-1] < images):
+            time.sleep(0.01)
+        found.update(done=now[-1], killed_after=time.monotonic() - begun[0])
         cluster.remove_node(node, allow_graceful=False)
 
     def embed(*arguments: Any, **options: Any) -> Any:
         done = executor(*arguments, **options)
-        published.update(path.name for path in done.folder.glob("*.h5"))
-        found["superfluous"] = len(published - {*done.names, "listing.h5"})
+        found["superfluous"] = len({path.name for path in done.folder.glob("*.h5")} - {*done.names, "listing.h5"})
         return done
 
-    killer, started = threading.Thread(target=kill), time.monotonic()
+    killer = threading.Thread(target=kill)
     if node is not None:
         killer.start()
     extract(folder / "photos", folder / f"{name}.h5", SLOWER, executor=embed, progress=progress)
-    found["seconds"] = time.monotonic() - started
+    found["seconds"] = begun[-1] - begun[0]
     if node is not None:
         killer.join()
     return found

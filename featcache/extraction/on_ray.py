@@ -29,9 +29,11 @@ import numpy as np
 import featcache
 from featcache import errors
 from featcache.cache.format import Indices
-from featcache.errors import FeatcacheError, StorageError, UsageError
+from featcache.errors import FeatcacheError, RefusedImage, StorageError, UsageError
 from featcache.extraction.executors import BLOCK, Published, Work, blocks, run_here
 from featcache.images.archives import archive_in
+from featcache.images.locations import describe
+from featcache.images.remote import Patience
 from featcache.system.addresses import address_of
 from featcache.system.display import quantity
 
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("featcache")
 _LOCAL = "local"
 _PATIENCE = 5.0  # seconds that whoever listens at an address may take
+_IMPATIENT = Patience(tries=4, longest=2.0, request=30.0)  # whether a node reaches the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """{"data": (n,) positions} -> {"done": one JSON object}."""
-        started = time.time()
+        started, unseen = time.time(), ""
         try:
             if self._embedder is None:
                 if unseen := _unseen(self._work, self._token):
@@ -117,7 +120,8 @@ class _Worker:
                 started = time.time()
             found = run_here(self._work, np.asarray(batch["data"], np.intp), embedder=self._embedder)
         except FeatcacheError as error:
-            return {"done": [json.dumps({"error": [type(error).__name__, str(error)]})]}
+            said = f"the Ray node {_ray().util.get_node_ip_address()} {'' if unseen else 'says: '}{error}"
+            return {"done": [json.dumps({"error": [type(error).__name__, said]})]}
         return {
             "done": [json.dumps({"names": found.names, "images": len(batch["data"]), "span": [started, time.time()]})]
         }
@@ -234,7 +238,14 @@ def _unseen(work: Work, token: str) -> str:
         return f"does not see {work.folder.absolute()}; put the output on a file system that all nodes share, under one path"
     root: Path = work.images.root
     first = root / work.images.paths[0] if len(work.images) else root
-    if not (os.path.lexists(first) or archive_in(first) or address_of(first)):
+    archive = archive_in(first)
+    if address_of(first):  # which has not been asked for anything yet
+        try:
+            describe(archive[0] if archive else first, _IMPATIENT)
+        except (FeatcacheError, RefusedImage) as error:
+            return f"cannot read the images: {error}; a node has the variables that it was started with, not this command's"
+        return ""
+    if not (os.path.lexists(first) or archive):
         return f"does not see {root.absolute()}; put the images on a file system that all nodes share, under one path"
     return ""
 

@@ -18,6 +18,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -144,10 +145,10 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
             yield
             return
         handlers = _handlers()
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # which would go to stderr
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         try:
-            _init(ray, address, quiet)
+            with _environment({"RAY_BACKEND_LOG_LEVEL": "fatal"}), _stderr_into_log():
+                _init(ray, address, quiet)
             _restore(handlers)  # Ray's handler of SIGTERM ends the process at once
             yield
         finally:
@@ -193,7 +194,8 @@ def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
                 ray.init(address="auto", **quiet)
                 return
         if address in ("auto", _LOCAL):
-            ray.init(address=_LOCAL, include_dashboard=False, **quiet)
+            with _environment({"RAY_worker_niceness": "0"}):  # of a cluster that is ours alone; Ray's own is 15
+                ray.init(address=_LOCAL, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
@@ -201,6 +203,36 @@ def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
             why = _first_line(error)
             raise UsageError(f"Ray does not start on this machine ({why}); leave --executor ray out") from error
         raise _no_cluster(address, error) from error
+
+
+@contextlib.contextmanager
+def _stderr_into_log() -> Iterator[None]:
+    """What is written to this process's stderr meanwhile, also by what is not Python, goes to the log, for ``-v``."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                log.debug("ray: %s", line)
+
+
+@contextlib.contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    """With further variables, for processes that are started meanwhile; what the user set stays."""
+    added = {name: value for name, value in more.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _handlers() -> dict[int, Any]:
@@ -317,7 +349,7 @@ def _run(
     with _quiet(ray):
         if progress:
             progress(0, total, "ray")
-        for row in data.iter_rows():
+        for row in _rows(ray, data):
             found = json.loads(row["done"])
             if "error" in found:
                 kind, text = found["error"]
@@ -331,13 +363,23 @@ def _run(
     return Published(work.folder, tuple(names), seconds)
 
 
+def _rows(ray: Any, data: Any) -> Iterator[dict[str, Any]]:
+    """Of a data set, as they come. Raises FeatcacheError: Ray gives up."""
+    try:
+        yield from data.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise FeatcacheError(
+            f"the Ray cluster gave up ({_first_line(error)}); what is finished is kept, and the same command goes on from there"
+        ) from error
+
+
 @contextlib.contextmanager
 def _quiet(ray: Any) -> Iterator[None]:
     """Ray Data without bars, and without telling how it goes."""
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     before = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # what it fails of is raised
     try:
         yield
     finally:

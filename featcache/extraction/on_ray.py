@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("featcache")
 _LOCAL = "local"
 _PATIENCE = 5.0  # seconds that whoever listens at an address may take
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of HTTP/2, which gRPC speaks: RFC 9113, 3.4
 _IMPATIENT = Patience(tries=4, longest=2.0, request=30.0)  # whether a node reaches the images
 
 
@@ -66,9 +67,8 @@ class RayExecutor:
         ray, address = _ray(), _named(self.address)
         if address in ("auto", _LOCAL) or ray.is_initialized():
             return
-        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+            _knock(address.removeprefix("ray://"))
         except (OSError, ValueError, OverflowError) as error:
             raise _no_cluster(address, error) from error
 
@@ -172,6 +172,18 @@ class _Talk(io.TextIOBase):
 
     def flush(self) -> None:
         self._stdout.flush()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError, ValueError, OverflowError unless what listens at HOST:PORT speaks gRPC; of anything else Ray waits for ever."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise ValueError("that has no port")
+    with socket.create_connection((host.strip("[]"), int(port)), _PATIENCE) as talk:
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            talk.sendall(_HELLO)
+            if talk.recv(9)[3:4] != b"\x04":  # SETTINGS, what every server of HTTP/2 begins with
+                raise ValueError("what listens there is not Ray's own port, by default 6379; 8265 is its dashboard")
 
 
 def _named(address: str) -> str:

@@ -22,7 +22,7 @@ from packing import parquet, tar, zipped
 from featcache.cache.format import Provenance
 from featcache.errors import NoAccessError, RefusedImage, StorageError, UsageError
 from featcache.extraction.executors import Published, Work, blocks, run_here, run_part
-from featcache.extraction.on_ray import RayExecutor, _share, _unseen
+from featcache.extraction.on_ray import RayExecutor, _share, _stderr_into_log, _unseen
 from featcache.images.source import ImageList, list_images
 from featcache.system.path_kinds import as_path
 from featcache.testing.executors import ExecutorContract, pictures
@@ -192,6 +192,21 @@ def test_no_cluster_is_noticed_before_anything_is_loaded(monkeypatch: pytest.Mon
         UsageError, match=r"no Ray cluster answers at .*(:1|nonsense) \(.*HOST:PORT; .* --ray-address local"
     ):
         RayExecutor(address).check()
+
+
+def test_another_server_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would wait for ever."""
+    for name in ("ray", "ray.data"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(is_initialized=lambda: False, data=None))
+    allow_this_machine(monkeypatch)
+    with serving(files_of({})) as web, pytest.raises(UsageError, match="not Ray's own port, by default 6379"):
+        RayExecutor(f"127.0.0.1:{web.port}").check()
+
+
+def test_what_ray_writes_goes_to_the_log(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "featcache"), _stderr_into_log():
+        os.write(2, b"[I] logging.cc: hello\n")
+    assert "ray: [I] logging.cc: hello" in caplog.text and "hello" not in capfd.readouterr().err
 
 
 def test_what_a_node_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

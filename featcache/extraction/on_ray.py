@@ -88,7 +88,8 @@ class RayExecutor:
             tasks = list(blocks(positions, size=self.block))
             share = _share(nodes, work.device, len(tasks))
             log.info("ray: %s", share.reason)
-            return _run(ray, work, tasks, share, token, progress)
+            with _watched(ray.get_runtime_context().gcs_address):
+                return _run(ray, work, tasks, share, token, progress)
 
 
 class _Share(NamedTuple):
@@ -154,6 +155,36 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
         finally:
             ray.shutdown()
             _restore(handlers)
+
+
+@contextlib.contextmanager
+def _watched(address: str, *, pause: float = _PATIENCE) -> Iterator[None]:
+    """Say when a cluster's head, HOST:PORT, no longer answers: a minute later Ray ends this process without a word."""
+    ended = threading.Event()
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError, ValueError, OverflowError):
+            _knock(address)
+            return True
+        return False
+
+    def watch() -> None:
+        if answers():  # not where only Ray's client reaches it
+            while answers() or answers():
+                if ended.wait(pause):
+                    return
+            if not ended.is_set():
+                log.error(
+                    "the Ray cluster at %s no longer answers; unless it does within a minute, Ray ends this run: what is finished "
+                    "is kept, and the same command goes on from there",
+                    address,
+                )
+
+    threading.Thread(target=watch, name="featcache-ray", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class _Talk(io.TextIOBase):

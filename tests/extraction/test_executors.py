@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,9 @@ from packing import parquet, tar, zipped
 
 from featcache.cache.format import Provenance
 from featcache.errors import NoAccessError, RefusedImage, StorageError, UsageError
+from featcache.extraction import on_ray
 from featcache.extraction.executors import Published, Work, blocks, run_here, run_part
-from featcache.extraction.on_ray import RayExecutor, _share, _stderr_into_log, _unseen
+from featcache.extraction.on_ray import RayExecutor, _share, _stderr_into_log, _unseen, _watched
 from featcache.images.source import ImageList, list_images
 from featcache.system.path_kinds import as_path
 from featcache.testing.executors import ExecutorContract, pictures
@@ -144,8 +146,6 @@ class TestRay(Packed):
         self.test_the_same_bytes_as_one_process(tmp_path)
 
     def test_a_node_that_does_not_see_the_output(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from featcache.extraction import on_ray
-
         monkeypatch.setattr(on_ray, "_token", lambda work: contextlib.nullcontext("elsewhere.tmp"))
         with pytest.raises(StorageError, match=r"the Ray node [\d.]+ does not see .*own\.h5\.parts; put the output on"):
             self._extract(tmp_path, "own", self.executor())
@@ -201,6 +201,16 @@ def test_another_server_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     allow_this_machine(monkeypatch)
     with serving(files_of({})) as web, pytest.raises(UsageError, match="not Ray's own port, by default 6379"):
         RayExecutor(f"127.0.0.1:{web.port}").check()
+
+
+def test_a_cluster_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Of which Ray says nothing."""
+    answers = iter([None, None, OSError, None, OSError, OSError])  # one alone may be a pause
+    monkeypatch.setattr(on_ray, "_knock", Mock(side_effect=answers))
+    with _watched("127.0.0.1:1", pause=0.0):
+        for _ in range(1000):
+            time.sleep(0.0 if caplog.text else 0.01)
+    assert caplog.text.count("the Ray cluster at 127.0.0.1:1 no longer answers") == 1
 
 
 def test_what_ray_writes_goes_to_the_log(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:

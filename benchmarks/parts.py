@@ -1,6 +1,7 @@
 """Are parts made by killed workers what one run makes, and what do two workers on one machine cost against one process?
 
     python benchmarks/parts.py kills [--kills 300] [--seed 0]
+    python benchmarks/parts.py ray-kills [--runs 10] [--seed 0]
     python benchmarks/parts.py speed FOLDER --weights FILE [--backbone mobilenet_v2] [--pairs 3] [--limit N]
 
 ``kills``: 43 small images, a small backbone of random weights, caches of 1, 2, 7 and 64 parts. Two or three workers at a time, each a
@@ -8,11 +9,16 @@ fork of one process that has made its ``Embedder``, take parts in random order; 
 moment, or before or after a random step on the disk; ``merge`` is tried in between. In the end every
 dataset must be that of one run, and at no time may a published row be gone.
 
+``ray-kills``: a Ray cluster of three nodes of one core each beside a head without one, all processes of this machine; 240 images in 31
+blocks. In each run one node loses its processes: in every other at a moment drawn from all that Ray does in an undisturbed run, starting
+of actors included, else once a random number of images is done. It comes back for the next. Every cache must be that of one process.
+
 ``speed``: the real commands, a process with a thread for each core, then as many parts at once with one thread each. Rates are those
 of the embedding loops, starting left out: every process loads its backbone.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -21,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -35,11 +42,13 @@ from featcache.extraction import parts
 from featcache.extraction.extract import extract
 from featcache.extraction.in_parts import extract_part, merge
 from featcache.extraction.job import Job
+from featcache.extraction.on_ray import RayExecutor
 from featcache.extraction.parts import open_parts
 from featcache.extraction.request import ExtractRequest
 from featcache.system.workdir import work_folder
 
 TINY = ExtractRequest(backbone="squeezenet1_1", weights="none", resize=40, crop=32, precision="fp32")
+SLOWER = dataclasses.replace(TINY, resize=256, crop=224)
 STEPS = ("link", "replace", "rename", "fsync", "unlink")
 
 
@@ -49,6 +58,9 @@ def main() -> None:  # noqa: D103 - the module says it
     kills = commands.add_parser("kills")
     kills.add_argument("--kills", type=int, default=300)
     kills.add_argument("--seed", type=int, default=0)
+    ray_kills = commands.add_parser("ray-kills")
+    ray_kills.add_argument("--runs", type=int, default=10)
+    ray_kills.add_argument("--seed", type=int, default=0)
     speed = commands.add_parser("speed")
     speed.add_argument("folder")
     speed.add_argument("--backbone", default="mobilenet_v2")
@@ -57,11 +69,8 @@ def main() -> None:  # noqa: D103 - the module says it
     speed.add_argument("--limit", type=int)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        facts = (
-            measure_kills(arguments, Path(temporary))
-            if arguments.what == "kills"
-            else compare(arguments, Path(temporary))
-        )
+        measure = {"kills": measure_kills, "ray-kills": measure_ray_kills, "speed": compare}[arguments.what]
+        facts = measure(arguments, Path(temporary))
     print(json.dumps(facts | machine_facts()))
     sys.exit(not facts.get("same_bytes", True))
 
@@ -73,13 +82,13 @@ def columns(path: Path) -> Any:
     return cache.take(np.arange(len(cache))).tobytes(), rows, cache.classes, cache.refused, cache.fingerprint
 
 
-def make_images(root: Path) -> None:
-    """43 of them, and one file that is none."""
+def make_images(root: Path, count: int = 43) -> None:
+    """So many, and one file that is none."""
     draw = np.random.default_rng(0)
-    for number in range(44):
+    for number in range(count + 1):
         path = root / "abc"[number % 3] / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if number == 43:
+        if number == count:
             path.write_bytes(b"no image")
         else:
             Image.fromarray(draw.integers(0, 255, (40 + number, 50, 3), np.uint8)).save(path)
@@ -201,6 +210,70 @@ def fork(photos: Path, output: Path, part: str, step: int | None, *, before: boo
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(70)
     os._exit(0)
+
+
+def measure_ray_kills(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One cluster; a run, undisturbed, then ``--runs`` in each of which a node is killed."""
+    from ray.cluster_utils import Cluster
+
+    os.environ |= {"RAY_TMPDIR": str(folder), "RAY_BACKEND_LOG_LEVEL": "fatal", "PYTHONPATH": os.pathsep.join(sys.path)}
+    make_images(folder / "photos", 240)
+    extract(folder / "photos", folder / "one.h5", SLOWER)
+    whole, chance = columns(folder / "one.h5"), random.Random(arguments.seed)
+    size = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **size})
+    nodes = [cluster.add_node(num_cpus=1, **size) for _ in range(3)]
+    run = functools.partial(ray_run, cluster, folder)
+    usual, rows, late = run("usual")["seconds"], list[dict[str, Any]](), 0
+    print(f"undisturbed: {usual:.1f} s\nrun   killed after s   images done   seconds   parts not needed   same bytes")
+    while len(rows) < arguments.runs:
+        node, name = nodes.pop(chance.randrange(3)), f"{len(rows)}-{late}"
+        moment, images = chance.uniform(0.0, 1.0) * usual, chance.randrange(8, 200)
+        found = run(name, node, **{"images": images} if len(rows) % 2 else {"moment": moment})
+        found["same_bytes"] = columns(folder / f"{name}.h5") == whole
+        nodes.append(cluster.add_node(num_cpus=1, **size))
+        if found["done"] == 241:  # says nothing
+            late += 1
+            continue
+        rows.append(found)
+        row = f"{found['killed_after']:15.1f} {found['done']:13} {found['seconds']:9.1f} {found['superfluous']:18}"
+        print(f"{len(rows):3} {row} {found['same_bytes']!s:>12}", flush=True)
+    cluster.shutdown()
+    same = sum(row["same_bytes"] for row in rows)
+    print(f"{same} of {len(rows)} the same")
+    return {"usual_seconds": usual, "runs": rows, "too_late": late, "same": same, "same_bytes": same == arguments.runs}
+
+
+def ray_run(
+    cluster: Any, folder: Path, name: str, node: Any = None, *, moment: float = 1e9, images: int = 241
+) -> dict[str, Any]:
+    """One cache by Ray; ``node`` is killed ``moment`` seconds after actors were asked for, or once so many ``images`` are done."""
+    executor, found = RayExecutor(cluster.address, block=8), {"done": 0, "killed_after": 0.0, "superfluous": 0}
+    begun, now = list[float](), [0]
+
+    def progress(done: int, total: int, bottleneck: str) -> None:
+        begun.append(time.monotonic())
+        now.append(done)
+
+    def kill() -> None:
+        while not begun or (time.monotonic() - begun[0] < moment and now[-1] < images):
+            time.sleep(0.01)
+        found.update(done=now[-1], killed_after=time.monotonic() - begun[0])
+        cluster.remove_node(node, allow_graceful=False)
+
+    def embed(*arguments: Any, **options: Any) -> Any:
+        done = executor(*arguments, **options)
+        found["superfluous"] = len({path.name for path in done.folder.glob("*.h5")} - {*done.names, "listing.h5"})
+        return done
+
+    killer = threading.Thread(target=kill)
+    if node is not None:
+        killer.start()
+    extract(folder / "photos", folder / f"{name}.h5", SLOWER, executor=embed, progress=progress)
+    found["seconds"] = begun[-1] - begun[0]
+    if node is not None:
+        killer.join()
+    return found
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from featcache.errors import BackboneError, SpecMismatchError
 from featcache.extraction.parts import embed_into_parts
 from featcache.images.source import ImageList
 from featcache.spec import Spec
+from featcache.system.addresses import know, typed_below
 from featcache.system.workdir import work_folder
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ class Work:
     workers: int | None = None
     batch_size: int | None = None
     tag: str = ""
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker asks for images with the password that was typed here
+        return vars(self) | {"typed": typed_below(self.images.root)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        know(state["typed"])
+        vars(self).update({name: value for name, value in state.items() if name != "typed"})
 
     @property
     def folder(self) -> Path:

@@ -200,7 +200,7 @@ def prepare(
     request.check_paths()
     if not (os.path.lexists(output) or work_folder(output).is_dir()):
         request.check_named()
-        check_device(one)
+        check_device(device)
     check_output(output)
     check_donors(reuse)
     if limit is not None and limit < 1:

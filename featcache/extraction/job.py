@@ -116,8 +116,7 @@ class Job:
         """Where to compute: settled before anything large is allocated."""
         from featcache.system.device import choose_runtime  # here: it takes torch
 
-        device = "cuda" if self.device == ALL_GPUS else self.device
-        return choose_runtime(device, workers=self.workers, batch_size=self.batch_size)
+        return choose_runtime(self.device, workers=self.workers, batch_size=self.batch_size)
 
     @functools.cached_property
     def backbone(self) -> "Backbone":

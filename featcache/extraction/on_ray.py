@@ -18,6 +18,7 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -29,9 +30,11 @@ import numpy as np
 import featcache
 from featcache import errors
 from featcache.cache.format import Indices
-from featcache.errors import FeatcacheError, StorageError, UsageError
+from featcache.errors import FeatcacheError, RefusedImage, StorageError, UsageError
 from featcache.extraction.executors import BLOCK, Published, Work, blocks, run_here
 from featcache.images.archives import archive_in
+from featcache.images.locations import describe
+from featcache.images.remote import Patience
 from featcache.system.addresses import address_of
 from featcache.system.display import quantity
 
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("featcache")
 _LOCAL = "local"
 _PATIENCE = 5.0  # seconds that whoever listens at an address may take
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of HTTP/2, which gRPC speaks: RFC 9113, 3.4
+_IMPATIENT = Patience(tries=4, longest=2.0, request=30.0)  # whether a node reaches the images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +67,8 @@ class RayExecutor:
         ray, address = _ray(), _named(self.address)
         if address in ("auto", _LOCAL) or ray.is_initialized():
             return
-        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+            _knock(address.removeprefix("ray://"))
         except (OSError, ValueError, OverflowError) as error:
             raise _no_cluster(address, error) from error
 
@@ -84,7 +88,8 @@ class RayExecutor:
             tasks = list(blocks(positions, size=self.block))
             share = _share(nodes, work.device, len(tasks))
             log.info("ray: %s", share.reason)
-            return _run(ray, work, tasks, share, token, progress)
+            with _watched(ray.get_runtime_context().gcs_address):
+                return _run(ray, work, tasks, share, token, progress)
 
 
 class _Share(NamedTuple):
@@ -108,7 +113,7 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """{"data": (n,) positions} -> {"done": one JSON object}."""
-        started = time.time()
+        started, unseen = time.time(), ""
         try:
             if self._embedder is None:
                 if unseen := _unseen(self._work, self._token):
@@ -117,7 +122,8 @@ class _Worker:
                 started = time.time()
             found = run_here(self._work, np.asarray(batch["data"], np.intp), embedder=self._embedder)
         except FeatcacheError as error:
-            return {"done": [json.dumps({"error": [type(error).__name__, str(error)]})]}
+            said = f"the Ray node {_ray().util.get_node_ip_address()} {'' if unseen else 'says: '}{error}"
+            return {"done": [json.dumps({"error": [type(error).__name__, said]})]}
         return {
             "done": [json.dumps({"names": found.names, "images": len(batch["data"]), "span": [started, time.time()]})]
         }
@@ -140,15 +146,45 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
             yield
             return
         handlers = _handlers()
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # which would go to stderr
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
         try:
-            _init(ray, address, quiet)
+            with _environment({"RAY_BACKEND_LOG_LEVEL": "fatal"}), _stderr_into_log():
+                _init(ray, address, quiet)
             _restore(handlers)  # Ray's handler of SIGTERM ends the process at once
             yield
         finally:
             ray.shutdown()
             _restore(handlers)
+
+
+@contextlib.contextmanager
+def _watched(address: str, *, pause: float = _PATIENCE) -> Iterator[None]:
+    """Say when a cluster's head, HOST:PORT, no longer answers: a minute later Ray ends this process without a word."""
+    ended = threading.Event()
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError, ValueError, OverflowError):
+            _knock(address)
+            return True
+        return False
+
+    def watch() -> None:
+        if answers():  # not where only Ray's client reaches it
+            while answers() or answers():
+                if ended.wait(pause):
+                    return
+            if not ended.is_set():
+                log.error(
+                    "the Ray cluster at %s no longer answers; unless it does within a minute, Ray ends this run: what is finished "
+                    "is kept, and the same command goes on from there",
+                    address,
+                )
+
+    threading.Thread(target=watch, name="featcache-ray", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 class _Talk(io.TextIOBase):
@@ -167,6 +203,18 @@ class _Talk(io.TextIOBase):
 
     def flush(self) -> None:
         self._stdout.flush()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError, ValueError, OverflowError unless what listens at HOST:PORT speaks gRPC; of anything else Ray waits for ever."""
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise ValueError("that has no port")
+    with socket.create_connection((host.strip("[]"), int(port)), _PATIENCE) as talk:
+        if os.environ.get("RAY_USE_TLS", "0") == "0":
+            talk.sendall(_HELLO)
+            if talk.recv(9)[3:4] != b"\x04":  # SETTINGS, what every server of HTTP/2 begins with
+                raise ValueError("what listens there is not Ray's own port, by default 6379; 8265 is its dashboard")
 
 
 def _named(address: str) -> str:
@@ -189,7 +237,8 @@ def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
                 ray.init(address="auto", **quiet)
                 return
         if address in ("auto", _LOCAL):
-            ray.init(address=_LOCAL, include_dashboard=False, **quiet)
+            with _environment({"RAY_worker_niceness": "0"}):  # of a cluster that is ours alone; Ray's own is 15
+                ray.init(address=_LOCAL, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
@@ -197,6 +246,36 @@ def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
             why = _first_line(error)
             raise UsageError(f"Ray does not start on this machine ({why}); leave --executor ray out") from error
         raise _no_cluster(address, error) from error
+
+
+@contextlib.contextmanager
+def _stderr_into_log() -> Iterator[None]:
+    """What is written to this process's stderr meanwhile, also by what is not Python, goes to the log, for ``-v``."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                log.debug("ray: %s", line)
+
+
+@contextlib.contextmanager
+def _environment(more: dict[str, str]) -> Iterator[None]:
+    """With further variables, for processes that are started meanwhile; what the user set stays."""
+    added = {name: value for name, value in more.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _handlers() -> dict[int, Any]:
@@ -234,7 +313,14 @@ def _unseen(work: Work, token: str) -> str:
         return f"does not see {work.folder.absolute()}; put the output on a file system that all nodes share, under one path"
     root: Path = work.images.root
     first = root / work.images.paths[0] if len(work.images) else root
-    if not (os.path.lexists(first) or archive_in(first) or address_of(first)):
+    archive = archive_in(first)
+    if address_of(first):  # which has not been asked for anything yet
+        try:
+            describe(archive[0] if archive else first, _IMPATIENT)
+        except (FeatcacheError, RefusedImage) as error:
+            return f"cannot read the images: {error}; a node has the variables that it was started with, not this command's"
+        return ""
+    if not (os.path.lexists(first) or archive):
         return f"does not see {root.absolute()}; put the images on a file system that all nodes share, under one path"
     return ""
 
@@ -306,7 +392,7 @@ def _run(
     with _quiet(ray):
         if progress:
             progress(0, total, "ray")
-        for row in data.iter_rows():
+        for row in _rows(ray, data):
             found = json.loads(row["done"])
             if "error" in found:
                 kind, text = found["error"]
@@ -320,13 +406,23 @@ def _run(
     return Published(work.folder, tuple(names), seconds)
 
 
+def _rows(ray: Any, data: Any) -> Iterator[dict[str, Any]]:
+    """Of a data set, as they come. Raises FeatcacheError: Ray gives up."""
+    try:
+        yield from data.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise FeatcacheError(
+            f"the Ray cluster gave up ({_first_line(error)}); what is finished is kept, and the same command goes on from there"
+        ) from error
+
+
 @contextlib.contextmanager
 def _quiet(ray: Any) -> Iterator[None]:
     """Ray Data without bars, and without telling how it goes."""
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     before = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)  # what it fails of is raised
     try:
         yield
     finally:

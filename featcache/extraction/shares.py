@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -67,9 +67,23 @@ class Share:
         readers = {"SLURM_ARRAY_TASK_ID": _of_slurm, "JOB_COMPLETION_INDEX": _of_kubernetes, "WORLD_SIZE": _of_torchrun}
         there = [name for name in readers if environ.get(name) and not (name == "WORLD_SIZE" and environ[name] == "1")]
         if len(there) != 1:
-            what = f"both {' and '.join(there)} are set" if there else f"none of {', '.join(readers)} is set"
+            what = f"both {' and '.join(there)} are set" if there else _none_of(readers, environ)
             raise UsageError(f"--part {text}: {what}; give --part I/N")
         return readers[there[0]](environ, stated)
+
+
+def _none_of(names: Iterable[str], environ: Mapping[str, str]) -> str:
+    """Words for no scheduler, or for what is too little of ``torchrun``."""
+    if not any(environ.get(name) for name in ("RANK", "WORLD_SIZE")):
+        return f"none of {', '.join(names)} is set"
+    others = " and ".join(name for name in names if name != "WORLD_SIZE")
+    return f"{_torchrun_says(environ)}, and {others} are not set"
+
+
+def _torchrun_says(environ: Mapping[str, str]) -> str:
+    alone = ", one process alone" if environ.get("WORLD_SIZE") == "1" else ""
+    found = [f"{name} is {environ.get(name) or 'not set'}" for name in ("RANK", "WORLD_SIZE")]
+    return f"{' and '.join(found)} (torchrun sets both){alone}"
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -104,6 +118,8 @@ def _of_kubernetes(environ: Mapping[str, str], stated: int | None) -> Share:
 
 
 def _of_torchrun(environ: Mapping[str, str], stated: int | None) -> Share:
+    if not environ.get("RANK"):
+        raise UsageError(f"--part auto: {_torchrun_says(environ)}; give --part I/N")
     rank, world = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     if stated not in (None, world):
         raise UsageError(f"--part auto/{stated}: WORLD_SIZE is {world}; start as many processes, or give --part I/N")

@@ -43,6 +43,17 @@ def shown(path: AnyPath) -> str:
     )
 
 
+def typed_below(root: Path) -> dict[str, str]:
+    """What was typed of ``root`` and of addresses below it, secrets included: for ``know`` in a process that works for this one."""
+    below = f"{root}{os.sep}"
+    return {key: typed for key, typed in _typed_addresses.items() if key == str(root) or key.startswith(below)}
+
+
+def know(typed: dict[str, str]) -> None:
+    """Take over what another process had typed."""
+    _typed_addresses.update(typed)
+
+
 def without_secrets(path: AnyPath) -> Path:
     """An address as ``shown``, which ``address_of`` knows the rest of, in this process: it gets into no message and no file.
 

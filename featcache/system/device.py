@@ -38,14 +38,14 @@ def choose_runtime(device: str = "auto", *, workers: int | None = None, batch_si
     """Choose what to compute with. Call it before anything large is allocated: from now on freed memory is kept.
 
     Args:
-        device: auto, cpu, cuda, cuda:N or mps.
+        device: auto, cpu, cuda, cuda:N or mps; of cuda:all the first.
         workers: threads; one per usable core when None, at most 32 with a GPU.
         batch_size: when None, 8 on a CPU (activations stay in the cache of one core), else 64.
 
     Raises:
         UsageError: no such device here, or a count below 1.
     """
-    check_runtime_options(device, workers=workers, batch_size=batch_size)
+    check_runtime_options(device.removesuffix(":all"), workers=workers, batch_size=batch_size)
     use_one_thread_if_forked()
     cores = usable_cores()
     chosen, reason = choose_device(device)
@@ -148,9 +148,11 @@ def choose_device(name: str) -> tuple[torch.device, str]:
         if torch.backends.mps.is_available():
             return torch.device("mps"), "device mps: Apple GPU, no CUDA GPU found"
         return torch.device("cpu"), "device cpu: no GPU found"
-    device = torch.device(name)
+    device = torch.device(name.removesuffix(":all"))
     found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if device.type not in found or (device.index or 0) >= found[device.type]:
         there = [kind for kind, count in found.items() if count]
-        raise UsageError(f"device {name!r} is not on this machine, which has: {', '.join(there)}")
+        raise UsageError(
+            f"device {name!r} is not on this machine, which has: {', '.join(there)}; auto takes the best of it"
+        )
     return device, f"device {name}: as asked"

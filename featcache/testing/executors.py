@@ -49,6 +49,10 @@ class ExecutorContract:
     def end(self) -> None:
         """Wait until nothing of an interrupted run goes on."""
 
+    def source(self, folder: Path) -> Any:
+        """The images, made below ``folder``; wherever they lie, what is in them is as in ``pictures``."""
+        return pictures(folder)
+
     # ------------------------------------------------------------------------------------------------------ tests
 
     def test_the_same_bytes_as_one_process(self, tmp_path: Path) -> None:
@@ -125,7 +129,7 @@ class ExecutorContract:
     # ------------------------------------------------------------------------------------------------------ tools
 
     def _extract(self, folder: Path, name: str, executor: Executor | None, **options: Any) -> ExtractReport:
-        return extract(pictures(folder), folder / f"{name}.h5", REQUEST, executor=executor, **options)
+        return extract(self.source(folder), folder / f"{name}.h5", REQUEST, executor=executor, **options)
 
     def _work(self, folder: Path) -> Work:
         """What ``extract`` would have an executor do."""

@@ -151,7 +151,7 @@ def test_each_process_of_torchrun_has_its_own_gpu(monkeypatch: pytest.MonkeyPatc
 def test_all_gpus_where_there_are_none(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there are some")
-    with pytest.raises(UsageError, match="device 'cuda' is not on this machine"):
+    with pytest.raises(UsageError, match="device 'cuda:all' is not on this machine, which has: .*; auto takes"):
         extract(make_photos(tmp_path / "p"), tmp_path / "f.h5", TINY, device="cuda:all")
 
 

@@ -195,13 +195,13 @@ class Limits:
         """Evidence of (n, D) rows; nothing of each if none was asked for."""
         return [{}] * len(features) if self.evidence is None else self.evidence.find(features, digests)
 
-    def unsure(self, probabilities: Array, found: Found) -> Array:
-        """(N, C) probabilities and evidence -> (N,) whether ``doubt`` would say anything."""
+    def unsure(self, confidence: Array, sizes: Array | None, found: Found) -> Array:
+        """(N,) whether ``doubt`` would say anything, by probabilities of the likeliest class, sizes of sets and evidence."""
         doubtful = np.array([evidence.get("unfamiliarity", 0) > UNFAMILIAR for evidence in found], bool)
-        if self.sets is not None:
-            doubtful |= self.sets.contain(probabilities).sum(axis=1) != 1
+        if sizes is not None:
+            doubtful |= sizes != 1
         if self.abstain_below is not None:
-            doubtful |= probabilities.max(axis=1) < self.abstain_below
+            doubtful |= confidence < self.abstain_below
         return doubtful
 
     def describe(

@@ -349,13 +349,14 @@ def _announce_logreg(n: int, dim: int, n_classes: int, *, choosing: bool) -> Non
     """Refuse, before features are read, what does not fit into memory; say how long much of it takes. Raises UsageError."""
     from featcache.heads.logreg import check_memory, estimate
 
-    check_memory(n, dim)
+    needed = check_memory(n, dim)
     if n > _MANY_ROWS and choosing:
         minutes = max(1, round(estimate(n, dim, n_classes) / 60))
+        memory = f" and up to {needed / 1e9:.0f} GB" if needed else ""
         text = (
-            "choosing C on %s of %d values and %d classes takes some %s here; --clf linear needs less time and memory"
+            "choosing C on %s of %d values and %d classes takes some %s%s here; --clf linear needs less time and memory"
         )
-        log.info(text, quantity(n, "row"), dim, n_classes, quantity(minutes, "minute"))
+        log.info(text, quantity(n, "row"), dim, n_classes, quantity(minutes, "minute"), memory)
 
 
 def _train(

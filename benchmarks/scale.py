@@ -89,6 +89,9 @@ def extract_again(folder: Path, images: Any) -> None:
     assert (report.reused, report.embedded) == (len(images), 0), report
 
 
+LINEAR = ("--clf", "linear", "--epochs", "1", "--json")  # more epochs take more time, and no more memory
+
+
 def command(*words: str) -> list[str]:
     """A command line, run in the temporary folder."""
     return [sys.executable, "-m", "featcache", *words]
@@ -101,8 +104,8 @@ STEPS: dict[str, tuple[list[str] | None, int]] = {
     "unchanged": (None, 0),
     "verify": (command("verify", "features.h5"), 1),
     "info": (command("info", "features.h5", "--json"), 0),
-    "fit": (command("fit-head", "features.h5", "-o", "model", "--clf", "linear", "--folds", "0", "--json"), 3),
-    "fit 5 folds": (command("fit-head", "features.h5", "-o", "model5", "--clf", "linear", "--json"), 3),
+    "fit": (command("fit-head", "features.h5", "-o", "model", "--folds", "0", *LINEAR), 3),
+    "fit 5 folds": (command("fit-head", "features.h5", "-o", "model5", *LINEAR), 3),
     "predict": (command("predict", "model", "features.h5", "-o", "rows.csv", "--json"), 2),
     "evaluate": (command("evaluate", "model", "features.h5", "--json"), 1),
     "evaluate all": (command("evaluate", "model", "features.h5", "--split", "all", "-o", "all.csv", "--json"), 2),

@@ -52,6 +52,19 @@ class Digests:
             found[start : start + _BLOCK] = self._contain(digests[start : start + _BLOCK])
         return found
 
+    def places(self, digests: npt.NDArray[np.uint8]) -> Indices:
+        """(N, 32) digests -> (N,) where the content lies among these, which must not repeat; -1: nowhere."""
+        starts, found = _starts(digests), np.full(len(digests), -1, np.intp)
+        first = np.searchsorted(self._starts, starts)
+        while len(self._starts):  # a second time only where others begin alike
+            place = first.clip(max=len(self._starts) - 1)
+            same = (self._digests[self._order[place]] == digests).all(axis=1)
+            found[same] = self._order[place[same]]
+            if not ((self._starts[place] == starts) & (found < 0) & (first < len(self._starts))).any():
+                break
+            first = first + 1
+        return found
+
     def _contain(self, digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         starts = _starts(digests)
         place = np.searchsorted(self._starts, starts).clip(max=len(self._starts) - 1)

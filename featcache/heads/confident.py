@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from featcache.heads.head import Array, Indices
+from featcache.heads.head import Array, Indices, Probabilities
 
 _BLOCK = 2**22  # probabilities that are worked on at a time
 _NEIGHBOURS = 0.25  # weight of the neighbours' opinion
@@ -32,7 +32,7 @@ class Votes(NamedTuple):
     weights: Array
 
 
-def confident_joint(y: Array, probabilities: Array) -> Array:
+def confident_joint(y: Array, probabilities: Probabilities) -> Array:
     """(C, C) int64: how many rows labelled i count confidently as j.
 
     A row does if its probability of j is at least the mean one of the rows labelled j, and the largest for which that holds. Rows
@@ -41,6 +41,11 @@ def confident_joint(y: Array, probabilities: Array) -> Array:
     Args:
         y: (N,) labels 0..C-1. probabilities: (N, C), each from a head that the row did not train; NaN: no opinion.
     """
+    return _confident_joint(y, probabilities)[0]
+
+
+def _confident_joint(y: Array, probabilities: Probabilities) -> tuple[Array, Array]:
+    """And (C,) how many rows of each class there is an opinion of."""
     n_classes = probabilities.shape[1]
     sums, counts = np.zeros(n_classes), np.zeros(n_classes, np.int64)
     for rows, p in _blocks(y, probabilities):
@@ -54,24 +59,21 @@ def confident_joint(y: Array, probabilities: Array) -> Array:
         kept = sure[np.arange(len(p)), guess] >= 0
         np.add.at(joint, (y[rows][kept], guess[kept]), 1)
     np.fill_diagonal(joint, np.maximum(joint.diagonal(), counts > 0))
-    return joint
+    return joint, counts
 
 
-def count_wrong_labels(y: Array, probabilities: Array) -> int:
+def count_wrong_labels(y: Array, probabilities: Probabilities) -> int:
     """How many labels are wrong, as the confident joint estimates it: also among rows that it did not count.
 
     Each class's share of wrong labels, of its rows that were counted, is taken for all of its rows.
     """
-    joint = confident_joint(y, probabilities)
+    joint, judged = _confident_joint(y, probabilities)
     rows = joint.sum(axis=1)
     wrong = 1 - joint.diagonal() / np.maximum(rows, 1)
-    judged = np.zeros(len(rows), np.int64)
-    for some, _ in _blocks(y, probabilities):
-        judged += np.bincount(y[some], minlength=len(rows))
     return round(float((wrong * judged).sum()))
 
 
-def doubts(y: Array, probabilities: Array, votes: Votes | None = None) -> tuple[Array, Indices]:
+def doubts(y: Array, probabilities: Probabilities, votes: Votes | None = None) -> tuple[Array, Indices]:
     """(N,) in 0..1, how far another class outweighs the label: q_other / (q_other + q_label); and (N,) which one.
 
     That is the logit margin put through a sigmoid: above 0.5 the other class is the more probable. 0 and -1 without opinion.
@@ -101,14 +103,14 @@ def _heard(p: Array, labels: Indices, weights: Array) -> Array:
     return heard
 
 
-def wrong_labels(y: Array, probabilities: Array, votes: Votes | None = None) -> Indices:
+def wrong_labels(y: Array, probabilities: Probabilities, votes: Votes | None = None) -> Indices:
     """Rows whose label may be wrong, the surest first: as many as ``count_wrong_labels``, if another class outweighs each."""
     doubt, _ = doubts(y, probabilities, votes)
     found: Indices = np.argsort(-doubt, kind="stable")[: count_wrong_labels(y, probabilities)]
     return found[doubt[found] > 0.5]
 
 
-def _blocks(y: Array, probabilities: Array, *, values: int = _BLOCK) -> Iterator[tuple[Indices, Array]]:
+def _blocks(y: Array, probabilities: Probabilities, *, values: int = _BLOCK) -> Iterator[tuple[Indices, Array]]:
     """Row numbers and (n, C) float64 probabilities of the rows of which there is an opinion and a label."""
     size = max(1, values // probabilities.shape[1])
     for start in range(0, len(y), size):

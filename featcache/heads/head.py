@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -34,6 +35,21 @@ class FeatureSource(Protocol):
 
     def __getitem__(self, rows: Indices, /) -> Array:
         """(n,) row numbers -> (n, D), a copy."""
+
+
+class Probabilities(Protocol):
+    """(N, C) probabilities, rows summing to 1: an array, or ``Scores``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32 or float64."""
+
+    def __getitem__(self, rows: Indices | slice, /) -> Array:
+        """Those of some rows: (n, C)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,13 +92,9 @@ class Head:
         weight, bias = self.layers[-1]
         return dataclasses.replace(self, layers=(*self.layers[:-1], (weight / temperature, bias / temperature)))
 
-    def score(self, features: FeatureSource, rows: Indices, *, block: int = 2048) -> Array:
+    def score(self, features: FeatureSource, rows: Indices) -> Array:
         """(n, C) probabilities of (n,) ``rows`` of (M, D) features, which are read block by block."""
-        bias = self.layers[-1][1]
-        scores = np.empty((len(rows), len(bias)), bias.dtype)  # filled in place: never in memory twice
-        for start in range(0, len(rows), block):
-            scores[start : start + block] = self.probabilities(features[rows[start : start + block]])
-        return scores
+        return Scores(self, features.__getitem__, rows)[:]
 
     def to_tensors(self) -> dict[str, Array]:
         """The head as named arrays, from which ``from_tensors`` makes it again."""
@@ -111,6 +123,28 @@ class Head:
         if not (fits and finite and known and mean.shape == scale.shape == (dim,)):
             raise ModelError(f"the head's tensors do not fit together (kind {kind}, scaling {scaling})")
         return cls(kind, scaling, mean, scale, layers)  # type: ignore[arg-type]
+
+
+class Scores:
+    """(N, C) probabilities of a head for N rows, computed each time that they are asked for: all would take 4 C bytes a row.
+
+    Attributes:
+        shape: (N, C). dtype: the head's.
+    """
+
+    def __init__(self, head: Head, take: Callable[[Indices], Array], rows: Indices) -> None:
+        """take: (n,) row numbers -> (n, D) features. rows: (N,) row numbers."""
+        bias = head.layers[-1][1]
+        self.shape, self.dtype = (len(rows), len(bias)), bias.dtype
+        self._head, self._take, self._rows = head, take, rows
+
+    def __getitem__(self, some: Indices | slice, *, block: int = 2048) -> Array:
+        """Those of some of the rows: (n, C)."""
+        rows = self._rows[some]
+        scores = np.empty((len(rows), self.shape[1]), self.dtype)  # filled in place: never in memory twice
+        for start in range(0, len(rows), block):
+            scores[start : start + block] = self._head.probabilities(self._take(rows[start : start + block]))
+        return scores
 
 
 @dataclasses.dataclass(frozen=True)

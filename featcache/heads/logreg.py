@@ -445,8 +445,11 @@ def estimate(n: int, dim: int, n_classes: int) -> float:
     return float(_SECONDS * n * dim * max(n_classes, _FEW_CLASSES) / cpu_count())
 
 
-def check_memory(n: int, dim: int) -> None:
-    """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated. Raises UsageError."""
+def check_memory(n: int, dim: int) -> float:
+    """Refuse what would end in swapping or a kill: features, and per thread a fold's rows scaled and rotated. Raises UsageError.
+
+    Returns the bytes that it takes at most; 0 of so little that nobody need know.
+    """
     size = 4 * n * dim
     needed = size * (2 + 3 * min(cpu_count() + 1, 15)) if size * 2 > _MAX_FLOAT64_BYTES else 0
     if sys.platform == "linux" and needed > (free := available_memory()):
@@ -454,3 +457,4 @@ def check_memory(n: int, dim: int) -> None:
             f"logreg needs about {needed / 1e9:.0f} GB for {n:,} x {dim:,} in memory, {free / 1e9:.0f} GB are free; "
             "use --clf linear, which reads from the cache in blocks"
         )
+    return needed

@@ -1,21 +1,76 @@
 """Labels and probabilities in, scores out. NumPy, and SciPy for exact tests.
 
-All functions take ``y`` (N,) integer labels in 0..C-1 and ``probabilities`` (N, C), rows summing to 1.
+Functions take ``y`` (N,) integer labels in 0..C-1 and ``probabilities`` (N, C), rows summing to 1, or ``Answers``: what most
+scores need of both, four numbers a row.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from featcache.heads.head import Array, Indices
+from featcache.heads.head import Array, Indices, Probabilities
 
 BINS = 15  # of confidence
 _TOP = 5  # classes
-_BLOCK = 4096  # rows that are compared at a time
+_BLOCK = 2048  # rows that are looked at in one go
 _SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # of rows that are answered, on the curve
 _Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
+
+
+class Answers(NamedTuple):
+    """What most scores need of N rows.
+
+    Attributes:
+        y: (N,) labels. predicted: (N,) the most probable class, of equals the first. confidence: (N,) its probability.
+        own: (N,) the probability of the label's class. in_top: (N,) whether that is among the five most probable ones, of
+            equal probabilities the first.
+    """
+
+    y: Array
+    predicted: Array
+    confidence: Array
+    own: Array
+    in_top: Array
+
+    @classmethod
+    def to_fill(cls, y: Array, dtype: np.dtype[Any]) -> "Answers":
+        """Room for those of ``y``, of probabilities of a dtype."""
+        n = len(y)
+        return cls(y, np.empty(n, np.int32), np.empty(n, dtype), np.empty(n, dtype), np.empty(n, bool))
+
+    @classmethod
+    def of(cls, y: Array, probabilities: Probabilities) -> "Answers":
+        """Of (N, C) probabilities, of which a block is looked at in one go."""
+        answers = cls.to_fill(y, probabilities.dtype)
+        for rows in blocks_of(len(y)):
+            answers.fill(rows, probabilities[rows])
+        return answers
+
+    def fill(self, rows: slice, p: Array) -> None:
+        """(n, C) probabilities of some rows."""
+        true = self.y[rows, None]
+        own = np.take_along_axis(p, true, axis=1)
+        better = (p > own).sum(axis=1) + ((p == own) & (np.arange(p.shape[1]) < true)).sum(axis=1)
+        self.predicted[rows], self.confidence[rows] = p.argmax(axis=1), p.max(axis=1)
+        self.own[rows], self.in_top[rows] = own[:, 0], better < _TOP
+
+    @property
+    def right(self) -> Array:
+        """(N,) whether the most probable class is the label's."""
+        found: Array = self.predicted == self.y
+        return found
+
+    @property
+    def log_loss(self) -> float:
+        """Mean of ``row_losses``."""
+        return float(_losses(self.own).mean())
+
+
+def blocks_of(n: int) -> Iterator[slice]:
+    """Of n rows those that are looked at in one go."""
+    return (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))
 
 
 def accuracy(y: Array, probabilities: Array) -> float:
@@ -25,7 +80,11 @@ def accuracy(y: Array, probabilities: Array) -> float:
 
 def row_losses(y: Array, probabilities: Array) -> Array:
     """(N,) negative log-probability of the true class, in nats; probabilities are clipped at 1e-12."""
-    losses: Array = -np.log(np.clip(probabilities[np.arange(len(y)), y], 1e-12, 1.0))
+    return _losses(probabilities[np.arange(len(y)), y])
+
+
+def _losses(own: Array) -> Array:
+    losses: Array = -np.log(np.clip(own, 1e-12, 1.0))
     return losses
 
 
@@ -34,26 +93,15 @@ def log_loss(y: Array, probabilities: Array) -> float:
     return float(row_losses(y, probabilities).mean())
 
 
-def top_accuracy(y: Array, probabilities: Array, n: int) -> float:
-    """Share of rows whose true class is among the ``n`` most probable ones; of equal probabilities the first counts; 0..1."""
-    hits = 0
-    for start in range(0, len(y), _BLOCK):
-        p, true = probabilities[start : start + _BLOCK], y[start : start + _BLOCK, None]
-        own = np.take_along_axis(p, true, axis=1)
-        better = (p > own).sum(axis=1) + ((p == own) & (np.arange(p.shape[1]) < true)).sum(axis=1)
-        hits += int((better < n).sum())
-    return hits / len(y)
-
-
-def expected_calibration_error(y: Array, probabilities: Array, *, bins: int = BINS) -> float:
+def expected_calibration_error(answers: Answers, *, bins: int = BINS) -> float:
     """Mean gap between confidence and accuracy over equal-width confidence bins (Guo et al. 2017); 0..1."""
-    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
-    return _calibration_error(confidence, correct, _bin_of(confidence, bins), bins)
+    confidence = answers.confidence
+    return _calibration_error(confidence, answers.right, _bin_of(confidence, bins), bins)
 
 
-def reliability(y: Array, probabilities: Array, *, bins: int = BINS) -> list[dict[str, float]]:
+def reliability(answers: Answers, *, bins: int = BINS) -> list[dict[str, float]]:
     """What ``expected_calibration_error`` is made of: n, mean confidence and accuracy of each bin that holds rows."""
-    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == y
+    confidence, correct = answers.confidence, answers.right
     bin_of = _bin_of(confidence, bins)
     counts = np.bincount(bin_of, minlength=bins)
     sums = (np.bincount(bin_of, values, bins) for values in (confidence, correct))
@@ -62,14 +110,13 @@ def reliability(y: Array, probabilities: Array, *, bins: int = BINS) -> list[dic
     return [{"n": n, "confidence": sure, "accuracy": right} for n, sure, right in columns if n]
 
 
-def calibration_error_by_chance(probabilities: Array, *, bins: int = BINS, draws: int = 100, seed: int = 0) -> float:
+def calibration_error_by_chance(confidence: Array, *, bins: int = BINS, draws: int = 100, seed: int = 0) -> float:
     """The ``expected_calibration_error`` to expect on as many rows if each answer were right with its own probability.
 
     Few rows never lie on the diagonal: the mean over draws of who is right (Bröcker and Smith 2007, "Increasing the
     reliability of reliability diagrams").
     """
-    confidence, generator = probabilities.max(axis=1), np.random.default_rng(seed)
-    bin_of = _bin_of(confidence, bins)
+    generator, bin_of = np.random.default_rng(seed), _bin_of(confidence, bins)
     return float(
         np.mean(
             [
@@ -140,15 +187,14 @@ def mcnemar(y: Array, first: Array, second: Array) -> dict[str, Any]:
     }
 
 
-def score_sets(y: Array, inside: Array, classes: Sequence[str]) -> dict[str, Any]:
-    """What prediction sets hold, as plain JSON values. inside: (N, C) whether a class is in the row's set.
+def score_sets(y: Array, holds: Array, sizes: Array, classes: Sequence[str]) -> dict[str, Any]:
+    """What prediction sets hold, as plain JSON values. holds: (N,) whether the truth is in the row's set. sizes: (N,) classes.
 
     Returns:
         reached: the share of rows whose set holds the truth, and its ``interval`` (``accuracy_interval``);
         mean_size; the shares of sets that are ``empty``, of ``one_class``, of ``several``; largest: the most classes in a set;
         per_class: name -> n, reached (None where the class does not occur).
     """
-    holds, sizes = inside[np.arange(len(y)), y], inside.sum(axis=1)
     counts, held = np.bincount(y, minlength=len(classes)), np.bincount(y, holds, minlength=len(classes))
     return {
         "reached": float(holds.mean()),
@@ -165,32 +211,37 @@ def score_sets(y: Array, inside: Array, classes: Sequence[str]) -> dict[str, Any
     }
 
 
-def score_answers(y: Array, probabilities: Array, answered: Array) -> dict[str, Any]:
+def score_answers(answers: Answers, answered: Array) -> dict[str, Any]:
     """Accuracy of those rows that are ``answered``, (N,) bool, as plain JSON values; None where none is."""
-    right, n = probabilities.argmax(axis=1) == y, int(answered.sum())
+    right, n = answers.right, int(answered.sum())
     return {
         "n": n,
-        "share": n / len(y),
+        "share": n / len(right),
         "accuracy": float(right[answered].mean()) if n else None,
         "accuracy_interval": accuracy_interval(int(right[answered].sum()), n) if n else None,
     }
 
 
-def answer_curve(y: Array, probabilities: Array) -> list[dict[str, float]]:
+def answer_curve(answers: Answers) -> list[dict[str, float]]:
     """Accuracy of the surest rows against their share (El-Yaniv and Wiener 2010, "On the foundations of noise-free selective
     classification"), from all rows to half of them: share, n, accuracy, and the least probability among them.
     """
-    sure = probabilities.max(axis=1)
+    sure = answers.confidence
     order = np.argsort(-sure, kind="stable")
-    right = np.cumsum((probabilities.argmax(axis=1) == y)[order])
-    counts = [max(1, math.ceil(share * len(y))) for share in _SHARES]
+    right = np.cumsum(answers.right[order])
+    counts = [max(1, math.ceil(share * len(sure))) for share in _SHARES]
     return [
         {"share": share, "n": n, "accuracy": float(right[n - 1] / n), "least_probability": float(sure[order[n - 1]])}
         for share, n in zip(_SHARES, counts, strict=True)
     ]
 
 
-def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str]) -> dict[str, Any]:
+def evaluate_probabilities(y: Array, probabilities: Probabilities, classes: Sequence[str]) -> dict[str, Any]:
+    """``evaluate_answers`` of (N, C) probabilities."""
+    return evaluate_answers(Answers.of(y, probabilities), classes)
+
+
+def evaluate_answers(answers: Answers, classes: Sequence[str]) -> dict[str, Any]:
     """Scores of one model as plain JSON values.
 
     Returns:
@@ -200,8 +251,8 @@ def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str
         macro_f1: mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted, as scikit-learn has it;
         per_class: name -> n, precision, recall (None where undefined).
     """
-    c = probabilities.shape[1]
-    confusion = np.bincount(y * c + probabilities.argmax(axis=1), minlength=c * c).reshape(c, c)
+    c = len(classes)
+    confusion = np.bincount(answers.y * c + answers.predicted, minlength=c * c).reshape(c, c)
     true, predicted, hit = confusion.sum(axis=1), confusion.sum(axis=0), np.diag(confusion)
     occurs, concerned = true > 0, true + predicted > 0
     per_class = {
@@ -213,14 +264,14 @@ def evaluate_probabilities(y: Array, probabilities: Array, classes: Sequence[str
         for k, name in enumerate(classes)
     }
     return {
-        "n": len(y),
-        "accuracy": accuracy(y, probabilities),
-        "accuracy_interval": accuracy_interval(int(hit.sum()), len(y)),
-        "top5_accuracy": top_accuracy(y, probabilities, _TOP) if c > _TOP else None,
+        "n": (n := len(answers.y)),
+        "accuracy": float(answers.right.mean()),
+        "accuracy_interval": accuracy_interval(int(hit.sum()), n),
+        "top5_accuracy": int(answers.in_top.sum()) / n if c > _TOP else None,
         "balanced_accuracy": float((hit[occurs] / true[occurs]).mean()),
         "macro_f1": float((2 * hit[concerned] / (true + predicted)[concerned]).mean()),
         "per_class": per_class,
-        "log_loss": log_loss(y, probabilities),
-        "ece": expected_calibration_error(y, probabilities),
+        "log_loss": answers.log_loss,
+        "ece": expected_calibration_error(answers),
         "confusion": confusion.tolist(),
     }

@@ -15,20 +15,20 @@ from featcache.cache.copies import find_copies
 from featcache.cache.format import decode_names
 from featcache.heads.confident import wrong_labels
 from featcache.heads.conformal import METHOD
-from featcache.heads.head import Array, softmax
+from featcache.heads.head import Array
 from featcache.heads.metrics import (
-    accuracy,
+    Answers,
     answer_curve,
+    blocks_of,
     calibration_error_by_chance,
-    evaluate_probabilities,
+    evaluate_answers,
     expected_calibration_error,
-    log_loss,
     reliability,
     score_answers,
     score_sets,
 )
 from featcache.images.source import AnySource, ImageList, Source
-from featcache.models.limits import UNFAMILIAR, Found, Limits, temperature_of
+from featcache.models.limits import UNFAMILIAR, Found, Limits, Sets
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import Scored, check_split, score_source
 from featcache.system.display import quantity
@@ -104,8 +104,7 @@ def evaluate(
 
 def scores_of(model: Model, scored: Scored, limits: Limits, *, seen: Array | None) -> dict[str, Any]:
     """What ``evaluate`` returns, without rows. seen: (N,) whether training has seen the image; None: not known."""
-    scores = evaluate_probabilities(scored.y, scored.probabilities, model.classes)
-    scores |= _worth(model, scored, limits)
+    scores = evaluate_answers(scored.answers, model.classes) | _worth(model, scored, limits)
     unseen = seen is None or not seen.any()  # of rows that trained the head probabilities say what it was told
     suspects = len(wrong_labels(scored.y, scored.probabilities)) if unseen else None
     facts = {"label_suspects": suspects, "split": scored.split, "refused": len(scored.refused)}
@@ -125,41 +124,43 @@ def _checked(model: Model | AnyPath, source: AnySource | ImageList) -> Model:
 
 def _worth(model: Model, scored: Scored, limits: Limits) -> dict[str, Any]:
     """What probabilities, sets and answers are worth."""
-    y, probabilities, temperature = scored.y, scored.probabilities, temperature_of(model)
-    ways = {"before": _at_temperature(probabilities, temperature), "after": probabilities}
+    answers, sizes = scored.answers, None
+    ways = {"before": _calibration(scored.before), "after": _calibration(answers)}
     worth: dict[str, Any] = {
-        "calibration": {"temperature": temperature} | {way: _calibration(y, p) for way, p in ways.items()},
-        "answer_curve": answer_curve(y, probabilities),
+        "calibration": {"temperature": scored.temperature} | ways,
+        "answer_curve": answer_curve(answers),
         "coverage": None,
         "answered": None,
     }
     if (sets := limits.sets) is not None:
         found = {"asked": sets.thresholds.coverage, "method": METHOD, "n_scores": sets.thresholds.n}
         found["own_thresholds"] = int(sets.thresholds.own.sum())
-        worth["coverage"] = found | score_sets(y, sets.contain(probabilities), model.classes)
+        holds, sizes = _look_into(sets, scored)
+        worth["coverage"] = found | score_sets(scored.y, holds, sizes, model.classes)
     if sets is not None or limits.evidence is not None or limits.abstain_below is not None:
         strange = [found["unfamiliarity"] > UNFAMILIAR for found in scored.found if found]
         facts = {"abstain_below": limits.abstain_below, "unfamiliar": float(np.mean(strange)) if strange else None}
-        worth["answered"] = facts | score_answers(y, probabilities, ~limits.unsure(probabilities, scored.found))
+        unsure = limits.unsure(answers.confidence, sizes, scored.found)
+        worth["answered"] = facts | score_answers(answers, ~unsure)
     return worth
 
 
-@np.errstate(divide="ignore")
-def _at_temperature(probabilities: Array, temperature: float, *, block: int = 4096) -> Array:
-    """(N, C) what they were before logits were divided by it; as float64 are never more than a few of them."""
-    before = np.empty_like(probabilities)
-    for start in range(0, len(before), block):
-        logits = np.log(probabilities[start : start + block].astype(np.float64))
-        before[start : start + block] = softmax(temperature * logits)
-    return before
+def _look_into(sets: Sets, scored: Scored) -> tuple[Array, Array]:
+    """(N,) whether the truth is in the row's set, and (N,) how many classes are."""
+    holds, sizes = np.empty(len(scored), bool), np.empty(len(scored), np.int32)
+    for rows in blocks_of(len(scored)):
+        inside = sets.contain(scored.probabilities[rows])
+        holds[rows] = np.take_along_axis(inside, scored.y[rows, None], axis=1)[:, 0]
+        sizes[rows] = inside.sum(axis=1)
+    return holds, sizes
 
 
-def _calibration(y: Array, probabilities: Array) -> dict[str, Any]:
+def _calibration(answers: Answers) -> dict[str, Any]:
     return {
-        "log_loss": log_loss(y, probabilities),
-        "ece": expected_calibration_error(y, probabilities),
-        "ece_by_chance": calibration_error_by_chance(probabilities),
-        "reliability": reliability(y, probabilities),
+        "log_loss": answers.log_loss,
+        "ece": expected_calibration_error(answers),
+        "ece_by_chance": calibration_error_by_chance(answers.confidence),
+        "reliability": reliability(answers),
     }
 
 
@@ -176,16 +177,19 @@ def _rows(model: Model, scored: Scored, limits: Limits, *, seen: Array | None) -
         known = {"true_label": label, "true_probability": probability, "correct": right, "seen": None}
         return prediction.to_row() | known
 
-    for k, (name, true, values) in enumerate(zip(scored.names, scored.y.tolist(), scored.probabilities, strict=True)):
-        (path,) = decode_names(np.array([name]))
-        yield row(path, values, scored.found[k : k + 1], "", true) | {"seen": None if seen is None else bool(seen[k])}
+    for rows in blocks_of(len(scored)):
+        columns = scored.relative(rows), scored.probabilities[rows], scored.y[rows].tolist()
+        for k, (path, values, true) in enumerate(zip(*columns, strict=True), rows.start):
+            yield row(path, values, scored.found[k : k + 1], "", true) | {
+                "seen": None if seen is None else bool(seen[k])
+            }
     for (path, reason), label in scored.refused:
         yield row(path, None, [], reason, label)
 
 
 def _copies(scored: Scored, *, seen: Array | None) -> dict[str, Any]:
     """How many images repeat each other or were ``seen`` in training, and the accuracy on those that were not."""
-    y, probabilities = scored.y, scored.probabilities
+    y = scored.y
     copies = find_copies(scored.digests, y, np.zeros(len(y), np.int64), scored.names)
     for sentence in copies.examples:
         log.warning(sentence)
@@ -195,5 +199,5 @@ def _copies(scored: Scored, *, seen: Array | None) -> dict[str, Any]:
         first = decode_names(scored.names[seen][:1])[0]
         text = "training has seen %d of the %s, the first %s: a score on them flatters"
         log.warning(text, count, quantity(len(y), "image"), first)
-    without = None if seen.all() else accuracy(y[~seen], probabilities[~seen])
+    without = None if seen.all() else float(scored.answers.right[~seen].mean())
     return {"accuracy_without_copies": without, "copies": copies.counts() | {"across_splits": count}}

@@ -17,8 +17,8 @@ from featcache.cache.cache import FeatureCache, weights_copy
 from featcache.cache.copies import find_copies, first_copies
 from featcache.errors import SourceError, UsageError
 from featcache.heads.confident import wrong_labels
-from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, TorchSettings, softmax
-from featcache.heads.metrics import accuracy, evaluate_probabilities
+from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, Scores, TorchSettings, softmax
+from featcache.heads.metrics import Answers, evaluate_answers
 from featcache.images.groups import group_by_name, joined, read_groups
 from featcache.images.layout import some
 from featcache.images.source import Source
@@ -349,13 +349,14 @@ def _announce_logreg(n: int, dim: int, n_classes: int, *, choosing: bool) -> Non
     """Refuse, before features are read, what does not fit into memory; say how long much of it takes. Raises UsageError."""
     from featcache.heads.logreg import check_memory, estimate
 
-    check_memory(n, dim)
+    needed = check_memory(n, dim)
     if n > _MANY_ROWS and choosing:
         minutes = max(1, round(estimate(n, dim, n_classes) / 60))
+        memory = f" and up to {needed / 1e9:.0f} GB" if needed else ""
         text = (
-            "choosing C on %s of %d values and %d classes takes some %s here; --clf linear needs less time and memory"
+            "choosing C on %s of %d values and %d classes takes some %s%s here; --clf linear needs less time and memory"
         )
-        log.info(text, quantity(n, "row"), dim, n_classes, quantity(minutes, "minute"))
+        log.info(text, quantity(n, "row"), dim, n_classes, quantity(minutes, "minute"), memory)
 
 
 def _train(
@@ -420,10 +421,10 @@ def _score(cache: FeatureCache, head: Head, seen: TrainingRows, *, split: str, p
     if not len(rows):
         return None
     with cache.reader() as features:
-        probabilities = head.score(features, rows)
+        answers = Answers.of(y, Scores(head, features.__getitem__, rows))
     new = ~seen.contain(cache.rows.digests[rows])
-    without = {"accuracy_without_copies": accuracy(y[new], probabilities[new]) if new.any() else None}
-    return evaluate_probabilities(y, probabilities, [cache.classes[index] for index in present]) | without
+    without = {"accuracy_without_copies": float(answers.right[new].mean()) if new.any() else None}
+    return evaluate_answers(answers, [cache.classes[index] for index in present]) | without
 
 
 def _weights_to_keep(cache: FeatureCache, *, self_contained: bool) -> dict[str, bytes | Path]:

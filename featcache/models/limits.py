@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.copies import are_among, first_copies
+from featcache.cache.copies import Digests, are_among, first_copies
+from featcache.cache.format import decode_names
 from featcache.errors import ModelError, SourceError, UsageError
 from featcache.heads.conformal import METHOD, Thresholds, check_coverage, fit_thresholds, rows_of_class_needed
 from featcache.heads.head import Array, Indices
@@ -100,7 +101,7 @@ class Evidence:
     """Training images to compare with.
 
     Attributes:
-        neighbours: of their embeddings. paths: of the cache, by row number.
+        neighbours: of their embeddings.
     """
 
     def __init__(self, model: "Model", path: str | os.PathLike[str]) -> None:
@@ -116,9 +117,9 @@ class Evidence:
         model.check_cache(cache, advice="give as evidence the cache that the model was fit on")
         rows = rows_that_trained(model, cache)
         cache.check_finite(rows)
-        self.paths = cache.paths
+        self._names = cache.rows.paths
         self.neighbours = Neighbours(cache.X, rows)
-        self._position = {cache.rows.digests[row].tobytes(): place for place, row in enumerate(rows)}
+        self._digests = Digests(cache.rows.digests[rows])
         text = "evidence: %s of %s; unfamiliar is what is farther from its %d nearest ones than %.0f%% of them are"
         log.info(text, quantity(len(rows), "training image"), path, self.neighbours.k, 100 * UNFAMILIAR)
 
@@ -126,15 +127,16 @@ class Evidence:
         """Per (n, D) row ``nearest`` and ``unfamiliarity``; an image that is among the training images has itself left out
         of its unfamiliarity, and as its nearest one itself.
         """
-        itself = np.array([self._position.get(digest, -1) for digest in digests], np.intp)
+        itself = self._digests.places(np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
         count = max(self.neighbours.k + 1, EVIDENCE)
         places, similarities = self.neighbours.nearest(features, count=count)
         used = slice(self.neighbours.k + 1)
         distances = self.neighbours.distances(places[:, used], similarities[:, used], itself)
-        names = self.neighbours.rows[places[:, :EVIDENCE]].tolist()
+        near = self.neighbours.rows[places[:, :EVIDENCE]]
+        names = np.array(decode_names(self._names[near.reshape(-1)]), object).reshape(near.shape)
         pairs = (zip(*row, strict=True) for row in zip(names, similarities[:, :EVIDENCE].tolist(), strict=True))
         return [
-            {"nearest": tuple(Neighbour(self.paths[row], value) for row, value in found), "unfamiliarity": share}
+            {"nearest": tuple(Neighbour(path, value) for path, value in found), "unfamiliarity": share}
             for found, share in zip(pairs, self.neighbours.unfamiliarity(distances).tolist(), strict=True)
         ]
 
@@ -195,13 +197,13 @@ class Limits:
         """Evidence of (n, D) rows; nothing of each if none was asked for."""
         return [{}] * len(features) if self.evidence is None else self.evidence.find(features, digests)
 
-    def unsure(self, probabilities: Array, found: Found) -> Array:
-        """(N, C) probabilities and evidence -> (N,) whether ``doubt`` would say anything."""
+    def unsure(self, confidence: Array, sizes: Array | None, found: Found) -> Array:
+        """(N,) whether ``doubt`` would say anything, by probabilities of the likeliest class, sizes of sets and evidence."""
         doubtful = np.array([evidence.get("unfamiliarity", 0) > UNFAMILIAR for evidence in found], bool)
-        if self.sets is not None:
-            doubtful |= self.sets.contain(probabilities).sum(axis=1) != 1
+        if sizes is not None:
+            doubtful |= sizes != 1
         if self.abstain_below is not None:
-            doubtful |= probabilities.max(axis=1) < self.abstain_below
+            doubtful |= confidence < self.abstain_below
         return doubtful
 
     def describe(

@@ -5,6 +5,7 @@ images of a split, and those that were refused.
 """
 
 import dataclasses
+import functools
 import itertools
 import logging
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.format import decode_names, encode_names
 from featcache.errors import Refusal, SourceError, UsageError
-from featcache.heads.head import Array, Indices, softmax
+from featcache.heads.head import MAX_LOGITS, Array, Indices, Probabilities, Scores, softmax
+from featcache.heads.metrics import Answers, blocks_of
 from featcache.images.source import AnySource, ImageList, Source, list_images
-from featcache.models.limits import Found, Limits
+from featcache.models.limits import Found, Limits, temperature_of
 from featcache.models.model import Model
 from featcache.models.predict import predict_images
 from featcache.models.prediction import Prediction
@@ -37,6 +39,7 @@ class Scored:
     Attributes:
         split: train, val, test, all, or ``HELD_OUT``.
         y: (N,) labels, probabilities: (N, C), digests: (N, 32), names: (N,) encoded paths of those that were scored.
+        temperature: that probabilities were made with.
         found: evidence of each of those, fields of ``Prediction``.
         refused: the others, with their label where that is known.
         root: what paths are relative to; None: they stay as they are.
@@ -46,17 +49,37 @@ class Scored:
 
     split: str
     y: Array
-    probabilities: Array
+    probabilities: Probabilities
     digests: Array
     names: Array
     found: Found
     refused: list[tuple[Refusal, int | None]]
+    temperature: float
     root: Path | None = None
     rows: Indices | None = None
     elsewhere: int = 0
 
     def __len__(self) -> int:
         return len(self.y)
+
+    @property
+    def answers(self) -> Answers:
+        """What most scores need of ``probabilities``."""
+        return self._answers[0]
+
+    @property
+    def before(self) -> Answers:
+        """The same of what they were before logits were divided by ``temperature``."""
+        return self._answers[1]
+
+    @functools.cached_property
+    def _answers(self) -> tuple[Answers, Answers]:
+        """In one pass, since probabilities may be computed when they are asked for."""
+        after, before = (Answers.to_fill(self.y, self.probabilities.dtype) for _ in range(2))
+        for rows in blocks_of(len(self)):
+            after.fill(rows, p := self.probabilities[rows])
+            before.fill(rows, at_temperature(p, self.temperature))
+        return after, before
 
     def paths(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
         """Of some of the rows, as the user would type them."""
@@ -66,6 +89,12 @@ class Scored:
     def relative(self, rows: Indices | slice = slice(None)) -> tuple[str, ...]:
         """Their paths relative to ``root``, or to the source of the cache; empty where not known."""
         return decode_names(self.names[rows])
+
+
+@np.errstate(divide="ignore")
+def at_temperature(probabilities: Array, temperature: float) -> Array:
+    """(n, C) what they were before logits were divided by it."""
+    return softmax(temperature * np.log(probabilities.astype(np.float64))).astype(probabilities.dtype)
 
 
 def check_split(split: str | None) -> None:
@@ -87,15 +116,18 @@ def score_source(
     return score_images(model, source, split=split, limits=limits, **options)
 
 
-def score_cache(model: Model, cache: FeatureCache, *, split: str | None, limits: Limits) -> Scored:
-    """Score the rows of a cache; see ``score_source``."""
+def score_cache(
+    model: Model, cache: FeatureCache, *, split: str | None, limits: Limits, most: int = MAX_LOGITS
+) -> Scored:
+    """Score the rows of a cache; see ``score_source``. most: probabilities that are kept; more are computed when asked for."""
     model.check_cache(cache)
     split, chosen = choose_split(cache.rows.splits, split, str(cache.path))
     chosen = chosen[cache.y[chosen] >= 0]
     y = _labels_of_model(model, cache.classes, cache.y[chosen], str(cache.path), split)
     cache.check_finite(chosen)
-    with cache.reader() as features:
-        probabilities = model.head.score(features, chosen)
+    probabilities: Probabilities = Scores(model.head, cache.take, chosen)
+    if len(chosen) * len(model.classes) <= most:
+        probabilities = probabilities[:]
     found: Found = [{}] * len(chosen)
     if limits.evidence is not None:
         known = (digest.tobytes() for digest in cache.rows.digests[chosen])
@@ -103,10 +135,10 @@ def score_cache(model: Model, cache: FeatureCache, *, split: str | None, limits:
             one for block in cache.blocks(chosen) for one in limits.find(block, itertools.islice(known, len(block)))
         ]
     refused = cache.refused if split == "all" else ()
-    columns = cache.rows.digests[chosen], cache.rows.paths[chosen]
     refusals: list[tuple[Refusal, int | None]] = [(refusal, None) for refusal in refused]
     elsewhere = len(cache.refused) - len(refusals)
-    return Scored(split, y, probabilities, *columns, found, refusals, rows=chosen, elsewhere=_said(elsewhere))
+    columns = split, y, probabilities, cache.rows.digests[chosen], cache.rows.paths[chosen], found, refusals
+    return Scored(*columns, temperature_of(model), rows=chosen, elsewhere=_said(elsewhere))
 
 
 def score_images(
@@ -130,7 +162,7 @@ def score_images(
     images = images.take(chosen[images.labels[chosen] >= 0])
     y = _labels_of_model(model, images.classes, images.labels, name, split)
     found = list(predict_images(model, images, device, workers, batch_size, progress, limits=limits))
-    return _of_predictions(images, y, found, name=name, split=split)
+    return _of_predictions(images, y, found, name=name, split=split, temperature=temperature_of(model))
 
 
 def score_held_out(model: Model, cache: FeatureCache | None = None) -> Scored:
@@ -159,10 +191,12 @@ def score_held_out(model: Model, cache: FeatureCache | None = None) -> Scored:
         rows = rows if there.all() else None
     probabilities = softmax(found.logits.astype(np.float64)).astype(np.float32)
     columns = found.labels, probabilities, found.digests, names
-    return Scored(HELD_OUT, *columns, [{}] * len(names), [], rows=rows)
+    return Scored(HELD_OUT, *columns, [{}] * len(names), [], temperature_of(model), rows=rows)
 
 
-def _of_predictions(images: ImageList, y: Array, found: list[Prediction], *, name: str, split: str) -> Scored:
+def _of_predictions(
+    images: ImageList, y: Array, found: list[Prediction], *, name: str, split: str, temperature: float
+) -> Scored:
     """``found``: for each of ``images``."""
     right = [k for k, prediction in enumerate(found) if prediction.probabilities is not None]
     if not right:
@@ -182,7 +216,8 @@ def _of_predictions(images: ImageList, y: Array, found: list[Prediction], *, nam
         for k in right
     ]
     elsewhere = _said(len(images.refused) - len(unopened))
-    return Scored(split, y[right], probabilities, digests, names, evidence, refused, images.root, elsewhere=elsewhere)
+    columns = split, y[right], probabilities, digests, names, evidence, refused, temperature
+    return Scored(*columns, images.root, elsewhere=elsewhere)
 
 
 def _said(elsewhere: int) -> int:

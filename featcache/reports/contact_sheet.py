@@ -122,7 +122,7 @@ def sheet_beside(subject: "Subject") -> Path | None:
     if pictures.root is None:
         return None
     rows, there = [], False
-    predicted, sure = subject.predicted.tolist(), scored.probabilities.max(axis=1).tolist()
+    predicted, sure = subject.predicted.tolist(), scored.answers.confidence.tolist()
     for k, name in enumerate(scored.relative()):
         digest = scored.digests[k].tobytes()
         file = pictures.root / (name or pictures.path_of(digest) or "")

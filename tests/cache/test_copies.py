@@ -50,3 +50,15 @@ def test_digests_are_found_however_they_begin() -> None:
             assert are_among(some, others).tolist() == wanted
             assert [row.tobytes() in Digests(others) for row in some] == wanted
     assert b"" not in Digests(np.zeros((1, 32), np.uint8))  # that of an image that was refused
+
+
+def test_places_of_digests_also_where_their_beginnings_are_alike() -> None:
+    """Oracle: a dictionary."""
+    digests = np.random.default_rng(0).integers(0, 256, (300, 32), np.uint8)
+    digests[::3, :8] = digests[0, :8]
+    digests[-1], digests[-2] = 255, 0
+    among = digests[np.r_[0:200, 298, 299]]
+    position = {row.tobytes(): place for place, row in enumerate(among)}
+    expected = [position.get(row.tobytes(), -1) for row in digests]
+    assert Digests(among).places(digests).tolist() == expected and expected.count(-1) == 98
+    assert Digests(digests[:0]).places(digests[:2]).tolist() == [-1, -1]

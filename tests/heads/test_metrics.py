@@ -11,6 +11,7 @@ from sklearn.calibration import calibration_curve
 
 from featcache.heads.head import softmax
 from featcache.heads.metrics import (
+    Answers,
     accuracy_interval,
     answer_curve,
     calibration_error_by_chance,
@@ -21,7 +22,6 @@ from featcache.heads.metrics import (
     score_answers,
     score_sets,
     standard_error,
-    top_accuracy,
 )
 
 CLASSES_MISSING = pytest.mark.filterwarnings("ignore:(y_pred contains classes not in|A single label was found)")
@@ -95,7 +95,7 @@ def test_interval_holds_the_accuracy_and_stays_one(n: int) -> None:
 def test_calibration_error_by_hand() -> None:
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
     # bin of 0.9: accuracy 1/2, gap 0.4, two rows; bin of 0.6: accuracy 1, gap 0.4, two rows
-    assert expected_calibration_error(np.array([0, 1, 0, 1]), probabilities) == pytest.approx(0.4)
+    assert expected_calibration_error(Answers.of(np.array([0, 1, 0, 1]), probabilities)) == pytest.approx(0.4)
 
 
 def right_or_wrong(y: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -155,13 +155,13 @@ def test_top_five_equals_scikit_learn_and_counts_ties_in_order() -> None:
     assert evaluate_probabilities(y, probabilities, list("abcdefghi"))["top5_accuracy"] == pytest.approx(expected)
     assert evaluate_probabilities(y % 5, probabilities[:, :5], list("abcde"))["top5_accuracy"] is None
     assert evaluate_probabilities(y % 6, probabilities[:, :6], list("abcdef"))["top5_accuracy"] < 1
-    assert [top_accuracy(np.array([k]), np.full((1, 7), 1 / 7), 5) for k in range(7)] == [1] * 5 + [0] * 2
+    assert Answers.of(np.arange(7), np.full((7, 7), 1 / 7)).in_top.tolist() == [True] * 5 + [False] * 2
 
 
 def test_sets_and_answers_by_hand() -> None:
     y = np.array([0, 0, 1, 1, 1])
     inside = np.array([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]], bool)
-    scores = score_sets(y, inside, ["a", "b", "c"])
+    scores = score_sets(y, inside[np.arange(5), y], inside.sum(axis=1), ["a", "b", "c"])
     assert scores == {
         "reached": 3 / 5,
         "interval": accuracy_interval(3, 5),
@@ -172,10 +172,10 @@ def test_sets_and_answers_by_hand() -> None:
         "largest": 3,
         "per_class": {"a": {"n": 2, "reached": 0.5}, "b": {"n": 3, "reached": 2 / 3}, "c": {"n": 0, "reached": None}},
     }
-    probabilities = np.eye(3)[[0, 1, 1, 1, 0]]
-    found = score_answers(y, probabilities, np.array([True, True, True, False, False]))
+    answers = Answers.of(y, np.eye(3)[[0, 1, 1, 1, 0]])
+    found = score_answers(answers, np.array([True, True, True, False, False]))
     assert found == {"n": 3, "share": 0.6, "accuracy": 2 / 3, "accuracy_interval": accuracy_interval(2, 3)}
-    assert score_answers(y, probabilities, np.zeros(5, bool))["accuracy"] is None
+    assert score_answers(answers, np.zeros(5, bool))["accuracy"] is None
     json.dumps([scores, found])
 
 
@@ -183,25 +183,25 @@ def test_the_surest_rows_come_first() -> None:
     sure = np.linspace(0.51, 0.99, 20)
     right = np.arange(20) >= 4  # the four least sure ones are wrong
     probabilities = np.stack([np.where(right, sure, 1 - sure), np.where(right, 1 - sure, sure)], axis=1)
-    curve = answer_curve(np.zeros(20, int), probabilities)
+    curve = answer_curve(Answers.of(np.zeros(20, int), probabilities))
     assert [(point["n"], point["accuracy"]) for point in curve] == [
         *((20, 0.8), (19, 16 / 19), (18, 16 / 18), (16, 1.0), (14, 1.0), (12, 1.0), (10, 1.0))
     ]
     assert [point["least_probability"] for point in curve] == pytest.approx([sure[20 - point["n"]] for point in curve])
-    assert [point["n"] for point in answer_curve(np.zeros(1, int), probabilities[:1])] == [1] * 7
+    assert [point["n"] for point in answer_curve(Answers.of(np.zeros(1, int), probabilities[:1]))] == [1] * 7
 
 
 def test_reliability_is_that_of_scikit_learn_and_makes_up_the_error() -> None:
     rng = np.random.default_rng(0)
     y, probabilities = rng.integers(0, 4, 800), softmax(2 * rng.normal(size=(800, 4)))
     right, confidence = probabilities.argmax(axis=1) == y, probabilities.max(axis=1)
-    bins = reliability(y, probabilities)
+    bins = reliability(answers := Answers.of(y, probabilities))
     accuracies, means = calibration_curve(right, confidence, n_bins=15)
     assert [entry["accuracy"] for entry in bins] == pytest.approx(accuracies)
     assert [entry["confidence"] for entry in bins] == pytest.approx(means)
     assert [entry["n"] for entry in bins] == [n for n in np.histogram(confidence, 15, (0, 1))[0] if n]
     error = sum(entry["n"] * abs(entry["accuracy"] - entry["confidence"]) for entry in bins) / 800
-    assert error == pytest.approx(expected_calibration_error(y, probabilities))
+    assert error == pytest.approx(expected_calibration_error(answers))
 
 
 @pytest.mark.parametrize("n", [60, 4000])
@@ -211,6 +211,6 @@ def test_a_calibrated_model_errs_by_chance(n: int) -> None:
     errors = []
     for _ in range(300):  # labels as probable as the model says
         y = (probabilities.cumsum(axis=1) < rng.random((n, 1))).sum(axis=1)
-        errors.append(expected_calibration_error(y, probabilities))
-    assert calibration_error_by_chance(probabilities) == pytest.approx(np.mean(errors), rel=0.08)
-    assert calibration_error_by_chance(np.eye(2)) == 0
+        errors.append(expected_calibration_error(Answers.of(y, probabilities)))
+    assert calibration_error_by_chance(probabilities.max(axis=1)) == pytest.approx(np.mean(errors), rel=0.08)
+    assert calibration_error_by_chance(np.ones(2)) == 0

@@ -1,22 +1,24 @@
 """The rows of an evaluation: one per labelled image, saying what ``predict`` says, and what is true."""
 
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from caches import make_classes
 from conftest import TINY, make_photos
+from sklearn import metrics as sklearn_metrics
 
 import featcache
 from featcache.errors import BackboneError, UsageError
 from featcache.extraction.extract import extract
+from featcache.heads.confident import wrong_labels
 from featcache.heads.head import softmax
-from featcache.heads.metrics import top_accuracy
-from featcache.models.evaluate import _at_temperature, evaluate
+from featcache.models.evaluate import evaluate, scores_of
 from featcache.models.fit import fit_head
+from featcache.models.limits import Limits
 from featcache.models.model import load_model
 from featcache.models.predict import predict
+from featcache.models.scoring import score_cache
 from featcache.reports.scores import evaluation_lines
 
 OF_PREDICT = ["path", "label", "probability", "status", "reason"]
@@ -106,20 +108,29 @@ def test_a_model_of_an_earlier_version_does_not_know_what_it_has_seen(model: Pat
     assert {row["seen"] for row in evaluate(model, cache, split="train", rows=True)["rows"]} == {True}
 
 
-def test_many_rows_are_scored_in_blocks() -> None:
-    """Oracle: all rows at once, which takes several times the probabilities themselves."""
-    rng = np.random.default_rng(0)
-    probabilities, y = softmax(rng.normal(size=(20_000, 50)).astype(np.float32)), rng.integers(0, 50, 20_000)
-    tracemalloc.start()
-    try:
-        before = _at_temperature(probabilities, 2.0)
-        peak_before = tracemalloc.get_traced_memory()[1]
-        tracemalloc.reset_peak()
-        top = top_accuracy(y, probabilities, 5)
-        peak_top = tracemalloc.get_traced_memory()[1] - before.nbytes
-    finally:
-        tracemalloc.stop()
-    assert peak_before < 3 * probabilities.nbytes and peak_top < probabilities.nbytes
-    np.testing.assert_allclose(before, softmax(2 * np.log(probabilities.astype(np.float64))), rtol=1e-5)
-    own = probabilities[np.arange(len(y)), y][:, None]
-    assert top == ((probabilities > own).sum(axis=1) < 5).mean()
+@pytest.mark.parametrize("abstain", [None, 0.9])
+def test_scores_are_the_same_where_probabilities_are_not_kept(tmp_path: Path, abstain: float | None) -> None:
+    """Oracles: all probabilities at once, and scikit-learn. 5,000 rows are three blocks, the last one shorter."""
+    y = np.arange(5000) % 6
+    make_classes(tmp_path / "f.h5", y, 1 + (np.arange(5000) >= 500), spread=3.0)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0)
+    model, cache = load_model(tmp_path / "m"), featcache.FeatureCache.open(tmp_path / "f.h5")
+    limits = Limits.of(model, coverage=None if abstain else 0.9, abstain_below=abstain)
+    kept, computed = (
+        score_cache(model, cache, split="val", limits=limits, most=most) for most in (4500 * 6, 4500 * 6 - 1)
+    )
+    assert isinstance(kept.probabilities, np.ndarray) and not isinstance(computed.probabilities, np.ndarray)
+    p, seen = model.head.probabilities(cache.X[500:]), np.zeros(4500, bool)
+    np.testing.assert_allclose(computed.probabilities[np.array([4, 4000, 7])], p[[4, 4000, 7]], rtol=1e-6)
+    expected, scores = (scores_of(model, scored, limits, seen=seen) for scored in (kept, computed))
+    assert scores == expected and 0 < scores["accuracy"] < 1
+    assert scores["label_suspects"] == len(wrong_labels(y[500:], p))
+    assert scores["accuracy"] == (p.argmax(axis=1) == y[500:]).mean()
+    before = softmax(computed.temperature * np.log(p))
+    for way, values in (("before", before), ("after", p)):
+        found = sklearn_metrics.log_loss(y[500:], values)
+        assert scores["calibration"][way]["log_loss"] == pytest.approx(found, rel=1e-4)
+    inside = p.max(axis=1) >= 0.9 if abstain else limits.sets.contain(p).sum(axis=1) == 1
+    assert scores["answered"]["n"] == inside.sum()
+    if not abstain:
+        assert scores["coverage"]["reached"] == limits.sets.contain(p)[np.arange(4500), y[500:]].mean()

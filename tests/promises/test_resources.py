@@ -36,10 +36,12 @@ from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
 from featcache.images.formats import REVISION
 from featcache.images.source import ImageList
-from featcache.models.evaluate import evaluate
+from featcache.models.evaluate import evaluate, scores_of
 from featcache.models.fit import fit_head
+from featcache.models.limits import Limits
 from featcache.models.model import load_model
 from featcache.models.predict import predict
+from featcache.models.scoring import score_cache
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and name spaces of Linux")
 
@@ -191,6 +193,30 @@ def test_memory_per_row_of_what_models_do(tmp_path: Path) -> None:
     found = {way: (peak[2] - peak[1]) / 10_000 for way, peak in peaks.items()}
     print({way: round(value) for way, value in found.items()}, "bytes per row")
     assert {way: value for way, value in found.items() if value > MOST_OF_MODELS[way]} == {}, found
+
+
+def test_scores_of_many_classes_take_no_memory_per_class(tmp_path: Path) -> None:
+    """400 classes: probabilities alone would be 1,600 bytes a row, and as much again before the temperature."""
+    peaks = []
+    for rows in (400, 2_500, 6_500):  # the first: what is imported late, and kept for good
+        columns = plain_rows(list_many(rows).paths, labels=np.arange(rows, dtype=np.int32) % 400)
+        X = np.random.default_rng(0).normal(size=(rows, 4)).astype(np.float16)
+        path, classes = tmp_path / f"{rows}.h5", tuple(f"c{k:03d}" for k in range(400))
+        write_cache(path, columns, [X], dim=4, spec=SPEC, classes=classes, provenance=Provenance(reload="none"))
+        if rows == 400:
+            fit_head(path, tmp_path / "m", clf="linear", folds=0, epochs=1)
+        model, cache = load_model(tmp_path / "m"), FeatureCache.open(path)
+        limits = Limits(model.classes, abstain_below=0.5)
+        tracemalloc.start()
+        try:
+            scored = score_cache(model, cache, split="all", limits=limits, most=0)
+            assert scores_of(model, scored, limits, seen=np.ones(rows, bool))["n"] == rows
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    found = (peaks[2] - peaks[1]) / 4_000
+    print(round(found), "bytes per row")
+    assert found < 250
 
 
 # ----------------------------------------------------------------------------------------------- processes of a user

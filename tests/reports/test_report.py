@@ -323,7 +323,9 @@ def test_against_another_model(overlapping: Path, tmp_path: Path) -> None:
 def scored_by_hand(y: Any, probabilities: Any) -> Scored:
     n = len(y)
     digests = np.random.default_rng(5).integers(0, 256, (n, 32), dtype=np.uint8)
-    return Scored("val", np.array(y), np.array(probabilities, np.float32), digests, np.array([b"x"] * n), [{}] * n, [])
+    return Scored(
+        "val", np.array(y), np.array(probabilities, np.float32), digests, np.array([b"x"] * n), [{}] * n, [], 1.0
+    )
 
 
 def model_by_hand(folder: Path, classes: tuple[str, ...], trained: list[int] | None = None) -> Any:

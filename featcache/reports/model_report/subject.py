@@ -61,7 +61,7 @@ class Subject:
     @property
     def predicted(self) -> Array:
         """(N,) the most probable class of each row."""
-        found: Array = self.scored.probabilities.argmax(axis=1)
+        found: Array = self.scored.answers.predicted
         return found
 
     @property
@@ -95,9 +95,8 @@ def make_subject(
 
 def choose_rows(scored: Scored) -> Indices:
     """Rows that become cards: mistakes, the most confident first, then right answers, the least sure first."""
-    sure, predicted = scored.probabilities.max(axis=1), scored.probabilities.argmax(axis=1)
-    right = np.flatnonzero(predicted == scored.y)
-    wrong = np.flatnonzero(predicted != scored.y)
+    sure, right = scored.answers.confidence, scored.answers.right
+    right, wrong = np.flatnonzero(right), np.flatnonzero(~right)
     wrong = wrong[np.argsort(-sure[wrong], kind="stable")][:MOST_MISTAKES]
     right = right[np.argsort(sure[right], kind="stable")]
     if len(scored) > ALL_SHOWN:
@@ -149,7 +148,7 @@ def _nearest(
         trained = rows_that_trained(model, evidence)
     except SourceError:  # none of its images did
         return {}
-    wrong = rows[scored.probabilities[rows].argmax(axis=1) != scored.y[rows]]
+    wrong = rows[~scored.answers.right[rows]]
     affordable = (_QUICK_PRODUCTS if quick else _PRODUCTS) // max(len(trained) * evidence.dim, 1)
     wanted = next((some for some in (rows, wrong) if len(some) <= affordable), rows[:0])
     if len(trained) < 2 or not len(wanted):
@@ -184,10 +183,11 @@ def _cards(
     splits = [""] * len(rows)
     if cache is not None and scored.rows is not None:
         splits = ["" if not split else SPLITS[split] for split in cache.rows.splits[scored.rows[rows]].tolist()]
-    top = np.argsort(-scored.probabilities[rows], axis=1, kind="stable")[:, :LIKELIEST]
+    probabilities = scored.probabilities[rows]
+    top = np.argsort(-probabilities, axis=1, kind="stable")[:, :LIKELIEST]
     cards = []
     for place, row in enumerate(rows.tolist()):
-        shares = scored.probabilities[row]
+        shares = probabilities[place]
         strange = scored.found[row].get("unfamiliarity", 0) > UNFAMILIAR
         cards.append(
             Card(
@@ -203,7 +203,7 @@ def _cards(
                 with_pictures.get(row, ()),
             )
         )
-    wrong = int((scored.probabilities[rows].argmax(axis=1) != scored.y[rows]).sum())
+    wrong = int((~scored.answers.right[rows]).sum())
     refused = [
         Card(
             path if scored.root is None else str(scored.root / path),

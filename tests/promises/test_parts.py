@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import COLOURS, TINY_FLAGS, make_photos, write_photo
-from faults import Fault, Program
+from faults import Fault, Program, with_variables
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
@@ -170,29 +170,31 @@ featcache extract "$PHOTOS" -o "$SHARED/features.h5" $FLAGS --part auto/2  # com
     ("script", "name", "first"), [(SLURM, "SLURM_ARRAY_TASK_ID", 1), (KUBERNETES, "JOB_COMPLETION_INDEX", 0)]
 )
 def test_scripts_with_a_scheduler_s_variables(
-    photos: Path, whole: FeatureCache, tmp_path: Path, script: str, name: str, first: int
+    photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program, script: str, name: str, first: int
 ) -> None:
-    (tmp_path / "featcache").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m featcache "$@"\n')
+    """The shell's commands, word for word, are run with its variables by a process that has PyTorch already."""
+    (tmp_path / "featcache").write_text(f"""#!/bin/sh\nprintf '%s\\0' "${name}" "$@" '' >> '{tmp_path}/calls'\n""")
     (tmp_path / "featcache").chmod(0o755)
     environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PHOTOS": str(photos), "SHARED": str(tmp_path)}
-    environ |= {"FLAGS": " ".join(TINY_FLAGS), "FEATCACHE_FUSE": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environ |= {"FLAGS": " ".join(TINY_FLAGS)}
     for task in (first, first + 1):
-        done = subprocess.run(["bash", "-c", script], env=environ | {name: str(task)}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert f"part {task - first + 1}/2: {name}={task}" in done.stderr
+        subprocess.run(["bash", "-c", script], env=environ | {name: str(task)}, check=True)
+    calls = [call.split("\0") for call in (tmp_path / "calls").read_text().split("\0\0")[:-1]]
+    assert [(task, command[0]) for task, *command in calls[:2]] == [(str(first + k), "extract") for k in range(2)]
+    for number, (task, *command) in enumerate(calls, 1):
+        done = warm.check(*command, before=with_variables({name: task}))
+        assert command[0] == "merge" or f"part {number}/2: {name}={task}" in done.err
     if name != "SLURM_ARRAY_TASK_ID":
-        subprocess.run(["featcache", "merge", tmp_path / "features.h5", "--max-bad", "1"], env=environ, check=True)
+        warm.check("merge", tmp_path / "features.h5", "--max-bad", "1")
     assert_same(tmp_path / "features.h5", whole)
 
 
 @pytest.mark.slow
-def test_torchrun(photos: Path, whole: FeatureCache, tmp_path: Path) -> None:
+def test_torchrun(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
     environ = os.environ | {"FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featcache"]
     command: list[Any] = ["extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--part", "auto"]
     done = subprocess.run([*start, *command], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    subprocess.run(
-        [sys.executable, "-m", "featcache", "merge", tmp_path / "f.h5", "--max-bad", "1"], env=environ, check=True
-    )
+    warm.check("merge", tmp_path / "f.h5", "--max-bad", 1)
     assert_same(tmp_path / "f.h5", whole)

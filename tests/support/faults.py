@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import importlib
 import json
 import os
@@ -119,6 +120,15 @@ def before_next(moment: str, act: Callable[[], object], *, patch: Callable[..., 
         return original(*arguments, **options)
 
     patch(home, name, call)
+
+
+def with_variables(variables: dict[str, str]) -> Callable[[], None]:
+    """To be called ``before``: these environment variables are set."""
+    return functools.partial(_set_variables, variables)
+
+
+def _set_variables(variables: dict[str, str]) -> None:
+    os.environ.update(variables)
 
 
 class Gate:
@@ -312,6 +322,7 @@ def _serve() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     Image.init()
+    gc.freeze()  # what a child does not look through stays shared with it
     for line in sys.stdin:
         plan = json.loads(line)
         if not os.fork():  # a process that waits, so that the next plan need not

@@ -1,7 +1,6 @@
 """Shared by all tests: small image folders, a small backbone, and no network."""
 
 import ctypes
-import gc
 import logging
 import os
 import socket
@@ -45,11 +44,6 @@ SPEC = Spec(  # of caches that tests write by hand
     storage="float16",
 )
 COLOURS = {"blue": (30, 40, 200), "green": (40, 190, 60), "red": (210, 40, 30)}
-
-
-def pytest_collection_finish() -> None:
-    """What is imported and collected by now stays: looking through it for garbage took a twentieth of the tests' time."""
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

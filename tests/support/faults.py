@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import gc
 import importlib
 import json
 import os
@@ -322,7 +321,6 @@ def _serve() -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     Image.init()
-    gc.freeze()  # what a child does not look through stays shared with it
     for line in sys.stdin:
         plan = json.loads(line)
         if not os.fork():  # a process that waits, so that the next plan need not

@@ -19,8 +19,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # oneDNN's name and arguments for what it can apply to a convolution's result before that leaves the cache
 Activation = tuple[str, list[float], str]
+NOT_AT_ALL: Activation = ("none", [], "")
+RELU: Activation = ("relu", [], "")
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.ReLU: lambda _: ("relu", [], ""),
+    nn.ReLU: lambda _: RELU,
     nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0], ""),
     nn.Hardtanh: lambda module: ("hardtanh", [float(module.min_val), float(module.max_val)], ""),
     nn.Hardswish: lambda _: ("hardswish", [], ""),
@@ -28,7 +30,6 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Sigmoid: lambda _: ("sigmoid", [], ""),
     nn.GELU: lambda module: ("gelu", [], module.approximate),
 }
-NOT_AT_ALL: Activation = ("none", [], "")
 _RELUS = {torch.relu, nn.functional.relu}
 _ADDITIONS = {operator.add, torch.add}
 
@@ -143,24 +144,31 @@ def finished(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: int | None = None) -> nn.Module:
-    """A network whose convolutions also add the residual and apply the activation that follow them, by oneDNN.
+    """A network whose convolutions also add the residual and apply the activation that follow them.
+
+    On a CPU by oneDNN. On an NVIDIA GPU by cuDNN, which takes ReLU alone, and an addition only with a ReLU behind it.
 
     Args:
-        module: as ``fold_batchnorm`` returns it, on a CPU, in the precision and memory format it is to run in; changed.
+        module: as ``fold_batchnorm`` returns it, in the precision and memory format, and on the device, that it is to run in;
+            changed.
         sample: an input (N, 3, H, W) of the size that most others will have. batch_size: theirs, if it is not N. Weights
             are laid out for it; other inputs work as well.
 
     Raises:
-        RuntimeError, AttributeError, ...: this build of PyTorch, or this CPU, cannot; do without.
+        RuntimeError, AttributeError, ...: this build of PyTorch, or this device, cannot; do without.
     """
     if not isinstance(module, fx.GraphModule):
         return module
     note_shapes(module, sample)
     modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
+    by_cudnn = sample.device.type == "cuda"
     for node in list(position):
         if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
-            _fuse_from(module, node, modules, position, batch_size)
+            if by_cudnn:
+                _fuse_relu_from(module, node, modules, position)
+            else:
+                _fuse_from(module, node, modules, position, batch_size)
     return finished(module)
 
 
@@ -205,6 +213,35 @@ class _FusedConvolution(nn.Module):
         name, *options = self._activation
         after = None if name == "none" else name
         return run.binary(x, residual, *weights, "add", 1.0, after, *options)  # type: ignore[no-any-return]
+
+
+class _CudnnConvolution(nn.Module):
+    """Convolution, optionally plus a residual, then ReLU."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self._geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self._geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self._geometry)
+
+
+def _fuse_relu_from(
+    traced: fx.GraphModule, conv: fx.Node, modules: dict[str, nn.Module], position: dict[fx.Node, int]
+) -> None:
+    """Replace ``conv``, a residual added to it if there is one, and the ReLU behind, by one call; nothing without a ReLU."""
+    chain, residual = [conv], None
+    after = only_user(conv)
+    if after is not None and (residual := residual_of(after, conv, position)) is not None:
+        chain.append(after)
+        after = only_user(after)
+    if after is not None and activation_of(after, modules) == RELU:
+        module: Any = modules[str(conv.target)]
+        if module.groups == 1:  # cuDNN's fused kernels are for whole convolutions
+            replace_chain(traced, [*chain, after], _CudnnConvolution(module), residual, position)
 
 
 def _fuse_from(
@@ -263,7 +300,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
     """oneDNN's words for the activation that ``node`` is, if it is one."""
     if node.op == "call_function" and node.target in _RELUS:
-        return "relu", [], ""
+        return RELU
     if node.op == "call_function" and node.target is nn.functional.gelu and len(node.args) == 1:
         return "gelu", [], str(node.kwargs.get("approximate", "none"))
     module = modules.get(str(node.target)) if node.op == "call_module" else None

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, sources_forgotten
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, fuse_relus, sources_forgotten
 from featcache.backbones.fused_tokens import fuse_tokens
 from featcache.backbones.lanes import CudaLane, PlainLane, fitting_lane
 from featcache.backbones.ring import Lane
@@ -146,9 +146,11 @@ class Encoder:
         try:
             with torch.inference_mode(), self._precise():
                 inputs = normalise(pixels, *self._constants).to(self._dtype)
-                if self.device.type == "cpu":
-                    self._module = fuse_tokens(self._module, inputs, batch_size=batch_size)
-                self._module = fuse_convolutions(self._module, inputs, batch_size=batch_size)
+                if self.device.type == "cuda":
+                    self._module = fuse_relus(self._module, inputs)
+                else:
+                    fused = fuse_tokens(self._module, inputs, batch_size=batch_size)
+                    self._module = fuse_convolutions(fused, inputs, batch_size=batch_size)
         except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
             return False
         return True

@@ -7,6 +7,7 @@ seconds, in a fraction of one.
 
 import contextlib
 import copy
+import functools
 import linecache
 import operator
 from collections import Counter
@@ -144,31 +145,33 @@ def finished(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: int | None = None) -> nn.Module:
-    """A network whose convolutions also add the residual and apply the activation that follow them.
-
-    On a CPU by oneDNN. On an NVIDIA GPU by cuDNN, which takes ReLU alone, and an addition only with a ReLU behind it.
+    """A network whose convolutions also add the residual and apply the activation that follow them, by oneDNN.
 
     Args:
-        module: as ``fold_batchnorm`` returns it, in the precision and memory format, and on the device, that it is to run in;
-            changed.
+        module: as ``fold_batchnorm`` returns it, on a CPU, in the precision and memory format it is to run in; changed.
         sample: an input (N, 3, H, W) of the size that most others will have. batch_size: theirs, if it is not N. Weights
             are laid out for it; other inputs work as well.
 
     Raises:
-        RuntimeError, AttributeError, ...: this build of PyTorch, or this device, cannot; do without.
+        RuntimeError, AttributeError, ...: this build of PyTorch, or this CPU, cannot; do without.
     """
+    return _fuse_each(module, sample, functools.partial(_fuse_from, batch_size=batch_size))
+
+
+def fuse_relus(module: nn.Module, sample: torch.Tensor) -> nn.Module:
+    """The same on an NVIDIA GPU by cuDNN, which takes ReLU alone, and an addition only with a ReLU behind it."""
+    return _fuse_each(module, sample, _fuse_relu_from)
+
+
+def _fuse_each(module: nn.Module, sample: torch.Tensor, fuse_from: Callable[..., None]) -> nn.Module:
     if not isinstance(module, fx.GraphModule):
         return module
     note_shapes(module, sample)
     modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
-    by_cudnn = sample.device.type == "cuda"
     for node in list(position):
         if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
-            if by_cudnn:
-                _fuse_relu_from(module, node, modules, position)
-            else:
-                _fuse_from(module, node, modules, position, batch_size)
+            fuse_from(module, node, modules, position)
     return finished(module)
 
 
@@ -233,15 +236,20 @@ def _fuse_relu_from(
     traced: fx.GraphModule, conv: fx.Node, modules: dict[str, nn.Module], position: dict[fx.Node, int]
 ) -> None:
     """Replace ``conv``, a residual added to it if there is one, and the ReLU behind, by one call; nothing without a ReLU."""
-    chain, residual = [conv], None
+    chain, residual, after = _sum_from(conv, position)
+    module: Any = modules[str(conv.target)]
+    # Of groups, such as depthwise, cuDNN's fused kernels know little.
+    if after is not None and module.groups == 1 and activation_of(after, modules) == RELU:
+        replace_chain(traced, [*chain, after], _CudnnConvolution(module), residual, position)
+
+
+def _sum_from(conv: fx.Node, position: dict[fx.Node, int]) -> tuple[list[fx.Node], fx.Node | None, fx.Node | None]:
+    """``conv``, and the addition behind it if there is one; what that adds; what alone reads the result, if it comes next."""
     after = only_user(conv)
-    if after is not None and (residual := residual_of(after, conv, position)) is not None:
-        chain.append(after)
-        after = only_user(after)
-    if after is not None and activation_of(after, modules) == RELU:
-        module: Any = modules[str(conv.target)]
-        if module.groups == 1:  # cuDNN's fused kernels are for whole convolutions
-            replace_chain(traced, [*chain, after], _CudnnConvolution(module), residual, position)
+    residual = None if after is None else residual_of(after, conv, position)
+    if after is None or residual is None:
+        return [conv], None, after
+    return [conv, after], residual, only_user(after)
 
 
 def _fuse_from(
@@ -252,11 +260,7 @@ def _fuse_from(
     batch_size: int | None,
 ) -> None:
     """Replace ``conv`` and what follows it by one call."""
-    chain, residual, activation = [conv], None, NOT_AT_ALL
-    after = only_user(conv)
-    if after is not None and (residual := residual_of(after, conv, position)) is not None:
-        chain.append(after)
-        after = only_user(after)
+    (chain, residual, after), activation = _sum_from(conv, position), NOT_AT_ALL
     found = None if after is None else activation_of(after, modules)
     # ReLU is the only activation that oneDNN's addition takes.
     if after is not None and found is not None and (residual is None or found[0] == "relu"):

@@ -58,38 +58,43 @@ class CudaLane(PlainLane):
     GPU is done with it, so that the allocator cannot give its memory away (which ``record_stream`` would be for).
     """
 
-    def __init__(self, forward: Forward, device: torch.device, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, forward: Forward, device: torch.device, shape: tuple[int, ...], *, cuda: Any = torch.cuda
+    ) -> None:
+        """As ``PlainLane``. cuda: a stand-in, for tests."""
         super().__init__(forward, device, shape)
-        self._up, self._run, self._down = (torch.cuda.Stream(device) for _ in range(3))  # type: ignore[no-untyped-call]
-        self._run.wait_stream(torch.cuda.current_stream(device))  # there the weights were copied
+        self._cuda = cuda
+        self._up, self._run, self._down = (cuda.Stream(device) for _ in range(3))
+        self._run.wait_stream(cuda.current_stream(device))  # there the weights were copied
         self._lock = threading.Lock()  # several rings may share a lane; a graph has one input
         self._batches = 0
-        self._graph: tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor] | None = None
+        self._graph: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def upload(self, pixels: Pixels) -> Any:
         """As ``Lane``."""
-        with torch.cuda.stream(self._up):
-            there = torch.from_numpy(pixels).to(self._device, non_blocking=True)
+        with self._cuda.stream(self._up):
+            there = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
+            there.copy_(torch.from_numpy(pixels), non_blocking=True)
             return there, self._up.record_event()
 
     def compute(self, uploaded: Any) -> Any:
         """As ``Lane``."""
         there, ready = uploaded
-        with self._lock, torch.cuda.stream(self._run):
+        with self._lock, self._cuda.stream(self._run):
             self._run.wait_event(ready)
-            return self._computed(there), there, self._run.record_event()
+            result = self._computed(there)
+            return result, there, self._run.record_event()
 
     def download(self, computed: Any) -> Callable[[], Features]:
         """As ``Lane``."""
         result, there, ready = computed
-        with torch.cuda.stream(self._down):
+        with self._cuda.stream(self._down):
             self._down.wait_event(ready)
-            host = torch.empty(
-                result.shape, dtype=result.dtype, pin_memory=True
-            )  # half of float32 where that is enough
+            # In the network's own type: half of float32 where that is enough.
+            host = torch.empty(result.shape, dtype=result.dtype, pin_memory=self._device.type == "cuda")
             host.copy_(result, non_blocking=True)
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a spinning wait takes a decoder's core
-            done.record()
+            done = self._cuda.Event(blocking=True)  # a wait that spins takes a core from the decoders
+            done.record(self._down)
         held = [result, there]
 
         def wait() -> Features:
@@ -104,7 +109,7 @@ class CudaLane(PlainLane):
             graph, inputs, outputs = self._graph
             inputs.copy_(pixels)
             graph.replay()
-            return outputs.clone()
+            return outputs.clone()  # the next replay overwrites them
         result = self._forward(pixels)
         self._batches += 1
         if self._batches == _EAGER:
@@ -114,9 +119,9 @@ class CudaLane(PlainLane):
     def _capture(self, pixels: torch.Tensor, expected: torch.Tensor) -> None:
         """Replay a graph from now on, if one can be made that gives the very bits of the forward pass."""
         try:
-            inputs, graph = pixels.clone(), torch.cuda.CUDAGraph()
+            inputs, graph = pixels.clone(), self._cuda.CUDAGraph()
             # thread_local: other threads may allocate or wait meanwhile.
-            with torch.cuda.graph(graph, stream=self._run, capture_error_mode="thread_local"):
+            with self._cuda.graph(graph, stream=self._run, capture_error_mode="thread_local"):
                 outputs = self._forward(inputs)
             graph.replay()
             if not torch.equal(outputs.view(torch.uint8), expected.view(torch.uint8)):

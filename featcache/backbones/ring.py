@@ -70,7 +70,7 @@ def through_ring(
         idle: a context for the time that a worker waits for a buffer, because the device, or who takes the results, is behind.
 
     Raises:
-        Exception: whatever a thread or the lane raises, after the batches before it.
+        Exception: whatever a thread or the lane raises, after the batches that are with the device already.
     """
     ring = _Ring(count, fill, lane, idle)
     try:

@@ -18,7 +18,7 @@ import numpy as np
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import Indices, Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
-from featcache.errors import CacheError, NewerCacheError, Refusal, StorageError
+from featcache.errors import CacheError, NewerCacheError, Refusal
 from featcache.images.read import ImageFiles
 from featcache.spec import Spec
 from featcache.system.display import quantity
@@ -189,7 +189,7 @@ class _WritesBeside:
         self._writer, self._timings = writer, timings
         self._pool = ThreadPoolExecutor(1, "featcache-parts")
         self._waiting: deque[tuple[Future[None], int]] = deque()
-        self._images = 0
+        self._images, self._failed = 0, False
 
     def __enter__(self) -> "_WritesBeside":
         return self
@@ -212,16 +212,16 @@ class _WritesBeside:
 
     def _take(self) -> None:
         future, images = self._waiting.popleft()
-        try:
-            future.result()
-        except StorageError:
-            self._pool.shutdown(wait=False, cancel_futures=True)  # the others would fail alike, each in its time
-            raise
+        future.result()
         self._images -= images
 
     def _add(self, batch: "EmbeddedBatch") -> None:
+        if self._failed:  # what comes after would fail alike, each batch in its time
+            return
+        self._failed = True
         with self._timings.measure("disk"):
             self._writer.add(batch)
+        self._failed = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from featcache.backbones.embed import EmbedsPixels, embed, sample_pixels
 from featcache.backbones.encoder import Encoder
-from featcache.backbones.ring import BUFFERS, Features, Lane
+from featcache.backbones.ring import Features, Lane
 from featcache.errors import SourceError, UsageError
 from featcache.images.decode import Pixels
 from featcache.images.source import ImageList, list_images
@@ -31,6 +31,7 @@ from featcache.system.device import Runtime, one_core_each
 
 _ROUNDS = 3
 SLICES = 3 * _ROUNDS  # decode, forward, both
+_AT_ONCE = 3  # batches with a device: uploaded, computed, downloaded
 _FEW = 32  # images that a GPU's memory holds beside all else
 _MOST_IMAGES = 200_000  # in one slice
 
@@ -200,7 +201,8 @@ class _Stopwatch:
     def forward(self, seconds: float) -> float:
         """Every worker embeds its own full buffer again and again; or a lane a few, in turns: images per second."""
         if self._lane:
-            return self._forward_of(_ClockedLane(self._lane), seconds)
+            with one_core_each(1, "featcache-worker") as pool:  # as a ring's feeder
+                return pool.submit(self._forward_of, _ClockedLane(self._lane), seconds).result()
         clocked = _Clocked(self._encoder, self._encoder)
         end = time.perf_counter() + seconds
 
@@ -217,19 +219,20 @@ class _Stopwatch:
         return clocked.rate(self._runtime.batch_size)
 
     def _forward_of(self, lane: _ClockedLane, seconds: float) -> float:
-        buffers = [lane.new_buffer() for _ in range(BUFFERS)]
+        buffers = [lane.new_buffer() for _ in range(_AT_ONCE)]
         for buffer in buffers:
             buffer[:] = self._pixels
         end, waiting = time.perf_counter() + seconds, deque[Callable[[], Features]]()
         for number in itertools.count():
-            if time.perf_counter() >= end and number > 1:
-                break
-            waiting.append(lane.download(lane.compute(lane.upload(buffers[number % BUFFERS]))))
-            if len(waiting) == BUFFERS:
+            waiting.append(lane.download(lane.compute(lane.upload(buffers[number % _AT_ONCE]))))
+            if len(waiting) == _AT_ONCE:
                 waiting.popleft()()
+            if number > _AT_ONCE and time.perf_counter() >= end:
+                break
+        rate = lane.rate(lane.batch_size)  # before the last ones, for which nothing makes way
         for wait in waiting:
             wait()
-        return lane.rate(lane.batch_size)
+        return rate
 
     def _embed(self, clocked: _Clocked, lane: _ClockedLane | None, seconds: float) -> float:
         images = self._more_images(seconds)

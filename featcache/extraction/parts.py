@@ -249,6 +249,8 @@ def embed_into_parts(
 ) -> Embedded:
     """Embed ``files`` into new parts in ``folder``, with ``tag`` in their names; when interrupted, what is finished stays there.
 
+    A part is written while the next is computed: a kill costs what is being written, and at most as many images more.
+
     Raises:
         StorageError: a part cannot be written.
     """

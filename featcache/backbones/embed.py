@@ -13,16 +13,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from featcache.backbones.self_check import fits_float16
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
 from featcache.images.formats import Brightest
+from featcache.images.gpu_jpeg import GpuJpegs, gpu_jpegs, pixel_reader, read_for_gpu
 from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
 from featcache.images.readahead import stoppable
 from featcache.spec import PreprocessSpec
@@ -103,7 +105,10 @@ def embed(
     whatever the number of files. Closing the iterator early stops the workers.
     """
     seen, again = Brightest(), list[int]()
-    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), seen, again)
+    gpu = gpu_jpegs(encoder.preprocess, runtime.device)
+    work = functools.partial(
+        _embed_from, files, encoder, gpu, runtime, timings or Timings(), threading.local(), seen, again
+    )
     pending: deque[Future[EmbeddedBatch]] = deque()
     with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool, stoppable() as stop_with:
         work_until = stop_with(work)
@@ -134,9 +139,14 @@ def _without(batch: EmbeddedBatch, wrong: npt.NDArray[np.bool_], reason: str) ->
     return EmbeddedBatch(**kept, refused=refused)
 
 
-def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> Pixels:
-    """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0."""
-    reads = read_images(files, range(len(files.paths)), lambda data: read_pixels(data, preprocess))
+def sample_pixels(
+    files: ImageFiles, preprocess: PreprocessSpec, count: int, *, device: torch.device | None = None
+) -> Pixels:
+    """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0.
+
+    ``device``: the CPU when None. Raises UsageError: it cannot decode as ``preprocess`` says. MissingDependencyError.
+    """
+    reads = read_images(files, range(len(files.paths)), pixel_reader(preprocess, device))
     with contextlib.closing(reads):
         found = list(itertools.islice((read.value for read in reads if read.value is not None), count))
     return np.stack(found) if found else np.empty((0, *preprocess.crop, 3), np.uint8)
@@ -145,6 +155,7 @@ def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> 
 def _embed_from(
     files: ImageFiles,
     encoder: EmbedsPixels,
+    gpu: GpuJpegs | None,
     runtime: Runtime,
     timings: Timings,
     own: threading.local,
@@ -158,11 +169,13 @@ def _embed_from(
     pixels: Pixels = own.pixels
     kept: list[ReadImage[Pixels]] = []
     refused: dict[int, str] = {}
+    convert = functools.partial(read_for_gpu if gpu else read_pixels, spec=encoder.preprocess, seen=seen)
+    indices = range(start, min(start + runtime.batch_size, len(files.paths)))
+    reads: Iterable[ReadImage[Any]] = (read_image(files, index, convert) for index in indices)
     with timings.measure("decode"):
-        for index in range(start, min(start + runtime.batch_size, len(files.paths))):
-            read = read_image(files, index, lambda data: read_pixels(data, encoder.preprocess, seen=seen))
+        for read in gpu.finish(reads) if gpu else reads:
             if read.value is None:
-                refused[index] = read.reason
+                refused[read.position] = read.reason
             else:
                 pixels[len(kept)] = read.value
                 kept.append(read._replace(value=None))

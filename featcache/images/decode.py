@@ -51,7 +51,12 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
 def read_pixels(data: bytes, spec: PreprocessSpec, *, seen: Brightest | None = None) -> Pixels:
-    """From a file to the pixels a backbone takes: uint8 (H, W, 3), ``(H, W) == spec.crop``. Raises RefusedImage."""
+    """From a file to the pixels a backbone takes: uint8 (H, W, 3), ``(H, W) == spec.crop``. Raises RefusedImage.
+
+    By the CPU; where a GPU may have a say in it, ``gpu_jpeg.pixel_reader`` knows who reads.
+    """
+    if spec.decode == "gpu":
+        raise ValueError("these pixels are made by a GPU")
     pixels = decode_pixels(data, at_least=spec.decode_at_least, white_level=spec.white_level, seen=seen)
     return to_pixels(pixels, spec)
 

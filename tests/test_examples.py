@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 import typer
 from conftest import TINY_FLAGS, make_photos, write_photo
 from damage import bombs
-from faults import Program
+from faults import Program, with_variables
 from test_same_result import assert_same
 
 from featcache.cache.cache import FeatureCache
@@ -219,31 +218,52 @@ def alone(tmp_path_factory: pytest.TempPathFactory, warm: Program) -> Path:
     return folder
 
 
+def calls_of(script: list[Any], folder: Path, **environ: str) -> list[tuple[dict[str, str], list[str]]]:
+    """The ``featcache`` commands that a shell runs for ``script``, in ``folder``, each with Slurm's variables there."""
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
+    values = " ".join(f'":${name}"' for name in names)
+    stand_in(folder, "featcache", f"#!/bin/sh\nprintf '%s\\0' {values} \"$@\" '' >> \"$CALLS\"\n")
+    stand_in(folder, "sbatch", SBATCH)
+    files = {"JOBS": str(folder / "jobs"), "CALLS": str(folder / "calls")}
+    path = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    subprocess.run(script, env=os.environ | files | path | environ, cwd=folder, check=True, capture_output=True)
+    calls = [call.split("\0") for call in (folder / "calls").read_text().split("\0\0")[:-1]]
+    return [
+        ({name: value[1:] for name, value in zip(names, call, strict=False) if value != ":"}, call[2:])
+        for call in calls
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["slurm.sh", "kubernetes.yaml"])
-def test_what_a_scheduler_starts_makes_what_one_run_makes(alone: Path, tmp_path: Path, name: str) -> None:
-    """The very text that is printed, with the real program; only who starts it, with which variables, is made up."""
+@pytest.mark.parametrize("name", ["slurm.sh", "README", "kubernetes.yaml"])
+def test_what_a_scheduler_starts_makes_what_one_run_makes(
+    alone: Path, tmp_path: Path, warm: Program, name: str
+) -> None:
+    """The very text that people see; only who starts it, with which variables, is made up."""
     photos, output = shutil.copytree(alone / "photos", tmp_path / "photos"), tmp_path / "features.h5"
-    stand_in(tmp_path, "featcache", f'#!/bin/sh\nexec "{sys.executable}" -m featcache "$@"\n')
-    stand_in(tmp_path, "sbatch", SBATCH)
-    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environ |= {"FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1", "JOBS": str(tmp_path / "jobs")}
     if name == "slurm.sh":
         words = ["bash", EXAMPLES / name, photos, output, tmp_path / "model"]
-        subprocess.run(words, env=environ | {"PARTS": "2", "EXTRACT": " ".join(TINY_FLAGS)}, check=True)
-        assert (tmp_path / "model" / "model.json").exists()
+        calls = calls_of(words, tmp_path, PARTS="2", EXTRACT=" ".join(TINY_FLAGS))
+    elif name == "README":
+        section = (ROOT / "README.md").read_text().split("\n## More machines, other tools\n")[1]
+        sbatch, *_, merge = section.split("```")[1].splitlines()[1:]
+        asked, auto = " ".join(TINY_FLAGS), '--part auto"'
+        assert sbatch.count(auto) == sbatch.count("--array=1-64") == 1
+        script = sbatch.replace("1-64", "1-2").replace(auto, f'{auto[:-1]} {asked}"') + "\n" + merge
+        calls = calls_of(["bash", "-c", script], tmp_path)
     else:
         embed, pack = pytest.importorskip("yaml").safe_load_all((EXAMPLES / name).read_text())
         count = embed["spec"]["completions"]
         args, last = (job["spec"]["template"]["spec"]["containers"][0]["args"] for job in (embed, pack))
         assert embed["spec"]["completionMode"] == "Indexed" and args[-1] == f"auto/{count}"
         args = [word.replace(f"auto/{count}", "auto/2") for word in args]  # 16 starts would show no more
-        missing = subprocess.run(["featcache", *last], env=environ, cwd=tmp_path, capture_output=True)
-        assert missing.returncode == 1  # and the Job tries again
-        for index in (1, 0):
-            pod = environ | {"JOB_COMPLETION_INDEX": str(index)}
-            subprocess.run(["featcache", *args, *TINY_FLAGS], env=pod, cwd=tmp_path, check=True)
-        subprocess.run(["featcache", *last], env=environ, cwd=tmp_path, check=True)
+        shares = [({"JOB_COMPLETION_INDEX": str(index)}, [*args, *TINY_FLAGS]) for index in (1, 0)]
+        assert warm.run(*last, before=with_variables({}, folder=tmp_path)).code == 1  # and the Job tries again
+        calls = [*shares, ({}, last)]
+    assert [call[0] for _, call in calls[:3]] == ["extract", "extract", "merge"]
+    for variables, call in calls:
+        warm.check(*call, before=with_variables(variables, folder=tmp_path))
+    assert (tmp_path / "model" / "model.json").exists() == (name == "slurm.sh")
     assert_same(output, FeatureCache.open(alone / "whole.h5"))
 
 

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, make_photos, write_photo
-from faults import Fault, Program
+from faults import Fault, Outcome, Program, with_variables
 from safetensors.numpy import load_file
 
 import featcache
@@ -570,7 +571,18 @@ def test_kill_and_resume(made: Path, tmp_path: Path, warm: Program) -> None:
 # ------------------------------------------------------------------------------------------- several processes
 
 
-def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path) -> None:
+def in_two_processes(warm: Program, *command: object) -> list[Outcome]:
+    """The command as torchrun starts it, whose variables say which process is which, but without importing PyTorch anew."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    places = [where | {"LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"} for rank in "01"]
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(lambda place: warm.run(*command, before=with_variables(place)), places))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and held on Linux only")
+def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path, warm: Program) -> None:
     """gloo on the CPU, batches that do not divide by two: the same metrics, weights but for rounding.
 
     With a network without dropout, which each process draws for its own images, and with a pooler that never trains.
@@ -578,16 +590,13 @@ def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path)
     changes = {"backbone": "timm/test_vit3", "pool": "mean"}
     extract(made / "photos", tmp_path / "f.h5", dataclasses.replace(TINY, **changes))
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
-    flags = ["finetune", str(made / "photos"), "--init", str(tmp_path / "m"), "--json", "-o", str(tmp_path / "two")]
-    flags += ["--epochs", "2", "--batch-size", "5", *FLAGS]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featcache"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *flags], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"model"') == 1  # one of them talks
-    assert done.stderr.count("parity:") == 1
+    command = ("finetune", made / "photos", "--init", tmp_path / "m", "--json", "-o", tmp_path / "two")
+    command += ("--epochs", 2, "--batch-size", 5, *FLAGS)
+    first, other = in_two_processes(warm, *command)
+    assert (first.code, other.code) == (0, 0), (first.err, other.err)
+    assert "parity:" in first.err and (other.out, other.err) == ("", "")  # one of them talks
     one = tune(output=tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
-    two = json.loads(done.stdout.splitlines()[-1])
+    two = first.result
     for key in ("val_accuracy", "test_accuracy", "head_val_accuracy", "best_epoch", "alpha"):
         assert two[key] == getattr(one, key), key
     rows = [json.loads((tmp_path / name / "metrics.json").read_text())["history"] for name in ("one", "two")]

@@ -1,20 +1,23 @@
 """Decoders that really crash: the worker dies of a segmentation fault, the run goes on without that image."""
 
 import functools
-import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY_FLAGS, make_photos, write_photo
+from faults import Program
 
 import featcache
 from featcache.cache.cache import FeatureCache
 from featcache.errors import RefusedImage
 from featcache.images.decode import FATAL, decode, decode_pixels, try_apart
+from featcache.system import supervisor
 from featcache.system.supervisor import Notes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
@@ -73,6 +76,15 @@ def broken(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{package}"}
 
 
+def break_here(environment: dict[str, str]) -> None:
+    """This process, which has started already, and those that it starts find the broken decoder."""
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)  # which trials are given
+    runpy.run_path(f"{sys.path[0]}/sitecustomize.py")
+    # PyTorch is loaded here, but no thread is running, which is why a process that has loaded it is not split.
+    supervisor.notes.__init__()  # type: ignore[misc]  # not what other children of that process have written
+    vars(supervisor)["sys"] = SimpleNamespace(platform=sys.platform, modules={}, exit=sys.exit)
+
+
 def python(
     environment: dict[str, str], *arguments: object, stdin: str | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
@@ -91,38 +103,46 @@ def mark(path: Path, text: bytes = b"CRASH ME") -> Path:
 
 
 def test_an_image_that_crashes_its_decoder_is_refused_and_the_run_goes_on(
-    tmp_path: Path, broken: dict[str, str]
+    tmp_path: Path, broken: dict[str, str], warm: Program
 ) -> None:
     photos = make_photos(tmp_path / "photos")
     deadly = ["blue/03.jpg", "red/05.jpg"]
     for name in deadly:
         mark(photos / name)
     cache = tmp_path / "f.h5"
-    command = ("-m", "featcache", "extract", photos, "-o", cache, *TINY_FLAGS, "--max-bad", "1", "--json")
-    done = python(broken, *command)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    assert (report["images"], report["refused"]) == (18, 2)
-    assert "a decoder crashed (SIGSEGV); going on without the image that did it" in done.stderr
+    command = ("extract", photos, "-o", cache, *TINY_FLAGS, "--max-bad", "1", "--json")
+    done = warm.check(*command, before=functools.partial(break_here, broken))
+    assert (done.result["images"], done.result["refused"]) == (18, 2)
+    assert "a decoder crashed (SIGSEGV); going on without the image that did it" in done.err
     reason = "its decoder crashed (SIGSEGV)"
     assert FeatureCache.open(cache).refused == tuple((name, reason) for name in deadly)
 
-    again = python(broken, *command)
-    report = json.loads(again.stdout.splitlines()[-1])
-    assert (report["embedded"], report["reused"], report["refused"]) == (0, 16, 2)
-    assert "crashed" not in again.stderr  # known to be dangerous: tried apart from the start
+    again = warm.check(*command, before=functools.partial(break_here, broken))
+    assert [again.result[name] for name in ("embedded", "reused", "refused")] == [0, 16, 2]
+    assert "crashed" not in again.err  # known to be dangerous: tried apart from the start
+
+
+def test_the_program_is_split_before_pytorch_is_loaded(tmp_path: Path, broken: dict[str, str]) -> None:
+    program = """
+import sys, featcache.system.supervisor as supervisor
+supervisor.supervised = lambda: 70 + ("torch" in sys.modules)
+from featcache.cli.app import main
+main()
+"""
+    assert python(broken, "-c", program, "extract", tmp_path, "-o", tmp_path / "f.h5").returncode == 70
 
 
 @pytest.mark.slow
-def test_rows_already_printed_are_not_printed_again(trained: Path, tmp_path: Path, broken: dict[str, str]) -> None:
+def test_rows_already_printed_are_not_printed_again(
+    trained: Path, tmp_path: Path, broken: dict[str, str], warm: Program
+) -> None:
     mark(trained / "photos" / "red" / "05.jpg")
-    command = ("-m", "featcache", "predict", trained / "m", trained / "photos")
-    printed = python(broken, *command, "--json")
-    assert printed.returncode == 128 + signal.SIGSEGV
-    assert "with -o FILE the same command goes on" in printed.stderr
-    assert json.loads(printed.stdout.splitlines()[-1])["error"]["exit_code"] == printed.returncode
-    written = python(broken, *command, "-o", tmp_path / "out.csv")
-    assert written.returncode == 0
+    command, broken_here = ("predict", trained / "m", trained / "photos"), functools.partial(break_here, broken)
+    printed = warm.run(*command, "--json", before=broken_here)
+    assert printed.code == 128 + signal.SIGSEGV
+    assert "with -o FILE the same command goes on" in printed.err
+    assert printed.result["error"]["exit_code"] == printed.code
+    warm.check(*command, "-o", tmp_path / "out.csv", before=broken_here)
     rows = (tmp_path / "out.csv").read_text().splitlines()
     assert len(rows) == 25
     assert rows[-3].endswith("red/05.jpg,,,refused,its decoder crashed (SIGSEGV)")

@@ -225,13 +225,11 @@ def test_clocks_that_differ(photos: Path, tmp_path: Path, warm: Program) -> None
 
 
 @pytest.mark.slow
-def test_torchrun(photos: Path, whole: FeatureCache, tmp_path: Path) -> None:
+def test_torchrun(photos: Path, whole: FeatureCache, tmp_path: Path, warm: Program) -> None:
     environ = os.environ | {"FEATCACHE_FUSE": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featcache"]
     command: list[Any] = ["extract", photos, "-o", tmp_path / "f.h5", *TINY_FLAGS, "--part", "auto"]
     done = subprocess.run([*start, *command], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    subprocess.run(
-        [sys.executable, "-m", "featcache", "merge", tmp_path / "f.h5", "--max-bad", "1"], env=environ, check=True
-    )
+    warm.check("merge", tmp_path / "f.h5", "--max-bad", 1)
     assert_same(tmp_path / "f.h5", whole)

@@ -121,6 +121,17 @@ def before_next(moment: str, act: Callable[[], object], *, patch: Callable[..., 
     patch(home, name, call)
 
 
+def with_variables(variables: dict[str, str], *, folder: Path | None = None) -> Callable[[], None]:
+    """To be called ``before``: these environment variables are set, and the command runs in ``folder``."""
+    return functools.partial(_set_variables, variables, folder)
+
+
+def _set_variables(variables: dict[str, str], folder: Path | None) -> None:
+    os.environ.update(variables)
+    if folder:
+        os.chdir(folder)
+
+
 class Gate:
     """Where one process waits for the test, so that two things happen in a chosen order without sleeping."""
 

@@ -1,6 +1,7 @@
 """A fused network computes what the plain one computes, whatever stands around its convolutions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
 from featcache.backbones.backbone import OFFLINE_BACKBONE
-from featcache.backbones.folding import fold_batchnorm, fuse_convolutions
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, fuse_relus
 from featcache.backbones.load import load_backbone
 
 SLOW = {"mobilenet_v2": 52, "efficientnet_b0": 81, "googlenet": 57, "densenet121": 120, "vit_b_32": 1}
@@ -150,3 +151,46 @@ def test_timm_with_real_weights() -> None:
 def test_folding_removes_batch_norms_and_keeps_the_original(name: str, there: int) -> None:
     module = load_backbone(name, "none").module
     assert (norms(fold_batchnorm(module)), norms(module)) == (0, there)
+
+
+def conv_relu(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> torch.Tensor:
+    """What ``aten::cudnn_convolution_relu`` computes, by the arguments of its schema."""
+    return nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups).relu()
+
+
+def conv_add_relu(x: Any, weight: Any, z: torch.Tensor, alpha: float, *rest: Any) -> torch.Tensor:
+    bias, *geometry = rest
+    return (nn.functional.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
+
+
+@pytest.mark.parametrize(("name", "fused", "left"), [("resnet18", 17, 3), ("regnet_y_400mf", 1 + 3 * 16, None)])
+def test_what_cudnn_can_do(monkeypatch: pytest.MonkeyPatch, name: str, fused: int, left: int | None) -> None:
+    """ReLU with and without an addition; no groups, no other activations. On a GPU itself: ``test_on_gpu.py``."""
+    for operator, stand_in in (("cudnn_convolution_relu", conv_relu), ("cudnn_convolution_add_relu", conv_add_relu)):
+        [schema] = [getattr(torch.ops.aten, operator).default._schema]
+        assert [argument.name for argument in schema.arguments][-5:] == [
+            "bias",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+        ]
+        monkeypatch.setattr(torch, operator, stand_in)
+    module = with_statistics(load_backbone(name, "none").module)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = module(x)
+        faster = fuse_relus(fold_batchnorm(module), x)
+        torch.testing.assert_close(faster(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    kinds = [type(module).__name__ for module in faster.modules()]
+    assert kinds.count("_CudnnConvolution") == fused
+    assert left is None or kinds.count("Conv2d") == left
+
+
+def test_without_a_relu_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Hardswish(), nn.Conv2d(4, 4, 3), nn.ReLU6(), nn.Conv2d(4, 2, 1)
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(fuse_relus(fold_batchnorm(module), x)(x), module(x))

@@ -5,7 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from featcache.backbones.self_check import MAX_ERROR, Agreement, agreement, cosine, only_rounded, survives_rounding
+from featcache.backbones.self_check import (
+    MAX_ERROR,
+    Agreement,
+    agreement,
+    cosine,
+    fits_float16,
+    only_rounded,
+    survives_rounding,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -77,3 +85,23 @@ def test_storage() -> None:
     assert not survives_rounding(rows * 1e6)  # overflow
     assert not survives_rounding(rows * 1e-9)  # underflow
     assert not survives_rounding(rows + 1000)  # float16 counts in halves there
+
+
+def test_the_short_way_to_what_fits_float16_is_the_long_way() -> None:
+    """Of any scale, dimension and sparsity, at every edge. Oracle: the cosine itself, in float64."""
+    rng = np.random.default_rng(0)
+    verdicts = []
+    for dim in (1, 3, 64, 2048):
+        rows = rng.standard_normal((400, dim)) * 10.0 ** rng.uniform(-9, 6, (400, 1))
+        rows *= rng.random((400, dim)) < rng.uniform(0, 1, (400, 1))
+        edges = [0, 65504, 65519, 65520, 65536, -65520, np.inf, -np.inf, np.nan, 6e-8, 2.9e-8, 1e-7, 1.4e-5, 3e-7]
+        rows[: len(edges), 0] = edges
+        features = rows.astype(np.float32)
+        with np.errstate(all="ignore"):
+            a, b = features.astype(np.float64), features.astype(np.float16).astype(np.float64)
+            cosines = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        expected = (cosines >= 0.995) | (a == 0).all(1)
+        np.testing.assert_array_equal(fits_float16(features), expected)
+        verdicts.append(expected.mean())
+    assert all(0.2 < share < 0.95 for share in verdicts)
+    assert fits_float16(np.empty((0, 0), np.float32)).shape == (0,)

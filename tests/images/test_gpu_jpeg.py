@@ -19,6 +19,8 @@ from conftest import COLOURS, TINY, write_photo
 from corpus import exif_of, saved
 from PIL import Image
 
+from featcache.backbones.embed import embed, sample_pixels
+from featcache.backbones.encoder import build_encoder
 from featcache.backbones.self_check import cosine
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError, MissingDependencyError, RefusedImage, SpecMismatchError, UsageError
@@ -31,9 +33,11 @@ from featcache.images.gpu_jpeg import GpuJpegs, gpu_jpegs, is_for_gpu, read_for_
 from featcache.images.jpeg_header import read_jpeg_header
 from featcache.images.preprocess import to_pixels
 from featcache.images.read import ReadImage
+from featcache.images.source import list_images
 from featcache.models.fit import fit_head
 from featcache.models.predict import predict
 from featcache.spec import PreprocessSpec
+from featcache.system.device import choose_runtime
 
 CPU = torch.device("cpu")
 SPEC = PreprocessSpec(
@@ -278,6 +282,24 @@ def test_a_spec_of_its_own_from_cache_to_prediction(
         with pytest.raises(UsageError, match="only a CUDA GPU gives, and this would run on cpu: .*--decode full"):
             work()
     assert not (tmp_path / "new.h5").exists()
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_a_ring_of_batches_is_completed_by_the_gpu(photos: Path, monkeypatch: pytest.MonkeyPatch, faulty: bool) -> None:
+    """As workers of their own do it; an image that the GPU refuses is one less."""
+    bad = (photos / "red" / "1.jpg").read_bytes()
+    decoder = failing("Failed to decode batch: 4", at=bad) if faulty else stand_in
+    monkeypatch.setattr(gpu_jpeg, "nvjpeg", lambda device: decoder)
+    images, backbone = list_images(photos), load_requested(dataclasses.replace(TINY, decode="gpu"), None)
+    runtime = dataclasses.replace(choose_runtime("cpu", workers=3), batch_size=8)
+    sample = sample_pixels(images, backbone.preprocess, 8)
+    encoder, _ = build_encoder(backbone, runtime, sample, precision="fp32")
+    ways = [list(embed(images, encoder, runtime, lane=lane)) for lane in (None, encoder.new_lane(8))]
+    for one, other in zip(*ways, strict=True):
+        np.testing.assert_array_equal(one.indices, other.indices)
+        assert one.refused == other.refused
+        np.testing.assert_allclose(one.features, other.features, rtol=1e-5, atol=1e-5)
+    assert sum(len(batch.indices) for batch in ways[0]) == 22 - faulty
 
 
 def test_what_cannot_be_is_refused_before_work() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from featcache.system.device import memory_errors, true_float32
+from featcache.system.device import choose_runtime, memory_errors, true_float32
 
 BACKENDS = torch.backends
 SWITCHES = {
@@ -124,3 +124,17 @@ def test_other_errors_keep_theirs(error: Exception) -> None:
     with pytest.raises(type(error)) as found, memory_errors():
         raise error
     assert found.value is error
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "workers", "batch_size"),
+    [("cpu", 64, 64, 8), ("cuda", 64, 32, 256), ("cuda", 16, 16, 256), ("mps", 10, 10, 64)],
+)
+def test_workers_and_batches_of_a_device(
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, workers: int, batch_size: int
+) -> None:
+    monkeypatch.setattr("featcache.system.device.choose_device", lambda name: (torch.device(name), "as asked"))
+    monkeypatch.setattr("featcache.system.device.usable_cores", lambda: cores)
+    chosen = choose_runtime(device)
+    assert (chosen.workers, chosen.batch_size) == (workers, batch_size)
+    assert choose_runtime(device, batch_size=3).batch_size == 3

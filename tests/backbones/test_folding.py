@@ -165,7 +165,7 @@ def conv_add_relu(x: Any, weight: Any, z: torch.Tensor, alpha: float, *rest: Any
 
 @pytest.mark.parametrize(("name", "fused", "left"), [("resnet18", 17, 3), ("regnet_y_400mf", 1 + 3 * 16, None)])
 def test_what_cudnn_can_do(monkeypatch: pytest.MonkeyPatch, name: str, fused: int, left: int | None) -> None:
-    """ReLU with and without an addition; no groups, no other activations. On a GPU itself: ``test_on_gpu.py``."""
+    """ReLU with and without an addition; no groups, no other activations. On a GPU itself: ``test_embed_on_gpu.py``."""
     for operator, stand_in in (("cudnn_convolution_relu", conv_relu), ("cudnn_convolution_add_relu", conv_add_relu)):
         [schema] = [getattr(torch.ops.aten, operator).default._schema]
         assert [argument.name for argument in schema.arguments][-5:] == [

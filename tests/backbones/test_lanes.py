@@ -1,6 +1,6 @@
 """Batches on a device: the numbers of the plain network, no step before the one it needs, and as many as fit.
 
-A GPU is a stand-in here (``streams.py``) that tells what a real one might do too early. On a real one: ``test_on_gpu.py``.
+A GPU is a stand-in here (``streams.py``) that tells what a real one might do too early. On a real one: ``test_embed_on_gpu.py``.
 """
 
 import logging

@@ -16,7 +16,7 @@ STORAGE_TYPES = ("float16", "float32")
 PRECISION_CLASSES = ("reference", "bf16", "fp16")
 SPLITS = ("none", "train", "val", "test")  # position = the number stored
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
-DECODING = ("full scale", "reduced scale")
+DECODING = ("full scale", "reduced scale", "gpu")
 POOLS = ("auto", "own", "cls", "mean", "cls+mean")  # as asked for
 OWN_POOLING = "the network's own"  # up to the input of its classifier
 _POOLINGS = (OWN_POOLING, "cls", "mean", "cls+mean")
@@ -35,7 +35,8 @@ class PreprocessSpec:
         interpolation: resampling filter of the resize.
         mean, std: per-channel normalisation of values in 0..1.
         decode: ``full scale``, or ``reduced scale``: JPEGs much larger than ``resize`` are decoded at 1/2, 1/4 or 1/8 of
-            their size, several times as fast, to somewhat other pixels (``images.decode.reduction``).
+            their size, several times as fast, to somewhat other pixels (``images.decode.reduction``); or ``gpu``: a CUDA GPU
+            decodes and resizes usual JPEGs, the CPU all else at full scale, as their content decides (``images.gpu_jpeg``).
         orientation, alpha, deep, frame, profile: how unusual files become 8-bit RGB (``images.decode.decode``).
             They are stored so that a change can never pass unnoticed; all have one value today but ``deep``: ``white_level``.
     """
@@ -72,6 +73,8 @@ class PreprocessSpec:
             raise UsageError(f"mean and std must be three numbers, std positive; found {self.mean} and {self.std}")
         if self.decode not in DECODING:
             raise UsageError(f"unknown decoding {self.decode!r}; choose one of {', '.join(DECODING)}")
+        if self.decode == "gpu" and self.interpolation not in ("bilinear", "bicubic"):
+            raise UsageError(f"a GPU resizes bilinear or bicubic, not {self.interpolation}; leave --decode gpu out")
         for field in dataclasses.fields(self):
             value, only = getattr(self, field.name), field.default
             chosen = field.name == "decode" or (field.name == "deep" and self.white_level)
@@ -81,7 +84,7 @@ class PreprocessSpec:
     @property
     def decode_at_least(self) -> int | None:
         """Pixels of the shorter edge that decoding must leave; None: all of them."""
-        if self.decode == "full scale":
+        if self.decode != "reduced scale":
             return None
         return self.resize if isinstance(self.resize, int) else max(self.resize)
 

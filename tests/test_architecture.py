@@ -57,6 +57,7 @@ ONLY_IN = {
     "filelock": "system.workdir",
     "simplejpeg": "images.decode",
     "pillow_heif": "images.heif",
+    "torchcodec": "images.gpu_jpeg",
     "fsspec": "images.remote",
     "aiohttp": "images.remote",
     "yarl": "images.remote",

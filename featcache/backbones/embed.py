@@ -27,6 +27,7 @@ from featcache.backbones.self_check import fits_float16
 from featcache.errors import UsageError
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
 from featcache.images.formats import Brightest
+from featcache.images.gpu_jpeg import gpu_jpegs, pixel_reader, read_for_gpu
 from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
 from featcache.images.readahead import stoppable
 from featcache.spec import PreprocessSpec
@@ -144,9 +145,14 @@ def _without(batch: EmbeddedBatch, wrong: npt.NDArray[np.bool_], reason: str) ->
     return EmbeddedBatch(**kept, refused=refused)
 
 
-def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> Pixels:
-    """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0."""
-    reads = read_images(files, range(len(files.paths)), lambda data: read_pixels(data, preprocess))
+def sample_pixels(
+    files: ImageFiles, preprocess: PreprocessSpec, count: int, *, device: torch.device | None = None
+) -> Pixels:
+    """The first ``count`` images that can be decoded, as uint8 (n, H, W, 3); n may be smaller, even 0.
+
+    ``device``: the CPU when None. Raises UsageError: it cannot decode as ``preprocess`` says. MissingDependencyError.
+    """
+    reads = read_images(files, range(len(files.paths)), pixel_reader(preprocess, device))
     with contextlib.closing(reads):
         found = list(itertools.islice((read.value for read in reads if read.value is not None), count))
     return np.stack(found) if found else np.empty((0, *preprocess.crop, 3), np.uint8)
@@ -158,6 +164,7 @@ class _Job:
     def __init__(self, files: ImageFiles, encoder: EmbedsPixels, runtime: Runtime, timings: Timings) -> None:
         self.files, self.encoder, self.runtime, self.timings = files, encoder, runtime, timings
         self.seen, self.again = Brightest(), list[int]()
+        self._gpu = gpu_jpegs(encoder.preprocess, runtime.device)
         self._own = threading.local()  # ``pixels``: the buffer of a worker
 
     def by_worker(self, pool: ThreadPoolExecutor, stop_with: Callable[..., Any]) -> Generator[EmbeddedBatch]:
@@ -174,6 +181,7 @@ class _Job:
         """Workers decode, into batches that one more thread gives to ``lane``."""
         idle = functools.partial(self.timings.measure, "forward")  # a worker without a buffer waits for the GPU
         options: dict[str, Any] = {"workers": self.runtime.workers, "idle": idle}
+        options["complete"] = self._complete if self._gpu else None
         count = len(self.files.paths)
         try:
             yield from through_ring(count, stop_with(self._fill), self._finish, lane, pool, **options)
@@ -191,11 +199,15 @@ class _Job:
         if not hasattr(self._own, "pixels"):
             self._own.pixels = self.encoder.new_buffer(size)
         pixels: Pixels = self._own.pixels
-        reads, kept = list[ReadImage[Pixels]](), 0
+        reads, kept = list[ReadImage[Any]](), 0
         with self.timings.measure("decode"):
             for index in range(start, min(start + size, len(self.files.paths))):
                 reads.append(self._read(index, pixels[kept]))
                 kept += reads[-1].value is not None
+            if self._gpu:
+                reads = self._gpu.finish(reads)
+                for kept, value in enumerate((read.value for read in reads if read.value is not None), 1):
+                    pixels[kept - 1] = value
         with self.timings.measure("forward"):
             # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
             features = self.encoder(pixels)[:kept] if kept else np.empty((0, 0), np.float32)
@@ -212,15 +224,23 @@ class _Job:
         return self._batch(reads, features[kept], pixels[kept], min(_FEW, len(pixels)))
 
     def _read(self, index: int, row: Pixels) -> ReadImage[Pixels]:
-        """Decode one image into ``row`` (H, W, 3), which is then its value."""
-        read = read_image(self.files, index, self._decode)
-        if read.value is None:
+        """Decode one image into ``row`` (H, W, 3), which is then its value, or leave it to the GPU."""
+        read: ReadImage[Any] = read_image(self.files, index, self._decode)
+        if read.value is None or isinstance(read.value, bytes):
             return read
         row[:] = read.value
         return read._replace(value=row)
 
-    def _decode(self, data: bytes) -> Pixels:
-        return read_pixels(data, self.encoder.preprocess, seen=self.seen)
+    def _decode(self, data: bytes) -> Pixels | bytes:
+        return (read_for_gpu if self._gpu else read_pixels)(data, self.encoder.preprocess, seen=self.seen)
+
+    def _complete(self, reads: list[ReadImage[Any]], pixels: Pixels) -> list[ReadImage[Any]]:
+        """Let the GPU decode what was left to it, each into its row."""
+        done: list[ReadImage[Any]] = self._gpu.finish(reads) if self._gpu else reads
+        for row, (read, before) in enumerate(zip(done, reads, strict=True)):
+            if isinstance(before.value, bytes) and read.value is not None:
+                pixels[row] = read.value
+        return done
 
     def _batch(self, reads: Sequence[ReadImage[Pixels]], features: Features, pixels: Pixels, few: int) -> EmbeddedBatch:
         """What became of ``reads``; features (n, D) and pixels are of those n that were decoded, ``few`` is for ``_in_float32``."""

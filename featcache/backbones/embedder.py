@@ -51,11 +51,12 @@ class Embedder:
             precision: ``auto`` takes the fastest that passes the self-check; another is obeyed, and named if it does not.
 
         Raises:
-            UsageError: unknown precision, an input size that the network does not take, too little memory for a single image.
+            UsageError: unknown precision, an input size that the network does not take, too little memory for a single image,
+                no GPU to decode on. MissingDependencyError: torchcodec, to decode on it.
         """
         runtime = runtime or choose_runtime()
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
-        sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, SAMPLE))
+        sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, SAMPLE), device=runtime.device)
         pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)
         encoder, choice = build_encoder(backbone, runtime, pixels, precision=precision)
         if lane := encoder.lane(runtime.batch_size):  # settled before anything is embedded, and recorded as it is

@@ -59,6 +59,7 @@ def through_ring(
     pool: ThreadPoolExecutor,
     *,
     workers: int,
+    complete: Callable[[list[T], Pixels], list[T]] | None = None,
     idle: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Generator[R]:
     """Yield ``finish`` of every batch of ``count`` images, in order. Closing it early stops all threads.
@@ -66,13 +67,14 @@ def through_ring(
     Args:
         fill: of an image's number and its row (H, W, 3), on one of ``workers`` threads; what it returns is kept for ``finish``.
         finish: of a batch's images, features (batch_size, D) and pixels, in the thread that takes the results.
+        complete: of a full batch's images and pixels, before the device gets it, on the feeder's thread: better images.
         pool: has ``workers + 1`` threads, the last of which feeds ``lane``.
         idle: a context for the time that a worker waits for a buffer, because the device, or who takes the results, is behind.
 
     Raises:
         Exception: whatever a thread or the lane raises, after the batches that are with the device already.
     """
-    ring = _Ring(count, fill, lane, idle)
+    ring = _Ring(count, fill, lane, idle, complete)
     try:
         pool.submit(ring.feed)
         for _ in range(min(workers, count)):
@@ -96,8 +98,9 @@ class _Ring(Generic[T]):
         fill: Callable[[int, Pixels], T],
         lane: Lane,
         idle: Callable[[], contextlib.AbstractContextManager[None]],
+        complete: Callable[[list[T], Pixels], list[T]] | None,
     ) -> None:
-        self._count, self._fill, self._lane, self._idle = count, fill, lane, idle
+        self._count, self._fill, self._lane, self._idle, self._complete = count, fill, lane, idle, complete
         self._size = lane.batch_size
         self.batches = -(-count // self._size)
         self._changed = threading.Condition()
@@ -126,6 +129,8 @@ class _Ring(Generic[T]):
             for number in range(self.batches):
                 if not (batch := self._full(number)):
                     return
+                if self._complete:
+                    batch.found = self._complete(batch.found, batch.pixels)
                 features = self._lane.download(self._lane.compute(self._lane.upload(batch.pixels)))
                 with self._changed:
                     batch.features = features

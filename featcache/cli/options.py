@@ -72,7 +72,9 @@ WhiteLevel = Annotated[
     str,
     typer.Option(help="Sample of 16-bit images that is white: 4095 for 12 bits of data. Default: 65535."),
 ]
-Decode = Annotated[str, typer.Option(help="Of large JPEGs: full, or reduced (faster, other pixels). Default: full.")]
+Decode = Annotated[
+    str, typer.Option(help="Of JPEGs: full, reduced (large ones faster) or gpu; both other pixels. Default: full.")
+]
 
 
 @dataclasses.dataclass(frozen=True)

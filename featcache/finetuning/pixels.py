@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from featcache.errors import SourceError
 from featcache.finetuning.recipes import Job
-from featcache.images.decode import decode, read_pixels
+from featcache.images.decode import decode
+from featcache.images.gpu_jpeg import pixel_reader
 from featcache.images.preprocess import MOST_PIXELS
 from featcache.images.read import read_images
 from featcache.images.source import ImageList
@@ -62,9 +64,9 @@ class Pixels:
         return len(self.kept)
 
 
-def network_input(spec: PreprocessSpec) -> Convert:
-    """Stored for evaluation: exactly what ``extract`` and ``predict`` feed the backbone."""
-    return lambda data: read_pixels(data, spec)
+def network_input(spec: PreprocessSpec, device: torch.device | None = None) -> Convert:
+    """Stored for evaluation: exactly what ``extract`` and ``predict`` feed the backbone. Raises as ``pixel_reader``."""
+    return pixel_reader(spec, device)
 
 
 def training_input(spec: PreprocessSpec) -> Convert:
@@ -185,7 +187,8 @@ def decode_split(job: Job, split: str, *, classes: tuple[str, ...], preprocess: 
 
 def _decode(job: Job, images: ImageList, *, split: str, preprocess: PreprocessSpec) -> Pixels:
     """In memory if they fit; else, or with several processes, in a file that one process per machine writes."""
-    convert = training_input(preprocess) if split == "train" else network_input(preprocess)
+    evaluated = network_input(preprocess, job.runtime.device)  # refused before hours are spent on training images
+    convert = training_input(preprocess) if split == "train" else evaluated
     typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
     processes, workers = job.processes, job.runtime.workers
     if processes.world == 1 and len(images) * typical < _SHARE_OF_MEMORY * available_memory():

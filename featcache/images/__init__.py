@@ -28,6 +28,8 @@ decode.py       bytes to pixels, or why not; what if the decoder crashes
 formats.py      what samples mean, format by format; to RGB
 integrity.py    are all pixels there? PNG, TIFF
 jpeg.py         the same for JPEG
+jpeg_header.py  what a usual one's header says, without Pillow
+gpu_jpeg.py     which JPEGs a GPU decodes, and how; the one door to torchcodec
 heif.py         the same for HEIF, and the one door to its decoder
 preprocess.py   resize, crop, normalise
 """

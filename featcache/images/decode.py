@@ -32,7 +32,8 @@ from featcache.errors import RefusedImage
 from featcache.images.formats import Brightest, is_turned, no_image, plain_png, reading_of, to_rgb
 from featcache.images.heif import is_heif, open_heif
 from featcache.images.integrity import load_whole
-from featcache.images.jpeg import may_have_many_scans
+from featcache.images.jpeg import has_many_scans, may_have_many_scans
+from featcache.images.jpeg_header import read_jpeg_header
 from featcache.images.preprocess import to_pixels
 from featcache.spec import PreprocessSpec
 from featcache.system.supervisor import notes, signal_name
@@ -50,7 +51,12 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit: half a gigabyte once decoded
 
 
 def read_pixels(data: bytes, spec: PreprocessSpec, *, seen: Brightest | None = None) -> Pixels:
-    """From a file to the pixels a backbone takes: uint8 (H, W, 3), ``(H, W) == spec.crop``. Raises RefusedImage."""
+    """From a file to the pixels a backbone takes: uint8 (H, W, 3), ``(H, W) == spec.crop``. Raises RefusedImage.
+
+    By the CPU; where a GPU may have a say in it, ``gpu_jpeg.pixel_reader`` knows who reads.
+    """
+    if spec.decode == "gpu":
+        raise ValueError("these pixels are made by a GPU")
     pixels = decode_pixels(data, at_least=spec.decode_at_least, white_level=spec.white_level, seen=seen)
     return to_pixels(pixels, spec)
 
@@ -269,13 +275,24 @@ def _decode_fast(data: bytes, at_least: int | None) -> Pixels | None:
 
 
 def _decode_plain(decode_jpeg: Callable[..., Pixels], data: bytes, at_least: int | None) -> Pixels:
-    """Raises anything if anything about a JPEG needs a decision: orientation, CMYK, absurd size. Pillow reads the header."""
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-        plain = image.width * image.height <= MAX_PIXELS and image.mode in ("RGB", "L") and not is_turned(image)
-        if not plain or may_have_many_scans(image, data):
-            raise ValueError("not for this decoder")
-        factor = reduction(min(image.size), at_least)
-        return decode_jpeg(data, min_width=-(-image.width // factor), min_height=-(-image.height // factor))
+    """Raises anything if anything about a JPEG needs a decision: orientation, CMYK, absurd size."""
+    width, height = _plain_size(data)
+    factor = reduction(min(width, height), at_least)
+    return decode_jpeg(data, min_width=-(-width // factor), min_height=-(-height // factor))
+
+
+def _plain_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a JPEG about which nothing needs a decision. Raises anything about others. Pillow reads unusual headers."""
+    if header := read_jpeg_header(data):
+        size, plain = (header.width, header.height), header.orientation == 1
+        scans = (header.is_progressive or not header.interleaved) and has_many_scans(data)
+    else:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            size, plain = image.size, image.mode in ("RGB", "L") and not is_turned(image)
+            scans = may_have_many_scans(image, data)
+    if scans or not plain or size[0] * size[1] > MAX_PIXELS:
+        raise ValueError("not for this decoder")
+    return size
 
 
 @functools.cache

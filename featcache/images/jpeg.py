@@ -58,7 +58,12 @@ def may_have_many_scans(image: Any, data: bytes) -> bool:
     """Return whether a JPEG that Pillow has opened could take far longer than its size suggests. Cheap for usual ones."""
     segment = image.fp.tell() - 6 - 2 * image.layers  # the one that Pillow read last, if it is of all layers
     single = data[segment - 2 : segment] == b"\xff\xda" and data[segment + 2] == image.layers
-    return ("progressive" in image.info or not single) and data.count(b"\xff\xda") > MANY_SCANS
+    return ("progressive" in image.info or not single) and has_many_scans(data)
+
+
+def has_many_scans(data: bytes) -> bool:
+    """Return whether there are, at most, more than any camera writes."""
+    return data.count(b"\xff\xda") > MANY_SCANS
 
 
 class _Feeder:

@@ -28,7 +28,7 @@ def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray
     is what the crop shows of images so narrow that whole they would have more than ``MOST_PIXELS``.
     """
     size = spec.resized(*image.shape[:2])
-    top, left = (round((edge - kept) / 2.0) for edge, kept in zip(size, spec.crop, strict=True))
+    top, left = cropped_at(size, spec)
     if size == image.shape[:2]:
         resized = image
     elif size[0] * size[1] > MOST_PIXELS:
@@ -38,6 +38,12 @@ def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray
     else:
         resized = np.asarray(Image.fromarray(image).resize(size[::-1], _method(spec)))
     return resized[top : top + spec.crop[0], left : left + spec.crop[1]]
+
+
+def cropped_at(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """Top and left of the crop of an image resized to ``size``; torchvision's rounding."""
+    top, left = (round((edge - kept) / 2.0) for edge, kept in zip(size, spec.crop, strict=True))
+    return top, left
 
 
 def _resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:

@@ -29,6 +29,7 @@ _PACKAGES = {
     "matplotlib": "report",
     "simplejpeg": "fast",
     "pillow-heif": "heif",
+    "torchcodec": "gpu",
 }
 # Instructions that decide how fast a backbone is, where PyTorch knows of them.
 _INSTRUCTIONS = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "sve2")
@@ -147,7 +148,7 @@ def _decoders() -> dict[str, str | None]:
     installed = _installed()
     return {
         "pillow": f"{installed['pillow']}, JPEG by {jpeg}",
-        **{name: installed.get(name) for name in ("simplejpeg", "pillow-heif")},
+        **{name: installed.get(name) for name in ("simplejpeg", "pillow-heif", "torchcodec")},
     }
 
 

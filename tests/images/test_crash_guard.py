@@ -95,7 +95,10 @@ def python(
 
 
 def mark(path: Path, text: bytes = b"CRASH ME") -> Path:
-    path.write_bytes(path.read_bytes() + text)  # behind the image's end, where other decoders do not look
+    """Behind the image's end, where other decoders do not look; a JPEG with a filled marker, so that Pillow reads its header."""
+    data = path.read_bytes()
+    filled = data[:2] + b"\xff" + data[2:] if data.startswith(b"\xff\xd8") else data
+    path.write_bytes(filled + text)
     return path
 
 

@@ -573,20 +573,25 @@ def test_kill_and_resume(made: Path, tmp_path: Path, warm: Program) -> None:
 def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path) -> None:
     """gloo on the CPU, batches that do not divide by two: the same metrics, weights but for rounding.
 
-    With a network without dropout, which each process draws for its own images, and with a pooler that never trains.
+    With a network without dropout, which each process draws for its own images, and with a pooler that never trains. Gradients
+    of several micro-batches add up, and what trains changes once, between the first and the second epoch.
     """
     changes = {"backbone": "timm/test_vit3", "pool": "mean"}
     extract(made / "photos", tmp_path / "f.h5", dataclasses.replace(TINY, **changes))
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     flags = ["finetune", str(made / "photos"), "--init", str(tmp_path / "m"), "--json", "-o", str(tmp_path / "two")]
-    flags += ["--epochs", "2", "--batch-size", "5", *FLAGS]
+    flags += ["--epochs", "3", "--batch-size", "5", "--micro-batch", "2", "--set", "unfreeze=gradual", *FLAGS]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featcache"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *flags], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('"model"') == 1  # one of them talks
     assert done.stderr.count("parity:") == 1
-    one = tune(output=tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
+    one = tune(
+        output=tmp_path / "one",
+        init=tmp_path / "m",
+        changes=QUICK | {"batch_size": 5, "epochs": 3, "unfreeze": "gradual"},
+    )
     two = json.loads(done.stdout.splitlines()[-1])
     for key in ("val_accuracy", "test_accuracy", "head_val_accuracy", "best_epoch", "alpha"):
         assert two[key] == getattr(one, key), key

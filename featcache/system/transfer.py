@@ -21,6 +21,12 @@ def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
+def staged(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy of ``values`` from which ``device`` can fetch them without waiting."""
+    stored = torch.from_numpy(values)
+    return host_tensor(tuple(stored.shape), stored.dtype, device).copy_(stored)
+
+
 class Feed:
     """Sends tensors to a device, beside the work that is queued there."""
 

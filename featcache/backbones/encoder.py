@@ -176,7 +176,7 @@ def build_encoder(
             return encoder, _choice(
                 name, form, "reference", _reason(name, precision, runtime, len(sample), tried), tried
             )
-        if nearest is plain or _distance(found) < least:
+        if nearest is plain or _clearly_less(_distance(found), least):
             nearest, nearest_form, least = encoder, form, _distance(found)
     figures = _figures(tried)
     if "fp32" in names:  # folding did harm (a batch norm with tiny variance, say): do without
@@ -187,8 +187,13 @@ def build_encoder(
 
 
 def _distance(found: Agreement) -> tuple[bool, float]:
-    """The less, the nearer; of equal forms the first one tried is the fastest."""
+    """The less, the nearer."""
     return math.isnan(found.mean_cosine), math.inf if math.isnan(found.error) else found.error
+
+
+def _clearly_less(found: tuple[bool, float], least: tuple[bool, float]) -> bool:
+    """Whether a form tried later is worth its time: forms of one precision differ by how they round, a few per cent."""
+    return found < (least[0], 0.9 * least[1])
 
 
 def _choice(precision: str, form: str, group: str, reason: str, tried: dict[str, Agreement]) -> PrecisionChoice:

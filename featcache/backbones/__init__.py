@@ -15,6 +15,8 @@ backbone.py          what a Backbone is; its weights read, hashed, saved
 saved.py             the backbone of a saved model
 embedder.py          Embedder: a backbone ready to embed
 embed.py             the one embedding loop
+ring.py              batches filled by many threads, computed by one device
+lanes.py             a GPU that takes batch after batch
 encoder.py           a backbone made fast
 self_check.py        are embeddings still the network's own? Is bf16 good enough?
 folding.py           batch norms folded into convolutions, what follows these done in them

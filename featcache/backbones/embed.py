@@ -2,7 +2,8 @@
 
 In: files and an encoder. Out: an iterator of ``EmbeddedBatch`` in the order of the files. Every forward pass has
 exactly the same shape and, on a CPU, runs on one core, so that an image's embedding does not depend on its neighbours, on
-the number of workers, or on where an earlier run was interrupted.
+the number of workers, or on where an earlier run was interrupted. On a CPU a worker decodes a small batch and computes it;
+for a GPU all workers decode into the same large batches (``ring.py``).
 """
 
 import contextlib
@@ -13,14 +14,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from featcache.backbones.ring import Features, Lane, through_ring
 from featcache.backbones.self_check import fits_float16
+from featcache.errors import UsageError
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
 from featcache.images.formats import Brightest
 from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
@@ -29,6 +33,7 @@ from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime, one_core_each
 
 log = logging.getLogger("featcache")
+_FEW = 32  # images to embed again at a time
 _MANY = 64  # images of 16 bits that tell what the others will be like
 Progress = Callable[[int, int, str], None]  # images done, images to do, the stage that limits
 
@@ -94,30 +99,35 @@ class Timings:
 
 
 def embed(
-    files: ImageFiles, encoder: EmbedsPixels, runtime: Runtime, *, timings: Timings | None = None
+    files: ImageFiles,
+    encoder: EmbedsPixels,
+    runtime: Runtime,
+    *,
+    timings: Timings | None = None,
+    lane: Lane | None = None,
 ) -> Generator[EmbeddedBatch]:
-    """Embed ``files``, ``runtime.batch_size`` at a time, on ``runtime.workers`` threads.
+    """Embed ``files`` on ``runtime.workers`` threads, which call ``encoder`` for ``runtime.batch_size`` at a time, or fill the
+    batches of a ``lane`` of its.
 
     An image that cannot be embedded is reported in its batch's ``refused``; it never ends the run. One that overflows in a
-    lower precision is embedded again in float32, which is said at the end. Memory is bounded by workers times batch size,
-    whatever the number of files. Closing the iterator early stops the workers.
+    lower precision is embedded again in float32, which is said at the end. Memory is bounded by workers times batch size, or
+    by the ring, whatever the number of files. Closing the iterator early stops the workers.
+
+    Raises:
+        UsageError: the memory of a GPU is exhausted.
     """
-    seen, again = Brightest(), list[int]()
-    work = functools.partial(_embed_from, files, encoder, runtime, timings or Timings(), threading.local(), seen, again)
-    pending: deque[Future[EmbeddedBatch]] = deque()
-    with strict_decoding(), one_core_each(runtime.workers, "featcache-worker") as pool, stoppable() as stop_with:
-        work_until = stop_with(work)
-        for start in range(0, len(files.paths), runtime.batch_size):
-            pending.append(pool.submit(work_until, start))
-            if len(pending) >= 2 * runtime.workers:
-                yield pending.popleft().result()
-                seen.warn(at_least=_MANY)
-        while pending:
-            yield pending.popleft().result()
-        seen.warn()
-    if again:
-        first = files.paths[min(again)]
-        log.info("images that overflowed and were embedded again in float32: %d, %s first", len(again), first)
+    job = _Job(files, encoder, runtime, timings or Timings())
+    threads = runtime.workers + (lane is not None)
+    with strict_decoding(), one_core_each(threads, "featcache-worker") as pool, stoppable() as stop_with:
+        batches = job.by_ring(lane, pool, stop_with) if lane else job.by_worker(pool, stop_with)
+        with contextlib.closing(batches):
+            for batch in batches:
+                yield batch
+                job.seen.warn(at_least=_MANY)
+        job.seen.warn()
+    if job.again:
+        first = files.paths[min(job.again)]
+        log.info("images that overflowed and were embedded again in float32: %d, %s first", len(job.again), first)
 
 
 def storable(batch: EmbeddedBatch, dtype: str) -> EmbeddedBatch:
@@ -142,43 +152,101 @@ def sample_pixels(files: ImageFiles, preprocess: PreprocessSpec, count: int) -> 
     return np.stack(found) if found else np.empty((0, *preprocess.crop, 3), np.uint8)
 
 
-def _embed_from(
-    files: ImageFiles,
-    encoder: EmbedsPixels,
-    runtime: Runtime,
-    timings: Timings,
-    own: threading.local,
-    seen: Brightest,
-    again: list[int],
-    start: int,
-) -> EmbeddedBatch:
-    """Embed the images from ``start`` on, by way of a buffer of this worker's ``own``; note which were computed ``again``."""
-    if not hasattr(own, "pixels"):
-        own.pixels = encoder.new_buffer(runtime.batch_size)
-    pixels: Pixels = own.pixels
-    kept: list[ReadImage[Pixels]] = []
-    refused: dict[int, str] = {}
-    with timings.measure("decode"):
-        for index in range(start, min(start + runtime.batch_size, len(files.paths))):
-            read = read_image(files, index, lambda data: read_pixels(data, encoder.preprocess, seen=seen))
-            if read.value is None:
-                refused[index] = read.reason
-            else:
-                pixels[len(kept)] = read.value
-                kept.append(read._replace(value=None))
-    with timings.measure("forward"):
-        # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
-        features = encoder(pixels)[: len(kept)] if kept else np.empty((0, 0), np.float32)
-        wrong = np.asarray(~np.isfinite(features).all(axis=1))
-        if wrong.any() and encoder.exact:
-            features[wrong] = encoder.exact(pixels)[: len(kept)][wrong]
-            again.extend(read.position for read, row in zip(kept, wrong, strict=True) if row)
-    batch = EmbeddedBatch(
-        indices=np.array([read.position for read in kept], np.intp),
-        features=features,
-        digests=np.frombuffer(b"".join(read.digest for read in kept), np.uint8).reshape(-1, 32),
-        sizes=np.array([read.size for read in kept], np.int64),
-        mtimes=np.array([read.mtime for read in kept], np.int64),
-        refused=refused,
-    )
-    return _without(batch, np.asarray(~np.isfinite(features).all(axis=1)), "its embedding is not finite")
+class _Job:
+    """What the threads of one run share. seen: of 16-bit images. again: positions of those embedded again in float32."""
+
+    def __init__(self, files: ImageFiles, encoder: EmbedsPixels, runtime: Runtime, timings: Timings) -> None:
+        self.files, self.encoder, self.runtime, self.timings = files, encoder, runtime, timings
+        self.seen, self.again = Brightest(), list[int]()
+        self._own = threading.local()  # ``pixels``: the buffer of a worker
+
+    def by_worker(self, pool: ThreadPoolExecutor, stop_with: Callable[..., Any]) -> Generator[EmbeddedBatch]:
+        """Each worker decodes a batch and computes it."""
+        work, pending = stop_with(self._embed_from), deque[Future[EmbeddedBatch]]()
+        for start in range(0, len(self.files.paths), self.runtime.batch_size):
+            pending.append(pool.submit(work, start))
+            if len(pending) >= 2 * self.runtime.workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def by_ring(self, lane: Lane, pool: ThreadPoolExecutor, stop_with: Callable[..., Any]) -> Generator[EmbeddedBatch]:
+        """Workers decode, into batches that one more thread gives to ``lane``."""
+        idle = functools.partial(self.timings.measure, "forward")  # a worker without a buffer waits for the GPU
+        options: dict[str, Any] = {"workers": self.runtime.workers, "idle": idle}
+        count = len(self.files.paths)
+        try:
+            yield from through_ring(count, stop_with(self._fill), self._finish, lane, pool, **options)
+        except (
+            torch.OutOfMemoryError
+        ) as error:  # such a batch did fit at the start: another program has taken memory since
+            raise UsageError(
+                f"a batch of {lane.batch_size} no longer fits into the GPU's memory; run the command again with "
+                f"--batch-size {max(1, lane.batch_size // 2)}"
+            ) from error
+
+    def _embed_from(self, start: int) -> EmbeddedBatch:
+        """Embed the images from ``start`` on, by way of a buffer of this worker's own."""
+        size = self.runtime.batch_size
+        if not hasattr(self._own, "pixels"):
+            self._own.pixels = self.encoder.new_buffer(size)
+        pixels: Pixels = self._own.pixels
+        reads, kept = list[ReadImage[Pixels]](), 0
+        with self.timings.measure("decode"):
+            for index in range(start, min(start + size, len(self.files.paths))):
+                reads.append(self._read(index, pixels[kept]))
+                kept += reads[-1].value is not None
+        with self.timings.measure("forward"):
+            # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
+            features = self.encoder(pixels)[:kept] if kept else np.empty((0, 0), np.float32)
+            return self._batch(reads, features, pixels[:kept], size)
+
+    def _fill(self, index: int, row: Pixels) -> ReadImage[Pixels]:
+        with self.timings.measure("decode"):
+            return self._read(index, row)
+
+    def _finish(self, reads: Sequence[ReadImage[Pixels]], features: Features, pixels: Pixels) -> EmbeddedBatch:
+        kept: slice | list[int] = slice(len(reads))
+        if any(read.value is None for read in reads):
+            kept = [row for row, read in enumerate(reads) if read.value is not None]
+        return self._batch(reads, features[kept], pixels[kept], min(_FEW, len(pixels)))
+
+    def _read(self, index: int, row: Pixels) -> ReadImage[Pixels]:
+        """Decode one image into ``row`` (H, W, 3), which is then its value."""
+        read = read_image(self.files, index, self._decode)
+        if read.value is None:
+            return read
+        row[:] = read.value
+        return read._replace(value=row)
+
+    def _decode(self, data: bytes) -> Pixels:
+        return read_pixels(data, self.encoder.preprocess, seen=self.seen)
+
+    def _batch(self, reads: Sequence[ReadImage[Pixels]], features: Features, pixels: Pixels, few: int) -> EmbeddedBatch:
+        """What became of ``reads``; features (n, D) and pixels are of those n that were decoded, ``few`` is for ``_in_float32``."""
+        kept = [read for read in reads if read.value is not None]
+        finite = np.asarray(np.isfinite(features).all(axis=1))
+        if not finite.all() and self.encoder.exact:
+            features[~finite] = _in_float32(self.encoder.exact, pixels[~finite], few)
+            self.again += [read.position for read, fine in zip(kept, finite, strict=True) if not fine]
+            finite = np.asarray(np.isfinite(features).all(axis=1))
+        batch = EmbeddedBatch(
+            indices=np.array([read.position for read in kept], np.intp),
+            features=features,
+            digests=np.frombuffer(b"".join(read.digest for read in kept), np.uint8).reshape(-1, 32),
+            sizes=np.array([read.size for read in kept], np.int64),
+            mtimes=np.array([read.mtime for read in kept], np.int64),
+            refused={read.position: read.reason for read in reads if read.value is None},
+        )
+        return batch if finite.all() else _without(batch, ~finite, "its embedding is not finite")
+
+
+def _in_float32(exact: EmbedsPixels, pixels: Pixels, size: int) -> Features:
+    """Embed the few images (n, H, W, 3) that overflow, ``size`` at a time, always exactly so many."""
+    found = []
+    for start in range(0, len(pixels), size):
+        some = pixels[start : start + size]
+        whole = np.zeros((size, *pixels.shape[1:]), np.uint8)
+        whole[: len(some)] = some
+        found.append(exact(whole)[: len(some)])
+    return np.concatenate(found)

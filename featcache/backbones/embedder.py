@@ -51,13 +51,15 @@ class Embedder:
             precision: ``auto`` takes the fastest that passes the self-check; another is obeyed, and named if it does not.
 
         Raises:
-            UsageError: unknown precision, an input size that the network does not take, too little memory.
+            UsageError: unknown precision, an input size that the network does not take, too little memory for a single image.
         """
         runtime = runtime or choose_runtime()
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
         sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, SAMPLE))
         pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)
         encoder, choice = build_encoder(backbone, runtime, pixels, precision=precision)
+        if lane := encoder.lane(runtime.batch_size):  # settled before anything is embedded, and recorded as it is
+            runtime = dataclasses.replace(runtime, batch_size=lane.batch_size)
         log.debug("precision %s", choice.reason)
         slow = importlib.util.find_spec("simplejpeg") is None and os.environ.get("FEATCACHE_DECODER") != "pillow"
         log.log(logging.INFO if slow else logging.DEBUG, "decoder: %s", decoder_in_words())
@@ -65,7 +67,8 @@ class Embedder:
 
     def embed(self, files: ImageFiles, *, timings: Timings | None = None) -> Generator[EmbeddedBatch]:
         """Embed ``files`` in their order; see ``embed.embed``."""
-        return embed(files, self.encoder, self.runtime, timings=timings)
+        lane = self.encoder.lane(self.runtime.batch_size)
+        return embed(files, self.encoder, self.runtime, timings=timings, lane=lane)
 
     def spec(self, *, storage: str, precision: str | None = None) -> Spec:
         """What its embeddings are, stored as ``storage``; of the class ``precision`` where that was settled before."""

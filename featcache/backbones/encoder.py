@@ -19,8 +19,10 @@ import torch
 from torch import fx, nn
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, sources_forgotten
+from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, fuse_relus, sources_forgotten
 from featcache.backbones.fused_tokens import fuse_tokens
+from featcache.backbones.lanes import CudaLane, PlainLane, fitting_lane
+from featcache.backbones.ring import Lane
 from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
@@ -36,7 +38,9 @@ class PrecisionChoice:
     """What the self-check found.
 
     Attributes:
-        precision: the precision in use. form: ``fused``, ``folded`` or ``plain``, see ``folding.py``.
+        precision: the precision in use.
+        form: ``plain``, the network as it came; ``folded``, without batch norms; ``fused``, what follows a layer done in it, by
+            oneDNN on a CPU (``folding.py``, ``fused_tokens.py``), by cuDNN on an NVIDIA GPU (ReLU after convolutions only).
         precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
         reason: why, in words, with the figures.
         tried: per precision and form: ``Agreement.to_json`` with plain float32.
@@ -92,26 +96,44 @@ class Encoder:
         self._module = module.to(device=device, dtype=dtype)._apply(_channels_last)  # type: ignore[no-untyped-call]
         self._constants = channel_constants(preprocess, device)
         self._gpu = threading.Lock()  # a GPU takes one batch at a time; a CPU as many as there are workers
+        self._lane: Lane | None = None  # the latest
+        self._most: int | None = None  # images that fit into the GPU's memory, if more did not
+        self._making = threading.Lock()
 
     def new_buffer(self, batch_size: int) -> npt.NDArray[np.uint8]:
-        """Zeroed pixels (batch_size, H, W, 3), in pinned memory where a GPU can fetch them faster."""
-        shape = (batch_size, *self.preprocess.crop, 3)
-        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
+        """Zeroed pixels (batch_size, H, W, 3)."""
+        return torch.zeros((batch_size, *self.preprocess.crop, 3), dtype=torch.uint8).numpy()
+
+    def lane(self, batch_size: int) -> Lane | None:
+        """What takes batches of so many images, or fewer where these exceed the GPU's memory, said once; None on a CPU, whose
+        workers compute themselves. Raises UsageError: not even one image fits.
+        """
+        if self.device.type == "cpu":
+            return None
+        with self._making:
+            wanted = min(batch_size, self._most or batch_size)
+            if self._lane is None or self._lane.batch_size != wanted:
+                self._lane = None  # its graph holds memory
+                self._lane = fitting_lane(self.new_lane, wanted, self.device)
+                if self._lane.batch_size < wanted:
+                    self._most = self._lane.batch_size
+            return self._lane
+
+    def new_lane(self, batch_size: int) -> Lane:
+        """A lane of its own, on any device, whether its batches fit or not."""
+        kind = CudaLane if self.device.type == "cuda" else PlainLane
+        return kind(self._infer, self.device, (batch_size, *self.preprocess.crop, 3))
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Embed a batch: uint8 (N, H, W, 3) -> float32 (N, D).
+        """Embed a few images: uint8 (N, H, W, 3) -> float32 (N, D). A GPU is fed by a ``lane`` when there are many.
 
         Raises:
             UsageError: the batch does not fit into the GPU's memory.
         """
+        lock = contextlib.nullcontext() if self.device.type == "cpu" else self._gpu
         try:
-            with memory_errors(), torch.inference_mode(), self._precise():
-                if self.device.type == "cuda":
-                    return self._embed_cuda(torch.from_numpy(pixels))
-                if self.device.type == "mps":
-                    with self._gpu:
-                        return self._forward(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
-                return self._forward(torch.from_numpy(pixels)).float().numpy()
+            with memory_errors(), lock:
+                return self._infer(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise UsageError(
                 f"a batch of {len(pixels)} does not fit into {self.device}'s memory; halve --batch-size"
@@ -119,12 +141,16 @@ class Encoder:
 
     def fuse(self, batch_size: int) -> bool:
         """Let convolutions and linear layers do what follows them, for batches of this size; whether that is possible here."""
-        pixels = torch.zeros((2, *self.preprocess.crop, 3), dtype=torch.uint8)  # of one, a residual might be everyone's
+        of_two = (2, *self.preprocess.crop, 3)  # of one, a residual might be everyone's
+        pixels = torch.zeros(of_two, dtype=torch.uint8, device=self.device)
         try:
             with torch.inference_mode(), self._precise():
                 inputs = normalise(pixels, *self._constants).to(self._dtype)
-                fused = fuse_tokens(self._module, inputs, batch_size=batch_size)
-                self._module = fuse_convolutions(fused, inputs, batch_size=batch_size)
+                if self.device.type == "cuda":
+                    self._module = fuse_relus(self._module, inputs)
+                else:
+                    fused = fuse_tokens(self._module, inputs, batch_size=batch_size)
+                    self._module = fuse_convolutions(fused, inputs, batch_size=batch_size)
         except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
             return False
         return True
@@ -132,19 +158,10 @@ class Encoder:
     def _precise(self) -> contextlib.AbstractContextManager[None]:
         return true_float32 if self._dtype == torch.float32 else contextlib.nullcontext()
 
-    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._module(normalise(pixels, *self._constants).to(self._dtype))  # type: ignore[no-any-return]
-
-    def _embed_cuda(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
-        # Only queueing is serialised: while this thread waits for its result, the next one's batch is already queued.
-        with self._gpu, torch.cuda.device(self.device):
-            result = self._forward(pixels.to(self.device, non_blocking=True)).float()
-            host = torch.empty(result.shape, pin_memory=True)
-            host.copy_(result, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record()
-        done.synchronize()
-        return host.numpy().copy()  # pinned memory is scarce: hand it back
+    def _infer(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, H, W, 3) -> (N, D) in the network's type, on its device, from any thread."""
+        with torch.inference_mode(), self._precise():
+            return self._module(normalise(pixels, *self._constants).to(self._dtype))  # type: ignore[no-any-return]
 
 
 @sources_forgotten()
@@ -205,7 +222,7 @@ def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -
     folded = fold_batchnorm(backbone.module)
     form = "folded" if isinstance(folded, fx.GraphModule) else "plain"
     for name in precisions:
-        if form == "folded" and runtime.device.type == "cpu" and os.environ.get("FEATCACHE_FUSE") != "0":
+        if form == "folded" and runtime.device.type != "mps" and os.environ.get("FEATCACHE_FUSE") != "0":
             encoder = Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name])
             if encoder.fuse(runtime.batch_size):
                 yield encoder, name, "fused"

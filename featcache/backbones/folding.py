@@ -7,6 +7,7 @@ seconds, in a fraction of one.
 
 import contextlib
 import copy
+import functools
 import linecache
 import operator
 from collections import Counter
@@ -19,8 +20,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # oneDNN's name and arguments for what it can apply to a convolution's result before that leaves the cache
 Activation = tuple[str, list[float], str]
+NOT_AT_ALL: Activation = ("none", [], "")
+RELU: Activation = ("relu", [], "")
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
-    nn.ReLU: lambda _: ("relu", [], ""),
+    nn.ReLU: lambda _: RELU,
     nn.ReLU6: lambda _: ("hardtanh", [0.0, 6.0], ""),
     nn.Hardtanh: lambda module: ("hardtanh", [float(module.min_val), float(module.max_val)], ""),
     nn.Hardswish: lambda _: ("hardswish", [], ""),
@@ -28,7 +31,6 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.Sigmoid: lambda _: ("sigmoid", [], ""),
     nn.GELU: lambda module: ("gelu", [], module.approximate),
 }
-NOT_AT_ALL: Activation = ("none", [], "")
 _RELUS = {torch.relu, nn.functional.relu}
 _ADDITIONS = {operator.add, torch.add}
 
@@ -153,6 +155,15 @@ def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: in
     Raises:
         RuntimeError, AttributeError, ...: this build of PyTorch, or this CPU, cannot; do without.
     """
+    return _fuse_each(module, sample, functools.partial(_fuse_from, batch_size=batch_size))
+
+
+def fuse_relus(module: nn.Module, sample: torch.Tensor) -> nn.Module:
+    """The same on an NVIDIA GPU by cuDNN, which takes ReLU alone, and an addition only with a ReLU behind it."""
+    return _fuse_each(module, sample, _fuse_relu_from)
+
+
+def _fuse_each(module: nn.Module, sample: torch.Tensor, fuse_from: Callable[..., None]) -> nn.Module:
     if not isinstance(module, fx.GraphModule):
         return module
     note_shapes(module, sample)
@@ -160,7 +171,7 @@ def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: in
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     for node in list(position):
         if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
-            _fuse_from(module, node, modules, position, batch_size)
+            fuse_from(module, node, modules, position)
     return finished(module)
 
 
@@ -207,6 +218,40 @@ class _FusedConvolution(nn.Module):
         return run.binary(x, residual, *weights, "add", 1.0, after, *options)  # type: ignore[no-any-return]
 
 
+class _CudnnConvolution(nn.Module):
+    """Convolution, optionally plus a residual, then ReLU."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self._geometry: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self._geometry)
+        return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self._geometry)
+
+
+def _fuse_relu_from(
+    traced: fx.GraphModule, conv: fx.Node, modules: dict[str, nn.Module], position: dict[fx.Node, int]
+) -> None:
+    """Replace ``conv``, a residual added to it if there is one, and the ReLU behind, by one call; nothing without a ReLU."""
+    chain, residual, after = _sum_from(conv, position)
+    module: Any = modules[str(conv.target)]
+    # Of groups, such as depthwise, cuDNN's fused kernels know little.
+    if after is not None and module.groups == 1 and activation_of(after, modules) == RELU:
+        replace_chain(traced, [*chain, after], _CudnnConvolution(module), residual, position)
+
+
+def _sum_from(conv: fx.Node, position: dict[fx.Node, int]) -> tuple[list[fx.Node], fx.Node | None, fx.Node | None]:
+    """``conv``, and the addition behind it if there is one; what that adds; what alone reads the result, if it comes next."""
+    after = only_user(conv)
+    residual = None if after is None else residual_of(after, conv, position)
+    if after is None or residual is None:
+        return [conv], None, after
+    return [conv, after], residual, only_user(after)
+
+
 def _fuse_from(
     traced: fx.GraphModule,
     conv: fx.Node,
@@ -215,11 +260,7 @@ def _fuse_from(
     batch_size: int | None,
 ) -> None:
     """Replace ``conv`` and what follows it by one call."""
-    chain, residual, activation = [conv], None, NOT_AT_ALL
-    after = only_user(conv)
-    if after is not None and (residual := residual_of(after, conv, position)) is not None:
-        chain.append(after)
-        after = only_user(after)
+    (chain, residual, after), activation = _sum_from(conv, position), NOT_AT_ALL
     found = None if after is None else activation_of(after, modules)
     # ReLU is the only activation that oneDNN's addition takes.
     if after is not None and found is not None and (residual is None or found[0] == "relu"):
@@ -263,7 +304,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def activation_of(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
     """oneDNN's words for the activation that ``node`` is, if it is one."""
     if node.op == "call_function" and node.target in _RELUS:
-        return "relu", [], ""
+        return RELU
     if node.op == "call_function" and node.target is nn.functional.gelu and len(node.args) == 1:
         return "gelu", [], str(node.kwargs.get("approximate", "none"))
     module = modules.get(str(node.target)) if node.op == "call_module" else None

@@ -102,6 +102,17 @@ def only_rounded(reference: Array, other: Array) -> bool:
 
 def fits_float16(features: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """(N,) whether each row of (N, D) survives rounding to float16: no overflow, no underflow, cosine as in the check."""
+    # A value is rounded by 2**-11 of itself, or, where float16 ends, by 2**-25. So the cosine is above 0.9955 for sure if the
+    # largest value is finite in float16 and 11 times the most that sqrt(D) roundings of 2**-25 come to: hardly a row is left.
+    largest = np.maximum(features.max(axis=1, initial=0), -features.min(axis=1, initial=0))
+    fits = np.asarray((largest <= 65504) & (largest >= 11 * 2.0**-25 * features.shape[1] ** 0.5))
+    if not fits.all():
+        fits[~fits] = _fits_float16(features[~fits])
+    return fits
+
+
+def _fits_float16(features: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """The same, of any row, at 35 times the cost."""
     with np.errstate(all="ignore"):
         a, b = features.astype(np.float64), features.astype(np.float16).astype(np.float64)
         cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))

@@ -8,6 +8,8 @@ import dataclasses
 import logging
 import secrets
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,7 @@ from featcache.system.display import quantity
 from featcache.system.workdir import LISTING
 
 if TYPE_CHECKING:
-    from featcache.backbones.embed import EmbeddedBatch, Progress
+    from featcache.backbones.embed import EmbeddedBatch, Progress, Timings
     from featcache.backbones.embedder import Embedder
 
 log = logging.getLogger("featcache")
@@ -180,6 +182,48 @@ class PartWriter:
         self._pending, self._images, self._since = [], 0, time.monotonic()
 
 
+class _WritesBeside:
+    """Has a ``PartWriter`` write on a thread of its own: whoever computes goes on while a disk takes its time."""
+
+    def __init__(self, writer: PartWriter, timings: "Timings") -> None:
+        self._writer, self._timings = writer, timings
+        self._pool = ThreadPoolExecutor(1, "featcache-parts")
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._images, self._failed = 0, False
+
+    def __enter__(self) -> "_WritesBeside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()  # what was handed over is written, also when interrupted
+        self._writer.flush()
+
+    def add(self, batch: "EmbeddedBatch") -> None:
+        """Hand a batch over; waits while more than a part's worth does. Raises StorageError: one before could not be written."""
+        self._waiting.append((self._pool.submit(self._add, batch), len(batch)))
+        self._images += len(batch)
+        while self._waiting and (self._images > MAX_ROWS or self._waiting[0][0].done()):
+            self._take()
+
+    def wait(self) -> None:
+        """Until all is written, or waits for more. Raises StorageError."""
+        while self._waiting:
+            self._take()
+
+    def _take(self) -> None:
+        future, images = self._waiting.popleft()
+        future.result()
+        self._images -= images
+
+    def _add(self, batch: "EmbeddedBatch") -> None:
+        if self._failed:  # what comes after would fail alike, each batch in its time
+            return
+        self._failed = True
+        with self._timings.measure("disk"):
+            self._writer.add(batch)
+        self._failed = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Embedded:
     """What became of some images: rows, and refusals, of ``parts``. seconds: in the loop."""
@@ -213,15 +257,13 @@ def embed_into_parts(
     writer = PartWriter(folder, files, dim=embedder.backbone.dim, spec=spec, provenance=provenance, tag=tag)
     timings, total = Timings(), len(files.paths)
     done, started = 0, time.perf_counter()
-    with contextlib.ExitStack() as last:
-        last.callback(writer.flush)  # also when interrupted: what is finished is kept
-        batches = last.enter_context(contextlib.closing(embedder.embed(files, timings=timings)))
+    with _WritesBeside(writer, timings) as parts, contextlib.closing(embedder.embed(files, timings=timings)) as batches:
         if progress:
             progress(0, total, timings.bottleneck)
         for batch in (storable(batch, spec.storage) for batch in batches):
-            with timings.measure("disk"):
-                writer.add(batch)
+            parts.add(batch)
             done += len(batch)
             if progress:
                 progress(done, total, timings.bottleneck)
+        parts.wait()
     return Embedded(writer.written, time.perf_counter() - started)

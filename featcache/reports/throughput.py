@@ -7,18 +7,23 @@ images, photographs are made.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from featcache.backbones.embed import EmbedsPixels, embed, sample_pixels
+from featcache.backbones.encoder import Encoder
+from featcache.backbones.ring import Features, Lane
 from featcache.errors import SourceError, UsageError
 from featcache.images.decode import Pixels
 from featcache.images.source import ImageList, list_images
@@ -26,6 +31,8 @@ from featcache.system.device import Runtime, one_core_each
 
 _ROUNDS = 3
 SLICES = 3 * _ROUNDS  # decode, forward, both
+_AT_ONCE = 3  # batches with a device: uploaded, computed, downloaded
+_FEW = 32  # images that a GPU's memory holds beside all else
 _MOST_IMAGES = 200_000  # in one slice
 
 
@@ -119,37 +126,83 @@ class _Clocked:
 
     def rate(self, batch_size: int) -> float:
         """Images per second, summed over workers. Raises SourceError if there was no batch."""
-        # The first batch of a thread finds its memory and caches cold.
-        runs = [times[1:] if len(times) > 3 else times for times in self._times.values()]
-        rates = [batch_size * (len(times) - 1) / (times[-1] - times[0]) for times in runs if len(times) > 1]
-        if not rates:
-            raise SourceError("not one image could be decoded, so that there is nothing to measure")
-        return sum(rates)
+        return _rate(list(self._times.values()), batch_size)
+
+
+class _ClockedLane:
+    """The same of a lane, where batches end one after the other. zeros: what comes instead of features that nothing computes."""
+
+    def __init__(self, lane: Lane, zeros: Features | None = None) -> None:
+        self._lane, self._zeros, self._times = lane, zeros, list[float]()
+        self.batch_size, self.new_buffer = lane.batch_size, lane.new_buffer
+
+    def upload(self, pixels: Pixels) -> Any:
+        """As the lane's; likewise below."""
+        self._times = self._times or [time.perf_counter()]
+        return self._lane.upload(pixels) if self._zeros is None else None
+
+    def compute(self, uploaded: Any) -> Any:
+        """As the lane's."""
+        return self._lane.compute(uploaded) if self._zeros is None else None
+
+    def download(self, computed: Any) -> Callable[[], Features]:
+        """As the lane's."""
+        zeros = self._zeros
+        features = self._lane.download(computed) if zeros is None else lambda: zeros
+
+        def wait() -> Features:
+            found = features()
+            self._times.append(time.perf_counter())
+            return found
+
+        return wait
+
+    def rate(self, batch_size: int) -> float:
+        """As ``_Clocked.rate``."""
+        return _rate([self._times], batch_size)
+
+
+def _rate(times: list[list[float]], batch_size: int) -> float:
+    # The first batch of a thread finds its memory and caches cold.
+    runs = [each[1:] if len(each) > 3 else each for each in times]
+    rates = [batch_size * (len(each) - 1) / (each[-1] - each[0]) for each in runs if len(each) > 1]
+    if not rates:
+        raise SourceError("not one image could be decoded, so that there is nothing to measure")
+    return sum(rates)
 
 
 class _Stopwatch:
     """Measures three rates of the same encoder and runtime, on the same images."""
 
     def __init__(self, images: ImageList, encoder: EmbedsPixels, runtime: Runtime) -> None:
-        sample = sample_pixels(images, encoder.preprocess, runtime.batch_size)
+        self._lane = encoder.lane(runtime.batch_size) if isinstance(encoder, Encoder) else None
+        batch_size = self._lane.batch_size if self._lane else runtime.batch_size
+        sample = sample_pixels(images, encoder.preprocess, batch_size)
         if not len(sample):
             raise SourceError(f"not one image in {images.root} can be decoded, so that there is nothing to measure")
-        self._images, self._encoder, self._runtime = images, encoder, runtime
-        self._pixels = np.resize(sample, (runtime.batch_size, *sample.shape[1:]))  # repeated to a whole batch
-        self._zeros = np.zeros_like(encoder(self._pixels))
+        self._images, self._encoder = images, encoder
+        self._runtime = dataclasses.replace(runtime, batch_size=batch_size)
+        self._pixels = np.resize(sample, (batch_size, *sample.shape[1:]))  # repeated to a whole batch
+        some = self._pixels[:_FEW] if self._lane else self._pixels
+        self._zeros = np.zeros((batch_size, encoder(some).shape[1]), np.float32)
         self._order = np.random.default_rng(0).permutation(len(images))
         self._next = 0
 
     def decode(self, seconds: float) -> float:
         """``embed`` with a backbone that takes no time: images per second."""
-        return self._embed(_Clocked(self._encoder, lambda pixels: self._zeros), seconds)
+        lane = _ClockedLane(self._lane, self._zeros) if self._lane else None
+        return self._embed(_Clocked(self._encoder, lambda pixels: self._zeros), lane, seconds)
 
     def end_to_end(self, seconds: float) -> float:
         """``embed`` as it is: images per second."""
-        return self._embed(_Clocked(self._encoder, self._encoder), seconds)
+        lane = _ClockedLane(self._lane) if self._lane else None
+        return self._embed(_Clocked(self._encoder, self._encoder), lane, seconds)
 
     def forward(self, seconds: float) -> float:
-        """Every worker embeds its own full buffer again and again: images per second."""
+        """Every worker embeds its own full buffer again and again; or a lane a few, in turns: images per second."""
+        if self._lane:
+            with one_core_each(1, "featcache-worker") as pool:  # as a ring's feeder
+                return pool.submit(self._forward_of, _ClockedLane(self._lane), seconds).result()
         clocked = _Clocked(self._encoder, self._encoder)
         end = time.perf_counter() + seconds
 
@@ -165,15 +218,31 @@ class _Stopwatch:
                 job.result()
         return clocked.rate(self._runtime.batch_size)
 
-    def _embed(self, clocked: _Clocked, seconds: float) -> float:
+    def _forward_of(self, lane: _ClockedLane, seconds: float) -> float:
+        buffers = [lane.new_buffer() for _ in range(_AT_ONCE)]
+        for buffer in buffers:
+            buffer[:] = self._pixels
+        end, waiting = time.perf_counter() + seconds, deque[Callable[[], Features]]()
+        for number in itertools.count():
+            waiting.append(lane.download(lane.compute(lane.upload(buffers[number % _AT_ONCE]))))
+            if len(waiting) == _AT_ONCE:
+                waiting.popleft()()
+            if number > _AT_ONCE and time.perf_counter() >= end:
+                break
+        rate = lane.rate(lane.batch_size)  # before the last ones, for which nothing makes way
+        for wait in waiting:
+            wait()
+        return rate
+
+    def _embed(self, clocked: _Clocked, lane: _ClockedLane | None, seconds: float) -> float:
         images = self._more_images(seconds)
         end = time.perf_counter() + seconds
-        with contextlib.closing(embed(images, clocked, self._runtime)) as chunks:
+        with contextlib.closing(embed(images, clocked, self._runtime, lane=lane)) as chunks:
             for chunk in chunks:
                 self._next += len(chunk)
                 if time.perf_counter() >= end:
                     break
-        return clocked.rate(self._runtime.batch_size)
+        return (lane or clocked).rate(self._runtime.batch_size)
 
     def _more_images(self, seconds: float) -> ImageList:
         """More whole batches than a slice of ``seconds`` gets through, from where the last slice stopped."""

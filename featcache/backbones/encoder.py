@@ -27,7 +27,7 @@ from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
 from featcache.spec import PreprocessSpec
-from featcache.system.device import Runtime, has_bf16_arithmetic, memory_errors, true_float32
+from featcache.system.device import Runtime, has_bf16_arithmetic, launching, memory_errors, true_float32
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,7 +130,7 @@ class Encoder:
         Raises:
             UsageError: the batch does not fit into the GPU's memory.
         """
-        lock = contextlib.nullcontext() if self.device.type == "cpu" else self._gpu
+        lock = self._gpu if self.device.type == "cuda" else launching(self.device)
         try:
             with memory_errors(), lock:
                 return self._infer(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
@@ -260,7 +260,7 @@ def candidates(device: torch.device) -> list[str]:
     if device.type == "cuda":
         return ["fp16", "bf16", "fp32"]
     if device.type == "mps":
-        return ["fp16", "fp32"]
+        return ["fp16", "bf16", "fp32"]  # bf16 from macOS 14 on; a precision that fails cannot pass
     return ["bf16", "fp32"] if has_bf16_arithmetic() else ["fp32"]
 
 

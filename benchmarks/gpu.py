@@ -1,98 +1,313 @@
-"""On a GPU: how near does `extract` come to what the machine can do, and how far is it ahead of the usual loop?
+"""On a GPU: how near does featcache come to what the machine can do, and how far is it ahead of the usual loops?
 
-    python benchmarks/gpu.py [FOLDER] [--backbones resnet50,vit_b_16,mobilenet_v3_large] [--minutes 9] [--device cuda]
+    python benchmarks/gpu.py [FOLDER] [--minutes 9.5] [--device cuda] [--backbones resnet50,vit_b_16,...] [--images 8192]
 
-FOLDER holds images at any depth; without it, photograph-like JPEGs of 500x375 are generated. Weights are random: they cost
-the same. For every backbone, at the precision that `extract` itself would choose, in images/s:
+One command, all of it, no network. FOLDER holds JPEGs at any depth; they are made into --images files of about 500x375, each
+another crop at another quality, so that no two are the same bytes; without FOLDER photograph-like ones are generated. All
+sides read these. Weights are random: they cost the same. Every part runs in a process of its own, so that none meets
+another's settings (PyTorch's defaults: TF32 in convolutions), gets a share of the minutes that are left, is ended when that
+is used up, and is printed at once. In images/s:
 
-    forward     the backbone alone, on pixels that are there
-    decode      reading, decoding and resizing alone, on all CPU threads
-    end to end  both, as `extract` does it;  E = end to end / min(decode, forward)
-    loop        ImageFolder, preset transforms (PIL), a DataLoader with one worker per core (16 at most), batches of 64,
-                pinned memory, eager float32, as most people write it
+    decoders    JPEGs at full size alone: Pillow and the fast decoder on all CPU threads, the GPU (torchvision's nvJPEG), both
+    ours        decode: reading, decoding, resizing alone; forward: the backbone alone; end to end: both, as ``extract`` does
+                it; E = end to end / min(decode, forward); extract: the command into a cache, start left out
+    plain       ImageFolder, preset transforms (PIL), DataLoader, 16 workers at most, batches of 64, float32, pinned memory
+    careful     the same with channels_last, float16 by autocast, batches of 256, workers that stay, cuDNN's search
+    train       fine-tuning ResNet-50, all weights, crop and flip, batches of 64: ours, and the careful loop with fused AdamW
+    heads       seconds of fitting heads and finding neighbours, on the CPU and on the GPU
+    tests       pytest -m gpu
 
-and once, the JPEGs decoded at full size only: by Pillow and the fast decoder on all CPU threads, by the GPU (torchvision's
-nvJPEG, lists of 64), and by both at once, which tells whether decoding on the GPU would be worth its code. Each side gets
-an equal share of the minutes. With --device cpu the same runs without a GPU, to test the script. One JSON line at the end.
+At the end a table for LOG.md and one JSON line. ``--device cpu --minutes 2`` runs the same without a GPU on smaller networks,
+which shows that the script works, nothing else.
 """
 
 import argparse
+import contextlib
+import importlib
+import inspect
 import itertools
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import usual_loops
 from facts import machine_facts
 
-
-def usual_loop(folder: Path, backbone: str, device: str, seconds: float) -> float:
-    """What tutorials do on a GPU; images/s after the first batches."""
-    import torch
-    from torch.utils.data import DataLoader
-    from torchvision import datasets, models
-
-    transform = models.get_model_weights(backbone)["IMAGENET1K_V1"].transforms()
-    model = models.get_model(backbone, weights=None).eval().to(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(16, cores)
-    images = datasets.ImageFolder(folder, transform)
-    repeated = torch.utils.data.ConcatDataset([images] * max(1, 200_000 // len(images)))
-    loader = DataLoader(repeated, batch_size=64, num_workers=workers, pin_memory=device != "cpu")
-    done, started = 0, 0.0
-    with torch.no_grad():
-        for number, (batch, _) in enumerate(loader):
-            model(batch.to(device, non_blocking=True)).cpu()
-            done += len(batch)
-            if number == 2 * workers:  # what the workers had ready at the start is used up
-                done, started = 0, time.perf_counter()
-            elif started and time.perf_counter() - started > seconds:
-                break
-    return done / (time.perf_counter() - started)
+DINO = "timm/vit_small_patch14_reg4_dinov2.lvd142m"
+# backbones, images, images to train on, the network to train, rows and dimensions of embeddings
+ON_GPU = (f"resnet50,vit_b_16,{DINO},mobilenet_v3_large", 8192, 2048, "resnet50", (40_000, 1024))
+ON_CPU = ("mobilenet_v3_small", 96, 48, "squeezenet1_1", (2_000, 64))
 
 
-def ours(folder: Path, backbone: str, device: str, seconds: float) -> dict[str, Any]:
-    """Rates of featcache."""
+def main() -> None:  # noqa: D103 - the module says it
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--backbones", help=f"with a GPU {ON_GPU[0]}")
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--only", default="", help="these parts alone, by name, separated by commas")
+    arguments = parser.parse_args()
+    end = time.time() + 60 * arguments.minutes
+    names, images, training, tuned, _ = ON_CPU if arguments.device == "cpu" else ON_GPU
+    facts = machine_facts() | {"gpu": gpu_name(arguments.device)}
+    with tempfile.TemporaryDirectory() as temporary:
+        arguments.work = Path(temporary)
+        made = make_images(arguments.folder, arguments.work, arguments.images or images, training)
+        print(f"{facts['gpu']}; {facts['cores']} cores of {facts['cpu']}; {made}", flush=True)
+        importlib.import_module("torchvision")  # for all
+        results = run_parts(plan((arguments.backbones or names).split(","), tuned), arguments, end)
+    print("\n".join(["", *table(results)]))
+    print(json.dumps({"benchmark": "gpu", "parts": results, "images": made} | facts))
+
+
+def plan(backbones: list[str], tuned: str) -> list[tuple[str, str, float]]:
+    """(part, network, share of the time), the most wanted first."""
+    sides = [
+        (part, name, share) for name in backbones for part, share in (("ours", 5.0), ("plain", 2.5), ("careful", 3.0))
+    ]
+    rest = [("train_ours", tuned, 5.0), ("train_careful", tuned, 3.0), ("heads", "", 4.0), ("decoders", "", 2.5)]
+    return [*sides[:3], *rest[:2], *sides[3:], *rest[2:], ("tests", "", 9.0)]
+
+
+def run_parts(parts: list[tuple[str, str, float]], arguments: argparse.Namespace, end: float) -> list[dict[str, Any]]:
+    """Run each in a process of its own, none longer than its share of what is left."""
+    wanted = [part for part in parts if not arguments.only or part[0] in arguments.only.split(",")]
+    results = []
+    for number, (part, name, share) in enumerate(wanted):
+        seconds = (end - time.time()) * share / sum(each for *_, each in wanted[number:])
+        started = time.time()
+        found = run_part(part, name, arguments, seconds)
+        results.append({"part": part, "name": name} | found | {"seconds": round(time.time() - started, 1)})
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def run_part(part: str, name: str, arguments: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """What it returns; or why there is nothing."""
+    arguments.part, arguments.name, arguments.until = part, name, time.time() + 0.85 * seconds
+    answer = arguments.work / f"{time.time_ns()}.json"
+    # Forked, so that libraries are imported once; nothing has been computed in this process, nor has featcache been imported.
+    child = multiprocessing.get_context("fork").Process(target=in_child, args=(arguments, answer))
+    child.start()
+    child.join(seconds)
+    if child.is_alive():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid or 0, signal.SIGKILL)  # its loader's workers, too
+        child.join()
+    if answer.exists():
+        return dict(json.loads(answer.read_text()))
+    return {"failed": f"exit code {child.exitcode}, {seconds:.0f} s were given"}
+
+
+def in_child(arguments: argparse.Namespace, answer: Path) -> None:
+    """Do a part, as the first of a group of processes; write what it found."""
+    os.setsid()
+    try:
+        found = PARTS[arguments.part](arguments)
+    except Exception as error:
+        traceback.print_exc()
+        found = {"failed": f"{type(error).__name__}: {str(error)[:400]}"}
+    written = answer.with_suffix(".part")
+    written.write_text(json.dumps(found))
+    written.rename(answer)
+    sys.stdout.flush()
+    os._exit(0)  # workers of a loader in full swing would be waited for
+
+
+def gpu_name(device: str) -> str:
+    """Asked in another process, as a GPU that this one had opened could not be used by forked workers."""
+    code = f"import torch; print(torch.cuda.get_device_name({device!r}))"
+    if not device.startswith("cuda"):
+        return f"no GPU, {device}"
+    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def make_images(source: Path | None, work: Path, count: int, training: int) -> str:
+    """Write work/photos and work/train, two classes each, the latter links to some of the former; says what they are."""
+    if source is None:
+        source = work / "generated"
+        source.mkdir()
+        with ProcessPoolExecutor(1) as pool:
+            pool.submit(generate, source).result()
+    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    for folder in (work / kind / name for kind in ("photos", "train") for name in "ab"):
+        folder.mkdir(parents=True)
+    with ProcessPoolExecutor(usual_loops.usable_cores()) as pool:
+        targets = [work / "photos" / "ab"[number % 2] / f"{number:06d}.jpg" for number in range(count)]
+        jobs = [(files[number % len(files)], number // len(files), target) for number, target in enumerate(targets)]
+        size = sum(pool.map(write_copy, jobs, chunksize=16))
+    for target in targets[:training]:
+        os.link(target, work / "train" / target.parent.name / target.name)
+    return f"{count} JPEGs of {len(files)} pictures, {size / count / 1000:.0f} KB each, {training} of them to train on"
+
+
+def generate(folder: Path) -> None:
+    """Photograph-like pictures, in a process that may import featcache."""
+    from featcache.reports.throughput import generated_photos
+
+    generated_photos(folder, 128)
+
+
+def write_copy(job: tuple[Path, int, Path]) -> int:
+    """The n-th copy of a picture: at most 500 pixels wide or high, its corner and quality by n; returns bytes."""
+    from PIL import Image
+
+    path, n, target = job
+    with Image.open(path) as image:
+        image.thumbnail((508, 508))
+        left, top = n % 8, n // 8 % 8
+        part = image.convert("RGB").crop((left, top, image.width - 8 + left, image.height - 8 + top))
+    part.save(target, quality=85 + n // 64 % 10)
+    return target.stat().st_size
+
+
+def ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rates of featcache, and of its command."""
+    from featcache import extract, list_images, load_backbone
     from featcache.backbones.embed import sample_pixels
     from featcache.backbones.encoder import build_encoder
-    from featcache.backbones.load import load_backbone
-    from featcache.images.source import list_images
     from featcache.reports.throughput import measure
     from featcache.system.device import choose_runtime
 
-    loaded, runtime, images = load_backbone(backbone, "none"), choose_runtime(device), list_images(folder)
+    loaded, runtime = load_backbone(arguments.name, "none"), choose_runtime(arguments.device)
+    images = list_images(arguments.work / "photos")
     encoder, choice = build_encoder(loaded, runtime, sample_pixels(images, loaded.preprocess, 32))
-    rates = measure(images, encoder, runtime, seconds=seconds)
-    facts = {name: getattr(rates, name) for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")}
-    facts |= {"precision": choice.precision, "form": choice.form, "limit": rates.limit, "self_check": choice.tried}
-    return facts | {"workers": runtime.workers, "batch_size": runtime.batch_size}
+    rates = measure(images, encoder, runtime, seconds=max(1.0, 0.5 * (arguments.until - time.time())))
+    found = {name: getattr(rates, name) for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")}
+    found |= {"limit": rates.limit, "precision": choice.precision, "form": choice.form, "self_check": choice.tried}
+    found |= {"workers": runtime.workers, "batch_size": runtime.batch_size}
+    some = min(len(images), int(rates.end_to_end * 0.6 * max(0.0, arguments.until - time.time())))
+    if some >= min(len(images), 4 * runtime.batch_size):
+        asked: dict[str, Any] = {"backbone": arguments.name, "weights": "none", "device": arguments.device}
+        found["extract"] = extract(
+            images, arguments.work / f"{time.time_ns()}.h5", limit=some, **asked
+        ).images_per_second
+    return found
 
 
-def decoding(folder: Path, device: str, seconds: float) -> dict[str, float | None]:
+def loop(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rates of a usual loop."""
+    careful = arguments.part == "careful"
+    return usual_loops.embed(
+        arguments.work / "photos", arguments.name, arguments.device, arguments.until, careful=careful
+    )
+
+
+class TimeIsUpError(Exception):
+    """Ends a fine-tuning."""
+
+
+def train_ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images/s of fine-tuning, steps alone, as the careful loop's: scoring val after each epoch is left out."""
+    from featcache import finetune
+
+    clock: list[tuple[float, int, int]] = []
+    started = time.time()
+
+    def after_step(status: Any) -> None:
+        clock.append((time.perf_counter(), status.epoch, status.done))
+        if time.time() > arguments.until:
+            raise TimeIsUpError
+
+    size = 64 if arguments.device != "cpu" else 16
+    changes = {"epochs": 1000, "batch_size": size, "unfreeze": "all", "warmup": 0.0, "patience": 0}
+    changes["augmentation"] = (("resized_crop", 0.08, 1.0, 1.0), ("flip", 0.5))
+    try:
+        output = arguments.work / f"{time.time_ns()}"
+        asked: dict[str, Any] = {"backbone": arguments.name, "weights": "none", "device": arguments.device}
+        finetune(arguments.work / "train", output, changes=changes, progress=after_step, **asked)
+    except TimeIsUpError:
+        pass
+    pairs = [(a, b) for a, b in itertools.pairwise(clock[2:]) if a[1] == b[1]]
+    done, seconds = (sum(b[k] - a[k] for a, b in pairs) for k in (2, 0))
+    first = time.time() - time.perf_counter() + clock[0][0] - started
+    return {"rate": done / seconds, "batch_size": size, "steps": len(clock), "seconds_to_first_step": round(first, 1)}
+
+
+def train_careful(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same by the careful loop."""
+    return usual_loops.train(arguments.work / "train", arguments.name, arguments.device, arguments.until)
+
+
+def heads(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of heads and neighbours, here and there; None where there is no such choice."""
+    import numpy as np
+    from out_of_core import write
+
+    from featcache import FeatureCache, fit_head
+    from featcache.curation.neighbours import nearest_rows
+
+    (rows, dim), cache = (ON_CPU if arguments.device == "cpu" else ON_GPU)[4], arguments.work / "heads.h5"
+    write(cache, rows, dim, 100, 8.0)
+    features = np.asarray(FeatureCache.open(cache).X, np.float32)
+    found: dict[str, Any] = {"rows": rows, "dim": dim}
+    choice = "device" in inspect.signature(fit_head).parameters
+    jobs: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "neighbours": lambda where: nearest_rows(features, np.arange(rows), **where),
+        "linear": lambda where: fit_head(cache, arguments.work / "m", clf="linear", folds=0, epochs=10, **where),
+        "mlp": lambda where: fit_head(cache, arguments.work / "m", clf="mlp", folds=0, epochs=10, **where),
+        "logreg": lambda where: fit_head(cache, arguments.work / "m", C=0.01, folds=0, **where),
+    }
+    for name, job in jobs.items():
+        for device in dict.fromkeys((arguments.device, "cpu")):  # the CPU last, as it may not end in time
+            chosen = choice or name == "neighbours"
+            if not chosen and device != "cpu":
+                continue
+            started = time.perf_counter()
+            if started_late(arguments.until):
+                return found
+            job({"device": device} if chosen else {})
+            found[f"{name} {device}"] = round(time.perf_counter() - started, 2)
+    return found
+
+
+def started_late(until: float) -> bool:
+    """Whether there is no time for more."""
+    return time.time() > until
+
+
+def tests(_: argparse.Namespace) -> dict[str, Any]:
+    """``pytest -m gpu``: how its summary reads."""
+    root = Path(__file__).resolve().parent.parent
+    files = [str(path) for path in sorted((root / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    bad = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
+    return {"files": len(files), "summary": lines[-1], "exit_code": done.returncode, "failures": bad[:40]}
+
+
+def decoders(arguments: argparse.Namespace) -> dict[str, Any]:
     """Full-size decoding of JPEGs in images/s: by Pillow, by the fast decoder, by the GPU, by the latter two at once."""
     import numpy as np
 
     from featcache.images.decode import decode, decode_pixels
 
-    data = [path.read_bytes() for path in sorted(folder.rglob("*.jpg"))]
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpu: list[Callable[[bytes], Any]] = [lambda file: np.asarray(decode(file)), decode_pixels]
-    found: dict[str, float | None] = {
-        "pillow": together([decode_forever(data, cpu[0])] * threads, seconds),
-        "fast decoder": together([decode_forever(data, cpu[1])] * threads, seconds),
-        "gpu": None,
-        "both": None,
+    data = [path.read_bytes() for path in sorted((arguments.work / "photos").rglob("*.jpg"))[:2048]]
+    threads, seconds = usual_loops.usable_cores(), max(0.5, (arguments.until - time.time()) / 5)
+    fast = decode_forever(data, decode_pixels)
+    found: dict[str, Any] = {
+        "pillow": together([decode_forever(data, lambda file: np.asarray(decode(file)))] * threads, seconds),
+        "fast": together([fast] * threads, seconds),
     }
     try:
-        on_gpu = gpu_forever(data, device)
+        on_gpu = gpu_forever(data, arguments.device)
         found["gpu"] = together([on_gpu], seconds)
-        found["both"] = together([on_gpu, *[decode_forever(data, cpu[1])] * max(1, threads - 1)], seconds)
+        found["both"] = together([on_gpu, *[fast] * max(1, threads - 1)], seconds)
     except Exception as error:  # no GPU, or a torchvision without nvJPEG
-        print(f"GPU decoding is not possible here: {str(error).splitlines()[0]}")
+        found["no_gpu"] = str(error).splitlines()[0][:200]
     return found
 
 
@@ -134,8 +349,6 @@ def gpu_forever(data: list[bytes], device: str, batch: int = 64) -> Callable[[th
 
 def together(jobs: list[Callable[[threading.Event], int]], seconds: float) -> float:
     """Run jobs on a thread each for so long: images/s of all together."""
-    from concurrent.futures import ThreadPoolExecutor
-
     stop = threading.Event()
     with ThreadPoolExecutor(len(jobs)) as pool:
         started = time.perf_counter()
@@ -145,45 +358,51 @@ def together(jobs: list[Callable[[threading.Event], int]], seconds: float) -> fl
         return sum(future.result() for future in futures) / (time.perf_counter() - started)
 
 
-def make_images(folder: Path) -> Path:
-    """Generated photos in one class folder, as ImageFolder wants it."""
-    from featcache.reports.throughput import generated_photos
-
-    (folder / "photos").mkdir()
-    generated_photos(folder / "photos", 256)
-    return folder
-
-
-def main() -> None:  # noqa: D103 - the module says it
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--backbones", default="resnet50,vit_b_16,mobilenet_v3_large")
-    parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--device", default="cuda")
-    arguments = parser.parse_args()
-    names = arguments.backbones.split(",")
-    slice_seconds = arguments.minutes * 60 / (1 + 3 * len(names)) * 0.7  # the rest goes into loading and warming up
-    facts, rows = machine_facts(), []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or make_images(Path(temporary))
-        decoders = decoding(folder, arguments.device, slice_seconds / 4)
-        shown = ", ".join(f"{name} {'-' if rate is None else f'{rate:,.0f}'}" for name, rate in decoders.items())
-        print(f"decoding alone, full size, images/s: {shown}")
-        print(f"{'':22}{'forward':>10}{'decode':>10}{'end to end':>12}{'E':>7}{'loop':>10}{'times':>8}  precision")
-        for name in names:
-            row: dict[str, Any] = {"backbone": name} | ours(folder, name, arguments.device, 2 * slice_seconds)
-            row["loop"] = usual_loop(folder, name, arguments.device, slice_seconds)
-            row["times"] = row["end_to_end"] / row["loop"]
-            rows.append(row)
-            figures = f"{row['forward']:10,.0f}{row['decode']:10,.0f}{row['end_to_end']:12,.0f}{row['efficiency']:7.2f}"
-            print(f"{name:22}{figures}{row['loop']:10,.0f}{row['times']:8.1f}  {row['precision']}", flush=True)
-    print(json.dumps({"rows": rows, "decoders": decoders, "gpu": _gpu_name(arguments.device)} | facts))
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown."""
+    by_part = {(row["part"], row["name"]): row for row in results}
+    lines = ["| images/s | precision | decode | forward | end to end | E | extract | plain loop | careful loop |"]
+    lines.append("|---" * 9 + "|")
+    for (part, name), row in by_part.items():
+        if part != "ours":
+            continue
+        whole = row.get("end_to_end")
+        loops = [by_part.get((side, name), {}).get("rate") for side in ("plain", "careful")]
+        cells = [shown(row.get(key)) for key in ("decode", "forward", "end_to_end")]
+        cells += [f"{row['efficiency']:.2f}" if whole else row.get("failed", "-"), shown(row.get("extract"))]
+        cells += [f"{shown(rate)} ({whole / rate:.1f} times)" if rate and whole else shown(rate) for rate in loops]
+        lines.append(f"| {name} | {row.get('precision', '-')} {row.get('form', '')} | {' | '.join(cells)} |")
+    lines += ["", "| part | found |", "|---|---|"]
+    beside = ("train_ours", "train_careful", "heads", "decoders", "tests")
+    kept = [{k: v for k, v in row.items() if k not in ("part", "name")} for row in results if row["part"] in beside]
+    names = [f"{row['part']} {row['name']}".strip() for row in results if row["part"] in beside]
+    figures = ["; ".join(f"{k} {shown(v)}" for k, v in row.items() if v not in ([], "")) for row in kept]
+    return lines + [f"| {name} | {found} |" for name, found in zip(names, figures, strict=True)]
 
 
-def _gpu_name(device: str) -> str | None:
-    import torch
+def shown(value: Any) -> str:
+    """A cell."""
+    if value is None:
+        return "-"
+    return (
+        f"{value:,.0f}"
+        if isinstance(value, float) and value >= 100
+        else f"{value:.3g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "ours": ours,
+    "plain": loop,
+    "careful": loop,
+    "train_ours": train_ours,
+    "train_careful": train_careful,
+    "heads": heads,
+    "decoders": decoders,
+    "tests": tests,
+}
 
 
 if __name__ == "__main__":

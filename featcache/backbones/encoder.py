@@ -27,7 +27,7 @@ from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
 from featcache.spec import PreprocessSpec
-from featcache.system.device import Runtime, has_bf16_arithmetic, memory_errors, true_float32
+from featcache.system.device import Runtime, has_bf16_arithmetic, launching, memory_errors, true_float32
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,7 +130,7 @@ class Encoder:
         Raises:
             UsageError: the batch does not fit into the GPU's memory.
         """
-        lock = contextlib.nullcontext() if self.device.type == "cpu" else self._gpu
+        lock = self._gpu if self.device.type == "cuda" else launching(self.device)
         try:
             with memory_errors(), lock:
                 return self._infer(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
@@ -193,7 +193,7 @@ def build_encoder(
             return encoder, _choice(
                 name, form, "reference", _reason(name, precision, runtime, len(sample), tried), tried
             )
-        if nearest is plain or _distance(found) < least:
+        if nearest is plain or _clearly_less(_distance(found), least):
             nearest, nearest_form, least = encoder, form, _distance(found)
     figures = _figures(tried)
     if "fp32" in names:  # folding did harm (a batch norm with tiny variance, say): do without
@@ -204,8 +204,13 @@ def build_encoder(
 
 
 def _distance(found: Agreement) -> tuple[bool, float]:
-    """The less, the nearer; of equal forms the first one tried is the fastest."""
+    """The less, the nearer."""
     return math.isnan(found.mean_cosine), math.inf if math.isnan(found.error) else found.error
+
+
+def _clearly_less(found: tuple[bool, float], least: tuple[bool, float]) -> bool:
+    """Whether a form tried later is worth its time: forms of one precision differ by how they round, a few per cent."""
+    return found < (least[0], 0.9 * least[1])
 
 
 def _choice(precision: str, form: str, group: str, reason: str, tried: dict[str, Agreement]) -> PrecisionChoice:
@@ -255,7 +260,7 @@ def candidates(device: torch.device) -> list[str]:
     if device.type == "cuda":
         return ["fp16", "bf16", "fp32"]
     if device.type == "mps":
-        return ["fp16", "fp32"]
+        return ["fp16", "bf16", "fp32"]  # bf16 from macOS 14 on; a precision that fails cannot pass
     return ["bf16", "fp32"] if has_bf16_arithmetic() else ["fp32"]
 
 

@@ -14,7 +14,7 @@ import torch
 from featcache.backbones.ring import Features, Lane
 from featcache.errors import UsageError
 from featcache.images.decode import Pixels
-from featcache.system.device import memory_errors
+from featcache.system.device import launching, memory_errors
 
 log = logging.getLogger("featcache")
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -39,15 +39,18 @@ class PlainLane:
 
     def upload(self, pixels: Pixels) -> Any:
         """As ``Lane``."""
-        return torch.from_numpy(pixels).to(self._device)
+        with launching(self._device):
+            return torch.from_numpy(pixels).to(self._device)
 
     def compute(self, uploaded: Any) -> Any:
         """As ``Lane``."""
-        return self._forward(uploaded)
+        with launching(self._device):
+            return self._forward(uploaded)
 
     def download(self, computed: Any) -> Callable[[], Features]:
         """As ``Lane``."""
-        features: Features = computed.float().cpu().numpy()
+        with launching(self._device):
+            features: Features = computed.float().cpu().numpy()
         return lambda: features
 
 

@@ -47,6 +47,9 @@ def fit_head(
     group_column: Annotated[str | None, typer.Option(help="Its column that does (patient, place).")] = None,
     path_column: options.PathColumn = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds, initial weights and batches.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, mps. Default: a CUDA GPU if there is enough to do.")
+    ] = "auto",
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="Copy the backbone's weights into the model.")
     ] = False,
@@ -77,6 +80,7 @@ def fit_head(
         groups=_table(groups, path_column),
         group_column=group_column,
         seed=seed,
+        device=device,
         self_contained=self_contained,
     )
     lines = fit_lines(report, [*map(printable, report.class_names)])

@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from featcache.curation.best_so_far import EMPTY, Keys, keep, keys_of, places_of, similarities_of
 from featcache.errors import UsageError
 from featcache.heads.head import Array, FeatureSource, Indices
-from featcache.system.runtime_options import usable_cores
+from featcache.system.runtime_options import gpu_for, usable_cores
 
 _BLOCK = 1024  # rows on each side of a product: its 4 MB of similarities stay in the caches while they are sifted
 _LARGE = 2048  # rows read at a time where they are not kept, or on each side of a GPU's product
@@ -33,7 +33,8 @@ _MEMORY = 2**29  # bytes; rows that fit as float32 are kept in memory, of more e
 _AT_A_TIME = 128  # rows whose similarities are computed again in float64
 EXACT_BELOW = 300_000  # rows; of more, an index may propose
 _MEASURED = 1000  # rows whose neighbours in an index are compared with the true ones
-_WORTH_A_GPU = 10**12  # multiplications; of fewer, loading PyTorch takes longer
+# Multiplications; of fewer, loading PyTorch takes longer. An estimate: ``benchmarks/gpu.py`` measures it.
+_WORTH_A_GPU = 10**12
 _WORKING = 2**25  # bytes of each core: a product, and what of it is among the best
 _SIFTED = 3e-7  # seconds for each that was among the best of its row when they met
 _READ = 4e-9  # seconds a value takes that is read and scaled again
@@ -87,7 +88,8 @@ def nearest_rows(
     """
     count = max(len(rows) - 1, 0)
     k, kept = min(k, count), min(k + _SPARE, count)
-    report, gpu = progress or (lambda *_: None), _gpu(device, len(rows), features.shape[1])
+    work = len(rows) ** 2 * features.shape[1]
+    report, gpu = progress or (lambda *_: None), gpu_for(device, work, worth=_WORTH_A_GPU, auto=("cuda", "mps"))
     blocks, best = _Blocks(features, rows, memory, _LARGE if gpu else _BLOCK), np.full((len(rows), kept), EMPTY)
     indexed = gpu is None and len(rows) >= exact_below and has_index()
     if gpu is not None:
@@ -276,21 +278,11 @@ def _exactly(blocks: _Blocks, here: slice, found: Indices, k: int) -> tuple[Indi
     return np.take_along_axis(found, order, axis=1), np.take_along_axis(similar, order, axis=1)
 
 
-def _gpu(device: str, n: int, dim: int) -> Any:
-    """The device to compute with; None: this CPU, by NumPy."""
-    if device == "cpu" or (device == "auto" and n * n * dim < _WORTH_A_GPU):
-        return None
-    from featcache.system.device import choose_runtime
-
-    chosen = choose_runtime(device).device
-    return None if chosen.type == "cpu" else chosen
-
-
 def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Generator[None]:
     """As ``_search``, by PyTorch on a device; which of equal similarities stay is its choice."""
     import torch
 
-    from featcache.system.device import true_float32
+    from featcache.system.device import launching, true_float32
 
     slices, count = blocks.slices(), best.shape[1]
     kept: dict[int, Any] = {}
@@ -308,7 +300,7 @@ def _search_on(device: Any, blocks: _Blocks, best: Keys) -> Generator[None]:
         values = torch.full((len(X), count), -torch.inf, device=device)
         places = torch.zeros((len(X), count), dtype=torch.int64, device=device)
         for other, there in enumerate(slices):
-            with torch.inference_mode(), true_float32:
+            with launching(device), torch.inference_mode(), true_float32:
                 similar = X @ block(other).T
                 if there is here:
                     similar.fill_diagonal_(-torch.inf)

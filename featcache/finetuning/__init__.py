@@ -9,6 +9,7 @@ tune.py           the stages after that: assemble, epoch after epoch, choose
 pixels.py         decoded images, kept
 network.py        backbone and head as one network: parity, stages, what trains
 augment.py        random changes to training images
+batches.py        the batches of an epoch, augmented ahead
 trainer.py        the steps of an epoch
 checkpoint.py     the folder of unfinished work, resuming
 result.py         which weights to keep, whether they are better; report and model folder

@@ -1,4 +1,4 @@
-"""Random changes to training images, with torchvision's v2 kernels, on whatever device the pixels are.
+"""Random changes to training images, with torchvision's v2 kernels, on the CPU whatever device trains.
 
 In: uint8 pixels (H, W, 3) of one image, the steps of a recipe, (seed, epoch, image). Out: uint8 (height, width, 3). These three
 numbers alone decide what is drawn: not the batch, the worker, the process, or where a run was resumed.
@@ -39,18 +39,13 @@ def augment(
 
 
 def augment_picture(
-    picture: Picture,
-    steps: Sequence[Step],
-    *,
-    size: tuple[int, int],
-    seed: tuple[int, int, int],
-    device: torch.device | str = "cpu",
+    picture: Picture, steps: Sequence[Step], *, size: tuple[int, int], seed: tuple[int, int, int]
 ) -> torch.Tensor:
-    """``augment`` for a decoded picture as ``pixels`` keeps it, on ``device``: what an epoch shows the network of an image."""
+    """``augment`` for a decoded picture as ``pixels`` keeps it: what an epoch shows the network of an image."""
     writable = np.require(
         picture, requirements=["C", "W"]
     )  # of a file's pictures a copy: tensors dislike memory that is not
-    return augment(torch.from_numpy(writable).to(device), steps, size=size, seed=seed)
+    return augment(torch.from_numpy(writable), steps, size=size, seed=seed)
 
 
 def _resized_crop(

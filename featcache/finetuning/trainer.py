@@ -10,7 +10,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,24 @@ from torch.optim.swa_utils import AveragedModel
 
 from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment_picture
+from featcache.finetuning.batches import Batch, draw_batches
 from featcache.finetuning.network import Network, parameter_groups, set_drop_path, training_mode, unfreeze
 from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.heads.head import Array, Indices
-from featcache.system.device import Runtime, has_bf16_arithmetic, memory_errors, one_core_each, true_float32
+from featcache.system.device import (
+    Runtime,
+    has_bf16_arithmetic,
+    launching,
+    memory_errors,
+    one_core_each,
+    return_memory,
+    true_float32,
+)
 from featcache.system.display import quantity
+from featcache.system.transfer import Feed, host_tensor, read_later
 
 log = logging.getLogger("featcache")
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]  # pixels, labels, weights, images of all processes
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DIVERGED = 3.0  # times the larger of the loss at first and a guess's
 
@@ -71,7 +79,10 @@ class Trainer:
             raise UsageError("batch norms that train need at least two images per step; use a larger --batch-size")
         self.epoch, self.batch = 0, 0  # the next batch to train on
         self._sums = np.zeros(3)  # loss, hits and images of this epoch, up to the step before the last
-        self._pending: torch.Tensor | None = None  # those of the last step
+        self._pending: Callable[[], Array] | None = None  # those of the last step
+        self._wrapped: tuple[list[bool], nn.Module] | None = (
+            None  # the network for ``processes``, and what of it trains
+        )
         self._first_loss: float | None = None  # of the run's first step, before it
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
@@ -110,7 +121,7 @@ class Trainer:
         """
         unfreeze(self.network, self.recipe, epoch=self.epoch)
         training_mode(self.network, self.recipe)
-        wrapped = self.processes.wrap(self.network, self.device)
+        wrapped = self._wrap()
         exact = true_float32 if self._dtype is None else contextlib.nullcontext()
         with exact, contextlib.closing(self._batches()) as batches:
             for batch in batches:
@@ -118,8 +129,9 @@ class Trainer:
                     self._settle()
                     self._share_sums()
                     raise Stopped
-                sums = self._step(wrapped, batch)
-                self._settle()
+                with launching(self.device):
+                    sums = read_later(self._step(wrapped, batch))
+                    self._settle()
                 self._pending = sums  # looked at one step later: a GPU never waits for the question how it went
                 self.batch += 1
                 if on_step:
@@ -136,6 +148,7 @@ class Trainer:
         unfreeze(self.network, self.recipe, epoch=self.epoch)
         training_mode(self.network, dataclasses.replace(self.recipe, backbone_dropout=False, drop_path=0.0))
 
+        @memory_errors()
         def compute(start: int) -> Array:
             batch = np.stack([pixels.pictures[index] for index in images[start : start + self.micro_batch]])
             with torch.no_grad(), self._autocast():
@@ -154,36 +167,21 @@ class Trainer:
         """Those of the epoch's remaining steps, prepared ahead."""
         order = np.random.default_rng([self.job.seed, self.epoch]).permutation(len(self.data))
         steps = np.array_split(order, self.steps_per_epoch)[self.batch :]
-        threads = 1 if self.device.type == "cpu" else self.job.runtime.workers
-        pool = ThreadPoolExecutor(threads, "featcache-augment")
-        ahead: deque[Future[Any]] = deque()
-        try:
-            for step in steps:
-                ahead.append(pool.submit(self._prepare, step))
-                if len(ahead) > threads + 1:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        threads = 1 if self.device.type == "cpu" else self.job.runtime.workers  # a CPU's other cores train
+        where: dict[str, Any] = {"device": self.device, "threads": threads, "processes": self.processes}
+        return draw_batches(self.data, steps, self._draw, size=self.network.size, **where)
 
-    def _prepare(self, step: Indices) -> Batch:
-        mine = step[self.processes.rank :: self.processes.world]
-        weights = np.ones(len(mine), np.float32)
-        if not len(mine):  # fewer images than processes: take part in the backward pass, without weight
-            mine, weights = step[:1], np.zeros(1, np.float32)
-        pictures = [
-            augment_picture(
-                self.data.pictures[index],
-                self.recipe.augmentation,
-                size=self.network.size,
-                seed=(self.job.seed, self.epoch, int(self.data.kept[index])),
-                device=self.device,
-            )
-            for index in mine
-        ]
-        labels = torch.from_numpy(self.data.labels[mine]).to(self.device)
-        return torch.stack(pictures), labels, torch.from_numpy(weights).to(self.device), len(step)
+    def _draw(self, image: int) -> torch.Tensor:
+        seed = (self.job.seed, self.epoch, int(self.data.kept[image]))
+        return augment_picture(self.data.pictures[image], self.recipe.augmentation, size=self.network.size, seed=seed)
+
+    def _wrap(self) -> nn.Module:
+        """The network for ``processes``, made again where other parameters train than before."""
+        training = [parameter.requires_grad for parameter in self.network.parameters()]
+        if self._wrapped is None or self._wrapped[0] != training:
+            self._wrapped = None  # its hooks first: two would average every gradient twice
+            self._wrapped = training, self.processes.wrap(self.network, self.device)
+        return self._wrapped[1]
 
     def _step(self, wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         """One optimizer step. Returns (loss, hits, images) summed over this process's images, on the device."""
@@ -241,7 +239,7 @@ class Trainer:
             )
         self.micro_batch = micro // 2
         self.optimizer.zero_grad(set_to_none=True)
-        _return_memory(self.device)
+        return_memory(self.device)
         log.warning(
             "out of memory with %d images at once: going on with %d, adding up gradients to the same batch",
             micro,
@@ -252,7 +250,7 @@ class Trainer:
         """Add the last step's sums, in all processes at once. Raises TrainingError if its loss is not finite."""
         if self._pending is None:
             return
-        values, self._pending = self._pending.cpu().numpy(), None
+        values, self._pending = self._pending(), None
         if self._first_loss is None:
             loss, _, images = np.sum(self.processes.all_gather(values), axis=0)
             self._first_loss = float(loss / images)
@@ -344,10 +342,12 @@ def _moving_average(decay: float) -> Callable[..., None]:
 def make_optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over everything that it ever trains."""
     groups = parameter_groups(network, recipe)
+    # One kernel for many parameters; and with a loss scaler no question to the GPU whether gradients are finite.
+    fused = True if next(network.parameters()).is_cuda else None
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=recipe.lr)
+    return kind(groups, lr=recipe.lr, fused=fused)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps_per_epoch: int) -> None:
@@ -381,7 +381,7 @@ def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
                 raise
         if parts is None:  # only now: until its block is left, the exception's frames hold what was computed
             runtime = dataclasses.replace(runtime, batch_size=runtime.batch_size // 2)
-            _return_memory(runtime.device)
+            return_memory(runtime.device)
     shares = processes.all_gather(np.concatenate(parts) if parts else None)
     width = next(share.shape[1] for share in shares if share is not None)
     logits = np.empty((len(pixels), width), np.float32)
@@ -392,26 +392,27 @@ def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
 
 
 def _in_batches(network: Network, pictures: list[Picture], *, runtime: Runtime) -> list[Array]:
-    """Logits of each batch."""
+    """Logits of each batch; while a GPU computes one, the next is on its way."""
+    feed, device = Feed(runtime.device), runtime.device
 
     @memory_errors()
-    def compute(start: int) -> Array:
-        batch = np.stack(pictures[start : start + runtime.batch_size])
-        with torch.inference_mode():  # per thread
-            logits: Array = network(torch.from_numpy(batch).to(runtime.device)).float().cpu().numpy()
-        return logits
+    def begin(start: int) -> Callable[[], Array]:
+        chosen = pictures[start : start + runtime.batch_size]
+        batch = host_tensor((len(chosen), *chosen[0].shape), torch.uint8, device)
+        np.stack(chosen, out=batch.numpy())
+        with torch.inference_mode(), launching(device):  # the mode is per thread
+            return read_later(network(*feed(batch)).float())
 
     starts = range(0, len(pictures), runtime.batch_size)
-    if runtime.device.type != "cpu":
-        return [compute(start) for start in starts]
-    with one_core_each(runtime.workers, "featcache-evaluate") as pool:
-        return list(pool.map(compute, starts))
-
-
-def _return_memory(device: torch.device) -> None:
-    """Hand back the blocks that PyTorch keeps for reuse, after something did not fit."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type == "cpu":
+        with one_core_each(runtime.workers, "featcache-evaluate") as pool:
+            return list(pool.map(lambda start: begin(start)(), starts))
+    found, queued = list[Array](), deque[Callable[[], Array]]()
+    for start in starts:
+        queued.append(begin(start))
+        if len(queued) > 1:
+            found.append(queued.popleft()())
+    return found + [read() for read in queued]
 
 
 def choose_training_precision(asked: str, device: torch.device) -> str:

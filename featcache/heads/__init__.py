@@ -3,6 +3,7 @@
 head.py            a trained head, and what it takes as features
 logreg.py          logistic regression: C and scaling chosen by cross-validation
 logreg_path.py     its solver, along a path of C
+logreg_on_gpu.py   the same with rows and logits on a GPU
 minibatch.py       linear and MLP heads, of features that need not fit in memory
 validation.py      folds that keep copies together; scores corrected for the choice of a setting
 confident.py       which labels the probabilities contradict

@@ -37,6 +37,7 @@ from featcache.heads.head import (
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, moved, product, regularisation_path, with_direction
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
 from featcache.system.memory import available_memory
+from featcache.system.runtime_options import gpu_for
 
 log = logging.getLogger("featcache")
 
@@ -56,6 +57,10 @@ _SECONDS, _FEW_CLASSES = (
     4e-8,
     8,
 )  # of one core for each value and class, of which few take as long as some more (benchmarks/LOG.md)
+# Seconds of this CPU, from where on a GPU wins, which takes one or two to begin. An estimate: ``benchmarks/gpu.py`` measures it.
+_WORTH_A_GPU = 10.0
+_SOLVED_AT_ONCE = 3  # problems on a GPU: while one waits for it, another has NumPy's share done
+_ONE_C = 1 / 30  # of the work of choosing among all
 _MAX_FLOAT32 = 1e18  # beyond, squares overflow
 _MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
 _FAILURES = (NotSolvedError, np.linalg.LinAlgError)
@@ -85,6 +90,7 @@ def fit_logreg(
     seed: int = 0,
     copies: Indices | None = None,
     max_logits: int = MAX_LOGITS,
+    device: str = "cpu",
 ) -> FittedHead:
     """Choose C and scaling on ``rows`` by cross-validation, then refit on all of them.
 
@@ -98,14 +104,19 @@ def fit_logreg(
         seed: of the folds and of the correction for the choice.
         copies: (N,) which of the N rows are copies, as ``stratified_folds`` wants it; None: none are.
         max_logits: out of fold, that are kept; of more, those of some rows.
+        device: auto, cpu, cuda or cuda:N; auto takes a GPU where there is one and enough to do. It solves the same problems to
+            the same tolerance.
 
     Raises:
-        UsageError: not enough memory.
+        UsageError: not enough memory; no such device, or one without float64.
     """
     check_memory(len(rows), features.shape[1])
+    gpu, at_once = find_gpu(device, len(rows), features.shape[1], int(y.max()) + 1, choosing=len(grid) > 1)
+    if gpu is not None:
+        log.info("logreg is solved on %s, %d problems at once", gpu, at_once)
     X = features[rows]
     X = X.astype(np.float64 if X.size * 8 <= _MAX_FLOAT64_BYTES else np.float32)
-    solver = Solver(X, y, grid=grid, balanced=balanced, class_weight=class_weight)
+    solver = Solver(X, y, grid=grid, balanced=balanced, class_weight=class_weight, gpu=gpu, at_once=at_once)
     copies = np.arange(len(rows)) if copies is None else copies
     best: dict[str, Any] = {"C": grid[0], "scaling": "standardise", "fold_accuracies": ()}
     temperature = 1.0
@@ -177,7 +188,8 @@ class Solver:
     Attributes:
         X: (N, D) float32 or float64. y: (N,) labels 0..K-1, each occurring.
         grid: of C, ascending. balanced: weigh classes inversely to their frequency. class_weight: (K,) weights given instead.
-        tolerance: of solutions while settings are compared, see ``regularisation_path``.
+        tolerance: of solutions while settings are compared, see ``regularisation_path``; gpu: see there, too.
+        at_once: problems that are solved side by side. One more than cores, so that the last of five folds leaves no core idle.
         settings: every (scaling, C), in the order of the results of ``cross_validate``.
         basis: (D, r), orthonormal. rows: (N, r), the centred rows in it.
         kept: per setting the parameters each fold ended with, (K, r + 1), and (N, K) out-of-fold logits, if all fit in
@@ -195,7 +207,10 @@ class Solver:
         class_weight: Array | None = None,
         tolerance: float = 2e-4,
         memory: int = 2**28,
+        gpu: Any = None,
+        at_once: int = 0,
     ) -> None:
+        self.gpu, self.at_once = gpu, at_once or cpu_count() + 1
         self.X, self.y, self.grid, self.balanced, self.class_weight = X, y, grid, balanced, class_weight
         self.scalings = scalings
         self.settings: list[Setting] = list(itertools.product(scalings, grid))
@@ -228,9 +243,8 @@ class Solver:
         self.prepare()
         jobs = [(scaling, numbers) for scaling in self.scalings for numbers in self._side_by_side(scaling, len(splits))]
         # Threads: the work is in BLAS, which frees the GIL, and X is not copied. One BLAS thread each, or they would fight.
-        # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written. One more than
-        # cores, so that the last of five folds does not leave a core idle.
-        with _blas().limit(limits=1), ThreadPoolExecutor(cpu_count() + 1) as pool:
+        # Not joblib's: those need semaphores, and with them a shared-memory file system that can be written.
+        with _blas().limit(limits=1), ThreadPoolExecutor(self.at_once) as pool:
             list(pool.map(one, *zip(*jobs, strict=True)))
         return OutOfFold(right, loss, fold, path=np.repeat(np.arange(len(self.scalings)), len(self.grid)))
 
@@ -329,7 +343,7 @@ class Solver:
         if len(splits) == 1:
             rows, y, weights = (part[splits[0][0]] for part in (rows, y, weights))
         try:
-            path = regularisation_path(rows, y, weights, grid, tolerance=self.tolerance)
+            path = regularisation_path(rows, y, weights, grid, tolerance=self.tolerance, gpu=self.gpu)
             for C, found in zip(grid, path, strict=True):
                 yield C, [(one, _logits(x, one)) for x, one in zip(held_out, found, strict=True)]
         except _FAILURES as error:
@@ -376,6 +390,7 @@ class Solver:
             tolerance=_FINAL_TOLERANCE_OF_SMALL if self.small else _FINAL_TOLERANCE,
             starts=starts,
             threads=1 if self.small else cpu_count(),
+            gpu=self.gpu,
         )
         *_, found = path
         W = coordinates.weights(found[0, :, :-1])
@@ -443,6 +458,28 @@ def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str
 def estimate(n: int, dim: int, n_classes: int) -> float:
     """Seconds that choosing C on n rows of ``dim`` values takes on this machine's cores, to a factor of two or so."""
     return float(_SECONDS * n * dim * max(n_classes, _FEW_CLASSES) / cpu_count())
+
+
+def find_gpu(device: str, n: int, dim: int, n_classes: int, *, choosing: bool) -> tuple[Any, int]:
+    """The GPU to solve on, and how many problems fit there at once; None and 0: this CPU. Raises UsageError: no such device.
+
+    ``choosing``: among values of C, not for one.
+    """
+    work = estimate(n, dim, n_classes) * (1 if choosing else _ONE_C)
+    gpu = gpu_for(device, work, worth=_WORTH_A_GPU)
+    if gpu is None:
+        return None, 0
+    if gpu.type != "cuda":
+        raise UsageError(f"logreg needs float64, which {gpu} lacks; use --device cpu, or --clf linear")
+    import torch
+
+    # Rows; logits, residuals and what is made of them, ten times; weights.
+    fit = torch.cuda.mem_get_info(gpu)[0] // (4 * n * (dim + 10 * n_classes + 10))
+    if not fit:
+        log.warning(
+            "logreg on %s rows and %d classes does not fit into %s's memory: solved on the CPU", n, n_classes, gpu
+        )
+    return (gpu, min(int(fit), _SOLVED_AT_ONCE)) if fit else (None, 0)
 
 
 def check_memory(n: int, dim: int) -> float:

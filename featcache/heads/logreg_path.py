@@ -37,12 +37,13 @@ class NotSolvedError(ArithmeticError):
     """Values overflowed or the line search got stuck; another solver has to take over."""
 
 
-class _Point(NamedTuple):
-    """A point on the path: parameters (K * F, r + 1), the last column intercepts; logits and w (p - y), (K * F, n)."""
+class Point(NamedTuple):
+    """A point on the path: parameters (K * F, r + 1), the last column intercepts; logits and w (p - y), (K * F, n), which may
+    be tensors on a GPU."""
 
     theta: Array
-    logits: Array
-    residual: Array
+    logits: Any
+    residual: Any
     loss: float
 
 
@@ -112,6 +113,7 @@ def regularisation_path(
     tolerance: float = 2e-4,
     starts: Sequence[Array] = (),
     threads: int = 1,
+    gpu: Any = None,
 ) -> Iterator[Array]:
     """Solve F problems, which differ in the weights of their rows, for each C of ``grid``; an ascending one is the fastest.
 
@@ -125,6 +127,7 @@ def regularisation_path(
         starts: parameters of similar problems, in the shape yielded: the search starts on the line through the last two.
         threads: that share a product with the features; each expects BLAS to have one of its own. BLAS's would spin between
             products, which doubles the CPU time.
+        gpu: the torch.device to keep rows and their logits on; None: this CPU.
 
     Yields:
         (F, K, r + 1) parameters, the last of which are intercepts; for two classes (F, 1, r + 1), of the logit of class 1.
@@ -134,7 +137,12 @@ def regularisation_path(
     """
     mean = R.mean(axis=0)
     with ThreadPoolExecutor(threads) as pool:  # which starts no thread before it has work
-        path = _Path(R - mean, y, weights, tolerance, threads, pool.map if threads > 1 else map)
+        if gpu is None:
+            path = PathSolver(R - mean, y, weights, tolerance, threads, pool.map if threads > 1 else map)
+        else:
+            from featcache.heads.logreg_on_gpu import PathOnGpu
+
+            path = PathOnGpu(R - mean, y, weights, tolerance, device=gpu)
         for start in starts:
             path.begin(moved(start, mean).swapaxes(0, 1))
         for C in grid:
@@ -142,7 +150,7 @@ def regularisation_path(
 
 
 def product(rows: Array, weights: Array) -> Array:
-    """(n, r) and (K, r) -> (n, K), without a warning of invalid values: ``_Path.descend`` looks for them itself.
+    """(n, r) and (K, r) -> (n, K), without a warning of invalid values: ``PathSolver.descend`` looks for them itself.
 
     For a (2, 5), (3, 5), (6, 5), ... float32 matrix and one vector, OpenBLAS for AVX-512 also multiplies what was left on the
     stack. It throws that away, but the processor's flag stays, and NumPy would warn of a value that is not there.
@@ -158,7 +166,7 @@ def moved(parameters: Array, origin: Array) -> Array:
     return np.concatenate([parameters[..., :-1], (parameters[..., -1] + shift)[..., None]], axis=-1)
 
 
-class _Path:
+class PathSolver:
     """Solutions on one training set, each of which starts from those before.
 
     Arrays have classes and problems first, which makes sums over classes and products with few columns fast: parameters
@@ -189,7 +197,7 @@ class _Path:
         self.means = self.means_of_classes(n_classes)
         theta = np.zeros((shares.size, R.shape[1] + 1), R.dtype)
         theta[:, -1] = shares.ravel()  # the optimum without features
-        self.before: _Point | None = None
+        self.before: Point | None = None
         self.point = self.at(theta, np.tile(theta[:, -1:], len(y)))
         self.null = self.point.loss
 
@@ -210,7 +218,7 @@ class _Path:
         if point.loss < self.null:
             self.before, self.point = self.point, point
 
-    def products(self, theta: Array, first: int) -> Array:
+    def products(self, theta: Array, first: int) -> Any:
         """(K * F, n) logits of parameters of which the ``first`` are 0."""
         logits = np.empty((len(theta), len(self.R)), self.R.dtype)
 
@@ -225,7 +233,7 @@ class _Path:
         edges = np.linspace(first, last, self.parts + 1).astype(int).tolist()
         return [slice(*edge) for edge in itertools.pairwise(edges)]
 
-    def at(self, theta: Array, logits: Array) -> _Point:
+    def at(self, theta: Array, logits: Any) -> Point:
         """The point's mean loss and residuals, accurate also where probabilities are close to 0 or 1."""
         if self.sign is not None:
             margins = self.sign * logits
@@ -233,7 +241,7 @@ class _Path:
             losses = np.log1p(small) + np.maximum(-margins, 0)
             missing = np.where(margins > 0, small, 1) / (1 + small)  # 1 - p of the own class
             residual = (-self.w * missing).astype(logits.dtype) * self.sign
-            return _Point(theta, logits, residual, float(np.vdot(self.w, losses)))
+            return Point(theta, logits, residual, float(np.vdot(self.w, losses)))
         z = logits.reshape(-1, *self.w.shape)  # (K, F, n)
         top = z.max(axis=0)
         odds = np.exp(z - top)
@@ -245,12 +253,12 @@ class _Path:
         share = self.w / (others + own)
         odds *= share.astype(odds.dtype)
         odds[self.y, self.problems, self.rows] = -others * share
-        return _Point(theta, logits, odds.reshape(logits.shape), float(np.vdot(self.w, np.log1p(others / own))))
+        return Point(theta, logits, odds.reshape(logits.shape), float(np.vdot(self.w, np.log1p(others / own))))
 
     def solve(self, C: float) -> Array:
         """(K, F, r + 1) parameters at the optimum for this C."""
         penalty = float(1 / (C * self.total))  # a Python float: a NumPy one would turn float32 arrays into float64
-        self.pairs = [_pair(s, y + _penalised(s, penalty - self.penalty)) for s, y, _ in self.pairs]
+        self.pairs = [_pair(s, y + penalised(s, penalty - self.penalty)) for s, y, _ in self.pairs]
         self.penalty = penalty
         start = self.point
         if self.before is not None:
@@ -282,7 +290,7 @@ class _Path:
             self.pairs = [*self.pairs, _pair(t * direction, gradient - before)][-_MEMORY:]
         raise NotSolvedError(f"{_MAX_ITERATIONS} iterations")
 
-    def objective(self, point: _Point) -> float:
+    def objective(self, point: Point) -> float:
         """Mean loss plus penalty."""
         return point.loss + self.penalty / 2 * _dot(point.theta[:, :-1], point.theta[:, :-1])
 
@@ -293,7 +301,7 @@ class _Path:
 
     def gradient(self, first: int) -> Array:
         """(K * F, r + 1) of the objective; the ``first`` are set to 0."""
-        gradient = _penalised(self.point.theta, self.penalty)
+        gradient = penalised(self.point.theta, self.penalty)
         gradient[:, :first] = 0
 
         def part(of: slice) -> None:
@@ -305,20 +313,30 @@ class _Path:
 
     def curvature(self, first: int) -> _Curvature:
         """Approximate Hessian: variance times mean p (1 - p), plus the penalty, plus what each class's own rows add."""
-        size = np.abs(self.point.residual).reshape(-1, *self.w.shape)
-        missing = np.divide(size, self.w, out=np.zeros_like(size), where=self.w > 0, casting="same_kind")
-        size *= 1 - missing
-        spread = size.sum(axis=2).ravel()
-        spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(size.dtype).tiny))  # never divide by zero
+        spread, own = self.spreads()
+        spread = np.maximum(spread, max(1e-6 * spread.max(), np.finfo(spread.dtype).tiny))  # never divide by zero
         diagonal: Array = spread[:, None] * self.variances
         diagonal[:, :-1] += self.penalty
         means = self.means.copy()
         means[:, :first] = 0
-        reduced, own = means / diagonal, np.zeros((len(spread), 1), size.dtype)
+        reduced = means / diagonal
+        return _Curvature(diagonal, reduced, own / (1 + own * np.einsum("ij,ij->i", reduced, means)[:, None]))
+
+    def spreads(self) -> tuple[Array, Array]:
+        """(K * F,) sums over rows of weighted p (1 - p), and (K * F, 1) over each class's own rows, zeros for two classes."""
+        size = np.abs(self.point.residual).reshape(-1, *self.w.shape)
+        missing = np.divide(size, self.w, out=np.zeros_like(size), where=self.w > 0, casting="same_kind")
+        size *= 1 - missing
+        spread = size.sum(axis=2).ravel()
+        own = np.zeros((len(spread), 1), size.dtype)
         if self.sign is None:
             of_rows = size[self.y, self.problems, self.rows]
             own[:, 0] = np.stack([np.bincount(self.y, one, len(size)) for one in of_rows], axis=1).ravel()
-        return _Curvature(diagonal, reduced, own / (1 + own * np.einsum("ij,ij->i", reduced, means)[:, None]))
+        return spread, own
+
+    def along(self, residual: Any, move: Any) -> float:
+        """How fast the mean loss changes along a (K * F, n) change of the logits."""
+        return _dot(residual, move)
 
     def direction(self, gradient: Array, scale: _Curvature) -> Array:
         """(K * F, r + 1), a direction of descent: the two loops of L-BFGS around the preconditioner."""
@@ -334,10 +352,10 @@ class _Path:
             q += (share - rho * _dot(y, q)) * s
         return -q
 
-    def extrapolate(self, earlier: _Point) -> None:
+    def extrapolate(self, earlier: Point) -> None:
         """Continue along the line from the last solution but one to the last, as far as that helps."""
         direction, move = self.point.theta - earlier.theta, self.point.logits - earlier.logits
-        slope = _dot(self.point.residual, move) + self.penalty * _dot(self.point.theta[:, :-1], direction[:, :-1])
+        slope = self.along(self.point.residual, move) + self.penalty * _dot(self.point.theta[:, :-1], direction[:, :-1])
         if slope < 0:
             self.search(direction, move, slope)
 
@@ -349,7 +367,7 @@ class _Path:
         low, low_slope, high, t = 0.0, slope, np.inf, 1.0
         for _ in range(_MAX_TRIALS):
             point = self.at(start.theta + t * direction, start.logits + t * move)
-            here = _dot(point.residual, move) + self.penalty * (along + t * square)
+            here = self.along(point.residual, move) + self.penalty * (along + t * square)
             value = point.loss + self.penalty / 2 * (size + 2 * t * along + t * t * square)
             lower = value <= objective * (1 + self.noise) + _DECREASE * t * slope
             if lower and abs(here) <= -_CURVATURE * slope:
@@ -371,7 +389,7 @@ def _dot(a: Array, b: Array) -> float:
     return float(np.vdot(a, b))
 
 
-def _penalised(theta: Array, penalty: float) -> Array:
+def penalised(theta: Array, penalty: float) -> Array:
     """Gradient of the penalty, which the last column, the intercepts, does not have."""
     gradient = penalty * theta
     gradient[:, -1] = 0

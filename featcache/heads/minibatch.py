@@ -10,6 +10,7 @@ after every ``Budget.round_rows`` rows.
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -31,13 +32,22 @@ from featcache.heads.head import (
     class_weights,
 )
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
-from featcache.system.device import use_one_thread_if_forked
+from featcache.system.device import kept_random_state, launching, true_float32, use_one_thread_if_forked
 from featcache.system.display import quantity
+from featcache.system.runtime_options import gpu_for
+from featcache.system.transfer import Feed, staged
 
+log = logging.getLogger("featcache")
 TorchKind = Literal["linear", "mlp"]
 _ADAMW: dict[str, Any] = {"weight_decay": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 _ADAMW |= {"amsgrad": False, "maximize": False, "fused": True}  # fused: a step takes half the time, of an MLP a seventh
+# Rows times values times outputs of the first layer, from where on a GPU wins: some seconds of a CPU with 16 cores, at 20 epochs and
+# 5 folds. An estimate: ``benchmarks/gpu.py`` measures it.
+_WORTH_A_GPU = 10**9
 _RUN = 16  # rows read in one go: 40 KB of 1,280 float16, which is as fast as more
+
+
+Block = Array | torch.Tensor  # (m, D) features as stored, on a CPU an array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +77,7 @@ def fit_torch_head(
     settings: TorchSettings = USUAL,
     budget: Budget = Budget(),
     copies: Indices | None = None,
+    device: str = "cpu",
 ) -> FittedHead:
     """Train a head with AdamW on standardised features.
 
@@ -82,19 +93,25 @@ def fit_torch_head(
         seed: of weights, batches and folds; the same seed gives the same head.
         settings: layers, epochs, learning rate, batch size.
         copies: (N,) which of the N rows are copies, as ``stratified_folds`` wants it; None: none are.
+        device: auto, cpu, cuda, cuda:N or mps; auto takes a CUDA GPU where there is one and enough to do. The same rows, batches and
+            first weights on each; what dropout draws is the device's own.
 
     Raises:
-        TrainingError: the weights are no longer finite.
+        TrainingError: the weights are no longer finite. UsageError: no such device.
     """
     use_one_thread_if_forked()
     budget = dataclasses.replace(budget, batch_rows=max(budget.batch_rows, settings.batch_size or 0))
-    data = FeatureBatches(features, rows, y, budget=budget)
+    width = settings.hidden[0] if kind == "mlp" else n_classes
+    gpu = gpu_for(device, len(rows) * features.shape[1] * width, worth=_WORTH_A_GPU)
+    if gpu is not None:
+        log.info("the head is trained on %s%s", gpu, ": there is enough to do" if device == "auto" else "")
+    data = FeatureBatches(features, rows, y, budget=budget, device=gpu)
     copies = np.arange(len(rows)) if copies is None else copies
     options: dict[str, Any] = {"n_classes": n_classes, "balanced": balanced, "seed": seed}
     trainer = _Trainer(data, copies, kind=kind, settings=settings, **options)
     validation: dict[str, Any] = {}
     accuracies = np.empty(0)
-    with torch.random.fork_rng(devices=[]):
+    with launching(data.device), true_float32, kept_random_state(data.device):
         if folds:
             found, logits, some = trainer.cross_validate(stratified_folds(y, copies, folds=folds, seed=seed))
             accuracies = found.of_folds(found.right)[:, 0]
@@ -121,36 +138,56 @@ class FeatureBatches:
     """N training rows, in batches.
 
     ``picked`` are some of 0..N-1, ascending. A batch is (n, D) float32 features, in memory that the next batch overwrites,
-    and (n,) labels.
+    and (n,) labels. A ``device`` gets features as they are stored, all of them or a buffer at a time, and picks rows itself;
+    None: this CPU, where NumPy picks them.
     """
 
-    def __init__(self, features: FeatureSource, rows: Indices, y: Array, *, budget: Budget) -> None:
+    def __init__(
+        self, features: FeatureSource, rows: Indices, y: Array, *, budget: Budget, device: torch.device | None = None
+    ) -> None:
         self.row_bytes = features.shape[1] * features.dtype.itemsize
         self.in_memory = len(rows) * self.row_bytes <= budget.memory
         if self.in_memory:
             features, rows = features[rows], np.arange(len(rows))
         self.features, self.rows, self.y, self.budget = features, rows, y, budget
         self.rounds_per_epoch = 1 if self.in_memory else -(-len(rows) // budget.round_rows)
-        self._memory = torch.empty((min(budget.batch_rows, len(rows)), features.shape[1]))
+        self.place, self.device = device, device or torch.device("cpu")
+        self._feed, self._batch_rows = Feed(self.device), min(budget.batch_rows, len(rows))
+        self._memory = None if device else torch.empty((self._batch_rows, features.shape[1]))
+        self._kept = torch.from_numpy(features).to(device) if device and self.in_memory else None
 
     def epochs(self, rounds: int) -> float:
         """``rounds`` in epochs, an int where they are whole."""
         epochs = rounds / self.rounds_per_epoch
         return int(epochs) if epochs.is_integer() else round(epochs, 2)
 
-    def _batch(self, stored: Array, picked: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        # PyTorch widens float16 several times as fast as NumPy.
-        x = self._memory[: len(picked)].copy_(torch.from_numpy(stored))
-        return x, torch.from_numpy(self.y[picked].astype(np.int64))
+    def _batch(self, block: Block, places: Indices | None, picked: Indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those ``places`` of a block (None: all of it) that hold ``picked``."""
+        y = self.y[picked].astype(np.int64)
+        if self._memory is not None:
+            stored = torch.from_numpy(block if places is None else block[places])
+            # PyTorch widens float16 several times as fast as NumPy.
+            return self._memory[: len(picked)].copy_(stored), torch.from_numpy(y)
+        index, labels = self._feed(*(staged(a, self.device) for a in (np.arange(0) if places is None else places, y)))
+        return (block if places is None else block[index]).float(), labels  # type: ignore[union-attr]
 
     def _read(self, picked: Indices) -> Array:
         return self.features[self.rows[picked]]
 
+    def _load(self, stored: Array) -> Block:
+        """A block to take batches from."""
+        return stored if self._memory is not None else self._feed(staged(stored, self.device))[0]
+
+    def _these(self, picked: Indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch of ``picked``, read for it alone."""
+        if self._kept is not None:
+            return self._batch(self._kept, picked, picked)
+        return self._batch(self._load(self._read(picked)), None, picked)
+
     def in_order(self, picked: Indices) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All of ``picked``, in order."""
-        for start in range(0, len(picked), len(self._memory)):
-            block = picked[start : start + len(self._memory)]
-            yield self._batch(self._read(block), block)
+        for start in range(0, len(picked), self._batch_rows):
+            yield self._these(picked[start : start + self._batch_rows])
 
     def mini_batches(
         self, picked: Indices, size: int, shuffle: np.random.Generator
@@ -159,26 +196,26 @@ class FeatureBatches:
         if self.in_memory:
             for batch in np.array_split(shuffle.permutation(picked), -(-len(picked) // size)):
                 batch.sort()
-                yield self._batch(self._read(batch), batch)
+                yield self._these(batch)
             return
         for mixture in _mixtures(picked, max(size, self.budget.buffer // self.row_bytes), shuffle):
-            stored = self._read(mixture)
+            block = self._load(self._read(mixture))
             for batch in np.array_split(shuffle.permutation(len(mixture)), -(-len(mixture) // size)):
-                yield self._batch(stored[batch], mixture[batch])
-            del stored  # before the next is read
+                yield self._batch(block, batch, mixture[batch])
+            del block  # before the next is read
 
     def moments(self, picked: Indices) -> tuple[Array, Array]:
         """(D,) mean and standard deviation, in one pass; a constant feature gets 1."""
         total, square = np.zeros(self.features.shape[1]), np.zeros(self.features.shape[1])
-        first = torch.from_numpy(self._read(picked[:1])).float()  # near the mean: no cancellation
+        first = torch.from_numpy(self._read(picked[:1])).float().to(self.device)  # near the mean: no cancellation
         for x, _ in self.in_order(picked):
             x -= first
-            ones = torch.ones(len(x))
-            total += (ones @ x).numpy()  # by BLAS, in float32; blocks are added up in float64
-            square += (ones @ x.square_()).numpy()
+            ones = torch.ones(len(x), device=self.device)
+            total += (ones @ x).cpu().numpy()  # by BLAS, in float32; blocks are added up in float64
+            square += (ones @ x.square_()).cpu().numpy()
         mean = total / len(picked)
         deviation = np.sqrt(np.maximum(square / len(picked) - mean**2, 0))
-        return mean + first[0].double().numpy(), np.where(deviation < 1e-6, 1.0, deviation)
+        return mean + first[0].cpu().double().numpy(), np.where(deviation < 1e-6, 1.0, deviation)
 
 
 def _mixtures(picked: Indices, size: int, shuffle: np.random.Generator) -> Iterator[Indices]:
@@ -199,10 +236,14 @@ def _mixtures(picked: Indices, size: int, shuffle: np.random.Generator) -> Itera
 class _Network(nn.Module):
     """The head in training: standardises its input in place, and starts from equal probabilities: nothing to unlearn."""
 
+    shift: torch.Tensor
+    factor: torch.Tensor
+
     def __init__(self, kind: TorchKind, mean: Array, scale: Array, n_classes: int, *, settings: TorchSettings) -> None:
         super().__init__()
         self.kind, self.mean, self.scale = kind, mean.astype(np.float32), scale.astype(np.float32)
-        self.shift, self.factor = torch.from_numpy(self.mean), torch.from_numpy((1 / scale).astype(np.float32))
+        self.register_buffer("shift", torch.from_numpy(self.mean))
+        self.register_buffer("factor", torch.from_numpy((1 / scale).astype(np.float32)))
         width, body = len(mean), list[nn.Module]()
         for size, share in zip(settings.hidden, settings.dropouts, strict=True) if kind == "mlp" else ():
             body += [nn.Linear(width, size), nn.ReLU(), nn.Dropout(share)]
@@ -217,7 +258,7 @@ class _Network(nn.Module):
 
     def to_head(self) -> Head:
         linear = [module for module in self.layers if isinstance(module, nn.Linear)]
-        layers = tuple((m.weight.detach().numpy().copy(), m.bias.detach().numpy().copy()) for m in linear)
+        layers = tuple((m.weight.detach().cpu().numpy().copy(), m.bias.detach().cpu().numpy().copy()) for m in linear)
         return Head(self.kind, "standardise", self.mean, self.scale, layers)
 
 
@@ -238,7 +279,7 @@ class _Trainer:
         self.copies, self.settings = copies, settings
         self.data, self.kind, self.n_classes, self.seed = data, kind, n_classes, seed
         weights = class_weights(data.y, n_classes, balanced=balanced)
-        self.loss = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)))
+        self.loss = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)).to(data.device))
 
     def cross_validate(self, splits: list[tuple[Indices, Indices]]) -> tuple[OutOfFold, Array, Indices]:
         """What each fold's head makes of its rows, the (n, C) logits of as many rows as may be kept, and which rows these are."""
@@ -252,8 +293,8 @@ class _Trainer:
             fold[held_out] = number
             start = 0
             for x, y in self.data.in_order(held_out):
-                found, rows = head.logits(x.numpy()), held_out[start : (start := start + len(y))]
-                right[rows, 0], loss[rows, 0] = judge(y.numpy(), found)
+                found, rows = head.logits(x.cpu().numpy()), held_out[start : (start := start + len(y))]
+                right[rows, 0], loss[rows, 0] = judge(y.cpu().numpy(), found)
                 kept = rows % stride == 0
                 logits[rows[kept] // stride] = found[kept]
         return OutOfFold(right, loss, fold), logits, some
@@ -306,7 +347,7 @@ class _Trainer:
         """After which round of training on ``picked`` the loss on ``held_out`` is lowest (early stopping)."""
         data, budget = self.data, self.data.budget
         # Kept in memory if it fits.
-        judge = FeatureBatches(data.features, data.rows[held_out], data.y[held_out], budget=budget)
+        judge = FeatureBatches(data.features, data.rows[held_out], data.y[held_out], budget=budget, device=data.place)
         lowest, best = np.inf, budget.max_rounds
         for number, network in enumerate(itertools.islice(self._rounds(picked, history), budget.max_rounds), 1):
             loss, accuracy = self._judge(network, judge)
@@ -324,7 +365,7 @@ class _Trainer:
         """Train a new network on ``picked`` without end; yield it after each round, of which ``history`` then has a row."""
         data = self.data
         torch.manual_seed(self.seed)
-        network = _Network(self.kind, *data.moments(picked), self.n_classes, settings=self.settings)
+        network = _Network(self.kind, *data.moments(picked), self.n_classes, settings=self.settings).to(data.device)
         optimizer_step = _adamw(list(network.parameters()), lr=self.settings.lr)
         size = self.batch_size(len(picked))
         shuffle = np.random.default_rng(self.seed)
@@ -332,7 +373,7 @@ class _Trainer:
         seen = 0
         for number in itertools.count(1):
             network.train()
-            before, sums = seen, torch.zeros(2, dtype=torch.float64)
+            before, sums = seen, _zeros(data.device)
             while seen < number * len(picked) / data.rounds_per_epoch:
                 x, y = next(batches)
                 seen += len(y)
@@ -351,12 +392,16 @@ class _Trainer:
     def _judge(self, network: _Network, data: FeatureBatches) -> tuple[float, float]:
         """Mean loss and accuracy over all rows of ``data``."""
         network.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = _zeros(data.device)
         for x, y in data.in_order(np.arange(len(data.rows))):
             logits = network(x)
             sums += _sums(self.loss(logits, y), logits, y)
         loss, accuracy = (sums / len(data.rows)).tolist()
         return loss, accuracy
+
+
+def _zeros(device: torch.device) -> torch.Tensor:
+    return torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 @torch.no_grad()
@@ -372,7 +417,7 @@ def _adamw(parameters: list[torch.Tensor], *, lr: float) -> Callable[[], None]:
     of CPU time (2 to 4 s on a busy machine), also within ``compiler_on_demand``, since it has the compiler pass it over.
     """
     means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    steps = [torch.zeros(()) for _ in parameters]
+    steps = [torch.zeros((), device=p.device) for p in parameters]
 
     @torch.no_grad()
     def step() -> None:

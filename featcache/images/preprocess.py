@@ -51,7 +51,8 @@ def _resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], interpolation:
     import torch
     from torch.nn.functional import interpolate
 
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # channels_last in memory, as the fast kernel wants it
+    # The batch's own stride has to be right, too, though there is one image: else the result is planar, and slow to copy.
+    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     result = interpolate(planes, size, mode=interpolation, antialias=True, align_corners=False)
     return result[0].permute(1, 2, 0).numpy()
 

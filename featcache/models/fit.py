@@ -29,6 +29,7 @@ from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable, quantity
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath, as_path
+from featcache.system.runtime_options import check_device, check_runtime_options
 
 log = logging.getLogger("featcache")
 _OF_SPLITS = ("accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "accuracy_without_copies")
@@ -113,6 +114,7 @@ def fit_head(
     groups: str | Path | Source | Sequence[str] | None = None,
     group_column: str | None = None,
     seed: int = 0,
+    device: str = "auto",
     self_contained: bool = False,
 ) -> FitReport:
     """Train a head on the rows of the split "train" (on all labelled rows if the cache has no splits).
@@ -131,6 +133,7 @@ def fit_head(
         groups: a table in which ``group_column`` says what belongs together (patient, place), joined by path, or a name for each
             row of the cache: such rows, as copies always, lie in one fold. An empty name stands alone.
         seed: of folds, initial weights and batches.
+        device: auto, cpu, cuda, cuda:N or mps; auto takes a CUDA GPU where there is one and enough to do.
         self_contained: copy the backbone's weights into the model even if a library provides them.
 
     Raises:
@@ -140,6 +143,8 @@ def fit_head(
         TrainingError: the head does not stay finite.
     """
     started = time.perf_counter()
+    check_runtime_options(device)
+    check_device(device)
     _check_options(clf, C, folds=folds, class_weight=class_weight, seed=seed)
     given = {"hidden": hidden, "dropout": dropout, "epochs": epochs, "lr": lr, "batch_size": batch_size}
     torch_settings = _torch_settings(clf, {name: value for name, value in given.items() if value is not None})
@@ -152,7 +157,7 @@ def fit_head(
     present, y = np.unique(labels, return_inverse=True)
     classes = tuple(opened.classes[index] for index in present)
     if clf == "logreg":
-        _announce_logreg(len(rows), opened.dim, len(classes), choosing=C is None)
+        _announce_logreg(len(rows), opened.dim, len(classes), choosing=C is None, device=device)
     copies = first_copies(opened.rows.digests[rows])
     grouped = _Groups.read(opened, rows, groups, group_column)
     if grouped is not None:
@@ -167,7 +172,7 @@ def fit_head(
     folds = _possible_folds(opened, y, copies, present=present, folds=folds, once=once)
     opened.check_finite(np.arange(len(opened)))  # checksums in the same pass; what follows reads rows that are verified
     options = {"folds": folds, "balanced": class_weight == "balanced", "seed": seed, "copies": copies}
-    fitted = _train(opened, rows, y, clf=clf, C=C, settings=torch_settings, **options)
+    fitted = _train(opened, rows, y, clf=clf, C=C, settings=torch_settings, device=device, **options)
     for note in fitted.notes:
         log.warning(note)
     settings: dict[str, Any] = {
@@ -345,12 +350,13 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
     return folds
 
 
-def _announce_logreg(n: int, dim: int, n_classes: int, *, choosing: bool) -> None:
-    """Refuse, before features are read, what does not fit into memory; say how long much of it takes. Raises UsageError."""
-    from featcache.heads.logreg import check_memory, estimate
+def _announce_logreg(n: int, dim: int, n_classes: int, *, choosing: bool, device: str) -> None:
+    """Refuse, before features are read, what does not fit into memory; say how long much of it takes a CPU. Raises UsageError."""
+    from featcache.heads.logreg import check_memory, estimate, find_gpu
 
     needed = check_memory(n, dim)
-    if n > _MANY_ROWS and choosing:
+    gpu, _ = find_gpu(device, n, dim, n_classes, choosing=choosing)
+    if n > _MANY_ROWS and choosing and gpu is None:
         minutes = max(1, round(estimate(n, dim, n_classes) / 60))
         memory = f" and up to {needed / 1e9:.0f} GB" if needed else ""
         text = (

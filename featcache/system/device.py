@@ -21,6 +21,7 @@ from featcache.system.runtime_options import check_runtime_options, usable_cores
 
 log = logging.getLogger("featcache")
 _LOADED_BY = os.getpid()
+_APPLE = threading.RLock()
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in messages of MPS and of the CPU
 
 
@@ -82,6 +83,22 @@ def one_core_each(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
+
+
+def launching(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context for all that queues work on ``device``: an Apple GPU takes it from one thread of a process at a time.
+
+    PyTorch keeps one queue for MPS, which threads may not fill side by side.
+    """
+    return _APPLE if device.type == "mps" else contextlib.nullcontext()
+
+
+def return_memory(device: torch.device) -> None:
+    """Hand back the blocks that PyTorch keeps for reuse, after something did not fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def kept_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:

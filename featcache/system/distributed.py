@@ -37,8 +37,7 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait until every process is here."""
-        if self.world > 1:
-            distributed.barrier()
+        self.all_gather(None)  # by the CPU: PyTorch's barrier is NCCL's where a GPU is bound, which spins on it
 
     def all_gather(self, value: T) -> list[T]:
         """Every process's ``value``, in the order of ranks."""
@@ -57,11 +56,13 @@ class Processes:
         return values[0]
 
     def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
-        """``network`` whose backward pass also averages gradients over all processes."""
+        """``network`` whose backward pass also averages gradients over all processes. Its buffers are taken to be equal."""
         if self.world == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
             return network
         ids = [device.index] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(
+            network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def no_sync(self, wrapped: nn.Module, *, unless: bool) -> contextlib.AbstractContextManager[None]:
         """A context in which backward passes add up gradients here and average them over no other process yet."""
@@ -108,7 +109,10 @@ def init(runtime: Runtime) -> Iterator[tuple[Processes, Runtime]]:
             )
         runtime = dataclasses.replace(runtime, device=torch.device("cuda", local))
         torch.cuda.set_device(local)
-    distributed.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    if runtime.device.type == "cuda":  # objects go by gloo: waiting for hours in NCCL would keep a GPU and a core busy
+        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_TIMEOUT, device_id=runtime.device)
+    else:
+        distributed.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield processes, runtime
     finally:

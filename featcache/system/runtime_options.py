@@ -3,8 +3,12 @@
 import numbers
 import os
 import re
+from typing import TYPE_CHECKING
 
 from featcache.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_runtime_options(device: str, *, workers: int | None = None, batch_size: int | None = None) -> None:
@@ -22,6 +26,20 @@ def check_device(device: str) -> None:
         from featcache.system.device import choose_device
 
         choose_device(str(device))
+
+
+def gpu_for(device: str, work: float, *, worth: float, auto: tuple[str, ...] = ("cuda",)) -> "torch.device | None":
+    """The GPU for some work on arrays; None: this CPU, without torch. ``auto`` takes one of its kinds, from ``worth`` on.
+
+    Raises UsageError: no such device here.
+    """
+    check_runtime_options(device)
+    if device == "cpu" or (device == "auto" and work < worth):
+        return None
+    from featcache.system.device import choose_device
+
+    chosen, _ = choose_device(device)
+    return chosen if chosen.type in (auto if device == "auto" else ("cuda", "mps")) else None
 
 
 def check_whole(name: str, value: object, least: int, most: int | None = None) -> None:

@@ -139,9 +139,16 @@ def test_precision_that_passes_is_the_reference_class(asked: Precision) -> None:
     assert encoder(pixels).shape == (8, 4)
 
 
-@pytest.mark.parametrize("errors", [{"fused": 0.04, "folded": 0.05}, {"fused": 0.05, "folded": 0.04}])
-def test_precision_that_fails_runs_in_the_form_that_errs_least(
-    monkeypatch: pytest.MonkeyPatch, errors: dict[str, float]
+@pytest.mark.parametrize(
+    ("errors", "taken"),
+    [
+        ({"fused": 0.04, "folded": 0.05}, "fused"),
+        ({"fused": 0.05, "folded": 0.04}, "folded"),
+        ({"fused": 0.1753, "folded": 0.1746}, "fused"),  # MobileNetV2 in bf16: a fifth slower for nothing
+    ],
+)
+def test_precision_that_fails_runs_in_the_form_that_errs_least_or_the_faster_of_equals(
+    monkeypatch: pytest.MonkeyPatch, errors: dict[str, float], taken: str
 ) -> None:
     """Fused layers round less than others, and are faster: that nothing passes is no reason to do without."""
     backbone, pixels = tiny(colours(1.0))
@@ -151,7 +158,7 @@ def test_precision_that_fails_runs_in_the_form_that_errs_least(
     monkeypatch.setattr("featcache.backbones.encoder._encoders", lambda *_: iter(encoders))
     monkeypatch.setattr("featcache.backbones.encoder._features_or_nan", lambda encoder, *_: features[encoder.form])
     encoder, choice = build_encoder(backbone, choose_runtime("cpu"), pixels, precision="bf16")
-    assert choice.form == encoder.form == min(errors, key=lambda form: errors[form])  # type: ignore[attr-defined]
+    assert choice.form == encoder.form == taken  # type: ignore[attr-defined]
 
 
 def test_precision_that_fails_is_obeyed_and_named() -> None:

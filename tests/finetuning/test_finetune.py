@@ -585,17 +585,25 @@ def in_two_processes(warm: Program, *command: object) -> list[Outcome]:
 def test_two_processes_do_what_one_does(tune: Tuner, made: Path, tmp_path: Path, warm: Program) -> None:
     """gloo on the CPU, batches that do not divide by two: the same metrics, weights but for rounding.
 
-    With a network without dropout, which each process draws for its own images, and with a pooler that never trains.
+    With a network without dropout, which each process draws for its own images, and with a pooler that never trains. Gradients
+    of several micro-batches add up, and what trains changes once, between the first and the second epoch. By plain descent, in
+    which a gradient's size counts, as it does not in Adam's.
     """
     changes = {"backbone": "timm/test_vit3", "pool": "mean"}
     extract(made / "photos", tmp_path / "f.h5", dataclasses.replace(TINY, **changes))
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
-    command = ("finetune", made / "photos", "--init", tmp_path / "m", "--json", "-o", tmp_path / "two")
-    command += ("--epochs", 2, "--batch-size", 5, *FLAGS)
-    first, other = in_two_processes(warm, *command)
+    settings = {"unfreeze": "gradual", "optimizer": "sgd", "interpolate": False, "warmup": 0.0}
+    flags = ["finetune", made / "photos", "--init", tmp_path / "m", "--json", "-o", tmp_path / "two"]
+    flags += ["--epochs", 3, "--batch-size", 5, "--micro-batch", 1, "--precision", "fp32", "--lr", 0.01, "--backbone-lr", 0.003]
+    flags += [word for name, value in settings.items() for word in ("--set", f"{name}={str(value).lower()}")]
+    first, other = in_two_processes(warm, *flags)
     assert (first.code, other.code) == (0, 0), (first.err, other.err)
     assert "parity:" in first.err and (other.out, other.err) == ("", "")  # one of them talks
-    one = tune(output=tmp_path / "one", init=tmp_path / "m", changes=QUICK | {"batch_size": 5})
+    one = tune(
+        output=tmp_path / "one",
+        init=tmp_path / "m",
+        changes=settings | {"batch_size": 5, "epochs": 3, "lr": 0.01, "backbone_lr": 0.003},
+    )
     two = first.result
     for key in ("val_accuracy", "test_accuracy", "head_val_accuracy", "best_epoch", "alpha"):
         assert two[key] == getattr(one, key), key

@@ -24,6 +24,7 @@ from featcache.finetuning.trainer import (
     compute_logits,
     set_learning_rates,
 )
+from featcache.system.distributed import Processes
 
 N, EDGE = 11, 32
 DATA = make_pixels(N, EDGE)
@@ -32,12 +33,10 @@ BACKBONE = shrunk(load_backbone("resnet18", "none"), EDGE)  # none, but batch no
 SIMPLE = Recipe(about="", hidden=(), optimizer="sgd", lr=0.01, backbone_lr=0.001, momentum=0.9, epochs=3, batch_size=4)
 
 
-def make_trainer(
-    recipe: Recipe = SIMPLE, *, micro_batch: int = 4, backbone: Any = BACKBONE, precision: str = "fp32"
-) -> Trainer:
+def make_trainer(recipe: Recipe = SIMPLE, *, micro_batch: int = 4, backbone: Any = BACKBONE, **changes: Any) -> Trainer:
     network = with_new_head(backbone, recipe, 3, seed=0)
     runtime = dataclasses.replace(CPU, batch_size=micro_batch)
-    return Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, precision=precision, runtime=runtime))
+    return Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, runtime=runtime, **changes))
 
 
 def assert_same(one: nn.Module, two: nn.Module) -> None:
@@ -126,6 +125,28 @@ def test_the_moving_average_lags_behind_and_is_not_stuck_at_its_start() -> None:
     first, raw, average = (network.head[0].bias for network in (start.network, trainer.network, trainer.evaluated))
     assert 0 < (average - first).norm() < (raw - first).norm()
     assert (average - raw).norm() < 0.8 * (first - raw).norm()
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Processes):
+    """One process that remembers, as real ones do, for which parameters it wrapped the network."""
+
+    wrapped: list[int] = dataclasses.field(default_factory=list)
+
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        self.wrapped.append(sum(parameter.requires_grad for parameter in network.parameters()))
+        return super().wrap(network, device)
+
+
+def test_the_network_is_wrapped_again_only_where_other_parameters_train() -> None:
+    for unfreeze, epochs, times in (("all", 2, 1), ("gradual", 4, 3)):  # of four: the head, half of it, all, all
+        recipe, processes = dataclasses.replace(SIMPLE, epochs=epochs, unfreeze=unfreeze, batch_size=11), Counted()
+        trainer = make_trainer(recipe, processes=processes)
+        for _ in range(epochs):
+            trainer.run_epoch()
+        assert len(processes.wrapped) == times
+        assert processes.wrapped == sorted(set(processes.wrapped))
+        assert processes.wrapped[-1] == len(list(trainer.network.parameters()))
 
 
 def test_batch_norms_cannot_train_on_single_images() -> None:
@@ -266,6 +287,7 @@ def test_bfloat16_stays_near_float32() -> None:
 
 
 def test_memory_runs_out_on_mps_in_other_words() -> None:
+    """In training, and before it, where the loss is compared with the head's."""
     trainer = make_trainer(micro_batch=4)
     forward = trainer.network.forward
 
@@ -276,6 +298,9 @@ def test_memory_runs_out_on_mps_in_other_words() -> None:
 
     trainer.network.forward = limited  # type: ignore[method-assign]
     trainer.run_epoch()
+    assert trainer.micro_batch == 2
+    trainer.micro_batch = 4
+    trainer.logits_in_training(DATA, np.arange(N))
     assert trainer.micro_batch == 2
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
@@ -14,7 +15,7 @@ from featcache.errors import UsageError
 from featcache.heads import logreg
 from featcache.heads.head import SCALINGS
 from featcache.heads.logreg import Solver, fit_logreg
-from featcache.heads.logreg_path import NotSolvedError, _Path, eigenbasis, regularisation_path, with_direction
+from featcache.heads.logreg_path import NotSolvedError, PathSolver, eigenbasis, regularisation_path, with_direction
 from featcache.heads.validation import judge, stratified_folds
 
 GRID = [1e-5, 1e-3, 0.1, 10, 1e3, 1e5]
@@ -58,11 +59,22 @@ def solve(X: np.ndarray, y: np.ndarray, weights: np.ndarray, grid: list[float], 
 @pytest.mark.parametrize("scaling", SCALERS)
 @pytest.mark.parametrize(("n", "dim", "classes"), [(200, 15, 2), (200, 15, 3), (40, 60, 2), (70, 90, 4), (120, 15, 20)])
 def test_reaches_the_optimum(n: int, dim: int, classes: int, scaling: str, dtype: Any) -> None:
+    assert_optimal(n, dim, classes, scaling=scaling, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n", "dim", "classes"), [(40, 60, 2), (200, 15, 3), (70, 90, 4)])
+def test_reaches_the_optimum_with_rows_as_tensors(n: int, dim: int, classes: int, dtype: Any) -> None:
+    """What a GPU computes, on the CPU."""
+    assert_optimal(n, dim, classes, scaling="standardise", dtype=dtype, gpu=torch.device("cpu"))
+
+
+def assert_optimal(n: int, dim: int, classes: int, *, scaling: str, dtype: Any, **options: Any) -> None:
     X, y = awkward(n, dim, classes)
     X = X if SCALERS[scaling] is None else SCALERS[scaling].fit_transform(X)
     X = X.astype(dtype)
     weights = np.linspace(0.5, 2, classes)
-    path = solve(X, y, weights, GRID, tolerance=1e-6 if dtype == np.float32 else 1e-8)
+    path = solve(X, y, weights, GRID, tolerance=1e-6 if dtype == np.float32 else 1e-8, **options)
     for C, (W, b) in zip(GRID, path, strict=True):
         expected = oracle(X.astype(np.float64), y, C, weights)
         assert W.shape == expected.coef_.shape
@@ -77,15 +89,16 @@ def test_reaches_the_optimum(n: int, dim: int, classes: int, scaling: str, dtype
             np.testing.assert_allclose(ours, probabilities, atol=0.01)
 
 
+@pytest.mark.parametrize("gpu", [None, torch.device("cpu")])
 @pytest.mark.parametrize("classes", [2, 3])
-def test_problems_side_by_side_are_solved_as_if_alone(classes: int) -> None:
+def test_problems_side_by_side_are_solved_as_if_alone(classes: int, gpu: Any) -> None:
     """Rows of weight 0 count for nothing, and another basis and origin lead to the same place."""
     X, y = awkward(200, 15, classes)
     _, rows = eigenbasis(X)
     of_classes, grid = np.linspace(0.5, 2, classes), [1e-3, 0.1]
     folds = np.arange(200) % 9 // 3
     weights = np.where(folds[:, None] == np.arange(3), 0, of_classes[y][:, None])
-    *_, together = regularisation_path(rows + 1, y, weights, grid, tolerance=1e-10)
+    *_, together = regularisation_path(rows + 1, y, weights, grid, tolerance=1e-10, gpu=gpu)
     assert together.shape == (3, classes if classes > 2 else 1, rows.shape[1] + 1)
     for number, found in enumerate(together):
         train = folds != number
@@ -116,13 +129,24 @@ def test_threads_share_the_work_and_change_nothing(classes: int) -> None:
     np.testing.assert_allclose(shared, alone, atol=1e-4)
 
 
+def test_choosing_with_rows_as_tensors_scores_every_setting_the_same() -> None:
+    X, y = awkward(300, 60, 5)
+    splits = stratified_folds(y, np.arange(300), folds=3, seed=0)
+    here, there = (Solver(X, y, grid=(1e-3, 0.1, 10.0), gpu=gpu, tolerance=1e-8) for gpu in (None, torch.device("cpu")))
+    one, other = (solver.cross_validate(splits) for solver in (here, there))
+    np.testing.assert_allclose(other.loss, one.loss, rtol=0.01, atol=1e-4)
+    assert (other.right != one.right).mean() < 0.002
+    pipelines = [solver.fit("standardise", 0.1)[0] for solver in (here, there)]
+    np.testing.assert_allclose(*(p.predict_proba(X) for p in pipelines), atol=1e-4)
+
+
 @pytest.mark.parametrize("classes", [2, 4])
 def test_the_preconditioner_is_the_inverse_of_what_it_says(classes: int) -> None:
     """At constant predictions: p (1 - p) times the variances, and for each class the mean of its rows times its transpose."""
     X, y = np.random.default_rng(0).normal(size=(200, 5)), np.arange(200) % classes
     X += np.eye(classes, 5)[y]
     X -= X.mean(axis=0)
-    found = _Path(X, y, np.ones((200, 1)), 1e-4).curvature(0).solve(np.ones((classes if classes > 2 else 1, 6)))
+    found = PathSolver(X, y, np.ones((200, 1)), 1e-4).curvature(0).solve(np.ones((classes if classes > 2 else 1, 6)))
     spread = (1 - 1 / classes) / classes
     for label, solved in enumerate(found):
         mean = np.append(X[y == label].mean(axis=0), 1)
@@ -193,7 +217,7 @@ def leave_signalling_nans_on_the_stack(depth: int) -> None:
 def test_no_warning_of_values_that_are_not_there() -> None:
     """Only OpenBLAS for AVX-512 would give one, of this shape."""
     R, y = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32), np.arange(6) % 2
-    path, theta = _Path(R, y, np.ones((6, 1)), 1e-4), np.ones((1, 6), np.float32)
+    path, theta = PathSolver(R, y, np.ones((6, 1)), 1e-4), np.ones((1, 6), np.float32)
     expected = path.products(theta, 0)
     for depth in range(6):
         leave_signalling_nans_on_the_stack(depth)

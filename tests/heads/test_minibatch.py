@@ -92,6 +92,29 @@ def test_mini_batches_from_a_buffer_are_of_every_class() -> None:
         assert np.bincount(batch // 500, minlength=10).min() > 0.05 * len(batch)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("memory", [0, 2**28])
+def test_a_device_gets_the_same_batches(memory: int, dtype: Any) -> None:
+    """Blocks of which it picks rows itself, here on the CPU: the same bits, also where a batch is changed in place."""
+    X = np.random.default_rng(0).normal(3, 1, (2000, 9)).astype(dtype)
+    rows, budget = np.arange(0, 2000, 2), Budget(memory=memory, buffer=300 * 18, batch_rows=128)
+    here, there = (FeatureBatches(X, rows, rows % 7, budget=budget, device=d) for d in (None, torch.device("cpu")))
+    picked = np.flatnonzero(np.arange(1000) % 3)
+
+    def everything(data: FeatureBatches) -> list[list[Any]]:
+        batches = []
+        for source in (data.mini_batches(picked, 100, np.random.default_rng(1)), data.in_order(picked)):
+            for x, y in source:
+                batches.append([x.clone(), y.clone()])
+                x.sub_(5)
+        return batches
+
+    for one, other in zip(everything(here), everything(there), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for a, b in zip(here.moments(picked), there.moments(picked), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_early_stopping_takes_few_rows_of_a_large_class() -> None:
     y = np.repeat([0, 1, 2, 3], [2000, 2000, 2, 1])
     source = Recorded(np.random.default_rng(0).normal(size=(len(y), D)).astype(np.float16))

@@ -60,6 +60,14 @@ def test_pixels_equal_resize_then_crop(size: tuple[int, int], interpolation: str
         assert difference.mean() <= 0.05
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (64, 64)])
+def test_resized_pixels_are_interleaved(size: tuple[int, int], interpolation: str) -> None:
+    """Planes would be to the same values, but copying them into a batch takes as long as the resize."""
+    pixels = to_pixels(np.array(picture(*size)), spec(interpolation=interpolation))
+    assert pixels.strides[1:] == (3, 1)
+
+
 @pytest.mark.parametrize("size", [(256, 256), (300, 256), (256, 411)])
 def test_whole_path_equals_the_preset_bit_for_bit_where_nothing_is_resampled(size: tuple[int, int]) -> None:
     image = picture(*size)

@@ -1,0 +1,69 @@
+"""Tensors on their way to a GPU and back, while it computes. On a CPU nothing is copied.
+
+In: tensors in this computer's memory, or on a device. Out: the same on the other side, in order with the work queued there.
+
+A CUDA GPU fetches what lies in pinned memory by itself, on a stream of its own. PyTorch's allocators see to it that neither
+side's memory is used anew before the copy, or the work that reads it, is done: pinned blocks wait for the copies that were
+queued from them, blocks of the GPU for the streams that ``record_stream`` names.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from featcache.system.device import launching
+
+
+def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor in this computer's memory, from which ``device`` can fetch it without waiting."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def staged(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy of ``values`` from which ``device`` can fetch them without waiting."""
+    stored = torch.from_numpy(values)
+    return host_tensor(tuple(stored.shape), stored.dtype, device).copy_(stored)
+
+
+class Feed:
+    """Sends tensors to a device, beside the work that is queued there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """``tensors``, of ``host_tensor``, on the device: work that the caller queues from now on finds them there."""
+        if self._stream is None:
+            with launching(self._device):
+                return tuple(tensor.to(self._device) for tensor in tensors)
+        caller = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):  # which waits for nothing that the caller has queued
+            sent = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
+        caller.wait_stream(self._stream)
+        for tensor in sent:
+            tensor.record_stream(caller)
+        return sent
+
+
+def read_later(values: torch.Tensor) -> Callable[[], npt.NDArray[Any]]:
+    """Begin to fetch ``values`` from their device. The function returned waits for them, not for work queued since."""
+    if values.device.type != "cuda":
+
+        def read_now() -> npt.NDArray[Any]:
+            with launching(values.device):
+                return values.cpu().numpy()
+
+        return read_now
+    host = host_tensor(tuple(values.shape), values.dtype, values.device)
+    host.copy_(values, non_blocking=True)
+    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call] # the thread sleeps, where it would spin
+    done.record(torch.cuda.current_stream(values.device))
+
+    def read() -> npt.NDArray[Any]:
+        done.synchronize()
+        return host.numpy().copy()  # pinned memory is scarce: hand it back
+
+    return read

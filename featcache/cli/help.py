@@ -22,7 +22,7 @@ PANELS = {
     "Input": "stated predictions vector_column images repair pictures against split limit part sample reuse class_level root path_column "
     "label_column split_column decode white_level",
     "How sure": "coverage abstain_below evidence",
-    "Speed": "seconds device precision batch_size micro_batch workers executor ray_address",
+    "Speed": "seconds train device precision batch_size micro_batch workers executor ray_address",
     "Everywhere": "quiet verbose version featcache.help install_completion show_completion",
 }
 _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}

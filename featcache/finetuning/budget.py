@@ -151,14 +151,14 @@ def make_plan(
     return Plan(budget, 0, recipe.unfreeze, 0.0, f"{about}, {why}" if why else about)
 
 
-def seconds_per_step(trainer: Trainer, most: float) -> float:
-    """Mean seconds of a trainer's first steps, after warm-up; it has moved its network then. ``most``: seconds to measure for."""
+def seconds_per_step(trainer: Trainer, most: float, *, steps: int = _MEASURED) -> float:
+    """Mean seconds of a trainer's first ``steps`` after warm-up, fewer if they take more than ``most``; its network has moved then."""
     clock, broadcast = trainer.job.clock, trainer.processes.broadcast
     ends = [clock()]
 
     def enough() -> bool:
         done, took = len(ends) - 1, ends[-1] - ends[0]
-        return broadcast(done >= _WARM + _MEASURED or (done > 1 and took > most) or (done > 0 and took > 10 * most))
+        return broadcast(done >= _WARM + steps or (done > 1 and took > most) or (done > 0 and took > 10 * most))
 
     with kept_random_state(trainer.device):
         while not enough():

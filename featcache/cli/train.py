@@ -248,7 +248,7 @@ def finetune(
     try:
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away
-        files = _draw_curves(report.model, figures)
+        files = _draw_curves(report.model, figures) if report.epochs else []
         if not no_report:
             files += write_report_beside(report.model, pictures=source if is_home(source) else None)
         _log(log, "finetune", report.model, files)

@@ -134,7 +134,7 @@ def make_plan(
             break
         deepest = "all" if unfreeze == "gradual" else unfreeze  # its later epochs, the costly ones
         step = measure(dataclasses.replace(recipe, unfreeze=deepest), _SHARE_MEASURED * rest)  # type: ignore[arg-type]
-        epoch, seconds = steps * step + scores * evaluation, (1 - _SPARE) * left()
+        epoch, seconds = steps * step + scores * evaluation, (1 - _SPARE) * left() - step  # it ends with a whole step
         epochs = min(most, int((1 - _SPARE) * seconds / epoch)) if epoch > 0 else most
         if epochs > 0:
             fewer = f"{unfreeze}, {quantity(epochs, 'epoch')}" + (f" instead of {most}" if epochs < most else "")
@@ -147,7 +147,7 @@ def make_plan(
         needs.append((unfreeze, epoch))
     rest = max(0.0, left())
     why = "; ".join(f"one epoch of {name} would take {in_words(took)}" for name, took in needs)
-    about = f"nothing is trained and the cached head is kept: {in_words(rest)} are left to train"
+    about = f"nothing is trained and the cached head is kept: {in_words(rest)} of {in_words(budget)} are left to train"
     return Plan(budget, 0, recipe.unfreeze, 0.0, f"{about}, {why}" if why else about)
 
 

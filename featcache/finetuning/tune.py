@@ -162,6 +162,10 @@ def _settle_recipe(job: Job, n_train: int) -> Recipe:
     asked = job.settings.batch_size
     if asked is not None and asked > n_train:
         log.warning("batch size %d is larger than the %d training images: %d", asked, n_train, n_train)
+    steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation)) * (recipe.epochs or 1)
+    if recipe.eval_every is not None and recipe.eval_every >= steps:
+        text = "eval_every %d changes nothing: the run has %s, and val is scored after each epoch anyway"
+        log.warning(text, recipe.eval_every, quantity(steps, "step"))
     return recipe
 
 

@@ -221,7 +221,8 @@ def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monke
     assert not tune.ft.exists()
     monkeypatch.undo()
     tune.log.clear()
-    tune(changes=QUICK | {"epochs": 1, "backbone_dropout": True})
+    tune(changes=QUICK | {"epochs": 1, "backbone_dropout": True, "eval_every": 3})
+    assert "eval_every 3 changes nothing: the run has 3 steps, and val is scored after each epoch" in tune.log.text
     assert "dropout and drop path of the backbone on, as in its pre-training" in tune.log.text
     assert "loss before step 1, in training mode and fp32, with nothing dropped yet: " in tune.log.text
 

@@ -207,13 +207,18 @@ def doctor(
     seconds: Annotated[
         float, typer.Option(min=0.0, max=3600.0, help="How long to measure; 0 only shows the facts.")
     ] = 20.0,
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Also time steps of finetune, as long; without --device on the CPU and all GPUs."),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Measure how fast this machine embeds, and what limits.
+    """Measure how fast this machine embeds (and trains), and what limits.
 
     What it has and what would help is shown, too.
     """
     from featcache.reports.doctor import doctor as run
+    from featcache.reports.doctor import table_lines
 
     facts = run(
         images,
@@ -224,11 +229,13 @@ def doctor(
         workers=options.count(workers, "workers"),
         batch_size=options.count(batch_size, "batch size"),
         seconds=seconds,
+        train=train,
     )
-    shown, sentences = dict(facts), []
+    shown, sentences = dict(facts), table_lines(facts["devices"]) if train else []
+    shown.pop("devices", None)
     if seconds:
         shown["measured"] = dict(facts["measured"])
-        sentences = shown["measured"].pop("advice")
+        sentences += shown["measured"].pop("advice")
     show_result([*facts_as_lines(shown), *sentences], facts, as_json=as_json)
 
 

@@ -13,6 +13,7 @@ from featcache.errors import UsageError
 from featcache.system.display import printable
 
 if TYPE_CHECKING:
+    from featcache.finetuning.result import FinetuneReport
     from featcache.images.source import Source
 
 _AsForExtract = Annotated[str | None, typer.Option(help="Without --init: as for extract.")]
@@ -167,7 +168,16 @@ def finetune(
     backbone_lr: Annotated[float | None, typer.Option(help="Of the backbone's last stage.")] = None,
     unfreeze: Annotated[str | None, typer.Option(help="head, last-stage, all or gradual.")] = None,
     patience: Annotated[
-        int | None, typer.Option(min=0, help="Stop after so many epochs without a better one; 0: never.")
+        int | None, typer.Option(min=0, help="Stop after so many epochs without a better score; 0: never.")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Score val every so many steps, too. Default: after each epoch.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="90s, 10m, 1h30m: plan fewer epochs, or train less, so that it ends in time."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of order, augmentation, new weights.")] = 0,
     precision: Annotated[str, typer.Option(help="auto, fp32, or mixed: bf16, fp16.")] = "auto",
@@ -195,7 +205,7 @@ def finetune(
     from featcache.reports.figures import check_figures
 
     named = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "backbone_lr": backbone_lr}
-    changes = parse_settings(settings, named | {"unfreeze": unfreeze, "patience": patience})
+    changes = parse_settings(settings, named | {"unfreeze": unfreeze, "patience": patience, "eval_every": eval_every})
     asked: dict[str, Any] = {
         "backbone": backbone,
         "weights": weights,
@@ -226,22 +236,35 @@ def finetune(
             resume=resume,
             force=force,
             overwrite=overwrite,
+            budget=budget,
             progress=progress,
         )
     if not is_first_process():
         return
     lines = [
-        f"{report.model}: best epoch {report.best_epoch} of {report.epochs}, {report.images_per_second:,.1f} images/s",
+        f"{report.model}: best epoch {report.best_epoch} of {report.epochs} (step {report.best_step}), "
+        f"{report.images_per_second:,.1f} images/s"
+        if report.best_epoch
+        else f"{report.model}: the cached head, nothing was trained",
         *(f"  {line}" for line in (*report.comparison, report.verdict)),
-        f"  {report.seconds:.0f} s; details in {report.model / 'metrics.json'} and history.csv",
+        f"  {report.seconds:.0f} s{_of_budget(report)}; details in {report.model / 'metrics.json'} and history.csv",
     ]
     try:
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away
-        files = _draw_curves(report.model, figures)
+        files = _draw_curves(report.model, figures) if report.epochs else []
         if not no_report:
             files += write_report_beside(report.model, pictures=source if is_home(source) else None)
         _log(log, "finetune", report.model, files)
+
+
+def _of_budget(report: "FinetuneReport") -> str:
+    from featcache.finetuning.budget import in_words
+
+    if report.budget is None:
+        return ""
+    late = ", which ended training before its plan did" if report.budget["out_of_time"] else ""
+    return f" of {in_words(report.budget['budget'])}{late}"
 
 
 def _draw_curves(model: Path, figures: Path | None) -> list[Path]:

@@ -77,6 +77,8 @@ _OPTIONS = {
     "--log mlflow": "mlflow",
     "--log wandb": "wandb",
     "--log": "logger loggers report-to tracker track with-tracking",
+    "--eval-every": "eval-steps eval-interval val-every val-interval val-check-interval evaluation-steps",
+    "--budget": "time-limit max-time time-budget max-seconds time",
     "--epochs": "num-epochs n-epochs max-epochs num-train-epochs epoch e n",
     "--lr": "learning-rate lr0 eta head-lr",
     "--C": "reg regularization regularisation l2",

@@ -5,7 +5,9 @@ recipes.py        how to train, and what a run is asked for, as data
 recipe_values.py  what the fields of a recipe may be
 recipe_files.py   recipes and changes that users write, as TOML
 start.py          images with splits, and the model to start from
-tune.py           the stages after that: assemble, epoch after epoch, choose
+tune.py           the stages after that: assemble, plan, train, choose
+budget.py         how much training fits into a given time
+loop.py           epoch after epoch: scores on val, the best of them, checkpoints
 pixels.py         decoded images, kept
 network.py        backbone and head as one network: parity, stages, what trains
 augment.py        random changes to training images

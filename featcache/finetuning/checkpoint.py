@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
     from featcache.finetuning.trainer import Trainer
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
-FORMAT_VERSION = 3  # 1: dropout in the backbone, the head's steps of another size; 2: other stages, no loss at first
+FORMAT_VERSION = (
+    4  # 1: dropout in the backbone, the head's steps of another size; 2: other stages, no loss at first; 3: no steps
+)
 log = logging.getLogger("featcache")
 
 
@@ -37,7 +38,7 @@ class Checkpoint:
     Attributes:
         identity: everything that changes the numbers of the run, JSON values.
         position: where training stood when it was written, in words; empty: there is none yet.
-        written: when that was, or when the run was started or continued, by ``time.perf_counter``.
+        written: when that was, or when the run was started or continued, by the job's clock.
     """
 
     def __init__(self, trainer: "Trainer", identity: dict[str, Any]) -> None:
@@ -49,14 +50,25 @@ class Checkpoint:
             trainer.load_state(state)
             self.position = trainer.position
             log.info("resuming in epoch %d, after %d of its steps", trainer.epoch + 1, trainer.batch)
-        self.written = time.perf_counter()
+        self.written = job.clock()
 
     def save(self) -> None:
         """Write the state. Raises StorageError, TrainingError; the checkpoint before is then still there."""
         if self._trainer.job.processes.is_first:
             save_state(self._trainer.job.output, self.identity, self._trainer.state())
             self.position = self._trainer.position
-        self.written = time.perf_counter()
+        self.written = self._trainer.job.clock()
+
+
+def read_identity(output: Path) -> dict[str, Any] | None:
+    """That of an interrupted run; None: there is no checkpoint. Raises ModelError: its file is damaged."""
+    folder = work_folder(output)
+    if not (folder / _STATE).is_file():
+        return None
+    try:
+        return parse_json((folder / _RUN).read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / _RUN} is damaged ({error}); discard the interrupted run with --force") from error
 
 
 def is_finished(output: Path) -> bool:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -48,7 +49,9 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     overwrite: bool = False,
+    budget: str | float | None = None,
     progress: "OnStep | None" = None,
+    clock: Callable[[], float] = time.perf_counter,
     **options: Unpack[BackboneOptions],
 ) -> FinetuneReport:
     """Fine-tune a backbone and its head on labelled images.
@@ -70,7 +73,9 @@ def finetune(
             dropout draws if there is any; nothing else but rounding.
         resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
         overwrite: replace a model that is there already; never the one that the run starts from.
-        progress: called after every step; a bar in notebooks when None.
+        budget: time for the run, ``90s``, ``10m``, ``1h30m`` or seconds: the recipe's epochs, and how much of the backbone trains,
+            are then the most; what fits is planned from the first steps, and kept when the run is resumed.
+        progress: called after every step; a bar in notebooks when None. clock: what tells seconds.
         options: the fields of ``ExtractRequest`` but its precision as keywords, instead of ``request``.
 
     Raises:
@@ -79,12 +84,14 @@ def finetune(
         cannot be used, or training would not start from the cached head.
         TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
     """
+    from featcache.finetuning.budget import check_same_budget, parse_budget
     from featcache.finetuning.trainer import choose_training_precision
     from featcache.finetuning.tune import tune
     from featcache.system import distributed
     from featcache.system.device import choose_runtime
 
-    started = time.perf_counter()
+    started = clock()
+    seconds = None if budget is None else parse_budget(budget)
     output, init = named(as_path(output)), None if init is None else as_path(init)
     check_runtime_options(device, workers=workers, batch_size=micro_batch)
     if of_recipe := [name for name in options if name in {field.name for field in dataclasses.fields(Recipe)}]:
@@ -96,6 +103,8 @@ def finetune(
     _check_start_is_kept(output, init, request=request)
     recipe, settings = read_recipe(recipe, changes or {})
     check_unfinished(output, resume=resume, force=force)
+    if resume:
+        check_same_budget(output, seconds)
     finished = resume and is_finished(output)
     if not finished:
         check_replaceable(output, overwrite=overwrite)
@@ -108,7 +117,10 @@ def finetune(
                 f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
             )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
-        job = Job(images, output, recipe, settings, seed, precision, runtime, processes, overwrite, asked == "auto")
+        auto = asked == "auto"
+        job = Job(
+            images, output, recipe, settings, seed, precision, runtime, processes, overwrite, auto, seconds, clock
+        )
         with hold_work(job, force=force):
             report = None
             if finished:

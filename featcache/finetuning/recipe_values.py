@@ -11,7 +11,7 @@ Step = tuple[str | float, ...]  # name of an augmentation, then its numbers; see
 # Of numbers: the least and the most, from 0 to a million where nothing is said. A share lies below 1.
 _MOST = 1_000_000
 _SHARES = ("dropout", "drop_path", "momentum", "warmup", "label_smoothing", "ema")
-_LEAST = dict.fromkeys(("hidden", "epochs", "batch_size", "accumulation", "step_epochs"), 1)
+_LEAST = dict.fromkeys(("hidden", "epochs", "batch_size", "accumulation", "step_epochs", "eval_every"), 1)
 _MOST_OF = {"layer_decay": 1, "gamma": 1}
 # Augmentations: what each number is, the least and the most it can be.
 STEP_NUMBERS: dict[str, tuple[tuple[str, float, float], ...]] = {

@@ -8,7 +8,8 @@ import dataclasses
 import difflib
 import json
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,8 @@ class Job:
         runtime: what to compute with. processes: who computes along.
         overwrite: whether a model that is there already may be replaced.
         precision_is_auto: whether ``precision`` was chosen here, so that float32 may take its place.
+        budget: seconds that the run may take, see ``budget.py``; None: as long as the recipe takes.
+        clock: what tells seconds.
     """
 
     images: ImageList
@@ -47,6 +50,8 @@ class Job:
     processes: "Processes"
     overwrite: bool = False
     precision_is_auto: bool = False
+    budget: float | None = None
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +78,8 @@ class Recipe:
         augmentation: steps in their order (``augment.py``).
         label_smoothing, clip_norm (largest norm of the gradient, 0: any).
         ema: decay of the moving average of weights, which is then what is evaluated and kept (0: none).
-        patience: stop after so many epochs without a better one (0: never).
+        eval_every: score val after so many optimizer steps, too; None: after each epoch only.
+        patience: stop after so many epochs without a better score in any of them (0: never).
         interpolate: look for the best point between head-only and fine-tuned weights (WiSE-FT, Wortsman et al. 2022).
 
     Raises:
@@ -104,6 +110,7 @@ class Recipe:
     label_smoothing: float = 0.0
     clip_norm: float = 0.0
     ema: float = 0.0
+    eval_every: int | None = None
     patience: int = 0
     interpolate: bool = False
 
@@ -316,6 +323,7 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
         f"label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
         f"gradient clipped at {recipe.clip_norm:g}" if recipe.clip_norm else "",
         f"moving average of weights {recipe.ema:g}" if recipe.ema else "",
+        f"val is scored every {quantity(recipe.eval_every, 'step')}, too" if recipe.eval_every else "",
         f"stops after {quantity(recipe.patience, 'epoch')} without a better one" if recipe.patience else "",
         "best point between head-only and fine-tuned weights kept (WiSE-FT)"
         if recipe.interpolate and recipe.hidden is None

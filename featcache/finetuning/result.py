@@ -35,7 +35,7 @@ class FinetuneReport(Shown):
 
     Attributes:
         model: the folder. recipe: its name.
-        epochs: trained. best_epoch: the one kept.
+        epochs: trained, one that was cut off included. best_epoch, best_step: whose weights were kept, of all scored on val; 0: none.
         alpha: share of the fine-tuned weights in the saved model, the rest is the start; 0: the cached head itself; None:
             the head was a new one, so that there is nothing to mix with.
         val_accuracy, head_val_accuracy: of the saved model and of the cached head, on the images by which epoch and
@@ -46,6 +46,7 @@ class FinetuneReport(Shown):
         parameters, trainable_parameters: of the network.
         temperature: what its logits were divided by, fitted on val; 1 where the saved model is the cached head.
         images_per_second: in training. seconds: of the whole call.
+        budget: what was planned for it, see ``budget.Plan``, and whether time ran ``out_of_time`` before the plan's end.
     """
 
     model: Path
@@ -67,6 +68,8 @@ class FinetuneReport(Shown):
     val_accuracy_without_copies: float | None = None  # defaults: reports of earlier versions lack them
     test_accuracy_without_copies: float | None = None
     temperature: float = 1.0
+    best_step: int | None = None
+    budget: dict[str, Any] | None = None
 
     _shown = (
         "model",
@@ -181,7 +184,7 @@ def save_finetuned(
             cached head is saved as it was.
         network: with the weights to keep. backbone, start: what it was made from; its spec becomes that of the new model,
             with the new weights.
-        training: settings. metrics: further scores, with ``history``: a row per epoch. rows: all that training has seen.
+        training: settings. metrics: further scores, with ``history``: a row per score on val. rows: all that training has seen.
 
     Raises:
         StorageError: it cannot be written.

@@ -83,7 +83,10 @@ class Trainer:
         self._wrapped: tuple[list[bool], nn.Module] | None = (
             None  # the network for ``processes``, and what of it trains
         )
+        self._told = np.zeros(3)  # the part of the sums that rows of the history are about
         self._first_loss: float | None = None  # of the run's first step, before it
+        self._first_mean: float | None = None  # of its first epoch
+        self.seconds = 0.0  # that the run has trained and evaluated for; recorded, decides no number
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
 
@@ -103,6 +106,11 @@ class Trainer:
         return -(-len(self.data) // self.step_size)
 
     @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self.epoch * self.steps_per_epoch + self.batch
+
+    @property
     def position(self) -> str:
         """How far training has come, in words."""
         return f"after {quantity(self.epoch, 'epoch')}" + (f" and {quantity(self.batch, 'step')}" if self.batch else "")
@@ -113,7 +121,7 @@ class Trainer:
         """Train the current epoch, or the rest of it.
 
         Returns:
-            Mean loss and accuracy over its images, as augmented, each before the step it was part of.
+            As ``take_means``, at its end.
 
         Raises:
             Stopped: ``stop()`` said so, after a step; ``state()`` continues from there.
@@ -136,11 +144,18 @@ class Trainer:
                 self.batch += 1
                 if on_step:
                     on_step(self._status())
+        means = self.take_means()
+        loss, _, images = self.processes.broadcast(self._sums)
+        self._check_divergence(loss / images)
+        self.epoch, self.batch, self._sums, self._told = self.epoch + 1, 0, np.zeros(3), np.zeros(3)
+        return means
+
+    def take_means(self) -> tuple[float, float]:
+        """Mean loss and accuracy over the epoch's images since the last call, as augmented, each before the step it was part of."""
         self._settle()
         self._share_sums()
-        loss, hits, images = self.processes.broadcast(self._sums)
-        self._check_divergence(loss / images)
-        self.epoch, self.batch, self._sums = self.epoch + 1, 0, np.zeros(3)
+        loss, hits, images = self.processes.broadcast(self._sums - self._told)
+        self._told = self._sums.copy()
         return float(loss / images), float(hits / images)
 
     def logits_in_training(self, pixels: Pixels, images: Indices) -> Array:
@@ -273,14 +288,16 @@ class Trainer:
         A new random head may start anywhere: on large embeddings far above a guess.
         """
         classes = next(m for m in reversed(list(self.network.head)) if isinstance(m, nn.Linear)).out_features
-        first = self.history[0]["train_loss"] if self.history else self._first_loss or 0.0
+        first = self._first_loss or 0.0 if self._first_mean is None else self._first_mean
         if not loss <= _DIVERGED * max(first, math.log(classes)):
-            where = "that of epoch 1" if self.history else "before the first step it"
+            where = "that of epoch 1" if self.epoch else "before the first step it"
             raise TrainingError(
                 f"training diverges: the mean loss of epoch {self.epoch + 1} is {loss:.3g}, {where} was {first:.3g}, guessing gives "
                 f"{math.log(classes):.3g}; "
                 f"try a third of the learning rates (--lr {self.recipe.lr:g}, --backbone-lr {self.recipe.backbone_lr:g})"
             )
+        if not self.epoch:
+            self._first_mean = float(loss)
 
     def _share_sums(self) -> None:
         """Add all processes' sums on the first one, whose state is saved."""
@@ -305,7 +322,10 @@ class Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "sums": self._sums.tolist(),
+            "told": self._told.tolist(),
+            "seconds": self.seconds,
             "first_loss": self._first_loss,
+            "first_mean": self._first_mean,
             "micro_batch": self.micro_batch,
             "network": self.network.state_dict(),
             "average": self._average.state_dict() if self._average else None,
@@ -318,8 +338,11 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from ``state()``."""
         self.epoch, self.batch, self.micro_batch = state["epoch"], state["batch"], state["micro_batch"]
-        self._sums = np.array(state["sums"]) if self.processes.is_first else np.zeros(3)
-        self._first_loss = state["first_loss"]
+        self._sums, self._told = (
+            np.array(state[name]) if self.processes.is_first else np.zeros(3) for name in ("sums", "told")
+        )
+        self.seconds = state["seconds"]
+        self._first_loss, self._first_mean = state["first_loss"], state["first_mean"]
         self.network.load_state_dict(state["network"])
         if self._average:
             self._average.load_state_dict(state["average"])

@@ -1,8 +1,8 @@
-"""The stages of a run once its start is settled: assemble, train epoch after epoch, choose, compare, save.
+"""The stages of a run once its start is settled: assemble, plan, train, choose, compare, save.
 
 In: a ``Job``, and the model to start from. Out: a ``FinetuneReport``, and the model folder. Images are decoded once; the assembled
-network is proved to be the cached head; a checkpoint is written per epoch; the best epoch and the best mixture with the start are
-chosen on val. Training ends with the recipe's epochs or patience, and with Interrupted when a signal asks.
+network is proved to be the cached head; a budget of time is planned for; ``loop.py`` trains; the best of its scores and the best
+mixture with the start are chosen on val.
 """
 
 import copy
@@ -10,19 +10,20 @@ import dataclasses
 import functools
 import logging
 import math
-import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.encoder import build_encoder
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
-from featcache.errors import Interrupted, ModelError, SourceError, TrainingError
+from featcache.errors import ModelError, SourceError
+from featcache.finetuning import budget
 from featcache.finetuning.augment import augment_picture
+from featcache.finetuning.budget import Plan
 from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.loop import Loop
 from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
 from featcache.finetuning.pixels import Picture, Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, explain, settle
@@ -36,16 +37,15 @@ from featcache.finetuning.result import (
     save_finetuned,
     score,
 )
-from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compute_logits
+from featcache.finetuning.trainer import OnStep, Trainer, compute_logits
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable
 from featcache.models.training_rows import Compared, HeldOut, TrainingRows
-from featcache.spec import fingerprint_of
+from featcache.spec import SPLITS, fingerprint_of
 from featcache.system.device import kept_random_state
 from featcache.system.display import quantity
-from featcache.system.signals import StopRequest, deferred_signals
-from featcache.system.workdir import work_folder
+from featcache.system.signals import deferred_signals
 
 log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
@@ -53,8 +53,6 @@ _COMPARED = 64  # images of the parity check, where they must be embedded for it
 _TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
 _TOLERANCE_REDUCED = 0.1  # against cached rows, which may be in half precision: three times what the self-check allows
 _TOLERANCE_LOSS, _TOLERANCE_LOSS_REDUCED = 0.001, 0.1  # of the loss before step 1; of it relatively where it is above 1
-_SECONDS_BETWEEN_CHECKPOINTS = 600.0
-_STEPS_BETWEEN_QUESTIONS = 4  # asking all processes whether to stop costs a round trip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +61,7 @@ class _Start:
 
     Attributes:
         model: with the cached head. backbone: its backbone. network: both assembled; it computes what the head computes.
-        val: images to choose by. val_logits: (n, C) of ``network``.
+        val: images to choose by. val_logits: (n, C) of ``network``. scoring: seconds that they took.
     """
 
     model: Model
@@ -71,6 +69,7 @@ class _Start:
     network: Network
     val: Pixels
     val_logits: Array
+    scoring: float
 
 
 def tune(
@@ -90,17 +89,22 @@ def tune(
     backbone = model.load_backbone()
     log.info("backbone %s: weights %s", backbone.name, backbone.weights)
     decode = functools.partial(decode_split, job, classes=model.classes, preprocess=backbone.preprocess)
+    begun = job.clock()
     train, val = decode("train"), decode("val")
+    decoding = (job.clock() - begun) / (len(train) + len(val))
     rows = TrainingRows(train.digests, train.labels).after(earlier)
     seen = {"val": _seen(rows, val, split="val")}
     recipe = _settle_recipe(job, len(train))
     start = _assemble_start(job, model, backbone=backbone, train=train, val=val, cache=cache)
     trainer = _make_trainer(start, train, recipe=recipe, job=job)
+    trainer, plan = _plan(trainer, start, decoding=decoding, started=started)
     counts = count_parameters(trainer.network, recipe)
     log.info("parameters: %s, of which %s train", *(f"{count:,}" for count in counts))
-    checkpoint = Checkpoint(trainer, _identity(trainer, start))
+    checkpoint = Checkpoint(trainer, _identity(trainer, start, plan))
     with deferred_signals() as asked, kept_random_state(trainer.device):
-        rate = _train(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step)
+        seconds = plan.seconds if plan else math.inf
+        loop = Loop(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step, seconds=seconds)
+        rate = loop.train() if plan is None or plan.epochs else 0.0
     check_replaceable(job.output, overwrite=job.overwrite)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
     temperature = 1.0
@@ -120,6 +124,8 @@ def tune(
     report = _report(
         trainer, comparison, alpha=alpha, temperature=temperature, counts=counts, rate=rate, started=started
     )
+    if plan:
+        report = dataclasses.replace(report, budget=dataclasses.asdict(plan) | {"out_of_time": loop.out_of_time})
     if job.processes.is_first:
         metrics: dict[str, Any] = {"val": None, "test": None, "comparison": comparison, "history": trainer.history}
         for split, (y, _, after) in logits.items():
@@ -156,6 +162,10 @@ def _settle_recipe(job: Job, n_train: int) -> Recipe:
     asked = job.settings.batch_size
     if asked is not None and asked > n_train:
         log.warning("batch size %d is larger than the %d training images: %d", asked, n_train, n_train)
+    steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation)) * (recipe.epochs or 1)
+    if recipe.eval_every is not None and recipe.eval_every >= steps:
+        text = "eval_every %d changes nothing: the run has %s, and val is scored after each epoch anyway"
+        log.warning(text, recipe.eval_every, quantity(steps, "step"))
     return recipe
 
 
@@ -170,7 +180,9 @@ def _assemble_start(
     encoder, _ = build_encoder(backbone, job.runtime, pixels, precision="fp32")
     network = assemble(backbone, model.head, encoder(_some_of(train, backbone.preprocess.crop)))
     network = network.to(job.runtime.device)
-    start = _Start(model, backbone, network, val, compute_logits(network, val, job=job))
+    begun = job.clock()
+    logits = compute_logits(network, val, job=job)
+    start = _Start(model, backbone, network, val, logits, job.clock() - begun)
     expected = model.head.logits(encoder(pixels).astype(model.spec.storage))
     difference = check_parity(start.val_logits[: len(pixels)], expected, tolerance=_TOLERANCE)
     text = "parity: the assembled network gives the cached head's logits on %s (they differ by %.4f%%)"
@@ -250,7 +262,36 @@ def _network_to_train(start: _Start, recipe: Recipe, *, job: Job) -> Network:
     return network.to(job.runtime.device)
 
 
-def _identity(trainer: Trainer, start: _Start) -> dict[str, Any]:
+def _plan(trainer: Trainer, start: _Start, *, decoding: float, started: float) -> tuple[Trainer, Plan | None]:
+    """What of the recipe fits into the job's budget, and the trainer of that; said. A run that goes on keeps its plan.
+
+    ``decoding``: seconds per image. Before training may end there must be time to score and choose, and to look at test.
+    """
+    job, recipe, broadcast = trainer.job, trainer.recipe, trainer.processes.broadcast
+    if job.budget is None:
+        return trainer, None
+    images = int((job.images.splits == SPLITS.index("test")).sum())
+    scores = 1 + (len(ALPHAS) if recipe.interpolate and recipe.hidden is None else 0)
+    after = start.scoring * (scores + 2 * images / len(start.val)) + decoding * images
+    until = started + job.budget - after
+
+    def make(recipe: Recipe) -> Trainer:
+        return Trainer(_network_to_train(start, recipe, job=job), trainer.data, recipe=recipe, job=job)
+
+    plan = broadcast(budget.planned_before(job.output)) or budget.make_plan(
+        job.budget,
+        recipe,
+        steps=trainer.steps_per_epoch,
+        evaluation=broadcast(start.scoring),
+        left=lambda: broadcast(until - job.clock()),
+        measure=lambda recipe, most: budget.seconds_per_step(make(recipe), most),
+    )
+    log.info("budget %s: %s", budget.in_words(plan.budget), plan.about)
+    settled = plan.settle(recipe)
+    return (trainer if settled == recipe else make(settled)), plan
+
+
+def _identity(trainer: Trainer, start: _Start, plan: Plan | None) -> dict[str, Any]:
     """Everything that changes the numbers, to be equal when a run is resumed."""
     job = trainer.job
     return {
@@ -266,98 +307,8 @@ def _identity(trainer: Trainer, start: _Start) -> dict[str, Any]:
             split: f"{len(pixels)}, {pixels.digest[:16]}"
             for split, pixels in (("train", trainer.data), ("val", start.val))
         },
+        "budget": plan and dataclasses.asdict(plan),
     }
-
-
-# ---------------------------------------------------------------------------------------------------- training
-
-
-def _train(
-    trainer: Trainer, val: Pixels, *, checkpoint: Checkpoint, asked: StopRequest, on_step: OnStep | None
-) -> float:
-    """Train until the epochs are used up, or patience is.
-
-    A checkpoint is written after every epoch, every ten minutes (one process only), and before Interrupted is raised.
-
-    Returns:
-        Images per second of this call, evaluation left out; 0 if nothing was left to train.
-
-    Raises:
-        Interrupted: ``asked`` to. TrainingError: the loss or the weights are not finite, or the loss explodes.
-    """
-
-    def after_step(status: Status) -> None:
-        if trainer.processes.world == 1 and time.perf_counter() - checkpoint.written > _SECONDS_BETWEEN_CHECKPOINTS:
-            checkpoint.save()
-        if on_step:
-            on_step(status)
-
-    folder, seconds, images = work_folder(trainer.job.output), 0.0, 0.0
-    while trainer.epoch < (trainer.recipe.epochs or 1) and not _out_of_patience(trainer):
-        begun, first = time.perf_counter(), trainer.batch
-        try:
-            loss, accuracy = trainer.run_epoch(on_step=after_step, stop=lambda: _asked_to_stop(trainer, asked))
-            seconds += time.perf_counter() - begun
-            images += len(trainer.data) * (1 - first / trainer.steps_per_epoch)
-            _end_epoch(trainer, val, loss=loss, accuracy=accuracy, checkpoint=checkpoint)
-        except Stopped:
-            checkpoint.save()
-            raise Interrupted(
-                f"stopped in epoch {trainer.epoch + 1} of {trainer.recipe.epochs}; the same command with --resume goes on "
-                f"from there ({folder})",
-                asked.signal,
-            ) from None
-        except TrainingError as error:
-            kept = "there is no checkpoint yet"
-            if checkpoint.position:
-                kept = f"the last good checkpoint, {checkpoint.position}, is kept in {folder}"
-            raise TrainingError(f"{error} ({kept})") from error
-    return images / seconds if seconds else 0.0
-
-
-def _asked_to_stop(trainer: Trainer, asked: StopRequest) -> bool:
-    """All processes stop after the same step."""
-    if trainer.processes.world > 1:
-        if trainer.batch % _STEPS_BETWEEN_QUESTIONS:
-            return False
-        asked.signal = max(trainer.processes.all_gather(asked.signal))
-    return bool(asked)
-
-
-def _out_of_patience(trainer: Trainer) -> bool:
-    patience, best = trainer.recipe.patience, trainer.best.get("epoch", 0)
-    return patience > 0 and best > 0 and trainer.epoch - best >= patience
-
-
-def _end_epoch(trainer: Trainer, val: Pixels, *, loss: float, accuracy: float, checkpoint: Checkpoint) -> None:
-    """Score on val, add to the history, remember the best, write the checkpoint, say how it went."""
-    logits = compute_logits(trainer.evaluated, val, job=trainer.job)
-    val_accuracy, negative_loss = score(val.labels, logits)
-    val_loss = -negative_loss
-    if not math.isfinite(val_loss):
-        raise TrainingError(f"the loss on val is {val_loss} after epoch {trainer.epoch}; try a lower learning rate")
-    row = {"train_loss": loss, "train_accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
-    trainer.history.append({"epoch": trainer.epoch, **row})
-    better = not trainer.best or (val_accuracy, -val_loss) > (trainer.best["accuracy"], -trainer.best["loss"])
-    if better:
-        trainer.best = {
-            "epoch": trainer.epoch,
-            "accuracy": val_accuracy,
-            "loss": val_loss,
-            "weights": {name: tensor.detach().cpu().clone() for name, tensor in trainer.evaluated.state_dict().items()},
-            "logits": torch.from_numpy(logits),
-        }
-    checkpoint.save()
-    log.info(
-        "epoch %d/%d: loss %.4f, accuracy %.2f%%; val loss %.4f, accuracy %.2f%%%s",
-        trainer.epoch,
-        trainer.recipe.epochs,
-        loss,
-        100 * accuracy,
-        val_loss,
-        100 * val_accuracy,
-        " (best so far)" if better else "",
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ result
@@ -370,9 +321,11 @@ def _choose(trainer: Trainer, start: _Start) -> tuple[float | None, Network, Arr
         Share of the fine-tuned weights (None: their head was a new one), the network with these weights, and its logits on val.
     """
     recipe, best, y = trainer.recipe, trainer.best, start.val.labels
+    if not best:  # the budget left no time
+        return 0.0, copy.deepcopy(start.network), start.val_logits
     tuned, tuned_logits = trainer.evaluated, best["logits"].numpy()
     tuned.load_state_dict(best["weights"])
-    log.info("best epoch on val: %d", best["epoch"])
+    log.info("best epoch on val: %d, after step %d of the run", best["epoch"], best["step"])
     if not recipe.interpolate or recipe.hidden is not None:
         return None if recipe.hidden is not None else 1.0, tuned, tuned_logits
     logits = {0.0: start.val_logits, 1.0: tuned_logits}
@@ -407,8 +360,9 @@ def _report(
     return FinetuneReport(
         model=trainer.job.output,
         recipe=trainer.job.recipe,
-        epochs=trainer.epoch,
-        best_epoch=trainer.best["epoch"],
+        epochs=trainer.epoch + (trainer.batch > 0),
+        best_epoch=trainer.best.get("epoch", 0),
+        best_step=trainer.best.get("step", 0),
         alpha=alpha,
         temperature=temperature,
         val_accuracy=val["tuned_accuracy"],
@@ -423,7 +377,7 @@ def _report(
         parameters=counts[0],
         trainable_parameters=counts[1],
         images_per_second=rate,
-        seconds=time.perf_counter() - started,
+        seconds=trainer.job.clock() - started,
     )
 
 
@@ -439,6 +393,8 @@ def _training_facts(
         "precision": trainer.job.precision,
         "epochs": report.epochs,
         "best_epoch": report.best_epoch,
+        "best_step": report.best_step,
+        "budget": report.budget,
         "alpha": report.alpha,
         "start": {"fingerprint": start.model.fingerprint, "head": start.model.head.kind},
         "n_train": len(trainer.data),

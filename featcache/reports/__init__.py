@@ -8,9 +8,9 @@ trackers/             runs, told to TensorBoard, MLflow or Weights & Biases
 pages/                templates, style sheet and scripts
 info.py               what a cache or a model holds
 backbones.py          backbones: a table to choose from, one network from input to embedding
-doctor.py             what this machine can do, how fast it embeds, what limits, what would help
+doctor.py             what this machine can do, how fast it embeds and trains, what limits, what would help
 machine.py            facts about machine and installation
-throughput.py         rates of decoding and of the backbone, measured; photographs to measure with
+throughput.py         rates of decoding, of the backbone and of training, measured; photographs to measure with
 figures.py            charts as files, for papers
 scores.py             scores as text: intervals, which class is taken for which
 tables.py             export of a cache, with predictions and places on a map

@@ -47,6 +47,7 @@ def draw_curves(model: Path) -> Path:
             path,
             title=f"{manifest['spec']['backbone']['name']}, {trained}",
             best_epoch=training["best_epoch" if tuned else "epochs"],
+            best_step=training.get("best_step"),
             head_val_accuracy=metrics["head_val_accuracy"] if tuned else None,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -55,6 +56,8 @@ def draw_curves(model: Path) -> Path:
 
 
 def _why_none(manifest: dict[str, Any]) -> str:
+    if manifest.get("finetuned") and manifest["training"].get("budget"):
+        return "its budget left no time to train"
     if manifest["head"]["kind"] == "logreg" and not manifest.get("finetuned"):
         return "logistic regression is solved, not trained in epochs"
     return "an earlier version of featcache saved it; train it again"
@@ -66,17 +69,18 @@ def plot_history(
     *,
     title: str,
     best_epoch: int | None = None,
+    best_step: int | None = None,
     head_val_accuracy: float | None = None,
 ) -> None:
-    """Draw loss and accuracy against the epoch, side by side.
+    """Draw loss and accuracy, side by side, against the step where the history has steps, else against the epoch.
 
     Args:
-        history: a row per epoch: ``epoch``, ``train_loss``, ``val_loss`` (nats), ``train_accuracy``, ``val_accuracy``
+        history: a row per score: ``epoch``, perhaps ``step``, ``train_loss``, ``val_loss`` (nats), ``train_accuracy``, ``val_accuracy``
             (0..1); of heads ``held_out_`` instead of ``val_``, see ``heads.head.FittedHead``. A value may be None or absent:
             a gap in its curve; a curve without values is left out.
         path: the PNG; replaced if it exists.
         title: above both panels, taken literally.
-        best_epoch: an epoch of ``history`` to mark in both panels.
+        best_epoch, best_step: the epoch, or step, of ``history`` to mark in both panels.
         head_val_accuracy: 0..1; a dashed line at what the frozen backbone's head reached.
 
     Raises:
@@ -89,7 +93,7 @@ def plot_history(
     figure.suptitle(title, parse_math=False)  # a $ in a folder's name is no formula
     loss, accuracy = figure.subplots(1, 2)
     for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
-        _draw_panel(axes, history, what, best_epoch)
+        _draw_panel(axes, history, what, best={"epoch": best_epoch, "step": best_step})
     loss.set_ylabel("loss (nats)")
     accuracy.set_ylabel("accuracy")
     if head_val_accuracy is not None:
@@ -122,26 +126,32 @@ def _new_figure() -> Any:
     return figure
 
 
-def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best_epoch: int | None) -> None:
-    """Draw the curves of ``what``. A star marks the best epoch on the last one, which chose it, else on the training curve."""
-    epochs = [row["epoch"] for row in history]
+def axis_of(history: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows of a history lie along: ``step`` if all of them have one, else ``epoch``."""
+    return "step" if all(row.get("step") for row in history) else "epoch"
+
+
+def _draw_panel(axes: Any, history: Sequence[dict[str, Any]], what: str, best: Mapping[str, float | None]) -> None:
+    """Draw the curves of ``what``. A star marks the best row on the last one, which chose it, else on the training curve."""
+    axis = axis_of(history)
+    places, marked = [row[axis] for row in history], best[axis]
     star, colours = math.nan, {name: colour for _, name, colour in _CURVES}
     for name, values in values_of(history, what).items():
         colour = colours[name]
-        axes.plot(epochs, values, color=colour, marker="o", markersize=3, label=name)  # dots: one epoch is no line
-        best = values[epochs.index(best_epoch)] if best_epoch in epochs else math.nan
-        star = best if math.isfinite(best) else star
+        axes.plot(places, values, color=colour, marker="o", markersize=3, label=name)  # dots: one row is no line
+        value = values[places.index(marked)] if marked in places else math.nan
+        star = value if math.isfinite(value) else star
     if math.isfinite(star):
-        label = f"best epoch {best_epoch}"
-        axes.plot([best_epoch], [star], "*", color="black", markersize=12, linestyle="none", label=label)
-    axes.set_xlabel("epoch")
+        label = f"best {axis} {marked}"
+        axes.plot([marked], [star], "*", color="black", markersize=12, linestyle="none", label=label)
+    axes.set_xlabel(axis)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def values_of(history: Sequence[Mapping[str, Any]], what: str) -> dict[str, list[float]]:
-    """``what``, loss or accuracy, of each epoch, by a name of a curve: NaN where it is missing, nothing where all of it is."""
+    """``what``, loss or accuracy, of each row, by a name of a curve: NaN where it is missing, nothing where all of it is."""
     columns = {name: [_number(row.get(f"{split}_{what}")) for row in history] for split, name, _ in _CURVES}
     return {name: values for name, values in columns.items() if any(map(math.isfinite, values))}
 

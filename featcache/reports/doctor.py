@@ -1,14 +1,16 @@
-"""``doctor``: what this machine can do, how fast it embeds, what limits, and what would help.
+"""``doctor``: what this machine can do, how fast it embeds and trains, what limits, and what would help.
 
 In: what ``extract`` would be given, and some seconds. Out: plain values for people and programs; advice in sentences.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import statistics
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -18,13 +20,14 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.choice import AUTO, choose_backbone
 from featcache.backbones.embedder import Embedder
 from featcache.backbones.encoder import Precision
-from featcache.errors import SourceError
+from featcache.errors import SourceError, UsageError
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.images.decode import decode, fast_jpeg
 from featcache.images.read import read_images
 from featcache.images.source import ImageList, list_images
-from featcache.reports.machine import machine
-from featcache.reports.throughput import SLICES, Rates, generated_photos, measure
+from featcache.reports.backbones import columns
+from featcache.reports.machine import device_name, device_names, machine
+from featcache.reports.throughput import SLICES, Rates, TrainingRate, generated_photos, measure, measure_training
 from featcache.system.device import Runtime, choose_runtime, has_bf16_arithmetic
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath
@@ -32,6 +35,7 @@ from featcache.system.runtime_options import check_runtime_options, usable_cores
 
 log = logging.getLogger("featcache")
 _RATES = ("decode", "forward", "end_to_end", "ceiling", "efficiency")
+_COLUMNS = {"decode": "decode", "forward": "backbone", "end_to_end": "extract", "train": "train"}
 _SMALL = ("mobile", "squeeze", "shuffle", "mnas", "lite", "b0")  # in names of backbones that have no much faster ones
 
 
@@ -45,6 +49,7 @@ def doctor(
     workers: int | None = None,
     batch_size: int | None = None,
     seconds: float = 20.0,
+    train: bool = False,
 ) -> dict[str, Any]:
     """Show what this machine and installation can do, and measure how fast ``extract`` would run here.
 
@@ -53,14 +58,17 @@ def doctor(
         backbone, precision: as in ``ExtractRequest`` for a new cache; likewise ``weights``, random ones (a model's own) when None.
         device, workers, batch_size: as in ``extract``.
         seconds: of measuring, after everything is loaded; 0: do not measure.
+        train: measure steps of ``finetune``, too, for as long again; where no device is asked for, on the CPU and on every GPU.
 
     Returns:
         Facts (``machine``), and under ``measured`` rates in images per second, precision and self-check, and ``advice``:
-        what limits and what would help, in sentences.
+        what limits and what would help, in sentences. With ``train``, under ``devices`` a row per device, see ``table_lines``.
 
     Raises:
         SourceError: no usable image. BackboneError, ModelError: backbone or weights. UsageError: impossible values.
     """
+    if train and not seconds:
+        raise UsageError("--train measures, and --seconds 0 does not; leave one of them out")
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     request = ExtractRequest(backbone=backbone, weights=weights or "auto", precision=precision)
     request.check_paths()
@@ -82,12 +90,19 @@ def doctor(
     random_weights = weights is None and saved is None
     loaded = load_requested(dataclasses.replace(request, weights="none") if random_weights else request, saved)
     precision = (request.resolved(saved.spec) if saved else request).precision
-    measure_with = functools.partial(_measure, loaded, runtime, precision=precision, seconds=seconds)
-    if given is not None:
-        measured = measure_with(given, source=str(given.root))
-    else:
-        with tempfile.TemporaryDirectory(prefix="featcache-") as folder:
-            measured = measure_with(generated_photos(Path(folder)), source="generated photos, for want of --images")
+    runtimes = [runtime]
+    if train and device == "auto":
+        runtimes = [choose_runtime(name, workers=workers, batch_size=batch_size) for name in device_names()]
+    with contextlib.ExitStack() as stack:
+        source = str(given.root) if given is not None else "generated photos, for want of --images"
+        if given is None:
+            given = generated_photos(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="featcache-"))))
+        measure_with = functools.partial(_measure, loaded, images=given, precision=precision, seconds=seconds)
+        rows = [(each, measure_with(runtime=each, source=source)) for each in runtimes]
+        measured = next(found for each, found in rows if each.device.type == runtime.device.type)
+        if train:
+            trained = [measure_training(loaded, given, each, seconds=seconds) for each in runtimes]
+            facts["devices"] = [_row(each, found, rate) for (each, found), rate in zip(rows, trained, strict=True)]
     if random_weights:
         measured["note"] = (
             "random weights are as fast as trained ones, but the self-check's cosines are not those of them"
@@ -95,13 +110,47 @@ def doctor(
     return facts | {"measured": measured}
 
 
+def _row(runtime: Runtime, measured: dict[str, Any], training: TrainingRate) -> dict[str, Any]:
+    """A device's rates in images per second; ``train_step`` in seconds."""
+    return {
+        "device": str(runtime.device),
+        "name": device_name(runtime.device),
+        **{name: measured[name] for name in ("decode", "forward", "end_to_end", "precision")},
+        "train": float(f"{training.images_per_second:.4g}"),
+        "train_step": float(f"{training.step:.4g}"),
+        "train_batch_size": training.batch_size,
+        "train_precision": training.precision,
+    }
+
+
+def table_lines(devices: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows under ``devices`` as a table: rates in images per second, and how long a step of training takes."""
+    cells = [["images/s", *_COLUMNS.values(), "step"]]
+    for row in devices:
+        rates = [f"{row[name]:,.4g}" for name in _COLUMNS]
+        cells.append(
+            [
+                f"{row['device']}, {row['precision']}, training {row['train_precision']}",
+                *rates,
+                f"{row['train_step']:.3g} s",
+            ]
+        )
+    sizes = {row["train_batch_size"] for row in devices}
+    step = f"step: augmentation, forward, backward and update on {', '.join(map(str, sizes))} images, recipe default"
+    return [
+        *columns(cells, "<" + ">" * (len(cells[0]) - 1)),
+        *(f"{row['device']}: {row['name']}" for row in devices),
+        step,
+    ]
+
+
 def _measure(
-    backbone: Backbone, runtime: Runtime, images: ImageList, *, source: str, precision: str, seconds: float
+    backbone: Backbone, *, runtime: Runtime, images: ImageList, source: str, precision: str, seconds: float
 ) -> dict[str, Any]:
     embedder = Embedder.prepare(backbone, images, runtime=runtime, precision=cast("Precision", precision))
     if not len(embedder.sample):
         raise SourceError(f"not one of the images in {images.root} can be decoded, of {len(images):,}")
-    log.info("measuring for about %g s", seconds)
+    log.info("measuring on %s for about %g s", runtime.device, seconds)
     rates, choice = measure(images, embedder.encoder, runtime, seconds=seconds), embedder.choice
     edge, here = _median_edge(images), Abilities(usable_cores(), has_bf16_arithmetic(), fast_jpeg() is not None)
     return {

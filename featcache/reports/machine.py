@@ -122,6 +122,19 @@ def _gpus() -> list[dict[str, Any]]:
     return facts
 
 
+def device_names() -> list[str]:
+    """The CPU and every GPU, as ``--device`` has them."""
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def device_name(device: torch.device) -> str:
+    """What it is called, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).name
+    return "Apple GPU" if device.type == "mps" else _cpu_name() or platform.processor() or platform.machine()
+
+
 def _automatic(runtime: Runtime) -> dict[str, str]:
     """What is chosen without asking, and how to choose otherwise."""
     kept = "kept by this process" if keep_freed_memory() else "returned to the system"

@@ -1,8 +1,8 @@
-"""How fast images are decoded and embedded on this machine.
+"""How fast images are decoded, embedded and trained on, on this machine.
 
 In: images, an encoder, a runtime, some seconds. Out: ``Rates`` in images per second. What is measured is the code that
-``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for the one that is left out. Where the user gave no
-images, photographs are made.
+``extract`` runs, ``backbones.embed`` and the encoder, with a stand-in for the one that is left out; and of training the steps of
+``finetune``. Where the user gave no images, photographs are made.
 """
 
 import contextlib
@@ -21,19 +21,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from featcache.backbones.backbone import Backbone
 from featcache.backbones.embed import EmbedsPixels, embed, sample_pixels
 from featcache.backbones.encoder import Encoder
 from featcache.backbones.ring import Features, Lane
 from featcache.errors import SourceError, UsageError
+from featcache.finetuning.budget import seconds_per_step
+from featcache.finetuning.network import with_new_head
+from featcache.finetuning.pixels import decode_in_memory, training_input
+from featcache.finetuning.recipes import Job, choose_recipe
+from featcache.finetuning.trainer import Trainer, choose_training_precision
 from featcache.images.decode import Pixels
 from featcache.images.source import ImageList, list_images
 from featcache.system.device import Runtime, one_core_each
+from featcache.system.distributed import Processes
 
 _ROUNDS = 3
 SLICES = 3 * _ROUNDS  # decode, forward, both
 _AT_ONCE = 3  # batches with a device: uploaded, computed, downloaded
 _FEW = 32  # images that a GPU's memory holds beside all else
 _MOST_IMAGES = 200_000  # in one slice
+_BATCH, _MOST_STEPS = 32, 10_000  # of training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +104,51 @@ def measure(images: ImageList, encoder: EmbedsPixels, runtime: Runtime, *, secon
     found = [{name: rate(each) for name, rate in slices.items()} for _ in range(rounds)]
     medians = {name: statistics.median(rates[name] for rates in found) for name in slices}
     return Rates(**medians, shared=runtime.device.type == "cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRate:
+    """What was measured of training.
+
+    Attributes:
+        step: seconds of one step of ``batch_size`` images: augmentation, forward, backward, update.
+        precision: as ``finetune`` chooses it on that device.
+    """
+
+    step: float
+    batch_size: int
+    precision: str
+
+    @property
+    def images_per_second(self) -> float:
+        """Of training alone."""
+        return self.batch_size / self.step
+
+
+def measure_training(backbone: Backbone, images: ImageList, runtime: Runtime, *, seconds: float) -> TrainingRate:
+    """Measure steps of the recipe ``default`` on the whole network, with a head of two classes; ``backbone`` stays as it is.
+
+    Args:
+        seconds: to measure for, at most 3,600; two steps take longer on a slow device.
+
+    Raises:
+        SourceError: not one of the images that it tries can be decoded.
+    """
+    rows = np.linspace(0, len(images) - 1, min(len(images), 2 * _BATCH)).round().astype(np.intp)
+    found = decode_in_memory(images.take(rows), training_input(backbone.preprocess), workers=runtime.workers)
+    if not len(found):
+        raise SourceError(f"not one image in {images.root} can be decoded, so that there is nothing to measure")
+    repeated = np.arange(2 * _BATCH) % len(found)  # two whole batches, whatever there is
+    pictures = [found.pictures[number] for number in repeated]
+    data = dataclasses.replace(
+        found, kept=np.arange(2 * _BATCH), pictures=pictures, labels=repeated.astype(np.int64) % 2
+    )
+    recipe = choose_recipe("default", len(data), batch_size=_BATCH, hidden=())
+    network = with_new_head(backbone, recipe, 2, seed=0).to(runtime.device)
+    precision = choose_training_precision("auto", runtime.device)
+    job = Job(images, Path(), "default", recipe, 0, precision, runtime, Processes())
+    step = seconds_per_step(Trainer(network, data, recipe=recipe, job=job), seconds, steps=_MOST_STEPS)
+    return TrainingRate(step, _BATCH, precision)
 
 
 class _Clocked:

@@ -58,6 +58,17 @@ def lines(axes: Any) -> dict[str, tuple[list[float], list[float]]]:
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
 
 
+def test_scores_between_epochs_are_drawn_by_step(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [
+        row | {"epoch": epoch, "step": step} for row, epoch, step in zip(HISTORY, (1, 1, 2), (50, 62, 100), strict=True)
+    ]
+    plot_history(rows, tmp_path / "h.png", title="", best_epoch=2, best_step=100)
+    loss, _ = figures[0].axes
+    assert loss.get_xlabel() == "step"
+    assert lines(loss)["train"] == ([50, 62, 100], [1, 0.5, 0.2])
+    assert lines(loss)["best step 100"] == ([100], [0.7])
+
+
 def test_both_panels_show_the_history(tmp_path: Path, figures: list[Figure]) -> None:
     global_state = "matplotlib.pyplot" in sys.modules
     plot_history(HISTORY, tmp_path / "h.png", title=r"a $\b$ model", best_epoch=1, head_val_accuracy=0.7)

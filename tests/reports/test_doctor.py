@@ -1,5 +1,6 @@
 """What ``doctor`` says: rates are those of known delays, advice follows from rates, facts survive strange machines."""
 
+import dataclasses
 import importlib.metadata
 import time
 from pathlib import Path
@@ -12,12 +13,14 @@ import torch
 from conftest import SPEC, make_photos
 
 from featcache.backbones import embed as embedding
+from featcache.backbones.backbone import hash_tensors
+from featcache.backbones.load import load_backbone
 from featcache.errors import SourceError, UsageError
 from featcache.images.decode import decode, read_pixels
 from featcache.images.source import list_images
-from featcache.reports.doctor import Abilities, advice
-from featcache.reports.machine import machine
-from featcache.reports.throughput import Rates, generated_photos, measure
+from featcache.reports.doctor import Abilities, advice, doctor, table_lines
+from featcache.reports.machine import device_names, machine
+from featcache.reports.throughput import Rates, TrainingRate, generated_photos, measure, measure_training
 from featcache.spec import PreprocessSpec
 from featcache.system.device import Runtime
 
@@ -155,3 +158,80 @@ def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert facts["not_installed"] == {name: f"pip install 'featcache[{extra}]'" for name, extra in EXTRAS.items()}
     assert facts["packages"]["torch"] == "1.2.3"
     assert facts["decoders"]["simplejpeg"] is facts["decoders"]["pillow-heif"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def test_training_is_measured_on_whole_steps_and_leaves_the_backbone_as_it_is(tmp_path: Path) -> None:
+    images = list_images(make_photos(tmp_path, each=1))  # fewer than a batch: they come again
+    backbone = load_backbone("squeezenet1_1", "none")
+    backbone = dataclasses.replace(
+        backbone, preprocess=dataclasses.replace(backbone.preprocess, resize=32, crop=(32, 32))
+    )
+    before = hash_tensors(backbone.module.state_dict())
+    rate = measure_training(backbone, images, CPU, seconds=1e-9)
+    assert rate.step > 0 and rate.images_per_second == 32 / rate.step and rate.batch_size == 32
+    assert hash_tensors(backbone.module.state_dict()) == before
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.jpg").write_text("no image")
+    with pytest.raises(SourceError, match="not one image in .* can be decoded"):
+        measure_training(backbone, list_images(tmp_path / "bad"), CPU, seconds=1.0)
+
+
+def test_devices_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's rates by a stand-in: what is looked at is who is measured, and where the figures stand."""
+    asked: list[str] = []
+
+    def runtime_of(name: str, **_: object) -> Runtime:
+        return Runtime(torch.device("cuda" if name == "auto" else name), 2, BATCH, "")
+
+    def measured(backbone: object, *, runtime: Runtime, **_: object) -> dict[str, Any]:
+        asked.append(str(runtime.device))
+        gpu = runtime.device.type == "cuda"
+        rates = {"decode": 900.0, "forward": 8000.0 if gpu else 50.0, "end_to_end": 850.0 if gpu else 47.0}
+        return rates | {"precision": "fp16" if gpu else "fp32", "advice": []}
+
+    def trained(backbone: object, images: object, runtime: Runtime, **_: object) -> TrainingRate:
+        asked.append(f"{runtime.device} trains")
+        return TrainingRate(0.04, 32, "bf16") if runtime.device.type == "cuda" else TrainingRate(4.0, 32, "fp32")
+
+    stand_ins = {"choose_runtime": runtime_of, "_measure": measured, "measure_training": trained}
+    stand_ins |= {"device_names": lambda: ["cpu", "cuda:0"], "device_name": lambda device: f"a {device.type}"}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(f"featcache.reports.doctor.{name}", stand_in)
+    facts = doctor(make_photos(tmp_path, each=1), backbone="squeezenet1_1", seconds=1, train=True)
+    assert asked == ["cpu", "cuda:0", "cpu trains", "cuda:0 trains"]
+    assert facts["measured"]["forward"] == 8000  # of the device that extract would take
+    cpu, gpu = facts["devices"]
+    assert cpu == {
+        "device": "cpu", "name": "a cpu", "decode": 900, "forward": 50, "end_to_end": 47, "precision": "fp32", "train": 8,
+        "train_step": 4, "train_batch_size": 32, "train_precision": "fp32",
+    }  # fmt: skip
+    assert (gpu["device"], gpu["train"], gpu["train_step"]) == ("cuda:0", 800, 0.04)
+    assert table_lines(facts["devices"]) == [
+        "images/s                     decode  backbone  extract  train    step",
+        "cpu, fp32, training fp32        900        50       47      8     4 s",
+        "cuda:0, fp16, training bf16     900     8,000      850    800  0.04 s",
+        "cpu: a cpu",
+        "cuda:0: a cuda",
+        "step: augmentation, forward, backward and update on 32 images, recipe default",
+    ]
+    asked.clear()
+    doctor(tmp_path, backbone="squeezenet1_1", seconds=1, train=True, device="cpu")
+    assert asked == ["cpu", "cpu trains"]
+    with pytest.raises(UsageError, match="--train measures, and --seconds 0 does not"):
+        doctor(tmp_path, seconds=0, train=True)
+
+
+def test_every_gpu_is_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert device_names() == ["cpu", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_beside_the_cpu(tmp_path: Path) -> None:
+    facts = doctor(make_photos(tmp_path, each=2), backbone="squeezenet1_1", seconds=1, train=True)
+    assert [row["device"] for row in facts["devices"]] == device_names()
+    assert all(row["train"] > 0 for row in facts["devices"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,23 @@ def test_epochs_are_drawn_as_they_were(tuned: Path) -> None:
     assert "frozen head, val 50.0%" in accuracy.svg
     assert section.context["words"] == (
         "Epoch 3 of 3 was the best on val: accuracy 75.0%, loss 0.7. It was the last one: more epochs may do better."
+    )
+
+
+def test_scores_between_epochs_are_drawn_by_step(tuned: Path) -> None:
+    metrics, model = json.loads((tuned / "metrics.json").read_text()), load_model(tuned)
+    for row, epoch, step in zip(metrics["history"], (1, 1, 2), (50, 62, 100), strict=True):
+        row |= {"epoch": epoch, "step": step, "seconds": 0.5 * step, "images_per_second": 64.0}
+    (tuned / "metrics.json").write_text(json.dumps(metrics))
+    model.manifest["training"] |= {"best_epoch": 2, "best_step": 100}
+    section = training_section(SimpleNamespace(model=model))  # type: ignore[arg-type]
+    assert section is not None
+    loss, accuracy = section.context["charts"]
+    assert [row[1:] for row in loss.rows if row[0] == "train"] == [("50", "1"), ("62", "0.5"), ("100", "0.2")]
+    assert "best step 100" in accuracy.svg
+    assert section.context["words"] == (
+        "Epoch 2 of 2, at step 100 of 100, was the best on val: accuracy 75.0%, loss 0.7. It was the last one: more epochs may do "
+        "better."
     )
 
 

@@ -103,6 +103,12 @@ def test_what_is_told_is_what_the_model_holds(tuned: Run, model: Path, cache: Pa
     }.items() <= metrics.items()
 
 
+def test_rows_are_told_by_step_where_there_are_steps(tuned: Run) -> None:
+    assert [place for place, _ in tuned.rows()] == [1, 2, 3]  # of models that know epochs only
+    by_step = dataclasses.replace(tuned, history=[row | {"step": 50 * row["epoch"]} for row in HISTORY])
+    assert [(place, values["epoch/epoch"]) for place, values in by_step.rows()] == [(50, 1), (100, 2), (150, 3)]
+
+
 def test_tensorboard_reads_back_what_was_told(tuned: Run, tmp_path: Path) -> None:
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert log_run("tensorboard", tuned).startswith(f"{tmp_path / 'runs'}: tensorboard --logdir ")

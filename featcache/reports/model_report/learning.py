@@ -23,7 +23,7 @@ from featcache.heads.validation import EQUAL_LOSSES, good_enough
 from featcache.images.splits import training_images
 from featcache.models.model import METRICS, Model
 from featcache.models.training_rows import TrainingRows
-from featcache.reports.curves import values_of
+from featcache.reports.curves import axis_of, values_of
 from featcache.reports.elements import charts
 from featcache.reports.elements.charts import Chart, Series
 from featcache.reports.elements.numbers import count_text, number_text, percent_text
@@ -310,22 +310,22 @@ _ORDINALS = {5: "fifth", 10: "tenth"}
 
 def training_section(subject: Subject) -> Section | None:
     """Loss and accuracy epoch by epoch, of fine-tuning or of a linear or mlp head."""
-    history, best = read_history(subject.model), _best_epoch(subject.model)
+    history = read_history(subject.model)
     if not history:
         return None
-    context = {"charts": training_charts(subject.model), "words": _best_in_words(history, best)}
+    words = _best_in_words(history, _best(subject.model, axis_of(history)))
+    context = {"charts": training_charts(subject.model), "words": words}
     return Section("training", "Training, epoch by epoch", "section_charts.html", context, "Training")
 
 
-def _best_epoch(model: Model) -> float | None:
-    """Of fine-tuning the one that was kept, of a head as many as it was trained for."""
-    training = model.manifest["training"]
-    found = training.get("best_epoch" if model.manifest.get("finetuned") else "epochs")
+def _best(model: Model, axis: str) -> float | None:
+    """Of fine-tuning the step, or epoch, that was kept; of a head as many epochs as it was trained for."""
+    found = model.manifest["training"].get(f"best_{axis}" if model.manifest.get("finetuned") else "epochs")
     return float(found) if isinstance(found, int | float) else None
 
 
 def read_history(model: Model) -> list[dict[str, Any]]:
-    """A row per epoch, as ``curves.plot_history`` takes it; empty where there is none that can be drawn."""
+    """A row per score, or epoch, as ``curves.plot_history`` takes it; empty where there is none that can be drawn."""
     history = read_metrics(model).get("history")
     rows = [row for row in history if isinstance(row, dict)] if isinstance(history, list) else []
     numbers = all(value is None or isinstance(value, int | float) for row in rows for value in row.values())
@@ -334,13 +334,15 @@ def read_history(model: Model) -> list[dict[str, Any]]:
 
 def training_charts(model: Model) -> list[Chart]:
     """Loss and accuracy, with the best epoch and the frozen head; the numbers that ``curves.plot_history`` draws."""
-    history, best_epoch = read_history(model), _best_epoch(model)
+    history = read_history(model)
+    axis = axis_of(history)
+    best = _best(model, axis)
     head_val_accuracy = read_metrics(model).get("head_val_accuracy")
-    epochs = [float(row["epoch"]) for row in history]
-    mark = None if best_epoch is None or best_epoch not in epochs else (float(best_epoch), f"best epoch {best_epoch:g}")
+    places = [float(row[axis]) for row in history]
+    mark = None if best is None or best not in places else (best, f"best {axis} {best:g}")
     found = []
     for what, label in (("loss", "loss (nats)"), ("accuracy", "accuracy")):
-        series = [Series(split, epochs, values) for split, values in values_of(history, what).items()]
+        series = [Series(split, places, values) for split, values in values_of(history, what).items()]
         if not series:
             continue
         level = None
@@ -351,27 +353,29 @@ def training_charts(model: Model) -> list[Chart]:
                 series,
                 title=what.capitalize(),
                 caption=_ON_TRAIN if model.manifest.get("finetuned") else "",
-                x_label="epoch",
+                x_label=axis,
                 y_label=label,
                 percent_y=what == "accuracy",
                 mark=mark,
                 level=level,
-                points=len(epochs) <= 40,
+                points=len(places) <= 40,
             )
         )
     return found
 
 
-def _best_in_words(history: Sequence[Mapping[str, Any]], best_epoch: float | None) -> str:
-    """What the best epoch reached, and whether training may have ended too early."""
-    row = next((row for row in history if row["epoch"] == best_epoch), {})
-    last = history[-1]["epoch"]
+def _best_in_words(history: Sequence[Mapping[str, Any]], best: float | None) -> str:
+    """What the best epoch or step reached, and whether training may have ended too early."""
+    axis, last = axis_of(history), history[-1]
+    row = next((row for row in history if row[axis] == best), {})
     for split, judged in (("val", "on val"), ("held_out", "on a tenth held out, after which all trained for as long")):
         if row.get(f"{split}_accuracy") is not None:
             accuracy, loss = percent_text(row[f"{split}_accuracy"]), number_text(row.get(f"{split}_loss"))
-            words = f"Epoch {best_epoch:g} of {last:g} was the best {judged}: accuracy {accuracy}, loss {loss}."
-            return f"{words} It was the last one: more epochs may do better." if best_epoch == last > 1 else words
-    return f"Trained for {quantity(last, 'epoch')}, without images held out to choose by."
+            step = f", at step {best:g} of {last[axis]:g}," if axis == "step" else ""
+            words = f"Epoch {row['epoch']:g} of {last['epoch']:g}{step} was the best {judged}: accuracy {accuracy}, loss {loss}."
+            ended = best == last[axis] and last["epoch"] > 1
+            return f"{words} It was the last one: more epochs may do better." if ended else words
+    return f"Trained for {quantity(last['epoch'], 'epoch')}, without images held out to choose by."
 
 
 # ---------------------------------------------------------------------------------------------- frozen or fine-tuned

@@ -21,7 +21,7 @@ class Run:
     Attributes:
         command: which. model: the folder's path.
         parameters: what it was made with. scores: numbers; ``val/accuracy`` is the accuracy among what is told of val.
-        history: a row per epoch: ``epoch``, and numbers or None.
+        history: a row per score, or epoch: ``epoch``, perhaps ``step``, and numbers or None.
         files: pictures (.png) and pages about it, outside the folder. keeps_model: whether the folder is a result of it.
     """
 
@@ -44,9 +44,10 @@ class Run:
         return [file for file in self.files if file.endswith(".png")]
 
     def rows(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """Each epoch of the history, and the numbers that there are of it."""
+        """The step, or epoch, of each row of the history, and the numbers that there are of it."""
         for row in self.history:
-            yield int(row["epoch"]), {f"epoch/{name}": value for name, value in _numbers(row) if name != "epoch"}
+            axis = "step" if row.get("step") else "epoch"
+            yield int(row[axis]), {f"epoch/{name}": value for name, value in _numbers(row) if name != axis}
 
 
 def training_run(command: str, model: Path, files: Iterable[Path]) -> Run:

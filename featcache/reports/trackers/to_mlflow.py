@@ -9,7 +9,7 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 
 
 def write(run: Run) -> str:
-    """Tell ``run``: parameters, metrics with the epoch as their step, pictures and pages, and the model folder as artefacts.
+    """Tell ``run``: parameters, metrics by step or epoch, pictures and pages, and the model folder as artefacts.
 
     Returns:
         Where MLflow keeps it. Raises what MLflow raises.

@@ -1,0 +1,186 @@
+"""Epoch after epoch: train, score on val, remember the best, write checkpoints.
+
+In: a trainer, and images to choose by. Out: the trainer, with its history, a row per score, and the weights of the best one.
+Training ends with the recipe's epochs, patience or the seconds it was given, and with Interrupted when a signal asks.
+"""
+
+import logging
+import math
+
+import torch
+
+from featcache.errors import Interrupted, TrainingError
+from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.network import training_mode
+from featcache.finetuning.pixels import Pixels
+from featcache.finetuning.result import score
+from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compute_logits
+from featcache.system.signals import StopRequest
+from featcache.system.workdir import work_folder
+
+log = logging.getLogger("featcache")
+_SECONDS_BETWEEN_CHECKPOINTS = 600.0
+_STEPS_BETWEEN_QUESTIONS = 4  # asking all processes whether to stop costs a round trip
+
+
+class Loop:
+    """Trains a network until there is a reason to end.
+
+    Attributes:
+        out_of_time: whether the seconds were used up before epochs or patience were.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        val: Pixels,
+        *,
+        checkpoint: Checkpoint,
+        asked: StopRequest,
+        on_step: OnStep | None = None,
+        seconds: float = math.inf,
+    ) -> None:
+        """``seconds``: most of training and scoring, those before an interruption included. ``asked``: to stop."""
+        self._trainer, self._val, self._checkpoint = trainer, val, checkpoint
+        self._asked, self._on_step, self._limit = asked, on_step, seconds
+        self._clock = trainer.job.clock
+        self._begun = self._clock() - trainer.seconds
+        self._images = self._seconds = 0.0  # of this call, in training alone
+        self.out_of_time = False
+
+    def train(self) -> float:
+        """Train. A checkpoint is written after every epoch, every ten minutes (one process only), and before this ends early.
+
+        Returns:
+            Images per second of this call, in training alone; 0 if nothing was left to train.
+
+        Raises:
+            Interrupted: asked to. TrainingError: the loss or the weights are not finite, or the loss explodes.
+        """
+        trainer = self._trainer
+        while trainer.epoch < (trainer.recipe.epochs or 1) and not self._out_of_patience() and not self.out_of_time:
+            self._mark()
+            try:
+                self._evaluate(trainer.run_epoch(on_step=self._after_step, stop=self._must_stop))
+                self._save()
+            except Stopped:
+                self._stop()
+            except TrainingError as error:
+                kept = "there is no checkpoint yet"
+                if self._checkpoint.position:
+                    kept = f"the last good checkpoint, {self._checkpoint.position}, is kept in {self._folder}"
+                raise TrainingError(f"{error} ({kept})") from error
+        return self._images / self._seconds if self._seconds else 0.0
+
+    @property
+    def _folder(self) -> object:
+        return work_folder(self._trainer.job.output)
+
+    def _after_step(self, status: Status) -> None:
+        trainer, every = self._trainer, self._trainer.recipe.eval_every
+        if (
+            every and trainer.step % every == 0 and trainer.batch < trainer.steps_per_epoch
+        ):  # the last one's comes anyway
+            self._evaluate(trainer.take_means())
+            training_mode(trainer.network, trainer.recipe)
+            self._mark()
+        old = self._clock() - self._checkpoint.written > _SECONDS_BETWEEN_CHECKPOINTS
+        if old and trainer.processes.world == 1:
+            self._save()
+        if self._on_step:
+            self._on_step(status)
+
+    def _must_stop(self) -> bool:
+        """All processes stop after the same step."""
+        trainer, over = self._trainer, self._now() >= self._limit
+        if trainer.processes.world > 1:
+            if trainer.batch % _STEPS_BETWEEN_QUESTIONS:
+                return False
+            signals, overs = zip(*trainer.processes.all_gather((self._asked.signal, over)), strict=True)
+            self._asked.signal, over = max(signals), any(overs)
+        return bool(self._asked) or over
+
+    def _stop(self) -> None:
+        """After a step: for now, if a signal asks to; else for good, with a score of what there is. Raises Interrupted."""
+        trainer = self._trainer
+        if not self._asked:
+            self.out_of_time = True
+            if trainer.step > (trainer.history[-1]["step"] if trainer.history else 0):
+                self._evaluate(trainer.take_means())
+        self._save()
+        epochs = trainer.recipe.epochs or 1
+        if self._asked:
+            raise Interrupted(
+                f"stopped in epoch {trainer.epoch + 1} of {epochs}; the same command with --resume goes on from there "
+                f"({self._folder})",
+                self._asked.signal,
+            )
+        log.warning(
+            "slower than planned: the time is used up after step %d of %d; the best so far counts",
+            trainer.step,
+            epochs * trainer.steps_per_epoch,
+        )
+
+    def _out_of_patience(self) -> bool:
+        """Whether so many whole epochs had no better score, at their end or within; that of the best does not count."""
+        patience, best = self._trainer.recipe.patience, self._trainer.best.get("epoch", 0)
+        return patience > 0 and best > 0 and self._trainer.epoch - best >= patience
+
+    # ---------------------------------------------------------------------------------------------------- scores
+
+    def _evaluate(self, means: tuple[float, float]) -> None:
+        """Score on val, add to the history, remember the best, say how it went. ``means``: of training since the last row."""
+        trainer, (loss, accuracy) = self._trainer, means
+        rate = self._lap()
+        logits = compute_logits(trainer.evaluated, self._val, job=trainer.job)
+        val_accuracy, negative_loss = score(self._val.labels, logits)
+        val_loss, epoch = -negative_loss, -(-trainer.step // trainer.steps_per_epoch)
+        if not math.isfinite(val_loss):
+            after = f"step {trainer.batch} of epoch {epoch}" if trainer.batch else f"epoch {epoch}"
+            raise TrainingError(f"the loss on val is {val_loss} after {after}; try a lower learning rate")
+        place = {"epoch": epoch, "step": trainer.step, "seconds": round(self._now(), 3), "images_per_second": rate}
+        row = {"train_loss": loss, "train_accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
+        trainer.history.append(place | row)
+        better = not trainer.best or (val_accuracy, -val_loss) > (trainer.best["accuracy"], -trainer.best["loss"])
+        if better:
+            weights = trainer.evaluated.state_dict().items()
+            trainer.best = {
+                "epoch": epoch,
+                "step": trainer.step,
+                "accuracy": val_accuracy,
+                "loss": val_loss,
+                "weights": {name: tensor.detach().cpu().clone() for name, tensor in weights},
+                "logits": torch.from_numpy(logits),
+            }
+        log.info(
+            "epoch %d/%d%s: loss %.4f, accuracy %.2f%%; val loss %.4f, accuracy %.2f%%%s",
+            epoch,
+            trainer.recipe.epochs,
+            f", step {trainer.batch}/{trainer.steps_per_epoch}" if trainer.batch else "",
+            loss,
+            100 * accuracy,
+            val_loss,
+            100 * val_accuracy,
+            " (best so far)" if better else "",
+        )
+
+    # ---------------------------------------------------------------------------------------------------- seconds
+
+    def _now(self) -> float:
+        """Seconds of training and scoring, of all calls."""
+        return self._clock() - self._begun
+
+    def _save(self) -> None:
+        self._trainer.seconds = self._now()
+        self._checkpoint.save()
+
+    def _mark(self) -> None:
+        """From now on there is training."""
+        self._marked = self._clock(), self._trainer.step
+
+    def _lap(self) -> float:
+        """Images per second since the mark."""
+        trainer, (since, before) = self._trainer, self._marked
+        seconds, images = self._clock() - since, len(trainer.data) * (trainer.step - before) / trainer.steps_per_epoch
+        self._seconds, self._images = self._seconds + seconds, self._images + images
+        return float(f"{images / seconds:.4g}") if seconds > 0 else 0.0

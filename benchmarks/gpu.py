@@ -190,7 +190,7 @@ def ours(arguments: argparse.Namespace, note: Note) -> None:
     loaded, runtime = load_backbone(arguments.name, "none"), choose_runtime(arguments.device)
     images = list_images(arguments.work / "photos")
     encoder, choice = build_encoder(loaded, runtime, sample_pixels(images, loaded.preprocess, 32))
-    rates = measure(images, encoder, runtime, seconds=max(1.0, 0.5 * (arguments.until - time.time())))
+    rates = measure(images, encoder, runtime, seconds=max(1.0, 0.4 * (arguments.until - time.time())))
     found = {name: getattr(rates, name) for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")}
     found |= {"limit": rates.limit, "precision": choice.precision, "form": choice.form, "self_check": choice.tried}
     note(**found, workers=runtime.workers, batch_size=runtime.batch_size)

@@ -44,6 +44,7 @@ from typing import Any
 import usual_loops
 from facts import machine_facts
 
+Note = Callable[..., None]
 DINO = "timm/vit_small_patch14_reg4_dinov2.lvd142m"
 # backbones, images, images to train on, the network to train, rows and dimensions of embeddings
 ON_GPU = (f"resnet50,vit_b_16,{DINO},mobilenet_v3_large", 8192, 2048, "resnet50", (40_000, 1024))
@@ -102,26 +103,31 @@ def run_part(part: str, name: str, arguments: argparse.Namespace, seconds: float
     child = multiprocessing.get_context("fork").Process(target=in_child, args=(arguments, answer))
     child.start()
     child.join(seconds)
-    if child.is_alive():
+    cut = {"failed": f"not done in its {seconds:.0f} s"} if child.is_alive() else {}
+    if cut:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid or 0, signal.SIGKILL)  # its loader's workers, too
         child.join()
-    if answer.exists():
-        return dict(json.loads(answer.read_text()))
-    return {"failed": f"exit code {child.exitcode}, {seconds:.0f} s were given"}
+    elif child.exitcode:
+        cut = {"failed": f"exit code {child.exitcode}"}
+    return (dict(json.loads(answer.read_text())) if answer.exists() else {}) | cut
 
 
 def in_child(arguments: argparse.Namespace, answer: Path) -> None:
-    """Do a part, as the first of a group of processes; write what it found."""
+    """Do a part, as the first of a group of processes; write what it has found, again and again."""
     os.setsid()
+
+    def note(**found: Any) -> None:
+        noted.update(found)
+        answer.with_suffix(".part").write_text(json.dumps(noted))
+        answer.with_suffix(".part").rename(answer)
+
+    noted: dict[str, Any] = {}
     try:
-        found = PARTS[arguments.part](arguments)
+        PARTS[arguments.part](arguments, note)
     except Exception as error:
         traceback.print_exc()
-        found = {"failed": f"{type(error).__name__}: {str(error)[:400]}"}
-    written = answer.with_suffix(".part")
-    written.write_text(json.dumps(found))
-    written.rename(answer)
+        note(failed=f"{type(error).__name__}: {str(error)[:400]}")
     sys.stdout.flush()
     os._exit(0)  # workers of a loader in full swing would be waited for
 
@@ -173,7 +179,7 @@ def write_copy(job: tuple[Path, int, Path]) -> int:
     return target.stat().st_size
 
 
-def ours(arguments: argparse.Namespace) -> dict[str, Any]:
+def ours(arguments: argparse.Namespace, note: Note) -> None:
     """Rates of featcache, and of its command."""
     from featcache import extract, list_images, load_backbone
     from featcache.backbones.embed import sample_pixels
@@ -184,10 +190,10 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     loaded, runtime = load_backbone(arguments.name, "none"), choose_runtime(arguments.device)
     images = list_images(arguments.work / "photos")
     encoder, choice = build_encoder(loaded, runtime, sample_pixels(images, loaded.preprocess, 32))
-    rates = measure(images, encoder, runtime, seconds=max(1.0, 0.5 * (arguments.until - time.time())))
+    rates = measure(images, encoder, runtime, seconds=max(1.0, 0.4 * (arguments.until - time.time())))
     found = {name: getattr(rates, name) for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")}
     found |= {"limit": rates.limit, "precision": choice.precision, "form": choice.form, "self_check": choice.tried}
-    found |= {"workers": runtime.workers, "batch_size": runtime.batch_size}
+    note(**found, workers=runtime.workers, batch_size=runtime.batch_size)
     some = min(len(images), int(rates.end_to_end * 0.6 * max(0.0, arguments.until - time.time())))
     if some >= min(len(images), 4 * runtime.batch_size):
         asked: dict[str, Any] = {"backbone": arguments.name, "weights": "none", "device": arguments.device}
@@ -197,19 +203,18 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def loop(arguments: argparse.Namespace) -> dict[str, Any]:
+def loop(arguments: argparse.Namespace, note: Note) -> None:
     """Rates of a usual loop."""
     careful = arguments.part == "careful"
-    return usual_loops.embed(
-        arguments.work / "photos", arguments.name, arguments.device, arguments.until, careful=careful
-    )
+    where = arguments.work / "photos"
+    note(**usual_loops.embed(where, arguments.name, arguments.device, arguments.until, careful=careful))
 
 
 class TimeIsUpError(Exception):
     """Ends a fine-tuning."""
 
 
-def train_ours(arguments: argparse.Namespace) -> dict[str, Any]:
+def train_ours(arguments: argparse.Namespace, note: Note) -> None:
     """Images/s of fine-tuning, steps alone, as the careful loop's: scoring val after each epoch is left out."""
     from featcache import finetune
 
@@ -221,7 +226,7 @@ def train_ours(arguments: argparse.Namespace) -> dict[str, Any]:
         if time.time() > arguments.until:
             raise TimeIsUpError
 
-    size = 64 if arguments.device != "cpu" else 16
+    size = 64 if arguments.device != "cpu" else 4
     changes = {"epochs": 1000, "batch_size": size, "unfreeze": "all", "warmup": 0.0, "patience": 0}
     changes["augmentation"] = (("resized_crop", 0.08, 1.0, 1.0), ("flip", 0.5))
     try:
@@ -233,15 +238,15 @@ def train_ours(arguments: argparse.Namespace) -> dict[str, Any]:
     pairs = [(a, b) for a, b in itertools.pairwise(clock[2:]) if a[1] == b[1]]
     done, seconds = (sum(b[k] - a[k] for a, b in pairs) for k in (2, 0))
     first = time.time() - time.perf_counter() + clock[0][0] - started
-    return {"rate": done / seconds, "batch_size": size, "steps": len(clock), "seconds_to_first_step": round(first, 1)}
+    note(rate=done / seconds, batch_size=size, steps=len(clock), seconds_to_first_step=round(first, 1))
 
 
-def train_careful(arguments: argparse.Namespace) -> dict[str, Any]:
+def train_careful(arguments: argparse.Namespace, note: Note) -> None:
     """The same by the careful loop."""
-    return usual_loops.train(arguments.work / "train", arguments.name, arguments.device, arguments.until)
+    note(**usual_loops.train(arguments.work / "train", arguments.name, arguments.device, arguments.until))
 
 
-def heads(arguments: argparse.Namespace) -> dict[str, Any]:
+def heads(arguments: argparse.Namespace, note: Note) -> None:
     """Seconds of heads and neighbours, here and there; None where there is no such choice."""
     import numpy as np
     from out_of_core import write
@@ -252,7 +257,7 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
     (rows, dim), cache = (ON_CPU if arguments.device == "cpu" else ON_GPU)[4], arguments.work / "heads.h5"
     write(cache, rows, dim, 100, 8.0)
     features = np.asarray(FeatureCache.open(cache).X, np.float32)
-    found: dict[str, Any] = {"rows": rows, "dim": dim}
+    note(rows=rows, dim=dim)
     choice = "device" in inspect.signature(fit_head).parameters
     jobs: dict[str, Callable[[dict[str, Any]], Any]] = {
         "neighbours": lambda where: nearest_rows(features, np.arange(rows), **where),
@@ -266,19 +271,13 @@ def heads(arguments: argparse.Namespace) -> dict[str, Any]:
             if not chosen and device != "cpu":
                 continue
             started = time.perf_counter()
-            if started_late(arguments.until):
-                return found
+            if time.time() > arguments.until:
+                return
             job({"device": device} if chosen else {})
-            found[f"{name} {device}"] = round(time.perf_counter() - started, 2)
-    return found
+            note(**{f"{name} {device}": round(time.perf_counter() - started, 2)})
 
 
-def started_late(until: float) -> bool:
-    """Whether there is no time for more."""
-    return time.time() > until
-
-
-def tests(_: argparse.Namespace) -> dict[str, Any]:
+def tests(_: argparse.Namespace, note: Note) -> None:
     """``pytest -m gpu``: how its summary reads."""
     root = Path(__file__).resolve().parent.parent
     files = [str(path) for path in sorted((root / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
@@ -286,10 +285,10 @@ def tests(_: argparse.Namespace) -> dict[str, Any]:
     done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     lines = done.stdout.strip().splitlines()
     bad = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
-    return {"files": len(files), "summary": lines[-1], "exit_code": done.returncode, "failures": bad[:40]}
+    note(files=len(files), summary=lines[-1], exit_code=done.returncode, failures=bad[:40])
 
 
-def decoders(arguments: argparse.Namespace) -> dict[str, Any]:
+def decoders(arguments: argparse.Namespace, note: Note) -> None:
     """Full-size decoding of JPEGs in images/s: by Pillow, by the fast decoder, by the GPU, by the latter two at once."""
     import numpy as np
 
@@ -298,17 +297,14 @@ def decoders(arguments: argparse.Namespace) -> dict[str, Any]:
     data = [path.read_bytes() for path in sorted((arguments.work / "photos").rglob("*.jpg"))[:2048]]
     threads, seconds = usual_loops.usable_cores(), max(0.5, (arguments.until - time.time()) / 5)
     fast = decode_forever(data, decode_pixels)
-    found: dict[str, Any] = {
-        "pillow": together([decode_forever(data, lambda file: np.asarray(decode(file)))] * threads, seconds),
-        "fast": together([fast] * threads, seconds),
-    }
+    note(pillow=together([decode_forever(data, lambda file: np.asarray(decode(file)))] * threads, seconds))
+    note(fast=together([fast] * threads, seconds))
     try:
         on_gpu = gpu_forever(data, arguments.device)
-        found["gpu"] = together([on_gpu], seconds)
-        found["both"] = together([on_gpu, *[fast] * max(1, threads - 1)], seconds)
+        note(gpu=together([on_gpu], seconds))
+        note(both=together([on_gpu, *[fast] * max(1, threads - 1)], seconds))
     except Exception as error:  # no GPU, or a torchvision without nvJPEG
-        found["no_gpu"] = str(error).splitlines()[0][:200]
-    return found
+        note(no_gpu=str(error).splitlines()[0][:200])
 
 
 def decode_forever(data: list[bytes], decode: Callable[[bytes], Any]) -> Callable[[threading.Event], int]:
@@ -393,7 +389,7 @@ def shown(value: Any) -> str:
     )
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[argparse.Namespace, Note], None]] = {
     "ours": ours,
     "plain": loop,
     "careful": loop,

@@ -54,7 +54,7 @@ def batches(
 def batch_size(device: str, careful: bool) -> int:
     """64, or 256 where workers can hand so large ones over: two of each are in shared memory."""
     if device == "cpu":
-        return 16
+        return 4
     shared = Path("/dev/shm")
     room = shutil.disk_usage(shared).free if shared.is_dir() else 2**40
     return 256 if careful and room > 2 * 16 * 2 * 256 * 3 * 224 * 224 * 4 else 64
@@ -90,7 +90,7 @@ def train(folder: Path, name: str, device: str, until: float) -> dict[str, Any]:
     from torch import nn
     from torchvision.transforms import v2
 
-    size = 64 if device != "cpu" else 16
+    size = 64 if device != "cpu" else 4
     transform = v2.Compose(
         [
             v2.PILToTensor(),

@@ -27,7 +27,14 @@ from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
 from featcache.spec import PreprocessSpec
-from featcache.system.device import Runtime, has_bf16_arithmetic, launching, memory_errors, true_float32
+from featcache.system.device import (
+    Runtime,
+    has_bf16_arithmetic,
+    launching,
+    memory_errors,
+    one_core_each,
+    true_float32,
+)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -180,13 +187,13 @@ def build_encoder(
     if precision not in ("auto", *_TYPES):
         raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
     plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, runtime.device, torch.float32)
-    reference = _try_input(plain, backbone, sample)
+    reference = _try_input(plain, backbone, sample, runtime)
     names = _candidates(runtime.device, len(sample)) if precision == "auto" else [precision]
     tried: dict[str, Agreement] = {}
     nearest, nearest_form, least = plain, "plain", (True, math.inf)
     for encoder, name, form in _encoders(backbone, runtime, names):
         # In order of known speed, not by a stopwatch: a resumed run must choose what the first one chose.
-        features = _features_or_nan(encoder, sample, backbone.dim)
+        features = _features_or_nan(encoder, sample, backbone.dim, runtime)
         found = tried[f"{name} {form}"] = agreement(reference, features)
         encoder.exact = None if name == "fp32" else plain
         if only_rounded(reference, features) if name == "fp32" else found.passes:
@@ -224,25 +231,41 @@ def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -
     for name in precisions:
         if form == "folded" and runtime.device.type != "mps" and os.environ.get("FEATCACHE_FUSE") != "0":
             encoder = Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name])
-            if encoder.fuse(runtime.batch_size):
+            with one_core_each(1, "featcache-check") as core:
+                fused = core.submit(encoder.fuse, runtime.batch_size).result()
+            if fused:
                 yield encoder, name, "fused"
         yield Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name]), name, form
 
 
-def _features_or_nan(encoder: Encoder, sample: npt.NDArray[np.uint8], dim: int) -> npt.NDArray[np.float32]:
+def _embed_sample(encoder: Encoder, sample: npt.NDArray[np.uint8], runtime: Runtime) -> npt.NDArray[np.float32]:
+    """(N, D), as ``embed`` will do it: in such batches, on a CPU each on one core. All cores at a batch wait for each other,
+    which takes seconds where other programs run."""
+    pieces = [sample[start : start + runtime.batch_size] for start in range(0, len(sample), runtime.batch_size)]
+    if runtime.device.type != "cpu":
+        return np.concatenate([encoder(piece) for piece in pieces])
+    with one_core_each(runtime.workers, "featcache-check") as cores:
+        return np.concatenate(list(cores.map(encoder, pieces)))
+
+
+def _features_or_nan(
+    encoder: Encoder, sample: npt.NDArray[np.uint8], dim: int, runtime: Runtime
+) -> npt.NDArray[np.float32]:
     """(N, D) embeddings; NaN if this form of the network fails where the plain one does not, so that it cannot pass."""
     try:
-        return encoder(sample)
+        return _embed_sample(encoder, sample, runtime)
     except (UsageError, torch.AcceleratorError):  # memory; a GPU that failed, after which nothing works
         raise
     except Exception:
         return np.full((len(sample), dim), np.nan, np.float32)
 
 
-def _try_input(encoder: Encoder, backbone: Backbone, sample: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def _try_input(
+    encoder: Encoder, backbone: Backbone, sample: npt.NDArray[np.uint8], runtime: Runtime
+) -> npt.NDArray[np.float32]:
     """The first forward pass: some networks take one input size only."""
     try:
-        features = encoder(sample)
+        features = _embed_sample(encoder, sample, runtime)
     except torch.AcceleratorError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:

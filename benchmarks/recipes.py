@@ -33,6 +33,7 @@ from facts import machine_facts
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from featcache.errors import TrainingError
 from featcache.extraction.extract import extract
 from featcache.finetuning.finetune import finetune
 from featcache.finetuning.recipes import find_recipe
@@ -196,7 +197,10 @@ def run(starts: Starts, name: str, seed: int, changes: dict[str, Any]) -> dict[s
     """Fine-tune once; scores on test, and image by image who is right, beside the frozen head."""
     images, head, output = starts.images(name, seed), starts.head(name, seed), starts.work / "tuned"
     begun, options = time.process_time(), {"precision": "fp32", "device": "cpu", "workers": 1, "micro_batch": 32}
-    report = finetune(images, output, init=head, changes=changes, seed=seed, overwrite=True, force=True, **options)
+    try:
+        report = finetune(images, output, init=head, changes=changes, seed=seed, overwrite=True, force=True, **options)
+    except TrainingError as error:  # it diverges: a result, too
+        return {"failed": str(error).partition(" (")[0]}
     rows = load_model(output).training_rows()
     assert rows is not None and rows.compared is not None
     test = slice(int((images.splits == SPLITS.index("val")).sum()), None)  # the answers of val come first
@@ -288,16 +292,20 @@ class Planned:
 def tables(jobs: list[Planned], runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Print a table per set of the runs that there are; their rows."""
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    rows: list[dict[str, Any]] = []
     for job in (job for job in jobs if job.key in runs):
-        found.setdefault(job.name, {}).setdefault(job.variant, {})[job.seed] = runs[job.key]
-    rows = []
+        if failed := runs[job.key].get("failed"):
+            print(f"{job.name}, seed {job.seed}, {job.variant} failed: {failed}")
+            rows.append(dataclasses.asdict(job) | {"failed": failed})
+        else:
+            found.setdefault(job.name, {}).setdefault(job.variant, {})[job.seed] = runs[job.key]
     for name, variants in found.items():
         print(
             f"\n{name}: % right of test, mean ± sd over n seeds; gain and over base: of pairs of the same images and seed"
         )
         for variant, by_seed in variants.items():
             show(row := summary(variant, by_seed, variants.get("base", {})))
-            rows.append({"set": name} | row)
+            rows.append({"name": name} | row)
     return rows
 
 
@@ -336,10 +344,8 @@ def main() -> None:  # noqa: D103 - the module says it
             runs[job.key] = row
             with arguments.output.open("a") as file:
                 file.write("\n" + json.dumps(row))  # what was cut off before is a line of its own
-            shown = (
-                f"{row['test_accuracy']:.2%}, frozen head {row['head_test_accuracy']:.2%}, {row['cpu_seconds']} CPU s"
-            )
-            print(f"{job.name} {job.seed} {job.variant}: {shown}", file=sys.stderr, flush=True)
+            shown = {field: value for field, value in row.items() if field not in ("key", "weights", "right")}
+            print(json.dumps(shown), file=sys.stderr, flush=True)
     print(json.dumps({"rows": tables(jobs, runs)} | machine_facts()))
 
 

@@ -5,11 +5,11 @@
 
 Sets: scikit-learn's digits, 8 x 8 enlarged to 64 (far); ants and bees, cats and dogs at 96 pixels (near); so many training images
 per class as the name says. Val and test are the same images for all of a set's runs; the seed draws the training images and
-everything random. MobileNetV2 in float32, one thread. A variant is what it changes of ``BASE``, which is pinned here, whatever
-the default has become. The row to beat is the frozen head. Each finished run is a line of ``runs.jsonl`` and is not repeated,
-so that the script can be ended and started again at any time. ``--table``: only show what is there.
+everything random. MobileNetV2, unless told otherwise, in float32 on one thread. A variant is what it changes of ``BASE``, which is
+pinned here, whatever the default has become. The row to beat is the frozen head. Each finished run is a line of ``runs.jsonl`` and
+is not repeated, so that the script can be ended and started again at any time. ``--table``: only show what is there.
 
-Digits mirrored are other shapes, and no digits: all variants on digits leave the mirroring out, but ``mirrored``.
+Digits mirrored are other shapes, and no digits: no variant mirrors them but ``mirrored``.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from sklearn.datasets import load_digits
 from featcache.errors import TrainingError
 from featcache.extraction.extract import extract
 from featcache.finetuning.finetune import finetune
-from featcache.finetuning.recipes import find_recipe
 from featcache.heads.metrics import mcnemar
 from featcache.images.source import ImageList, list_images
 from featcache.models.fit import fit_head
@@ -150,8 +149,7 @@ def changes_of(name: str, variant: str, n_train: int) -> dict[str, Any]:
 
 def key_of(name: str, seed: int, changes: dict[str, Any]) -> str:
     """The same settings are the same run, whatever the variant is called."""
-    recipe = find_recipe("default", changes).to_json()
-    return hashlib.sha256(json.dumps([name, seed, recipe], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([name, seed, changes], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Starts:
@@ -179,7 +177,7 @@ class Starts:
         return folder
 
     def _extract(self, images: ImageList, kind: str, file: str, **options: Any) -> Path:
-        settings = {"backbone": "mobilenet_v2", "weights": self.arguments.weights, "precision": "fp32"}
+        settings = {"backbone": self.arguments.backbone, "weights": self.arguments.weights, "precision": "fp32"}
         settings |= {"resize": self.sets[kind].resize, "crop": self.sets[kind].crop, "device": "cpu", "workers": 1}
         extract(images, self.work / f"{file}.h5", **settings, **options)
         return self.work / f"{file}.h5"
@@ -214,14 +212,14 @@ def run(starts: Starts, name: str, seed: int, changes: dict[str, Any]) -> dict[s
     return facts | {"cpu_seconds": round(time.process_time() - begun, 1), "right": right}
 
 
-def read_runs(file: Path, weights: str) -> dict[str, dict[str, Any]]:
-    """Finished runs by key; a line that was cut off is none. Ends the script if they are of other weights."""
+def read_runs(file: Path, network: str) -> dict[str, dict[str, Any]]:
+    """Finished runs by key; a line that was cut off is none. Ends the script if they are of another network."""
     runs = []
     for line in file.read_text().splitlines() if file.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             runs.append(json.loads(line))
-    if others := {row["weights"] for row in runs} - {weights}:
-        sys.exit(f"{file} holds runs of {', '.join(others)}, not of {weights}; choose another -o")
+    if others := {row["network"] for row in runs} - {network}:
+        sys.exit(f"{file} holds runs of {', '.join(others)}, not of {network}; choose another -o")
     return {row["key"]: row for row in runs}
 
 
@@ -313,7 +311,8 @@ def main() -> None:  # noqa: D103 - the module says it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hymenoptera", type=Path)
     parser.add_argument("cats_dogs", type=Path)
-    parser.add_argument("--weights", default="none", help="of MobileNetV2, a .pth file; none: random ones")
+    parser.add_argument("--backbone", default="mobilenet_v2")
+    parser.add_argument("--weights", default="auto", help="its weights, as for extract")
     parser.add_argument("-o", "--output", type=Path, required=True, help="finished runs, a JSON line each")
     parser.add_argument("--sets", nargs="+", default=SETS, help="KIND:IMAGES_PER_CLASS")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="names, 'A + B' for both, or patterns")
@@ -322,7 +321,7 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--work", type=Path, help="keep features and heads there")
     parser.add_argument("--table", action="store_true", help="only show what is there")
     arguments = parser.parse_args()
-    weights, begun = Path(arguments.weights).name, time.monotonic()
+    network, begun = f"{arguments.backbone}, weights {Path(arguments.weights).name}", time.monotonic()
     given = [name for pattern in arguments.variants for name in fnmatch.filter(VARIANTS, pattern) or [pattern]]
     jobs = [
         Planned(name, seed, variant)
@@ -331,7 +330,7 @@ def main() -> None:  # noqa: D103 - the module says it
         for name in arguments.sets
         if variant != "mirrored" or name.startswith("digits")
     ]
-    runs = read_runs(arguments.output, weights)
+    runs = read_runs(arguments.output, network)
     torch.set_num_threads(1)
     logging.getLogger("featcache").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() if arguments.work is None else contextlib.nullcontext(arguments.work) as work:
@@ -339,12 +338,12 @@ def main() -> None:  # noqa: D103 - the module says it
         for job in jobs if not arguments.table else []:
             if job.key in runs or time.monotonic() - begun > 60 * arguments.minutes:
                 continue
-            row = {"key": job.key, "weights": weights} | dataclasses.asdict(job)
+            row = {"key": job.key, "network": network} | dataclasses.asdict(job)
             row |= run(starts, job.name, job.seed, job.changes)
             runs[job.key] = row
             with arguments.output.open("a") as file:
                 file.write("\n" + json.dumps(row))  # what was cut off before is a line of its own
-            shown = {field: value for field, value in row.items() if field not in ("key", "weights", "right")}
+            shown = {field: value for field, value in row.items() if field not in ("key", "network", "right")}
             print(json.dumps(shown), file=sys.stderr, flush=True)
     print(json.dumps({"rows": tables(jobs, runs)} | machine_facts()))
 

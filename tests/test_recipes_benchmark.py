@@ -91,7 +91,7 @@ def test_finished_runs_are_read_and_shown(
     file, lines = tmp_path / "runs.jsonl", []
     for variant, seed, right in (("base", 0, "1101"), ("base", 1, "1100"), ("rate 1e-4", 1, "1111")):
         job = script.Planned("digits:20", seed, variant)
-        row = {"key": job.key, "weights": "w.pth", "name": job.name, "seed": seed, "variant": variant}
+        row = {"key": job.key, "network": "net, weights w.pth", "name": job.name, "seed": seed, "variant": variant}
         row |= {
             "test_accuracy": right.count("1") / 4,
             "head_test_accuracy": 0.5,
@@ -102,10 +102,12 @@ def test_finished_runs_are_read_and_shown(
         )
         lines.append(json.dumps(row))
     file.write_text("\n".join([*lines, lines[0][:40]]))  # killed while writing
-    assert len(script.read_runs(file, "w.pth")) == 3
-    with pytest.raises(SystemExit, match=r"holds runs of w\.pth, not of other\.pth"):
-        script.read_runs(file, "other.pth")
-    monkeypatch.setattr(sys, "argv", ["recipes.py", "a", "c", "-o", str(file), "--weights", "w.pth", "--table"])
+    assert len(script.read_runs(file, "net, weights w.pth")) == 3
+    with pytest.raises(SystemExit, match="holds runs of net, weights w.pth, not of other"):
+        script.read_runs(file, "other")
+    monkeypatch.setattr(
+        sys, "argv", ["recipes.py", "a", "c", "-o", str(file), "--backbone", "net", "--weights", "w.pth", "--table"]
+    )
     script.main()
     rows = {row["variant"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
     assert rows["base"]["over_head"] == [0.25, 0.0]
@@ -116,10 +118,14 @@ def test_finished_runs_are_read_and_shown(
 @pytest.mark.slow
 def test_a_run_scores_the_images_of_test(script: Any, tmp_path: Path) -> None:
     """Who is right, image by image, is what the report says; a second start finds features and head."""
-    starts = script.Starts(argparse.Namespace(weights="none"), tmp_path)
+    starts = script.Starts(argparse.Namespace(backbone="mobilenet_v2", weights="none"), tmp_path)
     changes = script.Planned("digits:3", 0, "base").changes | {"epochs": 1}
     row = script.run(starts, "digits:3", 0, changes)
     assert len(row["right"]["head"]) == 600
     for who, score in (("head", "head_test_accuracy"), ("tuned", "test_accuracy")):
         assert row["right"][who].count("1") / 600 == pytest.approx(row[score])
-    assert script.Starts(argparse.Namespace(weights="none"), tmp_path).head("digits:3", 0).exists()
+    assert (
+        script.Starts(argparse.Namespace(backbone="mobilenet_v2", weights="none"), tmp_path)
+        .head("digits:3", 0)
+        .exists()
+    )

@@ -23,7 +23,15 @@ from featcache.cache.format import encode_names, find
 from featcache.errors import Interrupted, ModelError, SourceError, TrainingError
 from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.checkpoint import Checkpoint
-from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
+from featcache.finetuning.network import (
+    Network,
+    assemble,
+    check_parity,
+    count_parameters,
+    has_batch_norms,
+    interpolate,
+    with_new_head,
+)
 from featcache.finetuning.pixels import Picture, Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, explain, settle
 from featcache.finetuning.result import (
@@ -93,7 +101,7 @@ def tune(
     train, val = decode("train"), decode("val")
     rows = TrainingRows(train.digests, train.labels).after(earlier)
     seen = {"val": _seen(rows, val, split="val")}
-    recipe = _settle_recipe(job, len(train))
+    recipe = _settle_recipe(job, len(train), batch_norms=has_batch_norms(backbone.module))
     start = _assemble_start(job, model, backbone=backbone, train=train, val=val, cache=cache)
     trainer = _make_trainer(start, train, recipe=recipe, job=job)
     counts = count_parameters(trainer.network, recipe)
@@ -147,8 +155,8 @@ def _seen(rows: TrainingRows, pixels: Pixels, *, split: str) -> Array:
     return seen
 
 
-def _settle_recipe(job: Job, n_train: int) -> Recipe:
-    recipe = settle(job.settings, n_train)
+def _settle_recipe(job: Job, n_train: int, *, batch_norms: bool) -> Recipe:
+    recipe = settle(job.settings, n_train, batch_norms=batch_norms)
     log.info("recipe %s: %s", job.recipe, recipe.about)
     for line in explain(recipe, n_train):
         log.info("  %s", line)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from featcache.errors import UsageError
-from featcache.finetuning.recipes import RECIPES, choose_recipe, explain, find_recipe
+from featcache.finetuning.recipes import RECIPES, choose_recipe, explain, find_recipe, settle
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -23,10 +23,12 @@ def test_every_recipe_settles_and_explains_itself(name: str) -> None:
     assert json.loads(json.dumps(recipe.to_json())) == recipe.to_json()
 
 
-def test_the_default_starts_from_the_cached_head_with_the_backbone_far_below_it() -> None:
+def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_network() -> None:
     recipe = choose_recipe("default", 1000)
     assert recipe.hidden is None
-    assert recipe.backbone_lr * 9 < recipe.lr
+    assert (recipe.backbone_lr, settle(RECIPES["default"], 1000, batch_norms=False).backbone_lr) == (3e-4, 3e-5)
+    given = find_recipe("default", {"backbone_lr": 1e-6})
+    assert {settle(given, 1000, batch_norms=kind).backbone_lr for kind in (True, False)} == {1e-6}
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
 
 

@@ -142,7 +142,7 @@ def changes_of(name: str, variant: str, n_train: int) -> dict[str, Any]:
     changes: dict[str, Any] = BASE | {"epochs": 15 if n_train < 500 else 10}
     for part in variant.split(" + "):
         changes |= VARIANTS[part]
-    if name.startswith("digits") and variant != "mirrored":
+    if name.startswith("digits") and "mirrored" not in variant.split(" + "):
         changes["augmentation"] = [step for step in changes["augmentation"] if step != MIRROR]
     return changes
 
@@ -328,7 +328,7 @@ def main() -> None:  # noqa: D103 - the module says it
         for seed in arguments.seeds
         for variant in dict.fromkeys(given)
         for name in arguments.sets
-        if variant != "mirrored" or name.startswith("digits")
+        if "mirrored" not in variant.split(" + ") or name.startswith("digits")
     ]
     runs = read_runs(arguments.output, network)
     torch.set_num_threads(1)

@@ -63,7 +63,7 @@ def test_variants_change_what_they_say_and_digits_are_not_mirrored(script: Any) 
     flips = {
         (name, variant): ["flip", 0.5] in script.Planned(name, 0, variant).changes["augmentation"]
         for name in ("digits:20", "ants-bees:20")
-        for variant in ("base", "mirrored", "rate 1e-4", "crop 0.08")
+        for variant in ("base", "mirrored", "rate 1e-4 + mirrored", "rate 1e-4", "crop 0.08")
     }
     assert {key for key, mirrored in flips.items() if not mirrored} == {
         ("digits:20", variant) for variant in ("base", "rate 1e-4", "crop 0.08")

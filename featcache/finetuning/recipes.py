@@ -173,7 +173,10 @@ _DEFAULT = Recipe(
 # By whether there are batch norms: measured on MobileNetV2 (below); on transformers not measured, what is usual of them.
 _BACKBONE_LR = {True: 3e-4, False: 3e-5}
 # What ``explain`` cites of the default; 2026-11: python benchmarks/recipes.py HYMENOPTERA CATS_DOGS --weights FILE -o runs.jsonl
-_MEASURED = "XXX"
+_MEASURED = (
+    "measured on MobileNetV2: 200 digits, far from ImageNet and not mirrored, 94.3 % right, frozen head 87.1 % (means of 3 draws); near "
+    "it, one draw each, 200 cats and dogs 94.5 and 91.0 %, 160 ants and bees 90.2 and 90.8 %, which is noise"
+)
 # field -> the other field on which it depends, and the values of that with which it does something.
 _ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd",)),

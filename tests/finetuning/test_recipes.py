@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,16 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     given = find_recipe("default", {"backbone_lr": 1e-6})
     assert {settle(given, 1000, batch_norms=kind).backbone_lr for kind in (True, False)} == {1e-6}
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
+
+
+def test_the_default_cites_figures_of_the_log_and_nothing_else_does() -> None:
+    cited = explain(choose_recipe("default", 300), 300)[-1]
+    log = (Path(__file__).parents[2] / "benchmarks" / "LOG.md").read_text().partition("## Which recipe")[2]
+    assert cited.startswith("measured on MobileNetV2: ")
+    assert (figures := re.findall(r"\d\d\.\d", cited)) and all(figure in log for figure in figures)
+    others = [choose_recipe("default", 300, ema=0.9), choose_recipe("gradual", 300)]
+    others.append(settle(RECIPES["default"], 300, batch_norms=False))
+    assert not [line for recipe in others for line in explain(recipe, 300) if "measured" in line]
 
 
 def test_cats_and_dogs_has_the_course_s_head() -> None:

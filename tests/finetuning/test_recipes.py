@@ -44,6 +44,14 @@ def test_the_default_cites_figures_of_the_log_and_nothing_else_does() -> None:
     assert not [line for recipe in others for line in explain(recipe, 300) if "measured" in line]
 
 
+def test_mirroring_is_said_to_be_wrong_for_digits_where_there_is_any() -> None:
+    texts = {
+        name: "\n".join(explain(choose_recipe(name, 300, augmentation=steps), 300))
+        for name, steps in (("default", None), ("gradual", [["rotate", 10]]), ("flowers", []))
+    }
+    assert ["digit or letter mirrored" in text for text in texts.values()] == [True, False, False]
+
+
 def test_cats_and_dogs_has_the_course_s_head() -> None:
     """On DenseNet-121, whose embeddings have 1,024 values, as the course counts its parameters."""
     sizes = [1024, *(choose_recipe("cats-dogs", 1000).hidden or ()), 2]

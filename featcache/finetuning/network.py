@@ -386,7 +386,9 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
     rated = [(list(network.head.parameters()), recipe.lr)]
     if recipe.unfreeze != "head":
         opened = parts[-1:] if recipe.unfreeze == "last-stage" else parts
-        rated += [(stage, recipe.backbone_lr * recipe.layer_decay**depth) for depth, stage in enumerate(opened[::-1])]
+        rated += [
+            (stage, (recipe.backbone_lr or 0.0) * recipe.layer_decay**depth) for depth, stage in enumerate(opened[::-1])
+        ]
     groups = []
     for parameters, lr in rated:
         for decayed in (True, False):
@@ -395,6 +397,11 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
                 decay = recipe.weight_decay if decayed else 0.0
                 groups.append({"params": chosen, "lr": lr, "peak_lr": lr, "weight_decay": decay})
     return groups
+
+
+def has_batch_norms(module: nn.Module) -> bool:
+    """Whether any of its modules is a batch norm."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
 
 
 def count_parameters(network: Network, recipe: Recipe) -> tuple[int, int]:

@@ -68,7 +68,8 @@ class Recipe:
         backbone_dropout: whether dropout and drop path inside the backbone are on while it trains, as in its pre-training.
         drop_path: share of images for which training leaves out the last block, less and less further down (stochastic depth,
             Huang et al. 2016; 0.1 to 0.2 is usual for a ViT-B); 0: none but what ``backbone_dropout`` says.
-        optimizer: adamw, adam or sgd. lr, backbone_lr: peak learning rates of the head and of the backbone's last stage.
+        optimizer: adamw, adam or sgd. lr, backbone_lr: peak learning rates of the head and of the backbone's last stage; None:
+            by whether the backbone has batch norms.
         layer_decay: factor on the learning rate per stage further down.
         momentum: of sgd. weight_decay: on weights; never on biases and norms.
         schedule: cosine (to zero), step (times ``gamma`` every ``step_epochs``), or constant.
@@ -95,7 +96,7 @@ class Recipe:
     drop_path: float = 0.0
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = 1e-3
-    backbone_lr: float = 1e-4
+    backbone_lr: float | None = 1e-4
     layer_decay: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -164,7 +165,7 @@ _DEFAULT = Recipe(
     about="200 to 20,000 images, starting from the cached head",
     optimizer="adamw",
     lr=3e-4,
-    backbone_lr=3e-5,
+    backbone_lr=None,
     layer_decay=0.9,
     weight_decay=0.01,
     schedule="cosine",
@@ -175,6 +176,13 @@ _DEFAULT = Recipe(
     ema=0.98,
     patience=5,
     interpolate=True,
+)
+# By whether there are batch norms: measured on MobileNetV2 (below); on transformers not measured, what is usual of them.
+_BACKBONE_LR = {True: 3e-4, False: 3e-5}
+# What ``explain`` cites of the default; 2026-11: python benchmarks/recipes.py HYMENOPTERA CATS_DOGS --weights FILE -o runs.jsonl
+_MEASURED = (
+    "measured on MobileNetV2: 200 digits, far from ImageNet and not mirrored, 94.3 % right, frozen head 87.1 % (means of 3 draws); near "
+    "it, within noise, 200 cats and dogs 93.8 and 91.9 %, 160 ants and bees 90.2 and 89.2 % (of 2)"
 )
 # field -> the other field on which it depends, and the values of that with which it does something.
 _ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -230,7 +238,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "gradual": dataclasses.replace(
         _DEFAULT,
-        about="as default, but stages open one after the other from the top, for data far from the pre-training's",
+        about="as default, but stages open one after the other from the top, by Howard and Ruder",
         unfreeze="gradual",
         patience=0,
     ),
@@ -281,12 +289,13 @@ def _warn_of_idle(recipe: Recipe, changed: Iterable[str]) -> None:
             log.warning("%s changes nothing: it takes %s = %s, found %s", field, other, wanted, as_toml(value))
 
 
-def settle(recipe: Recipe, n_train: int) -> Recipe:
-    """``recipe`` with what it leaves open decided by the number of training images."""
+def settle(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> Recipe:
+    """``recipe`` with what it leaves open decided by the number of training images, and whether the backbone has batch norms."""
     epochs = recipe.epochs or (15 if n_train < 500 else 10 if n_train < 5000 else 6)
     batch = recipe.batch_size or (32 if n_train < 5000 else 64)
     dropout = recipe.dropout * len(recipe.hidden or ()) if len(recipe.dropout) == 1 else recipe.dropout
-    return dataclasses.replace(recipe, epochs=epochs, batch_size=min(batch, n_train), dropout=dropout)
+    rate = _BACKBONE_LR[batch_norms] if recipe.backbone_lr is None else recipe.backbone_lr
+    return dataclasses.replace(recipe, epochs=epochs, batch_size=min(batch, n_train), dropout=dropout, backbone_lr=rate)
 
 
 def explain(recipe: Recipe, n_train: int) -> list[str]:
@@ -298,7 +307,9 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
             start += f", dropout {'-'.join(f'{share:g}' for share in recipe.dropout)}"
     rates = f"learning rate {recipe.lr:g} for the head"
     if recipe.unfreeze != "head":
-        rates += f", {recipe.backbone_lr:g} for the backbone: its features are good already, and must not be washed out"
+        rates += f", {recipe.backbone_lr:g} for the backbone"
+        if (recipe.backbone_lr or 0.0) < recipe.lr:
+            rates += ": its features are good already, and must not be washed out"
         if recipe.layer_decay != 1:
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
     batch = (recipe.batch_size or 0) * recipe.accumulation
@@ -319,6 +330,8 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
             lines[-1] += f", but a drop path of {recipe.drop_path:g} at the last block, less further down"
     if recipe.augmentation:
         lines.append("augmentation: " + ", ".join(map(step_in_words, recipe.augmentation)))
+        if "flip" in (name for name, *_ in recipe.augmentation):
+            lines[-1] += " (a digit or letter mirrored is none: leave that out there, --set augmentation=...)"
     guards = [
         f"label smoothing {recipe.label_smoothing:g}" if recipe.label_smoothing else "",
         f"gradient clipped at {recipe.clip_norm:g}" if recipe.clip_norm else "",
@@ -331,6 +344,8 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
     ]
     if any(guards):
         lines.append("; ".join(guard for guard in guards if guard))
+    if recipe == settle(_DEFAULT, n_train):
+        lines.append(_MEASURED)
     return lines
 
 

@@ -24,7 +24,15 @@ from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.budget import Plan
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.loop import Loop
-from featcache.finetuning.network import Network, assemble, check_parity, count_parameters, interpolate, with_new_head
+from featcache.finetuning.network import (
+    Network,
+    assemble,
+    check_parity,
+    count_parameters,
+    has_batch_norms,
+    interpolate,
+    with_new_head,
+)
 from featcache.finetuning.pixels import Picture, Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, explain, settle
 from featcache.finetuning.result import (
@@ -94,7 +102,7 @@ def tune(
     decoding = (job.clock() - begun) / (len(train) + len(val))
     rows = TrainingRows(train.digests, train.labels).after(earlier)
     seen = {"val": _seen(rows, val, split="val")}
-    recipe = _settle_recipe(job, len(train))
+    recipe = _settle_recipe(job, len(train), batch_norms=has_batch_norms(backbone.module))
     start = _assemble_start(job, model, backbone=backbone, train=train, val=val, cache=cache)
     trainer = _make_trainer(start, train, recipe=recipe, job=job)
     trainer, plan = _plan(trainer, start, decoding=decoding, started=started)
@@ -153,8 +161,8 @@ def _seen(rows: TrainingRows, pixels: Pixels, *, split: str) -> Array:
     return seen
 
 
-def _settle_recipe(job: Job, n_train: int) -> Recipe:
-    recipe = settle(job.settings, n_train)
+def _settle_recipe(job: Job, n_train: int, *, batch_norms: bool) -> Recipe:
+    recipe = settle(job.settings, n_train, batch_norms=batch_norms)
     log.info("recipe %s: %s", job.recipe, recipe.about)
     for line in explain(recipe, n_train):
         log.info("  %s", line)

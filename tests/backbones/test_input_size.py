@@ -221,6 +221,8 @@ def test_a_model_at_another_size_from_extraction_to_export(photos: Path, tmp_pat
     assert backbone_of(FeatureCache.open(tmp_path / "f.h5")).preprocess.crop == (96, 96)  # for repair
     fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0)
     finetune(photos, tmp_path / "ft", init=tmp_path / "m", changes={"epochs": 1}, device="cpu", precision="fp32")
+    settings = load_model(tmp_path / "ft").manifest["training"]["settings"]
+    assert settings["backbone_lr"] == 3e-5  # no batch norms
     for model, tokens in (("m", 101), ("ft", 37)):
         assert load_file(tmp_path / model / "backbone.safetensors")["pos_embed"].shape == (1, tokens, 96)
         export_model(tmp_path / model, tmp_path / f"{model}.safetensors")  # compares with the model

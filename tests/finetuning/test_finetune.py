@@ -188,6 +188,12 @@ def test_without_init_it_extracts_and_fits_first_and_reuses_what_lies_beside(
     assert len(FeatureCache.open(tmp_path / "ft.features.h5")) == 48
 
 
+def test_a_network_of_batch_norms_learns_at_their_rate(tune: Tuner) -> None:
+    request = featcache.ExtractRequest(backbone="shufflenet_v2_x0_5", weights="none", resize=32, crop=32)
+    tune(request=request, changes={"epochs": 1, "unfreeze": "head"})  # with random weights the rest would diverge
+    assert load_model(tune.ft).manifest["training"]["settings"]["backbone_lr"] == 3e-4
+
+
 def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(tune: Tuner, made: Path) -> None:
     report = tune(changes=QUICK | {"lr": 1e-30, "backbone_lr": 0.0})  # no weight moves
     assert (report.alpha, report.temperature) == (0, 1)

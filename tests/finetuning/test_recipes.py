@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from featcache.errors import UsageError
-from featcache.finetuning.recipes import RECIPES, choose_recipe, explain, find_recipe
+from featcache.finetuning.recipes import RECIPES, choose_recipe, explain, find_recipe, settle
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -23,11 +25,31 @@ def test_every_recipe_settles_and_explains_itself(name: str) -> None:
     assert json.loads(json.dumps(recipe.to_json())) == recipe.to_json()
 
 
-def test_the_default_starts_from_the_cached_head_with_the_backbone_far_below_it() -> None:
+def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_network() -> None:
     recipe = choose_recipe("default", 1000)
     assert recipe.hidden is None
-    assert recipe.backbone_lr * 9 < recipe.lr
+    assert (recipe.backbone_lr, settle(RECIPES["default"], 1000, batch_norms=False).backbone_lr) == (3e-4, 3e-5)
+    given = find_recipe("default", {"backbone_lr": 1e-6})
+    assert {settle(given, 1000, batch_norms=kind).backbone_lr for kind in (True, False)} == {1e-6}
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
+
+
+def test_the_default_cites_figures_of_the_log_and_nothing_else_does() -> None:
+    cited = explain(choose_recipe("default", 300), 300)[-1]
+    log = (Path(__file__).parents[2] / "benchmarks" / "LOG.md").read_text().partition("## Which recipe")[2]
+    assert cited.startswith("measured on MobileNetV2: ")
+    assert (figures := re.findall(r"\d\d\.\d", cited)) and all(figure in log for figure in figures)
+    others = [choose_recipe("default", 300, ema=0.9), choose_recipe("gradual", 300)]
+    others.append(settle(RECIPES["default"], 300, batch_norms=False))
+    assert not [line for recipe in others for line in explain(recipe, 300) if "measured" in line]
+
+
+def test_mirroring_is_said_to_be_wrong_for_digits_where_there_is_any() -> None:
+    texts = {
+        name: "\n".join(explain(choose_recipe(name, 300, augmentation=steps), 300))
+        for name, steps in (("default", None), ("gradual", [["rotate", 10]]), ("flowers", []))
+    }
+    assert ["digit or letter mirrored" in text for text in texts.values()] == [True, False, False]
 
 
 def test_cats_and_dogs_has_the_course_s_head() -> None:

@@ -10,6 +10,9 @@ pixels.py         decoded images, kept
 network.py        backbone and head as one network: parity, stages, what trains
 augment.py        random changes to training images
 trainer.py        the steps of an epoch
+micro_batches.py  the gradient of a batch on the cores of a CPU
+fused.py          a backbone as it trains fastest on a CPU
+draws.py          dropout and drop path, by image
 checkpoint.py     the folder of unfinished work, resuming
 result.py         which weights to keep, whether they are better; report and model folder
 """

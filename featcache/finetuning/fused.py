@@ -102,7 +102,8 @@ class _Convolution(nn.Module):
             if norm.bias is not None:
                 bias = bias + norm.bias
         self._weight = weight.detach().to(dtype).contiguous(memory_format=_LAST).requires_grad_(weight.requires_grad)
-        self._bias = None if bias is None else bias.detach().to(dtype).requires_grad_(bias.requires_grad)
+        # Biases stay float32: rounded, they would shift whole maps, which no average over pixels takes away again.
+        self._bias = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
         for root, leaf in ((weight, self._weight), (bias, self._bias)):
             if root is not None and leaf is not None and root.requires_grad:
                 yield root, leaf
@@ -137,7 +138,8 @@ class _Convolve(torch.autograd.Function):
             y = run(x, weight, bias, *geometry, *activation)
         else:
             after = None if name == "none" else name
-            y = run.binary(x, residual, weight, bias, *geometry, "add", 1.0, after, *options)
+            same = None if bias is None else bias.to(x.dtype)  # a demand of this operator's alone
+            y = run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)
         ctx.settings = geometry, activation
         ctx.save_for_backward(x, weight, None if name == "none" else y)
         return y  # type: ignore[no-any-return]
@@ -164,7 +166,11 @@ def _back_by_products(
     (n, _, height, width), w = g.shape, weight.flatten(1)
     rows, inputs = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (g, x))
     gx = (rows @ w).view(n, height, width, -1).permute(0, 3, 1, 2) if needed[0] else None
-    return gx, (rows.t() @ inputs).view_as(weight) if needed[1] else None, rows.sum(0) if needed[2] else None
+    return (
+        gx,
+        (rows.t() @ inputs).view_as(weight) if needed[1] else None,
+        rows.sum(0, dtype=torch.float32) if needed[2] else None,
+    )
 
 
 def _back(
@@ -175,22 +181,22 @@ def _back(
 
     def run(g: torch.Tensor, x: torch.Tensor, mask: list[bool]) -> list[torch.Tensor | None]:
         found: list[torch.Tensor | None] = torch.ops.aten.convolution_backward(
-            g, x, weight.to(g.dtype), [len(weight)], stride, padding, dilation, False, [0, 0], groups, mask
+            g, x, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, mask
         )
         return found
 
     # oneDNN has no fast kernels in bfloat16 for these: 2 to 80 times the time of float32, on every CPU tried.
     depthwise = g.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] == 1
     slow_x, slow_w = depthwise and max(stride) > 1, depthwise and max(weight.shape[2:]) > 3
+    gb = g.sum((0, 2, 3), dtype=torch.float32) if needed[2] else None
     if not (slow_x or slow_w):
-        return tuple(run(g, x, list(needed)))
-    exact = g.float()
-    gx, gw, gb = None, None, None
+        return *run(g, x, [needed[0], needed[1], False])[:2], gb
+    exact, gx, gw = g.float(), None, None
     if needed[0]:
         like_x = torch.empty_like(x, dtype=exact.dtype)  # of x only the shape counts here
         gx = run(exact, like_x, [True, False, False])[0] if slow_x else run(g, x, [True, False, False])[0]
-    if any(needed[1:]):
-        _, gw, gb = run(exact, x.float(), [False, *needed[1:]]) if slow_w else run(g, x, [False, *needed[1:]])
+    if needed[1]:
+        gw = run(exact, x.float(), [False, True, False])[1] if slow_w else run(g, x, [False, True, False])[1]
     return None if gx is None else gx.to(g.dtype), gw, gb
 
 

@@ -23,7 +23,7 @@ DATA = make_pixels(N, EDGE)
 MOBILE = shrunk(load_backbone("mobilenet_v3_small", "none"), EDGE)
 DROPPING = shrunk(load_backbone("efficientnet_b0", "none"), EDGE)  # stochastic depth in its blocks
 RECIPE = Recipe(
-    about="", hidden=(8,), dropout=(0.3,), optimizer="adamw", lr=1e-3, backbone_lr=1e-4, epochs=2, batch_size=6
+    about="", hidden=(8, 8), dropout=(0.3, 0.3), optimizer="adamw", lr=1e-3, backbone_lr=1e-4, epochs=2, batch_size=6
 )
 
 

@@ -11,7 +11,7 @@ import functools
 import linecache
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -58,27 +58,44 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     The formula is ``torch.nn.utils.fusion.fuse_conv_bn_eval``'s.
     """
     try:
-        plain = _with_plain_attention(_with_plain_batchnorms(copy.deepcopy(module).eval()))
-        traced = fx.GraphModule(plain, _Tracer().trace(plain))
+        traced = trace(_with_plain_attention(copy.deepcopy(module).eval()))
     except Exception:  # data-dependent control flow: tracing fails in as many ways as there are models
         return copy.deepcopy(module).eval()
     modules = dict(traced.named_modules())
+    for node, conv in foldable(traced, modules):
+        folded = fuse_conv_bn_eval(modules[str(conv.target)], modules[str(node.target)])
+        modules[str(conv.target)] = folded  # the next batch norm may fold into it, too
+        _put(traced, str(conv.target), folded)
+        node.replace_all_uses_with(conv)
+        traced.graph.erase_node(node)
+    return finished(traced)
+
+
+def trace(module: nn.Module) -> fx.GraphModule:
+    """``module``, whose batch norms may change their place in it, as a graph. Raises any error: it cannot be traced."""
+    plain = _with_plain_batchnorms(module)
+    return fx.GraphModule(plain, _Tracer().trace(plain))
+
+
+def foldable(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Batch norms that keep their statistics, each with the convolution that nothing else reads; to be erased one by one."""
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
+    read = weights_read(traced)
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) is not nn.BatchNorm2d:
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(norm) is not nn.BatchNorm2d or norm.training or norm.running_var is None:
             continue
         conv = node.args[0] if node.args else None
         if not isinstance(conv, fx.Node) or conv.op != "call_module" or conv.target in read:
             continue  # read: something else computes with its weights
         once = len(conv.users) == calls[conv.target] == calls[node.target] == 1
-        if once and isinstance(modules[str(conv.target)], nn.Conv2d) and modules[node.target].running_var is not None:
-            folded = fuse_conv_bn_eval(modules[str(conv.target)], modules[node.target])
-            modules[str(conv.target)] = folded  # the next batch norm may fold into it, too
-            _put(traced, str(conv.target), folded)
-            node.replace_all_uses_with(conv)
-            traced.graph.erase_node(node)
-    return finished(traced)
+        if once and isinstance(modules[str(conv.target)], nn.Conv2d):
+            yield node, conv
+
+
+def weights_read(traced: fx.GraphModule) -> set[str]:
+    """Names of the modules whose weights something else computes with."""
+    return {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
 
 
 class _Tracer(fx.Tracer):
@@ -96,10 +113,12 @@ def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
             and isinstance(child, nn.BatchNorm2d)
             and child.running_var is not None
         ):
-            norm = nn.BatchNorm2d(child.num_features, child.eps)
-            norm.load_state_dict(child.state_dict(), strict=False)
-            rest = (part for part in map(child.get_submodule, ("drop", "act")) if not isinstance(part, nn.Identity))
-            _put(module, name, nn.Sequential(norm, *rest).eval())
+            norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
+            for own in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(norm, own, getattr(child, own))  # its own, not copies: they may train
+            norm.training = child.training
+            rest = [part for part in map(child.get_submodule, ("drop", "act")) if not isinstance(part, nn.Identity)]
+            _put(module, name, nn.Sequential(norm, *rest))
     return module
 
 
@@ -170,7 +189,7 @@ def _fuse_each(module: nn.Module, sample: torch.Tensor, fuse_from: Callable[...,
     modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     for node in list(position):
-        if node.op == "call_module" and _is_plain_convolution(modules[node.target]):
+        if node.op == "call_module" and is_plain_convolution(modules[node.target]):
             fuse_from(module, node, modules, position)
     return finished(module)
 
@@ -252,6 +271,21 @@ def _sum_from(conv: fx.Node, position: dict[fx.Node, int]) -> tuple[list[fx.Node
     return [conv, after], residual, only_user(after)
 
 
+def chain_from(
+    conv: fx.Node, modules: dict[str, nn.Module], position: dict[fx.Node, int], *, among: Collection[str] = ()
+) -> tuple[list[fx.Node], fx.Node | None, Activation]:
+    """``conv`` and what follows that oneDNN can do along with it: the residual it adds, and an activation (``among`` some)."""
+    # oneDNN adds nothing to grouped ones, and PyTorch then not in bfloat16.
+    whole: Any = modules[str(conv.target)].groups == 1
+    chain, residual, after = _sum_from(conv, position) if whole else ([conv], None, only_user(conv))
+    found = None if after is None else activation_of(after, modules)
+    # ReLU is the only activation that oneDNN's addition takes.
+    allowed = found is not None and (residual is None or found[0] == "relu") and (not among or found[0] in among)
+    if after is None or found is None or not allowed:
+        return chain, residual, NOT_AT_ALL
+    return [*chain, after], residual, found
+
+
 def _fuse_from(
     traced: fx.GraphModule,
     conv: fx.Node,
@@ -260,12 +294,7 @@ def _fuse_from(
     batch_size: int | None,
 ) -> None:
     """Replace ``conv`` and what follows it by one call."""
-    (chain, residual, after), activation = _sum_from(conv, position), NOT_AT_ALL
-    found = None if after is None else activation_of(after, modules)
-    # ReLU is the only activation that oneDNN's addition takes.
-    if after is not None and found is not None and (residual is None or found[0] == "relu"):
-        chain.append(after)
-        activation = found
+    chain, residual, activation = chain_from(conv, modules, position)
     n, *rest = conv.args[0].meta["shape"]  # type: ignore[union-attr]
     fused = _FusedConvolution(modules[str(conv.target)], [batch_size or n, *rest], activation)  # type: ignore[arg-type]
     replace_chain(traced, chain, fused, residual, position)
@@ -289,7 +318,8 @@ def replace_chain(
         traced.graph.erase_node(node)
 
 
-def _is_plain_convolution(module: nn.Module) -> bool:
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether oneDNN knows all about it."""
     return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
 

@@ -13,6 +13,9 @@ network.py        backbone and head as one network: parity, stages, what trains
 augment.py        random changes to training images
 batches.py        the batches of an epoch, augmented ahead
 trainer.py        the steps of an epoch
+micro_batches.py  the gradient of a batch on the cores of a CPU
+fused.py          a backbone as it trains fastest on a CPU
+draws.py          dropout and drop path, by image
 checkpoint.py     the folder of unfinished work, resuming
 result.py         which weights to keep, whether they are better; report and model folder
 """

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.trainer import OnStep, Status
 
 log = logging.getLogger("featcache")
+_MICRO_BATCH = 4  # on a CPU: activations are kept for the way back, so that fewer images fit into the cache of a core
 
 
 def finetune(
@@ -69,8 +70,8 @@ def finetune(
         seed: of everything random.
         precision: auto, fp32, bf16 or fp16 (mixed: weights stay float32).
         device, workers: as in ``extract``.
-        micro_batch: most images per forward pass; 8 on a CPU, 64 on a GPU when None. Changes speed and memory, and what
-            dropout draws if there is any; nothing else but rounding.
+        micro_batch: most images per forward pass; 4 on a CPU, 64 on a GPU when None. Changes speed and memory; on a GPU
+            what dropout draws if there is any; nothing else but rounding.
         resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
         overwrite: replace a model that is there already; never the one that the run starts from.
         budget: time for the run, ``90s``, ``10m``, ``1h30m`` or seconds: the recipe's epochs, and how much of the backbone trains,
@@ -110,6 +111,8 @@ def finetune(
         check_replaceable(output, overwrite=overwrite)
     images, held_out = read_source(source, seed=seed)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
+    if micro_batch is None and runtime.device.type == "cpu":
+        runtime = dataclasses.replace(runtime, batch_size=_MICRO_BATCH)
     asked, precision = precision, choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):
         if processes.world > 1 and settings.batchnorm == "train":

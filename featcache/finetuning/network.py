@@ -17,6 +17,7 @@ from torch import nn
 
 from featcache.backbones.backbone import Backbone, hash_tensors
 from featcache.errors import ModelError
+from featcache.finetuning.draws import DropPath
 from featcache.finetuning.recipes import Recipe
 from featcache.heads.head import Array, Head, scale_features
 from featcache.heads.layers import linear_layers, unit_length
@@ -47,23 +48,6 @@ class EmbeddingScale(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, D) -> (N, D)
         x = x.float()  # half precision has no room for the factor of very small embeddings
         return (unit_length(x) if self.unit else x) * self.factor
-
-
-class DropPath(nn.Module):
-    """The end of a residual block's branch: in training nothing, for a share of the images; the others are scaled up for it.
-
-    Stochastic depth (Huang et al. 2016), by image, as in timm and torchvision.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # noqa: D102 - (N, ...) -> (N, ...)
-        if not self.training or self.rate == 0:
-            return x
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * kept.div_(1 - self.rate)
 
 
 class Network(nn.Module):

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.batches import Batch, draw_batches
+from featcache.finetuning.micro_batches import MicroBatches
 from featcache.finetuning.network import Network, parameter_groups, set_drop_path, training_mode, unfreeze
 from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job, Recipe
@@ -73,6 +74,8 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=job.precision == "fp16")
         if recipe.drop_path and not set_drop_path(network.backbone, recipe.drop_path):
             log.warning("drop_path = %g changes nothing: this backbone has no place for it", recipe.drop_path)
+        on_cores = self.device.type == "cpu" and self.processes.world == 1
+        self._cores = MicroBatches(network, recipe, job, self._dtype) if on_cores else None
         self.optimizer = make_optimizer(network, recipe)
         self._average = AveragedModel(network, multi_avg_fn=_moving_average(recipe.ema)) if recipe.ema else None
         if recipe.batchnorm == "train" and len(data) // self.steps_per_epoch < 2:
@@ -111,6 +114,11 @@ class Trainer:
         return self.epoch * self.steps_per_epoch + self.batch
 
     @property
+    def _parts(self) -> int:
+        """Micro-batches per step."""
+        return 1 if self.recipe.batchnorm == "train" else -(-min(self.step_size, len(self.data)) // self.micro_batch)
+
+    @property
     def position(self) -> str:
         """How far training has come, in words."""
         return f"after {quantity(self.epoch, 'epoch')}" + (f" and {quantity(self.batch, 'step')}" if self.batch else "")
@@ -130,8 +138,11 @@ class Trainer:
         unfreeze(self.network, self.recipe, epoch=self.epoch)
         training_mode(self.network, self.recipe)
         wrapped = self._wrap()
+        if self._cores and not self._cores.possible():
+            self._cores = None
         exact = true_float32 if self._dtype is None else contextlib.nullcontext()
-        with exact, contextlib.closing(self._batches()) as batches:
+        cores = self._cores.cores(self._parts) if self._cores else contextlib.nullcontext()
+        with exact, cores, contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 if stop():
                     self._settle()
@@ -167,9 +178,12 @@ class Trainer:
         def compute(start: int) -> Array:
             batch = np.stack([pixels.pictures[index] for index in images[start : start + self.micro_batch]])
             with torch.no_grad(), self._autocast():
-                logits: Array = self.network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
+                network = self._cores.logits if self._cores else self.network
+                logits: Array = network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
             return logits
 
+        if self._cores:
+            self._cores.refresh()
         while True:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return np.concatenate([compute(start) for start in range(0, len(images), self.micro_batch)])
@@ -223,8 +237,10 @@ class Trainer:
     def _accumulate(self, wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         """Gradients of the mean loss over the images of all processes, one micro-batch after the other."""
         pixels, labels, weights, size = batch
-        sums = torch.zeros(3, device=pixels.device)
         micro = len(pixels) if self.recipe.batchnorm == "train" else self.micro_batch
+        if self._cores:
+            return self._cores.accumulate(batch, step=self.epoch * self.steps_per_epoch + self.batch, micro=micro)
+        sums = torch.zeros(3, device=pixels.device)
         for start in range(0, len(pixels), micro):
             part = slice(start, start + micro)
             last = start + micro >= len(pixels)
@@ -365,8 +381,8 @@ def _moving_average(decay: float) -> Callable[..., None]:
 def make_optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over everything that it ever trains."""
     groups = parameter_groups(network, recipe)
-    # One kernel for many parameters; and with a loss scaler no question to the GPU whether gradients are finite.
-    fused = True if next(network.parameters()).is_cuda else None
+    # One pass over all weights; and on a GPU, with a loss scaler, no question whether gradients are finite. Elsewhere: PyTorch's choice.
+    fused = True if network.mean.device.type in ("cpu", "cuda") else None
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam

@@ -74,10 +74,15 @@ def use_one_thread_if_forked() -> None:
 
 
 @contextlib.contextmanager
-def one_core_each(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of threads in each of which PyTorch uses one core: small batches side by side beat one on all cores."""
+def one_core_each(workers: int, name: str, *, cores: int = 1) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of threads in each of which PyTorch uses one core: small batches side by side beat one on all cores.
+
+    ``cores``: for each thread, where there are fewer threads than cores.
+    """
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))  # OpenMP's is per thread
+    pool = ThreadPoolExecutor(
+        workers, name, initializer=torch.set_num_threads, initargs=(cores,)
+    )  # OpenMP's is per thread
     try:
         yield pool
     finally:

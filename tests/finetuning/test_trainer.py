@@ -186,14 +186,14 @@ def test_learning_rates_over_time() -> None:
 
 def refuse_more_than(limit: int, network: Network) -> None:
     """Make ``network`` run out of memory with more than ``limit`` images."""
-    forward = network.forward
+    forward = network.head.forward
 
-    def limited(pixels: torch.Tensor) -> torch.Tensor:
-        if len(pixels) > limit:
+    def limited(embeddings: torch.Tensor) -> torch.Tensor:
+        if len(embeddings) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(pixels)
+        return forward(embeddings)
 
-    network.forward = limited  # type: ignore[method-assign]
+    network.head.forward = limited  # type: ignore[method-assign]
 
 
 def test_out_of_memory_halves_the_micro_batch_and_not_the_batch_down_to_one(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,7 +213,7 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_batch_down_to_one(capl
 def test_retrying_lets_go_of_what_the_failed_attempt_held() -> None:
     """Activations of an attempt that ran out of memory are gone when the next one starts, in training and in evaluation."""
     trainer, held, alive = make_trainer(micro_batch=4), list[Any](), list[bool]()
-    forward = trainer.network.forward
+    forward = trainer.network.head.forward
 
     def limited(pixels: torch.Tensor) -> torch.Tensor:
         alive.extend(reference() is not None for reference in held)
@@ -224,7 +224,7 @@ def test_retrying_lets_go_of_what_the_failed_attempt_held() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return activation
 
-    trainer.network.forward = limited  # type: ignore[method-assign]
+    trainer.network.head.forward = limited  # type: ignore[method-assign]
     trainer.run_epoch()
     assert (trainer.micro_batch, alive) == (2, [False])
     trainer.micro_batch = 4
@@ -234,7 +234,7 @@ def test_retrying_lets_go_of_what_the_failed_attempt_held() -> None:
     four = make_pixels(4, EDGE)
     logits = compute_logits(trainer.network, four, job=job)
     assert alive == [False] * 3
-    trainer.network.forward = forward  # type: ignore[method-assign]
+    trainer.network.head.forward = forward  # type: ignore[method-assign]
     np.testing.assert_allclose(logits, compute_logits(trainer.network, four, job=job), rtol=1e-4, atol=1e-4)
 
 
@@ -289,14 +289,14 @@ def test_bfloat16_stays_near_float32() -> None:
 def test_memory_runs_out_on_mps_in_other_words() -> None:
     """In training, and before it, where the loss is compared with the head's."""
     trainer = make_trainer(micro_batch=4)
-    forward = trainer.network.forward
+    forward = trainer.network.head.forward
 
     def limited(pixels: torch.Tensor) -> torch.Tensor:
         if len(pixels) > 2:
             raise RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)")
         return forward(pixels)
 
-    trainer.network.forward = limited  # type: ignore[method-assign]
+    trainer.network.head.forward = limited  # type: ignore[method-assign]
     trainer.run_epoch()
     assert trainer.micro_batch == 2
     trainer.micro_batch = 4
@@ -308,7 +308,7 @@ def test_memory_runs_out_on_mps_in_other_words() -> None:
 def test_training_and_evaluation_in_float32_are_not_rounded(precision: str, inside: str) -> None:
     switch, seen = torch.backends.cudnn.conv, []
     trainer = make_trainer(precision=precision)
-    trainer.network.register_forward_pre_hook(lambda *_: seen.append(switch.fp32_precision))
+    trainer.network.head.register_forward_pre_hook(lambda *_: seen.append(switch.fp32_precision))
     trainer.run_epoch()
     assert set(seen) == {inside}
     seen.clear()

@@ -1,0 +1,232 @@
+"""How fast does fine-tuning train on a CPU: beside the plain loop, its own convolutions alone, and other processes?
+
+    python benchmarks/finetune_cpu.py HYMENOPTERA [--weights FILE] [--backbones mobilenet_v2,resnet18] [--seconds 20] [--pairs 3]
+
+HYMENOPTERA holds train and val with class folders. For every backbone and for the recipes default and ants-bees, in a
+process of its own each, in turns, --pairs times:
+
+    plain       the tutorial's loop: ImageFolder, PIL transforms, a DataLoader with two workers, NCHW, eager float32, as PyTorch
+                comes; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4 (ants-bees: SGD)
+    featcache   ``finetune`` from a head that was fit before, its defaults
+    ceiling     forward and backward passes of the network's convolutions alone, in the precision and the parts that featcache
+                takes, on as many cores, on tensors that are there already
+    load        featcache again, beside one process per core that computes without end (with --load)
+
+Images per second are of training alone, from the end of the first step on, evaluation left out. "start" is from the start of the
+process to the end of the first step. --weights is a file for the first backbone; others are random. The last line is JSON.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from facts import machine_facts
+
+_BEGUN = time.time()
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECIPES = {"default": 32, "ants-bees": 4}  # images per step
+
+
+class _EnoughSeen(Exception):  # noqa: N818 - no error
+    pass
+
+
+def plain(job: dict[str, Any]) -> dict[str, Any]:
+    """The tutorial's loop."""
+    import torch
+    from torchvision import datasets, models, transforms
+
+    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)])
+    images = datasets.ImageFolder(str(Path(job["images"]) / "train"), transform)
+    loader = torch.utils.data.DataLoader(images, RECIPES[job["recipe"]], shuffle=True, num_workers=2)
+    model = models.get_model(job["backbone"], weights=None, num_classes=2).train()
+    still = job["recipe"] == "default"
+    for module in model.modules():
+        if still and isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    if still:
+        optimizer: Any = torch.optim.AdamW(model.parameters(), lr=3e-5)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    seen, begun, start = 0, 0.0, 0.0
+    while True:
+        for x, y in loader:
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            if still:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            now = time.perf_counter()
+            if not begun:
+                begun, start = now, time.time() - _BEGUN
+                continue
+            seen += len(y)
+            if now - begun > job["seconds"]:
+                return {"rate": seen / (now - begun), "start": start}
+
+
+def featcache(job: dict[str, Any]) -> dict[str, Any]:
+    """``finetune``, watched from its progress."""
+    from featcache import finetune
+
+    seen, trained, start = 0, 0.0, 0.0
+    last: tuple[int, int, float] = (0, 0, 0.0)
+
+    def watch(status: Any) -> None:
+        nonlocal seen, trained, start, last
+        now = time.perf_counter()
+        start = start or time.time() - _BEGUN
+        if status.epoch == last[0]:
+            seen, trained = seen + status.done - last[1], trained + now - last[2]
+        last = status.epoch, status.done, now
+        if trained > job["seconds"]:
+            raise _EnoughSeen
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            changes = {"epochs": 1000, "patience": 0}
+            output = Path(folder) / "model"
+            finetune(job["images"], output, init=job["init"], recipe=job["recipe"], changes=changes, progress=watch)
+        except _EnoughSeen:
+            pass
+    return {"rate": seen / trained, "start": start}
+
+
+def ceiling(job: dict[str, Any]) -> dict[str, Any]:
+    """The convolutions alone."""
+    import torch
+    from torchvision import models
+
+    from featcache.finetuning import fused
+    from featcache.finetuning.trainer import choose_training_precision
+    from featcache.system.device import choose_runtime, one_core_each
+
+    runtime = choose_runtime("cpu")
+    whole = job["recipe"] != "default"
+    precision = choose_training_precision("auto", runtime.device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = models.get_model(job["backbone"], weights=None).requires_grad_(True).eval()
+    layers: list[Any] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        conv = fused._Convolution(module, (), ("none", [], ""))
+        list(conv.refresh(dtype))
+        x, g = (torch.rand_like(t).to(dtype).contiguous(memory_format=torch.channels_last) for t in (inputs[0], output))
+        layers.append((conv, x.requires_grad_(len(layers) > 0), g))
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(note)
+    with torch.no_grad():
+        model(torch.rand(4, 3, 224, 224))
+
+    def step(_: int) -> None:
+        results = [conv(x) for conv, x, _ in layers]
+        for (conv, x, g), y in reversed(list(zip(layers, results, strict=True))):
+            torch.autograd.grad(y, [t for t in (x, conv._weight) if t.requires_grad], g)
+
+    workers, cores = (1, runtime.workers) if whole else (runtime.workers, 1)
+    with one_core_each(workers, "ceiling", cores=cores) as pool:
+        list(pool.map(step, range(workers)))
+        begun, seen = time.perf_counter(), 0
+        while time.perf_counter() - begun < job["seconds"]:
+            list(pool.map(step, range(2 * workers)))
+            seen += 8 * workers
+        return {"rate": seen / (time.perf_counter() - begun), "precision": precision}
+
+
+SIDES = {"plain": plain, "featcache": featcache, "ceiling": ceiling}
+
+
+def prepare(images: str, backbone: str, weights: str, folder: Path) -> str:
+    """A model to start from: the path."""
+    code = f"""if True:
+        from featcache import extract, fit_head
+        extract({images!r}, {str(folder / "features.h5")!r}, backbone={backbone!r}, weights={weights!r})
+        fit_head({str(folder / "features.h5")!r}, {str(folder / "head")!r}, C=1.0, folds=0)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return str(folder / "head")
+
+
+def measure(side: str, job: dict[str, Any]) -> dict[str, Any]:
+    """One side, in a process of its own; ``load``: beside one busy process per core."""
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range((os.cpu_count() or 1) * (side == "load"))
+    ]
+    try:
+        command = [
+            sys.executable,
+            __file__,
+            "--job",
+            json.dumps(job | {"side": "featcache" if side == "load" else side}),
+        ]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    return json.loads(done.stdout.splitlines()[-1]) | {"machine_load": os.getloadavg()[0]}
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="?")
+    parser.add_argument("--weights", default="none")
+    parser.add_argument("--backbones", default="mobilenet_v2,resnet18")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--load", action="store_true")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        job = json.loads(options.job)
+        print(json.dumps(SIDES[job["side"]](job)))
+        return
+    sides = [*SIDES, *(["load"] if options.load else [])]
+    results, rows = {}, []
+    backbones = options.backbones.split(",")
+    for backbone, recipe in itertools.product(backbones, options.recipes.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            weights = options.weights if backbone == backbones[0] else "none"
+            init = prepare(options.images, backbone, weights, Path(folder))
+            job = {
+                "images": options.images,
+                "backbone": backbone,
+                "recipe": recipe,
+                "seconds": options.seconds,
+                "init": init,
+            }
+            rounds = [{side: measure(side, job) for side in sides} for _ in range(options.pairs)]
+        rates = {side: statistics.median(one[side]["rate"] for one in rounds) for side in sides}
+        ratios = {
+            side: statistics.median(one["featcache"]["rate"] / one[side]["rate"] for one in rounds)
+            for side in ("plain", "ceiling")
+        }
+        if options.load:
+            ratios["load"] = statistics.median(one["load"]["rate"] / one["featcache"]["rate"] for one in rounds)
+        starts = {side: statistics.median(one[side]["start"] for one in rounds) for side in ("plain", "featcache")}
+        results[f"{backbone}, {recipe}"] = {"rates": rates, "ratios": ratios, "starts": starts, "rounds": rounds}
+        cells = [f"{side} {rate:.1f}" for side, rate in rates.items()]
+        rows.append(f"{backbone}, {recipe}: images/s {', '.join(cells)}; featcache / plain {ratios['plain']:.2f}, ")
+        rows[-1] += f"featcache / ceiling {ratios['ceiling']:.2f}, start {starts['featcache']:.1f} s"
+        rows[-1] += f", under load {ratios['load']:.0%} of idle" if options.load else ""
+        print(rows[-1], flush=True)
+    print(json.dumps({"benchmark": "finetune_cpu", "results": results} | machine_facts()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""A backbone as it trains fastest on a CPU: batch norms in the convolutions, activations and residuals, too.
+
+In: a backbone in the mode of the next steps. Out: a ``Form`` that computes the same up to rounding from ``leaves``: effective
+weights, which are computed once per step from the network's own parameters, and whose summed gradients become those of
+the parameters by the chain rule. What cannot be traced, or does not agree with the plain network, stays as it is.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from featcache.backbones.folding import (
+    Activation,
+    chain_from,
+    finished,
+    foldable,
+    is_plain_convolution,
+    note_shapes,
+    replace_chain,
+    sources_forgotten,
+    trace,
+    weights_read,
+)
+
+_FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
+_CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
+_LAST = torch.channels_last
+
+
+class Form:
+    """What computes embeddings in training, and the tensors that gradients are taken of.
+
+    Attributes:
+        module: (N, 3, H, W) -> (N, D).
+        fused: whether it is not simply the backbone.
+    """
+
+    def __init__(self, module: nn.Module, head: nn.Module) -> None:
+        self.module = module
+        self._convolutions = [m for m in module.modules() if isinstance(m, _Convolution)]
+        self.fused = bool(self._convolutions)
+        self._others = [p for p in (*module.parameters(), *head.parameters()) if p.requires_grad]
+        self._dtype = torch.float32
+        self._roots: list[torch.Tensor] = []
+        self.leaves: list[torch.Tensor] = []
+
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Compute the effective weights, once for each ``settle``; the module is to compute in ``dtype``."""
+        self._dtype = dtype
+        pairs = [pair for convolution in self._convolutions for pair in convolution.refresh(dtype)]
+        self._roots = [*(root for root, _ in pairs), *self._others]
+        self.leaves = [*(leaf for _, leaf in pairs), *self._others]
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, H, W) -> (N, D), float32; in several threads at once."""
+        with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+            embedding: torch.Tensor = self.module(x)
+        return embedding.float()
+
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return bool(
+            torch.stack(torch._foreach_norm([leaf.detach() for leaf in self.leaves], dtype=torch.float32))
+            .isfinite()
+            .all()
+        )
+
+    def settle(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add gradients of ``leaves``, in float32, to ``grad`` of the parameters."""
+        # Those of plain parameters as well by autograd: it gives them the parameter's layout, which fused optimizers need.
+        found = [(root, g.to(root.dtype)) for root, g in zip(self._roots, gradients, strict=True) if g is not None]
+        torch.autograd.backward([root for root, _ in found], [gradient for _, gradient in found])
+
+
+class _Convolution(nn.Module):
+    """A convolution with the batch norms, the residual and the activation that follow it."""
+
+    def __init__(self, conv: nn.Conv2d, norms: Sequence[nn.BatchNorm2d], activation: Activation) -> None:
+        super().__init__()
+        self._sources = conv, tuple(norms)  # a tuple: their parameters are the backbone's
+        geometry = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        self._settings = geometry, activation
+        self._weight: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+
+    def refresh(self, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of what training moves: (weight or bias of one convolution for all, leaf with the same values)."""
+        conv, norms = self._sources
+        weight, bias = conv.weight, conv.bias
+        for norm in norms:
+            mean, variance = norm.running_mean, norm.running_var
+            assert mean is not None and variance is not None  # foldable: it has statistics
+            scale = torch.rsqrt(variance + norm.eps)
+            if norm.weight is not None:
+                scale = scale * norm.weight
+            shift = -mean if bias is None else bias - mean
+            weight, bias = weight * scale.reshape(-1, 1, 1, 1), shift * scale
+            if norm.bias is not None:
+                bias = bias + norm.bias
+        self._weight = weight.detach().to(dtype).contiguous(memory_format=_LAST).requires_grad_(weight.requires_grad)
+        # Biases stay float32: rounded, they would shift whole maps, which no average over pixels takes away again.
+        self._bias = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
+        for root, leaf in ((weight, self._weight), (bias, self._bias)):
+            if root is not None and leaf is not None and root.requires_grad:
+                yield root, leaf
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        if self._weight is None:
+            raise RuntimeError("the form was not refreshed")
+        dtype = self._weight.dtype
+        x = x.to(dtype).contiguous(memory_format=_LAST)
+        if residual is not None:
+            residual = residual.to(dtype).contiguous(memory_format=_LAST)
+        result: torch.Tensor = _Convolve.apply(x, self._weight, self._bias, residual, *self._settings)
+        return result
+
+
+class _Convolve(torch.autograd.Function):
+    """activation(convolution(x) + residual), with the cheapest right way back for each kind of convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        geometry: tuple[list[int], list[int], list[int], int],
+        activation: Activation,
+    ) -> torch.Tensor:
+        run: Any = torch.ops.mkldnn._convolution_pointwise
+        name, *options = activation
+        if residual is None:
+            y = run(x, weight, bias, *geometry, *activation)
+        else:
+            after = None if name == "none" else name
+            same = None if bias is None else bias.to(x.dtype)  # a demand of this operator's alone
+            y = run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)
+        ctx.settings = geometry, activation
+        ctx.save_for_backward(x, weight, None if name == "none" else y)
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        geometry, (name, options, _) = ctx.settings
+        if name == "relu":
+            g = torch.ops.aten.threshold_backward(g, y, 0)
+        elif name == "hardtanh":
+            g = torch.ops.aten.hardtanh_backward(g, y, *options)
+        g = g.contiguous(memory_format=_LAST)
+        needed = ctx.needs_input_grad
+        by_products = weight.shape[2:] == (1, 1) and geometry == ([0, 0], [1, 1], [1, 1], 1)
+        back = _back_by_products if by_products else _back
+        return *back(g, x, weight, geometry, needed[:3]), g if needed[3] else None, None, None
+
+
+def _back_by_products(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, _: object, needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of a 1 x 1 convolution with stride 1: products of matrices with a row for each pixel."""
+    (n, _, height, width), w = g.shape, weight.flatten(1)
+    rows, inputs = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (g, x))
+    gx = (rows @ w).view(n, height, width, -1).permute(0, 3, 1, 2) if needed[0] else None
+    return (
+        gx,
+        (rows.t() @ inputs).view_as(weight) if needed[1] else None,
+        rows.sum(0, dtype=torch.float32) if needed[2] else None,
+    )
+
+
+def _back(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Any, needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of any convolution."""
+    padding, stride, dilation, groups = geometry
+
+    def run(g: torch.Tensor, x: torch.Tensor, mask: list[bool]) -> list[torch.Tensor | None]:
+        found: list[torch.Tensor | None] = torch.ops.aten.convolution_backward(
+            g, x, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        return found
+
+    # oneDNN has no fast kernels in bfloat16 for these: 1.5 to 80 times the time of float32, with AVX-512.
+    depthwise = g.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] == 1
+    slow_x, slow_w = depthwise and max(stride) > 1, depthwise and max(weight.shape[2:]) > 3
+    gb = g.sum((0, 2, 3), dtype=torch.float32) if needed[2] else None
+    if not (slow_x or slow_w):
+        return *run(g, x, [needed[0], needed[1], False])[:2], gb
+    exact, gx, gw = g.float(), None, None
+    if needed[0]:
+        like_x = torch.empty_like(x, dtype=exact.dtype)  # of x only the shape counts here
+        gx = run(exact, like_x, [True, False, False])[0] if slow_x else run(g, x, [True, False, False])[0]
+    if needed[1]:
+        gw = run(exact, x.float(), [False, True, False])[1] if slow_w else run(g, x, [False, True, False])[1]
+    return None if gx is None else gx.to(g.dtype), gw, gb
+
+
+@sources_forgotten()
+def make_form(backbone: nn.Module, head: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> Form:
+    """The fastest form that agrees with ``backbone``, in its present mode, on a ``sample`` (2, 3, H, W) of any numbers."""
+    plain = Form(backbone, head)
+    try:
+        form = Form(_fused(backbone, sample), head)
+        agrees = form.fused and _agree(form, plain, sample, dtype)
+    except Exception:  # tracing fails in as many ways as there are models, and other CPUs lack these operators
+        agrees = False
+    return form if agrees else plain
+
+
+def _fused(backbone: nn.Module, sample: torch.Tensor) -> fx.GraphModule:
+    """``backbone`` traced, with its own parameters and statistics, its convolutions replaced."""
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    traced = trace(copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors}))
+    with _evaluating(traced), torch.no_grad():
+        note_shapes(traced, sample)
+    modules = dict(traced.named_modules())
+    norms: dict[fx.Node, list[Any]] = {}
+    for node, conv in foldable(traced, modules):
+        norms.setdefault(conv, []).append(modules[str(node.target)])
+        node.replace_all_uses_with(conv)
+        traced.graph.erase_node(node)
+    read = weights_read(traced)
+    position = {node: number for number, node in enumerate(traced.graph.nodes)}
+    for node in list(position):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.Conv2d) and is_plain_convolution(module) and node.target not in read:
+            chain, residual, activation = chain_from(node, modules, position, among=_FROM_RESULT)
+            replace_chain(traced, chain, _Convolution(module, norms.get(node, ()), activation), residual, position)
+        elif norms.get(node):
+            raise TypeError("a batch norm was folded into a convolution of another kind")
+    return finished(traced)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Let ``module`` compute as in prediction."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _agree(form: Form, plain: Form, sample: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether embeddings and gradients are the plain network's, as in prediction and in float32; and it runs in ``dtype``."""
+    with _evaluating(form.module), _evaluating(plain.module):
+        expected = _embed_and_back(plain, plain.module, sample, torch.float32)
+        found = _embed_and_back(form, plain.module, sample, torch.float32)
+        reduced = found if dtype == torch.float32 else _embed_and_back(form, plain.module, sample, dtype)
+    near = all(float((a - b).norm()) <= _CLOSE * float(b.norm()) for a, b in zip(found, expected, strict=True))
+    return near and all(bool(values.isfinite().all()) for values in reduced)
+
+
+def _embed_and_back(
+    form: Form, backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings, and the gradient of their mean square in one row."""
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    form.refresh(dtype)
+    with torch.enable_grad():
+        embedding = form.embed(sample)
+        if not parameters:
+            return embedding, torch.zeros(1)
+        form.settle(torch.autograd.grad(embedding.square().mean(), form.leaves, allow_unused=True))
+    row = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    for parameter in parameters:
+        parameter.grad = None
+    return embedding.detach(), row

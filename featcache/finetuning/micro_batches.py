@@ -1,0 +1,145 @@
+"""The gradient of a batch on a CPU: a few images at a time, each part forward and back on one core, several parts at once.
+
+In: a network in the mode of the next steps, a batch. Out: gradients of its parameters. They are added up in the order of the parts,
+and nothing random depends on the parts, so that the number of cores changes no bit, and that of images in a part only rounding.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+from torch.nn import functional
+
+from featcache.finetuning.draws import draw_by_image, drawn_by_image, draws_otherwise
+from featcache.finetuning.fused import Form, make_form
+from featcache.finetuning.network import Network
+from featcache.finetuning.recipes import Job, Recipe
+from featcache.images.preprocess import normalise
+from featcache.system.device import one_core_each
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+class MicroBatches:
+    """Gradients of a network's batches, by all cores."""
+
+    def __init__(self, network: Network, recipe: Recipe, job: Job, dtype: torch.dtype | None) -> None:
+        """``dtype``: of the backbone's arithmetic, where not float32."""
+        self._network, self._recipe, self._job = network, recipe, job
+        self._dtype = dtype or torch.float32
+        draw_by_image(network.head)
+        if recipe.backbone_dropout:
+            draw_by_image(network.backbone)
+        self._form: Form | None = None
+        self._mode: tuple[object, ...] = ()
+        self._pool: ThreadPoolExecutor | None = None
+        self._workers = 0
+
+    @property
+    def form(self) -> Form:
+        """What computes embeddings, in the mode that the network is in."""
+        backbone = self._network.backbone
+        mode = (
+            *(p.requires_grad for p in self._network.parameters()),
+            *(module.training for module in backbone.modules()),
+        )
+        if self._form is None or mode != self._mode:
+            self._form, self._mode = make_form(backbone, self._network.head, self._sample(), self._dtype), mode
+        return self._form
+
+    def possible(self) -> bool:
+        """Whether all that is random, in the network's mode, belongs to an image: attention's own dropout does not."""
+        if not self._recipe.backbone_dropout:
+            return True
+        return not draws_otherwise(self._network.backbone, self._sample())
+
+    def _sample(self) -> torch.Tensor:
+        pixels = torch.randint(0, 256, (2, *self._network.size, 3), generator=torch.Generator().manual_seed(0))
+        return normalise(pixels.to(torch.uint8), self._network.mean, self._network.std)
+
+    @contextlib.contextmanager
+    def cores(self, parts: int) -> Iterator[None]:
+        """Hold the threads for batches of at most so many parts; where there are fewer than cores, each gets several."""
+        self._workers = max(1, min(self._job.runtime.workers, parts))
+        cores = max(1, self._job.runtime.workers // self._workers)
+        with one_core_each(self._workers, "featcache-train", cores=cores) as self._pool:
+            torch.set_num_threads(1)  # adding up needs no more, and threads that wait for each other stop under load
+            try:
+                yield
+            finally:
+                self._pool = None
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, H, W, 3) -> (n, C), as the next step computes them."""
+        network = self._network
+        assert self._form is not None, "refresh() made it"
+        logits: torch.Tensor = network.head(self._form.embed(normalise(pixels, network.mean, network.std)))
+        return logits
+
+    def refresh(self) -> None:
+        """Take over the network's mode and weights."""
+        self.form.refresh(self._dtype)
+
+    def accumulate(
+        self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int], *, step: int, micro: int
+    ) -> torch.Tensor:
+        """Set ``grad`` to that of the batch's mean loss, ``micro`` images at a time; returns sums as ``Trainer._step`` does."""
+        pixels, labels, weights, size = batch
+        self.refresh()
+        form, seed = self.form, self._job.seed
+
+        def compute(part: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+            chosen = slice(part.start, part.stop)
+            with drawn_by_image(seed, step, part), torch.enable_grad():
+                logits = self.logits(pixels[chosen])
+                losses = functional.cross_entropy(
+                    logits, labels[chosen], reduction="none", label_smoothing=self._recipe.label_smoothing
+                )
+                loss = (losses * weights[chosen]).sum()
+                gradients = torch.autograd.grad(loss / size, form.leaves, allow_unused=True)
+            hits = ((logits.argmax(dim=1) == labels[chosen]) * weights[chosen]).sum()
+            sums = torch.stack((loss.detach(), hits, weights[chosen].sum()))
+            return sums, [None if g is None else g.float() for g in gradients]
+
+        parts = [range(start, min(start + micro, len(pixels))) for start in range(0, len(pixels), micro)]
+        sums, total = torch.zeros(3), list[torch.Tensor | None]()
+        assert self._pool is not None, "cores() holds the threads"
+        with contextlib.closing(in_order(self._pool, compute, parts, ahead=self._workers)) as results:
+            for found, gradients in results:
+                sums += found
+                total = _added(total, gradients)
+        form.settle(total)
+        if not form.is_finite():
+            sums[0] = torch.nan  # what oneDNN makes of NaN in an activation is 0: the loss alone may not tell
+        return sums
+
+
+def _added(total: list[torch.Tensor | None], more: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """``more`` added to ``total``, in place where it can be."""
+    if not total:
+        return more
+    pairs = [(a, b) for a, b in zip(total, more, strict=True) if a is not None and b is not None]
+    torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+    return [b if a is None else a for a, b in zip(total, more, strict=True)]
+
+
+def in_order(
+    pool: ThreadPoolExecutor, compute: Callable[[Part], Result], parts: Iterable[Part], *, ahead: int
+) -> Generator[Result]:
+    """Results in the order of ``parts``; at most ``ahead`` + 1 of them are computed, or there, before one is taken."""
+    futures: deque[Future[Result]] = deque()
+    try:
+        for part in parts:
+            futures.append(pool.submit(compute, part))
+            if len(futures) > ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # whoever tries again has the cores, and the memory, for itself

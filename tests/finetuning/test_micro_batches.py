@@ -1,0 +1,141 @@
+"""Parts of a batch on several cores: the same bits for any number of them, and one gradient for any cutting."""
+
+import copy
+import dataclasses
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from test_network import CPU, JOB, make_pixels, shrunk
+from torch import nn
+
+from featcache.backbones.load import load_backbone
+from featcache.finetuning.micro_batches import in_order
+from featcache.finetuning.network import with_new_head
+from featcache.finetuning.recipes import Recipe
+from featcache.finetuning.trainer import Trainer, make_optimizer
+
+N, EDGE = 12, 32
+DATA = make_pixels(N, EDGE)
+MOBILE = shrunk(load_backbone("mobilenet_v3_small", "none"), EDGE)
+DROPPING = shrunk(load_backbone("efficientnet_b0", "none"), EDGE)  # stochastic depth in its blocks
+RECIPE = Recipe(
+    about="", hidden=(8, 8), dropout=(0.3, 0.3), optimizer="adamw", lr=1e-3, backbone_lr=1e-4, epochs=2, batch_size=6
+)
+
+
+def trained(recipe: Recipe, *, workers: int, micro: int, backbone: object = MOBILE, precision: str = "fp32") -> Trainer:
+    network = with_new_head(backbone, recipe, 3, seed=0)  # type: ignore[arg-type]
+    runtime = dataclasses.replace(CPU, workers=workers, batch_size=micro)
+    job = dataclasses.replace(JOB, precision=precision, runtime=runtime)
+    trainer = Trainer(network, DATA, recipe=recipe, job=job)
+    trainer.run_epoch()
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cores_change_no_bit(precision: str, bf16_arithmetic: bool) -> None:
+    if precision == "bf16" and not bf16_arithmetic:
+        pytest.skip("nothing is fused here")
+    one, *others = (trained(RECIPE, workers=n, micro=2, precision=precision).network.state_dict() for n in (1, 2, 3))
+    for other in others:
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone_dropout": True}, {"drop_path": 0.3}])
+def test_the_cutting_changes_only_rounding(changes: dict[str, object]) -> None:
+    """Dropout of the head, and stochastic depth of the backbone, are drawn for an image, whichever part it is in."""
+    recipe = dataclasses.replace(RECIPE, optimizer="sgd", lr=1e-2, backbone_lr=1e-3, **changes)
+    a, b = (trained(recipe, workers=1, micro=micro, backbone=DROPPING) for micro in (6, 1))
+    assert a._first_loss == pytest.approx(b._first_loss, rel=1e-5)
+    start = with_new_head(DROPPING, recipe, 3, seed=0)
+    rows = [torch.cat([p.detach().reshape(-1) for p in n.parameters()]) for n in (start, a.network, b.network)]
+    moved, apart = float((rows[1] - rows[0]).norm()), float((rows[1] - rows[2]).norm())
+    assert apart < 0.01 * moved
+
+
+@pytest.mark.parametrize("unfreeze", ["head", "last-stage", "gradual"])
+def test_what_the_recipe_freezes_stays(unfreeze: str) -> None:
+    recipe = dataclasses.replace(RECIPE, unfreeze=unfreeze)  # type: ignore[arg-type]
+    start = with_new_head(MOBILE, recipe, 3, seed=0)
+    trainer = trained(recipe, workers=2, micro=2)
+
+    def moved() -> list[bool]:
+        pairs = zip(trainer.network.backbone.parameters(), start.backbone.parameters(), strict=True)
+        return [not torch.equal(a, b) for a, b in pairs]
+
+    after = moved()
+    assert any(after) == (unfreeze == "last-stage")  # gradual: the first epoch is the head's
+    assert not after[0]
+    trainer.run_epoch()
+    assert any(moved()) == (unfreeze != "head")
+    assert moved()[0] == (unfreeze == "gradual")
+
+
+def test_batch_norms_that_train_see_the_whole_batch() -> None:
+    """Against a step written by hand: statistics and weights."""
+    recipe = dataclasses.replace(
+        RECIPE, hidden=(), dropout=(), optimizer="sgd", batchnorm="train", epochs=1, batch_size=N
+    )
+    start = with_new_head(MOBILE, recipe, 3, seed=0)
+    network, trainer = copy.deepcopy(start), trained(recipe, workers=2, micro=2)
+    network.requires_grad_(True).train()
+    network.backbone.eval()
+    for norm in (m for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.train()
+    optimizer = make_optimizer(network, recipe)
+    order = np.random.default_rng([0, 0]).permutation(N)
+    pixels = torch.from_numpy(np.stack([DATA.pictures[k] for k in order]))
+    nn.functional.cross_entropy(network(pixels), torch.from_numpy(DATA.labels[order])).backward()
+    optimizer.step()
+    initial = start.state_dict()
+    for name, tensor in network.state_dict().items():
+        moved = float((tensor - initial[name]).float().norm())
+        apart = float((tensor - trainer.network.state_dict()[name]).float().norm())
+        assert apart <= 0.02 * moved + 1e-6, name
+
+
+def test_results_come_in_order_and_few_at_a_time() -> None:
+    alive, most, lock = 0, 0, threading.Lock()
+
+    def compute(part: int) -> int:
+        nonlocal alive, most
+        with lock:
+            alive += 1
+            most = max(most, alive)
+        time.sleep(0.01 if part == 0 else 0)  # the first one is done last
+        return part
+
+    with ThreadPoolExecutor(3) as pool:
+        found = []
+        for part in in_order(pool, compute, range(20), ahead=3):
+            alive -= 1
+            found.append(part)
+    assert found == list(range(20))
+    assert most <= 4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+def test_fused_optimizers_step_as_plain_ones(kind: str) -> None:
+    """In one pass over weights whose layout is channels-last, gradients as autograd lays them."""
+    recipe = dataclasses.replace(RECIPE, optimizer=kind, weight_decay=0.1)  # type: ignore[arg-type]
+    networks = [with_new_head(MOBILE, recipe, 3, seed=0).requires_grad_(True) for _ in range(2)]
+    fused, plain = (make_optimizer(network, recipe) for network in networks)
+    assert all(group["fused"] for group in fused.param_groups)
+    for group in plain.param_groups:
+        group["fused"], group["foreach"] = None, False
+    pixels = torch.from_numpy(np.stack(DATA.pictures[:4]))
+    for _ in range(2):
+        for network, optimizer in zip(networks, (fused, plain), strict=True):
+            network.zero_grad()
+            network.eval()(pixels).square().mean().backward()
+            optimizer.step()
+    start = with_new_head(MOBILE, recipe, 3, seed=0)
+    for (name, a), b, c in zip(
+        networks[0].named_parameters(), networks[1].parameters(), start.parameters(), strict=True
+    ):
+        assert float((a - b).detach().norm()) <= 0.02 * float((b - c).detach().norm()) + 1e-6, name

@@ -6,6 +6,7 @@ In: torchrun's environment. Out: ``Processes``: who this one is, and the few thi
 
 import contextlib
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -60,9 +61,11 @@ class Processes:
         if self.world == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
             return network
         ids = [device.index] if device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            network, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        kind: Any = nn.parallel.DistributedDataParallel
+        # Not before each forward pass: they are equal. PyTorch 2.14 gave this option another name.
+        new = "forward_sync_buffers" in inspect.signature(kind.__init__).parameters
+        equal = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return kind(network, device_ids=ids, **equal)  # type: ignore[no-any-return]
 
     def no_sync(self, wrapped: nn.Module, *, unless: bool) -> contextlib.AbstractContextManager[None]:
         """A context in which backward passes add up gradients here and average them over no other process yet."""

@@ -14,7 +14,7 @@ from featcache.finetuning.draws import draw_by_image, drawn_by_image, draws_othe
 from featcache.finetuning.fused import Form, make_form
 
 FUSED = ("mobilenet_v2", "mobilenet_v3_small", "resnet18", "efficientnet_b0", "regnet_y_400mf")
-PLAIN = ("convnext_tiny", "vit_tiny_patch16_224")  # blocks of other parts; only the first may be fused
+PLAIN = ("convnext_tiny", "timm/vit_tiny_patch16_224")  # blocks of other parts; only the first may be fused
 
 
 def randomised(name: str, edge: int) -> nn.Module:
@@ -44,7 +44,7 @@ def gradients(module: nn.Module, embed: Any, x: torch.Tensor, form: Form | None)
 
 @pytest.mark.parametrize("name", [*FUSED, *(pytest.param(name, marks=pytest.mark.slow) for name in PLAIN)])
 def test_every_gradient_is_the_plain_networks(name: str) -> None:
-    edge = 224 if name == "vit_tiny_patch16_224" else 64
+    edge = 224 if name == "timm/vit_tiny_patch16_224" else 64
     module = randomised(name, edge).requires_grad_(True)
     x = torch.rand(3, 3, edge, edge, generator=torch.Generator().manual_seed(0)) * 4 - 2
     form = make_form(module, nn.Linear(1, 1), x[:2], torch.float32)

@@ -452,9 +452,8 @@ def _one_a_row(X: Any) -> Paths:
         what = "one image" if array or isinstance(X, Image.Image) else f"one path ({X})"
         folder = not array and not isinstance(X, Image.Image) and Source.of(X).path.is_dir()
         raise UsageError(f"X is {what}, expected a list of images, one a row; {_LISTED if folder else 'give [X]'}")
-    if not array and not (
-        isinstance(X, Sized) and hasattr(X, "__getitem__")
-    ):  # an iterator is read once, a set has no order
+    # An iterator is read once, a set has no order.
+    if not array and not (isinstance(X, Sized) and hasattr(X, "__getitem__")):
         advice = f"; {_LISTED}" if isinstance(X, ImageList) else "; give list(X)" if isinstance(X, Iterator) else ""
         raise UsageError(
             f"X is a {type(X).__name__}, expected a list, a pandas column or an array of images, one a row{advice}"

@@ -185,9 +185,7 @@ class _Job:
         count = len(self.files.paths)
         try:
             yield from through_ring(count, stop_with(self._fill), self._finish, lane, pool, **options)
-        except (
-            torch.OutOfMemoryError
-        ) as error:  # such a batch did fit at the start: another program has taken memory since
+        except torch.OutOfMemoryError as error:  # it did fit at the start: another program has taken memory since
             raise UsageError(
                 f"a batch of {lane.batch_size} no longer fits into the GPU's memory; run the command again with "
                 f"--batch-size {max(1, lane.batch_size // 2)}"

@@ -57,9 +57,8 @@ def fetch(repository: str, file: str, *, name: str) -> Path | None:
     except DownloadError as error:
         cause = error.__cause__
         gone = isinstance(cause, errors.EntryNotFoundError) and not isinstance(cause, errors.LocalEntryNotFoundError)
-        if gone or (
-            known is _CACHED_NO_EXIST and not isinstance(error, AccessError)
-        ):  # or was so when it was last asked for
+        # Or was so when it was last asked for.
+        if gone or (known is _CACHED_NO_EXIST and not isinstance(error, AccessError)):
             return None
         if isinstance(cause, errors.RepositoryNotFoundError) and not isinstance(cause, errors.GatedRepoError):
             raise BackboneError(

@@ -130,9 +130,7 @@ class CudaLane(PlainLane):
             if not torch.equal(outputs.view(torch.uint8), expected.view(torch.uint8)):
                 raise RuntimeError("it gives other bits")
             self._graph = graph, inputs, outputs
-        except (
-            Exception
-        ) as error:  # a network that looks at its values, too little memory: as many as there are networks
+        except Exception as error:  # a network that looks at its values, too little memory, and more
             log.debug("no CUDA graph of batches of %d: %s", self.batch_size, str(error).partition("\n")[0])
 
 

@@ -269,9 +269,8 @@ def evaluate(
         )
     lines = evaluation_lines(scores, [*map(printable, scores["per_class"])])
     audited = printable(str(source)) if is_cache(source) else None
-    copies = (
-        None if scores["accuracy_without_copies"] is None else scores["copies"]["across_splits"]
-    )  # not training itself
+    training = scores["accuracy_without_copies"] is None
+    copies = None if training else scores["copies"]["across_splits"]
     lines.append(audit_line(scores["label_suspects"], copies, audited))
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)

@@ -75,9 +75,8 @@ class Settings:
 
     def resolved(self, request: ExtractRequest) -> ExtractRequest:
         """``request`` with precision and storage as in the cache where they are unset."""
-        if (
-            request.precision == AUTO and self.recorded.get("precision") == "fp32"
-        ):  # of the class that others may pass for
+        # Of the class that others may pass for.
+        if request.precision == AUTO and self.recorded.get("precision") == "fp32":
             request = dataclasses.replace(request, precision="fp32")
         return request.resolved(self.spec)
 

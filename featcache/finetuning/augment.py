@@ -42,9 +42,8 @@ def augment_picture(
     picture: Picture, steps: Sequence[Step], *, size: tuple[int, int], seed: tuple[int, int, int]
 ) -> torch.Tensor:
     """``augment`` for a decoded picture as ``pixels`` keeps it: what an epoch shows the network of an image."""
-    writable = np.require(
-        picture, requirements=["C", "W"]
-    )  # of a file's pictures a copy: tensors dislike memory that is not
+    # Of a file's pictures a copy: tensors dislike memory that is not writable.
+    writable = np.require(picture, requirements=["C", "W"])
     return augment(torch.from_numpy(writable), steps, size=size, seed=seed)
 
 

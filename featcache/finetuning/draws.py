@@ -18,9 +18,8 @@ _thread = threading.local()
 @contextlib.contextmanager
 def drawn_by_image(seed: int, step: int, images: Iterable[int]) -> Iterator[None]:
     """Let this thread draw for a batch of ``images``, each with random numbers of its own."""
-    _thread.generators = [
-        torch.Generator().manual_seed(hash((seed, step, image)) % 2**63) for image in images
-    ]  # tuples of integers have the same hash everywhere
+    # Tuples of integers have the same hash everywhere.
+    _thread.generators = [torch.Generator().manual_seed(hash((seed, step, image)) % 2**63) for image in images]
     try:
         yield
     finally:

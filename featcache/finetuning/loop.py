@@ -78,9 +78,8 @@ class Loop:
 
     def _after_step(self, status: Status) -> None:
         trainer, every = self._trainer, self._trainer.recipe.eval_every
-        if (
-            every and trainer.step % every == 0 and trainer.batch < trainer.steps_per_epoch
-        ):  # the last one's comes anyway
+        # The score after an epoch's last step comes anyway.
+        if every and trainer.step % every == 0 and trainer.batch < trainer.steps_per_epoch:
             self._evaluate(trainer.take_means())
             training_mode(trainer.network, trainer.recipe)
             self._mark()

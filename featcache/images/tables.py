@@ -115,9 +115,8 @@ def entries(table: Table, columns: Columns) -> Iterator[tuple[Entry, str]]:
 
 def _label(cell: str, where: str) -> str | None:
     label = cell.strip()
-    if (
-        label != cell and len(label) > 1 and label[0] == label[-1] == '"'
-    ):  # "a" after a blank: quotes that CSV takes for text
+    # "a" after a blank: quotes that CSV takes for text.
+    if label != cell and len(label) > 1 and label[0] == label[-1] == '"':
         label = label[1:-1].strip()
     label = without_escape(label)
     if "\0" in label or not _is_storable(label):

@@ -80,9 +80,8 @@ def one_core_each(workers: int, name: str, *, cores: int = 1) -> Iterator[Thread
     ``cores``: for each thread, where there are fewer threads than cores.
     """
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(
-        workers, name, initializer=torch.set_num_threads, initargs=(cores,)
-    )  # OpenMP's is per thread
+    # OpenMP's number of threads is each thread's own.
+    pool = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(cores,))
     try:
         yield pool
     finally:

@@ -157,9 +157,8 @@ def _has(font: _Font, char: str) -> bool:
     """Whether ``font`` draws something for ``char`` that it does not draw for what is no character."""
     if char.isspace():
         return True
-    plain = font.font_variant(
-        layout_engine=ImageFont.Layout.BASIC
-    )  # others add what a letter lacks, as a mark its circle
+    # Other engines add what a letter lacks, as a mark its circle.
+    plain = font.font_variant(layout_engine=ImageFont.Layout.BASIC)
     mask, none = plain.getmask(char), plain.getmask("\uffff")
     return (mask.size, bytes(mask)) != (none.size, bytes(none))
 

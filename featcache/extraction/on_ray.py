@@ -229,6 +229,10 @@ def _no_cluster(address: str, error: Exception) -> UsageError:
     )
 
 
+# Of a cluster that is ours alone: Ray's own niceness is 15, and it tells its makers about its use, unless told not to.
+_OURS = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
     address = _named(address)
     try:
@@ -237,7 +241,7 @@ def _init(ray: Any, address: str, quiet: dict[str, Any]) -> None:
                 ray.init(address="auto", **quiet)
                 return
         if address in ("auto", _LOCAL):
-            with _environment({"RAY_worker_niceness": "0"}):  # of a cluster that is ours alone; Ray's own is 15
+            with _environment(_OURS):
                 ray.init(address=_LOCAL, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)

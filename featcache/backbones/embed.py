@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.backbones.ring import Features, Lane, through_ring
+from featcache.backbones.ring import BUFFERS, Features, Lane, feeders, through_ring
 from featcache.backbones.self_check import fits_float16
 from featcache.errors import UsageError
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
+from featcache.images.fill import Fill, filler
 from featcache.images.formats import Brightest
-from featcache.images.gpu_jpeg import gpu_jpegs, pixel_reader, read_for_gpu
+from featcache.images.gpu_jpeg import Undecoded, gpu_jpegs, pixel_reader, read_for_gpu
 from featcache.images.read import ImageFiles, ReadImage, read_image, read_images
 from featcache.images.readahead import stoppable
 from featcache.spec import PreprocessSpec
@@ -118,7 +119,7 @@ def embed(
         UsageError: the memory of a GPU is exhausted.
     """
     job = _Job(files, encoder, runtime, timings or Timings())
-    threads = runtime.workers + (lane is not None)
+    threads = runtime.workers + (feeders(job.complete) if lane else 0)
     with strict_decoding(), one_core_each(threads, "featcache-worker") as pool, stoppable() as stop_with:
         batches = job.by_ring(lane, pool, stop_with) if lane else job.by_worker(pool, stop_with)
         with contextlib.closing(batches):
@@ -177,19 +178,27 @@ class _Job:
         while pending:
             yield pending.popleft().result()
 
+    @property
+    def complete(self) -> Callable[[list[ReadImage[Any]], torch.Tensor], list[ReadImage[Any]]] | None:
+        """What a GPU that decodes does with a batch."""
+        return self._gpu.finish_into if self._gpu else None
+
     def by_ring(self, lane: Lane, pool: ThreadPoolExecutor, stop_with: Callable[..., Any]) -> Generator[EmbeddedBatch]:
-        """Workers decode, into batches that one more thread gives to ``lane``."""
+        """Workers decode, into batches that one or two more threads give to ``lane``."""
         idle = functools.partial(self.timings.measure, "forward")  # a worker without a buffer waits for the GPU
-        options: dict[str, Any] = {"workers": self.runtime.workers, "idle": idle}
-        options["complete"] = self._complete if self._gpu else None
-        count = len(self.files.paths)
-        try:
-            yield from through_ring(count, stop_with(self._fill), self._finish, lane, pool, **options)
-        except torch.OutOfMemoryError as error:  # it did fit at the start: another program has taken memory since
-            raise UsageError(
-                f"a batch of {lane.batch_size} no longer fits into the GPU's memory; run the command again with "
-                f"--batch-size {max(1, lane.batch_size // 2)}"
-            ) from error
+        options: dict[str, Any] = {"workers": self.runtime.workers, "idle": idle, "complete": self.complete}
+        shape, count = (BUFFERS, lane.batch_size, *self.encoder.preprocess.crop, 3), len(self.files.paths)
+        fill, memory = filler(self.files, self.encoder.preprocess, self.seen, workers=self.runtime.workers, shape=shape)
+        work = stop_with(functools.partial(self._fill, fill))
+        with lane.pinned(memory) if memory is not None else contextlib.nullcontext():
+            try:
+                buffers = None if memory is None else list(memory)
+                yield from through_ring(count, work, self._finish, lane, pool, buffers=buffers, **options)
+            except torch.OutOfMemoryError as error:  # it did fit at the start: another program has taken memory since
+                raise UsageError(
+                    f"a batch of {lane.batch_size} no longer fits into the GPU's memory; run the command again with "
+                    f"--batch-size {max(1, lane.batch_size // 2)}"
+                ) from error
 
     def _embed_from(self, start: int) -> EmbeddedBatch:
         """Embed the images from ``start`` on, by way of a buffer of this worker's own."""
@@ -209,44 +218,38 @@ class _Job:
         with self.timings.measure("forward"):
             # The whole buffer, always: unused rows cost little and keep the shape, and so every bit, the same.
             features = self.encoder(pixels)[:kept] if kept else np.empty((0, 0), np.float32)
-            return self._batch(reads, features, pixels[:kept], size)
+            return self._batch(reads, features, size)
 
-    def _fill(self, index: int, row: Pixels) -> ReadImage[Pixels]:
+    def _fill(self, fill: Fill, images: range, rows: Pixels) -> list[ReadImage[Any]]:
         with self.timings.measure("decode"):
-            return self._read(index, row)
+            return fill(images, rows)
 
-    def _finish(self, reads: Sequence[ReadImage[Pixels]], features: Features, pixels: Pixels) -> EmbeddedBatch:
+    def _finish(self, reads: Sequence[ReadImage[Any]], features: Features) -> EmbeddedBatch:
         kept: slice | list[int] = slice(len(reads))
         if any(read.value is None for read in reads):
             kept = [row for row, read in enumerate(reads) if read.value is not None]
-        return self._batch(reads, features[kept], pixels[kept], min(_FEW, len(pixels)))
+        return self._batch(reads, features[kept], min(_FEW, len(features)))
 
     def _read(self, index: int, row: Pixels) -> ReadImage[Pixels]:
         """Decode one image into ``row`` (H, W, 3), which is then its value, or leave it to the GPU."""
         read: ReadImage[Any] = read_image(self.files, index, self._decode)
-        if read.value is None or isinstance(read.value, bytes):
+        if read.value is None or isinstance(read.value, Undecoded):
             return read
         row[:] = read.value
         return read._replace(value=row)
 
-    def _decode(self, data: bytes) -> Pixels | bytes:
+    def _decode(self, data: bytes) -> Pixels | Undecoded:
         return (read_for_gpu if self._gpu else read_pixels)(data, self.encoder.preprocess, seen=self.seen)
 
-    def _complete(self, reads: list[ReadImage[Any]], pixels: Pixels) -> list[ReadImage[Any]]:
-        """Let the GPU decode what was left to it, each into its row."""
-        done: list[ReadImage[Any]] = self._gpu.finish(reads) if self._gpu else reads
-        for row, (read, before) in enumerate(zip(done, reads, strict=True)):
-            if isinstance(before.value, bytes) and read.value is not None:
-                pixels[row] = read.value
-        return done
-
-    def _batch(self, reads: Sequence[ReadImage[Pixels]], features: Features, pixels: Pixels, few: int) -> EmbeddedBatch:
-        """What became of ``reads``; features (n, D) and pixels are of those n that were decoded, ``few`` is for ``_in_float32``."""
+    def _batch(self, reads: Sequence[ReadImage[Any]], features: Features, few: int) -> EmbeddedBatch:
+        """What became of ``reads``; features (n, D) are of those n that were decoded, ``few`` is for ``_in_float32``."""
         kept = [read for read in reads if read.value is not None]
         finite = np.asarray(np.isfinite(features).all(axis=1))
         if not finite.all() and self.encoder.exact:
-            features[~finite] = _in_float32(self.encoder.exact, pixels[~finite], few)
-            self.again += [read.position for read, fine in zip(kept, finite, strict=True) if not fine]
+            wrong = [read for read, fine in zip(kept, finite, strict=True) if not fine]
+            pixels = [read.value for read in (self._gpu.finish(wrong) if self._gpu else wrong)]
+            features[~finite] = _in_float32(self.encoder.exact, np.stack(pixels), few)  # type: ignore[arg-type] # all were decoded
+            self.again += [read.position for read in wrong]
             finite = np.asarray(np.isfinite(features).all(axis=1))
         batch = EmbeddedBatch(
             indices=np.array([read.position for read in kept], np.intp),

@@ -15,6 +15,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.embed import EmbeddedBatch, Timings, embed, sample_pixels
 from featcache.backbones.encoder import Encoder, Precision, PrecisionChoice, build_encoder
 from featcache.images.decode import Pixels, decoder_in_words
+from featcache.images.fill import start_decoding
 from featcache.images.read import ImageFiles
 from featcache.spec import Spec
 from featcache.system.device import Runtime, choose_runtime
@@ -55,6 +56,8 @@ class Embedder:
                 no GPU to decode on. MissingDependencyError: torchcodec, to decode on it.
         """
         runtime = runtime or choose_runtime()
+        if runtime.device.type == "cuda":
+            start_decoding(runtime.workers, len(files.paths))
         log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
         sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, SAMPLE), device=runtime.device)
         pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)

@@ -4,20 +4,23 @@ In: a network's forward pass and the shape of its batches. Out: a ``Lane`` (``ri
 Streams, events and graphs are used as in PyTorch's notes on CUDA semantics.
 """
 
+import contextlib
 import logging
+import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from featcache.backbones.ring import Features, Lane
+from featcache.backbones.ring import Change, Features, Lane
 from featcache.errors import UsageError
 from featcache.images.decode import Pixels
 from featcache.system.device import launching, memory_errors
 
 log = logging.getLogger("featcache")
 Forward = Callable[[torch.Tensor], torch.Tensor]
+UPLOADS = 2  # streams
 _EAGER = 3  # batches before a graph is captured: a few images are sooner done without, and kernels are chosen by then
 
 
@@ -37,10 +40,18 @@ class PlainLane:
         """As ``Lane``; pinned where a GPU then fetches it faster, and while others compute."""
         return torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda").numpy()
 
-    def upload(self, pixels: Pixels) -> Any:
+    def pinned(self, buffers: Pixels) -> contextlib.AbstractContextManager[object]:
+        """As ``Lane``: nothing is faster here."""
+        return contextlib.nullcontext()
+
+    def upload(self, pixels: Pixels, change: Change | None = None) -> Any:
         """As ``Lane``."""
         with launching(self._device):
-            return torch.from_numpy(pixels).to(self._device)
+            # Where the device is this computer, ``change`` would change the buffer.
+            there = torch.from_numpy(pixels).to(self._device, copy=change is not None)
+            if change:
+                change(there)
+            return there
 
     def compute(self, uploaded: Any) -> Any:
         """As ``Lane``."""
@@ -67,18 +78,41 @@ class CudaLane(PlainLane):
         """As ``PlainLane``. cuda: a stand-in, for tests."""
         super().__init__(forward, device, shape)
         self._cuda = cuda
-        self._up, self._run, self._down = (cuda.Stream(device) for _ in range(3))
+        self._up = queue.SimpleQueue[
+            Any
+        ]()  # a stream for each thread that uploads: what it asks of the GPU there may take its time
+        for _ in range(UPLOADS):
+            self._up.put(cuda.Stream(device))
+        self._run, self._down = cuda.Stream(device), cuda.Stream(device)
         self._run.wait_stream(cuda.current_stream(device))  # there the weights were copied
         self._lock = threading.Lock()  # several rings may share a lane; a graph has one input
         self._batches = 0
         self._graph: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
-    def upload(self, pixels: Pixels) -> Any:
+    @contextlib.contextmanager
+    def pinned(self, buffers: Pixels) -> Iterator[None]:
+        """As ``Lane``. Where the system does not let them be pinned, uploads are slower, that is all."""
+        runtime, where = self._cuda.cudart(), int(buffers.__array_interface__["data"][0])
+        taken = int(runtime.cudaHostRegister(where, buffers.nbytes, 0)) == 0
+        try:
+            yield
+        finally:
+            self._cuda.synchronize(self._device)  # an upload may still read them, if the run ends early
+            if taken:
+                runtime.cudaHostUnregister(where)
+
+    def upload(self, pixels: Pixels, change: Change | None = None) -> Any:
         """As ``Lane``."""
-        with self._cuda.stream(self._up):
-            there = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
-            there.copy_(torch.from_numpy(pixels), non_blocking=True)
-            return there, self._up.record_event()
+        stream = self._up.get()
+        try:
+            with self._cuda.stream(stream):
+                there = torch.empty(self._shape, dtype=torch.uint8, device=self._device)
+                there.copy_(torch.from_numpy(pixels), non_blocking=True)
+                if change:
+                    change(there)
+                return there, stream.record_event()
+        finally:
+            self._up.put(stream)
 
     def compute(self, uploaded: Any) -> Any:
         """As ``Lane``."""

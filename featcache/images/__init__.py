@@ -24,12 +24,14 @@ read.py         files read: the one loop over them
 headers.py      what their headers say
 statistics.py   what can be told of them before any network sees them
 in_memory.py    PIL images and arrays, as files
+fill.py         rows of a GPU's batches, by threads or processes
 decode.py       bytes to pixels, or why not; what if the decoder crashes
 formats.py      what samples mean, format by format; to RGB
 integrity.py    are all pixels there? PNG, TIFF
 jpeg.py         the same for JPEG
 jpeg_header.py  what a usual one's header says, without Pillow
 gpu_jpeg.py     which JPEGs a GPU decodes, and how; the one door to torchcodec
+gpu_resize.py   resizes what it decoded, many at a time
 heif.py         the same for HEIF, and the one door to its decoder
 preprocess.py   resize, crop, normalise
 """

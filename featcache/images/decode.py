@@ -104,12 +104,17 @@ def try_apart(data: bytes, at_least: int | None, *, patience: float = 120.0) -> 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=patience, check=False, env=environment)
-        reason = f"{_CRASHED} ({signal_name(-done.returncode)})" if done.returncode < 0 else ""
+        reason = crashed(-done.returncode) if done.returncode < 0 else ""
     except subprocess.TimeoutExpired:
         reason = f"{_ENDLESS}, {patience:g} s were not enough"
     if reason:
         notes.shared.crashed_images += 1
         raise RefusedImage(reason)
+
+
+def crashed(number: int) -> str:
+    """Why an image is refused whose decoder ended a process of its own by this signal."""
+    return f"{_CRASHED} ({signal_name(number)})"
 
 
 class _StrictDecoding:

@@ -14,8 +14,9 @@ import dataclasses
 import functools
 import queue
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,9 @@ import numpy.typing as npt
 from featcache.errors import MissingDependencyError, RefusedImage, UsageError
 from featcache.images.decode import decode_pixels, read_pixels
 from featcache.images.formats import Brightest
+from featcache.images.gpu_resize import resize_and_crop
 from featcache.images.jpeg_header import JpegHeader, read_jpeg_header
-from featcache.images.preprocess import MOST_PIXELS, cropped_at
+from featcache.images.preprocess import MOST_PIXELS
 from featcache.images.read import ReadImage
 from featcache.spec import PreprocessSpec
 
@@ -36,11 +38,20 @@ if TYPE_CHECKING:
     ]  # files, uint8 (bytes,), to RGB, uint8 (3, h, w), on the GPU
 
 Pixels = npt.NDArray[np.uint8]
+
+
+class Undecoded(NamedTuple):
+    """A file for the GPU. data: its bytes, as they are or uint8 (n,). pixels: how many it has."""
+
+    data: bytes | Pixels
+    pixels: int
+
+
 _BASELINE, _ADOBE_YCBCR = 0xC0, 1
 _GREY = {b"\x11"}
 _COLOUR = {bytes((luma, 0x11, 0x11)) for luma in (0x11, 0x12, 0x21, 0x22)}  # 4:4:4, 4:4:0, 4:2:2, 4:2:0
-_AT_ONCE = 2**25  # pixels, also of one file: 12 bytes each while they are resized
-_LARGEST_STEP = 32  # of the resize: the shared memory that PyTorch's kernel takes grows with it
+_AT_ONCE = 2**25  # pixels, also of one file: some 30 bytes each while they are resized
+_LARGEST_STEP = 32  # of the resize
 _LANES = 2  # one batch is decoded while another one is resized
 _FAULTY = re.compile(r": (3|4|9|10)\b|subsampling")  # nvjpegStatus_t: bad, not supported, not implemented, incomplete
 
@@ -56,12 +67,12 @@ def is_for_gpu(header: JpegHeader, spec: PreprocessSpec) -> bool:
     return plain and small and (colour or factors in _GREY)
 
 
-def read_for_gpu(data: bytes, spec: PreprocessSpec, *, seen: Brightest | None = None) -> Pixels | bytes:
+def read_for_gpu(data: bytes, spec: PreprocessSpec, *, seen: Brightest | None = None) -> Pixels | Undecoded:
     """What is for the GPU as it is, all of its pixels there; pixels (H, W, 3) of all else. Raises RefusedImage."""
     if (header := read_jpeg_header(data)) is None or not is_for_gpu(header, spec):
         return read_pixels(data, dataclasses.replace(spec, decode="full scale"), seen=seen)
     decode_pixels(data, at_least=1)
-    return data
+    return Undecoded(data, header.width * header.height)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +88,7 @@ class GpuJpegs:
     decode: "Decode"
     at_once: int = _AT_ONCE
 
-    def decode_batch(self, files: Sequence[bytes]) -> "torch.Tensor":
+    def decode_batch(self, files: Sequence[Undecoded]) -> "torch.Tensor":
         """uint8 (n, H, W, 3) on the device, in the order of ``files``, queued on the current stream.
 
         Raises:
@@ -88,87 +99,124 @@ class GpuJpegs:
         pixels = torch.empty((len(files), *self.spec.crop, 3), dtype=torch.uint8, device=self.device)
         with torch.inference_mode():
             for rows in _portions(files, self.at_once):
-                # Of memory of their own: tensors of what cannot be written to make PyTorch warn.
-                images = self.decode([torch.frombuffer(bytearray(files[row]), dtype=torch.uint8) for row in rows])
-                alike: dict[tuple[int, ...], list[int]] = {}
-                for place, image in enumerate(images):
-                    alike.setdefault(tuple(image.shape), []).append(place)
-                for places in alike.values():
-                    for place, done in zip(places, self._resized([images[place] for place in places]), strict=True):
-                        pixels[rows[place]] = done
+                images = self.decode([_as_tensor(files[row].data) for row in rows])
+                for places in _alike(images):
+                    done = resize_and_crop([images[place] for place in places], self.spec)
+                    pixels[torch.tensor([rows[place] for place in places], device=self.device)] = done
         return pixels
-
-    def _resized(self, images: "list[torch.Tensor]") -> "torch.Tensor":
-        """n images uint8 (3, h, w) of one size -> uint8 (n, H, W, 3)."""
-        import torch
-        from torch.nn.functional import interpolate
-
-        planes = torch.stack(images)
-        size = self.spec.resized(*planes.shape[2:])
-        if size != planes.shape[2:]:
-            mode = self.spec.interpolation
-            planes = interpolate(planes.float(), size, mode=mode, antialias=True, align_corners=False)
-            planes = planes.round_().clamp_(0, 255)
-        (top, left), (height, width) = cropped_at(size, self.spec), self.spec.crop
-        return planes[:, :, top : top + height, left : left + width].to(torch.uint8).permute(0, 2, 3, 1)
 
     def read(self, data: bytes) -> Pixels:
         """As ``read_pixels``, of one file. Raises RefusedImage; otherwise as ``finish``."""
         found = read_for_gpu(data, self.spec)
-        [pixels] = self._on_host([found]) if isinstance(found, bytes) else [found]
+        [pixels] = self._on_host([found]) if isinstance(found, Undecoded) else [found]
         if isinstance(pixels, str):
             raise RefusedImage(pixels)
         return pixels
 
-    def finish(self, reads: Iterable[ReadImage[Pixels | bytes]]) -> list[ReadImage[Pixels]]:
-        """``reads`` by ``read_for_gpu``, with pixels where it left bytes, or the reason why not.
+    def finish(self, reads: Iterable[ReadImage[Any]]) -> list[ReadImage[Pixels]]:
+        """``reads`` by ``read_for_gpu``, with pixels where it left a file, or the reason why not.
 
         Raises:
             RuntimeError: the GPU failed, not an image. UsageError: its memory is too small for so many.
         """
         done = list(reads)
-        left = [place for place, read in enumerate(done) if isinstance(read.value, bytes)]
-        for place, pixels in zip(left, self._on_host([done[place].value for place in left]), strict=True):  # type: ignore[misc]
-            refused = isinstance(pixels, str)
-            done[place] = done[place]._replace(value=None if refused else pixels, reason=pixels if refused else "")  # type: ignore[arg-type]
-        return done  # type: ignore[return-value]
+        left = _left_to_gpu(done)
+        for place, pixels in zip(left, self._on_host(list(left.values())), strict=True):
+            value, reason = (None, pixels) if isinstance(pixels, str) else (pixels, "")
+            done[place] = done[place]._replace(value=value, reason=reason)
+        return done
 
-    def _on_host(self, files: list[bytes]) -> list[Pixels | str]:
-        """Pixels (H, W, 3), or why there are none, of each of ``files``."""
+    def finish_into(self, reads: Sequence[ReadImage[Any]], batch: "torch.Tensor") -> list[ReadImage[Any]]:
+        """The same into the rows of ``batch`` (N, H, W, 3) on the device, on the current stream; values stay the files."""
         import torch
 
-        if not files:
-            return []
+        done, left = list(reads), _left_to_gpu(reads)
+        where = list(left)
+        for places, pixels in self._decoded(list(left.values())):
+            rows = [where[place] for place in places]
+            if isinstance(pixels, str):
+                done[rows[0]] = done[rows[0]]._replace(value=None, reason=pixels)
+            elif rows == list(range(len(batch))):
+                batch.copy_(pixels)
+            else:
+                batch[torch.tensor(rows, device=self.device)] = pixels
+        return done
+
+    def _on_host(self, files: list[Undecoded]) -> list[Pixels | str]:
+        """Pixels (H, W, 3), or why there are none, of each of ``files``."""
+        found: list[Pixels | str] = [""] * len(files)
         lanes = _lanes(self.device)
         lane = lanes.get()
         try:
             with lane:
-                return list(self.decode_batch(files).cpu().numpy())
-        except torch.OutOfMemoryError as error:
-            raise UsageError(
-                f"decoding {len(files)} images does not fit into {self.device}'s memory; halve --batch-size"
-            ) from error
-        except RuntimeError as error:
-            if isinstance(error, torch.AcceleratorError) or not _FAULTY.search(text := str(error).splitlines()[0]):
-                raise
+                for places, pixels in self._decoded(files):
+                    for place, each in zip(
+                        places, [pixels] if isinstance(pixels, str) else pixels.cpu().numpy(), strict=True
+                    ):
+                        found[place] = each
         finally:
             lanes.put(lane)
-        if len(files) == 1:
-            # Not decoded by the CPU instead: its pixels would be of the other kind, as this GPU or driver happens to be.
-            return [f"not decoded by the GPU ({text}); --decode full decodes it on the CPU"]
-        return [found for file in files for found in self._on_host([file])]
+        return found
+
+    def _decoded(self, files: Sequence[Undecoded]) -> "Iterator[tuple[range, torch.Tensor | str]]":
+        """Of some of ``files`` the pixels (n, H, W, 3) on the device, or of one of them why there are none; all in the end."""
+        import torch
+
+        pending = deque([range(len(files))] if files else [])
+        while pending:
+            places = pending.popleft()
+            try:
+                yield places, self.decode_batch([files[place] for place in places])
+            except torch.OutOfMemoryError as error:
+                raise UsageError(
+                    f"decoding {len(places)} images does not fit into {self.device}'s memory; halve --batch-size"
+                ) from error
+            except RuntimeError as error:
+                if isinstance(error, torch.AcceleratorError) or not _FAULTY.search(text := str(error).splitlines()[0]):
+                    raise
+                if len(places) > 1:  # which one?
+                    pending.extend(range(place, place + 1) for place in places)
+                    continue
+                # Not decoded by the CPU instead: its pixels would be of the other kind, as this GPU or driver happens to be.
+                yield places, f"not decoded by the GPU ({text}); --decode full decodes it on the CPU"
 
 
-def _portions(files: Sequence[bytes], at_once: int) -> Iterator[list[int]]:
+def _left_to_gpu(reads: Sequence[ReadImage[Any]]) -> dict[int, Undecoded]:
+    """Those whose value is a file, by their places."""
+    return {place: read.value for place, read in enumerate(reads) if isinstance(read.value, Undecoded)}
+
+
+def _as_tensor(data: bytes | Pixels) -> "torch.Tensor":
+    """uint8 (bytes,)."""
+    import torch
+
+    # Bytes are copied: tensors of what cannot be written to make PyTorch warn.
+    return torch.from_numpy(data if isinstance(data, np.ndarray) else np.frombuffer(bytearray(data), np.uint8))
+
+
+def _alike(images: "Sequence[torch.Tensor]") -> "Iterable[list[int]]":
+    """Places of images (3, h, w) of about one size, which are resized together."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, image in enumerate(images):
+        groups.setdefault(tuple(_rounded(edge) for edge in image.shape[1:]), []).append(place)
+    return groups.values()
+
+
+def _rounded(edge: int) -> int:
+    """Somewhat more: one of four steps to the next power of two."""
+    step = 1 << max(0, edge.bit_length() - 3)
+    return -(-edge // step) * step
+
+
+def _portions(files: Sequence[Undecoded], at_once: int) -> Iterator[list[int]]:
     """Positions of ``files`` that are decoded together, in order."""
     rows, whole = list[int](), 0
-    for row, data in enumerate(files):
-        header = read_jpeg_header(data)
-        size = header.width * header.height if header else at_once
-        if rows and whole + size > at_once:
+    for row, file in enumerate(files):
+        if rows and whole + file.pixels > at_once:
             yield rows
             rows, whole = [], 0
-        rows, whole = [*rows, row], whole + size
+        rows.append(row)
+        whole += file.pixels
     if rows:
         yield rows
 

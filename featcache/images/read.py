@@ -78,7 +78,7 @@ def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> 
     """Read one of ``files``. Callers decode inside ``strict_decoding``."""
     digest, size, mtime = b"", -1, -1
     try:
-        data, size, mtime = _content(files, index)
+        data, size, mtime = content(files, index)
         digest = hashlib.sha256(data).digest()
         with refusing_errors():
             return ReadImage(index, convert(data), "", digest, size, mtime)
@@ -86,17 +86,25 @@ def read_image(files: ImageFiles, index: int, convert: Callable[[bytes], T]) -> 
         return ReadImage(index, None, str(reason), digest, size, mtime)
 
 
-def _content(files: ImageFiles, index: int) -> tuple[bytes, int, int]:
-    """As ``read_file``, also of an image in memory, as the file that it would be."""
+def content(files: ImageFiles, index: int) -> tuple[bytes, int, int]:
+    """As ``read_file``, also of an image in memory, as the file that it would be. Raises RefusedImage."""
+    if (path := path_of(files, index)) is not None:
+        return read_file(path)
+    assert isinstance(files, Paths), "only these hold images"
+    with refusing_errors():
+        data = as_file(files.held[index])
+    return data, len(data), -1
+
+
+def path_of(files: ImageFiles, index: int) -> str | None:
+    """Where one of ``files`` is to be read; None: in memory. Raises RefusedImage."""
     if isinstance(files, Paths) and index in files.held:
-        with refusing_errors():
-            data = as_file(files.held[index])
-        return data, len(data), -1
+        return None
     name = files.paths[index]
     if isinstance(files, Paths) and files.root is not None and not leads_inside(name):
         raise RefusedImage("its path leads out of the folder")
     # No Path is made of it: that takes 5 microseconds, in which no other thread runs.
-    return read_file(name if files.root is None else os.path.join(files.root, name))  # noqa: PTH118
+    return name if files.root is None else os.path.join(files.root, name)  # noqa: PTH118
 
 
 def leads_inside(name: str | PurePath) -> bool:

@@ -24,7 +24,7 @@ from PIL import Image
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.embed import EmbedsPixels, embed, sample_pixels
 from featcache.backbones.encoder import Encoder
-from featcache.backbones.ring import Features, Lane
+from featcache.backbones.ring import Change, Features, Lane
 from featcache.errors import SourceError, UsageError
 from featcache.finetuning.budget import seconds_per_step
 from featcache.finetuning.network import with_new_head
@@ -32,6 +32,7 @@ from featcache.finetuning.pixels import decode_in_memory, training_input
 from featcache.finetuning.recipes import Job, choose_recipe
 from featcache.finetuning.trainer import Trainer, choose_training_precision
 from featcache.images.decode import Pixels
+from featcache.images.fill import start_decoding
 from featcache.images.source import ImageList, list_images
 from featcache.system.device import Runtime, one_core_each
 from featcache.system.distributed import Processes
@@ -187,12 +188,12 @@ class _ClockedLane:
 
     def __init__(self, lane: Lane, zeros: Features | None = None) -> None:
         self._lane, self._zeros, self._times = lane, zeros, list[float]()
-        self.batch_size, self.new_buffer = lane.batch_size, lane.new_buffer
+        self.batch_size, self.new_buffer, self.pinned = lane.batch_size, lane.new_buffer, lane.pinned
 
-    def upload(self, pixels: Pixels) -> Any:
-        """As the lane's; likewise below."""
+    def upload(self, pixels: Pixels, change: Change | None = None) -> Any:
+        """As the lane's; likewise below. What the device decodes it decodes even if nothing is computed."""
         self._times = self._times or [time.perf_counter()]
-        return self._lane.upload(pixels) if self._zeros is None else None
+        return self._lane.upload(pixels, change) if self._zeros is None or change else None
 
     def compute(self, uploaded: Any) -> Any:
         """As the lane's."""
@@ -230,7 +231,7 @@ class _Stopwatch:
     def __init__(self, images: ImageList, encoder: EmbedsPixels, runtime: Runtime) -> None:
         self._lane = encoder.lane(runtime.batch_size) if isinstance(encoder, Encoder) else None
         batch_size = self._lane.batch_size if self._lane else runtime.batch_size
-        sample = sample_pixels(images, encoder.preprocess, batch_size)
+        sample = sample_pixels(images, encoder.preprocess, batch_size, device=runtime.device)
         if not len(sample):
             raise SourceError(f"not one image in {images.root} can be decoded, so that there is nothing to measure")
         self._images, self._encoder = images, encoder
@@ -238,6 +239,8 @@ class _Stopwatch:
         self._pixels = np.resize(sample, (batch_size, *sample.shape[1:]))  # repeated to a whole batch
         some = self._pixels[:_FEW] if self._lane else self._pixels
         self._zeros = np.zeros((batch_size, encoder(some).shape[1]), np.float32)
+        if self._lane and (processes := start_decoding(runtime.workers, _MOST_IMAGES)):
+            processes.wait()
         self._order = np.random.default_rng(0).permutation(len(images))
         self._next = 0
 

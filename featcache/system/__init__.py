@@ -6,6 +6,7 @@
 - ``memory``: how much there is; keeping what was freed
 - ``signals``: stop between two steps
 - ``supervisor``: a worker, and the process that waits for it
+- ``worker_processes``: processes that work beside this one, and memory that both see
 - ``distributed``: several processes that train one network (torchrun)
 - ``display``: tables, and what a notebook shows
 - ``lazy_imports``: torchvision without PyTorch's compiler

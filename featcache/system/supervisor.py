@@ -118,11 +118,16 @@ def _fork() -> int:
     if worker := os.fork():
         return worker
     os.setpgid(0, 0)  # signals from the terminal come once, through the process that waits
+    die_with(waiting)
+    return 0
+
+
+def die_with(parent: int) -> None:
+    """Let this process, forked by the process ``parent`` a moment ago, be killed when that ends. Linux only."""
     set_death_signal = 1  # <sys/prctl.h>
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-    if os.getppid() != waiting:  # it died before that took effect
+    if os.getppid() != parent:  # it died before that took effect
         os.kill(os.getpid(), signal.SIGKILL)
-    return 0
 
 
 def _wait(worker: int, unblocked: set[signal.Signals] | set[int]) -> int:

@@ -1,8 +1,10 @@
 """Batches through a ring are what workers make alone: the same images, numbers, refusals. On a CPU, by a lane of its own."""
 
+import contextlib
 import functools
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from featcache.errors import UsageError
 from featcache.extraction.executors import run_here
 from featcache.extraction.extract import extract
 from featcache.extraction.request import load_requested
+from featcache.images import fill
 from featcache.images.source import ImageList, list_images
 from featcache.reports.throughput import measure
 from featcache.system.device import Runtime, choose_runtime
@@ -74,6 +77,24 @@ def test_the_ring_gives_what_workers_give(images: ImageList, workers: int, batch
     np.testing.assert_array_equal(again["features"], found["features"])  # bit for bit
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_processes_fill_the_ring_to_the_same_bits(images: ImageList, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder = in_a_ring(prepared(images, choose_runtime("cpu", workers=3, batch_size=5)))
+    expected = joined(list(embedder.embed(images)))
+    monkeypatch.setattr(fill, "_FEWEST_IMAGES", 1)
+    monkeypatch.setattr(fill, "_FEWEST_CORES", 1)
+    processes = fill.start_decoding(3, len(images))
+    assert processes is not None
+    processes.wait()
+    tasks, call = list[int](), processes.call
+    monkeypatch.setattr(processes, "call", lambda *given: tasks.append(len(given[2][1])) or call(*given))
+    found = joined(list(embedder.embed(images)))
+    assert sum(tasks) == len(images)
+    assert found.pop("refused") == expected.pop("refused")
+    for name, column in found.items():
+        np.testing.assert_array_equal(column, expected[name])
+
+
 class Overflows:
     """An encoder whose lane gives infinity for what is brighter than 150; in float32 only what is brighter than 220."""
 
@@ -99,7 +120,10 @@ class Direct:
     def new_buffer(self) -> np.ndarray:
         return np.full((self.batch_size, *SPEC.preprocess.crop, 3), 255, np.uint8)  # what is stale overflows, too
 
-    def upload(self, pixels: np.ndarray) -> np.ndarray:
+    def pinned(self, buffers: np.ndarray) -> Any:
+        return contextlib.nullcontext()
+
+    def upload(self, pixels: np.ndarray, change: Any = None) -> np.ndarray:
         return pixels
 
     def compute(self, uploaded: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from streams import Cuda, RaceError
 
 from featcache.backbones import lanes
-from featcache.backbones.lanes import CudaLane, PlainLane, fitting_lane
+from featcache.backbones.lanes import UPLOADS, CudaLane, PlainLane, fitting_lane
 from featcache.errors import UsageError
 
 CPU, SHAPE = torch.device("cpu"), (4, 6, 5, 3)
@@ -58,7 +58,7 @@ def test_streams_wait_for_each_other_and_a_graph_gives_the_same(
     for features, pixels in zip(found, given, strict=True):
         np.testing.assert_array_equal(features, forward(torch.from_numpy(pixels)).float().numpy())
     assert all(features.dtype == np.float32 for features in found)
-    assert cuda.streams == 3
+    assert cuda.streams == 2 + UPLOADS
     [graph] = cuda.graphs
     assert graph.replays == (10 if captures else 0)  # to compare, and every batch but the first three
     said = [record.getMessage() for record in caplog.records]

@@ -3,6 +3,7 @@
 Oracle: what one thread computes in a loop. An image is its number, its embedding a function of that.
 """
 
+import contextlib
 import random
 import threading
 import time
@@ -37,7 +38,10 @@ class Device:
         if step == self.fails and self.steps >= self.at:
             raise RuntimeError(f"{step} failed")
 
-    def upload(self, pixels: np.ndarray) -> Any:
+    def pinned(self, buffers: np.ndarray) -> Any:
+        return contextlib.nullcontext()
+
+    def upload(self, pixels: np.ndarray, change: Any = None) -> Any:
         self.feeders.add(threading.get_ident())
         self.check("upload")
         self.shapes.add(pixels.shape)
@@ -78,20 +82,24 @@ def ring(
 ) -> Iterator[dict[int, list[float]]]:
     """position -> embedding, batch by batch."""
 
-    def fill(index: int, row: np.ndarray) -> int | None:
+    def fill_one(index: int, row: np.ndarray) -> tuple[int, np.ndarray] | None:
         time.sleep(delay())
         if index == error_at:
             raise ValueError(f"image {index}")
         if refused(index):
             return None
         row[:] = index
-        return index
+        return index, row
 
-    def finish(found: list[int | None], features: np.ndarray, pixels: np.ndarray) -> dict[int, list[float]]:
-        kept = [row for row, index in enumerate(found) if index is not None]
-        assert [int(pixels[row, 0, 0, 0]) for row in kept] == [found[row] for row in kept]  # not filled again yet
+    def fill(images: range, rows: np.ndarray) -> list[tuple[int, np.ndarray] | None]:
+        assert 1 <= len(images) == len(rows) <= SIZE
+        return [fill_one(index, row) for index, row in zip(images, rows, strict=True)]
+
+    def finish(found: list[tuple[int, np.ndarray] | None], features: np.ndarray) -> dict[int, list[float]]:
+        kept = [(row, *each) for row, each in enumerate(found) if each is not None]
+        assert all(int(pixels[0, 0, 0]) == index for _, index, pixels in kept)  # not filled again yet
         assert features.shape == (SIZE, 3)
-        return {found[row]: features[row].tolist() for row in kept}  # type: ignore[misc]
+        return {index: features[row].tolist() for row, index, _ in kept}
 
     before = threading.active_count()
     with ThreadPoolExecutor(workers + 1) as pool, device.queue:
@@ -144,10 +152,10 @@ def test_memory_is_bounded_by_the_buffers() -> None:
     """Nobody takes results: decoding stops when all buffers are full."""
     decoded = 0
 
-    def fill(index: int, row: np.ndarray) -> int:
+    def fill(images: range, rows: np.ndarray) -> list[int]:
         nonlocal decoded
-        decoded += 1
-        return index
+        decoded += len(images)
+        return list(images)
 
     with ThreadPoolExecutor(2) as pool:
         results = through_ring(100 * SIZE, fill, lambda *batch: None, Device(), pool, workers=1)
@@ -193,6 +201,6 @@ def test_an_error_of_a_worker_ends_the_run(error_at: int, workers: int) -> None:
 def test_an_error_of_who_takes_the_results_ends_all_threads() -> None:
     before = threading.active_count()
     with pytest.raises(ZeroDivisionError), ThreadPoolExecutor(4) as pool:
-        for _ in through_ring(100, lambda index, row: index, lambda *_: 1 // 0, Device(), pool, workers=3):
+        for _ in through_ring(100, lambda images, rows: list(images), lambda *_: 1 // 0, Device(), pool, workers=3):
             pass
     assert threading.active_count() <= before + 1  # the device's own

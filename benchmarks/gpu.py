@@ -8,9 +8,10 @@ sides read these. Weights are random: they cost the same. Every part runs in a p
 another's settings (PyTorch's defaults: TF32 in convolutions), gets a share of the minutes that are left, is ended when that
 is used up, and is printed at once. In images/s:
 
-    decoders    JPEGs at full size alone: Pillow and the fast decoder on all CPU threads, the GPU (torchvision's nvJPEG), both
+    decoders    JPEGs at full size alone: Pillow and the fast decoder on all CPU threads, the GPU (nvJPEG, by torchcodec), both
     ours        decode: reading, decoding, resizing alone; forward: the backbone alone; end to end: both, as ``extract`` does
                 it; E = end to end / min(decode, forward); extract: the command into a cache, start left out
+    ours_gpu    the same with ``--decode gpu``, where torchcodec is installed
     plain       ImageFolder, preset transforms (PIL), DataLoader, 16 workers at most, batches of 64, float32, pinned memory
     careful     the same with channels_last, float16 by autocast, batches of 256, workers that stay, cuDNN's search
     train       fine-tuning ResNet-50, all weights, crop and flip, batches of 64: ours, and the careful loop with fused AdamW
@@ -23,6 +24,7 @@ which shows that the script works, nothing else.
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -75,11 +77,10 @@ def main() -> None:  # noqa: D103 - the module says it
 
 def plan(backbones: list[str], tuned: str) -> list[tuple[str, str, float]]:
     """(part, network, share of the time), the most wanted first."""
-    sides = [
-        (part, name, share) for name in backbones for part, share in (("ours", 5.0), ("plain", 2.5), ("careful", 3.0))
-    ]
+    shares = {"ours": 5.0, "ours_gpu": 5.0, "plain": 2.5, "careful": 3.0}
+    sides = [(part, name, share) for name in backbones for part, share in shares.items()]
     rest = [("train_ours", tuned, 5.0), ("train_careful", tuned, 3.0), ("heads", "", 4.0), ("decoders", "", 2.5)]
-    return [*sides[:3], *rest[:2], *sides[3:], *rest[2:], ("tests", "", 9.0)]
+    return [*sides[:4], *rest[:2], *sides[4:], *rest[2:], ("tests", "", 9.0)]
 
 
 def run_parts(parts: list[tuple[str, str, float]], arguments: argparse.Namespace, end: float) -> list[dict[str, Any]]:
@@ -188,8 +189,12 @@ def ours(arguments: argparse.Namespace, note: Note) -> None:
     from featcache.system.device import choose_runtime
 
     loaded, runtime = load_backbone(arguments.name, "none"), choose_runtime(arguments.device)
+    by_gpu = arguments.part == "ours_gpu"
+    if by_gpu:
+        loaded = dataclasses.replace(loaded, preprocess=dataclasses.replace(loaded.preprocess, decode="gpu"))
     images = list_images(arguments.work / "photos")
-    encoder, choice = build_encoder(loaded, runtime, sample_pixels(images, loaded.preprocess, 32))
+    sample = sample_pixels(images, loaded.preprocess, 32, device=runtime.device)
+    encoder, choice = build_encoder(loaded, runtime, sample)
     rates = measure(images, encoder, runtime, seconds=max(1.0, 0.4 * (arguments.until - time.time())))
     found = {name: getattr(rates, name) for name in ("decode", "forward", "end_to_end", "ceiling", "efficiency")}
     found |= {"limit": rates.limit, "precision": choice.precision, "form": choice.form, "self_check": choice.tried}
@@ -197,10 +202,11 @@ def ours(arguments: argparse.Namespace, note: Note) -> None:
     some = min(len(images), int(rates.end_to_end * 0.6 * max(0.0, arguments.until - time.time())))
     if some >= min(len(images), 4 * runtime.batch_size):
         asked: dict[str, Any] = {"backbone": arguments.name, "weights": "none", "device": arguments.device}
+        asked |= {"decode": "gpu"} if by_gpu else {}
         found["extract"] = extract(
             images, arguments.work / f"{time.time_ns()}.h5", limit=some, **asked
         ).images_per_second
-    return found
+        note(**found)
 
 
 def loop(arguments: argparse.Namespace, note: Note) -> None:
@@ -320,22 +326,23 @@ def decode_forever(data: list[bytes], decode: Callable[[bytes], Any]) -> Callabl
     return job
 
 
-def gpu_forever(data: list[bytes], device: str, batch: int = 64) -> Callable[[threading.Event], int]:
+def gpu_forever(data: list[bytes], device: str, batch: int = 128) -> Callable[[threading.Event], int]:
     """The same in batches on the GPU; raises what torchvision raises if that is not possible."""
     import numpy as np
     import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
 
     if device == "cpu":
         raise RuntimeError("the device is a CPU")
+    from torchcodec.decoders import decode_jpeg
+
     files = [torch.from_numpy(np.frombuffer(file, np.uint8).copy()) for file in data]
-    decode_jpeg(files[:batch], mode=ImageReadMode.RGB, device=device)
+    decode_jpeg(files[:batch], mode="RGB", device=device)
 
     def job(stop: threading.Event) -> int:
         stream = itertools.cycle(files)
         count = 0
         while not stop.is_set():
-            decode_jpeg(list(itertools.islice(stream, batch)), mode=ImageReadMode.RGB, device=device)
+            decode_jpeg(list(itertools.islice(stream, batch)), mode="RGB", device=device)
             torch.cuda.synchronize()
             count += batch
         return count
@@ -360,13 +367,14 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     lines = ["| images/s | precision | decode | forward | end to end | E | extract | plain loop | careful loop |"]
     lines.append("|---" * 9 + "|")
     for (part, name), row in by_part.items():
-        if part != "ours":
+        if part not in ("ours", "ours_gpu"):
             continue
         whole = row.get("end_to_end")
         loops = [by_part.get((side, name), {}).get("rate") for side in ("plain", "careful")]
         cells = [shown(row.get(key)) for key in ("decode", "forward", "end_to_end")]
         cells += [f"{row['efficiency']:.2f}" if whole else row.get("failed", "-"), shown(row.get("extract"))]
         cells += [f"{shown(rate)} ({whole / rate:.1f} times)" if rate and whole else shown(rate) for rate in loops]
+        name += ", decode gpu" if part == "ours_gpu" else ""
         lines.append(f"| {name} | {row.get('precision', '-')} {row.get('form', '')} | {' | '.join(cells)} |")
     lines += ["", "| part | found |", "|---|---|"]
     beside = ("train_ours", "train_careful", "heads", "decoders", "tests")
@@ -391,6 +399,7 @@ def shown(value: Any) -> str:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Note], None]] = {
     "ours": ours,
+    "ours_gpu": ours,
     "plain": loop,
     "careful": loop,
     "train_ours": train_ours,

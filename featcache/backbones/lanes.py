@@ -8,7 +8,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from featcache.backbones.ring import Change, Features, Lane
 from featcache.errors import UsageError
 from featcache.images.decode import Pixels
 from featcache.system.device import launching, memory_errors
+from featcache.system.transfer import pinned
 
 log = logging.getLogger("featcache")
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -41,8 +42,8 @@ class PlainLane:
         return torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda").numpy()
 
     def pinned(self, buffers: Pixels) -> contextlib.AbstractContextManager[object]:
-        """As ``Lane``: nothing is faster here."""
-        return contextlib.nullcontext()
+        """As ``Lane``."""
+        return pinned(buffers, self._device)
 
     def upload(self, pixels: Pixels, change: Change | None = None) -> Any:
         """As ``Lane``."""
@@ -88,18 +89,6 @@ class CudaLane(PlainLane):
         self._lock = threading.Lock()  # several rings may share a lane; a graph has one input
         self._batches = 0
         self._graph: tuple[Any, torch.Tensor, torch.Tensor] | None = None
-
-    @contextlib.contextmanager
-    def pinned(self, buffers: Pixels) -> Iterator[None]:
-        """As ``Lane``. Where the system does not let them be pinned, uploads are slower, that is all."""
-        runtime, where = self._cuda.cudart(), int(buffers.__array_interface__["data"][0])
-        taken = int(runtime.cudaHostRegister(where, buffers.nbytes, 0)) == 0
-        try:
-            yield
-        finally:
-            self._cuda.synchronize(self._device)  # an upload may still read them, if the run ends early
-            if taken:
-                runtime.cudaHostUnregister(where)
 
     def upload(self, pixels: Pixels, change: Change | None = None) -> Any:
         """As ``Lane``."""

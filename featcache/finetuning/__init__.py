@@ -12,9 +12,11 @@ pixels.py         decoded images, kept
 network.py        backbone and head as one network: parity, stages, what trains
 augment.py        random changes to training images
 batches.py        the batches of an epoch, augmented ahead
+draw_processes.py  the same by worker processes
 trainer.py        the steps of an epoch
 micro_batches.py  the gradient of a batch on the cores of a CPU
-fused.py          a backbone as it trains fastest on a CPU
+gpu_steps.py      the same on a CUDA GPU, as a graph
+fused.py          a backbone as it trains fastest
 draws.py          dropout and drop path, by image
 checkpoint.py     the folder of unfinished work, resuming
 result.py         which weights to keep, whether they are better; report and model folder

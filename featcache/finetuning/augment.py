@@ -6,8 +6,10 @@ numbers alone decide what is drawn: not the batch, the worker, the process, or w
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -45,6 +47,20 @@ def augment_picture(
     # Of a file's pictures a copy: tensors dislike memory that is not writable.
     writable = np.require(picture, requirements=["C", "W"])
     return augment(torch.from_numpy(writable), steps, size=size, seed=seed)
+
+
+def prepare() -> None:
+    """Called where a worker process is to draw."""
+    torch.set_num_threads(1)
+
+
+def work(memory: npt.NDArray[np.uint8], task: tuple[Any, ...]) -> None:
+    """Draw in a worker process: from pictures in ``memory`` to rows there. Of each its place, shape, seed, and its row's place."""
+    steps, size, places = task
+    for start, shape, seed, row in places:
+        picture = memory[start : start + math.prod(shape)].reshape(shape)
+        drawn = augment_picture(picture, steps, size=size, seed=seed)
+        memory[row : row + drawn.numel()].reshape(drawn.shape)[:] = drawn.numpy()
 
 
 def _resized_crop(

@@ -1,4 +1,4 @@
-"""A backbone as it trains fastest on a CPU: batch norms in the convolutions, activations and residuals, too.
+"""A backbone as it trains fastest: batch norms in the convolutions, activations and residuals, too, by oneDNN or cuDNN.
 
 In: a backbone in the mode of the next steps. Out: a ``Form`` that computes the same up to rounding from ``leaves``: effective
 weights, which are computed once per step from the network's own parameters, and whose summed gradients become those of
@@ -7,7 +7,7 @@ the parameters by the chain rule. What cannot be traced, or does not agree with 
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +36,16 @@ class Form:
 
     Attributes:
         module: (N, 3, H, W) -> (N, D).
-        fused: whether it is not simply the backbone.
+        fused: whether it is not simply the backbone. folded: whether batch norms are part of convolutions.
     """
 
     def __init__(self, module: nn.Module, head: nn.Module) -> None:
         self.module = module
         self._convolutions = [m for m in module.modules() if isinstance(m, _Convolution)]
-        self.fused = bool(self._convolutions)
+        norms = [norm for each in self._convolutions for norm in each.sources[1]]
+        # Apart, so that what is frozen has no gradient.
+        self._norms = [_Norms([norm for norm in norms if _trains(norm) == trains]) for trains in (True, False)]
+        self.fused, self.folded = bool(self._convolutions), bool(norms)
         self._others = [p for p in (*module.parameters(), *head.parameters()) if p.requires_grad]
         self._dtype = torch.float32
         self._roots: list[torch.Tensor] = []
@@ -51,13 +54,14 @@ class Form:
     def refresh(self, dtype: torch.dtype) -> None:
         """Compute the effective weights, once for each ``settle``; the module is to compute in ``dtype``."""
         self._dtype = dtype
-        pairs = [pair for convolution in self._convolutions for pair in convolution.refresh(dtype)]
+        scales = {norm: scale for norms in self._norms for norm, scale in norms.scales()}
+        pairs = [pair for convolution in self._convolutions for pair in convolution.refresh(dtype, scales)]
         self._roots = [*(root for root, _ in pairs), *self._others]
         self.leaves = [*(leaf for _, leaf in pairs), *self._others]
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 3, H, W) -> (N, D), float32; in several threads at once."""
-        with torch.autocast("cpu", self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(x.device.type, self._dtype, enabled=self._dtype != torch.float32):
             embedding: torch.Tensor = self.module(x)
         return embedding.float()
 
@@ -76,31 +80,65 @@ class Form:
         torch.autograd.backward([root for root, _ in found], [gradient for _, gradient in found])
 
 
+Scale = tuple[torch.Tensor, torch.Tensor]  # what a norm multiplies a channel by, and what it adds then; both (C,)
+
+
+class _Norms:
+    """Batch norms that keep their statistics, all at once: on a GPU a few calls, where each would take as many."""
+
+    def __init__(self, norms: Sequence[nn.BatchNorm2d]) -> None:
+        self._norms, self._sizes = norms, [norm.num_features for norm in norms]
+        device = _statistics(norms[0])[0].device if norms else None
+        self._eps = torch.tensor([norm.eps for norm in norms for _ in range(norm.num_features)], device=device)
+        self._ones, self._zeros = torch.ones_like(self._eps), torch.zeros_like(self._eps)
+
+    def scales(self) -> Iterator[tuple[nn.BatchNorm2d, Scale]]:
+        """What each of them comes to."""
+        if not self._norms:
+            return
+        mean, variance = (torch.cat(values) for values in zip(*map(_statistics, self._norms), strict=True))
+        scale = torch.rsqrt(variance + self._eps) * self._joined("weight", self._ones)
+        shift = self._joined("bias", self._zeros) - mean * scale
+        yield from zip(self._norms, zip(self._cut(scale), self._cut(shift), strict=True), strict=True)
+
+    def _joined(self, name: str, otherwise: torch.Tensor) -> torch.Tensor:
+        own = [getattr(norm, name) for norm in self._norms]
+        return torch.cat([b if a is None else a for a, b in zip(own, self._cut(otherwise), strict=True)])
+
+    def _cut(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.split(values, self._sizes)
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None  # foldable: it has them
+    return norm.running_mean, norm.running_var
+
+
+def _trains(norm: nn.BatchNorm2d) -> bool:
+    return any(parameter.requires_grad for parameter in norm.parameters())
+
+
 class _Convolution(nn.Module):
     """A convolution with the batch norms, the residual and the activation that follow it."""
 
     def __init__(self, conv: nn.Conv2d, norms: Sequence[nn.BatchNorm2d], activation: Activation) -> None:
         super().__init__()
-        self._sources = conv, tuple(norms)  # a tuple: their parameters are the backbone's
+        self.sources = conv, tuple(norms)  # a tuple: their parameters are the backbone's
         geometry = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
         self._settings = geometry, activation
         self._weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
 
-    def refresh(self, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def refresh(
+        self, dtype: torch.dtype, scales: Mapping[nn.BatchNorm2d, Scale]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Pairs of what training moves: (weight or bias of one convolution for all, leaf with the same values)."""
-        conv, norms = self._sources
-        weight, bias = conv.weight, conv.bias
+        conv, norms = self.sources
+        weight: torch.Tensor = conv.weight
+        bias: torch.Tensor | None = conv.bias
         for norm in norms:
-            mean, variance = norm.running_mean, norm.running_var
-            assert mean is not None and variance is not None  # foldable: it has statistics
-            scale = torch.rsqrt(variance + norm.eps)
-            if norm.weight is not None:
-                scale = scale * norm.weight
-            shift = -mean if bias is None else bias - mean
-            weight, bias = weight * scale.reshape(-1, 1, 1, 1), shift * scale
-            if norm.bias is not None:
-                bias = bias + norm.bias
+            scale, shift = scales[norm]
+            weight, bias = weight * scale.reshape(-1, 1, 1, 1), shift if bias is None else bias * scale + shift
         self._weight = weight.detach().to(dtype).contiguous(memory_format=_LAST).requires_grad_(weight.requires_grad)
         # Biases stay float32: rounded, they would shift whole maps, which no average over pixels takes away again.
         self._bias = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
@@ -132,17 +170,11 @@ class _Convolve(torch.autograd.Function):
         geometry: tuple[list[int], list[int], list[int], int],
         activation: Activation,
     ) -> torch.Tensor:
-        run: Any = torch.ops.mkldnn._convolution_pointwise
-        name, *options = activation
-        if residual is None:
-            y = run(x, weight, bias, *geometry, *activation)
-        else:
-            after = None if name == "none" else name
-            same = None if bias is None else bias.to(x.dtype)  # a demand of this operator's alone
-            y = run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)
+        run = _by_onednn if x.device.type == "cpu" else _by_cudnn
+        y = run(x, weight, bias, residual, geometry, activation)
         ctx.settings = geometry, activation
-        ctx.save_for_backward(x, weight, None if name == "none" else y)
-        return y  # type: ignore[no-any-return]
+        ctx.save_for_backward(x, weight, None if activation[0] == "none" else y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -155,8 +187,48 @@ class _Convolve(torch.autograd.Function):
         g = g.contiguous(memory_format=_LAST)
         needed = ctx.needs_input_grad
         by_products = weight.shape[2:] == (1, 1) and geometry == ([0, 0], [1, 1], [1, 1], 1)
-        back = _back_by_products if by_products else _back
+        back = _back_by_products if by_products and g.device.type == "cpu" else _back
         return *back(g, x, weight, geometry, needed[:3]), g if needed[3] else None, None, None
+
+
+def _by_onednn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    geometry: tuple[list[int], list[int], list[int], int],
+    activation: Activation,
+) -> torch.Tensor:
+    run: Any = torch.ops.mkldnn._convolution_pointwise
+    name, *options = activation
+    if residual is None:
+        return run(x, weight, bias, *geometry, *activation)  # type: ignore[no-any-return]
+    after = None if name == "none" else name
+    same = None if bias is None else bias.to(x.dtype)  # a demand of this operator's alone
+    return run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)  # type: ignore[no-any-return]
+
+
+def _by_cudnn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    geometry: tuple[list[int], list[int], list[int], int],
+    activation: Activation,
+) -> torch.Tensor:
+    padding, stride, dilation, groups = geometry
+    name, options, _ = activation
+    bias = None if bias is None else bias.to(x.dtype)
+    if name == "relu" and groups == 1 and x.device.type == "cuda":
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
+    y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = y.add_(residual)
+    if name == "relu":
+        return y.relu_()
+    return nn.functional.hardtanh_(y, *options) if name == "hardtanh" else y
 
 
 def _back_by_products(
@@ -186,9 +258,9 @@ def _back(
         return found
 
     # oneDNN has no fast kernels in bfloat16 for these: 1.5 to 80 times the time of float32, with AVX-512.
-    depthwise = g.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] == 1
+    depthwise = g.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] == 1 and g.device.type == "cpu"
     slow_x, slow_w = depthwise and max(stride) > 1, depthwise and max(weight.shape[2:]) > 3
-    gb = g.sum((0, 2, 3), dtype=torch.float32) if needed[2] else None
+    gb = _sum_of_pixels(g) if needed[2] else None
     if not (slow_x or slow_w):
         return *run(g, x, [needed[0], needed[1], False])[:2], gb
     exact, gx, gw = g.float(), None, None
@@ -198,6 +270,15 @@ def _back(
     if needed[1]:
         gw = run(exact, x.float(), [False, True, False])[1] if slow_w else run(g, x, [False, True, False])[1]
     return None if gx is None else gx.to(g.dtype), gw, gb
+
+
+def _sum_of_pixels(g: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W), channels last, -> (C,) float32."""
+    if g.device.type == "cpu":
+        return g.sum((0, 2, 3), dtype=torch.float32)
+    rows = g.permute(0, 2, 3, 1).flatten(0, 2)
+    ones = rows.new_ones(1, len(rows))  # a product of matrices reads them at twice the speed of a sum
+    return (ones @ rows)[0].float()
 
 
 @sources_forgotten()

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from featcache.errors import SourceError
-from featcache.finetuning.recipes import Job
+from featcache.finetuning.draw_processes import ROOM, drawing_processes
+from featcache.finetuning.recipes import Job, settle
 from featcache.images.decode import decode
 from featcache.images.gpu_jpeg import pixel_reader
 from featcache.images.preprocess import MOST_PIXELS
@@ -30,11 +31,13 @@ from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.files import check_free_space, publish_file
 from featcache.system.memory import available_memory
 from featcache.system.workdir import work_folder
+from featcache.system.worker_processes import SharedMemory
 
 Picture = npt.NDArray[np.uint8]
 Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
 _SHARE_OF_MEMORY = 0.4
 _ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
+_ROOM = 4  # times what pictures are likely to take: what is not used costs nothing
 _NAMED = 5  # refused images of a split that are named
 
 log = logging.getLogger("featcache")
@@ -50,6 +53,7 @@ class Pixels:
         labels: (n,) int64, as the list numbers its classes. paths: n, relative to the source.
         digest: sha256 (hex) over names, labels and the content of all files, in order, refused ones included.
         digests: (n, 32) uint8, sha256 of each image's file.
+        memory: of the pictures, where worker processes are to see them; some of it is left for batches.
     """
 
     kept: npt.NDArray[np.intp]
@@ -59,6 +63,7 @@ class Pixels:
     paths: tuple[str, ...]
     digest: str
     digests: npt.NDArray[np.uint8]
+    memory: SharedMemory | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -92,11 +97,24 @@ def _shortened(image: Image.Image, edge: int) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
-def decode_in_memory(images: ImageList, convert: Convert, *, workers: int = 1) -> Pixels:
-    """Decode every image once, on ``workers`` threads, and keep them. ``convert``: a file's bytes -> uint8 (H, W, 3)."""
+def decode_in_memory(
+    images: ImageList, convert: Convert, *, workers: int = 1, memory: SharedMemory | None = None
+) -> Pixels:
+    """Decode every image once, on ``workers`` threads, and keep them. ``convert``: a file's bytes -> uint8 (H, W, 3).
+
+    ``memory``: to keep them in, as many as it holds.
+    """
     pictures: list[Picture] = []
-    table = _decode_each(images, convert, pictures.append, workers=workers)
-    return _to_pixels(images, table, pictures)
+
+    def keep(picture: Picture) -> None:
+        place = memory.take(picture.size) if memory else None
+        if place is not None:
+            place.reshape(picture.shape)[:] = picture
+            picture = place.reshape(picture.shape)
+        pictures.append(picture)
+
+    table = _decode_each(images, convert, keep, workers=workers)
+    return dataclasses.replace(_to_pixels(images, table, pictures), memory=memory)
 
 
 def decode_into_file(images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1) -> None:
@@ -192,7 +210,11 @@ def _decode(job: Job, images: ImageList, *, split: str, preprocess: PreprocessSp
     typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
     processes, workers = job.processes, job.runtime.workers
     if processes.world == 1 and len(images) * typical < _SHARE_OF_MEMORY * available_memory():
-        return decode_in_memory(images, convert, workers=workers)
+        memory, recipe = None, settle(job.settings, len(images))
+        if split == "train" and drawing_processes(job, recipe, len(images)):
+            batches = ROOM * (recipe.batch_size or 1) * recipe.accumulation
+            memory = SharedMemory(_ROOM * (len(images) + batches) * typical)
+        return decode_in_memory(images, convert, workers=workers, memory=memory)
     file = work_folder(job.output) / f"{split}-{processes.node}.pixels"
     if processes.local_rank == 0:
         log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)

@@ -20,7 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment_picture
-from featcache.finetuning.batches import Batch, draw_batches
+from featcache.finetuning.batches import Batch, Draw, draw_batches
+from featcache.finetuning.draw_processes import drawing_apart
+from featcache.finetuning.gpu_steps import GpuSteps
 from featcache.finetuning.micro_batches import MicroBatches
 from featcache.finetuning.network import Network, parameter_groups, set_drop_path, training_mode, unfreeze
 from featcache.finetuning.pixels import Picture, Pixels
@@ -74,8 +76,10 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=job.precision == "fp16")
         if recipe.drop_path and not set_drop_path(network.backbone, recipe.drop_path):
             log.warning("drop_path = %g changes nothing: this backbone has no place for it", recipe.drop_path)
-        on_cores = self.device.type == "cpu" and self.processes.world == 1
-        self._cores = MicroBatches(network, recipe, job, self._dtype) if on_cores else None
+        alone = self.device.type if self.processes.world == 1 else ""
+        self._cores = MicroBatches(network, recipe, job, self._dtype) if alone == "cpu" else None
+        self._apart = drawing_apart(job, recipe, data, size=network.size, most=self.step_size)
+        self._gpu = GpuSteps(network, recipe, job, self._dtype) if alone == "cuda" else None
         self.optimizer = make_optimizer(network, recipe)
         self._average = AveragedModel(network, multi_avg_fn=_moving_average(recipe.ema)) if recipe.ema else None
         if recipe.batchnorm == "train" and len(data) // self.steps_per_epoch < 2:
@@ -197,12 +201,15 @@ class Trainer:
         order = np.random.default_rng([self.job.seed, self.epoch]).permutation(len(self.data))
         steps = np.array_split(order, self.steps_per_epoch)[self.batch :]
         threads = 1 if self.device.type == "cpu" else self.job.runtime.workers  # a CPU's other cores train
-        where: dict[str, Any] = {"device": self.device, "threads": threads, "processes": self.processes}
-        return draw_batches(self.data, steps, self._draw, size=self.network.size, **where)
+        draw = Draw(self._draw, self.network.size, self._seed, self._apart)
+        return draw_batches(self.data, steps, draw, device=self.device, threads=threads, processes=self.processes)
+
+    def _seed(self, image: int) -> tuple[int, int, int]:
+        return self.job.seed, self.epoch, int(self.data.kept[image])
 
     def _draw(self, image: int) -> torch.Tensor:
-        seed = (self.job.seed, self.epoch, int(self.data.kept[image]))
-        return augment_picture(self.data.pictures[image], self.recipe.augmentation, size=self.network.size, seed=seed)
+        options: dict[str, Any] = {"size": self.network.size, "seed": self._seed(image)}
+        return augment_picture(self.data.pictures[image], self.recipe.augmentation, **options)
 
     def _wrap(self) -> nn.Module:
         """The network for ``processes``, made again where other parameters train than before."""
@@ -240,6 +247,8 @@ class Trainer:
         micro = len(pixels) if self.recipe.batchnorm == "train" else self.micro_batch
         if self._cores:
             return self._cores.accumulate(batch, step=self.epoch * self.steps_per_epoch + self.batch, micro=micro)
+        if self._gpu:
+            return self._gpu.accumulate(batch, micro=micro, scale=self._scaler.scale)
         sums = torch.zeros(3, device=pixels.device)
         for start in range(0, len(pixels), micro):
             part = slice(start, start + micro)
@@ -270,6 +279,8 @@ class Trainer:
             )
         self.micro_batch = micro // 2
         self.optimizer.zero_grad(set_to_none=True)
+        if self._gpu:
+            self._gpu.forget()
         return_memory(self.device)
         log.warning(
             "out of memory with %d images at once: going on with %d, adding up gradients to the same batch",

@@ -38,24 +38,37 @@ Memory = npt.NDArray[np.uint8]
 _MEMORIES = 2  # that a process keeps in sight
 _READY, _DONE, _FAILED, _CRASHED = range(4)
 _MOST = 64  # processes
+_ALIGNED = 64  # bytes
 
 
 class SharedMemory:
     """Zeroed bytes that worker processes see as well. They go when nobody looks at them any more, whatever ends first.
 
+    What is never written takes no memory.
+
     Attributes:
-        array: (size,) uint8.
+        array: (size,) uint8. used: how many were taken.
     """
 
     def __init__(self, size: int) -> None:
+        self.used = 0
         # Not in /dev/shm, of which containers have 64 MB.
         self.descriptor, self.size = os.memfd_create("featcache", os.MFD_CLOEXEC), size
         os.ftruncate(self.descriptor, size)
         self.array: Memory = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
 
-    def offset(self, part: Memory) -> int:
-        """Where a part of ``array`` begins in it."""
-        return int(part.__array_interface__["data"][0] - self.array.__array_interface__["data"][0])
+    def take(self, size: int) -> Memory | None:
+        """The next ``size`` bytes, from one thread; None: there are not so many left."""
+        start, end = self.used, self.used + size
+        if end > self.size:
+            return None
+        self.used = -(-end // _ALIGNED) * _ALIGNED
+        return self.array[start:end]
+
+    def offset(self, part: Memory) -> int | None:
+        """Where a part of ``array`` begins in it; None if it is no part of it."""
+        start = int(part.__array_interface__["data"][0] - self.array.__array_interface__["data"][0])
+        return start if 0 <= start < self.size else None
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):

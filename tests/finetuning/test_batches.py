@@ -1,33 +1,49 @@
 """Batches drawn ahead: the same images in the same order for any number of threads and processes, none too many."""
 
+import dataclasses
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from test_network import JOB
 
 from featcache.errors import TrainingError
+from featcache.finetuning import draw_processes
 from featcache.finetuning.augment import augment
-from featcache.finetuning.batches import Batch, draw_batches
+from featcache.finetuning.batches import Batch, Draw, draw_batches
+from featcache.finetuning.draw_processes import DrawByProcesses
 from featcache.finetuning.pixels import Pixels
+from featcache.finetuning.recipes import RECIPES
+from featcache.system.device import Runtime
 from featcache.system.distributed import Processes
+from featcache.system.worker_processes import SharedMemory, WorkerProcesses
 
 N, SIZE = 13, (16, 24)
 RANDOM = np.random.default_rng(0)
 PICTURES = list(RANDOM.integers(0, 256, (N, 32, 32, 3), dtype=np.uint8))
 DATA = Pixels(np.arange(N), {}, PICTURES, np.arange(N) % 3, (), "", np.zeros((N, 32), np.uint8))
 STEPS = np.array_split(RANDOM.permutation(N), 5)  # of 3, 3, 3, 2 and 2 images
+CHANGES = (("resized_crop", 0.3, 1.0, 1.0), ("flip", 0.5))
 CPU, ALONE = torch.device("cpu"), Processes()
 
 
 def draw(image: int) -> torch.Tensor:
     time.sleep(0.002 * (image % 3))  # so that threads finish in another order than they began in
     pixels = torch.from_numpy(DATA.pictures[image])
-    return augment(pixels, (("resized_crop", 0.3, 1.0, 1.0), ("flip", 0.5)), size=SIZE, seed=(0, 2, image))
+    return augment(pixels, CHANGES, size=SIZE, seed=(0, 2, image))
+
+
+def seed(image: int) -> tuple[int, int, int]:
+    return 0, 2, image
+
+
+BY_THREADS = Draw(draw, SIZE, seed)
 
 
 def drawn(threads: int = 1, processes: Processes = ALONE) -> list[Batch]:
-    return list(draw_batches(DATA, STEPS, draw, size=SIZE, device=CPU, threads=threads, processes=processes))
+    return list(draw_batches(DATA, STEPS, BY_THREADS, device=CPU, threads=threads, processes=processes))
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -57,10 +73,11 @@ def test_no_more_is_drawn_than_two_batches_ahead() -> None:
         begun.append(image)
         return draw(image)
 
-    batches = draw_batches(DATA, STEPS, counted, size=SIZE, device=CPU, threads=4, processes=ALONE)
+    by = Draw(counted, SIZE, seed)
+    batches = draw_batches(DATA, STEPS, by, device=CPU, threads=4, processes=ALONE)
     next(batches)
     time.sleep(0.1)
-    assert begun == np.concatenate(STEPS[:3]).tolist()
+    assert sorted(begun) == sorted(np.concatenate(STEPS[:3]).tolist())
     batches.close()  # as a run that stops does
     assert len(begun) == 9
 
@@ -71,7 +88,56 @@ def test_an_image_that_cannot_be_drawn_ends_the_epoch_at_its_step() -> None:
             raise TrainingError("no")
         return draw(image)
 
-    batches = draw_batches(DATA, STEPS, failing, size=SIZE, device=CPU, threads=2, processes=ALONE)
+    by = Draw(failing, SIZE, seed)
+    batches = draw_batches(DATA, STEPS, by, device=CPU, threads=2, processes=ALONE)
     next(batches)
     with pytest.raises(TrainingError, match="no"):
         next(batches)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_processes_draw_the_same_into_buffers_that_go_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many steps, so that every buffer is written again; until the processes are ready, and if they are lost, threads draw."""
+    memory = SharedMemory(1 << 20)
+    pictures = []
+    for picture in PICTURES[:-1]:
+        place = memory.take(picture.size)
+        assert place is not None
+        place.reshape(picture.shape)[:] = picture
+        pictures.append(place.reshape(picture.shape))
+    data = dataclasses.replace(DATA, pictures=[*pictures, PICTURES[-1]], memory=memory)  # the last found no room
+    processes = WorkerProcesses(2, ("featcache.finetuning.augment",))
+    calls, call = list[int](), processes.call
+    monkeypatch.setattr(processes, "call", lambda *given: calls.append(len(given[2][2])) or call(*given))
+    apart = DrawByProcesses(processes, data, CHANGES, size=SIZE, most=3)
+    steps = STEPS * 6
+    try:
+        batches = draw_batches(
+            data, steps, dataclasses.replace(BY_THREADS, apart=apart), device=CPU, threads=2, processes=ALONE
+        )
+        for number, (step, batch) in enumerate(zip(steps, batches, strict=True)):
+            assert torch.equal(batch.pixels, torch.stack([draw(int(image)) for image in step])), number
+            assert batch.labels.tolist() == DATA.labels[step].tolist()
+            if number == 8:
+                processes.wait()
+    finally:
+        processes.close()
+    assert sum(calls) > 3 * N
+
+
+def test_what_is_worth_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many draws, cores, and a GPU that waits."""
+    started = []
+    monkeypatch.setattr(draw_processes, "worker_processes", lambda *given: started.append(given))
+    monkeypatch.setattr(draw_processes, "usable_cores", lambda: 16)
+    cuda, recipe = Runtime(torch.device("cuda"), 16, 256, ""), dataclasses.replace(RECIPES["default"], epochs=4)
+    for runtime, changes, images in (
+        (dataclasses.replace(cuda, device=CPU), {}, 1024),
+        (dataclasses.replace(cuda, workers=5), {}, 1024),
+        (cuda, {"augmentation": ()}, 1024),
+        (cuda, {}, 1023),
+        (cuda, {}, 1024),
+    ):
+        job = dataclasses.replace(JOB, runtime=runtime)
+        assert draw_processes.drawing_processes(job, dataclasses.replace(recipe, **changes), images) is None
+    assert started == [(16, "featcache.finetuning.augment")]

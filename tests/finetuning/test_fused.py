@@ -101,7 +101,7 @@ def test_one_convolution_with_what_follows_it(name: str, dtype: torch.dtype, aft
     if residual is not None and groups > 1:
         pytest.skip("oneDNN adds no residual there; folding.chain_from leaves it out")
     module = fused._Convolution(scaled, (), activation.get(after, ("none", [], "")))
-    pairs = list(module.refresh(dtype))
+    pairs = list(module.refresh(dtype, {}))
     got = module(x, None if residual is None else 3 * residual)
     leaves = [leaf for _, leaf in pairs]
     sources = [t for t in (x, residual) if t is not None]

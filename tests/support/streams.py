@@ -56,11 +56,14 @@ class Graph:
 
     def replay(self) -> None:
         self.replays += 1
-        with torch.inference_mode():
+        with torch.no_grad():
             for function, arguments, named, result in self.calls:
-                new = function(*arguments, **named)
-                if new is not result and new.data_ptr() != result.data_ptr():
-                    result.copy_(new)
+                for new, old in zip(tree_leaves(function(*arguments, **named)), tree_leaves(result), strict=True):
+                    if isinstance(old, torch.Tensor) and new is not old and new.data_ptr() != old.data_ptr():
+                        old.detach().copy_(new)
+
+    def pool(self) -> object:
+        return self
 
 
 class Cuda(TorchDispatchMode):
@@ -87,6 +90,12 @@ class Cuda(TorchDispatchMode):
         self.graphs.append(Graph(self))
         return self.graphs[-1]
 
+    def get_rng_state(self, device: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: object) -> None:
+        torch.set_rng_state(state)
+
     def current_stream(self, device: object) -> Stream:
         return self.default
 
@@ -98,7 +107,8 @@ class Cuda(TorchDispatchMode):
         self.current = before
 
     @contextlib.contextmanager
-    def graph(self, graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+    def graph(self, graph: Graph, *, stream: Stream, capture_error_mode: str, pool: Any = None) -> Iterator[None]:
+        assert pool is None or pool in self.graphs
         assert capture_error_mode == "thread_local"
         if not self.captures:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -118,11 +128,11 @@ class Cuda(TorchDispatchMode):
         ]
         inputs = {self.address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         outputs = {self.address(leaf) for leaf in tree_leaves((result, written)) if isinstance(leaf, torch.Tensor)}
-        changed = {self.address(value) for value in written} | (outputs - inputs)
-        for address in inputs:
+        changed = {self.address(value) for value in tree_leaves(written)} | (outputs - inputs)
+        for address in inputs - {0}:  # of what is empty
             self.check(self.written.get(address), func)
             self.read[address][self.current.name] = self.current.clock[self.current.name]
-        for address in changed:
+        for address in changed - {0}:
             self.check(self.written.get(address), func)
             for who, when in self.read[address].items():
                 self.check((who, when), func)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from featcache.system import worker_processes as module
@@ -64,6 +65,7 @@ def test_both_sides_see_the_memory(processes: WorkerProcesses) -> None:
             expected[7 * (k % 1000)] += 1 + k % 3
         assert memory.array.tolist() == expected
         assert memory.offset(memory.array[17:20]) == 17
+        assert memory.offset(np.zeros(3, np.uint8)) is None
 
 
 def test_what_one_raises_is_said(processes: WorkerProcesses) -> None:
@@ -167,6 +169,17 @@ def test_a_server_that_cannot_start_is_lost(capfd: pytest.CaptureFixture[str]) -
     assert processes.lost and not processes.ready
     processes.close()
     assert "no_such_module" in capfd.readouterr().err
+
+
+def test_memory_is_taken_piece_by_piece() -> None:
+    memory = SharedMemory(200)
+    pieces = [memory.take(size) for size in (10, 64, 100, 8)]
+    assert [None if piece is None else (memory.offset(piece), len(piece)) for piece in pieces] == [
+        (0, 10),
+        (64, 64),
+        None,
+        (128, 8),
+    ]
 
 
 def test_memory_goes_with_its_last_reader() -> None:

@@ -1,0 +1,157 @@
+"""The gradient of a batch on a GPU, which is a stand-in here (``streams.py``): a real one is met in ``test_training_on_gpu.py``.
+
+Oracle: the plain network, the whole batch at once.
+"""
+
+import copy
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from streams import Cuda
+from test_network import JOB, make_pixels
+from torch.nn import functional
+
+from featcache.backbones.load import load_backbone
+from featcache.finetuning.gpu_steps import GpuSteps
+from featcache.finetuning.network import Network, training_mode, unfreeze, with_new_head
+from featcache.finetuning.recipes import Recipe
+from featcache.finetuning.trainer import make_optimizer
+
+EDGE, SIZES = 32, (8, 8, 8, 7, 8, 7, 7)
+RECIPE = Recipe(about="", hidden=(), lr=1e-4, backbone_lr=1e-5, epochs=3, batch_size=8, unfreeze="all")
+
+
+def made(name: str = "resnet18", **changes: Any) -> tuple[Network, Recipe]:
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(RECIPE, **changes)
+    network = with_new_head(load_backbone(name, "none", size=(EDGE, EDGE)), recipe, 3, seed=0)
+    unfreeze(network, recipe, epoch=0)
+    training_mode(network, recipe)
+    return network, recipe
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    rng, pictures = np.random.default_rng(0), make_pixels(40, EDGE)
+    found = []
+    for size in SIZES:
+        rows = rng.permutation(40)[:size]
+        pixels = torch.from_numpy(np.stack([pictures.pictures[row] for row in rows]))
+        weights = torch.from_numpy(rng.uniform(0.5, 1.5, size).astype(np.float32))
+        found.append((pixels, torch.from_numpy(pictures.labels[rows]), weights, size))
+    return found
+
+
+def plain(network: Network, batch: Any, recipe: Recipe) -> torch.Tensor:
+    pixels, labels, weights, size = batch
+    logits = network(pixels)
+    losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=recipe.label_smoothing)
+    ((losses * weights).sum() / size).backward()
+    hits = ((logits.argmax(1) == labels) * weights).sum()
+    return torch.stack([(losses.detach() * weights).sum(), hits, weights.sum()])
+
+
+def run(cuda: Cuda, network: Network, recipe: Recipe, *, micro: int) -> None:
+    """Some steps by both, from the same weights each time."""
+    oracle = copy.deepcopy(network)
+    steps = GpuSteps(network, recipe, JOB, None, cuda=cuda)
+    optimizers = [make_optimizer(each, recipe) for each in (network, oracle)]
+    for number, batch in enumerate(batches()):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(number)
+        with cuda:
+            sums = steps.accumulate(batch, micro=micro, scale=lambda loss: loss)
+        torch.manual_seed(number)
+        expected = plain(oracle, batch, recipe)
+        torch.testing.assert_close(sums, expected, rtol=1e-3, atol=1e-3)
+        for (name, mine), theirs in zip(network.named_parameters(), oracle.parameters(), strict=True):
+            assert (mine.grad is None) == (theirs.grad is None), name
+            if mine.grad is not None and theirs.grad is not None:
+                assert float((mine.grad - theirs.grad).norm()) <= 2e-2 * float(theirs.grad.norm()) + 1e-6, (
+                    number,
+                    name,
+                )
+        for optimizer in optimizers:
+            optimizer.step()
+        network.load_state_dict(oracle.state_dict() | {k: v for k, v in network.state_dict().items() if "running" in k})
+    for (name, mine), theirs in zip(network.named_buffers(), oracle.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3, msg=name)
+
+
+CHANGES = {
+    "frozen batch norms": {},
+    "batch norms that train": {"batchnorm": "train"},
+    "dropout in the head": {"hidden": (16,), "dropout": (0.4,)},
+    "the last stage": {"unfreeze": "last-stage"},
+    "the head alone": {"unfreeze": "head"},
+    "smoothed labels": {"label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_graph_gives_the_gradients_of_the_plain_network(change: str, caplog: pytest.LogCaptureFixture) -> None:
+    cuda, (network, recipe) = Cuda(), made(**CHANGES[change])
+    with caplog.at_level(logging.DEBUG, "featcache"):
+        run(cuda, network, recipe, micro=8)
+    assert not caplog.messages
+    # Of each size the first two are computed as they come, the third to capture what all others replay, once to compare.
+    assert sorted(graph.replays for graph in cuda.graphs) == [SIZES.count(7) - 3 + 1, SIZES.count(8) - 3 + 1]
+
+
+def test_parts_add_up_whatever_their_sizes() -> None:
+    cuda, (network, recipe) = Cuda(), made()
+    run(cuda, network, recipe, micro=3)
+    assert len(cuda.graphs) == 3  # of 3, 2 and 1
+    assert cuda.graphs[0].replays > 2
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "mobilenet_v3_small"])
+def test_other_networks(name: str) -> None:
+    cuda, (network, recipe) = Cuda(), made(name)
+    run(cuda, network, recipe, micro=8)
+    assert len(cuda.graphs) == 2
+
+
+def test_what_cannot_be_captured_is_computed_as_it_comes(caplog: pytest.LogCaptureFixture) -> None:
+    cuda, (network, recipe) = Cuda(captures=False), made()
+    with caplog.at_level(logging.DEBUG, "featcache"):
+        run(cuda, network, recipe, micro=8)
+    assert caplog.messages == [
+        f"no CUDA graph of {count} images in training: operation not permitted when stream is capturing"
+        for count in (8, 7)
+    ]
+
+
+def test_a_graph_that_gives_other_gradients_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    class Wrong(Cuda):
+        def graph(self, graph: Any, **options: Any) -> Any:
+            for parameter in network.head.parameters():
+                parameter.data.mul_(3)  # what is captured computes from other weights
+            return super().graph(graph, **options)
+
+    cuda, (network, recipe) = Wrong(), made()
+    steps = GpuSteps(network, recipe, JOB, None, cuda=cuda)
+    with caplog.at_level(logging.DEBUG, "featcache"), cuda:
+        for batch in batches()[:3]:
+            network.zero_grad(set_to_none=True)
+            steps.accumulate(batch, micro=8, scale=lambda loss: loss)
+    assert caplog.messages == ["no CUDA graph of 8 images in training: it gives other gradients"]
+
+
+def test_other_parameters_that_train_make_other_graphs() -> None:
+    cuda, (network, recipe) = Cuda(), made(unfreeze="gradual")
+    steps = GpuSteps(network, recipe, JOB, None, cuda=cuda)
+    trained = []
+    for epoch in range(3):
+        unfreeze(network, recipe, epoch=epoch)
+        for batch in batches()[:3] * 2:
+            network.zero_grad(set_to_none=True)
+            with cuda:
+                steps.accumulate(batch, micro=8, scale=lambda loss: loss)
+        trained.append(sum(p.grad is not None for p in network.parameters()))
+    assert trained[0] < trained[1] <= trained[2]
+    assert len(cuda.graphs) == len(set(trained))

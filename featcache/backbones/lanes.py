@@ -16,6 +16,7 @@ import torch
 from featcache.backbones.ring import Change, Features, Lane
 from featcache.errors import UsageError
 from featcache.images.decode import Pixels
+from featcache.system.cuda_graphs import capturing
 from featcache.system.device import launching, memory_errors
 from featcache.system.transfer import pinned
 
@@ -116,17 +117,18 @@ class CudaLane(PlainLane):
         result, there, ready = computed
         with self._cuda.stream(self._down):
             self._down.wait_event(ready)
-            # In the network's own type: half of float32 where that is enough.
-            host = torch.empty(result.shape, dtype=result.dtype, pin_memory=self._device.type == "cuda")
-            host.copy_(result, non_blocking=True)
+            # Converted there: here all of PyTorch's threads would set about it, against those that decode.
+            exact = result.float()
+            host = torch.empty(exact.shape, pin_memory=self._device.type == "cuda")
+            host.copy_(exact, non_blocking=True)
             done = self._cuda.Event(blocking=True)  # a wait that spins takes a core from the decoders
             done.record(self._down)
-        held = [result, there]
+        held = [result, exact, there]
 
         def wait() -> Features:
             done.synchronize()
             held.clear()
-            return host.to(torch.float32, copy=True).numpy()  # pinned memory is scarce: hand it back
+            return host.numpy().copy()  # pinned memory is scarce: hand it back
 
         return wait
 
@@ -145,9 +147,8 @@ class CudaLane(PlainLane):
     def _capture(self, pixels: torch.Tensor, expected: torch.Tensor) -> None:
         """Replay a graph from now on, if one can be made that gives the very bits of the forward pass."""
         try:
-            inputs, graph = pixels.clone(), self._cuda.CUDAGraph()
-            # thread_local: other threads may allocate or wait meanwhile.
-            with self._cuda.graph(graph, stream=self._run, capture_error_mode="thread_local"):
+            inputs = pixels.clone()
+            with capturing(self._run, self._device, cuda=self._cuda) as graph:
                 outputs = self._forward(inputs)
             graph.replay()
             if not torch.equal(outputs.view(torch.uint8), expected.view(torch.uint8)):

@@ -78,6 +78,7 @@ class Form:
         # Those of plain parameters as well by autograd: it gives them the parameter's layout, which fused optimizers need.
         found = [(root, g.to(root.dtype)) for root, g in zip(self._roots, gradients, strict=True) if g is not None]
         torch.autograd.backward([root for root, _ in found], [gradient for _, gradient in found])
+        self._roots = []  # with them goes what autograd keeps of this stream, which the next step may not be on
 
 
 Scale = tuple[torch.Tensor, torch.Tensor]  # what a norm multiplies a channel by, and what it adds then; both (C,)

@@ -17,6 +17,7 @@ from featcache.finetuning.fused import Form, make_form
 from featcache.finetuning.network import Network
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.images.preprocess import normalise
+from featcache.system.cuda_graphs import capturing
 
 log = logging.getLogger("featcache")
 _EAGER = 2  # parts of a size before a graph of it is captured: kernels are chosen by then
@@ -50,10 +51,10 @@ class GpuSteps:
         ``scale``: of the loss, before gradients are taken.
         """
         pixels, labels, weights, size = batch
-        self._take_over_mode()
         self._stream.wait_stream(self._cuda.current_stream(self._device))
         parts = []
         with self._cuda.stream(self._stream):
+            self._take_over_mode()
             for start in range(0, len(pixels), micro):
                 part = slice(start, start + micro)
                 given = pixels[part], labels[part], weights[part], torch.full((), 1 / size, device=pixels.device)
@@ -161,10 +162,8 @@ class _Graph:
         cuda: Any,
     ) -> None:
         """What ``compute`` does on ``stream``. Raises any error: it cannot be captured."""
-        self._graph, self._trained = cuda.CUDAGraph(), trained
-        self._given = tuple(tensor.clone() for tensor in given)
-        # thread_local: other threads may allocate or copy meanwhile.
-        with cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        self._trained, self._given = trained, tuple(tensor.clone() for tensor in given)
+        with capturing(stream, given[0].device, pool=pool, cuda=cuda) as self._graph:
             self._sums = compute(self._given)
         self._gradients = [p.grad for p in trained]
         _set_gradients(trained, [None] * len(trained))

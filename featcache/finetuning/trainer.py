@@ -81,7 +81,7 @@ class Trainer:
         self._apart = drawing_apart(job, recipe, data, size=network.size, most=self.step_size)
         self._gpu = GpuSteps(network, recipe, job, self._dtype) if alone == "cuda" else None
         self.optimizer = make_optimizer(network, recipe)
-        self._average = AveragedModel(network, multi_avg_fn=_moving_average(recipe.ema)) if recipe.ema else None
+        self._average = AveragedModel(network) if recipe.ema else None
         if recipe.batchnorm == "train" and len(data) // self.steps_per_epoch < 2:
             raise UsageError("batch norms that train need at least two images per step; use a larger --batch-size")
         self.epoch, self.batch = 0, 0  # the next batch to train on
@@ -237,7 +237,7 @@ class Trainer:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self._average:
-            self._average.update_parameters(self.network)
+            _update_average(self._average, self.network, decay=self.recipe.ema)
         return sums
 
     @memory_errors()
@@ -378,15 +378,19 @@ class Trainer:
         self.history, self.best = state["history"], state["best"]
 
 
-def _moving_average(decay: float) -> Callable[..., None]:
-    """Exponential moving average whose decay grows to ``decay``, so that a short run is not stuck at its start."""
+@torch.no_grad()
+def _update_average(average: AveragedModel, network: Network, *, decay: float) -> None:
+    """Exponential moving average whose decay grows to ``decay``, so that a short run is not stuck at its start.
 
-    @torch.no_grad()
-    def update(averages: Any, current: Any, n_averaged: Any) -> None:
-        n = float(n_averaged)
-        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return update
+    Not by ``AveragedModel``'s own method, which asks the GPU for a number, and so waits for it.
+    """
+    n = int(average.n_averaged)  # on the CPU
+    mine: list[torch.Tensor] = [*average.module.parameters()]
+    theirs: list[torch.Tensor] = [*network.parameters()]
+    torch._foreach_lerp_(mine, theirs, 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0)
+    for kept, current in zip(average.module.buffers(), network.buffers(), strict=True):
+        kept.copy_(current)
+    average.n_averaged += 1
 
 
 def make_optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:

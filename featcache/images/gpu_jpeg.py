@@ -102,7 +102,7 @@ class GpuJpegs:
                 images = self.decode([_as_tensor(files[row].data) for row in rows])
                 for places in _alike(images):
                     done = resize_and_crop([images[place] for place in places], self.spec)
-                    pixels[torch.tensor([rows[place] for place in places], device=self.device)] = done
+                    _set_rows(pixels, [rows[place] for place in places], done)
         return pixels
 
     def read(self, data: bytes) -> Pixels:
@@ -128,18 +128,14 @@ class GpuJpegs:
 
     def finish_into(self, reads: Sequence[ReadImage[Any]], batch: "torch.Tensor") -> list[ReadImage[Any]]:
         """The same into the rows of ``batch`` (N, H, W, 3) on the device, on the current stream; values stay the files."""
-        import torch
-
         done, left = list(reads), _left_to_gpu(reads)
         where = list(left)
         for places, pixels in self._decoded(list(left.values())):
             rows = [where[place] for place in places]
             if isinstance(pixels, str):
                 done[rows[0]] = done[rows[0]]._replace(value=None, reason=pixels)
-            elif rows == list(range(len(batch))):
-                batch.copy_(pixels)
             else:
-                batch[torch.tensor(rows, device=self.device)] = pixels
+                _set_rows(batch, rows, pixels)
         return done
 
     def _on_host(self, files: list[Undecoded]) -> list[Pixels | str]:
@@ -195,17 +191,21 @@ def _as_tensor(data: bytes | Pixels) -> "torch.Tensor":
 
 
 def _alike(images: "Sequence[torch.Tensor]") -> "Iterable[list[int]]":
-    """Places of images (3, h, w) of about one size, which are resized together."""
-    groups: dict[tuple[int, ...], list[int]] = {}
+    """Places of images (3, h, w) whose longer edges have the same power of two: they are resized together."""
+    groups: dict[int, list[int]] = {}
     for place, image in enumerate(images):
-        groups.setdefault(tuple(_rounded(edge) for edge in image.shape[1:]), []).append(place)
+        groups.setdefault(max(image.shape[1:]).bit_length(), []).append(place)
     return groups.values()
 
 
-def _rounded(edge: int) -> int:
-    """Somewhat more: one of four steps to the next power of two."""
-    step = 1 << max(0, edge.bit_length() - 3)
-    return -(-edge // step) * step
+def _set_rows(target: "torch.Tensor", rows: list[int], values: "torch.Tensor") -> None:
+    """``target[rows] = values``, without waiting for the device."""
+    import torch
+
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        target[rows[0] : rows[0] + len(rows)] = values
+    else:
+        target.index_copy_(0, torch.tensor(rows).to(target.device, non_blocking=True), values)
 
 
 def _portions(files: Sequence[Undecoded], at_once: int) -> Iterator[list[int]]:

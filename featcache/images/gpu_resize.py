@@ -36,8 +36,8 @@ def resize_and_crop(images: "Sequence[torch.Tensor]", spec: PreprocessSpec) -> "
     sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
     height, width = (max(edges) for edges in zip(*sizes, strict=True))
     whole = torch.empty((len(images), 3, height, width), dtype=torch.uint8, device=images[0].device)
-    for place, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
-        whole[place, :, :h, :w] = image  # what lies beside it has no weight
+    # What lies beside an image has no weight.
+    torch._foreach_copy_([each[:, :h, :w] for each, (h, w) in zip(whole.unbind(), sizes, strict=True)], list(images))
     resized = [spec.resized(*size) for size in sizes]
     corners = [cropped_at(size, spec) for size in resized]
     columns, rows = (
@@ -76,7 +76,7 @@ def _weights(
     import torch
 
     given: npt.NDArray[np.float32] = np.array([edges, resized, corners], np.float32)
-    edge, whole, corner = torch.from_numpy(given).to(device)[:, :, None, None]  # each (n, 1, 1)
+    edge, whole, corner = torch.from_numpy(given).to(device, non_blocking=True)[:, :, None, None]  # each (n, 1, 1)
     step = edge / whole
     width = step.clamp(min=1)
     centre = step * (corner + torch.arange(kept, device=device)[:, None] + 0.5)  # (n, kept, 1)

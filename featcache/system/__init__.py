@@ -3,6 +3,7 @@
 - ``runtime_options``: which device and counts may be asked for
 - ``device``: device, workers, threads, and why
 - ``transfer``: tensors on their way to a GPU and back, while it computes
+- ``cuda_graphs``: work on a GPU, captured to be replayed
 - ``memory``: how much there is; keeping what was freed
 - ``signals``: stop between two steps
 - ``supervisor``: a worker, and the process that waits for it

@@ -61,7 +61,11 @@ class Feed:
                 return tuple(tensor.to(self._device) for tensor in tensors)
         caller = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):  # which waits for nothing that the caller has queued
-            sent = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
+            try:
+                sent = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
+            except torch.OutOfMemoryError:  # other streams keep what they no longer need
+                torch.cuda.empty_cache()
+                sent = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
         caller.wait_stream(self._stream)
         for tensor in sent:
             tensor.record_stream(caller)

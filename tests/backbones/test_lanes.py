@@ -59,7 +59,8 @@ def test_streams_wait_for_each_other_and_a_graph_gives_the_same(
         np.testing.assert_array_equal(features, forward(torch.from_numpy(pixels)).float().numpy())
     assert all(features.dtype == np.float32 for features in found)
     assert cuda.streams == 2 + UPLOADS
-    [graph] = cuda.graphs
+    graph = cuda.graphs[0]
+    assert len(cuda.graphs) == 2 - captures  # a capture that failed is followed by one that is to succeed
     assert graph.replays == (10 if captures else 0)  # to compare, and every batch but the first three
     said = [record.getMessage() for record in caplog.records]
     assert said == (

@@ -243,6 +243,7 @@ def train_ours(arguments: argparse.Namespace, note: Note) -> None:
     try:
         output = arguments.work / f"{time.time_ns()}"
         asked: dict[str, Any] = {"backbone": arguments.name, "weights": "none", "device": arguments.device}
+        asked["dtype"] = "float32"  # embeddings by random weights are so much alike that float16 is too coarse
         finetune(arguments.work / "train", output, changes=changes, progress=after_step, **asked)
     except TimeIsUpError:
         pass

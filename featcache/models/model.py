@@ -345,6 +345,9 @@ def _check_classes(path: Path, classes: list[Any], outputs: int) -> tuple[str, .
 
 
 def _versions() -> dict[str, str]:
-    """What computes."""
-    packages = ("featcache", "numpy", "scikit-learn", "torch", "torchvision")
-    return {name: importlib.metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    """What computes; of a folder of sources that nobody has installed none is known."""
+    found = {"python": platform.python_version()}
+    for name in ("featcache", "numpy", "scikit-learn", "torch", "torchvision"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

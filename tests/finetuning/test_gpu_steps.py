@@ -25,7 +25,7 @@ EDGE, SIZES = 32, (8, 8, 8, 7, 8, 7, 7)
 RECIPE = Recipe(about="", hidden=(), lr=1e-4, backbone_lr=1e-5, epochs=3, batch_size=8, unfreeze="all")
 
 
-def made(name: str = "resnet18", **changes: Any) -> tuple[Network, Recipe]:
+def made(name: str = "timm/test_resnet", **changes: Any) -> tuple[Network, Recipe]:
     torch.manual_seed(0)
     recipe = dataclasses.replace(RECIPE, **changes)
     network = with_new_head(load_backbone(name, "none", size=(EDGE, EDGE)), recipe, 3, seed=0)
@@ -109,7 +109,7 @@ def test_parts_add_up_whatever_their_sizes() -> None:
     assert cuda.graphs[0].replays > 2
 
 
-@pytest.mark.parametrize("name", ["timm/test_vit", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_efficientnet"])
 def test_other_networks(name: str) -> None:
     cuda, (network, recipe) = Cuda(), made(name)
     run(cuda, network, recipe, micro=8)

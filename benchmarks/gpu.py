@@ -8,7 +8,8 @@ sides read these. Weights are random: they cost the same. Every part runs in a p
 another's settings (PyTorch's defaults: TF32 in convolutions), gets a share of the minutes that are left, is ended when that
 is used up, and is printed at once. In images/s:
 
-    decoders    JPEGs at full size alone: Pillow and the fast decoder on all CPU threads, the GPU (nvJPEG, by torchcodec), both
+    decoders    JPEGs at full size alone: Pillow and the fast decoder on all CPU threads, the GPU (nvJPEG, by torchcodec), both;
+                and rows of a batch, read, hashed, decoded and resized, by so many threads, and by processes
     ours        decode: reading, decoding, resizing alone; forward: the backbone alone; end to end: both, as ``extract`` does
                 it; E = end to end / min(decode, forward); extract: the command into a cache, start left out
     ours_gpu    the same with ``--decode gpu``, where torchcodec is installed
@@ -25,6 +26,7 @@ which shows that the script works, nothing else.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -307,16 +309,52 @@ def decoders(arguments: argparse.Namespace, note: Note) -> None:
     from featcache.images.decode import decode, decode_pixels
 
     data = [path.read_bytes() for path in sorted((arguments.work / "photos").rglob("*.jpg"))[:2048]]
-    threads, seconds = usual_loops.usable_cores(), max(0.5, (arguments.until - time.time()) / 5)
+    threads, seconds = usual_loops.usable_cores(), max(0.5, (arguments.until - time.time()) / 10)
     fast = decode_forever(data, decode_pixels)
     note(pillow=together([decode_forever(data, lambda file: np.asarray(decode(file)))] * threads, seconds))
     note(fast=together([fast] * threads, seconds))
+    for count in sorted({1, 4, 8, threads}):
+        note(**{f"rows by {count} threads": together(row_jobs(arguments, count, apart=False), seconds)})
+    if jobs := row_jobs(arguments, threads, apart=True):
+        note(**{f"rows by {threads} processes": together(jobs, seconds)})
     try:
         on_gpu = gpu_forever(data, arguments.device)
         note(gpu=together([on_gpu], seconds))
         note(both=together([on_gpu, *[fast] * max(1, threads - 1)], seconds))
     except Exception as error:  # no GPU, or a torchvision without nvJPEG
         note(no_gpu=str(error).splitlines()[0][:200])
+
+
+def row_jobs(arguments: argparse.Namespace, count: int, *, apart: bool) -> list[Callable[[threading.Event], int]]:
+    """Jobs that fill rows, as many at a time as a ring asks for; ``apart``: by processes, none where there are none."""
+    import numpy as np
+
+    from featcache import list_images, load_backbone
+    from featcache.images.fill import Fill, FillByProcesses
+    from featcache.images.formats import Brightest
+    from featcache.system.worker_processes import SharedMemory, worker_processes
+
+    images, spec = list_images(arguments.work / "photos"), load_backbone("resnet50", "none").preprocess
+    height, width = spec.crop
+    if apart:
+        if (processes := worker_processes(count, "featcache.images.fill")) is None:
+            return []
+        processes.wait()
+        memory = SharedMemory(count * 16 * height * width * 3)
+        fill: Fill = FillByProcesses(images, spec, Brightest(), processes=processes, memory=memory)
+        rows = memory.array.reshape(count, 16, height, width, 3)
+    else:
+        fill, rows = Fill(images, spec, Brightest(), threads=count), np.empty((count, 16, height, width, 3), np.uint8)
+
+    def job(stop: threading.Event, number: int) -> int:
+        starts = itertools.cycle(range(16 * number % (len(images) - 16), len(images) - 16, 16 * count))
+        for done, start in enumerate(starts):
+            if stop.is_set():
+                return 16 * done
+            fill(range(start, start + 16), rows[number])
+        raise AssertionError("a cycle does not end")
+
+    return [functools.partial(job, number=number) for number in range(count)]
 
 
 def decode_forever(data: list[bytes], decode: Callable[[bytes], Any]) -> Callable[[threading.Event], int]:

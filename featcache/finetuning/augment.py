@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from featcache.finetuning.pixels import Picture
 from featcache.finetuning.recipe_values import Step
+from featcache.system.lazy_imports import compiler_on_demand
+
+with compiler_on_demand():
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional
 
 _RATIO = (3 / 4, 4 / 3)  # of RandomResizedCrop, as usual
 

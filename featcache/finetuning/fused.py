@@ -77,8 +77,21 @@ class Form:
         """Add gradients of ``leaves``, in float32, to ``grad`` of the parameters."""
         # Those of plain parameters as well by autograd: it gives them the parameter's layout, which fused optimizers need.
         found = [(root, g.to(root.dtype)) for root, g in zip(self._roots, gradients, strict=True) if g is not None]
-        torch.autograd.backward([root for root, _ in found], [gradient for _, gradient in found])
+        torch.autograd.backward(_Given.apply([gradient for _, gradient in found], *(root for root, _ in found)))
         self._roots = []  # with them goes what autograd keeps of this stream, which the next step may not be on
+
+
+class _Given(torch.autograd.Function):
+    """A number whose gradients are those given. To give them to ``backward`` itself would import an algebra system: two seconds."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[torch.Tensor], *roots: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return roots[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *ctx.gradients
 
 
 Scale = tuple[torch.Tensor, torch.Tensor]  # what a norm multiplies a channel by, and what it adds then; both (C,)

@@ -210,8 +210,8 @@ def _decode(job: Job, images: ImageList, *, split: str, preprocess: PreprocessSp
     typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
     processes, workers = job.processes, job.runtime.workers
     if processes.world == 1 and len(images) * typical < _SHARE_OF_MEMORY * available_memory():
-        memory, recipe = None, settle(job.settings, len(images))
-        if split == "train" and drawing_processes(job, recipe, len(images)):
+        memory = None
+        if split == "train" and drawing_processes(job, recipe := settle(job.settings, len(images)), len(images)):
             batches = ROOM * (recipe.batch_size or 1) * recipe.accumulation
             memory = SharedMemory(_ROOM * (len(images) + batches) * typical)
         return decode_in_memory(images, convert, workers=workers, memory=memory)

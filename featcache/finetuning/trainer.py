@@ -38,6 +38,7 @@ from featcache.system.device import (
     true_float32,
 )
 from featcache.system.display import quantity
+from featcache.system.lazy_imports import optimizer_without_compiler
 from featcache.system.transfer import Feed, host_tensor, read_later
 
 log = logging.getLogger("featcache")
@@ -399,9 +400,9 @@ def make_optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:
     # One pass over all weights; and on a GPU, with a loss scaler, no question whether gradients are finite. Elsewhere: PyTorch's choice.
     fused = True if network.mean.device.type in ("cpu", "cuda") else None
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
+        return optimizer_without_compiler(torch.optim.SGD, groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=recipe.lr, fused=fused)
+    return optimizer_without_compiler(kind, groups, lr=recipe.lr, fused=fused)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, steps_per_epoch: int) -> None:

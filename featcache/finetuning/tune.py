@@ -57,7 +57,8 @@ from featcache.system.signals import deferred_signals
 
 log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
-_COMPARED = 64  # images of the parity check, where they must be embedded for it
+_SCALED_BY = 64  # images that tell how large embeddings are
+_COMPARED, _CHECKED = 32, 16  # images of the parity check, where they must be embedded for it; of the encoder's own
 _TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
 _TOLERANCE_REDUCED = 0.1  # against cached rows, which may be in half precision: three times what the self-check allows
 _TOLERANCE_LOSS, _TOLERANCE_LOSS_REDUCED = 0.001, 0.1  # of the loss before step 1; of it relatively where it is above 1
@@ -185,7 +186,7 @@ def _assemble_start(
     Compared with embeddings that are computed now, in float32, as ``predict`` does; and with cached rows if there are any.
     """
     pixels = np.stack(val.pictures[:_COMPARED])
-    encoder, _ = build_encoder(backbone, job.runtime, pixels, precision="fp32")
+    encoder, _ = build_encoder(backbone, job.runtime, pixels[:_CHECKED], precision="fp32")
     network = assemble(backbone, model.head, encoder(_some_of(train, backbone.preprocess.crop)))
     network = network.to(job.runtime.device)
     begun = job.clock()
@@ -202,7 +203,7 @@ def _assemble_start(
 
 def _some_of(train: Pixels, size: tuple[int, int]) -> Picture:
     """uint8 (n, H, W, 3): some training images from all over the list, at the network's size."""
-    chosen = np.linspace(0, len(train) - 1, min(_COMPARED, len(train))).astype(np.intp)
+    chosen = np.linspace(0, len(train) - 1, min(_SCALED_BY, len(train))).astype(np.intp)
     return np.stack([augment_picture(train.pictures[k], (), size=size, seed=(0, 0, 0)).numpy() for k in chosen])
 
 

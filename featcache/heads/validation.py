@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from sklearn.model_selection import StratifiedKFold
 
 from featcache.heads.head import Array, Indices, softmax
 from featcache.heads.metrics import row_losses
@@ -44,6 +43,10 @@ def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> lis
     if not np.array_equal(y, y[copies]):
         fold = _dealt_groups(y, copies, folds=folds, seed=seed)
         return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(folds)]
+    from sklearn.model_selection import (
+        StratifiedKFold,  # takes seconds to import, and whoever deals nothing out needs none
+    )
+
     images = np.flatnonzero(copies == np.arange(len(copies)))
     fold = np.empty(len(y), np.intp)
     shuffled = StratifiedKFold(folds, shuffle=True, random_state=seed).split(images, y[images])

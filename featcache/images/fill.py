@@ -46,10 +46,13 @@ class Fill:
         seen: is told of 16-bit images.
     """
 
-    def __init__(self, files: ImageFiles, spec: PreprocessSpec, seen: Brightest) -> None:
+    def __init__(
+        self, files: ImageFiles, spec: PreprocessSpec, seen: Brightest, *, threads: int = _MOST_THREADS
+    ) -> None:
+        """``threads``: that decode at a time; others wait."""
         self._files, self._spec, self.seen = files, spec, seen
         self._decode = functools.partial(read_for_gpu if spec.decode == "gpu" else read_pixels, spec=spec, seen=seen)
-        self._threads = threading.Semaphore(_MOST_THREADS)
+        self._threads = threading.Semaphore(threads)
 
     def __call__(self, images: range, rows: Pixels) -> list[ReadImage[Any]]:
         """What became of ``images``, each of which is for one of ``rows`` (n, H, W, 3)."""

@@ -141,7 +141,16 @@ def _automatic(runtime: Runtime) -> dict[str, str]:
     survived = "end the process"
     if sys.platform == "linux" and os.environ.get("FEATCACHE_SUPERVISE") != "0":
         survived = "end a worker process, not the command; FEATCACHE_SUPERVISE=0 does without it"
-    fused = "off" if os.environ.get("FEATCACHE_FUSE") == "0" else "on a CPU, where they pass the self-check"
+    fused = (
+        "off"
+        if os.environ.get("FEATCACHE_FUSE") == "0"
+        else "on a CPU and an NVIDIA GPU, where they pass the self-check"
+    )
+    apart = "threads"
+    if sys.platform == "linux" and os.environ.get("FEATCACHE_PROCESSES") != "0":
+        apart = (
+            "processes that decode and augment, where there is enough to do; FEATCACHE_PROCESSES=0 leaves it to threads"
+        )
     return {
         "device": f"{runtime.device}; otherwise: --device cpu, cuda, cuda:N or mps",
         "workers": f"{runtime.workers}; otherwise: --workers N",
@@ -151,6 +160,7 @@ def _automatic(runtime: Runtime) -> dict[str, str]:
         "freed_memory": f"{kept}; FEATCACHE_KEEP_MEMORY=0 returns it to the system",
         "fused_convolutions": f"{fused}; FEATCACHE_FUSE=0 turns them off",
         "crashing_decoders": survived,
+        "beside_a_gpu": apart,
     }
 
 

@@ -82,6 +82,11 @@ def run(cuda: Cuda, network: Network, recipe: Recipe, *, micro: int) -> None:
         torch.testing.assert_close(own, other, rtol=1e-2, atol=1e-3, msg=name)
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """By featcache; other libraries' threads may have something to say as well."""
+    return [record.getMessage() for record in caplog.records if record.name == "featcache"]
+
+
 CHANGES = {
     "frozen batch norms": {},
     "batch norms that train": {"batchnorm": "train"},
@@ -97,7 +102,7 @@ def test_a_graph_gives_the_gradients_of_the_plain_network(change: str, caplog: p
     cuda, (network, recipe) = Cuda(), made(**CHANGES[change])
     with caplog.at_level(logging.DEBUG, "featcache"):
         run(cuda, network, recipe, micro=8)
-    assert not caplog.messages
+    assert not said(caplog)
     # Of each size the first two are computed as they come, the third to capture what all others replay, once to compare.
     assert sorted(graph.replays for graph in cuda.graphs) == [SIZES.count(7) - 3 + 1, SIZES.count(8) - 3 + 1]
 
@@ -120,7 +125,7 @@ def test_what_cannot_be_captured_is_computed_as_it_comes(caplog: pytest.LogCaptu
     cuda, (network, recipe) = Cuda(captures=False), made()
     with caplog.at_level(logging.DEBUG, "featcache"):
         run(cuda, network, recipe, micro=8)
-    assert caplog.messages == [
+    assert said(caplog) == [
         f"no CUDA graph of {count} images in training: operation not permitted when stream is capturing"
         for count in (8, 7)
     ]
@@ -139,7 +144,7 @@ def test_a_graph_that_gives_other_gradients_is_not_used(caplog: pytest.LogCaptur
         for batch in batches()[:3]:
             network.zero_grad(set_to_none=True)
             steps.accumulate(batch, micro=8, scale=lambda loss: loss)
-    assert caplog.messages == ["no CUDA graph of 8 images in training: it gives other gradients"]
+    assert said(caplog) == ["no CUDA graph of 8 images in training: it gives other gradients"]
 
 
 def test_other_parameters_that_train_make_other_graphs() -> None:

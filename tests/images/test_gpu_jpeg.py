@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from featcache.errors import FeatcacheError, MissingDependencyError, RefusedImag
 from featcache.extraction.extract import extract
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.finetuning.pixels import network_input
-from featcache.images import gpu_jpeg
+from featcache.images import fill, gpu_jpeg
 from featcache.images.decode import decode_pixels, read_pixels
 from featcache.images.gpu_jpeg import GpuJpegs, Undecoded, gpu_jpegs, is_for_gpu, read_for_gpu
 from featcache.images.jpeg_header import read_jpeg_header
@@ -310,6 +311,49 @@ def test_a_ring_of_batches_is_completed_by_the_gpu(photos: Path, monkeypatch: py
         assert one.refused == other.refused
         np.testing.assert_allclose(one.features, other.features, rtol=1e-5, atol=1e-5)
     assert sum(len(batch.indices) for batch in ways[0]) == 22 - faulty
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_processes_hand_files_to_the_gpu_where_they_lie(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the rows of the batch, which are not pixels then: also what overflows is decoded anew."""
+    monkeypatch.setattr(gpu_jpeg, "nvjpeg", lambda device: stand_in)
+    monkeypatch.setattr(fill, "_FEWEST_IMAGES", 1)
+    monkeypatch.setattr(fill, "_FEWEST_CORES", 1)
+    images, backbone = list_images(photos), load_requested(dataclasses.replace(TINY, decode="gpu"), None)
+    runtime = dataclasses.replace(choose_runtime("cpu", workers=3), batch_size=8)
+    processes = fill.start_decoding(3, len(images))
+    assert processes is not None
+    processes.wait()
+    encoder, _ = build_encoder(backbone, runtime, sample_pixels(images, backbone.preprocess, 8), precision="fp32")
+    expected = list(embed(images, encoder, runtime))
+    lane = encoder.new_lane(8)
+    for found, exact in ((lane, None), (Overflowing(lane), encoder)):
+        encoder.exact = exact
+        batches = list(embed(images, encoder, runtime, lane=found))
+        for one, other in zip(expected, batches, strict=True):
+            np.testing.assert_array_equal(one.indices, other.indices)
+            assert one.refused == other.refused
+            np.testing.assert_allclose(one.features, other.features, rtol=1e-5, atol=1e-5)
+
+
+class Overflowing:
+    """A lane that gives infinity for every other image."""
+
+    def __init__(self, lane: Any) -> None:
+        self._lane = lane
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lane, name)
+
+    def download(self, computed: Any) -> Callable[[], np.ndarray]:
+        wait = self._lane.download(computed)
+
+        def infinite() -> np.ndarray:
+            features: np.ndarray = wait().copy()
+            features[::2] = np.inf
+            return features
+
+        return infinite
 
 
 def test_what_cannot_be_is_refused_before_work() -> None:

@@ -120,7 +120,7 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
 
     def note(module: Any, inputs: Any, output: Any) -> None:
         conv = fused._Convolution(module, (), ("none", [], ""))
-        list(conv.refresh(dtype))
+        list(conv.refresh(dtype, {}))
         x, g = (torch.rand_like(t).to(dtype).contiguous(memory_format=torch.channels_last) for t in (inputs[0], output))
         layers.append((conv, x.requires_grad_(len(layers) > 0), g))
 

@@ -201,11 +201,21 @@ def prepare(
     if not (os.path.lexists(output) or work_folder(output).is_dir()):
         request.check_named()
         check_device(device)
+        if request.decode == "gpu":
+            _check_gpu_decodes(one)
     check_output(output)
     check_donors(reuse)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")
     return output, _list(source)
+
+
+def _check_gpu_decodes(device: str) -> None:
+    """Raise UsageError or MissingDependencyError where ``device`` cannot: before a backbone is loaded."""
+    from featcache.images.gpu_jpeg import nvjpeg
+    from featcache.system.device import choose_device
+
+    nvjpeg(choose_device(device)[0])
 
 
 def report_of(

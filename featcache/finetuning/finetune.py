@@ -70,7 +70,7 @@ def finetune(
         seed: of everything random.
         precision: auto, fp32, bf16 or fp16 (mixed: weights stay float32).
         device, workers: as in ``extract``.
-        micro_batch: most images per forward pass; 4 on a CPU, 64 on a GPU when None. Changes speed and memory; on a GPU
+        micro_batch: most images per forward pass; 4 on a CPU, 256 on an NVIDIA GPU, else 64 when None. Changes speed and memory; on a GPU
             what dropout draws if there is any; nothing else but rounding.
         resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
         overwrite: replace a model that is there already; never the one that the run starts from.

@@ -1,8 +1,8 @@
 """The gradient of a batch on a CUDA GPU: the form that trains fastest, its hundreds of calls replayed as a graph.
 
 In: a network in the mode of the next steps, a batch. Out: gradients of its parameters. Frozen batch norms are folded into
-convolutions (``fused.py``); a network without any computes as it is, by autocast. What a processor needs to ask for these calls one
-by one is more than a GPU needs to compute them, up to some hundred images (``torch.cuda.CUDAGraph``; Ng et al. 2021).
+convolutions (``fused.py``); a network without any computes as it is, by autocast. A processor needs longer to ask for these calls one
+by one than a GPU to compute them, up to some hundred images (Nguyen et al., Accelerating PyTorch with CUDA Graphs, 2021).
 """
 
 import logging

@@ -11,10 +11,11 @@ import torch
 
 from featcache.errors import Interrupted, TrainingError
 from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.network import training_mode
 from featcache.finetuning.pixels import Pixels
 from featcache.finetuning.result import score
-from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer, compute_logits
+from featcache.finetuning.trainer import OnStep, Status, Stopped, Trainer
 from featcache.system.signals import StopRequest
 from featcache.system.workdir import work_folder
 

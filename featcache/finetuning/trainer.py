@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -25,21 +24,19 @@ from featcache.finetuning.draw_processes import drawing_apart
 from featcache.finetuning.gpu_steps import GpuSteps
 from featcache.finetuning.micro_batches import MicroBatches
 from featcache.finetuning.network import Network, parameter_groups, set_drop_path, training_mode, unfreeze
-from featcache.finetuning.pixels import Picture, Pixels
+from featcache.finetuning.pixels import Pixels
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.heads.head import Array, Indices
 from featcache.system.device import (
-    Runtime,
     has_bf16_arithmetic,
     launching,
     memory_errors,
-    one_core_each,
     return_memory,
     true_float32,
 )
 from featcache.system.display import quantity
 from featcache.system.lazy_imports import optimizer_without_compiler
-from featcache.system.transfer import Feed, host_tensor, read_later
+from featcache.system.transfer import read_later
 
 log = logging.getLogger("featcache")
 _TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -419,55 +416,6 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: i
         factor = 1.0
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-@true_float32
-def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
-    """(n, C) float32 logits of all images, each process computing its share; float32 whatever training used."""
-    network.eval()
-    runtime, processes = job.runtime, job.processes
-    mine = pixels.pictures[processes.rank :: processes.world]
-    parts: list[Array] | None = None
-    while parts is None:
-        try:
-            parts = _in_batches(network, mine, runtime=runtime)
-        except torch.OutOfMemoryError:
-            if runtime.batch_size == 1 or processes.world > 1:
-                raise
-        if parts is None:  # only now: until its block is left, the exception's frames hold what was computed
-            runtime = dataclasses.replace(runtime, batch_size=runtime.batch_size // 2)
-            return_memory(runtime.device)
-    shares = processes.all_gather(np.concatenate(parts) if parts else None)
-    width = next(share.shape[1] for share in shares if share is not None)
-    logits = np.empty((len(pixels), width), np.float32)
-    for rank, share in enumerate(shares):
-        if share is not None:
-            logits[rank :: processes.world] = share
-    return logits
-
-
-def _in_batches(network: Network, pictures: list[Picture], *, runtime: Runtime) -> list[Array]:
-    """Logits of each batch; while a GPU computes one, the next is on its way."""
-    feed, device = Feed(runtime.device), runtime.device
-
-    @memory_errors()
-    def begin(start: int) -> Callable[[], Array]:
-        chosen = pictures[start : start + runtime.batch_size]
-        batch = host_tensor((len(chosen), *chosen[0].shape), torch.uint8, device)
-        np.stack(chosen, out=batch.numpy())
-        with torch.inference_mode(), launching(device):  # the mode is per thread
-            return read_later(network(*feed(batch)).float())
-
-    starts = range(0, len(pictures), runtime.batch_size)
-    if device.type == "cpu":
-        with one_core_each(runtime.workers, "featcache-evaluate") as pool:
-            return list(pool.map(lambda start: begin(start)(), starts))
-    found, queued = list[Array](), deque[Callable[[], Array]]()
-    for start in starts:
-        queued.append(begin(start))
-        if len(queued) > 1:
-            found.append(queued.popleft()())
-    return found + [read() for read in queued]
 
 
 def choose_training_precision(asked: str, device: torch.device) -> str:

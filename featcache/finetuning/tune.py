@@ -23,6 +23,7 @@ from featcache.finetuning import budget
 from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.budget import Plan
 from featcache.finetuning.checkpoint import Checkpoint
+from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.loop import Loop
 from featcache.finetuning.network import (
     Network,
@@ -45,7 +46,7 @@ from featcache.finetuning.result import (
     save_finetuned,
     score,
 )
-from featcache.finetuning.trainer import OnStep, Trainer, compute_logits
+from featcache.finetuning.trainer import OnStep, Trainer
 from featcache.heads.head import Array, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable

@@ -79,6 +79,7 @@ class FillByProcesses(Fill):
         super().__init__(files, spec, seen)
         self._processes, self._memory = processes, memory
         self._elsewhere = False  # whether images are in archives and such, which this process reads
+        self._lost = threading.Lock()  # taken by who says it
 
     def __call__(self, images: range, rows: Pixels) -> list[ReadImage[Any]]:
         """As ``Fill``."""
@@ -86,7 +87,8 @@ class FillByProcesses(Fill):
             try:
                 return self._by_process(images, rows)
             except WorkersLost:
-                log.warning("the processes that decode were killed, perhaps for want of memory: threads go on")
+                if self._lost.acquire(blocking=False):
+                    log.warning("the processes that decode were killed, perhaps for want of memory: threads go on")
         return super().__call__(images, rows)
 
     def _by_process(self, images: range, rows: Pixels) -> list[ReadImage[Any]]:

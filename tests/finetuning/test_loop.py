@@ -18,10 +18,11 @@ from test_trainer import DATA, DROPPING, EDGE, SIMPLE, assert_same
 from torch.nn import functional
 
 from featcache.errors import Interrupted
+from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.loop import Loop
 from featcache.finetuning.network import Network, with_new_head
 from featcache.finetuning.recipes import Recipe
-from featcache.finetuning.trainer import Status, Trainer, compute_logits
+from featcache.finetuning.trainer import Status, Trainer
 from featcache.system.signals import StopRequest
 
 VAL = make_pixels(7, EDGE)

@@ -14,6 +14,7 @@ from torch import nn
 from featcache.backbones.load import load_backbone
 from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment
+from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.network import Network, with_new_head
 from featcache.finetuning.recipes import RECIPES, Recipe, choose_recipe
 from featcache.finetuning.trainer import (
@@ -21,7 +22,6 @@ from featcache.finetuning.trainer import (
     Stopped,
     Trainer,
     choose_training_precision,
-    compute_logits,
     set_learning_rates,
 )
 from featcache.system.distributed import Processes

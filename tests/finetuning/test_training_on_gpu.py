@@ -13,9 +13,10 @@ from test_network import JOB, make_pixels, shrunk
 from torch import nn
 
 from featcache.backbones.load import load_backbone
+from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.network import with_new_head
 from featcache.finetuning.recipes import Recipe
-from featcache.finetuning.trainer import Trainer, compute_logits
+from featcache.finetuning.trainer import Trainer
 from featcache.system.device import Runtime
 from featcache.system.transfer import Feed, host_tensor, read_later
 

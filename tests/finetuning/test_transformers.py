@@ -29,8 +29,9 @@ from featcache.errors import Interrupted
 from featcache.extraction.extract import extract
 from featcache.finetuning import network as networks
 from featcache.finetuning.finetune import finetune
+from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.recipes import Recipe, choose_recipe
-from featcache.finetuning.trainer import Trainer, compute_logits
+from featcache.finetuning.trainer import Trainer
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict

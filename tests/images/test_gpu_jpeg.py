@@ -25,6 +25,7 @@ from featcache.backbones.encoder import build_encoder
 from featcache.backbones.self_check import cosine
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError, MissingDependencyError, RefusedImage, SpecMismatchError, UsageError
+from featcache.extraction import job
 from featcache.extraction.extract import extract
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.finetuning.pixels import network_input
@@ -365,6 +366,14 @@ def test_what_cannot_be_is_refused_before_work() -> None:
         network_input(SPEC)
     with pytest.raises(ValueError, match="made by a GPU"):
         read_pixels(jpeg(), SPEC)
+
+
+def test_a_machine_without_a_gpu_is_told_before_a_backbone_is_loaded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_requested", None)
+    with pytest.raises(UsageError, match="this would run on cpu"):
+        extract(photos, tmp_path / "f.h5", dataclasses.replace(TINY, decode="gpu"), device="cpu")
 
 
 def test_a_missing_torchcodec_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

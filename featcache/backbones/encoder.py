@@ -153,7 +153,11 @@ class Encoder:
         try:
             with torch.inference_mode(), self._precise():
                 inputs = normalise(pixels, *self._constants).to(self._dtype)
-                self._module = fused_form(self._module, inputs, batch_size=batch_size)
+                if self.device.type == "cuda":
+                    self._module = fuse_relus(self._module, inputs)
+                else:
+                    fused = fuse_tokens(self._module, inputs, batch_size=batch_size)
+                    self._module = fuse_convolutions(fused, inputs, batch_size=batch_size)
         except Exception:  # operators that another PyTorch or CPU lacks: as many errors as there are builds
             return False
         return True
@@ -165,20 +169,6 @@ class Encoder:
         """uint8 (N, H, W, 3) -> (N, D) in the network's type, on its device, from any thread."""
         with torch.inference_mode(), self._precise():
             return self._module(normalise(pixels, *self._constants).to(self._dtype))  # type: ignore[no-any-return]
-
-
-def fused_form(module: nn.Module, sample: torch.Tensor, *, batch_size: int) -> nn.Module:
-    """``module``, as ``fold_batchnorm`` returns it, with convolutions and linear layers that do what follows them; changed.
-
-    Args:
-        sample: an input (N, 3, H, W), on the device and in the precision that it is to run in. batch_size: of most inputs.
-
-    Raises:
-        RuntimeError, AttributeError, ...: this build of PyTorch, or this device, cannot; do without.
-    """
-    if sample.device.type == "cuda":
-        return fuse_relus(module, sample)
-    return fuse_convolutions(fuse_tokens(module, sample, batch_size=batch_size), sample, batch_size=batch_size)
 
 
 @sources_forgotten()

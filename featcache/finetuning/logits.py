@@ -1,7 +1,6 @@
 """Logits of all images of a split, for scores.
 
-In: a network, decoded images as ``predict`` sees them. Out: (n, C) float32. On a CPU by the network's fastest form, where there are
-enough images to make one for: batch norms in the convolutions, what follows a layer done in it, as ``extract`` embeds.
+In: a network, decoded images as ``predict`` sees them. Out: (n, C) float32, each process computing its share.
 """
 
 import dataclasses
@@ -11,20 +10,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from featcache.backbones.encoder import fused_form
-from featcache.backbones.folding import fold_batchnorm, sources_forgotten
-from featcache.backbones.self_check import only_rounded
 from featcache.finetuning.network import Network
 from featcache.finetuning.pixels import Picture, Pixels
 from featcache.finetuning.recipes import Job
 from featcache.heads.head import Array
-from featcache.images.preprocess import normalise
 from featcache.system.device import Runtime, launching, memory_errors, one_core_each, return_memory, true_float32
 from featcache.system.transfer import Feed, host_tensor, read_later
-
-Logits = Callable[[torch.Tensor], torch.Tensor]  # uint8 (n, H, W, 3) -> (n, C), from several threads
-_WORTH_A_FORM = 64  # images: it takes some tenths of a second to make
-_COMPARED = 4
 
 
 @true_float32
@@ -36,7 +27,7 @@ def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
     parts: list[Array] | None = None
     while parts is None:
         try:
-            parts = _in_batches(fastest_form(network, mine, runtime=runtime), mine, runtime=runtime)
+            parts = _in_batches(network, mine, runtime=runtime)
         except torch.OutOfMemoryError:
             if runtime.batch_size == 1 or processes.world > 1:
                 raise
@@ -52,35 +43,7 @@ def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
     return logits
 
 
-@sources_forgotten()
-def fastest_form(network: Network, pictures: list[Picture], *, runtime: Runtime) -> Logits:
-    """What computes ``network``'s logits, in float32 but for rounding, as fast as this CPU can; the network itself elsewhere."""
-    if runtime.device.type != "cpu" or len(pictures) < _WORTH_A_FORM:
-        return network
-    sample = torch.from_numpy(np.stack(pictures[:_COMPARED]))
-
-    def prepare() -> tuple[Logits, bool]:
-        with torch.inference_mode():
-            folded = fold_batchnorm(network.backbone).to(memory_format=torch.channels_last)
-            inputs = normalise(sample, network.mean, network.std)
-            backbone = fused_form(folded, inputs, batch_size=runtime.batch_size)
-
-        def form(pixels: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = network.head(backbone(normalise(pixels, network.mean, network.std)))
-            return logits
-
-        with torch.inference_mode():
-            return form, only_rounded(network(sample).numpy(), form(sample).numpy())
-
-    with one_core_each(1, "featcache-evaluate") as core:
-        try:
-            form, same = core.submit(prepare).result()
-        except Exception:  # operators that another PyTorch or CPU lacks, layouts that cannot be changed
-            return network
-    return form if same else network
-
-
-def _in_batches(network: Logits, pictures: list[Picture], *, runtime: Runtime) -> list[Array]:
+def _in_batches(network: Network, pictures: list[Picture], *, runtime: Runtime) -> list[Array]:
     """Logits of each batch; while a GPU computes one, the next is on its way."""
     feed, device = Feed(runtime.device), runtime.device
 

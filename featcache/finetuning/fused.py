@@ -29,6 +29,7 @@ from featcache.backbones.folding import (
 _FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
 _LAST = torch.channels_last
+Geometry = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
 
 
 class Form:
@@ -181,7 +182,7 @@ class _Convolve(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
-        geometry: tuple[list[int], list[int], list[int], int],
+        geometry: Geometry,
         activation: Activation,
     ) -> torch.Tensor:
         run = _by_onednn if x.device.type == "cpu" else _by_cudnn
@@ -210,7 +211,7 @@ def _by_onednn(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    geometry: tuple[list[int], list[int], list[int], int],
+    geometry: Geometry,
     activation: Activation,
 ) -> torch.Tensor:
     run: Any = torch.ops.mkldnn._convolution_pointwise
@@ -227,7 +228,7 @@ def _by_cudnn(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    geometry: tuple[list[int], list[int], list[int], int],
+    geometry: Geometry,
     activation: Activation,
 ) -> torch.Tensor:
     padding, stride, dilation, groups = geometry

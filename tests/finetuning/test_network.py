@@ -112,7 +112,9 @@ def fitted_head(scaling: Any, X: np.ndarray) -> Head:
     scale[scale == 0] = 1
     seen = scale_features(X, scaling, mean, scale)
     weight, bias = np.random.default_rng(1).normal(0, 1, (3, X.shape[1])), np.zeros(3)
-    weight[:, X.std(axis=0) == 0] = 0  # as a fit leaves it, whose scale of such a value is 1, however large embeddings are
+    weight[:, X.std(axis=0) == 0] = (
+        0  # as a fit leaves it, whose scale of such a value is 1, however large embeddings are
+    )
     logits = seen @ weight.T
     return Head("logreg", scaling, mean, scale, ((weight / logits.std(), bias - logits.mean(axis=0) / logits.std()),))
 

@@ -38,6 +38,7 @@ class Form:
     Attributes:
         module: (N, 3, H, W) -> (N, D).
         fused: whether it is not simply the backbone. folded: whether batch norms are part of convolutions.
+        whole: whether a batch must be computed at once, as batch norms follow it.
     """
 
     def __init__(self, module: nn.Module, head: nn.Module) -> None:
@@ -47,6 +48,7 @@ class Form:
         # Apart, so that what is frozen has no gradient.
         self._norms = [_Norms([norm for norm in norms if _trains(norm) == trains]) for trains in (True, False)]
         self.fused, self.folded = bool(self._convolutions), bool(norms)
+        self.whole = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
         self._others = [p for p in (*module.parameters(), *head.parameters()) if p.requires_grad]
         self._dtype = torch.float32
         self._roots: list[torch.Tensor] = []
@@ -253,11 +255,11 @@ def _back_by_products(
     (n, _, height, width), w = g.shape, weight.flatten(1)
     rows, inputs = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (g, x))
     gx = (rows @ w).view(n, height, width, -1).permute(0, 3, 1, 2) if needed[0] else None
-    return (
-        gx,
-        (rows.t() @ inputs).view_as(weight) if needed[1] else None,
-        rows.sum(0, dtype=torch.float32) if needed[2] else None,
-    )
+    gw = None
+    if needed[1]:  # the narrower one first: up to a fifth faster
+        narrow = rows.shape[1] <= inputs.shape[1]
+        gw = (rows.t() @ inputs if narrow else (inputs.t() @ rows).t()).reshape(weight.shape)
+    return gx, gw, _sum_of_pixels(g) if needed[2] else None
 
 
 def _back(
@@ -290,7 +292,7 @@ def _back(
 def _sum_of_pixels(g: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W), channels last, -> (C,) float32."""
     if g.device.type == "cpu":
-        return g.sum((0, 2, 3), dtype=torch.float32)
+        return g.sum((0, 2, 3)).float()  # added up in float32; to ask for that would first make a copy in it
     rows = g.permute(0, 2, 3, 1).flatten(0, 2)
     ones = rows.new_ones(1, len(rows))  # a product of matrices reads them at twice the speed of a sum
     return (ones @ rows)[0].float()

@@ -62,16 +62,28 @@ class MicroBatches:
         return normalise(pixels.to(torch.uint8), self._network.mean, self._network.std)
 
     @contextlib.contextmanager
-    def cores(self, parts: int) -> Iterator[None]:
-        """Hold the threads for batches of at most so many parts; where there are fewer than cores, each gets several."""
+    def cores(self, images: int, *, micro: int) -> Iterator[None]:
+        """Hold the threads for batches of at most so many images; where there are fewer parts than cores, each gets several."""
+        parts = len(self._parts(images, micro))
         self._workers = max(1, min(self._job.runtime.workers, parts))
         cores = max(1, self._job.runtime.workers // self._workers)
+        if parts == 1:
+            # In this thread: for another one OpenMP would hold more threads than there are cores, and therefore send them to sleep
+            # after every call.
+            with _threads_per_call(cores):
+                yield
+            return
         with one_core_each(self._workers, "featcache-train", cores=cores) as self._pool:
             torch.set_num_threads(1)  # adding up needs no more, and threads that wait for each other stop under load
             try:
                 yield
             finally:
                 self._pool = None
+
+    def _parts(self, images: int, micro: int) -> list[range]:
+        """A batch's images, cut into parts of at most ``micro``, whatever the number of cores."""
+        size = images if self.form.whole else micro
+        return [range(start, min(start + size, images)) for start in range(0, images, size)]
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (n, H, W, 3) -> (n, C), as the next step computes them."""
@@ -87,7 +99,7 @@ class MicroBatches:
     def accumulate(
         self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int], *, step: int, micro: int
     ) -> torch.Tensor:
-        """Set ``grad`` to that of the batch's mean loss, ``micro`` images at a time; returns sums as ``Trainer._step`` does."""
+        """Set ``grad`` to that of the batch's mean loss, at most ``micro`` images at a time; returns sums as ``Trainer._step`` does."""
         pixels, labels, weights, size = batch
         self.refresh()
         form, seed = self.form, self._job.seed
@@ -105,10 +117,8 @@ class MicroBatches:
             sums = torch.stack((loss.detach(), hits, weights[chosen].sum()))
             return sums, [None if g is None else g.float() for g in gradients]
 
-        parts = [range(start, min(start + micro, len(pixels))) for start in range(0, len(pixels), micro)]
         sums, total = torch.zeros(3), list[torch.Tensor | None]()
-        assert self._pool is not None, "cores() holds the threads"
-        with contextlib.closing(in_order(self._pool, compute, parts, ahead=self._workers)) as results:
+        with contextlib.closing(self._computed(compute, self._parts(len(pixels), micro))) as results:
             for found, gradients in results:
                 sums += found
                 total = _added(total, gradients)
@@ -116,6 +126,23 @@ class MicroBatches:
         if not form.is_finite():
             sums[0] = torch.nan  # what oneDNN makes of NaN in an activation is 0: the loss alone may not tell
         return sums
+
+    def _computed(self, compute: Callable[[range], Result], parts: list[range]) -> Generator[Result]:
+        """Results of ``parts``, in order."""
+        if self._pool is None:  # where a batch is one part, cores() holds none
+            return (compute(part) for part in parts)
+        return in_order(self._pool, compute, parts, ahead=self._workers)
+
+
+@contextlib.contextmanager
+def _threads_per_call(cores: int) -> Iterator[None]:
+    """Let this thread's calls of PyTorch use so many cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _added(total: list[torch.Tensor | None], more: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -116,11 +116,6 @@ class Trainer:
         return self.epoch * self.steps_per_epoch + self.batch
 
     @property
-    def _parts(self) -> int:
-        """Micro-batches per step."""
-        return 1 if self.recipe.batchnorm == "train" else -(-min(self.step_size, len(self.data)) // self.micro_batch)
-
-    @property
     def position(self) -> str:
         """How far training has come, in words."""
         return f"after {quantity(self.epoch, 'epoch')}" + (f" and {quantity(self.batch, 'step')}" if self.batch else "")
@@ -143,7 +138,8 @@ class Trainer:
         if self._cores and not self._cores.possible():
             self._cores = None
         exact = true_float32 if self._dtype is None else contextlib.nullcontext()
-        cores = self._cores.cores(self._parts) if self._cores else contextlib.nullcontext()
+        most = min(self.step_size, len(self.data))
+        cores = self._cores.cores(most, micro=self.micro_batch) if self._cores else contextlib.nullcontext()
         with exact, cores, contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 if stop():
@@ -242,9 +238,10 @@ class Trainer:
     def _accumulate(self, wrapped: nn.Module, batch: Batch) -> torch.Tensor:
         """Gradients of the mean loss over the images of all processes, one micro-batch after the other."""
         pixels, labels, weights, size = batch
-        micro = len(pixels) if self.recipe.batchnorm == "train" else self.micro_batch
         if self._cores:
-            return self._cores.accumulate(batch, step=self.epoch * self.steps_per_epoch + self.batch, micro=micro)
+            step = self.epoch * self.steps_per_epoch + self.batch
+            return self._cores.accumulate(batch, step=step, micro=self.micro_batch)
+        micro = len(pixels) if self.recipe.batchnorm == "train" else self.micro_batch
         if self._gpu:
             return self._gpu.accumulate(batch, micro=micro, scale=self._scaler.scale)
         sums = torch.zeros(3, device=pixels.device)

@@ -5,6 +5,7 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -97,6 +98,24 @@ def test_batch_norms_that_train_see_the_whole_batch() -> None:
         moved = float((tensor - initial[name]).float().norm())
         apart = float((tensor - trainer.network.state_dict()[name]).float().norm())
         assert apart <= 0.02 * moved + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("batchnorm", "micro", "own_thread", "cores"),
+    [("train", 2, True, 2), ("frozen", 6, True, 2), ("frozen", 3, False, 1)],
+)
+def test_a_batch_that_is_one_part_is_computed_here_by_all_cores(
+    batchnorm: Literal["train", "frozen"], micro: int, own_thread: bool, cores: int
+) -> None:
+    """OpenMP puts its threads to sleep after every call as soon as there are more of them than cores, as with another team."""
+    recipe = dataclasses.replace(RECIPE, hidden=(), dropout=(), batchnorm=batchnorm)
+    network, seen, before = with_new_head(MOBILE, recipe, 3, seed=0), set(), torch.get_num_threads()
+    network.head.register_forward_hook(lambda *_: seen.add((threading.get_ident(), torch.get_num_threads())))
+    runtime = dataclasses.replace(CPU, workers=2, batch_size=micro)
+    Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, runtime=runtime)).run_epoch()
+    assert {thread == threading.get_ident() for thread, _ in seen} == {own_thread}
+    assert {threads for _, threads in seen} == {cores}
+    assert torch.get_num_threads() == before
 
 
 def test_results_come_in_order_and_few_at_a_time() -> None:

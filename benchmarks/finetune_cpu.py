@@ -135,12 +135,15 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
         for (conv, x, g), y in reversed(list(zip(layers, results, strict=True))):
             torch.autograd.grad(y, [t for t in (x, conv._weight) if t.requires_grad], g)
 
-    workers, cores = (1, runtime.workers) if whole else (runtime.workers, 1)
-    with one_core_each(workers, "ceiling", cores=cores) as pool:
-        list(pool.map(step, range(workers)))
+    workers = 1 if whole else runtime.workers
+    if whole:
+        torch.set_num_threads(runtime.workers)
+    with one_core_each(workers, "ceiling") as pool:
+        run = map if whole else pool.map  # as featcache: a batch that is one part in this thread
+        list(run(step, range(workers)))
         begun, seen = time.perf_counter(), 0
         while time.perf_counter() - begun < job["seconds"]:
-            list(pool.map(step, range(2 * workers)))
+            list(run(step, range(2 * workers)))
             seen += 8 * workers
         return {"rate": seen / (time.perf_counter() - begun), "precision": precision}
 

@@ -1,4 +1,4 @@
-"""Logits of all images of a split, for scores.
+"""Logits of images, for scores.
 
 In: a network, decoded images as ``predict`` sees them. Out: (n, C) float32, each process computing its share.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from featcache.finetuning.network import Network
-from featcache.finetuning.pixels import Picture, Pixels
+from featcache.finetuning.pixels import Picture
 from featcache.finetuning.recipes import Job
 from featcache.heads.head import Array
 from featcache.system.device import Runtime, launching, memory_errors, one_core_each, return_memory, true_float32
@@ -19,11 +19,11 @@ from featcache.system.transfer import Feed, host_tensor, read_later
 
 
 @true_float32
-def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
-    """(n, C) float32 logits of all images, each process computing its share; float32 whatever training used."""
+def compute_logits(network: Network, pictures: list[Picture], *, job: Job) -> Array:
+    """(n, C) float32 logits of all ``pictures``, each process computing its share; float32 whatever training used."""
     network.eval()
     runtime, processes = job.runtime, job.processes
-    mine = pixels.pictures[processes.rank :: processes.world]
+    mine = pictures[processes.rank :: processes.world]
     parts: list[Array] | None = None
     while parts is None:
         try:
@@ -36,7 +36,7 @@ def compute_logits(network: Network, pixels: Pixels, *, job: Job) -> Array:
             return_memory(runtime.device)
     shares = processes.all_gather(np.concatenate(parts) if parts else None)
     width = next(share.shape[1] for share in shares if share is not None)
-    logits = np.empty((len(pixels), width), np.float32)
+    logits = np.empty((len(pictures), width), np.float32)
     for rank, share in enumerate(shares):
         if share is not None:
             logits[rank :: processes.world] = share

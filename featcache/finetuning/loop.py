@@ -132,7 +132,7 @@ class Loop:
         """Score on val, add to the history, remember the best, say how it went. ``means``: of training since the last row."""
         trainer, (loss, accuracy) = self._trainer, means
         rate = self._lap()
-        logits = compute_logits(trainer.evaluated, self._val, job=trainer.job)
+        logits = compute_logits(trainer.evaluated, self._val.pictures, job=trainer.job)
         val_accuracy, negative_loss = score(self._val.labels, logits)
         val_loss, epoch = -negative_loss, -(-trainer.step // trainer.steps_per_epoch)
         if not math.isfinite(val_loss):

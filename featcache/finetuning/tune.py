@@ -47,7 +47,7 @@ from featcache.finetuning.result import (
     score,
 )
 from featcache.finetuning.trainer import OnStep, Trainer
-from featcache.heads.head import Array, softmax
+from featcache.heads.head import Array, Indices, softmax
 from featcache.heads.metrics import evaluate_probabilities
 from featcache.models.model import Model, check_replaceable
 from featcache.models.training_rows import Compared, HeldOut, TrainingRows
@@ -58,8 +58,8 @@ from featcache.system.signals import deferred_signals
 
 log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
-_SCALED_BY = 64  # images that tell how large embeddings are
-_COMPARED, _CHECKED = 32, 16  # images of the parity check, where they must be embedded for it; of the encoder's own
+_SCALED_BY = 32  # images that tell how large embeddings are
+_COMPARED, _CHECKED = 32, 16  # images of the parity check; of the encoder's own
 _TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
 _TOLERANCE_REDUCED = 0.1  # against cached rows, which may be in half precision: three times what the self-check allows
 _TOLERANCE_LOSS, _TOLERANCE_LOSS_REDUCED = 0.001, 0.1  # of the loss before step 1; of it relatively where it is above 1
@@ -71,15 +71,29 @@ class _Start:
 
     Attributes:
         model: with the cached head. backbone: its backbone. network: both assembled; it computes what the head computes.
-        val: images to choose by. val_logits: (n, C) of ``network``. scoring: seconds that they took.
+        val: images to choose by. compared: some of them, with which this was checked. compared_logits: of ``network``.
+        job: the run's.
     """
 
     model: Model
     backbone: Backbone
     network: Network
     val: Pixels
-    val_logits: Array
-    scoring: float
+    compared: Indices
+    compared_logits: Array
+    job: Job
+
+    @functools.cached_property
+    def scored(self) -> tuple[Array, float]:
+        """(n, C) logits of ``network`` on all of val, and the seconds that they took; training need not wait for them."""
+        begun = self.job.clock()
+        logits = compute_logits(self.network, self.val.pictures, job=self.job)
+        return logits, self.job.clock() - begun
+
+    @property
+    def val_logits(self) -> Array:
+        """(n, C) logits of ``network`` on val."""
+        return self.scored[0]
 
 
 def tune(
@@ -128,7 +142,10 @@ def tune(
     if len(test := decode("test")):  # only now
         digests.append(test.digests)
         seen["test"] = _seen(rows, test, split="test")
-        logits["test"] = (test.labels, *(compute_logits(network, test, job=job) for network in (start.network, tuned)))
+        logits["test"] = (
+            test.labels,
+            *(compute_logits(network, test.pictures, job=job) for network in (start.network, tuned)),
+        )
     rows = dataclasses.replace(rows, compared=_answers(digests, logits))
     comparison = {split: compare(*facts, split=split, seen=seen[split]) for split, facts in logits.items()}
     report = _report(
@@ -186,15 +203,16 @@ def _assemble_start(
 
     Compared with embeddings that are computed now, in float32, as ``predict`` does; and with cached rows if there are any.
     """
-    pixels = np.stack(val.pictures[:_COMPARED])
+    compared = _spread(len(val), _COMPARED)
+    pictures = [val.pictures[k] for k in compared]
+    pixels = np.stack(pictures)
     encoder, _ = build_encoder(backbone, job.runtime, pixels[:_CHECKED], precision="fp32")
     network = assemble(backbone, model.head, encoder(_some_of(train, backbone.preprocess.crop)))
     network = network.to(job.runtime.device)
-    begun = job.clock()
-    logits = compute_logits(network, val, job=job)
-    start = _Start(model, backbone, network, val, logits, job.clock() - begun)
+    logits = compute_logits(network, pictures, job=job)
+    start = _Start(model, backbone, network, val, compared, logits, job)
     expected = model.head.logits(encoder(pixels).astype(model.spec.storage))
-    difference = check_parity(start.val_logits[: len(pixels)], expected, tolerance=_TOLERANCE)
+    difference = check_parity(logits, expected, tolerance=_TOLERANCE)
     text = "parity: the assembled network gives the cached head's logits on %s (they differ by %.4f%%)"
     log.info(text, quantity(len(pixels), "image"), 100 * difference)
     if cache is not None:
@@ -204,23 +222,29 @@ def _assemble_start(
 
 def _some_of(train: Pixels, size: tuple[int, int]) -> Picture:
     """uint8 (n, H, W, 3): some training images from all over the list, at the network's size."""
-    chosen = np.linspace(0, len(train) - 1, min(_SCALED_BY, len(train))).astype(np.intp)
+    chosen = _spread(len(train), _SCALED_BY)
     return np.stack([augment_picture(train.pictures[k], (), size=size, seed=(0, 0, 0)).numpy() for k in chosen])
 
 
+def _spread(n: int, most: int) -> Indices:
+    """At most so many of ``n`` positions, from all over."""
+    return np.linspace(0, n - 1, min(most, n)).astype(np.intp)
+
+
 def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:
-    """Compare the assembled network with val's rows of the cache that the head was fit on. Raises ModelError, SourceError.
+    """Compare the assembled network with rows of the cache that the head was fit on. Raises ModelError, SourceError.
 
     Which precision a row was computed in is not known: rows of every precision that passes the self-check belong together.
     Rows of a precision that did not pass were asked for, and prove nothing; how far off they are is said.
     """
-    rows = find(cache.rows.paths, encode_names(start.val.paths))
+    rows = find(cache.rows.paths, encode_names([start.val.paths[k] for k in start.compared]))
     images = np.flatnonzero(rows >= 0)
     if not len(images):
-        raise SourceError(f"not one val image is in {cache.path}, so that nothing can be compared with it")
+        count = quantity(len(rows), "val image")
+        raise SourceError(f"not one of {count} is in {cache.path}, so that nothing can be compared with it")
     tolerance = _TOLERANCE_REDUCED if cache.spec.precision == "reference" else math.inf
     logits = start.model.head.logits(cache.take(rows[images]))
-    difference = check_parity(start.val_logits[images], logits, tolerance=tolerance)
+    difference = check_parity(start.compared_logits[images], logits, tolerance=tolerance)
     log.info("parity: from %d cached rows the cached head's logits differ by %.4f%%", len(images), 100 * difference)
 
 
@@ -248,18 +272,17 @@ def _make_trainer(start: _Start, train: Pixels, *, recipe: Recipe, job: Job) -> 
 
 def _compare_first_step(trainer: Trainer, start: _Start) -> str:
     """Say with which loss training starts, on images as they are. Returns what is wrong with it, or nothing."""
-    images = np.arange(min(_COMPARED, len(start.val)))
-    y, precision = start.val.labels[images], trainer.job.precision
-    expected = -score(y, start.val_logits[images])[1]
-    found = -score(y, trainer.logits_in_training(start.val, images))[1]
+    y, precision = start.val.labels[start.compared], trainer.job.precision
+    expected = -score(y, start.compared_logits)[1]
+    found = -score(y, trainer.logits_in_training(start.val, start.compared))[1]
     tolerance = (_TOLERANCE_LOSS if precision == "fp32" else _TOLERANCE_LOSS_REDUCED) * max(1.0, expected)
     if abs(found - expected) <= tolerance:
         drops = trainer.recipe.backbone_dropout or trainer.recipe.drop_path
         text = "loss before step 1, in training mode and %s%s: %.4f; the cached head's: %.4f, on the same %d images"
-        log.info(text, precision, ", with nothing dropped yet" if drops else "", found, expected, len(images))
+        log.info(text, precision, ", with nothing dropped yet" if drops else "", found, expected, len(y))
         return ""
     return (
-        f"in training mode and {precision} the loss of {len(images)} images before step 1 is {found:.4g}, expected "
+        f"in training mode and {precision} the loss of {len(y)} images before step 1 is {found:.4g}, expected "
         f"{expected:.4g} within {tolerance:.2g}"
     )
 
@@ -280,9 +303,9 @@ def _plan(trainer: Trainer, start: _Start, *, decoding: float, started: float) -
     job, recipe, broadcast = trainer.job, trainer.recipe, trainer.processes.broadcast
     if job.budget is None:
         return trainer, None
-    images = int((job.images.splits == SPLITS.index("test")).sum())
+    scoring, images = start.scored[1], int((job.images.splits == SPLITS.index("test")).sum())
     scores = 1 + (len(ALPHAS) if recipe.interpolate and recipe.hidden is None else 0)
-    after = start.scoring * (scores + 2 * images / len(start.val)) + decoding * images
+    after = scoring * (scores + 2 * images / len(start.val)) + decoding * images
     until = started + job.budget - after
 
     def make(recipe: Recipe) -> Trainer:
@@ -292,7 +315,7 @@ def _plan(trainer: Trainer, start: _Start, *, decoding: float, started: float) -
         job.budget,
         recipe,
         steps=trainer.steps_per_epoch,
-        evaluation=broadcast(start.scoring),
+        evaluation=broadcast(scoring),
         left=lambda: broadcast(until - job.clock()),
         measure=lambda recipe, most: budget.seconds_per_step(make(recipe), most),
     )
@@ -340,7 +363,9 @@ def _choose(trainer: Trainer, start: _Start) -> tuple[float | None, Network, Arr
         return None if recipe.hidden is not None else 1.0, tuned, tuned_logits
     logits = {0.0: start.val_logits, 1.0: tuned_logits}
     for share in ALPHAS:
-        logits[share] = compute_logits(interpolate(start.network, tuned, alpha=share), start.val, job=trainer.job)
+        logits[share] = compute_logits(
+            interpolate(start.network, tuned, alpha=share), start.val.pictures, job=trainer.job
+        )
     alpha = choose(y, logits)
     log.info(
         "share of the fine-tuned weights: %g, the best on val of %s",

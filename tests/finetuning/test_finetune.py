@@ -28,6 +28,7 @@ from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
 from featcache.finetuning import finetune as finetuning
 from featcache.finetuning.finetune import finetune
+from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.network import assemble
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.trainer import Status, Trainer
@@ -215,6 +216,22 @@ def test_a_wrong_start_is_found_by_the_parity_check(tune: Tuner, monkeypatch: py
     with pytest.raises(errors.ModelError, match="does not compute what the cached head computes"):
         tune()
     assert not tune.ft.exists()
+
+
+def test_training_waits_for_no_more_images_of_val_than_prove_the_start(
+    tune: Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of val is scored by the head when the best weights are chosen: the same report, later."""
+    expected, waited, scored = dataclasses.replace(tune(), seconds=0, images_per_second=0), list[int](), list[int]()
+    monkeypatch.setattr("featcache.finetuning.tune._COMPARED", 4)
+    monkeypatch.setattr(
+        "featcache.finetuning.tune.compute_logits",
+        lambda network, pictures, job: scored.append(len(pictures)) or compute_logits(network, pictures, job=job),
+    )
+    found = tune(overwrite=True, progress=lambda _: waited.append(sum(scored)))
+    assert set(waited) == {4}
+    assert "gives the cached head's logits on 4 images" in tune.log.text
+    assert dataclasses.replace(found, seconds=0, images_per_second=0) == expected
 
 
 def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:

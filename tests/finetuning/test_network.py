@@ -207,7 +207,7 @@ def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> N
     save_weights(tuned, tmp_path / "b.safetensors")
     loaded = load_backbone(name, tmp_path / "b.safetensors")
     assert loaded.weights_sha256 == tuned.weights_sha256 != backbone.weights_sha256
-    logits = compute_logits(network, data, job=JOB)
+    logits = compute_logits(network, data.pictures, job=JOB)
     encoder = Encoder(loaded.module, backbone.preprocess, CPU.device, torch.float32)
     predicted = networks.to_head(network).logits(encoder(np.stack(data.pictures)))
     np.testing.assert_allclose(logits, predicted, rtol=1e-3, atol=1e-3 * np.abs(predicted).max())

@@ -232,10 +232,10 @@ def test_retrying_lets_go_of_what_the_failed_attempt_held() -> None:
     assert (trainer.micro_batch, alive) == (2, [False] * 2)
     job = dataclasses.replace(JOB, runtime=dataclasses.replace(CPU, batch_size=4))
     four = make_pixels(4, EDGE)
-    logits = compute_logits(trainer.network, four, job=job)
+    logits = compute_logits(trainer.network, four.pictures, job=job)
     assert alive == [False] * 3
     trainer.network.head.forward = forward  # type: ignore[method-assign]
-    np.testing.assert_allclose(logits, compute_logits(trainer.network, four, job=job), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, compute_logits(trainer.network, four.pictures, job=job), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +312,6 @@ def test_training_and_evaluation_in_float32_are_not_rounded(precision: str, insi
     trainer.run_epoch()
     assert set(seen) == {inside}
     seen.clear()
-    compute_logits(trainer.network, trainer.data, job=trainer.job)
+    compute_logits(trainer.network, trainer.data.pictures, job=trainer.job)
     assert set(seen) == {"ieee"}
     assert switch.fp32_precision == "tf32"

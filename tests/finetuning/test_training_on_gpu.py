@@ -63,7 +63,7 @@ def test_an_epoch_computes_what_the_cpu_computes(data: Any, optimizer: str) -> N
     moved = 4 * 3 * (RECIPE.lr if optimizer != "sgd" else 1e-4)
     assert_close(there.network, here.network, rtol=1e-3, atol=moved)
     np.testing.assert_allclose(
-        *(compute_logits(t.network, data, job=t.job) for t in (there, here)), rtol=0.02, atol=0.02
+        *(compute_logits(t.network, data.pictures, job=t.job) for t in (there, here)), rtol=0.02, atol=0.02
     )
 
 
@@ -71,7 +71,7 @@ def test_an_epoch_computes_what_the_cpu_computes(data: Any, optimizer: str) -> N
 def test_evaluation_in_any_batches_computes_what_the_cpu_computes(batch_size: int) -> None:
     pixels = make_pixels(N, EDGE)
     here, there = (make_trainer(pixels, device, micro_batch=batch_size) for device in (CPU, CUDA))
-    expected, found = (compute_logits(t.network, pixels, job=t.job) for t in (here, there))
+    expected, found = (compute_logits(t.network, pixels.pictures, job=t.job) for t in (here, there))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 

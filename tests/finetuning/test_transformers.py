@@ -171,12 +171,12 @@ def test_drop_path_is_on_in_training_alone() -> None:
         recipe=dataclasses.replace(recipe, drop_path=0.0),
         job=JOB,
     )
-    logits = compute_logits(plain.network, data, job=JOB)
-    np.testing.assert_array_equal(compute_logits(trainer.network, data, job=JOB), logits)
+    logits = compute_logits(plain.network, data.pictures, job=JOB)
+    np.testing.assert_array_equal(compute_logits(trainer.network, data.pictures, job=JOB), logits)
     np.testing.assert_allclose(trainer.logits_in_training(data, np.arange(6)), logits, rtol=1e-5, atol=1e-6)
     losses = [trainer.run_epoch()[0], trainer.run_epoch()[0], plain.run_epoch()[0]]  # the weights do not move
     assert all(abs(a - b) > 1e-4 for a, b in itertools.combinations(losses, 2))
-    np.testing.assert_allclose(compute_logits(trainer.network, data, job=JOB), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(compute_logits(trainer.network, data.pictures, job=JOB), logits, rtol=1e-5, atol=1e-6)
 
 
 VIT, ATTENTION, MAPS = "timm/test_vit", "timm/test_vit3", "timm/test_convnext"

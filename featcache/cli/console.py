@@ -113,7 +113,7 @@ def show_training() -> AbstractContextManager[_Progress | None]:
             left = (status.epochs * status.total - done) / rate
             pace = f"{rate:,.1f} images/s, at most {left // 60:.0f} min {left % 60:02.0f} s left"
         title = f"epoch {status.epoch}/{status.epochs}"
-        facts = f"loss {status.loss:.4f}, accuracy {status.accuracy:.2%}, {pace}"
+        facts = f"{status.scores}, {pace}"
         return title, status.done, status.total, facts, f"{title}, image {status.done}/{status.total}: {facts}"
 
     if is_quiet():

@@ -142,7 +142,7 @@ def finetune(
 
 def _describe(status: "Status") -> State:
     text = f"epoch {status.epoch}/{status.epochs}, image {status.done}/{status.total}"
-    return status.done, status.total, f"{text}: loss {status.loss:.4f}, accuracy {status.accuracy:.2%}"
+    return status.done, status.total, f"{text}: {status.scores}"
 
 
 def _check_options(

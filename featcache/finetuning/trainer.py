@@ -45,7 +45,11 @@ _DIVERGED = 3.0  # times the larger of the loss at first and a guess's
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """Where training is, for a display. ``loss`` and ``accuracy`` are means over the epoch so far, on augmented images."""
+    """Where training is, for a display.
+
+    ``loss`` and ``accuracy`` are means over the epoch so far, on augmented images; NaN after its first step on a GPU, which nobody
+    waits for.
+    """
 
     epoch: int
     epochs: int
@@ -53,6 +57,11 @@ class Status:
     total: int
     loss: float
     accuracy: float
+
+    @property
+    def scores(self) -> str:
+        """Loss and accuracy in words."""
+        return "loss not known yet" if math.isnan(self.loss) else f"loss {self.loss:.4f}, accuracy {self.accuracy:.2%}"
 
 
 OnStep = Callable[[Status], None]  # called after every step
@@ -151,6 +160,8 @@ class Trainer:
                     self._settle()
                 self._pending = sums  # looked at one step later: a GPU never waits for the question how it went
                 self.batch += 1
+                if self.device.type == "cpu":
+                    self._settle()
                 if on_step:
                     on_step(self._status())
         means = self.take_means()
@@ -327,9 +338,10 @@ class Trainer:
         self._sums = everybody if self.processes.is_first else np.zeros(3)
 
     def _status(self) -> Status:
-        loss, hits, images = self._sums
-        done, seen = min(self.batch * self.step_size, len(self.data)), max(images, 1)
-        return Status(self.epoch + 1, self.recipe.epochs or 1, done, len(self.data), loss / seen, hits / seen)
+        loss, hits, images = self._sums.tolist()
+        done, of = min(self.batch * self.step_size, len(self.data)), self.recipe.epochs or 1
+        means = (loss / images, hits / images) if images else (math.nan, math.nan)
+        return Status(self.epoch + 1, of, done, len(self.data), *means)
 
     # ---------------------------------------------------------------------------------------------------- state
 

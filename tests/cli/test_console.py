@@ -1,6 +1,7 @@
 """What the user sees: speeds as measured, a line now and then in a log, a bar on a terminal, names that are harmless."""
 
 import io
+import math
 import re
 import sys
 from pathlib import Path
@@ -37,13 +38,13 @@ def test_rate_counts_from_the_start_of_embedding(clock: list[float], capsys: pyt
 def test_training_counts_over_all_epochs(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     with console.show_training() as progress:
         clock[0] = 140.0
-        progress(Status(epoch=1, epochs=3, done=10, total=100, loss=1.5, accuracy=0.25))
+        progress(Status(epoch=1, epochs=3, done=10, total=100, loss=math.nan, accuracy=math.nan))
         clock[0] = 160.0
         progress(Status(epoch=1, epochs=3, done=90, total=100, loss=1.25, accuracy=0.5))  # too soon for a line
         clock[0] = 170.0
         progress(Status(epoch=2, epochs=3, done=70, total=100, loss=0.5, accuracy=0.75))
     assert capsys.readouterr().err.splitlines() == [
-        "epoch 1/3, image 10/100: loss 1.5000, accuracy 25.00%, starting",
+        "epoch 1/3, image 10/100: loss not known yet, starting",
         "epoch 2/3, image 70/100: loss 0.5000, accuracy 75.00%, 5.3 images/s, at most 0 min 24 s left",
     ]
 

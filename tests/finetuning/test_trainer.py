@@ -160,8 +160,15 @@ def test_progress_reports_the_epoch_so_far() -> None:
     loss, hits = trainer.run_epoch(on_step=seen.append)
     assert [status.done for status in seen] == [4, 8, 11]
     assert {(status.epoch, status.epochs, status.total) for status in seen} == {(1, 3, 11)}
-    assert 0 < seen[-1].loss < 3 * loss
-    assert 0 <= hits <= 1
+    assert (seen[0].loss, seen[-1].loss) == pytest.approx((trainer.state()["first_loss"], loss))
+    assert seen[-1].accuracy == pytest.approx(hits)
+
+
+def test_a_loss_that_nobody_has_waited_for_is_no_number() -> None:
+    trainer = make_trainer()
+    assert trainer._status().scores == "loss not known yet"
+    trainer._sums = np.array([6.0, 3.0, 4.0])
+    assert trainer._status().scores == "loss 1.5000, accuracy 75.00%"
 
 
 def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:

@@ -168,7 +168,8 @@ def main() -> None:  # noqa: D103 - the module says it
         "cpu_ratio": ratio("cpu"),
         "ceiling": limits,
     }
-    result |= {"mean_cosine": mean, "min_cosine": minimum, "pairs": pairs}
+    cosines = {"mean_cosine": mean, "min_cosine": minimum} if arguments.weights != "none" else {}
+    result |= cosines | {"pairs": pairs}
     print(json.dumps(result | facts))
 
 

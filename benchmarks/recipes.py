@@ -48,6 +48,7 @@ BASE: dict[str, Any] = {  # the default until 2026-11
     "interpolate": True, "unfreeze": "all", "batchnorm": "frozen", "augmentation": [["resized_crop", 0.35, 1, 1], ["flip", 0.5]],
 }  # fmt: skip
 MIRROR = ["flip", 0.5]
+SGD = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
 SETS = ["digits:20", "digits:100", "ants-bees:20", "ants-bees:80", "cats-dogs:20", "cats-dogs:100"]
 FIELDS = (
     "test_accuracy",
@@ -74,6 +75,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rate 1e-3": {"backbone_lr": 1e-3, "lr": 1e-3},
     "head 1e-3": {"lr": 1e-3},
     "head 1e-4": {"lr": 1e-4},
+    "sgd 1e-3": SGD | {"backbone_lr": 1e-3},
+    "sgd 3e-3": SGD | {"backbone_lr": 3e-3},
+    "sgd 1e-2": SGD | {"backbone_lr": 1e-2},
+    "sgd 3e-2": SGD | {"backbone_lr": 3e-2},
     "warmup 0.3": {"warmup": 0.3},
     "weight decay 0.1": {"weight_decay": 0.1},
     "batches of 16": {"batch_size": 16},

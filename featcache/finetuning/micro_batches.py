@@ -5,6 +5,7 @@ and nothing random depends on the parts, so that the number of cores changes no 
 """
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +21,8 @@ from featcache.finetuning.recipes import Job, Recipe
 from featcache.images.preprocess import normalise
 from featcache.system.device import one_core_each
 
+_WATCHED = 8  # steps over which is looked at how many cores there were
+_CROWDED = 0.7  # of them: 0.9 and more on an idle machine, half beside a busy process per core
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -36,8 +39,10 @@ class MicroBatches:
             draw_by_image(network.backbone)
         self._form: Form | None = None
         self._mode: tuple[object, ...] = ()
-        self._pool: ThreadPoolExecutor | None = None
         self._workers = 0
+        self._pool: ThreadPoolExecutor | None = None  # None: parts are computed by the thread that asks
+        self._crowding: Crowding | None = None
+        self._hold_pool: Callable[[], None] = lambda: None
 
     @property
     def form(self) -> Form:
@@ -67,18 +72,26 @@ class MicroBatches:
         parts = len(self._parts(images, micro))
         self._workers = max(1, min(self._job.runtime.workers, parts))
         cores = max(1, self._job.runtime.workers // self._workers)
-        if parts == 1:
-            # In this thread: for another one OpenMP would hold more threads than there are cores, and therefore send them to sleep
-            # after every call.
-            with _threads_per_call(cores):
-                yield
-            return
-        with one_core_each(self._workers, "featcache-train", cores=cores) as self._pool:
-            torch.set_num_threads(1)  # adding up needs no more, and threads that wait for each other stop under load
-            try:
-                yield
-            finally:
-                self._pool = None
+        before = torch.get_num_threads()
+        with contextlib.ExitStack() as held:
+            held.callback(torch.set_num_threads, before)
+            held.callback(setattr, self, "_pool", None)
+
+            def hold_pool() -> None:
+                self._crowding = None
+                self._pool = held.enter_context(one_core_each(self._workers, "featcache-train", cores=cores))
+                # Adding up needs no more, and threads that wait for each other stop under load.
+                torch.set_num_threads(1)
+
+            self._hold_pool = hold_pool
+            if parts > 1:
+                hold_pool()
+            else:
+                # OpenMP's threads stay awake between this thread's calls. Beside those for another thread they would be more than
+                # there are cores, and sleep after each call: half as fast, unless other processes want the cores.
+                torch.set_num_threads(cores)
+                self._crowding = Crowding(cores) if cores > 1 else None
+            yield
 
     def _parts(self, images: int, micro: int) -> list[range]:
         """A batch's images, cut into parts of at most ``micro``, whatever the number of cores."""
@@ -125,24 +138,40 @@ class MicroBatches:
         form.settle(total)
         if not form.is_finite():
             sums[0] = torch.nan  # what oneDNN makes of NaN in an activation is 0: the loss alone may not tell
+        if self._crowding and self._crowding.noticed():
+            self._hold_pool()
         return sums
 
     def _computed(self, compute: Callable[[range], Result], parts: list[range]) -> Generator[Result]:
         """Results of ``parts``, in order."""
-        if self._pool is None:  # where a batch is one part, cores() holds none
+        if self._pool is None:
             return (compute(part) for part in parts)
         return in_order(self._pool, compute, parts, ahead=self._workers)
 
 
-@contextlib.contextmanager
-def _threads_per_call(cores: int) -> Iterator[None]:
-    """Let this thread's calls of PyTorch use so many cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(cores)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+class Crowding:
+    """Whether other processes want the cores on which this one computes."""
+
+    def __init__(
+        self,
+        cores: int,
+        *,
+        seconds: Callable[[], float] = time.perf_counter,
+        worked: Callable[[], float] = time.process_time,
+    ) -> None:
+        """``seconds``: a clock. ``worked``: seconds that cores have worked for this process, waiting awake included."""
+        self._cores, self._clocks, self._steps = cores, (seconds, worked), 0
+        self._begun = seconds(), worked()
+
+    def noticed(self) -> bool:
+        """To be asked after every step; True if over some of them this process had far fewer cores than it keeps busy."""
+        self._steps += 1
+        if self._steps % _WATCHED:
+            return False
+        now = self._clocks[0](), self._clocks[1]()
+        seconds, worked = (after - before for after, before in zip(now, self._begun, strict=True))
+        self._begun = now
+        return worked < _CROWDED * self._cores * seconds
 
 
 def _added(total: list[torch.Tensor | None], more: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from test_network import CPU, JOB, make_pixels, shrunk
 from torch import nn
 
 from featcache.backbones.load import load_backbone
-from featcache.finetuning.micro_batches import in_order
+from featcache.finetuning.micro_batches import Crowding, in_order
 from featcache.finetuning.network import with_new_head
 from featcache.finetuning.recipes import Recipe
 from featcache.finetuning.trainer import Trainer, make_optimizer
@@ -116,6 +117,38 @@ def test_a_batch_that_is_one_part_is_computed_here_by_all_cores(
     assert {thread == threading.get_ident() for thread, _ in seen} == {own_thread}
     assert {threads for _, threads in seen} == {cores}
     assert torch.get_num_threads() == before
+
+
+def test_threads_sleep_between_calls_where_others_want_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From then on another thread computes, with as many cores, to the same bits."""
+    recipe = dataclasses.replace(RECIPE, batchnorm="train", batch_size=4)
+
+    def run() -> tuple[list[bool], dict[str, torch.Tensor]]:
+        network, here = with_new_head(MOBILE, recipe, 3, seed=0), list[bool]()
+        network.head.register_forward_hook(lambda *_: here.append(threading.get_ident() == caller))
+        runtime = dataclasses.replace(CPU, workers=2)
+        Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, runtime=runtime)).run_epoch()
+        return here, network.state_dict()
+
+    caller, before, asked = threading.get_ident(), torch.get_num_threads(), itertools.count(1)
+    alone, expected = run()
+    monkeypatch.setattr(Crowding, "noticed", lambda _: next(asked) == 2)
+    crowded, found = run()
+    assert (alone, crowded) == ([True] * 3, [True, True, False])
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("cores", "busy", "crowded"), [(2, 1.9, False), (2, 1.0, True), (8, 4.0, True), (1, 1.0, False)]
+)
+def test_crowding_is_having_far_fewer_cores_than_are_kept_busy(cores: int, busy: float, crowded: bool) -> None:
+    clock, worked, found = [100.0], [5.0], list[bool]()
+    crowding = Crowding(cores, seconds=lambda: clock[0], worked=lambda: worked[0])
+    for _ in range(16):
+        clock[0], worked[0] = clock[0] + 0.1, worked[0] + 0.1 * busy
+        found.append(crowding.noticed())
+    assert found == ([False] * 7 + [crowded]) * 2
 
 
 def test_results_come_in_order_and_few_at_a_time() -> None:

@@ -22,7 +22,7 @@ from featcache.images.preprocess import normalise
 from featcache.system.device import one_core_each
 
 _WATCHED = 8  # steps over which is looked at how many cores there were
-_CROWDED = 0.7  # of them: 0.9 and more on an idle machine, half beside a busy process per core
+_CROWDED = 0.7  # of them: 0.95 and more on an idle machine, half beside a busy process per core
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -40,8 +40,8 @@ class MicroBatches:
         self._form: Form | None = None
         self._mode: tuple[object, ...] = ()
         self._workers = 0
-        self._pool: ThreadPoolExecutor | None = None  # None: parts are computed by the thread that asks
-        self._crowding: Crowding | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._own_thread: OwnThread | None = None  # where there is no pool
         self._hold_pool: Callable[[], None] = lambda: None
 
     @property
@@ -74,23 +74,20 @@ class MicroBatches:
         cores = max(1, self._job.runtime.workers // self._workers)
         before = torch.get_num_threads()
         with contextlib.ExitStack() as held:
-            held.callback(torch.set_num_threads, before)
             held.callback(setattr, self, "_pool", None)
+            held.callback(torch.set_num_threads, before)
+            # Adding up needs no more, threads that wait for each other stop under load, and a sum has the same bits everywhere.
+            torch.set_num_threads(1)
 
             def hold_pool() -> None:
-                self._crowding = None
-                self._pool = held.enter_context(one_core_each(self._workers, "featcache-train", cores=cores))
-                # Adding up needs no more, and threads that wait for each other stop under load.
-                torch.set_num_threads(1)
+                pool = one_core_each(self._workers, "featcache-train", cores=cores)
+                self._pool, self._own_thread = held.enter_context(pool), None
 
             self._hold_pool = hold_pool
             if parts > 1:
                 hold_pool()
             else:
-                # OpenMP's threads stay awake between this thread's calls. Beside those for another thread they would be more than
-                # there are cores, and sleep after each call: half as fast, unless other processes want the cores.
-                torch.set_num_threads(cores)
-                self._crowding = Crowding(cores) if cores > 1 else None
+                self._own_thread = OwnThread(cores)
             yield
 
     def _parts(self, images: int, micro: int) -> list[range]:
@@ -138,19 +135,24 @@ class MicroBatches:
         form.settle(total)
         if not form.is_finite():
             sums[0] = torch.nan  # what oneDNN makes of NaN in an activation is 0: the loss alone may not tell
-        if self._crowding and self._crowding.noticed():
+        if self._own_thread and self._own_thread.is_crowded():
             self._hold_pool()
         return sums
 
     def _computed(self, compute: Callable[[range], Result], parts: list[range]) -> Generator[Result]:
         """Results of ``parts``, in order."""
         if self._pool is None:
-            return (compute(part) for part in parts)
+            run = (self._own_thread or OwnThread(1)).run
+            return (run(compute, part) for part in parts)
         return in_order(self._pool, compute, parts, ahead=self._workers)
 
 
-class Crowding:
-    """Whether other processes want the cores on which this one computes."""
+class OwnThread:
+    """Computes parts in the thread that asks, on all cores, as long as these are not wanted by other processes.
+
+    OpenMP's threads stay awake between one thread's calls. With those for another thread there would be more of them than cores, and
+    they would sleep after each call: half as fast, unless other processes want the cores.
+    """
 
     def __init__(
         self,
@@ -163,10 +165,18 @@ class Crowding:
         self._cores, self._clocks, self._steps = cores, (seconds, worked), 0
         self._begun = seconds(), worked()
 
-    def noticed(self) -> bool:
+    def run(self, compute: Callable[[Part], Result], part: Part) -> Result:
+        """``compute(part)``."""
+        torch.set_num_threads(self._cores)
+        try:
+            return compute(part)
+        finally:
+            torch.set_num_threads(1)
+
+    def is_crowded(self) -> bool:
         """To be asked after every step; True if over some of them this process had far fewer cores than it keeps busy."""
         self._steps += 1
-        if self._steps % _WATCHED:
+        if self._steps % _WATCHED or self._cores == 1:
             return False
         now = self._clocks[0](), self._clocks[1]()
         seconds, worked = (after - before for after, before in zip(now, self._begun, strict=True))

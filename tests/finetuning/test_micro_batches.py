@@ -15,7 +15,7 @@ from test_network import CPU, JOB, make_pixels, shrunk
 from torch import nn
 
 from featcache.backbones.load import load_backbone
-from featcache.finetuning.micro_batches import Crowding, in_order
+from featcache.finetuning.micro_batches import OwnThread, in_order
 from featcache.finetuning.network import with_new_head
 from featcache.finetuning.recipes import Recipe
 from featcache.finetuning.trainer import Trainer, make_optimizer
@@ -106,16 +106,20 @@ def test_batch_norms_that_train_see_the_whole_batch() -> None:
     [("train", 2, True, 2), ("frozen", 6, True, 2), ("frozen", 3, False, 1)],
 )
 def test_a_batch_that_is_one_part_is_computed_here_by_all_cores(
-    batchnorm: Literal["train", "frozen"], micro: int, own_thread: bool, cores: int
+    batchnorm: Literal["train", "frozen"], micro: int, own_thread: bool, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenMP puts its threads to sleep after every call as soon as there are more of them than cores, as with another team."""
     recipe = dataclasses.replace(RECIPE, hidden=(), dropout=(), batchnorm=batchnorm)
-    network, seen, before = with_new_head(MOBILE, recipe, 3, seed=0), set(), torch.get_num_threads()
+    network, seen, outside = with_new_head(MOBILE, recipe, 3, seed=0), set(), set()
+    before = torch.get_num_threads()
     network.head.register_forward_hook(lambda *_: seen.add((threading.get_ident(), torch.get_num_threads())))
     runtime = dataclasses.replace(CPU, workers=2, batch_size=micro)
-    Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, runtime=runtime)).run_epoch()
+    trainer = Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, runtime=runtime))
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: outside.add(torch.get_num_threads()))
+    trainer.run_epoch()
     assert {thread == threading.get_ident() for thread, _ in seen} == {own_thread}
     assert {threads for _, threads in seen} == {cores}
+    assert outside == {1}  # a norm of gradients is the same sum, wherever the part was computed
     assert torch.get_num_threads() == before
 
 
@@ -132,7 +136,7 @@ def test_threads_sleep_between_calls_where_others_want_the_cores(monkeypatch: py
 
     caller, before, asked = threading.get_ident(), torch.get_num_threads(), itertools.count(1)
     alone, expected = run()
-    monkeypatch.setattr(Crowding, "noticed", lambda _: next(asked) == 2)
+    monkeypatch.setattr(OwnThread, "is_crowded", lambda _: next(asked) == 2)
     crowded, found = run()
     assert (alone, crowded) == ([True] * 3, [True, True, False])
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
@@ -144,10 +148,10 @@ def test_threads_sleep_between_calls_where_others_want_the_cores(monkeypatch: py
 )
 def test_crowding_is_having_far_fewer_cores_than_are_kept_busy(cores: int, busy: float, crowded: bool) -> None:
     clock, worked, found = [100.0], [5.0], list[bool]()
-    crowding = Crowding(cores, seconds=lambda: clock[0], worked=lambda: worked[0])
+    thread = OwnThread(cores, seconds=lambda: clock[0], worked=lambda: worked[0])
     for _ in range(16):
         clock[0], worked[0] = clock[0] + 0.1, worked[0] + 0.1 * busy
-        found.append(crowding.noticed())
+        found.append(thread.is_crowded())
     assert found == ([False] * 7 + [crowded]) * 2
 
 

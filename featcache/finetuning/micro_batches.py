@@ -21,7 +21,7 @@ from featcache.finetuning.recipes import Job, Recipe
 from featcache.images.preprocess import normalise
 from featcache.system.device import one_core_each
 
-_WATCHED = 8  # steps over which is looked at how many cores there were
+_WATCHED = 1.0  # seconds over which is looked at how many cores there were
 _CROWDED = 0.7  # of them: 0.95 and more on an idle machine, half beside a busy process per core
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -162,7 +162,7 @@ class OwnThread:
         worked: Callable[[], float] = time.process_time,
     ) -> None:
         """``seconds``: a clock. ``worked``: seconds that cores have worked for this process, waiting awake included."""
-        self._cores, self._clocks, self._steps = cores, (seconds, worked), 0
+        self._cores, self._clocks = cores, (seconds, worked)
         self._begun = seconds(), worked()
 
     def run(self, compute: Callable[[Part], Result], part: Part) -> Result:
@@ -174,12 +174,11 @@ class OwnThread:
             torch.set_num_threads(1)
 
     def is_crowded(self) -> bool:
-        """To be asked after every step; True if over some of them this process had far fewer cores than it keeps busy."""
-        self._steps += 1
-        if self._steps % _WATCHED or self._cores == 1:
-            return False
+        """To be asked after every step; True if for a while this process had far fewer cores than it keeps busy."""
         now = self._clocks[0](), self._clocks[1]()
         seconds, worked = (after - before for after, before in zip(now, self._begun, strict=True))
+        if seconds < _WATCHED or self._cores == 1:
+            return False
         self._begun = now
         return worked < _CROWDED * self._cores * seconds
 

@@ -370,9 +370,8 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
     rated = [(list(network.head.parameters()), recipe.lr)]
     if recipe.unfreeze != "head":
         opened = parts[-1:] if recipe.unfreeze == "last-stage" else parts
-        rated += [
-            (stage, (recipe.backbone_lr or 0.0) * recipe.layer_decay**depth) for depth, stage in enumerate(opened[::-1])
-        ]
+        peak, decay = recipe.backbone_lr or 0.0, 1.0 if recipe.layer_decay is None else recipe.layer_decay
+        rated += [(stage, peak * decay**depth) for depth, stage in enumerate(opened[::-1])]
     groups = []
     for parameters, lr in rated:
         for decayed in (True, False):

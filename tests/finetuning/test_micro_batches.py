@@ -150,7 +150,7 @@ def test_crowding_is_having_far_fewer_cores_than_are_kept_busy(cores: int, busy:
     clock, worked, found = [100.0], [5.0], list[bool]()
     thread = OwnThread(cores, seconds=lambda: clock[0], worked=lambda: worked[0])
     for _ in range(16):
-        clock[0], worked[0] = clock[0] + 0.1, worked[0] + 0.1 * busy
+        clock[0], worked[0] = clock[0] + 0.125, worked[0] + 0.125 * busy
         found.append(thread.is_crowded())
     assert found == ([False] * 7 + [crowded]) * 2
 

@@ -28,9 +28,11 @@ def test_every_recipe_settles_and_explains_itself(name: str) -> None:
 def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_network() -> None:
     recipe = choose_recipe("default", 1000)
     assert recipe.hidden is None
-    assert (recipe.backbone_lr, settle(RECIPES["default"], 1000, batch_norms=False).backbone_lr) == (3e-4, 3e-5)
-    given = find_recipe("default", {"backbone_lr": 1e-6})
-    assert {settle(given, 1000, batch_norms=kind).backbone_lr for kind in (True, False)} == {1e-6}
+    other = settle(RECIPES["default"], 1000, batch_norms=False)
+    assert [(each.backbone_lr, each.layer_decay) for each in (recipe, other)] == [(3e-4, 1.0), (3e-5, 0.9)]
+    given = find_recipe("default", {"backbone_lr": 1e-6, "layer_decay": 0.5})
+    settled = [settle(given, 1000, batch_norms=kind) for kind in (True, False)]
+    assert [(each.backbone_lr, each.layer_decay) for each in settled] == [(1e-6, 0.5)] * 2
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
 
 

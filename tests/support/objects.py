@@ -144,10 +144,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault in ("drop", "stall"):
             sent = answer.body[: len(answer.body) // 2]
+        with self.server.lock:  # before: whoever has got them may set the count to 0
+            self.server.bytes_sent += len(sent)
         self.wfile.write(sent)
         self.wfile.flush()
-        with self.server.lock:
-            self.server.bytes_sent += len(sent)
         if fault == "stall":
             time.sleep(2)
         if fault in ("drop", "stall"):

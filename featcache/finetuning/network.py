@@ -81,7 +81,7 @@ def assemble(backbone: Backbone, head: Head, features: Array) -> Network:
     """The network that computes what ``head`` computes on the backbone's embeddings.
 
     Args:
-        features: (n, D) embeddings of training images, some at least: how large they are decides how far a step of the
+        features: (n, D) embeddings of some images: how large they are decides how far a step of the
             optimizer moves the logits, and so the factor that ``EmbeddingScale`` takes.
     """
     scale = EmbeddingScale(unit=head.scaling == "unit", factor=_factor(head, features))
@@ -290,12 +290,18 @@ def _join_small_end(parts: list[list[nn.Parameter]], *, total: int) -> list[list
 
 def _idle(backbone: nn.Module, size: tuple[int, int]) -> frozenset[str]:
     """Names of the parameters that embeddings of (H, W) pixels do not depend on."""
-    names, parameters = zip(*backbone.requires_grad_(True).named_parameters(), strict=True)
+    names = {parameter: name for name, parameter in backbone.requires_grad_(True).named_parameters()}
     with torch.enable_grad():
         embedding = backbone(torch.zeros(1, 3, *size))
-        gradients = torch.autograd.grad(embedding.sum(), parameters, allow_unused=True)
+    nodes, seen = [embedding.grad_fn], {None}  # of autograd's graph, whose leaves hold parameters
+    while nodes:
+        if (node := nodes.pop()) not in seen:
+            seen.add(node)
+            if isinstance(parameter := getattr(node, "variable", None), nn.Parameter):
+                names.pop(parameter, None)
+            nodes += [before for before, _ in node.next_functions]
     backbone.requires_grad_(False)
-    return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
+    return frozenset(names.values())
 
 
 def _trainable_stages(network: Network) -> list[list[nn.Parameter]]:

@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
 from featcache.errors import SourceError
 from featcache.finetuning.draw_processes import ROOM, drawing_processes
 from featcache.finetuning.recipes import Job, settle
-from featcache.images.decode import decode
+from featcache.images.decode import decode_pixels
 from featcache.images.gpu_jpeg import pixel_reader
-from featcache.images.preprocess import MOST_PIXELS
+from featcache.images.preprocess import MOST_PIXELS, resize
 from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS, PreprocessSpec
@@ -79,22 +78,23 @@ def training_input(spec: PreprocessSpec) -> Convert:
     edge = round(max(spec.crop) * _ENLARGED)
 
     def shrink(data: bytes) -> Picture:
-        image = _shortened(decode(data, white_level=spec.white_level), edge)
-        factor = edge / min(image.size)
-        if factor < 1:
-            size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        return np.array(image)  # a copy: Pillow's own memory is read-only, which tensors dislike
+        image = _shortened(decode_pixels(data, white_level=spec.white_level), edge)
+        height, width, _ = image.shape
+        factor = edge / min(height, width)
+        if factor >= 1:
+            return np.ascontiguousarray(image)
+        return resize(image, (max(1, round(height * factor)), max(1, round(width * factor))), "bilinear")
 
     return shrink
 
 
-def _shortened(image: Image.Image, edge: int) -> Image.Image:
+def _shortened(image: Picture, edge: int) -> Picture:
     """Cut off both ends of an image so narrow that it would have more than ``MOST_PIXELS``, its shorter edge ``edge``."""
-    shorter = min(image.size)
+    height, width, _ = image.shape
+    shorter = min(height, width)
     longest = MOST_PIXELS // min(shorter, edge) * max(shorter, edge) // edge
-    left, top = (max(0, length - longest) // 2 for length in image.size)
-    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
+    top, left = (max(0, length - longest) // 2 for length in (height, width))
+    return image[top : height - top, left : width - left]
 
 
 def decode_in_memory(

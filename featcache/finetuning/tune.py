@@ -20,7 +20,6 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
 from featcache.errors import ModelError, SourceError
 from featcache.finetuning import budget
-from featcache.finetuning.augment import augment_picture
 from featcache.finetuning.budget import Plan
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.logits import compute_logits
@@ -34,7 +33,7 @@ from featcache.finetuning.network import (
     interpolate,
     with_new_head,
 )
-from featcache.finetuning.pixels import Picture, Pixels, decode_split
+from featcache.finetuning.pixels import Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, explain, settle
 from featcache.finetuning.result import (
     UNCHANGED,
@@ -58,8 +57,7 @@ from featcache.system.signals import deferred_signals
 
 log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
-_SCALED_BY = 32  # images that tell how large embeddings are
-_COMPARED, _CHECKED = 32, 16  # images of the parity check; of the encoder's own
+_COMPARED, _CHECKED = 16, 8  # images of the parity check, which tell how large embeddings are; of the encoder's own
 _TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
 _TOLERANCE_REDUCED = 0.1  # against cached rows, which may be in half precision: three times what the self-check allows
 _TOLERANCE_LOSS, _TOLERANCE_LOSS_REDUCED = 0.001, 0.1  # of the loss before step 1; of it relatively where it is above 1
@@ -119,7 +117,7 @@ def tune(
     rows = TrainingRows(train.digests, train.labels).after(earlier)
     seen = {"val": _seen(rows, val, split="val")}
     recipe = _settle_recipe(job, len(train), batch_norms=has_batch_norms(backbone.module))
-    start = _assemble_start(job, model, backbone=backbone, train=train, val=val, cache=cache)
+    start = _assemble_start(job, model, backbone=backbone, val=val, cache=cache)
     trainer = _make_trainer(start, train, recipe=recipe, job=job)
     trainer, plan = _plan(trainer, start, decoding=decoding, started=started)
     counts = count_parameters(trainer.network, recipe)
@@ -196,39 +194,26 @@ def _settle_recipe(job: Job, n_train: int, *, batch_norms: bool) -> Recipe:
     return recipe
 
 
-def _assemble_start(
-    job: Job, model: Model, *, backbone: Backbone, train: Pixels, val: Pixels, cache: FeatureCache | None
-) -> _Start:
+def _assemble_start(job: Job, model: Model, *, backbone: Backbone, val: Pixels, cache: FeatureCache | None) -> _Start:
     """Backbone and cached head as one network. Raises ModelError unless it computes what the cached head computes.
 
     Compared with embeddings that are computed now, in float32, as ``predict`` does; and with cached rows if there are any.
     """
-    compared = _spread(len(val), _COMPARED)
+    compared = np.linspace(0, len(val) - 1, min(_COMPARED, len(val))).astype(np.intp)  # from all over
     pictures = [val.pictures[k] for k in compared]
     pixels = np.stack(pictures)
     encoder, _ = build_encoder(backbone, job.runtime, pixels[:_CHECKED], precision="fp32")
-    network = assemble(backbone, model.head, encoder(_some_of(train, backbone.preprocess.crop)))
-    network = network.to(job.runtime.device)
+    embeddings = encoder(pixels)
+    network = assemble(backbone, model.head, embeddings).to(job.runtime.device)
     logits = compute_logits(network, pictures, job=job)
     start = _Start(model, backbone, network, val, compared, logits, job)
-    expected = model.head.logits(encoder(pixels).astype(model.spec.storage))
+    expected = model.head.logits(embeddings.astype(model.spec.storage))
     difference = check_parity(logits, expected, tolerance=_TOLERANCE)
     text = "parity: the assembled network gives the cached head's logits on %s (they differ by %.4f%%)"
     log.info(text, quantity(len(pixels), "image"), 100 * difference)
     if cache is not None:
         _check_cached_rows(start, cache)
     return start
-
-
-def _some_of(train: Pixels, size: tuple[int, int]) -> Picture:
-    """uint8 (n, H, W, 3): some training images from all over the list, at the network's size."""
-    chosen = _spread(len(train), _SCALED_BY)
-    return np.stack([augment_picture(train.pictures[k], (), size=size, seed=(0, 0, 0)).numpy() for k in chosen])
-
-
-def _spread(n: int, most: int) -> Indices:
-    """At most so many of ``n`` positions, from all over."""
-    return np.linspace(0, n - 1, min(most, n)).astype(np.intp)
 
 
 def _check_cached_rows(start: _Start, cache: FeatureCache) -> None:

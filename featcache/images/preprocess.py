@@ -34,7 +34,7 @@ def to_pixels(image: npt.NDArray[np.uint8], spec: PreprocessSpec) -> npt.NDArray
     elif size[0] * size[1] > MOST_PIXELS:
         return _resize_window(image, size, (top, left), spec)
     elif spec.interpolation in ("bilinear", "bicubic"):
-        resized = _resize(image, size, spec.interpolation)
+        resized = resize(image, size, spec.interpolation)
     else:
         resized = np.asarray(Image.fromarray(image).resize(size[::-1], _method(spec)))
     return resized[top : top + spec.crop[0], left : left + spec.crop[1]]
@@ -46,8 +46,8 @@ def cropped_at(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
     return top, left
 
 
-def _resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:
-    """(h, w, 3) -> (*size, 3)."""
+def resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:
+    """uint8 (h, w, 3) -> (*size, 3), bilinear or bicubic, antialiased."""
     import torch
     from torch.nn.functional import interpolate
 

@@ -32,6 +32,7 @@ from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.network import assemble
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.trainer import Status, Trainer
+from featcache.finetuning.tune import _make_trainer as make_trainer
 from featcache.heads.metrics import accuracy
 from featcache.images import read as reading
 from featcache.models.evaluate import evaluate
@@ -222,8 +223,14 @@ def test_training_waits_for_no_more_images_of_val_than_prove_the_start(
     tune: Tuner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of val is scored by the head when the best weights are chosen: the same report, later."""
-    expected, waited, scored = dataclasses.replace(tune(), seconds=0, images_per_second=0), list[int](), list[int]()
+    waited, scored = list[int](), list[int]()
     monkeypatch.setattr("featcache.finetuning.tune._COMPARED", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "featcache.finetuning.tune._make_trainer",
+            lambda start, *given, **named: start.scored and make_trainer(start, *given, **named),
+        )
+        expected = dataclasses.replace(tune(), seconds=0, images_per_second=0)
     monkeypatch.setattr(
         "featcache.finetuning.tune.compute_logits",
         lambda network, pictures, job: scored.append(len(pictures)) or compute_logits(network, pictures, job=job),

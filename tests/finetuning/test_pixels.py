@@ -58,6 +58,20 @@ def test_training_images_keep_their_shape_and_are_never_enlarged(
     assert picture.flags.writeable
 
 
+def test_training_images_are_resized_as_by_pillow() -> None:
+    """Up to the rounding of weights, one of 256 levels, as ``to_pixels``; a JPEG's orientation applied."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((300, 200), Image.Resampling.BICUBIC)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter
+    image.save(file, "JPEG", exif=exif)
+    expected = decode(file.getvalue()).resize((46, 69), Image.Resampling.BILINEAR)
+    found = training_input(PLAIN)(file.getvalue())
+    difference = np.abs(found.astype(int) - np.asarray(expected, int))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.1
+
+
 @pytest.mark.parametrize("size", [(300_000, 60), (60, 300_000), (300_000, 30)])
 def test_of_narrow_training_images_the_middle_is_kept(size: tuple[int, int]) -> None:
     """As much as ``MOST_PIXELS``, resized as the whole is."""

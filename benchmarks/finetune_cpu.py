@@ -14,6 +14,9 @@ process of its own each, in turns, --pairs times:
 
 Images per second are of training alone, from the end of the first step on, evaluation left out. "start" is from the start of the
 process to the end of the first step. --weights is a file for the first backbone; others are random. The last line is JSON.
+
+A CPU with AVX2 alone is imitated by ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 in the
+environment, and --precision fp32.
 """
 
 import argparse
@@ -96,7 +99,8 @@ def featcache(job: dict[str, Any]) -> dict[str, Any]:
         try:
             changes = {"epochs": 1000, "patience": 0}
             output = Path(folder) / "model"
-            finetune(job["images"], output, init=job["init"], recipe=job["recipe"], changes=changes, progress=watch)
+            options = {"init": job["init"], "recipe": job["recipe"], "precision": job["precision"]}
+            finetune(job["images"], output, **options, changes=changes, progress=watch)
         except _EnoughSeen:
             pass
     return {"rate": seen / trained, "start": start}
@@ -113,7 +117,7 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
 
     runtime = choose_runtime("cpu")
     whole = job["recipe"] != "default"
-    precision = choose_training_precision("auto", runtime.device)
+    precision = choose_training_precision(job["precision"], runtime.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = models.get_model(job["backbone"], weights=None).requires_grad_(True).eval()
     layers: list[Any] = []
@@ -192,6 +196,7 @@ def main() -> None:
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--precision", default="auto", help="of featcache and the ceiling")
     parser.add_argument("--load", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -210,6 +215,7 @@ def main() -> None:
                 "images": options.images,
                 "backbone": backbone,
                 "recipe": recipe,
+                "precision": options.precision,
                 "seconds": options.seconds,
                 "init": init,
             }

@@ -82,7 +82,7 @@ def training_input(spec: PreprocessSpec) -> Convert:
         height, width, _ = image.shape
         factor = edge / min(height, width)
         if factor >= 1:
-            return np.ascontiguousarray(image)
+            return np.array(image)  # a copy: of a narrow image the ends would stay in memory
         return resize(image, (max(1, round(height * factor)), max(1, round(width * factor))), "bilinear")
 
     return shrink

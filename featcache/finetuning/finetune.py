@@ -70,8 +70,8 @@ def finetune(
         seed: of everything random.
         precision: auto, fp32, bf16 or fp16 (mixed: weights stay float32).
         device, workers: as in ``extract``.
-        micro_batch: most images per forward pass; 4 on a CPU, 256 on an NVIDIA GPU, else 64 when None. Changes speed and memory; on a GPU
-            what dropout draws if there is any; nothing else but rounding.
+        micro_batch: most images per forward pass; when None, 4 on a CPU (8 where weights are many), 256 on an NVIDIA GPU, else 64. Changes
+            speed and memory; on a GPU what dropout draws if there is any; nothing else but rounding.
         resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
         overwrite: replace a model that is there already; never the one that the run starts from.
         budget: time for the run, ``90s``, ``10m``, ``1h30m`` or seconds: the recipe's epochs, and how much of the backbone trains,
@@ -120,9 +120,20 @@ def finetune(
                 f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
             )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
-        auto = asked == "auto"
         job = Job(
-            images, output, recipe, settings, seed, precision, runtime, processes, overwrite, auto, seconds, clock
+            images,
+            output,
+            recipe,
+            settings,
+            seed,
+            precision,
+            runtime,
+            processes,
+            overwrite,
+            precision_is_auto=asked == "auto",
+            budget=seconds,
+            clock=clock,
+            parts_are_auto=micro_batch is None,
         )
         with hold_work(job, force=force):
             report = None

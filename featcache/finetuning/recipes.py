@@ -38,6 +38,7 @@ class Job:
         precision_is_auto: whether ``precision`` was chosen here, so that float32 may take its place.
         budget: seconds that the run may take, see ``budget.py``; None: as long as the recipe takes.
         clock: what tells seconds.
+        parts_are_auto: whether it was chosen here how many images a forward pass takes, so that the network may change it.
     """
 
     images: ImageList
@@ -52,6 +53,7 @@ class Job:
     precision_is_auto: bool = False
     budget: float | None = None
     clock: Callable[[], float] = time.perf_counter
+    parts_are_auto: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -241,6 +241,20 @@ def test_training_waits_for_no_more_images_of_val_than_prove_the_start(
     assert dataclasses.replace(found, seconds=0, images_per_second=0) == expected
 
 
+@pytest.mark.parametrize(("weights", "asked", "found"), [(1, None, 8), (10**9, None, 4), (1, 3, 3)])
+def test_where_weights_are_many_a_part_has_twice_as_many_images(
+    tune: Tuner, monkeypatch: pytest.MonkeyPatch, weights: int, asked: int | None, found: int
+) -> None:
+    made = list[int]()
+    monkeypatch.setattr("featcache.finetuning.tune._MANY_WEIGHTS", weights)
+    monkeypatch.setattr(
+        "featcache.finetuning.tune.Trainer",
+        lambda *given, **named: made.append((trainer := Trainer(*given, **named)).micro_batch) or trainer,
+    )
+    tune(micro_batch=asked)
+    assert set(made) == {found}
+
+
 def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when dropout, or whatever else the cached head never saw, is on in training."""
     monkeypatch.setattr("featcache.finetuning.trainer.training_mode", lambda network, _: network.train())

@@ -112,7 +112,9 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     from torchvision import models
 
     from featcache.finetuning import fused
+    from featcache.finetuning.finetune import _MICRO_BATCH
     from featcache.finetuning.trainer import choose_training_precision
+    from featcache.finetuning.tune import _MANY_WEIGHTS
     from featcache.system.device import choose_runtime, one_core_each
 
     runtime = choose_runtime("cpu")
@@ -131,8 +133,10 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(note)
+    many = sum(parameter.numel() for parameter in model.parameters()) >= _MANY_WEIGHTS
+    images = 2 * _MICRO_BATCH if many and not whole else RECIPES["ants-bees"] if whole else _MICRO_BATCH
     with torch.no_grad():
-        model(torch.rand(4, 3, 224, 224))
+        model(torch.rand(images, 3, 224, 224))
 
     def step(_: int) -> None:
         results = [conv(x) for conv, x, _ in layers]
@@ -148,7 +152,7 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
         begun, seen = time.perf_counter(), 0
         while time.perf_counter() - begun < job["seconds"]:
             list(run(step, range(2 * workers)))
-            seen += 8 * workers
+            seen += 2 * images * workers
         return {"rate": seen / (time.perf_counter() - begun), "precision": precision}
 
 

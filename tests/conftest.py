@@ -92,6 +92,15 @@ def _own_log() -> Iterator[None]:
 
 
 @pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Of featcache alone: libraries log too, when they like; Ray from a thread that outlives the test that started it."""
+    ours = logging.Filter("featcache")
+    caplog.handler.addFilter(ours)
+    yield caplog
+    caplog.handler.removeFilter(ours)
+
+
+@pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, loading a backbone fails: what works does so without one."""
     monkeypatch.setattr("featcache.backbones.load.load_backbone", None)

@@ -1,6 +1,7 @@
 """Rows filled by processes are those that threads fill, wherever the images lie and whatever is wrong with them."""
 
 import io
+import os
 import sys
 import tarfile
 import zipfile
@@ -53,6 +54,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "red" / "turned.jpg").write_bytes(saved(noise, "JPEG", exif=exif_of(6)))
     (folder / "red" / "larger than its row.jpg").write_bytes(saved(noise, "JPEG", quality=100, subsampling=0))
     Image.fromarray(np.full((50, 60), 900, np.uint16)).save(folder / "red" / "16 bits.png")
+    for path in folder.rglob("*.*"):
+        # Of a file that was just written, the second reader may know a time that the first did not trust yet.
+        os.utime(path, (1e9, 1e9))
     return folder
 
 

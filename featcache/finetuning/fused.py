@@ -69,18 +69,26 @@ class Form:
         return embedding.float()
 
     def is_finite(self) -> bool:
-        """Whether all weights are numbers."""
-        return bool(
-            torch.stack(torch._foreach_norm([leaf.detach() for leaf in self.leaves], dtype=torch.float32))
-            .isfinite()
-            .all()
-        )
+        """Whether all weights are numbers. For a CPU."""
+        norms = torch._foreach_norm(
+            [leaf.detach() for leaf in self.leaves]
+        )  # to ask for float32 would first copy to it
+        return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
     def settle(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add gradients of ``leaves``, in float32, to ``grad`` of the parameters."""
-        # Those of plain parameters as well by autograd: it gives them the parameter's layout, which fused optimizers need.
         found = [(root, g.to(root.dtype)) for root, g in zip(self._roots, gradients, strict=True) if g is not None]
-        torch.autograd.backward(_Given.apply([gradient for _, gradient in found], *(root for root, _ in found)))
+        others, taken = [], set()
+        for root, gradient in found:
+            # Autograd, too, keeps without a copy what is laid out as its parameter, if it knows that nobody else holds it.
+            own = gradient.untyped_storage().data_ptr()
+            if root.is_leaf and root.grad is None and gradient.stride() == root.stride() and own not in taken:
+                root.grad = gradient
+                taken.add(own)
+            else:  # of plain parameters as well: it gives them the parameter's layout, which fused optimizers need
+                others.append((root, gradient))
+        if others:
+            torch.autograd.backward(_Given.apply([gradient for _, gradient in others], *(root for root, _ in others)))
         self._roots = []  # with them goes what autograd keeps of this stream, which the next step may not be on
 
 

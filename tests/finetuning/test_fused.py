@@ -126,6 +126,39 @@ def test_what_is_frozen_gets_no_gradient_and_no_leaf() -> None:
     assert len(form.leaves) == (2 if form.fused else 3) + 2  # the last convolution's weight and bias; the head's
 
 
+def test_two_parameters_never_share_a_gradient() -> None:
+    """That of a sum is one tensor for both, which clipping then would scale twice; and what lies otherwise is laid as its parameter."""
+    module = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)
+    head = nn.Module()
+    head.a, head.b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    form = Form(module, head)
+    form.refresh(torch.float32)
+    pixels = torch.rand(2, 3, 8, 8)
+    given = list(torch.autograd.grad(((form.embed(pixels).mean((0, 2, 3)) + head.a + head.b) ** 2).sum(), form.leaves))
+    assert given[1] is given[2] or given[1].data_ptr() == given[2].data_ptr()
+    given[0] = given[0].contiguous()
+    wanted = [gradient.clone() for gradient in given]
+    form.settle(given)
+    form.refresh(torch.float32)
+    form.settle([gradient.clone() for gradient in wanted])  # added to what is there
+    parameters = [module.weight, head.a, head.b]
+    torch._foreach_mul_([p.grad for p in parameters], 0.25)
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient / 2)
+        assert parameter.grad.stride() == parameter.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e18])
+def test_weights_that_are_no_numbers_are_noticed(value: float, dtype: torch.dtype) -> None:
+    module = randomised("resnet18", 32).requires_grad_(True)
+    form = make_form(module, nn.Linear(1, 1), torch.rand(2, 3, 32, 32), torch.float32)
+    with torch.no_grad():
+        module.layer3[0].conv1.weight[7, 3, 1, 1] = value
+    form.refresh(dtype)
+    assert form.is_finite() == (value == 1e18)
+
+
 def test_a_network_that_disagrees_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another build of PyTorch computes otherwise is not used."""
     module = randomised("resnet18", 32).requires_grad_(True)

@@ -131,6 +131,19 @@ def bf16_arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return bool(request.param)
 
 
+@pytest.fixture
+def small_vits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's ViTs have four narrow blocks: to draw the 88 million weights of vit_b_32 takes seconds."""
+    from torchvision.models import vision_transformer
+
+    build, narrow = vision_transformer._vision_transformer, {"num_layers": 4, "num_heads": 3, "hidden_dim": 96}
+
+    def build_small(**options: Any) -> Any:
+        return build(**options | narrow | {"mlp_dim": 384})
+
+    monkeypatch.setattr(vision_transformer, "_vision_transformer", build_small)
+
+
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Program]:
     """The program, to be run and broken in forks of one process that all tests share, as it takes seconds to start."""

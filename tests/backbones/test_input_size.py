@@ -136,6 +136,7 @@ def test_swin_at_another_size() -> None:
 
 
 @pytest.mark.parametrize("edge", [64, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("small_vits")
 def test_torchvision_vit_at_another_size(tmp_path: Path, edge: int) -> None:
     """Oracle: torchvision's own ``interpolate_embeddings``, in a network built for the size."""
     path = tmp_path / "w.pth"

@@ -131,6 +131,7 @@ DROPPING = ("alexnet", "swin_t", "efficientnet_b0")  # they drop values or paths
         if name != "maxvit_t"
     ],
 )
+@pytest.mark.usefixtures("small_vits")
 def test_the_first_step_starts_from_the_cached_heads_loss(name: str) -> None:
     """Measured by the step itself: the loss that it reports, of images as they are, against what the head makes of them."""
     edge = EDGES.get(name, 32)
@@ -186,6 +187,7 @@ def test_a_step_of_the_head_is_as_long_whatever_stays_zero_and_however_many_valu
 
 
 @pytest.mark.parametrize("name", FAMILIES.split())
+@pytest.mark.usefixtures("small_vits")
 def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> None:
     edge = EDGES.get(name, 32)
     backbone = shrunk(load_backbone(name, "none"), edge)

@@ -200,6 +200,7 @@ POOLED = [  # name, pool, layers, what no embedding depends on
 
 
 @pytest.mark.parametrize(("name", "pool", "layers", "idle"), POOLED)
+@pytest.mark.usefixtures("small_vits")
 def test_training_through_every_pooling(name: str, pool: str | None, layers: int, idle: str) -> None:
     """It starts from the cached head; gradients reach exactly what trains, as several processes need; the rest is not counted."""
     edge = {MAPS: 32, "resnet18": 32, VIT: 160, ATTENTION: 160}.get(name, 64)

@@ -238,8 +238,8 @@ def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -
         yield Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name]), name, form
 
 
-def _embed_sample(encoder: Encoder, sample: npt.NDArray[np.uint8], runtime: Runtime) -> npt.NDArray[np.float32]:
-    """(N, D), as ``embed`` will do it: in such batches, on a CPU each on one core. All cores at a batch wait for each other,
+def embed_sample(encoder: Encoder, sample: npt.NDArray[np.uint8], runtime: Runtime) -> npt.NDArray[np.float32]:
+    """(N, D) of a few images, as ``embed`` does it: in such batches, on a CPU each on one core. All cores at a batch wait for each other,
     which takes seconds where other programs run."""
     pieces = [sample[start : start + runtime.batch_size] for start in range(0, len(sample), runtime.batch_size)]
     if runtime.device.type != "cpu":
@@ -253,7 +253,7 @@ def _features_or_nan(
 ) -> npt.NDArray[np.float32]:
     """(N, D) embeddings; NaN if this form of the network fails where the plain one does not, so that it cannot pass."""
     try:
-        return _embed_sample(encoder, sample, runtime)
+        return embed_sample(encoder, sample, runtime)
     except (UsageError, torch.AcceleratorError):  # memory; a GPU that failed, after which nothing works
         raise
     except Exception:
@@ -265,7 +265,7 @@ def _try_input(
 ) -> npt.NDArray[np.float32]:
     """The first forward pass: some networks take one input size only."""
     try:
-        features = _embed_sample(encoder, sample, runtime)
+        features = embed_sample(encoder, sample, runtime)
     except torch.AcceleratorError:
         raise
     except (AssertionError, RuntimeError, ValueError) as error:

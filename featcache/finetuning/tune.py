@@ -13,9 +13,10 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.encoder import build_encoder
+from featcache.backbones.encoder import Encoder, embed_sample
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
 from featcache.errors import ModelError, SourceError
@@ -57,7 +58,7 @@ from featcache.system.signals import deferred_signals
 
 log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
-_COMPARED, _CHECKED = 16, 8  # images of the parity check, which tell how large embeddings are; of the encoder's own
+_COMPARED = 16  # images of the parity check, which tell how large embeddings are
 _MANY_WEIGHTS = (
     8_000_000  # laid out, and their gradients added up, for each part: a tenth of ResNet-18's step with parts of 4
 )
@@ -209,13 +210,14 @@ def _settle_recipe(job: Job, n_train: int, *, batch_norms: bool) -> Recipe:
 def _assemble_start(job: Job, model: Model, *, backbone: Backbone, val: Pixels, cache: FeatureCache | None) -> _Start:
     """Backbone and cached head as one network. Raises ModelError unless it computes what the cached head computes.
 
-    Compared with embeddings that are computed now, in float32, as ``predict`` does; and with cached rows if there are any.
+    Compared with embeddings that the backbone by itself computes now, in float32; and with cached rows if there are any.
     """
     compared = np.linspace(0, len(val) - 1, min(_COMPARED, len(val))).astype(np.intp)  # from all over
     pictures = [val.pictures[k] for k in compared]
     pixels = np.stack(pictures)
-    encoder, _ = build_encoder(backbone, job.runtime, pixels[:_CHECKED], precision="fp32")
-    embeddings = encoder(pixels)
+    # Not build_encoder's, whose forms are proved on more images than there are here to embed.
+    plain = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, job.runtime.device, torch.float32)
+    embeddings = embed_sample(plain, pixels, job.runtime)
     network = assemble(backbone, model.head, embeddings).to(job.runtime.device)
     logits = compute_logits(network, pictures, job=job)
     start = _Start(model, backbone, network, val, compared, logits, job)

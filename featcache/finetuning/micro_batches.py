@@ -111,8 +111,7 @@ class MicroBatches:
     ) -> torch.Tensor:
         """Set ``grad`` to that of the batch's mean loss, at most ``micro`` images at a time; returns sums as ``Trainer._step`` does."""
         pixels, labels, weights, size = batch
-        with self.spread():
-            self.refresh()
+        self.refresh()
         form, seed = self.form, self._job.seed
 
         def compute(part: range) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
@@ -133,17 +132,12 @@ class MicroBatches:
             for found, gradients in results:
                 sums += found
                 total = _added(total, gradients)
-        with self.spread():
-            form.settle(total)
-            if not form.is_finite():
-                sums[0] = torch.nan  # what oneDNN makes of NaN in an activation is 0: the loss alone may not tell
+        form.settle(total)
+        if not form.is_finite():
+            sums[0] = torch.nan  # what oneDNN makes of NaN in an activation is 0: the loss alone may not tell
         if self._own_thread and self._own_thread.is_crowded():
             self._hold_pool()
         return sums
-
-    def spread(self) -> contextlib.AbstractContextManager[None]:
-        """What computes each number by itself, so that threads change none, runs on all cores, if this thread has them."""
-        return self._own_thread.spread() if self._own_thread else contextlib.nullcontext()
 
     def _computed(self, compute: Callable[[range], Result], parts: list[range]) -> Generator[Result]:
         """Results of ``parts``, in order."""
@@ -173,15 +167,9 @@ class OwnThread:
 
     def run(self, compute: Callable[[Part], Result], part: Part) -> Result:
         """``compute(part)``."""
-        with self.spread():
-            return compute(part)
-
-    @contextlib.contextmanager
-    def spread(self) -> Iterator[None]:
-        """What PyTorch computes inside, it computes on all cores."""
         torch.set_num_threads(self._cores)
         try:
-            yield
+            return compute(part)
         finally:
             torch.set_num_threads(1)
 

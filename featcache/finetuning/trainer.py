@@ -239,11 +239,10 @@ class Trainer:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
             nn.utils.clip_grad_norm_(trained, self.recipe.clip_norm)
-        with self._cores.spread() if self._cores else contextlib.nullcontext():
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-            if self._average:
-                _update_average(self._average, self.network, decay=self.recipe.ema)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        if self._average:
+            _update_average(self._average, self.network, decay=self.recipe.ema)
         return sums
 
     @memory_errors()

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -16,7 +15,6 @@ from test_network import CPU, JOB, make_pixels, shrunk
 from torch import nn
 
 from featcache.backbones.load import load_backbone
-from featcache.finetuning.fused import Form
 from featcache.finetuning.micro_batches import OwnThread, in_order
 from featcache.finetuning.network import with_new_head
 from featcache.finetuning.recipes import Recipe
@@ -111,32 +109,18 @@ def test_a_batch_that_is_one_part_is_computed_here_by_all_cores(
     batchnorm: Literal["train", "frozen"], micro: int, own_thread: bool, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenMP puts its threads to sleep after every call as soon as there are more of them than cores, as with another team."""
-    recipe = dataclasses.replace(RECIPE, hidden=(), dropout=(), batchnorm=batchnorm, clip_norm=1.0)
-    network, seen = with_new_head(MOBILE, recipe, 3, seed=0), set()
-    threads: dict[str, set[int]] = defaultdict(set)
+    recipe = dataclasses.replace(RECIPE, hidden=(), dropout=(), batchnorm=batchnorm)
+    network, seen, outside = with_new_head(MOBILE, recipe, 3, seed=0), set(), set()
     before = torch.get_num_threads()
     network.head.register_forward_hook(lambda *_: seen.add((threading.get_ident(), torch.get_num_threads())))
     runtime = dataclasses.replace(CPU, workers=2, batch_size=micro)
     trainer = Trainer(network, DATA, recipe=recipe, job=dataclasses.replace(JOB, runtime=runtime))
-
-    def note(owner: object, name: str) -> None:
-        right = getattr(owner, name)
-
-        def noting(*given: object, **options: object) -> object:
-            threads[name].add(torch.get_num_threads())
-            return right(*given, **options)
-
-        monkeypatch.setattr(owner, name, noting)
-
-    # Not refresh and settle, which make_form calls as well.
-    for owner, name in ((Form, "is_finite"), (nn.utils, "clip_grad_norm_"), (trainer.optimizer, "step")):
-        note(owner, name)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: outside.add(torch.get_num_threads()))
     monkeypatch.setattr(OwnThread, "is_crowded", lambda _: False)  # whatever else this machine does now
     trainer.run_epoch()
     assert {thread == threading.get_ident() for thread, _ in seen} == {own_thread}
-    assert {count for _, count in seen} == {cores}
-    assert threads.pop("clip_grad_norm_") == {1}  # a norm of gradients is the same sum, wherever the part was computed
-    assert threads == {"is_finite": {cores}, "step": {cores}}  # number by number: the same by any threads
+    assert {threads for _, threads in seen} == {cores}
+    assert outside == {1}  # a norm of gradients is the same sum, wherever the part was computed
     assert torch.get_num_threads() == before
 
 

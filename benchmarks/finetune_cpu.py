@@ -112,9 +112,8 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     from torchvision import models
 
     from featcache.finetuning import fused
-    from featcache.finetuning.finetune import _MICRO_BATCH
+    from featcache.finetuning.micro_batches import images_at_once
     from featcache.finetuning.trainer import choose_training_precision
-    from featcache.finetuning.tune import _MANY_WEIGHTS
     from featcache.system.device import choose_runtime, one_core_each
 
     runtime = choose_runtime("cpu")
@@ -133,8 +132,7 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(note)
-    many = sum(parameter.numel() for parameter in model.parameters()) >= _MANY_WEIGHTS
-    images = 2 * _MICRO_BATCH if many and not whole else RECIPES["ants-bees"] if whole else _MICRO_BATCH
+    images = RECIPES["ants-bees"] if whole else images_at_once(runtime, model)
     with torch.no_grad():
         model(torch.rand(images, 3, 224, 224))
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from featcache.finetuning.trainer import OnStep, Status
 
 log = logging.getLogger("featcache")
-_MICRO_BATCH = 4  # on a CPU: activations are kept for the way back, so that fewer images fit into the cache of a core
 
 
 def finetune(
@@ -111,8 +110,6 @@ def finetune(
         check_replaceable(output, overwrite=overwrite)
     images, held_out = read_source(source, seed=seed)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
-    if micro_batch is None and runtime.device.type == "cpu":
-        runtime = dataclasses.replace(runtime, batch_size=_MICRO_BATCH)
     asked, precision = precision, choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):
         if processes.world > 1 and settings.batchnorm == "train":

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from featcache.finetuning.draws import draw_by_image, drawn_by_image, draws_otherwise
@@ -19,12 +20,24 @@ from featcache.finetuning.fused import Form, make_form
 from featcache.finetuning.network import Network
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.images.preprocess import normalise
-from featcache.system.device import one_core_each
+from featcache.system.device import Runtime, one_core_each
 
+_IMAGES = (
+    4  # of a part: activations are kept for the way back, so that fewer fit into the cache of a core than in prediction
+)
+_MANY_WEIGHTS = 8_000_000  # which each part lays out, and adds gradients of: a tenth of ResNet-18's step in parts of 4
 _WATCHED = 1.0  # seconds over which is looked at how many cores there were
 _CROWDED = 0.7  # of them: 0.95 and more on an idle machine, half beside a busy process per core
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+
+
+def images_at_once(runtime: Runtime, backbone: nn.Module) -> int:
+    """How many images a forward pass takes in training, where nobody asks for so many: on a CPU few, more where weights are many."""
+    if runtime.device.type != "cpu":
+        return runtime.batch_size
+    weights = sum(parameter.numel() for parameter in backbone.parameters())
+    return 2 * _IMAGES if weights >= _MANY_WEIGHTS else _IMAGES
 
 
 class MicroBatches:

@@ -25,6 +25,7 @@ from featcache.finetuning.budget import Plan
 from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.loop import Loop
+from featcache.finetuning.micro_batches import images_at_once
 from featcache.finetuning.network import (
     Network,
     assemble,
@@ -59,9 +60,6 @@ from featcache.system.signals import deferred_signals
 log = logging.getLogger("featcache")
 ALPHAS = (0.2, 0.4, 0.6, 0.8)  # between the cached head (0) and the fine-tuned weights (1)
 _COMPARED = 16  # images of the parity check, which tell how large embeddings are
-_MANY_WEIGHTS = (
-    8_000_000  # laid out, and their gradients added up, for each part: a tenth of ResNet-18's step with parts of 4
-)
 _TOLERANCE = 0.01  # of the parity check: more than the rounding of cached features, less than any mistake
 _TOLERANCE_REDUCED = 0.1  # against cached rows, which may be in half precision: three times what the self-check allows
 _TOLERANCE_LOSS, _TOLERANCE_LOSS_REDUCED = 0.001, 0.1  # of the loss before step 1; of it relatively where it is above 1
@@ -114,7 +112,9 @@ def tune(
     """
     backbone = model.load_backbone()
     log.info("backbone %s: weights %s", backbone.name, backbone.weights)
-    job = _with_larger_parts(job, backbone)
+    if job.parts_are_auto:
+        batch_size = images_at_once(job.runtime, backbone.module)
+        job = dataclasses.replace(job, runtime=dataclasses.replace(job.runtime, batch_size=batch_size))
     decode = functools.partial(decode_split, job, classes=model.classes, preprocess=backbone.preprocess)
     begun = job.clock()
     train, val = decode("train"), decode("val")
@@ -172,14 +172,6 @@ def _answers(digests: list[Array], logits: dict[str, tuple[Array, ...]]) -> Comp
 
 
 # ------------------------------------------------------------------------------------------------------- start
-
-
-def _with_larger_parts(job: Job, backbone: Backbone) -> Job:
-    """Twice as many images in a part of a batch on a CPU, unless it was asked for so many, where each part has much to do with weights."""
-    weights = sum(parameter.numel() for parameter in backbone.module.parameters())
-    if not job.parts_are_auto or job.runtime.device.type != "cpu" or weights < _MANY_WEIGHTS:
-        return job
-    return dataclasses.replace(job, runtime=dataclasses.replace(job.runtime, batch_size=2 * job.runtime.batch_size))
 
 
 def _seen(rows: TrainingRows, pixels: Pixels, *, split: str) -> Array:

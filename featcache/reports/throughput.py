@@ -27,6 +27,7 @@ from featcache.backbones.encoder import Encoder
 from featcache.backbones.ring import Change, Features, Lane
 from featcache.errors import SourceError, UsageError
 from featcache.finetuning.budget import seconds_per_step
+from featcache.finetuning.micro_batches import images_at_once
 from featcache.finetuning.network import with_new_head
 from featcache.finetuning.pixels import decode_in_memory, training_input
 from featcache.finetuning.recipes import Job, choose_recipe
@@ -147,6 +148,7 @@ def measure_training(backbone: Backbone, images: ImageList, runtime: Runtime, *,
     recipe = choose_recipe("default", len(data), batch_size=_BATCH, hidden=())
     network = with_new_head(backbone, recipe, 2, seed=0).to(runtime.device)
     precision = choose_training_precision("auto", runtime.device)
+    runtime = dataclasses.replace(runtime, batch_size=images_at_once(runtime, network.backbone))
     job = Job(images, Path(), "default", recipe, 0, precision, runtime, Processes())
     step = seconds_per_step(Trainer(network, data, recipe=recipe, job=job), seconds, steps=_MOST_STEPS)
     return TrainingRate(step, _BATCH, precision)

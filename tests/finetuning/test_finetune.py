@@ -246,7 +246,7 @@ def test_where_weights_are_many_a_part_has_twice_as_many_images(
     tune: Tuner, monkeypatch: pytest.MonkeyPatch, weights: int, asked: int | None, found: int
 ) -> None:
     made = list[int]()
-    monkeypatch.setattr("featcache.finetuning.tune._MANY_WEIGHTS", weights)
+    monkeypatch.setattr("featcache.finetuning.micro_batches._MANY_WEIGHTS", weights)
     monkeypatch.setattr(
         "featcache.finetuning.tune.Trainer",
         lambda *given, **named: made.append((trainer := Trainer(*given, **named)).micro_batch) or trainer,

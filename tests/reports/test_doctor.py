@@ -16,6 +16,7 @@ from featcache.backbones import embed as embedding
 from featcache.backbones.backbone import hash_tensors
 from featcache.backbones.load import load_backbone
 from featcache.errors import SourceError, UsageError
+from featcache.finetuning.trainer import Trainer
 from featcache.images.decode import decode, read_pixels
 from featcache.images.source import list_images
 from featcache.reports.doctor import Abilities, advice, doctor, table_lines
@@ -163,7 +164,12 @@ def test_facts_survive_a_strange_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 # ---------------------------------------------------------------------------------------------------- training
 
 
-def test_training_is_measured_on_whole_steps_and_leaves_the_backbone_as_it_is(tmp_path: Path) -> None:
+def test_training_is_measured_on_whole_steps_and_leaves_the_backbone_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = list[int]()
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self, *given: parts.append(self.micro_batch) or step(self, *given))
     images = list_images(make_photos(tmp_path, each=1))  # fewer than a batch: they come again
     backbone = load_backbone("squeezenet1_1", "none")
     backbone = dataclasses.replace(
@@ -173,6 +179,7 @@ def test_training_is_measured_on_whole_steps_and_leaves_the_backbone_as_it_is(tm
     rate = measure_training(backbone, images, CPU, seconds=1e-9)
     assert rate.step > 0 and rate.images_per_second == 32 / rate.step and rate.batch_size == 32
     assert hash_tensors(backbone.module.state_dict()) == before
+    assert set(parts) == {4}, "as finetune cuts a batch of such a network"
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.jpg").write_text("no image")
     with pytest.raises(SourceError, match="not one image in .* can be decoded"):

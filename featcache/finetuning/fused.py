@@ -70,9 +70,8 @@ class Form:
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers. For a CPU."""
-        norms = torch._foreach_norm(
-            [leaf.detach() for leaf in self.leaves]
-        )  # to ask for float32 would first copy to it
+        # In their own type: to ask for float32 would first copy them.
+        norms = torch._foreach_norm([leaf.detach() for leaf in self.leaves])
         return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
 
     def settle(self, gradients: Sequence[torch.Tensor | None]) -> None:

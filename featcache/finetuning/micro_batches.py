@@ -22,9 +22,7 @@ from featcache.finetuning.recipes import Job, Recipe
 from featcache.images.preprocess import normalise
 from featcache.system.device import Runtime, one_core_each
 
-_IMAGES = (
-    4  # of a part: activations are kept for the way back, so that fewer fit into the cache of a core than in prediction
-)
+_IMAGES = 4  # of a part, half of prediction's: a core's cache also holds the activations that are kept for the way back
 _MANY_WEIGHTS = 8_000_000  # which each part lays out, and adds gradients of: a tenth of ResNet-18's step in parts of 4
 _WATCHED = 1.0  # seconds over which is looked at how many cores there were
 _CROWDED = 0.7  # of them: 0.95 and more on an idle machine, half beside a busy process per core

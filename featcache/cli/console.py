@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from featcache.finetuning.trainer import Status
 
-# How far a job is: a title before the bar, images done and to do, facts behind the bar; and all of it as a line of a log.
+# How far a job is: a title before the bar (none: no bar now), images done and to do, facts behind the bar; all of it as a line of a log.
 _State = tuple[str, int, int, str, str]
 
 
@@ -34,17 +34,22 @@ class _Progress:
 
     def __init__(self, describe: Callable[..., _State], *, seconds_per_line: float, time_left: bool) -> None:
         self._describe, self._seconds_per_line = describe, seconds_per_line
-        self._last = time.perf_counter()
-        self._bar = _new_bar(time_left=time_left) if sys.stderr.isatty() else None
+        self._last, self._time_left = time.perf_counter(), time_left
+        self._on_terminal = sys.stderr.isatty()
+        self._bar: Bar | None = None
 
     def __call__(self, *report: Any) -> None:
         title, done, total, facts, line = self._describe(*report)
-        if self._bar is None:
+        if not self._on_terminal:
             if done and time.perf_counter() - self._last >= self._seconds_per_line:
                 self._last = time.perf_counter()
                 say(line)
             return
-        if not self._bar.task_ids:
+        if not title:
+            self.close()
+            return
+        if self._bar is None:
+            self._bar = _new_bar(time_left=self._time_left)
             self._bar.add_task(title, total=total, facts=facts)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], description=title, completed=done, total=total, facts=facts)
@@ -53,6 +58,7 @@ class _Progress:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
+            self._bar = None
 
 
 def _new_bar(*, time_left: bool) -> "Bar":
@@ -103,10 +109,19 @@ def show_steps() -> AbstractContextManager[_Progress | None]:
 
 
 def show_training() -> AbstractContextManager[_Progress | None]:
-    """A context with a callback (a ``Status`` of training); with None if quiet."""
+    """A context with a callback (a ``Status`` of training; or, of what comes before, as for ``show_steps``); with None if quiet."""
     speed = _Speed()  # pauses for validation count, as they will recur
+    before: dict[str, _Speed] = {}
 
-    def describe(status: "Status") -> _State:
+    def describe(*report: Any) -> _State:
+        return training(*report) if len(report) == 1 else preparing(*report)
+
+    def preparing(done: int, total: int, what: str) -> _State:
+        rate = before.setdefault(what, _Speed())(done)
+        facts = f"{rate:,.0f} images/s, {(total - done) / rate:,.0f} s left" if rate else "starting"
+        return what if done < total else "", done, total, facts, f"{what} {done}/{total}, {facts}"
+
+    def training(status: "Status") -> _State:
         done = (status.epoch - 1) * status.total + status.done
         rate, pace = speed(done), "starting"
         if rate:
@@ -114,7 +129,9 @@ def show_training() -> AbstractContextManager[_Progress | None]:
             pace = f"{rate:,.1f} images/s, at most {left // 60:.0f} min {left % 60:02.0f} s left"
         title = f"epoch {status.epoch}/{status.epochs}"
         facts = f"{status.scores}, {pace}"
-        return title, status.done, status.total, facts, f"{title}, image {status.done}/{status.total}: {facts}"
+        line = f"{title}, image {status.done}/{status.total}: {facts}"
+        ended = status.epoch == status.epochs and status.done == status.total
+        return "" if ended else title, status.done, status.total, facts, line
 
     if is_quiet():
         return contextlib.nullcontext()

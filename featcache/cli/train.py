@@ -238,6 +238,7 @@ def finetune(
             overwrite=overwrite,
             budget=budget,
             progress=progress,
+            preparing=progress,
         )
     if not is_first_process():
         return

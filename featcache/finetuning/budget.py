@@ -2,24 +2,26 @@
 
 In: seconds, a recipe, and what its first steps take. Out: a ``Plan``, settled before the schedule starts, so that it ends within the
 budget, and kept with the run. Epochs and depth of the recipe are the most: a plan trains fewer epochs, and less of the backbone
-only where not one epoch fits.
+only where not one epoch fits. Where even the images are not embedded in time, the run ends, and goes on when it is started again.
 """
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import ModelError, UsageError
+from featcache.errors import ModelError, TrainingError, UsageError
 from featcache.finetuning.checkpoint import read_identity
-from featcache.finetuning.recipes import Recipe
+from featcache.finetuning.recipes import Job, Recipe
 from featcache.finetuning.trainer import Stopped, Trainer
 from featcache.system.device import kept_random_state
 from featcache.system.display import quantity
 from featcache.system.workdir import work_folder
 
+log = logging.getLogger("featcache")
 _WORDS = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 _MOST_SECONDS = 365 * 24 * 3600.0
 _WARM, _MEASURED = 2, 6  # steps: the first ones allocate, and choose kernels
@@ -87,6 +89,38 @@ def check_same_budget(output: Path, budget: float | None) -> None:
             f"the interrupted run in {work_folder(output)} had {had}, this command has {asked}; repeat that of the run, or "
             "discard it with --force"
         )
+
+
+class EmbeddingWatch:
+    """Called while a job's images are embedded: ends a run whose budget is used up, and says soon if it will be."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._first: tuple[float, int] | None = None
+        self._told = False
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take notice of ``done`` images of ``total``. Raises TrainingError; what is embedded is kept."""
+        budget, now = self._job.budget, self._job.clock()
+        if budget is None or done == total:
+            return
+        began, before = self._first = self._first or (now, done)  # the first call comes after the backbone was loaded
+        used, images = now - self._job.started, done - before
+        needed = f"about {in_words(round(used + (now - began) / images * (total - done)))}" if images else "longer"
+        if used > budget:
+            raise TrainingError(
+                f"the budget of {in_words(budget)} is used up when {done:,} of {quantity(total, 'image')} are embedded, which takes "
+                f"{needed} in all; they are kept, and the same command goes on with them, or give it more time to train as well"
+            )
+        if not self._told and now - began > _SHARE_MEASURED * budget and images:
+            self._told = True
+            if used + (now - began) / images * (total - done) > budget:
+                log.warning(
+                    "to embed %s takes %s, more than the budget of %s: it will end then, and what is embedded is kept",
+                    quantity(total, "image"),
+                    needed,
+                    in_words(budget),
+                )
 
 
 def planned_before(output: Path) -> Plan | None:

@@ -21,7 +21,7 @@ from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.model import check_replaceable, load_model
-from featcache.system.display import State, bar_in_notebook
+from featcache.system.display import State, Steps, bar_in_notebook
 from featcache.system.files import named
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath, as_path
@@ -51,6 +51,7 @@ def finetune(
     overwrite: bool = False,
     budget: str | float | None = None,
     progress: "OnStep | None" = None,
+    preparing: Steps | None = None,
     clock: Callable[[], float] = time.perf_counter,
     **options: Unpack[BackboneOptions],
 ) -> FinetuneReport:
@@ -75,14 +76,16 @@ def finetune(
         overwrite: replace a model that is there already; never the one that the run starts from.
         budget: time for the run, ``90s``, ``10m``, ``1h30m`` or seconds: the recipe's epochs, and how much of the backbone trains,
             are then the most; what fits is planned from the first steps, and kept when the run is resumed.
-        progress: called after every step; a bar in notebooks when None. clock: what tells seconds.
+        progress: called after every step. preparing: called with (done, total, what) while images are embedded and decoded before
+            that. Bars in notebooks when None. clock: what tells seconds.
         options: the fields of ``ExtractRequest`` but its precision as keywords, instead of ``request``.
 
     Raises:
         SourceError: no labels, one class, classes that ``init`` does not know. UsageError: impossible or contradictory
         values, another interrupted run is in the way, or there is none to resume. ModelError: ``output`` is taken, ``init``
         cannot be used, or training would not start from the cached head.
-        TrainingError: the loss is not finite or explodes. Interrupted: by a signal; a checkpoint is kept.
+        TrainingError: the loss is not finite or explodes; the budget is used up before all images are embedded, which are kept.
+        Interrupted: by a signal; a checkpoint is kept.
     """
     from featcache.finetuning.budget import check_same_budget, parse_budget
     from featcache.finetuning.trainer import choose_training_precision
@@ -130,6 +133,7 @@ def finetune(
             precision_is_auto=asked == "auto",
             budget=seconds,
             clock=clock,
+            started=started,
             parts_are_auto=micro_batch is None,
         )
         with hold_work(job, force=force):
@@ -137,10 +141,10 @@ def finetune(
             if finished:
                 log.info("%s was finished already", output)
             else:
-                model, cache = prepare_start(job, init, request=request, held_out=held_out)
+                model, cache = prepare_start(job, init, request=request, held_out=held_out, preparing=preparing)
                 earlier = seen_before(init, request=request, held_out=held_out)
                 with bar_in_notebook(progress, _describe) as on_step:
-                    report = tune(job, model, cache=cache, earlier=earlier, on_step=on_step, started=started)
+                    report = tune(job, model, cache=cache, earlier=earlier, on_step=on_step, preparing=preparing)
             processes.barrier()
             if processes.is_first:
                 keep_cache(output)

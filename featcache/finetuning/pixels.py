@@ -6,6 +6,7 @@ several processes of one machine share it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -27,6 +28,7 @@ from featcache.images.preprocess import MOST_PIXELS, resize
 from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS, PreprocessSpec
+from featcache.system.display import Steps
 from featcache.system.files import check_free_space, publish_file
 from featcache.system.memory import available_memory
 from featcache.system.workdir import work_folder
@@ -38,6 +40,7 @@ _SHARE_OF_MEMORY = 0.4
 _ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
 _ROOM = 4  # times what pictures are likely to take: what is not used costs nothing
 _NAMED = 5  # refused images of a split that are named
+_TOLD = 16  # images after which is told how far it is
 
 log = logging.getLogger("featcache")
 
@@ -98,11 +101,16 @@ def _shortened(image: Picture, edge: int) -> Picture:
 
 
 def decode_in_memory(
-    images: ImageList, convert: Convert, *, workers: int = 1, memory: SharedMemory | None = None
+    images: ImageList,
+    convert: Convert,
+    *,
+    workers: int = 1,
+    memory: SharedMemory | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pixels:
     """Decode every image once, on ``workers`` threads, and keep them. ``convert``: a file's bytes -> uint8 (H, W, 3).
 
-    ``memory``: to keep them in, as many as it holds.
+    ``memory``: to keep them in, as many as it holds. ``progress``: called with (done, total) now and then.
     """
     pictures: list[Picture] = []
 
@@ -113,11 +121,19 @@ def decode_in_memory(
             picture = place.reshape(picture.shape)
         pictures.append(picture)
 
-    table = _decode_each(images, convert, keep, workers=workers)
+    table = _decode_each(images, convert, keep, workers=workers, progress=progress)
     return dataclasses.replace(_to_pixels(images, table, pictures), memory=memory)
 
 
-def decode_into_file(images: ImageList, convert: Convert, file: Path, *, typical: int, workers: int = 1) -> None:
+def decode_into_file(
+    images: ImageList,
+    convert: Convert,
+    file: Path,
+    *,
+    typical: int,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
     """As ``decode_in_memory``, but into a file that ``open_pixels`` reads, replacing an earlier one.
 
     Args:
@@ -135,7 +151,7 @@ def decode_into_file(images: ImageList, convert: Convert, file: Path, *, typical
             target.write(np.ascontiguousarray(picture).data)
             shapes.append(picture.shape)
 
-        table = _decode_each(images, convert, write, workers=workers)
+        table = _decode_each(images, convert, write, workers=workers, progress=progress)
         text = json.dumps(table | {"shapes": shapes}).encode()
         target.write(text + len(text).to_bytes(8, "little"))
 
@@ -151,11 +167,18 @@ def open_pixels(images: ImageList, file: Path) -> Pixels:
 
 
 def _decode_each(
-    images: ImageList, convert: Convert, keep: Callable[[Picture], None], *, workers: int
+    images: ImageList,
+    convert: Convert,
+    keep: Callable[[Picture], None],
+    *,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Give every picture to ``keep``, in order. Returns, as JSON values, which were kept, which refused, and digests."""
     kept, refused, digests, digest = [], [], [], hashlib.sha256()
-    for read in read_images(images, range(len(images)), convert, workers=workers):
+    for number, read in enumerate(read_images(images, range(len(images)), convert, workers=workers), 1):
+        if progress and (number % _TOLD == 0 or number == len(images)):
+            progress(number, len(images))
         digest.update(read.digest or b"unreadable")
         if read.value is None:
             refused.append((read.position, read.reason))
@@ -175,11 +198,14 @@ def _to_pixels(images: ImageList, table: dict[str, Any], pictures: list[Picture]
     return Pixels(kept, dict(table["refused"]), pictures, labels, paths, digest, digests)
 
 
-def decode_split(job: Job, split: str, *, classes: tuple[str, ...], preprocess: PreprocessSpec) -> Pixels:
+def decode_split(
+    job: Job, split: str, *, classes: tuple[str, ...], preprocess: PreprocessSpec, progress: Steps | None = None
+) -> Pixels:
     """Decode the images of a split once: train with room for random crops, the others exactly as in prediction.
 
     Args:
         classes: as the model numbers them; images of others are left out, with a warning.
+        progress: called with (done, total, what) now and then.
 
     Raises:
         SourceError: nothing left to train on or to choose by. StorageError: too little space.
@@ -191,7 +217,8 @@ def decode_split(job: Job, split: str, *, classes: tuple[str, ...], preprocess: 
     if unknown := int((images.labels < 0).sum()):
         log.warning("%d %s images are of classes that the model does not know: left out", unknown, split)
     images = images.take(np.flatnonzero(images.labels >= 0))
-    pixels = _decode(job, images, split=split, preprocess=preprocess)
+    told = functools.partial(_tell, progress, f"decoding {split}") if progress else None
+    pixels = _decode(job, images, split=split, preprocess=preprocess, progress=told)
     for position, reason in list(pixels.refused.items())[:_NAMED]:
         log.warning("%s is left out: %s", images.paths[position], reason)
     if len(pixels.refused) > _NAMED:
@@ -203,7 +230,13 @@ def decode_split(job: Job, split: str, *, classes: tuple[str, ...], preprocess: 
     return pixels
 
 
-def _decode(job: Job, images: ImageList, *, split: str, preprocess: PreprocessSpec) -> Pixels:
+def _tell(progress: Steps, what: str, done: int, total: int) -> None:
+    progress(done, total, what)
+
+
+def _decode(
+    job: Job, images: ImageList, *, split: str, preprocess: PreprocessSpec, progress: Callable[[int, int], None] | None
+) -> Pixels:
     """In memory if they fit; else, or with several processes, in a file that one process per machine writes."""
     evaluated = network_input(preprocess, job.runtime.device)  # refused before hours are spent on training images
     convert = training_input(preprocess) if split == "train" else evaluated
@@ -214,10 +247,10 @@ def _decode(job: Job, images: ImageList, *, split: str, preprocess: PreprocessSp
         if split == "train" and drawing_processes(job, recipe := settle(job.settings, len(images)), len(images)):
             batches = ROOM * (recipe.batch_size or 1) * recipe.accumulation
             memory = SharedMemory(_ROOM * (len(images) + batches) * typical)
-        return decode_in_memory(images, convert, workers=workers, memory=memory)
+        return decode_in_memory(images, convert, workers=workers, memory=memory, progress=progress)
     file = work_folder(job.output) / f"{split}-{processes.node}.pixels"
     if processes.local_rank == 0:
         log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
-        decode_into_file(images, convert, file, typical=typical, workers=workers)
+        decode_into_file(images, convert, file, typical=typical, workers=workers, progress=progress)
     processes.barrier()
     return open_pixels(images, file)

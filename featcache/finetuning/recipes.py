@@ -37,7 +37,7 @@ class Job:
         overwrite: whether a model that is there already may be replaced.
         precision_is_auto: whether ``precision`` was chosen here, so that float32 may take its place.
         budget: seconds that the run may take, see ``budget.py``; None: as long as the recipe takes.
-        clock: what tells seconds.
+        clock: what tells seconds. started: when the run was, by it.
         parts_are_auto: whether it was chosen here how many images a forward pass takes, so that the network may change it.
     """
 
@@ -53,6 +53,7 @@ class Job:
     precision_is_auto: bool = False
     budget: float | None = None
     clock: Callable[[], float] = time.perf_counter
+    started: float = 0.0
     parts_are_auto: bool = False
 
 

@@ -22,7 +22,7 @@ from featcache.models.fit import fit_head
 from featcache.models.model import Model, load_model
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import SPLITS
-from featcache.system.display import quantity
+from featcache.system.display import Steps, bar_in_notebook, describe_steps, quantity
 from featcache.system.files import sync_folder
 from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.workdir import work_folder
@@ -74,7 +74,12 @@ def _check_splits(images: ImageList, source: str) -> None:
 
 
 def prepare_start(
-    job: Job, init: AnyPath | None, *, request: ExtractRequest | None, held_out: bool
+    job: Job,
+    init: AnyPath | None,
+    *,
+    request: ExtractRequest | None,
+    held_out: bool,
+    preparing: Steps | None = None,
 ) -> tuple[Model, FeatureCache | None]:
     """The model to start from, and the cache it was fit on if that happened here.
 
@@ -82,7 +87,8 @@ def prepare_start(
     fit again without them.
 
     Raises:
-        ModelError, BackboneError, SourceError, ...: as ``load_model``, ``extract`` and ``fit_head``.
+        ModelError, BackboneError, SourceError, ...: as ``load_model``, ``extract`` and ``fit_head``. TrainingError: the job's budget
+        is used up before all images are embedded.
     """
     settings: dict[str, Any] = {"seed": job.seed}
     if init is not None:
@@ -102,7 +108,7 @@ def prepare_start(
         request = ExtractRequest(backbone=str(init))
     cache, head = work_folder(job.output) / _CACHE, work_folder(job.output) / "head"
     if job.processes.is_first:
-        _extract(job, cache, request or ExtractRequest())
+        _extract(job, cache, request or ExtractRequest(), preparing)
         _fit(job, cache, head=head, settings=settings)
     job.processes.barrier()
     return load_model(head), FeatureCache.open(cache)
@@ -119,12 +125,23 @@ def seen_before(init: AnyPath | None, *, request: ExtractRequest | None, held_ou
     return [rows] if rows is not None and counts else []
 
 
-def _extract(job: Job, cache: Path, request: ExtractRequest) -> None:
+def _extract(job: Job, cache: Path, request: ExtractRequest, preparing: Steps | None) -> None:
     """Features of the job's images, taken over from caches beside the output where they have them."""
+    from featcache.finetuning.budget import EmbeddingWatch
+
     neighbours = job.output.absolute().parent.iterdir()
     beside = sorted(path for path in neighbours if path.suffix.lower() in CACHE_SUFFIXES)
     runtime = job.runtime
-    report = extract(job.images, cache, request, device=str(runtime.device), workers=runtime.workers, reuse=beside)
+    options: dict[str, Any] = {"device": str(runtime.device), "workers": runtime.workers, "reuse": beside}
+    with bar_in_notebook(preparing, describe_steps) as shown:
+        watch = EmbeddingWatch(job)
+
+        def progress(done: int, total: int, _: str) -> None:
+            watch(done, total)
+            if shown:
+                shown(done, total, "embedding")
+
+        report = extract(job.images, cache, request, progress=progress, **options)
     log.info("features: embedded %d, reused %d, refused %d", report.embedded, report.reused, report.refused)
 
 

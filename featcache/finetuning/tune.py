@@ -54,7 +54,7 @@ from featcache.models.model import Model, check_replaceable
 from featcache.models.training_rows import Compared, HeldOut, TrainingRows
 from featcache.spec import SPLITS, fingerprint_of
 from featcache.system.device import kept_random_state
-from featcache.system.display import quantity
+from featcache.system.display import Steps, bar_in_notebook, describe_steps, quantity
 from featcache.system.signals import deferred_signals
 
 log = logging.getLogger("featcache")
@@ -103,12 +103,13 @@ def tune(
     cache: FeatureCache | None,
     earlier: list[TrainingRows],
     on_step: OnStep | None,
-    started: float,
+    preparing: Steps | None = None,
 ) -> FinetuneReport:
     """Fine-tune ``model``.
 
     Args:
         cache: of the features that it was fit on, if that happened in this run. earlier: what it has seen before that.
+        on_step, preparing: ``progress`` and ``preparing`` of ``finetune``.
     """
     backbone = model.load_backbone()
     log.info("backbone %s: weights %s", backbone.name, backbone.weights)
@@ -117,15 +118,18 @@ def tune(
         job = dataclasses.replace(job, runtime=dataclasses.replace(job.runtime, batch_size=batch_size))
     decode = functools.partial(decode_split, job, classes=model.classes, preprocess=backbone.preprocess)
     begun = job.clock()
-    train, val = decode("train"), decode("val")
+    with bar_in_notebook(preparing, describe_steps) as shown:
+        train, val = decode("train", progress=shown), decode("val", progress=shown)
     decoding = (job.clock() - begun) / (len(train) + len(val))
     rows = TrainingRows(train.digests, train.labels).after(earlier)
     seen = {"val": _seen(rows, val, split="val")}
     recipe = _settle_recipe(job, len(train), batch_norms=has_batch_norms(backbone.module))
     start = _assemble_start(job, model, backbone=backbone, val=val, cache=cache)
     trainer = _make_trainer(start, train, recipe=recipe, job=job)
-    trainer, plan = _plan(trainer, start, decoding=decoding, started=started)
-    counts = count_parameters(trainer.network, recipe)
+    trainer, plan = _plan(trainer, start, decoding=decoding)
+    counts = count_parameters(trainer.network, trainer.recipe)
+    if plan and not plan.epochs:
+        counts = counts[0], 0
     log.info("parameters: %s, of which %s train", *(f"{count:,}" for count in counts))
     checkpoint = Checkpoint(trainer, _identity(trainer, start, plan))
     with deferred_signals() as asked, kept_random_state(trainer.device):
@@ -151,9 +155,7 @@ def tune(
         )
     rows = dataclasses.replace(rows, compared=_answers(digests, logits))
     comparison = {split: compare(*facts, split=split, seen=seen[split]) for split, facts in logits.items()}
-    report = _report(
-        trainer, comparison, alpha=alpha, temperature=temperature, counts=counts, rate=rate, started=started
-    )
+    report = _report(trainer, comparison, alpha=alpha, temperature=temperature, counts=counts, rate=rate)
     if plan:
         report = dataclasses.replace(report, budget=dataclasses.asdict(plan) | {"out_of_time": loop.out_of_time})
     if job.processes.is_first:
@@ -286,7 +288,7 @@ def _network_to_train(start: _Start, recipe: Recipe, *, job: Job) -> Network:
     return network.to(job.runtime.device)
 
 
-def _plan(trainer: Trainer, start: _Start, *, decoding: float, started: float) -> tuple[Trainer, Plan | None]:
+def _plan(trainer: Trainer, start: _Start, *, decoding: float) -> tuple[Trainer, Plan | None]:
     """What of the recipe fits into the job's budget, and the trainer of that; said. A run that goes on keeps its plan.
 
     ``decoding``: seconds per image. Before training may end there must be time to score and choose, and to look at test.
@@ -297,7 +299,7 @@ def _plan(trainer: Trainer, start: _Start, *, decoding: float, started: float) -
     scoring, images = start.scored[1], int((job.images.splits == SPLITS.index("test")).sum())
     scores = 1 + (len(ALPHAS) if recipe.interpolate and recipe.hidden is None else 0)
     after = scoring * (scores + 2 * images / len(start.val)) + decoding * images
-    until = started + job.budget - after
+    until = job.started + job.budget - after
 
     def make(recipe: Recipe) -> Trainer:
         return Trainer(_network_to_train(start, recipe, job=job), trainer.data, recipe=recipe, job=job)
@@ -374,7 +376,6 @@ def _report(
     temperature: float,
     counts: tuple[int, int],
     rate: float,
-    started: float,
 ) -> FinetuneReport:
     """The report. Warns if a new head ended below the cached one."""
     val, test = comparison["val"], comparison.get("test")
@@ -403,7 +404,7 @@ def _report(
         parameters=counts[0],
         trainable_parameters=counts[1],
         images_per_second=rate,
-        seconds=trainer.job.clock() - started,
+        seconds=trainer.job.clock() - trainer.job.started,
     )
 
 

@@ -23,6 +23,7 @@ _MOST_CLASSES = 20  # that a table shows one by one; of more the largest and sma
 _PAUSE = 0.1  # seconds between two changes of a bar: more than a browser can follow
 Callback = TypeVar("Callback", bound=Callable[..., None])
 State = tuple[int, int, str]  # images done and to do, and a line that says so
+Steps = Callable[[int, int, str], None]  # what is told how much is done, how much there is to do, and of what
 
 
 def count_rows(
@@ -170,6 +171,11 @@ def describe_images(what: str) -> Callable[[int, int, str], State]:
         return done, total, f"{what} {done}/{total}, {rate:,.0f} images/s, limited by {bottleneck}"
 
     return describe
+
+
+def describe_steps(done: int, total: int, what: str) -> State:
+    """For reports of what is done and to do, and of what kind."""
+    return done, total, f"{what} {done:,}/{total:,}"
 
 
 class _Bar:

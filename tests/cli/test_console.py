@@ -49,6 +49,25 @@ def test_training_counts_over_all_epochs(clock: list[float], capsys: pytest.Capt
     ]
 
 
+def test_what_comes_before_training_is_counted_by_its_kind(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.show_training() as progress:
+        progress(0, 1000, "embedding")
+        clock[0] += 40.0
+        progress(400, 1000, "embedding")
+        progress(16, 800, "decoding train")
+        clock[0] += 31.0
+        progress(636, 800, "decoding train")
+        clock[0] += 31.0
+        progress(Status(epoch=1, epochs=2, done=10, total=100, loss=0.5, accuracy=0.75))
+    assert capsys.readouterr().err.splitlines() == [
+        "embedding 400/1000, 10 images/s, 60 s left",
+        "decoding train 636/800, 20 images/s, 8 s left",
+        "epoch 1/2, image 10/100: loss 0.5000, accuracy 75.00%, starting",
+    ]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -70,6 +89,28 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -
     assert re.search(r"embedding \S+ +250/1000 [\d,]+ images/s, limited by forward, left [-\d]:", frames)
     assert re.search(r"epoch 2/3 \S+ +50/100 loss 0.5000, accuracy 75.00%, starting", frames)
     assert text.endswith("\r\x1b[1A\x1b[2K")  # the line is erased
+
+
+def test_a_bar_goes_away_when_what_it_shows_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said next is not broken into lines of the terminal's width, and no bar that stands still is below it."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    with console.show_training() as progress:
+        for report in (
+            [(0, 80, "embedding"), (80, 80, "embedding")],
+            [(16, 32, "decoding val"), (32, 32, "decoding val")],
+            [(Status(1, 2, done, 80, loss=0.5, accuracy=0.75),) for done in (40, 80)]
+            + [(Status(2, 2, done, 80, loss=0.5, accuracy=0.75),) for done in (40, 80)],
+        ):
+            for values in report:
+                progress(*values)
+            assert terminal.getvalue().endswith("\r\x1b[1A\x1b[2K")
+            console.say("a long line " * 9)
+            assert terminal.getvalue().endswith("a long line " * 9 + "\n")
+    frames = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    assert re.findall(r"(embedding|decoding val|epoch 2/2) \S+ +(\d+/\d+)", frames)
 
 
 def test_an_interruption_promises_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TINY
 from test_finetune import Tuner, assert_same_model, history, made, tune  # noqa: F401 - fixtures
 from test_loop import Clock, make_trainer
 from test_trainer import SIMPLE
 
 from featcache import errors
-from featcache.finetuning.budget import in_words, make_plan, parse_budget, seconds_per_step
+from featcache.finetuning.budget import EmbeddingWatch, in_words, make_plan, parse_budget, seconds_per_step
 from featcache.finetuning.recipes import choose_recipe
 from featcache.finetuning.trainer import Status, Trainer
 from featcache.models.model import load_model
@@ -223,6 +224,64 @@ def test_a_run_slower_than_planned_ends_with_the_best_so_far(timed: Timed) -> No
     assert [(row["epoch"], row["step"]) for row in history(timed.tune.ft)] == [("1", "3"), ("2", "5")]
     assert (report.epochs, report.budget["out_of_time"]) == (2, True)
     assert "slower than planned: the time is used up after step 5 of 9; the best so far counts" in timed.tune.log.text
+
+
+@pytest.mark.parametrize(
+    ("reports", "warned", "ended"),
+    [
+        # (seconds, images) of 100, after 20 s of start; a budget of 100 s is used up at 100.
+        ([(20, 0), (24, 5), (60, 60), (99, 95), (120, 100)], "", ""),  # looked at after 40 s: 87 s in all
+        ([(20, 0), (24, 5), (26, 5), (101, 90)], "takes about 140s, more than the budget of 100s", "takes about 110s in all"),
+        ([(20, 0), (101, 0)], "", "0 of 100 images are embedded, which takes longer in all"),
+        ([(20, 50), (30, 60), (101, 99)], "", "99 of 100 images are embedded, which takes about 103s in all"),  # resumed
+        ([(105, 0)], "", "0 of 100 images"),
+        ([(105, 100)], "", ""),  # nothing to embed
+    ],
+)  # fmt: skip
+def test_embedding_ends_with_the_budget(
+    reports: list[tuple[float, int]], warned: str, ended: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    trainer = make_trainer(SIMPLE, clock=clock)
+    watch = EmbeddingWatch(dataclasses.replace(trainer.job, budget=100.0, started=clock.now))
+    began, message = clock.now, ""
+    for seconds, images in reports:
+        clock.now = began + seconds
+        try:
+            watch(images, 100)
+        except errors.TrainingError as error:
+            message = str(error)
+    told = [record.getMessage() for record in caplog.records]
+    assert (warned in told[0] and len(told) == 1) if warned else not told
+    assert (ended in message and "the budget of 100s is used up" in message) if ended else not message
+
+
+def test_a_budget_used_up_before_all_is_embedded_costs_nothing_that_is_embedded(timed: Timed) -> None:
+    reports: list[tuple[int, int, str]] = []
+
+    def preparing(done: int, total: int, what: str) -> None:
+        reports.append((done, total, what))
+        timed.now += 100.0  # seconds of a batch
+
+    options: dict[str, Any] = {"request": TINY, "preparing": preparing}
+    with pytest.raises(errors.TrainingError, match="the budget of 150s is used up when .* of 48 images are embedded"):
+        timed.run("150s", **options)
+    embedded = max(done for done, _, _ in reports)  # of the report after that the run has ended
+    assert not timed.tune.ft.exists()
+    reports.clear()
+    report = timed.run("10000s", **options)
+    assert 0 < embedded < 48 and reports[0][1] < 48 - embedded
+    assert {what for _, _, what in reports} == {"embedding", "decoding train", "decoding val"}
+    assert report.epochs == 9
+
+
+def test_what_a_plan_trains_is_what_is_counted(timed: Timed) -> None:
+    timed.seconds |= {"all": 100.0}
+    planned = timed.run("150s")
+    assert planned.budget["unfreeze"] == "last-stage"
+    asked = timed.tune(changes=CHANGES | {"unfreeze": "last-stage", "epochs": 1}, overwrite=True)
+    assert planned.trainable_parameters == asked.trainable_parameters < planned.parameters
+    assert timed.run("3s", overwrite=True).trainable_parameters == 0
 
 
 def test_where_nothing_fits_the_cached_head_is_kept(timed: Timed) -> None:

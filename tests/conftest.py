@@ -218,6 +218,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["featcache", *map(str, arguments)])
         monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
+        monkeypatch.setattr(cli, "_collect_less", lambda: None)
         monkeypatch.setattr(cli, "interrupt_on_signals", lambda: None)  # signals are pytest's here
         monkeypatch.setenv("FEATCACHE_SUPERVISE", "0")  # this process has threads, and must not be forked
         capfd.readouterr()

@@ -7,6 +7,7 @@ callable from many threads; and a ``PrecisionChoice``: which precision was tried
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import os
 import threading
@@ -19,9 +20,15 @@ import torch
 from torch import fx, nn
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, fuse_relus, sources_forgotten
+from featcache.backbones.folding import (
+    fold_batchnorm,
+    fuse_convolutions,
+    fuse_relus,
+    out_of_cycles,
+    sources_forgotten,
+)
 from featcache.backbones.fused_tokens import fuse_tokens
-from featcache.backbones.lanes import CudaLane, PlainLane, fitting_lane
+from featcache.backbones.lanes import CudaLane, Forward, PlainLane, fitting_lane
 from featcache.backbones.ring import Lane
 from featcache.backbones.self_check import Agreement, agreement, only_rounded
 from featcache.errors import BackboneError, UsageError
@@ -100,7 +107,7 @@ class Encoder:
         self.device = device
         self._dtype = dtype
         # Not Module.to(memory_format=...): a traced Swin holds constants of five dimensions, which that refuses.
-        self._module = module.to(device=device, dtype=dtype)._apply(_channels_last)  # type: ignore[no-untyped-call]
+        self._module = out_of_cycles(module).to(device=device, dtype=dtype)._apply(_channels_last)  # type: ignore[no-untyped-call]
         self._constants = channel_constants(preprocess, device)
         self._gpu = threading.Lock()  # a GPU takes one batch at a time; a CPU as many as there are workers
         self._lane: Lane | None = None  # the latest
@@ -129,7 +136,7 @@ class Encoder:
     def new_lane(self, batch_size: int) -> Lane:
         """A lane of its own, on any device, whether its batches fit or not."""
         kind = CudaLane if self.device.type == "cuda" else PlainLane
-        return kind(self._infer, self.device, (batch_size, *self.preprocess.crop, 3))
+        return kind(self._forward(), self.device, (batch_size, *self.preprocess.crop, 3))
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Embed a few images: uint8 (N, H, W, 3) -> float32 (N, D). A GPU is fed by a ``lane`` when there are many.
@@ -140,7 +147,7 @@ class Encoder:
         lock = self._gpu if self.device.type == "cuda" else launching(self.device)
         try:
             with memory_errors(), lock:
-                return self._infer(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
+                return self._forward()(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()
         except torch.OutOfMemoryError as error:
             raise UsageError(
                 f"a batch of {len(pixels)} does not fit into {self.device}'s memory; halve --batch-size"
@@ -151,7 +158,7 @@ class Encoder:
         of_two = (2, *self.preprocess.crop, 3)  # of one, a residual might be everyone's
         pixels = torch.zeros(of_two, dtype=torch.uint8, device=self.device)
         try:
-            with torch.inference_mode(), self._precise():
+            with torch.inference_mode(), _precise(self._dtype):
                 inputs = normalise(pixels, *self._constants).to(self._dtype)
                 if self.device.type == "cuda":
                     self._module = fuse_relus(self._module, inputs)
@@ -162,13 +169,21 @@ class Encoder:
             return False
         return True
 
-    def _precise(self) -> contextlib.AbstractContextManager[None]:
-        return true_float32 if self._dtype == torch.float32 else contextlib.nullcontext()
+    def _forward(self) -> Forward:
+        """Without this encoder, which holds the lane that holds it."""
+        return functools.partial(_infer, self._module, self._constants, self._dtype)
 
-    def _infer(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, H, W, 3) -> (N, D) in the network's type, on its device, from any thread."""
-        with torch.inference_mode(), self._precise():
-            return self._module(normalise(pixels, *self._constants).to(self._dtype))  # type: ignore[no-any-return]
+
+def _infer(
+    module: nn.Module, constants: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, pixels: torch.Tensor
+) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> (N, D) in the network's type, on its device, from any thread."""
+    with torch.inference_mode(), _precise(dtype):
+        return module(normalise(pixels, *constants).to(dtype))  # type: ignore[no-any-return]
+
+
+def _precise(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    return true_float32 if dtype == torch.float32 else contextlib.nullcontext()
 
 
 @sources_forgotten()

@@ -73,8 +73,11 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 
 def trace(module: nn.Module) -> fx.GraphModule:
     """``module``, whose batch norms may change their place in it, as a graph. Raises any error: it cannot be traced."""
-    plain = _with_plain_batchnorms(module)
-    return fx.GraphModule(plain, _Tracer().trace(plain))
+    plain, tracer = _with_plain_batchnorms(module), _Tracer()
+    try:
+        return fx.GraphModule(plain, tracer.trace(plain))
+    finally:
+        vars(tracer).clear()  # a recursive function of its own holds it, and with it all weights
 
 
 def foldable(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -160,7 +163,15 @@ def finished(traced: fx.GraphModule) -> fx.GraphModule:
     traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()
+    out_of_cycles(traced)
     return traced
+
+
+def out_of_cycles(module: nn.Module) -> nn.Module:
+    """``module``, traced or not, whose weights are given back as soon as it is: a GPU's memory may wait long for Python's collector."""
+    if isinstance(module, fx.GraphModule):
+        module.graph.owning_module = None  # it is asked in checks while a graph is changed
+    return module
 
 
 def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: int | None = None) -> nn.Module:

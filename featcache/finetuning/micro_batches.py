@@ -53,7 +53,7 @@ class MicroBatches:
         self._workers = 0
         self._pool: ThreadPoolExecutor | None = None
         self._own_thread: OwnThread | None = None  # where there is no pool
-        self._hold_pool: Callable[[], None] = lambda: None
+        self._held = contextlib.ExitStack()
 
     @property
     def form(self) -> Form:
@@ -84,22 +84,20 @@ class MicroBatches:
         self._workers = max(1, min(self._job.runtime.workers, parts))
         cores = max(1, self._job.runtime.workers // self._workers)
         before = torch.get_num_threads()
-        with contextlib.ExitStack() as held:
-            held.callback(setattr, self, "_pool", None)
-            held.callback(torch.set_num_threads, before)
+        with self._held:
+            self._held.callback(setattr, self, "_pool", None)
+            self._held.callback(torch.set_num_threads, before)
             # Adding up needs no more, threads that wait for each other stop under load, and a sum has the same bits everywhere.
             torch.set_num_threads(1)
-
-            def hold_pool() -> None:
-                pool = one_core_each(self._workers, "featcache-train", cores=cores)
-                self._pool, self._own_thread = held.enter_context(pool), None
-
-            self._hold_pool = hold_pool
             if parts > 1:
-                hold_pool()
+                self._hold_pool(cores)
             else:
                 self._own_thread = OwnThread(cores)
             yield
+
+    def _hold_pool(self, cores: int) -> None:
+        pool = one_core_each(self._workers, "featcache-train", cores=cores)
+        self._pool, self._own_thread = self._held.enter_context(pool), None
 
     def _parts(self, images: int, micro: int) -> list[range]:
         """A batch's images, cut into parts of at most ``micro``, whatever the number of cores."""
@@ -147,7 +145,7 @@ class MicroBatches:
         if not form.is_finite():
             sums[0] = torch.nan  # what oneDNN makes of NaN in an activation is 0: the loss alone may not tell
         if self._own_thread and self._own_thread.is_crowded():
-            self._hold_pool()
+            self._hold_pool(self._own_thread.cores)
         return sums
 
     def _computed(self, compute: Callable[[range], Result], parts: list[range]) -> Generator[Result]:
@@ -173,12 +171,12 @@ class OwnThread:
         worked: Callable[[], float] = time.process_time,
     ) -> None:
         """``seconds``: a clock. ``worked``: seconds that cores have worked for this process, waiting awake included."""
-        self._cores, self._clocks = cores, (seconds, worked)
+        self.cores, self._clocks = cores, (seconds, worked)
         self._begun = seconds(), worked()
 
     def run(self, compute: Callable[[Part], Result], part: Part) -> Result:
         """``compute(part)``."""
-        torch.set_num_threads(self._cores)
+        torch.set_num_threads(self.cores)
         try:
             return compute(part)
         finally:
@@ -188,10 +186,10 @@ class OwnThread:
         """To be asked after every step; True if for a while this process had far fewer cores than it keeps busy."""
         now = self._clocks[0](), self._clocks[1]()
         seconds, worked = (after - before for after, before in zip(now, self._begun, strict=True))
-        if seconds < _WATCHED or self._cores == 1:
+        if seconds < _WATCHED or self.cores == 1:
             return False
         self._begun = now
-        return worked < _CROWDED * self._cores * seconds
+        return worked < _CROWDED * self.cores * seconds
 
 
 def _added(total: list[torch.Tensor | None], more: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -5,6 +5,7 @@ In: what the user asked for. Out: a frozen ``Runtime``, which changes only the s
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import threading
@@ -98,7 +99,8 @@ def launching(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def return_memory(device: torch.device) -> None:
-    """Hand back the blocks that PyTorch keeps for reuse, after something did not fit."""
+    """Hand back the blocks that PyTorch keeps for reuse, and what libraries left in cycles, after something did not fit."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

@@ -14,6 +14,7 @@ import importlib
 import inspect
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,11 +58,11 @@ def optimizer_without_compiler(kind: "type[Optimizer]", *given: Any, **named: An
         if inner and getattr(function, "__code__", None) is decorated and not hasattr(inner, _CACHED):
             setattr(inner, _CACHED, _disabled_on_demand(inner))  # what it would keep of its first call
     optimizer = kind(*given, **named)
-    step = inspect.unwrap(kind.step)
+    step, itself = inspect.unwrap(kind.step), weakref.ref(optimizer)  # held by its own step, it would stay in memory
 
     @torch.no_grad()
     def take(*given: Any, **named: Any) -> Any:
-        return step(optimizer, *given, **named)
+        return step(itself(), *given, **named)
 
     optimizer.step = take  # type: ignore[method-assign]
     return optimizer

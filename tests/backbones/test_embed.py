@@ -213,13 +213,13 @@ def test_rates_of_a_lane(images: ImageList) -> None:
     """Forward takes 50 ms for 8 images, and is what limits."""
     embedder = in_a_ring(prepared(images, choose_runtime("cpu", workers=2, batch_size=8)))
     encoder: Encoder = embedder.encoder
-    original = encoder._infer
+    original = encoder._forward()
 
     def slowly(pixels: torch.Tensor) -> torch.Tensor:
         time.sleep(0.05)
         return original(pixels)
 
-    encoder._infer = slowly  # type: ignore[method-assign]
+    encoder._forward = lambda: slowly  # type: ignore[method-assign]
     rates = measure(images, encoder, embedder.runtime, seconds=1.5)
     assert rates.limit == "forward"
     assert 0.1 < rates.forward / (8 / 0.05) < 1.02

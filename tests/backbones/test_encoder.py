@@ -1,7 +1,10 @@
 """Embeddings are the network's own: compared with the eager float32 model, and bit for bit with themselves."""
 
+import copy
 import dataclasses
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +19,7 @@ from torchvision.transforms import functional
 
 from featcache.backbones.backbone import OFFLINE_BACKBONE, Backbone
 from featcache.backbones.embed import embed, sample_pixels
-from featcache.backbones.encoder import Precision, PrecisionChoice, build_encoder
+from featcache.backbones.encoder import Encoder, Precision, PrecisionChoice, build_encoder
 from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import agreement, cosine
 from featcache.errors import UsageError
@@ -380,3 +383,18 @@ def test_want_of_memory_and_a_failed_gpu_are_no_faults_of_the_network(
     backbone, pixels = tiny(observed(fail_later))
     with pytest.raises(becomes, match=words):
         build_encoder(backbone, choose_runtime("cpu"), pixels, precision="fp32")
+
+
+def test_an_encoder_and_its_lane_hold_no_memory_when_they_are_gone() -> None:
+    """A lane has a graph, buffers and the network's weights, on a GPU; whoever looks for cycles there does not look soon."""
+    backbone, pixels = tiny(nn.Identity())
+    encoder = Encoder(copy.deepcopy(backbone.module), backbone.preprocess, torch.device("cpu"), torch.float32)
+    encoder._lane = lane = encoder.new_lane(len(pixels))
+    np.testing.assert_array_equal(lane.download(lane.compute(lane.upload(pixels)))(), encoder(pixels))
+    network, held = weakref.ref(encoder._module), weakref.ref(lane)
+    gc.disable()
+    try:
+        del encoder, lane
+        assert network() is None and held() is None
+    finally:
+        gc.enable()

@@ -6,6 +6,7 @@ By default: memory per row of 300,000 images, 120 parts, one process that gives 
 """
 
 import ctypes
+import dataclasses
 import functools
 import gc
 import hashlib
@@ -14,6 +15,7 @@ import math
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -97,6 +99,41 @@ def use_everything(made: str, work: str, *, rounds: float = math.inf, seconds: f
 def test_descriptors_and_threads_are_given_back(made: Path, tmp_path: Path, warm: Program) -> None:
     taken = warm.check(before=functools.partial(use_everything, str(made), str(tmp_path), rounds=6)).result
     assert {tuple(entry[:2]) for entry in taken[1:]} == {tuple(taken[0][:2])}, taken
+
+
+def leave_tensors(made: str, work: str) -> dict[str, int]:
+    """Tensors with some hundred values and more that each job has left, where what gets old is never looked through for cycles."""
+    import torch
+
+    from featcache.finetuning.finetune import finetune
+
+    root, output, left = Path(made), Path(work), {}
+    changes = {"epochs": 1, "batch_size": 6, "lr": 1e-6, "backbone_lr": 1e-7, "unfreeze": "all"}
+    jobs: dict[str, Callable[[], Any]] = {
+        "extract": lambda: extract(root / "photos", output / "f.h5", dataclasses.replace(TINY, backbone="resnet18")),
+        "fit_head": lambda: fit_head(output / "f.h5", output / "m", C=1.0, folds=0),
+        "predict": lambda: len(list(predict(output / "m", [root / "photos"]))),
+        "finetune": lambda: finetune(
+            root / "photos", output / "t", init=output / "m", changes=changes, budget="1h", precision="fp32"
+        ),
+    }
+    for job in jobs.values():  # what is loaded first, stays
+        job()
+    (output / "f.h5").unlink()
+    shutil.rmtree(output / "t")
+    gc.collect()
+    gc.set_threshold(700, 10, 10**6)
+    for name, job in jobs.items():
+        job()
+        gc.collect(1)
+        left[name] = sum(isinstance(each, torch.Tensor) and each.numel() > 500 for each in gc.get_objects())
+    return left
+
+
+def test_networks_are_given_back_at_once(made: Path, tmp_path: Path, warm: Program) -> None:
+    """Not when Python looks for cycles next: it counts objects, not a GPU's memory."""
+    left = warm.check(before=functools.partial(leave_tensors, str(made), str(tmp_path))).result
+    assert left == dict.fromkeys(("extract", "fit_head", "predict", "finetune"), 0)
 
 
 # -------------------------------------------------------------------------------------------------------- memory

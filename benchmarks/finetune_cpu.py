@@ -8,18 +8,20 @@ process of its own each, in turns, --pairs times:
     plain       the tutorial's loop: ImageFolder, PIL transforms, a DataLoader with two workers, NCHW, eager float32, as PyTorch
                 comes; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4 (ants-bees: SGD)
     featcache   ``finetune`` from a head that was fit before, its defaults
-    ceiling     forward and backward passes of the network's convolutions alone, in the precision and the parts that featcache
-                takes, on as many cores, on tensors that are there already
+    ceiling     forward and backward passes of the network's convolutions and linear layers alone, in the precision and the parts
+                that featcache takes, on as many cores, on tensors that are there already
     load        featcache again, beside one process per core that computes without end (with --load)
 
 Images per second are of training alone, from the end of the first step on, evaluation left out. "start" is from the start of the
-process to the end of the first step. --weights is a file for the first backbone; others are random. The last line is JSON.
+process to the end of the first step. --weights is a file for the first backbone; others are random. Backbones are torchvision's, or
+timm's: timm/NAME. The last line is JSON.
 
 A CPU with AVX2 alone is imitated by ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 in the
 environment, and --precision fp32.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -42,16 +44,28 @@ class _EnoughSeen(Exception):  # noqa: N818 - no error
     pass
 
 
+def make_model(name: str, **options: Any) -> Any:
+    """torchvision's, or timm's at 224 pixels; random weights."""
+    if name.startswith("timm/"):
+        import timm
+
+        fixed = {"img_size": 224} if "vit" in name else {}
+        return timm.create_model(name.removeprefix("timm/"), pretrained=False, **fixed, **options)
+    from torchvision import models
+
+    return models.get_model(name, weights=None, **options)
+
+
 def plain(job: dict[str, Any]) -> dict[str, Any]:
     """The tutorial's loop."""
     import torch
-    from torchvision import datasets, models, transforms
+    from torchvision import datasets, transforms
 
     steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
     transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)])
     images = datasets.ImageFolder(str(Path(job["images"]) / "train"), transform)
     loader = torch.utils.data.DataLoader(images, RECIPES[job["recipe"]], shuffle=True, num_workers=2)
-    model = models.get_model(job["backbone"], weights=None, num_classes=2).train()
+    model = make_model(job["backbone"], num_classes=2).train()
     still = job["recipe"] == "default"
     for module in model.modules():
         if still and isinstance(module, torch.nn.BatchNorm2d):
@@ -107,9 +121,8 @@ def featcache(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ceiling(job: dict[str, Any]) -> dict[str, Any]:
-    """The convolutions alone."""
+    """Convolutions and linear layers alone."""
     import torch
-    from torchvision import models
 
     from featcache.finetuning import fused
     from featcache.finetuning.micro_batches import images_at_once
@@ -120,26 +133,32 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     whole = job["recipe"] != "default"
     precision = choose_training_precision(job["precision"], runtime.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = models.get_model(job["backbone"], weights=None).requires_grad_(True).eval()
+    model = make_model(job["backbone"]).requires_grad_(True).eval()
     layers: list[Any] = []
 
     def note(module: Any, inputs: Any, output: Any) -> None:
-        conv = fused._Convolution(module, (), ("none", [], ""))
-        list(conv.refresh(dtype, {}))
-        x, g = (torch.rand_like(t).to(dtype).contiguous(memory_format=torch.channels_last) for t in (inputs[0], output))
-        layers.append((conv, x.requires_grad_(len(layers) > 0), g))
+        x, g = (torch.rand_like(t).to(dtype) for t in (inputs[0], output))
+        if isinstance(module, torch.nn.Conv2d):
+            layer: Any = fused._Convolution(module, (), ("none", [], ""))
+            list(layer.refresh(dtype, {}))
+            x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+            weight = layer._weight
+        else:
+            weight = module.weight.detach().to(dtype).requires_grad_()
+            layer = functools.partial(torch.nn.functional.linear, weight=weight)
+        layers.append((layer, weight, x.requires_grad_(len(layers) > 0), g))
 
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             module.register_forward_hook(note)
     images = RECIPES["ants-bees"] if whole else images_at_once(runtime, model)
     with torch.no_grad():
         model(torch.rand(images, 3, 224, 224))
 
     def step(_: int) -> None:
-        results = [conv(x) for conv, x, _ in layers]
-        for (conv, x, g), y in reversed(list(zip(layers, results, strict=True))):
-            torch.autograd.grad(y, [t for t in (x, conv._weight) if t.requires_grad], g)
+        results = [layer(x) for layer, _, x, _ in layers]
+        for (_, weight, x, g), y in reversed(list(zip(layers, results, strict=True))):
+            torch.autograd.grad(y, [t for t in (x, weight) if t.requires_grad], g)
 
     workers = 1 if whole else runtime.workers
     if whole:

@@ -58,7 +58,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     The formula is ``torch.nn.utils.fusion.fuse_conv_bn_eval``'s.
     """
     try:
-        traced = trace(_with_plain_attention(copy.deepcopy(module).eval()))
+        traced = trace(with_plain_attention(copy.deepcopy(module).eval()))
     except Exception:  # data-dependent control flow: tracing fails in as many ways as there are models
         return copy.deepcopy(module).eval()
     modules = dict(traced.named_modules())
@@ -125,11 +125,12 @@ def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
     return module
 
 
-def _with_plain_attention(module: nn.Module) -> nn.Module:
+def with_plain_attention(module: nn.Module) -> nn.Module:
     """torchvision's blocks call PyTorch's attention, which cannot be traced: the same in steps that can."""
     for name, child in list(module.named_modules()):
         plain = isinstance(child, nn.MultiheadAttention) and child.batch_first and child.in_proj_weight is not None
-        if plain and type(module.get_submodule(name.rpartition(".")[0])).__name__ == "EncoderBlock":
+        drops = plain and child.training and child.dropout
+        if plain and not drops and type(module.get_submodule(name.rpartition(".")[0])).__name__ == "EncoderBlock":
             _put(module, name, _SelfAttention(child).eval())
     return module
 

@@ -23,12 +23,12 @@ from featcache.backbones.folding import (
     residual_of,
 )
 
-_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # what these do in eval mode
+_DROPOUT = (nn.Dropout, nn.Dropout2d)
 _READS = {operator.getitem, getattr}  # with nobody to use the result, of no effect
 _PER_TOKEN = (nn.Linear, nn.GELU, nn.SiLU, nn.ReLU, nn.Sigmoid)
 _PRODUCTS = {operator.mul, torch.mul}
 _PER_TOKEN_CALLS = {nn.functional.gelu, nn.functional.silu, operator.add, torch.add, *_PRODUCTS}
-_ATTENTION = nn.functional.scaled_dot_product_attention
+ATTENTION = nn.functional.scaled_dot_product_attention
 _THIRDS = "permute", (2, 0, 3, 1, 4)  # of (N, L, 3, heads, D)
 _CACHE = 2**20  # bytes of scores at a time, which then stay in one core's cache
 
@@ -48,15 +48,14 @@ def fuse_tokens(module: nn.Module, sample: torch.Tensor, *, batch_size: int | No
         return module
     note_shapes(module, sample)
     modules = dict(module.named_modules())
-    _leave_out_nothing(module, modules)
-    _read_few_tokens(module, modules)
+    leave_out_unread_tokens(module, modules)
     _ask_once(module, modules)
     modules = dict(module.named_modules())
     position = {node: number for number, node in enumerate(module.graph.nodes)}
     for node in list(position):
         if node.op == "call_module" and type(modules[str(node.target)]) is nn.Linear and has_fused_linear(sample.dtype):
             _fuse_from(module, node, modules, position, (batch_size or len(sample)) / len(sample))
-        elif node.target is _ATTENTION and sample.dtype == torch.bfloat16 and not _has_matrix_units():
+        elif node.target is ATTENTION and sample.dtype == torch.bfloat16 and not has_matrix_units():
             _attend_in_parts(node)
     return finished(module)
 
@@ -74,7 +73,7 @@ def has_fused_linear(dtype: torch.dtype) -> bool:
     return True
 
 
-def _has_matrix_units() -> bool:
+def has_matrix_units() -> bool:
     """Whether PyTorch's own attention is fast in bfloat16: it has kernels for AMX; with AVX-512 it is as slow as in float32."""
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
@@ -152,23 +151,29 @@ def attention_in_parts(
 
 
 def _attend_in_parts(node: fx.Node) -> None:
-    if _is_plain_attention(node):
+    if is_plain_attention(node):
         node.target, options = attention_in_parts, node.kwargs
         node.kwargs = {name: value for name, value in options.items() if name == "scale"}
 
 
-def _is_plain_attention(node: fx.Node) -> bool:
+def is_plain_attention(node: fx.Node) -> bool:
     """Whether it masks nothing: what is given may be a default of the network's own, which nobody sets."""
     options = [value for name, value in node.kwargs.items() if name != "scale"]
     given = [x.args[0] if isinstance(x, fx.Node) and x.op == "placeholder" and x.args else x for x in options]
     return len(node.args) == 3 and not any(isinstance(value, fx.Node) or value for value in given)
 
 
+def leave_out_unread_tokens(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
+    """Where a few tokens are all that is read in the end, let the last block compute no others; shapes were noted, see ``note_shapes``."""
+    _leave_out_nothing(traced, modules)
+    _read_few_tokens(traced, modules)
+
+
 def _leave_out_nothing(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
-    """Take out what does nothing in eval mode, and what was read for nobody."""
+    """Take out what does nothing in its mode, and what was read for nobody."""
     for node in reversed(list(traced.graph.nodes)):
-        idle = node.op == "call_module" and isinstance(modules[str(node.target)], _NOTHING) and node.args
-        if idle or (
+        module = modules[str(node.target)] if node.op == "call_module" else None
+        if (node.args and _is_idle(module)) or (
             getattr(node.target, "__name__", "") == "stochastic_depth" and node.kwargs.get("training") is False
         ):
             node.replace_all_uses_with(node.args[0])
@@ -176,6 +181,10 @@ def _leave_out_nothing(traced: fx.GraphModule, modules: dict[str, nn.Module]) ->
             continue
         if not node.users:
             traced.graph.erase_node(node)
+
+
+def _is_idle(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, _DROPOUT) and not (module.training and module.p))
 
 
 def _read_few_tokens(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
@@ -208,8 +217,8 @@ def _tokens(read: fx.Node) -> slice | None:
 
 def _may_be_cut(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether each token of its result depends on the same token of its inputs alone; of attention's, on that of the queries."""
-    if node.target is _ATTENTION:
-        return _is_plain_attention(node)
+    if node.target is ATTENTION:
+        return is_plain_attention(node)
     if _splits_heads(node) or _joins_heads(node):
         return True
     shapes = [x.meta.get("shape", ()) for x in (node, *node.all_input_nodes)]
@@ -229,7 +238,7 @@ def _may_be_cut(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 def _splits_heads(node: Any) -> bool:
     """(N, heads, L, D) of attention to (N, L, heads, D)."""
     source = node.args[0] if node.target == "transpose" and node.args[1:] == (1, 2) else None
-    return source is not None and source.target is _ATTENTION and _is_plain_attention(source)
+    return source is not None and source.target is ATTENTION and is_plain_attention(source)
 
 
 def _joins_heads(node: fx.Node) -> bool:
@@ -253,7 +262,7 @@ def _cut(traced: fx.GraphModule, few: list[fx.Node], tokens: slice) -> None:
 
     read = few[0]
     for node in reversed(few[1:]):
-        if node.target is _ATTENTION:
+        if node.target is ATTENTION:
             node.args = (cut(node.args[0], slice(None), slice(None)), *node.args[1:])  # type: ignore[arg-type]
         elif _joins_heads(node):
             node.args = (*node.args[:2], width, node.args[3])
@@ -272,7 +281,7 @@ def _ask_once(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:
     """Where one token alone is left to ask, compute no keys and values."""
     position = {node: number for number, node in enumerate(traced.graph.nodes)}
     for node in list(position):
-        chain = _from_linear(node, modules) if node.target is _ATTENTION and _is_plain_attention(node) else None
+        chain = _from_linear(node, modules) if node.target is ATTENTION and is_plain_attention(node) else None
         if chain is not None:
             layer: Any = modules[str(chain[0].target)]
             heads, token, scale = chain[1].meta["shape"][3], chain[-2].args[1][-1].start, node.kwargs.get("scale")

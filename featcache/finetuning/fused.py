@@ -24,7 +24,10 @@ from featcache.backbones.folding import (
     sources_forgotten,
     trace,
     weights_read,
+    with_plain_attention,
 )
+from featcache.backbones.fused_tokens import ATTENTION, has_matrix_units, is_plain_attention, leave_out_unread_tokens
+from featcache.finetuning.attention import attend
 
 _FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
@@ -310,20 +313,26 @@ def make_form(backbone: nn.Module, head: nn.Module, sample: torch.Tensor, dtype:
     """The fastest form that agrees with ``backbone``, in its present mode, on a ``sample`` (2, 3, H, W) of any numbers."""
     plain = Form(backbone, head)
     try:
-        form = Form(_fused(backbone, sample), head)
+        form = Form(_fused(backbone, sample, dtype), head)
         agrees = form.fused and _agree(form, plain, sample, dtype)
     except Exception:  # tracing fails in as many ways as there are models, and other CPUs lack these operators
         agrees = False
     return form if agrees else plain
 
 
-def _fused(backbone: nn.Module, sample: torch.Tensor) -> fx.GraphModule:
-    """``backbone`` traced, with its own parameters and statistics, its convolutions replaced."""
+def _fused(backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> fx.GraphModule:
+    """``backbone`` traced, with its own parameters and statistics, its convolutions and, for ``dtype``, its attention replaced."""
     tensors = (*backbone.parameters(), *backbone.buffers())
-    traced = trace(copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors}))
+    traced = trace(with_plain_attention(copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})))
     with _evaluating(traced), torch.no_grad():
         note_shapes(traced, sample)
     modules = dict(traced.named_modules())
+    leave_out_unread_tokens(traced, modules)
+    if sample.device.type == "cpu" and dtype == torch.bfloat16 and not has_matrix_units():
+        for node in traced.graph.nodes:
+            if node.target is ATTENTION and is_plain_attention(node):
+                node.target, scale = attend, node.kwargs.get("scale")
+                node.kwargs = {"scale": scale}
     norms: dict[fx.Node, list[Any]] = {}
     for node, conv in foldable(traced, modules):
         norms.setdefault(conv, []).append(modules[str(node.target)])

@@ -10,6 +10,7 @@ from torch import nn
 
 from featcache.backbones.load import load_backbone
 from featcache.finetuning import fused
+from featcache.finetuning.attention import attend
 from featcache.finetuning.draws import draw_by_image, drawn_by_image, draws_otherwise
 from featcache.finetuning.fused import Form, make_form
 
@@ -167,6 +168,77 @@ def test_a_network_that_disagrees_stays_plain(monkeypatch: pytest.MonkeyPatch) -
     form = make_form(module, nn.Linear(1, 1), torch.rand(2, 3, 32, 32), torch.float32)
     assert not form.fused
     assert form.module is module
+
+
+def vit_of(**options: Any) -> nn.Module:
+    """A small one of timm's; all that is drawn from a normal distribution, so that every token matters."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 0}
+    return varied(VisionTransformer(**sizes | options))
+
+
+def torchvisions(**options: Any) -> nn.Module:
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    return varied(VisionTransformer(32, 8, num_layers=3, num_heads=3, hidden_dim=48, mlp_dim=96, **options))
+
+
+def varied(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return module.requires_grad_(True).train()
+
+
+VITS = {  # with tokens of the last block's MLP: only those that are read
+    "class token": (lambda: vit_of(reg_tokens=2, init_values=0.5, qk_norm=True), 1),
+    "mean": (lambda: vit_of(global_pool="avg"), 17),
+    "torchvision": (torchvisions, 1),
+}
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_every_gradient_of_a_transformer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form for bfloat16, where attention has a way back of its own, computed in float32."""
+    monkeypatch.setattr(fused, "has_matrix_units", lambda: False)
+    make, tokens = VITS[name]
+    module, x = make(), torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    traced = fused._fused(module, x[:2], torch.bfloat16)
+    assert [node.target for node in traced.graph.nodes].count(attend) == 3
+    form, seen = Form(traced, nn.Linear(1, 1)), list[torch.Size]()
+    for part in traced.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(lambda _, given, result: seen.append(given[0].shape))
+    expected = gradients(module, module, x, None)
+    form.refresh(torch.float32)
+    seen.clear()
+    found = gradients(module, form.embed, x, form)
+    assert [shape[1] for shape in seen if len(shape) == 3][-2:] == [tokens] * 2
+    torch.testing.assert_close(form.embed(x), module(x), rtol=1e-4, atol=1e-4)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        error = float((found[key] - gradient).norm())
+        assert error <= 1e-3 * float(gradient.norm()) + 1e-7, (key, error, float(gradient.norm()))
+
+
+def test_attention_in_float32_and_with_matrix_units_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(2, 3, 32, 32)
+    for units, dtype, expected in ((False, torch.float32, 0), (True, torch.bfloat16, 0), (False, torch.bfloat16, 3)):
+        monkeypatch.setattr(fused, "has_matrix_units", lambda units=units: units)
+        nodes = fused._fused(vit_of(), x, dtype).graph.nodes
+        assert [node.target for node in nodes].count(attend) == expected
+
+
+def test_what_drops_while_it_trains_stays() -> None:
+    """Tokens that are not read, and attention of torchvision's, only where nothing is drawn for them."""
+    x = torch.rand(2, 3, 32, 32)
+    for make in (lambda: vit_of(proj_drop_rate=0.3), lambda: torchvisions(dropout=0.3, attention_dropout=0.3)):
+        training, still = (fused._fused(make().train(mode), x, torch.bfloat16) for mode in (True, False))
+        dropping = [[part for part in one.modules() if isinstance(part, nn.Dropout)] for one in (training, still)]
+        assert len(dropping[0]) > 3 and all(part.p == 0.3 for part in dropping[0]) and not dropping[1]
+    whole = [part for part in training.modules() if isinstance(part, nn.MultiheadAttention)]
+    assert len(whole) == 3 and not any(isinstance(part, nn.MultiheadAttention) for part in still.modules())
 
 
 def test_dropout_belongs_to_images_however_they_are_batched() -> None:

@@ -149,7 +149,7 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
         layers.append((layer, weight, x.requires_grad_(len(layers) > 0), g))
 
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+        if type(module) in (torch.nn.Conv2d, torch.nn.Linear):  # not what pads by itself
             module.register_forward_hook(note)
     images = RECIPES["ants-bees"] if whole else images_at_once(runtime, model)
     with torch.no_grad():

@@ -73,7 +73,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 
 def trace(module: nn.Module) -> fx.GraphModule:
     """``module``, whose batch norms may change their place in it, as a graph. Raises any error: it cannot be traced."""
-    plain, tracer = _with_plain_batchnorms(module), _Tracer()
+    plain, tracer = _with_plain_convolutions(_with_plain_batchnorms(module)), _Tracer()
     try:
         return fx.GraphModule(plain, tracer.trace(plain))
     finally:
@@ -105,7 +105,7 @@ class _Tracer(fx.Tracer):
     """Convolutions of other libraries that extend PyTorch's stay whole."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.Conv2d | _SamePadding) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
@@ -123,6 +123,34 @@ def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
             rest = [part for part in map(child.get_submodule, ("drop", "act")) if not isinstance(part, nn.Identity)]
             _put(module, name, nn.Sequential(norm, *rest))
     return module
+
+
+def _with_plain_convolutions(module: nn.Module) -> nn.Module:
+    """timm's convolutions that pad as TensorFlow does: make them two modules, the second of which is PyTorch's."""
+    for name, child in list(module.named_modules()):
+        if type(child).__name__ == "Conv2dSame" and isinstance(child, nn.Conv2d) and not any(child.padding):
+            plain = copy.copy(child)  # with its weights, which may train
+            plain.__class__ = nn.Conv2d
+            _put(module, name, nn.Sequential(_SamePadding(child), plain))
+    return module
+
+
+class _SamePadding(nn.Module):
+    """As many zeros around an image that a convolution gives its size / stride, of an odd number the last one behind."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.geometry = tuple(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C, H', W')."""
+        sides: list[int] = []
+        for size, (kernel, stride, dilation) in zip(
+            x.shape[:1:-1], self.geometry[::-1], strict=True
+        ):  # the width first
+            missing = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
+            sides += [missing // 2, missing - missing // 2]
+        return nn.functional.pad(x, sides) if any(sides) else x
 
 
 def with_plain_attention(module: nn.Module) -> nn.Module:

@@ -144,7 +144,7 @@ def test_torchvision(name: str, fused: int) -> None:
 
 
 def test_timm_with_real_weights() -> None:
-    check(load_backbone(OFFLINE_BACKBONE).module, torch.randn(2, 3, 96, 96), fused=44)
+    check(load_backbone(OFFLINE_BACKBONE).module, torch.randn(2, 3, 96, 96), fused=49)
 
 
 @pytest.mark.parametrize(("name", "there"), [("resnet18", 20), (OFFLINE_BACKBONE, 49)])
@@ -194,3 +194,23 @@ def test_without_a_relu_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     x = torch.randn(2, 3, 8, 8)
     with torch.inference_mode():
         torch.testing.assert_close(fuse_relus(fold_batchnorm(module), x)(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "groups"), [(3, 2, 1, 1), (5, 2, 1, 4), (3, 1, 2, 1), (2, 3, 1, 1)]
+)
+def test_padding_as_in_tensorflow(kernel: int, stride: int, dilation: int, groups: int) -> None:
+    """timm's own module is the reference, for images of other sizes as well: how much is padded depends on them."""
+    from timm.layers import Conv2dSame
+
+    conv = Conv2dSame(4, 8, kernel, stride, dilation=dilation, groups=groups)
+    network = nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU6()).eval()
+    network[1].running_mean.normal_()
+    sample = torch.randn(2, 4, 16, 15)
+    with torch.inference_mode():
+        folded = fold_batchnorm(network)
+        assert not any(isinstance(part, Conv2dSame | nn.BatchNorm2d) for part in folded.modules())
+        for x in (sample, torch.randn(1, 4, 23, 12), torch.randn(1, 4, 8, 9)):
+            torch.testing.assert_close(folded(x), network(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fuse_convolutions(folded, sample)(sample), network(sample), rtol=1e-4, atol=1e-5)
+    assert type(network[0]) is Conv2dSame

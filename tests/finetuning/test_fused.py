@@ -14,7 +14,14 @@ from featcache.finetuning.attention import attend
 from featcache.finetuning.draws import draw_by_image, drawn_by_image, draws_otherwise
 from featcache.finetuning.fused import Form, make_form
 
-FUSED = ("mobilenet_v2", "mobilenet_v3_small", "resnet18", "efficientnet_b0", "regnet_y_400mf")
+FUSED = (
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "resnet18",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "timm/tf_efficientnet_lite0",
+)
 PLAIN = ("convnext_tiny", "timm/vit_tiny_patch16_224")  # blocks of other parts; only the first may be fused
 
 
@@ -69,6 +76,7 @@ GEOMETRIES = {  # in, out, kernel, stride, padding, dilation, groups
     "pointwise, padded": (8, 12, 1, 1, 1, 1, 1),
     "3 x 3": (8, 12, 3, 1, 1, 1, 1),
     "dilated": (8, 12, 3, 1, 2, 2, 1),
+    "pointwise, strided, of colours": (3, 48, 1, 2, 0, 1, 1),
     "stem": (3, 12, 7, 2, 3, 1, 1),
     "grouped": (8, 12, 3, 2, 1, 1, 4),
     "depthwise": (12, 12, 3, 1, 1, 1, 12),
@@ -113,6 +121,21 @@ def test_one_convolution_with_what_follows_it(name: str, dtype: torch.dtype, aft
     torch.testing.assert_close(got.float(), expected, **close)
     for one, two in zip(found, wanted, strict=True):
         assert float((one.float() - two).norm()) <= (1e-5 if dtype == torch.float32 else 0.25) * float(two.norm())
+
+
+def test_pointwise_convolutions_with_stride_of_few_channels() -> None:
+    """Of images as large as these oneDNN crashes, in PyTorch 2.14: the first layers of RepVGG and MobileOne."""
+    for inside in (3, 4, 8, 12):
+        conv = nn.Conv2d(inside, 48, 1, 2, bias=False).to(memory_format=torch.channels_last)
+        x = torch.randn(2, inside, 224, 224).contiguous(memory_format=torch.channels_last)
+        form = fused._Convolution(conv, (), ("none", [], ""))
+        list(form.refresh(torch.float32, {}))
+        (found,) = torch.autograd.grad(form(x).square().sum(), form._weight)
+        y = torch.einsum("nchw,oc->nohw", x[:, :, ::2, ::2].double(), conv.weight.detach()[:, :, 0, 0].double())
+        expected = 2 * torch.einsum("nohw,nchw->oc", y, x[:, :, ::2, ::2].double())
+        torch.testing.assert_close(
+            found[:, :, 0, 0].double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+        )
 
 
 def test_what_is_frozen_gets_no_gradient_and_no_leaf() -> None:
@@ -217,9 +240,10 @@ def test_every_gradient_of_a_transformer(name: str, monkeypatch: pytest.MonkeyPa
     assert [shape[1] for shape in seen if len(shape) == 3][-2:] == [tokens] * 2
     torch.testing.assert_close(form.embed(x), module(x), rtol=1e-4, atol=1e-4)
     assert found.keys() == expected.keys()
+    rounding = 1e-6 * max(float(gradient.norm()) for gradient in expected.values())  # all that a bias of keys has
     for key, gradient in expected.items():
         error = float((found[key] - gradient).norm())
-        assert error <= 1e-3 * float(gradient.norm()) + 1e-7, (key, error, float(gradient.norm()))
+        assert error <= 1e-3 * float(gradient.norm()) + rounding, (key, error, float(gradient.norm()))
 
 
 def test_attention_in_float32_and_with_matrix_units_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,10 +144,8 @@ class _SamePadding(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, C, H', W')."""
-        sides: list[int] = []
-        for size, (kernel, stride, dilation) in zip(
-            x.shape[:1:-1], self.geometry[::-1], strict=True
-        ):  # the width first
+        sides: list[int] = []  # of the width first
+        for size, (kernel, stride, dilation) in zip(x.shape[:1:-1], self.geometry[::-1], strict=True):
             missing = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
             sides += [missing // 2, missing - missing // 2]
         return nn.functional.pad(x, sides) if any(sides) else x

@@ -7,8 +7,8 @@ it trains, and, after training, a ``Head`` again. Everything here works on any a
 import copy
 import dataclasses
 import itertools
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import nn
 from featcache.backbones.backbone import Backbone, hash_tensors
 from featcache.errors import ModelError
 from featcache.finetuning.draws import DropPath
+from featcache.finetuning.onednn import without_faults
 from featcache.finetuning.recipes import Recipe
 from featcache.heads.head import Array, Head, scale_features
 from featcache.heads.layers import linear_layers, unit_length
@@ -27,6 +28,7 @@ _FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
 _LENGTH = 32.0  # of embeddings as the head sees them, root mean square: that of 1,024 values of size 1
 Net = TypeVar("Net", bound=nn.Module)
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+_REMEMBERED = "attention_bias_cache"  # timm's, of LeViT, TinyViT, EfficientFormer and others: kept from call to call in prediction
 _WITH_WEIGHTS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
@@ -64,7 +66,7 @@ class Network(nn.Module):
 
     def __init__(self, backbone: Backbone, head: nn.Sequential) -> None:
         super().__init__()
-        self.backbone = copy.deepcopy(backbone.module).to(memory_format=torch.channels_last)
+        self.backbone = without_faults(copy.deepcopy(backbone.module).to(memory_format=torch.channels_last))
         self.head, self.size = head, backbone.preprocess.crop
         mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
         self.register_buffer("mean", mean, persistent=False)
@@ -161,6 +163,14 @@ def check_parity(network_logits: Array, head_logits: Array, *, tolerance: float)
             "weights or the preprocessing are not those of the cache: extract and fit the head again"
         )
     return difference
+
+
+def take_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Set all tensors of ``module``'s state. Raises RuntimeError: other names or shapes."""
+    state = OrderedDict(weights)
+    # Versions of its parts, without which MNASNet takes nothing.
+    state._metadata = module.state_dict()._metadata  # type: ignore[attr-defined]
+    module.load_state_dict(state)
 
 
 def interpolate(start: Net, tuned: Net, *, alpha: float) -> Net:
@@ -342,6 +352,8 @@ def training_mode(network: Network, recipe: Recipe) -> None:
             module.train(recipe.batchnorm == "train" and trains)
         elif isinstance(module, DropPath) and recipe.drop_path:
             module.train(opened)
+        elif _REMEMBERED in vars(module):
+            module.training = opened  # it alone, which then computes anew what it would remember of its weights
 
 
 def set_drop_path(backbone: nn.Module, rate: float) -> int:

@@ -23,7 +23,7 @@ from featcache.finetuning.batches import Batch, Draw, draw_batches
 from featcache.finetuning.draw_processes import drawing_apart
 from featcache.finetuning.gpu_steps import GpuSteps
 from featcache.finetuning.micro_batches import MicroBatches
-from featcache.finetuning.network import Network, parameter_groups, set_drop_path, training_mode, unfreeze
+from featcache.finetuning.network import Network, parameter_groups, set_drop_path, take_weights, training_mode, unfreeze
 from featcache.finetuning.pixels import Pixels
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.heads.head import Array, Indices
@@ -377,9 +377,9 @@ class Trainer:
         )
         self.seconds = state["seconds"]
         self._first_loss, self._first_mean = state["first_loss"], state["first_mean"]
-        self.network.load_state_dict(state["network"])
+        take_weights(self.network, state["network"])
         if self._average:
-            self._average.load_state_dict(state["average"])
+            take_weights(self._average, state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.history, self.best = state["history"], state["best"]

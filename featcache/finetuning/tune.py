@@ -33,6 +33,7 @@ from featcache.finetuning.network import (
     count_parameters,
     has_batch_norms,
     interpolate,
+    take_weights,
     with_new_head,
 )
 from featcache.finetuning.pixels import Pixels, decode_split
@@ -350,7 +351,7 @@ def _choose(trainer: Trainer, start: _Start) -> tuple[float | None, Network, Arr
     if not best:  # the budget left no time
         return 0.0, copy.deepcopy(start.network), start.val_logits
     tuned, tuned_logits = trainer.evaluated, best["logits"].numpy()
-    tuned.load_state_dict(best["weights"])
+    take_weights(tuned, best["weights"])
     log.info("best epoch on val: %d, after step %d of the run", best["epoch"], best["step"])
     if not recipe.interpolate or recipe.hidden is not None:
         return None if recipe.hidden is not None else 1.0, tuned, tuned_logits

@@ -105,7 +105,7 @@ def _reload(
         network.set_submodule(layer, nn.Identity())
     try:
         network.load_state_dict(own)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # MNASNet asks for a version, which such a file has no place for
         raise ExportError(f"{backbone.name} does not take its own tensors back: {error}; export to .onnx") from error
     with torch.inference_mode():
         outputs = network(inputs)

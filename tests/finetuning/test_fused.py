@@ -123,21 +123,6 @@ def test_one_convolution_with_what_follows_it(name: str, dtype: torch.dtype, aft
         assert float((one.float() - two).norm()) <= (1e-5 if dtype == torch.float32 else 0.25) * float(two.norm())
 
 
-def test_pointwise_convolutions_with_stride_of_few_channels() -> None:
-    """Of images as large as these oneDNN crashes, in PyTorch 2.14: the first layers of RepVGG and MobileOne."""
-    for inside in (3, 4, 8, 12):
-        conv = nn.Conv2d(inside, 48, 1, 2, bias=False).to(memory_format=torch.channels_last)
-        x = torch.randn(2, inside, 224, 224).contiguous(memory_format=torch.channels_last)
-        form = fused._Convolution(conv, (), ("none", [], ""))
-        list(form.refresh(torch.float32, {}))
-        (found,) = torch.autograd.grad(form(x).square().sum(), form._weight)
-        y = torch.einsum("nchw,oc->nohw", x[:, :, ::2, ::2].double(), conv.weight.detach()[:, :, 0, 0].double())
-        expected = 2 * torch.einsum("nohw,nchw->oc", y, x[:, :, ::2, ::2].double())
-        torch.testing.assert_close(
-            found[:, :, 0, 0].double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
-        )
-
-
 def test_what_is_frozen_gets_no_gradient_and_no_leaf() -> None:
     module = randomised("mobilenet_v2", 32)
     last = list(module.parameters())[-3:]
@@ -191,6 +176,23 @@ def test_a_network_that_disagrees_stays_plain(monkeypatch: pytest.MonkeyPatch) -
     form = make_form(module, nn.Linear(1, 1), torch.rand(2, 3, 32, 32), torch.float32)
     assert not form.fused
     assert form.module is module
+
+
+@pytest.mark.parametrize(("first", "second"), [(False, True), (False, False)])
+def test_other_images_are_looked_at_before_a_form_is_given_up(
+    first: bool, second: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, seen = iter([first, second]), list[torch.Tensor]()
+
+    def is_near(_: object, __: object, images: torch.Tensor) -> bool:
+        seen.append(images)
+        return next(answers)
+
+    monkeypatch.setattr(fused, "_is_near", is_near)
+    module = randomised("resnet18", 32).requires_grad_(True)
+    form = make_form(module, nn.Linear(1, 1), torch.rand(2, 3, 32, 32), torch.float32)
+    assert form.fused == (second and torch.backends.mkldnn.is_available())
+    assert not torch.equal(*seen)
 
 
 def vit_of(**options: Any) -> nn.Module:

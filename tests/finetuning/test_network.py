@@ -213,6 +213,40 @@ def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> N
     encoder = Encoder(loaded.module, backbone.preprocess, CPU.device, torch.float32)
     predicted = networks.to_head(network).logits(encoder(np.stack(data.pictures)))
     np.testing.assert_allclose(logits, predicted, rtol=1e-3, atol=1e-3 * np.abs(predicted).max())
+    networks.take_weights(network, before)  # as those of the best epoch are
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+FIRST_BIASES = {  # of a network that can be traced, and of one that cannot
+    "timm/levit_128s": "stages.0.blocks.0.attn.attention_biases",
+    "timm/tiny_vit_5m_224": "stages.1.blocks.0.attn.attention_biases",
+}
+
+
+@pytest.mark.parametrize("name", FIRST_BIASES)
+def test_what_a_backbone_remembers_in_prediction_trains(name: str) -> None:
+    """Attention's biases: kept from one prediction to the next, they must follow their weights, and these must have gradients."""
+    recipe = Recipe(about="", hidden=(), optimizer="sgd", lr=0.1, backbone_lr=0.1, batch_size=4, augmentation=())
+    backbone = load_backbone(name, "none")
+    for norm in (m for m in backbone.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        norm.weight.data.fill_(0.5)  # LeViT's start at zero: nothing before them has a gradient
+    network = networks.with_new_head(backbone, recipe, 3, seed=0)
+    biases = {key: value for key, value in network.named_parameters() if key.endswith("attention_biases")}
+    before = {key: value.detach().clone() for key, value in biases.items()}
+    data = make_pixels(4, 224)
+    compute_logits(network, data.pictures, job=JOB)  # as before the first step
+    trainer = Trainer(network, data, recipe=recipe, job=JOB)  # two parts a step
+    for _ in range(2):
+        trainer.run_epoch()
+    assert {key for key, value in biases.items() if value.grad is not None} == biases.keys() != set()
+    assert not torch.equal(
+        *(values["backbone." + FIRST_BIASES[name]] for values in (biases, before))
+    )  # the last ones' vanish
+    fresh = networks.with_new_head(backbone, recipe, 3, seed=0)
+    networks.take_weights(fresh, network.state_dict())
+    np.testing.assert_array_equal(
+        *(compute_logits(each, data.pictures, job=JOB) for each in (network, fresh)),
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ ring.py              batches filled by many threads, computed by one device
 lanes.py             a GPU that takes batch after batch
 encoder.py           a backbone made fast
 self_check.py        are embeddings still the network's own? Is bf16 good enough?
+tracing.py           a network as a graph of calls
 folding.py           batch norms folded into convolutions, what follows these done in them
 fused_tokens.py      linear layers with what follows them, attention, no token in vain
 """

@@ -24,13 +24,12 @@ from featcache.backbones.folding import (
     fold_batchnorm,
     fuse_convolutions,
     fuse_relus,
-    out_of_cycles,
-    sources_forgotten,
 )
 from featcache.backbones.fused_tokens import fuse_tokens
 from featcache.backbones.lanes import CudaLane, Forward, PlainLane, fitting_lane
 from featcache.backbones.ring import Lane
 from featcache.backbones.self_check import Agreement, agreement, only_rounded
+from featcache.backbones.tracing import out_of_cycles, sources_forgotten
 from featcache.errors import BackboneError, UsageError
 from featcache.images.preprocess import channel_constants, normalise
 from featcache.spec import PreprocessSpec
@@ -241,7 +240,7 @@ def _choice(precision: str, form: str, group: str, reason: str, tried: dict[str,
 
 def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -> Iterator[tuple[Encoder, str, str]]:
     """(encoder, precision, form), fastest first."""
-    folded = fold_batchnorm(backbone.module)
+    folded = fold_batchnorm(backbone.module, backbone.preprocess.crop)
     form = "folded" if isinstance(folded, fx.GraphModule) else "plain"
     for name in precisions:
         if form == "folded" and runtime.device.type != "mps" and os.environ.get("FEATCACHE_FUSE") != "0":

@@ -5,10 +5,8 @@ whoever uses it checks that it does. Fusing is by private operators of PyTorch's
 seconds, in a fraction of one.
 """
 
-import contextlib
 import copy
 import functools
-import linecache
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from featcache.backbones.tracing import finished, replace_module, trace, with_plain_attention
 
 # oneDNN's name and arguments for what it can apply to a convolution's result before that leaves the cache
 Activation = tuple[str, list[float], str]
@@ -35,49 +35,23 @@ _RELUS = {torch.relu, nn.functional.relu}
 _ADDITIONS = {operator.add, torch.add}
 
 
-@contextlib.contextmanager
-def sources_forgotten() -> Iterator[None]:
-    """Drop the source texts of the modules that are traced inside.
-
-    PyTorch keeps them as long as the process lives, to show them in tracebacks: 27 KB for every encoder, which adds up in
-    a service that makes one for every request.
-    """
-    kept: dict[str, Any] = getattr(getattr(fx.graph_module, "_loader", None), "eval_cache", {})
-    before = set(kept)
-    try:
-        yield
-    finally:
-        for name in set(kept) - before:
-            kept.pop(name, None)
-            linecache.cache.pop(name, None)
-
-
-def fold_batchnorm(module: nn.Module) -> nn.Module:
+def fold_batchnorm(module: nn.Module, size: tuple[int, int]) -> nn.Module:
     """A copy with each batch norm folded into the convolution before it; an unfolded one if it cannot be traced.
 
-    The formula is ``torch.nn.utils.fusion.fuse_conv_bn_eval``'s.
+    ``size``: (H, W) of the images that it will be given. The formula is ``torch.nn.utils.fusion.fuse_conv_bn_eval``'s.
     """
     try:
-        traced = trace(with_plain_attention(copy.deepcopy(module).eval()))
+        traced = trace(with_plain_attention(copy.deepcopy(module).eval()), size)
     except Exception:  # data-dependent control flow: tracing fails in as many ways as there are models
         return copy.deepcopy(module).eval()
     modules = dict(traced.named_modules())
     for node, conv in foldable(traced, modules):
         folded = fuse_conv_bn_eval(modules[str(conv.target)], modules[str(node.target)])
         modules[str(conv.target)] = folded  # the next batch norm may fold into it, too
-        _put(traced, str(conv.target), folded)
+        replace_module(traced, str(conv.target), folded)
         node.replace_all_uses_with(conv)
         traced.graph.erase_node(node)
     return finished(traced)
-
-
-def trace(module: nn.Module) -> fx.GraphModule:
-    """``module``, whose batch norms may change their place in it, as a graph. Raises any error: it cannot be traced."""
-    plain, tracer = _with_plain_convolutions(_with_plain_batchnorms(module)), _Tracer()
-    try:
-        return fx.GraphModule(plain, tracer.trace(plain))
-    finally:
-        vars(tracer).clear()  # a recursive function of its own holds it, and with it all weights
 
 
 def foldable(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -99,106 +73,6 @@ def foldable(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> Iterator[
 def weights_read(traced: fx.GraphModule) -> set[str]:
     """Names of the modules whose weights something else computes with."""
     return {str(node.target).rpartition(".")[0] for node in traced.graph.nodes if node.op == "get_attr"}
-
-
-class _Tracer(fx.Tracer):
-    """Convolutions of other libraries that extend PyTorch's stay whole."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, nn.Conv2d | _SamePadding) or super().is_leaf_module(m, module_qualified_name)
-
-
-def _with_plain_batchnorms(module: nn.Module) -> nn.Module:
-    """timm's batch norms hold their activation: make them two modules, the first of which can be folded."""
-    for name, child in list(module.named_modules()):
-        if (
-            type(child).__name__ == "BatchNormAct2d"
-            and isinstance(child, nn.BatchNorm2d)
-            and child.running_var is not None
-        ):
-            norm = nn.BatchNorm2d(child.num_features, child.eps, child.momentum)
-            for own in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                setattr(norm, own, getattr(child, own))  # its own, not copies: they may train
-            norm.training = child.training
-            rest = [part for part in map(child.get_submodule, ("drop", "act")) if not isinstance(part, nn.Identity)]
-            _put(module, name, nn.Sequential(norm, *rest))
-    return module
-
-
-def _with_plain_convolutions(module: nn.Module) -> nn.Module:
-    """timm's convolutions that pad as TensorFlow does: make them two modules, the second of which is PyTorch's."""
-    for name, child in list(module.named_modules()):
-        if type(child).__name__ == "Conv2dSame" and isinstance(child, nn.Conv2d) and not any(child.padding):
-            plain = copy.copy(child)  # with its weights, which may train
-            plain.__class__ = nn.Conv2d
-            _put(module, name, nn.Sequential(_SamePadding(child), plain))
-    return module
-
-
-class _SamePadding(nn.Module):
-    """As many zeros around an image that a convolution gives its size / stride, of an odd number the last one behind."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.geometry = tuple(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> (N, C, H', W')."""
-        sides: list[int] = []  # of the width first
-        for size, (kernel, stride, dilation) in zip(x.shape[:1:-1], self.geometry[::-1], strict=True):
-            missing = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
-            sides += [missing // 2, missing - missing // 2]
-        return nn.functional.pad(x, sides) if any(sides) else x
-
-
-def with_plain_attention(module: nn.Module) -> nn.Module:
-    """torchvision's blocks call PyTorch's attention, which cannot be traced: the same in steps that can."""
-    for name, child in list(module.named_modules()):
-        plain = isinstance(child, nn.MultiheadAttention) and child.batch_first and child.in_proj_weight is not None
-        drops = plain and child.training and child.dropout
-        if plain and not drops and type(module.get_submodule(name.rpartition(".")[0])).__name__ == "EncoderBlock":
-            _put(module, name, _SelfAttention(child).eval())
-    return module
-
-
-class _SelfAttention(nn.Module):
-    """``nn.MultiheadAttention`` of one sequence with itself, without masks."""
-
-    def __init__(self, attention: nn.MultiheadAttention) -> None:
-        super().__init__()
-        width = attention.embed_dim
-        self.heads = attention.num_heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.qkv.weight, self.qkv.bias = attention.in_proj_weight, attention.in_proj_bias
-        self.proj.weight, self.proj.bias = attention.out_proj.weight, attention.out_proj.bias
-
-    def forward(self, x: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, None]:
-        n, length, width = x.shape
-        split = self.qkv(x).reshape(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = split.unbind(0)
-        found = nn.functional.scaled_dot_product_attention(query, key, value)
-        return self.proj(found.transpose(1, 2).reshape(n, length, width)), None
-
-
-def _put(module: nn.Module, name: str, child: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(module.get_submodule(parent), last, child)
-
-
-def finished(traced: fx.GraphModule) -> fx.GraphModule:
-    """``traced`` after its graph was changed, checked and compiled to Python."""
-    traced.delete_all_unused_submodules()
-    traced.graph.lint()
-    traced.recompile()
-    out_of_cycles(traced)
-    return traced
-
-
-def out_of_cycles(module: nn.Module) -> nn.Module:
-    """``module``, traced or not, whose weights are given back as soon as it is: a GPU's memory may wait long for Python's collector."""
-    if isinstance(module, fx.GraphModule):
-        module.graph.owning_module = None  # it is asked in checks while a graph is changed
-    return module
 
 
 def fuse_convolutions(module: nn.Module, sample: torch.Tensor, *, batch_size: int | None = None) -> nn.Module:

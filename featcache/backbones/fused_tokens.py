@@ -16,12 +16,12 @@ from featcache.backbones.folding import (
     NOT_AT_ALL,
     Activation,
     activation_of,
-    finished,
     note_shapes,
     only_user,
     replace_chain,
     residual_of,
 )
+from featcache.backbones.tracing import finished
 
 _DROPOUT = (nn.Dropout, nn.Dropout2d)
 _READS = {operator.getitem, getattr}  # with nobody to use the result, of no effect
@@ -157,10 +157,11 @@ def _attend_in_parts(node: fx.Node) -> None:
 
 
 def is_plain_attention(node: fx.Node) -> bool:
-    """Whether it masks nothing: what is given may be a default of the network's own, which nobody sets."""
+    """Whether it is of (N, heads, L, D) and masks nothing: what is given may be a default of the network's own, which nobody sets."""
     options = [value for name, value in node.kwargs.items() if name != "scale"]
     given = [x.args[0] if isinstance(x, fx.Node) and x.op == "placeholder" and x.args else x for x in options]
-    return len(node.args) == 3 and not any(isinstance(value, fx.Node) or value for value in given)
+    four = [isinstance(x, fx.Node) and len(x.meta.get("shape", ())) == 4 for x in node.args]
+    return four == [True] * 3 and not any(isinstance(value, fx.Node) or value for value in given)
 
 
 def leave_out_unread_tokens(traced: fx.GraphModule, modules: dict[str, nn.Module]) -> None:

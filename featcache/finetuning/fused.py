@@ -5,7 +5,6 @@ weights, which are computed once per step from the network's own parameters, and
 the parameters by the chain rule. What cannot be traced, or does not agree with the plain network, stays as it is.
 """
 
-import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,17 +15,14 @@ from torch import fx, nn
 from featcache.backbones.folding import (
     Activation,
     chain_from,
-    finished,
     foldable,
     is_plain_convolution,
     note_shapes,
     replace_chain,
-    sources_forgotten,
-    trace,
     weights_read,
-    with_plain_attention,
 )
 from featcache.backbones.fused_tokens import ATTENTION, has_matrix_units, is_plain_attention, leave_out_unread_tokens
+from featcache.backbones.tracing import evaluating, finished, sources_forgotten, trace, with_plain_attention
 from featcache.finetuning.attention import attend
 from featcache.finetuning.onednn import crashes, is_garbage
 
@@ -330,8 +326,9 @@ def make_form(backbone: nn.Module, head: nn.Module, sample: torch.Tensor, dtype:
 def _fused(backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> fx.GraphModule:
     """``backbone`` traced, with its own parameters and statistics, its convolutions and, for ``dtype``, its attention replaced."""
     tensors = (*backbone.parameters(), *backbone.buffers())
-    traced = trace(with_plain_attention(copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})))
-    with _evaluating(traced), torch.no_grad():
+    size = sample.shape[2], sample.shape[3]
+    traced = trace(with_plain_attention(copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})), size)
+    with evaluating(traced), torch.no_grad():
         note_shapes(traced, sample)
     modules = dict(traced.named_modules())
     leave_out_unread_tokens(traced, modules)
@@ -357,22 +354,9 @@ def _fused(backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> fx.
     return finished(traced)
 
 
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Let ``module`` compute as in prediction."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        module.eval()  # once more: some remember until then what they computed of their weights
-        for part, mode in modes.items():
-            part.training = mode
-
-
 def _agree(form: Form, plain: Form, sample: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether embeddings and gradients are the plain network's, as in prediction and in float32; and it runs in ``dtype``."""
-    with _evaluating(form.module), _evaluating(plain.module):
+    with evaluating(form.module), evaluating(plain.module):
         # Rounding may move a value over the edge of a ReLU6, and a small network's gradient by more than 1 %: hardly twice.
         near = any(_is_near(form, plain, images) for images in (sample, sample.flip(3)))
         if not near or dtype == torch.float32:

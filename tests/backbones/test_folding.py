@@ -36,7 +36,7 @@ def check(module: nn.Module, x: torch.Tensor, fused: int) -> None:
     x = x.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         expected = module(x)
-        folded = fold_batchnorm(module)
+        folded = fold_batchnorm(module, x.shape[2:])
         torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4)
         faster = fuse_convolutions(folded.to(memory_format=torch.channels_last), x)
         torch.testing.assert_close(faster(x), expected, rtol=1e-4, atol=1e-4)
@@ -119,7 +119,7 @@ def test_residuals(compute: Callable[..., torch.Tensor], fused: int) -> None:
 )
 def test_calls(compute: Callable[[Network, torch.Tensor], torch.Tensor], left: int, fused: int) -> None:
     network = with_statistics(Network(compute))
-    assert norms(fold_batchnorm(network)) == left
+    assert norms(fold_batchnorm(network, (8, 8))) == left
     check(network, torch.randn(2, 3, 8, 8), fused)
 
 
@@ -150,7 +150,7 @@ def test_timm_with_real_weights() -> None:
 @pytest.mark.parametrize(("name", "there"), [("resnet18", 20), (OFFLINE_BACKBONE, 49)])
 def test_folding_removes_batch_norms_and_keeps_the_original(name: str, there: int) -> None:
     module = load_backbone(name, "none").module
-    assert (norms(fold_batchnorm(module)), norms(module)) == (0, there)
+    assert (norms(fold_batchnorm(module, (32, 32))), norms(module)) == (0, there)
 
 
 def conv_relu(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> torch.Tensor:
@@ -180,7 +180,7 @@ def test_what_cudnn_can_do(monkeypatch: pytest.MonkeyPatch, name: str, fused: in
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         expected = module(x)
-        faster = fuse_relus(fold_batchnorm(module), x)
+        faster = fuse_relus(fold_batchnorm(module, (64, 64)), x)
         torch.testing.assert_close(faster(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     kinds = [type(module).__name__ for module in faster.modules()]
     assert kinds.count("_CudnnConvolution") == fused
@@ -193,7 +193,7 @@ def test_without_a_relu_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     ).eval()
     x = torch.randn(2, 3, 8, 8)
     with torch.inference_mode():
-        torch.testing.assert_close(fuse_relus(fold_batchnorm(module), x)(x), module(x))
+        torch.testing.assert_close(fuse_relus(fold_batchnorm(module, (8, 8)), x)(x), module(x))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_padding_as_in_tensorflow(kernel: int, stride: int, dilation: int, group
     network[1].running_mean.normal_()
     sample = torch.randn(2, 4, 16, 15)
     with torch.inference_mode():
-        folded = fold_batchnorm(network)
+        folded = fold_batchnorm(network, (16, 15))
         assert not any(isinstance(part, Conv2dSame | nn.BatchNorm2d) for part in folded.modules())
         for x in (sample, torch.randn(1, 4, 23, 12), torch.randn(1, 4, 8, 9)):
             torch.testing.assert_close(folded(x), network(x), rtol=1e-4, atol=1e-5)

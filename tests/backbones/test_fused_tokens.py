@@ -38,7 +38,7 @@ def with_values(module: nn.Module) -> nn.Module:
 
 def fused(module: nn.Module, x: torch.Tensor) -> nn.Module:
     with torch.inference_mode():
-        folded = fold_batchnorm(module)
+        folded = fold_batchnorm(module, x.shape[2:])
         assert isinstance(folded, fx.GraphModule)
         return fuse_tokens(folded, x[:2], batch_size=len(x))
 
@@ -179,7 +179,7 @@ def test_computations(name: str, dtype: torch.dtype) -> None:
     network, x = Network(COMPUTATIONS[name]).eval(), torch.randn(3, 3, 4, 4)
     with torch.inference_mode():
         expected = network(x.clone())
-        faster = fuse_tokens(fold_batchnorm(network).to(dtype), x[:2].to(dtype), batch_size=3)
+        faster = fuse_tokens(fold_batchnorm(network, (4, 4)).to(dtype), x[:2].to(dtype), batch_size=3)
         tolerance = 1e-5 if dtype == torch.float32 else 0.1
         torch.testing.assert_close(faster(x.to(dtype)).float(), expected, rtol=tolerance, atol=tolerance)
 
@@ -249,7 +249,7 @@ def test_bfloat16_errs_no_more_than_the_plain_network_in_it(name: str) -> None:
     with torch.inference_mode():
         exact = network(x).numpy()
         plain = copy.deepcopy(network).bfloat16()(x.bfloat16()).float().numpy()
-        folded = fold_batchnorm(network).bfloat16()
+        folded = fold_batchnorm(network, (32, 32)).bfloat16()
         faster = fuse_tokens(folded, x[:2].bfloat16(), batch_size=16)(x.bfloat16()).float().numpy()
     assert agreement(exact, faster).error <= 1.5 * agreement(exact, plain).error
 

@@ -35,6 +35,13 @@ class Net(nn.Module):
         return self.compute(self, self.norm(self.conv(x)))
 
 
+class Bare(Net):
+    """Without a second input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
 def windows(net: Net, x: torch.Tensor) -> torch.Tensor:
     """As Swin's: padded to whole windows, these side by side in the batch."""
     n, c, height, width = x.shape
@@ -79,9 +86,12 @@ def made(net: Net, x: torch.Tensor) -> torch.Tensor:
     return (x * grid).mean((2, 3)) + x.new_zeros(x.shape[0], 8)
 
 
+@pytest.mark.parametrize("kind", [Net, Bare])
 @pytest.mark.parametrize("compute", [windows, batch_second, cuts, remembers, made])
-def test_networks_that_decide_by_sizes(compute: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
-    net = Net(compute)
+def test_networks_that_decide_by_sizes(
+    compute: Callable[[nn.Module, torch.Tensor], torch.Tensor], kind: type[Net]
+) -> None:
+    net = kind(compute)
     net.norm.running_mean.normal_()
     folded = fold_batchnorm(net, (EDGE, EDGE))
     assert isinstance(folded, fx.GraphModule)

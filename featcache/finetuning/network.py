@@ -147,22 +147,27 @@ def check_parity(network_logits: Array, head_logits: Array, *, tolerance: float)
         tolerance: largest accepted difference, relative to the spread of the head's logits.
 
     Returns:
-        The relative difference, |network - head| / |head - mean over classes|, in the Frobenius norm.
+        ``difference_of`` them.
 
     Raises:
         ModelError: larger than ``tolerance``: what would train is not what was cached.
     """
-    a, b = (logits.astype(np.float64) for logits in (network_logits, head_logits))
-    a, b = (logits - logits.mean(axis=1, keepdims=True) for logits in (a, b))  # what softmax sees
-    difference = float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-12)
+    difference = difference_of(network_logits, head_logits)
     if not difference <= tolerance:
-        same = float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
+        same = float((network_logits.argmax(axis=1) == head_logits.argmax(axis=1)).mean())
         raise ModelError(
-            f"the assembled network does not compute what the cached head computes: on {len(a)} images the logits differ by "
+            f"the assembled network does not compute what the cached head computes: on {len(head_logits)} images the logits differ by "
             f"{difference:.2%} of their spread, expected at most {tolerance:.2%} ({same:.0%} of the labels agree); the images, the "
             "weights or the preprocessing are not those of the cache: extract and fit the head again"
         )
     return difference
+
+
+def difference_of(found: Array, expected: Array) -> float:
+    """|found - expected| / |expected - mean over classes| of logits (n, C), in the Frobenius norm."""
+    a, b = (logits.astype(np.float64) for logits in (found, expected))
+    a, b = (logits - logits.mean(axis=1, keepdims=True) for logits in (a, b))  # what softmax sees
+    return float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-12)
 
 
 def take_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

@@ -31,9 +31,11 @@ from featcache.finetuning.network import (
     assemble,
     check_parity,
     count_parameters,
+    difference_of,
     has_batch_norms,
     interpolate,
     take_weights,
+    to_head,
     with_new_head,
 )
 from featcache.finetuning.pixels import Pixels, decode_split
@@ -139,6 +141,7 @@ def tune(
         rate = loop.train() if plan is None or plan.epochs else 0.0
     check_replaceable(job.output, overwrite=job.overwrite)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
+    _check_weights(start, tuned, val_logits)
     temperature = 1.0
     if alpha != 0:
         temperature = calibrate(tuned, val.labels, val_logits)
@@ -367,6 +370,25 @@ def _choose(trainer: Trainer, start: _Start) -> tuple[float | None, Network, Arr
         ", ".join(f"{share:g} ({score(y, logits[share])[0]:.2%})" for share in sorted(logits)),
     )
     return alpha, interpolate(start.network, tuned, alpha=alpha), logits[alpha]
+
+
+def _check_weights(start: _Start, tuned: Network, logits: Array) -> None:
+    """Raise ModelError unless weights and head, as they are saved, give the ``logits`` on val that they were chosen by.
+
+    A backbone that keeps more from step to step than its weights would give others once it is loaded.
+    """
+    backbone, runtime = start.backbone, start.job.runtime
+    module = copy.deepcopy(backbone.module)
+    take_weights(module, tuned.backbone.state_dict())
+    plain = Encoder(module, backbone.preprocess, runtime.device, torch.float32)
+    embeddings = embed_sample(plain, np.stack([start.val.pictures[k] for k in start.compared]), runtime)
+    difference = difference_of(to_head(tuned).logits(embeddings), logits[start.compared])
+    if not difference <= _TOLERANCE:
+        raise ModelError(
+            f"the weights of the trained network give other logits than it did: on {quantity(len(start.compared), 'image')} of val they "
+            f"differ by {difference:.2%} of their spread, expected at most {_TOLERANCE:.2%}; {backbone.name} keeps something outside its "
+            "weights, so that nothing is saved; please report it"
+        )
 
 
 def _report(

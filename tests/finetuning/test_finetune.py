@@ -272,6 +272,15 @@ def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monke
     assert "loss before step 1, in training mode and fp32, with nothing dropped yet: " in tune.log.text
 
 
+def test_a_network_that_is_more_than_its_weights_is_not_saved(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scores on val would be of another network than the one that is loaded later."""
+    right = compute_logits
+    monkeypatch.setattr("featcache.finetuning.loop.compute_logits", lambda *a, **named: right(*a, **named)[:, ::-1])
+    with pytest.raises(errors.ModelError, match=r"on 16 images of val they differ by \d+.*; .* keeps something"):
+        tune(changes=QUICK | {"epochs": 1, "interpolate": False})
+    assert not tune.ft.exists()
+
+
 def test_a_precision_that_starts_elsewhere_is_not_taken_by_itself(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
     compute = Trainer.logits_in_training
     monkeypatch.setattr("featcache.finetuning.trainer.has_bf16_arithmetic", lambda: True)

@@ -44,12 +44,13 @@ def main() -> None:  # noqa: D103 - the module says it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True, help="a file, or none")
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=15)
     arguments = parser.parse_args()
-    options = ["--backbone", arguments.backbone, "--weights", arguments.weights.resolve(), "--precision", "fp32"]
+    weights = arguments.weights if str(arguments.weights) == "none" else arguments.weights.resolve()
+    options = ["--backbone", arguments.backbone, "--weights", weights, "--precision", "fp32"]
     sides = {"old": arguments.old.resolve(), "new": HERE}
     times: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:

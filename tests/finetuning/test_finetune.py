@@ -275,7 +275,9 @@ def test_training_from_another_loss_than_the_heads_is_refused(tune: Tuner, monke
 def test_a_network_that_is_more_than_its_weights_is_not_saved(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its scores on val would be of another network than the one that is loaded later."""
     right = compute_logits
-    monkeypatch.setattr("featcache.finetuning.loop.compute_logits", lambda *a, **named: right(*a, **named)[:, ::-1])
+    monkeypatch.setattr(
+        "featcache.finetuning.loop.compute_logits", lambda *a, **named: right(*a, **named)[:, ::-1].copy()
+    )
     with pytest.raises(errors.ModelError, match=r"on 16 images of val they differ by \d+.*; .* keeps something"):
         tune(changes=QUICK | {"epochs": 1, "interpolate": False})
     assert not tune.ft.exists()

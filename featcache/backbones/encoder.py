@@ -88,7 +88,8 @@ class PrecisionChoice:
         )
 
 
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, laid out so if it has four dimensions: ``Module.to(memory_format=...)`` refuses networks with some of five."""
     return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
 
@@ -105,8 +106,7 @@ class Encoder:
         self.preprocess = preprocess
         self.device = device
         self._dtype = dtype
-        # Not Module.to(memory_format=...): a traced Swin holds constants of five dimensions, which that refuses.
-        self._module = out_of_cycles(module).to(device=device, dtype=dtype)._apply(_channels_last)  # type: ignore[no-untyped-call]
+        self._module = out_of_cycles(module).to(device=device, dtype=dtype)._apply(channels_last)  # type: ignore[no-untyped-call]
         self._constants = channel_constants(preprocess, device)
         self._gpu = threading.Lock()  # a GPU takes one batch at a time; a CPU as many as there are workers
         self._lane: Lane | None = None  # the latest

@@ -6,8 +6,10 @@ symbols for tensors. Where this asks for sizes to decide by, they are those of i
 
 import contextlib
 import copy
+import dis
 import linecache
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,6 +62,31 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Conv2d | _SamePadding) or super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
+
+
+class _Unpacked(fx.Proxy):
+    """Unpacked as PyTorch's symbols are, into as many as there are names; but these then hold the network until Python looks for cycles."""
+
+    def __iter__(self) -> Iterator[Any]:
+        asking = sys._getframe(1)
+        names = next(step for step in dis.get_instructions(asking.f_code) if step.offset >= asking.f_lasti)
+        if names.opname != "UNPACK_SEQUENCE":
+            return self.tracer.iter(self)
+        return iter([operator.getitem(self, k) for k in range(names.argval)])
+
+
+class _Symbol(_Unpacked):
+    """What stands for a tensor while a network is traced."""
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _Attribute(self, k)
+
+
+class _Attribute(_Unpacked, fx.proxy.Attribute):
+    """What stands for an attribute of it."""
 
 
 class _SizeTracer(_Tracer):
@@ -121,7 +148,7 @@ def _without_values(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
-class _Sized(fx.Proxy):
+class _Sized(_Symbol):
     """A symbol that knows its sizes."""
 
     tracer: _SizeTracer

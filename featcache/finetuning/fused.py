@@ -372,14 +372,16 @@ def _is_near(form: Form, plain: Form, images: torch.Tensor) -> bool:
 def _embed_and_back(
     form: Form, backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings, and the gradient of their mean square in one row."""
+    """Embeddings, and the gradient of their weighted mean in one row."""
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     form.refresh(dtype)
     with torch.enable_grad():
         embedding = form.embed(sample)
         if not parameters:
             return embedding, torch.zeros(1)
-        form.settle(torch.autograd.grad(embedding.square().mean(), form.leaves, allow_unused=True))
+        # Of squares it would vanish below a last layer norm, and show no mistake there.
+        weights = torch.linspace(-1, 1, embedding.shape[1], device=embedding.device)
+        form.settle(torch.autograd.grad((embedding * weights).mean(), form.leaves, allow_unused=True))
     row = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     for parameter in parameters:
         parameter.grad = None

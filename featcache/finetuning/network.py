@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from featcache.backbones.backbone import Backbone, hash_tensors
+from featcache.backbones.encoder import channels_last
 from featcache.errors import ModelError
 from featcache.finetuning.draws import DropPath
 from featcache.finetuning.onednn import without_faults
@@ -66,7 +67,8 @@ class Network(nn.Module):
 
     def __init__(self, backbone: Backbone, head: nn.Sequential) -> None:
         super().__init__()
-        self.backbone = without_faults(copy.deepcopy(backbone.module).to(memory_format=torch.channels_last))
+        module: nn.Module = copy.deepcopy(backbone.module)._apply(channels_last)  # type: ignore[no-untyped-call]
+        self.backbone = without_faults(module)
         self.head, self.size = head, backbone.preprocess.crop
         mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
         self.register_buffer("mean", mean, persistent=False)

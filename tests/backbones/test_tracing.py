@@ -1,5 +1,7 @@
 """A traced network computes what the plain one does, of any number of images, also where its own code decides by sizes."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ from torch.nn import functional
 
 from featcache.backbones.folding import fold_batchnorm
 from featcache.backbones.load import load_backbone
-from featcache.backbones.tracing import evaluating, trace
+from featcache.backbones.tracing import evaluating, finished, trace
 
 EDGE = 12
 
@@ -122,6 +124,31 @@ def test_sizes_need_neither_memory_nor_arithmetic(monkeypatch: pytest.MonkeyPatc
     traced = trace(Net(windows), (EDGE, EDGE))
     assert devices == {"meta"}
     assert {tensor.device.type for tensor in traced.state_dict().values()} == {"cpu"}
+
+
+def unpacks(net: Net, x: torch.Tensor) -> torch.Tensor:
+    """As most transformers do, which plain symbols allow as well."""
+    n, c, length = x.flatten(2).shape
+    first, second = x.view(n, c, length).chunk(2, 1)
+    return net.linear(torch.cat([first, second], 1).mean(2))
+
+
+@pytest.mark.parametrize("compute", [windows, batch_second, cuts, remembers, unpacks])
+def test_networks_are_given_back_at_once(compute: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+    """Not when Python looks for cycles next: it counts objects, not a GPU's memory."""
+    net = Bare(compute)
+    held = weakref.ref(net.linear.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.inference_mode():
+            expected, x = net(torch.ones(2, 3, EDGE, EDGE)), torch.ones(2, 3, EDGE, EDGE)
+            traced = finished(trace(net, (EDGE, EDGE)))
+            torch.testing.assert_close(traced(x), expected)
+        del net, traced, expected
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", ["timm/mobilevitv2_050", "timm/tiny_vit_5m_224"])

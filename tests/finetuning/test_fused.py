@@ -178,6 +178,22 @@ def test_a_network_that_disagrees_stays_plain(monkeypatch: pytest.MonkeyPatch) -
     assert form.module is module
 
 
+def test_a_mistake_below_a_last_layer_norm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose lengths do not depend on what is below: a gradient of these would hardly pass it."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    module, sample = nn.Sequential(*layers, nn.LayerNorm(16)).requires_grad_(True), torch.rand(2, 3, 16, 16)
+    assert make_form(module, nn.Linear(1, 1), sample, torch.float32).fused == torch.backends.mkldnn.is_available()
+    right = fused._back
+
+    def wrong(*a: Any) -> tuple[torch.Tensor | None, ...]:
+        gx, gw, gb = right(*a)
+        return gx, None if gw is None else gw * 1.1, gb
+
+    monkeypatch.setattr(fused, "_back", wrong)
+    assert not make_form(module, nn.Linear(1, 1), sample, torch.float32).fused
+
+
 @pytest.mark.parametrize(("first", "second"), [(False, True), (False, False)])
 def test_other_images_are_looked_at_before_a_form_is_given_up(
     first: bool, second: bool, monkeypatch: pytest.MonkeyPatch

@@ -186,6 +186,24 @@ def test_a_step_of_the_head_is_as_long_whatever_stays_zero_and_however_many_valu
     assert networks.assemble(tiny, make_head(5, "unit"), np.zeros((3, 5))).head[0].factor == 1
 
 
+def test_weights_of_five_dimensions_are_taken(tiny: Backbone) -> None:
+    """As lambda layers' have: the layout of images is not for them."""
+
+    class Deep(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module, self.deep = module, nn.Conv3d(1, 1, (3, 3, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.module(x) + self.deep(x[:, None]).mean()
+
+    recipe = Recipe(about="", hidden=())
+    network = networks.with_new_head(dataclasses.replace(tiny, module=Deep(tiny.module)), recipe, 3, seed=0)
+    layouts = {p.ndim: p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4}
+    assert layouts == {4: True}
+    assert network(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 3)
+
+
 @pytest.mark.parametrize("name", FAMILIES.split())
 @pytest.mark.usefixtures("small_vits")
 def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,16 @@ def examine(file: Path) -> None:
     print(json.dumps({"done": True}), flush=True)
 
 
-def examine_all(shapes: list[Shape]) -> Iterator[tuple[Shape, str]]:
-    """Each shape that is wrong, and how; a process that crashes is followed by another one."""
+def examine_all(shapes: list[Shape]) -> list[tuple[Shape, str]]:
+    """Each shape that is wrong, and how, by a process per core."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        shares = pool.map(lambda core: list(examine_share(shapes[core::cores])), range(cores))
+        return [found for share in shares for found in share]
+
+
+def examine_share(shapes: list[Shape]) -> Iterator[tuple[Shape, str]]:
+    """The same by one process, which is followed by another one if it crashes."""
     environment = os.environ | {"MALLOC_PERTURB_": "128", "OMP_NUM_THREADS": "1"}
     if checker := ctypes.util.find_library("c_malloc_debug"):
         environment |= {"LD_PRELOAD": checker, "MALLOC_CHECK_": "3"}

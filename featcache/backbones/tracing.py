@@ -10,12 +10,15 @@ import dis
 import linecache
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+_TRACING = threading.Lock()
+_ASKED = "_autowrap_function_ids"  # of a tracer by every call of a module, also of another thread that comes late
 _BATCHES = (2, 3)  # what differs between batches of so many images depends on their number
 
 
@@ -50,15 +53,34 @@ def trace(module: nn.Module, size: tuple[int, int]) -> fx.GraphModule:
         return _traced(plain, _SizeTracer(plain, size))
 
 
-def _traced(module: nn.Module, tracer: fx.Tracer) -> fx.GraphModule:
-    try:
-        return fx.GraphModule(module, tracer.trace(module))
-    finally:
-        vars(tracer).clear()  # a recursive function of its own holds it, and with it all weights
+def _traced(module: nn.Module, tracer: "_Tracer") -> fx.GraphModule:
+    # While PyTorch traces, it replaces methods of all modules, for all threads: two at once would each restore the other's.
+    with _TRACING:
+        try:
+            return fx.GraphModule(module, tracer.trace(module))
+        finally:  # a recursive function of its own holds it, and with it all weights
+            for name in vars(tracer).keys() - {_ASKED}:
+                delattr(tracer, name)
 
 
 class _Tracer(fx.Tracer):
-    """Convolutions of other libraries that extend PyTorch's stay whole."""
+    """Convolutions of other libraries that extend PyTorch's stay whole, and other threads may compute meanwhile."""
+
+    _thread: int | None = None  # none any more when a call of another thread comes late
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return super().call_module(m, forward, args, kwargs) if self._asks() else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self._asks() else attr_val
+
+    def _asks(self) -> bool:
+        """Whether it is the traced network that calls."""
+        return self._thread == threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Conv2d | _SamePadding) or super().is_leaf_module(m, module_qualified_name)
@@ -68,7 +90,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Unpacked(fx.Proxy):
-    """Unpacked as PyTorch's symbols are, into as many as there are names; but these then hold the network until Python looks for cycles."""
+    """Unpacks into as many as there are names, as PyTorch's symbols do, which leave frames that hold the network in a cycle."""
 
     def __iter__(self) -> Iterator[Any]:
         asking = sys._getframe(1)
@@ -135,11 +157,8 @@ class _SizeTracer(_Tracer):
             return self._sizes.get_submodule(target)(*args, **kwargs)
         return _without_values(operator.attrgetter(target)(self.root))
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self._computing else super().call_module(m, forward, args, kwargs)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+    def _asks(self) -> bool:
+        return super()._asks() and not self._computing
 
 
 def _without_values(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """A traced network computes what the plain one does, of any number of images, also where its own code decides by sizes."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -149,6 +150,48 @@ def test_networks_are_given_back_at_once(compute: Callable[[nn.Module, torch.Ten
         assert held() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("decides", [False, True])
+def test_other_threads_compute_while_a_network_is_traced(decides: bool) -> None:
+    """As in a service that loads one model and predicts with another: PyTorch replaces methods of all modules meanwhile."""
+    other, x, found = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(2, 4), list[torch.Tensor]()
+    expected = other(x).detach()
+
+    def compute(net: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        thread = threading.Thread(target=lambda: found.append(other(x).detach()))
+        thread.start()
+        thread.join()
+        return y.mean((2, 3)) if not decides or y.shape[2] > 3 else y
+
+    traced = trace(Bare(compute), (EDGE, EDGE))
+    assert len(found) == 1 + decides
+    assert all(torch.equal(each, expected) for each in found)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+
+
+def test_two_threads_trace_one_after_the_other() -> None:
+    """At once, the one that ends last would give all modules back what the other one had put there."""
+    call, inside, done = nn.Module.__call__, threading.Event(), threading.Event()
+    traced = list[fx.GraphModule]()
+
+    def second(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        inside.set()
+        done.wait(5)
+        return x.mean((2, 3))
+
+    thread = threading.Thread(target=lambda: traced.append(trace(Bare(second), (EDGE, EDGE))))
+
+    def first(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        thread.start()
+        inside.wait(0.3)
+        return x.amax((2, 3))
+
+    traced.append(trace(Bare(first), (EDGE, EDGE)))
+    done.set()
+    thread.join()
+    assert nn.Module.__call__ is call
+    assert [len(graph.graph.nodes) for graph in traced] == [5, 5]
 
 
 @pytest.mark.parametrize("name", ["timm/mobilevitv2_050", "timm/tiny_vit_5m_224"])

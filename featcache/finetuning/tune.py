@@ -302,7 +302,8 @@ def _plan(trainer: Trainer, start: _Start, *, decoding: float) -> tuple[Trainer,
         return trainer, None
     scoring, images = start.scored[1], int((job.images.splits == SPLITS.index("test")).sum())
     scores = 1 + (len(ALPHAS) if recipe.interpolate and recipe.hidden is None else 0)
-    after = scoring * (scores + 2 * images / len(start.val)) + decoding * images
+    looked_at = 2 * images + len(start.compared)  # of test by head and tuned network; of val once more by what is saved
+    after = scoring * (scores + looked_at / len(start.val)) + decoding * images
     until = job.started + job.budget - after
 
     def make(recipe: Recipe) -> Trainer:

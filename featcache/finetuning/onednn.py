@@ -21,7 +21,7 @@ def crashes(weight: torch.Tensor, stride: Sequence[int], groups: int) -> bool:
 
 
 def is_garbage(dilation: Sequence[int], groups: int) -> bool:
-    """Whether in bfloat16 it is in part what memory held before: of grouped and dilated weights, as SKNet's, on maps of 40 and more."""
+    """Whether in bfloat16 it is in part what memory held before, or a crash: of grouped and dilated weights, as SKNet's, on large maps."""
     return groups > 1 and max(dilation) > 1
 
 

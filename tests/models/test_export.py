@@ -255,6 +255,15 @@ def test_prediction_sets_can_be_made_without_featcache(exported: Get, models: Ge
             assert {name for name, there in zip(CLASSES, inside, strict=True) if there} == set(row.set or ())
 
 
+def test_an_architecture_that_asks_for_a_version_is_refused_in_words(models: Get, tmp_path: Path) -> None:
+    """MNASNet's, for which a file of tensors has no place; nothing is written."""
+    with pytest.raises(
+        ExportError, match=r"mnasnet0_5 does not take its own tensors back: version .*; export to \.onnx"
+    ):
+        export_model(models("mnasnet0_5", "none"), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_onnx_tells_nothing_about_the_machine(exported: Get) -> None:
     data = exported("squeezenet1_1", "standardise").output.read_bytes()
     for secret in (b"site-packages", str(Path(featcache.__file__).parent).encode(), str(Path.home()).encode() + b"/"):

@@ -1,13 +1,16 @@
 """Which recipe of ``finetune`` is best, and where? Today's default, one thing changed at a time, on sets far from ImageNet and near.
 
     python benchmarks/recipes.py HYMENOPTERA CATS_DOGS --weights FILE -o runs.jsonl [--sets digits ...] [--variants base 'rate*' ...]
-        [--seeds 0 1 2] [--minutes M] [--table]
+        [--seeds 0 1 2] [--minutes M] [--table] [--backbone NAME --multiple 14 --precision bf16]
 
 Sets: scikit-learn's digits, 8 x 8 enlarged to 64 (far); ants and bees, cats and dogs at 96 pixels (near); so many training images
 per class as the name says. Val and test are the same images for all of a set's runs; the seed draws the training images and
 everything random. MobileNetV2, unless told otherwise, in float32 on one thread. A variant is what it changes of ``BASE``, which is
 pinned here, whatever the default has become. The row to beat is the frozen head. Each finished run is a line of ``runs.jsonl`` and
 is not repeated, so that the script can be ended and started again at any time. ``--table``: only show what is there.
+
+A transformer takes images of whole patches: ``--multiple 14`` enlarges both sizes to such (70 and 98), and ``--precision`` is that
+of training. ``dinov2_weights.py`` makes the weights that LOG.md's runs of a transformer had.
 
 Digits mirrored are other shapes, and no digits: no variant mirrors them but ``mirrored``.
 """
@@ -69,6 +72,7 @@ def crop(least: float) -> dict[str, Any]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
+    "rate 3e-6": {"backbone_lr": 3e-6},
     "rate 1e-5": {"backbone_lr": 1e-5},
     "rate 1e-4": {"backbone_lr": 1e-4},
     "rate 3e-4": {"backbone_lr": 3e-4},
@@ -94,6 +98,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mirrored": {},  # on digits only: as the default does it
     "last stage": {"unfreeze": "last-stage"},
     "gradual": {"unfreeze": "gradual", "patience": 0},
+    "drop path 0.1": {"drop_path": 0.1},
     "no average": {"ema": 0.0},
     "batch norms train": {"batchnorm": "train"},
     "smoothing 0": {"label_smoothing": 0.0},
@@ -188,7 +193,9 @@ class Starts:
 
     def _extract(self, images: ImageList, kind: str, file: str, **options: Any) -> Path:
         settings = {"backbone": self.arguments.backbone, "weights": self.arguments.weights, "precision": "fp32"}
-        settings |= {"resize": self.sets[kind].resize, "crop": self.sets[kind].crop, "device": "cpu", "workers": 1}
+        step = self.arguments.multiple
+        sizes = {field: -(-getattr(self.sets[kind], field) // step) * step for field in ("resize", "crop")}
+        settings |= sizes | {"device": "cpu", "workers": 1}
         extract(images, self.work / f"{file}.h5", **settings, **options)
         return self.work / f"{file}.h5"
 
@@ -204,7 +211,8 @@ class Starts:
 def run(starts: Starts, name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Fine-tune once; scores on test, and image by image who is right, beside the frozen head."""
     images, head, output = starts.images(name, seed), starts.head(name, seed), starts.work / "tuned"
-    begun, options = time.process_time(), {"precision": "fp32", "device": "cpu", "workers": 1, "micro_batch": 32}
+    begun = time.process_time()
+    options = {"precision": starts.arguments.precision, "device": "cpu", "workers": 1, "micro_batch": 32}
     try:
         report = finetune(images, output, init=head, changes=changes, seed=seed, overwrite=True, force=True, **options)
     except TrainingError as error:  # it diverges: a result, too
@@ -323,6 +331,8 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("cats_dogs", type=Path)
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--weights", default="auto", help="its weights, as for extract")
+    parser.add_argument("--multiple", type=int, default=1, help="enlarge images to a multiple of so many pixels")
+    parser.add_argument("--precision", default="fp32", help="of training")
     parser.add_argument("-o", "--output", type=Path, required=True, help="finished runs, a JSON line each")
     parser.add_argument("--sets", nargs="+", default=SETS, help="KIND:IMAGES_PER_CLASS")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="names, 'A + B' for both, or patterns")
@@ -332,6 +342,8 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--table", action="store_true", help="only show what is there")
     arguments = parser.parse_args()
     network, begun = f"{arguments.backbone}, weights {Path(arguments.weights).name}", time.monotonic()
+    if arguments.precision != "fp32":
+        network += f", trained in {arguments.precision}"
     given = [name for pattern in arguments.variants for name in fnmatch.filter(VARIANTS, pattern) or [pattern]]
     jobs = [
         Planned(name, seed, variant)

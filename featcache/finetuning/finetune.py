@@ -117,7 +117,8 @@ def finetune(
     with distributed.init(runtime) as (processes, runtime):
         if processes.world > 1 and settings.batchnorm == "train":
             raise UsageError(
-                f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process"
+                f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process, "
+                "or --set batchnorm=frozen"
             )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
         job = Job(

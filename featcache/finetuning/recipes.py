@@ -301,11 +301,13 @@ def settle(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> Recipe:
     rate = _BACKBONE_LR[batch_norms] if recipe.backbone_lr is None else recipe.backbone_lr
     decay = _LAYER_DECAY[batch_norms] if recipe.layer_decay is None else recipe.layer_decay
     settled: dict[str, Any] = {"epochs": epochs, "batch_size": min(batch, n_train), "dropout": dropout}
+    if not batch_norms:
+        settled["batchnorm"] = "frozen"  # nothing asks for whole batches then, and one image is enough for a step
     return dataclasses.replace(recipe, **settled, backbone_lr=rate, layer_decay=decay)
 
 
-def explain(recipe: Recipe, n_train: int) -> list[str]:
-    """What a settled recipe does and why, a line per decision."""
+def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[str]:
+    """What a settled recipe does and why, a line per decision; ``batch_norms``: as for ``settle``."""
     start = "the cached head, where linear probing ended (LP-FT, Kumar et al. 2022)"
     if recipe.hidden is not None:
         start = f"a new random head {'-'.join(map(str, recipe.hidden)) or 'of one layer'}"
@@ -330,8 +332,9 @@ def explain(recipe: Recipe, n_train: int) -> list[str]:
         frozen = (
             "frozen: batches this small would only blur them" if recipe.batchnorm == "frozen" else "following the data"
         )
+        norms = f"batch-norm statistics {frozen}; " if batch_norms else ""
         dropout = "on, as in its pre-training" if recipe.backbone_dropout else "off, as when its features were cached"
-        lines.append(f"batch-norm statistics {frozen}; dropout and drop path of the backbone {dropout}")
+        lines.append(f"{norms}dropout and drop path of the backbone {dropout}")
         if recipe.drop_path:
             lines[-1] += f", but a drop path of {recipe.drop_path:g} at the last block, less further down"
     if recipe.augmentation:

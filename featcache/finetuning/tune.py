@@ -192,8 +192,10 @@ def _seen(rows: TrainingRows, pixels: Pixels, *, split: str) -> Array:
 def _settle_recipe(job: Job, n_train: int, *, batch_norms: bool) -> Recipe:
     recipe = settle(job.settings, n_train, batch_norms=batch_norms)
     log.info("recipe %s: %s", job.recipe, recipe.about)
-    for line in explain(recipe, n_train):
+    for line in explain(recipe, n_train, batch_norms=batch_norms):
         log.info("  %s", line)
+    if job.settings.batchnorm != recipe.batchnorm:
+        log.info("batchnorm = %s changes nothing: this backbone has no batch norms", job.settings.batchnorm)
     log.info("precision %s", job.precision)
     asked = job.settings.batch_size
     if asked is not None and asked > n_train:

@@ -196,6 +196,12 @@ def test_a_network_of_batch_norms_learns_at_their_rate(tune: Tuner) -> None:
     assert load_model(tune.ft).manifest["training"]["settings"]["backbone_lr"] == 3e-4
 
 
+def test_without_batch_norms_a_recipe_that_trains_them_takes_one_image_a_step(tune: Tuner) -> None:
+    tune(recipe="ants-bees", changes={"epochs": 1, "batch_size": 1})
+    assert "batchnorm = train changes nothing: this backbone has no batch norms" in tune.log.text
+    assert "batch-norm statistics" not in tune.log.text
+
+
 def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(tune: Tuner, made: Path) -> None:
     report = tune(changes=QUICK | {"lr": 1e-30, "backbone_lr": 0.0})  # no weight moves
     assert (report.alpha, report.temperature) == (0, 1)

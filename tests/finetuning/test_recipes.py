@@ -36,6 +36,18 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
 
 
+def test_of_batch_norms_nothing_is_asked_or_said_where_there_are_none() -> None:
+    given = find_recipe("ants-bees", {"batch_size": 1})
+    texts = {}
+    for there in (True, False):
+        settled = settle(given, 300, batch_norms=there)
+        assert settled.batchnorm == ("train" if there else "frozen")
+        texts[there] = "\n".join(explain(settled, 300, batch_norms=there))
+    assert "batch-norm statistics following the data; dropout" in texts[True]
+    assert "batch-norm" not in texts[False]
+    assert "dropout and drop path of the backbone off" in texts[False]
+
+
 def test_the_default_cites_figures_of_the_log_and_nothing_else_does() -> None:
     cited = explain(choose_recipe("default", 300), 300)[-1]
     log = (Path(__file__).parents[2] / "benchmarks" / "LOG.md").read_text().partition("## Which recipe")[2]

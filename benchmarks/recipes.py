@@ -335,7 +335,9 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--precision", default="fp32", help="of training")
     parser.add_argument("-o", "--output", type=Path, required=True, help="finished runs, a JSON line each")
     parser.add_argument("--sets", nargs="+", default=SETS, help="KIND:IMAGES_PER_CLASS")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help="names, 'A + B' for both, or patterns")
+    parser.add_argument(
+        "--variants", nargs="+", help="names, 'A + B' for both, or patterns; all, or with --table the file's"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--work", type=Path, help="keep features and heads there")
@@ -344,7 +346,9 @@ def main() -> None:  # noqa: D103 - the module says it
     network, begun = f"{arguments.backbone}, weights {Path(arguments.weights).name}", time.monotonic()
     if arguments.precision != "fp32":
         network += f", trained in {arguments.precision}"
-    given = [name for pattern in arguments.variants for name in fnmatch.filter(VARIANTS, pattern) or [pattern]]
+    runs = read_runs(arguments.output, network)
+    there = [row["variant"] for row in runs.values()] if arguments.table else VARIANTS
+    given = [name for pattern in arguments.variants or there for name in fnmatch.filter(VARIANTS, pattern) or [pattern]]
     jobs = [
         Planned(name, seed, variant)
         for seed in arguments.seeds
@@ -352,7 +356,6 @@ def main() -> None:  # noqa: D103 - the module says it
         for name in arguments.sets
         if "mirrored" not in variant.split(" + ") or name.startswith("digits")
     ]
-    runs = read_runs(arguments.output, network)
     torch.set_num_threads(1)
     logging.getLogger("featcache").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() if arguments.work is None else contextlib.nullcontext(arguments.work) as work:

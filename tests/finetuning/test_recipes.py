@@ -48,14 +48,19 @@ def test_of_batch_norms_nothing_is_asked_or_said_where_there_are_none() -> None:
     assert "dropout and drop path of the backbone off" in texts[False]
 
 
-def test_the_default_cites_figures_of_the_log_and_nothing_else_does() -> None:
-    cited = explain(choose_recipe("default", 300), 300)[-1]
+@pytest.mark.parametrize(("there", "network"), [(True, "MobileNetV2: "), (False, "a ViT-S/14, ")])
+def test_the_default_cites_figures_of_the_log_and_nothing_else_does(there: bool, network: str) -> None:
+    default = settle(RECIPES["default"], 300, batch_norms=there)
+    cited = explain(default, 300, batch_norms=there)[-1]
     log = (Path(__file__).parents[2] / "benchmarks" / "LOG.md").read_text().partition("## Which recipe")[2]
-    assert cited.startswith("measured on MobileNetV2: ")
+    assert cited.startswith(f"measured on {network}")
     assert (figures := re.findall(r"\d\d\.\d", cited)) and all(figure in log for figure in figures)
-    others = [choose_recipe("default", 300, ema=0.9), choose_recipe("gradual", 300)]
-    others.append(settle(RECIPES["default"], 300, batch_norms=False))
-    assert not [line for recipe in others for line in explain(recipe, 300) if "measured" in line]
+    others = [settle(find_recipe("default", {"ema": 0.9}), 300, batch_norms=there)]
+    others += [
+        settle(RECIPES["gradual"], 300, batch_norms=there),
+        settle(RECIPES["default"], 300, batch_norms=not there),
+    ]
+    assert not [line for recipe in others for line in explain(recipe, 300, batch_norms=there) if "measured" in line]
 
 
 def test_mirroring_is_said_to_be_wrong_for_digits_where_there_is_any() -> None:

@@ -8,8 +8,8 @@ process of its own each, in turns, --pairs times:
     plain       the tutorial's loop: ImageFolder, PIL transforms, a DataLoader with two workers, NCHW, eager float32, as PyTorch
                 comes; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4 (ants-bees: SGD)
     featcache   ``finetune`` from a head that was fit before, its defaults
-    ceiling     forward and backward passes of the network's convolutions and linear layers alone, in the precision and the parts
-                that featcache takes, on as many cores, on tensors that are there already
+    ceiling     forward and backward passes of the network's convolutions and products with weights alone, in the precision and
+                the parts that featcache takes, on as many cores, on tensors that are there already
     load        featcache again, beside one process per core that computes without end (with --load)
 
 Images per second are of training alone, from the end of the first step on, evaluation left out. "start" is from the start of the
@@ -123,6 +123,7 @@ def featcache(job: dict[str, Any]) -> dict[str, Any]:
 def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     """Convolutions and linear layers alone."""
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     from featcache.finetuning import fused
     from featcache.finetuning.micro_batches import images_at_once
@@ -134,26 +135,36 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     precision = choose_training_precision(job["precision"], runtime.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = make_model(job["backbone"]).requires_grad_(True).eval()
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
     layers: list[Any] = []
 
-    def note(module: Any, inputs: Any, output: Any) -> None:
-        x, g = (torch.rand_like(t).to(dtype) for t in (inputs[0], output))
-        if isinstance(module, torch.nn.Conv2d):
-            layer: Any = fused._Convolution(module, (), ("none", [], ""))
-            list(layer.refresh(dtype, {}))
-            x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
-            weight = layer._weight
-        else:
-            weight = module.weight.detach().to(dtype).requires_grad_()
-            layer = functools.partial(torch.nn.functional.linear, weight=weight)
+    def note(layer: Any, weight: Any, x: Any, g: Any) -> None:
         layers.append((layer, weight, x.requires_grad_(len(layers) > 0), g))
 
-    for module in model.modules():
-        if type(module) in (torch.nn.Conv2d, torch.nn.Linear):  # not what pads by itself
-            module.register_forward_hook(note)
+    class Noted(TorchDispatchMode):
+        """Notes every product with weights, whoever asks for it: attention and timm's layers call no ``nn.Linear`` or ``nn.Conv2d``."""
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result, ops = function(*args, **(kwargs or {})), torch.ops.aten
+            if function is ops.convolution.default:
+                x, weight, _, stride, padding, dilation, *_, groups = args
+                conv = torch.nn.Conv2d(
+                    x.shape[1], len(weight), weight.shape[2:], stride, padding, dilation, groups, bias=False
+                )
+                layer = fused._Convolution(conv, (), ("none", [], ""))
+                list(layer.refresh(dtype, {}))
+                like = (torch.rand_like(t).to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, result))
+                note(layer, layer._weight, *like)
+            elif function in (ops.addmm.default, ops.mm.default) and args[-1].data_ptr() in parameters:
+                weight = args[-1].t().to(dtype, copy=True).requires_grad_()
+                like = (torch.rand_like(t).to(dtype) for t in (args[-2], result))
+                note(functools.partial(torch.nn.functional.linear, weight=weight), weight, *like)
+            return result
+
     images = RECIPES["ants-bees"] if whole else images_at_once(runtime, model)
-    with torch.no_grad():
-        model(torch.rand(images, 3, 224, 224))
+    pixels = torch.rand(images, 3, 224, 224)
+    with Noted():  # gradients on: without them attention would take another way
+        model(pixels)
 
     def step(_: int) -> None:
         results = [layer(x) for layer, _, x, _ in layers]

@@ -121,7 +121,7 @@ def featcache(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def ceiling(job: dict[str, Any]) -> dict[str, Any]:
-    """Convolutions and linear layers alone."""
+    """Convolutions and products with weights alone."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 

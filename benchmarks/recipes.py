@@ -72,7 +72,6 @@ def crop(least: float) -> dict[str, Any]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "rate 3e-6": {"backbone_lr": 3e-6},
     "rate 1e-5": {"backbone_lr": 1e-5},
     "rate 1e-4": {"backbone_lr": 1e-4},
     "rate 3e-4": {"backbone_lr": 3e-4},
@@ -98,7 +97,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mirrored": {},  # on digits only: as the default does it
     "last stage": {"unfreeze": "last-stage"},
     "gradual": {"unfreeze": "gradual", "patience": 0},
-    "drop path 0.1": {"drop_path": 0.1},
     "no average": {"ema": 0.0},
     "batch norms train": {"batchnorm": "train"},
     "smoothing 0": {"label_smoothing": 0.0},

@@ -130,6 +130,11 @@ class Recipe:
                 "layer of the new head, one for all, or [] for none"
             )
 
+    @property
+    def trains_batch_norms(self) -> bool:
+        """Whether those of the backbone, if it has any, would follow the batches."""
+        return self.batchnorm == "train" and self.unfreeze != "head"
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of everything that changes the numbers (all but ``about``)."""
         values: dict[str, Any] = json.loads(json.dumps(vars(self)))  # tuples become lists
@@ -304,7 +309,7 @@ def settle(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> Recipe:
     rate = _BACKBONE_LR[batch_norms] if recipe.backbone_lr is None else recipe.backbone_lr
     decay = _LAYER_DECAY[batch_norms] if recipe.layer_decay is None else recipe.layer_decay
     settled: dict[str, Any] = {"epochs": epochs, "batch_size": min(batch, n_train), "dropout": dropout}
-    if not batch_norms:
+    if not (batch_norms and recipe.trains_batch_norms):
         settled["batchnorm"] = "frozen"  # nothing asks for whole batches then, and one image is enough for a step
     return dataclasses.replace(recipe, **settled, backbone_lr=rate, layer_decay=decay)
 

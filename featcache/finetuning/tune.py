@@ -194,8 +194,8 @@ def _settle_recipe(job: Job, n_train: int, *, batch_norms: bool) -> Recipe:
     log.info("recipe %s: %s", job.recipe, recipe.about)
     for line in explain(recipe, n_train, batch_norms=batch_norms):
         log.info("  %s", line)
-    if job.settings.batchnorm != recipe.batchnorm:
-        log.info("batchnorm = %s changes nothing: this backbone has no batch norms", job.settings.batchnorm)
+    if job.settings.trains_batch_norms and not batch_norms:
+        log.info("batchnorm = train changes nothing: this backbone has no batch norms")
     log.info("precision %s", job.precision)
     asked = job.settings.batch_size
     if asked is not None and asked > n_train:

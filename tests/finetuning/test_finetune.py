@@ -1,5 +1,6 @@
 """finetune from end to end: starts as the cached head, never ends below it, survives interruptions, refuses nonsense."""
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -9,10 +10,12 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -39,6 +42,8 @@ from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
+from featcache.system import distributed
+from featcache.system.device import Runtime
 from featcache.system.workdir import work_folder
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 6, "lr": 1e-4, "backbone_lr": 1e-5}
@@ -200,6 +205,23 @@ def test_without_batch_norms_a_recipe_that_trains_them_takes_one_image_a_step(tu
     tune(recipe="ants-bees", changes={"epochs": 1, "batch_size": 1})
     assert "batchnorm = train changes nothing: this backbone has no batch norms" in tune.log.text
     assert "batch-norm statistics" not in tune.log.text
+
+
+def test_batch_norms_do_not_train_in_several_processes(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def two(runtime: Runtime) -> Iterator[tuple[Any, Runtime]]:
+        yield SimpleNamespace(world=2, is_first=True), runtime
+
+    monkeypatch.setattr(distributed, "init", two)
+    with pytest.raises(
+        errors.UsageError, match="recipe ants-bees trains batch norms.* use one process, or --set batchnorm=frozen"
+    ):
+        tune(recipe="ants-bees", changes={})
+    for changes in ({"unfreeze": "head"}, {"batchnorm": "frozen"}):
+        monkeypatch.setattr(finetuning, "Job", went_on := Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe="ants-bees", changes=changes)
+        assert went_on.called
 
 
 def test_when_nothing_better_is_found_the_cached_head_itself_is_saved(tune: Tuner, made: Path) -> None:

@@ -46,6 +46,9 @@ def test_of_batch_norms_nothing_is_asked_or_said_where_there_are_none() -> None:
     assert "batch-norm statistics following the data; dropout" in texts[True]
     assert "batch-norm" not in texts[False]
     assert "dropout and drop path of the backbone off" in texts[False]
+    assert (
+        settle(find_recipe("ants-bees", {"unfreeze": "head"}), 300).batchnorm == "frozen"
+    )  # theirs do not train either
 
 
 @pytest.mark.parametrize(("there", "network"), [(True, "MobileNetV2: "), (False, "a ViT-S/14, ")])

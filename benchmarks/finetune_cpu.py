@@ -120,12 +120,48 @@ def featcache(job: dict[str, Any]) -> dict[str, Any]:
     return {"rate": seen / trained, "start": start}
 
 
-def ceiling(job: dict[str, Any]) -> dict[str, Any]:
-    """Convolutions and products with weights alone."""
+def products(model: Any, pixels: Any, dtype: Any) -> list[tuple[Any, Any, Any, Any]]:
+    """Every product with weights that ``model`` computes of ``pixels``, also those of attention and of layers that pad by themselves.
+
+    Returns:
+        In their order: what computes it as featcache does, its weights, an input and a gradient of its result, both in ``dtype``.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from featcache.finetuning import fused
+    from featcache.finetuning.fused import _Convolution
+
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    found: list[tuple[Any, Any, Any, Any]] = []
+
+    def note(layer: Any, weight: Any, x: Any, result: Any, **layout: Any) -> None:
+        x, g = (torch.rand_like(t).to(dtype).contiguous(**layout) for t in (x, result))
+        found.append((layer, weight, x.requires_grad_(len(found) > 0), g))
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result, ops = function(*args, **(kwargs or {})), torch.ops.aten
+            if function is ops.convolution.default:
+                x, weight, _, stride, padding, dilation, *_, groups = args
+                sizes = x.shape[1], len(weight), weight.shape[2:]
+                conv = torch.nn.Conv2d(*sizes, stride, padding, dilation, groups, bias=False)
+                layer = _Convolution(conv, (), ("none", [], ""))
+                list(layer.refresh(dtype, {}))
+                note(layer, layer._weight, x, result, memory_format=torch.channels_last)
+            elif function in (ops.addmm.default, ops.mm.default) and args[-1].data_ptr() in parameters:
+                weight = args[-1].t().to(dtype, copy=True).requires_grad_()
+                note(functools.partial(torch.nn.functional.linear, weight=weight), weight, args[-2], result)
+            return result
+
+    with Noted():  # gradients on: without them attention would take another way
+        model(pixels)
+    return found
+
+
+def ceiling(job: dict[str, Any]) -> dict[str, Any]:
+    """Convolutions and products with weights alone."""
+    import torch
+
     from featcache.finetuning.micro_batches import images_at_once
     from featcache.finetuning.trainer import choose_training_precision
     from featcache.system.device import choose_runtime, one_core_each
@@ -135,36 +171,8 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     precision = choose_training_precision(job["precision"], runtime.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = make_model(job["backbone"]).requires_grad_(True).eval()
-    parameters = {parameter.data_ptr() for parameter in model.parameters()}
-    layers: list[Any] = []
-
-    def note(layer: Any, weight: Any, x: Any, g: Any) -> None:
-        layers.append((layer, weight, x.requires_grad_(len(layers) > 0), g))
-
-    class Noted(TorchDispatchMode):
-        """Notes every product with weights, whoever asks for it: attention and timm's layers call no ``nn.Linear`` or ``nn.Conv2d``."""
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result, ops = function(*args, **(kwargs or {})), torch.ops.aten
-            if function is ops.convolution.default:
-                x, weight, _, stride, padding, dilation, *_, groups = args
-                conv = torch.nn.Conv2d(
-                    x.shape[1], len(weight), weight.shape[2:], stride, padding, dilation, groups, bias=False
-                )
-                layer = fused._Convolution(conv, (), ("none", [], ""))
-                list(layer.refresh(dtype, {}))
-                like = (torch.rand_like(t).to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, result))
-                note(layer, layer._weight, *like)
-            elif function in (ops.addmm.default, ops.mm.default) and args[-1].data_ptr() in parameters:
-                weight = args[-1].t().to(dtype, copy=True).requires_grad_()
-                like = (torch.rand_like(t).to(dtype) for t in (args[-2], result))
-                note(functools.partial(torch.nn.functional.linear, weight=weight), weight, *like)
-            return result
-
     images = RECIPES["ants-bees"] if whole else images_at_once(runtime, model)
-    pixels = torch.rand(images, 3, 224, 224)
-    with Noted():  # gradients on: without them attention would take another way
-        model(pixels)
+    layers = products(model, torch.rand(images, 3, 224, 224), dtype)
 
     def step(_: int) -> None:
         results = [layer(x) for layer, _, x, _ in layers]

@@ -1,9 +1,11 @@
-"""The benchmark of the tutorials: both sides get the same images, each in one split."""
+"""Of the tutorials: both sides get the same images, each in one split. Of training on a CPU: what its ceiling is made of."""
 
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_photo
+from torchvision.models import VisionTransformer
 
 from featcache.finetuning.recipes import choose_recipe
 
@@ -82,3 +84,20 @@ def test_splits(workflow: str, folders: tuple[Path, Path], tmp_path: Path, monke
     assert {path.parts[1] for path in layouts[0]} == classes
     if workflow in ("T3", "T4"):
         assert len({path.parts[1:] for path in layouts[0]}) == len(layouts[0])  # no image in two splits
+
+
+def test_the_ceiling_of_training_counts_every_product_with_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention's own, which no linear layer is asked for, and those of a layer that pads by itself."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from finetune_cpu import products
+    from timm.layers import Conv2dSame
+
+    sizes = {"image_size": 32, "patch_size": 16, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 12}
+    vit = VisionTransformer(num_layers=2, num_classes=5, **sizes).eval()
+    block = [(24, 8), (8, 8), (12, 8), (8, 12)]  # queries, keys and values; output; both layers of the MLP
+    pads = torch.nn.Sequential(Conv2dSame(3, 4, 3, stride=2), torch.nn.Conv2d(4, 6, 1, bias=False))
+    for model, shapes in ((vit, [(8, 3, 16, 16), *block, *block, (5, 8)]), (pads, [(4, 3, 3, 3), (6, 4, 1, 1)])):
+        found = products(model, torch.rand(2, 3, 32, 32), torch.float32)
+        assert [tuple(weight.shape) for _, weight, _, _ in found] == shapes
+        for layer, _, x, g in found:
+            assert layer(x).shape == g.shape

@@ -12,6 +12,7 @@ from conftest import write_photo
 
 from featcache.finetuning.recipes import find_recipe
 from featcache.images.source import ImageList
+from featcache.models.model import load_model
 from featcache.spec import SPLITS
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "recipes.py"
@@ -89,7 +90,8 @@ def test_finished_runs_are_read_and_shown(
 ) -> None:
     """Gains are paired by seed, and McNemar's test counts images."""
     file, lines = tmp_path / "runs.jsonl", []
-    for variant, seed, right in (("base", 0, "1101"), ("base", 1, "1100"), ("rate 1e-4", 1, "1111")):
+    both = "rate 1e-4 + no average"  # shown, too, though no pattern names it
+    for variant, seed, right in (("base", 0, "1101"), ("base", 1, "1100"), ("rate 1e-4", 1, "1111"), (both, 0, "1111")):
         job = script.Planned("digits:20", seed, variant)
         row = {"key": job.key, "network": "net, weights w.pth", "name": job.name, "seed": seed, "variant": variant}
         row |= {
@@ -102,7 +104,7 @@ def test_finished_runs_are_read_and_shown(
         )
         lines.append(json.dumps(row))
     file.write_text("\n".join([*lines, lines[0][:40]]))  # killed while writing
-    assert len(script.read_runs(file, "net, weights w.pth")) == 3
+    assert len(script.read_runs(file, "net, weights w.pth")) == 4
     with pytest.raises(SystemExit, match="holds runs of net, weights w.pth, not of other"):
         script.read_runs(file, "other")
     monkeypatch.setattr(
@@ -112,20 +114,19 @@ def test_finished_runs_are_read_and_shown(
     rows = {row["variant"]: row for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]}
     assert rows["base"]["over_head"] == [0.25, 0.0]
     assert rows["rate 1e-4"]["over_base"] == [0.5]
+    assert rows[both]["over_base"] == [0.25]
     assert rows["base"]["mcnemar"] == [[0, 1, 1.0], [1, 1, 1.0]]
 
 
 @pytest.mark.slow
 def test_a_run_scores_the_images_of_test(script: Any, tmp_path: Path) -> None:
     """Who is right, image by image, is what the report says; a second start finds features and head."""
-    starts = script.Starts(argparse.Namespace(backbone="mobilenet_v2", weights="none"), tmp_path)
+    arguments = argparse.Namespace(backbone="mobilenet_v2", weights="none", multiple=14, precision="fp32")
+    starts = script.Starts(arguments, tmp_path)
     changes = script.Planned("digits:3", 0, "base").changes | {"epochs": 1}
     row = script.run(starts, "digits:3", 0, changes)
+    assert load_model(starts.head("digits:3", 0)).spec.preprocess.crop == (70, 70)  # of 64: whole patches of 14
     assert len(row["right"]["head"]) == 600
     for who, score in (("head", "head_test_accuracy"), ("tuned", "test_accuracy")):
         assert row["right"][who].count("1") / 600 == pytest.approx(row[score])
-    assert (
-        script.Starts(argparse.Namespace(backbone="mobilenet_v2", weights="none"), tmp_path)
-        .head("digits:3", 0)
-        .exists()
-    )
+    assert script.Starts(arguments, tmp_path).head("digits:3", 0).exists()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from audits import COPIES, REASONS, make_audit
-from browser import WINDOWS, opened, serious_findings
+from browser import WINDOWS, frame_of, opened, serious_findings
 from kitchen import HOSTILE
 
 from featcache.curation.audit import Found
@@ -278,8 +278,7 @@ def test_in_a_notebook_nothing_is_kept_and_that_is_said(browser: Any, made: tupl
     host.write_text(f"<!doctype html><title>Notebook</title><h1>A cell</h1>{framed(made[0].read_text())}")
     with opened(browser, host) as page:
         page.locator("iframe").scroll_into_view_if_needed()
-        page.wait_for_timeout(300)
-        frame = page.frames[1]
+        frame = frame_of(page)
         assert "keeps nothing here" in frame.locator(".heard output").inner_text()
         frame.locator(".queue").focus()
         page.keyboard.press("d")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import WINDOWS, opened, serious_findings
+from browser import WINDOWS, frame_of, opened, serious_findings
 from conftest import TINY, make_photos, write_photo
 
 import featcache
@@ -61,7 +61,7 @@ def test_in_a_frame_it_works_and_reaches_nothing(browser: Any, page_of: featcach
     host = tmp_path / "notebook.html"
     host.write_text(f"<!doctype html><title>Notebook</title><h1>A cell</h1>{page_of._repr_html_()}")
     with opened(browser, host) as page:
-        frame = page.frames[1]
+        frame = frame_of(page)
         assert frame.title() == "11 images, labelled by m"
         frame.get_by_role("link", name="How it was made").click()
         assert frame.title() == "11 images, labelled by m" and frame.evaluate("scrollY") > 0

@@ -46,6 +46,14 @@ def running_browser() -> Iterator[Any]:
             browser.close()
 
 
+def frame_of(page: Any) -> Any:
+    """The frame of a page that has one, loaded: such frames load lazily, and the page does not wait for them."""
+    frame = page.frames[1]
+    frame.locator("head title").wait_for(state="attached")
+    frame.wait_for_load_state()
+    return frame
+
+
 @contextlib.contextmanager
 def opened(browser: Any, path: Path, *, width: int = 1440, scheme: str = "light", script: bool = True) -> Iterator[Any]:
     """A page, opened. At the end it must have asked for nothing, said nothing on the console, and fit into the window."""

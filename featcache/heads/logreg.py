@@ -53,10 +53,8 @@ _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 # for a solution in which scikit-learn finds nothing left to do.
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 1e-4, 1e-8
 _BLOCK = 512  # rows
-_SECONDS, _FEW_CLASSES = (
-    4e-8,
-    8,
-)  # of one core for each value and class, of which few take as long as some more (benchmarks/LOG.md)
+# Of one core for each value and class, and as for so many more classes, however many there are (benchmarks/LOG.md).
+_SECONDS, _CLASSES_MORE = 3.5e-8, 32
 # Seconds of this CPU, from where on a GPU wins, which takes one or two to begin. An estimate: ``benchmarks/gpu.py`` measures it.
 _WORTH_A_GPU = 10.0
 _SOLVED_AT_ONCE = 3  # problems on a GPU: while one waits for it, another has NumPy's share done
@@ -457,7 +455,7 @@ def _notes_on_choice(curve: Curve, best: dict[str, Any], grid: Grid) -> list[str
 
 def estimate(n: int, dim: int, n_classes: int) -> float:
     """Seconds that choosing C on n rows of ``dim`` values takes on this machine's cores, to a factor of two or so."""
-    return float(_SECONDS * n * dim * max(n_classes, _FEW_CLASSES) / cpu_count())
+    return float(_SECONDS * n * dim * (n_classes + _CLASSES_MORE) / cpu_count())
 
 
 def find_gpu(device: str, n: int, dim: int, n_classes: int, *, choosing: bool) -> tuple[Any, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from joblib import cpu_count
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScaler
@@ -14,7 +15,7 @@ from sklearn.preprocessing import FunctionTransformer, Normalizer, StandardScale
 from featcache.errors import UsageError
 from featcache.heads import logreg
 from featcache.heads.head import SCALINGS
-from featcache.heads.logreg import Solver, fit_logreg
+from featcache.heads.logreg import Solver, estimate, fit_logreg
 from featcache.heads.logreg_path import NotSolvedError, PathSolver, eigenbasis, regularisation_path, with_direction
 from featcache.heads.validation import judge, stratified_folds
 
@@ -304,3 +305,12 @@ def test_too_little_memory_is_said_before_work_starts(monkeypatch: pytest.Monkey
     monkeypatch.setattr(logreg, "cpu_count", lambda: 2)
     with pytest.raises(UsageError, match=r"about \d+ GB for 1,000,000 x 1,280 in memory, 18 GB are free"):
         fit_logreg(Huge(), np.arange(1_000_000), np.arange(1_000_000) % 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "classes", "measured"),
+    [(150_000, 256, 2, 44), (120_000, 768, 10, 93), (300_000, 256, 10, 178), (8_700, 1280, 101, 50)],
+)
+def test_announced_times_are_within_a_factor_of_two(rows: int, dim: int, classes: int, measured: float) -> None:
+    """CPU seconds of one core, from benchmarks/LOG.md."""
+    assert 0.5 < estimate(rows, dim, classes) * cpu_count() / measured < 2

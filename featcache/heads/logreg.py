@@ -54,7 +54,7 @@ _MAX_SMALL, _MAX_COLUMNS = 2**21, 64
 _FINAL_TOLERANCE, _FINAL_TOLERANCE_OF_SMALL = 1e-4, 1e-8
 _BLOCK = 512  # rows
 # Of one core for each value and class, and as for so many more classes, however many there are (benchmarks/LOG.md).
-_SECONDS, _CLASSES_MORE = 3.5e-8, 32
+_SECONDS, _CLASSES_MORE = 1.6e-8, 72
 # Seconds of this CPU, from where on a GPU wins, which takes one or two to begin. An estimate: ``benchmarks/gpu.py`` measures it.
 _WORTH_A_GPU = 10.0
 _SOLVED_AT_ONCE = 3  # problems on a GPU: while one waits for it, another has NumPy's share done

@@ -25,6 +25,7 @@ from featcache.backbones.fused_tokens import ATTENTION, has_matrix_units, is_pla
 from featcache.backbones.tracing import evaluating, finished, sources_forgotten, trace, with_plain_attention
 from featcache.finetuning.attention import attend
 from featcache.finetuning.onednn import crashes, is_garbage
+from featcache.system.device import true_float32
 
 _FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
@@ -364,6 +365,7 @@ def _agree(form: Form, plain: Form, sample: torch.Tensor, dtype: torch.dtype) ->
         return all(bool(values.isfinite().all()) for values in _embed_and_back(form, plain.module, sample, dtype))
 
 
+@true_float32
 def _is_near(form: Form, plain: Form, images: torch.Tensor) -> bool:
     found, expected = (_embed_and_back(each, plain.module, images, torch.float32) for each in (form, plain))
     return all(float((a - b).norm()) <= _CLOSE * float(b.norm()) for a, b in zip(found, expected, strict=True))

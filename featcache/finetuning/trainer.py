@@ -392,11 +392,10 @@ def _update_average(average: AveragedModel, network: Network, *, decay: float) -
     Not by ``AveragedModel``'s own method, which asks the GPU for a number, and so waits for it.
     """
     n = int(average.n_averaged)  # on the CPU
-    mine: list[torch.Tensor] = [*average.module.parameters()]
-    theirs: list[torch.Tensor] = [*network.parameters()]
-    torch._foreach_lerp_(mine, theirs, 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0)
-    for kept, current in zip(average.module.buffers(), network.buffers(), strict=True):
-        kept.copy_(current)
+    weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
+    torch._foreach_lerp_([*average.module.parameters()], [*network.parameters()], weight)
+    if buffers := [*network.buffers()]:
+        torch._foreach_copy_([*average.module.buffers()], buffers)
     average.n_averaged += 1
 
 

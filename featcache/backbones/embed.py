@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.backbones.ring import BUFFERS, Features, Lane, feeders, through_ring
+from featcache.backbones.ring import Features, Lane, buffers, feeders, through_ring
 from featcache.backbones.self_check import fits_float16
 from featcache.errors import UsageError
 from featcache.images.decode import Pixels, read_pixels, strict_decoding
@@ -184,16 +184,19 @@ class _Job:
         return self._gpu.finish_into if self._gpu else None
 
     def by_ring(self, lane: Lane, pool: ThreadPoolExecutor, stop_with: Callable[..., Any]) -> Generator[EmbeddedBatch]:
-        """Workers decode, into batches that one or two more threads give to ``lane``."""
+        """Workers decode, into batches that one or a few more threads give to ``lane``."""
         idle = functools.partial(self.timings.measure, "forward")  # a worker without a buffer waits for the GPU
         options: dict[str, Any] = {"workers": self.runtime.workers, "idle": idle, "complete": self.complete}
-        shape, count = (BUFFERS, lane.batch_size, *self.encoder.preprocess.crop, 3), len(self.files.paths)
+        shape, count = (
+            (buffers(self.complete), lane.batch_size, *self.encoder.preprocess.crop, 3),
+            len(self.files.paths),
+        )
         fill, memory = filler(self.files, self.encoder.preprocess, self.seen, workers=self.runtime.workers, shape=shape)
         work = stop_with(functools.partial(self._fill, fill))
         with lane.pinned(memory) if memory is not None else contextlib.nullcontext():
             try:
-                buffers = None if memory is None else list(memory)
-                yield from through_ring(count, work, self._finish, lane, pool, buffers=buffers, **options)
+                own = None if memory is None else list(memory)
+                yield from through_ring(count, work, self._finish, lane, pool, own=own, **options)
             except torch.OutOfMemoryError as error:  # it did fit at the start: another program has taken memory since
                 raise UsageError(
                     f"a batch of {lane.batch_size} no longer fits into the GPU's memory; run the command again with "

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from featcache.backbones.backbone import Backbone
+from featcache.backbones.depthwise import with_own_depthwise
 from featcache.backbones.folding import (
     fold_batchnorm,
     fuse_convolutions,
@@ -106,6 +107,8 @@ class Encoder:
         self.preprocess = preprocess
         self.device = device
         self._dtype = dtype
+        if device.type == "cuda":
+            module = with_own_depthwise(module)
         self._module = out_of_cycles(module).to(device=device, dtype=dtype)._apply(channels_last)  # type: ignore[no-untyped-call]
         self._constants = channel_constants(preprocess, device)
         self._gpu = threading.Lock()  # a GPU takes one batch at a time; a CPU as many as there are workers

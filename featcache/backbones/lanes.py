@@ -22,7 +22,7 @@ from featcache.system.transfer import pinned
 
 log = logging.getLogger("featcache")
 Forward = Callable[[torch.Tensor], torch.Tensor]
-UPLOADS = 2  # streams
+UPLOADS = 3  # streams, one for each thread that feeds where a device decodes
 _EAGER = 3  # batches before a graph is captured: a few images are sooner done without, and kernels are chosen by then
 
 

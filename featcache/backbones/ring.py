@@ -1,4 +1,4 @@
-"""Many threads fill batches, one or two feed a device, results come in order: a few buffers go round.
+"""Many threads fill batches, one or a few feed a device, results come in order: a few buffers go round.
 
 In: ``fill``, which decodes a few images into their rows, and a ``Lane``. Out: per batch what became of its images, and its features.
 Row ``i % batch_size`` of batch ``i // batch_size`` belongs to image ``i`` whatever thread decodes it and whenever: an
@@ -21,7 +21,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 Features = npt.NDArray[np.float32]
 Change = Callable[[Any], None]  # of a tensor (batch_size, H, W, 3) on the device, before it is computed from
-BUFFERS = 5  # one each being uploaded, computed and downloaded, two being filled
+_BESIDE = 4  # buffers beside those of the feeders: one each being computed and downloaded, two being filled
+_FEEDERS = 3  # where a device decodes: each waits for it most of the time, and for Python's lock
 _AT_ONCE = 16  # rows that a thread fills before it asks for more
 _ROUNDS = 4  # of each thread at least, so that all end at about the same time
 
@@ -65,7 +66,7 @@ def through_ring(
     pool: ThreadPoolExecutor,
     *,
     workers: int,
-    buffers: Sequence[Pixels] | None = None,
+    own: Sequence[Pixels] | None = None,
     complete: Callable[[list[T], Any], list[T]] | None = None,
     idle: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Generator[R]:
@@ -75,7 +76,7 @@ def through_ring(
         fill: of some images' numbers and their rows (n, H, W, 3), on one of ``workers`` threads; what it returns of each image is
             kept for ``finish``.
         finish: of a batch's images and features (batch_size, D), in the thread that takes the results; the rows are still there.
-        buffers: ``BUFFERS`` of them, to go round; ``lane``'s own when None.
+        own: ``buffers(complete)`` of them, to go round; ``lane``'s own when None.
         complete: of a full batch's images and its tensor on the device, to be changed, in a feeder's thread: better images.
         pool: has ``workers + feeders(complete)`` threads, the last of which feed ``lane``.
         idle: a context for the time that a worker waits for a buffer, because the device, or who takes the results, is behind.
@@ -84,7 +85,7 @@ def through_ring(
         Exception: whatever a thread or the lane raises, after the batches that are with the device already.
     """
     at_once = max(1, min(_AT_ONCE, count // (_ROUNDS * workers)))
-    ring = _Ring(count, at_once, fill, lane, buffers, idle, complete)
+    ring = _Ring(count, at_once, fill, lane, own, idle, complete)
     try:
         for _ in range(feeders(complete)):
             pool.submit(ring.feed)
@@ -101,8 +102,13 @@ def through_ring(
 
 
 def feeders(complete: object) -> int:
-    """Threads that feed the lane: two where one would wait for what it asks of the device."""
-    return 1 if complete is None else 2
+    """Threads that feed the lane: more than one where it would wait for what it asks of the device."""
+    return 1 if complete is None else _FEEDERS
+
+
+def buffers(complete: object) -> int:
+    """Batches that go round."""
+    return _BESIDE + feeders(complete)
 
 
 class _Ring(Generic[T]):
@@ -114,7 +120,7 @@ class _Ring(Generic[T]):
         at_once: int,
         fill: Callable[[range, Pixels], list[T]],
         lane: Lane,
-        buffers: Sequence[Pixels] | None,
+        own: Sequence[Pixels] | None,
         idle: Callable[[], contextlib.AbstractContextManager[None]],
         complete: Callable[[list[T], Any], list[T]] | None,
     ) -> None:
@@ -123,13 +129,13 @@ class _Ring(Generic[T]):
         self._size = lane.batch_size
         self.batches = -(-count // self._size)
         self._changed = threading.Condition()
-        self._free = list(buffers) if buffers is not None else self._own_buffers()
+        self._free = list(own) if own is not None else self._lanes_buffers()
         self._open: dict[int, _Batch[T]] = {}
         self._next, self._fed, self._stopped = 0, 0, False
         self._error: BaseException | None = None
 
-    def _own_buffers(self) -> list[Pixels]:
-        return [self._lane.new_buffer() for _ in range(min(BUFFERS, self.batches))]
+    def _lanes_buffers(self) -> list[Pixels]:
+        return [self._lane.new_buffer() for _ in range(min(buffers(self._complete), self.batches))]
 
     def work(self) -> None:
         """A worker: fill row after row, until there are no more."""

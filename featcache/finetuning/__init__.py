@@ -14,6 +14,7 @@ augment.py        random changes to training images
 batches.py        the batches of an epoch, augmented ahead
 draw_processes.py  the same by worker processes
 trainer.py        the steps of an epoch
+average.py        the moving average of weights over them
 logits.py         of all images, for scores
 micro_batches.py  the gradient of a batch on the cores of a CPU
 gpu_steps.py      the same on a CUDA GPU, as a graph

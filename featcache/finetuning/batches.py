@@ -113,7 +113,8 @@ class _Drawing:
         labels.copy_(torch.from_numpy(self._data.labels[images]))
         weights.fill_(weight)
         begun = _Begun(Batch(pixels, labels, weights, size), slot, [])
-        chunk = -(-len(images) // self._threads) if slot is not None else 1
+        # Processes get as few tasks as keep them all busy with the batches ahead: each task takes Python's lock from who trains.
+        chunk = -(-_AHEAD * len(images) // self._threads) if slot is not None else 1
         for start in range(0, len(images), chunk):
             some = np.asarray(images)[start : start + chunk].tolist()
             begun.jobs.append(self._pool.submit(self._fill, begun, start, some))

@@ -38,6 +38,8 @@ class GpuSteps:
         self._network, self._recipe = network, recipe
         self._dtype, self._device, self._cuda = dtype, job.runtime.device, cuda
         self._stream = cuda.Stream(self._device)  # a graph is captured on one that is not the usual
+        # Listed once: to walk through a network takes a processor half a millisecond a step.
+        self._parameters, self._modules = [*network.parameters()], [*network.modules()]
         self._mode: tuple[bool, ...] = ()
         self._form: Form | None = None
         self._seen: dict[int, int] = {}  # images of a part -> how many there were
@@ -71,8 +73,8 @@ class GpuSteps:
         """Make the form for what trains now, if that has changed."""
         network = self._network
         mode = (
-            *(parameter.requires_grad for parameter in network.parameters()),
-            *(module.training for module in network.modules()),
+            *(parameter.requires_grad for parameter in self._parameters),
+            *(module.training for module in self._modules),
         )
         if mode == self._mode:
             return
@@ -92,11 +94,12 @@ class GpuSteps:
         self._seen[count] = self._seen.get(count, 0) + 1
         if self._seen[count] <= _EAGER or count in self._graphs or len(self._graphs) == _MOST:
             return self._compute(given, scale)
-        before = {parameter: parameter.grad for parameter in self._network.parameters() if parameter.grad is not None}
+        before = {parameter: parameter.grad for parameter in self._parameters if parameter.grad is not None}
         _set_gradients(list(before), [None] * len(before))
         state = self._cuda.get_rng_state(self._device)
         sums = self._compute(given, scale)
-        self._graphs[count] = self._captured(given, scale, state)
+        if self._finite():  # a loss scaler begins too high, and takes some steps to come down: nothing to compare with
+            self._graphs[count] = self._captured(given, scale, state)
         for parameter, gradient in before.items():
             parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
         return sums
@@ -121,14 +124,19 @@ class GpuSteps:
         hits = ((logits.argmax(dim=1) == labels) * weights).sum()
         return torch.stack((loss.detach(), hits, weights.sum()))
 
+    def _finite(self) -> bool:
+        """Whether ``grad`` is. It waits for the GPU."""
+        norms = torch._foreach_norm([p.grad for p in self._parameters if p.grad is not None])
+        return bool(torch.stack([norm.float() for norm in norms]).isfinite().all())
+
     def _captured(self, given: Part, scale: Scale, state: torch.Tensor) -> "_Graph | None":
         """A graph that gives the gradients which ``grad`` now holds, of the same part; None if none can be made.
 
         ``state``: of the random numbers, before these were computed.
         """
-        trained = [p for p in self._network.parameters() if p.grad is not None]
+        trained = [p for p in self._parameters if p.grad is not None]
         expected, after = [p.grad for p in trained], self._cuda.get_rng_state(self._device)
-        moved = [(b, b.clone()) for m in self._network.modules() if isinstance(m, _MOVES) for b in m.buffers()]
+        moved = [(b, b.clone()) for m in self._modules if isinstance(m, _MOVES) for b in m.buffers()]
         pool = next((graph.pool for graph in self._graphs.values() if graph), None)
         try:
             _set_gradients(trained, [None] * len(trained))

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel
 
 from featcache.errors import TrainingError, UsageError
 from featcache.finetuning.augment import augment_picture
+from featcache.finetuning.average import MovingAverage
 from featcache.finetuning.batches import Batch, Draw, draw_batches
 from featcache.finetuning.draw_processes import drawing_apart
 from featcache.finetuning.gpu_steps import GpuSteps
@@ -32,6 +32,7 @@ from featcache.system.device import (
     launching,
     memory_errors,
     return_memory,
+    seed_random_numbers,
     true_float32,
 )
 from featcache.system.display import quantity
@@ -88,7 +89,7 @@ class Trainer:
         self._apart = drawing_apart(job, recipe, data, size=network.size, most=self.step_size)
         self._gpu = GpuSteps(network, recipe, job, self._dtype) if alone == "cuda" else None
         self.optimizer = make_optimizer(network, recipe)
-        self._average = AveragedModel(network) if recipe.ema else None
+        self._average = MovingAverage(network, decay=recipe.ema) if recipe.ema else None
         if recipe.batchnorm == "train" and len(data) // self.steps_per_epoch < 2:
             raise UsageError("batch norms that train need at least two images per step; use a larger --batch-size")
         self.epoch, self.batch = 0, 0  # the next batch to train on
@@ -107,7 +108,7 @@ class Trainer:
     @property
     def evaluated(self) -> Network:
         """The network to evaluate and keep: the moving average if there is one."""
-        return self._average.module if self._average else self.network  # type: ignore[return-value]
+        return self._average.network if self._average else self.network
 
     @property
     def step_size(self) -> int:
@@ -230,7 +231,9 @@ class Trainer:
         set_learning_rates(self.optimizer, self.recipe, number, self.steps_per_epoch)
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            torch.manual_seed(hash((self.job.seed, number, self.processes.rank)) % 2**63)  # dropout, drop path
+            seed_random_numbers(
+                hash((self.job.seed, number, self.processes.rank)) % 2**63, self.device
+            )  # dropout, drop path
             with contextlib.suppress(torch.OutOfMemoryError):  # its frames hold what was computed: retry without it
                 sums = self._accumulate(wrapped, batch)
                 break
@@ -242,7 +245,7 @@ class Trainer:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self._average:
-            _update_average(self._average, self.network, decay=self.recipe.ema)
+            self._average.update()
         return sums
 
     @memory_errors()
@@ -362,7 +365,7 @@ class Trainer:
             "first_mean": self._first_mean,
             "micro_batch": self.micro_batch,
             "network": self.network.state_dict(),
-            "average": self._average.state_dict() if self._average else None,
+            "average": self._average.state() if self._average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "history": self.history,
@@ -379,24 +382,10 @@ class Trainer:
         self._first_loss, self._first_mean = state["first_loss"], state["first_mean"]
         take_weights(self.network, state["network"])
         if self._average:
-            take_weights(self._average, state["average"])
+            self._average.load_state(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.history, self.best = state["history"], state["best"]
-
-
-@torch.no_grad()
-def _update_average(average: AveragedModel, network: Network, *, decay: float) -> None:
-    """Exponential moving average whose decay grows to ``decay``, so that a short run is not stuck at its start.
-
-    Not by ``AveragedModel``'s own method, which asks the GPU for a number, and so waits for it.
-    """
-    n = int(average.n_averaged)  # on the CPU
-    weight = 1 - min(decay, (1 + n) / (10 + n)) if n else 1.0
-    torch._foreach_lerp_([*average.module.parameters()], [*network.parameters()], weight)
-    if buffers := [*network.buffers()]:
-        torch._foreach_copy_([*average.module.buffers()], buffers)
-    average.n_averaged += 1
 
 
 def make_optimizer(network: Network, recipe: Recipe) -> torch.optim.Optimizer:

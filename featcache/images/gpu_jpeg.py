@@ -50,7 +50,12 @@ class Undecoded(NamedTuple):
 _BASELINE, _ADOBE_YCBCR = 0xC0, 1
 _GREY = {b"\x11"}
 _COLOUR = {bytes((luma, 0x11, 0x11)) for luma in (0x11, 0x12, 0x21, 0x22)}  # 4:4:4, 4:4:0, 4:2:2, 4:2:0
-_AT_ONCE = 2**25  # pixels, also of one file: some 30 bytes each while they are resized
+_LARGEST = 2**25  # pixels of one file
+_AT_ONCE, _ROOMY = (
+    2**25,
+    2**26,
+)  # pixels of files decoded together, some 30 bytes each while they are resized; where there is room
+_ROOM = 30 * 2**30  # bytes of a GPU's memory that leave some
 _LARGEST_STEP = 32  # of the resize
 _LANES = 2  # one batch is decoded while another one is resized
 _FAULTY = re.compile(r": (3|4|9|10)\b|subsampling")  # nvjpegStatus_t: bad, not supported, not implemented, incomplete
@@ -63,7 +68,7 @@ def is_for_gpu(header: JpegHeader, spec: PreprocessSpec) -> bool:
     plain = header.kind == _BASELINE and header.interleaved and header.orientation == 1
     height, width = spec.resized(header.height, header.width)
     step = max(header.height / height, header.width / width)
-    small = header.height * header.width <= _AT_ONCE and height * width <= MOST_PIXELS and step <= _LARGEST_STEP
+    small = header.height * header.width <= _LARGEST and height * width <= MOST_PIXELS and step <= _LARGEST_STEP
     return plain and small and (colour or factors in _GREY)
 
 
@@ -239,7 +244,15 @@ def gpu_jpegs(spec: PreprocessSpec, device: "torch.device") -> GpuJpegs | None:
     Raises:
         UsageError: ``device`` is no CUDA GPU. MissingDependencyError: torchcodec is missing.
     """
-    return GpuJpegs(spec, device, nvjpeg(device)) if spec.decode == "gpu" else None
+    return GpuJpegs(spec, device, nvjpeg(device), _at_once(device)) if spec.decode == "gpu" else None
+
+
+def _at_once(device: "torch.device") -> int:
+    """Pixels that are decoded in one call: as many as a batch of the usual photographs has, where there is room."""
+    import torch
+
+    roomy = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= _ROOM
+    return _ROOMY if roomy else _AT_ONCE
 
 
 def pixel_reader(spec: PreprocessSpec, device: "torch.device | None") -> Callable[[bytes], Pixels]:

@@ -37,22 +37,12 @@ def resize_and_crop(images: "Sequence[torch.Tensor]", spec: PreprocessSpec) -> "
     height, width = (max(edges) for edges in zip(*sizes, strict=True))
     whole = torch.empty((len(images), 3, height, width), dtype=torch.uint8, device=images[0].device)
     # What lies beside an image has no weight.
-    torch._foreach_copy_([each[:, :h, :w] for each, (h, w) in zip(whole.unbind(), sizes, strict=True)], list(images))
-    resized = [spec.resized(*size) for size in sizes]
-    corners = [cropped_at(size, spec) for size in resized]
-    columns, rows = (
-        _weights(
-            [size[axis] for size in sizes],
-            [size[axis] for size in resized],
-            [corner[axis] for corner in corners],
-            spec.crop[axis],
-            spec.interpolation,
-            whole.device,
-        )
-        .mul_(parts)
-        .round_()
-        for axis, parts in zip((1, 0), _PARTS, strict=True)
-    )  # (n, W, width), (n, H, height)
+    places = [
+        each if size == (height, width) else each[:, : size[0], : size[1]]
+        for each, size in zip(whole.unbind(), sizes, strict=True)
+    ]
+    torch._foreach_copy_(places, list(images))
+    columns, rows = _weights(sizes, spec, whole.device)  # (n, W, width), (n, H, height)
     with true_float32:
         wide = whole.flatten(1, 2).float() @ columns.transpose(1, 2)  # (n, 3 * height, W)
         wide = wide.mul_(_LEVELS / _PARTS[0]).round_().view(len(images), 3, height, -1)
@@ -62,31 +52,37 @@ def resize_and_crop(images: "Sequence[torch.Tensor]", spec: PreprocessSpec) -> "
 
 
 def _weights(
-    edges: list[int],
-    resized: list[int],
-    corners: list[int],
-    kept: int,
-    interpolation: str,
-    device: "torch.device",
-) -> "torch.Tensor":
-    """float32 (n, kept, longest edge): what each pixel along one edge counts in each that is kept, from ``corners`` on.
+    sizes: Sequence[tuple[int, int]], spec: PreprocessSpec, device: "torch.device"
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """float32 (n, W, longest width), (n, H, longest height): what each pixel along an edge counts in each that is kept.
 
-    From ``edges`` pixels to ``resized``. Each row of weights sums to 1.
+    In ``_PARTS``. Both edges at once: what a processor asks a GPU for, with Python's lock between one thing and the next, takes longer
+    than the GPU does.
     """
     import torch
 
-    given: npt.NDArray[np.float32] = np.array([edges, resized, corners], np.float32)
-    edge, whole, corner = torch.from_numpy(given).to(device, non_blocking=True)[:, :, None, None]  # each (n, 1, 1)
+    resized = [spec.resized(*size) for size in sizes]
+    corners = [cropped_at(size, spec) for size in resized]
+    given: npt.NDArray[np.float32] = np.array([sizes, resized, corners], np.float32)[
+        :, :, ::-1
+    ]  # (3, n, 2): columns, rows
+    parts = np.broadcast_to(np.array(_PARTS, np.float32), (1, len(sizes), 2))
+    numbers = torch.from_numpy(np.concatenate([given, parts]).transpose(0, 2, 1).reshape(4, -1, 1, 1).copy())
+    edge, whole, corner, part = numbers.to(device, non_blocking=True).unbind()  # each (2 n, 1, 1)
     step = edge / whole
     width = step.clamp(min=1)
-    centre = step * (corner + torch.arange(kept, device=device)[:, None] + 0.5)  # (n, kept, 1)
-    pixel = torch.arange(max(edges), device=device)
-    reach = _REACH[interpolation] * width
-    inside = (pixel >= (centre - reach + 0.5).floor().clamp(min=0)) & (
-        pixel < (centre + reach + 0.5).floor().minimum(edge)
+    kept, longest = max(spec.crop), max(max(size) for size in sizes)
+    centre = step * (corner + torch.arange(kept, device=device)[:, None] + 0.5)  # (2 n, kept, 1)
+    pixel = torch.arange(longest, device=device)
+    reach = _REACH[spec.interpolation] * width
+    inside = (pixel >= (centre - reach + 0.5).floor_().clamp_(min=0)) & (
+        pixel < (centre + reach + 0.5).floor_().minimum(edge)
     )
-    weights: torch.Tensor = _filter((pixel - centre + 0.5) / width, interpolation) * inside
-    return weights / weights.sum(2, keepdim=True)
+    weights: torch.Tensor = _filter((pixel - centre + 0.5) / width, spec.interpolation) * inside
+    # Each row of weights sums to 1, but beyond the crop's shorter edge, which nobody reads.
+    columns, rows = (weights / weights.sum(2, keepdim=True)).mul_(part).round_().chunk(2)
+    heights, widths = zip(*sizes, strict=True)
+    return columns[:, : spec.crop[1], : max(widths)], rows[:, : spec.crop[0], : max(heights)]
 
 
 def _filter(x: "torch.Tensor", interpolation: str) -> "torch.Tensor":

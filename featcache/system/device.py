@@ -112,6 +112,19 @@ def kept_random_state(device: torch.device) -> contextlib.AbstractContextManager
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
+def seed_random_numbers(seed: int, device: torch.device) -> None:
+    """Seed PyTorch's random generators, the CPU's and ``device``'s, in place of ``torch.manual_seed``.
+
+    That one also seeds every device that is not there, a traceback written down for each.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def has_bf16_arithmetic() -> bool:
     """Return whether this CPU multiplies bfloat16 in hardware; emulation would be slower than float32."""
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -62,7 +62,7 @@ def main() -> None:  # noqa: D103 - the module says it
     parser.add_argument("--minutes", type=float, default=9.5)
     parser.add_argument("--backbones", help=f"with a GPU {ON_GPU[0]}")
     parser.add_argument("--images", type=int)
-    parser.add_argument("--only", default="", help="these parts alone, by name, separated by commas")
+    parser.add_argument("--only", default="", help="these parts alone, separated by commas: PART or PART:NETWORK")
     arguments = parser.parse_args()
     end = time.time() + 60 * arguments.minutes
     names, images, training, tuned, _ = ON_CPU if arguments.device == "cpu" else ON_GPU
@@ -92,7 +92,8 @@ def plan(backbones: list[str], tuned: str) -> list[tuple[str, str, float]]:
 
 def run_parts(parts: list[tuple[str, str, float]], arguments: argparse.Namespace, end: float) -> list[dict[str, Any]]:
     """Run each in a process of its own, none longer than its share of what is left."""
-    wanted = [part for part in parts if not arguments.only or part[0] in arguments.only.split(",")]
+    only = {asked for asked in arguments.only.split(",") if asked}
+    wanted = [part for part in parts if not only or {part[0], f"{part[0]}:{part[1]}"} & only]
     results = []
     for number, (part, name, share) in enumerate(wanted):
         seconds = (end - time.time()) * share / sum(each for *_, each in wanted[number:])

@@ -29,6 +29,7 @@ _RUN, _STATE = "run.json", "checkpoint.pt"
 FORMAT_VERSION = (
     4  # 1: dropout in the backbone, the head's steps of another size; 2: other stages, no loss at first; 3: no steps
 )
+_CHEAP = 0.2  # seconds
 log = logging.getLogger("featcache")
 
 
@@ -40,6 +41,8 @@ class Checkpoint:
         position: where training stood when it was written, in words; empty: there is none yet.
         written: when that was, or when the run was started or continued, by the job's clock.
     """
+
+    _took = 0.0  # seconds, the last time
 
     def __init__(self, trainer: "Trainer", identity: dict[str, Any]) -> None:
         """Load the state of an interrupted run, if there is one, into ``trainer``. Raises as ``open_work``."""
@@ -54,10 +57,17 @@ class Checkpoint:
 
     def save(self) -> None:
         """Write the state. Raises StorageError, TrainingError; the checkpoint before is then still there."""
+        begun = self._trainer.job.clock()
         if self._trainer.job.processes.is_first:
             save_state(self._trainer.job.output, self.identity, self._trainer.state())
             self.position = self._trainer.position
         self.written = self._trainer.job.clock()
+        self._took = self.written - begun
+
+    @property
+    def pays(self) -> bool:
+        """Whether to write it costs next to nothing, or at most a tenth of the time since it was written."""
+        return self._took <= _CHEAP or self._trainer.job.clock() - self.written >= 9 * self._took
 
 
 def read_identity(output: Path) -> dict[str, Any] | None:

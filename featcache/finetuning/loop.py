@@ -50,7 +50,8 @@ class Loop:
         self.out_of_time = False
 
     def train(self) -> float:
-        """Train. A checkpoint is written after every epoch, every ten minutes (one process only), and before this ends early.
+        """Train. A checkpoint is written at the end, after every epoch where that takes little of the time, every ten minutes (one
+        process only), and before this ends early.
 
         Returns:
             Images per second of this call, in training alone; 0 if nothing was left to train.
@@ -59,11 +60,12 @@ class Loop:
             Interrupted: asked to. TrainingError: the loss or the weights are not finite, or the loss explodes.
         """
         trainer = self._trainer
-        while trainer.epoch < (trainer.recipe.epochs or 1) and not self._out_of_patience() and not self.out_of_time:
+        while not self._is_over():
             self._mark()
             try:
                 self._evaluate(trainer.run_epoch(on_step=self._after_step, stop=self._must_stop))
-                self._save()
+                if self._checkpoint.pays or self._is_over():
+                    self._save()
             except Stopped:
                 self._stop()
             except TrainingError as error:
@@ -120,6 +122,9 @@ class Loop:
             trainer.step,
             epochs * trainer.steps_per_epoch,
         )
+
+    def _is_over(self) -> bool:
+        return self._trainer.epoch >= (self._trainer.recipe.epochs or 1) or self._out_of_patience() or self.out_of_time
 
     def _out_of_patience(self) -> bool:
         """Whether so many whole epochs had no better score, at their end or within; that of the best does not count."""

@@ -18,6 +18,7 @@ from test_trainer import DATA, DROPPING, EDGE, SIMPLE, assert_same
 from torch.nn import functional
 
 from featcache.errors import Interrupted
+from featcache.finetuning.checkpoint import Checkpoint, hold_work
 from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.loop import Loop
 from featcache.finetuning.network import Network, with_new_head
@@ -47,10 +48,13 @@ def make_trainer(recipe: Recipe, *, clock: Clock | None = None) -> Trainer:
     return Trainer(with_new_head(DROPPING, recipe, 3, seed=0), DATA, recipe=recipe, job=job)
 
 
-def train(trainer: Trainer, *, on_step: Callable[[Status], None] | None = None, **how: Any) -> tuple[Loop, list[Any]]:
+def train(
+    trainer: Trainer, *, on_step: Callable[[Status], None] | None = None, pays: bool = True, **how: Any
+) -> tuple[Loop, list[Any]]:
     """The loop, at its end, and the states of its checkpoints."""
     saved: list[Any] = []
-    kept = SimpleNamespace(position="", written=1000.0, save=lambda: saved.append(copy.deepcopy(trainer.state())))
+    kept = SimpleNamespace(position="", written=1000.0, pays=pays)
+    kept.save = lambda: saved.append(copy.deepcopy(trainer.state()))
     how.setdefault("asked", StopRequest())
     loop = Loop(trainer, VAL, checkpoint=kept, on_step=on_step, **how)  # type: ignore[arg-type]
     try:
@@ -93,6 +97,32 @@ def test_scores_between_steps_are_those_of_the_network_there_and_change_nothing(
         assert (row["val_loss"], row["val_accuracy"]) == pytest.approx(found[row["step"]], rel=1e-4), row
     best = max(scored.history, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     assert (scored.best["epoch"], scored.best["step"]) == (best["epoch"], best["step"])
+
+
+def test_an_epoch_that_is_sooner_trained_than_saved_waits_for_later_ones() -> None:
+    for pays, saved in ((True, [1, 2, 3]), (False, [3])):  # a finished run is always saved
+        _, states = train(make_trainer(SIMPLE), pays=pays)
+        assert [state["epoch"] for state in states] == saved
+
+
+@pytest.mark.parametrize(("takes", "after", "pays"), [(0.125, 0.0, True), (3.0, 26.9, False), (3.0, 27.0, True)])
+def test_checkpoints_take_a_tenth_of_the_time_at_most(
+    takes: float, after: float, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    trainer = make_trainer(SIMPLE, clock=clock)
+    trainer.job = dataclasses.replace(trainer.job, output=tmp_path / "ft")
+
+    def save(*_: Any) -> None:
+        clock.now += takes
+
+    monkeypatch.setattr("featcache.finetuning.checkpoint.save_state", save)
+    with hold_work(trainer.job, force=False):
+        kept = Checkpoint(trainer, {})
+        assert kept.pays  # the first one
+        kept.save()
+        clock.now += after
+        assert kept.pays == pays
 
 
 def test_a_row_tells_of_the_images_since_the_one_before() -> None:

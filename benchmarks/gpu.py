@@ -86,7 +86,7 @@ def plan(backbones: list[str], tuned: str) -> list[tuple[str, str, float]]:
         "careful": 5.0,
     }  # cuDNN's search takes the careful loop seconds
     sides = [(part, name, share) for name in backbones for part, share in shares.items()]
-    rest = [("train_ours", tuned, 8.0), ("train_careful", tuned, 6.0), ("heads", "", 4.0), ("decoders", "", 2.5)]
+    rest = [("train_ours", tuned, 10.0), ("train_careful", tuned, 6.0), ("heads", "", 4.0), ("decoders", "", 2.5)]
     return [*sides[:4], *rest[:2], *sides[4:], *rest[2:], ("tests", "", 9.0)]
 
 

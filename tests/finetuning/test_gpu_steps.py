@@ -6,6 +6,7 @@ Oracle: the plain network, the whole batch at once.
 import copy
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,19 @@ def test_a_graph_gives_the_gradients_of_the_plain_network(change: str, caplog: p
     assert not said(caplog)
     # Of each size the first two are computed as they come, the third to capture what all others replay, once to compare.
     assert sorted(graph.replays for graph in cuda.graphs) == [SIZES.count(7) - 3 + 1, SIZES.count(8) - 3 + 1]
+
+
+def test_a_loss_scaler_that_begins_too_high_keeps_no_graph_from_being_made() -> None:
+    cuda, (network, recipe) = Cuda(), made()
+    steps, (batch, *_) = GpuSteps(network, recipe, JOB, None, cuda=cuda), batches()
+    for scale in (math.inf, math.inf, math.inf, math.inf, 2.0, 2.0):
+        network.zero_grad(set_to_none=True)
+        with cuda:
+            steps.accumulate(batch, micro=8, scale=lambda loss, scale=scale: loss * scale)
+        # Of gradients that are not finite nobody could say whether a graph gives the same.
+        assert bool(cuda.graphs) == math.isfinite(scale)
+    [graph] = cuda.graphs
+    assert graph.replays == 2  # to compare, and the last step
 
 
 def test_parts_add_up_whatever_their_sizes() -> None:

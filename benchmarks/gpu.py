@@ -340,7 +340,7 @@ def row_jobs(arguments: argparse.Namespace, count: int, *, apart: bool) -> list[
     import numpy as np
 
     from featcache import list_images, load_backbone
-    from featcache.images.fill import Fill, FillByProcesses
+    from featcache.images.fill import Fill, FillByProcesses, decoder
     from featcache.images.formats import Brightest
     from featcache.system.worker_processes import SharedMemory, worker_processes
 
@@ -351,10 +351,13 @@ def row_jobs(arguments: argparse.Namespace, count: int, *, apart: bool) -> list[
             return []
         processes.wait()
         memory = SharedMemory(count * 16 * height * width * 3)
-        fill: Fill = FillByProcesses(images, spec, Brightest(), processes=processes, memory=memory)
+        fill: Fill = FillByProcesses(images, decoder(spec), Brightest(), processes=processes, memory=memory)
         rows = memory.array.reshape(count, 16, height, width, 3)
     else:
-        fill, rows = Fill(images, spec, Brightest(), threads=count), np.empty((count, 16, height, width, 3), np.uint8)
+        fill, rows = (
+            Fill(images, decoder(spec), Brightest(), threads=count),
+            np.empty((count, 16, height, width, 3), np.uint8),
+        )
 
     def job(stop: threading.Event, number: int) -> int:
         starts = itertools.cycle(range(16 * number % (len(images) - 16), len(images) - 16, 16 * count))

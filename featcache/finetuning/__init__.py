@@ -9,6 +9,7 @@ tune.py           the stages after that: assemble, plan, train, choose
 budget.py         how much training fits into a given time
 loop.py           epoch after epoch: scores on val, the best of them, checkpoints
 pixels.py         decoded images, kept
+training_input.py  what is kept of one to train on
 network.py        backbone and head as one network: parity, stages, what trains
 augment.py        random changes to training images
 batches.py        the batches of an epoch, augmented ahead

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.finetuning.pixels import Picture
 from featcache.finetuning.recipe_values import Step
+from featcache.finetuning.training_input import Picture
 from featcache.system.lazy_imports import compiler_on_demand
 
 with compiler_on_demand():

@@ -29,12 +29,15 @@ ROOM = _BUFFERS  # batches that ``Pixels.memory`` has to have room for
 
 
 def drawing_processes(job: "Job", recipe: "Recipe", images: int) -> WorkerProcesses | None:
-    """Those that draw for ``job``, by its settled recipe, starting at the first call; None where threads are as fast."""
+    """Those that draw for ``job``, by its settled recipe, and decode what they draw from, starting at the first call.
+
+    None where threads are as fast. ``images``: to train on.
+    """
     runtime = job.runtime
     many = images * (recipe.epochs or 1) >= _FEWEST_DRAWS and min(runtime.workers, usable_cores()) >= _FEWEST_CORES
     if runtime.device.type != "cuda" or job.processes.world > 1 or not (many and recipe.augmentation):
         return None
-    return worker_processes(runtime.workers, "featcache.finetuning.augment")
+    return worker_processes(runtime.workers, "featcache.finetuning.augment", "featcache.images.fill")
 
 
 class DrawByProcesses:

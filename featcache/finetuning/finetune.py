@@ -88,6 +88,7 @@ def finetune(
         Interrupted: by a signal; a checkpoint is kept.
     """
     from featcache.finetuning.budget import check_same_budget, parse_budget
+    from featcache.finetuning.pixels import start_decoding
     from featcache.finetuning.trainer import choose_training_precision
     from featcache.finetuning.tune import tune
     from featcache.system import distributed
@@ -142,6 +143,7 @@ def finetune(
             if finished:
                 log.info("%s was finished already", output)
             else:
+                start_decoding(job)
                 model, cache = prepare_start(job, init, request=request, held_out=held_out, preparing=preparing)
                 earlier = seen_before(init, request=request, held_out=held_out)
                 with bar_in_notebook(progress, _describe) as on_step:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from featcache.finetuning.network import Network
-from featcache.finetuning.pixels import Picture
 from featcache.finetuning.recipes import Job
+from featcache.finetuning.training_input import Picture
 from featcache.heads.head import Array
 from featcache.system.device import Runtime, launching, memory_errors, one_core_each, return_memory, true_float32
 from featcache.system.transfer import Feed, host_tensor, read_later

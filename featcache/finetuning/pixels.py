@@ -11,9 +11,9 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,22 +22,20 @@ import torch
 from featcache.errors import SourceError
 from featcache.finetuning.draw_processes import ROOM, drawing_processes
 from featcache.finetuning.recipes import Job, settle
-from featcache.images.decode import decode_pixels
+from featcache.finetuning.training_input import Picture, TrainingInput
+from featcache.images.fill import fill_memory
 from featcache.images.gpu_jpeg import pixel_reader
-from featcache.images.preprocess import MOST_PIXELS, resize
-from featcache.images.read import read_images
+from featcache.images.read import ReadImage, read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS, PreprocessSpec
 from featcache.system.display import Steps
 from featcache.system.files import check_free_space, publish_file
 from featcache.system.memory import available_memory
 from featcache.system.workdir import work_folder
-from featcache.system.worker_processes import SharedMemory
+from featcache.system.worker_processes import ALIGNED, SharedMemory, WorkerProcesses
 
-Picture = npt.NDArray[np.uint8]
 Convert = Callable[[bytes], Picture]  # a file's content to what is kept of it; raises RefusedImage
 _SHARE_OF_MEMORY = 0.4
-_ENLARGED = 10 / 7  # stored edge of training images / edge of the network's input: room for random crops
 _ROOM = 4  # times what pictures are likely to take: what is not used costs nothing
 _NAMED = 5  # refused images of a split that are named
 _TOLD = 16  # images after which is told how far it is
@@ -76,28 +74,12 @@ def network_input(spec: PreprocessSpec, device: torch.device | None = None) -> C
     return pixel_reader(spec, device)
 
 
-def training_input(spec: PreprocessSpec) -> Convert:
-    """Stored for training: the whole image, its shorter edge somewhat longer than the network's input, never enlarged."""
-    edge = round(max(spec.crop) * _ENLARGED)
+class Apart(NamedTuple):
+    """Processes that decode, and memory that they see, with ``room`` bytes for each picture; larger ones lie elsewhere."""
 
-    def shrink(data: bytes) -> Picture:
-        image = _shortened(decode_pixels(data, white_level=spec.white_level), edge)
-        height, width, _ = image.shape
-        factor = edge / min(height, width)
-        if factor >= 1:
-            return np.array(image)  # a copy: of a narrow image the ends would stay in memory
-        return resize(image, (max(1, round(height * factor)), max(1, round(width * factor))), "bilinear")
-
-    return shrink
-
-
-def _shortened(image: Picture, edge: int) -> Picture:
-    """Cut off both ends of an image so narrow that it would have more than ``MOST_PIXELS``, its shorter edge ``edge``."""
-    height, width, _ = image.shape
-    shorter = min(height, width)
-    longest = MOST_PIXELS // min(shorter, edge) * max(shorter, edge) // edge
-    top, left = (max(0, length - longest) // 2 for length in (height, width))
-    return image[top : height - top, left : width - left]
+    processes: WorkerProcesses
+    memory: SharedMemory
+    room: int
 
 
 def decode_in_memory(
@@ -105,24 +87,22 @@ def decode_in_memory(
     convert: Convert,
     *,
     workers: int = 1,
-    memory: SharedMemory | None = None,
+    apart: Apart | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pixels:
-    """Decode every image once, on ``workers`` threads, and keep them. ``convert``: a file's bytes -> uint8 (H, W, 3).
+    """Decode every image once, on ``workers`` threads, or as many processes, and keep them.
 
-    ``memory``: to keep them in, as many as it holds. ``progress``: called with (done, total) now and then.
+    Args:
+        convert: a file's bytes -> uint8 (H, W, 3); for ``apart`` as ``fill_memory`` takes it. progress: called with (done, total)
+            now and then.
     """
+    if apart is None:
+        reads = read_images(images, range(len(images)), convert, workers=workers)
+    else:
+        reads = fill_memory(images, convert, **apart._asdict(), workers=workers)
     pictures: list[Picture] = []
-
-    def keep(picture: Picture) -> None:
-        place = memory.take(picture.size) if memory else None
-        if place is not None:
-            place.reshape(picture.shape)[:] = picture
-            picture = place.reshape(picture.shape)
-        pictures.append(picture)
-
-    table = _decode_each(images, convert, keep, workers=workers, progress=progress)
-    return dataclasses.replace(_to_pixels(images, table, pictures), memory=memory)
+    table = _keep_each(images, reads, pictures.append, progress=progress)
+    return dataclasses.replace(_to_pixels(images, table, pictures), memory=apart and apart.memory)
 
 
 def decode_into_file(
@@ -151,7 +131,8 @@ def decode_into_file(
             target.write(np.ascontiguousarray(picture).data)
             shapes.append(picture.shape)
 
-        table = _decode_each(images, convert, write, workers=workers, progress=progress)
+        reads = read_images(images, range(len(images)), convert, workers=workers)
+        table = _keep_each(images, reads, write, progress=progress)
         text = json.dumps(table | {"shapes": shapes}).encode()
         target.write(text + len(text).to_bytes(8, "little"))
 
@@ -166,17 +147,16 @@ def open_pixels(images: ImageList, file: Path) -> Pixels:
     return _to_pixels(images, table, [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
 
 
-def _decode_each(
+def _keep_each(
     images: ImageList,
-    convert: Convert,
+    reads: Generator[ReadImage[Picture]],
     keep: Callable[[Picture], None],
     *,
-    workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Give every picture to ``keep``, in order. Returns, as JSON values, which were kept, which refused, and digests."""
     kept, refused, digests, digest = [], [], [], hashlib.sha256()
-    for number, read in enumerate(read_images(images, range(len(images)), convert, workers=workers), 1):
+    for number, read in enumerate(reads, 1):
         if progress and (number % _TOLD == 0 or number == len(images)):
             progress(number, len(images))
         digest.update(read.digest or b"unreadable")
@@ -234,23 +214,41 @@ def _tell(progress: Steps, what: str, done: int, total: int) -> None:
     progress(done, total, what)
 
 
+def start_decoding(job: Job) -> WorkerProcesses | None:
+    """Let the processes start that ``decode_split`` will want: whoever knows so seconds before need not wait. None: threads decode."""
+    n_train = _training_images(job)
+    return drawing_processes(job, settle(job.settings, n_train), n_train)
+
+
+def _training_images(job: Job) -> int:
+    return int((job.images.splits == SPLITS.index("train")).sum())
+
+
 def _decode(
     job: Job, images: ImageList, *, split: str, preprocess: PreprocessSpec, progress: Callable[[int, int], None] | None
 ) -> Pixels:
     """In memory if they fit; else, or with several processes, in a file that one process per machine writes."""
     evaluated = network_input(preprocess, job.runtime.device)  # refused before hours are spent on training images
-    convert = training_input(preprocess) if split == "train" else evaluated
+    convert: Convert = TrainingInput(preprocess) if split == "train" else evaluated
     typical = 3 * preprocess.crop[0] * preprocess.crop[1] * (3 if split == "train" else 1)
     processes, workers = job.processes, job.runtime.workers
     if processes.world == 1 and len(images) * typical < _SHARE_OF_MEMORY * available_memory():
-        memory = None
-        if split == "train" and drawing_processes(job, recipe := settle(job.settings, len(images)), len(images)):
-            batches = ROOM * (recipe.batch_size or 1) * recipe.accumulation
-            memory = SharedMemory(_ROOM * (len(images) + batches) * typical)
-        return decode_in_memory(images, convert, workers=workers, memory=memory, progress=progress)
+        apart = None
+        if preprocess.decode != "gpu" or split == "train":
+            apart = _apart(job, len(images), typical, draws=split == "train")
+        return decode_in_memory(images, convert, workers=workers, apart=apart, progress=progress)
     file = work_folder(job.output) / f"{split}-{processes.node}.pixels"
     if processes.local_rank == 0:
         log.info("decoded %s images go to %s, about %.1f GB", split, file, len(images) * typical / 1e9)
         decode_into_file(images, convert, file, typical=typical, workers=workers, progress=progress)
     processes.barrier()
     return open_pixels(images, file)
+
+
+def _apart(job: Job, images: int, typical: int, *, draws: bool) -> Apart | None:
+    """The processes that draw for ``job``, if there are any, and memory for so many images, and for batches if it is of these they draw."""
+    if (processes := start_decoding(job)) is None:
+        return None
+    recipe, room = settle(job.settings, _training_images(job)), _ROOM * typical
+    batches = ROOM * (recipe.batch_size or 1) * recipe.accumulation if draws else 0
+    return Apart(processes, SharedMemory((images + batches) * (room + ALIGNED)), room)

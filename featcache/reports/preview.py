@@ -20,10 +20,11 @@ from featcache.backbones.choice import AUTO, choose_backbone
 from featcache.errors import RefusedImage, SourceError
 from featcache.extraction.request import BackboneOptions, ExtractRequest, preprocessing_of, settle_request
 from featcache.finetuning.augment import augment_picture
-from featcache.finetuning.pixels import Picture, network_input, training_input
+from featcache.finetuning.pixels import network_input
 from featcache.finetuning.recipe_files import read_recipe
 from featcache.finetuning.recipes import Recipe, settle, step_in_words
 from featcache.finetuning.start import read_source
+from featcache.finetuning.training_input import Picture, TrainingInput
 from featcache.heads.head import Array, Indices
 from featcache.images.decode import decode
 from featcache.images.read import read_images
@@ -195,7 +196,7 @@ def _decode_some(images: ImageList, spec: PreprocessSpec, *, n: int, seed: int) 
         photo = decode(data, white_level=spec.white_level)
         if min(photo.size) < 1:
             raise RefusedImage("an image without pixels")
-        return photo, network_input(spec)(data), training_input(spec)(data)
+        return photo, network_input(spec)(data), TrainingInput(spec)(data)
 
     rows: list[_Row] = []
     refused: dict[str, str] = {}

@@ -29,9 +29,10 @@ from featcache.errors import SourceError, UsageError
 from featcache.finetuning.budget import seconds_per_step
 from featcache.finetuning.micro_batches import images_at_once
 from featcache.finetuning.network import with_new_head
-from featcache.finetuning.pixels import decode_in_memory, training_input
+from featcache.finetuning.pixels import decode_in_memory
 from featcache.finetuning.recipes import Job, choose_recipe
 from featcache.finetuning.trainer import Trainer, choose_training_precision
+from featcache.finetuning.training_input import TrainingInput
 from featcache.images.decode import Pixels
 from featcache.images.fill import start_decoding
 from featcache.images.source import ImageList, list_images
@@ -137,7 +138,7 @@ def measure_training(backbone: Backbone, images: ImageList, runtime: Runtime, *,
         SourceError: not one of the images that it tries can be decoded.
     """
     rows = np.linspace(0, len(images) - 1, min(len(images), 2 * _BATCH)).round().astype(np.intp)
-    found = decode_in_memory(images.take(rows), training_input(backbone.preprocess), workers=runtime.workers)
+    found = decode_in_memory(images.take(rows), TrainingInput(backbone.preprocess), workers=runtime.workers)
     if not len(found):
         raise SourceError(f"not one image in {images.root} can be decoded, so that there is nothing to measure")
     repeated = np.arange(2 * _BATCH) % len(found)  # two whole batches, whatever there is

@@ -38,7 +38,7 @@ Memory = npt.NDArray[np.uint8]
 _MEMORIES = 2  # that a process keeps in sight
 _READY, _DONE, _FAILED, _CRASHED = range(4)
 _MOST = 64  # processes
-_ALIGNED = 64  # bytes
+ALIGNED = 64  # bytes
 
 
 class SharedMemory:
@@ -62,7 +62,7 @@ class SharedMemory:
         start, end = self.used, self.used + size
         if end > self.size:
             return None
-        self.used = -(-end // _ALIGNED) * _ALIGNED
+        self.used = -(-end // ALIGNED) * ALIGNED
         return self.array[start:end]
 
     def offset(self, part: Memory) -> int | None:

@@ -87,7 +87,7 @@ def test_processes_fill_the_ring_to_the_same_bits(images: ImageList, monkeypatch
     assert processes is not None
     processes.wait()
     tasks, call = list[int](), processes.call
-    monkeypatch.setattr(processes, "call", lambda *given: tasks.append(len(given[2][1])) or call(*given))
+    monkeypatch.setattr(processes, "call", lambda *given: tasks.append(len(given[2][2])) or call(*given))
     found = joined(list(embedder.embed(images)))
     assert sum(tasks) == len(images)
     assert found.pop("refused") == expected.pop("refused")

@@ -22,7 +22,7 @@ from featcache.errors import BackboneError, ModelError, SpecMismatchError, Usage
 from featcache.extraction.extract import extract, weights_copy
 from featcache.extraction.request import ExtractRequest, RequestOptions, load_requested, preprocessing_of
 from featcache.finetuning.finetune import finetune
-from featcache.finetuning.pixels import training_input
+from featcache.finetuning.training_input import TrainingInput
 from featcache.heads.head import FittedHead
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
@@ -227,7 +227,7 @@ def test_a_white_level_is_part_of_the_spec_and_of_every_model(
     files = [tmp_path / kind / "a" / "0.png" for kind in ("deep", "plain")]
     one, other = (row.probabilities for row in predict(model, files))
     np.testing.assert_array_equal(one, other)
-    convert = training_input(model.spec.preprocess)
+    convert = TrainingInput(model.spec.preprocess)
     np.testing.assert_array_equal(*(convert(file.read_bytes()) for file in files))
     for impossible in (0, 65536):
         with pytest.raises(UsageError, match="white level"):

@@ -140,4 +140,4 @@ def test_what_is_worth_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         job = dataclasses.replace(JOB, runtime=runtime)
         assert draw_processes.drawing_processes(job, dataclasses.replace(recipe, **changes), images) is None
-    assert started == [(16, "featcache.finetuning.augment")]
+    assert started == [(16, "featcache.finetuning.augment", "featcache.images.fill")]

@@ -1,20 +1,39 @@
 """Decoded images: every image once, the same from memory and from a file, refused ones named."""
 
+import dataclasses
 import io
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_network import JOB
 
 from featcache.errors import StorageError
-from featcache.finetuning.pixels import decode_in_memory, decode_into_file, network_input, open_pixels, training_input
+from featcache.finetuning import pixels
+from featcache.finetuning.draw_processes import DrawByProcesses
+from featcache.finetuning.pixels import (
+    Apart,
+    Pixels,
+    decode_in_memory,
+    decode_into_file,
+    decode_split,
+    network_input,
+    open_pixels,
+)
+from featcache.finetuning.recipes import RECIPES
+from featcache.finetuning.training_input import TrainingInput
 from featcache.images.decode import decode
 from featcache.images.preprocess import MOST_PIXELS, to_pixels
 from featcache.images.read import read_file
-from featcache.images.source import list_images
+from featcache.images.source import ImageList, list_images
 from featcache.spec import PreprocessSpec
 from featcache.system.memory import available_memory
+from featcache.system.worker_processes import SharedMemory, WorkerProcesses
 
 PLAIN = PreprocessSpec(resize=40, crop=(32, 32), interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -22,7 +41,7 @@ PLAIN = PreprocessSpec(resize=40, crop=(32, 32), interpolation="bilinear", mean=
 def test_memory_and_file_hold_the_same(photos: Path, tmp_path: Path) -> None:
     (photos / "red" / "02.jpg").write_bytes(b"no picture")
     images = list_images(photos)
-    convert = training_input(PLAIN)
+    convert = TrainingInput(PLAIN)
     kept = decode_in_memory(images, convert, workers=2)
     decode_into_file(images, convert, tmp_path / "p.pixels", typical=10_000, workers=2)
     shared = open_pixels(images, tmp_path / "p.pixels")
@@ -53,7 +72,7 @@ def test_training_images_keep_their_shape_and_are_never_enlarged(
 ) -> None:
     file = io.BytesIO()
     Image.new("RGB", size).save(file, "PNG")
-    picture = training_input(PLAIN)(file.getvalue())
+    picture = TrainingInput(PLAIN)(file.getvalue())
     assert picture.shape == (stored[1], stored[0], 3)
     assert picture.flags.writeable
 
@@ -66,7 +85,7 @@ def test_training_images_are_resized_as_by_pillow() -> None:
     exif[0x0112] = 6  # shown turned by a quarter
     image.save(file, "JPEG", exif=exif)
     expected = decode(file.getvalue()).resize((46, 69), Image.Resampling.BILINEAR)
-    found = training_input(PLAIN)(file.getvalue())
+    found = TrainingInput(PLAIN)(file.getvalue())
     difference = np.abs(found.astype(int) - np.asarray(expected, int))
     assert difference.max() <= 1
     assert difference.mean() < 0.1
@@ -79,13 +98,86 @@ def test_of_narrow_training_images_the_middle_is_kept(size: tuple[int, int]) -> 
     file = io.BytesIO()
     image = Image.fromarray(ramp if size[1] > size[0] else ramp.T)
     image.save(file, "PNG")
-    picture = training_input(PLAIN)(file.getvalue())
+    picture = TrainingInput(PLAIN)(file.getvalue())
     height, width = picture.shape[:2]
     assert min(height, width) == min(46, *size)
     assert 0.99 * MOST_PIXELS < height * width <= MOST_PIXELS
     line = picture[:, 0, 0] if height > width else picture[0, :, 0]
     np.testing.assert_array_equal(line[: len(line) // 2], line[: -len(line) // 2 - 1 : -1][: len(line) // 2])
     assert line.min() == 0
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[WorkerProcesses]:
+    found = WorkerProcesses(2, ("featcache.finetuning.augment", "featcache.images.fill"))
+    found.wait()
+    yield found
+    found.close()
+
+
+def wide_and_narrow(photos: Path) -> ImageList:
+    """With one that cannot be read, and one larger than it has room."""
+    (photos / "red" / "02.jpg").write_bytes(b"no picture")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 900, 3), np.uint8)).save(photos / "red" / "w.png")
+    return list_images(photos)
+
+
+def assert_same(found: Pixels, expected: Pixels) -> None:
+    for name in ("kept", "labels", "digests"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert (found.refused, found.paths, found.digest) == (expected.refused, expected.paths, expected.digest)
+    for mine, theirs in zip(found.pictures, expected.pictures, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+@pytest.mark.parametrize("ready", [True, False])
+@pytest.mark.parametrize("convert", [TrainingInput(PLAIN), network_input(PLAIN)], ids=["training", "evaluation"])
+def test_processes_decode_the_same_pictures(
+    photos: Path, processes: WorkerProcesses, convert: Any, ready: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, room, asked = wide_and_narrow(photos), 3 * 50 * 100, list[int]()
+    call = processes.call
+    monkeypatch.setattr(processes, "call", lambda *given: asked.append(len(given[2][2])) or call(*given))
+    monkeypatch.setattr(WorkerProcesses, "ready", ready)
+    memory = SharedMemory(len(images) * (room + 64))
+    found = decode_in_memory(images, convert, workers=2, apart=Apart(processes, memory, room))
+    assert sum(asked) == (len(images) if ready else 0)
+    assert_same(found, decode_in_memory(images, convert))
+    assert found.memory is memory
+    where = [memory.offset(picture) for picture in found.pictures]
+    assert [place is None for place in where] == [3 * len(p[0]) * len(p) > room for p in found.pictures]
+    assert (None in where) == isinstance(convert, TrainingInput)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_gpus_run_decodes_by_the_processes_that_draw(
+    photos: Path, processes: WorkerProcesses, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose memory has room for the batches, and which find nearly every picture there; a GPU's own JPEGs are left to it."""
+    images = wide_and_narrow(photos)
+    images = dataclasses.replace(images, splits=np.where(np.arange(len(images)) % 4, 1, 2).astype(np.uint8))
+    job = dataclasses.replace(JOB, images=images, output=tmp_path / "ft", settings=RECIPES["default"])
+    options: Any = {"classes": images.classes, "preprocess": PLAIN}
+    expected = {split: decode_split(job, split, **options) for split in ("train", "val")}
+    asked: list[Any] = []
+    monkeypatch.setattr(pixels, "drawing_processes", lambda *given: asked.append(given) or processes)
+    for split, plain in expected.items():
+        found = decode_split(job, split, **options)
+        assert_same(found, plain)
+        assert plain.memory is None
+        assert found.memory is not None
+    n_train = int((images.splits == 1).sum())
+    assert [(given[1].epochs, given[1].batch_size, given[2]) for given in asked] == [(15, n_train, n_train)] * 2
+    train = decode_split(job, "train", **options)
+    draw = DrawByProcesses(processes, train, (("flip", 0.5),), size=(32, 32), most=n_train)
+    with draw.buffers(torch.device("cpu")) as buffers:
+        assert draw(range(3), buffers[0][:3], lambda image: (0, 0, image))
+    assert pixels._apart(job, 1, 1, draws=True) is not None
+    monkeypatch.setattr(pixels, "_apart", None)  # not asked
+    monkeypatch.setattr(pixels, "network_input", lambda *_: network_input(PLAIN))
+    by_gpu = decode_split(job, "val", classes=images.classes, preprocess=dataclasses.replace(PLAIN, decode="gpu"))
+    assert_same(by_gpu, expected["val"])
 
 
 def test_the_digest_follows_content_and_order(photos: Path) -> None:

@@ -16,7 +16,7 @@ from corpus import exif_of, saved
 from PIL import Image
 
 from featcache.images import fill as module
-from featcache.images.fill import Fill, FillByProcesses, filler
+from featcache.images.fill import Fill, FillByProcesses, decoder, filler
 from featcache.images.formats import Brightest
 from featcache.images.gpu_jpeg import Undecoded
 from featcache.images.read import ImageFiles, Paths
@@ -66,8 +66,11 @@ def both(files: ImageFiles, spec: PreprocessSpec, processes: WorkerProcesses) ->
     memory, seen = SharedMemory(n * 32 * 24 * 3), (Brightest(), Brightest())
     others = np.zeros((n, 32, 24, 3), np.uint8)
     ways = (
-        (Fill(files, spec, seen[0]), others),
-        (FillByProcesses(files, spec, seen[1], processes=processes, memory=memory), memory.array.reshape(others.shape)),
+        (Fill(files, decoder(spec), seen[0]), others),
+        (
+            FillByProcesses(files, decoder(spec), seen[1], processes=processes, memory=memory),
+            memory.array.reshape(others.shape),
+        ),
     )
     found = [
         [read for k in range(0, n, 5) for read in fill(range(k, min(k + 5, n)), rows[k : k + 5])] for fill, rows in ways
@@ -138,13 +141,13 @@ def test_an_image_that_crashes_its_decoder_costs_no_other(photos: Path, monkeypa
     try:
         files = Paths(photos, tuple(f"{name}/{k}.jpg" for name in COLOURS for k in range(4)))
         memory = SharedMemory(len(files.paths) * 32 * 24 * 3)
-        fill = FillByProcesses(files, SPEC, Brightest(), processes=processes, memory=memory)
+        fill = FillByProcesses(files, decoder(SPEC), Brightest(), processes=processes, memory=memory)
         found = fill(range(len(files.paths)), memory.array.reshape(-1, 32, 24, 3))
     finally:
         processes.close()
     refused = {files.paths[read.position]: read.reason for read in found if read.value is None}
     assert refused == {"red/2.jpg": "its decoder crashed (SIGSEGV)"}
-    expected = Fill(files, SPEC, Brightest())(
+    expected = Fill(files, decoder(SPEC), Brightest())(
         range(len(files.paths)), np.zeros((len(files.paths), 32, 24, 3), np.uint8)
     )
     kept = [k for k, read in enumerate(found) if read.value is not None]
@@ -161,7 +164,7 @@ def test_threads_go_on_where_processes_are_lost(photos: Path, caplog: pytest.Log
 
     files: Any = list_images(photos)
     memory = SharedMemory(len(files) * 32 * 24 * 3)
-    fill = FillByProcesses(files, SPEC, Brightest(), processes=Lost(), memory=memory)  # type: ignore[arg-type]
+    fill = FillByProcesses(files, decoder(SPEC), Brightest(), processes=Lost(), memory=memory)  # type: ignore[arg-type]
     found = fill(range(len(files)), memory.array.reshape(-1, 32, 24, 3))
     assert sum(read.value is not None for read in found) == len(files) - 3
     assert "were killed, perhaps for want of memory: threads go on" in caplog.text

@@ -113,12 +113,13 @@ def test_memory_is_bounded_by_the_crop(tmp_path: Path) -> None:
         import resource
         from pathlib import Path
         import numpy as np, torch
-        from featcache.finetuning.pixels import network_input, training_input
+        from featcache.finetuning.pixels import network_input
+        from featcache.finetuning.training_input import TrainingInput
         from featcache.images.read import Paths, read_images
         from featcache.spec import PreprocessSpec
         spec = PreprocessSpec(resize=256, crop=(224, 224), interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1))
         files = Paths(Path({str(tmp_path)!r}), tuple(f"{{name}}.png" for name in {list(sizes)}))
-        inputs = network_input(spec), training_input(spec)
+        inputs = network_input(spec), TrainingInput(spec)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + 100_000_000,) * 2)
         for convert in inputs:

@@ -247,7 +247,7 @@ def _decode(
 
 def _apart(job: Job, images: int, typical: int, *, draws: bool) -> Apart | None:
     """The processes that draw for ``job``, if there are any, and memory for so many images, and for batches if it is of these they draw."""
-    if (processes := start_decoding(job)) is None:
+    if not images or (processes := start_decoding(job)) is None:
         return None
     recipe, room = settle(job.settings, _training_images(job)), _ROOM * typical
     batches = ROOM * (recipe.batch_size or 1) * recipe.accumulation if draws else 0

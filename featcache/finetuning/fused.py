@@ -7,7 +7,7 @@ the parameters by the chain rule. What cannot be traced, or does not agree with 
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -30,6 +30,7 @@ from featcache.system.device import true_float32
 _FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
 _LAST = torch.channels_last
+_ALIGNED = 8  # channels whose biases, rounded to 16 bits, begin where any kernel can read them
 Geometry = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
 
 
@@ -52,13 +53,13 @@ class Form:
         self.whole = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
         self._others = [p for p in (*module.parameters(), *head.parameters()) if p.requires_grad]
         self._dtype = torch.float32
-        self._roots: list[torch.Tensor] = []
+        self._roots: list[torch.Tensor | _Scaled] = []
         self.leaves: list[torch.Tensor] = []
 
     def refresh(self, dtype: torch.dtype) -> None:
         """Compute the effective weights, once for each ``settle``; the module is to compute in ``dtype``."""
         self._dtype = dtype
-        scales = {norm: scale for norms in self._norms for norm, scale in norms.scales()}
+        scales = {norm: scale for norms in self._norms for norm, scale in norms.scales(dtype)}
         pairs = [pair for convolution in self._convolutions for pair in convolution.refresh(dtype, scales)]
         self._roots = [*(root for root, _ in pairs), *self._others]
         self.leaves = [*(leaf for _, leaf in pairs), *self._others]
@@ -77,7 +78,8 @@ class Form:
 
     def settle(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Add gradients of ``leaves``, in float32, to ``grad`` of the parameters."""
-        found = [(root, g.to(root.dtype)) for root, g in zip(self._roots, gradients, strict=True) if g is not None]
+        given = [(root, g) for root, g in zip(self._roots, gradients, strict=True) if g is not None]
+        found = [each for root, g in given for each in _of_factors(root, g)]
         others, taken = [], set()
         for root, gradient in found:
             # Autograd, too, keeps without a copy what is laid out as its parameter, if it knows that nobody else holds it.
@@ -90,6 +92,36 @@ class Form:
         if others:
             torch.autograd.backward(_Given.apply([gradient for _, gradient in others], *(root for root, _ in others)))
         self._roots = []  # with them goes what autograd keeps of this stream, which the next step may not be on
+
+
+class _Scaled(NamedTuple):
+    """Where an effective weight comes from: (O, I, h, w) weights times (O,) scales."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.weight.requires_grad or self.scale.requires_grad
+
+    @torch.no_grad()
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """Computed in float32. Each of these and of their gradients by one call: autograd's own take two to four."""
+        result = torch.empty_like(self.weight, dtype=dtype, memory_format=_LAST)
+        return torch.mul(self.weight, self.scale.reshape(-1, 1, 1, 1), out=result)
+
+
+@torch.no_grad()
+def _of_factors(root: "torch.Tensor | _Scaled", gradient: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Gradients, float32, of what an effective weight was computed from, for that of the weight."""
+    if isinstance(root, torch.Tensor):
+        yield root, gradient.to(root.dtype)
+        return
+    weight, scale = root
+    if scale.requires_grad:
+        yield scale, (gradient * weight).sum((1, 2, 3))
+    if weight.requires_grad:  # laid out as the weights
+        yield weight, torch.mul(gradient, scale.reshape(-1, 1, 1, 1), out=torch.empty_like(weight))
 
 
 class _Given(torch.autograd.Function):
@@ -105,7 +137,12 @@ class _Given(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-Scale = tuple[torch.Tensor, torch.Tensor]  # what a norm multiplies a channel by, and what it adds then; both (C,)
+class _Scale(NamedTuple):
+    """What a norm multiplies a channel by, and what it adds then; the latter rounded, too. All (C,)."""
+
+    factor: torch.Tensor
+    shift: torch.Tensor
+    rounded: torch.Tensor | None
 
 
 class _Norms:
@@ -117,14 +154,17 @@ class _Norms:
         self._eps = torch.tensor([norm.eps for norm in norms for _ in range(norm.num_features)], device=device)
         self._ones, self._zeros = torch.ones_like(self._eps), torch.zeros_like(self._eps)
 
-    def scales(self) -> Iterator[tuple[nn.BatchNorm2d, Scale]]:
-        """What each of them comes to."""
+    def scales(self, dtype: torch.dtype) -> Iterator[tuple[nn.BatchNorm2d, _Scale]]:
+        """What each of them comes to; rounded to ``dtype``."""
         if not self._norms:
             return
         mean, variance = (torch.cat(values) for values in zip(*map(_statistics, self._norms), strict=True))
         scale = torch.rsqrt(variance + self._eps) * self._joined("weight", self._ones)
         shift = self._joined("bias", self._zeros) - mean * scale
-        yield from zip(self._norms, zip(self._cut(scale), self._cut(shift), strict=True), strict=True)
+        rounded: Sequence[torch.Tensor | None] = self._cut(shift.detach().to(dtype))
+        if any(size % _ALIGNED for size in self._sizes):  # a kernel may ask for the start of memory
+            rounded = [None] * len(self._norms)
+        yield from zip(self._norms, map(_Scale, self._cut(scale), self._cut(shift), rounded), strict=True)
 
     def _joined(self, name: str, otherwise: torch.Tensor) -> torch.Tensor:
         own = [getattr(norm, name) for norm in self._norms]
@@ -153,20 +193,29 @@ class _Convolution(nn.Module):
         self._settings = geometry, activation
         self._weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
+        self._rounded: torch.Tensor | None = None
 
     def refresh(
-        self, dtype: torch.dtype, scales: Mapping[nn.BatchNorm2d, Scale]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self, dtype: torch.dtype, scales: Mapping[nn.BatchNorm2d, _Scale]
+    ) -> Iterator[tuple["torch.Tensor | _Scaled", torch.Tensor]]:
         """Pairs of what training moves: (weight or bias of one convolution for all, leaf with the same values)."""
         conv, norms = self.sources
-        weight: torch.Tensor = conv.weight
-        bias: torch.Tensor | None = conv.bias
+        bias, factor = conv.bias, None
+        self._rounded = None
         for norm in norms:
-            scale, shift = scales[norm]
-            weight, bias = weight * scale.reshape(-1, 1, 1, 1), shift if bias is None else bias * scale + shift
-        self._weight = weight.detach().to(dtype).contiguous(memory_format=_LAST).requires_grad_(weight.requires_grad)
+            scale = scales[norm]
+            self._rounded = scale.rounded if bias is None else None
+            bias = scale.shift if bias is None else bias * scale.factor + scale.shift
+            factor = scale.factor if factor is None else factor * scale.factor
+        weight: torch.Tensor | _Scaled = conv.weight
+        if factor is None:
+            values = conv.weight.detach().to(dtype).contiguous(memory_format=_LAST)
+        else:
+            weight = _Scaled(conv.weight, factor)
+            values = weight.product(dtype)
+        self._weight = values.requires_grad_(weight.requires_grad)
         # Biases stay float32: rounded, they would shift whole maps, which no average over pixels takes away again.
-        self._bias = None if bias is None else bias.detach().clone().requires_grad_(bias.requires_grad)
+        self._bias = None if bias is None else bias.detach().requires_grad_(bias.requires_grad)
         for root, leaf in ((weight, self._weight), (bias, self._bias)):
             if root is not None and leaf is not None and root.requires_grad:
                 yield root, leaf
@@ -178,7 +227,7 @@ class _Convolution(nn.Module):
         x = x.to(dtype).contiguous(memory_format=_LAST)
         if residual is not None:
             residual = residual.to(dtype).contiguous(memory_format=_LAST)
-        result: torch.Tensor = _Convolve.apply(x, self._weight, self._bias, residual, *self._settings)
+        result: torch.Tensor = _Convolve.apply(x, self._weight, self._bias, residual, self._rounded, *self._settings)
         return result
 
 
@@ -192,11 +241,14 @@ class _Convolve(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
+        rounded: torch.Tensor | None,
         geometry: Geometry,
         activation: Activation,
     ) -> torch.Tensor:
         run = _by_onednn if x.device.type == "cpu" else _by_cudnn
-        y = run(x, weight, bias, residual, geometry, activation)
+        if bias is not None and rounded is None:
+            rounded = bias.to(x.dtype)
+        y = run(x, weight, bias, residual, rounded, geometry, activation)
         ctx.settings = geometry, activation
         ctx.save_for_backward(x, weight, None if activation[0] == "none" else y)
         return y
@@ -213,7 +265,7 @@ class _Convolve(torch.autograd.Function):
         needed = ctx.needs_input_grad
         by_products = weight.shape[2:] == (1, 1) and geometry == ([0, 0], [1, 1], [1, 1], 1)
         back = _back_by_products if by_products and g.device.type == "cpu" else _back
-        return *back(g, x, weight, geometry, needed[:3]), g if needed[3] else None, None, None
+        return *back(g, x, weight, geometry, needed[:3]), g if needed[3] else None, None, None, None
 
 
 def _by_onednn(
@@ -221,6 +273,7 @@ def _by_onednn(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    rounded: torch.Tensor | None,
     geometry: Geometry,
     activation: Activation,
 ) -> torch.Tensor:
@@ -229,21 +282,21 @@ def _by_onednn(
     if residual is None:
         return run(x, weight, bias, *geometry, *activation)  # type: ignore[no-any-return]
     after = None if name == "none" else name
-    same = None if bias is None else bias.to(x.dtype)  # a demand of this operator's alone
-    return run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)  # type: ignore[no-any-return]
+    # That the bias is of the same type is a demand of this operator's alone.
+    return run.binary(x, residual, weight, rounded, *geometry, "add", 1.0, after, *options)  # type: ignore[no-any-return]
 
 
 def _by_cudnn(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    _: object,
     residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
     geometry: Geometry,
     activation: Activation,
 ) -> torch.Tensor:
     padding, stride, dilation, groups = geometry
     name, options, _ = activation
-    bias = None if bias is None else bias.to(x.dtype)
     if name == "relu" and groups == 1 and x.device.type == "cuda":
         if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)

@@ -211,6 +211,50 @@ def test_other_images_are_looked_at_before_a_form_is_given_up(
     assert not torch.equal(*seen)
 
 
+class _Normed(nn.Module):
+    """Two convolutions, the second with a residual, each with some batch norms behind it."""
+
+    def __init__(self, channels: int, *, norms: int, bias: bool) -> None:
+        super().__init__()
+        convolutions = nn.Conv2d(3, channels, 3, bias=bias), nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
+        self.first, self.second = (
+            nn.Sequential(conv, *(nn.BatchNorm2d(channels) for _ in range(norms))) for conv in convolutions
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        return (x + self.second(x)).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("channels", [8, 5])  # of these, not all biases begin where a kernel may want them to
+@pytest.mark.parametrize("norms", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", ["", "norms", "weights"])
+def test_chains_of_norms_and_parts_that_are_frozen(channels: int, norms: int, bias: bool, frozen: str) -> None:
+    torch.manual_seed(3)
+    module = _Normed(channels, norms=norms, bias=bias).eval()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for values in (part.running_mean, part.running_var, part.weight.data, part.bias.data):
+                values.uniform_(0.5, 1.5)
+        part.requires_grad_(False)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(
+            (frozen == "norms" and ".0." in name) or (frozen == "weights" and ".0." not in name) or not frozen
+        )
+    x = torch.rand(4, 3, 12, 12)
+    form = make_form(module, nn.Linear(1, 1), x[:2], torch.float32)
+    assert form.folded == torch.backends.mkldnn.is_available()
+    expected = gradients(module, module, x, None)
+    for dtype, error in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        form.refresh(dtype)
+        found = gradients(module, form.embed, x, form)
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            assert gradient.dtype == torch.float32
+            assert float((gradient - expected[name]).norm()) <= error * float(expected[name].norm()), (name, dtype)
+
+
 def test_forms_are_compared_in_true_float32_whatever_the_program_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """TF32, which PyTorch allows in convolutions on a GPU, moves gradients of a ResNet-50 by more than a form may."""
     switches: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)

@@ -118,13 +118,27 @@ def test_a_run_stopped_after_any_step_continues_to_the_same_bits(name: str) -> N
     assert_same(whole.evaluated, part.evaluated)
 
 
-def test_the_moving_average_lags_behind_and_is_not_stuck_at_its_start() -> None:
-    start, trainer = make_trainer(), make_trainer(dataclasses.replace(SIMPLE, ema=0.999))
+def test_the_moving_average_is_that_of_the_weights_after_each_step() -> None:
+    """Its decay grows, so that it is not stuck at its start: after n steps (1 + n) / (10 + n), or what the recipe says, if that is less."""
+    trainer = make_trainer(dataclasses.replace(SIMPLE, ema=0.3, batchnorm="train"))
+    expected: dict[str, torch.Tensor] = {}
+
+    def follow(_: Status) -> None:
+        n = trainer.step - 1
+        decay = min(0.3, (1 + n) / (10 + n)) if n else 0.0
+        for name, now in trainer.network.state_dict().items():
+            moves = n and name in dict(trainer.network.named_parameters())
+            expected[name] = decay * expected[name] + (1 - decay) * now if moves else now.clone()
+
     for _ in range(3):
-        trainer.run_epoch()
-    first, raw, average = (network.head[0].bias for network in (start.network, trainer.network, trainer.evaluated))
-    assert 0 < (average - first).norm() < (raw - first).norm()
-    assert (average - raw).norm() < 0.8 * (first - raw).norm()
+        trainer.run_epoch(on_step=follow)
+    assert (1 + 3) / (10 + 3) > 0.3  # both of them decided
+    found = trainer.evaluated.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    counted = [value for name, value in found.items() if name.endswith("num_batches_tracked")]
+    assert counted and set(map(int, counted)) == {9}
 
 
 @dataclasses.dataclass(frozen=True)

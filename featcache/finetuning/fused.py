@@ -106,14 +106,17 @@ class _Scaled(NamedTuple):
 
     @torch.no_grad()
     def product(self, dtype: torch.dtype) -> torch.Tensor:
-        """Computed in float32. Each of these and of their gradients by one call: autograd's own take two to four."""
-        result = torch.empty_like(self.weight, dtype=dtype, memory_format=_LAST)
-        return torch.mul(self.weight, self.scale.reshape(-1, 1, 1, 1), out=result)
+        """Computed in float32, channels last."""
+        weight, scale = self.weight, self.scale.reshape(-1, 1, 1, 1)
+        if weight.device.type == "cpu":
+            return (weight * scale).to(dtype).contiguous(memory_format=_LAST)
+        # In one call, which a CPU takes four times as long for.
+        return torch.mul(weight, scale, out=torch.empty_like(weight, dtype=dtype, memory_format=_LAST))
 
 
 @torch.no_grad()
 def _of_factors(root: "torch.Tensor | _Scaled", gradient: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Gradients, float32, of what an effective weight was computed from, for that of the weight."""
+    """Gradients, float32, of what an effective weight was computed from, for that of the weight; autograd makes twice the calls."""
     if isinstance(root, torch.Tensor):
         yield root, gradient.to(root.dtype)
         return

@@ -55,7 +55,7 @@ class SharedMemory:
         # Not in /dev/shm, of which containers have 64 MB.
         self.descriptor, self.size = os.memfd_create("featcache", os.MFD_CLOEXEC), size
         os.ftruncate(self.descriptor, size)
-        self.array: Memory = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
+        self.array = _mapped(self.descriptor, size)
 
     def take(self, size: int) -> Memory | None:
         """The next ``size`` bytes, from one thread; None: there are not so many left."""
@@ -73,6 +73,14 @@ class SharedMemory:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             os.close(self.descriptor)
+
+
+def _mapped(descriptor: int, size: int) -> Memory:
+    """(size,) uint8 of a ``SharedMemory``, in small pages: of large ones, whose use some systems prefer, gaps would take memory, too."""
+    mapping = mmap.mmap(descriptor, size)
+    with contextlib.suppress(AttributeError, OSError):
+        mapping.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
 
 
 class WorkerCrashed(Exception):  # noqa: N818 - of another process, which was replaced
@@ -235,7 +243,7 @@ def _serve(connection: Connection) -> None:
             module, key, size, task = connection.recv()
             if size:
                 descriptor = reduction.recv_handle(connection)
-                _keep_latest(seen, key, np.frombuffer(mmap.mmap(descriptor, size), np.uint8))
+                _keep_latest(seen, key, _mapped(descriptor, size))
                 os.close(descriptor)
             else:
                 _keep_latest(seen, key, seen[key])

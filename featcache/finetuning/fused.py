@@ -249,8 +249,6 @@ class _Convolve(torch.autograd.Function):
         activation: Activation,
     ) -> torch.Tensor:
         run = _by_onednn if x.device.type == "cpu" else _by_cudnn
-        if bias is not None and rounded is None:
-            rounded = bias.to(x.dtype)
         y = run(x, weight, bias, residual, rounded, geometry, activation)
         ctx.settings = geometry, activation
         ctx.save_for_backward(x, weight, None if activation[0] == "none" else y)
@@ -285,21 +283,22 @@ def _by_onednn(
     if residual is None:
         return run(x, weight, bias, *geometry, *activation)  # type: ignore[no-any-return]
     after = None if name == "none" else name
-    # That the bias is of the same type is a demand of this operator's alone.
-    return run.binary(x, residual, weight, rounded, *geometry, "add", 1.0, after, *options)  # type: ignore[no-any-return]
+    same = _rounded(bias, rounded, x.dtype)  # a demand of this operator's alone
+    return run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)  # type: ignore[no-any-return]
 
 
 def _by_cudnn(
     x: torch.Tensor,
     weight: torch.Tensor,
-    _: object,
-    residual: torch.Tensor | None,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    rounded: torch.Tensor | None,
     geometry: Geometry,
     activation: Activation,
 ) -> torch.Tensor:
     padding, stride, dilation, groups = geometry
     name, options, _ = activation
+    bias = _rounded(bias, rounded, x.dtype)
     if name == "relu" and groups == 1 and x.device.type == "cuda":
         if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
@@ -310,6 +309,11 @@ def _by_cudnn(
     if name == "relu":
         return y.relu_()
     return nn.functional.hardtanh_(y, *options) if name == "hardtanh" else y
+
+
+def _rounded(bias: torch.Tensor | None, rounded: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """``bias`` in ``dtype``, unless it is there already."""
+    return bias.to(dtype) if rounded is None and bias is not None else rounded
 
 
 def _back_by_products(

@@ -154,7 +154,7 @@ class Loop:
                 "step": trainer.step,
                 "accuracy": val_accuracy,
                 "loss": val_loss,
-                "weights": {name: tensor.detach().cpu().clone() for name, tensor in weights},
+                "weights": {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights},
                 "logits": torch.from_numpy(logits),
             }
         log.info(

@@ -106,7 +106,7 @@ def main() -> None:  # noqa: D103 - the module says it
     started = time.perf_counter()
     seconds: dict[str, list[float]] = {"threads": [], "threads and notes": [], "processes": []}
     with ProcessPoolExecutor(runtime.workers, get_context("spawn")) as pool:
-        in_processes(images.take(np.arange(64)), encoder, runtime, pool)  # starts them
+        in_processes(images.take(np.arange(min(64, len(images)))), encoder, runtime, pool)  # starts them
         start_up = time.perf_counter() - started
         expected = in_threads(images, encoder, runtime)
         for number in range(arguments.pairs):

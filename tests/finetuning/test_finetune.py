@@ -741,3 +741,18 @@ def test_the_command(tune: Tuner, made: Path, tmp_path: Path, run: Callable[...,
         facts[key] for key in ("parameters", "trainable_parameters")
     ]
     assert sum(p.numel() for p in load_model(tune.ft).network().parameters()) == facts["parameters"]
+
+
+def test_a_gpus_processes_start_before_images_are_embedded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def embed(*_: object, **__: object) -> Any:
+        assert len(asked) == 1
+        raise errors.SourceError("embedding begins")
+
+    monkeypatch.setattr("featcache.finetuning.pixels.drawing_processes", lambda *given: asked.append(given))
+    monkeypatch.setattr(finetuning, "prepare_start", embed)
+    with pytest.raises(errors.SourceError, match="embedding begins"):
+        finetune(photos, tmp_path / "m", device="cpu", backbone="squeezenet1_1", weights="none")

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,19 @@ def test_few_pixels_are_decoded_at_once() -> None:
     assert calls == [2, 2, 1]
     for data, pixels in zip(files, together, strict=True):
         np.testing.assert_array_equal(pixels, gpu.read(data))
+
+
+@pytest.mark.parametrize(("gigabytes", "millions"), [(8, 33), (24, 33), (40, 67), (80, 67)])
+def test_a_whole_batch_is_decoded_at_once_where_there_is_room(
+    gigabytes: int, millions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 photographs of 500 x 375 are 48 million pixels; whichever way, the same files are for the GPU."""
+    memory = SimpleNamespace(total_memory=gigabytes * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    monkeypatch.setattr(gpu_jpeg, "nvjpeg", lambda device: exact)
+    gpu = gpu_jpeg.gpu_jpegs(SPEC, torch.device("cuda"))
+    assert gpu is not None
+    assert gpu.at_once // 10**6 == millions
 
 
 def reads(*given: object) -> list[ReadImage]:

@@ -5,6 +5,7 @@ In: pictures in memory that processes see (``Pixels.memory``), which of them a b
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import torch
 
 from featcache.finetuning.recipe_values import Step
 from featcache.system.runtime_options import usable_cores
-from featcache.system.transfer import pinned
+from featcache.system.transfer import pinned, wait_for
 from featcache.system.worker_processes import WorkerCrashed, WorkerProcesses, WorkersLost, worker_processes
 
 if TYPE_CHECKING:
@@ -51,15 +52,27 @@ class DrawByProcesses:
         self._processes, self._memory, self._pictures = processes, data.memory, data.pictures
         self._steps, self._size, self._shape = tuple(steps), size, (_BUFFERS, most, *size, 3)
         self._rows = data.memory.take(int(np.prod(self._shape)))
+        self._pinned: contextlib.ExitStack | None = None
 
     @contextlib.contextmanager
     def buffers(self, device: torch.device) -> Iterator[Sequence[Rows]]:
-        """Rows for batches that go round, while ``device`` can fetch them without waiting; none if there is no room."""
+        """Rows for batches that go round, which ``device`` can fetch without waiting; none if there is no room.
+
+        At the end ``device`` has read all that it was to.
+        """
         if self._rows is None:
             yield ()
             return
-        with pinned(self._rows, device):
+        if (
+            self._pinned is None
+        ):  # until this object goes: it takes a millisecond a megabyte, which short epochs would notice
+            self._pinned = contextlib.ExitStack()
+            self._pinned.enter_context(pinned(self._rows, device))
+            weakref.finalize(self, self._pinned.close)
+        try:
             yield list(self._rows.reshape(self._shape))
+        finally:
+            wait_for(device)
 
     def __call__(self, images: Sequence[int], rows: Rows, seed: Callable[[int], Seed]) -> bool:
         """Draw ``images`` into ``rows`` of a buffer; False: threads have to."""

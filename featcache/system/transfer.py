@@ -42,9 +42,15 @@ def pinned(memory: npt.NDArray[Any], device: torch.device, *, cuda: Any = torch.
     try:
         yield
     finally:
-        cuda.synchronize(device)  # a copy may still read it, if a run ends early
+        wait_for(device, cuda=cuda)  # a copy may still read it, if a run ends early
         if taken:
             runtime.cudaHostUnregister(start)
+
+
+def wait_for(device: torch.device, *, cuda: Any = torch.cuda) -> None:
+    """Until a CUDA GPU has done all that it was asked for. cuda: a stand-in, for tests."""
+    if device.type == "cuda":
+        cuda.synchronize(device)
 
 
 class Feed:

@@ -1,8 +1,10 @@
 """Batches drawn ahead: the same images in the same order for any number of threads and processes, none too many."""
 
+import contextlib
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -123,6 +125,30 @@ def test_processes_draw_the_same_into_buffers_that_go_round(monkeypatch: pytest.
     finally:
         processes.close()
     assert sum(calls) > 3 * N
+
+
+def test_buffers_are_pinned_once_and_read_before_the_next_epoch_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    @contextlib.contextmanager
+    def pinned(rows: np.ndarray, device: torch.device) -> Iterator[None]:
+        told.append(f"pinned {rows.size}")
+        yield
+        told.append("given back")
+
+    monkeypatch.setattr(draw_processes, "pinned", pinned)
+    monkeypatch.setattr(draw_processes, "wait_for", lambda device: told.append("all is read"))
+    data = dataclasses.replace(DATA, memory=SharedMemory(1 << 20))
+    apart = DrawByProcesses(None, data, CHANGES, size=SIZE, most=3)  # type: ignore[arg-type]
+    for _ in range(2):
+        with apart.buffers(CPU) as buffers:
+            assert {rows.shape for rows in buffers} == {(3, *SIZE, 3)}
+    with contextlib.suppress(KeyboardInterrupt), apart.buffers(CPU):
+        raise KeyboardInterrupt
+    whole = draw_processes.ROOM * 3 * SIZE[0] * SIZE[1] * 3
+    assert told == [f"pinned {whole}", *["all is read"] * 3]
+    del apart
+    assert told[4:] == ["given back"]
 
 
 def test_what_is_worth_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,10 +187,8 @@ class _Job:
         """Workers decode, into batches that one or a few more threads give to ``lane``."""
         idle = functools.partial(self.timings.measure, "forward")  # a worker without a buffer waits for the GPU
         options: dict[str, Any] = {"workers": self.runtime.workers, "idle": idle, "complete": self.complete}
-        shape, count = (
-            (buffers(self.complete), lane.batch_size, *self.encoder.preprocess.crop, 3),
-            len(self.files.paths),
-        )
+        shape = (buffers(self.complete), lane.batch_size, *self.encoder.preprocess.crop, 3)
+        count = len(self.files.paths)
         fill, memory = filler(self.files, self.encoder.preprocess, self.seen, workers=self.runtime.workers, shape=shape)
         work = stop_with(functools.partial(self._fill, fill))
         with lane.pinned(memory) if memory is not None else contextlib.nullcontext():

@@ -63,9 +63,8 @@ class DrawByProcesses:
         if self._rows is None:
             yield ()
             return
-        if (
-            self._pinned is None
-        ):  # until this object goes: it takes a millisecond a megabyte, which short epochs would notice
+        if self._pinned is None:
+            # Until this object goes: it takes a millisecond a megabyte, which short epochs would notice.
             self._pinned = contextlib.ExitStack()
             self._pinned.enter_context(pinned(self._rows, device))
             weakref.finalize(self, self._pinned.close)

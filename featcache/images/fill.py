@@ -41,9 +41,8 @@ _FEWEST_IMAGES, _FEWEST_CORES = 4096, 6  # that are worth the seconds in which p
 _AT_ONCE = 8  # images for which a process is asked
 _MOST_THREADS = 8  # that decode at a time: more of them only wait for each other
 _PIXELS, _UNDECODED, _REFUSED, _ELSEWHERE, _LARGER = range(5)
-Decode = Callable[
-    ..., "Pixels | Undecoded"
-]  # of a file's bytes, ``seen``: is told of 16-bit images; raises RefusedImage
+# Of a file's bytes; ``seen`` is told of 16-bit images. Raises RefusedImage.
+Decode = Callable[..., "Pixels | Undecoded"]
 
 
 def decoder(spec: PreprocessSpec) -> Decode:
@@ -61,6 +60,7 @@ class Fill:
     def __init__(self, files: ImageFiles, decode: Decode, seen: Brightest, *, threads: int = _MOST_THREADS) -> None:
         """``threads``: that decode at a time; others wait."""
         self._files, self._decode, self.seen = files, decode, seen
+        self._convert = functools.partial(decode, seen=seen)
         self._threads = threading.Semaphore(threads)
 
     def __call__(self, images: range, rows: Sequence[Pixels] | Pixels) -> list[ReadImage[Any]]:
@@ -69,7 +69,7 @@ class Fill:
             return [self._fill(image, row) for image, row in zip(images, rows, strict=True)]
 
     def _fill(self, image: int, row: Pixels) -> ReadImage[Any]:
-        read: ReadImage[Any] = read_image(self._files, image, functools.partial(self._decode, seen=self.seen))
+        read: ReadImage[Any] = read_image(self._files, image, self._convert)
         return read if read.value is None else read._replace(value=_put(read.value, row))
 
 

@@ -147,10 +147,9 @@ class Trainer:
         wrapped = self._wrap()
         if self._cores and not self._cores.possible():
             self._cores = None
-        exact = true_float32 if self._dtype is None else contextlib.nullcontext()
         most = min(self.step_size, len(self.data))
         cores = self._cores.cores(most, micro=self.micro_batch) if self._cores else contextlib.nullcontext()
-        with exact, cores, contextlib.closing(self._batches()) as batches:
+        with self._exact(), cores, contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 if stop():
                     self._settle()
@@ -187,7 +186,7 @@ class Trainer:
         @memory_errors()
         def compute(start: int) -> Array:
             batch = np.stack([pixels.pictures[index] for index in images[start : start + self.micro_batch]])
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._exact(), self._autocast():
                 network = self._cores.logits if self._cores else self.network
                 logits: Array = network(torch.from_numpy(batch).to(self.device)).float().cpu().numpy()
             return logits
@@ -198,6 +197,10 @@ class Trainer:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return np.concatenate([compute(start) for start in range(0, len(images), self.micro_batch)])
             self._halve_micro_batch(len(images))
+
+    def _exact(self) -> contextlib.AbstractContextManager[Any]:
+        """Where float32 was asked for, it is float32."""
+        return true_float32 if self._dtype is None else contextlib.nullcontext()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)

@@ -118,6 +118,26 @@ def test_a_run_stopped_after_any_step_continues_to_the_same_bits(name: str) -> N
     assert_same(whole.evaluated, part.evaluated)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", "ieee"), ("bf16", "tf32")])
+def test_float32_is_float32_in_steps_and_in_the_loss_before_them(
+    precision: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's TF32 would move that loss by more than it may differ from the cached head's."""
+    switch: Any = torch.backends.cudnn.conv
+    before, trainer, seen = switch.fp32_precision, make_trainer(precision=precision), list[str]()
+    trainer.network.register_forward_pre_hook(lambda *_: seen.append(switch.fp32_precision))
+    trainer.network.head.register_forward_pre_hook(lambda *_: seen.append(switch.fp32_precision))
+    try:
+        switch.fp32_precision = "tf32"
+        trainer.logits_in_training(DATA, np.arange(3))
+        first = len(seen)
+        trainer.run_epoch()
+    finally:
+        switch.fp32_precision = before
+    assert 0 < first < len(seen)
+    assert set(seen) == {expected}
+
+
 def test_the_moving_average_is_that_of_the_weights_after_each_step() -> None:
     """Its decay grows, so that it is not stuck at its start: after n steps (1 + n) / (10 + n), or what the recipe says, if that is less."""
     trainer = make_trainer(dataclasses.replace(SIMPLE, ema=0.3, batchnorm="train"))

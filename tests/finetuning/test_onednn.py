@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from cpus import needs_onednn_bf16
 from torch import nn
 
 from featcache.finetuning import fused
@@ -81,6 +82,7 @@ def test_gradients_of_a_plain_network(name: str, precision: torch.dtype) -> None
         assert float((found.double() - of_weight).norm()) <= near * float(of_weight.norm())
 
 
+@needs_onednn_bf16
 @pytest.mark.parametrize("name", FAULTS)
 def test_gradients_of_the_fused_layer(name: str) -> None:
     """In bfloat16, whose faults are more."""

@@ -21,6 +21,7 @@ encoder.py           a backbone made fast
 self_check.py        are embeddings still the network's own? Is bf16 good enough?
 tracing.py           a network as a graph of calls
 folding.py           batch norms folded into convolutions, what follows these done in them
+winograd.py          3 x 3 convolutions by a quarter of the multiplications, forward and back
 depthwise.py         depthwise convolutions that no GPU has to compile first
 fused_tokens.py      linear layers with what follows them, attention, no token in vain
 """

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from featcache.backbones import winograd
 from featcache.backbones.tracing import finished, replace_module, trace, with_plain_attention
 
 # oneDNN's name and arguments for what it can apply to a convolution's result before that leaves the cache
@@ -30,6 +31,16 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Activation]] = {
     nn.SiLU: lambda _: ("swish", [], ""),
     nn.Sigmoid: lambda _: ("sigmoid", [], ""),
     nn.GELU: lambda module: ("gelu", [], module.approximate),
+}
+# The same of a result that is there, in place.
+_APPLIED: dict[str, Callable[..., torch.Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu_,
+    "hardtanh": nn.functional.hardtanh_,
+    "hardswish": functools.partial(nn.functional.hardswish, inplace=True),
+    "swish": functools.partial(nn.functional.silu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "gelu": nn.functional.gelu,
 }
 _RELUS = {torch.relu, nn.functional.relu}
 _ADDITIONS = {operator.add, torch.add}
@@ -149,6 +160,33 @@ class _FusedConvolution(nn.Module):
         return run.binary(x, residual, *weights, "add", 1.0, after, *options)  # type: ignore[no-any-return]
 
 
+class _TiledConvolution(nn.Module):
+    """The same of a 3 x 3 convolution, by fewer multiplications."""
+
+    def __init__(self, conv: nn.Conv2d, activation: Activation) -> None:
+        super().__init__()
+        self._padding: Any = conv.padding
+        self._activation = activation
+        self._weights = winograd.of_weights(conv.weight.detach())
+        self._bias = None if conv.bias is None else conv.bias.detach()
+
+    def __deepcopy__(self, _: object) -> "_TiledConvolution":
+        return self  # nothing changes it
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        y = winograd.convolve(x.permute(0, 2, 3, 1).contiguous(), self._weights, self._bias, self._padding)
+        y = y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        return apply_activation(y, residual, self._activation)
+
+
+def apply_activation(y: torch.Tensor, residual: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+    """What oneDNN does in a convolution, with what that gave, in place."""
+    if residual is not None:
+        y.add_(residual)
+    name, options, algorithm = activation
+    return _APPLIED[name](y, *options, **({"approximate": algorithm} if algorithm else {}))
+
+
 class _CudnnConvolution(nn.Module):
     """Convolution, optionally plus a residual, then ReLU."""
 
@@ -208,7 +246,12 @@ def _fuse_from(
     """Replace ``conv`` and what follows it by one call."""
     chain, residual, activation = chain_from(conv, modules, position)
     n, *rest = conv.args[0].meta["shape"]  # type: ignore[union-attr]
-    fused = _FusedConvolution(modules[str(conv.target)], [batch_size or n, *rest], activation)  # type: ignore[arg-type]
+    module: Any = modules[str(conv.target)]
+    fused: nn.Module
+    if winograd.pays(module, batch_size or n, conv.meta["shape"][2:]):
+        fused = _TiledConvolution(module, activation)
+    else:
+        fused = _FusedConvolution(module, [batch_size or n, *rest], activation)
     replace_chain(traced, chain, fused, residual, position)
 
 

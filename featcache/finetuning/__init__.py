@@ -20,6 +20,7 @@ logits.py         of all images, for scores
 micro_batches.py  the gradient of a batch on the cores of a CPU
 gpu_steps.py      the same on a CUDA GPU, as a graph
 fused.py          a backbone as it trains fastest
+convolutions.py   its convolutions, forward and back
 onednn.py         convolutions whose gradients oneDNN gets wrong
 attention.py      a transformer's attention on a CPU, forward and back
 draws.py          dropout and drop path, by image

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from featcache.backbones import winograd
 from featcache.backbones.folding import (
     Activation,
     chain_from,
@@ -24,14 +25,13 @@ from featcache.backbones.folding import (
 from featcache.backbones.fused_tokens import ATTENTION, has_matrix_units, is_plain_attention, leave_out_unread_tokens
 from featcache.backbones.tracing import evaluating, finished, sources_forgotten, trace, with_plain_attention
 from featcache.finetuning.attention import attend
-from featcache.finetuning.onednn import crashes, is_garbage
+from featcache.finetuning.convolutions import FROM_RESULT, convolve
 from featcache.system.device import true_float32
 
-_FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
 _LAST = torch.channels_last
+_IMAGES = 4  # at once, at least, where a batch is one
 _ALIGNED = 8  # channels whose biases, rounded to 16 bits, begin where any kernel can read them
-Geometry = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
 
 
 class Form:
@@ -189,11 +189,16 @@ def _trains(norm: nn.BatchNorm2d) -> bool:
 class _Convolution(nn.Module):
     """A convolution with the batch norms, the residual and the activation that follow it."""
 
-    def __init__(self, conv: nn.Conv2d, norms: Sequence[nn.BatchNorm2d], activation: Activation) -> None:
+    def __init__(
+        self, conv: nn.Conv2d, norms: Sequence[nn.BatchNorm2d], activation: Activation, *, by_tiles: bool = False
+    ) -> None:
+        """``by_tiles``: in float32 by fewer multiplications, where ``winograd.pays``."""
         super().__init__()
         self.sources = conv, tuple(norms)  # a tuple: their parameters are the backbone's
         geometry = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
         self._settings = geometry, activation
+        self._by_tiles = by_tiles
+        self._of_weight: torch.Tensor | None = None
         self._weight: torch.Tensor | None = None
         self._bias: torch.Tensor | None = None
         self._rounded: torch.Tensor | None = None
@@ -216,6 +221,7 @@ class _Convolution(nn.Module):
         else:
             weight = _Scaled(conv.weight, factor)
             values = weight.product(dtype)
+        self._of_weight = winograd.of_weights(values) if self._by_tiles and dtype == torch.float32 else None
         self._weight = values.requires_grad_(weight.requires_grad)
         # Biases stay float32: rounded, they would shift whole maps, which no average over pixels takes away again.
         self._bias = None if bias is None else bias.detach().requires_grad_(bias.requires_grad)
@@ -230,146 +236,9 @@ class _Convolution(nn.Module):
         x = x.to(dtype).contiguous(memory_format=_LAST)
         if residual is not None:
             residual = residual.to(dtype).contiguous(memory_format=_LAST)
-        result: torch.Tensor = _Convolve.apply(x, self._weight, self._bias, residual, self._rounded, *self._settings)
-        return result
-
-
-class _Convolve(torch.autograd.Function):
-    """activation(convolution(x) + residual), with the cheapest right way back for each kind of convolution."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        rounded: torch.Tensor | None,
-        geometry: Geometry,
-        activation: Activation,
-    ) -> torch.Tensor:
-        run = _by_onednn if x.device.type == "cpu" else _by_cudnn
-        y = run(x, weight, bias, residual, rounded, geometry, activation)
-        ctx.settings = geometry, activation
-        ctx.save_for_backward(x, weight, None if activation[0] == "none" else y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, y = ctx.saved_tensors
-        geometry, (name, options, _) = ctx.settings
-        if name == "relu":
-            g = torch.ops.aten.threshold_backward(g, y, 0)
-        elif name == "hardtanh":
-            g = torch.ops.aten.hardtanh_backward(g, y, *options)
-        g = g.contiguous(memory_format=_LAST)
-        needed = ctx.needs_input_grad
-        by_products = weight.shape[2:] == (1, 1) and geometry == ([0, 0], [1, 1], [1, 1], 1)
-        back = _back_by_products if by_products and g.device.type == "cpu" else _back
-        return *back(g, x, weight, geometry, needed[:3]), g if needed[3] else None, None, None, None
-
-
-def _by_onednn(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    rounded: torch.Tensor | None,
-    geometry: Geometry,
-    activation: Activation,
-) -> torch.Tensor:
-    run: Any = torch.ops.mkldnn._convolution_pointwise
-    name, *options = activation
-    if residual is None:
-        return run(x, weight, bias, *geometry, *activation)  # type: ignore[no-any-return]
-    after = None if name == "none" else name
-    same = _rounded(bias, rounded, x.dtype)  # a demand of this operator's alone
-    return run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)  # type: ignore[no-any-return]
-
-
-def _by_cudnn(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    rounded: torch.Tensor | None,
-    geometry: Geometry,
-    activation: Activation,
-) -> torch.Tensor:
-    padding, stride, dilation, groups = geometry
-    name, options, _ = activation
-    bias = _rounded(bias, rounded, x.dtype)
-    if name == "relu" and groups == 1 and x.device.type == "cuda":
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
-        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
-    y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
-        y = y.add_(residual)
-    if name == "relu":
-        return y.relu_()
-    return nn.functional.hardtanh_(y, *options) if name == "hardtanh" else y
-
-
-def _rounded(bias: torch.Tensor | None, rounded: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """``bias`` in ``dtype``, unless it is there already."""
-    return bias.to(dtype) if rounded is None and bias is not None else rounded
-
-
-def _back_by_products(
-    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, _: object, needed: Sequence[bool]
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of a 1 x 1 convolution with stride 1: products of matrices with a row for each pixel."""
-    (n, _, height, width), w = g.shape, weight.flatten(1)
-    rows, inputs = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (g, x))
-    gx = (rows @ w).view(n, height, width, -1).permute(0, 3, 1, 2) if needed[0] else None
-    gw = None
-    if needed[1]:  # the narrower one first: up to a fifth faster
-        narrow = rows.shape[1] <= inputs.shape[1]
-        gw = (rows.t() @ inputs if narrow else (inputs.t() @ rows).t()).reshape(weight.shape)
-    return gx, gw, _sum_of_pixels(g) if needed[2] else None
-
-
-def _back(
-    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Any, needed: Sequence[bool]
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of any convolution."""
-    padding, stride, dilation, groups = geometry
-
-    def run(g: torch.Tensor, x: torch.Tensor, mask: list[bool]) -> list[torch.Tensor | None]:
-        found: list[torch.Tensor | None] = torch.ops.aten.convolution_backward(
-            g, x, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, mask
+        return convolve(
+            x, self._weight, self._bias, residual, *self._settings, rounded=self._rounded, of_weight=self._of_weight
         )
-        return found
-
-    # oneDNN has no fast kernels in bfloat16 for these: 1.5 to 80 times the time of float32, with AVX-512.
-    depthwise = g.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] == 1 and g.device.type == "cpu"
-    slow_x, slow_w = depthwise and max(stride) > 1, depthwise and max(weight.shape[2:]) > 3
-    if g.device.type == "cpu" and g.dtype == torch.bfloat16:
-        slow_w |= is_garbage(dilation, groups)
-    gb = _sum_of_pixels(g) if needed[2] else None
-    if g.device.type == "cpu" and crashes(weight, stride, groups) and not any(padding):
-        gx = run(g, x, [True, False, False])[0] if needed[0] else None
-        read = x[:, :, :: stride[0], :: stride[1]]
-        return gx, _back_by_products(g, read, weight, geometry, [False, needed[1], False])[1], gb
-    if not (slow_x or slow_w):
-        return *run(g, x, [needed[0], needed[1], False])[:2], gb
-    exact, gx, gw = g.float(), None, None
-    if needed[0]:
-        like_x = torch.empty_like(x, dtype=exact.dtype)  # of x only the shape counts here
-        gx = run(exact, like_x, [True, False, False])[0] if slow_x else run(g, x, [True, False, False])[0]
-    if needed[1]:
-        gw = run(exact, x.float(), [False, True, False])[1] if slow_w else run(g, x, [False, True, False])[1]
-    return None if gx is None else gx.to(g.dtype), gw, gb
-
-
-def _sum_of_pixels(g: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W), channels last, -> (C,) float32."""
-    if g.device.type == "cpu":
-        return g.sum((0, 2, 3)).float()  # added up in float32; to ask for that would first make a copy in it
-    rows = g.permute(0, 2, 3, 1).flatten(0, 2)
-    ones = rows.new_ones(1, len(rows))  # a product of matrices reads them at twice the speed of a sum
-    return (ones @ rows)[0].float()
 
 
 @sources_forgotten()
@@ -405,11 +274,14 @@ def _fused(backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> fx.
         traced.graph.erase_node(node)
     read = weights_read(traced)
     position = {node: number for number, node in enumerate(traced.graph.nodes)}
+    slowly_multiplied = sample.device.type == "cpu" and dtype == torch.float32
     for node in list(position):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Conv2d) and is_plain_convolution(module) and node.target not in read:
-            chain, residual, activation = chain_from(node, modules, position, among=_FROM_RESULT)
-            replace_chain(traced, chain, _Convolution(module, norms.get(node, ()), activation), residual, position)
+            chain, residual, activation = chain_from(node, modules, position, among=FROM_RESULT)
+            tiled = slowly_multiplied and winograd.pays(module, _IMAGES, node.meta["shape"][2:])
+            convolution = _Convolution(module, norms.get(node, ()), activation, by_tiles=tiled)
+            replace_chain(traced, chain, convolution, residual, position)
         elif norms.get(node):
             raise TypeError("a batch norm was folded into a convolution of another kind")
     return finished(traced)

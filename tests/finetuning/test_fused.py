@@ -10,7 +10,7 @@ from test_network import shrunk
 from torch import nn
 
 from featcache.backbones.load import load_backbone
-from featcache.finetuning import fused
+from featcache.finetuning import convolutions, fused
 from featcache.finetuning.attention import attend
 from featcache.finetuning.draws import draw_by_image, drawn_by_image, draws_otherwise
 from featcache.finetuning.fused import Form, make_form
@@ -172,8 +172,8 @@ def test_weights_that_are_no_numbers_are_noticed(value: float, dtype: torch.dtyp
 def test_a_network_that_disagrees_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """What another build of PyTorch computes otherwise is not used."""
     module = randomised("resnet18", 32).requires_grad_(True)
-    right = fused._back
-    monkeypatch.setattr(fused, "_back", lambda *a: (*right(*a)[:2], None))  # the gradient of biases is lost
+    right = convolutions._back
+    monkeypatch.setattr(convolutions, "_back", lambda *a: (*right(*a)[:2], None))  # the gradient of biases is lost
     form = make_form(module, nn.Linear(1, 1), torch.rand(2, 3, 32, 32), torch.float32)
     assert not form.fused
     assert form.module is module
@@ -185,13 +185,13 @@ def test_a_mistake_below_a_last_layer_norm_is_seen(monkeypatch: pytest.MonkeyPat
     layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     module, sample = nn.Sequential(*layers, nn.LayerNorm(16)).requires_grad_(True), torch.rand(2, 3, 16, 16)
     assert make_form(module, nn.Linear(1, 1), sample, torch.float32).fused == torch.backends.mkldnn.is_available()
-    right = fused._back
+    right = convolutions._back
 
     def wrong(*a: Any) -> tuple[torch.Tensor | None, ...]:
         gx, gw, gb = right(*a)
         return gx, None if gw is None else gw * 1.1, gb
 
-    monkeypatch.setattr(fused, "_back", wrong)
+    monkeypatch.setattr(convolutions, "_back", wrong)
     assert not make_form(module, nn.Linear(1, 1), sample, torch.float32).fused
 
 

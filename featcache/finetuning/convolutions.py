@@ -1,0 +1,222 @@
+"""One convolution of training with the residual and the activation behind it, forward and back.
+
+In: maps (N, C, H, W), channels last, effective weights and biases. Out: maps, and gradients of all of these, by the fastest
+right way for each kind of convolution and device.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from featcache.backbones import winograd
+from featcache.backbones.folding import Activation, apply_activation
+from featcache.finetuning.onednn import crashes, is_garbage
+
+FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
+_LAST = torch.channels_last
+Geometry = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
+
+
+def convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    geometry: Geometry,
+    activation: Activation,
+    *,
+    rounded: torch.Tensor | None = None,
+    of_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(convolution of ``x`` + ``residual``), whose gradients are those of ``x``, weight, bias and residual.
+
+    Args:
+        rounded: ``bias`` in the type of ``x``, where that is known. of_weight: what ``winograd.of_weights`` makes of ``weight``,
+            in float32 on a CPU, to compute by tiles.
+    """
+    y: torch.Tensor
+    if of_weight is None:
+        y = _Convolve.apply(x, weight, bias, residual, rounded, geometry, activation)
+    else:
+        y = _ConvolveByTiles.apply(x, weight, of_weight, bias, residual, geometry[0], activation)
+    return y
+
+
+class _Convolve(torch.autograd.Function):
+    """activation(convolution(x) + residual), with the cheapest right way back for each kind of convolution."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        rounded: torch.Tensor | None,
+        geometry: Geometry,
+        activation: Activation,
+    ) -> torch.Tensor:
+        run = _by_onednn if x.device.type == "cpu" else _by_cudnn
+        y = run(x, weight, bias, residual, rounded, geometry, activation)
+        ctx.settings = geometry, activation
+        ctx.save_for_backward(x, weight, None if activation[0] == "none" else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        geometry, activation = ctx.settings
+        g = _before(activation, g, y)
+        needed = ctx.needs_input_grad
+        by_products = weight.shape[2:] == (1, 1) and geometry == ([0, 0], [1, 1], [1, 1], 1)
+        back = _back_by_products if by_products and g.device.type == "cpu" else _back
+        return *back(g, x, weight, geometry, needed[:3]), g if needed[3] else None, None, None, None
+
+
+class _ConvolveByTiles(torch.autograd.Function):
+    """The same of 3 x 3 convolutions in float32 on a CPU, by fewer multiplications forward and back (``winograd.py``)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        of_weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+        padding: Sequence[int],
+        activation: Activation,
+    ) -> torch.Tensor:
+        kept: list[torch.Tensor] | None = [] if weight.requires_grad or x.requires_grad else None
+        y = winograd.convolve(x.permute(0, 2, 3, 1), of_weight, bias, padding, kept).permute(0, 3, 1, 2)
+        y = apply_activation(y.contiguous(memory_format=_LAST), residual, activation)
+        ctx.settings, ctx.count = (padding, activation), len(kept or ())
+        ctx.save_for_backward(*(kept or ()), of_weight, None if activation[0] == "none" else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *kept, of_weight, y = ctx.saved_tensors
+        padding, activation = ctx.settings
+        g = _before(activation, g, y)
+        needed = ctx.needs_input_grad
+        rows = g.permute(0, 2, 3, 1).contiguous()
+        gx, gw, gb = winograd.back(rows, of_weight, padding, kept, (needed[0], needed[1], needed[3]))
+        gx = None if gx is None else gx.permute(0, 3, 1, 2)
+        gw = None if gw is None else winograd.of_weights_back(gw)
+        return gx, gw, None, gb, g if needed[4] else None, None, None
+
+
+def _before(activation: Activation, g: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The gradient of what ``activation`` was given, for that of ``y``, which it gave."""
+    name, options, _ = activation
+    if name == "relu":
+        g = torch.ops.aten.threshold_backward(g, y, 0)
+    elif name == "hardtanh":
+        g = torch.ops.aten.hardtanh_backward(g, y, *options)
+    return g.contiguous(memory_format=_LAST)
+
+
+def _by_onednn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    rounded: torch.Tensor | None,
+    geometry: Geometry,
+    activation: Activation,
+) -> torch.Tensor:
+    run: Any = torch.ops.mkldnn._convolution_pointwise
+    name, *options = activation
+    if residual is None:
+        return run(x, weight, bias, *geometry, *activation)  # type: ignore[no-any-return]
+    after = None if name == "none" else name
+    same = _rounded(bias, rounded, x.dtype)  # a demand of this operator's alone
+    return run.binary(x, residual, weight, same, *geometry, "add", 1.0, after, *options)  # type: ignore[no-any-return]
+
+
+def _by_cudnn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    rounded: torch.Tensor | None,
+    geometry: Geometry,
+    activation: Activation,
+) -> torch.Tensor:
+    padding, stride, dilation, groups = geometry
+    name, options, _ = activation
+    bias = _rounded(bias, rounded, x.dtype)
+    if name == "relu" and groups == 1 and x.device.type == "cuda":
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, stride, padding, dilation, groups)
+    y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = y.add_(residual)
+    if name == "relu":
+        return y.relu_()
+    return nn.functional.hardtanh_(y, *options) if name == "hardtanh" else y
+
+
+def _rounded(bias: torch.Tensor | None, rounded: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """``bias`` in ``dtype``, unless it is there already."""
+    return bias.to(dtype) if rounded is None and bias is not None else rounded
+
+
+def _back_by_products(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, _: object, needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of a 1 x 1 convolution with stride 1: products of matrices with a row for each pixel."""
+    (n, _, height, width), w = g.shape, weight.flatten(1)
+    rows, inputs = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (g, x))
+    gx = (rows @ w).view(n, height, width, -1).permute(0, 3, 1, 2) if needed[0] else None
+    gw = None
+    if needed[1]:  # the narrower one first: up to a fifth faster
+        narrow = rows.shape[1] <= inputs.shape[1]
+        gw = (rows.t() @ inputs if narrow else (inputs.t() @ rows).t()).reshape(weight.shape)
+    return gx, gw, _sum_of_pixels(g) if needed[2] else None
+
+
+def _back(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: Any, needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of any convolution."""
+    padding, stride, dilation, groups = geometry
+
+    def run(g: torch.Tensor, x: torch.Tensor, mask: list[bool]) -> list[torch.Tensor | None]:
+        found: list[torch.Tensor | None] = torch.ops.aten.convolution_backward(
+            g, x, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        return found
+
+    # oneDNN has no fast kernels in bfloat16 for these: 1.5 to 80 times the time of float32, with AVX-512.
+    depthwise = g.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] == 1 and g.device.type == "cpu"
+    slow_x, slow_w = depthwise and max(stride) > 1, depthwise and max(weight.shape[2:]) > 3
+    if g.device.type == "cpu" and g.dtype == torch.bfloat16:
+        slow_w |= is_garbage(dilation, groups)
+    gb = _sum_of_pixels(g) if needed[2] else None
+    if g.device.type == "cpu" and crashes(weight, stride, groups) and not any(padding):
+        gx = run(g, x, [True, False, False])[0] if needed[0] else None
+        read = x[:, :, :: stride[0], :: stride[1]]
+        return gx, _back_by_products(g, read, weight, geometry, [False, needed[1], False])[1], gb
+    if not (slow_x or slow_w):
+        return *run(g, x, [needed[0], needed[1], False])[:2], gb
+    exact, gx, gw = g.float(), None, None
+    if needed[0]:
+        like_x = torch.empty_like(x, dtype=exact.dtype)  # of x only the shape counts here
+        gx = run(exact, like_x, [True, False, False])[0] if slow_x else run(g, x, [True, False, False])[0]
+    if needed[1]:
+        gw = run(exact, x.float(), [False, True, False])[1] if slow_w else run(g, x, [False, True, False])[1]
+    return None if gx is None else gx.to(g.dtype), gw, gb
+
+
+def _sum_of_pixels(g: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W), channels last, -> (C,) float32."""
+    if g.device.type == "cpu":
+        return g.sum((0, 2, 3)).float()  # added up in float32; to ask for that would first make a copy in it
+    rows = g.permute(0, 2, 3, 1).flatten(0, 2)
+    ones = rows.new_ones(1, len(rows))  # a product of matrices reads them at twice the speed of a sum
+    return (ones @ rows)[0].float()

@@ -89,10 +89,10 @@ class _ConvolveByTiles(torch.autograd.Function):
         padding: Sequence[int],
         activation: Activation,
     ) -> torch.Tensor:
-        kept: list[torch.Tensor] | None = [] if weight.requires_grad or x.requires_grad else None
+        kept: list[torch.Tensor] | None = [] if any(ctx.needs_input_grad) else None
         y = winograd.convolve(x.permute(0, 2, 3, 1), of_weight, bias, padding, kept).permute(0, 3, 1, 2)
         y = apply_activation(y.contiguous(memory_format=_LAST), residual, activation)
-        ctx.settings, ctx.count = (padding, activation), len(kept or ())
+        ctx.settings = padding, activation
         ctx.save_for_backward(*(kept or ()), of_weight, None if activation[0] == "none" else y)
         return y
 

@@ -25,7 +25,7 @@ from featcache.backbones.folding import (
 from featcache.backbones.fused_tokens import ATTENTION, has_matrix_units, is_plain_attention, leave_out_unread_tokens
 from featcache.backbones.tracing import evaluating, finished, sources_forgotten, trace, with_plain_attention
 from featcache.finetuning.attention import attend
-from featcache.finetuning.convolutions import FROM_RESULT, convolve
+from featcache.finetuning.convolutions import FROM_RESULT, Geometry, convolve
 from featcache.system.device import true_float32
 
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
@@ -195,7 +195,8 @@ class _Convolution(nn.Module):
         """``by_tiles``: in float32 by fewer multiplications, where ``winograd.pays``."""
         super().__init__()
         self.sources = conv, tuple(norms)  # a tuple: their parameters are the backbone's
-        geometry = list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups
+        padding: Any = conv.padding  # no name: is_plain_convolution
+        geometry: Geometry = list(padding), list(conv.stride), list(conv.dilation), conv.groups
         self._settings = geometry, activation
         self._by_tiles = by_tiles
         self._of_weight: torch.Tensor | None = None

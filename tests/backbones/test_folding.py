@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
+from featcache.backbones import folding
 from featcache.backbones.backbone import OFFLINE_BACKBONE
 from featcache.backbones.folding import fold_batchnorm, fuse_convolutions, fuse_relus
 from featcache.backbones.load import load_backbone
@@ -29,6 +30,35 @@ def with_statistics(module: nn.Module) -> nn.Module:
 
 def norms(module: nn.Module) -> int:
     return sum(isinstance(m, nn.BatchNorm2d) for m in module.modules())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    "after",
+    [
+        None,
+        nn.ReLU(),
+        nn.ReLU6(),
+        nn.Hardtanh(-1, 2),
+        nn.Hardswish(),
+        nn.SiLU(),
+        nn.Sigmoid(),
+        nn.GELU(),
+        nn.GELU("tanh"),
+    ],
+    ids=str,
+)
+def test_a_tiled_convolution_does_what_a_fused_one_does(after: nn.Module | None, residual: bool) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(64, 72, 3, padding=1), torch.randn(3, 64, 13, 9).to(memory_format=torch.channels_last)
+    activation = folding.NOT_AT_ALL if after is None else folding._ACTIVATIONS[type(after)](after)
+    with torch.inference_mode():
+        expected = conv(x)
+        added = torch.randn_like(expected) if residual else None
+        expected = expected if added is None else expected + added
+        found = folding._TiledConvolution(conv, activation)(x, added)
+    torch.testing.assert_close(found, expected if after is None else after(expected), rtol=1e-4, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def check(module: nn.Module, x: torch.Tensor, fused: int) -> None:

@@ -9,6 +9,7 @@ from cpus import ONEDNN_BF16, needs_onednn_bf16
 from test_network import shrunk
 from torch import nn
 
+from featcache.backbones import winograd
 from featcache.backbones.load import load_backbone
 from featcache.finetuning import convolutions, fused
 from featcache.finetuning.attention import attend
@@ -76,6 +77,8 @@ GEOMETRIES = {  # in, out, kernel, stride, padding, dilation, groups
     "pointwise, strided": (8, 12, 1, 2, 0, 1, 1),
     "pointwise, padded": (8, 12, 1, 1, 1, 1, 1),
     "3 x 3": (8, 12, 3, 1, 1, 1, 1),
+    "by tiles": (8, 12, 3, 1, 1, 1, 1),
+    "by tiles, not padded": (8, 12, 3, 1, 0, 1, 1),
     "dilated": (8, 12, 3, 1, 2, 2, 1),
     "pointwise, strided, of colours": (3, 48, 1, 2, 0, 1, 1),
     "stem": (3, 12, 7, 2, 3, 1, 1),
@@ -110,8 +113,10 @@ def test_one_convolution_with_what_follows_it(name: str, dtype: torch.dtype, aft
     scaled.bias.data *= 3
     if residual is not None and groups > 1:
         pytest.skip("oneDNN adds no residual there; folding.chain_from leaves it out")
-    module = fused._Convolution(scaled, (), activation.get(after, ("none", [], "")))
+    by_tiles = "by tiles" in name
+    module = fused._Convolution(scaled, (), activation.get(after, ("none", [], "")), by_tiles=by_tiles)
     pairs = list(module.refresh(dtype, {}))
+    assert (module._of_weight is not None) == (by_tiles and dtype == torch.float32)
     got = module(x, None if residual is None else 3 * residual)
     leaves = [leaf for _, leaf in pairs]
     sources = [t for t in (x, residual) if t is not None]
@@ -231,7 +236,11 @@ class _Normed(nn.Module):
 @pytest.mark.parametrize("norms", [1, 2])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", ["", "norms", "weights"])
-def test_chains_of_norms_and_parts_that_are_frozen(channels: int, norms: int, bias: bool, frozen: str) -> None:
+@pytest.mark.parametrize("by_tiles", [False, True])
+def test_chains_of_norms_and_parts_that_are_frozen(
+    channels: int, norms: int, bias: bool, frozen: str, by_tiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(winograd, "pays", lambda *_: by_tiles)
     torch.manual_seed(3)
     module = _Normed(channels, norms=norms, bias=bias).eval()
     for part in module.modules():

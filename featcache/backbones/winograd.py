@@ -98,12 +98,11 @@ def back(
     (n, height, width, k), c = gradient.shape, weights.shape[2]
     h, w = height + 2 - 2 * padding[0], width + 2 - 2 * padding[1]
     rows, columns = _tiles_of((height, width))
-    around = columns * _GIVEN - width, rows * _GIVEN - height
-    if any(around):
-        gradient = nn.functional.pad(gradient, (0, 0, 0, around[0], 0, around[1]))
+    if (height, width) != (rows * _GIVEN, columns * _GIVEN):
+        gradient = _padded(gradient, (0, 0), (rows * _GIVEN, columns * _GIVEN))
     gradient = gradient.reshape(n, rows, _GIVEN, columns, _GIVEN, k)
     of_x = gradient.new_empty(n, h, w, c) if needed[0] else None
-    of_w = torch.zeros_like(weights) if needed[1] else None
+    of_w: torch.Tensor | None = None
     of_b = gradient.new_zeros(k) if needed[2] else None
     start = 0
     for tiles in kept:
@@ -112,8 +111,9 @@ def back(
         products = _to_map_back(gradient[some], products).view(_POINTS, -1, k)
         if of_x is not None:
             of_x[some] = _of_map_back(torch.bmm(products, weights).view(tiles.shape), padding, (h, w))
-        if of_w is not None:
-            of_w.baddbmm_(products.transpose(1, 2), tiles.view(_POINTS, -1, c))
+        if needed[1]:
+            factors = products.transpose(1, 2), tiles.view(_POINTS, -1, c)
+            of_w = torch.bmm(*factors) if of_w is None else of_w.baddbmm_(*factors)
         if of_b is not None:
             of_b += products[_READ + 1].sum(0)
     return of_x, of_w, of_b
@@ -131,12 +131,22 @@ def _at_once(images: int, tiles: int, channels: int) -> Iterator[slice]:
     return (slice(start, min(start + number, images)) for start in range(0, images, number))
 
 
+def _padded(x: torch.Tensor, before: Sequence[int], size: tuple[int, int]) -> torch.Tensor:
+    """(N, H, W, C) with zeros around, as many as ``before`` says above and to the left, to ``size``."""
+    (n, h, w, c), (top, left) = x.shape, before
+    out = x.new_empty(n, *size, c)  # to fill it with zeros and then with pixels would write all of it twice
+    rows = out[:, top : top + h]
+    for border in (out[:, :top], out[:, top + h :], rows[:, :, :left], rows[:, :, left + w :]):
+        border.zero_()
+    rows[:, :, left : left + w] = x
+    return out
+
+
 def _of_map(x: torch.Tensor, padding: Sequence[int], out: torch.Tensor) -> torch.Tensor:
     """(N, H, W, C) -> tiles."""
-    (n, h, w, c), (rows, columns) = x.shape, out.shape[3:5]
+    (n, _, _, c), (rows, columns) = x.shape, out.shape[3:5]
     height, width = (count * _GIVEN + _READ - _GIVEN for count in (rows, columns))
-    (top, left), points = padding, x.new_empty(n, rows, _READ, width, c)
-    padded = nn.functional.pad(x, (0, 0, left, width - left - w, top, height - top - h))
+    padded, points = _padded(x, padding, (height, width)), x.new_empty(n, rows, _READ, width, c)
     _points_of(padded.unfold(1, _READ, _GIVEN).movedim(-1, 0), points.movedim(2, 0))
     _points_of(points.unfold(3, _READ, _GIVEN).movedim((-1, 2), (0, 1)), out.transpose(0, 1))
     return out

@@ -174,8 +174,7 @@ class _TiledConvolution(nn.Module):
         return self  # nothing changes it
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        y = winograd.convolve(x.permute(0, 2, 3, 1).contiguous(), self._weights, self._bias, self._padding)
-        y = y.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        y = winograd.convolve(x, self._weights, self._bias, self._padding)
         return apply_activation(y, residual, self._activation)
 
 

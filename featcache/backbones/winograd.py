@@ -6,7 +6,7 @@ weights, and what comes out becomes 4 x 4 pixels. Method and matrices: Lavin and
 Convolutional Neural Networks. All that is added is multiplied by powers of two, which round nothing, so that no bit depends on
 how a CPU puts multiplications and additions together.
 
-Maps are (N, H, W, C) here, and tiles (6, 6, N, rows, columns, C), with dense channels.
+Maps are (N, C, H, W), channels last, and inside of this file (N, H, W, C); tiles are (6, 6, N, rows, columns, C).
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,21 +62,22 @@ def convolve(
     padding: Sequence[int],
     kept: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The convolution of maps (N, H, W, C).
+    """The convolution of maps (N, C, H, W), which are channels last, as is what comes of them.
 
     Args:
         weights: (36, K, C), as ``of_weights`` gives them. bias: (K,). padding: rows and columns of zeros at each side.
         kept: gets what ``back`` needs.
 
     Returns:
-        (N, H + 2 padding - 2, W + 2 padding - 2, K), perhaps part of a larger map.
+        (N, K, H + 2 padding - 2, W + 2 padding - 2).
     """
-    (n, h, w, c), k = x.shape, weights.shape[1]
+    (n, c, h, w), k = x.shape, weights.shape[1]
     height, width = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     rows, columns = _tiles_of((height, width))
-    y = x.new_empty(n, rows, _GIVEN, columns, _GIVEN, k)
+    y = _empty(x, n, k, rows * _GIVEN, columns * _GIVEN)
+    x, parts = _last(x), _last(y).view(n, rows, _GIVEN, columns, _GIVEN, k)
     for some in _at_once(n, rows * columns, max(c, k)):
-        part = y[some]
+        part = parts[some]
         tiles = x.new_empty(_READ, _READ, len(part), rows, columns, c)
         products = torch.bmm(_of_map(x[some], padding, tiles).view(_POINTS, -1, c), weights.transpose(1, 2))
         if bias is not None:
@@ -84,7 +85,9 @@ def convolve(
         _to_map(products.view(_READ, _READ, len(part), rows, columns, k), part)
         if kept is not None:
             kept.append(tiles)
-    return y.view(n, rows * _GIVEN, columns * _GIVEN, k)[:, :height, :width]
+    if y.shape[2:] == (height, width):
+        return y  # no view, which autograd lets nobody change
+    return y[:, :, :height, :width].clone(memory_format=torch.channels_last)
 
 
 def back(
@@ -95,13 +98,14 @@ def back(
     needed: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of maps, of weights (36, K, C) and of the bias, as far as ``needed``, for that of what ``convolve`` gave."""
-    (n, height, width, k), c = gradient.shape, weights.shape[2]
+    (n, k, height, width), c = gradient.shape, weights.shape[2]
     h, w = height + 2 - 2 * padding[0], width + 2 - 2 * padding[1]
     rows, columns = _tiles_of((height, width))
+    gradient = _last(gradient)
     if (height, width) != (rows * _GIVEN, columns * _GIVEN):
         gradient = _padded(gradient, (0, 0), (rows * _GIVEN, columns * _GIVEN))
     gradient = gradient.reshape(n, rows, _GIVEN, columns, _GIVEN, k)
-    of_x = gradient.new_empty(n, h, w, c) if needed[0] else None
+    of_x = _empty(gradient, n, c, h, w) if needed[0] else None
     of_w: torch.Tensor | None = None
     of_b = gradient.new_zeros(k) if needed[2] else None
     start = 0
@@ -110,13 +114,22 @@ def back(
         products = gradient.new_empty(*tiles.shape[:-1], k)
         products = _to_map_back(gradient[some], products).view(_POINTS, -1, k)
         if of_x is not None:
-            of_x[some] = _of_map_back(torch.bmm(products, weights).view(tiles.shape), padding, (h, w))
+            _last(of_x)[some] = _of_map_back(torch.bmm(products, weights).view(tiles.shape), padding, (h, w))
         if needed[1]:
             factors = products.transpose(1, 2), tiles.view(_POINTS, -1, c)
             of_w = torch.bmm(*factors) if of_w is None else of_w.baddbmm_(*factors)
         if of_b is not None:
             of_b += products[_READ + 1].sum(0)
     return of_x, of_w, of_b
+
+
+def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, H, W, C), dense."""
+    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _tiles_of(size: tuple[int, int]) -> tuple[int, int]:

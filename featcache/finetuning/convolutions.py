@@ -90,8 +90,7 @@ class _ConvolveByTiles(torch.autograd.Function):
         activation: Activation,
     ) -> torch.Tensor:
         kept: list[torch.Tensor] | None = [] if any(ctx.needs_input_grad) else None
-        y = winograd.convolve(x.permute(0, 2, 3, 1), of_weight, bias, padding, kept).permute(0, 3, 1, 2)
-        y = apply_activation(y.contiguous(memory_format=_LAST), residual, activation)
+        y = apply_activation(winograd.convolve(x, of_weight, bias, padding, kept), residual, activation)
         ctx.settings = padding, activation
         ctx.save_for_backward(*(kept or ()), of_weight, None if activation[0] == "none" else y)
         return y
@@ -102,9 +101,7 @@ class _ConvolveByTiles(torch.autograd.Function):
         padding, activation = ctx.settings
         g = _before(activation, g, y)
         needed = ctx.needs_input_grad
-        rows = g.permute(0, 2, 3, 1).contiguous()
-        gx, gw, gb = winograd.back(rows, of_weight, padding, kept, (needed[0], needed[1], needed[3]))
-        gx = None if gx is None else gx.permute(0, 3, 1, 2)
+        gx, gw, gb = winograd.back(g, of_weight, padding, kept, (needed[0], needed[1], needed[3]))
         gw = None if gw is None else winograd.of_weights_back(gw)
         return gx, gw, None, gb, g if needed[4] else None, None, None
 

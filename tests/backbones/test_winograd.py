@@ -42,23 +42,23 @@ def test_convolution_and_gradients_are_those_of_the_definition(
     wanted = torch.autograd.grad(expected, inputs, gradient)
     with torch.no_grad():
         of_weights, kept = winograd.of_weights(weight), list[torch.Tensor]()
-        found = winograd.convolve(x.permute(0, 2, 3, 1), of_weights, bias, padding, kept)
-        torch.testing.assert_close(found.permute(0, 3, 1, 2), expected, rtol=1e-10, atol=1e-10)
+        found = winograd.convolve(x, of_weights, bias, padding, kept)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert not found._is_view()
         assert len(kept) == (n if images_at_once == 1 else 1)
-        rows = gradient.permute(0, 2, 3, 1)
-        of_x, of_w, of_b = winograd.back(rows, of_weights, padding, kept, (True, True, True))
-        assert of_x is not None
+        of_x, of_w, of_b = winograd.back(gradient, of_weights, padding, kept, (True, True, True))
         assert of_w is not None
-        torch.testing.assert_close(of_x.permute(0, 3, 1, 2), wanted[0], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(of_x, wanted[0], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(winograd.of_weights_back(of_w), wanted[1], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(of_b, wanted[2], rtol=1e-10, atol=1e-10)
         for needed in ((True, False, False), (False, True, False), (False, False, True)):
-            some = winograd.back(rows, of_weights, padding, kept, needed)
+            some = winograd.back(gradient, of_weights, padding, kept, needed)
             for one, whole, is_needed in zip(some, (of_x, of_w, of_b), needed, strict=True):
                 assert (one is not None) == is_needed
                 assert one is None or torch.equal(one, whole)
-        without = winograd.convolve(x.permute(0, 2, 3, 1), of_weights, None, padding)
-        torch.testing.assert_close(without + bias, found, rtol=1e-10, atol=1e-10)
+        without = winograd.convolve(x, of_weights, None, padding)
+        torch.testing.assert_close(without + bias[:, None, None], found, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("channels", [64, 512])
@@ -67,18 +67,18 @@ def test_in_float32_it_rounds_a_few_times_as_much(channels: int) -> None:
     x, weight = maps(2, channels, 14, 14), maps(channels, channels, 3, 3) / (9 * channels) ** 0.5
     expected = nn.functional.conv2d(x, weight, padding=1)
     plain = nn.functional.conv2d(x.float(), weight.float(), padding=1)
-    found = winograd.convolve(x.float().permute(0, 2, 3, 1), winograd.of_weights(weight.float()), None, (1, 1))
-    error, least = (float((y.double() - expected).norm() / expected.norm()) for y in (found.permute(0, 3, 1, 2), plain))
+    found = winograd.convolve(x.float(), winograd.of_weights(weight.float()), None, (1, 1))
+    error, least = (float((y.double() - expected).norm() / expected.norm()) for y in (found, plain))
     assert error < 1e-5
     assert error < 20 * least + 1e-6
 
 
 def test_where_nothing_changes_there_is_no_noise() -> None:
     """Of a tile of one value all numbers but one are exactly zero, so that all of its pixels get the same bits."""
-    x, weight = torch.full((1, 18, 18, 64), 0.3), maps(64, 64, 3, 3, dtype=torch.float32)
+    x, weight = torch.full((1, 64, 18, 18), 0.3), maps(64, 64, 3, 3, dtype=torch.float32)
     found = winograd.convolve(x, winograd.of_weights(weight), torch.full((64,), 0.7), (0, 0))
-    assert torch.equal(found, found[:, :1, :1].expand_as(found))
-    torch.testing.assert_close(found[0, 0, 0], 0.3 * weight.sum((1, 2, 3)) + 0.7, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found[:, :, :1, :1].expand_as(found))
+    torch.testing.assert_close(found[0, :, 0, 0], 0.3 * weight.sum((1, 2, 3)) + 0.7, rtol=1e-4, atol=1e-4)
 
 
 def geometry(inside: int, out: int, **options: int) -> nn.Conv2d:

@@ -129,6 +129,21 @@ def test_one_convolution_with_what_follows_it(name: str, dtype: torch.dtype, aft
         assert float((one.float() - two).norm()) <= (1e-5 if dtype == torch.float32 else 0.25) * float(two.norm())
 
 
+@pytest.mark.parametrize("edge", [16, 18])  # of 18, the maps are cut out of larger ones
+def test_what_follows_may_change_maps_in_place(edge: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As EfficientNetV2's activation, which is not done along with the convolution."""
+    monkeypatch.setattr(winograd, "pays", lambda *_: True)
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    module, x = nn.Sequential(*layers).requires_grad_(True), torch.randn(2, 3, edge, edge)
+    form = make_form(module, nn.Linear(1, 1), x, torch.float32)
+    assert form.fused == torch.backends.mkldnn.is_available()
+    expected = gradients(module, module, x, None)
+    form.refresh(torch.float32)
+    for name, gradient in gradients(module, form.embed, x, form).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_what_is_frozen_gets_no_gradient_and_no_leaf() -> None:
     module = randomised("mobilenet_v2", 32)
     last = list(module.parameters())[-3:]

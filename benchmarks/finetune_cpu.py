@@ -9,7 +9,8 @@ process of its own each, in turns, --pairs times:
                 comes; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4 (ants-bees: SGD)
     featcache   ``finetune`` from a head that was fit before, its defaults
     ceiling     forward and backward passes of the network's convolutions and products with weights alone, in the precision and
-                the parts that featcache takes, on as many cores, on tensors that are there already
+                the parts that featcache takes, on as many cores, on tensors that are there already; featcache may pass it where
+                3 x 3 convolutions in float32 take fewer multiplications than PyTorch's
     load        featcache again, beside one process per core that computes without end (with --load)
 
 Images per second are of training alone, from the end of the first step on, evaluation left out. "start" is from the start of the

@@ -54,7 +54,8 @@ class PrecisionChoice:
     Attributes:
         precision: the precision in use.
         form: ``plain``, the network as it came; ``folded``, without batch norms; ``fused``, what follows a layer done in it, by
-            oneDNN on a CPU (``folding.py``, ``fused_tokens.py``), by cuDNN on an NVIDIA GPU (ReLU after convolutions only).
+            oneDNN on a CPU (``folding.py``, ``fused_tokens.py``; 3 x 3 convolutions in float32 by ``winograd.py``), by cuDNN on
+            an NVIDIA GPU (ReLU after convolutions only).
         precision_class: ``reference`` if its features pass for the float32 network's own, else the precision's name.
         reason: why, in words, with the figures.
         tried: per precision and form: ``Agreement.to_json`` with plain float32.

@@ -75,7 +75,7 @@ def convolve(
     height, width = h + 2 * padding[0] - 2, w + 2 * padding[1] - 2
     rows, columns = _tiles_of((height, width))
     y = _empty(x, n, k, rows * _GIVEN, columns * _GIVEN)
-    x, parts = _last(x), _last(y).view(n, rows, _GIVEN, columns, _GIVEN, k)
+    x, parts = _last(x).contiguous(), _last(y).view(n, rows, _GIVEN, columns, _GIVEN, k)
     for some in _at_once(n, rows * columns, max(c, k)):
         part = parts[some]
         tiles = x.new_empty(_READ, _READ, len(part), rows, columns, c)
@@ -101,10 +101,10 @@ def back(
     (n, k, height, width), c = gradient.shape, weights.shape[2]
     h, w = height + 2 - 2 * padding[0], width + 2 - 2 * padding[1]
     rows, columns = _tiles_of((height, width))
-    gradient = _last(gradient)
+    gradient = _last(gradient).contiguous()
     if (height, width) != (rows * _GIVEN, columns * _GIVEN):
         gradient = _padded(gradient, (0, 0), (rows * _GIVEN, columns * _GIVEN))
-    gradient = gradient.reshape(n, rows, _GIVEN, columns, _GIVEN, k)
+    gradient = gradient.view(n, rows, _GIVEN, columns, _GIVEN, k)
     of_x = _empty(gradient, n, c, h, w) if needed[0] else None
     of_w: torch.Tensor | None = None
     of_b = gradient.new_zeros(k) if needed[2] else None
@@ -128,8 +128,8 @@ def _empty(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) -> (N, H, W, C), dense."""
-    return x.permute(0, 2, 3, 1).contiguous()
+    """(N, C, H, W) -> (N, H, W, C), in the same memory."""
+    return x.permute(0, 2, 3, 1)
 
 
 def _tiles_of(size: tuple[int, int]) -> tuple[int, int]:
@@ -140,8 +140,8 @@ def _tiles_of(size: tuple[int, int]) -> tuple[int, int]:
 def _at_once(images: int, tiles: int, channels: int) -> Iterator[slice]:
     """Images whose tiles stay in the cache, if they are enough to multiply fast; ``tiles``, ``channels``: of one."""
     number = max(1, _IN_CACHE // (4 * _POINTS * tiles * channels), _MANY_TILES // tiles)
-    number = -(-images // -(-images // number))  # as many each time
-    return (slice(start, min(start + number, images)) for start in range(0, images, number))
+    number = max(1, -(-images // max(1, -(-images // number))))  # as many each time
+    return (slice(start, min(start + number, images)) for start in range(0, max(1, images), number))
 
 
 def _padded(x: torch.Tensor, before: Sequence[int], size: tuple[int, int]) -> torch.Tensor:

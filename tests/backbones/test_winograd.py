@@ -23,6 +23,7 @@ SHAPES = {  # images, channels in and out, height, width, padding
     "not padded": (2, 3, 4, 10, 7, (0, 0)),
     "padded unevenly": (2, 3, 4, 6, 11, (0, 2)),
     "padded widely": (1, 2, 2, 5, 5, (3, 2)),
+    "no image": (0, 2, 3, 6, 6, (1, 1)),
 }
 
 
@@ -46,7 +47,7 @@ def test_convolution_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert not found._is_view()
-        assert len(kept) == (n if images_at_once == 1 else 1)
+        assert len(kept) == (max(n, 1) if images_at_once == 1 else 1)
         of_x, of_w, of_b = winograd.back(gradient, of_weights, padding, kept, (True, True, True))
         assert of_w is not None
         torch.testing.assert_close(of_x, wanted[0], rtol=1e-10, atol=1e-10)

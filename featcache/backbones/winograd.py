@@ -173,7 +173,7 @@ def _of_map_back(gradient: torch.Tensor, padding: Sequence[int], size: tuple[int
     _points_back(gradient.transpose(0, 1), points.movedim(4, 0), 4)
     found = gradient.new_empty(n, rows + 1, _GIVEN, (columns + 1) * _GIVEN, c)
     _points_back(points.flatten(3, 4), found.movedim(2, 0), 2)
-    return found.view(n, (rows + 1) * _GIVEN, -1, c)[:, top : top + h, left : left + w]
+    return found.flatten(1, 2)[:, top : top + h, left : left + w]
 
 
 def _to_map(tiles: torch.Tensor, out: torch.Tensor) -> None:

@@ -76,7 +76,7 @@ def layer(channels: int, edge: int, images: int, rounds: int) -> dict[str, Any]:
         return winograd.convolve(x, of_weights, bias, (1, 1))
 
     def tiles_back() -> list[torch.Tensor | None]:
-        gx, gw, gb = winograd.back(gradient, of_weights, (1, 1), kept, (True, True, True))
+        gx, gw, gb = winograd.back(gradient, x, of_weights, (1, 1), kept, (True, True, True))
         return [gx, None if gw is None else winograd.of_weights_back(gw), gb]
 
     winograd.convolve(x, of_weights, bias, (1, 1), kept)

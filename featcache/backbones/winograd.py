@@ -19,6 +19,9 @@ _READ, _GIVEN, _POINTS = 6, 4, 36  # pixels of a tile along one side, and of wha
 # the weights once; and by how much less than the convolution it has to be.
 _PRODUCT, _CHANNEL, _READING, _WORTH = 1.15, 60, 8, 0.8
 _IN_CACHE = 4 << 20  # bytes of tiles, beside which the next step finds them
+_KEPT = (
+    2 << 20
+)  # of an image's tiles, at most, to be kept for the way back, where the map is kept anyway: they are 2.25 times as large
 _MANY_TILES = 128  # from where on more at a time do not multiply faster
 # G (x) G, which makes 36 numbers of the 9 weights between two channels. Nothing of the kind is needed for pixels: see below.
 _G = [
@@ -66,7 +69,7 @@ def convolve(
 
     Args:
         weights: (36, K, C), as ``of_weights`` gives them. bias: (K,). padding: rows and columns of zeros at each side.
-        kept: gets what ``back`` needs.
+        kept: gets what spares ``back`` a tenth of its time, unless it is large.
 
     Returns:
         (N, K, H + 2 padding - 2, W + 2 padding - 2).
@@ -83,7 +86,7 @@ def convolve(
         if bias is not None:
             products[_READ + 1] += bias  # the only ones that every pixel of a tile gets once
         _to_map(products.view(_READ, _READ, len(part), rows, columns, k), part)
-        if kept is not None:
+        if kept is not None and tiles.nbytes <= _KEPT * len(part):
             kept.append(tiles)
     if y.shape[2:] == (height, width):
         return y  # no view, which autograd lets nobody change
@@ -92,30 +95,33 @@ def convolve(
 
 def back(
     gradient: torch.Tensor,
+    x: torch.Tensor,
     weights: torch.Tensor,
     padding: Sequence[int],
     kept: list[torch.Tensor],
     needed: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of maps, of weights (36, K, C) and of the bias, as far as ``needed``, for that of what ``convolve`` gave."""
-    (n, k, height, width), c = gradient.shape, weights.shape[2]
-    h, w = height + 2 - 2 * padding[0], width + 2 - 2 * padding[1]
+    """Gradients of maps, of weights (36, K, C) and of the bias, as far as ``needed``, for that of what ``convolve`` gave.
+
+    Args:
+        x, weights, padding, kept: what ``convolve`` was given.
+    """
+    (n, k, height, width), (c, h, w) = gradient.shape, x.shape[1:]
     rows, columns = _tiles_of((height, width))
-    gradient = _last(gradient).contiguous()
+    gradient, x = _last(gradient).contiguous(), _last(x).contiguous()
     if (height, width) != (rows * _GIVEN, columns * _GIVEN):
         gradient = _padded(gradient, (0, 0), (rows * _GIVEN, columns * _GIVEN))
     gradient = gradient.view(n, rows, _GIVEN, columns, _GIVEN, k)
     of_x = _empty(gradient, n, c, h, w) if needed[0] else None
     of_w: torch.Tensor | None = None
     of_b = gradient.new_zeros(k) if needed[2] else None
-    start = 0
-    for tiles in kept:
-        some = slice(start, start := start + tiles.shape[2])
-        products = gradient.new_empty(*tiles.shape[:-1], k)
-        products = _to_map_back(gradient[some], products).view(_POINTS, -1, k)
+    for number, some in enumerate(_at_once(n, rows * columns, max(c, k))):
+        shape = _READ, _READ, len(x[some]), rows, columns
+        products = _to_map_back(gradient[some], gradient.new_empty(*shape, k)).view(_POINTS, -1, k)
         if of_x is not None:
-            _last(of_x)[some] = _of_map_back(torch.bmm(products, weights).view(tiles.shape), padding, (h, w))
+            _last(of_x)[some] = _of_map_back(torch.bmm(products, weights).view(*shape, c), padding, (h, w))
         if needed[1]:
+            tiles = kept[number] if kept else _of_map(x[some], padding, x.new_empty(*shape, c))
             factors = products.transpose(1, 2), tiles.view(_POINTS, -1, c)
             of_w = torch.bmm(*factors) if of_w is None else of_w.baddbmm_(*factors)
         if of_b is not None:

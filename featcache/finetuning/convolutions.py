@@ -89,19 +89,19 @@ class _ConvolveByTiles(torch.autograd.Function):
         padding: Sequence[int],
         activation: Activation,
     ) -> torch.Tensor:
-        kept: list[torch.Tensor] | None = [] if any(ctx.needs_input_grad) else None
+        kept: list[torch.Tensor] | None = [] if ctx.needs_input_grad[1] else None
         y = apply_activation(winograd.convolve(x, of_weight, bias, padding, kept), residual, activation)
         ctx.settings = padding, activation
-        ctx.save_for_backward(*(kept or ()), of_weight, None if activation[0] == "none" else y)
+        ctx.save_for_backward(*(kept or ()), x, of_weight, None if activation[0] == "none" else y)
         return y
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *kept, of_weight, y = ctx.saved_tensors
+        *kept, x, of_weight, y = ctx.saved_tensors
         padding, activation = ctx.settings
         g = _before(activation, g, y)
         needed = ctx.needs_input_grad
-        gx, gw, gb = winograd.back(g, of_weight, padding, kept, (needed[0], needed[1], needed[3]))
+        gx, gw, gb = winograd.back(g, x, of_weight, padding, kept, (needed[0], needed[1], needed[3]))
         gw = None if gw is None else winograd.of_weights_back(gw)
         return gx, gw, None, gb, g if needed[4] else None, None, None
 

@@ -27,11 +27,14 @@ SHAPES = {  # images, channels in and out, height, width, padding
 }
 
 
+@pytest.mark.parametrize("keeps", [True, False])
 @pytest.mark.parametrize("images_at_once", [1, 100])
 @pytest.mark.parametrize("name", SHAPES)
 def test_convolution_and_gradients_are_those_of_the_definition(
-    name: str, images_at_once: int, monkeypatch: pytest.MonkeyPatch
+    name: str, images_at_once: int, keeps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not keeps:
+        monkeypatch.setattr(winograd, "_KEPT", -1)
     if images_at_once == 1:
         monkeypatch.setattr(winograd, "_IN_CACHE", 0)
         monkeypatch.setattr(winograd, "_MANY_TILES", 0)
@@ -47,14 +50,14 @@ def test_convolution_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         assert found.is_contiguous(memory_format=torch.channels_last)
         assert not found._is_view()
-        assert len(kept) == (max(n, 1) if images_at_once == 1 else 1)
-        of_x, of_w, of_b = winograd.back(gradient, of_weights, padding, kept, (True, True, True))
+        assert len(kept) == (keeps or n == 0) * (max(n, 1) if images_at_once == 1 else 1)
+        of_x, of_w, of_b = winograd.back(gradient, x, of_weights, padding, kept, (True, True, True))
         assert of_w is not None
         torch.testing.assert_close(of_x, wanted[0], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(winograd.of_weights_back(of_w), wanted[1], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(of_b, wanted[2], rtol=1e-10, atol=1e-10)
         for needed in ((True, False, False), (False, True, False), (False, False, True)):
-            some = winograd.back(gradient, of_weights, padding, kept, needed)
+            some = winograd.back(gradient, x, of_weights, padding, kept, needed)
             for one, whole, is_needed in zip(some, (of_x, of_w, of_b), needed, strict=True):
                 assert (one is not None) == is_needed
                 assert one is None or torch.equal(one, whole)

@@ -247,10 +247,12 @@ def _fuse_from(
     n, *rest = conv.args[0].meta["shape"]  # type: ignore[union-attr]
     module: Any = modules[str(conv.target)]
     fused: nn.Module
-    if winograd.pays(module, batch_size or n, conv.meta["shape"][2:]):
+    images, size = batch_size or n, conv.meta["shape"][2:]
+    alike = functools.partial(winograd.are_rows_alike, images, size, module.in_channels, module.out_channels)
+    if winograd.pays(module, images, size) and alike():
         fused = _TiledConvolution(module, activation)
     else:
-        fused = _FusedConvolution(module, [batch_size or n, *rest], activation)
+        fused = _FusedConvolution(module, [images, *rest], activation)
     replace_chain(traced, chain, fused, residual, position)
 
 

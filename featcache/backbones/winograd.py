@@ -9,6 +9,7 @@ how a CPU puts multiplications and additions together.
 Maps are (N, C, H, W), channels last, and inside of this file (N, H, W, C); tiles are (6, 6, N, rows, columns, C).
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -44,6 +45,23 @@ def pays(conv: nn.Conv2d, images: int, size: tuple[int, int]) -> bool:
     tiles = images * rows * columns
     by_tiles = _POINTS * (_PRODUCT * (tiles + _READING) * c * k + _CHANNEL * tiles * (c + k))
     return by_tiles <= _WORTH * 9 * images * size[0] * size[1] * c * k
+
+
+@functools.lru_cache(maxsize=256)
+def are_rows_alike(images: int, size: tuple[int, int], inside: int, out: int) -> bool:
+    """Whether products of matrices as large as a convolution's give a row the same bits wherever it lies.
+
+    It takes a few milliseconds. Where a library computes the last rows otherwise, an embedding would depend on its place in a batch.
+    """
+    rows, columns = _tiles_of(size)
+    for count in {len(range(images)[some]) for some in _at_once(images, rows * columns, max(inside, out))}:
+        tiles = count * rows * columns
+        a, b = (torch.linspace(-1, 1, 2 * n * inside).sin().view(2, n, inside) for n in (tiles, out))
+        expected = torch.bmm(a, b.transpose(1, 2))
+        for shift in (1, 7, tiles // 2 + 1):
+            if not torch.equal(torch.bmm(a.roll(shift, 1), b.transpose(1, 2)), expected.roll(shift, 1)):
+                return False
+    return True
 
 
 def of_weights(weight: torch.Tensor) -> torch.Tensor:

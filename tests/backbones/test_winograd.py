@@ -126,3 +126,29 @@ def test_an_embedding_does_not_depend_on_its_neighbours() -> None:
     together = encoder(pixels)
     assert (encoder(pixels[[3, 0, 7, 1, 2, 6, 5, 4]]) == together[[3, 0, 7, 1, 2, 6, 5, 4]]).all()
     assert (encoder(pixels[[5] * 8]) == together[[5] * 8]).all()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_where_some_rows_are_computed_otherwise_nothing_is_tiled(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library may have other kernels for a matrix's last rows."""
+    right = torch.bmm
+
+    def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        found = right(a, b)
+        if last:
+            found[:, -1] = torch.nextafter(found[:, -1], torch.tensor(torch.inf))
+        return found
+
+    winograd.are_rows_alike.cache_clear()
+    monkeypatch.setattr(torch, "bmm", wrong)
+    try:
+        assert winograd.are_rows_alike(8, (14, 14), 256, 256) != last
+        backbone = load_backbone("resnet18", "none")
+        encoder = Encoder(
+            fold_batchnorm(backbone.module, (224, 224)), backbone.preprocess, torch.device("cpu"), torch.float32
+        )
+        encoder.fuse(8)
+        tiled = any(type(module).__name__ == "_TiledConvolution" for module in encoder._module.modules())
+        assert tiled == (torch.backends.mkldnn.is_available() and not last)
+    finally:
+        winograd.are_rows_alike.cache_clear()

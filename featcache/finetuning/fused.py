@@ -30,7 +30,7 @@ from featcache.system.device import true_float32
 
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
 _LAST = torch.channels_last
-_IMAGES = 4  # at once, at least, where a batch is one
+IMAGES = 4  # at once on a CPU, half of prediction's: a core's cache also holds the activations that are kept for the way back
 _ALIGNED = 8  # channels whose biases, rounded to 16 bits, begin where any kernel can read them
 
 
@@ -280,7 +280,7 @@ def _fused(backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> fx.
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, nn.Conv2d) and is_plain_convolution(module) and node.target not in read:
             chain, residual, activation = chain_from(node, modules, position, among=FROM_RESULT)
-            tiled = slowly_multiplied and winograd.pays(module, _IMAGES, node.meta["shape"][2:])
+            tiled = slowly_multiplied and winograd.pays(module, IMAGES, node.meta["shape"][2:])
             convolution = _Convolution(module, norms.get(node, ()), activation, by_tiles=tiled)
             replace_chain(traced, chain, convolution, residual, position)
         elif norms.get(node):

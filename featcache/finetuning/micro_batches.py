@@ -16,13 +16,12 @@ from torch import nn
 from torch.nn import functional
 
 from featcache.finetuning.draws import draw_by_image, drawn_by_image, draws_otherwise
-from featcache.finetuning.fused import Form, make_form
+from featcache.finetuning.fused import IMAGES, Form, make_form
 from featcache.finetuning.network import Network
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.images.preprocess import normalise
 from featcache.system.device import Runtime, one_core_each
 
-_IMAGES = 4  # of a part, half of prediction's: a core's cache also holds the activations that are kept for the way back
 _MANY_WEIGHTS = 8_000_000  # which each part lays out, and adds gradients of: a tenth of ResNet-18's step in parts of 4
 _WATCHED = 1.0  # seconds over which is looked at how many cores there were
 _CROWDED = 0.7  # of them: 0.95 and more on an idle machine, half beside a busy process per core
@@ -35,7 +34,7 @@ def images_at_once(runtime: Runtime, backbone: nn.Module) -> int:
     if runtime.device.type != "cpu":
         return runtime.batch_size
     weights = sum(parameter.numel() for parameter in backbone.parameters())
-    return 2 * _IMAGES if weights >= _MANY_WEIGHTS else _IMAGES
+    return 2 * IMAGES if weights >= _MANY_WEIGHTS else IMAGES
 
 
 class MicroBatches:

@@ -22,6 +22,7 @@ gpu_steps.py      the same on a CUDA GPU, as a graph
 fused.py          a backbone as it trains fastest
 convolutions.py   its convolutions, forward and back
 onednn.py         convolutions whose gradients oneDNN gets wrong
+activations.py    those that no convolution takes over, without copies
 attention.py      a transformer's attention on a CPU, forward and back
 draws.py          dropout and drop path, by image
 checkpoint.py     the folder of unfinished work, resuming

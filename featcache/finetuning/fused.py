@@ -24,6 +24,7 @@ from featcache.backbones.folding import (
 )
 from featcache.backbones.fused_tokens import ATTENTION, has_matrix_units, is_plain_attention, leave_out_unread_tokens
 from featcache.backbones.tracing import evaluating, finished, sources_forgotten, trace, with_plain_attention
+from featcache.finetuning.activations import with_cheap_activations
 from featcache.finetuning.attention import attend
 from featcache.finetuning.convolutions import FROM_RESULT, Geometry, convolve
 from featcache.system.device import true_float32
@@ -285,6 +286,7 @@ def _fused(backbone: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> fx.
             replace_chain(traced, chain, convolution, residual, position)
         elif norms.get(node):
             raise TypeError("a batch norm was folded into a convolution of another kind")
+    with_cheap_activations(traced)
     return finished(traced)
 
 

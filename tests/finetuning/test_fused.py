@@ -131,10 +131,10 @@ def test_one_convolution_with_what_follows_it(name: str, dtype: torch.dtype, aft
 
 @pytest.mark.parametrize("edge", [16, 18])  # of 18, the maps are cut out of larger ones
 def test_what_follows_may_change_maps_in_place(edge: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As EfficientNetV2's activation, which is not done along with the convolution."""
+    """As activations that are not done along with the convolution."""
     monkeypatch.setattr(winograd, "pays", lambda *_: True)
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.LeakyReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     module, x = nn.Sequential(*layers).requires_grad_(True), torch.randn(2, 3, edge, edge)
     form = make_form(module, nn.Linear(1, 1), x, torch.float32)
     assert form.fused == torch.backends.mkldnn.is_available()

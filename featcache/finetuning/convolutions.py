@@ -16,6 +16,7 @@ from featcache.finetuning.onednn import crashes, is_garbage
 
 FROM_RESULT = ("relu", "hardtanh")  # activations whose derivative follows from what they give
 _LAST = torch.channels_last
+_COLUMNS = 3  # of depthwise weights, at most, whose gradient oneDNN computes fast
 Geometry = tuple[list[int], list[int], list[int], int]  # padding, stride, dilation, groups
 
 
@@ -189,25 +190,60 @@ def _back(
         )
         return found
 
-    # oneDNN has no fast kernels in bfloat16 for these: 1.5 to 80 times the time of float32, with AVX-512.
-    depthwise = g.dtype == torch.bfloat16 and groups > 1 and weight.shape[1] == 1 and g.device.type == "cpu"
-    slow_x, slow_w = depthwise and max(stride) > 1, depthwise and max(weight.shape[2:]) > 3
-    if g.device.type == "cpu" and g.dtype == torch.bfloat16:
-        slow_w |= is_garbage(dilation, groups)
-    gb = _sum_of_pixels(g) if needed[2] else None
-    if g.device.type == "cpu" and crashes(weight, stride, groups) and not any(padding):
+    on_cpu, gb = g.device.type == "cpu", _sum_of_pixels(g) if needed[2] else None
+    if on_cpu and crashes(weight, stride, groups) and not any(padding):
         gx = run(g, x, [True, False, False])[0] if needed[0] else None
         read = x[:, :, :: stride[0], :: stride[1]]
         return gx, _back_by_products(g, read, weight, geometry, [False, needed[1], False])[1], gb
-    if not (slow_x or slow_w):
-        return *run(g, x, [needed[0], needed[1], False])[:2], gb
-    exact, gx, gw = g.float(), None, None
-    if needed[0]:
-        like_x = torch.empty_like(x, dtype=exact.dtype)  # of x only the shape counts here
-        gx = run(exact, like_x, [True, False, False])[0] if slow_x else run(g, x, [True, False, False])[0]
-    if needed[1]:
-        gw = run(exact, x.float(), [False, True, False])[1] if slow_w else run(g, x, [False, True, False])[1]
-    return None if gx is None else gx.to(g.dtype), gw, gb
+    depthwise, rounded = on_cpu and 1 < groups == len(weight) == x.shape[1], on_cpu and g.dtype == torch.bfloat16
+    # oneDNN has no fast kernels in bfloat16 for these: 1.5 to 80 times the time of float32, with AVX-512.
+    slow_x = depthwise and rounded and max(stride) > 1
+    slow_w = rounded and (is_garbage(dilation, groups) or (depthwise and max(weight.shape[2:]) > _COLUMNS))
+    by_columns = depthwise and _may_be_cut(weight, stride, dilation)
+    usual = [needed[0] and not slow_x, needed[1] and not (slow_w or by_columns), False]
+    gx, gw = run(g, x, usual)[:2] if any(usual) else (None, None)
+    if needed[0] and slow_x:
+        like_x = torch.empty_like(x, dtype=torch.float32)  # only its shape counts here
+        exact = run(g.float(), like_x, [True, False, False])[0]
+        gx = None if exact is None else exact.to(g.dtype)
+    if needed[1] and by_columns:
+        gw = _of_wide_weights(g, x, weight, padding, stride)
+    elif needed[1] and slow_w:
+        gw = run(g.float(), x.float(), [False, True, False])[1]
+    return gx, gw, gb
+
+
+def _may_be_cut(weight: torch.Tensor, stride: Sequence[int], dilation: Sequence[int]) -> bool:
+    """Whether ``_of_wide_weights`` knows the geometry of a depthwise convolution."""
+    more = weight.shape[3] - _COLUMNS
+    return more > 0 and max(dilation) == 1 and stride[1] <= _COLUMNS and more % stride[1] == 0
+
+
+def _of_wide_weights(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, padding: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """The gradient of depthwise weights (C, 1, h, w) with more than three columns, three at a time, in float32.
+
+    oneDNN's kernels for the gradient of depthwise weights take any number of rows, but no more columns; its others multiply
+    eight channels by eight, of which one each counts.
+    """
+    (n, c, height, width), (rows, columns), (tall, wide) = x.shape, g.shape[2:], weight.shape[2:]
+    padded = x.new_zeros(n, height, width + 2 * padding[1], c, dtype=torch.float32)
+    padded[:, :, padding[1] : padding[1] + width] = x.permute(0, 2, 3, 1)
+    given = (padded.shape[2] - _COLUMNS) // stride[1] + 1  # columns of what three columns of weights give
+    # Zeros behind each row of the gradient: read from so many pixels earlier on, the same memory has them before.
+    last = wide - _COLUMNS
+    memory = g.new_zeros(last // stride[1] + n * rows * given, c, dtype=torch.float32)
+    memory[last // stride[1] :].view(n, rows, given, c)[:, :, :columns] = g.permute(0, 2, 3, 1)
+    found, some = (g.new_empty(c, 1, tall, number, dtype=torch.float32) for number in (wide, _COLUMNS))
+    geometry: Any = list(stride), [padding[0], 0], [1, 1], False, [0, 0], c
+    for first in (*range(0, last, _COLUMNS - _COLUMNS % stride[1]), last):
+        begin = (last - first) // stride[1]
+        shifted = memory[begin : begin + n * rows * given].view(n, rows, given, c)
+        maps = shifted.permute(0, 3, 1, 2), padded.permute(0, 3, 1, 2)
+        back = torch.ops.aten.convolution_backward(*maps, some, None, *geometry, [False, True, False])
+        found[..., first : first + _COLUMNS] = back[1]
+    return found
 
 
 def _sum_of_pixels(g: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,10 @@ GEOMETRIES = {  # in, out, kernel, stride, padding, dilation, groups
     "depthwise": (12, 12, 3, 1, 1, 1, 12),
     "depthwise, strided": (12, 12, 3, 2, 1, 1, 12),
     "depthwise, large": (12, 12, 5, 2, 2, 1, 12),
+    "depthwise, 7 x 7": (16, 16, 7, 1, 3, 1, 16),
+    "depthwise, 5 x 5 in steps of 3": (16, 16, 5, 3, 2, 1, 16),
+    "depthwise, 5 x 5, dilated": (16, 16, 5, 1, 4, 2, 16),
+    "depthwise, 5 x 5, twice as many": (8, 16, 5, 1, 2, 1, 8),
 }
 
 

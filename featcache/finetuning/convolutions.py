@@ -195,11 +195,11 @@ def _back(
         gx = run(g, x, [True, False, False])[0] if needed[0] else None
         read = x[:, :, :: stride[0], :: stride[1]]
         return gx, _back_by_products(g, read, weight, geometry, [False, needed[1], False])[1], gb
-    depthwise, rounded = on_cpu and 1 < groups == len(weight) == x.shape[1], on_cpu and g.dtype == torch.bfloat16
+    depthwise, rounded = on_cpu and groups > 1 and weight.shape[1] == 1, on_cpu and g.dtype == torch.bfloat16
     # oneDNN has no fast kernels in bfloat16 for these: 1.5 to 80 times the time of float32, with AVX-512.
     slow_x = depthwise and rounded and max(stride) > 1
     slow_w = rounded and (is_garbage(dilation, groups) or (depthwise and max(weight.shape[2:]) > _COLUMNS))
-    by_columns = depthwise and _may_be_cut(weight, stride, dilation)
+    by_columns = depthwise and len(weight) == groups and _may_be_cut(weight, stride, dilation)
     usual = [needed[0] and not slow_x, needed[1] and not (slow_w or by_columns), False]
     gx, gw = run(g, x, usual)[:2] if any(usual) else (None, None)
     if needed[0] and slow_x:

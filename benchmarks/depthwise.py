@@ -7,19 +7,17 @@ images. Networks: a part of --part images forward and back as `finetune` does it
 224. A line each is printed, and one JSON line at the end.
 """
 
-import argparse
 import json
 from typing import Any
 
 import torch
 from facts import machine_facts
 from torch import nn
-from winograd import milliseconds
+from winograd import milliseconds, settings
 
 from featcache.backbones.load import load_backbone
 from featcache.finetuning import convolutions
 from featcache.finetuning.fused import make_form
-from featcache.system.memory import keep_freed_memory
 
 _LAST = torch.channels_last
 LAYERS = (  # edge, channels, kernel, stride: of EfficientNet-B0, then of ConvNeXt-T
@@ -78,13 +76,7 @@ def network(name: str, part: int, rounds: int) -> list[float]:
 
 def main() -> None:
     """See above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=NETWORKS)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--part", type=int, default=4)
-    options = parser.parse_args()
-    keep_freed_memory()
-    torch.set_num_threads(1)
+    options = settings(__doc__, NETWORKS)
     results: dict[str, Any] = {}
     for edge, channels, kernel, stride in LAYERS:
         label = f"{channels} channels, {edge} x {edge}, {kernel} x {kernel}, stride {stride}"

@@ -53,6 +53,17 @@ def milliseconds(sides: list[Callable[[], object]], rounds: int) -> list[float]:
     return [min(times) for times in found]
 
 
+def settings(description: str | None, networks: str) -> argparse.Namespace:
+    """Those of the command line; and one thread that keeps its memory."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", default=networks)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--part", type=int, default=4)
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
 def layer(channels: int, edge: int, images: int, rounds: int) -> dict[str, Any]:
     """One convolution, forward and back."""
     x, gradient = (torch.randn(images, channels, edge, edge).contiguous(memory_format=_LAST) for _ in range(2))
@@ -119,13 +130,7 @@ def network(name: str, part: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """See above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default=NETWORKS)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--part", type=int, default=4)
-    options = parser.parse_args()
-    keep_freed_memory()
-    torch.set_num_threads(1)
+    options = settings(__doc__, NETWORKS)
     results: dict[str, Any] = {}
     for images, channels, edge in LAYERS:
         found = results[f"{images} x {channels}, {edge} x {edge}"] = layer(channels, edge, images, options.rounds)

@@ -20,9 +20,8 @@ _READ, _GIVEN, _POINTS = 6, 4, 36  # pixels of a tile along one side, and of wha
 # the weights once; and by how much less than the convolution it has to be.
 _PRODUCT, _CHANNEL, _READING, _WORTH = 1.15, 60, 8, 0.8
 _IN_CACHE = 4 << 20  # bytes of tiles, beside which the next step finds them
-_KEPT = (
-    2 << 20
-)  # of an image's tiles, at most, to be kept for the way back, where the map is kept anyway: they are 2.25 times as large
+# Bytes of an image's tiles, at most, to be kept for the way back, where the map is kept anyway: they are 2.25 times as large.
+_KEPT = 2 << 20
 _MANY_TILES = 128  # from where on more at a time do not multiply faster
 # G (x) G, which makes 36 numbers of the 9 weights between two channels. Nothing of the kind is needed for pixels: see below.
 _G = [

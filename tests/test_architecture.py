@@ -217,6 +217,15 @@ def test_files_stay_small(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 500
 
 
+def test_no_process_imports_from_the_working_folder() -> None:
+    """Beside a checkout, or a file named as a library, Python would otherwise take that one."""
+    starts = [
+        match[1] for path in MODULES.values() for match in re.finditer(r"sys\.executable, (\S+),", path.read_text())
+    ]
+    assert starts
+    assert set(starts) == {'"-P"'}
+
+
 def test_no_two_files_of_tests_share_a_name() -> None:
     """They are modules without a package: of two with one name, pytest imports one and collects nothing of the other."""
     names = [path.name for path in Path(__file__).parent.rglob("*.py")]

@@ -49,7 +49,8 @@ def demo(
     )
     for command in commands:
         show(f"\n$ featcache {' '.join(command)}")
-        child = [sys.executable, "-m", "featcache", *(["-q"] if is_quiet() else []), *command]
+        # -P: beside a checkout of this name, the working folder would be taken for the package
+        child = [sys.executable, "-P", "-m", "featcache", *(["-q"] if is_quiet() else []), *command]
         if subprocess.run(child, stdout=sys.stderr if as_json else None, check=False).returncode:
             raise FeatcacheError(f"the demo stopped: `featcache {command[0]}` failed, see its message above")
     show(

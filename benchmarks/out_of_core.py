@@ -81,11 +81,11 @@ def child(cache: Path, model: Path, folds: int, rounds: int | None) -> dict[str,
 
     from featcache import fit_head
     from featcache.cache.features import FeatureReader
-    from featcache.heads import minibatch
+    from featcache.heads import feature_batches, minibatch
 
     imports = peak()
     if rounds:
-        budget = minibatch.Budget(max_rounds=rounds)
+        budget = feature_batches.Budget(max_rounds=rounds)
         minibatch.fit_torch_head = functools.partial(minibatch.fit_torch_head, budget=budget)
     spent = {"seconds": 0.0, "bytes": 0, "reads": 0}
     fill = FeatureReader._fill

@@ -5,6 +5,7 @@ logreg.py          logistic regression: C and scaling chosen by cross-validation
 logreg_path.py     its solver, along a path of C
 logreg_on_gpu.py   the same with rows and logits on a GPU
 minibatch.py       linear and MLP heads, of features that need not fit in memory
+feature_batches.py their mini-batches, from memory or straight from a cache
 validation.py      folds that keep copies together; scores corrected for the choice of a setting
 confident.py       which labels the probabilities contradict
 conformal.py       sets of classes that hold the truth as often as asked

@@ -2,16 +2,18 @@
 
 In: a ``FeatureSource`` of (M, D) embeddings, and the rows and labels to train on. Out: a ``FittedHead``.
 
-Features that fit in ``Budget.memory`` are read once. Of more, short runs of consecutive rows from all over the cache are
-read into a buffer, and mini-batches are drawn from that: a cache is sorted by class, so that reading a row at a time would
-be slow, and a batch of consecutive rows would hold one class. The held-out loss is then looked at not once per epoch, but
-after every ``Budget.round_rows`` rows.
+A head is one core's work, and the folds' heads are trained side by side: small steps shared by cores are mostly waiting. How
+features are read is ``feature_batches.py``. Of those that do not fit in memory the held-out loss is looked at not once per
+epoch, but after every ``Budget.round_rows`` rows.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any, Literal
 
 import numpy as np
@@ -20,8 +22,8 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from featcache.errors import TrainingError
+from featcache.heads.feature_batches import USUAL_BUDGET, Budget, FeatureBatches
 from featcache.heads.head import (
-    MAX_LOGITS,
     USUAL,
     Array,
     FeatureSource,
@@ -32,36 +34,29 @@ from featcache.heads.head import (
     class_weights,
 )
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
-from featcache.system.device import kept_random_state, launching, true_float32, use_one_thread_if_forked
+from featcache.system.device import (
+    kept_random_state,
+    launching,
+    one_core_each,
+    seed_random_numbers,
+    true_float32,
+    use_one_thread_if_forked,
+)
 from featcache.system.display import quantity
-from featcache.system.runtime_options import gpu_for
-from featcache.system.transfer import Feed, staged
+from featcache.system.runtime_options import gpu_for, usable_cores
 
 log = logging.getLogger("featcache")
 TorchKind = Literal["linear", "mlp"]
+_CPU = torch.device("cpu")
 _ADAMW: dict[str, Any] = {"weight_decay": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 _ADAMW |= {"amsgrad": False, "maximize": False, "fused": True}  # fused: a step takes half the time, of an MLP a seventh
 # Rows times values times outputs of the first layer, from where on a GPU wins: some seconds of a CPU with 16 cores, at 20 epochs and
 # 5 folds. An estimate: ``benchmarks/gpu.py`` measures it.
 _WORTH_A_GPU = 10**9
-_RUN = 16  # rows read in one go: 40 KB of 1,280 float16, which is as fast as more
-
-
-Block = Array | torch.Tensor  # (m, D) features as stored, on a CPU an array
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What training may take: bytes of features as stored, rows, and rounds, each of which ends with a look at the loss."""
-
-    memory: int = 2**28  # bytes; features that fit are kept in memory
-    buffer: int = 2**26  # bytes that mini-batches are drawn from where they are not
-    batch_rows: int = 4096  # at most
-    round_rows: int = 2**17  # of features that are not in memory; otherwise a round is an epoch
-    held_out_rows: int = 2**15  # enough to see a loss fall
-    max_rounds: int = 100
-    logits: int = MAX_LOGITS  # out of fold, that are kept; of more, those of some rows, which give the temperature
-    patience: int = 10  # rounds without a lower loss, after which training ends
+# Rows of a step times values times outputs of the first layer, from where on several cores share a step. Below, threads that wait
+# for each other would take most of the time, and beside other processes many times that.
+_WORTH_CORES = 2**28
+_COPIES = 64  # outputs that take as long as a batch's way from the features as stored to standardised ones
 
 
 def fit_torch_head(
@@ -75,7 +70,7 @@ def fit_torch_head(
     balanced: bool = False,
     seed: int = 0,
     settings: TorchSettings = USUAL,
-    budget: Budget = Budget(),
+    budget: Budget = USUAL_BUDGET,
     copies: Indices | None = None,
     device: str = "cpu",
 ) -> FittedHead:
@@ -109,20 +104,21 @@ def fit_torch_head(
     copies = np.arange(len(rows)) if copies is None else copies
     options: dict[str, Any] = {"n_classes": n_classes, "balanced": balanced, "seed": seed}
     trainer = _Trainer(data, copies, kind=kind, settings=settings, **options)
+    splits = stratified_folds(y, copies, folds=folds, seed=seed) if folds else []
     validation: dict[str, Any] = {}
     accuracies = np.empty(0)
-    with launching(data.device), true_float32, kept_random_state(data.device):
+    history: list[dict[str, Any]] = []
+    with launching(data.device), true_float32:
+        *of_folds, (head, rounds) = trainer.train_each([*(train for train, _ in splits), np.arange(len(rows))], history)
         if folds:
-            found, logits, some = trainer.cross_validate(stratified_folds(y, copies, folds=folds, seed=seed))
+            found, logits, some = trainer.judge_folds(splits, [fold_head for fold_head, _ in of_folds])
             accuracies = found.of_folds(found.right)[:, 0]
             temperature, change = fit_temperature(y[some], logits, found.fold[some])
             validation["cv_accuracy"], log_loss = found.corrected(copies, seed=seed)
             validation |= {"cv_log_loss": log_loss + change, "temperature": temperature}
             validation["out_of_fold"] = logits / np.float32(temperature)
             validation["kept"] = some if len(some) < len(y) else None
-        history: list[dict[str, Any]] = []
-        head, rounds = trainer.train(np.arange(len(rows)), history)
-        head = head.at_temperature(validation.get("temperature", 1.0))
+            head = head.at_temperature(temperature)
     epochs = data.epochs(rounds)
     notes: tuple[str, ...] = ()
     if rounds == budget.max_rounds and settings.epochs is None:
@@ -134,119 +130,29 @@ def fit_torch_head(
     return FittedHead(head, tuple(accuracies.tolist()), chosen, [], notes, history=history, **validation)
 
 
-class FeatureBatches:
-    """N training rows, in batches.
-
-    ``picked`` are some of 0..N-1, ascending. A batch is (n, D) float32 features, in memory that the next batch overwrites,
-    and (n,) labels. A ``device`` gets features as they are stored, all of them or a buffer at a time, and picks rows itself;
-    None: this CPU, where NumPy picks them.
-    """
-
-    def __init__(
-        self, features: FeatureSource, rows: Indices, y: Array, *, budget: Budget, device: torch.device | None = None
-    ) -> None:
-        self.row_bytes = features.shape[1] * features.dtype.itemsize
-        self.in_memory = len(rows) * self.row_bytes <= budget.memory
-        if self.in_memory:
-            features, rows = features[rows], np.arange(len(rows))
-        self.features, self.rows, self.y, self.budget = features, rows, y, budget
-        self.rounds_per_epoch = 1 if self.in_memory else -(-len(rows) // budget.round_rows)
-        self.place, self.device = device, device or torch.device("cpu")
-        self._feed, self._batch_rows = Feed(self.device), min(budget.batch_rows, len(rows))
-        self._memory = None if device else torch.empty((self._batch_rows, features.shape[1]))
-        self._kept = torch.from_numpy(features).to(device) if device and self.in_memory else None
-
-    def epochs(self, rounds: int) -> float:
-        """``rounds`` in epochs, an int where they are whole."""
-        epochs = rounds / self.rounds_per_epoch
-        return int(epochs) if epochs.is_integer() else round(epochs, 2)
-
-    def _batch(self, block: Block, places: Indices | None, picked: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those ``places`` of a block (None: all of it) that hold ``picked``."""
-        y = self.y[picked].astype(np.int64)
-        if self._memory is not None:
-            stored = torch.from_numpy(block if places is None else block[places])
-            # PyTorch widens float16 several times as fast as NumPy.
-            return self._memory[: len(picked)].copy_(stored), torch.from_numpy(y)
-        index, labels = self._feed(*(staged(a, self.device) for a in (np.arange(0) if places is None else places, y)))
-        return (block if places is None else block[index]).float(), labels  # type: ignore[union-attr]
-
-    def _read(self, picked: Indices) -> Array:
-        return self.features[self.rows[picked]]
-
-    def _load(self, stored: Array) -> Block:
-        """A block to take batches from."""
-        return stored if self._memory is not None else self._feed(staged(stored, self.device))[0]
-
-    def _these(self, picked: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of ``picked``, read for it alone."""
-        if self._kept is not None:
-            return self._batch(self._kept, picked, picked)
-        return self._batch(self._load(self._read(picked)), None, picked)
-
-    def in_order(self, picked: Indices) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All of ``picked``, in order."""
-        for start in range(0, len(picked), self._batch_rows):
-            yield self._these(picked[start : start + self._batch_rows])
-
-    def mini_batches(
-        self, picked: Indices, size: int, shuffle: np.random.Generator
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All of ``picked`` once, in random order, about ``size`` at a time."""
-        if self.in_memory:
-            for batch in np.array_split(shuffle.permutation(picked), -(-len(picked) // size)):
-                batch.sort()
-                yield self._these(batch)
-            return
-        for mixture in _mixtures(picked, max(size, self.budget.buffer // self.row_bytes), shuffle):
-            block = self._load(self._read(mixture))
-            for batch in np.array_split(shuffle.permutation(len(mixture)), -(-len(mixture) // size)):
-                yield self._batch(block, batch, mixture[batch])
-            del block  # before the next is read
-
-    def moments(self, picked: Indices) -> tuple[Array, Array]:
-        """(D,) mean and standard deviation, in one pass; a constant feature gets 1."""
-        total, square = np.zeros(self.features.shape[1]), np.zeros(self.features.shape[1])
-        first = torch.from_numpy(self._read(picked[:1])).float().to(self.device)  # near the mean: no cancellation
-        for x, _ in self.in_order(picked):
-            x -= first
-            ones = torch.ones(len(x), device=self.device)
-            total += (ones @ x).cpu().numpy()  # by BLAS, in float32; blocks are added up in float64
-            square += (ones @ x.square_()).cpu().numpy()
-        mean = total / len(picked)
-        deviation = np.sqrt(np.maximum(square / len(picked) - mean**2, 0))
-        return mean + first[0].cpu().double().numpy(), np.where(deviation < 1e-6, 1.0, deviation)
-
-
-def _mixtures(picked: Indices, size: int, shuffle: np.random.Generator) -> Iterator[Indices]:
-    """Cut ``picked`` into runs, and yield about ``size`` of it at a time, as ascending runs from all over it.
-
-    Every stretch of as many runs as there are mixtures gives one to each, so that no class is missing from any of them.
-    """
-    runs = -(-len(picked) // _RUN)
-    count = -(-len(picked) // size)
-    stretches = -(-runs // count)
-    order = shuffle.permuted(np.arange(stretches * count).reshape(stretches, count), axis=1)
-    for column in shuffle.permutation(count):
-        places = (order[:, column, None] * _RUN + np.arange(_RUN)).reshape(-1)
-        if len(places := places[places < len(picked)]):
-            yield picked[places]
-
-
 class _Network(nn.Module):
     """The head in training: standardises its input in place, and starts from equal probabilities: nothing to unlearn."""
 
     shift: torch.Tensor
     factor: torch.Tensor
 
-    def __init__(self, kind: TorchKind, mean: Array, scale: Array, n_classes: int, *, settings: TorchSettings) -> None:
+    def __init__(
+        self,
+        kind: TorchKind,
+        mean: Array,
+        scale: Array,
+        n_classes: int,
+        *,
+        settings: TorchSettings,
+        draws: torch.Generator,
+    ) -> None:
         super().__init__()
         self.kind, self.mean, self.scale = kind, mean.astype(np.float32), scale.astype(np.float32)
         self.register_buffer("shift", torch.from_numpy(self.mean))
         self.register_buffer("factor", torch.from_numpy((1 / scale).astype(np.float32)))
         width, body = len(mean), list[nn.Module]()
         for size, share in zip(settings.hidden, settings.dropouts, strict=True) if kind == "mlp" else ():
-            body += [nn.Linear(width, size), nn.ReLU(), nn.Dropout(share)]
+            body += [nn.Linear(width, size), nn.ReLU(), _Dropout(share, draws)]
             width = size
         last = nn.Linear(width, n_classes)
         nn.init.zeros_(last.weight)
@@ -260,6 +166,22 @@ class _Network(nn.Module):
         linear = [module for module in self.layers if isinstance(module, nn.Linear)]
         layers = tuple((m.weight.detach().cpu().numpy().copy(), m.bias.detach().cpu().numpy().copy()) for m in linear)
         return Head(self.kind, "standardise", self.mean, self.scale, layers)
+
+
+class _Dropout(nn.Module):
+    """As ``nn.Dropout``, of random numbers of its own: heads that are trained side by side draw what each would by itself."""
+
+    def __init__(self, share: float, draws: torch.Generator) -> None:
+        super().__init__()
+        self._kept, self._draws = 1 - share, draws
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self._kept == 1:
+            return x
+        return x * torch.empty_like(x).bernoulli_(self._kept, generator=self._draws).div_(self._kept)
+
+
+_MAKING = threading.Lock()  # one network at a time: first weights are drawn from the process's generator
 
 
 class _Trainer:
@@ -276,20 +198,41 @@ class _Trainer:
         balanced: bool,
         seed: int,
     ) -> None:
-        self.copies, self.settings = copies, settings
+        self.copies, self.settings, self.stopped = copies, settings, False
+        self.width = settings.hidden[0] if kind == "mlp" else n_classes  # of the first layer
         self.data, self.kind, self.n_classes, self.seed = data, kind, n_classes, seed
         weights = class_weights(data.y, n_classes, balanced=balanced)
         self.loss = nn.CrossEntropyLoss(weight=torch.from_numpy(weights.astype(np.float32)).to(data.device))
 
-    def cross_validate(self, splits: list[tuple[Indices, Indices]]) -> tuple[OutOfFold, Array, Indices]:
+    def train_each(
+        self, parts: Sequence[Indices], history: list[dict[str, Any]] | None = None
+    ) -> list[tuple[Head, int]]:
+        """What ``train`` makes of each of ``parts``, of the last one with its ``history``.
+
+        A CPU trains as many side by side as it has cores, where features are in memory.
+        """
+
+        def one(number: int) -> tuple[Head, int]:
+            return self.train(parts[number], history if number == len(parts) - 1 else None)
+
+        step = self.batch_size(len(parts[-1])) * self.data.features.shape[1] * max(self.width, _COPIES)
+        at_once = len(parts) if self.data.in_memory else 1  # a buffer is as large as all features that fit
+        with _cores(at_once, self.data.place, shared=step >= _WORTH_CORES) as each:
+            try:
+                return list(each(one, range(len(parts))))
+            finally:
+                self.stopped = True  # or the with would wait for those beside one that failed
+
+    def judge_folds(
+        self, splits: list[tuple[Indices, Indices]], heads: Sequence[Head]
+    ) -> tuple[OutOfFold, Array, Indices]:
         """What each fold's head makes of its rows, the (n, C) logits of as many rows as may be kept, and which rows these are."""
         n = len(self.data.y)
         stride = -(-n * self.n_classes // self.data.budget.logits)
         some = np.arange(0, n, stride)
         logits = np.empty((len(some), self.n_classes), np.float32)
         right, loss, fold = np.empty((n, 1), bool), np.empty((n, 1), np.float32), np.empty(n, np.intp)
-        for number, (train, held_out) in enumerate(splits):
-            head, _ = self.train(train)
+        for number, ((_, held_out), head) in enumerate(zip(splits, heads, strict=True)):
             fold[held_out] = number
             start = 0
             for x, y in self.data.in_order(held_out):
@@ -364,8 +307,12 @@ class _Trainer:
     def _rounds(self, picked: Indices, history: list[dict[str, Any]] | None) -> Iterator[_Network]:
         """Train a new network on ``picked`` without end; yield it after each round, of which ``history`` then has a row."""
         data = self.data
-        torch.manual_seed(self.seed)
-        network = _Network(self.kind, *data.moments(picked), self.n_classes, settings=self.settings).to(data.device)
+        draws = torch.Generator(data.device).manual_seed(self.seed)
+        mean, scale = data.moments(picked)
+        with _MAKING, kept_random_state(_CPU):
+            seed_random_numbers(self.seed, _CPU)
+            network = _Network(self.kind, mean, scale, self.n_classes, settings=self.settings, draws=draws)
+        network.to(data.device)
         optimizer_step = _adamw(list(network.parameters()), lr=self.settings.lr)
         size = self.batch_size(len(picked))
         shuffle = np.random.default_rng(self.seed)
@@ -375,6 +322,8 @@ class _Trainer:
             network.train()
             before, sums = seen, _zeros(data.device)
             while seen < number * len(picked) / data.rounds_per_epoch:
+                if self.stopped:
+                    raise CancelledError
                 x, y = next(batches)
                 seen += len(y)
                 logits = network(x)
@@ -398,6 +347,26 @@ class _Trainer:
             sums += _sums(self.loss(logits, y), logits, y)
         loss, accuracy = (sums / len(data.rows)).tolist()
         return loss, accuracy
+
+
+@contextlib.contextmanager
+def _cores(heads: int, gpu: torch.device | None, *, shared: bool) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a ``map`` that trains so many ``heads`` side by side; ``shared``: cores that are left share their steps."""
+    usable, before = usable_cores(), torch.get_num_threads()
+    if gpu:
+        yield map
+    elif (
+        heads == 1
+    ):  # in this thread: OpenMP would count another one's threads and these together, and let all of them sleep
+        torch.set_num_threads(before if shared else 1)
+        try:
+            yield map
+        finally:
+            torch.set_num_threads(before)
+    else:
+        share = min(before, max(1, usable // heads)) if shared else 1
+        with one_core_each(min(heads, usable), "featcache-head", cores=share) as pool:
+            yield pool.map
 
 
 def _zeros(device: torch.device) -> torch.Tensor:

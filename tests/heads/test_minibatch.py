@@ -1,6 +1,9 @@
 """Training by mini-batches: what is read and when, in memory and not; NumPy, PyTorch and logistic regression are the oracles."""
 
 import dataclasses
+import threading
+import time
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -8,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from blobs import SHORT, D, blobs
+from torch.optim.adamw import adamw
 
 from featcache.errors import TrainingError, UsageError
 from featcache.heads import metrics
+from featcache.heads.feature_batches import Budget, FeatureBatches
 from featcache.heads.head import FittedHead, TorchSettings
 from featcache.heads.logreg import fit_logreg
-from featcache.heads.minibatch import Budget, FeatureBatches, fit_torch_head
-from featcache.heads.validation import fit_temperature
+from featcache.heads.minibatch import _Dropout, fit_torch_head
+from featcache.heads.validation import fit_temperature, stratified_folds
 
 # Nothing fits in memory: mini-batches come from a buffer of some 256 rows.
 TIGHT = dataclasses.replace(SHORT, memory=0, buffer=256 * 2 * D)
@@ -316,3 +321,113 @@ def test_the_history_is_what_decided_when_to_stop(tight: bool) -> None:
         0 <= row["train_accuracy"] <= 1 and (30 * row["held_out_accuracy"]).is_integer() for row in fitted.history
     )
     assert fit("mlp", X, y, budget=budget, folds=3).history == fitted.history  # of no fold
+
+
+# ------------------------------------------------------------------------------------------------ on which cores
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch's, of which the suite takes one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of each step: its thread, and how many cores PyTorch gives it."""
+    seen: list[tuple[int, int]] = []
+
+    def step(*args: Any, **options: Any) -> None:
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        adamw(*args, **options)
+
+    monkeypatch.setattr("featcache.heads.minibatch.adamw", step)
+    return seen
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("cores", [1, 2, 16])
+def test_heads_are_trained_side_by_side_to_the_same_bits(
+    kind: str, cores: int, steps: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    X, y = blobs(120, spread=3.0)
+    monkeypatch.setattr("featcache.heads.minibatch.usable_cores", lambda: cores)
+    found = fit(kind, X, y, folds=5)
+    assert {threads for _, threads in steps} == {1}  # small steps
+    assert 1 <= len({thread for thread, _ in steps}) <= min(cores, 6)
+    assert cores == 1 or threading.get_ident() not in {thread for thread, _ in steps}
+    assert torch.get_num_threads() == 2
+    monkeypatch.setattr("featcache.heads.minibatch.usable_cores", lambda: 3)
+    other = fit(kind, X, y, folds=5)
+    for name, tensor in found.head.to_tensors().items():
+        np.testing.assert_array_equal(tensor, other.head.to_tensors()[name])
+    np.testing.assert_array_equal(found.out_of_fold, other.out_of_fold)
+    # A fold's head is what the other rows train by themselves.
+    folds = stratified_folds(y, np.arange(120), folds=5, seed=0)
+    for train, held_out in folds[:2]:
+        alone = fit(kind, X, y[train], rows=train).head.logits(X[held_out])
+        np.testing.assert_allclose(
+            alone, found.out_of_fold[held_out] * np.float32(found.temperature), rtol=2e-5, atol=2e-6
+        )
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("folds", "tight"), [(0, False), (3, False), (0, True), (3, True)])
+@pytest.mark.parametrize("worth", [1, 2**40])
+def test_cores_share_large_steps(
+    folds: int, tight: bool, worth: int, steps: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featcache.heads.minibatch._WORTH_CORES", worth)
+    X, y = blobs(120)
+    for cores in (2, 8):
+        monkeypatch.setattr("featcache.heads.minibatch.usable_cores", lambda cores=cores: cores)
+        steps.clear()
+        fit("linear", X, y, folds=folds, budget=dataclasses.replace(TIGHT if tight else SHORT, max_rounds=2))
+        one_at_a_time = tight or not folds  # in the thread that asks, with all cores
+        share = 2 if worth == 1 and (one_at_a_time or cores == 8) else 1
+        assert {threads for _, threads in steps} == {share}
+        assert ({thread for thread, _ in steps} == {threading.get_ident()}) == one_at_a_time
+        assert torch.get_num_threads() == 2
+
+
+def test_what_ends_one_head_ends_those_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C reaches the thread that asks, which waits; the others would train on, to the last of a thousand epochs."""
+    X, y = blobs(120)
+    monkeypatch.setattr("featcache.heads.minibatch.usable_cores", lambda: 2)
+    training, begun = set[int](), threading.Event()
+
+    def step(*args: Any, **options: Any) -> None:
+        training.add(threading.get_ident())
+        if len(training) == 2:
+            begun.set()
+        time.sleep(0.01)
+        adamw(*args, **options)
+
+    def interrupt(pool: Any, work: Any, parts: Any) -> Iterator[Any]:
+        for part in parts:
+            pool.submit(work, part)
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("featcache.heads.minibatch.adamw", step)
+    monkeypatch.setattr("concurrent.futures.ThreadPoolExecutor.map", interrupt)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        fit("linear", X, y, folds=3, settings=TorchSettings(epochs=60_000))
+    assert time.monotonic() - started < 100  # it would take ten minutes
+    assert not any(thread.name.startswith("featcache-head") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.9])
+def test_dropout_is_pytorchs(share: float) -> None:
+    x = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
+    ours, theirs = _Dropout(share, torch.Generator().manual_seed(8)), torch.nn.Dropout(share)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        assert torch.equal(ours(x), theirs(x))
+        assert torch.equal(ours(x), theirs(x))  # drawn anew
+    assert torch.equal(ours.eval()(x), x)

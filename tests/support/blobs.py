@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from featcache.heads.minibatch import Budget
+from featcache.heads.feature_batches import Budget
 
 D = 12
 SHORT = Budget(max_rounds=40, patience=5)  # enough for blobs

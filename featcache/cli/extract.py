@@ -66,7 +66,11 @@ def extract(
         list[Path] | None, typer.Option(metavar="FILE", help="Another cache to take embeddings from; may be repeated.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a cache of other settings, or a damaged one.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace a cache of other settings, or a damaged one; drop images of a folder that cannot be read.",
+        ),
     ] = False,
     as_json: options.Json = False,
 ) -> None:

@@ -27,7 +27,16 @@ from featcache.extraction.job import Job
 from featcache.extraction.match import BLOCK, gather
 from featcache.extraction.on_devices import ALL_GPUS
 from featcache.extraction.parts import open_parts, remove_parts, tag_of
-from featcache.extraction.plan import Plan, check_donors, check_shared, make_plan, of_spec, open_donors, open_old
+from featcache.extraction.plan import (
+    Plan,
+    check_donors,
+    check_kept,
+    check_shared,
+    make_plan,
+    of_spec,
+    open_donors,
+    open_old,
+)
 from featcache.extraction.request import ExtractRequest, RequestOptions, settle_request
 from featcache.extraction.settings import settings_of
 from featcache.images.formats import REVISION
@@ -130,7 +139,7 @@ def extract(
         workers: threads; one per usable core when None.
         batch_size: images per forward pass; chosen for the device when None.
         limit: only this many images, evenly spread over the list; rows that the cache already has are kept.
-        force: replace a cache that was made with another spec, or is damaged.
+        force: replace a cache that was made with another spec, or is damaged, or has images of a folder that cannot be read.
         reuse: other caches, never changed, whose rows are taken over if their spec is the same; the first that has an image
             counts, and those that are damaged or of another spec are passed over.
         executor: who embeds, see ``extraction.executors``; this process when None.
@@ -152,6 +161,8 @@ def extract(
     with interruption_noted(output), locked(folder), _no_weights_left(output), bar as progress:
         old, parts = open_old(output, force=force), open_parts(folder)
         own = ([old] if old else []) + parts
+        if not force:
+            check_kept(images, own, output)
         donors = open_donors(reuse, output)
         saved = request.saved()
         settings = settings_of(request, saved, own, output, force=force)

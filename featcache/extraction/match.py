@@ -112,10 +112,11 @@ def find_in(caches: Sequence[FeatureCache], paths: npt.NDArray[np.bytes_]) -> tu
 def unread_alike(images: ImageList, at: Indices, rows: Rows, row: Indices) -> npt.NDArray[np.bool_]:
     """(n,) whether size and time prove that the images ``at`` are what ``rows`` have in ``row``; -1: nowhere.
 
-    Of images in Parquet no size is listed; their time is of the file's size, too.
+    A time that is not known proves nothing, nor does one that several files may have by no accident: see ``ImageList``. Of images
+    in Parquet no size is listed; their time is of the file's size, too.
     """
     sizes, times = images.sizes[at], images.mtimes[at]
-    alike = (rows.sizes[row] == sizes) | ((sizes < 0) & (times >= 0))
+    alike = (times >= 0) & ((rows.sizes[row] == sizes) | (sizes < 0))
     found: npt.NDArray[np.bool_] = (at >= 0) & (row >= 0) & alike & (rows.mtimes[row] == times)
     return found
 

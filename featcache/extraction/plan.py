@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.format import Indices, encode_names
-from featcache.errors import CacheError, DamagedCacheError, SpecMismatchError, StorageError
+from featcache.cache.format import Indices, decode_names, encode_names, find
+from featcache.errors import CacheError, DamagedCacheError, SourceError, SpecMismatchError, StorageError
 from featcache.extraction.match import Matches, find_in, match
 from featcache.extraction.parts import check_agreement
 from featcache.images.decode import FATAL, was_misread
@@ -24,6 +25,8 @@ from featcache.images.formats import REVISION
 from featcache.images.read import refusals
 from featcache.images.source import ImageList
 from featcache.spec import Spec
+from featcache.system.addresses import shown
+from featcache.system.display import quantity
 from featcache.system.path_advice import missing, typed
 from featcache.system.path_kinds import AnyPath, Kind, as_path, kind_of
 from featcache.system.workdir import LISTING, work_folder
@@ -149,6 +152,23 @@ def of_spec(caches: list[FeatureCache], spec: Spec, output: Path, *, force: bool
             f"({others[0].spec.difference(spec)}); {remedy}"
         )
     return [cache for cache in caches if cache.spec == spec]
+
+
+def check_kept(images: ImageList, own: Sequence[FeatureCache], output: Path) -> None:
+    """Raise SourceError where rows of ``own`` are not listed because their folder, or archive, cannot be read at present."""
+    if not images.refused:
+        return
+    root = images.root if images.root.is_dir() else images.root.parent  # an archive's refusal bears its own name
+    refused = {root / path: reason for path, reason in images.refused}
+    listed = encode_names(images.paths)
+    for cache in own:
+        gone = decode_names(cache.rows.paths[np.flatnonzero(find(listed, cache.rows.paths) < 0)])
+        homes = Counter(home for path in gone for home in (images.root / path).parents if home in refused)
+        for home, count in homes.items():
+            raise SourceError(
+                f"{shown(home)}: {refused[home]}; {output} has {quantity(count, 'image')} from there; nothing was changed; see that it "
+                "can be read, or drop them with --force"
+            )
 
 
 def check_donors(given: AnyPath | Iterable[AnyPath]) -> None:

@@ -165,8 +165,8 @@ def _unproven(cache: FeatureCache, files: SourceFiles, at: Indices) -> Indices:
     """Rows whose features may be of other content than their file has now: neither digest nor size and time say so."""
     same = cache.rows.keys == files.digests[at]
     if not {"sizes", "mtimes"} & {*cache.damaged_columns}:
-        settled = (cache.rows.mtimes == files.mtimes[at]) & (files.mtimes[at] >= 0)
-        same |= settled & (cache.rows.sizes == files.sizes[at])
+        read = (files.mtimes[at] == files.images.mtimes[at]) & (files.sizes[at] == cache.rows.sizes)
+        same |= read & unread_alike(files.images, at, cache.rows, np.arange(len(at)))
     return np.flatnonzero(~same)
 
 

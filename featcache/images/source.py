@@ -120,6 +120,7 @@ class Source:
 
 
 AnySource = AnyPath | Source
+_NO_TIME = (10 * 365 + 2 + 2) * 86_400 * 10**9  # 2 January 1980: a day behind a zip's zero, wherever that is written
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -132,7 +133,8 @@ class ImageList:
         labels: (N,) int32, index into ``classes``; -1 when unknown.
         classes: sorted class names over all splits, empty class folders included.
         splits: (N,) uint8, index into ``spec.SPLITS``.
-        sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed; -1: not known. Of archives see ``archives.py``.
+        sizes, mtimes: (N,) int64, bytes and nanoseconds, as listed; -1: not known, of times also where they prove nothing. Of
+            archives see ``archives.py``.
         refused: entries that were skipped without opening them, and why.
         refused_at: how many images are listed before each of these.
         groups: of each image what ``Source.group_column`` says, "" where nothing; empty without such a column.
@@ -200,7 +202,8 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
     source = Source.of(source)
     path = source.path
     names = is_table_of_paths(path, source.path_column)  # of images, which other Parquet files hold
-    if not names and (shards := find_shards(path)):
+    shards = None if names else find_shards(path)
+    if shards:
         rows = shards.archives[0].suffix.lower() == ".parquet" or kind_of(shards.archives[0]) is Kind.PARQUET
         source.check_options("Parquet file" if rows else "archive")
         listing = list_shards(str(source), shards, source.columns, labelled=labelled, class_level=source.class_level)
@@ -223,7 +226,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
     if not listing.entries and not listing.refused:
         expected = "rows below its header" if is_table(path) else f"files such as {path / 'CLASS' / 'photo.jpg'}"
         raise SourceError(f"no image found in {source}; expected {expected}")
-    images = _image_list(listing, grouped=source.group_column is not None)
+    images = _image_list(listing, grouped=source.group_column is not None, packed=shards is not None)
     if labelled:
         _say(source, images, counted=counted)
     return images
@@ -243,7 +246,8 @@ def check_apart(folder: Path, source: AnySource | ImageList) -> None:
         )
 
 
-def _image_list(listing: Listing, *, grouped: bool) -> ImageList:
+def _image_list(listing: Listing, *, grouped: bool, packed: bool) -> ImageList:
+    """packed: all of them lie in archives."""
     found = listing.entries
     classes = tuple(sorted(listing.classes | {entry.label for entry in found if entry.label is not None}))
     index = {name: number for number, name in enumerate(classes)}
@@ -254,11 +258,24 @@ def _image_list(listing: Listing, *, grouped: bool) -> ImageList:
         classes=classes,
         splits=np.array([entry.split for entry in found], np.uint8),
         sizes=np.array([entry.size for entry in found], np.int64),
-        mtimes=np.array([entry.mtime for entry in found], np.int64),
+        mtimes=_proving(np.array([entry.mtime for entry in found], np.int64), packed=packed),
         refused=tuple(listing.refused),
         refused_at=tuple(listing.refused_at),
         groups=tuple(entry.group for entry in found) if grouped else (),
     )
+
+
+def _proving(times: npt.NDArray[np.int64], *, packed: bool) -> npt.NDArray[np.int64]:
+    """(N,) ``times``, -1 where they prove nothing: another image in the file's place may well have the same.
+
+    That are those that programs put in the place of a time, such as 0, or the first one that a zip can hold, and whole seconds
+    that several files share: they may be of no clock, but of a package. Files of one archive share its own time by right.
+    """
+    proving = times > _NO_TIME
+    if not packed:
+        _, kind, files = np.unique(times, return_inverse=True, return_counts=True)
+        proving &= (times % 10**9 != 0) | (files[kind] == 1)
+    return np.where(proving, times, -1)
 
 
 def _counted(images: ImageList) -> str:

@@ -1,21 +1,25 @@
 """Sync, resume and refusal: what a cache holds after every kind of change, interruption and mistake."""
 
+import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, TINY, TINY_FLAGS, write_photo
+from conftest import COLOURS, TINY, TINY_FLAGS, settle, write_photo
 
 from featcache import doctor, finetune, preview
 from featcache.backbones import embed as embedding
@@ -41,6 +45,7 @@ from featcache.images.source import list_images
 from featcache.images.splits import hold_out
 from featcache.models.fit import fit_head
 from featcache.models.predict import predict
+from featcache.system.workdir import work_folder
 
 WEIGHTS = f"f.h5.{load_backbone(TINY.backbone, TINY.weights).weights_sha256[:12]}.safetensors"
 
@@ -121,7 +126,7 @@ def test_unchanged_folder_is_left_alone_without_a_model(photos: Path, tmp_path: 
     monkeypatch.setattr("featcache.backbones.load.load_backbone", None)
     assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 0)  # fresh files: recognised by content
     for path in photos.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
+        settle(path)
     extract(photos, tmp_path / "f.h5", TINY)
     monkeypatch.setattr("featcache.images.read.read_file", None)  # settled files: not even read
     settled = (tmp_path / "f.h5").stat()
@@ -187,6 +192,125 @@ def test_new_content_of_the_same_size_is_noticed_by_its_time(photos: Path, tmp_p
     os.utime(image, (1e9, 1e9 + 1))
     assert image.stat().st_size == size
     assert counts(extract(photos, cache, TINY)) == (1, 18, 0, 1, 0, 0)
+
+
+NO_TIMES = [
+    0,
+    1,
+    315_532_800,
+    315_619_200,
+    10**9,
+]  # of a tar, of Nix, a zip's first one and in another zone, of a build
+
+
+def packed_photos(root: Path, seed: int, seconds: int) -> Path:
+    """Bitmaps, which are all of one size, of one time, as a package without times unpacks them."""
+    for name in ("blue", "red"):
+        for number in range(3):
+            path = write_photo(root / name / f"{number}.bmp", COLOURS[name], seed + number)
+            os.utime(path, (seconds, seconds))
+    return root
+
+
+def sha256s(cache: Path) -> dict[str, bytes]:
+    rows = FeatureCache.open(cache).rows
+    return dict(zip(map(bytes.decode, rows.paths.tolist()), map(bytes, rows.digests), strict=True))
+
+
+@pytest.mark.parametrize("seconds", NO_TIMES)
+@pytest.mark.parametrize("way", ["folder", "other folder", "donor", "unfinished", "limited"])
+def test_times_that_are_none_prove_no_content(way: str, seconds: int, tmp_path: Path) -> None:
+    """The next version of a data set, of the same names, sizes and times: each row is of the image that is there."""
+    before, after = packed_photos(tmp_path / "a", 1, seconds), tmp_path / "a"
+    extract(before, tmp_path / "f.h5", TINY, limit=4 if way == "limited" else None)
+    if way in ("other folder", "donor"):
+        after = tmp_path / "b"
+    reuse, output = (tmp_path / "f.h5", tmp_path / "g.h5") if way == "donor" else ((), tmp_path / "f.h5")
+    if way == "unfinished":
+        work_folder(output).mkdir()
+        output.rename(work_folder(output) / "00.h5")
+    packed_photos(after, 11, seconds)
+    report = extract(after, output, TINY, reuse=reuse)
+    assert (report.embedded, report.reused) == (6, 0)
+    expected = {
+        str(path.relative_to(after)): hashlib.sha256(path.read_bytes()).digest() for path in after.rglob("*.bmp")
+    }
+    assert sha256s(output) == expected
+    extract(after, tmp_path / "anew.h5", TINY)
+    for path, row in by_path(tmp_path / "anew.h5").items():
+        np.testing.assert_array_equal(by_path(output)[path], row)
+
+
+def test_a_tar_of_another_version_with_a_time_that_is_none(tmp_path: Path) -> None:
+    for seed in (1, 11):
+        with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+            archive.add(packed_photos(tmp_path / str(seed), seed, 0), ".")
+        os.utime(tmp_path / "photos.tar", (0, 0))
+        report = extract(tmp_path / "photos.tar", tmp_path / "f.h5", TINY)
+    assert (report.embedded, report.changed) == (6, 6)
+
+
+def test_times_that_prove_content(photos: Path) -> None:
+    """Nanoseconds, which a clock counts for every few files; whole seconds of one file alone."""
+    for number, path in enumerate(sorted(photos.rglob("*.jpg"))):
+        os.utime(path, ns=(0, 10**18 + (number % 2 if number < 9 else 10**9 * number)))
+    times = list_images(photos).mtimes
+    seconds = [path.stat().st_mtime_ns for path in sorted(photos.rglob("*.jpg"))]
+    expected = [-1 if time % 10**9 == 0 and seconds.count(time) > 1 else time for time in seconds]
+    assert times.tolist() == expected
+    assert expected.count(-1) == 5 and len({*expected}) == 1 + 1 + 9
+
+
+HIDDEN = ["folder", "link", "shard", "shard's end", "archive"]
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_rows_stay_while_their_images_cannot_be_read(what: str, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    source, hidden = photos, photos / "red"
+    if what == "link":
+        hidden.rename(photos / ".red")
+        hidden.symlink_to(photos / ".red")
+        (photos / "outside").symlink_to("nowhere")  # always refused, of which no row is
+    elif what != "folder":
+        shards = tmp_path / "shards"
+        shards.mkdir()
+        for name in ("train-0.tar", "train-1.tar"):
+            with tarfile.open(shards / name, "w") as archive:
+                for path in sorted(photos.rglob(f"*{name[6]}.jpg")):
+                    archive.add(path, path.relative_to(photos))
+        source, hidden = shards, shards / "train-1.tar"
+        if what == "archive":
+            source = hidden
+    cache = tmp_path / "f.h5"
+    report = extract(source, cache, TINY)
+    before = cache.read_bytes()
+    with contextlib.ExitStack() as back:
+        if what == "folder":
+            scandir = os.scandir
+
+            def denied(path: Any) -> Any:
+                if Path(path) == hidden:
+                    raise PermissionError(13, "Permission denied", str(path))
+                return scandir(path)
+
+            back.enter_context(pytest.MonkeyPatch.context()).setattr("os.scandir", denied)
+        elif what == "link":
+            (photos / ".red").rename(photos / ".away")
+            back.callback((photos / ".away").rename, photos / ".red")
+        else:
+            content = hidden.read_bytes()
+            hidden.write_bytes(content[: 200 if what == "shard" else 4000])
+            back.callback(hidden.write_bytes, content)
+        with pytest.raises(
+            SourceError, match=r"f\.h5 has \d images? from there; nothing was changed; .* with --force"
+        ) as error:
+            extract(source, cache, TINY)
+        assert str(hidden) in str(error.value)
+        assert cache.read_bytes() == before
+        forced = extract(source, cache, TINY, force=True)
+        assert (forced.embedded, forced.reused + forced.removed) == (0, report.embedded)
+        cache.write_bytes(before)
+    assert extract(source, cache, TINY).reused == report.embedded
 
 
 def test_refused_images_are_listed_and_cost_no_model_again(photos: Path, tmp_path: Path, monkeypatch) -> None:

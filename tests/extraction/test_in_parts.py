@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import COLOURS, TINY, make_photos, write_photo
+from conftest import COLOURS, TINY, make_photos, settle, write_photo
 from packing import FORMS, Files, parquet, read_folder, tar
 
 from featcache.cache.cache import FeatureCache
@@ -179,7 +179,7 @@ def test_an_archive_that_changes_between_two_parts(photos: Path, tmp_path: Path,
     else:
         some.write_bytes(some.read_bytes()[:15_000])
     for path in (some, tmp_path / form.replace("{0..1}", "0")):
-        os.utime(path, (1.1e9, 1.1e9))  # what is younger than two seconds has no time yet
+        settle(path)  # what is younger than two seconds has no time yet
     with pytest.raises(SpecMismatchError, match=words) as error:
         extract_part(source, output, "2/2", TINY)
     assert "\n" not in str(error.value)
@@ -282,7 +282,7 @@ def test_another_listing_is_refused_and_the_first_difference_named(photos: Path,
     source, output = tmp_path / "photos", tmp_path / "f.h5"
     shutil.copytree(photos, source)  # on another disk, with
     for path in source.rglob("*.jpg"):  # other times: the clocks of machines differ, too
-        os.utime(path, (1.1e9, 1.1e9))
+        settle(path)
     extract_part(photos, output, "1/2", TINY)
     extract_part(source, output, "2/2", TINY)
     new = write_photo(source / "red" / "new.jpg", COLOURS["red"], 99)

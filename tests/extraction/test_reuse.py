@@ -2,14 +2,13 @@
 
 import dataclasses
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, TINY_FLAGS, make_photos, write_photo
+from conftest import TINY, TINY_FLAGS, make_photos, settle, write_photo
 from formats import samples, tiff
 from test_extract import break_a_row, by_path, counts
 
@@ -62,7 +61,7 @@ def test_known_rows_are_taken_over_and_the_other_file_is_left_alone(photos: Path
 
 def test_settled_files_are_recognised_without_being_read(photos: Path, tmp_path: Path, monkeypatch) -> None:
     for path in photos.rglob("*.jpg"):
-        os.utime(path, (1e9, 1e9))
+        settle(path)
     extract(photos, tmp_path / "other.h5", TINY)
     monkeypatch.setattr("featcache.images.read.read_file", None)
     assert counts(extract(photos, tmp_path / "f.h5", TINY, reuse=[tmp_path / "other.h5"]))[:2] == (0, 18)

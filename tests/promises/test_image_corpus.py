@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import corpus
 import damage
 import numpy as np
 import pytest
-from conftest import TINY, TINY_FLAGS
+from conftest import TINY, TINY_FLAGS, settle
 from corpus import Case
 from decode_apart import Outcome, decode_apart
 
@@ -122,7 +121,7 @@ def write(cases: Cases, root: Path) -> list[str]:
         path = Path("ab"[number % 2]) / f"{number:05d}{case.suffix}"
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(case.data)
-        os.utime(root / path, (1e9, 1e9))  # settled: times are believed from the first run on
+        settle(root / path)  # times are believed from the first run on
         paths.append(path.as_posix())
     return sorted(paths)
 

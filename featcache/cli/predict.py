@@ -14,7 +14,7 @@ from featcache.cli.console import note, printable_row, show_progress, show_resul
 from featcache.errors import SourceError, UsageError
 from featcache.system.display import printable, quantity
 from featcache.system.path_advice import HERE, check_path
-from featcache.system.path_kinds import as_path
+from featcache.system.path_kinds import as_path, is_model
 from featcache.system.supervisor import notes
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) ->
     if output.suffix not in (".csv", ".jsonl"):
         raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
     check_output(output)
-    if (output.parent / "model.json").exists():
+    if is_model(output.parent):
         raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
     if not os.path.lexists(output):
         return
@@ -172,7 +172,7 @@ def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path |
             raise UsageError(f"{given[0]} is for the page that --gallery names; leave it out, or add --gallery")
         return
     check_page_path(gallery)
-    if (gallery.parent / "model.json").exists():
+    if is_model(gallery.parent):
         raise UsageError(f"{gallery.parent} is a model folder, which keeps no other files; choose another --gallery")
     check_pictures(pictures, of_caches=caches)
 

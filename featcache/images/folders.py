@@ -14,7 +14,7 @@ from typing import NamedTuple
 from featcache.errors import Refusal
 from featcache.images.layout import Layout, is_system, read_layout, some, split_of
 from featcache.spec import SPLITS
-from featcache.system.path_kinds import IMAGE_SUFFIXES, begins_like_an_image
+from featcache.system.path_kinds import IMAGE_SUFFIXES, begins_like_an_image, is_model
 from featcache.system.workdir import is_work_folder
 
 log = logging.getLogger("featcache")
@@ -128,7 +128,7 @@ class _Walk:
         """Not what a system keeps, nor what featcache writes: parts of caches, unfinished fine-tunings, model folders."""
         if is_system(folder.name):
             self.passed[HIDDEN, folder.name] += 1
-        elif is_work_folder(folder.path) or os.path.lexists(f"{folder.path}/model.json"):
+        elif is_work_folder(folder.path) or _is_own_model(folder.path):
             self.passed[_OWN, folder.name] += 1
         else:
             return True
@@ -138,13 +138,18 @@ class _Walk:
         """Images, but what featcache draws beside a model."""
         suffix = _suffix(file.name)
         drawn = file.name.endswith(_BESIDE) and file.path.rsplit(".", 2)[0]
-        if drawn and os.path.lexists(f"{drawn}/model.json"):
+        if drawn and _is_own_model(drawn):
             self.passed[_OWN, file.name] += 1
         elif suffix in IMAGE_SUFFIXES or holds_an_image(file):
             return True
         else:
             self.passed[OTHERS, suffix if suffix.startswith(".") else file.name] += 1
         return False
+
+
+def _is_own_model(folder: str) -> bool:
+    """For sure: what a link calls a model may be a class of the user's."""
+    return is_model(folder) and not os.path.islink(f"{folder}/model.json")  # noqa: PTH114
 
 
 def say_passed_over(source: Path | str, passed: Mapping[tuple[str, str], int]) -> None:

@@ -23,7 +23,7 @@ from featcache.models.export_candidate import Candidate, normalise_pixels, sampl
 from featcache.models.model import Model, load_model
 from featcache.system.files import check_free_space, check_output, publish_file
 from featcache.system.path_advice import HERE, check_path
-from featcache.system.path_kinds import AnyPath, as_path
+from featcache.system.path_kinds import AnyPath, as_path, is_model
 
 Format = Literal["onnx", "safetensors"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".safetensors": "safetensors"}
@@ -104,7 +104,7 @@ def _check_target(output: Path, *, force: bool) -> Format:
     if kind is None:
         raise UsageError(f"cannot tell the format of {output}; name it .onnx or .safetensors")
     check_output(output)
-    if (output.parent / "model.json").exists():  # a backbone.safetensors there would be taken for the model's own
+    if is_model(output.parent):  # a backbone.safetensors there would be taken for the model's own
         raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
     if os.path.lexists(output) and not force:
         raise UsageError(f"{output} exists; choose another -o, or give --force to replace it")

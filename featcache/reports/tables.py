@@ -22,7 +22,7 @@ from featcache.reports.elements.projection import Method, check_method, project
 from featcache.system.display import Shown
 from featcache.system.files import check_output
 from featcache.system.path_advice import HERE, check_path
-from featcache.system.path_kinds import AnyPath, as_path
+from featcache.system.path_kinds import AnyPath, as_path, is_model
 
 log = logging.getLogger("featcache")
 _USAGE = {
@@ -127,7 +127,7 @@ def _check_target(output: Path, *, force: bool) -> str:
         check_output(path)
         if os.path.lexists(path) and not force:
             raise UsageError(f"{path} exists; choose another -o, or give --force to replace it")
-    if (output.parent / "model.json").exists():
+    if is_model(output.parent):
         raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
     return kind
 

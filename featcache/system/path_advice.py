@@ -17,7 +17,17 @@ from pathlib import Path
 from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError
 from featcache.system import addresses
 from featcache.system.addresses import AnyPath
-from featcache.system.path_kinds import CACHE_SUFFIXES, ENOUGH, FOLDERS, SOURCES, Kind, as_path, kind_by_name, kind_of
+from featcache.system.path_kinds import (
+    CACHE_SUFFIXES,
+    ENOUGH,
+    FOLDERS,
+    SOURCES,
+    Kind,
+    as_path,
+    is_model,
+    kind_by_name,
+    kind_of,
+)
 
 _INPUTS = (*SOURCES, Kind.CACHE, Kind.IMAGE, Kind.FILE)
 _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
@@ -68,7 +78,7 @@ def check_path(path: AnyPath, wanted: str, words: Words) -> None:
                 f"{typed(_apart(_EXAMPLES[str(words[0])], path))}"
             )
         return
-    if wanted == "model" and kind is not Kind.MISSING and os.path.lexists(path.parent / "model.json"):
+    if wanted == "model" and kind is not Kind.MISSING and is_model(path.parent):
         raise error(f"{typed(path)} lies in a model; did you mean {_again(words, path.parent)}?")
     if swapped := _swapped(path, kind, accepted, words):
         raise error(swapped)
@@ -202,8 +212,8 @@ def _to_images(path: Path, kind: Kind, words: Words) -> str:
 
 def _to_model(path: Path, kind: Kind, words: Words) -> str:
     given, model, again = typed(path), typed(_apart("model", path)), _again(words, _apart("model", path))
-    if kind in FOLDERS and (inside := sorted(path.glob("*/model.json"))):
-        return f"there is one in it: {_again(words, inside[0].parent)}"
+    if kind in FOLDERS and (inside := sorted(filter(is_model, path.glob("*/")))):
+        return f"there is one in it: {_again(words, inside[0])}"
     if kind is Kind.CACHE:
         return f"train one on it: `featcache fit-head {given} -o {model}`, then {again}"
     if kind in (Kind.FOLDER, Kind.TABLE, Kind.PARQUET):

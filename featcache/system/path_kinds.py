@@ -161,7 +161,7 @@ def _kind_of_address(path: Path) -> Kind:
 
 def _kind_of_folder(path: Path) -> Kind:
     manifest = path / "model.json"
-    if os.path.lexists(manifest) and (manifest.is_symlink() or b"featcache-model" in _head(manifest, 1 << 16)):
+    if is_model(path):
         return Kind.MODEL
     found = Kind.EMPTY
     for entry in itertools.islice(_files_below(path), ENOUGH):
@@ -173,6 +173,12 @@ def _kind_of_folder(path: Path) -> Kind:
     if os.path.lexists(manifest):  # damaged
         return Kind.MODEL
     return Kind.WORK if path.name.endswith(".parts") else found
+
+
+def is_model(folder: AnyPath) -> bool:
+    """Whether the ``model.json`` in a folder is ours, not another program's; a link counts, as a hub's copy has them, unopened."""
+    manifest = Path(folder, "model.json")
+    return os.path.islink(manifest) or b"featcache-model" in _head(manifest, 1 << 16)  # noqa: PTH114 - never fails
 
 
 def _files_below(folder: Path) -> "Iterator[os.DirEntry[str]]":

@@ -16,6 +16,7 @@ from featcache.images.source import list_images
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.predict import predict
+from featcache.system.path_kinds import Kind, kind_of
 
 NAMES = ("f.h5", "f.hdf5", "f.H5", "features", "f.cache")
 
@@ -60,3 +61,29 @@ def test_folders_of_the_user_that_are_called_alike_stay_classes(tmp_path: Path) 
     shutil.copytree(photos / "red", photos / "engine.parts")
     write_photo(photos / "spare.h5.parts" / "0.jpg", (1, 2, 3), 1)
     assert list_images(photos).classes == ("blue", "engine.parts", "green", "red", "spare.h5.parts")
+
+
+def test_a_model_of_another_program_hides_no_class(model: Path, tmp_path: Path) -> None:
+    """Keras, too, calls a file ``model.json``, and a user may call pictures beside it as ours are called."""
+    photos = make_photos(tmp_path / "photos", each=2)
+    others = '{"format": "layers-model", "generatedBy": "keras"}'
+    (photos / "red" / "model.json").write_text(others)
+    (photos / "red" / "inner").mkdir()
+    (photos / "red" / "inner" / "model.json").write_text(others)
+    for name in ("inner.train.png", "ours.train.png"):
+        shutil.copy(photos / "red" / "00.jpg", photos / "red" / name)
+    shutil.copytree(model, photos / "red" / "ours")
+    (tmp_path / "model.json").write_text(others)
+    (photos / "green" / "model.json").symlink_to(tmp_path / "model.json")
+    images = list_images(photos)
+    kept = [f"{label}/0{k}.jpg" for label in ("blue", "green", "red") for k in (0, 1)]
+    assert (images.paths, images.classes) == ((*kept, "red/inner.train.png"), ("blue", "green", "red"))
+    assert [kind_of(photos / name) for name in ("red", "red/ours")] == [Kind.FOLDER, Kind.MODEL]
+
+
+def test_beside_a_model_of_another_program_there_is_room(model: Path, cache: Path, photos: Path, run) -> None:
+    (photos / "red" / "model.json").write_text('{"class_name": "Functional"}')
+    assert run("predict", model, cache, "-o", photos / "red" / "rows.csv")[0] == 0
+    for wrong in (photos, photos / "red" / "00.jpg"):
+        code, _, err = run("predict", wrong, cache)
+        assert code == 1 and "there is one in it" not in err and "lies in a model" not in err

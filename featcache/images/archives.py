@@ -88,8 +88,8 @@ def stat_member(location: Path, name: str) -> tuple[int, int]:
 def look_through(location: Path, text: Callable[[str, bytes], None] | None = None, *, column: str = "") -> "Archive":
     """An archive with ``members`` and ``refused``, which are not kept; where they lie is.
 
-    Of two files of one name neither is taken. Of an archive that is cut off what lies before the cut is; a refusal whose path is
-    empty says so.
+    Of two files of one name neither is taken, nor is a damaged text that was to be read. Of an archive that is cut off what lies
+    before the cut is; a refusal whose path is empty says so.
 
     Args:
         text: called with the name and the bytes of each small file that is called like a text.
@@ -152,9 +152,14 @@ class Archive:
                 if isinstance(one, Refusal):
                     self.refused.append(one)
                     continue
-                found.append(one)
-                if text and one.size <= _MAX_TEXT and one.name.lower().endswith(_TEXTS):
-                    text(one.name, self._bytes(file, one))
+                try:
+                    if text and one.size <= _MAX_TEXT and one.name.lower().endswith(_TEXTS):
+                        text(one.name, self._bytes(file, one))
+                    found.append(one)
+                except RefusedImage as fault:  # what lies beside a damaged file may be whole
+                    if str(fault) == CHANGED:
+                        raise
+                    self.refused.append(Refusal(one.name, str(fault)))
             if isinstance(file, GzipFile) and (reason := _fault_of(file)):
                 found = [] if file.damaged else found
                 self.refused = [one for one in self.refused if one.path and not file.damaged] + [Refusal("", reason)]

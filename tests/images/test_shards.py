@@ -2,6 +2,7 @@
 
 import json
 import random
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,26 @@ def test_labels_beside_images(tmp_path: Path, case: str, form: str) -> None:
         (tmp_path / "classes.txt").write_bytes(b"cat\n")
         with pytest.raises(SourceError, match="is of the class 1, and classes.txt names 1"):
             list_images(tmp_path / form)
+
+
+@pytest.mark.parametrize("place", [b"PK\3\4", b"hello"], ids=["its header", "its bytes"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_what_lies_beside_a_damaged_text_is_read(tmp_path: Path, place: bytes, shards: int) -> None:
+    """Python's ``zipfile`` gives the images of such a zip, too, and refuses the text alone."""
+    files = {"cats/1.jpg": JPEG, "dogs/1.jpg": JPEG + b"1", "dogs/readme.txt": b"hello"}
+    for number in range(shards):
+        path = zipped(tmp_path / f"{number}.zip", files)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(place, 0, data.index(b"PK\1\2")) + (30 if place == b"PK\3\4" else 0)] ^= 1
+    path.write_bytes(data)
+    with zipfile.ZipFile(path) as archive:
+        assert [archive.read(name) for name in ("cats/1.jpg", "dogs/1.jpg")] == [JPEG, JPEG + b"1"]
+        with pytest.raises(zipfile.BadZipFile):
+            archive.read("dogs/readme.txt")
+    images = list_images(path if shards == 1 else tmp_path)
+    assert images.classes == ("cats", "dogs") and len(images) == 2 * shards
+    assert [path for path, _ in images.refused] == ["1.zip/" * (shards > 1) + "dogs/readme.txt"]
+    assert images.refused[0].reason.startswith("damaged: ")
 
 
 SHARDS = {

@@ -4,6 +4,7 @@ Nothing is decoded; a file is opened only if its name does not say what it is. W
 """
 
 import bisect
+import errno
 import logging
 import os
 from collections import Counter
@@ -100,29 +101,44 @@ class _Walk:
         while pending:
             prefix, ancestors = pending.pop()
             try:
-                entries = os.scandir(os.path.join(self.root, prefix))  # noqa: PTH118 - names may be any bytes, speed matters
+                with os.scandir(os.path.join(self.root, prefix)) as entries:  # noqa: PTH118 - names may be any bytes, speed matters
+                    for entry in entries:
+                        try:
+                            if found := self._met(entry, prefix, ancestors, pending):
+                                yield found
+                        except FileNotFoundError:  # gone since
+                            pass
+                        except OSError as error:
+                            self.refused.append(Refusal(prefix + entry.name, f"cannot be read: {error.strerror}"))
             except OSError as error:
                 self.refused.append(Refusal(prefix.rstrip("/"), f"folder cannot be read: {error.strerror}"))
-                continue
-            with entries:
-                for entry in entries:
-                    path, linked = prefix + entry.name, entry.is_symlink()
-                    if entry.name.startswith("."):
-                        self.passed[HIDDEN, entry.name] += 1
-                    elif linked and (reason := _why_not_follow(entry, real_root, ancestors)):
-                        self.refused.append(Refusal(path, reason))
-                    elif entry.is_dir():
-                        if self._enters(entry):
-                            real = os.path.realpath(entry.path) if linked else f"{ancestors[-1]}/{entry.name}"
-                            pending.append((path + "/", (*ancestors, real)))
-                            self.folders.add(path)
-                    elif not entry.is_file():
-                        self.refused.append(Refusal(path, "not a regular file (pipe, socket or device)"))
-                    elif entry.name in _METADATA:
-                        self.metadata.append(path)
-                    elif self._takes(entry):
-                        status = entry.stat()
-                        yield Entry(path, status.st_size, status.st_mtime_ns)
+
+    def _met(
+        self,
+        entry: "os.DirEntry[str]",
+        prefix: str,
+        ancestors: tuple[str, ...],
+        pending: list[tuple[str, tuple[str, ...]]],
+    ) -> Entry | None:
+        """An image; anything else is noted, a folder put into ``pending`` with what it lies in. Raises OSError."""
+        path, linked = prefix + entry.name, entry.is_symlink()
+        if entry.name.startswith("."):
+            self.passed[HIDDEN, entry.name] += 1
+        elif linked and (reason := _why_not_follow(entry, ancestors)):
+            self.refused.append(Refusal(path, reason))
+        elif entry.is_dir():
+            if self._enters(entry):
+                real = os.path.realpath(entry.path) if linked else f"{ancestors[-1]}/{entry.name}"
+                pending.append((path + "/", (*ancestors, real)))
+                self.folders.add(path)
+        elif not entry.is_file():
+            self.refused.append(Refusal(path, "not a regular file (pipe, socket or device)"))
+        elif entry.name in _METADATA:
+            self.metadata.append(path)
+        elif self._takes(entry):
+            status = entry.stat()
+            return Entry(path, status.st_size, status.st_mtime_ns)
+        return None
 
     def _enters(self, folder: "os.DirEntry[str]") -> bool:
         """Not what a system keeps, nor what featcache writes: parts of caches, unfinished fine-tunings, model folders."""
@@ -172,12 +188,14 @@ def _suffix(name: str) -> str:
     return name[name.rfind(".") :].rstrip().lower()
 
 
-def _why_not_follow(entry: "os.DirEntry[str]", real_root: str, ancestors: tuple[str, ...]) -> str | None:
+def _why_not_follow(entry: "os.DirEntry[str]", ancestors: tuple[str, ...]) -> str | None:
     try:
         target = os.path.realpath(entry.path, strict=True)
+    except FileNotFoundError:
+        return "dangling link"
     except OSError as error:
-        return "dangling link" if isinstance(error, FileNotFoundError) else "link loop"
-    if os.path.commonpath([real_root, target]) != real_root:
+        return "link loop" if error.errno == errno.ELOOP else f"link that cannot be followed: {error.strerror}"
+    if os.path.commonpath([ancestors[0], target]) != ancestors[0]:
         return "link that leaves the source folder"
     return "link loop" if target in ancestors else None
 

@@ -105,7 +105,7 @@ class _Text(NamedTuple):
 
     def open(self) -> BinaryIO:
         if self.path != STDIN:
-            file = self.path.open("rb")
+            file = _opened(self.path)
             if self.version and self.version != _version(file):
                 file.close()
                 raise SourceError(f"{self.name} was changed while it was read; run it again")
@@ -216,6 +216,13 @@ class _Text(NamedTuple):
         )
 
 
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _version(file: BinaryIO) -> tuple[int, ...]:
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
@@ -299,11 +306,11 @@ def _row(text: _Text, delimiter: str, number: int) -> list[str]:
 
 
 def _read_parquet(path: Path) -> Table:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         version = _version(file)
 
     def rows() -> Iterator[Row]:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             if _version(file) != version:
                 raise SourceError(f"{path} was changed while it was read; run it again")
         yield from (row for row in table_rows(path) if any(str(cell).strip() for cell in row[0] if cell is not None))

@@ -282,12 +282,16 @@ class _Reading:
 
 
 def _archives_below(folder: Path) -> Iterator[Path]:
-    """Those of a tree that are called like archives; not behind links that leave it."""
+    """Those of a tree that are called like archives, whatever they turn out to be; not behind links that leave it."""
     root = os.path.realpath(folder)
-    for at, folders, names in itertools.islice(os.walk(folder), _MOST_FOLDERS):
+
+    def say(error: OSError) -> None:
+        log.warning("%s: folder cannot be read: %s", error.filename, error.strerror)
+
+    for at, folders, names in itertools.islice(os.walk(folder, onerror=say), _MOST_FOLDERS):
         folders[:] = [each for each in folders if not each.startswith(".")]
         for path in (Path(at, name) for name in names if not name.startswith(".")):
-            if not is_archive(path) or not path.is_file():
+            if not is_archive(path):
                 continue
             if os.path.commonpath([root, os.path.realpath(path)]) == root:
                 yield path

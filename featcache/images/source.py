@@ -207,7 +207,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         rows = shards.archives[0].suffix.lower() == ".parquet" or kind_of(shards.archives[0]) is Kind.PARQUET
         source.check_options("Parquet file" if rows else "archive")
         listing = list_shards(str(source), shards, source.columns, labelled=labelled, class_level=source.class_level)
-    elif path.is_dir():
+    elif os.path.isdir(path):  # noqa: PTH112 - of any name, wherever it lies
         source.check_options("folder with metadata" if labelled else "folder")
         listing = list_folder(path, labelled=labelled, class_level=source.class_level)
         source.check_options("folder with metadata" if listing.metadata else "folder")
@@ -220,7 +220,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         listing = list_table(path, root, source.columns, labelled=labelled)
     else:
         check_path(path, "images", ("extract", HERE, "-o", "features.h5"))
-        if path.exists():
+        if os.path.exists(path):  # noqa: PTH110
             raise SourceError(f"{path} is {kind_of(path).value}; expected a folder of images, or a table called .csv")
         raise SourceError(missing(path, "give a folder of images or a CSV with the header path,label,split"))
     if not listing.entries and not listing.refused:

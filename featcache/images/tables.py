@@ -33,7 +33,8 @@ _NO_CLASSES = frozenset(("nan", "na", "n/a", "null", "none", "<na>", "?"))
 
 def is_table(path: Path) -> bool:
     """Whether ``path`` is a file that is read as a table or list, or ``-``: stdin."""
-    if path == STDIN or (path.suffix.lower() in TABLES and path.is_file() and not holds_an_image(path)):
+    named = path.suffix.lower() in TABLES
+    if path == STDIN or (named and os.path.isfile(path) and not holds_an_image(path)):  # noqa: PTH113 - never fails
         return True
     return is_table_of_paths(path)
 

@@ -175,7 +175,7 @@ def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bo
     kinds = [kind_of(path) for path in paths]
     hopeless = alone and not any(is_wanted(kind, "inputs") for kind in kinds)
     for place, (path, kind) in enumerate(zip(paths, kinds, strict=True)):
-        if hopeless or not path.is_file():
+        if hopeless or not os.path.isfile(path):  # noqa: PTH113 - of any name, wherever it lies
             check_path(path, "inputs", ("predict", model, *paths[:place], HERE, *paths[place + 1 :]))
         gone = kind is Kind.MISSING and path != STDIN and not os.path.lexists(path) and archive_in(path) is None
         if gone and not holds_images(path):

@@ -92,11 +92,23 @@ def is_wanted(kind: Kind, wanted: str) -> bool:
 
 
 def missing(path: AnyPath, otherwise: str) -> str:
-    """What to say of a path that is not there: the nearest name beside it; without one ``otherwise``."""
+    """What to say of a path that is not there: its unfinished work, or the nearest name beside it; without one ``otherwise``."""
+    from featcache.system.workdir import LISTING, is_work_folder, work_folder  # which take a tenth of a second
+
     path = as_path(path)
     name = shlex.quote(str(path))
     if os.path.lexists(path):
         return f"{name} is a link that leads nowhere, or cannot be read; {otherwise}"
+    try:
+        path.lstat()
+    except PermissionError as error:
+        return f"{name} cannot be read: {error.strerror}; {otherwise}"
+    except (OSError, ValueError):
+        pass
+    if path.name and is_work_folder(str(parts := work_folder(path))):
+        packs = f"; `featcache merge {typed(path)}` packs what several made" if (parts / LISTING).exists() else ""
+        again = "the command that began it, such as extract, goes on with it when it is run again"
+        return f"{name} is not finished, and its parts lie in {typed(parts)}; {again}{packs}"
     first = next((place for place in reversed(path.parents) if not os.path.lexists(place)), path)
     with contextlib.suppress(OSError, ValueError), os.scandir(first.parent) as entries:
         names = {entry.name.lower(): entry.name for entry in itertools.islice(entries, ENOUGH)}

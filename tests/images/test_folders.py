@@ -1,11 +1,15 @@
 """Every image below a folder is listed, by its name or by its first bytes; what a system keeps there is not, and that is said."""
 
+import contextlib
 import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from featcache.images.folders import list_folder
 from featcache.images.source import list_images
 
 SUFFIXES = ".JPG .Jpeg .HIF .heic .heics .HEIFS .avifs .RAF .DNG .nrw .jxr .jxl .pcx .dib .jif .mpo .psd .EXR .b.raf"
@@ -103,3 +107,34 @@ def test_what_systems_keep_is_no_class_and_is_said(tmp_path: Path, caplog: pytes
         f"{tmp_path}: passed over hidden or system files and folders: 14 (#recycle, $RECYCLE.BIN, .@__thumb and 10 more); "
         "files that are no images: 3 (.txt, README)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda red: (red / "1.jpg").unlink(), {}),
+        (lambda red: (red / "1.jpg").rename(red / "2.jpg"), {}),  # by its new name it is for the next run
+        (lambda red: red.rename(red.with_name(".old")) and red.touch(), {"red/0.jpg": 20, "red/1.jpg": 20}),
+    ],
+    ids=["removed", "renamed", "cannot be reached"],
+)
+def test_what_changes_while_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change, refused) -> None:
+    """Each is one that is there, one that is not, or is refused with what the system says; the others are listed."""
+    for name in ("blue/0.jpg", "red/0.jpg", "red/1.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def scan(folder: str) -> Iterator[list["os.DirEntry[str]"]]:
+        with scandir(folder) as entries:
+            found = list(entries)
+        if str(folder).endswith("red/"):
+            change(tmp_path / "red")
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scan)
+    found = list_folder(tmp_path, labelled=True, class_level=None)
+    assert dict(found.refused) == {path: f"cannot be read: {os.strerror(code)}" for path, code in refused.items()}
+    left = [path for path in ("red/0.jpg", "red/1.jpg") if (tmp_path / path).exists()]
+    assert [entry.path for entry in found.entries] == ["blue/0.jpg", *left] and found.classes == {"blue", "red"}

@@ -1,6 +1,7 @@
 """What is in archives, by their folders, by files beside images, by columns: as a folder of the same files would be read."""
 
 import json
+import os
 import random
 import zipfile
 from collections import Counter
@@ -185,6 +186,24 @@ def test_links_that_leave_the_folder_of_shards(shards: Path, tmp_path: Path) -> 
     images = list_images(shards)
     assert images.classes == ("cat", "dog") and not [path for path in images.paths if "002" in path]
     assert "train-003.tar/000000.jpg" in images.paths
+
+
+def test_shards_that_cannot_be_reached_are_named(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (shards / "locked").mkdir()
+    (shards / "train-002.tar").symlink_to("nowhere")
+    scandir = os.scandir
+
+    def scan(folder: str) -> Any:
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    images = list_images(shards)
+    assert len(images) == 6 and dict(images.refused) == {"train-002.tar": "cannot be read: No such file or directory"}
+    assert f"{shards / 'locked'}: folder cannot be read: Permission denied" in caplog.messages
 
 
 def test_a_shard_that_is_missing_is_named(shards: Path) -> None:

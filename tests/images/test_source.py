@@ -72,6 +72,8 @@ def test_what_cannot_be_followed_is_refused_unopened(tmp_path: Path) -> None:
     server.bind(os.path.relpath(root / "socket.jpg"))
     server.close()
     (root / "dangling.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "long.jpg").symlink_to(300 * "x")
+    (root / "through.jpg").symlink_to("ok/a.png/1.jpg")
     (root / "self.jpg").symlink_to("self.jpg")
     (root / "leaves.png").symlink_to(outside / "b.png")
     (root / "folder").symlink_to(outside)
@@ -84,6 +86,8 @@ def test_what_cannot_be_followed_is_refused_unopened(tmp_path: Path) -> None:
         "pipe.jpg": "not a regular file (pipe, socket or device)",
         "socket.jpg": "not a regular file (pipe, socket or device)",
         "dangling.jpg": "dangling link",
+        "long.jpg": "link that cannot be followed: File name too long",
+        "through.jpg": "link that cannot be followed: Not a directory",
         "self.jpg": "link loop",
         "leaves.png": "link that leaves the source folder",
         "folder": "link that leaves the source folder",

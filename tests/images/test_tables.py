@@ -388,3 +388,15 @@ def test_a_table_of_what_a_zip_near_it_holds_says_so(table: Path) -> None:
     with pytest.raises(SourceError, match=r"--root .*photos\.zip has 1 of the first 1"):
         list_images(table)
     assert list_images(Source(table, root=table.with_name("photos.zip"))).paths == ("cats/1.png",)
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.parquet"])
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def locked(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "list.csv").write_text("path,label\na.jpg,b\n")
+    (tmp_path / "list.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(Path, "open", locked)
+    with pytest.raises(SourceError, match=f"{name} cannot be read: Permission denied$"):
+        read_table(tmp_path / name, lambda _: False, {})

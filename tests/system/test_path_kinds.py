@@ -169,6 +169,26 @@ def test_the_nearest_name_that_leads_somewhere(tmp_path: Path, monkeypatch: pyte
         assert missing(path, "give a folder") == f"{path} does not exist; give a folder"
 
 
+def test_what_is_unfinished_or_locked_away_is_not_called_missing(
+    tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("np.h5.parts").mkdir()
+    Path("p.h5").write_bytes(HDF5)  # a name that is near
+    again = "the command that began it, such as extract, goes on with it when it is run again"
+    said = f"error: np.h5 is not finished, and its parts lie in np.h5.parts; {again}"
+    for name, packs in (("lock", ""), ("listing.h5", "; `featcache merge np.h5` packs what several made")):
+        Path("np.h5.parts", name).touch()
+        for command in (("info",), ("verify",), ("fit-head", "-o", "m")):
+            assert run(command[0], "np.h5", *command[1:]) == (1, "", f"{said}{packs}\n")
+
+    def locked(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "lstat", locked)
+    assert missing("photos/cat", "give a folder") == "photos/cat cannot be read: Permission denied; give a folder"
+
+
 def test_what_is_piped_in_has_no_kind() -> None:
     check_path("-", "images", ("extract", HERE, "-o", "f.h5"))
 

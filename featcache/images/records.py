@@ -235,7 +235,7 @@ def _read(text: _Text, is_file: IsFile, chosen: Mapping[str, str | None]) -> Tab
         raise SourceError(f"{text.name} is empty; expected a table of images, or a path on each line")
     if re.match(r'\s*\{\s*"', first):
         return _read_json(text)
-    marked = re.fullmatch(r"sep=(.)", first.strip(), re.IGNORECASE)  # Excel's first line
+    marked = re.fullmatch(r" *sep=([^ ]) *", first, re.IGNORECASE)  # Excel's first line
     delimiters = marked[1] if marked else _DELIMITERS.get(text.path.suffix.lower(), ",;\t|")
     skipped = 2 if marked else 1
     headers = {delimiter: row for delimiter in delimiters if (row := _row(text, delimiter, skipped - 1))}

@@ -47,6 +47,7 @@ WAYS = {
     "tabs in a .tsv": Way(SPLIT, TABS, "list.tsv"),
     "bars in a .txt": Way(PLAIN, "photo|breed\nfox/1.jpg|fox\nfox/2.jpg|fox\nowl/3.jpg|owl\n", "list.txt"),
     "Excel's sep=": Way(PLAIN, "sep=;\r\npath;label\r\nfox/1.jpg;fox\r\nfox/2.jpg;fox\r\nowl/3.jpg;owl\r\n"),
+    "Excel's sep=TAB": Way(PLAIN, "sep=\t\r\npath\tlabel\r\nfox/1.jpg\tfox\r\nfox/2.jpg\tfox\r\nowl/3.jpg\towl\r\n"),
     "Excel's Unicode text": Way(SPLIT, codecs.BOM_UTF16_LE + TABS.encode("utf-16-le"), "list.txt"),
     "UTF-16 without a mark": Way(SPLIT, TABS.encode("utf-16-be"), "list.tab"),
     "Windows-1252": Way(

@@ -17,6 +17,7 @@ from featcache.errors import CacheError, DamagedCacheError, NewerCacheError, Spe
 from featcache.extraction.match import find_in
 from featcache.extraction.shares import listing_digest, named, owners
 from featcache.images.archives import archive_in
+from featcache.images.locations import TIME_STEP
 from featcache.images.source import ImageList
 from featcache.spec import Spec
 from featcache.system.addresses import parse, shown
@@ -26,7 +27,6 @@ from featcache.system.path_advice import typed
 from featcache.system.workdir import LISTING
 
 _VERSION = 1
-_TIME_OF_A_COPY = 2_000_000_000  # ns within which times of copies agree: FAT, the coarsest in use, counts in 2 s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Listing:
 
         Files of a folder are of the times of their copies, and count by their content alone.
         """
-        apart = np.abs(images.mtimes - self.images.mtimes) >= _TIME_OF_A_COPY
+        apart = np.abs(images.mtimes - self.images.mtimes) >= TIME_STEP
         if not apart.any() or not (inside := archive_in(images.root / images.paths[int(apart.argmax())])):
             return
         folder = self.cache.path.parent

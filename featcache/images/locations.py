@@ -26,6 +26,7 @@ from featcache.system.path_advice import typed
 from featcache.system.path_kinds import as_path
 
 MAX_LOCATIONS = 100_000  # of one pattern
+TIME_STEP = 2_000_000_000  # ns: FAT, the coarsest file system in use, counts times in 2 s
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 _BRACES = re.compile(r"\{((?:[^{},]*,)+[^{},]*|\d{1,18}\.\.\d{1,18})\}")
 
@@ -149,7 +150,7 @@ def _words(inside: str) -> Iterator[str]:
 
 
 def _described(status: os.stat_result) -> Described:
-    settled = time.time_ns() - status.st_mtime_ns > 2_000_000_000  # FAT, the coarsest in use, counts in 2 s
+    settled = time.time_ns() - status.st_mtime_ns > TIME_STEP
     return Described(status.st_size, str(status.st_mtime_ns), settled)
 
 

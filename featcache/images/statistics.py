@@ -5,7 +5,6 @@ those are probably cut off. Pixels are looked at on a small scale, the same for 
 """
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from featcache.images.decode import Pixels, decode_pixels, strict_decoding
 from featcache.images.headers import Header, read_header
 from featcache.images.read import ReadImage, read_images
 from featcache.images.source import ImageList
+from featcache.images.splits import rank
 
 EDGE = 256  # pixels of the longer edge, at most, on which pictures are looked at
 LOOKS = ("brightness", "contrast", "sharpness", "redness", "yellowness", "colourfulness")
@@ -204,8 +204,7 @@ def _read_headers(images: ImageList, workers: int, report: Progress) -> tuple[li
 
 def _draw(images: ImageList, headers: list[Any], rows: list[int], count: int | None, seed: int) -> list[int]:
     """Some of ``rows``: a seed and an image's own path decide, not the order of the list."""
-    ranks = [hashlib.sha256(f"{seed} {images.paths[row]}".encode("utf-8", "surrogateescape")).digest() for row in rows]
-    order = [row for _, row in sorted(zip(ranks, rows, strict=True))]
+    order = sorted(rows, key=lambda row: rank(images.paths[row], seed))
     if count is not None:
         return order[:count]
     order = order[:MOST_LOOKED_AT]

@@ -229,7 +229,8 @@ class FeatureExtractor(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         request.check_named()
         embedder = self._embedder(request, files)
         if not len(embedder.sample):
-            first, reason = next(iter(refusals(files, range(len(files.paths))).items()))
+            refused = refusals(files, range(len(files.paths)), spec=embedder.backbone.preprocess)
+            first, reason = next(iter(refused.items()))
             raise SourceError(f"no image of X can be embedded, the first X[{first}] ({files.paths[first]}): {reason}")
         saved = request.saved()
         asked = request.resolved(saved.spec) if saved else request

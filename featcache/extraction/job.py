@@ -142,7 +142,8 @@ class Job:
         if advice := embedder.choice.advice:
             log.info(advice)
         if not len(embedder.sample):
-            raise SourceError(self.images.all_refused(refusals(self.images, range(len(self.images)))))
+            every = refusals(self.images, range(len(self.images)), spec=self.backbone.preprocess)
+            raise SourceError(self.images.all_refused(every))
         _compare_with_full_scale(embedder, self.images)
         return embedder
 

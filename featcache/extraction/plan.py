@@ -90,7 +90,7 @@ def make_plan(
     if limit is not None:
         kept = spread(matches.source >= len(caches) - len(own), limit)
         images, matches = images.take(kept), matches.take(kept)
-    return Plan(images, tuple(caches), matches, _refuse_again(images, matches, caches))
+    return Plan(images, tuple(caches), matches, _refuse_again(images, matches, caches, spec))
 
 
 def _without_misread(images: ImageList, matches: Matches, caches: list[FeatureCache]) -> Matches:
@@ -252,9 +252,9 @@ def spread(there: npt.NDArray[np.bool_], limit: int) -> Indices:
     return np.flatnonzero(keep)
 
 
-def _refuse_again(images: ImageList, matches: Matches, caches: list[FeatureCache]) -> dict[int, str]:
+def _refuse_again(images: ImageList, matches: Matches, caches: list[FeatureCache], spec: Spec) -> dict[int, str]:
     """Images refused before, and still not decodable, need no backbone to be refused again."""
     before = {refusal.path: refusal.reason for cache in caches for refusal in cache.refused}
     again = {index: before[path] for index in matches.missing.tolist() if (path := images.paths[index]) in before}
     crashed = {index for index, reason in again.items() if reason.startswith(FATAL)}
-    return refusals(images, again, apart=crashed)
+    return refusals(images, again, spec=spec.preprocess, apart=crashed)

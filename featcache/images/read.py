@@ -21,9 +21,11 @@ from featcache.errors import RefusedImage
 from featcache.images.archives import archive_in, read_member
 from featcache.images.decode import decode, refusing_errors, strict_decoding
 from featcache.images.in_memory import Held, as_file
+from featcache.images.locations import TIME_STEP
 from featcache.images.members import MAX_FILE_BYTES
 from featcache.images.readahead import stoppable
 from featcache.images.source import ImageList
+from featcache.spec import PreprocessSpec
 
 T = TypeVar("T")
 
@@ -139,7 +141,7 @@ def read_file(path: str | Path) -> tuple[bytes, int, int]:
             os.close(descriptor)
     if len(data) != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
         raise RefusedImage("changed while it was read")
-    settled = time.time_ns() - after.st_mtime_ns > 2_000_000_000  # FAT, the coarsest in use, counts in 2 s
+    settled = time.time_ns() - after.st_mtime_ns > TIME_STEP
     return data, len(data), after.st_mtime_ns if settled else -1
 
 
@@ -182,11 +184,19 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
         yield file, _check_regular(os.fstat(file.fileno()))
 
 
-def refusals(files: ImageFiles, indices: Iterable[int], *, apart: Set[int] = frozenset()) -> dict[int, str]:
-    """index -> reason, for those of ``indices`` that cannot be decoded; ``apart``: tried in a process of their own first."""
+def refusals(
+    files: ImageFiles, indices: Iterable[int], *, spec: PreprocessSpec | None = None, apart: Set[int] = frozenset()
+) -> dict[int, str]:
+    """index -> reason, for those of ``indices`` that cannot be decoded.
+
+    Args:
+        spec: says how; as most are, when None. apart: those that are tried in a process of their own first.
+    """
     found: dict[int, str] = {}
+    at_least, white_level = (spec.decode_at_least, spec.white_level) if spec else (None, None)
+    convert = functools.partial(decode, at_least=at_least, white_level=white_level)
     with strict_decoding():
         for index in indices:
-            if reason := read_image(files, index, functools.partial(decode, suspect=index in apart)).reason:
+            if reason := read_image(files, index, functools.partial(convert, suspect=index in apart)).reason:
                 found[index] = reason
     return found

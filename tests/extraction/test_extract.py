@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COLOURS, TINY, TINY_FLAGS, settle, write_photo
+from corpus import png
 
 from featcache import doctor, finetune, preview
 from featcache.backbones import embed as embedding
@@ -331,6 +332,20 @@ def test_refused_images_are_listed_and_cost_no_model_again(photos: Path, tmp_pat
         assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (0, 18, 0, 0, 0, 3)
     write_photo(photos / "red" / "empty.jpg", (1, 2, 3), 5)  # mended
     assert counts(extract(photos, tmp_path / "f.h5", TINY)) == (1, 18, 1, 0, 0, 2)
+
+
+def test_what_only_a_white_level_refuses_costs_no_model_again(photos: Path, tmp_path: Path, monkeypatch) -> None:
+    level, deep = dataclasses.replace(TINY, white_level=4095), photos / "red" / "deep.png"
+    deep.write_bytes(png(np.full((47, 61, 2), 4095, np.uint16), 16, 4))  # grey with alpha, of which Pillow has 8 bits
+    assert counts(extract(photos, tmp_path / "f.h5", level)) == (18, 0, 18, 0, 0, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("featcache.backbones.load.load_backbone", None)
+        assert counts(extract(photos, tmp_path / "f.h5", level)) == (0, 18, 0, 0, 0, 1)
+    assert counts(extract(photos, tmp_path / "g.h5", TINY)) == (19, 0, 19, 0, 0, 0)
+    for path in photos.rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(SourceError, match="white level"):
+        extract(photos, tmp_path / "h.h5", level)
 
 
 @pytest.mark.parametrize(

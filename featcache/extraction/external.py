@@ -28,7 +28,7 @@ from featcache.cache.table import original_names, readable
 from featcache.cache.write import write_cache
 from featcache.errors import Refusal, SourceError, UsageError
 from featcache.extraction.vectors import VectorTable, choose_vectors, open_vectors
-from featcache.images.columns import find_columns, printable, shown, split_in
+from featcache.images.columns import find_columns, printable, shown, split_in, warn_of_no_classes, wrong_type
 from featcache.images.read import Paths, ReadImage, read_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, quantity
@@ -116,7 +116,7 @@ def import_vectors(
         storage = "float16" if found == np.float16 else "float32"
         spec = Spec.external(stated, storage)
         chosen = {"path": path_column, "label": label_column, "split": split_column}
-        rows, classes, refused, digests = _read_rows(table, chosen)
+        rows, classes, refused, digests = _read_rows(table, {**chosen, "vector": vectors})
         if pictures is not None:
             rows, digests = _with_files(rows, as_path(pictures), known=digests == _OF_FILES), _OF_FOLDER
         own = _check_vectors(table, vectors, rows, storage, digest=digests == _OF_VECTORS)
@@ -199,29 +199,30 @@ def _read_rows(
     table: VectorTable, chosen: dict[str, str | None]
 ) -> tuple[Rows, tuple[str, ...], tuple[Refusal, ...], str]:
     """All columns beside the vectors, the classes, refused images, and what the digests are of."""
-    columns = find_columns(str(table.path), table.header, chosen)
+    unread = (*table.others, *table.vectors)
+    columns = find_columns(str(table.path), (*table.header, *unread), chosen, unread=unread)
     try:
         classes, refused = original_names(table.notes)
     except (KeyError, ValueError, TypeError):
         classes, refused = [], []
     roles = {"path": columns.path, "label": columns.label, "split": columns.split}
     names = {role: columns.header[at] for role, at in roles.items() if at is not None}
-    names |= {"sha256": next(name for name in table.header if name.lower() == "sha256")} if _has_digests(table) else {}
+    digests = next((name for name in columns.header if name.lower() == "sha256"), None)
+    names |= {} if digests is None else {"sha256": digests}
+    for role, name in names.items():
+        if name in unread:
+            raise wrong_type(str(table.path), name, table.types[name], role)
     if table.notes:
         names |= {name: name for name in ("size", "mtime", "path_bytes") if name in table.header}
-    ignored = [name for name in (*table.header, *table.others) if name not in names.values()]
+    ignored = [name for name in columns.header if name not in (*names.values(), chosen["vector"])]
     said = ", ".join(f"{role} from {name!r}" for role, name in names.items() if role != "path_bytes")
     log.info("%s: %s%s", table.path, printable(said), f"; ignored: {printable(shown(ignored))}" if ignored else "")
     classes = classes if names.get("label") == "label" else []  # they are those of that column
     reading = _Reading(table.path, names, classes)
     for block in table.columns(list(dict.fromkeys(names.values()))):
         reading.add(block)
-    digests = _OF_FILES if "sha256" in names else _OF_VECTORS
-    return *reading.finish(), tuple(Refusal(*pair) for pair in refused), digests
-
-
-def _has_digests(table: VectorTable) -> bool:
-    return any(name.lower() == "sha256" for name in table.header)
+    of = _OF_VECTORS if digests is None else _OF_FILES
+    return *reading.finish(), tuple(Refusal(*pair) for pair in refused), of
 
 
 class _Reading:
@@ -236,7 +237,7 @@ class _Reading:
 
     def add(self, block: dict[str, list[Any]]) -> None:
         """Raises SourceError for the first row that cannot be understood."""
-        column = {role: block[name] for role, name in self.names.items()}
+        column = {role: [*map(_without_gaps, block[name])] for role, name in self.names.items()}
         count = len(column["path"])
         paths = [self._path(k, path) for k, path in enumerate(_preferred(column))]
         self.widest = max(self.widest, max(map(len, paths), default=1))
@@ -269,14 +270,16 @@ class _Reading:
                 f"{self.path}: names of {len(self.known):,} classes do not fit into this machine's memory"
             )
         rows = Rows(**{name: np.concatenate(pieces) for name, pieces in self.pieces.items()})
-        order = np.argsort(rows.paths, kind="stable")
-        if len(twice := np.flatnonzero(rows.paths[order[1:]] == rows.paths[order[:-1]])):
+        paths = _spelled_alike(rows.paths)
+        order = np.argsort(paths, kind="stable")
+        if len(twice := np.flatnonzero(paths[order[1:]] == paths[order[:-1]])):
             first, second = order[twice[0]], order[twice[0] + 1]
             name = printable(rows.paths[first].decode("utf-8", "backslashreplace"))
             raise SourceError(
                 f"{self.path}: rows {first} and {second} have the same path, {name}; expected each image once"
             )
         classes = sorted(self.known)
+        warn_of_no_classes(self.path, classes)
         place = np.array([*np.argsort(np.argsort(np.array(self.known, object), kind="stable")), -1], np.int32)
         return dataclasses.replace(rows, labels=place[rows.labels]), tuple(classes)
 
@@ -298,12 +301,8 @@ class _Reading:
     def _label(self, k: int, value: Any) -> int:
         if value is None:
             return -1
-        if isinstance(value, float):  # whole numbers with gaps, as pandas keeps them
-            if value != value:
-                return -1
-            if value != int(value):
-                raise self._wrong(k, "label", value, "the name of a class, or a whole number")
-            value = int(value)
+        if isinstance(value, float):
+            raise self._wrong(k, "label", value, "the name of a class, or a whole number")
         text = str(value)
         if text not in self.number:
             text = text.strip()
@@ -360,6 +359,26 @@ def _with_files(rows: Rows, folder: Path, *, known: bool) -> Rows:
 def _preferred(column: dict[str, list[Any]]) -> list[Any]:
     """Paths; their own bytes where the table has them because they are not UTF-8."""
     return column.get("path_bytes", column["path"])
+
+
+def _spelled_alike(paths: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
+    """``paths`` without what no file system counts: ``./``, and slashes but the first. ``..`` may lead behind a link, and a backslash
+    be part of a name."""
+    odd = np.flatnonzero((np.char.find(paths, b"//") >= 0) | (np.char.find(paths, b"./") >= 0))
+    if not len(odd):
+        return paths
+    plain = paths.copy()
+    for k, path in zip(odd, paths[odd].tolist(), strict=True):
+        first, *rest = path.split(b"/")
+        plain[k] = b"/".join([*({first} - {b"."}), *(part for part in rest if part not in (b"", b"."))])
+    return plain
+
+
+def _without_gaps(value: Any) -> Any:
+    """Floats that are whole numbers with gaps, as pandas keeps them, as such."""
+    if not isinstance(value, float):
+        return value
+    return int(value) if value.is_integer() else None if value != value else value
 
 
 def _is_hex(text: str) -> bool:

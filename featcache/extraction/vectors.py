@@ -16,6 +16,7 @@ from featcache.cache.features import Features
 from featcache.cache.table import BLOCK_BYTES, arrow
 from featcache.errors import FeatcacheError, SourceError, UsageError
 from featcache.images.columns import shown
+from featcache.images.parquet import class_names, features_of, is_binary, is_cell, is_text, named_classes
 from featcache.system.safe_load import parse_json
 
 _MOST_VALUES = 1 << 16  # of a vector: four times what any network gives
@@ -29,7 +30,7 @@ class VectorTable(Protocol):
 
     Attributes:
         path: the file. n: its rows. header: columns that hold a text or a number a row. vectors: those that hold a vector a row.
-        others: columns of other kinds.
+        others: columns of other kinds. types: of all of them, in words.
         notes: what the file says of itself if featcache wrote it, see ``cache.table.notes_of``; empty otherwise.
     """
 
@@ -38,6 +39,7 @@ class VectorTable(Protocol):
     header: tuple[str, ...]
     vectors: tuple[str, ...]
     others: tuple[str, ...]
+    types: dict[str, str]
     notes: dict[str, Any]
 
     def shape(self, vectors: str) -> tuple[int, np.dtype[Any]]:
@@ -68,10 +70,10 @@ def open_vectors(path: Path) -> Iterator[VectorTable]:
                 f"{path} is neither a Parquet file nor a .npz; of arrays make one: "
                 "numpy.savez('vectors.npz', vector=X, path=names, label=labels)"
             )
-        try:
-            yield table
-        finally:
-            table.close()
+    try:
+        yield table
+    finally:
+        table.close()
 
 
 @contextlib.contextmanager
@@ -133,12 +135,13 @@ class _Parquet:
         if len(set(schema.names)) < len(schema.names):
             raise SourceError(f"{path} has two columns of one name; expected one of each")
         self._types = {field.name: _storage(pa, field.type) for field in schema}
-        self.header = tuple(name for name, kind in self._types.items() if _is_scalar(pa, kind))
+        self.types = {name: str(kind) for name, kind in self._types.items()}
+        self.header = tuple(name for name, kind in self._types.items() if is_cell(kind) or is_binary(kind))
         self.vectors = tuple(name for name, kind in self._types.items() if _is_vector(pa, kind))
-        self.others = tuple({*self._types} - {*self.header, *self.vectors})
-        self._named = _class_names(metadata.get(b"huggingface", b""))
+        self.others = tuple(name for name in self._types if name not in (*self.header, *self.vectors))
+        self._named = {name: class_names(feature) for name, feature in features_of(schema).items()}
         self.notes = _notes(metadata.get(b"featcache", b""))
-        texts = [name for name in self.header if _is_text(pa, self._types[name])]
+        texts = [name for name in self.header if _is_text(self._types[name])]
         # One page after the other, not whole columns: row groups may be of any size.
         options = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
         self._file = pa.parquet.ParquetFile(path, read_dictionary=texts, **options)
@@ -148,15 +151,25 @@ class _Parquet:
         dtype = np.dtype(kind.value_type.to_pandas_dtype())
         if self._pa.types.is_fixed_size_list(kind):
             return _check_length(self.path, vectors, kind.list_size), dtype
-        paths = [self._file.schema.column(k).path for k in range(len(self._file.schema))]
-        (leaf,) = (k for k, path in enumerate(paths) if path.startswith(f"{vectors}."))
-        values = sum(metadata.row_group(k).column(leaf).num_values for k in range(metadata.num_row_groups))
+        with _damage_of(self.path):
+            paths = [self._file.schema.column(k).path for k in range(len(self._file.schema))]
+            (leaf,) = (k for k, path in enumerate(paths) if path.startswith(f"{vectors}."))
+            values = sum(metadata.row_group(k).column(leaf).num_values for k in range(metadata.num_row_groups))
         return _check_length(self.path, vectors, values / max(self.n, 1)), dtype
 
     def columns(self, names: list[str]) -> Iterator[dict[str, list[Any]]]:
+        start = 0
         with _damage_of(self.path):
             for batch in self._file.iter_batches(_BLOCK, columns=names):
-                yield {name: self._plain(name, batch.column(name)) for name in names}
+                found = {name: self._plain(name, batch.column(name)) for name in names}
+                yield {name: self._with_classes(name, cells, start) for name, cells in found.items()}
+                start += len(batch)
+
+    def _with_classes(self, name: str, cells: list[Any], start: int) -> list[Any]:
+        if not (names := self._named.get(name)):
+            return cells
+        numbers = [int(cell) if isinstance(cell, float) and cell.is_integer() else cell for cell in cells]
+        return named_classes(numbers, names, source=str(self.path), column=name, start=start)
 
     def _plain(self, name: str, column: Any) -> list[Any]:
         pa = self._pa
@@ -164,15 +177,10 @@ class _Parquet:
         if pa.types.is_dictionary(column.type):
             values = [*self._texts(name, column.dictionary), None]
             return [values[k] for k in column.indices.fill_null(len(values) - 1).to_pylist()]
-        found = self._texts(name, column)
-        if (names := self._named.get(name)) is None or _is_text(pa, column.type):
-            return found
-        if wrong := [value for value in found if value is not None and not -1 <= value < len(names)]:
-            raise SourceError(f"{self.path}: {name} is {wrong[0]}, and its ClassLabel has {len(names)} names")
-        return [None if value is None or value < 0 else names[value] for value in found]
+        return self._texts(name, column)
 
     def _texts(self, name: str, column: Any) -> list[Any]:
-        if not _is_text(self._pa, column.type):
+        if not _is_text(column.type):
             found: list[Any] = column.to_pylist()
             return found
         raw = column.cast(self._pa.large_binary()).to_pylist()
@@ -210,37 +218,14 @@ def _storage(pa: Any, kind: Any) -> Any:
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
-def _is_text(pa: Any, kind: Any) -> bool:
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        check(value)
-        for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    )
-
-
-def _is_scalar(pa: Any, kind: Any) -> bool:
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
-    return _is_text(pa, kind) or any(check(value) for check in numbers)
+def _is_text(kind: Any) -> bool:
+    """Bytes count: names that are not UTF-8."""
+    return is_text(kind) or is_binary(kind)
 
 
 def _is_vector(pa: Any, kind: Any) -> bool:
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     return any(check(kind) for check in lists) and pa.types.is_floating(kind.value_type)
-
-
-def _class_names(text: bytes) -> dict[str, list[str]]:
-    """Column -> names of its classes, as Hugging Face's datasets notes them for integers; nothing of what has another form."""
-    try:
-        features = parse_json(text.decode())["info"]["features"]
-        found = {name: kind["names"] for name, kind in features.items() if "names" in kind}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return {}
-    return {name: names for name, names in found.items() if _are_names(names)}
-
-
-def _are_names(names: Any) -> bool:
-    return isinstance(names, list) and len(names) == len({*map(str, names)}) and all(isinstance(n, str) for n in names)
 
 
 def _notes(text: bytes) -> dict[str, Any]:
@@ -267,7 +252,8 @@ class _Npz:
         self.header = tuple(
             name for name, (shape, dtype) in arrays.items() if len(shape) == 1 and dtype.kind in "USiubf"
         )
-        self.others = tuple({*arrays} - {*self.header, *self.vectors})
+        self.types = {name: f"{dtype} {shape}" for name, (shape, dtype) in self._shapes.items() if name != "featcache"}
+        self.others = tuple(name for name in self.types if name not in (*self.header, *self.vectors))
         lengths = {name: arrays[name][0][0] for name in (*self.vectors, *self.header)}
         if len(set(lengths.values())) > 1:
             raise SourceError(

@@ -5,13 +5,15 @@ Nothing here touches the disk. Where two columns may hold one thing, the user is
 
 import difflib
 import itertools
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from featcache.errors import UsageError
+from featcache.errors import SourceError, UsageError
 from featcache.images.layout import split_of
 
+log = logging.getLogger("featcache")
 NONE = "none"  # instead of a header: there is no such column
 # Headers as people write them, small and without what separates words -> what the column holds.
 _NAMES = {
@@ -24,6 +26,7 @@ _NAMES = {
 _ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _LESS = frozenset(("id", "imageid", "imgid", "photoid", "name", "uri", "src"))  # paths, where no header says so better
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no")
+_NO_CLASSES = frozenset(("nan", "na", "n/a", "null", "none", "<na>", "?"))
 _MOST = 12  # headers that a message shows
 
 
@@ -66,12 +69,20 @@ def is_label(key: str) -> bool:
     return _ROLES.get(_plain(key)) == "label" or key == "cls"
 
 
-def find_columns(source: str, header: Sequence[str], chosen: Mapping[str, str | None], *, hint: str = "") -> Columns:
+def find_columns(
+    source: str,
+    header: Sequence[str],
+    chosen: Mapping[str, str | None],
+    *,
+    hint: str = "",
+    unread: Collection[str] = (),
+) -> Columns:
     """The columns of the table ``source``.
 
     Args:
         chosen: path, label, split and group -> the header the user named, ``none`` if there is to be no such column, or None: one
-            of the names that people use. hint: the header of a column that holds paths, for a message.
+            of the names that people use. What else is chosen is none of these. hint: the header of a column that holds paths, for a
+            message. unread: headers of columns that hold no text: paths are in one of them only if in no other.
 
     Raises:
         UsageError: there is no column of paths; a chosen one is not there; there are several for one thing.
@@ -80,8 +91,10 @@ def find_columns(source: str, header: Sequence[str], chosen: Mapping[str, str | 
     taken = {column for column in found.values() if column is not None}
     for role in [role for role in chosen if role not in found]:
         columns = [k for k, name in enumerate(header) if _ROLES.get(_plain(name)) == role]
-        if not columns and role == "path":
-            columns = [k for k, name in enumerate(header) if _plain(name) in _LESS]
+        if role == "path":
+            less = [k for k, name in enumerate(header) if _plain(name) in _LESS]
+            readable = ([k for k in each if header[k] not in unread] for each in (columns, less))
+            columns = next(filter(None, readable), columns or less)
         if role != "path" or len(columns) > 1:
             columns = [column for column in columns if column not in taken]
         if len(columns) > 1:
@@ -139,6 +152,22 @@ def split_in(header: str, cell: str) -> int | None:
     if name.startswith("is") and name in _ROLES and text:  # fastai's is_valid; everything else trains
         return split_of(name[2:]) if text in _YES else split_of("train") if text in _NO else None
     return split_of(text) or (0 if text in ("", "none") else None)
+
+
+def wrong_type(source: str, column: str, kind: str, role: str = "") -> SourceError:
+    """What to say of a column that cannot be read; ``role``: what it was taken for, if it can be done without."""
+    instead = f"; name another by --{role}-column, or say --{role}-column {NONE}" if role in ("label", "split") else ""
+    return SourceError(
+        f"{source}: the column {column!r} is of the type {kind}; expected text or whole numbers{instead}"
+    )
+
+
+def warn_of_no_classes(source: object, labels: Iterable[str | None]) -> None:
+    """Say which classes are probably none."""
+    if odd := {label for label in labels if label and label.lower() in _NO_CLASSES}:
+        log.warning(
+            "%s: %s is taken for a class; leave the cell empty where there is no label", source, shown(sorted(odd))
+        )
 
 
 def shown(names: Iterable[str]) -> str:

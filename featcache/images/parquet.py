@@ -8,19 +8,19 @@ size of the row group. Metadata is read as JSON; nothing of it is evaluated.
 
 import bisect
 import itertools
-import json
 import re
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from featcache.errors import MissingDependencyError, RefusedImage, SourceError, UsageError
-from featcache.images.columns import NONE, find_columns, known, quoted, same_header, shown
+from featcache.images.columns import NONE, find_columns, known, quoted, same_header, shown, wrong_type
 from featcache.images.members import MAX_FILE_BYTES, Member
 from featcache.system.path_kinds import Kind, kind_of
+from featcache.system.safe_load import parse_json
 
 _BYTES = ("image", "img", "picture", "photo", "bytes", "imagebytes", "content", "data", "jpg", "jpeg", "png", "webp")
 _AT_A_TIME, _MOST_ROWS, _KEPT = 2**22, 64, 12  # bytes and rows of a block; how many are kept
@@ -41,7 +41,7 @@ class Columns(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A cell of a column that holds neither text nor whole numbers."""
+    """A cell that is neither text nor a whole number."""
 
     column: str
     type: str
@@ -118,7 +118,7 @@ class ParquetImages:
         Raises:
             UsageError: there is no such column, or several may be it. SourceError: it holds neither numbers nor text.
         """
-        features = _features(self.schema)
+        features = features_of(self.schema)
         top = self._image.removesuffix(".bytes")
         asked = {"path": top, "label": chosen["label"], "split": chosen["split"]}
         found = find_columns(name, self.schema.names, asked)
@@ -131,23 +131,26 @@ class ParquetImages:
                     f"or --label-column {NONE}"
                 )
             label = kinds[0] if kinds else ""
-        for column in filter(None, (label, split)):
-            self._check_text(column, name)
-        return Columns(self._image, label, split, _class_names(features.get(label)))
+        for role, column in (("label", label), ("split", split)):
+            if column and not is_cell(kind := self.schema.field(column).type):
+                raise wrong_type(name, column, str(kind), role)
+        return Columns(self._image, label, split, class_names(features.get(label)))
 
-    def values(self, column: str, names: tuple[str, ...] = ()) -> Iterator[str | None]:
-        """The cells of a column as text; numbers that count ``names`` as these, None where there is nothing."""
+    def values(self, column: str, name: str, names: tuple[str, ...] = ()) -> Iterator[str | None]:
+        """The cells of a column as text; numbers that count ``names`` as these, None where there is nothing.
+
+        ``name``: of the file, in messages. Raises SourceError: a number that is not whole, or that no name has.
+        """
+        start = 0
         with _refusing():
             for batch in self._parquet.iter_batches(batch_size=2**14, columns=[column], use_threads=False):
-                for value in batch.column(0).to_pylist():
-                    yield _as_text(value, names)
-
-    def _check_text(self, column: str, name: str) -> None:
-        kind = self.schema.field(column).type
-        if not _is_cell(kind):
-            raise SourceError(
-                f"{name}: the column {column!r} is of the type {kind}; expected numbers or names of classes"
-            )
+                cells = _whole(batch.column(0).to_pylist(), column, batch.column(0).type)
+                named = named_classes(cells, names, source=name, column=column, start=start)
+                for row, value in enumerate(named, start):
+                    if isinstance(value, Unread):
+                        raise wrong_type(f"{name}, row {row}", *value)
+                    yield _as_text(value)
+                start += len(batch)
 
     def _group(self, row: int) -> int:
         return bisect.bisect_right(self._starts, row) - 1
@@ -208,7 +211,7 @@ def is_table_of_paths(path: Path, column: str | None = None) -> bool:
     held = _bytes_columns(schema)
     if named := same_header(schema.names, column) if column is not None else []:
         return not any(schema.names[k] in held for k in named)
-    texts = [field.name for field in schema if _is_cell(field.type)]
+    texts = [field.name for field in schema if is_cell(field.type)]
     return not _likely_images(schema, held) and (not held or known(texts, {"path": None}) > 0)
 
 
@@ -222,14 +225,18 @@ def table_rows(path: Path) -> Iterator[tuple[list[Any], str]]:
     try:
         with _refusing():
             schema = pa.parquet.read_schema(path)
-            cells = [field.name for field in schema if _is_cell(field.type)]
+            cells = [field.name for field in schema if is_cell(field.type)]
             # A long text that comes again and again takes memory once; pages come one after the other.
             options = {"pre_buffer": False, "buffer_size": 2**20, "read_dictionary": cells}
-            names, start = {name: _class_names(_features(schema).get(name)) for name in cells}, 0
+            features, start = features_of(schema), 0
             empty = [None if name in cells else Unread(name, str(schema.field(name).type)) for name in schema.names]
             with pa.parquet.ParquetFile(path, **options) as file:
                 for batch in file.iter_batches(_CELLS_ROWS, columns=cells, use_threads=False):
-                    read = {name: iter(_cells(batch.column(name), names[name])) for name in cells}
+                    read = {name: iter(_cells(batch.column(name), name)) for name in cells}
+                    for name in filter(features.get, cells):
+                        names = class_names(features[name])
+                        named = named_classes([*read[name]], names, source=str(path), column=name, start=start)
+                        read[name] = iter(named)
                     for row in range(start, start + len(batch)):
                         found = [next(read[name]) if name in read else empty[k] for k, name in enumerate(schema.names)]
                         yield found, f"{path}, row {row}"
@@ -252,19 +259,31 @@ def table_header(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _cells(column: Any, names: tuple[str, ...]) -> list[Any]:
+def _cells(column: Any, name: str) -> list[Any]:
     pa = _pyarrow()
     if pa.types.is_dictionary(column.type):
-        if _is_text(column.type.value_type):
+        if is_text(column.type):
             longest = pa.compute.max(pa.compute.binary_length(column.dictionary)).as_py() or 0
             if longest > _MAX_LABEL:
                 raise RefusedImage(f"a text of {longest:,} bytes; expected names of at most {_MAX_LABEL:,}")
         column = column.dictionary_decode()
-    if _is_text(column.type):
+    if is_text(column.type):
         raw = column.cast(pa.large_binary()).to_pylist()  # what is not UTF-8 is kept byte for byte
         return [None if text is None else text.decode("utf-8", "surrogateescape") for text in raw]
-    values: list[Any] = column.to_pylist()
-    return [_as_text(value, names) for value in values] if names else values
+    return _whole(column.to_pylist(), name, column.type)
+
+
+def _whole(values: list[Any], column: str, kind: Any) -> list[Any]:
+    """``values``, floats as whole numbers with gaps, as pandas keeps them; ``Unread`` of others."""
+    if not any(isinstance(value, float) for value in values):
+        return values
+    return [_without_fraction(value, column, kind) if isinstance(value, float) else value for value in values]
+
+
+def _without_fraction(value: float, column: str, kind: Any) -> int | Unread | None:
+    if value != value:
+        return None
+    return int(value) if value.is_integer() else Unread(column, str(kind))
 
 
 def _image_column(schema: Any, column: str) -> tuple[str, str]:
@@ -297,16 +316,16 @@ def _bytes_columns(schema: Any) -> dict[str, str]:
     types, found = _pyarrow().types, dict[str, str]()
     for field in schema:
         inside = [field.type.field(k) for k in range(field.type.num_fields)] if types.is_struct(field.type) else []
-        if any(each.name == "bytes" and _is_binary(each.type) for each in inside):
+        if any(each.name == "bytes" and is_binary(each.type) for each in inside):
             found[field.name] = f"{field.name}.bytes"
-        elif _is_binary(field.type):
+        elif is_binary(field.type):
             found[field.name] = field.name
     return found
 
 
 def _likely_images(schema: Any, found: Mapping[str, str]) -> dict[str, str]:
     """Those of ``found`` that ``datasets`` marks as images, or else that are called and made like some."""
-    features = _features(schema)
+    features = features_of(schema)
     marked = {name: path for name, path in found.items() if _kind(features.get(name)) == "Image"}
     return marked or {
         name: path
@@ -315,30 +334,34 @@ def _likely_images(schema: Any, found: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _is_cell(kind: Any) -> bool:
-    """Whether a column of this type holds text or whole numbers."""
-    types = _pyarrow().types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind) or _is_text(kind))
+def is_cell(kind: Any) -> bool:
+    """Whether a column of this type holds text or numbers."""
+    types, kind = _pyarrow().types, _value_type(kind)
+    numbers = (types.is_integer, types.is_floating, types.is_boolean, types.is_null)
+    return is_text(kind) or any(check(kind) for check in numbers)
 
 
-def _is_text(kind: Any) -> bool:
-    types = _pyarrow().types
-    views = getattr(types, "is_string_view", lambda _: False)  # since pyarrow 16
-    return bool(types.is_string(kind) or types.is_large_string(kind) or views(kind))
+def is_text(kind: Any) -> bool:
+    """Whether a column of this type holds text."""
+    types, kind = _pyarrow().types, _value_type(kind)
+    return any(check(kind) for check in (types.is_string, types.is_large_string, types.is_string_view))
 
 
-def _is_binary(kind: Any) -> bool:
-    types = _pyarrow().types
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+def is_binary(kind: Any) -> bool:
+    """Whether a column of this type holds bytes."""
+    types, kind = _pyarrow().types, _value_type(kind)
+    return any(check(kind) for check in (types.is_binary, types.is_large_binary, types.is_binary_view))
 
 
-def _features(schema: Any) -> dict[str, Any]:
+def _value_type(kind: Any) -> Any:
+    return kind.value_type if _pyarrow().types.is_dictionary(kind) else kind
+
+
+def features_of(schema: Any) -> dict[str, Any]:
     """What ``datasets`` says of columns; nothing where it says nothing that can be understood."""
     try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        found = parse_json((schema.metadata or {})[b"huggingface"].decode())["info"]["features"]
+    except (KeyError, TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -347,19 +370,34 @@ def _kind(feature: Any) -> object:
     return feature.get("_type") if isinstance(feature, dict) else None
 
 
-def _class_names(feature: Any) -> tuple[str, ...]:
+def class_names(feature: Any) -> tuple[str, ...]:
+    """The names that the numbers of a column count, by what ``datasets`` says of it; none where that has another form."""
     names = feature.get("names") if isinstance(feature, dict) else None
     if isinstance(names, dict):  # of an older version: number -> name
         names = [names.get(str(k)) for k in range(len(names))]
-    fits = isinstance(names, list) and all(isinstance(name, str) and 0 < len(name) < _MAX_LABEL for name in names)
-    return tuple(names) if fits and isinstance(names, list) else ()
+    if not isinstance(names, list) or not all(isinstance(name, str) and 0 < len(name) < _MAX_LABEL for name in names):
+        return ()
+    return tuple(names) if len({*names}) == len(names) else ()
 
 
-def _as_text(value: Any, names: tuple[str, ...]) -> str | None:
+def named_classes(values: list[Any], names: Sequence[str], *, source: str, column: str, start: int) -> list[Any]:
+    """``values``, from row ``start`` on, with names for the numbers that count them, and None for -1: so ``datasets`` says "no class".
+
+    Raises SourceError: a number that no name has.
+    """
+    if not names:
+        return values
+    numbers = [isinstance(value, int) and not isinstance(value, bool) for value in values]
+    for row, (value, number) in enumerate(zip(values, numbers, strict=True), start):
+        if number and not -1 <= value < len(names):
+            raise SourceError(f"{source}, row {row}: {column} is {value}, and its ClassLabel has {len(names)} names")
+    known = [*names, None]  # the last: of -1
+    return [known[value] if number else value for value, number in zip(values, numbers, strict=True)]
+
+
+def _as_text(value: Any) -> str | None:
     if value is None or value == "":
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and names:
-        return names[value] if 0 <= value < len(names) else None
     text = str(value)
     if len(text) > _MAX_LABEL or "\0" in text:
         raise RefusedImage(f"a label of {len(text)} characters, which is no name of a class")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from featcache.errors import FeatcacheError, SourceError, UsageError
-from featcache.images.columns import NONE, known
+from featcache.images.columns import NONE, known, wrong_type
 from featcache.images.folders import has_image_suffix
 from featcache.images.parquet import Unread, table_header, table_rows
 from featcache.system.path_kinds import Kind, kind_of
@@ -340,9 +340,7 @@ def _json(line: str, where: str) -> dict[str, Any]:
 def as_text(value: Any, where: str) -> str:
     """A cell as text: what JSON holds as it is written. Raises SourceError: several values, or of a type that is no text."""
     if isinstance(value, Unread):
-        raise SourceError(
-            f"{where}: the column {value.column!r} is of the type {value.type}; expected text or whole numbers"
-        )
+        raise wrong_type(where, value.column, value.type)
     if isinstance(value, dict | list):
         raise SourceError(f"{where}: found {json.dumps(value)[:200]}, expected one text or number")
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from featcache.errors import NoAccessError, Refusal, RefusedImage, SourceError
 from featcache.images.archives import Archive, archive_in, is_archive, look_through, read_member, stat_member
-from featcache.images.columns import is_label, printable, shown, split_in
+from featcache.images.columns import is_label, printable, shown, split_in, warn_of_no_classes
 from featcache.images.folders import HIDDEN, OTHERS, Entry, Listing, has_image_suffix, meaning, say_passed_over
 from featcache.images.layout import is_system, read_layout, some, split_of
 from featcache.images.locations import expand, open_binary
@@ -104,6 +104,8 @@ def list_shards(
         reading.take(location)
     say_passed_over(source, reading.passed)
     entries, classes = reading.meant(source, class_level) if labelled else (reading.entries, set[str]())
+    if reading.parquet:
+        warn_of_no_classes(source, (entry.label for entry in entries))
     return Listing(shards.root, entries, classes, reading.refused, reading.refused_at)
 
 
@@ -176,8 +178,9 @@ class _Reading:
             columns = rows.columns(self.chosen, str(archive.location))
             log.debug("%s: image from %s, label from %s", archive.location, columns.image, columns.label or "nowhere")
             self.classes |= {*columns.names}
-            labels = rows.values(columns.label, columns.names) if columns.label else labels
-            splits = rows.values(columns.split) if columns.split else splits
+            name = str(archive.location)
+            labels = rows.values(columns.label, name, columns.names) if columns.label else labels
+            splits = rows.values(columns.split, name) if columns.split else splits
         for member in archive.members:
             label, cell = next(labels, None), next(splits, None)
             at = split if cell is None else split_in(columns.split, cell)

@@ -15,7 +15,16 @@ from pathlib import Path
 
 from featcache.errors import Refusal, RefusedImage, SourceError, UsageError
 from featcache.images.archives import archive_in, stat_member
-from featcache.images.columns import NONE, Columns, find_columns, printable, quoted, shown, split_in, without_header
+from featcache.images.columns import (
+    NONE,
+    Columns,
+    find_columns,
+    printable,
+    quoted,
+    split_in,
+    warn_of_no_classes,
+    without_header,
+)
 from featcache.images.folders import Entry, Listing, has_image_suffix, holds_an_image
 from featcache.images.parquet import is_table_of_paths
 from featcache.images.records import STDIN, Table, as_text, read_table, without_escape
@@ -28,7 +37,6 @@ _COLUMNS = 50  # in which paths are looked for
 _FOLDERS = 200  # in which they are looked for
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # an absolute path of Windows
 _ADDRESS = re.compile(r"file:(?://(?:localhost)?)?(?=/)", re.IGNORECASE)
-_NO_CLASSES = frozenset(("nan", "na", "n/a", "null", "none", "<na>", "?"))
 
 
 def is_table(path: Path) -> bool:
@@ -73,8 +81,7 @@ def list_table(source: Path, root: Path, chosen: Mapping[str, str | None], *, la
             found.append(entry)
     if (found or refused) and all(entry.size < 0 for entry in found):
         raise _not_one_there(table, columns, files)
-    if odd := {entry.label for entry in found if entry.label and entry.label.lower() in _NO_CLASSES}:
-        log.warning("%s: %s is taken for a class; leave the cell empty where there is no label", table.name, shown(odd))
+    warn_of_no_classes(table.name, (entry.label for entry in found))
     return Listing(root, found, set(), refused, refused_at)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 from caches import CLASSES_DIM, make_cache, make_classes, plain_rows
-from conftest import SPEC, make_photos
+from conftest import SPEC, make_photos, write_photo
 
 from featcache import (
     FeatureCache,
@@ -38,6 +39,7 @@ from featcache.errors import (
     UsageError,
 )
 from featcache.extraction.repair import repair
+from featcache.images.source import Source, list_images
 
 pa, pq, pd = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet", "pandas"))
 STATED = "CLIP ViT-L/14 of open_clip, laion2b"
@@ -139,6 +141,80 @@ def test_names_of_classes_that_datasets_noted(tmp_path: Path) -> None:
     assert (cache.classes, cache.y.tolist()) == (("ant", "zebra"), [1, 0, -1, 1, -1, 0])
 
 
+CLASSES = [
+    ["zebra", "ant"],
+    {"0": "zebra", "1": "ant"},
+    {"0": "zebra", "2": "ant"},
+    ["zebra", "zebra"],
+    ["", "ant"],
+    [1, 2],
+    "no",
+]
+
+
+@pytest.mark.parametrize("names", CLASSES, ids=str)
+@pytest.mark.parametrize("labels", [[0, 1, -1], [0.0, 1.0, np.nan], [0, 1, 2], [0, 1, -2], [0.0, 1.0, 0.5]], ids=str)
+def test_vectors_paths_and_images_have_the_same_classes(tmp_path: Path, names: object, labels: list[float]) -> None:
+    """Of one column that datasets says something of: the same labels, or a refusal that names the column."""
+    said = {"huggingface": json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})}
+    photos = [write_photo(tmp_path / f"{k}.jpg", (1, 2, 3), k).read_bytes() for k in range(3)]
+    path = [f"{k}.jpg" for k in range(3)]
+    columns: dict[str, dict[str, Any]] = {
+        "x": {"path": path, "v": [[1.0]] * 3},
+        "paths": {"path": path},
+        "images": {"image": photos},
+    }
+    for name, more in columns.items():
+        pq.write_table(pa.table(more | {"label": labels}).replace_schema_metadata(said), tmp_path / f"{name}.parquet")
+    found: list[Any] = []
+    for name in columns:
+        try:
+            if name == "x":
+                import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED)
+                cache = FeatureCache.open(tmp_path / "f.h5")
+                found.append((cache.classes, cache.y.tolist()))
+            else:
+                images = list_images(tmp_path / f"{name}.parquet")
+                found.append((images.classes, images.labels.tolist()))
+        except SourceError as error:
+            assert re.search(r"row 2: (label is|the column 'label')", str(error))
+            found.append("refused")
+    assert found[0] == found[1] == found[2]
+    known = names in CLASSES[:2]
+    if 0.5 in labels or (known and {2, -2} & {*labels}):
+        assert found[0] == "refused"
+    elif known:
+        assert found[0] == (("ant", "zebra"), [1, 0, -1])
+
+
+@pytest.mark.parametrize("name", ["nan", "NULL", "?"])
+def test_what_is_no_class_is_warned_of(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    savez(tmp_path / "x.npz", path=np.array(["a", "b"]), v=GOOD * [[1], [2]], label=np.array([name, "ant"]))
+    image = write_photo(tmp_path / "a.jpg", (1, 2, 3), 1).read_bytes()
+    pq.write_table(pa.table({"image": [image] * 2, "label": [name, "ant"]}), tmp_path / "images.parquet")
+    (tmp_path / "t.csv").write_text(f"path,label\na.jpg,{name}\n")
+    import_vectors(tmp_path / "x.npz", tmp_path / "f.h5", stated=STATED)
+    list_images(tmp_path / "images.parquet")
+    list_images(tmp_path / "t.csv")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    words = f"{name} is taken for a class; leave the cell empty where there is no label"
+    assert said == [f"{tmp_path / file}: {words}" for file in ("x.npz", "images.parquet", "t.csv")]
+
+
+def test_an_error_of_ours_is_not_taken_for_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    savez(tmp_path / "x.npz", path=np.array(["a", "b"]), v=GOOD)
+    monkeypatch.setattr("featcache.extraction.external.original_names", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        import_vectors(tmp_path / "x.npz", tmp_path / "f.h5", stated=STATED)
+
+
+def test_spellings_that_may_be_two_files_stay_two(tmp_path: Path) -> None:
+    names = ["a/b", "a\\b", "a/../a/b", "a./b", "a/.b", "/a/b", "../a/b", "..a/b", "//x"]
+    savez(tmp_path / "x.npz", path=np.array(names), v=np.ones((len(names), 3)))
+    import_vectors(tmp_path / "x.npz", tmp_path / "f.h5", stated=STATED)
+    assert FeatureCache.open(tmp_path / "f.h5").paths == tuple(names)
+
+
 KINDS: dict[str, Callable[[np.ndarray], Any]] = {
     "list": lambda X: pa.array(list(X)),
     "large list": lambda X: pa.array(list(X), pa.large_list(pa.float32())),
@@ -150,7 +226,7 @@ KINDS: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("text", ["string", "large_string", "dictionary", "binary"])
+@pytest.mark.parametrize("text", ["string", "large_string", "string_view", "dictionary", "binary", "binary_view"])
 def test_types_and_row_groups(tmp_path: Path, kind: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featcache.extraction.vectors._BLOCK", 4)  # rows at a time; row groups have 7
     types = {"dictionary": pa.dictionary(pa.int32(), pa.string())}
@@ -165,8 +241,8 @@ def test_types_and_row_groups(tmp_path: Path, kind: str, text: str, monkeypatch:
     assert ((X.astype(np.float16) if kind == "float16" else X) == cache.X).all()
 
 
-def savez(path: Path, **arrays: Any) -> None:
-    with path.open("wb") as file:
+def savez(to: Path, /, **arrays: Any) -> None:
+    with to.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -200,9 +276,67 @@ BAD_TABLES: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown split": ({"path": ["a", "b"], "v": list(GOOD), "split": ["train", "x"]}, "row 1: split is 'x', expected train"),
     "no sha256": ({"path": ["a", "b"], "v": list(GOOD), "sha256": [HEX, "00"]}, "row 1: sha256 is '00', expected 64"),
     "a sha256 is missing": ({"path": ["a", "b"], "v": list(GOOD), "sha256": [HEX, None]}, "row 1: sha256 is 'None'"),
-    "times as paths": ({"path": [pd.Timestamp(0), pd.Timestamp(1)], "v": list(GOOD)}, "none of them known as one of paths"),
+    "times as paths": ({"path": [pd.Timestamp(0), pd.Timestamp(1)], "v": list(GOOD)}, "the column 'path' is of the type timestamp"),
+    "digests as bytes": ({"path": ["a", "b"], "v": list(GOOD), "sha256": pa.array([b"x" * 32] * 2, pa.binary(32))}, "'sha256' is of the"),
+    "a label without end": ({"path": ["a", "b"], "v": list(GOOD), "label": [1.0, np.inf]}, "row 1: label is 'inf', expected the name"),
+    "one file, two spellings": ({"path": ["a/b", "c", "./a//./b"], "v": [[1.0]] * 3}, "rows 0 and 2 have the same path, a/b"),
     "two columns of paths": ({"path": ["a", "b"], "filename": ["a", "b"], "v": list(GOOD)}, "--path-column"),
 }  # fmt: skip
+
+
+ODD_COLUMNS: dict[str, Any] = {
+    "decimal": pa.array([1, 2], pa.decimal128(3, 1)),
+    "date": pa.array([1, 2], pa.date32()),
+    "list of texts": pa.array([["x"], ["y"]]),
+    "list of floats": pa.array([[1.0], [2.0]]),
+    "struct": pa.array([{"a": 1}, {"a": 2}]),
+}
+
+
+@pytest.mark.parametrize("case", ODD_COLUMNS)
+@pytest.mark.parametrize("role", ["label", "split"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_column_of_another_type_is_refused_as_by_a_table_of_images(
+    tmp_path: Path, case: str, role: str, named: bool
+) -> None:
+    columns = {"path": ["a.jpg", "b.jpg"], role: ODD_COLUMNS[case]}
+    pq.write_table(pa.table(columns | {"vector": list(GOOD)}), tmp_path / "x.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "paths.parquet")
+    for name in ("a.jpg", "b.jpg"):
+        write_photo(tmp_path / name, (1, 2, 3), 1)
+    option: dict[str, Any] = {f"{role}_column": role} if named else {}
+    kind = pq.read_schema(tmp_path / "x.parquet").field(role).type
+    reason = re.escape(f"the column {role!r} is of the type {kind}; expected text or whole numbers")
+    with pytest.raises(SourceError, match=reason):
+        list_images(Source(tmp_path / "paths.parquet", **option))
+    with pytest.raises(SourceError, match=f"{reason}; name another by --{role}-column, or say --{role}-column none"):
+        import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED, **option)
+    import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED, **{f"{role}_column": "none"})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("role", ["label", "split"])
+@pytest.mark.parametrize(
+    "values", [np.array(["train", "val"])[:, None], np.ones((2, 1)), np.array("train"), np.ones(2, "M8[s]")]
+)
+def test_an_array_of_another_shape_is_refused(tmp_path: Path, role: str, values: np.ndarray) -> None:
+    savez(tmp_path / "x.npz", path=np.array(["a", "b"]), vector=GOOD, **{role: values})
+    with pytest.raises(
+        SourceError, match=f"the column '{role}' is of the type .*; expected text or whole numbers; name"
+    ):
+        import_vectors(tmp_path / "x.npz", tmp_path / "f.h5", stated=STATED)
+
+
+def test_what_is_called_like_a_path_or_holds_the_vectors_is_in_nobodys_way(tmp_path: Path) -> None:
+    """As in a table of ``datasets``, whose images are beside their names; all that is not read is said."""
+    images = pa.array([{"bytes": b"x", "path": None}] * 2)
+    table = {"image": images, "file_name": ["a", "b"], "label": pa.array([None, None]), "target": list(GOOD)}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(
+        UsageError, match="one column cannot be two things, see --label-column target --vector-column target"
+    ):
+        import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED, label_column="target")
+    report = import_vectors(tmp_path / "x.parquet", tmp_path / "f.h5", stated=STATED)
+    assert (FeatureCache.open(tmp_path / "f.h5").paths, report.classes) == (("a", "b"), 0)
 
 
 @pytest.mark.parametrize("case", BAD_TABLES)

@@ -307,6 +307,27 @@ def test_parquet_as_others_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list_images(Source(numbers, label_column="other")).classes == ("x", "y", "z")
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view", "dictionary"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_bytes_of_every_type(tmp_path: Path, kind: str, inside: bool) -> None:
+    """Of several row groups, read in blocks that end within one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def piece(rows: list[bytes]) -> Any:
+        column = pa.array(rows).dictionary_encode() if kind == "dictionary" else pa.array(rows, getattr(pa, kind)())
+        if inside:
+            column = pa.StructArray.from_arrays([column, pa.nulls(len(rows), pa.string())], ["bytes", "path"])
+        return pa.table({"image": column, "label": ["a"] * len(rows)})
+
+    rows = [f"{k % 7}".encode() * 90 for k in range(300)]
+    with pq.ParquetWriter(tmp_path / "x.parquet", piece(rows).schema) as file:
+        for start in range(0, 300, 70):
+            file.write_table(piece(rows[start : start + 70]))
+    images = list_images(tmp_path / "x.parquet")
+    assert [read_file(images.root / name)[0] for name in images.paths] == rows
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no bytes": (
         {"left": [b"a"], "label": ["x"]},

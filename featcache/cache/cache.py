@@ -41,7 +41,7 @@ from featcache.errors import (
 )
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import count_rows, html_table, quantity
-from featcache.system.files import read_published
+from featcache.system.files import read_published, target_of
 from featcache.system.memory import available_memory
 from featcache.system.path_advice import missing, place_for, typed
 from featcache.system.path_kinds import CACHE_SUFFIXES as CACHE_SUFFIXES
@@ -402,4 +402,5 @@ def is_cache(path: Path) -> bool:
 
 def weights_copy(cache: Path, spec: Spec) -> Path:
     """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
+    cache = target_of(cache)
     return cache.with_name(f"{cache.name}.{spec.weights_sha256[:12]}.safetensors")

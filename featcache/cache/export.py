@@ -37,7 +37,7 @@ from featcache.cache.table import (
     slices,
 )
 from featcache.errors import ExportError
-from featcache.system.files import check_free_space, publish_file
+from featcache.system.files import check_free_space, publish_file, target_of
 
 if TYPE_CHECKING:
     from featcache.cache.cache import FeatureCache
@@ -71,7 +71,7 @@ def write_as(cache: "FeatureCache", output: Path, added: Added = NOTHING, *, by:
     kind = format_of(output)
     assert kind is not None
     needed = len(cache) * (cache.dim * (4 if kind == ".faiss" else cache.dtype.itemsize) + 64)
-    check_free_space(output.parent, needed)
+    check_free_space(target_of(output).parent, needed)
     cache.check_features()  # before the first file is there
     for path in files_of(output):
         write = WRITERS[kind] if path == output else _write_which

@@ -31,7 +31,7 @@ from featcache.cache.format import (
 )
 from featcache.errors import Refusal
 from featcache.spec import Spec, canonical_json
-from featcache.system.files import check_free_space, publish_file
+from featcache.system.files import check_free_space, publish_file, target_of
 
 _MAX_CHECKSUMS = 4096  # an HDF5 attribute holds at most 64 KiB
 _ALIGNMENT = 4096
@@ -64,7 +64,7 @@ def write_cache(
         StorageError: too little space, or the operating system refused a step; ``path`` is then unchanged.
         ValueError: ``blocks`` do not add up to N rows of D values.
     """
-    dtype = np.dtype(spec.storage).newbyteorder("<")
+    path, dtype = target_of(path), np.dtype(spec.storage).newbyteorder("<")
     per_checksum = max(rows_per_checksum, -(-len(rows) // _MAX_CHECKSUMS))
     texts = (canonical_json(spec.to_json()), canonical_json((provenance or Provenance()).to_json()))
     columns = _columns(rows, classes, refused)

@@ -143,7 +143,7 @@ def predict(
 
 def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) -> None:
     """Refuse, before any work, a file that cannot or must not be written. Raises UsageError, StorageError."""
-    from featcache.system.files import check_output
+    from featcache.system.files import check_may_replace, check_output, target_of
 
     if output is None:
         if overwrite:
@@ -152,14 +152,13 @@ def _check_table(output: Path | None, inputs: list[Path], *, overwrite: bool) ->
     if output.suffix not in (".csv", ".jsonl"):
         raise UsageError(f"cannot tell the format of {output}; name it .csv or .jsonl")
     check_output(output)
-    if is_model(output.parent):
+    if is_model(target_of(output).parent):
         raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
     if not os.path.lexists(output):
         return
     if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
         raise UsageError(f"{output} is one of the inputs, and would be replaced; choose another -o")
-    if not overwrite:
-        raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
+    check_may_replace(output, "--overwrite", given=overwrite)
 
 
 def _check_gallery(gallery: Path | None, *, sample: int | None, pictures: Path | None, caches: bool) -> None:

@@ -6,7 +6,6 @@ Before anything is written, all that is wrong with a plan is found. Images are o
 
 import dataclasses
 import difflib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from featcache.images.records import as_text, csv_line, read_table, without_esca
 from featcache.images.tables import Files
 from featcache.spec import SPLITS
 from featcache.system.display import printable
-from featcache.system.files import check_output, publish_file
+from featcache.system.files import check_may_replace, check_output, publish_file
 from featcache.system.path_advice import missing
 
 # The first four are the contract; then the image's split, its label as the cache has it, and the kinds of findings about it.
@@ -145,8 +144,7 @@ def _check_output(plan: Path, output: Path, *, overwrite: bool) -> None:
     check_output(output)
     if output.exists() and plan.exists() and output.samefile(plan):
         raise UsageError(f"{output} is the plan, and would be replaced; choose another -o")
-    if os.path.lexists(output) and not overwrite:
-        raise UsageError(f"{output} exists; choose another -o, or give --overwrite to replace it")
+    check_may_replace(output, "--overwrite", given=overwrite)
 
 
 def read_plan(plan: Path, root: Path | None = None) -> list[Line]:

@@ -21,7 +21,7 @@ from featcache.images.layout import is_system
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS
 from featcache.system.display import printable
-from featcache.system.files import check_free_space, check_output, publish_folder
+from featcache.system.files import check_free_space, check_output, publish_folder, target_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -48,7 +48,7 @@ def place_images(images: ImageList, folder: Path, *, link: bool, progress: Progr
     rows = np.flatnonzero(images.splits)
     targets = _targets(images, rows.tolist())
     if not link:
-        check_free_space(folder.parent, int(np.maximum(images.sizes[rows], 0).sum()))
+        check_free_space(target_of(folder).parent, int(np.maximum(images.sizes[rows], 0).sum()))
     with publish_folder(folder, replace=False) as temporary:
         for done, (row, target) in enumerate(targets.items(), 1):
             to = temporary / target

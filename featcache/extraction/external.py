@@ -21,18 +21,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import find_copies
 from featcache.cache.features import Features, is_finite
 from featcache.cache.format import Provenance, Rows, decode_names
 from featcache.cache.table import original_names, readable
 from featcache.cache.write import write_cache
-from featcache.errors import Refusal, SourceError, UsageError
+from featcache.errors import DamagedCacheError, Refusal, SourceError, UsageError
 from featcache.extraction.vectors import VectorTable, choose_vectors, open_vectors
 from featcache.images.columns import find_columns, printable, shown, split_in, warn_of_no_classes, wrong_type
 from featcache.images.read import Paths, ReadImage, read_images
 from featcache.spec import SPLITS, Spec
 from featcache.system.display import Shown, quantity
-from featcache.system.files import check_output
+from featcache.system.files import check_may_replace, check_output
 from featcache.system.memory import available_memory
 from featcache.system.path_advice import HERE, check_path, missing
 from featcache.system.path_kinds import AnyPath, as_path
@@ -159,8 +160,10 @@ def _check_places(source: Path, output: Path, *, force: bool) -> None:
     if not os.path.lexists(source):
         raise SourceError(missing(source, "give a Parquet file or a .npz of vectors"))
     check_output(output)
-    if os.path.lexists(output) and not force:
-        raise UsageError(f"{output} exists; choose another -o, or give --force to replace it")
+    check_may_replace(output, "--force", given=force)
+    if os.path.lexists(output):
+        with contextlib.suppress(DamagedCacheError):
+            FeatureCache.salvage(output)  # what is no cache, or a newer one, stays
     if work_folder(output).is_dir():
         raise UsageError(f"unfinished work for {output} lies in {work_folder(output)}; finish it, or choose another -o")
 

@@ -183,7 +183,7 @@ class Job:
         for number in np.unique(plan.matches.source[plan.matches.source >= 0]):  # damage is found before work starts
             plan.caches[number].check_features()
         values = (len(plan.todo) + len(plan.images)) * self.backbone.dim
-        check_free_space(self.output.parent, values * np.dtype(self.spec.storage).itemsize)
+        check_free_space(work_folder(self.output).parent, values * np.dtype(self.spec.storage).itemsize)
         self.keep_weights(self.spec)
         run = executor or executor_for(self.device, self.embedder, len(plan.todo))
         device = "auto" if self.device == ALL_GPUS else self.device

@@ -90,7 +90,7 @@ class KeptEmbeddings:
                 return known
             settled = settle()
             values = {"record": dict(record), "spec": settled.spec.to_json(), "dim": settled.dim}
-            with publish_file(path) as file:
+            with publish_file(path, own=True) as file:
                 file.write(json.dumps(values | {"sha256": fingerprint_of(values)}, indent=1).encode())
         return settled
 

@@ -171,8 +171,8 @@ def _embed(
         raise not_found(cache, files, rows[at < 0])
     images = files.images.take(at)
     embedder = Work(cache.path, images, cache.spec, cache.provenance, *options).prepare()
-    check_free_space(cache.path.parent, (len(rows) + len(cache)) * cache.dim * cache.dtype.itemsize)
     folder = work_folder(cache.path)
+    check_free_space(folder.parent, (len(rows) + len(cache)) * cache.dim * cache.dtype.itemsize)
     return embed_into_parts(images, embedder, folder, spec=cache.spec, provenance=cache.provenance, progress=progress)
 
 

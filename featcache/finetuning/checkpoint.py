@@ -130,7 +130,7 @@ def hold_work(job: Job, *, force: bool) -> Iterator[None]:
             if force:
                 remove_work(job.output)
             if not (run := work_folder(job.output) / _RUN).is_file():
-                with publish_file(run) as file:
+                with publish_file(run, own=True) as file:
                     file.write(b"{}\n")
         job.processes.barrier()
         yield
@@ -158,7 +158,7 @@ def open_work(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """
     folder = work_folder(output)
     if not (folder / _STATE).is_file():
-        with publish_file(folder / _RUN) as file:
+        with publish_file(folder / _RUN, own=True) as file:
             file.write((json.dumps(identity, indent=2) + "\n").encode())
         return None
     state = _read_state(folder / _STATE)
@@ -177,7 +177,7 @@ def save_state(output: Path, identity: dict[str, Any], state: dict[str, Any]) ->
 
     buffer = io.BytesIO()
     torch.save(state | {"identity": identity, "version": FORMAT_VERSION}, buffer)
-    with publish_file(work_folder(output) / _STATE, needed=buffer.getbuffer().nbytes) as file:
+    with publish_file(work_folder(output) / _STATE, needed=buffer.getbuffer().nbytes, own=True) as file:
         file.write(buffer.getbuffer())
 
 

@@ -23,7 +23,7 @@ from featcache.models.model import Model, load_model
 from featcache.models.training_rows import TrainingRows
 from featcache.spec import SPLITS
 from featcache.system.display import Steps, bar_in_notebook, describe_steps, quantity
-from featcache.system.files import sync_folder
+from featcache.system.files import sync_folder, target_of
 from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.workdir import work_folder
 
@@ -163,7 +163,7 @@ def _fit(job: Job, cache: Path, *, head: Path, settings: dict[str, Any]) -> None
 
 def keep_cache(output: Path) -> None:
     """Move the features that were extracted for the start to ``OUTPUT.features.h5``, unless that name is taken."""
-    source, target = work_folder(output) / _CACHE, output.with_name(f"{output.name}.{_CACHE}")
+    source, target = work_folder(output) / _CACHE, target_of(output).with_name(f"{output.name}.{_CACHE}")
     if not source.is_file() or target.exists():
         return
     spec = FeatureCache.open(source).spec

@@ -6,7 +6,6 @@ model. Everything is float32: a model trained on float16 embeddings, or with bf1
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from featcache.models.as_onnx import make_onnx, require_onnx
 from featcache.models.as_safetensors import make_safetensors
 from featcache.models.export_candidate import Candidate, normalise_pixels, sample_pixels
 from featcache.models.model import Model, load_model
-from featcache.system.files import check_free_space, check_output, publish_file
+from featcache.system.files import check_free_space, check_may_replace, check_output, publish_file, target_of
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath, as_path, is_model
 
@@ -82,7 +81,7 @@ def export_model(model: Model | AnyPath, output: AnyPath, *, force: bool = False
     backbone = model.load_backbone()
     candidate = (make_onnx if kind == "onnx" else make_safetensors)(model, backbone, output.name)
     difference = _check_parity(candidate, model, backbone, output=output)
-    check_free_space(output.parent, len(candidate.data))
+    check_free_space(target_of(output).parent, len(candidate.data))
     with publish_file(output, needed=len(candidate.data)) as file:
         file.write(candidate.data)
     return ExportReport(
@@ -104,10 +103,9 @@ def _check_target(output: Path, *, force: bool) -> Format:
     if kind is None:
         raise UsageError(f"cannot tell the format of {output}; name it .onnx or .safetensors")
     check_output(output)
-    if is_model(output.parent):  # a backbone.safetensors there would be taken for the model's own
+    if is_model(target_of(output).parent):  # a backbone.safetensors there would be taken for the model's own
         raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
-    if os.path.lexists(output) and not force:
-        raise UsageError(f"{output} exists; choose another -o, or give --force to replace it")
+    check_may_replace(output, "--force", given=force)
     return kind
 
 

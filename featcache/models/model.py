@@ -246,7 +246,7 @@ def save_model(
     import joblib
     from safetensors.numpy import save
 
-    with publish_folder(path.resolve()) as folder:  # a link to a folder keeps being one
+    with publish_folder(named(path)) as folder:
         head = save(fitted.head.to_tensors())
         (folder / _HEAD).write_bytes(head)
         if fitted.pipeline is not None:

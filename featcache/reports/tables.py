@@ -5,7 +5,6 @@ In: a cache; a model, if predictions are asked for. Out: a file in the format th
 
 import dataclasses
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from featcache.errors import SourceError, UsageError
 from featcache.models.model import Model, load_model
 from featcache.reports.elements.projection import Method, check_method, project
 from featcache.system.display import Shown
-from featcache.system.files import check_output
+from featcache.system.files import check_may_replace, check_output, target_of
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath, as_path, is_model
 
@@ -125,9 +124,8 @@ def _check_target(output: Path, *, force: bool) -> str:
         )
     for path in files_of(output):
         check_output(path)
-        if os.path.lexists(path) and not force:
-            raise UsageError(f"{path} exists; choose another -o, or give --force to replace it")
-    if is_model(output.parent):
+        check_may_replace(path, "--force", given=force)
+    if is_model(target_of(output).parent):
         raise UsageError(f"{output.parent} is a model folder, which keeps no other files; choose another -o")
     return kind
 

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from featcache.errors import FeatcacheError, StorageError
-from featcache.system.path_kinds import kind_of
+from featcache.errors import FeatcacheError, StorageError, UsageError
+from featcache.system.path_kinds import Kind, kind_by_name, kind_of
 
 try:
     import fcntl
@@ -43,13 +43,37 @@ _SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file 
 
 def check_output(path: Path, *, folder_allowed: bool = False) -> None:
     """Raise StorageError, before any work, if ``path``'s folder is missing or not writable, or ``path`` is a folder."""
-    folder = path.parent
+    folder = target_of(path).parent
     if path.is_dir() and not folder_allowed:
         raise StorageError(f"cannot write {path}: it is {kind_of(path).value}; give the name of a file")
     if not folder.is_dir():
         raise StorageError(f"cannot write {path}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write {path}: no permission to write in {folder}")
+
+
+def target_of(path: Path) -> Path:
+    """What is written when ``path`` is: of a link the file or folder that it leads to, so that it stays a link to what is up to date."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def check_may_replace(path: Path, option: str, *, given: bool) -> None:
+    """Refuse, before any work, to replace what is on ``path`` unasked, or what holds something else than its name says.
+
+    Args:
+        option: that asks for it, ``--force`` or ``--overwrite``. given: whether it was.
+
+    Raises:
+        UsageError: it was not. StorageError: it is of another kind, see ``path_kinds``, and nobody means that.
+    """
+    if not os.path.lexists(path):
+        return
+    if not given:
+        raise UsageError(f"{path} exists; choose another -o, or give {option} to replace it")
+    if (kind := kind_of(path)) not in (kind_by_name(path.name), Kind.EXPORT, Kind.MISSING):
+        raise StorageError(
+            f"cannot write {path}: it is {kind.value}, which {option} does not replace; choose another -o"
+        )
 
 
 def check_is_folder(folder: Path, what: str, parts: str) -> None:
@@ -89,18 +113,22 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def publish_file(path: Path, *, staging: Path | None = None, needed: int | None = None) -> Iterator[BinaryIO]:
+def publish_file(
+    path: Path, *, staging: Path | None = None, needed: int | None = None, own: bool = False
+) -> Iterator[BinaryIO]:
     """Open a temporary file; on success fsync it, rename it over ``path`` and fsync the folder.
 
     Args:
-        path: what the file is called once it is complete.
-        staging: folder for the temporary file, on the same file system; beside ``path`` when not given.
+        path: what the file is called once it is complete; of a link that somebody named what it leads to, see ``target_of``.
+        staging: folder for the temporary file, on the same file system; beside ``path`` when not given, or a link.
         needed: how many bytes it will have, if that is known: for the message when the disk is full.
+        own: it is a name of ours, that nobody gave: whatever put a link there, nothing is written behind it.
 
     Raises:
         StorageError: the operating system refused a step (disk full, no permission). ``path`` is then unchanged.
     """
-    folder = staging or path.parent
+    linked, path = path.is_symlink() and not own, path if own else target_of(path)
+    folder = path.parent if linked or staging is None else staging
     written = 0
     try:
         temporary, lock = _claim(path, folder, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0))
@@ -175,6 +203,7 @@ def publish_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
     With ``replace`` false it may become a tree, with links to files that are not ours; a ``path`` that is not empty is left alone.
     """
+    path = target_of(path)
     try:
         temporary, lock = _claim(path, path.parent, None)
         try:
@@ -222,7 +251,7 @@ def read_published(path: Path, read: Callable[[Path], T]) -> T:
 
 def recover_folder(path: Path) -> None:
     """Finish or undo a replacement of ``path`` that was cut off between two renames, where the system has no exchange."""
-    path = path if path.name else path.resolve()  # "." has no name
+    path = target_of(path) if path.name else path.resolve()  # "." has no name
     replaced = _replaced(path)
     if replaced.is_dir():
         if path.exists():

@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from featcache.errors import StorageError
-from featcache.system.files import sweep, sync_folder
+from featcache.system.files import sweep, sync_folder, target_of
 
 try:
     import fcntl
@@ -29,6 +29,7 @@ PATIENCE = 3.0  # seconds to wait for a writer: one that was killed may take a m
 
 def work_folder(output: Path) -> Path:
     """Where the unfinished work for the file or folder ``output`` lies."""
+    output = target_of(output)  # whatever leads there, one process writes it
     return output.with_name(output.name + ".parts")
 
 

@@ -136,6 +136,25 @@ def test_nfs_locks_for_itself_only_what_is_open_for_writing(tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
+def test_a_link_that_is_named_is_followed_and_one_in_the_place_of_our_own_files_is_not(tmp_path: Path) -> None:
+    """Whoever hands over a folder of unfinished work could otherwise choose which file of the user is overwritten."""
+    for folder in ("real", "links"):
+        (tmp_path / folder).mkdir()
+    target, link = tmp_path / "real" / "f", tmp_path / "links" / "f"
+    target.write_bytes(b"before")
+    link.symlink_to(target)
+    with files.publish_file(link, staging=link.parent) as file:  # which may be on another disk
+        file.write(b"after")
+        assert [path.name for path in link.parent.iterdir()] == ["f"]
+    assert (link.is_symlink(), target.read_bytes()) == (True, b"after")
+    with files.publish_file(link, own=True) as file:
+        file.write(b"ours")
+    assert (link.is_symlink(), link.read_bytes(), target.read_bytes()) == (False, b"ours", b"after")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "f")
+    with pytest.raises(StorageError, match="the folder .*nowhere does not exist"):
+        files.check_output(tmp_path / "gone")
+
+
 @has_proc
 def test_a_name_is_durable_only_once_its_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The content before it gets its name, then the folder that holds the name."""

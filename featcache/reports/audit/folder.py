@@ -68,7 +68,6 @@ def write_folder(
     Raises:
         StorageError: it cannot be written, also where ``check_folder`` would say so by now.
     """
-    folder = folder.resolve()  # of a link, the folder it leads to is replaced, not the link
     if folder.is_dir():
         _check_ours(folder)
     edited = _edited_plans(folder)

@@ -71,7 +71,6 @@ def _is_ours(numbers: Path) -> bool:
 
 def write_folder(found: "Statistics", folder: Path) -> None:
     """Write the page and the numbers; both appear at once. Raises StorageError, also where ``check_folder`` would by now."""
-    folder = folder.resolve()  # of a link, the folder it leads to is replaced, not the link
     if folder.is_dir():
         _check_ours(folder)
     numbers = _MARK + json.dumps(found.to_json())[1:] + "\n"

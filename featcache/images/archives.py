@@ -29,7 +29,7 @@ from featcache.images.locations import CHANGED, Described, check_unchanged, desc
 from featcache.images.members import CUT, Member
 from featcache.images.parquet import ParquetImages
 from featcache.images.tar import tar_members
-from featcache.images.zip import read_zipped, zip_members
+from featcache.images.zip import begin_zipped, read_zipped, zip_members
 from featcache.system.addresses import parse
 from featcache.system.path_kinds import Kind, kind_of
 
@@ -177,6 +177,16 @@ class Archive:
             member = self._find(name)
             data = self._bytes(self._unpacked() if self.form == _GZIP else file, member)
             return data, member.size, self._settled()
+
+    def begin(self, name: str, size: int) -> bytes:
+        """The first ``size`` bytes of a file, to see what it may be; no checksum proves them. Raises RefusedImage: as ``read``."""
+        with self._opened() as file:
+            member = self._find(name)
+            if self.form == _ZIP:
+                return begin_zipped(file, member, size)
+            content: Any = self._unpacked() if self.form == _GZIP else file
+            content.seek(member.offset)
+            return bytes(content.read(min(size, member.size)))
 
     def stat(self, name: str) -> tuple[int, int]:
         """See ``stat_member``."""

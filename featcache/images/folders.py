@@ -15,7 +15,7 @@ from typing import NamedTuple
 from featcache.errors import Refusal
 from featcache.images.layout import Layout, is_system, read_layout, some, split_of
 from featcache.spec import SPLITS
-from featcache.system.path_kinds import IMAGE_SUFFIXES, begins_like_an_image, is_model
+from featcache.system.path_kinds import IMAGE_SUFFIXES, begins_like_an_image, head_of, is_model
 from featcache.system.workdir import is_work_folder
 
 log = logging.getLogger("featcache")
@@ -202,8 +202,4 @@ def _why_not_follow(entry: "os.DirEntry[str]", ancestors: tuple[str, ...]) -> st
 
 def holds_an_image(file: "os.DirEntry[str] | Path") -> bool:
     """Of a regular file: content counts, not the name."""
-    try:
-        with open(file, "rb") as opened:  # noqa: PTH123
-            return begins_like_an_image(opened.read(32))
-    except OSError:
-        return False
+    return begins_like_an_image(head_of(file, 32))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from featcache.errors import NoAccessError, Refusal, RefusedImage, SourceError
-from featcache.images.archives import Archive, archive_in, is_archive, look_through, read_member, stat_member
+from featcache.images.archives import Archive, archive_in, is_archive, look_through, stat_member
 from featcache.images.columns import is_label, printable, shown, split_in, warn_of_no_classes
 from featcache.images.folders import HIDDEN, OTHERS, Entry, Listing, has_image_suffix, meaning, say_passed_over
 from featcache.images.layout import is_system, read_layout, some, split_of
@@ -221,7 +221,7 @@ class _Reading:
         if kind_by_name(name) is not Kind.FILE:
             return False
         try:
-            return begins_like_an_image(read_member(archive.location, name)[0][:32])
+            return begins_like_an_image(archive.begin(name, 32))
         except RefusedImage:
             return False
 

@@ -18,6 +18,7 @@ _END, _END64, _LOCATOR, _ENTRY, _LOCAL = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1
 _AT_END = 22 + 65535 + 20  # bytes that its end record, with a comment, and the one before that may take
 _ENCRYPTED, _UTF8, _PATCHED, _MASKED = 0x1, 0x800, 0x20, 0x2000
 _STORED, _DEFLATED = 0, 8
+_TO_BEGIN = 4096  # packed bytes that are enough to unpack the first ones: the tables of a block take some hundred
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 
@@ -45,6 +46,32 @@ def zip_members(file: BinaryIO, size: int) -> Iterator[Member | Refusal]:
 
 def read_zipped(file: BinaryIO, member: Member) -> bytes:
     """The bytes of one file. Raises RefusedImage: it is another file, cut off, damaged, or not as large as it says."""
+    _seek_content(file, member)
+    if len(data := file.read(member.packed)) < member.packed:
+        raise RefusedImage(CUT)
+    if member.deflated:
+        data = _inflated(data, member.size)
+    if len(data) != member.size:
+        raise RefusedImage(f"damaged: {len(data)} bytes, the zip says {member.size}")
+    if zlib.crc32(data) != member.crc:
+        raise RefusedImage("damaged: its checksum is another than the zip says")
+    return data
+
+
+def begin_zipped(file: BinaryIO, member: Member, size: int) -> bytes:
+    """The first bytes of one file, as if it were whole; fewer where packed ones come to no end. Raises RefusedImage: it is another."""
+    _seek_content(file, member)
+    if not member.deflated:
+        return file.read(min(size, member.packed))
+    packed, unpacked = file.read(min(_TO_BEGIN, member.packed)), zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        return unpacked.decompress(packed, size)
+    except zlib.error as error:
+        raise RefusedImage(f"damaged: {error}") from error
+
+
+def _seek_content(file: BinaryIO, member: Member) -> None:
+    """To the first byte of what a file holds. Raises RefusedImage: another file lies there."""
     file.seek(member.offset)
     head = file.read(30)
     if head[:4] != _LOCAL or len(head) < 30:
@@ -55,15 +82,6 @@ def read_zipped(file: BinaryIO, member: Member) -> bytes:
     if _plain(raw, flags) != member.name or method != (_DEFLATED if member.deflated else _STORED):
         raise RefusedImage("damaged: the zip calls it otherwise where it lies")
     file.seek(extras, 1)
-    if len(data := file.read(member.packed)) < member.packed:
-        raise RefusedImage(CUT)
-    if member.deflated:
-        data = _inflated(data, member.size)
-    if len(data) != member.size:
-        raise RefusedImage(f"damaged: {len(data)} bytes, the zip says {member.size}")
-    if zlib.crc32(data) != member.crc:
-        raise RefusedImage("damaged: its checksum is another than the zip says")
-    return data
 
 
 def _inflated(data: bytes, size: int) -> bytes:

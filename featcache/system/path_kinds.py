@@ -168,7 +168,7 @@ def _kind_of_folder(path: Path) -> Kind:
         found = Kind.BARE
         if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
             return Kind.FOLDER
-        if not entry.is_symlink() and begins_like_an_image(_head(Path(entry.path), 32)):  # a link may lead anywhere
+        if not entry.is_symlink() and begins_like_an_image(head_of(entry, 32)):  # a link may lead anywhere
             return Kind.FOLDER
     if os.path.lexists(manifest):  # damaged
         return Kind.MODEL
@@ -178,7 +178,7 @@ def _kind_of_folder(path: Path) -> Kind:
 def is_model(folder: AnyPath) -> bool:
     """Whether the ``model.json`` in a folder is ours, not another program's; a link counts, as a hub's copy has them, unopened."""
     manifest = Path(folder, "model.json")
-    return os.path.islink(manifest) or b"featcache-model" in _head(manifest, 1 << 16)  # noqa: PTH114 - never fails
+    return os.path.islink(manifest) or b"featcache-model" in head_of(manifest, 1 << 16)  # noqa: PTH114 - never fails
 
 
 def _files_below(folder: Path) -> "Iterator[os.DirEntry[str]]":
@@ -196,7 +196,7 @@ def _files_below(folder: Path) -> "Iterator[os.DirEntry[str]]":
 
 
 def _kind_of_file(path: Path) -> Kind:
-    head, named = _head(path, 512), kind_by_name(path.name)
+    head, named = head_of(path, 512), kind_by_name(path.name)
     if head.startswith(HDF5):
         return Kind.CACHE
     if begins_like_an_image(head):
@@ -213,7 +213,7 @@ def _kind_of_file(path: Path) -> Kind:
         return Kind.ARCHIVE
     # Safetensors: the length of its header comes first.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:
-        return Kind.EXPORT if b'"featcache_version"' in _head(path, 1 << 16) else Kind.WEIGHTS
+        return Kind.EXPORT if b'"featcache_version"' in head_of(path, 1 << 16) else Kind.WEIGHTS
     return Kind.DOCUMENT if head.startswith(b"%PDF-") else named
 
 
@@ -224,7 +224,7 @@ def _is_gzipped_tar(head: bytes) -> bool:
     return False
 
 
-def _head(path: Path, size: int) -> bytes:
+def head_of(path: "Path | os.DirEntry[str]", size: int) -> bytes:
     """The first bytes of a regular file; of anything else none."""
     try:
         # Not blocking, in case a pipe takes its place.

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from featcache.models.fit import fit_head
 from featcache.models.model import load_model
 from featcache.models.predict import predict
 
+PNG = b"\x89PNG\r\n\x1a\n and so on"
 ODD = {
     "a/" + 120 * "x" + ".jpg": b"a name of more than 100 bytes",
     "a/" * 150 + "deep.jpg": b"a path of more than 256",
@@ -113,6 +115,35 @@ def test_gzip_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert file.fault == "" and len(file._starts) <= 4
     with GzipFile(lambda: io.BytesIO(packed[:-30])) as cut:
         assert whole.startswith(cut.read()) and cut.fault == "cut off"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_file_is_is_seen_without_reading_it(tmp_path: Path, form: str) -> None:
+    """Of any content, also what cannot be packed; a name that says nothing costs no memory for the whole file."""
+    noise = random.Random(0).randbytes(100_000)
+    files = {
+        "noise.a": noise,
+        "text.b": b"text " * 9000,
+        "short.c": b"12",
+        "none.d": b"",
+        "png.e": PNG + 320 * noise,
+        "x.f": PNG,
+    }
+    path = FORMS[form](tmp_path / form, files)
+    archive = look_through(path)
+    for size in (1, 32, 500):
+        assert {name: archive.begin(name, size) for name in files} == {
+            name: data[:size] for name, data in files.items()
+        }
+    with pytest.raises(RefusedImage, match="not in the archive"):
+        archive.begin("gone", 32)
+    tracemalloc.start()
+    try:
+        assert list_images(path).paths == ("png.e", "x.f")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 2**23 or form == "a.tar.gz"  # of which some is kept
 
 
 @pytest.mark.parametrize("form", FORMS)

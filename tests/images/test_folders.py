@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from featcache.images.folders import list_folder
+from featcache.images.folders import holds_an_image, list_folder
 from featcache.images.source import list_images
 
 SUFFIXES = ".JPG .Jpeg .HIF .heic .heics .HEIFS .avifs .RAF .DNG .nrw .jxr .jxl .pcx .dib .jif .mpo .psd .EXR .b.raf"
@@ -79,6 +79,12 @@ def test_first_bytes_are_enough(tmp_path: Path, name: str) -> None:
     for kind, data in OTHERS.items():
         (tmp_path / name).write_bytes(data)
         assert list_images(tmp_path).paths == ("image.png",), kind
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_that_takes_the_place_of_a_file_holds_up_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "bare")  # to open it waits for somebody who writes
+    assert not holds_an_image(tmp_path / "bare")
 
 
 def test_what_systems_keep_is_no_class_and_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

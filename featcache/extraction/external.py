@@ -36,7 +36,7 @@ from featcache.system.display import Shown, quantity
 from featcache.system.files import check_may_replace, check_output
 from featcache.system.memory import available_memory
 from featcache.system.path_advice import HERE, check_path, missing
-from featcache.system.path_kinds import AnyPath, as_path
+from featcache.system.path_kinds import AnyPath, Kind, as_path
 from featcache.system.workdir import work_folder
 
 log = logging.getLogger("featcache")
@@ -160,7 +160,7 @@ def _check_places(source: Path, output: Path, *, force: bool) -> None:
     if not os.path.lexists(source):
         raise SourceError(missing(source, "give a Parquet file or a .npz of vectors"))
     check_output(output)
-    check_may_replace(output, "--force", given=force)
+    check_may_replace(output, "--force", given=force, kind=Kind.CACHE)
     if os.path.lexists(output):
         with contextlib.suppress(DamagedCacheError):
             FeatureCache.salvage(output)  # what is no cache, or a newer one, stays

@@ -57,11 +57,12 @@ def target_of(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
-def check_may_replace(path: Path, option: str, *, given: bool) -> None:
-    """Refuse, before any work, to replace what is on ``path`` unasked, or what holds something else than its name says.
+def check_may_replace(path: Path, option: str, *, given: bool, kind: Kind | None = None) -> None:
+    """Refuse, before any work, to replace what is on ``path`` unasked, or what is of another kind than what takes its place.
 
     Args:
-        option: that asks for it, ``--force`` or ``--overwrite``. given: whether it was.
+        option: that asks for it, ``--force`` or ``--overwrite``. given: whether it was. kind: of what takes its place; what the
+            name says when None.
 
     Raises:
         UsageError: it was not. StorageError: it is of another kind, see ``path_kinds``, and nobody means that.
@@ -70,9 +71,9 @@ def check_may_replace(path: Path, option: str, *, given: bool) -> None:
         return
     if not given:
         raise UsageError(f"{path} exists; choose another -o, or give {option} to replace it")
-    if (kind := kind_of(path)) not in (kind_by_name(path.name), Kind.EXPORT, Kind.MISSING):
+    if (there := kind_of(path)) not in (kind or kind_by_name(path.name), Kind.EXPORT, Kind.MISSING):
         raise StorageError(
-            f"cannot write {path}: it is {kind.value}, which {option} does not replace; choose another -o"
+            f"cannot write {path}: it is {there.value}, which {option} does not replace; choose another -o"
         )
 
 

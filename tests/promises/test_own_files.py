@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY, TINY_FLAGS, make_photos, write_photo
 from faults import Program
 
+from featcache import export_cache, import_vectors
 from featcache.cache.cache import FeatureCache, is_cache, weights_copy
 from featcache.errors import StorageError, UsageError
 from featcache.extraction.extract import extract
@@ -29,6 +30,9 @@ def test_a_cache_is_one_by_any_name(photos: Path, tmp_path: Path, name: str) -> 
     cache = tmp_path / name
     extract(photos, cache, TINY)
     assert is_cache(cache)
+    export_cache(cache, tmp_path / "x.npz")
+    import_vectors(tmp_path / "x.npz", cache, force=True)
+    extract(photos, cache, TINY, force=True)
     fit_head(cache, tmp_path / "m", C=1.0, folds=0)
     assert sum(prediction.probabilities is not None for prediction in predict(tmp_path / "m", [cache])) == 18
     assert evaluate(tmp_path / "m", cache)["n"] == 18

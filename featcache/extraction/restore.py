@@ -204,7 +204,10 @@ def _refused(cache: FeatureCache, files: SourceFiles, paths: npt.NDArray[np.byte
     if known and "refused/reasons" not in cache.damaged_columns:
         return cache.refused
     others = np.flatnonzero(~np.isin(files.paths, paths))
-    reasons = {files.images.paths[file]: why for file, why in refusals(files.images, others.tolist()).items()}
+    reasons = {
+        files.images.paths[file]: why
+        for file, why in refusals(files.images, others.tolist(), spec=cache.spec.preprocess).items()
+    }
     now = dict(files.images.refused) | reasons
     if known and any(path in now for path, _ in cache.refused):
         return tuple(Refusal(path, now.get(path, "refused before; the reason was lost")) for path, _ in cache.refused)

@@ -46,14 +46,14 @@ _WANTED: dict[str, tuple[type[FeatcacheError], str, tuple[Kind, ...]]] = {
 HERE = ...  # the place of a path among the words of a command
 Words = Sequence[object]
 _EXPORTED = "it is for other programs to run"
-# Of -o.
+# Of -o, by command and what it reads; of the other commands their name.
 _EXAMPLES = {
-    "extract": "features.h5",
-    "fit-head": "model",
-    "finetune": "model-ft",
-    "export": "model.onnx",
-    "import": "features.h5",
-    "audit": "audit",
+    ("extract", "images"): "features.h5",
+    ("fit-head", "cache"): "model",
+    ("finetune", "images"): "model-ft",
+    ("export", "model"): "model.onnx",
+    ("export", "cache"): "features.parquet",
+    ("import", "vectors"): "features.h5",
 }
 
 
@@ -73,9 +73,9 @@ def check_path(path: AnyPath, wanted: str, words: Words) -> None:
     error, expected, accepted = _WANTED[wanted]
     if kind in accepted or (wanted == "model" and os.path.lexists(path / "model.json")):
         if words[1:2] == (HERE,) and (output := _output(words)) is not None and _same(path, output):
+            example = _apart(_EXAMPLES.get((str(words[0]), wanted), str(words[0])), path)
             raise StorageError(
-                f"cannot write {typed(path)}: it is what is read; choose another -o, such as "
-                f"{typed(_apart(_EXAMPLES[str(words[0])], path))}"
+                f"cannot write {typed(path)}: it is what is read; choose another -o, such as {typed(example)}"
             )
         return
     if wanted == "model" and kind is not Kind.MISSING and is_model(path.parent):

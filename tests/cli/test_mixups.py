@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from caches import make_classes
 from conftest import write_photo
 
+from featcache.cli import app
 from featcache.models.fit import fit_head
 
+COMMANDS = typer.main.get_command(app.app).commands
 MODEL, IMAGES = "expected the folder of a model", "expected a folder, an archive or a table of images"
 SCORED = "expected a folder, an archive or a table of images, or a cache"
 INPUTS, EITHER = (
@@ -52,6 +55,9 @@ MIXUPS = {
     "evaluate model model": f"model is a model, {SCORED}; did you mean `featcache evaluate model SOURCE`?",
     "export f.h5 -o x.onnx": f"f.h5 is a cache, {MODEL}; train one on it: `featcache fit-head f.h5 -o model`, then `featcache export model -o x.onnx`",
     "export photos -o x.onnx": f"photos is a folder of images, {MODEL}; {MAKE} `featcache export model -o x.onnx`",
+    "export f.h5 -o f.h5": "cannot write f.h5: it is what is read; choose another -o, such as features.parquet",
+    "stats photos -o photos": "cannot write photos: it is what is read; choose another -o, such as stats",
+    "audit f.h5 -o f.h5": "cannot write f.h5: it is what is read; choose another -o, such as audit",
     "export x.onnx -o model": "x.onnx does not exist and model is a model; did you mean `featcache export model -o x.onnx`?",
     "export model -o model": "cannot write model: it is what is read; choose another -o, such as model.onnx",
     "fit-head photos -o m": "photos is a folder of images, expected a cache; make one: `featcache extract photos -o features.h5`, then "
@@ -165,6 +171,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fit_head(folder / "f.h5", folder / "results" / "m", C=1.0)
     make_classes(folder / "results" / "f.h5", np.arange(30) % 3)
     (folder / "notes").write_text("to do")
+    (folder / "list.csv").write_text("path,label\nphotos/red/0.png,red\nphotos/blue/1.png,blue\n")
     (folder / "g.h5.parts" / "lock").touch()
     if sys.platform != "win32":
         os.mkfifo(folder / "pipe")
@@ -205,6 +212,22 @@ def test_no_hint_writes_into_the_photo_folder_where_people_like_to_begin(
     code, _, err = run(*shlex.split(typed))
     assert (code, err.count("\n")) == (1, 1)
     assert not hints_into(things / "photos", typed, err)
+
+
+OUTPUTS = [name for name, each in COMMANDS.items() if any("-o" in param.opts for param in each.params)]
+MORE = {"predict": ["photos"], "evaluate": ["photos"], "split": ["--val", "0.2"]}  # what a command needs besides
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+@pytest.mark.parametrize("path", ["photos", "model", "f.h5", "list.csv"])
+def test_no_command_writes_over_what_it_reads(
+    things: Path, run, monkeypatch: pytest.MonkeyPatch, command: str, path: str
+) -> None:
+    monkeypatch.chdir(things)
+    before = {each: each.read_bytes() for each in things.rglob("*") if each.is_file()}
+    code, out, err = run(command, path, *MORE.get(command, []), "-o", path)
+    assert (code in (1, 2), out, err.count("\n")) == (True, "", 1) and err.startswith("error: ")
+    assert {each: each.read_bytes() for each in things.rglob("*") if each.is_file()} == before
 
 
 def hints_into(photos: Path, typed: str, answer: str) -> list[str]:

@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import logging
 import os
+import posixpath
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -293,22 +294,27 @@ def _no_weights_left(output: Path) -> Iterator[None]:
 
 
 def _list(source: AnySource | ImageList) -> ImageList:
-    if not isinstance(source, ImageList):
-        images, name = list_images(source), str(source)
-        inside = images.root / "".join(images.classes[:1])
-        remedy = f"or classes inside of it, give {inside} itself" if inside.is_dir() else "leave the labels out"
-    else:
-        images, name = source, f"the list of images in {source.root}"
-        remedy = "leave the classes out and set labels to -1"
+    images = source if isinstance(source, ImageList) else list_images(source)
+    given = images is source
+    name = f"the list of images in {images.root}" if given else str(source)
     images.check_any()
     if not len(images):
         raise SourceError(f"{name} is empty; expected at least one image")
     if len(images.classes) == 1:
+        remedy = "leave the classes out and set labels to -1" if given else _without_class(images)
         raise SourceError(
             f"{name} holds one class only ({images.classes[0]}), a classifier needs at least two; "
             f"for images without labels {remedy}"
         )
     return images
+
+
+def _without_class(images: ImageList) -> str:
+    """How to read images of one class as images without any: by its folder, which may lie in an archive."""
+    shared = f"/{posixpath.commonprefix(images.paths)}"
+    above, found, _ = shared.partition(f"/{images.classes[0]}/")
+    inside = images.root / above.lstrip("/") / images.classes[0] if found else images.root / images.classes[0]
+    return f"or classes inside of it, give {inside} itself" if found or inside.is_dir() else "leave the labels out"
 
 
 def pack(

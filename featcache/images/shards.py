@@ -1,9 +1,10 @@
 """Read archives like a folder. In: an archive, a folder of nothing else, or a pattern. Out: a ``Listing``, in the order of the archives.
 
-Folders inside of a tar or zip mean what they mean on a disk (``layout.py``); a folder that holds all the others means nothing. In
-shards as WebDataset writes them a file beside the image, of the same name up to the first dot, says its class: ``.cls``, ``.json``
-with a label, ``.txt``; a number counts the lines of ``classes.txt``. Parquet has columns (``parquet.py``). Names of shards may say
-the split, as those of folders do: ``train-000.tar``. Paths: see ``archives.py``.
+Folders inside of a tar or zip mean what they mean on a disk (``layout.py``); a folder that holds all the others means nothing, unless
+it is the only class of the folder that was packed. In shards as WebDataset writes them a file beside the image, of the same name up
+to the first dot, says its class: ``.cls``, ``.json`` with a label, ``.txt``; a number counts the lines of ``classes.txt``. Parquet
+has columns (``parquet.py``). Names of shards may say the split, as those of folders do: ``train-000.tar``. Paths: see
+``archives.py``.
 """
 
 import glob
@@ -253,6 +254,8 @@ class _Reading:
             return self.entries, {*(self.names or ())}
         filled = {*self.inner}
         wrap = _wrap(filled, self.folders)
+        if wrap in filled and (self.shards.inside or "/" in wrap):
+            wrap = wrap.rpartition("/")[0]  # as of the folder that the archive holds, in which this is the one class
         start = len(wrap) + 1 if wrap else 0
         folders = {folder[start:] for folder in self.folders if folder[start:]}
         inner = {folder: folder[start:] for folder in filled}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_photo
+from conftest import TINY_FLAGS, write_photo
 from packing import FORMS, parquet, read_folder, tar, zipped
 
 from featcache.errors import FeatcacheError, RefusedImage, SourceError, UsageError
@@ -57,6 +57,21 @@ def test_folders_mean_what_they_mean_on_a_disk(tmp_path: Path, tree: str, form: 
     )
     assert meaning(wrapped, below="my data/") == meaning(plain)
     assert meaning(list_images(tmp_path / f"wrapped{form}" / "my data")) == meaning(plain)  # a folder in it
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_with_one_class_is_one_packed_or_not(tmp_path: Path, form: str, run) -> None:
+    """Whichever folder is named; and the images alone, without a class, are those of the folder that the sentence names."""
+    for k in range(2):
+        write_photo(tmp_path / "pets" / "cat" / f"{k}.jpg", (1, 2, 3), k)
+    files = {f"pets/{name}": data for name, data in read_folder(tmp_path / "pets").items()}
+    archive = FORMS[form](tmp_path / form, files)
+    for place, folder in ((archive, "pets"), (archive / "pets", "pets"), (archive / "pets" / "cat", "pets/cat")):
+        assert meaning(list_images(place), below="pets/") == meaning(list_images(tmp_path / folder)), place
+    for place in (tmp_path / "pets", archive, archive / "pets"):
+        code, _, err = run("extract", place, "-o", tmp_path / "f.h5", *TINY_FLAGS)
+        inside = archive / "pets" / "cat" if place != tmp_path / "pets" else place / "cat"
+        assert code == 1 and f"{place} holds one class only (cat)" in err and f"give {inside} itself" in err
 
 
 @pytest.mark.parametrize(

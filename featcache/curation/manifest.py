@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from featcache.curation.deal import Splits
-from featcache.errors import FeatcacheError, StorageError
+from featcache.errors import FeatcacheError, SourceError, StorageError
 from featcache.images.groups import Indices
-from featcache.images.records import csv_line, without_escape
+from featcache.images.records import csv_line, with_escape, without_escape
 from featcache.images.source import ImageList
 from featcache.images.tables import Files, entries, read_columns
 from featcache.spec import SPLITS
 from featcache.system.addresses import parse
+from featcache.system.display import printable
 from featcache.system.files import check_output, publish_file
 from featcache.system.path_advice import typed
 
@@ -40,6 +41,15 @@ def check_manifest(table: Path, source: Path | None) -> None:
         raise StorageError(f"cannot write {table}: it is what is read; choose another -o, such as split.csv")
     if table.exists():
         read_manifest(table)
+
+
+def check_classes(images: ImageList) -> None:
+    """Raise SourceError, before any work, if a class would be another one once it is read from the table."""
+    for name in images.classes:
+        if (cell := with_escape(name)) != cell.strip():
+            raise SourceError(
+                f"the class {printable(name[:60])!r} cannot be written to a table, where blanks around a label do not count; rename it"
+            )
 
 
 def read_manifest(table: Path) -> dict[str, int]:

@@ -167,11 +167,17 @@ def read_plan(plan: Path, root: Path | None = None) -> list[Line]:
         )
     places = [header.index(name) if name in header else None for name in COLUMNS]
     lines: list[Line] = []
+    written = dict[str, str]()  # class -> as the cache has it
     for cells, where in table.rows():
         texts = [None if place is None else without_escape(as_text(cells[place], where)) for place in places]
         path, sha256, decision, label, split, given = ("" if text is None else text for text in texts[:6])
         number = int(where.rpartition(" ")[2]) if where.rpartition(" ")[2].isdecimal() else len(lines) + 2
         known = given.strip() if texts[5] is not None else None
+        if written.setdefault(given.strip(), given) != given:
+            raise SourceError(
+                f"{where}: the class {printable(given)!r} and another differ in blanks around them alone, which do not count in a table; "
+                "rename one"
+            )
         lines.append(Line(number, path, sha256.strip().lower(), decision.strip().lower(), label.strip(), split, known))
     if not lines:
         raise SourceError(f"{plan} holds no image; expected a line for each below its header")

@@ -15,7 +15,7 @@ import numpy as np
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import first_copies
 from featcache.curation.deal import Splits, deal
-from featcache.curation.manifest import check_manifest, known_splits, prefix_of, write_manifest
+from featcache.curation.manifest import check_classes, check_manifest, known_splits, prefix_of, write_manifest
 from featcache.curation.near_copies import find_near_copies
 from featcache.curation.neighbours import estimate, nearest_rows
 from featcache.curation.pixel_check import PixelCheck
@@ -103,6 +103,8 @@ def split(
         check_manifest(output, None if isinstance(source, ImageList) else source.path)
     read = _read(source, groups, pictures, output)
     images = read.images
+    if output is not None:
+        check_classes(images)
     if folder is not None:
         if not read.known:
             raise UsageError(f"the images of {source} were not found near it; say where they are, as --source FOLDER")

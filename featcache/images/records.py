@@ -390,11 +390,16 @@ def csv_line(cells: Sequence[Any]) -> bytes:
     """A row as CSV, escaped: an apostrophe before what a spreadsheet would run; bytes that are not UTF-8 stay as they are."""
     text = io.StringIO()
     cells = [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list) else cell for cell in cells]
-    escaped = [f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in cells]
+    escaped = [with_escape(cell) if isinstance(cell, str) else cell for cell in cells]
     csv.writer(text, lineterminator="\r\n").writerow(escaped)  # with both, cells holding either are quoted
     return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"
 
 
+def with_escape(cell: str) -> str:
+    """As a cell of a CSV: an apostrophe in front of what a spreadsheet would run."""
+    return f"'{cell}" if _FORMULA.match(cell) else cell
+
+
 def without_escape(cell: str) -> str:
-    """The text that ``csv_line`` made ``cell`` of."""
+    """The text that ``with_escape`` made ``cell`` of."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell[1:]) else cell

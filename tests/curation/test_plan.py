@@ -239,3 +239,19 @@ def test_names_that_break_things_survive(tmp_path: Path) -> None:
     assert found.classes == {"-1": 3, "=b": 3}
     listed = list_images(Source(tmp_path / "clean.csv", root=photos))
     assert (set(listed.paths), listed.classes, listed.refused) == ({*names}, ("-1", "=b"), ())
+
+
+def test_classes_that_differ_in_blanks_alone_are_not_merged(plan: Path, tmp_path: Path) -> None:
+    """A table has no blanks around labels: what a tool puts around all of them is nothing, between two classes it would be all."""
+
+    def pad(rows: list[dict[str, str]], blank: Callable[[int], str]) -> None:
+        for number, row in enumerate(rows):
+            row["given"] = row["label"] = blank(number) + row["label"].strip()
+
+    assert len(apply_plan(edited(plan, lambda rows: pad(rows, lambda _: " ")), tmp_path / "a.csv").classes) == 3
+    edited(plan, lambda rows: pad(rows, lambda number: " " * (number == 1)))
+    with pytest.raises(
+        SourceError, match="differ in blanks around them alone, which do not count in a table; rename one"
+    ):
+        apply_plan(plan, tmp_path / "b.csv")
+    assert not (tmp_path / "b.csv").exists()

@@ -317,6 +317,22 @@ def test_what_stops_copying_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("name", [" red", "red ", "red\n", "\u00a0red", "=red "])
+def test_classes_that_a_table_would_give_another_name_are_refused(photos: Path, tmp_path: Path, name: str) -> None:
+    """One that blanks around it are part of is read back without them, and may be another one then."""
+    (photos / "blue").rename(photos / name)
+    with pytest.raises(SourceError, match=r"the class .*red.* cannot be written to a table, where blanks around"):
+        split(photos, tmp_path / "list.csv", val=0.2)
+    assert not (tmp_path / "list.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["\tred", "\n=red", '"red"', "'", "'=red", "r  ed", "\u200bred"])
+def test_odd_classes_come_back_from_the_table(photos: Path, tmp_path: Path, name: str) -> None:
+    (photos / "blue").rename(photos / name)
+    split(photos, tmp_path / "list.csv", val=0.2)
+    assert list_images(tmp_path / "list.csv").classes == list_images(photos).classes
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", " a", "x" * 256, "@eaDir"])
 def test_classes_that_are_no_names_of_folders_are_refused(name: str) -> None:
     with pytest.raises(SourceError, match="cannot be the name of a folder"):

@@ -400,6 +400,10 @@ def is_cache(path: Path) -> bool:
     return kind_of(path) is Kind.CACHE
 
 
+# The longest ending of what ``extract`` names after a cache: the copy of its weights.
+BESIDE = f".{'0' * 12}.safetensors"
+
+
 def weights_copy(cache: Path, spec: Spec) -> Path:
     """Where ``extract`` keeps the weights that no library provides again, beside the cache, for models made from it."""
     cache = target_of(cache)

@@ -159,7 +159,7 @@ def _check_places(source: Path, output: Path, *, force: bool) -> None:
     check_path(source, "vectors", ("import", HERE, "-o", output))
     if not os.path.lexists(source):
         raise SourceError(missing(source, "give a Parquet file or a .npz of vectors"))
-    check_output(output)
+    check_output(output, beside=".parts")
     check_may_replace(output, "--force", given=force, kind=Kind.CACHE)
     if os.path.lexists(output):
         with contextlib.suppress(DamagedCacheError):

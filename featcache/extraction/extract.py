@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from featcache.backbones.choice import warn_of_licence
-from featcache.cache.cache import FeatureCache, weights_copy
+from featcache.cache.cache import BESIDE, FeatureCache, weights_copy
 from featcache.cache.copies import find_copies
 from featcache.cache.format import Provenance, Rows, encode_names, find
 from featcache.cache.write import write_cache
@@ -210,12 +210,12 @@ def prepare(
     if not isinstance(source, ImageList):
         check_path(Source.of(source).path, "images", ("extract", HERE, "-o", output))
     request.check_paths()
-    if not (os.path.lexists(output) or work_folder(output).is_dir()):
+    if not (os.path.lexists(output) or os.path.isdir(work_folder(output))):  # noqa: PTH112 - however long the name
         request.check_named()
         check_device(device)
         if request.decode == "gpu":
             _check_gpu_decodes(one)
-    check_output(output)
+    check_output(output, beside=BESIDE)
     check_donors(reuse)
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, found {limit}")

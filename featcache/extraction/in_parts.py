@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from featcache.cache.cache import FeatureCache
+from featcache.cache.cache import BESIDE, FeatureCache
 from featcache.cache.format import Indices, Provenance, Rows, encode_names
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError, Refusal, SourceError, StorageError
@@ -281,7 +281,7 @@ def merge(output: AnyPath) -> ExtractReport:
             f"{output} is a folder of parts; name the cache that they are for: `featcache merge {typed(output.with_suffix(''))}`"
         )
     folder = work_folder(output)
-    check_output(output)
+    check_output(output, beside=BESIDE)
     if not folder.is_dir() or not (folder / LISTING).exists():
         return _merged_before(output, started)
     with locked(folder):

@@ -20,9 +20,9 @@ from featcache.finetuning.recipes import Job, Recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
 from featcache.images.source import AnySource, ImageList, Source
-from featcache.models.model import check_replaceable, load_model
+from featcache.models.model import BESIDE_MODEL, check_replaceable, load_model
 from featcache.system.display import State, Steps, bar_in_notebook
-from featcache.system.files import named
+from featcache.system.files import check_name, named
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_device, check_runtime_options
@@ -106,6 +106,7 @@ def finetune(
     check_device(device)
     _check_start_is_kept(output, init, request=request)
     recipe, settings = read_recipe(recipe, changes or {})
+    check_name(output, BESIDE_MODEL)
     check_unfinished(output, resume=resume, force=force)
     if resume:
         check_same_budget(output, seconds)

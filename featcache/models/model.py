@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featcache.backbones import saved
-from featcache.cache.cache import FeatureCache
+from featcache.cache.cache import BESIDE, FeatureCache
 from featcache.cache.copies import Digests
 from featcache.cache.format import encode_names
 from featcache.errors import ModelError, SpecMismatchError
@@ -50,6 +50,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("featcache")
 _HEAD, METRICS, _PIPELINE, _HISTORY = "head.safetensors", "metrics.json", "head.joblib", "history.csv"
+BESIDE_MODEL = (
+    f".features.h5{BESIDE}"  # the longest ending of what is named after a model: of what fine-tuning started from
+)
 _FILES = (
     _HEAD,
     saved.WEIGHTS,
@@ -192,7 +195,7 @@ def check_replaceable(path: Path, *, overwrite: bool | None = None) -> None:
     """
     path = named(path)
     recover_folder(path)
-    check_output(path, folder_allowed=True)
+    check_output(path, folder_allowed=True, beside=BESIDE_MODEL)
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     manifest: dict[str, Any] = {}

@@ -30,6 +30,7 @@ except ImportError:  # Windows: left-overs of killed processes stay where they a
 
 T = TypeVar("T")
 _MAX_TRIES = 100  # where another process may have been faster
+_SHOWN = 50  # characters of a name in that of a temporary file: all may take four bytes, of 255
 _TEMPORARY = r"\.{name}\.\d+-[0-9a-f]{{8}}\.tmp"
 _REMEDIES = {
     errno.ENOSPC: "free some space",
@@ -41,20 +42,37 @@ _PATIENCE = 5.0  # seconds to wait for that reader
 _SPARE_BYTES = 16 * 2**20  # left free on purpose: other programs, and the file system's own bookkeeping, need some
 
 
-def check_output(path: Path, *, folder_allowed: bool = False) -> None:
-    """Raise StorageError, before any work, if ``path``'s folder is missing or not writable, or ``path`` is a folder."""
+def check_output(path: Path, *, folder_allowed: bool = False, beside: str = "") -> None:
+    """Raise StorageError, before any work, if ``path``'s folder is missing or not writable, or ``path`` is a folder.
+
+    ``beside``: as for ``check_name``, which is asked, too.
+    """
     folder = target_of(path).parent
-    if path.is_dir() and not folder_allowed:
+    if os.path.isdir(path) and not folder_allowed:  # noqa: PTH112 - however long its name is
         raise StorageError(f"cannot write {path}: it is {kind_of(path).value}; give the name of a file")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112
         raise StorageError(f"cannot write {path}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write {path}: no permission to write in {folder}")
+    check_name(target_of(path), beside)
+
+
+def check_name(path: Path, beside: str = "") -> None:
+    """Raise StorageError if the name of ``path`` is too long, with ``beside`` at its end: the longest ending of what is named after it."""
+    try:
+        most = os.pathconf(path.parent, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
+        most = 255
+    if (length := len(os.fsencode(path.name + beside))) > most:
+        whose = "the name of what lies beside it" if beside else "its name"
+        raise StorageError(
+            f"cannot write {path}: {whose} would have {length} bytes, and may have {most}; choose a shorter -o"
+        )
 
 
 def target_of(path: Path) -> Path:
     """What is written when ``path`` is: of a link the file or folder that it leads to, so that it stays a link to what is up to date."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path  # noqa: PTH114 - however long its name is
 
 
 def check_may_replace(path: Path, option: str, *, given: bool, kind: Kind | None = None) -> None:
@@ -254,7 +272,7 @@ def recover_folder(path: Path) -> None:
     """Finish or undo a replacement of ``path`` that was cut off between two renames, where the system has no exchange."""
     path = target_of(path) if path.name else path.resolve()  # "." has no name
     replaced = _replaced(path)
-    if replaced.is_dir():
+    if os.path.isdir(replaced):  # noqa: PTH112 - however long its name is
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:
@@ -265,7 +283,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """Remove the temporary files and folders of ``name`` (None: of any name) that no living process writes. Never fails."""
     if fcntl is None:
         return
-    pattern = re.compile(_TEMPORARY.format(name=re.escape(name[:100]) if name else ".+"))
+    pattern = re.compile(_TEMPORARY.format(name=re.escape(name[:_SHOWN]) if name else ".+"))
     with contextlib.suppress(OSError):
         for entry in [entry for entry in folder.iterdir() if pattern.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
@@ -324,7 +342,7 @@ def _claim(path: Path, folder: Path, flags: int | None) -> tuple[Path, int]:
     """Make and lock a temporary file, or without ``flags`` a folder. Returns its path and descriptor (-1: no such locks)."""
     sweep(folder, path.name)
     while True:
-        temporary = folder / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        temporary = folder / f".{path.name[:_SHOWN]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         if flags is None:
             temporary.mkdir()
             if fcntl is None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from conftest import TINY_FLAGS
 
 from featcache.errors import StorageError
 from featcache.system import files
@@ -193,3 +195,48 @@ def test_a_tree_with_links_appears_whole_and_replaces_nothing(tmp_path: Path) ->
         (folder / "2.jpg").touch()
     assert [path.name for path in (tmp_path / "out").rglob("*.jpg")] == ["1.jpg"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.jpg", "out"]
+
+
+@pytest.mark.parametrize("character", ["n", "\u5199", "\U0001f9d1"])
+def test_a_name_that_fits_is_written_whatever_its_characters(tmp_path: Path, character: str) -> None:
+    """Also as a temporary file, whose name is made of it; one byte more is refused before any work."""
+    size = len(character.encode())
+    path = tmp_path / (character * (255 // size) + "x" * (255 % size))
+    files.check_output(path)
+    with files.publish_file(path) as file:
+        file.write(b"whole")
+    assert path.read_bytes() == b"whole" and len([*tmp_path.iterdir()]) == 1
+    for long, beside in (
+        (path.with_name(f"{path.name}x"), ""),
+        (path, ".parts"),
+        (path.with_name(f"{path.name}x"), "y"),
+    ):
+        bytes_ = len(os.fsencode(long.name + beside))
+        with pytest.raises(StorageError, match=f"would have {bytes_} bytes, and may have 255; choose a shorter -o$"):
+            files.check_output(long, beside=beside)
+    with pytest.raises(StorageError, match="does not exist; create it first"):
+        files.check_output(tmp_path / f"{path.name}x" / "f.h5")
+
+
+@pytest.mark.parametrize("length", [215, 225, 235, 250, 260])
+def test_a_name_too_long_for_what_lies_beside_it_is_refused_at_once(
+    photos: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run, length: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before, name = {*tmp_path.iterdir()}, "n" * length
+    commands = {
+        f"{name}.012345678901.safetensors": [
+            ("extract", photos, *TINY_FLAGS),
+            ("extract", photos, *TINY_FLAGS, "--part", "1/2"),
+            ("merge",),
+        ],
+        f"{name}.features.h5.012345678901.safetensors": [("fit-head", cache), ("finetune", photos, *TINY_FLAGS)],
+        f"{name}.parts": [("import", tmp_path / "v.npz")],
+    }
+    np.savez(tmp_path / "v.npz", vector=np.ones((3, 2), np.float32), path=["a", "b", "c"])
+    before.add(tmp_path / "v.npz")
+    for longest, each in commands.items():
+        for command in each if len(longest) > 255 else []:
+            code, _, err = run(*command, *(() if command == ("merge",) else ("-o",)), name)
+            assert (code, f"would have {len(longest)} bytes" in err.splitlines()[-1]) == (1, True), (command, err)
+    assert {*tmp_path.iterdir()} == before

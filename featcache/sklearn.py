@@ -349,17 +349,20 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         weights = None
         if isinstance(self.class_weight, Mapping):
             weights = compute_class_weight(dict(self.class_weight), classes=self.classes_, y=y)
-        fitted = fit_logreg(
-            X,
-            np.arange(len(X)),
-            labels,
-            grid=C_GRID if self.C is None else (float(self.C),),
-            folds=self.n_folds_,
-            balanced=self.class_weight == "balanced" if weights is None else False,
-            class_weight=weights,
-            seed=int(seed),
-            copies=copies,
-        )
+        try:
+            fitted = fit_logreg(
+                X,
+                np.arange(len(X)),
+                labels,
+                grid=C_GRID if self.C is None else (float(self.C),),
+                folds=self.n_folds_,
+                balanced=self.class_weight == "balanced" if weights is None else False,
+                class_weight=weights,
+                seed=int(seed),
+                copies=copies,
+            )
+        except SourceError as error:  # groups that cannot be divided
+            raise ValueError(str(error)) from error
         self.head_, self.curve_, self.notes_ = fitted.head, fitted.curve, fitted.notes
         self.C_, self.scaling_, self.temperature_ = fitted.chosen["C"], fitted.head.scaling, fitted.temperature
         self.cv_accuracy_, self.cv_log_loss_ = fitted.cv_accuracy, fitted.cv_log_loss

@@ -311,6 +311,14 @@ def routing() -> Iterator[None]:
         yield
 
 
+def test_groups_that_cannot_be_divided_are_a_value_error() -> None:
+    X = np.random.default_rng(0).normal(size=(10, 4))
+    y, patients = [2, 0, 1, 0, 2, 1, 1, 2, 0, 2], ["p0", "p2", "p1", "p3", "p0", "p1", "p3", "p2", "p3", "p0"]
+    assert HeadClassifier().fit(X, y, groups=patients).n_folds_ == 2
+    with pytest.raises(ValueError, match="3 groups of several classes cannot be divided into 2 folds"):
+        HeadClassifier().fit(X[:6], [0, 1, 1, 2, 2, 0], groups=[*"aabbcc"])
+
+
 def test_groups_are_routed(routing: None) -> None:
     rng = np.random.default_rng(0)
     y, groups = np.arange(80) % 2, np.arange(80) // 4

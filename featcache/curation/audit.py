@@ -288,8 +288,12 @@ class _Work:
             )
             return
         _announce("judging labels", seconds, size)
-        with self._timed("judging labels") as report, self.cache.reader() as features:
-            probabilities = out_of_fold(features, self.nearest.rows, y, groups, seed=self.seed, progress=report)
+        try:
+            with self._timed("judging labels") as report, self.cache.reader() as features:
+                probabilities = out_of_fold(features, self.nearest.rows, y, groups, seed=self.seed, progress=report)
+        except SourceError as error:
+            self._not_done({*wanted, "overlaps"}, str(error))
+            return
         if np.isnan(probabilities).all():
             self._not_done(
                 {*wanted, "overlaps"}, "there are no two classes with enough different images to judge labels by"

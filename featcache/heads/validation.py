@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from featcache.errors import SourceError
 from featcache.heads.head import Array, Indices, softmax
 from featcache.heads.metrics import row_losses
+from featcache.system.display import quantity
 
 _DRAWS, _FEWEST_DRAWS = 500, 100  # of the bootstrap, on few rows and on many, where there is little to correct
 _ROWS_DRAWN = 10**6  # in all, in between
 _DRAWN_VALUES = 2**24  # draws times rows, weighed at a time: 128 MB
 _LOGITS_FITTED = 2**22  # at most, by a temperature: one number, for which some of many rows do
 EQUAL_LOSSES = 0.005  # nats
+_STARTS = 100  # of a search for folds: one by what suits best, the others by chance
 _MAX_TEMPERATURE = 20.0  # and the least is 1 / 20: beyond, logits say nothing, or they say it with certainty
 
 
@@ -39,6 +42,9 @@ def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> lis
         copies: (N,) for each row the first row that holds the same image, or is of the same group (patient): its own number
             where there is none before.
         folds: at least 2, at most the number of different images, or groups, of the rarest class. seed: of the order.
+
+    Raises:
+        SourceError: groups of several classes, of which no division was found that leaves every class to train in each fold.
     """
     if not np.array_equal(y, y[copies]):
         fold = _dealt_groups(y, copies, folds=folds, seed=seed)
@@ -71,10 +77,45 @@ def _dealt_groups(y: Array, copies: Indices, *, folds: int, seed: int) -> Indice
         fold[each] = best = np.lexsort((held[-1], np.round(cost, 9)))[0]
         held[pairs[1, rows], best] += shares[rows]
         held[-1, best] += sizes[each]
-    for label in np.flatnonzero((held[:-1] > 0).sum(1) == 1).tolist():  # or the others would train without this class
-        mine = pairs[0, pairs[1] == label]
-        fold[mine[sizes[mine].argmin()]] = (fold[mine[0]] + 1) % folds
-    return fold[group]
+    generator = np.random.default_rng([seed, folds])
+    for _ in range(_STARTS):
+        if _mended(fold, pairs, start[:-1], sizes, folds=folds):
+            return fold[group]
+        fold = generator.integers(folds, size=len(sizes))
+    fewer = "fewer folds (--folds 2), or none" if folds > 2 else "no folds"
+    raise SourceError(
+        f"{quantity(len(sizes), 'group')} of several classes cannot be divided into {folds} folds so that each class lies in two "
+        f"at least; choose {fewer} (--folds 0 --C 1), take a class out, or add images of other groups"
+    )
+
+
+def _mended(fold: Indices, pairs: Indices, start: Indices, sizes: Indices, *, folds: int) -> bool:
+    """Move groups to other folds, in place, until none is empty and each class lies in two at least; False if that fails.
+
+    Otherwise heads of the other folds would train without a class.
+
+    Args:
+        fold: (G,) of each group. pairs: (2, P) group and class, ascending. start: (G,) where a group's begin. sizes: (G,) rows.
+    """
+    group, label = pairs
+    while True:
+        lies = np.zeros((label.max() + 1, folds), np.intp)  # groups of a class in a fold
+        np.add.at(lies, (label, fold[group]), 1)
+        groups = np.bincount(fold, minlength=folds)
+        spread = (lies > 0).sum(axis=1)
+        if not (spread == 1).any() and groups.all():
+            return True
+        own = lies[label, fold[group]] == 1
+        after = spread[label, None] - own[:, None] + (lies[label] == 0)  # (P, F), with the group in that fold
+        change = np.add.reduceat((after == 1).astype(np.intp) - (spread[label] == 1)[:, None], start)
+        change += (groups[fold] == 1)[:, None].astype(np.intp) - (groups == 0)
+        change[np.arange(len(fold)), fold] = 0
+        rows = np.bincount(fold, sizes, minlength=folds)
+        best = np.lexsort((np.tile(rows, len(fold)), np.repeat(sizes, folds), change.reshape(-1)))[0]
+        which, target = divmod(int(best), folds)
+        if change[which, target] >= 0:
+            return False
+        fold[which] = target
 
 
 @np.errstate(over="ignore")  # of steps, which then end at a bound

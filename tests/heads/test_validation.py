@@ -1,11 +1,14 @@
 """Folds, the choice among settings and its corrected score, against scikit-learn, plain loops and chance."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.model_selection import StratifiedKFold
 
+from featcache.errors import SourceError
 from featcache.heads.logreg import fit_logreg
 from featcache.heads.minibatch import fit_torch_head
 from featcache.heads.validation import OutOfFold, fit_temperature, stratified_folds
@@ -68,6 +71,43 @@ def test_a_class_of_two_groups_is_never_held_out_as_a_whole():
     groups = np.repeat([0, 20, 22], [20, 2, 2])
     for seed in range(20):
         assert all({*y[train].tolist()} == {0, 1} for train, _ in stratified_folds(y, groups, folds=2, seed=seed))
+
+
+def divided(y, groups, folds):
+    """By all divisions: whether one leaves no fold empty, and every class to those who train without any of them."""
+    names = np.unique(groups)
+    for chosen in itertools.product(range(folds), repeat=len(names)):
+        fold = np.array(chosen)[np.searchsorted(names, groups)]
+        if len({*chosen}) == folds and all({*y[fold != k].tolist()} == {*y.tolist()} for k in range(folds)):
+            return True
+    return False
+
+
+def test_few_groups_of_several_classes_are_divided_wherever_that_is_possible():
+    """Else it is said; a class that a fold trains without would be a crash, or a class nobody knows."""
+    random, said = np.random.default_rng(0), 0
+    cases = [(np.array([2, 0, 1, 0, 2, 1, 1, 2, 0, 2]), np.array([0, 1, 2, 3, 1, 0, 2, 3, 2, 0]))]
+    for _ in range(150):
+        n = random.integers(6, 14)
+        cases.append((random.integers(0, random.integers(2, 6), n), random.integers(0, random.integers(2, 7), n)))
+    for each, (y, groups) in enumerate(cases):
+        y = np.unique(y, return_inverse=True)[1]
+        copies = np.array([np.flatnonzero(groups == group)[0] for group in groups])
+        folds = min(3, min(len({*groups[y == label].tolist()}) for label in range(y.max() + 1)))
+        if folds < 2 or np.array_equal(y, y[copies]):
+            continue
+        try:
+            found = stratified_folds(y, copies, folds=folds, seed=each)
+        except SourceError as error:
+            said += 1
+            assert "cannot be divided" in str(error)
+            assert not divided(y, groups, folds)
+            continue
+        for train, held_out in found:
+            assert len(held_out)
+            assert {*y[train].tolist()} == {*y.tolist()}
+            assert not {*groups[train].tolist()} & {*groups[held_out].tolist()}
+    assert said
 
 
 def test_scores_and_choice_are_those_of_the_drawn_rows():

@@ -121,11 +121,14 @@ def _of_splits(
 ) -> Iterator[Score]:
     """By one head for the first two terms, and one for the third. ``leaks``: (M,) rows that train, or copy one that does."""
     progress(0, 2)
+    judge: _Fitted | None
     head = judge = _Fitted(rows, train, rows.exact, seed)
     if not _same_partition(rows.exact[train], rows.groups[train]):  # near copies would vouch for each other's labels
-        judge = _Fitted(rows, train, rows.groups, seed)
+        judged = _with_folds(rows, train, rows.groups)  # the others are of classes that nobody can judge
+        judge = _Fitted(rows, judged, rows.groups, seed) if len(judged) else None
     progress(1, 2)
-    rest = _with_folds(rows, np.delete(train, judge.suspects()))
+    suspects = train[:0] if judge is None else judge.train[judge.suspects()]
+    rest = _with_folds(rows, np.setdiff1d(train, suspects), rows.exact)
     better = head if len(rest) == len(train) else _Fitted(rows, rest, rows.exact, seed) if len(rest) else None
     for split in ("val", "test"):
         here = np.flatnonzero((rows.splits == SPLITS.index(split)) & rows.usable & np.isin(rows.labels, head.present))
@@ -146,8 +149,8 @@ def _out_of_fold(rows: Rows, train: Indices, seed: int, progress: Progress) -> I
     fitted = _Fitted(rows, train, rows.exact, seed)
     yield _share("out_of_fold", "as_given", fitted.cv_accuracy, len(train), 0, len(train))
     if not _same_partition(rows.exact[train], rows.groups[train]):
-        train = train[_has_folds(rows.labels[train], rows.groups[train])]
-        if len(np.unique(rows.labels[train])) < 2:
+        train = _with_folds(rows, train, rows.groups)
+        if not len(train):
             return
         fitted = _Fitted(rows, train, rows.groups, seed)
     yield _share("out_of_fold", "without_leaks", fitted.cv_accuracy, len(train), 0, len(train))
@@ -159,9 +162,9 @@ def _out_of_fold(rows: Rows, train: Indices, seed: int, progress: Progress) -> I
     progress(2, 2)
 
 
-def _with_folds(rows: Rows, train: Indices) -> Indices:
+def _with_folds(rows: Rows, train: Indices, partition: Indices) -> Indices:
     """``train`` without classes of which too little is left; empty if no two classes are left."""
-    train = train[_has_folds(rows.labels[train], rows.exact[train])]
+    train = train[_has_folds(rows.labels[train], partition[train])]
     return train if len(np.unique(rows.labels[train])) > 1 else train[:0]
 
 

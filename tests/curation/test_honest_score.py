@@ -148,6 +148,29 @@ def test_what_cannot_be_scored_is_left_out(blobs: tuple[np.ndarray, np.ndarray])
             honest_scores(rows_of(X, few, usable=usable))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_class_of_near_copies_alone_is_scored_and_judges_nobody(
+    blobs: tuple[np.ndarray, np.ndarray], mixed: bool
+) -> None:
+    """No two of its images could lie in two folds; suspects are those that the other classes have without it."""
+    X, labels = blobs
+    labels, splits, groups = labels.copy(), np.where(np.arange(150) < 120, 1, 2), np.arange(150)
+    labels[6] = 1  # wrong
+    few = np.flatnonzero((labels == 2) & (splits == 1))
+    groups[few] = few[0]
+    if mixed:
+        groups[[0, 1]] = few[0]
+    found = by_terms(honest_scores(rows_of(X, labels, splits, groups=groups)), "val")
+    others = np.flatnonzero((splits == 1) & (labels != 2))
+    expected = others[_Fitted(rows_of(X, labels, splits, groups=groups), others, groups, 0).suspects()]
+    assert 6 in expected
+    assert found["as_given"].n_train == 120
+    assert found["without_suspects"].left_out == len(expected)
+    labels[labels == 1] = 0  # and with one class left, nobody is suspected
+    alone = by_terms(honest_scores(rows_of(X, labels, splits, groups=groups)), "val")
+    assert alone["without_suspects"].left_out == 0
+
+
 def test_everything_in_val_may_be_a_copy(blobs: tuple[np.ndarray, np.ndarray]) -> None:
     X, labels = blobs
     found = honest_scores(rows_of(X, labels, 1 + np.arange(150) // 75, groups=np.arange(150) % 75))

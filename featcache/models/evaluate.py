@@ -85,8 +85,8 @@ def evaluate(
         true_probability, correct, and seen: whether training has seen it. What is unknown is None.
 
     Raises:
-        UsageError: the name of no split. SourceError: no labelled image in the split, or classes the model does not know.
-        Otherwise as ``predict``.
+        UsageError: the name of no split. SourceError: no labelled image in the split, or classes the model does not know; of a
+        cache that it was fit on, images of these are left out, as fit-head leaves them out. Otherwise as ``predict``.
     """
     check_runtime_options(device, workers=workers, batch_size=batch_size)
     check_split(split)

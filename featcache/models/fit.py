@@ -24,6 +24,7 @@ from featcache.images.layout import some
 from featcache.images.source import Source
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
+from featcache.models.scoring import NOT_SCORED
 from featcache.models.training_rows import HeldOut, TrainingRows
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable, quantity
@@ -420,9 +421,7 @@ def _score(cache: FeatureCache, head: Head, seen: TrainingRows, *, split: str, p
     rows = cache.where(split)
     y = position[cache.y[rows]]
     if unknown := int((y < 0).sum()):
-        log.warning(
-            "%d of %d %s images have no label that training knows and are not scored", unknown, len(rows), split
-        )
+        log.warning(NOT_SCORED, unknown, len(rows), split)
     rows, y = rows[y >= 0], y[y >= 0]
     if not len(rows):
         return None

@@ -29,6 +29,7 @@ from featcache.system.display import all_refused, quantity
 from featcache.system.runtime_options import check_device
 
 log = logging.getLogger("featcache")
+NOT_SCORED = "%d of %d %s images have no label that training knows and are not scored"
 HELD_OUT = "held out"  # the split of rows that the model keeps, with logits of heads that they did not train
 
 
@@ -123,6 +124,10 @@ def score_cache(
     model.check_cache(cache)
     split, chosen = choose_split(cache.rows.splits, split, str(cache.path))
     chosen = chosen[cache.y[chosen] >= 0]
+    strange = ~np.isin(cache.classes, model.classes)[cache.y[chosen]]
+    if strange.any() and not strange.all() and _was_fit_on(model, cache):
+        log.warning(NOT_SCORED, int(strange.sum()), len(chosen), split)
+        chosen = chosen[~strange]
     y = _labels_of_model(model, cache.classes, cache.y[chosen], str(cache.path), split)
     cache.check_finite(chosen)
     probabilities: Probabilities = Scores(model.head, cache.take, chosen)
@@ -139,6 +144,12 @@ def score_cache(
     elsewhere = len(cache.refused) - len(refusals)
     columns = split, y, probabilities, cache.rows.digests[chosen], cache.rows.paths[chosen], found, refusals
     return Scored(*columns, temperature_of(model), rows=chosen, elsewhere=_said(elsewhere))
+
+
+def _was_fit_on(model: Model, cache: FeatureCache) -> bool:
+    """Whether images of ``cache`` trained the model: then it does without classes that only val or test has, as fit-head said."""
+    rows = model.training_rows()
+    return rows is not None and bool(rows.contain(cache.rows.digests).any())
 
 
 def score_images(

@@ -9,7 +9,7 @@ from conftest import TINY, make_photos
 from sklearn import metrics as sklearn_metrics
 
 import featcache
-from featcache.errors import BackboneError, UsageError
+from featcache.errors import BackboneError, SourceError, UsageError
 from featcache.extraction.extract import extract
 from featcache.heads.confident import wrong_labels
 from featcache.heads.head import softmax
@@ -19,6 +19,7 @@ from featcache.models.limits import Limits
 from featcache.models.model import load_model
 from featcache.models.predict import predict
 from featcache.models.scoring import score_cache
+from featcache.reports.model_report.report import report_beside
 from featcache.reports.scores import evaluation_lines
 
 OF_PREDICT = ["path", "label", "probability", "status", "reason"]
@@ -134,3 +135,26 @@ def test_scores_are_the_same_where_probabilities_are_not_kept(tmp_path: Path, ab
     assert scores["answered"]["n"] == inside.sum()
     if not abstain:
         assert scores["coverage"]["reached"] == limits.sets.contain(p)[np.arange(4500), y[500:]].mean()
+
+
+def test_classes_that_only_val_has_are_left_out_as_fit_head_left_them_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same rows, and a page of them; of another source they are a mix-up, and refused."""
+    labels, splits = np.arange(150) % 3, np.where(np.arange(150) < 100, 1, 2)
+    labels[110:120] = 3
+    make_classes(tmp_path / "f.h5", labels, splits, spread=4.0)
+    report = fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0)
+    warning = "10 of 50 val images have no label that training knows and are not scored"
+    assert warning in caplog.text
+    caplog.clear()
+    scores = evaluate(tmp_path / "m", tmp_path / "f.h5", split="val", rows=True)
+    assert warning in caplog.text
+    assert (scores["n"], scores["accuracy"]) == (40, report.val_accuracy)
+    assert [row["path"] for row in scores["rows"]] == [f"{k:04d}.jpg" for k in (*range(100, 110), *range(120, 150))]
+    assert any(path.suffix == ".html" for path in report_beside(tmp_path / "m", cache=tmp_path / "f.h5"))
+    labels[100:] = 3
+    make_classes(tmp_path / "g.h5", labels, splits)
+    fit_head(tmp_path / "g.h5", tmp_path / "n", C=1.0)
+    with pytest.raises(SourceError, match=r"images of d, which the model does not know"):
+        evaluate(tmp_path / "n", tmp_path / "g.h5", split="val")

@@ -38,7 +38,7 @@ from featcache.extraction.kept import KeptEmbeddings, Settled, embed_now
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.heads.head import Array, Head, softmax
 from featcache.heads.logreg import C_GRID, fit_logreg
-from featcache.images.groups import group_by_name, joined
+from featcache.images.groups import group_by_name, group_name, joined
 from featcache.images.in_memory import Held
 from featcache.images.read import Paths, refusals
 from featcache.images.source import ImageList, Source
@@ -323,7 +323,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Train on (N, D) embeddings and (N,) labels of any type.
 
         Args:
-            groups: (N,) names of what belongs together (patient, place): such rows lie in one fold. None, NaN or an empty text
+            groups: (N,) names of what belongs together (patient, place): such rows lie in one fold. None, NaN, NA or an empty text
                 stands alone. In a pipeline ``headclassifier__groups=``, or by metadata routing.
 
         Raises:
@@ -341,7 +341,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         copies = group_by_name([hashlib.sha256(row).hexdigest() for row in np.ascontiguousarray(X)])
         if groups is not None:
             check_consistent_length(X, groups)
-            copies = joined(copies, group_by_name([_name(group) for group in groups]))
+            copies = joined(copies, group_by_name([group_name(group) for group in groups]))
         self.n_folds_ = self._possible_folds(labels, copies)
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
@@ -436,11 +436,6 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _name(group: Any) -> str:
-    """A group's name; "" for what stands alone."""
-    return "" if group is None or group != group else str(group)
 
 
 def _plain(value: Any) -> Any:

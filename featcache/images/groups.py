@@ -7,6 +7,7 @@ import itertools
 import posixpath
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,14 @@ from featcache.system.display import quantity
 from featcache.system.path_kinds import kind_of
 
 Indices = npt.NDArray[np.intp]
+
+
+def group_name(given: Any) -> str:
+    """A group's name as text; "" for what stands alone: None, NaN, pandas' NA or NaT, or an empty text."""
+    try:
+        return "" if given is None or given != given else str(given)
+    except TypeError:  # NA, which is neither equal to itself nor unequal
+        return ""
 
 
 def group_by_name(names: Sequence[str]) -> Indices:

@@ -19,7 +19,7 @@ from featcache.errors import SourceError, UsageError
 from featcache.heads.confident import wrong_labels
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, Scores, TorchSettings, softmax
 from featcache.heads.metrics import Answers, evaluate_answers
-from featcache.images.groups import group_by_name, joined, read_groups
+from featcache.images.groups import group_by_name, group_name, joined, read_groups
 from featcache.images.layout import some
 from featcache.images.source import Source
 from featcache.images.splits import training_images, usable
@@ -112,7 +112,7 @@ def fit_head(
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
-    groups: str | Path | Source | Sequence[str] | None = None,
+    groups: str | Path | Source | Sequence[Any] | None = None,
     group_column: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -132,7 +132,7 @@ def fit_head(
         epochs: for linear and mlp: exactly so many; when None, as many as are best on a held-out tenth.
         lr, batch_size: for linear and mlp: AdamW's learning rate, 0.003 when None; rows per step, by their number when None.
         groups: a table in which ``group_column`` says what belongs together (patient, place), joined by path, or a name for each
-            row of the cache: such rows, as copies always, lie in one fold. An empty name stands alone.
+            row of the cache: such rows, as copies always, lie in one fold. An empty name, None, NaN or NA stands alone.
         seed: of folds, initial weights and batches.
         device: auto, cpu, cuda, cuda:N or mps; auto takes a CUDA GPU where there is one and enough to do.
         self_contained: copy the backbone's weights into the model even if a library provides them.
@@ -275,7 +275,7 @@ class _Groups:
 
     @classmethod
     def read(
-        cls, cache: FeatureCache, rows: Indices, given: str | Path | Source | Sequence[str] | None, column: str | None
+        cls, cache: FeatureCache, rows: Indices, given: str | Path | Source | Sequence[Any] | None, column: str | None
     ) -> "_Groups | None":
         """Of a table, which must name all of ``rows``, or as they are; None if there are none. Raises UsageError, SourceError."""
         if given is None:
@@ -293,7 +293,7 @@ class _Groups:
             needed = np.zeros(len(cache), bool)
             needed[rows] = True
             names = read_groups(table, cache.paths, needed=needed.tolist())
-        elif len(names := list(given)) != len(cache):
+        elif len(names := [group_name(name) for name in given]) != len(cache):
             raise UsageError(
                 f"groups are {len(names)} names, expected one for each of the {len(cache)} rows of {cache.path}"
             )

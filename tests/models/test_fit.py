@@ -150,6 +150,24 @@ def test_groups_lie_in_one_fold(
     assert fit_head(cache, tmp_path / "m", clf=clf).groups is None
 
 
+@pytest.mark.parametrize("none", [None, float("nan"), np.float32("nan"), "", "pandas.NA", "pandas.NaT"])
+def test_groups_may_be_numbers_and_what_is_none_stands_alone(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, none: Any
+) -> None:
+    """0 is a number like any other."""
+    if isinstance(none, str) and none:
+        none = getattr(pytest.importorskip("pandas"), none.removeprefix("pandas."))
+    caplog.set_level("INFO")
+    numbers = [none if k % 50 < 4 else k // 10 for k in range(150)]
+    report = fit_head(cache, tmp_path / "m", C=1.0, folds=2, groups=numbers)
+    names = ["" if k % 50 < 4 else f"p{k // 10}" for k in range(150)]
+    assert report.groups == fit_head(cache, tmp_path / "n", C=1.0, folds=2, groups=names).groups
+    assert report.groups is not None
+    assert report.groups["training"] == 5
+    assert (tmp_path / "m" / "head.safetensors").read_bytes() == (tmp_path / "n" / "head.safetensors").read_bytes()
+    assert caplog.text.count("4 of 50 training images have no group and stand alone") == 2
+
+
 @pytest.mark.parametrize(
     ("text", "options", "says"),
     [

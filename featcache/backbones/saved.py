@@ -24,6 +24,8 @@ FORMAT_VERSION = 1
 MANIFEST, WEIGHTS = "model.json", "backbone.safetensors"
 _FIELDS = dict.fromkeys(("head", "weights", "training", "metrics", "versions"), dict) | {"classes": list}
 
+_NUMBERS = ("accuracy", "uncorrected", "std", "loss", "f1", "without_copies", "temperature", "suspects")  # of metrics
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SavedBackbone:
@@ -119,6 +121,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         for key, kind in _FIELDS.items():
             if not isinstance(manifest[key], kind):
                 raise ModelError(f"{path} is damaged: {key} in {MANIFEST} is no {kind.__name__}; train it again")
+        if not isinstance(manifest["weights"].get("source"), str):
+            raise ModelError(f"{path} is damaged: weights in {MANIFEST} have no source; train it again")
+        for key, value in manifest["metrics"].items():
+            if key.endswith(_NUMBERS) and not isinstance(value, int | float | None):
+                raise ModelError(f"{path} is damaged: {key} in {MANIFEST} is no number; train it again")
         return manifest
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import Digests, are_among, first_copies
 from featcache.cache.format import decode_names
-from featcache.errors import ModelError, SourceError, UsageError
+from featcache.errors import SourceError, UsageError
 from featcache.heads.conformal import METHOD, Thresholds, check_coverage, fit_thresholds, rows_of_class_needed
 from featcache.heads.head import Array, Indices
 from featcache.heads.neighbours import Neighbours
@@ -65,12 +65,8 @@ def sets_of(model: "Model", coverage: float) -> Sets:
             f"{model.path} keeps no scores of images that it was not trained on, which sets of classes are made from: it was "
             f"trained without folds, or by an earlier version; {again}"
         )
-    labels, logits, n_classes = found.labels, found.logits, len(model.classes)
-    fits = logits.shape[1] == n_classes and np.isfinite(logits).all() and ((labels >= 0) & (labels < n_classes)).all()
-    if not fits:
-        raise ModelError(f"{model.path} is damaged: its scores do not fit its {n_classes} classes; train it again")
     temperature = temperature_of(model)
-    return Sets(fit_thresholds(labels, logits * temperature, coverage=coverage), temperature)
+    return Sets(fit_thresholds(found.labels, found.logits * temperature, coverage=coverage), temperature)
 
 
 def temperature_of(model: "Model") -> float:

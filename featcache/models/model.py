@@ -110,7 +110,9 @@ class Model:
 
     def load_backbone(self) -> "Backbone":
         """The backbone that the model was trained on. Raises ModelError, BackboneError: as ``SavedBackbone.load``."""
-        return self.backbone.load()
+        backbone = self.backbone.load()
+        self._check_width(backbone.dim)
+        return backbone
 
     def network(self) -> "nn.Sequential":
         """Backbone and head as one PyTorch module, a copy of its own: on the CPU, in float32, in eval mode.
@@ -148,7 +150,12 @@ class Model:
                 raise ModelError(
                     f"{self.path} is damaged: {training_rows.FILE} is not the file that was saved; train it again"
                 )
-            return TrainingRows.from_bytes(data)
+            rows = TrainingRows.from_bytes(data)
+            if not rows.fit(len(self.classes)):
+                raise ModelError(
+                    f"{self.path} is damaged: its scores do not fit its {len(self.classes)} classes; train it again"
+                )
+            return rows
 
     @functools.cached_property
     def digests_seen(self) -> Digests:
@@ -172,13 +179,22 @@ class Model:
         return html_table(rows, caption=f"Model {self.path}, {quantity(len(self.classes), 'class')}", header=False)
 
     def check_cache(self, cache: FeatureCache, *, advice: str = "predict from the images instead") -> None:
-        """Raise SpecMismatchError unless ``cache`` was made with this model's spec."""
+        """Raise SpecMismatchError unless ``cache`` was made with this model's spec, ModelError if the head takes other rows."""
         if self.spec.stated is not None:
             advice = "give a cache that was imported with the same statement"
         if cache.spec != self.spec:
             raise SpecMismatchError(
                 f"{cache.path} and the model {self.path} do not belong together (cache -> model: "
                 f"{cache.spec.difference(self.spec)}); {advice}"
+            )
+        self._check_width(cache.dim)
+
+    def _check_width(self, dim: int) -> None:
+        """Raise ModelError unless the head takes embeddings of ``dim`` values, which those of its spec have."""
+        if self.head.dim != dim:
+            raise ModelError(
+                f"{self.path} is damaged: its head takes {quantity(self.head.dim, 'value')}, embeddings of its spec have {dim}; "
+                "train it again"
             )
 
 

@@ -312,7 +312,7 @@ def _ready_embedder(
         if embedder is None or checked < enough <= runtime.batch_size:
             log.info(runtime.reason)
             precision = cast("Precision", "auto" if model.spec.precision == "reference" else model.spec.precision)
-            backbone = embedder.backbone if embedder else model.backbone.load()
+            backbone = embedder.backbone if embedder else model.load_backbone()
             embedder = Embedder.prepare(backbone, files, runtime=runtime, precision=precision)
             there[str(runtime.device)] = embedder, min(runtime.batch_size, SAMPLE)
     return dataclasses.replace(embedder, runtime=runtime)

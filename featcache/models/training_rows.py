@@ -77,6 +77,20 @@ class TrainingRows:
         own = None if self.logits is None else HeldOut(self.digests, self.labels, self.logits)
         return None if (found := self.held_out or own) is None else found.once()
 
+    def fit(self, n_classes: int) -> bool:
+        """Whether there are rows, and all that is kept of them is of ``n_classes`` classes; a damaged file may say anything."""
+        own = HeldOut(self.digests, self.labels, np.zeros((0, n_classes)) if self.logits is None else self.logits)
+        parts = [own] if self.held_out is None else [own, self.held_out]
+        labels = np.concatenate([part.labels for part in parts])
+        logits = [part.logits for part in parts]
+        answers = [] if self.compared is None else [self.compared.labels, self.compared.head, self.compared.tuned]
+        return bool(
+            all(len(part.labels) for part in parts)
+            and ((labels >= _NO_LABEL) & (labels < n_classes)).all()
+            and all(scores.shape[1] == n_classes and np.isfinite(scores).all() for scores in logits)
+            and all(((found >= 0) & (found < n_classes)).all() for found in answers)
+        )
+
     def contain(self, digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """(M, 32) digests -> (M,) whether training has seen an image of these bytes."""
         return are_among(digests, self.digests)

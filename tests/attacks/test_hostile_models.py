@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import joblib
@@ -25,13 +26,16 @@ from conftest import SPEC
 from hostile import NO_JSON, Bomb, watched
 from test_mutated_files import change_manifest, make_head, make_model
 
-from featcache.backbones.saved import own_file
+from featcache.backbones.saved import SavedBackbone, own_file
 from featcache.cache.format import Provenance
 from featcache.cache.write import write_cache
 from featcache.errors import BackboneError, FeatcacheError, ModelError
 from featcache.finetuning import checkpoint
 from featcache.finetuning.result import read_report
+from featcache.models.evaluate import evaluate
+from featcache.models.export import export_model as export
 from featcache.models.model import check_replaceable, load_model
+from featcache.models.predict import predict
 from featcache.reports.info import describe
 from featcache.spec import fingerprint_of
 from featcache.system.workdir import work_folder
@@ -79,6 +83,10 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
     "classes, a crowd": ({"classes": [f"c{k}" for k in range(10**5)]}, "100000 classes for 2 outputs"),
     "classes, half a character": ({"classes": ["\ud800", "b"]}, "damaged"),
     "weights, list": ({"weights": []}, "weights in model.json is no dict"),
+    "weights, empty": ({"weights": {}}, "weights in model.json have no source"),
+    "weights, number": ({"weights": {"source": 1, "reload": None}}, "weights in model.json have no source"),
+    "metrics, text": ({"metrics": {"cv_accuracy": "good"}}, "cv_accuracy in model.json is no number"),
+    "metrics, list": ({"metrics": {"temperature": [1]}}, "temperature in model.json is no number"),
     "metrics, none": ({"metrics": None}, "metrics in model.json is no dict"),
     "head, text": ({"head": "logreg"}, "head in model.json is no dict"),
     "head, unknown": ({"head": {"kind": "code", "scaling": "none", "sha256": "SAME"}}, "kind code, scaling none"),
@@ -254,6 +262,21 @@ HEADS = {
 def test_heads_that_make_no_sense_are_refused(tmp_path: Path, kind: str) -> None:
     with pytest.raises(ModelError, match="the head's tensors|damaged"):
         load_model(with_head(tmp_path / "m", HEADS[kind]))
+
+
+def test_heads_of_another_width_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spec is that of the embeddings; the head takes others."""
+    model = load_model(make_model(tmp_path / "m"))
+    rows = plain_rows((f"{k}.jpg" for k in range(4)), labels=np.array([0, 1, 0, 1], np.int32))
+    write_cache(tmp_path / "f.h5", rows, [np.eye(4, 5)], dim=5, spec=SPEC, classes=("ant", "bee0"))
+    words = "its head takes 3 values, embeddings of its spec have 5"
+    for use_it in (lambda: [*predict(model, [tmp_path / "f.h5"])], lambda: evaluate(model, tmp_path / "f.h5")):
+        with pytest.raises(ModelError, match=words):
+            use_it()
+    monkeypatch.setattr(SavedBackbone, "load", lambda self: SimpleNamespace(dim=5))
+    for use_it in (model.load_backbone, model.network, lambda: export(model, tmp_path / "x.onnx")):
+        with pytest.raises(ModelError, match=words):
+            use_it()
 
 
 # ----------------------------------------------------------------------------------------------------------- terminal

@@ -14,10 +14,11 @@ from conftest import SPEC
 from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
 from featcache.errors import ModelError, SourceError
+from featcache.heads.head import FittedHead, Head
 from featcache.heads.metrics import accuracy
 from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
-from featcache.models.model import load_model
+from featcache.models.model import load_model, save_model
 from featcache.models.predict import predict
 from featcache.models.training_rows import Compared, HeldOut, TrainingRows
 
@@ -121,6 +122,34 @@ def test_damaged_training_rows_are_refused_and_older_models_know_none(tmp_path: 
     scores = evaluate(model, cache.path)
     assert scores["accuracy_without_copies"] is None
     assert scores["copies"] == {"within": 0, "across_splits": None, "across_labels": 0}
+
+
+DAMAGE: dict[str, dict[str, Any]] = {
+    "label beyond": {"labels": np.array([0, 1, 7])},
+    "label below": {"labels": np.array([0, 1, -2])},
+    "not finite": {"logits": np.array([[0, 1], [np.nan, 0], [1, 0]])},
+    "too many classes": {"logits": np.zeros((3, 5))},
+    "no rows": {"digests": np.empty((0, 32), np.uint8), "labels": np.empty(0, np.int64), "logits": np.empty((0, 2))},
+}
+
+
+@pytest.mark.parametrize("where", ["rows", "held_out"])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_rows_that_do_not_fit_the_classes_are_damage(tmp_path: Path, kind: str, where: str) -> None:
+    """As of a file that was made by somebody else, with its checksum."""
+    digests = np.random.default_rng(0).integers(0, 256, (3, 32), np.uint8)
+    good: dict[str, Any] = {"digests": digests, "labels": np.array([0, 1, 0]), "logits": np.zeros((3, 2))}
+    if where == "rows":
+        rows = TrainingRows(**good | DAMAGE[kind])
+    else:
+        rows = TrainingRows(digests, good["labels"], held_out=HeldOut(**good | DAMAGE[kind]))
+    head = FittedHead(Head("logreg", "none", np.zeros(3), np.ones(3), ((np.zeros((2, 3)), np.zeros(2)),)), (), {}, [])
+    facts: dict[str, Any] = {"spec": SPEC, "weights": {"source": "x"}, "training": {}, "metrics": {}}
+    save_model(tmp_path / "m", head, classes=("a", "b"), rows=rows, **facts)
+    with pytest.raises(ModelError, match="its scores do not fit its 2 classes"):
+        load_model(tmp_path / "m").training_rows()
+    save_model(tmp_path / "n", head, classes=("a", "b"), rows=TrainingRows(**good), **facts)
+    assert load_model(tmp_path / "n").training_rows() is not None
 
 
 def test_held_out_rows_travel_along_and_count_once() -> None:

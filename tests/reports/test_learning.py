@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from caches import make_classes, save_head, save_tuned
 
 from featcache.cache.cache import FeatureCache
+from featcache.errors import ModelError
 from featcache.heads.head import Head
 from featcache.heads.learning_curve import learning_curve
 from featcache.models.fit import fit_head
@@ -261,3 +263,18 @@ def test_images_that_each_won_are_cards_of_the_page(tuned: Path) -> None:
     older = json.loads((tuned / "metrics.json").read_text()) | {"comparison": None}
     (tuned / "metrics.json").write_text(json.dumps(older))
     assert finetuned_section(subject) is None
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"curve": 7}, {"curve": [1]}, {"curve": [{"C": 1.0, "scaling": "none", "accuracy": "good"}]}, {"curve": {}}]
+)
+def test_metrics_of_another_shape_are_damage(fitted: Path, tmp_path: Path, metrics: dict[str, Any]) -> None:
+    folder = shutil.copytree(fitted, tmp_path / "damaged")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    model = load_model(folder)
+    subject = cast("Subject", SimpleNamespace(model=model))
+    if not metrics["curve"]:
+        assert choice_section(subject) is None
+        return
+    with pytest.raises(ModelError, match=r"its metrics.json is not what was saved"):
+        choice_section(subject)

@@ -4,9 +4,10 @@ The choice of C and scaling; accuracy against the number of training images; los
 against the fine-tuned model. A section is None where the model has nothing of the kind.
 """
 
+import functools
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from featcache.backbones.saved import own_file
 from featcache.cache.cache import FeatureCache
 from featcache.cache.copies import first_copies
 from featcache.cache.format import digest_keys
-from featcache.errors import FeatcacheError, SourceError
+from featcache.errors import FeatcacheError, ModelError, SourceError
 from featcache.heads.head import Array, Indices
 from featcache.heads.learning_curve import Doubling, LearningCurve, forecast, learning_curve
 from featcache.heads.validation import EQUAL_LOSSES, good_enough
@@ -49,9 +50,25 @@ def read_metrics(model: Model) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _of_metrics(section: Callable[[Subject], Section | None]) -> Callable[[Subject], Section | None]:
+    """``section``, which is made from metrics.json. Raises ModelError: that is not what was saved."""
+
+    @functools.wraps(section)
+    def made(subject: Subject) -> Section | None:
+        try:
+            return section(subject)
+        except (TypeError, LookupError, AttributeError, ValueError) as error:
+            raise ModelError(
+                f"{subject.model.path} is damaged: its {METRICS} is not what was saved ({type(error).__name__}: {error}); train it again"
+            ) from error
+
+    return made
+
+
 # ------------------------------------------------------------------------------------------------------ C and scaling
 
 
+@_of_metrics
 def choice_section(subject: Subject) -> Section | None:
     """Every C and scaling that cross-validation tried, and why one of them was chosen."""
     model = subject.model
@@ -308,6 +325,7 @@ _ORDINALS = {5: "fifth", 10: "tenth"}
 # ------------------------------------------------------------------------------------------------- epoch after epoch
 
 
+@_of_metrics
 def training_section(subject: Subject) -> Section | None:
     """Loss and accuracy epoch by epoch, of fine-tuning or of a linear or mlp head."""
     history = read_history(subject.model)
@@ -381,6 +399,7 @@ def _best_in_words(history: Sequence[Mapping[str, Any]], best: float | None) -> 
 # ---------------------------------------------------------------------------------------------- frozen or fine-tuned
 
 
+@_of_metrics
 def finetuned_section(subject: Subject) -> Section | None:
     """The frozen head against the fine-tuned model: accuracies, McNemar's test, and the images that each won."""
     metrics, known = read_metrics(subject.model), subject.model.training_rows()

@@ -295,7 +295,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         C: inverse regularisation strength; chosen by cross-validation when None.
         folds: of the cross-validation; fewer if a class has fewer different rows. 0 for none: then ``C`` has to be given, features
             are standardised and probabilities are as they come.
-        class_weight: None, ``balanced``, or a dictionary class -> weight (1 where it is silent), in training.
+        class_weight: None, ``balanced``, or a dictionary class -> weight above 0 (1 where it is silent), in training.
         random_state: of the folds: a seed, a ``RandomState``, or None for another one each time.
 
     Attributes:
@@ -418,8 +418,10 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError("without folds nothing can choose C; give C as well")
         if weight is not None and weight != "balanced" and not isinstance(weight, Mapping):
             raise ValueError(f"class_weight must be None, 'balanced' or a dictionary, found {weight!r}")
-        if isinstance(weight, Mapping) and not all(_is_number(w) and 0 <= w < float("inf") for w in weight.values()):
-            raise ValueError(f"class_weight must hold numbers of 0 or more, found {dict(weight)!r}")
+        if isinstance(weight, Mapping) and not all(_is_number(w) and 0 < w < float("inf") for w in weight.values()):
+            raise ValueError(
+                f"class_weight must hold numbers above 0, found {dict(weight)!r}; leave out rows that are not to count"
+            )
 
     def _possible_folds(self, labels: Array, copies: Array) -> int:
         """``folds``, or as many as the rarest class has different rows. Raises ValueError: it has one only."""

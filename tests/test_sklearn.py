@@ -346,6 +346,7 @@ def test_groups_are_routed(routing: None) -> None:
         ({"folds": 0}, ["a", "b"] * 3, "nothing can choose C"),
         ({"class_weight": "even"}, ["a", "b"] * 3, "class_weight must be"),
         ({"class_weight": {"a": -1}}, ["a", "b"] * 3, "class_weight must hold"),
+        ({"class_weight": {"a": 0.0}}, ["a", "b"] * 3, "class_weight must hold numbers above 0"),
     ],
 )
 def test_what_no_classifier_can_learn_from_is_refused(options: dict[str, Any], y: list[Any], sentence: str) -> None:

@@ -277,7 +277,7 @@ def save_model(
                 shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_bytes(content)
-        (folder / METRICS).write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / METRICS).write_text(_as_json(metrics) + "\n")
         manifest = {
             "format": saved.FORMAT,
             "version": saved.FORMAT_VERSION,
@@ -303,6 +303,17 @@ def save_model(
             manifest["card"] = hashlib.sha256(text).hexdigest()
         manifest["sha256"] = fingerprint_of(manifest)
         (folder / saved.MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _as_json(value: Any, indent: str = "\n") -> str:
+    """As ``json.dumps`` with an indent of 2, but what holds plain values only, as a row of a confusion matrix, on one line."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        entries = (f"{inner}{json.dumps(str(key))}: {_as_json(entry, inner)}" for key, entry in value.items())
+        return "{" + ",".join(entries) + indent + "}"
+    if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
+        return "[" + ",".join(inner + _as_json(entry, inner) for entry in value) + indent + "]"
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _card(path: Path, manifest: dict[str, Any], metrics: dict[str, Any], rows: TrainingRows | None) -> bytes:

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from caches import make_classes
+from conftest import SPEC
 
 from featcache.errors import ModelError
+from featcache.heads.head import FittedHead, Head
 from featcache.models.fit import fit_head
-from featcache.models.model import load_model
+from featcache.models.model import load_model, save_model
+from featcache.system.safe_load import parse_json
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,21 @@ def test_what_a_model_shows_of_itself(cache: Path, tmp_path: Path) -> None:
     assert "<script>" not in shown and shown.encode()
     accuracy = model.manifest["metrics"]["test_accuracy"]
     assert f"<td>test accuracy</td><td>{accuracy:.2%}</td>" in shown
+
+
+def test_metrics_hold_a_row_of_the_confusion_matrix_a_line(tmp_path: Path) -> None:
+    """Of many classes the matrix is most of the file: with a number a line it was five times as large."""
+    classes = tuple(f"c{k}" for k in range(300))
+    metrics: dict[str, Any] = {
+        "val": {"accuracy": 0.5, "confusion": np.eye(300, dtype=int).tolist(), "per_class": {"ä": {"f1": None}}},
+        "curve": [{"C": 1.0, "fold_accuracies": [0.5, 1.0]}, {}],
+        "copies": {},
+        "none": [],
+    }
+    head = Head("logreg", "none", np.zeros(3), np.ones(3), ((np.zeros((300, 3)), np.zeros(300)),))
+    facts: dict[str, Any] = {"spec": SPEC, "weights": {"source": "x"}, "training": {}}
+    save_model(tmp_path / "m", FittedHead(head, (), {}, []), classes=classes, metrics=metrics, **facts)
+    text = (tmp_path / "m" / "metrics.json").read_text()
+    assert parse_json(text) == metrics
+    assert len(text) < 2.2 * 300**2
+    assert text.count("\n") < 350

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from featcache.cache.copies import find_copies
+from featcache.cache.copies import are_among, find_copies
 from featcache.cache.format import decode_names
 from featcache.heads.confident import wrong_labels
 from featcache.heads.conformal import METHOD
@@ -31,7 +31,7 @@ from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.limits import UNFAMILIAR, Found, Limits, Sets
 from featcache.models.model import Model, load_model
 from featcache.models.scoring import Scored, check_split, score_source
-from featcache.system.display import quantity
+from featcache.models.training_rows import seen_words
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_runtime_options
@@ -70,6 +70,7 @@ def evaluate(
     Returns:
         n, accuracy, accuracy_interval, top5_accuracy, balanced_accuracy, macro_f1, per_class, log_loss, ece, confusion
         (``metrics.evaluate_probabilities``), split, refused, refused_of_unknown_split (not among refused, unless all are scored);
+        chosen_on: how many images are of the val by which a fine-tuned model's epoch and mixture were chosen;
         accuracy_without_copies: on images that training has not seen; None without any, or if the model does not know;
         copies: ``within`` the split, ``across_splits`` those that training has seen (None if the model does not know),
         ``across_labels``: as in ``cache.copies``;
@@ -108,8 +109,16 @@ def scores_of(model: Model, scored: Scored, limits: Limits, *, seen: Array | Non
     unseen = seen is None or not seen.any()  # of rows that trained the head probabilities say what it was told
     suspects = len(wrong_labels(scored.y, scored.probabilities)) if unseen else None
     facts = {"label_suspects": suspects, "split": scored.split, "refused": len(scored.refused)}
-    facts["refused_of_unknown_split"] = scored.elsewhere
+    facts |= {"refused_of_unknown_split": scored.elsewhere, "chosen_on": _chosen_on(model, scored)}
     return scores | _copies(scored, seen=seen) | facts
+
+
+def _chosen_on(model: Model, scored: Scored) -> int:
+    """How many images are of the val by which the epoch and the mixture of a fine-tuned model were chosen."""
+    known = model.training_rows() if model.manifest.get("finetuned") else None
+    if known is None or known.held_out is None:
+        return 0
+    return int(are_among(scored.digests, known.held_out.digests).sum())
 
 
 def _checked(model: Model | AnyPath, source: AnySource | ImageList) -> Model:
@@ -197,7 +206,6 @@ def _copies(scored: Scored, *, seen: Array | None) -> dict[str, Any]:
         return {"accuracy_without_copies": None, "copies": copies.counts() | {"across_splits": None}}
     if count := int(seen.sum()):
         first = decode_names(scored.names[seen][:1])[0]
-        text = "training has seen %d of the %s, the first %s: a score on them flatters"
-        log.warning(text, count, quantity(len(y), "image"), first)
+        log.warning("%s: a score on %s flatters", seen_words(count, len(y), first, which="the"), "it" if count == 1 else "them")
     without = None if seen.all() else float(scored.answers.right[~seen].mean())
     return {"accuracy_without_copies": without, "copies": copies.counts() | {"across_splits": count}}

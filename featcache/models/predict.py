@@ -29,6 +29,7 @@ from featcache.images.source import Source, holds_images, list_images
 from featcache.models.limits import Limits
 from featcache.models.model import Model, load_model
 from featcache.models.prediction import Prediction, Predictions
+from featcache.models.training_rows import seen_words
 from featcache.system.addresses import shown
 from featcache.system.display import bar_in_notebook, describe_images, quantity
 from featcache.system.path_advice import HERE, check_path, is_wanted, missing
@@ -205,10 +206,11 @@ def _note_seen(model: Model, predictions: Iterator[Prediction]) -> Iterator[Pred
             look_up()
     look_up()
     if seen:
-        log.info("training has seen %d of these %s, the first %s", seen, quantity(labelled, "image"), first)
+        log.info(seen_words(seen, labelled, first))
     if unsure:
         verb = "is" if unsure == 1 else "are"
-        log.info("%d of these %s %s unsure; the column reason says why", unsure, quantity(labelled, "image"), verb)
+        some = f"{unsure} of these {quantity(labelled, 'image')}" if labelled > 1 else "the only image"
+        log.info("%s %s unsure; the column reason says why", some, verb)
 
 
 def _predict_caches(model: Model, caches: list[FeatureCache], limits: Limits) -> Iterator[Prediction]:

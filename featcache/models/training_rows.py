@@ -14,11 +14,18 @@ import numpy.typing as npt
 from featcache.cache.copies import are_among, first_copies
 from featcache.errors import ModelError
 from featcache.heads.head import Array
+from featcache.system.display import quantity
 
 FILE = "training.safetensors"
 _HELD_OUT = "held_out."  # before the names of its tensors
 _COMPARED = "compared."
 _NO_LABEL = -1
+
+
+def seen_words(count: int, n: int, first: str, *, which: str = "these") -> str:
+    """That training has seen ``count`` of n images, the first of them ``first``."""
+    some = f"{count} of {which} {quantity(n, 'image')}" if n > 1 else "the only image"
+    return f"training has seen {some}, {'the first ' * (count > 1)}{first}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

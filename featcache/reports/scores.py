@@ -90,6 +90,8 @@ def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
     ]
     if scores["top5_accuracy"] is not None:
         lines.insert(2, f"  the true class is among the five most probable in {scores['top5_accuracy']:.2%}")
+    if chosen := scores.get("chosen_on"):
+        lines.append(f"  optimistic: {chosen_on(chosen, scores['n'])}")
     lines += limit_lines(scores)
     if scores["copies"]["across_splits"]:
         new = scores["accuracy_without_copies"]
@@ -102,6 +104,11 @@ def evaluation_lines(scores: dict[str, Any], names: Sequence[str]) -> list[str]:
                 f"  {name}: {quantity(entry['n'], 'image')}, recall {entry['recall']:.2%}, precision {precision}"
             )
     return lines + confusion_lines(scores["confusion"], names)
+
+
+def chosen_on(count: int, n: int) -> str:
+    """Which of ``n`` images the epoch and the mixture of a fine-tuned model were chosen by: ``count`` of them."""
+    return f"epoch and mixture were chosen on {'these images' if count == n else f'{count:,} of these images'}"
 
 
 def limit_lines(scores: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from featcache.models.evaluate import evaluate
 from featcache.models.fit import fit_head
 from featcache.models.model import load_model, save_model
 from featcache.models.predict import predict
-from featcache.models.training_rows import Compared, HeldOut, TrainingRows
+from featcache.models.training_rows import Compared, HeldOut, TrainingRows, seen_words
 
 N = 90
 LABELS, SPLITS = np.arange(N) % 3, np.repeat([1, 2, 3], 30)
@@ -62,6 +62,18 @@ def test_leaked_rows_are_counted_named_and_left_out(tmp_path: Path, caplog: pyte
     with caplog.at_level("INFO", "featcache"):
         list(predict(tmp_path / "m", [cache.path]))
     assert "training has seen 42 of these 90 images, the first 0000.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("count", "n", "words"),
+    [
+        (12, 30, "training has seen 12 of these 30 images, the first a.jpg"),
+        (1, 30, "training has seen 1 of these 30 images, a.jpg"),
+        (1, 1, "training has seen the only image, a.jpg"),
+    ],
+)
+def test_how_it_is_said(count: int, n: int, words: str) -> None:
+    assert seen_words(count, n, "a.jpg") == words
 
 
 def test_where_all_are_copies_there_is_no_score_without(tmp_path: Path) -> None:

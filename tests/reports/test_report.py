@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from caches import make_classes, plain_rows, save_head
+from caches import make_classes, plain_rows, save_head, save_tuned
 from conftest import SPEC, TINY, make_photos, write_photo
 from kitchen import HOSTILE
 
@@ -33,6 +33,7 @@ from featcache.reports.elements.pictures import Pictures
 from featcache.reports.model_report.advice import advise, suspects
 from featcache.reports.model_report.report import page_beside, report, report_beside
 from featcache.reports.model_report.subject import choose_rows, make_subject
+from featcache.reports.scores import evaluation_lines
 
 
 def data_of(page: Path) -> dict[str, Any]:
@@ -98,6 +99,28 @@ def test_without_a_source_it_is_about_what_did_not_train(overlapping: Path) -> N
     fit_head(overlapping / "f.h5", overlapping / "once", C=1.0, folds=0)
     with pytest.raises(UsageError, match="keeps no scores"):
         report(overlapping / "once")
+
+
+def test_val_of_a_fine_tuned_model_is_no_clean_score(tmp_path: Path) -> None:
+    """What ``save_tuned`` keeps of val, with two images more that chose nothing; the count is that of equal digests."""
+    model = load_model(save_tuned(tmp_path / "m"))
+    known = model.training_rows()
+    assert known is not None and known.held_out is not None
+    val, labels = known.held_out.digests, known.held_out.labels
+    page = report(model, output=tmp_path / "p.html").report
+    words = re.sub("<[^>]+>", "", page.read_text())
+    assert "of 6 images of val, on which epoch and mixture were chosen, are classified correctly" in words
+    assert "Epoch and mixture were chosen on these images: the accuracy is optimistic" in words
+    assert "heads that had not seen" not in words and "held out of the training" not in words
+    digests = np.concatenate([val, 7 + np.zeros((2, 32), np.uint8)])
+    columns = {"labels": np.array([*labels, 0, 1], np.int32), "splits": np.full(8, 2, np.uint8), "digests": digests}
+    rows = plain_rows((f"{k}.jpg" for k in range(8)), **columns)
+    write_cache(tmp_path / "f.h5", rows, [np.zeros((8, 3), np.float16)], dim=3, spec=SPEC, classes=("a", "b"))
+    scores = evaluate(model, tmp_path / "f.h5", split="val")
+    assert scores["chosen_on"] == sum(row.tobytes() in {one.tobytes() for one in val} for row in digests) == 6
+    assert "  optimistic: epoch and mixture were chosen on 6 of these images" in evaluation_lines(scores, "ab")
+    page = report(model, tmp_path / "f.h5", output=tmp_path / "p.html").report
+    assert "of 8 images of val, on 6 of which epoch and mixture were chosen, are" in re.sub("<[^>]+>", "", page.read_text())
 
 
 def test_a_cache_that_all_trained_shows_held_out_rows_with_their_names(tmp_path: Path) -> None:
@@ -379,7 +402,7 @@ def advice_on(tmp_path: Path, right: list[int], n: list[int], *, trained: list[i
 @pytest.mark.parametrize(
     ("right", "n", "trained", "said", "unsaid"),
     [
-        ([199, 200], [200, 200], None, "Keep this model: 1 mistake in 400", "Label more"),
+        ([199, 200], [200, 200], None, "Keep this model: 1 mistake in 400 images leaves nothing", "Label more"),
         (
             [40, 190, 190],
             [80, 200, 200],
@@ -391,6 +414,9 @@ def advice_on(tmp_path: Path, right: list[int], n: list[int], *, trained: list[i
         ([40, 190, 190], [80, 200, 200], [900, 60, 60], "Look at the labels of a", "Label more"),
         ([18, 18], [20, 20], None, "Score more images. 40 fix the accuracy only to within", "Label more"),
         ([190, 5], [200, 10], None, "Accuracy may be no better than always answering a", "Keep"),
+        ([0, 0], [20, 10], None, "Accuracy is worse than always answering a, which is right in 66.7%: the interval ends", "begins"),
+        ([200, 200], [200, 200], None, "Keep this model: no mistake in 400 images leaves nothing", "leave n"),
+        ([199, 199], [200, 200], None, "Keep this model: 2 mistakes in 400 images leave nothing", "leaves"),
         ([170, 180], [200, 200], [20, 20], "Do not fine-tune yet: 20 training images a class", "worth a try"),
         ([170, 180], [200, 200], [90, 90], "Fine-tuning is worth a try: 50 of 400 are wrong", "Do not fine-tune"),
     ],

@@ -85,7 +85,8 @@ def _about_the_score(subject: Subject) -> Iterator[Advice]:
     low, high = map(percent_text, scores["accuracy_interval"])
     if subject.seen is not None and (count := int(subject.seen.sum())):
         new = scores["accuracy_without_copies"]
-        what = "all of them" if new is None else f"{count_text(count)} of them"
+        one = scores["n"] == 1
+        what = ("it" if one else "all of them") if new is None else f"{count_text(count)} of them"
         then = "score images that it has not seen" if new is None else f"on the others accuracy is {percent_text(new)}"
         yield Advice(_said(f"Do not rely on this score. Training has seen {what}, so that it flatters: {then}."))
     name, share = largest_class(subject)
@@ -93,8 +94,10 @@ def _about_the_score(subject: Subject) -> Iterator[Advice]:
         words = "Score images of other classes, too. All of these are {}: nothing is known of the others, or of what is taken for it."
         yield Advice(_said(words, name))
     elif scores["accuracy_interval"][0] <= share:
-        constant = f"which is right in {percent_text(share)}: the interval begins at {low}"
-        words = f"Check labels and images first. Accuracy may be no better than always answering {{}}, {constant}."
+        worse = scores["accuracy_interval"][1] < share
+        constant = f"which is right in {percent_text(share)}: the interval {f'ends at {high}' if worse else f'begins at {low}'}"
+        than = f"{'is worse' if worse else 'may be no better'} than always answering {{}}, {constant}"
+        words = f"Check labels and images first. Accuracy {than}."
         yield Advice(_said(words, name))
     if np.ptp(scores["accuracy_interval"]) > _WIDE:
         n = count_text(scores["n"])
@@ -159,12 +162,9 @@ def _about_the_model(subject: Subject) -> Iterator[Advice]:
     if largest_class(subject)[1] == 1:  # of the other classes nothing is known
         return
     if mistakes <= _FEW:
-        what = ("no mistake", "1 mistake")[mistakes] if mistakes < 2 else f"{mistakes} mistakes"
-        yield Advice(
-            _said(
-                f"Keep this model: {what} in {quantity(scores['n'], 'image')} leave nothing to choose another one by."
-            )
-        )
+        what = quantity(mistakes, "mistake") if mistakes else "no mistake"
+        leave = f"in {quantity(scores['n'], 'image')} leave{'s' * (mistakes < 2)} nothing to choose another one by"
+        yield Advice(_said(f"Keep this model: {what} {leave}."))
         return
     if (stronger := _stronger(model.spec.backbone, scores["accuracy"])) is not None:
         yield stronger
@@ -195,11 +195,15 @@ def headline(subject: Subject) -> Markup:
     """How many are right, how sure that is, and against what."""
     scores, split = subject.scores, subject.scored.split
     right, (low, high) = round(scores["accuracy"] * scores["n"]), scores["accuracy_interval"]
+    tuned, chosen = bool(subject.model.manifest.get("finetuned")), scores["chosen_on"]
     which = {
-        HELD_OUT: " held out of the training, scored by heads that had not seen them,",
+        HELD_OUT: " of val" if tuned else " held out of the training, scored by heads that had not seen them,",
         "train": " of the training itself",
         "all": "",
     }.get(split, f" of {split}")
+    if chosen:
+        some = "which" if chosen == scores["n"] else f"{count_text(chosen)} of which"
+        which += f", on {some} epoch and mixture were chosen,"
     name, share = largest_class(subject)
     chance = 1 / len(subject.model.classes)
     words = (

@@ -47,6 +47,7 @@ from featcache.reports.model_report.learning import (
 )
 from featcache.reports.model_report.subject import Subject, make_subject
 from featcache.reports.notebook import framed
+from featcache.reports.scores import chosen_on
 from featcache.spec import SPLITS
 from featcache.system.display import Shown, printable, quantity
 from featcache.system.path_advice import HERE, check_path
@@ -256,10 +257,14 @@ def _summary(subject: Subject, *, learning: str) -> Section:
     if scores["top5_accuracy"] is not None:
         tiles.insert(3, ("Among the five likeliest", percent_text(scores["top5_accuracy"]), ""))
     notes = []
-    if subject.scored.split == HELD_OUT and (estimate := subject.model.manifest["metrics"].get("cv_accuracy")):
+    estimate = None if subject.model.manifest.get("finetuned") else subject.model.manifest["metrics"].get("cv_accuracy")
+    if subject.scored.split == HELD_OUT and estimate:
         notes.append(
             f"Settings of the head were chosen on these images, too: corrected for that choice, the estimate is {percent_text(estimate)}."
         )
+    if chosen := scores["chosen_on"]:
+        words = chosen_on(chosen, scores["n"])
+        notes.append(f"{words[0].upper()}{words[1:]}: the accuracy is optimistic, images of a test split would tell by how much.")
     context = {"tiles": tiles, "advice": advise(subject, learning=learning), "notes": notes}
     return Section("summary", "In short", "report_summary.html", context)
 

@@ -74,9 +74,10 @@ def audit(
     show_result(found.lines(), found.to_json() | {"output": output}, as_json=as_json)
     # That of --source may lie where nobody would look for it.
     place = "" if pictures is None and found.root is not None else f" --root {_place(found.root)}"
+    plan = typed(output / "plan.csv")
     note(
-        f"  decide on {output / 'audit.html'}, or in {output / 'plan.csv'}; then "
-        f"`featcache audit --apply plan.csv -o clean.csv{place}`"
+        f"  decide on {typed(output / 'audit.html')}, whose plan your browser saves, or in {plan}; then "
+        f"`featcache audit --apply {plan} -o clean.csv{place}`"
     )
 
 

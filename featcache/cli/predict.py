@@ -270,7 +270,7 @@ def evaluate(
     audited = printable(str(source)) if is_cache(source) else None
     training = scores["accuracy_without_copies"] is None
     copies = None if training else scores["copies"]["across_splits"]
-    lines.append(audit_line(scores["label_suspects"], copies, audited))
+    lines.append(audit_line(scores["label_suspects"], copies, audited, of=" of these images"))
     if output is not None:
         written, *_ = _write(map(as_written, scores.pop("rows")), output)
         lines.append(f"  {quantity(written, 'row')}: {output}")

@@ -66,10 +66,10 @@ def _balanced(scores: dict[str, Any]) -> str:
     return f"balanced accuracy {scores['balanced_accuracy']:.2%}, macro F1 {scores['macro_f1']:.2%}"
 
 
-def audit_line(suspects: int | None, copies: int | None, cache: str | None) -> str:
-    """What ``audit`` would find as far as it is known already, and the command. ``copies``: across splits."""
+def audit_line(suspects: int | None, copies: int | None, cache: str | None, *, of: str = "") -> str:
+    """What ``audit`` would find as far as it is known already, and the command. ``copies``: across splits. of: whose labels."""
     known = (
-        (("label in doubt", "labels in doubt"), suspects),
+        ((f"label{of} in doubt", f"labels{of} in doubt"), suspects),
         (("exact copy across splits", "exact copies across splits"), copies),
     )
     counts = ", ".join(quantity(count, *words) for words, count in known if count is not None)

@@ -20,9 +20,11 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
 from featcache.curation import audit as curation
 from featcache.curation.finding import KINDS
+from featcache.curation.honest_score import Score
 from featcache.errors import SourceError, StorageError, UsageError
 from featcache.images.source import Source, list_images
 from featcache.reports.audit.audit import Audit
+from featcache.reports.audit.text import how_sure, score_title
 
 HEADER = "path,label,split,kind,score,group,verified,other_path,suggested_label"  # the contract
 KEYS = [
@@ -185,7 +187,7 @@ def test_the_command_from_a_cache_to_a_clean_one(work: Path, tmp_path: Path, run
     assert {*KEYS} <= {*facts}
     assert (facts["rows"], facts["exact_copies"], facts["near_copies"], facts["cross_split"]) == (64, 2, 2, 2)
     assert 0 < facts["accuracy"] <= 1 and 0 < facts["accuracy_clean"] <= 1
-    assert "featcache audit --apply plan.csv -o clean.csv`" in err
+    assert f"featcache audit --apply {tmp_path}/audit/plan.csv -o clean.csv`" in err
     plan = tmp_path / "audit" / "plan.csv"
     text = plan.read_text().splitlines(keepends=True)
     text = [line.replace(",,red,", ",drop,red,") if line.startswith("val/red/copy.jpg") else line for line in text]
@@ -354,9 +356,38 @@ def test_interrupted_while_pictures_are_made_all_findings_are_kept(work: Path, t
 def test_the_next_command_says_where_the_images_are(tmp_path: Path, source: tuple[str, ...], run) -> None:
     make_classes(tmp_path / "f.h5", np.arange(6) % 2)
     (tmp_path / "pictures").mkdir()
-    _, _, err = run("audit", "f.h5", "-o", "audit", *source)
+    _, _, err = run("audit", "f.h5", "-o", "my audit", *source)
     place = source[-1] if source else "FOLDER"
-    assert f"then `featcache audit --apply plan.csv -o clean.csv --root {place}`" in err
+    assert f"then `featcache audit --apply 'my audit/plan.csv' -o clean.csv --root {place}`" in err
+
+
+@pytest.mark.parametrize(
+    ("split", "left_out", "title"),
+    [
+        ("out_of_fold", 15, "without each fold's suspects (about 15)"),
+        ("val", 15, "and without 15 suspects of training"),
+        ("test", 1, "and without 1 suspect of training"),
+    ],
+)
+def test_suspects_that_training_leaves_out_are_not_those_of_the_list(split: str, left_out: int, title: str) -> None:
+    score = Score(split, "without_suspects", 0.9, [0.8, 0.95], 100, left_out)
+    assert score_title(score) == title
+    assert "label suspects" not in title and len(title) <= 41  # beside figures, in 80 columns
+
+
+@pytest.mark.parametrize(("wrong", "spread"), [(0.3, 1.0), (0.0, 6.0)], ids=["wrong labels", "overlap"])
+def test_disagreement_is_not_taken_for_overlap(tmp_path: Path, wrong: float, spread: float) -> None:
+    """Of labels alone the two cannot be told apart: neither is claimed, and the share is that of labels that heads repeat."""
+    y = np.arange(150) % 3
+    X = make_classes(tmp_path / "f.h5", y, spread=spread)
+    given = np.where(np.random.default_rng(0).random(150) < wrong, (y + 1) % 3, y)
+    rows = dataclasses.replace(FeatureCache.open(tmp_path / "f.h5").rows, labels=given.astype(np.int32))
+    write_cache(tmp_path / "f.h5", rows, [X], dim=X.shape[1], spec=SPEC, classes=("a", "b", "c"))
+    (half, sentence, *_) = how_sure(found := curation.examine(FeatureCache.open(tmp_path / "f.h5"), kinds=("label",)))
+    assert "half" in half
+    agree = (found.opinions.probabilities_of(found.opinions.known).argmax(axis=1) == given[found.opinions.known]).mean()
+    assert sentence.startswith(f"Heads answer {agree:.0%} of the labels: either classes overlap, ")
+    assert "or many labels are wrong" in sentence
 
 
 def test_ctrl_c_on_the_command_line(

@@ -119,7 +119,10 @@ def score_title(score: Score) -> str:
     return {
         "as_given": f"{name} accuracy",
         "without_leaks": "copies of an image in one fold" if folds else f"without {out} that training has copies of",
-        "without_suspects": f"and trained without {out} label suspect{'s' * (score.left_out != 1)}",
+        # Those that training alone contradicts: not the suspects of the list, which come of all labels.
+        "without_suspects": f"without each fold's suspects (about {out})"
+        if folds
+        else f"and without {out} suspect{'s' * (score.left_out != 1)} of training",
     }[score.terms]
 
 
@@ -141,8 +144,9 @@ def how_sure(found: Found) -> Iterator[str]:
         yield _HALF
         if (agree := _agreement(found)) < _OVERLAP:
             yield (
-                f"Here classes overlap: {agree:.0%} of the labels are what heads answer. Fewer of the suspects may be wrong than that "
-                "half: where it was 77%, 31% of them were."
+                f"Heads answer {agree:.0%} of the labels: either classes overlap, and fewer of the suspects are wrong than that half (31% "
+                "where it was 77%), or many labels are wrong, and more of them are. The first suspects tell the two apart: labels are "
+                "wrong if the pictures are plainly of the classes that are suggested."
             )
     if found.findings.get("outlier") or found.findings.get("off_topic"):
         yield _UNUSUAL

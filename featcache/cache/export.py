@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.cache.features import Features, is_finite
-from featcache.cache.format import bytes_of
+from featcache.cache.format import Rows, bytes_of
 from featcache.cache.table import (
     INTEGER,
     NOTHING,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from featcache.cache.cache import FeatureCache
 
 _ROW_GROUP_BYTES = 1 << 26  # of vectors: what a reader of Parquet holds at a time
+_WHICH = ("path", "label", "split", "sha256")  # columns beside an index
 _FIELD = "fiftyone.core.fields."
 
 
@@ -56,6 +57,19 @@ def files_of(output: Path) -> tuple[Path, ...]:
     """What ``write_as`` writes: the output, and beside a FAISS index which row is which image."""
     beside = output.with_name(f"{output.name}.jsonl")
     return (beside, output) if format_of(output) == ".faiss" else (output,)
+
+
+def columns_of(output: Path, rows: Rows, added: Added = NOTHING) -> tuple[str, ...]:
+    """What each row has in the files of ``write_as``, by its name there."""
+    kind, more = format_of(output), [*added.kinds]
+    if kind == ".faiss":
+        return ("id", *_WHICH, "vector")
+    if kind == ".labelstudio.json":
+        return ("image", "path", "sha256", "split", "label", *(name for name in more if name not in ("x", "y")))
+    if kind == ".fiftyone.json":
+        more = [name for name in ("prediction", "x", "y") if name in more]
+        return ("filepath", "tags", "sha256", "ground_truth", *more, "embedding")
+    return (*kinds_of(rows, added), "vector")
 
 
 def write_as(cache: "FeatureCache", output: Path, added: Added = NOTHING, *, by: str = "") -> None:
@@ -181,11 +195,11 @@ def _faiss_header(kind: bytes, dim: int, n: int) -> bytes:
 
 def _write_which(file: BinaryIO, cache: "FeatureCache", added: Added, by: str) -> None:
     """Beside an index: a line of JSON for each row, its id first."""
-    texts, names = Texts(cache), ("path", "label", "split", "sha256")
+    texts = Texts(cache)
     for rows in slices(len(cache), 1 << 16):
         block = texts.of(rows)
-        for row, *values in zip(range(rows.start, rows.stop), *(block[name] for name in names), strict=True):
-            file.write(json.dumps({"id": row} | dict(zip(names, values, strict=True))).encode() + b"\n")
+        for row, *values in zip(range(rows.start, rows.stop), *(block[name] for name in _WHICH), strict=True):
+            file.write(json.dumps({"id": row} | dict(zip(_WHICH, values, strict=True))).encode() + b"\n")
 
 
 def _plain(value: Any) -> Any:

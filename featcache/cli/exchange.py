@@ -50,6 +50,7 @@ def export(
     if (kind := format_of(output)) is not None and kind_of(model) is Kind.MODEL:
         raise UsageError(f"{kind} is for the rows of a cache; name {output} .onnx or .safetensors, or give a cache")
     from featcache.models.export import export_model
+    from featcache.reports.elements.numbers import bytes_text
 
     report = export_model(model, output, force=force)
     lines = [
@@ -57,7 +58,7 @@ def export(
         for heading, entries in (("in", report.inputs), ("out", report.outputs))
     ]
     lines += [
-        f"{report.output}: {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s; largest difference from the model:",
+        f"{report.output}: {bytes_text(report.bytes)} in {report.seconds:.1f} s; largest difference from the model:",
         f"  {report.max_difference:.1g} in probability, {report.max_logit_difference:.1g} in logits",
     ]
     show_result(lines, dataclasses.asdict(report), as_json=as_json)
@@ -66,12 +67,16 @@ def export(
 def _export_cache(
     cache: Path, output: Path, model: Path | None, map_method: str, *, force: bool, as_json: bool
 ) -> None:
+    from featcache.reports.elements.numbers import bytes_text
     from featcache.reports.tables import export_cache
 
     report = export_cache(cache, output, model=model, map=cast("Any", map_method), force=force)
+    beside = [f"  {path} says which row is which image" for path in report.files if path != report.output]
+    dim = f" ({report.dim})" if report.columns[-1] in ("vector", "embedding") else ""
     lines = [
-        f"{report.output}: {quantity(report.rows, 'row')}, {report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s",
-        f"  {', '.join(report.columns)} ({report.dim})",
+        f"{report.output}: {quantity(report.rows, 'row')}, {bytes_text(report.bytes)} in {report.seconds:.1f} s",
+        f"  {', '.join(report.columns)}{dim}",
+        *beside,
         f"  {report.usage}",
     ]
     show_result(lines, dataclasses.asdict(report), as_json=as_json)

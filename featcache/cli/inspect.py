@@ -66,7 +66,10 @@ def info(
     from featcache.reports.info import describe
 
     facts = describe(path)
-    show_result(facts_as_lines(facts), facts, as_json=as_json)
+    shown = facts
+    if facts["kind"] == "parts" and facts["missing"]:  # numbers of parts, which alone would read as a count
+        shown = facts | {"missing": f"part{'s' * (not facts['missing'].isdecimal())} {facts['missing']}"}
+    show_result(facts_as_lines(shown), facts, as_json=as_json)
 
 
 @options.reads_source

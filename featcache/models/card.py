@@ -59,7 +59,7 @@ def _facts(name: str, manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -
     """What the hub reads, in YAML."""
     tags = ["image-classification", "featcache", *(["linear-probe"] if _is_linear(manifest) else [])]
     facts: dict[str, Any] = {"library_name": "featcache", "pipeline_tag": "image-classification", "tags": tags}
-    licence = _licence(manifest)
+    licence = licence_of(manifest)
     if licence is not None:
         facts |= {"license": licence} if licence in _ON_HUB else {"license": "other", "license_name": licence}
     if base := _base_model(manifest):
@@ -178,7 +178,7 @@ def _spec(manifest: Mapping[str, Any]) -> str:
 
 
 def _licence_text(manifest: Mapping[str, Any]) -> str:
-    licence = _licence(manifest)
+    licence = licence_of(manifest)
     if licence is None:
         what = "The licence of the network's weights is not on record; find out before you pass this model on."
     else:
@@ -220,12 +220,16 @@ def _origin(manifest: Mapping[str, Any]) -> str:
     return re.sub(f"^({_TUNED})+", "", str(manifest["weights"]["source"]))
 
 
-def _licence(manifest: Mapping[str, Any]) -> str | None:
+def is_provided(manifest: Mapping[str, Any]) -> bool:
+    """Whether the weights that training began with are a library's, so that what is known of those holds."""
+    return _origin(manifest).startswith(_PROVIDED)
+
+
+def licence_of(manifest: Mapping[str, Any]) -> str | None:
     """Of the weights, by its name on the hub; None where it is not on record, as of weights in files."""
-    origin = _origin(manifest)
-    if not origin.startswith(_PROVIDED):
+    if not is_provided(manifest):
         return None
-    if "CC-BY-NC 4.0" in origin:  # of some of torchvision's, beside others under its own
+    if "CC-BY-NC 4.0" in _origin(manifest):  # of some of torchvision's, beside others under its own
         return "cc-by-nc-4.0"
     known = counted().get(_backbone(manifest))
     return known.licence if known and known.licence != "unknown" else None
@@ -234,7 +238,7 @@ def _licence(manifest: Mapping[str, Any]) -> str | None:
 def _base_model(manifest: Mapping[str, Any]) -> str | None:
     """The repository on the hub that has the weights, if their library is the hub's."""
     name = _backbone(manifest)
-    if not _origin(manifest).startswith(_PROVIDED):
+    if not is_provided(manifest):
         return None
     if name.startswith("timm/"):
         known = counted().get(name)

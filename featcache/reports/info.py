@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from featcache.backbones import saved
-from featcache.backbones.catalog import facts_of
+from featcache.backbones.catalog import facts_of, is_commercial
 from featcache.cache.cache import FeatureCache
 from featcache.errors import FeatcacheError
 from featcache.extraction.in_parts import describe_parts
+from featcache.models.card import is_provided, licence_of
 from featcache.models.model import METRICS, Model, load_model
 from featcache.spec import SPLITS
 from featcache.system.path_advice import HERE, check_path
@@ -27,7 +28,7 @@ def describe(path: AnyPath) -> dict[str, Any]:
         Plain values, fit for JSON; ``kind`` is ``cache``, ``model`` or ``parts`` (unfinished work, see ``describe_parts``). Of a
         model: ``parameters`` of backbone and head,
         ``trainable_parameters``, those that its training could change, and ``backbone``, the facts of ``backbones.catalog`` at
-        the model's own input size; None where this installation does not know. Of a cache: ``classes`` counts its images per class
+        the model's own input size, those of its weights only if a library provides them; None where this installation does not know. Of a cache: ``classes`` counts its images per class
         and split, ``image_bytes`` are the quartiles of the sizes of the image files, smallest to largest.
 
     Raises:
@@ -86,6 +87,11 @@ def _describe_network(model: Model) -> dict[str, Any]:
         with contextlib.suppress(FeatcacheError):  # this installation does not know the backbone
             facts = dataclasses.asdict(facts_of(model.spec.backbone, size=model.spec.preprocess.crop))
             facts |= {"dim": model.head.dim}  # of the model's own pooling and layers
+            licence = licence_of(model.manifest)
+            facts |= {"licence": licence, "commercial": is_commercial(licence)}
+            if not is_provided(model.manifest):  # then what is known of the library's weights is not of these
+                for name in ("pretrained", "licence", "commercial", "gated", "knn", "linear_probe", "source"):
+                    del facts[name]
     trained: int | None = head
     total: int | None = facts["parameters"] + head if facts else None
     if model.manifest.get("finetuned"):

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from featcache.cache.cache import FeatureCache
-from featcache.cache.export import WRITERS, files_of, format_of, write_as
+from featcache.cache.export import WRITERS, columns_of, files_of, format_of, write_as
 from featcache.cache.features import Features, is_finite
-from featcache.cache.table import REAL, TEXT, Added, Block, all_utf8, arrow, kinds_of, readable
+from featcache.cache.table import REAL, TEXT, Added, Block, all_utf8, arrow, readable
 from featcache.errors import SourceError, UsageError
 from featcache.models.model import Model, load_model
 from featcache.reports.elements.projection import Method, check_method, project
@@ -39,7 +39,7 @@ class CacheExport(Shown):
 
     Attributes:
         cache: the file. output: the file written, files: with those beside it. format: its ending. rows: N. dim: D.
-        columns: in their order. model: whose predictions they are. bytes: of all files. usage: a line that reads it.
+        columns: of each row, by their names in the files. model: whose predictions they are. bytes: of all files. usage: a line that reads it.
         seconds: of the whole call.
     """
 
@@ -107,7 +107,7 @@ def export_cache(
         format=kind.removeprefix("."),
         rows=len(opened),
         dim=opened.dim,
-        columns=(*kinds_of(opened.rows, added), "vector"),
+        columns=columns_of(output, opened.rows, added),
         model=None if predicting is None else predicting.path,
         bytes=sum(path.stat().st_size for path in files_of(output)),
         usage=_USAGE[kind].format(name=str(output)),

@@ -26,6 +26,30 @@ def test_there_and_back(
     assert run("verify", "g.h5")[1] == "g.h5: 150 rows, all intact\n"
 
 
+@pytest.mark.parametrize("more", [(), ("--model", "m", "--map", "pca")], ids=["plain", "with more"])
+@pytest.mark.parametrize("name", ["x.npz", "x.faiss", "x.fiftyone.json", "x.labelstudio.json"])
+def test_export_names_what_its_files_hold(
+    model: Path, tmp_path: Path, name: str, more: tuple[str, ...], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by reading them, not by asking."""
+    monkeypatch.chdir(tmp_path)
+    facts = json.loads(run("export", "f.h5", "-o", name, *more, "--json")[1])
+    if name == "x.npz":
+        held = {*np.load(name)} - {"featcache"}
+    elif name == "x.faiss":
+        held = {"vector", *json.loads(Path("x.faiss.jsonl").read_text().splitlines()[0])}
+    elif name == "x.fiftyone.json":
+        held = {*json.loads(Path(name).read_text())["sample_fields"]}
+    else:
+        (task, *_) = json.loads(Path(name).read_text())
+        held = {*task["data"]} | ({"label"} if "annotations" in task else set())
+        held |= {"prediction", "probability"} if "predictions" in task else set()
+    assert {*facts["columns"]} == held and len(held) == len(facts["columns"])
+    out = run("export", "f.h5", "-o", name, *more, "--force")[1]
+    assert ("x.faiss.jsonl says which row is which image" in out) == (name == "x.faiss")
+    assert ", 0.0 MB" not in out and (" kB in " in out or " MB in " in out)
+
+
 MIXUPS = {
     "export f.h5 -o x.txt": "cannot tell the format of x.txt; name it .parquet, .npz, .faiss, .fiftyone.json or .labelstudio.json",
     "export f.h5 -o f.h5": "cannot write f.h5: it is what is read; choose another -o, such as model.onnx",

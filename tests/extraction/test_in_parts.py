@@ -210,7 +210,7 @@ def test_what_is_missing_is_named_and_nothing_else_changes(photos: Path, whole: 
 
 
 def test_a_damaged_part_is_made_again(
-    photos: Path, whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    photos: Path, whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, run: Any
 ) -> None:
     output = tmp_path / "f.h5"
     parts_of(photos, output, 2)
@@ -221,6 +221,7 @@ def test_a_damaged_part_is_made_again(
     caplog.clear()
     assert extract_part(photos, output, "1/2", TINY).embedded == 0  # not its own
     assert describe_parts(work_folder(output))["missing"] == "2"
+    assert "\nmissing: part 2\n" in run("info", work_folder(output))[1]  # no count
     assert extract_part(photos, output, "2/2", TINY).embedded > 0
     assert part.exists()  # several write here: none deletes
     assert "is damaged and will be made again (it " in caplog.text and "restore it" not in caplog.text

@@ -11,9 +11,10 @@ from caches import plain_rows
 
 from featcache.curation.audit import Found
 from featcache.curation.finding import KINDS, Finding
-from featcache.reports.audit.columns import columns, gather
+from featcache.reports.audit.columns import Shown, columns, gather
 from featcache.reports.audit.items import answers, items_of, proposed
 from featcache.reports.audit.page import audit_page
+from featcache.reports.elements.thumbnails import Thumbnail
 
 
 def found_with(findings: list[Finding]) -> Found:
@@ -57,6 +58,15 @@ def test_of_too_many_the_first_of_each_kind_stay() -> None:
 def test_which_copy_stays(splits: Any, labels: Any, pixels: list[int], sizes: Any, kept: int) -> None:
     columns = {"splits": np.array(splits, np.uint8), "labels": np.array(labels, np.int32), "sizes": np.array(sizes)}
     assert proposed(plain_rows("abc", **columns), [0, 1, 2], pixels) == kept
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "facts"),
+    [((0, 0), 0, ""), ((0, 0), 2000, "2 kB"), ((40, 30), 0, "40 × 30 px"), ((40, 30), 2000, "40 × 30 px, 2 kB")],
+)
+def test_facts_that_are_not_known_are_left_out(size: tuple[int, int], count: int, facts: str) -> None:
+    """As of vectors that were imported: no file's size is known, and none is 0 bytes."""
+    assert Shown(0, "a.jpg", None, "", count, size, Thumbnail(None, ""), -1).facts == facts
 
 
 def test_pictures_come_once_and_only_of_what_was_embedded(tmp_path: Path) -> None:

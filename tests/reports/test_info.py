@@ -12,6 +12,9 @@ from conftest import SPEC
 import featcache
 from featcache.cache.write import write_cache
 from featcache.errors import CacheError
+from featcache.models.card import make_card
+from featcache.models.model import load_model
+from featcache.reports import info
 from featcache.spec import SPLITS
 
 
@@ -50,3 +53,23 @@ def test_what_is_neither(tmp_path: Path) -> None:
     for path, error in ((tmp_path, CacheError), (tmp_path / "text", CacheError), (tmp_path / "nowhere", CacheError)):
         with pytest.raises(error):
             featcache.describe(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "licence"),
+    [
+        ("torchvision IMAGENET1K_V1", "bsd-3-clause"),
+        ("fine-tuned from torchvision IMAGENET1K_V1", "bsd-3-clause"),
+        ("file w.pth", None),
+        ("random, seed 0", None),
+    ],
+)
+def test_the_licence_is_that_of_the_weights_as_the_card_has_it(trained: Path, source: str, licence: str | None) -> None:
+    model = load_model(trained / "m")
+    model = dataclasses.replace(model, manifest=model.manifest | {"weights": {"source": source, "reload": None}})
+    facts = info._describe_network(model)["backbone"]
+    card = make_card("m", {"finetuned": False} | model.manifest, {}, None).decode()
+    assert facts.get("licence") == licence and ("is not on record" in card) == (licence is None)
+    of_weights = {"pretrained", "licence", "commercial", "gated", "knn", "linear_probe", "source"}
+    assert of_weights & {*facts} == (of_weights if licence else set())
+    assert facts["name"] == model.spec.backbone and facts["parameters"] > 0

@@ -1,9 +1,11 @@
 """The page about a model: its numbers are those of ``evaluate``, its pictures exactly the images that were scored."""
 
 import dataclasses
+import html
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -459,6 +461,26 @@ def test_which_rows_are_cards() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.mark.parametrize("given", [(), ("--C", "10"), ("--C", "10", "--folds", "0")])
+def test_the_command_on_the_page_is_the_one_that_was_typed(
+    given: tuple[str, ...], cache: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Typed again, it gives the same estimate; that of a C that was given is not corrected for a choice."""
+    assert run("fit-head", cache, "-o", cache.with_name("m"), *given)[0] == 0
+    page = report(cache.with_name("m"), cache, output=cache.with_name("p.html")).report.read_text()
+    line = re.search(r"featcache fit-head f\.h5 .*$", html.unescape(page), re.M)[0]  # type: ignore[index]
+    words = shlex.split(line, comments=True)
+    assert words == ["featcache", "fit-head", "f.h5", "-o", "m", *sorted_like(words, given)]
+    chosen = load_model(cache.with_name("m")).manifest["training"]["C"]
+    assert line.endswith(f"  # C was chosen: {chosen:g}") == (not given)
+
+
+def sorted_like(words: list[str], given: tuple[str, ...]) -> list[str]:
+    """Pairs of option and value, in the order of ``words``."""
+    pairs = [*zip(given[::2], given[1::2], strict=True)]
+    return [text for pair in sorted(pairs, key=lambda pair: words.index(pair[0])) for text in pair]
 
 
 def test_commands_leave_a_page_beside_the_model(

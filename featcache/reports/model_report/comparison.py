@@ -16,6 +16,7 @@ from featcache.models.model import Model
 from featcache.models.scoring import Scored
 from featcache.reports.elements.numbers import NONE, number_text, percent_text
 from featcache.reports.elements.page import Section
+from featcache.reports.model_report.learning import read_metrics
 from featcache.reports.model_report.subject import Subject
 from featcache.spec import difference
 
@@ -141,7 +142,7 @@ def provenance_section(subject: Subject, *, command: str = "") -> Section:
         ("training", _in_words(_flat(manifest.get("training")))),
         ("backbone", model.spec.backbone),
         ("weights", manifest["weights"]["source"]),
-        ("weights' sha256", model.spec.weights_sha256),
+        *([("weights' sha256", sha256)] if (sha256 := model.spec.weights_sha256) else []),
         ("fingerprint of the spec", model.fingerprint),
         ("versions", _in_words(versions)),
     ]
@@ -192,10 +193,11 @@ def _fit_command(subject: Subject) -> str:
     cache = "features.h5" if subject.cache is None else subject.cache.path.name
     words = ["featcache", "fit-head", cache, "-o", model]
     usual = {"clf": "logreg", "folds": 5, "class_weight": "none", "seed": 0}
-    names = [
-        *usual,
-        *(("C",) if training.get("clf") == "logreg" else ("hidden", "dropout", "epochs", "lr", "batch_size")),
-    ]
+    own = ("C",) if training.get("clf") == "logreg" else ("hidden", "dropout", "epochs", "lr", "batch_size")
+    # What was chosen was not typed; typed, it would make another command, whose estimate is not corrected for the choice.
+    searched = len({row.get("C") for row in read_metrics(subject.model).get("curve") or ()}) > 1
+    asked = training.get("asked", [name for name in own if name != "C" or not searched])
+    names = [*usual, *(name for name in own if name in asked)]
     for name in names:
         value = training.get(name)
         if value is None or value == usual.get(name) or value in ([], ()):
@@ -208,7 +210,9 @@ def _fit_command(subject: Subject) -> str:
             else str(value)
         )
         words += [f"--{name.replace('_', '-')}", text]
-    return shlex.join(words)
+    return shlex.join(words) + (
+        f"  # C was chosen: {training['C']:g}" if "C" in own and "C" not in names and training.get("C") else ""
+    )
 
 
 def _in_words(values: Mapping[str, Any]) -> str:

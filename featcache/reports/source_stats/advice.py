@@ -61,9 +61,10 @@ def _balance(found: "Statistics") -> Iterator[str]:
     elif ratio >= _UNEVEN:
         yield f"Classes are a little uneven, {ratio:.1f} to 1 in training images ({figures}): look at recall per class, too."
     elif ratio > 1:
-        yield f"Classes are even, {ratio:.2f} to 1 in training images ({figures}): plain accuracy can be trusted."
+        yield f"Classes are even, {ratio:.2f} to 1 in training images ({figures}): plain accuracy is a fair measure."
     else:
-        yield f"Each class has {quantity(there[largest], 'training image')}: plain accuracy can be trusted."
+        one = quantity(there[largest], "training image")
+        yield f"Each class has {one}: classes are of one size, plain accuracy is a fair measure."
     if few := sorted((count, name) for name, count in there.items() if count < _FEW):
         names = [f"{name} ({count})" for count, name in few]
         yield (

@@ -42,7 +42,9 @@ def export(
     """
     from featcache.cache.export import format_of
 
-    if kind_of(model) is Kind.CACHE and output.suffix.lower() not in (".onnx", ".safetensors"):
+    what = kind_of(model)
+    rows = what is Kind.CACHE and output.suffix.lower() not in (".onnx", ".safetensors")
+    if rows or (what is Kind.MISSING and format_of(output) is not None):
         _export_cache(model, output, predictions, map_method, force=force, as_json=as_json)
         return
     if given := "--model" if predictions is not None else "--map" if map_method != "none" else "":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from featcache.cache.cache import FeatureCache
 from featcache.curation.finding import KINDS, Finding
-from featcache.errors import RefusedImage, SourceError, UsageError
+from featcache.errors import FeatcacheError, RefusedImage, SourceError, UsageError
 from featcache.images.archives import is_home
 from featcache.images.columns import split_in
 from featcache.images.folders import Entry
@@ -147,13 +147,21 @@ def _check_output(plan: Path, output: Path, *, overwrite: bool) -> None:
     check_may_replace(output, "--overwrite", given=overwrite)
 
 
+def _is_plan(path: Path) -> bool:
+    try:
+        header = read_table(path, lambda _: False, {"path": None, "label": None, "split": None}).header
+    except (FeatcacheError, OSError):
+        return False
+    return {*_NEEDED} <= {name.strip().lower() for name in header}
+
+
 def read_plan(plan: Path, root: Path | None = None) -> list[Line]:
     """The lines of a plan, also as a spreadsheet saves it: other separators, encodings and orders of columns.
 
     Without a column of splits they are those that the folders say. Raises SourceError: missing, or no plan.
     """
     if not plan.exists():
-        raise SourceError(missing(plan, "`featcache audit features.h5 -o audit` writes audit/plan.csv"))
+        raise SourceError(missing(plan, "`featcache audit features.h5 -o audit` writes audit/plan.csv", wanted=_is_plan))
     folders = [Files(place) for place in (_places(plan) if root is None else [root])]
 
     def is_file(cell: str) -> bool:  # only asked of names that are not UTF-8

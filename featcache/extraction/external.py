@@ -158,7 +158,7 @@ def import_vectors(
 def _check_places(source: Path, output: Path, *, force: bool) -> None:
     check_path(source, "vectors", ("import", HERE, "-o", output))
     if not os.path.lexists(source):
-        raise SourceError(missing(source, "give a Parquet file or a .npz of vectors"))
+        raise SourceError(missing(source, "give a Parquet file or a .npz of vectors", wanted="vectors"))
     check_output(output, beside=".parts")
     check_may_replace(output, "--force", given=force, kind=Kind.CACHE)
     if os.path.lexists(output):
@@ -342,7 +342,7 @@ class _Reading:
 def _with_files(rows: Rows, folder: Path, *, known: bool) -> Rows:
     """``rows`` with digests, sizes and times of the files below ``folder``; ``known``: they have digests to be compared with."""
     if not folder.is_dir():
-        raise SourceError(missing(folder, "give the folder that the paths of the table are relative to"))
+        raise SourceError(missing(folder, "give the folder that the paths of the table are relative to", wanted=Path.is_dir))
     files, found = Paths(folder, decode_names(rows.paths)), list[ReadImage[int]]()
     for read in read_images(files, range(len(rows)), len, workers=8):
         if read.reason:

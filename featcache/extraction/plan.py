@@ -175,7 +175,7 @@ def check_donors(given: AnyPath | Iterable[AnyPath]) -> None:
     """Raise CacheError, before any work, for what is no cache: a wrong name, most likely. Damaged ones are passed over later."""
     for path in _several(given):
         if (kind := kind_of(path)) is Kind.MISSING:
-            raise CacheError(f"--reuse {missing(path, 'name a cache that `featcache extract` made')}")
+            raise CacheError(f"--reuse {missing(path, 'name a cache that `featcache extract` made', wanted='cache')}")
         if kind is not Kind.CACHE:
             raise CacheError(f"--reuse {typed(path)} is {kind.value}, expected a cache that `featcache extract` made")
 

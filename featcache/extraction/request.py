@@ -129,7 +129,7 @@ class ExtractRequest:
             kind = kind_of(self.backbone)
             hint = f"; did you mean --backbone NAME --weights {backbone}?" if _is_of_weights(self.backbone) else ""
             if kind is Kind.MISSING and len(Path(self.backbone).parts) > 1:
-                raise BackboneError(f"--backbone {missing(self.backbone, '`featcache backbones` lists all names')}")
+                raise BackboneError(f"--backbone {missing(self.backbone, '`featcache backbones` lists all names', wanted='model')}")
             if kind not in (Kind.MODEL, Kind.MISSING):
                 raise BackboneError(
                     f"--backbone {backbone} is {kind.value}, expected the folder of a model, or a name that `featcache backbones` "
@@ -137,7 +137,7 @@ class ExtractRequest:
                 )
         kind = kind_of(self.weights)
         if kind is Kind.MISSING and Path(self.weights).suffix:
-            raise BackboneError(f"--weights {missing(self.weights, 'give auto, none or a file of weights')}")
+            raise BackboneError(f"--weights {missing(self.weights, 'give auto, none or a file of weights', wanted=_may_be_weights)}")
         if kind is not Kind.MISSING and not _is_of_weights(self.weights):
             what = "an HDF5 file" if kind is Kind.CACHE else kind.value
             hint = f"; did you mean --backbone {weights}?" if kind is Kind.MODEL else ""
@@ -251,6 +251,10 @@ def _is_folder(backbone: str) -> bool:
     from featcache.backbones.from_torchvision import is_name
 
     return not is_name(backbone)
+
+
+def _may_be_weights(path: Path) -> bool:
+    return _is_of_weights(str(path))
 
 
 def _is_of_weights(path: str) -> bool:

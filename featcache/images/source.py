@@ -222,7 +222,7 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         check_path(path, "images", ("extract", HERE, "-o", "features.h5"))
         if os.path.exists(path):  # noqa: PTH110
             raise SourceError(f"{path} is {kind_of(path).value}; expected a folder of images, or a table called .csv")
-        raise SourceError(missing(path, "give a folder of images or a CSV with the header path,label,split"))
+        raise SourceError(missing(path, "give a folder of images or a CSV with the header path,label,split", wanted="images"))
     if not listing.entries and not listing.refused:
         expected = "rows below its header" if is_table(path) else f"files such as {path / 'CLASS' / 'photo.jpg'}"
         raise SourceError(f"no image found in {source}; expected {expected}")

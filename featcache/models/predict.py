@@ -180,7 +180,7 @@ def _which_are_caches(model: Path, paths: list[Path], *, alone: bool) -> list[bo
             check_path(path, "inputs", ("predict", model, *paths[:place], HERE, *paths[place + 1 :]))
         gone = kind is Kind.MISSING and path != STDIN and not os.path.lexists(path) and archive_in(path) is None
         if gone and not holds_images(path):
-            raise SourceError(missing(path, "give image files, folders, a CSV or a cache"))
+            raise SourceError(missing(path, "give image files, folders, a CSV or a cache", wanted="inputs"))
     return [kind is Kind.CACHE for kind in kinds]
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from featcache.errors import CacheError, FeatcacheError, ModelError, SourceError, StorageError
@@ -82,6 +82,8 @@ def check_path(path: AnyPath, wanted: str, words: Words) -> None:
         raise error(f"{typed(path)} lies in a model; did you mean {_again(words, path.parent)}?")
     if swapped := _swapped(path, kind, accepted, words):
         raise error(swapped)
+    if kind is Kind.MISSING and " or " in wanted and (near := missing(path, "", wanted=wanted)).endswith("?"):
+        raise error(near)  # here, as what opens it knows of one of the two kinds alone
     if kind is not Kind.MISSING:
         raise error(f"{typed(path)} is {kind.value}, expected {expected}; {_advice(path, kind, wanted, words)}")
 
@@ -91,8 +93,11 @@ def is_wanted(kind: Kind, wanted: str) -> bool:
     return kind in _WANTED[wanted][2]
 
 
-def missing(path: AnyPath, otherwise: str) -> str:
-    """What to say of a path that is not there: its unfinished work, or the nearest name beside it; without one ``otherwise``."""
+def missing(path: AnyPath, otherwise: str, *, wanted: str | Callable[[Path], bool] = os.path.lexists) -> str:
+    """What to say of a path that is not there: its unfinished work, or the nearest name beside it; without one ``otherwise``.
+
+    wanted: a key of ``_WANTED``, or whether a path is of use: no other name is proposed.
+    """
     from featcache.system.workdir import LISTING, is_work_folder, work_folder  # which take a tenth of a second
 
     path = as_path(path)
@@ -113,7 +118,8 @@ def missing(path: AnyPath, otherwise: str) -> str:
     with contextlib.suppress(OSError, ValueError), os.scandir(first.parent) as entries:
         names = {entry.name.lower(): entry.name for entry in itertools.islice(entries, ENOUGH)}
         for near in difflib.get_close_matches(first.name.lower(), names, n=3):
-            if os.path.lexists(guess := first.parent / names[near] / path.relative_to(first)):
+            guess = first.parent / names[near] / path.relative_to(first)
+            if is_wanted(kind_of(guess), wanted) if isinstance(wanted, str) else wanted(guess):
                 return f"{name} does not exist; did you mean {typed(guess)}?"
     return f"{name} does not exist; {otherwise}"
 

@@ -124,6 +124,15 @@ MIXUPS = {
     "finetune photos -o photos": "cannot write photos: it is what is read; choose another -o, such as model-ft",
     "info photos": f"photos is a folder of images, {EITHER}; make one: `featcache extract photos -o features.h5`",
     "info m.onnx": f"m.onnx is an exported model, {EITHER}; {EXPORTED}",
+    "info modle": "modle does not exist; did you mean model?",
+    "fit-head photo.h5 -o m": "photo.h5 does not exist; make it with `featcache extract SOURCE -o photo.h5`",
+    "predict photoss photos": "photoss does not exist; make one with `featcache fit-head features.h5 -o photoss`",
+    "evaluate model f.h6": "f.h6 does not exist; did you mean f.h5?",
+    "evaluate model photoz": "photoz does not exist; did you mean photos?",
+    "extract modle -o g.h5": "modle does not exist; give a folder of images or a CSV with the header path,label,split",
+    "export f.h6 -o x.npz": "f.h6 does not exist; did you mean f.h5?",
+    "export modle -o x.onnx": "modle does not exist; did you mean model?",
+    "audit --apply plan22.csv -o new.csv": "plan22.csv does not exist; did you mean plan.csv?",
     "info photos/f.h5": "photos/f.h5 does not exist; make it with `featcache extract SOURCE -o f.h5`",
     "predict photos/m photos": "photos/m does not exist; make one with `featcache fit-head features.h5 -o m`",
     "info runs/f.h5": "runs/f.h5 does not exist; make it with `featcache extract SOURCE -o runs/f.h5`",
@@ -172,6 +181,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_classes(folder / "results" / "f.h5", np.arange(30) % 3)
     (folder / "notes").write_text("to do")
     (folder / "list.csv").write_text("path,label\nphotos/red/0.png,red\nphotos/blue/1.png,blue\n")
+    (folder / "plan.csv").write_text("path,sha256,decision,label\n")
+    (folder / "plan2.csv").write_text("path,label,split\n")  # nearer, and no plan
     (folder / "g.h5.parts" / "lock").touch()
     if sys.platform != "win32":
         os.mkfifo(folder / "pipe")

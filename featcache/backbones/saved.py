@@ -107,7 +107,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     if not (path / MANIFEST).is_file():
         check_path(path, "model", ("predict", HERE, "IMAGES"))
-        raise ModelError(missing(path, f"make one with `featcache fit-head features.h5 -o {place_for(path)}`", wanted="model"))
+        raise ModelError(
+            missing(path, f"make one with `featcache fit-head features.h5 -o {place_for(path)}`", wanted="model")
+        )
     with as_model_error(path):
         manifest = parse_json(own_file(path, MANIFEST).read_text())
         if manifest.get("format") != FORMAT:

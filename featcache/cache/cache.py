@@ -101,7 +101,9 @@ class FeatureCache:
     @classmethod
     def _open(cls, path: Path) -> "FeatureCache":
         if not os.path.lexists(path):
-            raise CacheError(missing(path, f"make it with `featcache extract SOURCE -o {place_for(path)}`", wanted="cache"))
+            raise CacheError(
+                missing(path, f"make it with `featcache extract SOURCE -o {place_for(path)}`", wanted="cache")
+            )
         if not path.is_file():
             raise CacheError(f"{path} is {kind_of(path).value}; expected a cache written by `featcache extract`")
         try:

@@ -139,9 +139,11 @@ def _run(*, command: str) -> int:
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = 130  # also what typer makes of an interruption
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except (BrokenPipeError, SystemExit) as error:  # the reader of our output went away, as `| head` does
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise  # the other is what typer makes of it
         silence(sys.stdout)
-        return 1
+        return 128 + getattr(signal, "SIGPIPE", 13)  # as of any program that this signal stops; no line says why
     except (FeatcacheError, OSError) as error:
         message = str(error)
         if isinstance(error, DownloadError) and error.instead:

@@ -40,7 +40,7 @@ def audit(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of folds.")] = 0,
     device: options.Device = "auto",
-    workers: options.Workers = "auto",
+    workers: options.Readers = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Find copies, wrong labels and odd images; the score without them.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # How far a job is: a title before the bar (none: no bar now), images done and to do, facts behind the bar; all of it as a line of a log.
 _State = tuple[str, int, int, str, str]
+_WIDE = 72  # columns of a terminal from which facts have room beside the bar, the count and the time left
 
 
 class _Progress:
@@ -65,9 +66,11 @@ def _new_bar(*, time_left: bool) -> "Bar":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
-    left = (TimeRemainingColumn(),) if time_left else ()
-    return Progress(*columns, *left, console=Console(stderr=True), transient=True)
+    console, title, count = Console(stderr=True), TextColumn("{task.description}"), MofNCompleteColumn()
+    facts, left = TextColumn("{task.fields[facts]}"), (TimeRemainingColumn(),) if time_left else ()
+    if time_left and console.width < _WIDE:  # cut off, facts would take count and time left with them
+        return Progress(title, count, TextColumn("left"), *left, console=console, transient=True)
+    return Progress(title, BarColumn(), count, facts, *left, console=console, transient=True)
 
 
 class _Speed:

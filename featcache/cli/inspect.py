@@ -34,8 +34,8 @@ def stats(
     sample: Annotated[
         int | None, typer.Option(min=0, help="How many images to decode. Default: 5000, fewer large ones.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws them.")] = 0,
-    workers: options.Workers = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Another one draws another sample.")] = 0,
+    workers: options.Readers = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Look at images before any work: classes, sizes, damage, copies.
@@ -199,7 +199,7 @@ def doctor(
         Path | None,
         typer.Option(metavar="SOURCE", readable=False, help="What to measure with. Default: generated photos."),
     ] = None,
-    backbone: options.Backbone = "auto",
+    backbone: options.BackboneAlone = "auto",
     weights: Annotated[
         str | None, typer.Option(help="As for extract. Default: random ones, as fast, no download.")
     ] = None,
@@ -259,7 +259,7 @@ def preview(
     settings: Annotated[
         list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe, as for finetune.")
     ] = [],  # noqa: B006 - typer's own
-    backbone: options.Backbone = "auto",
+    backbone: options.BackboneAlone = "auto",
     weights: options.Weights = "auto",
     resize: options.Resize = "auto",
     crop: options.Crop = "auto",

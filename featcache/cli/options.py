@@ -25,6 +25,7 @@ Commands = dict[Callable[..., None], str]  # what a file of commands offers: eac
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N, mps. Default: a GPU if there is one.")]
 Workers = Annotated[str, typer.Option(help="Threads that read and decode; on a CPU also embed. Default: one a core.")]
+Readers = Annotated[str, typer.Option(help="Threads that read and decode. Default: one a core.")]
 Root = Annotated[
     Path | None,
     typer.Option(
@@ -51,13 +52,10 @@ Figures = Annotated[
 ]
 
 # What changes the numbers.
-Backbone = Annotated[
-    str,
-    typer.Option(
-        help="One of `featcache backbones`, fast, base, best, or a model's folder. "
-        "Default: that of the cache at -o, else DINOv2, small on a CPU, base on a GPU; ResNet-50 without timm."
-    ),
-]
+_BACKBONE = "One of `featcache backbones`, fast, base, best, or a model's folder. Default: "
+_USUAL = "DINOv2, small on a CPU, base on a GPU; ResNet-50 without timm."
+Backbone = Annotated[str, typer.Option(help=f"{_BACKBONE}that of the cache at -o, else {_USUAL}")]
+BackboneAlone = Annotated[str, typer.Option(help=_BACKBONE + _USUAL)]  # where no cache is written
 Weights = Annotated[
     str, typer.Option(help="none, a name of torchvision's, a .pth or .safetensors file. Default: pretrained.")
 ]

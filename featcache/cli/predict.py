@@ -300,7 +300,7 @@ def _page_of(model: Path) -> Path:
 
 
 COMMANDS: options.Commands = {
-    predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 3  ·  "
+    predict: "featcache predict model/ photo.jpg  ·  featcache predict model/ new/ -o labels.csv --top-k 2  ·  "
     "featcache predict model/ new/ --coverage 0.95 --evidence features.h5  ·  "
     "featcache predict model/ new/ -o labels.csv --gallery labels.html",
     evaluate: "featcache evaluate model/ photos/  ·  featcache evaluate model/ features.h5 -o rows.csv --coverage 0.95",

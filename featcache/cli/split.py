@@ -53,7 +53,7 @@ def split(
     ] = None,
     reading: options.Reading = options.AS_FOUND,
     device: options.Device = "auto",
-    workers: options.Workers = "auto",
+    workers: options.Readers = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Deal images out to train, val and test, stratified, copies on one side.

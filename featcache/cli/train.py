@@ -85,7 +85,11 @@ def fit_head(
         self_contained=self_contained,
     )
     lines = fit_lines(report, [*map(printable, report.class_names)])
-    lines.append(audit_line(report.label_suspects, report.copies["across_splits"], printable(str(cache)), of=" of training images"))
+    lines.append(
+        audit_line(
+            report.label_suspects, report.copies["across_splits"], printable(str(cache)), of=" of training images"
+        )
+    )
     try:
         show_result(lines, dataclasses.asdict(report), as_json=as_json)
     finally:  # also where the reader of stdout went away

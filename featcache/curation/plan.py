@@ -161,7 +161,9 @@ def read_plan(plan: Path, root: Path | None = None) -> list[Line]:
     Without a column of splits they are those that the folders say. Raises SourceError: missing, or no plan.
     """
     if not plan.exists():
-        raise SourceError(missing(plan, "`featcache audit features.h5 -o audit` writes audit/plan.csv", wanted=_is_plan))
+        raise SourceError(
+            missing(plan, "`featcache audit features.h5 -o audit` writes audit/plan.csv", wanted=_is_plan)
+        )
     folders = [Files(place) for place in (_places(plan) if root is None else [root])]
 
     def is_file(cell: str) -> bool:  # only asked of names that are not UTF-8

@@ -342,7 +342,9 @@ class _Reading:
 def _with_files(rows: Rows, folder: Path, *, known: bool) -> Rows:
     """``rows`` with digests, sizes and times of the files below ``folder``; ``known``: they have digests to be compared with."""
     if not folder.is_dir():
-        raise SourceError(missing(folder, "give the folder that the paths of the table are relative to", wanted=Path.is_dir))
+        raise SourceError(
+            missing(folder, "give the folder that the paths of the table are relative to", wanted=Path.is_dir)
+        )
     files, found = Paths(folder, decode_names(rows.paths)), list[ReadImage[int]]()
     for read in read_images(files, range(len(rows)), len, workers=8):
         if read.reason:

@@ -129,7 +129,9 @@ class ExtractRequest:
             kind = kind_of(self.backbone)
             hint = f"; did you mean --backbone NAME --weights {backbone}?" if _is_of_weights(self.backbone) else ""
             if kind is Kind.MISSING and len(Path(self.backbone).parts) > 1:
-                raise BackboneError(f"--backbone {missing(self.backbone, '`featcache backbones` lists all names', wanted='model')}")
+                raise BackboneError(
+                    f"--backbone {missing(self.backbone, '`featcache backbones` lists all names', wanted='model')}"
+                )
             if kind not in (Kind.MODEL, Kind.MISSING):
                 raise BackboneError(
                     f"--backbone {backbone} is {kind.value}, expected the folder of a model, or a name that `featcache backbones` "
@@ -137,7 +139,9 @@ class ExtractRequest:
                 )
         kind = kind_of(self.weights)
         if kind is Kind.MISSING and Path(self.weights).suffix:
-            raise BackboneError(f"--weights {missing(self.weights, 'give auto, none or a file of weights', wanted=_may_be_weights)}")
+            raise BackboneError(
+                f"--weights {missing(self.weights, 'give auto, none or a file of weights', wanted=_may_be_weights)}"
+            )
         if kind is not Kind.MISSING and not _is_of_weights(self.weights):
             what = "an HDF5 file" if kind is Kind.CACHE else kind.value
             hint = f"; did you mean --backbone {weights}?" if kind is Kind.MODEL else ""

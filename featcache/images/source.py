@@ -222,9 +222,12 @@ def list_images(source: AnySource | ImageList, *, labelled: bool = True, counted
         check_path(path, "images", ("extract", HERE, "-o", "features.h5"))
         if os.path.exists(path):  # noqa: PTH110
             raise SourceError(f"{path} is {kind_of(path).value}; expected a folder of images, or a table called .csv")
-        raise SourceError(missing(path, "give a folder of images or a CSV with the header path,label,split", wanted="images"))
+        raise SourceError(
+            missing(path, "give a folder of images or a CSV with the header path,label,split", wanted="images")
+        )
     if not listing.entries and not listing.refused:
-        expected = "rows below its header" if is_table(path) else f"files such as {path / 'CLASS' / 'photo.jpg'}"
+        photo = path / "CLASS" / "photo.jpg" if labelled else path / "photo.jpg"
+        expected = "rows below its header" if is_table(path) else f"files such as {photo}"
         raise SourceError(f"no image found in {source}; expected {expected}")
     images = _image_list(listing, grouped=source.group_column is not None, packed=shards is not None)
     if labelled:

@@ -206,6 +206,8 @@ def _copies(scored: Scored, *, seen: Array | None) -> dict[str, Any]:
         return {"accuracy_without_copies": None, "copies": copies.counts() | {"across_splits": None}}
     if count := int(seen.sum()):
         first = decode_names(scored.names[seen][:1])[0]
-        log.warning("%s: a score on %s flatters", seen_words(count, len(y), first, which="the"), "it" if count == 1 else "them")
+        log.warning(
+            "%s: a score on %s flatters", seen_words(count, len(y), first, which="the"), "it" if count == 1 else "them"
+        )
     without = None if seen.all() else float(scored.answers.right[~seen].mean())
     return {"accuracy_without_copies": without, "copies": copies.counts() | {"across_splits": count}}

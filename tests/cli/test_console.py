@@ -91,6 +91,19 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -
     assert text.endswith("\r\x1b[1A\x1b[2K")  # the line is erased
 
 
+@pytest.mark.parametrize("width", [36, 40, 60, 80, 120])
+def test_a_narrow_terminal_shows_count_and_time_left(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    with console.show_progress("embedding") as progress:
+        progress(0, 1000, "decode")
+        progress(250, 1000, "forward")
+    frames = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue())
+    assert re.search(r"embedding .*250/1000 .*left [-\d]:[-\d]{2}:[-\d]{2}", frames) and "…" not in frames
+
+
 def test_a_bar_goes_away_when_what_it_shows_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said next is not broken into lines of the terminal's width, and no bar that stands still is below it."""
     terminal = Terminal()

@@ -101,6 +101,7 @@ MIXUPS = {
     "extract g.h5.parts -o g.h5": f"g.h5.parts is a folder of unfinished work, {IMAGES}; the command that began it goes on with it when it is run again",
     "extract pipe -o g.h5": f"pipe is a pipe, socket or device, {IMAGES}; give the name of a folder or file",
     "extract empty -o g.h5": "no image found in empty; expected files such as empty/CLASS/photo.jpg",
+    "predict model empty": "no image found in empty; expected files such as empty/photo.jpg",
     "extract Photos/red -o g.h5": "Photos/red does not exist; did you mean photos/red?",
     "extract lost -o g.h5": "lost is a link that leads nowhere, or cannot be read; give a folder of images or a CSV with the header path,label,split",
     "extract g.h5 -o photos": "g.h5 does not exist and photos is a folder of images; did you mean `featcache extract photos -o g.h5`?",

@@ -122,7 +122,9 @@ def test_val_of_a_fine_tuned_model_is_no_clean_score(tmp_path: Path) -> None:
     assert scores["chosen_on"] == sum(row.tobytes() in {one.tobytes() for one in val} for row in digests) == 6
     assert "  optimistic: epoch and mixture were chosen on 6 of these images" in evaluation_lines(scores, "ab")
     page = report(model, tmp_path / "f.h5", output=tmp_path / "p.html").report
-    assert "of 8 images of val, on 6 of which epoch and mixture were chosen, are" in re.sub("<[^>]+>", "", page.read_text())
+    assert "of 8 images of val, on 6 of which epoch and mixture were chosen, are" in re.sub(
+        "<[^>]+>", "", page.read_text()
+    )
 
 
 def test_a_cache_that_all_trained_shows_held_out_rows_with_their_names(tmp_path: Path) -> None:
@@ -416,7 +418,13 @@ def advice_on(tmp_path: Path, right: list[int], n: list[int], *, trained: list[i
         ([40, 190, 190], [80, 200, 200], [900, 60, 60], "Look at the labels of a", "Label more"),
         ([18, 18], [20, 20], None, "Score more images. 40 fix the accuracy only to within", "Label more"),
         ([190, 5], [200, 10], None, "Accuracy may be no better than always answering a", "Keep"),
-        ([0, 0], [20, 10], None, "Accuracy is worse than always answering a, which is right in 66.7%: the interval ends", "begins"),
+        (
+            [0, 0],
+            [20, 10],
+            None,
+            "Accuracy is worse than always answering a, which is right in 66.7%: the interval ends",
+            "begins",
+        ),
         ([200, 200], [200, 200], None, "Keep this model: no mistake in 400 images leaves nothing", "leave n"),
         ([199, 199], [200, 200], None, "Keep this model: 2 mistakes in 400 images leave nothing", "leaves"),
         ([170, 180], [200, 200], [20, 20], "Do not fine-tune yet: 20 training images a class", "worth a try"),

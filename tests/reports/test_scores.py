@@ -55,8 +55,18 @@ def test_what_fit_head_did() -> None:
 @pytest.mark.parametrize(
     ("suspects", "copies", "cache", "expected"),
     [
-        (12, 0, "my f.h5", "  12 labels of these images in doubt, 0 exact copies across splits: featcache audit 'my f.h5' -o audit/"),
-        (1, 1, "f.h5", "  1 label of these images in doubt, 1 exact copy across splits: featcache audit f.h5 -o audit/"),
+        (
+            12,
+            0,
+            "my f.h5",
+            "  12 labels of these images in doubt, 0 exact copies across splits: featcache audit 'my f.h5' -o audit/",
+        ),
+        (
+            1,
+            1,
+            "f.h5",
+            "  1 label of these images in doubt, 1 exact copy across splits: featcache audit f.h5 -o audit/",
+        ),
         (None, 3, None, "  3 exact copies across splits: featcache audit FEATURES.h5 -o audit/"),
         (None, None, "f.h5", "  wrong labels, copies: featcache audit f.h5 -o audit/"),
     ],

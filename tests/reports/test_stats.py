@@ -186,7 +186,14 @@ def advice_of(tmp_path: Path, counts: dict[str, int]) -> str:
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ({"a": 12, "b": 12}, ("50.0% of 24 images (a)", "Each class has 12 training images: classes are of one size, plain accuracy is a fair measure", "There are no splits")),
+        (
+            {"a": 12, "b": 12},
+            (
+                "50.0% of 24 images (a)",
+                "Each class has 12 training images: classes are of one size, plain accuracy is a fair measure",
+                "There are no splits",
+            ),
+        ),
         ({"a": 36, "b": 12}, ("75.0% of 48 images (a)", "3.0 times as many", "--class-weight balanced")),
         ({"a": 18, "b": 12}, ("a little uneven, 1.5 to 1", "18 of a, 12 of b")),
         ({"train/a": 12, "train/b": 11, "val/a": 1}, ("100.0% of 1 image of val (a)", "Not in val: b")),

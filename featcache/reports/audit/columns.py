@@ -50,7 +50,9 @@ class Shown:
     @property
     def facts(self) -> str:
         """Size in pixels and bytes, as far as they are known: of imported vectors neither may be."""
-        return ", ".join([f"{self.size[0]} × {self.size[1]} px"] * any(self.size) + [bytes_text(self.bytes)] * (self.bytes > 0))
+        return ", ".join(
+            [f"{self.size[0]} × {self.size[1]} px"] * any(self.size) + [bytes_text(self.bytes)] * (self.bytes > 0)
+        )
 
     @property
     def words(self) -> str:

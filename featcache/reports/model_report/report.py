@@ -142,6 +142,8 @@ def report(
     if root is None:
         root = scored.root if scored.root is not None else _guess(cache)
     subject = make_subject(model, scored, cache=cache, evidence=compared, pictures=Pictures(root))
+    if pictures is not None and (absent := _not_in_folder(subject)):
+        log.warning(absent)
     probabilities = None
     if other is not None:
         of_other = _score(other, images, cache, split=scored.split, limits=Limits(other.classes), options=options)
@@ -264,7 +266,9 @@ def _summary(subject: Subject, *, learning: str) -> Section:
         )
     if chosen := scores["chosen_on"]:
         words = chosen_on(chosen, scores["n"])
-        notes.append(f"{words[0].upper()}{words[1:]}: the accuracy is optimistic, images of a test split would tell by how much.")
+        notes.append(
+            f"{words[0].upper()}{words[1:]}: the accuracy is optimistic, images of a test split would tell by how much."
+        )
     context = {"tiles": tiles, "advice": advise(subject, learning=learning), "notes": notes}
     return Section("summary", "In short", "report_summary.html", context)
 
@@ -327,10 +331,9 @@ def _what_is_missing(subject: Subject) -> list[str | Markup]:
                 quantity(count, "image has", "images have"), command
             )
         )
-    if count := reasons.pop(MISSING, 0):
-        notes.append(
-            f"{quantity(count, 'image is', 'images are')} not in {subject.pictures.root}, or changed since: --source names another folder."
-        )
+    reasons.pop(MISSING, 0)
+    if absent := _not_in_folder(subject):
+        notes.append(absent)
     if count := reasons.pop(NO_TIME, 0):
         command = _code(f"featcache report {name} SOURCE")
         notes.append(
@@ -341,6 +344,14 @@ def _what_is_missing(subject: Subject) -> list[str | Markup]:
     if count := sum(reasons.values()):
         notes.append(f"{quantity(count, 'picture is', 'pictures are')} left out: {reasons.most_common(1)[0][0]}.")
     return notes
+
+
+def _not_in_folder(subject: Subject) -> str:
+    """How many images are not where they were looked for; empty if all are."""
+    if not (count := sum(card.thumbnail is None and card.no_thumbnail == MISSING for card in subject.cards)):
+        return ""
+    are = quantity(count, "image is", "images are")
+    return f"{are} not in {subject.pictures.root}, or changed since: --source names another folder."
 
 
 def page_beside(model: Path) -> Path:

@@ -266,7 +266,8 @@ def test_images_that_each_won_are_cards_of_the_page(tuned: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "metrics", [{"curve": 7}, {"curve": [1]}, {"curve": [{"C": 1.0, "scaling": "none", "accuracy": "good"}]}, {"curve": {}}]
+    "metrics",
+    [{"curve": 7}, {"curve": [1]}, {"curve": [{"C": 1.0, "scaling": "none", "accuracy": "good"}]}, {"curve": {}}],
 )
 def test_metrics_of_another_shape_are_damage(fitted: Path, tmp_path: Path, metrics: dict[str, Any]) -> None:
     folder = shutil.copytree(fitted, tmp_path / "damaged")

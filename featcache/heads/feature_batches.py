@@ -16,6 +16,7 @@ import torch
 from featcache.heads.head import MAX_LOGITS, Array, FeatureSource, Indices
 from featcache.system.transfer import Feed, staged
 
+_SAFE = 1e15  # in float32 a batch's squares of what is larger may overflow
 _RUN = 16  # rows read in one go: 40 KB of 1,280 float16, which is as fast as more
 
 Block = Array | torch.Tensor  # (m, D) features as stored, on a CPU an array
@@ -121,9 +122,12 @@ class FeatureBatches:
         first = torch.from_numpy(self._read(picked[:1])).float().to(self.device)  # near the mean: no cancellation
         for x, _ in self.in_order(picked):
             x -= first
+            largest = x.abs().amax(0)
+            unit = torch.where(largest > _SAFE, largest, 1)
             ones = torch.ones(len(x), device=self.device)
-            total += (ones @ x).cpu().numpy()  # by BLAS, in float32; blocks are added up in float64
-            square += (ones @ x.square_()).cpu().numpy()
+            units = unit.cpu().double().numpy()
+            total += (ones @ x.div_(unit)).cpu().numpy() * units  # by BLAS, in float32; blocks are added up in float64
+            square += (ones @ x.square_()).cpu().numpy() * units**2
         mean = total / len(picked)
         deviation = np.sqrt(np.maximum(square / len(picked) - mean**2, 0))
         return mean + first[0].cpu().double().numpy(), np.where(deviation < 1e-6, 1.0, deviation)

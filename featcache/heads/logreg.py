@@ -33,6 +33,7 @@ from featcache.heads.head import (
     Indices,
     Scaling,
     class_weights,
+    scale_features,
 )
 from featcache.heads.logreg_path import NotSolvedError, eigenbasis, moved, product, regularisation_path, with_direction
 from featcache.heads.validation import OutOfFold, fit_temperature, judge, stratified_folds
@@ -61,7 +62,7 @@ _SOLVED_AT_ONCE = 3  # problems on a GPU: while one waits for it, another has Nu
 _ONE_C = 1 / 30  # of the work of choosing among all
 _MAX_FLOAT32 = 1e18  # beyond, squares overflow
 _MAX_SPREAD = 1e4  # of squares of inverse scales, mean by least: beyond, float32 cannot tell a change of coordinates
-_FAILURES = (NotSolvedError, np.linalg.LinAlgError)
+_FAILURES = (NotSolvedError, np.linalg.LinAlgError, ZeroDivisionError)
 
 _blas = functools.cache(ThreadpoolController)  # a look at all loaded libraries, 10 ms
 
@@ -357,6 +358,8 @@ class Solver:
         """
         scaler, classifier = _scaler(scaling), self._classifier(C)
         X = scaler.fit_transform(self.X)
+        if scaling == "unit" and (short := np.linalg.norm(X, axis=1) < 0.5).any():  # which scikit-learn takes for zero
+            X[short] = scale_features(X[short], scaling, X[0], X[0])
         try:
             with _blas().limit(limits=1):
                 W, b = self._solved(scaling, C, X.mean(axis=0))

@@ -309,6 +309,10 @@ class _Trainer:
         data = self.data
         draws = torch.Generator(data.device).manual_seed(self.seed)
         mean, scale = data.moments(picked)
+        if not (np.isfinite(mean.astype(np.float32)).all() and np.isfinite(scale.astype(np.float32)).all()):
+            raise TrainingError(
+                "the features are too large for float32: their mean and spread are not finite; scale them down"
+            )
         with _MAKING, kept_random_state(_CPU):
             seed_random_numbers(self.seed, _CPU)
             network = _Network(self.kind, mean, scale, self.n_classes, settings=self.settings, draws=draws)

@@ -14,7 +14,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from featcache.errors import ModelError
 from featcache.heads import metrics
 from featcache.heads.head import KINDS, FittedHead, Head, TorchSettings, class_weights, softmax
-from featcache.heads.logreg import C_GRID, Solver, fit_logreg
+from featcache.heads.logreg import C_GRID, Solver, fit_logreg, head_of
 from featcache.heads.minibatch import fit_torch_head
 from featcache.heads.validation import fit_temperature, stratified_folds
 
@@ -202,3 +202,18 @@ LAYER = {"layers.0.weight": np.ones((3, D)), "layers.0.bias": np.ones(3)}
 def test_tensors_that_make_no_head_are_refused(kind: str, tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(ModelError, match="the head's tensors"):
         Head.from_tensors(kind, "none", tensors)
+
+
+def test_rows_of_next_to_no_length_are_scaled_to_one_as_others() -> None:
+    """scikit-learn's Normalizer takes them for zero; the folds and the head do not."""
+    X, y = blobs(90)
+    X = X.astype(np.float64)
+    usual, tiny = (Solver(X * factor, y, grid=(1.0,)).fit("unit", 1.0)[0] for factor in (1.0, 1e-20))
+    np.testing.assert_allclose(tiny[-1].coef_, usual[-1].coef_, atol=1e-6)
+    np.testing.assert_allclose(head_of(tiny, "unit").probabilities(X * 1e-20), usual.predict_proba(X), atol=1e-6)
+
+
+def test_no_penalty_to_speak_of_is_no_crash() -> None:
+    X, y = blobs(90)
+    head = fit_logreg(X, np.arange(90), y, grid=(1e50,), folds=3).head
+    assert (head.probabilities(X).argmax(axis=1) == y).mean() > 0.9

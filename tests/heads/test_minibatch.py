@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 from featcache.errors import TrainingError, UsageError
 from featcache.heads import metrics
 from featcache.heads.feature_batches import Budget, FeatureBatches
-from featcache.heads.head import FittedHead, TorchSettings
+from featcache.heads.head import FittedHead, Head, TorchSettings
 from featcache.heads.logreg import fit_logreg
 from featcache.heads.minibatch import _Dropout, fit_torch_head
 from featcache.heads.validation import fit_temperature, stratified_folds
@@ -118,6 +118,28 @@ def test_a_device_gets_the_same_batches(memory: int, dtype: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     for a, b in zip(here.moments(picked), there.moments(picked), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_moments_of_large_features_are_finite_and_right() -> None:
+    """Their squares are none in float32; the other columns, and ordinary features, are as they were."""
+    X = np.random.default_rng(0).normal(3, 1, (2000, 4)).astype(np.float32)
+    X *= np.array([1, 1e25, 1e14, 1e-3], np.float32)
+    data = FeatureBatches(X, np.arange(2000), np.arange(2000) % 7, budget=Budget(batch_rows=128))
+    mean, deviation = data.moments(np.arange(2000))
+    np.testing.assert_allclose(mean, X.astype(np.float64).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(deviation, X.astype(np.float64).std(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_head_of_large_features_can_be_read_again(kind: Any) -> None:
+    X, y = blobs(60)
+    head = fit(kind, X.astype(np.float32) * np.float32(1e25), y, settings=TorchSettings(epochs=5)).head
+    assert Head.from_tensors(head.kind, head.scaling, head.to_tensors()).dim == X.shape[1]
+    usual = fit(kind, X.astype(np.float32), y, settings=TorchSettings(epochs=5)).head
+    answers = head.probabilities(X.astype(np.float32) * np.float32(1e25)).argmax(axis=1)
+    assert (answers == usual.probabilities(X.astype(np.float32)).argmax(axis=1)).mean() > 0.95
+    with np.errstate(over="ignore"), pytest.raises(TrainingError, match="too large for float32"):
+        fit(kind, (np.sign(X) * 3e38).astype(np.float32), y, settings=TorchSettings(epochs=1))
 
 
 def test_early_stopping_takes_few_rows_of_a_large_class() -> None:

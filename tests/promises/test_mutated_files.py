@@ -184,12 +184,12 @@ def test_backbone_weights_of_a_model_are_those_it_was_trained_on(tmp_path: Path,
     model = make_model(tmp_path / "m", spec=spec, fingerprint=fingerprint_of(spec))
     save_weights(backbone, tmp_path / "w.safetensors")
     copy = Path(keep(tmp_path / "w.safetensors", model / "backbone.safetensors"))
-    assert load_model(model).load_backbone().weights_sha256 == backbone.weights_sha256
+    assert load_model(model).backbone.load().weights_sha256 == backbone.weights_sha256
     data = bytearray(copy.read_bytes())
     data[len(data) // 2] ^= 1
     copy.write_bytes(data)
     with pytest.raises(FeatcacheError, match="was trained on other weights"):
-        load_model(model).load_backbone()
+        load_model(model).backbone.load()
 
 
 def test_a_repacked_archive_still_is_one(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def describe(path: AnyPath) -> dict[str, Any]:
         Plain values, fit for JSON; ``kind`` is ``cache``, ``model`` or ``parts`` (unfinished work, see ``describe_parts``). Of a
         model: ``parameters`` of backbone and head,
         ``trainable_parameters``, those that its training could change, and ``backbone``, the facts of ``backbones.catalog`` at
-        the model's own input size, those of its weights only if a library provides them; None where this installation does not know. Of a cache: ``classes`` counts its images per class
+        the model's own input size, those of its weights only if a library provides them; None where this installation does not know.
+        Of a cache: ``classes`` counts its images per class
         and split, ``image_bytes`` are the quartiles of the sizes of the image files, smallest to largest.
 
     Raises:

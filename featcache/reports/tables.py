@@ -39,7 +39,7 @@ class CacheExport(Shown):
 
     Attributes:
         cache: the file. output: the file written, files: with those beside it. format: its ending. rows: N. dim: D.
-        columns: of each row, by their names in the files. model: whose predictions they are. bytes: of all files. usage: a line that reads it.
+        columns: by their names in the files. model: whose predictions they are. bytes: of all files. usage: a line that reads it.
         seconds: of the whole call.
     """
 

@@ -471,6 +471,19 @@ def test_which_rows_are_cards() -> None:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
+def test_a_folder_without_the_images_is_said(
+    overlapping: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    words = ("report", overlapping / "m", overlapping / "f.h5", "-o", tmp_path / "p.html")
+    assert run(*words, "--source", tmp_path / "elsewhere")[0] == 0
+    said = f"120 images are not in {tmp_path / 'elsewhere'}, or changed since: --source names another folder."
+    assert said in caplog.text and said in html.unescape((tmp_path / "p.html").read_text())
+    caplog.clear()
+    assert run(*words)[0] == 0  # no folder was named
+    assert "names another folder" not in caplog.text
+
+
 @pytest.mark.parametrize("given", [(), ("--C", "10"), ("--C", "10", "--folds", "0")])
 def test_the_command_on_the_page_is_the_one_that_was_typed(
     given: tuple[str, ...], cache: Path, run: Callable[..., tuple[int, str, str]]

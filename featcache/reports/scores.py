@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from featcache.models.fit import FitReport
-from featcache.system.display import printable, quantity
+from featcache.system.display import columns as columns
+from featcache.system.display import printable, quantity, width_of
 
 _WIDTH = 80  # columns of a terminal
 _LEAST_NAME = 8  # columns, in front of a row
@@ -225,23 +226,12 @@ def _largest_confusions(names: Sequence[str], counts: list[list[int]]) -> list[s
 # ----------------------------------------------------------------------------------------------------------- names
 
 
-def columns(text: str) -> int:
-    """How many columns of a terminal ``text`` takes: by Unicode's East Asian Width, marks none."""
-    return sum(map(_width, unicodedata.normalize("NFC", text)))
-
-
-def _width(character: str) -> int:
-    if unicodedata.category(character) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
 def shortened(text: str, width: int) -> str:
     """``text``, or its beginning and its end, by which names differ, in at most ``width`` columns."""
     if columns(text) <= width:
         return text
     text = unicodedata.normalize("NFC", text)
-    widths = [*map(_width, text)]
+    widths = [*map(width_of, text)]
     first = sum(used <= (width - 1) // 2 for used in itertools.accumulate(widths))
     room = width - 2 - sum(widths[:first])
     last = len(text) - sum(used <= room for used in itertools.accumulate(reversed(widths)))

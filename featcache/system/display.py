@@ -9,6 +9,7 @@ import logging
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -61,11 +62,24 @@ def aligned(rows: list[list[str]]) -> list[str]:
     """The first column to the left, the others to the right; nothing if there are no rows."""
     if not rows:
         return []
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    first, *others = (max(map(columns, column)) for column in zip(*rows, strict=True))
     return [
-        "  ".join([f"  {row[0]:{first}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))])
+        f"  {row[0]}{' ' * (first - columns(row[0]))}"
+        + "".join(f"  {' ' * (width - columns(cell))}{cell}" for cell, width in zip(row[1:], others, strict=True))
         for row in rows
     ]
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal ``text`` takes: by Unicode's East Asian Width, marks none."""
+    return sum(map(width_of, unicodedata.normalize("NFC", text)))
+
+
+def width_of(character: str) -> int:
+    """How many of them a character takes."""
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def printable(text: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from featcache.models.fit import FitReport
 from featcache.reports.scores import audit_line, columns, confusion_lines, evaluation_lines, fit_lines
+from featcache.system.display import aligned
 
 REPORT = FitReport(
     model=Path("m"),
@@ -256,3 +257,11 @@ def test_classes_that_play_no_part_take_no_room() -> None:
         "    c5    [3]    1",
         "    c990   .    [0]",
     ]
+
+
+def test_counts_stand_below_each_other_whatever_the_script() -> None:
+    lines = aligned(
+        [["class", "train", "all"], ["日本語", "3", "3"], ["🐱 cat", "12", "12"], ["e\u0301te\u0301", "1", "1"]]
+    )
+    assert len({columns(line) for line in lines}) == 1
+    assert aligned([["class", "n"], ["ab", "12"]]) == ["  class   n", "  ab     12"]

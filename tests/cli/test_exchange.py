@@ -52,7 +52,7 @@ def test_export_names_what_its_files_hold(
 
 MIXUPS = {
     "export f.h5 -o x.txt": "cannot tell the format of x.txt; name it .parquet, .npz, .faiss, .fiftyone.json or .labelstudio.json",
-    "export f.h5 -o f.h5": "cannot write f.h5: it is what is read; choose another -o, such as model.onnx",
+    "export f.h5 -o f.h5": "cannot write f.h5: it is what is read; choose another -o, such as features.parquet",
     "export m -o x.parquet": ".parquet is for the rows of a cache; name x.parquet .onnx or .safetensors, or give a cache",
     "export m -o x.onnx --map pca": "--map is for the rows of a cache; leave it out, or give a cache",
     "export m -o x.onnx --model m": "--model is for the rows of a cache; leave it out, or give a cache",

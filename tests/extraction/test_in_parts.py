@@ -184,7 +184,7 @@ def test_an_archive_that_changes_between_two_parts(photos: Path, tmp_path: Path,
         extract_part(source, output, "2/2", TINY)
     assert "\n" not in str(error.value)
     assert sorted(os.listdir(work_folder(output))) == before
-    extract(source, output, TINY)
+    extract(source, output, TINY, force=change == "cut off")  # or rows of what cannot be read would be lost
     extract(source, tmp_path / "one.h5", TINY)
     assert columns(output) == columns(tmp_path / "one.h5")
 

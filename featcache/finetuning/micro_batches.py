@@ -1,7 +1,9 @@
 """The gradient of a batch on a CPU: a few images at a time, each part forward and back on one core, several parts at once.
 
 In: a network in the mode of the next steps, a batch. Out: gradients of its parameters. They are added up in the order of the parts,
-and nothing random depends on the parts, so that the number of cores changes no bit, and that of images in a part only rounding.
+and nothing random depends on the parts, so that the number of cores changes no bit, and that of images in a part only rounding. Where
+there are at least twice as many cores as parts, each part is computed by several, and how many does change how sums are rounded: that
+number belongs to the run, which keeps it when it is resumed, on whatever machine.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from featcache.finetuning.fused import IMAGES, Form, make_form
 from featcache.finetuning.network import Network
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.images.preprocess import normalise
-from featcache.system.device import Runtime, one_core_each
+from featcache.system.device import Runtime, one_core_each, threads_held
 
 _MANY_WEIGHTS = 8_000_000  # which each part lays out, and adds gradients of: a tenth of ResNet-18's step in parts of 4
 _WATCHED = 1.0  # seconds over which is looked at how many cores there were
@@ -77,21 +79,22 @@ class MicroBatches:
         return normalise(pixels.to(torch.uint8), self._network.mean, self._network.std)
 
     @contextlib.contextmanager
-    def cores(self, images: int, *, micro: int) -> Iterator[None]:
-        """Hold the threads for batches of at most so many images; where there are fewer parts than cores, each gets several."""
+    def cores(self, images: int, *, micro: int, cores: int) -> Iterator[None]:
+        """Hold the threads for batches of at most so many images.
+
+        ``cores``: which the run has, or had when it began; where there are fewer parts, each gets several, also where fewer are left.
+        """
         parts = len(self._parts(images, micro))
-        self._workers = max(1, min(self._job.runtime.workers, parts))
-        cores = max(1, self._job.runtime.workers // self._workers)
-        before = torch.get_num_threads()
+        each = max(1, cores // parts)
+        self._workers = max(1, min(self._job.runtime.workers // each, parts))
         with self._held:
             self._held.callback(setattr, self, "_pool", None)
-            self._held.callback(torch.set_num_threads, before)
             # Adding up needs no more, threads that wait for each other stop under load, and a sum has the same bits everywhere.
-            torch.set_num_threads(1)
+            self._held.enter_context(threads_held(1))
             if parts > 1:
-                self._hold_pool(cores)
+                self._hold_pool(each)
             else:
-                self._own_thread = OwnThread(cores)
+                self._own_thread = OwnThread(each)
             yield
 
     def _hold_pool(self, cores: int) -> None:
@@ -175,11 +178,8 @@ class OwnThread:
 
     def run(self, compute: Callable[[Part], Result], part: Part) -> Result:
         """``compute(part)``."""
-        torch.set_num_threads(self.cores)
-        try:
+        with threads_held(self.cores):
             return compute(part)
-        finally:
-            torch.set_num_threads(1)
 
     def is_crowded(self) -> bool:
         """To be asked after every step; True if for a while this process had far fewer cores than it keeps busy."""

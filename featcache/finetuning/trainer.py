@@ -33,6 +33,7 @@ from featcache.system.device import (
     memory_errors,
     return_memory,
     seed_random_numbers,
+    threads_held,
     true_float32,
 )
 from featcache.system.display import quantity
@@ -84,10 +85,12 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=job.precision == "fp16")
         if recipe.drop_path and not set_drop_path(network.backbone, recipe.drop_path):
             log.warning("drop_path = %g changes nothing: this backbone has no place for it", recipe.drop_path)
-        alone = self.device.type if self.processes.world == 1 else ""
-        self._cores = MicroBatches(network, recipe, job, self._dtype) if alone == "cpu" else None
+        alone = self.processes.world == 1
+        # Which the run began with, and goes on with: where several compute one part, their number changes how sums are rounded.
+        self.cores = self.processes.broadcast(job.runtime.workers if alone else torch.get_num_threads())
+        self._cores = MicroBatches(network, recipe, job, self._dtype) if alone and self.device.type == "cpu" else None
         self._apart = drawing_apart(job, recipe, data, size=network.size, most=self.step_size)
-        self._gpu = GpuSteps(network, recipe, job, self._dtype) if alone == "cuda" else None
+        self._gpu = GpuSteps(network, recipe, job, self._dtype) if alone and self.device.type == "cuda" else None
         self.optimizer = make_optimizer(network, recipe)
         self._average = MovingAverage(network, decay=recipe.ema) if recipe.ema else None
         if recipe.batchnorm == "train" and len(data) // self.steps_per_epoch < 2:
@@ -148,8 +151,7 @@ class Trainer:
         if self._cores and not self._cores.possible():
             self._cores = None
         most = min(self.step_size, len(self.data))
-        cores = self._cores.cores(most, micro=self.micro_batch) if self._cores else contextlib.nullcontext()
-        with self._exact(), cores, contextlib.closing(self._batches()) as batches:
+        with self._exact(), self._threads(most), contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 if stop():
                     self._settle()
@@ -197,6 +199,12 @@ class Trainer:
             with contextlib.suppress(torch.OutOfMemoryError):
                 return np.concatenate([compute(start) for start in range(0, len(images), self.micro_batch)])
             self._halve_micro_batch(len(images))
+
+    def _threads(self, most: int) -> contextlib.AbstractContextManager[None]:
+        """As many for each part of a batch of at most so many images, whenever and wherever the run goes on."""
+        if self._cores:
+            return self._cores.cores(most, micro=self.job.runtime.batch_size, cores=self.cores)
+        return threads_held(self.cores) if self.device.type == "cpu" else contextlib.nullcontext()
 
     def _exact(self) -> contextlib.AbstractContextManager[Any]:
         """Where float32 was asked for, it is float32."""
@@ -367,6 +375,7 @@ class Trainer:
             "first_loss": self._first_loss,
             "first_mean": self._first_mean,
             "micro_batch": self.micro_batch,
+            "cores": self.cores,
             "network": self.network.state_dict(),
             "average": self._average.state() if self._average else None,
             "optimizer": self.optimizer.state_dict(),
@@ -382,6 +391,7 @@ class Trainer:
             np.array(state[name]) if self.processes.is_first else np.zeros(3) for name in ("sums", "told")
         )
         self.seconds = state["seconds"]
+        self.cores = state.get("cores", self.cores)  # of earlier versions it is not known
         self._first_loss, self._first_mean = state["first_loss"], state["first_mean"]
         take_weights(self.network, state["network"])
         if self._average:

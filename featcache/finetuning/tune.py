@@ -444,6 +444,7 @@ def _training_facts(
         "run": fingerprint_of(identity),
         "seed": trainer.job.seed,
         "precision": trainer.job.precision,
+        "cores": trainer.cores if trainer.device.type == "cpu" else None,
         "epochs": report.epochs,
         "best_epoch": report.best_epoch,
         "best_step": report.best_step,

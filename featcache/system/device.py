@@ -75,6 +75,17 @@ def use_one_thread_if_forked() -> None:
 
 
 @contextlib.contextmanager
+def threads_held(count: int) -> Iterator[None]:
+    """A context in which PyTorch uses so many threads for what this thread computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
 def one_core_each(workers: int, name: str, *, cores: int = 1) -> Iterator[ThreadPoolExecutor]:
     """Yield a pool of threads in each of which PyTorch uses one core: small batches side by side beat one on all cores.
 

@@ -1,4 +1,4 @@
-"""Parts of a batch on several cores: the same bits for any number of them, and one gradient for any cutting."""
+"""Parts of a batch on several cores: the same bits for any number of them, one gradient for any cutting; several cores a part."""
 
 import copy
 import dataclasses
@@ -15,10 +15,10 @@ from test_network import CPU, JOB, make_pixels, shrunk
 from torch import nn
 
 from featcache.backbones.load import load_backbone
-from featcache.finetuning.micro_batches import OwnThread, in_order
+from featcache.finetuning.micro_batches import MicroBatches, OwnThread, in_order
 from featcache.finetuning.network import with_new_head
 from featcache.finetuning.recipes import Recipe
-from featcache.finetuning.trainer import Trainer, make_optimizer
+from featcache.finetuning.trainer import Stopped, Trainer, make_optimizer
 
 N, EDGE = 12, 32
 DATA = make_pixels(N, EDGE)
@@ -46,6 +46,47 @@ def test_cores_change_no_bit(precision: str, bf16_arithmetic: bool) -> None:
     for other in others:
         for name, tensor in one.items():
             assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize(("batchnorm", "micro", "each"), [("train", 2, 4), ("frozen", 3, 2), ("frozen", 2, 1)])
+def test_a_run_goes_on_by_the_cores_that_it_began_with(
+    batchnorm: Literal["train", "frozen"], micro: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On any machine: where several of them share a part, another number of them rounds sums otherwise."""
+    monkeypatch.setattr(OwnThread, "is_crowded", lambda _: False)  # whatever else this machine does now
+    recipe, threads = dataclasses.replace(RECIPE, batchnorm=batchnorm), set()
+
+    def begun(workers: int) -> Trainer:
+        network = with_new_head(MOBILE, recipe, 3, seed=0)
+        network.head.register_forward_hook(lambda *_: threads.add(torch.get_num_threads()))
+        job = dataclasses.replace(JOB, runtime=dataclasses.replace(CPU, workers=workers, batch_size=micro))
+        return Trainer(network, DATA, recipe=recipe, job=job)
+
+    whole = begun(4)
+    expected = [whole.run_epoch() for _ in range(2)]
+    assert threads == {each}
+    part, steps = begun(4), itertools.count()
+    with pytest.raises(Stopped):
+        part.run_epoch(stop=lambda: next(steps) == 1)
+    for workers in (1, 3, 9):
+        resumed = begun(workers)
+        resumed.load_state(copy.deepcopy(part.state()))
+        assert [resumed.run_epoch() for _ in range(2)] == expected
+        for name, tensor in whole.network.state_dict().items():
+            assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+    assert threads == {each}
+
+
+def test_so_it_does_where_parts_cannot_be_computed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout that belongs to no image: the plain network, one part after the other."""
+    monkeypatch.setattr(MicroBatches, "possible", lambda _: False)
+    network, threads, before = with_new_head(MOBILE, RECIPE, 3, seed=0), set(), torch.get_num_threads()
+    network.head.register_forward_hook(lambda *_: threads.add(torch.get_num_threads()))
+    trainer = Trainer(network, DATA, recipe=RECIPE, job=JOB)
+    trainer.load_state(trainer.state() | {"cores": before + 2})
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: threads.add(torch.get_num_threads()))
+    trainer.run_epoch()
+    assert (threads, torch.get_num_threads()) == ({before + 2}, before)
 
 
 @pytest.mark.parametrize("changes", [{}, {"backbone_dropout": True}, {"drop_path": 0.3}])

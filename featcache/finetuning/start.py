@@ -16,6 +16,7 @@ from featcache.errors import SourceError
 from featcache.extraction.extract import extract
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.recipes import Job
+from featcache.images.layout import some
 from featcache.images.source import AnySource, ImageList, list_images
 from featcache.images.splits import hold_out, usable
 from featcache.models.fit import fit_head
@@ -103,8 +104,8 @@ def prepare_start(
         log.info(
             "%s was trained on images that are now held out for validation: its head is fit again without them", init
         )
-        told = model.manifest["training"]  # what ``fit_head`` was told when it made the model
-        settings |= {"clf": model.head.kind, "C": told.get("C"), "class_weight": told.get("class_weight", "none")}
+        _warn_of_losses(job.images, model)
+        settings |= _as_told(model)
         request = ExtractRequest(backbone=str(init))
     cache, head = work_folder(job.output) / _CACHE, work_folder(job.output) / "head"
     if job.processes.is_first:
@@ -112,6 +113,36 @@ def prepare_start(
         _fit(job, cache, head=head, settings=settings)
     job.processes.barrier()
     return load_model(head), FeatureCache.open(cache)
+
+
+def _as_told(model: Model) -> dict[str, Any]:
+    """Arguments of ``fit_head`` for another head of the kind of ``model``'s: what was asked for, nothing that its images decided."""
+    told, kind = model.manifest["training"], model.head.kind
+    # Earlier versions did not record what was asked for. C and epochs may have been chosen; a fine-tuning has none of these.
+    names = ("dropout", "lr", "batch_size", *(("C",) if told.get("folds") == 0 and kind == "logreg" else ()))
+    settings: dict[str, Any] = told.get("asked", {name: told[name] for name in names if name in told})
+    if kind == "mlp":
+        settings = settings | {"hidden": [len(bias) for _, bias in model.head.layers[:-1]]}
+    return settings | {"clf": kind, "class_weight": told.get("class_weight", "none"), "folds": told.get("folds", 5)}
+
+
+def _warn_of_losses(images: ImageList, model: Model) -> None:
+    """Say what of ``model`` a head that is fit again on these images does without."""
+    found = {images.classes[label] for label in np.unique(images.labels[images.splits == _TRAIN])}
+    if lost := [name for name in model.classes if name not in found]:
+        log.warning(
+            "no image of %s is here: the head that is fit again, and the new model, will not know %s; a val split keeps the head of %s",
+            some(lost),
+            "them" if lost[1:] else "it",
+            model.path,
+        )
+    if column := model.manifest["training"].get("group_column"):
+        log.warning(
+            "%s was fit with groups (%s), which the tenth that is held out, and the head that is fit again, do not keep together: scores "
+            "on val flatter; `featcache split --group-column` makes a val split that does",
+            model.path,
+            column,
+        )
 
 
 def seen_before(init: AnyPath | None, *, request: ExtractRequest | None, held_out: bool) -> list[TrainingRows]:

@@ -148,7 +148,8 @@ def fit_head(
     check_device(device)
     _check_options(clf, C, folds=folds, class_weight=class_weight, seed=seed)
     given = {"hidden": hidden, "dropout": dropout, "epochs": epochs, "lr": lr, "batch_size": batch_size}
-    torch_settings = _torch_settings(clf, {name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    torch_settings = _torch_settings(clf, given)
     cache, output = as_path(cache), as_path(output)
     check_path(cache, "cache", ("fit-head", HERE, "-o", output))
     check_replaceable(output)
@@ -183,6 +184,7 @@ def fit_head(
         "class_weight": class_weight,
         "seed": seed,
         "n_train": len(rows),
+        "asked": given | ({} if C is None else {"C": C}),  # of what ``fitted.chosen`` holds
     }
     if grouped is not None:
         settings["group_column"] = grouped.column

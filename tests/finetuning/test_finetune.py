@@ -34,6 +34,7 @@ from featcache.finetuning.finetune import finetune
 from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.network import assemble
 from featcache.finetuning.result import FinetuneReport, read_report
+from featcache.finetuning.start import _as_told as as_told
 from featcache.finetuning.trainer import Status, Trainer
 from featcache.finetuning.tune import _make_trainer as make_trainer
 from featcache.heads.metrics import accuracy
@@ -387,6 +388,68 @@ def test_without_val_a_tenth_is_held_out_from_the_head_too(tune: Tuner, tmp_path
     cache = FeatureCache.open(tmp_path / "ft.features.h5")
     assert [len(cache.where(split)) for split in ("train", "val")] == [33, 3]
     assert report.test_accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("told", "again"),
+    [
+        ({"C": 0.5, "folds": 0}, {"C": 0.5, "folds": 0}),
+        (
+            {"class_weight": "balanced", "folds": 3},
+            {"class_weight": "balanced", "folds": 3},
+        ),  # C was chosen, by all images
+        ({"clf": "linear", "lr": 0.01, "epochs": 3}, {"clf": "linear", "lr": 0.01, "epochs": 3}),
+        (
+            {"clf": "mlp", "hidden": (7, 5), "dropout": 0.1, "epochs": 3, "lr": 0.01, "batch_size": 8, "folds": 0},
+            {"clf": "mlp", "hidden": (7, 5), "dropout": 0.1, "epochs": 3, "lr": 0.01, "batch_size": 8, "folds": 0},
+        ),
+    ],
+)
+def test_the_head_that_is_fit_again_is_the_one_that_was_asked_for(
+    tune: Tuner, tmp_path: Path, told: dict[str, Any], again: dict[str, Any]
+) -> None:
+    """By ``fit_head`` on the images that are left."""
+    photos = make_photos(tmp_path / "photos", each=12)
+    extract(photos, tmp_path / "f.h5", TINY)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", **told)
+    assert tune(source=photos, init=tmp_path / "m", budget=1e-6).verdict.startswith("nothing was trained")
+    fit_head(tmp_path / "ft.features.h5", tmp_path / "expected", **again)
+    found, expected = (load_model(tmp_path / name).head.to_tensors() for name in ("ft", "expected"))
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({"C": 10.0, "folds": 5}, {"folds": 5}),  # chosen, perhaps
+        ({"C": 10.0, "folds": 0}, {"folds": 0, "C": 10.0}),
+        ({"C": 10.0, "folds": 5, "asked": {"C": 10.0}}, {"folds": 5, "C": 10.0}),
+        ({"C": 10.0, "folds": 5, "asked": {}, "class_weight": "balanced"}, {"folds": 5, "class_weight": "balanced"}),
+    ],
+)
+def test_only_a_setting_that_was_asked_for_is_taken_over(
+    made: Path, training: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """Models of earlier versions do not tell; without folds there is nothing to choose it by."""
+    model = load_model(made / "m")
+    model = dataclasses.replace(model, manifest=model.manifest | {"training": training})
+    assert as_told(model) == {"clf": "logreg", "class_weight": "none"} | expected
+
+
+def test_what_the_head_that_is_fit_again_does_without_is_said(tune: Tuner, tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", each=6)
+    names = [f"patient {number // 2}" for number in range(18)]
+    extract(photos, tmp_path / "f.h5", TINY)
+    fit_head(tmp_path / "f.h5", tmp_path / "m", C=1.0, folds=0, groups=names)
+    tune(source=photos, init=tmp_path / "m", budget=1e-6)
+    assert "m was fit with groups (as given), which the tenth that is held out" in tune.log.text
+    assert "will not know" not in tune.log.text
+    shutil.rmtree(photos / "green")
+    tune(source=photos, init=tmp_path / "m", budget=1e-6, output=tmp_path / "two")
+    assert "no image of green is here: the head that is fit again, and the new model, will not know it" in tune.log.text
+    assert load_model(tmp_path / "two").classes == ("blue", "red")
 
 
 def test_scores_are_also_given_without_images_that_training_has_seen(

@@ -56,8 +56,9 @@ class Checkpoint:
         self.written = job.clock()
 
     def save(self) -> None:
-        """Write the state. Raises StorageError, TrainingError; the checkpoint before is then still there."""
+        """Write the state, in all processes at once. Raises StorageError, TrainingError; the checkpoint before is then still there."""
         begun = self._trainer.job.clock()
+        self._trainer.check_weights()
         if self._trainer.job.processes.is_first:
             save_state(self._trainer.job.output, self.identity, self._trainer.state())
             self.position = self._trainer.position
@@ -66,8 +67,9 @@ class Checkpoint:
 
     @property
     def pays(self) -> bool:
-        """Whether to write it costs next to nothing, or at most a tenth of the time since it was written."""
-        return self._took <= _CHEAP or self._trainer.job.clock() - self.written >= 9 * self._took
+        """Whether to write it costs next to nothing, or at most a tenth of the time since it was written: by the first process's clock."""
+        job = self._trainer.job
+        return job.processes.broadcast(self._took <= _CHEAP or job.clock() - self.written >= 9 * self._took)
 
 
 def read_identity(output: Path) -> dict[str, Any] | None:

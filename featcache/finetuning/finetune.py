@@ -72,7 +72,7 @@ def finetune(
         device, workers: as in ``extract``.
         micro_batch: most images per forward pass; when None, 4 on a CPU (8 where weights are many), 256 on an NVIDIA GPU, else 64. Changes
             speed and memory; on a GPU what dropout draws if there is any; nothing else but rounding.
-        resume: continue an interrupted run, on a CPU to the same bits. force: discard it.
+        resume: continue an interrupted run, on a CPU to the same bits, whatever the workers now. force: discard it.
         overwrite: replace a model that is there already; never the one that the run starts from.
         budget: time for the run, ``90s``, ``10m``, ``1h30m`` or seconds: the recipe's epochs, and how much of the backbone trains,
             are then the most; what fits is planned from the first steps, and kept when the run is resumed.
@@ -84,7 +84,8 @@ def finetune(
         SourceError: no labels, one class, classes that ``init`` does not know. UsageError: impossible or contradictory
         values, another interrupted run is in the way, or there is none to resume. ModelError: ``output`` is taken, ``init``
         cannot be used, or training would not start from the cached head.
-        TrainingError: the loss is not finite or explodes; the budget is used up before all images are embedded, which are kept.
+        TrainingError: the loss is not finite or explodes, and no epoch was better than the start; the budget is used up before all
+        images are embedded, which are kept.
         Interrupted: by a signal; a checkpoint is kept.
     """
     from featcache.finetuning.budget import check_same_budget, parse_budget

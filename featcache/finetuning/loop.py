@@ -1,11 +1,13 @@
 """Epoch after epoch: train, score on val, remember the best, write checkpoints.
 
 In: a trainer, and images to choose by. Out: the trainer, with its history, a row per score, and the weights of the best one.
-Training ends with the recipe's epochs, patience or the seconds it was given, and with Interrupted when a signal asks.
+Training ends with the recipe's epochs, patience or the seconds it was given, where it diverges after a good score, and with Interrupted
+when a signal asks.
 """
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -29,6 +31,7 @@ class Loop:
 
     Attributes:
         out_of_time: whether the seconds were used up before epochs or patience were.
+        diverged: whether training broke, and ended with the best score before.
     """
 
     def __init__(
@@ -40,14 +43,18 @@ class Loop:
         asked: StopRequest,
         on_step: OnStep | None = None,
         seconds: float = math.inf,
+        to_beat: Callable[[], tuple[float, float]] = lambda: (0.0, -math.inf),
     ) -> None:
-        """``seconds``: most of training and scoring, those before an interruption included. ``asked``: to stop."""
+        """``seconds``: most of training and scoring, those before an interruption included. ``asked``: to stop. ``to_beat``: the score on
+        val before the first step, asked for where training diverges.
+        """
         self._trainer, self._val, self._checkpoint = trainer, val, checkpoint
         self._asked, self._on_step, self._limit = asked, on_step, seconds
         self._clock = trainer.job.clock
         self._begun = self._clock() - trainer.seconds
         self._images = self._seconds = 0.0  # of this call, in training alone
-        self.out_of_time = False
+        self._to_beat = to_beat
+        self.out_of_time = self.diverged = False
 
     def train(self) -> float:
         """Train. A checkpoint is written at the end, after every epoch where that takes little of the time, every ten minutes (one
@@ -57,23 +64,42 @@ class Loop:
             Images per second of this call, in training alone; 0 if nothing was left to train.
 
         Raises:
-            Interrupted: asked to. TrainingError: the loss or the weights are not finite, or the loss explodes.
+            Interrupted: asked to. TrainingError: the loss or the weights are not finite, or the loss explodes, before any score was
+                better than at the start.
         """
-        trainer = self._trainer
         while not self._is_over():
             self._mark()
             try:
-                self._evaluate(trainer.run_epoch(on_step=self._after_step, stop=self._must_stop))
-                if self._checkpoint.pays or self._is_over():
-                    self._save()
-            except Stopped:
-                self._stop()
+                self._run_epoch()
             except TrainingError as error:
-                kept = "there is no checkpoint yet"
-                if self._checkpoint.position:
-                    kept = f"the last good checkpoint, {self._checkpoint.position}, is kept in {self._folder}"
-                raise TrainingError(f"{error} ({kept})") from error
+                self._end_with_best(error)
         return self._images / self._seconds if self._seconds else 0.0
+
+    def _run_epoch(self) -> None:
+        """Train an epoch, or the rest of it, and score it; or what of it there is before training is to stop."""
+        try:
+            self._evaluate(self._trainer.run_epoch(on_step=self._after_step, stop=self._must_stop))
+            if self._checkpoint.pays or self._is_over():
+                self._save()
+        except Stopped:
+            self._stop()
+
+    def _end_with_best(self, error: TrainingError) -> None:
+        """Training broke: it ends with the best score so far; raises TrainingError if that of the start was as good, or a signal asks."""
+        trainer, best = self._trainer, self._trainer.best
+        good = bool(best) and trainer.processes.broadcast((best["accuracy"], -best["loss"]) > self._to_beat())
+        if good and not any(trainer.processes.all_gather(self._asked.signal)):
+            self.diverged = True
+            log.warning("%s; training ends here, and the best so far counts, of epoch %d", error, best["epoch"])
+            return
+        kept = "there is no checkpoint yet"
+        if self._checkpoint.position:
+            kept = f"the last good checkpoint, {self._checkpoint.position}, is kept in {self._folder}"
+        if not good:
+            kept = f"no score on val was better than that of the start, so that no model is saved; {kept}"
+            if self._checkpoint.position:
+                kept += "; from there the same settings lead here again, for others add --force"
+        raise TrainingError(f"{error} ({kept})") from error
 
     @property
     def _folder(self) -> object:
@@ -98,7 +124,9 @@ class Loop:
         if trainer.processes.world > 1:
             if trainer.batch % _STEPS_BETWEEN_QUESTIONS:
                 return False
-            signals, overs = zip(*trainer.processes.all_gather((self._asked.signal, over)), strict=True)
+            told = trainer.processes.all_gather((self._asked.signal, over, trainer.broken))
+            signals, overs, broken = zip(*told, strict=True)
+            trainer.check_losses(broken)
             self._asked.signal, over = max(signals), any(overs)
         return bool(self._asked) or over
 
@@ -124,7 +152,12 @@ class Loop:
         )
 
     def _is_over(self) -> bool:
-        return self._trainer.epoch >= (self._trainer.recipe.epochs or 1) or self._out_of_patience() or self.out_of_time
+        return (
+            self._trainer.epoch >= (self._trainer.recipe.epochs or 1)
+            or self._out_of_patience()
+            or self.out_of_time
+            or self.diverged
+        )
 
     def _out_of_patience(self) -> bool:
         """Whether so many whole epochs had no better score, at their end or within; that of the best does not count."""

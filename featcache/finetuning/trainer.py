@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,7 @@ class Trainer:
         self._told = np.zeros(3)  # the part of the sums that rows of the history are about
         self._first_loss: float | None = None  # of the run's first step, before it
         self._first_mean: float | None = None  # of its first epoch
+        self.broken: tuple[int, float] | None = None  # step of the epoch, and loss: the first here that was not finite
         self.seconds = 0.0  # that the run has trained and evaluated for; recorded, decides no number
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
@@ -175,6 +176,8 @@ class Trainer:
     def take_means(self) -> tuple[float, float]:
         """Mean loss and accuracy over the epoch's images since the last call, as augmented, each before the step it was part of."""
         self._settle()
+        if self.processes.world > 1:
+            self.check_losses(self.processes.all_gather(self.broken))
         self._share_sums()
         loss, hits, images = self.processes.broadcast(self._sums - self._told)
         self._told = self._sums.copy()
@@ -309,7 +312,7 @@ class Trainer:
         )
 
     def _settle(self) -> None:
-        """Add the last step's sums, in all processes at once. Raises TrainingError if its loss is not finite."""
+        """Add the last step's sums, in all processes at once. Raises TrainingError, in one process, if its loss is not finite."""
         if self._pending is None:
             return
         values, self._pending = self._pending(), None
@@ -317,10 +320,24 @@ class Trainer:
             loss, _, images = np.sum(self.processes.all_gather(values), axis=0)
             self._first_loss = float(loss / images)
         if not math.isfinite(values[0]):
-            raise TrainingError(
-                f"the loss is {values[0]} at step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
-            )
+            self.broken = self.broken or (self.batch, float(values[0]))
+            if self.processes.world == 1:
+                self.check_losses([self.broken])
         self._sums = self._sums + values
+
+    def check_losses(self, broken: Iterable[tuple[int, float] | None]) -> None:
+        """Raise TrainingError if one of the processes, whose ``broken`` these are, had a loss that is not finite: all of them at once."""
+        if found := sorted(filter(None, broken)):
+            step, loss = found[0]
+            raise TrainingError(f"the loss is {loss} at step {step} of epoch {self.epoch + 1}: {self._remedy()}")
+
+    def check_weights(self) -> None:
+        """Raise TrainingError, in all processes at once, if a weight is not finite."""
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.network.parameters())
+        if not all(self.processes.all_gather(finite)):
+            raise TrainingError(
+                f"weights are not finite after step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
+            )
 
     def _remedy(self) -> str:
         fp16 = "; or use --precision bf16" if self._dtype is torch.float16 else ""
@@ -360,12 +377,8 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on. Raises TrainingError if a weight is not finite."""
+        """Everything that the next step depends on."""
         self._settle()
-        if not all(bool(parameter.isfinite().all()) for parameter in self.network.parameters()):
-            raise TrainingError(
-                f"weights are not finite after step {self.batch} of epoch {self.epoch + 1}: {self._remedy()}"
-            )
         return {
             "epoch": self.epoch,
             "batch": self.batch,

@@ -137,7 +137,8 @@ def tune(
     checkpoint = Checkpoint(trainer, _identity(trainer, start, plan))
     with deferred_signals() as asked, kept_random_state(trainer.device):
         seconds = plan.seconds if plan else math.inf
-        loop = Loop(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step, seconds=seconds)
+        to_beat = functools.partial(_first_score, trainer, start)
+        loop = Loop(trainer, val, checkpoint=checkpoint, asked=asked, on_step=on_step, seconds=seconds, to_beat=to_beat)
         rate = loop.train() if plan is None or plan.epochs else 0.0
     check_replaceable(job.output, overwrite=job.overwrite)  # again: it took a while
     alpha, tuned, val_logits = _choose(trainer, start)
@@ -292,6 +293,14 @@ def _network_to_train(start: _Start, recipe: Recipe, *, job: Job) -> Network:
         return copy.deepcopy(start.network)
     network = with_new_head(start.backbone, recipe, len(start.model.classes), seed=job.seed)
     return network.to(job.runtime.device)
+
+
+def _first_score(trainer: Trainer, start: _Start) -> tuple[float, float]:
+    """That of val before step 1, by the cached head or the recipe's own."""
+    if trainer.recipe.hidden is None:
+        return score(start.val.labels, start.val_logits)
+    network = _network_to_train(start, trainer.recipe, job=trainer.job)
+    return score(start.val.labels, compute_logits(network, start.val.pictures, job=trainer.job))
 
 
 def _plan(trainer: Trainer, start: _Start, *, decoding: float) -> tuple[Trainer, Plan | None]:

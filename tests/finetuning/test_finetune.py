@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from featcache.cache.cache import FeatureCache
 from featcache.cache.write import write_cache
 from featcache.extraction.extract import extract
 from featcache.finetuning import finetune as finetuning
+from featcache.finetuning.checkpoint import Checkpoint
 from featcache.finetuning.finetune import finetune
 from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.network import assemble
@@ -118,6 +120,25 @@ def assert_same_model(one: Path, two: Path) -> None:
     for name, values in a.items():
         np.testing.assert_array_equal(values, b[name], err_msg=name)
     assert history(one) == history(two)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Status], None]]:
+    """``progress`` of a run whose weights go bad in epoch 2, after so many of its images, perhaps when a signal comes."""
+    begun: list[Trainer] = []
+    run_epoch = Trainer.run_epoch
+    monkeypatch.setattr(Trainer, "run_epoch", lambda self, **how: begun.append(self) or run_epoch(self, **how))
+
+    def breaking(done: int, *, signalled: bool = False) -> Callable[[Status], None]:
+        def progress(status: Status) -> None:
+            if (status.epoch, status.done) == (2, done):
+                next(begun[-1].network.parameters()).data.fill_(float("nan"))
+                if signalled:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        return progress
+
+    return breaking
 
 
 def history(model: Path) -> list[dict[str, str]]:
@@ -209,6 +230,8 @@ def test_without_batch_norms_a_recipe_that_trains_them_takes_one_image_a_step(tu
 
 
 def test_batch_norms_do_not_train_in_several_processes(tune: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are any, and they would."""
+
     @contextlib.contextmanager
     def two(runtime: Runtime) -> Iterator[tuple[Any, Runtime]]:
         yield SimpleNamespace(world=2, is_first=True), runtime
@@ -624,29 +647,70 @@ def test_resuming_with_other_settings_names_the_difference(tune: Tuner, photos: 
 
 
 @pytest.mark.parametrize(
-    ("done", "signalled", "message"),
+    ("done", "signalled", "moves", "message"),
     [
-        (6, False, r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epoch, is kept in"),
-        (12, True, "not finite after step 2 of epoch 2"),  # gone bad in the very step in which a signal asks to stop
+        (
+            6,
+            False,
+            False,
+            r"loss is nan at step 2 of epoch 2.*last good checkpoint, after 1 epoch, is kept in.*add --force",
+        ),
+        (
+            12,
+            True,
+            True,
+            "not finite after step 2 of epoch 2",
+        ),  # gone bad in the very step in which a signal asks to stop
     ],
 )
 def test_a_run_gone_bad_keeps_its_last_good_checkpoint(
-    tune: Tuner, whole: Path, monkeypatch: pytest.MonkeyPatch, done: int, signalled: bool, message: str
+    tune: Tuner, tmp_path: Path, broken: Callable[..., Any], done: int, signalled: bool, moves: bool, message: str
 ) -> None:
-    begun: list[Trainer] = []
-    run_epoch = Trainer.run_epoch
-    monkeypatch.setattr(Trainer, "run_epoch", lambda self, **how: begun.append(self) or run_epoch(self, **how))
-
-    def progress(status: Status) -> None:
-        if (status.epoch, status.done) == (2, done):
-            next(begun[-1].network.parameters()).data.fill_(float("nan"))
-            if signalled:
-                os.kill(os.getpid(), signal.SIGTERM)
-
+    """Where it is to stop, or no epoch was better than the start."""
+    changes = QUICK if moves else QUICK | {"lr": 1e-30, "backbone_lr": 0.0}
     with pytest.raises(errors.TrainingError, match=message):
-        tune(progress=progress)
-    tune(resume=True)
-    assert_same_model(whole, tune.ft)
+        tune(changes=changes, progress=broken(done, signalled=signalled))
+    tune(changes=changes, resume=True)
+    tune(changes=changes, output=tmp_path / "whole")
+    assert_same_model(tmp_path / "whole", tune.ft)
+
+
+def test_a_run_gone_bad_ends_with_its_best_epoch(tune: Tuner, whole: Path, broken: Callable[..., Any]) -> None:
+    report = tune(progress=broken(6))
+    assert (report.best_epoch, report.epochs, report.best_step) == (1, 2, 3)
+    assert "loss is nan at step 2 of epoch 2" in tune.log.text
+    assert "training ends here, and the best so far counts, of epoch 1" in tune.log.text
+    assert history(tune.ft) == history(whole)[:1]
+    assert not work_folder(tune.ft).exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and held on Linux only")
+@pytest.mark.parametrize(
+    ("moves", "batch_size"), [(True, 6), (False, 2)]
+)  # found at the epoch's end, and after four steps
+def test_a_loss_gone_bad_in_one_process_ends_all(
+    made: Path, tmp_path: Path, warm: Program, moves: bool, batch_size: int
+) -> None:
+    """In step: with the best epoch, or without a model."""
+
+    flags = ["finetune", made / "photos", "--init", made / "m", "-o", tmp_path / "ft", "--precision", "fp32", "--json"]
+    flags += [
+        "--epochs",
+        2,
+        "--batch-size",
+        batch_size,
+        "--lr",
+        1e-4 if moves else 1e-30,
+        "--backbone-lr",
+        1e-5 if moves else 0,
+    ]
+    outcomes = in_two_processes(warm, *flags, then=break_a_loss)
+    assert [outcome.code for outcome in outcomes] == [0 if moves else 1] * 2, outcomes
+    first = outcomes[0]
+    assert "the loss is nan at step 2 of epoch 2" in first.err + first.out
+    assert (tmp_path / "ft").exists() == moves
+    if moves:
+        assert first.result["best_epoch"] == 1
 
 
 def test_what_lies_in_the_way_is_refused_and_kept(tune: Tuner, tmp_path: Path) -> None:
@@ -731,14 +795,34 @@ def test_kill_and_resume(made: Path, tmp_path: Path, warm: Program) -> None:
 # ------------------------------------------------------------------------------------------- several processes
 
 
-def in_two_processes(warm: Program, *command: object) -> list[Outcome]:
+def break_a_loss() -> None:
+    """From now on that of the second process at the second step of epoch 2 is no number, and to this process checkpoints seem dear."""
+    Checkpoint._took = 1e9 * int(os.environ["RANK"])
+    step = Trainer._step
+
+    def broken(self: Trainer, *given: Any) -> torch.Tensor:
+        return step(self, *given) * (
+            float("nan") if (self.processes.rank, self.epoch, self.batch) == (1, 1, 1) else 1.0
+        )
+
+    Trainer._step = broken  # type: ignore[method-assign] # of a fork
+
+
+def prepare(place: dict[str, str], then: Callable[[], None] | None) -> None:
+    with_variables(place)()
+    if then:
+        then()
+
+
+def in_two_processes(warm: Program, *command: object, then: Callable[[], None] | None = None) -> list[Outcome]:
     """The command as torchrun starts it, whose variables say which process is which, but without importing PyTorch anew."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     places = [where | {"LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0"} for rank in "01"]
+    befores = [functools.partial(prepare, place, then) for place in places]
     with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(lambda place: warm.run(*command, before=with_variables(place)), places))
+        return list(threads.map(lambda before: warm.run(*command, before=before), befores))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and held on Linux only")

@@ -17,7 +17,7 @@ from test_network import CPU, JOB, make_pixels
 from test_trainer import DATA, DROPPING, EDGE, SIMPLE, assert_same
 from torch.nn import functional
 
-from featcache.errors import Interrupted
+from featcache.errors import Interrupted, TrainingError
 from featcache.finetuning.checkpoint import Checkpoint, hold_work
 from featcache.finetuning.logits import compute_logits
 from featcache.finetuning.loop import Loop
@@ -54,7 +54,12 @@ def train(
     """The loop, at its end, and the states of its checkpoints."""
     saved: list[Any] = []
     kept = SimpleNamespace(position="", written=1000.0, pays=pays)
-    kept.save = lambda: saved.append(copy.deepcopy(trainer.state()))
+
+    def save() -> None:
+        trainer.check_weights()
+        saved.append(copy.deepcopy(trainer.state()))
+
+    kept.save = save
     how.setdefault("asked", StopRequest())
     loop = Loop(trainer, VAL, checkpoint=kept, on_step=on_step, **how)  # type: ignore[arg-type]
     try:
@@ -228,3 +233,58 @@ def test_time_that_is_used_up_ends_training_with_a_score_of_what_there_is(
         again.load_state(saved[-1])
         loop, _ = train(again, seconds=seconds)
         assert loop.out_of_time and again.history == trainer.history
+
+
+def break_weights(trainer: Trainer) -> None:
+    trainer.network.head[-1].bias.data.fill_(math.nan)
+
+
+def break_average(trainer: Trainer) -> None:
+    trainer.evaluated.head[-1].bias.data.fill_(math.nan)
+
+
+def explode(trainer: Trainer) -> None:
+    trainer._sums[0] = 1e9
+
+
+# What breaks, after which step of nine, what is found, how many epochs are scored before.
+BREAKS = {
+    "the loss": (break_weights, 7, "the loss is nan at step 2 of epoch 3", 2),
+    "the mean loss": (explode, 9, "training diverges: the mean loss of epoch 3", 2),
+    "the scores": (break_average, 9, "the loss on val is nan after epoch 3", 2),
+    "the weights": (break_weights, 9, "weights are not finite after step 0 of epoch 4", 3),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_training_that_breaks_ends_with_the_best_before(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """As if the recipe had had so many epochs; where none was better than the start, or a signal asks, it fails."""
+    broken, step, message, epochs = BREAKS[name]
+    recipe = dataclasses.replace(SIMPLE, ema=0.5)
+    whole = make_trainer(dataclasses.replace(recipe, epochs=epochs))
+    train(whole)
+
+    def run(**how: Any) -> tuple[Trainer, Loop, list[Any]]:
+        trainer = make_trainer(recipe)
+
+        def on_step(status: Status) -> None:
+            if trainer.step == step:
+                broken(trainer)
+                if "asked" in how:
+                    how["asked"].signal = signal.SIGTERM
+
+        return trainer, *train(trainer, on_step=on_step, **how)
+
+    trainer, loop, saved = run()
+    assert (loop.diverged, loop.out_of_time, trainer.best["epoch"]) == (True, False, whole.best["epoch"])
+    assert message in caplog.text
+    assert f"training ends here, and the best so far counts, of epoch {whole.best['epoch']}" in caplog.text
+    assert decided(trainer.history) == decided(whole.history)
+    for key, tensor in whole.best["weights"].items():
+        assert torch.equal(tensor, trainer.best["weights"][key]), key
+    assert [state["epoch"] for state in saved] == [1, 2]
+    as_good = trainer.best["accuracy"], -trainer.best["loss"]
+    with pytest.raises(TrainingError, match=f"{message}.*no score on val was better than that of the start"):
+        run(to_beat=lambda: as_good)
+    with pytest.raises(TrainingError, match=r"\(there is no checkpoint yet\)$"):
+        run(asked=StopRequest())

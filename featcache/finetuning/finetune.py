@@ -118,11 +118,6 @@ def finetune(
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     asked, precision = precision, choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):
-        if processes.world > 1 and settings.trains_batch_norms:
-            raise UsageError(
-                f"recipe {recipe} trains batch norms, which would see other batches in each process; use one process, "
-                "or --set batchnorm=frozen"
-            )
         log.info(runtime.reason + (f"; {processes.world} processes" if processes.world > 1 else ""))
         job = Job(
             images,

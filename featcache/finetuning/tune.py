@@ -19,7 +19,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.encoder import Encoder, embed_sample
 from featcache.cache.cache import FeatureCache
 from featcache.cache.format import encode_names, find
-from featcache.errors import ModelError, SourceError
+from featcache.errors import ModelError, SourceError, UsageError
 from featcache.finetuning import budget
 from featcache.finetuning.budget import Plan
 from featcache.finetuning.checkpoint import Checkpoint
@@ -115,6 +115,12 @@ def tune(
         on_step, preparing: ``progress`` and ``preparing`` of ``finetune``.
     """
     backbone = model.load_backbone()
+    batch_norms = has_batch_norms(backbone.module)
+    if job.processes.world > 1 and batch_norms and job.settings.trains_batch_norms:
+        raise UsageError(
+            f"recipe {job.recipe} trains batch norms, which would see other batches in each process; use one process, "
+            "or --set batchnorm=frozen"
+        )
     log.info("backbone %s: weights %s", backbone.name, backbone.weights)
     if job.parts_are_auto:
         batch_size = images_at_once(job.runtime, backbone.module)
@@ -126,7 +132,7 @@ def tune(
     decoding = (job.clock() - begun) / (len(train) + len(val))
     rows = TrainingRows(train.digests, train.labels).after(earlier)
     seen = {"val": _seen(rows, val, split="val")}
-    recipe = _settle_recipe(job, len(train), batch_norms=has_batch_norms(backbone.module))
+    recipe = _settle_recipe(job, len(train), batch_norms=batch_norms)
     start = _assemble_start(job, model, backbone=backbone, val=val, cache=cache)
     trainer = _make_trainer(start, train, recipe=recipe, job=job)
     trainer, plan = _plan(trainer, start, decoding=decoding)

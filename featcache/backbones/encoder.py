@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -42,6 +41,8 @@ from featcache.system.device import (
     one_core_each,
     true_float32,
 )
+from featcache.system.display import quantity
+from featcache.system.runtime_options import may_fuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -247,7 +248,7 @@ def _encoders(backbone: Backbone, runtime: Runtime, precisions: Sequence[str]) -
     folded = fold_batchnorm(backbone.module, backbone.preprocess.crop)
     form = "folded" if isinstance(folded, fx.GraphModule) else "plain"
     for name in precisions:
-        if form == "folded" and runtime.device.type != "mps" and os.environ.get("FEATCACHE_FUSE") != "0":
+        if form == "folded" and runtime.device.type != "mps" and may_fuse():
             encoder = Encoder(copy.deepcopy(folded), backbone.preprocess, runtime.device, _TYPES[name])
             with one_core_each(1, "featcache-check") as core:
                 fused = core.submit(encoder.fuse, runtime.batch_size).result()

@@ -28,6 +28,7 @@ from featcache.finetuning.activations import with_cheap_activations
 from featcache.finetuning.attention import attend
 from featcache.finetuning.convolutions import FROM_RESULT, Geometry, convolve
 from featcache.system.device import true_float32
+from featcache.system.runtime_options import may_fuse
 
 _CLOSE = 1e-2  # of gradients, relative to their length: far above rounding, far below any mistake
 _LAST = torch.channels_last
@@ -245,8 +246,13 @@ class _Convolution(nn.Module):
 
 @sources_forgotten()
 def make_form(backbone: nn.Module, head: nn.Module, sample: torch.Tensor, dtype: torch.dtype) -> Form:
-    """The fastest form that agrees with ``backbone``, in its present mode, on a ``sample`` (2, 3, H, W) of any numbers."""
+    """The fastest form that agrees with ``backbone``, in its present mode, on a ``sample`` (2, 3, H, W) of any numbers.
+
+    The plain one where there is no other, or fusing is turned off.
+    """
     plain = Form(backbone, head)
+    if not may_fuse():
+        return plain
     try:
         form = Form(_fused(backbone, sample, dtype), head)
         agrees = form.fused and _agree(form, plain, sample, dtype)

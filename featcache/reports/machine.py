@@ -16,7 +16,7 @@ from PIL import features
 from featcache.images.decode import decoder_in_words
 from featcache.system.device import Runtime, has_bf16_arithmetic
 from featcache.system.memory import keep_freed_memory
-from featcache.system.runtime_options import usable_cores
+from featcache.system.runtime_options import may_fuse, usable_cores
 
 # The packages that matter, each with the extra that brings it; None: it is always there.
 _PACKAGES = {
@@ -141,11 +141,7 @@ def _automatic(runtime: Runtime) -> dict[str, str]:
     survived = "end the process"
     if sys.platform == "linux" and os.environ.get("FEATCACHE_SUPERVISE") != "0":
         survived = "end a worker process, not the command; FEATCACHE_SUPERVISE=0 does without it"
-    fused = (
-        "off"
-        if os.environ.get("FEATCACHE_FUSE") == "0"
-        else "on a CPU and an NVIDIA GPU, where they pass the self-check"
-    )
+    fused = "off" if not may_fuse() else "on a CPU and an NVIDIA GPU, where they pass the self-check"
     apart = "threads"
     if sys.platform == "linux" and os.environ.get("FEATCACHE_PROCESSES") != "0":
         apart = (

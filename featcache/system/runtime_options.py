@@ -50,6 +50,11 @@ def check_whole(name: str, value: object, least: int, most: int | None = None) -
         raise UsageError(f"{name} must be a whole number, {limits}, found {value!r}")
 
 
+def may_fuse() -> bool:
+    """Return whether layers may be fused, in prediction and in training; FEATCACHE_FUSE=0 turns that off."""
+    return os.environ.get("FEATCACHE_FUSE") != "0"
+
+
 def usable_cores() -> int:
     """Return how many cores this process may run on."""
     try:

@@ -203,6 +203,14 @@ def test_a_network_that_disagrees_stays_plain(monkeypatch: pytest.MonkeyPatch) -
     assert form.module is module
 
 
+def test_fusing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = randomised("resnet18", 32).requires_grad_(True)
+    monkeypatch.setenv("FEATCACHE_FUSE", "0")
+    form = make_form(module, nn.Linear(1, 1), torch.rand(2, 3, 32, 32), torch.float32)
+    assert not form.fused
+    assert form.module is module
+
+
 def test_a_mistake_below_a_last_layer_norm_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose lengths do not depend on what is below: a gradient of these would hardly pass it."""
     torch.manual_seed(0)

@@ -53,7 +53,7 @@ class Embedder:
 
         Raises:
             UsageError: unknown precision, an input size that the network does not take, too little memory for a single image,
-                no GPU to decode on. MissingDependencyError: torchcodec, to decode on it.
+                no GPU to decode on. MissingDependencyError: torchcodec, to decode on it. BackboneError: weights that are not finite.
         """
         runtime = runtime or choose_runtime()
         if runtime.device.type == "cuda":

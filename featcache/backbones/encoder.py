@@ -201,7 +201,7 @@ def build_encoder(
         sample: uint8 (N, H, W, 3), a few of the images to embed.
 
     Raises:
-        UsageError: unknown precision, or a sample that does not fit into memory.
+        UsageError: unknown precision, or a sample that does not fit into memory. BackboneError: weights that are not finite.
     """
     if precision not in ("auto", *_TYPES):
         raise UsageError(f"unknown precision {precision!r}; choose auto, {', '.join(_TYPES)}")
@@ -294,6 +294,13 @@ def _try_input(
         ) from error
     if features.shape != (len(sample), backbone.dim):
         raise BackboneError(f"{backbone.name} gives {features.shape[1:]} values per image, expected ({backbone.dim},)")
+    if not np.isfinite(features).all():  # only then are the weights looked at: an image may do that, too
+        tensors = backbone.module.state_dict().items()
+        if wrong := [name for name, tensor in tensors if not tensor.isfinite().all()]:
+            raise BackboneError(
+                f"{backbone.name} (weights {backbone.weights}) has {quantity(len(wrong), 'tensor')} with values that are not finite, "
+                f"{wrong[0]} first: nothing can be embedded with them; give weights that are whole"
+            )
     return features
 
 

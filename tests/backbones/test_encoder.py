@@ -22,7 +22,7 @@ from featcache.backbones.embed import embed, sample_pixels
 from featcache.backbones.encoder import Encoder, Precision, PrecisionChoice, build_encoder
 from featcache.backbones.load import load_backbone
 from featcache.backbones.self_check import agreement, cosine
-from featcache.errors import UsageError
+from featcache.errors import BackboneError, UsageError
 from featcache.images.decode import decode
 from featcache.images.preprocess import channel_constants, normalise
 from featcache.images.source import ImageList, list_images
@@ -298,6 +298,14 @@ def test_fusing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATCACHE_FUSE", "0")
     backbone, pixels = tiny(colours(1.0))
     assert build_encoder(backbone, choose_runtime("cpu"), pixels)[1].form == "folded"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_and_blamed_on_no_image(value: float) -> None:
+    backbone, pixels = tiny(colours(1.0))
+    backbone.module.mix.weight.data[2, 1] = value  # type: ignore[union-attr,operator,index]
+    with pytest.raises(BackboneError, match=r"1 tensor with values that are not finite, mix\.weight first"):
+        build_encoder(backbone, choose_runtime("cpu"), pixels)
 
 
 OVERFLOWS: dict[str, Callable[[Net, torch.Tensor], torch.Tensor]] = {

@@ -118,9 +118,16 @@ def return_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def kept_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Return a context that leaves PyTorch's random generators, the CPU's and ``device``'s, as they were before."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+@contextlib.contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """A context that leaves PyTorch's random generators, the CPU's and ``device``'s, as they were before."""
+    apple = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng asks for those of numbered devices
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        if apple is not None:
+            torch.mps.set_rng_state(apple)
 
 
 def seed_random_numbers(seed: int, device: torch.device) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from featcache.system.device import choose_runtime, memory_errors, true_float32
+from featcache.system.device import choose_runtime, kept_random_state, memory_errors, seed_random_numbers, true_float32
 
 BACKENDS = torch.backends
 SWITCHES = {
@@ -124,6 +124,22 @@ def test_other_errors_keep_theirs(error: Exception) -> None:
     with pytest.raises(type(error)) as found, memory_errors():
         raise error
     assert found.value is error
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of an Apple GPU, which is pretended; and where what is inside fails."""
+    state = [torch.tensor([7], dtype=torch.uint8)]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0].clone())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.__setitem__(0, new))
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: state.__setitem__(0, torch.tensor([seed % 256])))
+    for name, inside in (("cpu", 7), ("mps", 3)):
+        before = torch.random.get_rng_state()
+        with contextlib.suppress(KeyError), kept_random_state(torch.device(name)):
+            seed_random_numbers(3, torch.device(name))
+            assert state[0].item() == inside
+            raise KeyError
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert state[0].item() == 7
 
 
 @pytest.mark.parametrize(

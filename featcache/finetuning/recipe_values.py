@@ -33,6 +33,8 @@ def converted(kind: Any, value: Any) -> Any:
         return None
     if kind == tuple[Step, ...]:
         steps = value if isinstance(value, list | tuple) else [value]
+        if len(steps) > 1 and isinstance(steps[0], str) and all(isinstance(each, int | float) for each in steps[1:]):
+            steps = [steps]  # one, with its numbers
         return tuple(tuple(step) if isinstance(step, list | tuple) else (step,) for step in steps)
     if _is_tuple(kind):
         words = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]

@@ -153,6 +153,9 @@ def test_impossible_values_are_refused(changes: dict[str, Any], part: str) -> No
         ("optimizer", "sgd", "sgd"),
         ("augmentation", [["flip", 1], "center_crop"], (("flip", 1), ("center_crop",))),
         ("augmentation", "center_crop", (("center_crop",),)),
+        ("augmentation", ["flip", 0.5], (("flip", 0.5),)),  # one step, as it was meant
+        ("augmentation", ["resized_crop", 0.5, 1, 1], (("resized_crop", 0.5, 1, 1),)),
+        ("augmentation", ["center_crop", ["flip", 1]], (("center_crop",), ("flip", 1))),
         ("augmentation", [], ()),
     ],
 )

@@ -328,11 +328,12 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
             rates += ": its features are good already, and must not be washed out"
         if recipe.layer_decay != 1:
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
-    batch = (recipe.batch_size or 0) * recipe.accumulation
+    steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation))
+    most = f"{'at most ' if n_train % steps else ''}{-(-n_train // steps)}"  # they are dealt evenly
     lines = [
         f"start: {start}",
         f"trains: {recipe.unfreeze}; {recipe.optimizer}, {rates}",
-        f"{quantity(recipe.epochs or 0, 'epoch')} of {quantity(n_train, 'image')} in steps of {min(batch, n_train)}; "
+        f"{quantity(recipe.epochs or 0, 'epoch')} of {quantity(n_train, 'image')} in steps of {most}; "
         f"schedule {recipe.schedule}"
         + (f" after a warm-up over {recipe.warmup:.0%} of the steps" if recipe.warmup else ""),
     ]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from featcache.finetuning.network import Network
 
 _SIGNIFICANT = 0.05
+UNTRAINED = "nothing was trained beyond the cached head, for lack of time: the saved model is that head, unchanged"
 UNCHANGED = "nothing better than the cached head was found on val: the saved model is that head, unchanged"
 
 

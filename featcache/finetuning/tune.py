@@ -42,6 +42,7 @@ from featcache.finetuning.pixels import Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, explain, settle
 from featcache.finetuning.result import (
     UNCHANGED,
+    UNTRAINED,
     FinetuneReport,
     calibrate,
     choose,
@@ -421,6 +422,7 @@ def _report(
     """The report. Warns if a new head ended below the cached one."""
     val, test = comparison["val"], comparison.get("test")
     decisive = test or val
+    verdict = decisive["verdict"] if alpha != 0 else UNCHANGED if trainer.step else UNTRAINED
     if alpha is None and val["tuned_accuracy"] < val["head_accuracy"]:
         log.warning(
             "this recipe's own head ended below the cached head on val: use the cached head's model, or --recipe default"
@@ -440,7 +442,7 @@ def _report(
         test_accuracy_without_copies=test["tuned_accuracy_without_copies"] if test else None,
         head_test_accuracy=test["head_accuracy"] if test else None,
         p_value=decisive["p_value"],
-        verdict=decisive["verdict"] if alpha != 0 else UNCHANGED,
+        verdict=verdict,
         comparison=tuple(in_words(facts) for facts in comparison.values()),
         parameters=counts[0],
         trainable_parameters=counts[1],

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,16 @@ def test_cats_and_dogs_has_the_course_s_head() -> None:
     """On DenseNet-121, whose embeddings have 1,024 values, as the course counts its parameters."""
     sizes = [1024, *(choose_recipe("cats-dogs", 1000).hidden or ()), 2]
     assert sum(a * b + b for a, b in itertools.pairwise(sizes)) == 262_914
+
+
+@pytest.mark.parametrize("n", [1, 2, 20, 22, 24, 100])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_are_said_to_be_as_large_as_they_are(n: int, accumulation: int) -> None:
+    """As ``Trainer`` deals them."""
+    recipe = choose_recipe("default", n, batch_size=8, accumulation=accumulation)
+    sizes = {len(step) for step in np.array_split(np.arange(n), math.ceil(n / (min(8, n) * accumulation)))}
+    words = f"steps of {'at most ' if len(sizes) > 1 else ''}{max(sizes)}; schedule"
+    assert any(words in line for line in explain(recipe, n))
 
 
 def test_epochs_and_batch_follow_the_number_of_images() -> None:

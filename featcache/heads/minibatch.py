@@ -39,6 +39,7 @@ from featcache.system.device import (
     launching,
     one_core_each,
     seed_random_numbers,
+    threads_held,
     true_float32,
     use_one_thread_if_forked,
 )
@@ -362,11 +363,8 @@ def _cores(heads: int, gpu: torch.device | None, *, shared: bool) -> Iterator[Ca
     elif (
         heads == 1
     ):  # in this thread: OpenMP would count another one's threads and these together, and let all of them sleep
-        torch.set_num_threads(before if shared else 1)
-        try:
+        with threads_held(before if shared else 1):
             yield map
-        finally:
-            torch.set_num_threads(before)
     else:
         share = min(before, max(1, usable // heads)) if shared else 1
         with one_core_each(min(heads, usable), "featcache-head", cores=share) as pool:

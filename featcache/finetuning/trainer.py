@@ -343,8 +343,13 @@ class Trainer:
         fp16 = "; or use --precision bf16" if self._dtype is torch.float16 else ""
         return (
             f"most likely the learning rate is too high ({self.recipe.lr:g} for the head, {self.recipe.backbone_lr:g} for the "
-            f"backbone); try a third of it{fp16}"
+            f"backbone); {self._a_third()}{fp16}"
         )
+
+    def _a_third(self) -> str:
+        rates = {"--lr": self.recipe.lr, "--backbone-lr": self.recipe.backbone_lr}
+        options = " ".join(f"{name} {rate / 3:.2g}" for name, rate in rates.items() if rate)
+        return f"try a third of the learning rates ({options} --force)"
 
     def _check_divergence(self, loss: float) -> None:
         """Raise TrainingError if an epoch's mean loss is far above the first epoch's (in that: the first step's) and a guess's.
@@ -357,8 +362,7 @@ class Trainer:
             where = "that of epoch 1" if self.epoch else "before the first step it"
             raise TrainingError(
                 f"training diverges: the mean loss of epoch {self.epoch + 1} is {loss:.3g}, {where} was {first:.3g}, guessing gives "
-                f"{math.log(classes):.3g}; "
-                f"try a third of the learning rates (--lr {self.recipe.lr:g}, --backbone-lr {self.recipe.backbone_lr:g})"
+                f"{math.log(classes):.3g}; {self._a_third()}"
             )
         if not self.epoch:
             self._first_mean = float(loss)

@@ -282,8 +282,14 @@ def test_retrying_lets_go_of_what_the_failed_attempt_held() -> None:
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"lr": 1e6, "backbone_lr": 1e6}, r"step \d of epoch 1: most likely the learning rate is too high \(1e\+06"),
-        ({"lr": 30.0, "backbone_lr": 0.0}, "training diverges: the mean loss of epoch 1"),
+        (
+            {"lr": 9e5, "backbone_lr": 6e5},
+            r"1: most likely .* \(900000 for .*\(--lr 3e\+05 --backbone-lr 2e\+05 --force\)",
+        ),
+        (
+            {"lr": 30.0, "backbone_lr": 0.0},
+            r"training diverges: the mean loss of epoch 1 .*; try a third .* \(--lr 10 --force\)",
+        ),
     ],
 )
 def test_a_loss_that_is_no_number_or_explodes_stops_the_run(rates: dict[str, float], message: str) -> None:

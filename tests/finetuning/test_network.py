@@ -40,7 +40,8 @@ def make_head(dim: int, scaling: Any, hidden: int = 0, classes: int = 3) -> Head
 
 
 def make_pixels(n: int, edge: int) -> Pixels:
-    pictures = list(RANDOM.integers(0, 256, (n, edge, edge, 3), dtype=np.uint8))
+    random = np.random.default_rng([n, edge])  # the same whatever ran before
+    pictures = list(random.integers(0, 256, (n, edge, edge, 3), dtype=np.uint8))
     return Pixels(np.arange(n), {}, pictures, np.arange(n) % 3, (), "", np.zeros((n, 32), np.uint8))
 
 

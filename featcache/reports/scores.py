@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from featcache.models.fit import FitReport
-from featcache.system.display import columns as columns
-from featcache.system.display import printable, quantity, width_of
+from featcache.system.display import columns, printable, quantity, width_of
 
 _WIDTH = 80  # columns of a terminal
 _LEAST_NAME = 8  # columns, in front of a row

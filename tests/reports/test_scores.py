@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from featcache.models.fit import FitReport
-from featcache.reports.scores import audit_line, columns, confusion_lines, evaluation_lines, fit_lines
-from featcache.system.display import aligned
+from featcache.reports.scores import audit_line, confusion_lines, evaluation_lines, fit_lines
+from featcache.system.display import aligned, columns
 
 REPORT = FitReport(
     model=Path("m"),

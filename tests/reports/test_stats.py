@@ -22,9 +22,9 @@ from featcache.cache.cache import FeatureCache
 from featcache.errors import SourceError, StorageError, UsageError
 from featcache.extraction.extract import extract
 from featcache.images.source import list_images
-from featcache.reports.scores import columns
 from featcache.reports.source_stats.page import check_folder
 from featcache.reports.source_stats.stats import SHAPES, Statistics, stats
+from featcache.system.display import columns
 
 Run = Callable[..., tuple[int, str, str]]
 

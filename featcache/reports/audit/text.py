@@ -7,8 +7,8 @@ from featcache.curation.audit import Found
 from featcache.curation.finding import KINDS, Finding, Kind
 from featcache.curation.honest_score import Score
 from featcache.curation.label_errors import HOW_MANY_ARE_REAL
-from featcache.reports.scores import columns, shortened
-from featcache.system.display import printable
+from featcache.reports.scores import shortened
+from featcache.system.display import columns, printable
 
 _WIDTH = 80
 _NAMED = 3  # overlaps and examples of a kind

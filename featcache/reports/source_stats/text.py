@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from featcache.reports.elements.numbers import bytes_text
-from featcache.reports.scores import columns, shortened
+from featcache.reports.scores import shortened
 from featcache.reports.source_stats.advice import images
-from featcache.system.display import printable, quantity
+from featcache.system.display import columns, printable, quantity
 
 if TYPE_CHECKING:
     from featcache.reports.source_stats.stats import Statistics

@@ -38,6 +38,7 @@ from featcache.extraction.kept import KeptEmbeddings, Settled, embed_now
 from featcache.extraction.request import ExtractRequest, load_requested
 from featcache.heads.head import Array, Head, softmax
 from featcache.heads.logreg import C_GRID, fit_logreg
+from featcache.heads.validation import different_images
 from featcache.images.groups import group_by_name, group_name, joined
 from featcache.images.in_memory import Held
 from featcache.images.read import Paths, refusals
@@ -427,7 +428,7 @@ class HeadClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """``folds``, or as many as the rarest class has different rows. Raises ValueError: it has one only."""
         if not self.folds:
             return 0
-        counts = np.bincount(np.unique(np.stack([labels, copies]), axis=1)[0])
+        counts = different_images(labels, copies)
         if counts.min() < 2:
             raise ValueError(
                 f"class {self.classes_.tolist()[counts.argmin()]!r} has 1 sample or group of equal samples; cross-validation needs at "

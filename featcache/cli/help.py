@@ -17,7 +17,8 @@ PANELS = {
     "apply map_method report no_report log max_bad as_json help",
     "Dealing": "val test groups group_column group_table reassign split.seed",
     "Training": "init clf c recipe settings hidden dropout epochs fit-head.batch_size finetune.batch_size lr backbone_lr unfreeze "
-    "patience eval_every budget class_weight folds fit-head.groups fit-head.group_column fit-head.path_column views n seed",
+    "patience eval_every budget class_weight folds finetune.group_column finetune.groups fit-head.groups fit-head.group_column "
+    "fit-head.path_column views n seed",
     "Backbone": "backbone weights pool layers resize crop interpolation",
     "Input": "stated predictions vector_column images repair pictures against split limit part sample reuse class_level root path_column "
     "label_column split_column decode white_level",

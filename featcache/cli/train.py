@@ -10,7 +10,7 @@ import typer
 from featcache.cli import options
 from featcache.cli.console import is_first_process, note, say, show_result, show_training
 from featcache.errors import UsageError
-from featcache.system.display import printable
+from featcache.system.display import printable, quantity
 
 if TYPE_CHECKING:
     from featcache.finetuning.result import FinetuneReport
@@ -190,6 +190,15 @@ def finetune(
     ] = "auto",
     device: options.Device = "auto",
     workers: options.Workers = "auto",
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", readable=False, help="The table that has this column, joined by path. Default: SOURCE."
+        ),
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Of a table: what it says belongs together (patient, place) stays on one side.")
+    ] = None,
     figures: options.Figures = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Discard an interrupted run and start anew.")] = False,
@@ -237,6 +246,8 @@ def finetune(
             device=device,
             workers=options.count(workers, "workers"),
             micro_batch=options.count(micro_batch, "micro batch"),
+            groups=groups,
+            group_column=group_column,
             resume=resume,
             force=force,
             overwrite=overwrite,
@@ -252,6 +263,7 @@ def finetune(
         if report.best_epoch
         else f"{report.model}: the cached head, nothing was trained",
         *(f"  {line}" for line in (*report.comparison, report.verdict)),
+        *(f"  {line}" for line in _of_groups(report)),
         f"  {report.seconds:.0f} s{_of_budget(report)}; details in {report.model / 'metrics.json'} and history.csv",
     ]
     try:
@@ -261,6 +273,17 @@ def finetune(
         if not no_report:
             files += write_report_beside(report.model, pictures=source if is_home(source) else None)
         _log(log, "finetune", report.model, files)
+
+
+def _of_groups(report: "FinetuneReport") -> list[str]:
+    if report.groups is None:
+        return []
+    training, across = report.groups["training"], report.groups["across_splits"]
+    verb = "trains" if training == 1 else "train"
+    seen = f"; {quantity(across, 'image')} of val and test {'is' if across == 1 else 'are'} of them" if across else ""
+    return [
+        f"{quantity(training, 'group')} ({printable(report.groups['column'])}) {verb}{seen or ', val and test are of others'}"
+    ]
 
 
 def _of_budget(report: "FinetuneReport") -> str:

@@ -16,7 +16,6 @@ audit.py          all of it about one cache, and what could not be looked for
 plan.py           what to do with each image, and the table that follows
 split.py          train, val and test of a source or cache, groups undivided
 split_result.py   what it did, and what could not be had
-deal.py           the arithmetic of that: labels, groups and ranks in, splits out
 manifest.py       its table
 split_folders.py  its folders of copies or links
 """

@@ -17,6 +17,7 @@ from featcache.errors import SourceError
 from featcache.heads.confident import wrong_labels
 from featcache.heads.head import Array, FeatureSource, Indices, softmax
 from featcache.heads.metrics import accuracy_interval
+from featcache.heads.validation import different_images
 from featcache.images.groups import first_members, joined
 from featcache.images.splits import training_images
 from featcache.spec import SPLITS
@@ -112,8 +113,7 @@ def honest_scores(rows: Rows, *, seed: int = 0, progress: Progress = lambda *_: 
 
 def _has_folds(labels: Array, copies: Indices) -> npt.NDArray[np.bool_]:
     """Which rows are of a class with two different images at least: of fewer none could be held out."""
-    counts = np.bincount(labels[np.unique(first_members(copies))], minlength=int(labels.max(initial=0)) + 1)
-    return counts[labels] >= 2
+    return different_images(labels, first_members(copies))[labels] >= 2
 
 
 def _of_splits(
@@ -181,7 +181,7 @@ class _Fitted:
         self.rows, self.train = rows, train
         self.present, self.y = np.unique(rows.labels[train], return_inverse=True)
         self.copies = first_members(partition[train])
-        self.folds = min(_FOLDS, int(np.bincount(self.y[np.unique(self.copies)]).min()))
+        self.folds = min(_FOLDS, int(different_images(self.y, self.copies).min()))
         self.fitted = fit_logreg(rows.features, train, self.y, folds=self.folds, copies=self.copies, seed=seed)
         self.cv_accuracy = self.fitted.cv_accuracy or 0.0
 

@@ -15,7 +15,8 @@ from featcache.curation.finding import Finding
 from featcache.curation.neighbours import Nearest
 from featcache.heads.confident import Votes, confident_joint, doubts, wrong_labels
 from featcache.heads.head import Array, FeatureSource, Indices, Scaling, softmax
-from featcache.heads.validation import fit_temperature, stratified_folds
+from featcache.heads.validation import different_images, fit_temperature, stratified_folds
+from featcache.images.groups import first_members
 
 if TYPE_CHECKING:
     from featcache.heads.logreg import Solver
@@ -75,7 +76,7 @@ def out_of_fold(
     judged, present = _judged(y, groups)
     if len(present) < 2:
         return found
-    labels, copies = np.searchsorted(present, y[judged]), _first_of_groups(groups[judged])
+    labels, copies = np.searchsorted(present, y[judged]), first_members(groups[judged])
     whole = len(judged) * features.shape[1] <= _MOST_VALUES
     passes = _passes if whole else _sampled_passes
     for part, p in passes(features, rows[judged], labels, copies, seed=seed, progress=progress or (lambda *_: None)):
@@ -100,19 +101,12 @@ def _table(n: int, n_classes: int, *, kept: int = _KEPT) -> Array:
 def _judged(y: Array, groups: Indices) -> tuple[Indices, Array]:
     """Rows whose class has enough different images, and these classes."""
     known = np.flatnonzero(y >= 0)
-    different = y[known][np.unique(_first_of_groups(groups[known]))]
-    counts = np.bincount(different, minlength=1)
+    counts = different_images(y[known], first_members(groups[known]))
     present = np.flatnonzero(counts >= _FEWEST)
     if few := int((counts > 0).sum() - len(present)):
         classes = "1 class" if few == 1 else f"{few} classes"
         log.info("labels of %s with fewer than %d different images are not judged", classes, _FEWEST)
     return known[np.isin(y[known], present)], present
-
-
-def _first_of_groups(groups: Indices) -> Indices:
-    """(N,) the first row of each row's group, as ``stratified_folds`` wants it."""
-    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-    return first[group]
 
 
 def _passes(
@@ -151,7 +145,7 @@ def _chosen(
 
 def _folds_of(y: Array, copies: Indices) -> int:
     """As many as the smallest class has different images, at most five."""
-    return min(_FOLDS, int(np.bincount(y[np.unique(copies)]).min()))
+    return min(_FOLDS, int(different_images(y, copies).min()))
 
 
 def _sampled_passes(

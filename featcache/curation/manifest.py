@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from featcache.curation.deal import Splits
 from featcache.errors import FeatcacheError, SourceError, StorageError
+from featcache.images.deal import Splits
 from featcache.images.groups import Indices
 from featcache.images.records import csv_line, with_escape, without_escape
 from featcache.images.source import ImageList

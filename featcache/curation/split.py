@@ -14,7 +14,6 @@ import numpy as np
 
 from featcache.cache.cache import FeatureCache, is_cache
 from featcache.cache.copies import first_copies
-from featcache.curation.deal import Splits, deal
 from featcache.curation.manifest import check_classes, check_manifest, known_splits, prefix_of, write_manifest
 from featcache.curation.near_copies import find_near_copies
 from featcache.curation.neighbours import estimate, nearest_rows
@@ -23,7 +22,8 @@ from featcache.curation.split_folders import check_new, place_images
 from featcache.curation.split_result import Groups, Split
 from featcache.errors import SourceError, UsageError
 from featcache.images.archives import is_home
-from featcache.images.groups import Indices, group_by_name, joined, read_groups
+from featcache.images.deal import Splits, deal
+from featcache.images.groups import Indices, group_by_name, joined, read_groups, with_group_column
 from featcache.images.home import find_home, places_in, some_of
 from featcache.images.source import AnySource, ImageList, Source, check_apart, list_images
 from featcache.images.splits import digests_of_suspects, rank
@@ -146,18 +146,10 @@ def _with_column(
     source: AnySource | ImageList, column: str | None, table: str | Path | Source | None
 ) -> tuple[Source | ImageList, Source | None]:
     """``source``, and the other table that has the column of groups, if there is one."""
-    if not isinstance(source, ImageList):
-        source = Source.of(source)
-    if table is not None:
-        table = Source.of(table)
-        return source, dataclasses.replace(table, group_column=column or table.group_column)
-    if column is not None and isinstance(source, Source):
-        source = dataclasses.replace(source, group_column=column)
-    elif column is not None:
-        raise UsageError(
-            f"a list of images has no column {column!r}; list it with Source(..., group_column={column!r})"
-        )
-    return source, None
+    if table is None:
+        return with_group_column(source, column), None
+    table = Source.of(table)
+    return with_group_column(source, None), dataclasses.replace(table, group_column=column or table.group_column)
 
 
 def _column(source: Source | ImageList) -> str | None:

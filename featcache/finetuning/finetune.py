@@ -19,6 +19,7 @@ from featcache.finetuning.recipe_files import read_recipe
 from featcache.finetuning.recipes import Job, Recipe
 from featcache.finetuning.result import FinetuneReport, read_report
 from featcache.finetuning.start import keep_cache, prepare_start, read_source, seen_before
+from featcache.images.groups import Grouping
 from featcache.images.source import AnySource, ImageList, Source
 from featcache.models.model import BESIDE_MODEL, check_replaceable, load_model
 from featcache.system.display import State, Steps, bar_in_notebook
@@ -46,6 +47,8 @@ def finetune(
     device: str = "auto",
     workers: int | None = None,
     micro_batch: int | None = None,
+    groups: Grouping | None = None,
+    group_column: str | None = None,
     resume: bool = False,
     force: bool = False,
     overwrite: bool = False,
@@ -72,6 +75,9 @@ def finetune(
         device, workers: as in ``extract``.
         micro_batch: most images per forward pass; when None, 4 on a CPU (8 where weights are many), 256 on an NVIDIA GPU, else 64. Changes
             speed and memory; on a GPU what dropout draws if there is any; nothing else but rounding.
+        groups: a table in which ``group_column`` says what belongs together (patient, place), joined by path, or a name for each
+            image of ``source``, as ``fit_head`` takes them. None: the column is one of ``source``, a table. What belongs together
+            stays on one side where val is held out, and in one fold where a head is fit.
         resume: continue an interrupted run, on a CPU to the same bits, whatever the workers now. force: discard it.
         overwrite: replace a model that is there already; never the one that the run starts from.
         budget: time for the run, ``90s``, ``10m``, ``1h30m`` or seconds: the recipe's epochs, and how much of the backbone trains,
@@ -81,9 +87,9 @@ def finetune(
         options: the fields of ``ExtractRequest`` but its precision as keywords, instead of ``request``.
 
     Raises:
-        SourceError: no labels, one class, classes that ``init`` does not know. UsageError: impossible or contradictory
-        values, another interrupted run is in the way, or there is none to resume. ModelError: ``output`` is taken, ``init``
-        cannot be used, or training would not start from the cached head.
+        SourceError: no labels, one class, classes that ``init`` does not know, training images that the table of groups lacks.
+        UsageError: impossible or contradictory values, another interrupted run is in the way, or there is none to resume.
+        ModelError: ``output`` is taken, ``init`` cannot be used, or training would not start from the cached head.
         TrainingError: the loss is not finite or explodes, and no epoch was better than the start; the budget is used up before all
         images are embedded, which are kept.
         Interrupted: by a signal; a checkpoint is kept.
@@ -114,7 +120,7 @@ def finetune(
     finished = resume and is_finished(output)
     if not finished:
         check_replaceable(output, overwrite=overwrite)
-    images, held_out = read_source(source, seed=seed)
+    images, held_out, known_groups = read_source(source, seed=seed, groups=groups, group_column=group_column)
     runtime = choose_runtime(device, workers=workers, batch_size=micro_batch)
     asked, precision = precision, choose_training_precision(precision, runtime.device)
     with distributed.init(runtime) as (processes, runtime):
@@ -134,6 +140,7 @@ def finetune(
             clock=clock,
             started=started,
             parts_are_auto=micro_batch is None,
+            groups=known_groups,
         )
         with hold_work(job, force=force):
             report = None

@@ -39,6 +39,7 @@ class Job:
         budget: seconds that the run may take, see ``budget.py``; None: as long as the recipe takes.
         clock: what tells seconds. started: when the run was, by it.
         parts_are_auto: whether it was chosen here how many images a forward pass takes, so that the network may change it.
+        groups: what is known of the groups of ``images``, as ``FinetuneReport`` has it; None: they have none.
     """
 
     images: ImageList
@@ -55,6 +56,7 @@ class Job:
     clock: Callable[[], float] = time.perf_counter
     started: float = 0.0
     parts_are_auto: bool = False
+    groups: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

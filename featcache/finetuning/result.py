@@ -48,6 +48,7 @@ class FinetuneReport(Shown):
         temperature: what its logits were divided by, fitted on val; 1 where the saved model is the cached head.
         images_per_second: in training. seconds: of the whole call.
         budget: what was planned for it, see ``budget.Plan``, and whether time ran ``out_of_time`` before the plan's end.
+        groups: as ``FitReport.groups``.
     """
 
     model: Path
@@ -71,6 +72,7 @@ class FinetuneReport(Shown):
     temperature: float = 1.0
     best_step: int | None = None
     budget: dict[str, Any] | None = None
+    groups: dict[str, Any] | None = None
 
     _shown = (
         "model",

@@ -4,21 +4,26 @@ In: a source, and a model or a request for a backbone. Out: the images, and a he
 features are extracted and whose head is fit here.
 """
 
+import dataclasses
 import logging
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from featcache.backbones.choice import warn_of_licence
 from featcache.cache.cache import CACHE_SUFFIXES, FeatureCache, weights_copy
+from featcache.cache.copies import first_copies
 from featcache.errors import SourceError
 from featcache.extraction.extract import extract
 from featcache.extraction.request import ExtractRequest
 from featcache.finetuning.recipes import Job
+from featcache.heads.validation import different_images
+from featcache.images.groups import Grouping, Groups, group_by_name, joined, with_group_column
 from featcache.images.layout import some
 from featcache.images.source import AnySource, ImageList, list_images
-from featcache.images.splits import hold_out, usable
+from featcache.images.splits import hold_out, training_images, usable
 from featcache.models.fit import fit_head
 from featcache.models.model import Model, load_model
 from featcache.models.training_rows import TrainingRows
@@ -33,17 +38,31 @@ _CACHE = "features.h5"
 _TRAIN, _VAL = SPLITS.index("train"), SPLITS.index("val")
 
 
-def read_source(source: AnySource | ImageList, *, seed: int) -> tuple[ImageList, bool]:
-    """The labelled images of a source, each in train, val or test.
+class Labelled(NamedTuple):
+    """Labelled images, each in train, val or test; whether val was held out from train here; their groups, as ``FitReport`` has them."""
 
-    Returns:
-        The images, and whether val was held out from train here.
+    images: ImageList
+    held_out: bool
+    groups: dict[str, Any] | None
+
+
+def read_source(
+    source: AnySource | ImageList, *, seed: int, groups: Grouping | None = None, group_column: str | None = None
+) -> Labelled:
+    """What a source holds to train on, and to choose and judge by.
+
+    Args:
+        groups, group_column: as for ``finetune``.
 
     Raises:
-        SourceError: no labels, or fewer than two classes to train on.
+        SourceError: no labels, or fewer than two classes to train on; the table of groups lacks training images. UsageError: no
+        such column.
     """
+    source = with_group_column(source, group_column if groups is None else None)
     images = list_images(source)
     images.check_any()
+    named = _groups(images, groups, group_column or getattr(source, "group_column", None))
+    images = dataclasses.replace(images, groups=named.names if named else ())
     name = f"the list of images in {images.root}" if isinstance(source, ImageList) else str(source)
     if not (images.labels >= 0).any():
         raise SourceError(f"{name} has no labels; fine-tuning needs class folders (SOURCE/CLASS/photo.jpg) or a CSV")
@@ -55,10 +74,24 @@ def read_source(source: AnySource | ImageList, *, seed: int) -> tuple[ImageList,
     held_out = not (images.splits == _VAL).any()
     if held_out:
         images = hold_out(images, seed=seed)
-        count = int((images.splits == _VAL).sum())
-        log.info("no val split: a stratified tenth of the training images, %d, becomes one", count)
+        count, undivided = int((images.splits == _VAL).sum()), ", groups undivided," if named else ""
+        text = "no val split: a stratified tenth of the training images%s becomes one: %d of %d"
+        log.info(text, undivided, count, count + int((images.splits == _TRAIN).sum()))
     _check_splits(images, name)
-    return images, held_out
+    facts = None
+    if named:
+        training = images.splits == _TRAIN
+        facts = Groups(images.groups, named.column).across_splits(training, images.splits, images.paths)
+    return Labelled(images, held_out, facts)
+
+
+def _groups(images: ImageList, given: Grouping | None, column: str | None) -> Groups | None:
+    """What the user says belongs together, of the source's own column or of another table."""
+    if given is None and column is None and not images.groups:
+        return None
+    training, _ = training_images(images.labels, images.splits)
+    own = images.groups if given is None else given
+    return Groups.read(own, images.paths, training=training, column=column)
 
 
 def _check_splits(images: ImageList, source: str) -> None:
@@ -69,7 +102,8 @@ def _check_splits(images: ImageList, source: str) -> None:
             f"the training images of {source} are of one class ({names}); a classifier needs at least two"
         )
     if not len(in_val):
-        raise SourceError(f"{source} has too few images to hold some out for validation; add images or a val folder")
+        few = "groups" if any(images.groups) else "images"
+        raise SourceError(f"{source} has too few {few} to hold some out for validation; add images or a val folder")
     if missing := [images.classes[label] for label in np.setdiff1d(in_train, in_val)]:
         log.warning("no val image of %s: what is chosen on val says nothing about it", ", ".join(missing[:5]))
 
@@ -136,12 +170,14 @@ def _warn_of_losses(images: ImageList, model: Model) -> None:
             "them" if lost[1:] else "it",
             model.path,
         )
-    if column := model.manifest["training"].get("group_column"):
+    column = model.manifest["training"].get("group_column")
+    if column and not any(images.groups):
         log.warning(
             "%s was fit with groups (%s), which the tenth that is held out, and the head that is fit again, do not keep together: scores "
-            "on val flatter; `featcache split --group-column` makes a val split that does",
+            "on val flatter; --groups TABLE --group-column %s keeps them together",
             model.path,
             column,
+            shlex.quote(column),
         )
 
 
@@ -178,8 +214,18 @@ def _extract(job: Job, cache: Path, request: ExtractRequest, preparing: Steps | 
 
 def _fit(job: Job, cache: Path, *, head: Path, settings: dict[str, Any]) -> None:
     """The head."""
-    counts = np.bincount(job.images.labels[job.images.splits == _TRAIN])
-    if counts[counts > 0].min() < 2:
+    opened = FeatureCache.open(cache)
+    rows = np.flatnonzero(training_images(opened.y, opened.rows.splits)[0])
+    labels, together = opened.y[rows], first_copies(opened.rows.digests[rows])
+    if job.groups:
+        # Of training images alone: which others are of their groups was said when they were listed.
+        trains = np.flatnonzero(job.images.splits == _TRAIN).tolist()
+        of = {job.images.paths[row]: job.images.groups[row] for row in trains}
+        names = [of.get(path, "") for path in opened.paths]
+        together = joined(together, group_by_name([names[row] for row in rows.tolist()]))
+        settings = settings | {"groups": names, "group_column": job.groups["column"]}
+    counts = different_images(labels, together)
+    if (counts[np.unique(labels)] < 2).any():
         settings = settings | {"folds": 0}  # nothing to cross-validate with
         if settings.get("clf", "logreg") == "logreg":
             settings |= {"C": settings.get("C") or 1.0}

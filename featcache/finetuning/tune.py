@@ -448,6 +448,7 @@ def _report(
         trainable_parameters=counts[1],
         images_per_second=rate,
         seconds=trainer.job.clock() - trainer.job.started,
+        groups=trainer.job.groups,
     )
 
 
@@ -470,4 +471,5 @@ def _training_facts(
         "start": {"fingerprint": start.model.fingerprint, "head": start.model.head.kind},
         "n_train": len(trainer.data),
         "n_val": len(start.val),
+        "group_column": trainer.job.groups["column"] if trainer.job.groups else None,
     }

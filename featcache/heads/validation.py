@@ -31,6 +31,16 @@ def judge(y: Array, logits: Array) -> tuple[Array, Array]:
     return probabilities.argmax(axis=1) == y, row_losses(y, probabilities)
 
 
+def different_images(y: Array, copies: Indices, *, classes: int | None = None) -> Indices:
+    """(C,) how many different images, or groups, each class of (N,) ``y`` has: the most folds that it can be dealt out to.
+
+    ``copies`` as for ``stratified_folds``; one that holds several classes counts once in each. ``classes``: C; None: those up to
+    the largest label.
+    """
+    n = int(y.max(initial=-1)) + 1 if classes is None else classes
+    return np.bincount(np.unique(copies * np.intp(n) + y) % max(n, 1), minlength=n)
+
+
 def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> list[tuple[Indices, Indices]]:
     """Row numbers (train, held out) of each fold; copies of one image lie on the same side.
 
@@ -41,7 +51,7 @@ def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> lis
         y: (N,) labels.
         copies: (N,) for each row the first row that holds the same image, or is of the same group (patient): its own number
             where there is none before.
-        folds: at least 2, at most the number of different images, or groups, of the rarest class. seed: of the order.
+        folds: at least 2, at most ``different_images`` of the rarest class. seed: of the order.
 
     Raises:
         SourceError: groups of several classes, of which no division was found that leaves every class to train in each fold.

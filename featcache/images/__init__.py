@@ -9,6 +9,7 @@ columns.py      which column holds what
 layout.py       what the names of folders mean: splits, classes
 splits.py       which of them train, which are held out
 groups.py       which belong together
+deal.py         how many of each class, group by group, go where
 shards.py       in archives: what their folders, neighbours and columns mean
 archives.py     bytes of a file inside of an archive
 members.py      what is known of such a file

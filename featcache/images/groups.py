@@ -3,10 +3,13 @@
 A partition of N images is an array (N,): for each the number of the first image of its group, its own where it stands alone.
 """
 
+import dataclasses
 import itertools
+import logging
 import posixpath
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,74 @@ from featcache.images.columns import NONE, printable
 from featcache.images.home import some_of
 from featcache.images.layout import some
 from featcache.images.records import without_escape
-from featcache.images.source import Source
+from featcache.images.source import AnySource, ImageList, Source
 from featcache.images.tables import Files, entries, is_table, read_columns
+from featcache.spec import SPLITS
 from featcache.system.display import quantity
 from featcache.system.path_kinds import kind_of
 
+log = logging.getLogger("featcache")
 Indices = npt.NDArray[np.intp]
+Grouping = str | Path | Source | Sequence[Any]  # a table with a column of groups, or a name for each image
+_Mask = npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """What belongs together: a name for each of N images, "" for those that stand alone; the column that says so."""
+
+    names: tuple[str, ...]
+    column: str
+
+    @classmethod
+    def read(
+        cls, given: Grouping | None, paths: Sequence[str], *, training: _Mask, column: str | None = None
+    ) -> "Groups | None":
+        """Of a table, or as they are; None if there are none.
+
+        Args:
+            given: a table in which ``column`` says what belongs together, joined by path; or a name for each of the N ``paths``,
+                as ``group_name`` takes them. training: (N,) which images train: the table has to name these.
+
+        Raises:
+            UsageError: a column without a table, a table without a column, or not as many names as images. SourceError: as
+            ``read_groups``.
+        """
+        if given is None:
+            if column is not None:
+                raise UsageError(f"--group-column {column} is of a table; say which, as --groups TABLE")
+            return None
+        if isinstance(given, str | Path | Source):
+            table = Source.of(given)
+            column = column or table.group_column
+            if column is None:
+                raise UsageError(
+                    f"--groups {table} needs the column that says what belongs together, as --group-column patient"
+                )
+            table = dataclasses.replace(table, group_column=column)
+            names = read_groups(table, paths, needed=training.tolist())
+        elif len(names := [group_name(name) for name in given]) != len(paths):
+            raise UsageError(f"groups are {len(names)} names, expected one for each of the {len(paths)} images")
+        if alone := sum(not names[row] for row in np.flatnonzero(training).tolist()):
+            log.info("%d of %d training images have no group and stand alone", alone, training.sum())
+        return cls(tuple(names), column or "as given")
+
+    def across_splits(
+        self, training: _Mask, splits: npt.NDArray[np.integer], paths: Sequence[str]
+    ) -> dict[str, str | int]:
+        """How many groups train, and how many images of val and test are of one of them, which is said; as JSON values."""
+        trained = {self.names[row] for row in np.flatnonzero(training).tolist()} - {""}
+        later = np.flatnonzero((splits > SPLITS.index("train")) & ~training).tolist()
+        across = [row for row in later if self.names[row] in trained]
+        if across:
+            log.warning(
+                "%s of groups that train, the first %s of %s: a score on them flatters; "
+                "`featcache split` keeps groups on one side",
+                quantity(len(across), "image of val or test is", "images of val or test are"),
+                printable(paths[across[0]]),
+                printable(self.names[across[0]]),
+            )
+        return {"column": self.column, "training": len(trained), "across_splits": len(across)}
 
 
 def group_name(given: Any) -> str:
@@ -31,6 +96,18 @@ def group_name(given: Any) -> str:
         return "" if given is None or given != given else str(given)
     except TypeError:  # NA, which is neither equal to itself nor unequal
         return ""
+
+
+def with_group_column(source: AnySource | ImageList, column: str | None) -> Source | ImageList:
+    """``source``, read with its own column of groups if one is named. Raises UsageError: a list of images has no columns."""
+    if isinstance(source, ImageList):
+        if column is not None:
+            raise UsageError(
+                f"a list of images has no column {column!r}; list it with Source(..., group_column={column!r})"
+            )
+        return source
+    source = Source.of(source)
+    return source if column is None else dataclasses.replace(source, group_column=column)
 
 
 def group_by_name(names: Sequence[str]) -> Indices:

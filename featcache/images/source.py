@@ -48,7 +48,7 @@ class Source:
             the current one.
         path_column, label_column, split_column: of a table: headers; known by the names people use for them when None. For label
             and split ``none``: it has no such column. Of Parquet ``path_column`` may be one of the bytes of images. group_column:
-            of what belongs together (patient, place), for ``split``.
+            of what belongs together (patient, place), for ``split`` and ``finetune``.
 
     Raises:
         UsageError: ``class_level`` is impossible; ``path`` or ``root`` is no path.
@@ -112,7 +112,9 @@ class Source:
         if wrong := [option for option in self.options if option not in applies]:
             what = "which folders name the classes" if wrong[0] == "--class-level" else "how a table is read"
             instead = (
-                "name the table that has it, as --group-table FILE" if wrong[0] == "--group-column" else "leave it out"
+                "name the table that has it, too (split: --group-table FILE; finetune: --groups FILE)"
+                if wrong[0] == "--group-column"
+                else "leave it out"
             )
             raise UsageError(
                 f"{wrong[0]} says {what}, and {self} is {'an' if kind[0] == 'a' else 'a'} {kind}; {instead}"

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import UsageError
+from featcache.images.deal import Splits, deal
+from featcache.images.groups import group_by_name, joined
 from featcache.images.read import read_images
 from featcache.images.source import ImageList
 from featcache.spec import SPLITS
@@ -38,10 +40,11 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
 
     Touched are labelled images of the split train, or of none if there are no splits at all: they become train or val.
     The seed and an image's own path decide, not the order of the list, and one more image moves at most one other. Raises
-    UsageError for an impossible share. Copies of an image lie on one side, that of the class it is first found in.
+    UsageError for an impossible share. Copies of an image lie on one side, that of the class it is first found in; so do the
+    images of each of ``images.groups``, in which case ``deal`` decides.
 
     Args:
-        share: part of each class to hold out, between 0 and 1; of two images or more at least one is, and one is not.
+        share: part of each class to hold out, between 0 and 1; of two images (or groups) or more at least one is, and one is not.
         seed: another one holds out other images.
     """
     if not 0 < share < 1:
@@ -51,6 +54,9 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
     splits[touched] = _TRAIN
     rows = sorted(np.flatnonzero(touched).tolist(), key=lambda row: rank(images.paths[row], seed))
     copies = _copies(images, rows)
+    if any(images.groups):
+        splits[rows] = _deal_groups(images, rows, copies, share=share)
+        return dataclasses.replace(images, splits=splits)
     for label in np.unique(images.labels[touched]):
         groups = [group for group in copies if images.labels[group[0]] == label]
         n, held_out = sum(map(len, groups)), 0
@@ -59,6 +65,24 @@ def hold_out(images: ImageList, *, share: float = 0.1, seed: int = 0) -> ImageLi
                 splits[group] = _VAL
                 held_out += len(group)
     return dataclasses.replace(images, splits=splits)
+
+
+def _deal_groups(images: ImageList, rows: list[int], copies: list[list[int]], *, share: float) -> Splits:
+    """(n,) train or val for each of ``rows``, which are in order of rank, so that neither copies nor groups are divided."""
+    place = {row: position for position, row in enumerate(rows)}
+    pairs = [(place[group[0]], place[row]) for group in copies for row in group[1:]]
+    named = group_by_name([images.groups[row] for row in rows])
+    together = joined(named, pairs=np.array(pairs, np.intp).reshape(-1, 2))
+    labels, ranks, fixed = images.labels[rows], np.arange(len(rows)), np.zeros(len(rows), np.uint8)
+    splits = deal(labels, together, ranks=ranks, shares={_VAL: share}, fixed=fixed)
+    for label in np.setdiff1d(labels, labels[splits == _VAL]).tolist():  # its groups are so large that none went there
+        members = [np.flatnonzero(together == number) for number in np.unique(together[labels == label])]
+        trains = np.bincount(labels[splits == _TRAIN], minlength=labels.max() + 1)
+        left = [trains - np.bincount(labels[few], minlength=len(trains)) for few in members]
+        spare = [few for few, others in zip(members, left, strict=True) if others.all(where=trains > 0)]
+        if spare:
+            splits[min(spare, key=len)] = _VAL
+    return splits
 
 
 def _copies(images: ImageList, rows: list[int]) -> list[list[int]]:

@@ -19,15 +19,14 @@ from featcache.errors import SourceError, UsageError
 from featcache.heads.confident import wrong_labels
 from featcache.heads.head import KINDS, Array, FittedHead, Head, Indices, Kind, Scores, TorchSettings, softmax
 from featcache.heads.metrics import Answers, evaluate_answers
-from featcache.images.groups import group_by_name, group_name, joined, read_groups
+from featcache.heads.validation import different_images
+from featcache.images.groups import Grouping, Groups, group_by_name, joined
 from featcache.images.layout import some
-from featcache.images.source import Source
 from featcache.images.splits import training_images, usable
 from featcache.models.model import check_replaceable, save_model
 from featcache.models.scoring import NOT_SCORED
 from featcache.models.training_rows import HeldOut, TrainingRows
-from featcache.spec import SPLITS
-from featcache.system.display import Shown, printable, quantity
+from featcache.system.display import Shown, quantity
 from featcache.system.path_advice import HERE, check_path
 from featcache.system.path_kinds import AnyPath, as_path
 from featcache.system.runtime_options import check_device, check_runtime_options
@@ -112,7 +111,7 @@ def fit_head(
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
-    groups: str | Path | Source | Sequence[Any] | None = None,
+    groups: Grouping | None = None,
     group_column: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -161,7 +160,8 @@ def fit_head(
     if clf == "logreg":
         _announce_logreg(len(rows), opened.dim, len(classes), choosing=C is None, device=device)
     copies = first_copies(opened.rows.digests[rows])
-    grouped = _Groups.read(opened, rows, groups, group_column)
+    training = np.isin(np.arange(len(opened)), rows)
+    grouped = Groups.read(groups, opened.paths, training=training, column=group_column)
     if grouped is not None:
         copies = joined(copies, group_by_name([grouped.names[row] for row in rows.tolist()]))
     once = (
@@ -189,7 +189,8 @@ def fit_head(
     if grouped is not None:
         settings["group_column"] = grouped.column
     seen = _seen(opened.rows.digests[rows], y, fitted)
-    metrics = _metrics(opened, fitted, seen, present=present) | {"groups": grouped and grouped.found(opened, rows)}
+    metrics = _metrics(opened, fitted, seen, present=present)
+    metrics |= {"groups": grouped and grouped.across_splits(training, opened.rows.splits, opened.paths)}
     save_model(
         output,
         fitted,
@@ -268,57 +269,6 @@ def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
     return rows, labels[rows]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Groups:
-    """What belongs together: a name for each of all N rows, "" for those that stand alone; the column that says so."""
-
-    names: Sequence[str]
-    column: str
-
-    @classmethod
-    def read(
-        cls, cache: FeatureCache, rows: Indices, given: str | Path | Source | Sequence[Any] | None, column: str | None
-    ) -> "_Groups | None":
-        """Of a table, which must name all of ``rows``, or as they are; None if there are none. Raises UsageError, SourceError."""
-        if given is None:
-            if column is not None:
-                raise UsageError(f"--group-column {column} is of a table; say which, as --groups TABLE")
-            return None
-        if isinstance(given, str | Path | Source):
-            table = Source.of(given)
-            column = column or table.group_column
-            table = dataclasses.replace(table, group_column=column)
-            if column is None:
-                raise UsageError(
-                    f"--groups {table} needs the column that says what belongs together, as --group-column patient"
-                )
-            needed = np.zeros(len(cache), bool)
-            needed[rows] = True
-            names = read_groups(table, cache.paths, needed=needed.tolist())
-        elif len(names := [group_name(name) for name in given]) != len(cache):
-            raise UsageError(
-                f"groups are {len(names)} names, expected one for each of the {len(cache)} rows of {cache.path}"
-            )
-        if alone := sum(not names[row] for row in rows.tolist()):
-            log.info("%d of %d training images have no group and stand alone", alone, len(rows))
-        return cls(names, column or "as given")
-
-    def found(self, cache: FeatureCache, rows: Indices) -> dict[str, Any]:
-        """As JSON values; images of val and test whose group trains are named."""
-        training = {self.names[row] for row in rows.tolist()} - {""}
-        later = np.flatnonzero(cache.rows.splits > SPLITS.index("train")).tolist()
-        across = [row for row in later if self.names[row] in training]
-        if across:
-            log.warning(
-                "%s of groups that train, the first %s of %s: a score on them flatters; "
-                "`featcache split` keeps groups on one side",
-                quantity(len(across), "image of val or test is", "images of val or test are"),
-                printable(cache.paths[across[0]]),
-                printable(self.names[across[0]]),
-            )
-        return {"column": self.column, "training": len(training), "across_splits": len(across)}
-
-
 def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: Array, folds: int, once: str) -> int:
     """``folds``, or as many as the smallest class has different training images, or groups of them.
 
@@ -336,10 +286,7 @@ def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: 
             ", ".join(missing[:5]),
             "them" if missing[1:] else "it",
         )
-    once_each = y[copies == np.arange(len(y))]
-    if not np.array_equal(y, y[copies]):  # a group may hold several classes, and counts once in each
-        once_each = np.unique(copies * len(present) + y) % len(present)
-    counts = np.bincount(once_each, minlength=len(present))
+    counts = different_images(y, copies)
     single = [cache.classes[present[k]] for k in np.flatnonzero(counts < 2)]
     if folds and single:
         raise SourceError(

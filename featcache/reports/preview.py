@@ -160,7 +160,7 @@ def _named(request: ExtractRequest) -> ExtractRequest:
 def _training_images(images: ImageList, *, seed: int) -> ImageList:
     """Those that ``finetune`` would train on, numbered as there; all, where it would refuse the source."""
     try:
-        split, _ = read_source(images, seed=seed)
+        split = read_source(images, seed=seed).images
     except SourceError:
         return images
     return split.take(np.flatnonzero(split.splits == SPLITS.index("train")))

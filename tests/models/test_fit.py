@@ -187,7 +187,7 @@ def test_groups_may_be_numbers_and_what_is_none_stands_alone(
             "classes a, b, c have one training image",
         ),
         (None, {}, "does not exist"),
-        (None, {"groups": ["a"] * 7}, "7 names, expected one for each of the 150 rows"),
+        (None, {"groups": ["a"] * 7}, "7 names, expected one for each of the 150 images"),
         (None, {"groups": None}, "--group-column patient is of a table"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache.curation.deal import deal
+from featcache.images.deal import deal
 
 SHARES = st.sampled_from([{2: 0.1, 3: 0.2}, {3: 0.25}, {2: 0.05}, {2: 0.3, 3: 0.3}, {2: 0.01, 3: 0.4}])
 FEW_TRAIN = st.sampled_from([{2: 0.45, 3: 0.45}, {3: 0.6}])

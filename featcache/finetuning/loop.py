@@ -46,7 +46,7 @@ class Loop:
         to_beat: Callable[[], tuple[float, float]] = lambda: (0.0, -math.inf),
     ) -> None:
         """``seconds``: most of training and scoring, those before an interruption included. ``asked``: to stop. ``to_beat``: the score on
-        val before the first step, asked for where training diverges.
+        val before the first step, asked for where training diverges, and of a cached head where an epoch is the best so far.
         """
         self._trainer, self._val, self._checkpoint = trainer, val, checkpoint
         self._asked, self._on_step, self._limit = asked, on_step, seconds
@@ -199,8 +199,17 @@ class Loop:
             100 * accuracy,
             val_loss,
             100 * val_accuracy,
-            " (best so far)" if better else "",
+            self._of_best() if better else "",
         )
+
+    def _of_best(self) -> str:
+        """What is said of the best score so far, which may still be no better than that of the cached head."""
+        best = self._trainer.best
+        if self._trainer.recipe.hidden is None:  # its score is asked for when all is over, too
+            to_beat = self._to_beat()
+            if (best["accuracy"], -best["loss"]) <= to_beat:
+                return f" (best epoch so far; the frozen head: {to_beat[0]:.2%})"
+        return " (best so far)"
 
     # ---------------------------------------------------------------------------------------------------- seconds
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from featcache.errors import ModelError
 from featcache.heads.head import Array, FittedHead, softmax
-from featcache.heads.metrics import accuracy, log_loss, mcnemar, standard_error
+from featcache.heads.metrics import accuracy, accuracy_interval, log_loss, mcnemar
 from featcache.heads.validation import fit_temperature
 from featcache.models.model import Model, save_model
 from featcache.models.training_rows import TrainingRows
@@ -43,7 +43,7 @@ class FinetuneReport(Shown):
             alpha were chosen. test_accuracy, head_test_accuracy: on images by which nothing was chosen.
         val_accuracy_without_copies, test_accuracy_without_copies: of the saved model, on images that no training has seen.
         p_value: of McNemar's test between the two, on test, or on val where there is no test.
-        verdict: the comparison in a sentence. comparison: a line per split, with standard errors.
+        verdict: the comparison in a sentence. comparison: a line per split, with 95 % intervals.
         parameters, trainable_parameters: of the network.
         temperature: what its logits were divided by, fitted on val; 1 where the saved model is the cached head.
         images_per_second: in training. seconds: of the whole call.
@@ -124,7 +124,7 @@ def compare(
         y: (n,) labels. head_logits, tuned_logits: (n, C). seen: (n,) whether training has seen the image; None: no.
 
     Returns:
-        split, n, head_accuracy, tuned_accuracy and their standard errors, the counts and p-value of McNemar's test, a
+        split, n, head_accuracy, tuned_accuracy and their intervals (Wilson, 95 %), the counts and p-value of McNemar's test, a
         verdict in words, how many images training has ``seen``, and tuned_accuracy_without_copies, on the others.
     """
     new = np.ones(len(y), bool) if seen is None else ~seen
@@ -135,9 +135,9 @@ def compare(
         "split": split,
         "n": len(y),
         "head_accuracy": before,
-        "head_standard_error": standard_error(before, len(y)),
+        "head_interval": accuracy_interval(round(before * len(y)), len(y)),
         "tuned_accuracy": after,
-        "tuned_standard_error": standard_error(after, len(y)),
+        "tuned_interval": accuracy_interval(round(after * len(y)), len(y)),
         "seen": int((~new).sum()),
         "tuned_accuracy_without_copies": accuracy(y[new], tuned[new]) if new.any() else None,
         **test,
@@ -152,9 +152,10 @@ def in_words(facts: dict[str, Any]) -> str:
         without = facts["tuned_accuracy_without_copies"]
         score_without = "no score without them" if without is None else f"fine-tuned {without:.2%} without them"
         remark = f", of which training has seen {facts['seen']}: {score_without}"
+    head, tuned = (f"{facts[name][0]:.1%} to {facts[name][1]:.1%}" for name in ("head_interval", "tuned_interval"))
     return (
-        f"{facts['split']}: frozen head {facts['head_accuracy']:.2%} (standard error {facts['head_standard_error']:.2%}), "
-        f"fine-tuned {facts['tuned_accuracy']:.2%} ({facts['tuned_standard_error']:.2%}), on {quantity(facts['n'], 'image')}{remark}"
+        f"{facts['split']}: frozen head {facts['head_accuracy']:.2%} (95% interval {head}), fine-tuned "
+        f"{facts['tuned_accuracy']:.2%} ({tuned}), on {quantity(facts['n'], 'image')}{remark}"
     )
 
 

@@ -137,11 +137,6 @@ def _calibration_error(confidence: Array, correct: Array, bin_of: Indices, bins:
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def standard_error(accuracy: float, n: int) -> float:
-    """Standard error of an accuracy in 0..1 on ``n`` independent rows, the binomial's: sqrt(p (1 - p) / n)."""
-    return math.sqrt(accuracy * (1 - accuracy) / n)
-
-
 def accuracy_interval(right: int, n: int) -> list[float]:
     """[low, high] of the accuracy that ``right`` of ``n`` independent rows are evidence of: the 95 % interval of Wilson (1927).
 

@@ -31,14 +31,13 @@ def judge(y: Array, logits: Array) -> tuple[Array, Array]:
     return probabilities.argmax(axis=1) == y, row_losses(y, probabilities)
 
 
-def different_images(y: Array, copies: Indices, *, classes: int | None = None) -> Indices:
-    """(C,) how many different images, or groups, each class of (N,) ``y`` has: the most folds that it can be dealt out to.
+def different_images(y: Array, copies: Indices) -> Indices:
+    """(C,) how many different images, or groups, each class has: the most folds that it can be dealt out to.
 
-    ``copies`` as for ``stratified_folds``; one that holds several classes counts once in each. ``classes``: C; None: those up to
-    the largest label.
+    Of (N,) labels below C, and ``copies`` as for ``stratified_folds``; a group of several classes counts once in each.
     """
-    n = int(y.max(initial=-1)) + 1 if classes is None else classes
-    return np.bincount(np.unique(copies * np.intp(n) + y) % max(n, 1), minlength=n)
+    n = int(y.max(initial=0)) + 1
+    return np.bincount(np.unique(copies * n + y) % n, minlength=n)
 
 
 def stratified_folds(y: Array, copies: Indices, *, folds: int, seed: int) -> list[tuple[Indices, Indices]]:

@@ -104,6 +104,22 @@ def test_scores_between_steps_are_those_of_the_network_there_and_change_nothing(
     assert (scored.best["epoch"], scored.best["step"]) == (best["epoch"], best["step"])
 
 
+def test_an_epoch_is_not_called_the_best_where_the_cached_head_is_as_good(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    train(found := make_trainer(SIMPLE), to_beat=lambda: pytest.fail("a new head has none to beat"))
+    best, to_beat = found.best["epoch"] - 1, (found.best["accuracy"], -found.best["loss"])
+    assert caplog.messages[best].endswith(" (best so far)")
+    for beaten, words in (
+        ((to_beat[0], to_beat[1] - 1e-3), " (best so far)"),
+        (to_beat, f" (best epoch so far; the frozen head: {to_beat[0]:.2%})"),
+    ):
+        caplog.clear()
+        trainer = make_trainer(SIMPLE)
+        trainer.recipe = dataclasses.replace(SIMPLE, hidden=None)  # as if the network had begun as a cached head's
+        train(trainer, to_beat=lambda beaten=beaten: beaten)
+        assert caplog.messages[best].endswith(words)
+
+
 def test_an_epoch_that_is_sooner_trained_than_saved_waits_for_later_ones() -> None:
     for pays, saved in ((True, [1, 2, 3]), (False, [3])):  # a finished run is always saved
         _, states = train(make_trainer(SIMPLE), pays=pays)

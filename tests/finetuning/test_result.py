@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import nn
 
 from featcache.finetuning.result import calibrate, choose, compare, in_words
@@ -47,9 +48,11 @@ def test_it_can_never_end_below_the_start() -> None:
 def test_a_difference_within_noise_is_called_that() -> None:
     facts = compare(Y, logits("++++--"), logits("+++++-"), split="test")
     assert (facts["head_accuracy"], facts["tuned_accuracy"]) == (4 / 6, 5 / 6)
-    assert facts["tuned_standard_error"] == pytest.approx(np.sqrt(5 / 6 * 1 / 6 / 6))
+    for name, right in (("head", 4), ("tuned", 5)):
+        interval = binomtest(right, 6).proportion_ci(method="wilson")
+        assert facts[f"{name}_interval"] == pytest.approx([interval.low, interval.high], abs=1e-4)
     assert "within noise (1 image won, 0 lost of 6 in test" in facts["verdict"]
-    assert "test: frozen head 66.67%" in in_words(facts)
+    assert "test: frozen head 66.67% (95% interval 30.0% to 90.3%)" in in_words(facts)
     assert "by which nothing was chosen" in in_words(facts)
 
 

@@ -1,7 +1,6 @@
 """Scores of one model and of two on the same rows; scikit-learn, SciPy and sums by hand are the oracles."""
 
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from featcache.heads.metrics import (
     reliability,
     score_answers,
     score_sets,
-    standard_error,
 )
 
 CLASSES_MISSING = pytest.mark.filterwarnings("ignore:(y_pred contains classes not in|A single label was found)")
@@ -136,13 +134,6 @@ def test_mcnemar_ignores_rows_that_tell_nothing_and_is_symmetric() -> None:
     assert compare(3, 11, 4000, 70)["p_value"] == compare(11, 3, 8, 1)["p_value"] == p
     assert type(p) is float
     json.dumps(compare(3, 11, 1, 1))
-
-
-def test_standard_error_is_the_spread_of_repeated_measurements() -> None:
-    draws = np.random.default_rng(0).binomial(400, 0.9, 20_000) / 400
-    assert standard_error(0.9, 400) == pytest.approx(draws.std(), rel=0.02)
-    assert standard_error(1.0, 400) == standard_error(0.0, 400) == 0
-    assert all(a > b for a, b in pairwise(standard_error(0.5, n) for n in (1, 10, 100)))
 
 
 # ------------------------------------------------------------------------------------------------------------- limits

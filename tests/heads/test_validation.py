@@ -11,9 +11,19 @@ from sklearn.model_selection import StratifiedKFold
 from featcache.errors import SourceError
 from featcache.heads.logreg import fit_logreg
 from featcache.heads.minibatch import fit_torch_head
-from featcache.heads.validation import OutOfFold, fit_temperature, stratified_folds
+from featcache.heads.validation import OutOfFold, different_images, fit_temperature, stratified_folds
+from featcache.images.groups import first_members
 
 ALONE = np.arange(90)
+
+
+def test_images_of_a_class_are_counted_once_each():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        y = random.integers(4, size=30)
+        copies = first_members(random.integers(12, size=30))
+        expected = [len({copies[row] for row in range(30) if y[row] == label}) for label in range(y.max() + 1)]
+        assert different_images(y, copies).tolist() == expected
 
 
 def test_without_copies_folds_are_those_of_scikit_learn():

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from conftest import make_photos, write_photo
 
 from featcache.errors import SourceError, UsageError
+from featcache.images.groups import group_by_name, joined
 from featcache.images.source import ImageList, list_images
 from featcache.images.splits import hold_out, training_images, usable
 
@@ -242,6 +244,60 @@ def test_copies_are_held_out_together(tmp_path: Path) -> None:
             sides.setdefault((tmp_path / path).read_bytes(), set()).add(split)
         assert all(len(side) == 1 for side in sides.values())
         assert 6 <= (out.splits[out.labels == 0] == 2).sum() <= 9
+
+
+def sides_of(images: ImageList, names: Sequence[str]) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {}
+    for name, split in zip(names, images.splits.tolist(), strict=True):
+        found.setdefault(name, set()).add(split)
+    return found
+
+
+def grouped(names: dict[str, int], groups: Callable[[str], str]) -> ImageList:
+    return dataclasses.replace(image_list(names), groups=tuple(map(groups, names)))
+
+
+def test_groups_are_held_out_undivided() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        of = {name: f"patient {random.integers(12)}" for name in NAMES}
+        images = grouped(NAMES, of.__getitem__)
+        out = hold_out(images, share=0.2, seed=int(random.integers(100)))
+        assert all(len(side) == 1 for side in sides_of(out, images.groups).values())
+        assert set(out.splits.tolist()) == {1, 2}
+        assert 0.1 < (out.splits == 2).mean() < 0.3
+        assert {*out.labels[out.splits == 1].tolist()} == {0, 1, 2}
+        backwards = hold_out(images.take(np.arange(len(images))[::-1]), share=0.2, seed=1)
+        assert held(backwards) == held(hold_out(images, share=0.2, seed=1))
+
+
+def test_where_groups_are_large_one_of_each_class_is_held_out_and_one_trains() -> None:
+    images = grouped(NAMES, lambda name: f"{name[0]}{int(name[1:]) % 2}")  # two a class; c has one image in each
+    out = hold_out(images, share=0.1)
+    assert {name: side for name, side in sides_of(out, [*NAMES]).items() if len(side) > 1} == {}
+    assert [{*out.splits[out.labels == label].tolist()} for label in range(3)] == [{1, 2}] * 3
+    alone = hold_out(grouped(NAMES, lambda name: name[0]), share=0.1)
+    assert (alone.splits == 1).all()  # a class of one group trains
+    across = hold_out(grouped(NAMES, lambda name: str(int(name[1:]) % 2)), share=0.1)  # groups of all classes
+    assert [{*across.splits[across.labels == label].tolist()} for label in range(3)] == [{1, 2}] * 3
+
+
+def test_an_image_without_a_group_stands_alone() -> None:
+    out = hold_out(grouped(NAMES, lambda name: "x" if name[0] == "a" else ""), share=0.2)
+    assert np.bincount(out.labels[out.splits == 2], minlength=3)[0] == 0
+    assert (out.splits[out.labels == 1] == 2).sum() >= 3
+
+
+def test_copies_join_groups(tmp_path: Path) -> None:
+    for k in range(30):
+        path = tmp_path / "ab"[k % 2] / f"{k}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"%3d" % (k // 4))  # in both classes, and in two groups
+    images = list_images(tmp_path)
+    images = dataclasses.replace(images, groups=tuple(str(int(Path(path).stem) // 3) for path in images.paths))
+    out = hold_out(images, share=0.3)
+    together = joined(group_by_name(images.groups), group_by_name([str(int(Path(p).stem) // 4) for p in images.paths]))
+    assert all(len(side) == 1 for side in sides_of(out, [str(number) for number in together]).values())
 
 
 def test_what_a_list_shows_of_itself(photos: Path) -> None:

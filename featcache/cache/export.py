@@ -65,7 +65,7 @@ def columns_of(output: Path, rows: Rows, added: Added = NOTHING) -> tuple[str, .
     if kind == ".faiss":
         return ("id", *_WHICH, "vector")
     if kind == ".labelstudio.json":
-        return ("image", "path", "sha256", "split", "label", *(name for name in more if name not in ("x", "y")))
+        return ("image", "path", "sha256", "split", "label", *more)
     if kind == ".fiftyone.json":
         more = [name for name in ("prediction", "x", "y") if name in more]
         return ("filepath", "tags", "sha256", "ground_truth", *more, "embedding")

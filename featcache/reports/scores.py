@@ -31,7 +31,10 @@ def fit_lines(report: FitReport, names: Sequence[str]) -> list[str]:
         layers = [
             f"{key} {', '.join(f'{x:g}' for x in settings[key])}; " for key in ("hidden", "dropout") if settings[key]
         ]
-        steps = f"{quantity(settings['epochs'], 'epoch')} in steps of {settings['batch_size']}, lr {settings['lr']:g}"
+        most = "at most " if report.n_train % settings["batch_size"] else ""
+        steps = (
+            f"{quantity(settings['epochs'], 'epoch')} in steps of {most}{settings['batch_size']}, lr {settings['lr']:g}"
+        )
         lines.append(f"  {''.join(layers)}{steps}")
     if report.cv_accuracy is not None:
         choice = ", corrected for the choice of the setting" if report.clf == "logreg" else ""

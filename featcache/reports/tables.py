@@ -31,6 +31,7 @@ _USAGE = {
     ".fiftyone.json": "fiftyone.Dataset.from_json({name!r}, rel_dir=SOURCE)",
     ".labelstudio.json": "import {name} into a project with Image name=image value=$image, Choices name=label toName=image",
 }
+_LACKS = {".faiss": ("model", "map"), ".labelstudio.json": ("map",)}  # what has no place in such a file
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -77,15 +78,16 @@ def export_cache(
         force: replace the output if it exists.
 
     Raises:
-        UsageError: another ending, or an output that exists. CacheError: damaged. StorageError: it cannot be written.
+        UsageError: another ending, one that has no place for ``model`` or ``map``, or an output that exists. CacheError: damaged.
+        StorageError: it cannot be written.
         SpecMismatchError: the model was trained on vectors of another spec. SourceError: rows that no map can hold.
         MissingDependencyError: an extra is missing. ExportError: as ``write_as``.
     """
     started, output = time.perf_counter(), as_path(output)
     if not isinstance(cache, FeatureCache):
         check_path(cache, "cache", ("export", HERE, "-o", output))
-    kind = _check_target(output, force=force)
     check_method(map)
+    kind = _check_target(output, force=force, asked={"model": model is not None, "map": map != "none"})
     if kind == ".parquet":
         arrow()
     opened = cache if isinstance(cache, FeatureCache) else FeatureCache.open(cache)
@@ -115,13 +117,18 @@ def export_cache(
     )
 
 
-def _check_target(output: Path, *, force: bool) -> str:
-    """The format, by the ending. Refuse, before any work, what cannot or must not be written."""
+def _check_target(output: Path, *, force: bool, asked: dict[str, bool]) -> str:
+    """The format, by the ending. Refuse, before any work, what cannot or must not be written, or has no place for what is ``asked``."""
     kind = format_of(output)
     if kind is None:
         raise UsageError(
             f"cannot tell the format of {output}; name it {', '.join([*WRITERS][:-1])} or {[*WRITERS][-1]}"
         )
+    for name in _LACKS.get(kind, ()):
+        if asked[name]:
+            raise UsageError(
+                f"a {kind} has no place for what --{name} adds; leave it out, or name the file .parquet or .npz"
+            )
     for path in files_of(output):
         check_output(path)
         check_may_replace(path, "--force", given=force)

@@ -26,8 +26,14 @@ def test_there_and_back(
     assert run("verify", "g.h5")[1] == "g.h5: 150 rows, all intact\n"
 
 
-@pytest.mark.parametrize("more", [(), ("--model", "m", "--map", "pca")], ids=["plain", "with more"])
-@pytest.mark.parametrize("name", ["x.npz", "x.faiss", "x.fiftyone.json", "x.labelstudio.json"])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *((name, ()) for name in ("x.npz", "x.faiss", "x.fiftyone.json", "x.labelstudio.json")),
+        *((name, ("--model", "m", "--map", "pca")) for name in ("x.npz", "x.fiftyone.json")),
+        ("x.labelstudio.json", ("--model", "m")),
+    ],
+)
 def test_export_names_what_its_files_hold(
     model: Path, tmp_path: Path, name: str, more: tuple[str, ...], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +64,10 @@ MIXUPS = {
     "export m -o x.onnx --model m": "--model is for the rows of a cache; leave it out, or give a cache",
     "export f.h5 -o z.npz --map x": "no map is called 'x'; choose one of auto, pca, tsne, none",
     "export f.h5 -o z.npz --model n": "n does not exist; make one with `featcache fit-head features.h5 -o n`",
+    "export f.h5 -o x.faiss --model m": "a .faiss has no place for what --model adds; leave it out, or name the file .parquet or .npz",
+    "export f.h5 -o x.faiss --map pca": "a .faiss has no place for what --map adds; leave it out, or name the file .parquet or .npz",
+    "export f.h5 -o x.labelstudio.json --map pca": "a .labelstudio.json has no place for what --map adds; leave it out, or name the file "
+    ".parquet or .npz",
     "import x.npz -o g.h5": "nothing says what made the vectors of x.npz; say it, as --stated 'CLIP ViT-L/14 of open_clip, laion2b'",
     "import m -o g.h5": "m is a model, expected a table of vectors, Parquet or .npz; "
     "numpy.savez('vectors.npz', vector=X, path=names) makes one",

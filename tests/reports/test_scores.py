@@ -86,11 +86,14 @@ def test_what_else_there_is_to_say_of_a_head() -> None:
         "cv_accuracy": None,
     }
     other["copies"] = REPORT.copies | {"across_splits": 3}
-    linear = dataclasses.replace(REPORT, **other, val_accuracy_without_copies=0.5)
+    linear = dataclasses.replace(REPORT, **other, n_train=64, val_accuracy_without_copies=0.5)
     lines = fit_lines(linear, [f"species {k}" for k in range(200)])
     assert lines[0].startswith("m: linear (scaling standardise), 2 classes")
     assert lines[1] == "  classes: species 0, species 1, species 2, species 3, species 4 and 195 more"
     assert lines[2] == "  12.5 epochs in steps of 32, lr 0.003"
+    assert (
+        fit_lines(dataclasses.replace(linear, n_train=30), ["x"])[2] == "  12.5 epochs in steps of at most 32, lr 0.003"
+    )
     assert lines[3] == "  val accuracy 96.08%, 50.00% without copies of training images"
     mlp = {"clf": "mlp", "settings": settings | {"hidden": [64, 8], "dropout": [0.25, 0.0]}}
     lines = fit_lines(dataclasses.replace(linear, **mlp, val_accuracy_without_copies=None), ["x" * 100, "y"])

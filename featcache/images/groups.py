@@ -42,8 +42,8 @@ class Groups:
     @classmethod
     def read(
         cls, given: Grouping | None, paths: Sequence[str], *, training: _Mask, column: str | None = None
-    ) -> "Groups | None":
-        """Of a table, or as they are; None if there are none.
+    ) -> "Groups":
+        """Of a table, or as they are.
 
         Args:
             given: a table in which ``column`` says what belongs together, joined by path; or a name for each of the N ``paths``,
@@ -54,9 +54,7 @@ class Groups:
             ``read_groups``.
         """
         if given is None:
-            if column is not None:
-                raise UsageError(f"--group-column {column} is of a table; say which, as --groups TABLE")
-            return None
+            raise UsageError(f"--group-column {column} is of a table; say which, as --groups TABLE")
         if isinstance(given, str | Path | Source):
             table = Source.of(given)
             column = column or table.group_column

@@ -159,14 +159,10 @@ def fit_head(
     classes = tuple(opened.classes[index] for index in present)
     if clf == "logreg":
         _announce_logreg(len(rows), opened.dim, len(classes), choosing=C is None, device=device)
-    copies = first_copies(opened.rows.digests[rows])
-    training = np.isin(np.arange(len(opened)), rows)
-    grouped = Groups.read(groups, opened.paths, training=training, column=group_column)
-    if grouped is not None:
-        copies = joined(copies, group_by_name([grouped.names[row] for row in rows.tolist()]))
+    copies, known_groups = _kept_together(opened, rows, groups, group_column)
     once = (
         ", each group counted once"
-        if grouped
+        if known_groups
         else ", copies not counted"
         if (copies != np.arange(len(y))).any()
         else ""
@@ -186,11 +182,10 @@ def fit_head(
         "n_train": len(rows),
         "asked": given | ({} if C is None else {"C": C}),  # of what ``fitted.chosen`` holds
     }
-    if grouped is not None:
-        settings["group_column"] = grouped.column
+    if known_groups is not None:
+        settings["group_column"] = known_groups["column"]
     seen = _seen(opened.rows.digests[rows], y, fitted)
-    metrics = _metrics(opened, fitted, seen, present=present)
-    metrics |= {"groups": grouped and grouped.across_splits(training, opened.rows.splits, opened.paths)}
+    metrics = _metrics(opened, fitted, seen, present=present) | {"groups": known_groups}
     save_model(
         output,
         fitted,
@@ -267,6 +262,19 @@ def _training_rows(cache: FeatureCache) -> tuple[Indices, Array]:
         what = "without a label or outside the splits"
         log.info("%s left out", quantity(left_out, f"image {what} is", f"images {what} are"))
     return rows, labels[rows]
+
+
+def _kept_together(
+    cache: FeatureCache, rows: Indices, groups: Grouping | None, column: str | None
+) -> tuple[Indices, dict[str, Any] | None]:
+    """(n,) for each of the ``rows`` that train the first one of its copies, and of its group; what is known of groups, if there are any."""
+    copies = first_copies(cache.rows.digests[rows])
+    if groups is None and column is None:  # nothing needs the names of all rows in memory
+        return copies, None
+    training = np.isin(np.arange(len(cache)), rows)
+    grouped = Groups.read(groups, cache.paths, training=training, column=column)
+    named = group_by_name([grouped.names[row] for row in rows.tolist()])
+    return joined(copies, named), grouped.across_splits(training, cache.rows.splits, cache.paths)
 
 
 def _possible_folds(cache: FeatureCache, y: Array, copies: Indices, *, present: Array, folds: int, once: str) -> int:

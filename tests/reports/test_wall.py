@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from featcache.reports.elements.wall import grid_similarity, order_by_similarity
+from featcache.heads.head import Array, Indices
+from featcache.reports.elements.wall import order_by_similarity
+
+
+def grid_similarity(X: Array, order: Indices, columns: int) -> float:
+    """Mean cosine similarity of pictures beside and below each other in a grid of ``columns`` filled row by row."""
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    laid = unit[order]
+    beside = (laid[:-1] * laid[1:]).sum(axis=1)[np.arange(1, len(laid)) % columns != 0]
+    below = (laid[:-columns] * laid[columns:]).sum(axis=1)
+    return float(np.concatenate([beside, below]).mean())
 
 
 def test_neighbours_in_the_grid_are_similar() -> None:

@@ -23,12 +23,3 @@ def order_by_similarity(X: Array) -> Indices:
     order: Indices = np.asarray(leaves_list(optimal_leaf_ordering(linkage(points, "ward"), points)), np.intp)
     # An order read backwards is as good: which of the two must not depend on rounding.
     return order if order[0] < order[-1] else order[::-1]
-
-
-def grid_similarity(X: Array, order: Indices, columns: int) -> float:
-    """Mean cosine similarity of pictures beside and below each other in a grid of ``columns`` filled row by row."""
-    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
-    laid = unit[order]
-    beside = (laid[:-1] * laid[1:]).sum(axis=1)[np.arange(1, len(laid)) % columns != 0]
-    below = (laid[:-columns] * laid[columns:]).sum(axis=1)
-    return float(np.concatenate([beside, below]).mean())

@@ -1,6 +1,7 @@
 """Shared by all tests: small image folders, a small backbone, and no network."""
 
 import ctypes
+import functools
 import logging
 import os
 import socket
@@ -19,6 +20,7 @@ sys.path.extend(str(folder) for folder in Path(__file__).parent.iterdir() if fol
 
 import numpy as np
 import pytest
+import typer.main
 from faults import Program, program
 from PIL import Image
 
@@ -217,12 +219,16 @@ def browser() -> Iterator[Any]:
         yield found
 
 
+_get_command = functools.cache(typer.main.get_command)  # a tenth of a second each time
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["featcache", *map(str, arguments)])
+        monkeypatch.setattr(typer.main, "get_command", _get_command)
         monkeypatch.setattr(cli, "_log_to_stderr", lambda: None)
         monkeypatch.setattr(cli, "_collect_less", lambda: None)
         monkeypatch.setattr(cli, "interrupt_on_signals", lambda: None)  # signals are pytest's here

@@ -181,7 +181,12 @@ def fill(number: int) -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [(lose, 1), (lose, 2), (lose, 1, 2), (lose, 0, 1, 2), (break_pipe, 2), (fill, 2)],
+    [
+        (lose, 0, 1, 2),
+        (break_pipe, 2),
+        (fill, 2),
+        *(pytest.param(broken, marks=pytest.mark.slow) for broken in ((lose, 1), (lose, 2), (lose, 1, 2))),
+    ],
     ids=lambda broken: " ".join([broken[0].__name__, *map(str, broken[1:])]),
 )
 def test_a_run_survives_the_loss_of_its_streams(trained: Path, tmp_path: Path, warm: Program, broken: tuple) -> None:

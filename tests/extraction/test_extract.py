@@ -218,7 +218,7 @@ def sha256s(cache: Path) -> dict[str, bytes]:
     return dict(zip(map(bytes.decode, rows.paths.tolist()), map(bytes, rows.digests), strict=True))
 
 
-@pytest.mark.parametrize("seconds", NO_TIMES)
+@pytest.mark.parametrize("seconds", [NO_TIMES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in NO_TIMES[1:])])
 @pytest.mark.parametrize("way", ["folder", "other folder", "donor", "unfinished", "limited"])
 def test_times_that_are_none_prove_no_content(way: str, seconds: int, tmp_path: Path) -> None:
     """The next version of a data set, of the same names, sizes and times: each row is of the image that is there."""

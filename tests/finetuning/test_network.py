@@ -29,6 +29,14 @@ RANDOM = np.random.default_rng(0)
 # no more); and the smallest input it takes, where that is not 32.
 FAMILIES = """alexnet convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
     mobilenet_v2 mobilenet_v3_small regnet_y_400mf resnet18 shufflenet_v2_x0_5 squeezenet1_1 swin_t swin_v2_t vit_b_32"""
+USUAL = (
+    "alexnet",
+    "densenet121",
+    "mobilenet_v3_small",
+    "resnet18",
+    "swin_t",
+    "vit_b_32",
+)  # each with something of its own
 EDGES = {"alexnet": 64, "inception_v3": 75, "maxvit_t": 224, "swin_v2_t": 64, "vit_b_32": 224}
 
 
@@ -205,7 +213,9 @@ def test_weights_of_five_dimensions_are_taken(tiny: Backbone) -> None:
     assert network(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", FAMILIES.split())
+@pytest.mark.parametrize(
+    "name", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES.split()]
+)
 @pytest.mark.usefixtures("small_vits")
 def test_every_family_trains_a_step_and_predicts(name: str, tmp_path: Path) -> None:
     edge = EDGES.get(name, 32)

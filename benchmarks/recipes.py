@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgd 3e-2": SGD | {"backbone_lr": 3e-2},
     "warmup 0.3": {"warmup": 0.3},
     "weight decay 0.1": {"weight_decay": 0.1},
+    "batches of 8": {"batch_size": 8},
     "batches of 16": {"batch_size": 16},
     "decay 0.75": {"layer_decay": 0.75},
     "decay 1": {"layer_decay": 1.0},

@@ -37,6 +37,13 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
 
 
+def test_few_images_make_more_steps_of_fewer_each() -> None:
+    found = {n: choose_recipe("default", n).batch_size for n in (4, 8, 149, 150, 4999, 5000)}
+    assert found == {4: 4, 8: 8, 149: 8, 150: 32, 4999: 32, 5000: 64}
+    assert choose_recipe("default", 40, batch_size=32).batch_size == 32
+    assert choose_recipe("ants-bees", 40).batch_size == RECIPES["ants-bees"].batch_size
+
+
 def test_of_batch_norms_nothing_is_asked_or_said_where_there_are_none() -> None:
     given = find_recipe("ants-bees", {"batch_size": 1})
     texts = {}

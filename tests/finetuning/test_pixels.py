@@ -168,7 +168,7 @@ def test_a_gpus_run_decodes_by_the_processes_that_draw(
         assert plain.memory is None
         assert found.memory is not None
     n_train = int((images.splits == 1).sum())
-    assert [(given[1].epochs, given[1].batch_size, given[2]) for given in asked] == [(15, n_train, n_train)] * 2
+    assert [(given[1].epochs, given[1].batch_size, given[2]) for given in asked] == [(15, 8, n_train)] * 2
     assert not len(decode_split(job, "test", **options))  # there are none
     train = decode_split(job, "train", **options)
     draw = DrawByProcesses(processes, train, (("flip", 0.5),), size=(32, 32), most=n_train)

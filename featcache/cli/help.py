@@ -70,7 +70,10 @@ class Group(TyperGroup):
 def _show(command: Any, show: Callable[[Any, Any], None], ctx: Any, formatter: Any) -> None:
     """Show the help, then the epilog line by line: some versions of typer make one paragraph of it."""
     epilog, command.epilog = command.epilog, None
-    show(ctx, formatter)
+    try:
+        show(ctx, formatter)
+    finally:
+        command.epilog = epilog
     print("\n".join(f" {line}" for line in epilog.splitlines()))
 
 

@@ -282,7 +282,7 @@ def _of_groups(report: "FinetuneReport") -> list[str]:
     verb = "trains" if training == 1 else "train"
     seen = f"; {quantity(across, 'image')} of val and test {'is' if across == 1 else 'are'} of them" if across else ""
     return [
-        f"{quantity(training, 'group')} ({printable(report.groups['column'])}) {verb}{seen or ', val and test are of others'}"
+        f"{quantity(training, 'group')} ({printable(report.groups['column'])}) {verb}{seen or ', no image of val or test is of them'}"
     ]
 
 

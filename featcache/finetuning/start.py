@@ -6,7 +6,6 @@ features are extracted and whose head is fit here.
 
 import dataclasses
 import logging
-import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,10 +173,9 @@ def _warn_of_losses(images: ImageList, model: Model) -> None:
     if column and not any(images.groups):
         log.warning(
             "%s was fit with groups (%s), which the tenth that is held out, and the head that is fit again, do not keep together: scores "
-            "on val flatter; --groups TABLE --group-column %s keeps them together",
+            "on val flatter; give them here, too (--groups TABLE --group-column COLUMN)",
             model.path,
             column,
-            shlex.quote(column),
         )
 
 

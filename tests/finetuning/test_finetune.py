@@ -537,6 +537,26 @@ def test_groups_of_val_that_train_are_named_once(tune: Tuner, made: Path) -> Non
     assert tune.log.text.count(f"{later} images of val or test are of groups that train") == 1
 
 
+@pytest.mark.parametrize(
+    ("shared", "words"),
+    [(True, "; 4 images of val and test are of them"), (False, ", no image of val or test is of them")],
+)
+def test_the_command_says_how_many_groups_train(
+    tune: Tuner, tmp_path: Path, run: Callable[..., tuple[int, str, str]], shared: bool, words: str
+) -> None:
+    photos = make_photos(tmp_path / "photos", each=2, splits=("train", "val"))
+    names = [path.relative_to(photos) for path in sorted(photos.rglob("*.jpg"))]
+    rows = [
+        f"{path.as_posix()},{'' if path.parts[1] == 'red' else path.parts[1] if shared else path.parent}"
+        for path in names
+    ]
+    (tmp_path / "groups.csv").write_text("\n".join(["path,place", *rows]))
+    of = ("--groups", tmp_path / "groups.csv", "--group-column", "place")
+    code, out, err = run("finetune", photos, "-o", tune.ft, *TINY_FLAGS, "--epochs", 1, *of, "--no-report")
+    assert code == 0, err
+    assert f"\n  2 groups (place) train{words}\n" in out
+
+
 def test_groups_that_leave_nothing_to_hold_out_are_said(tune: Tuner, tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", each=3)
     with pytest.raises(errors.SourceError, match="too few groups to hold some out"):

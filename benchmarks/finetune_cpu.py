@@ -1,16 +1,19 @@
 """How fast does fine-tuning train on a CPU: beside the plain loop, its own convolutions alone, and other processes?
 
     python benchmarks/finetune_cpu.py HYMENOPTERA [--weights FILE] [--backbones mobilenet_v2,resnet18] [--seconds 20] [--pairs 3]
+        [--unfreeze all]
 
 HYMENOPTERA holds train and val with class folders. For every backbone and for the recipes default and ants-bees, in a
 process of its own each, in turns, --pairs times:
 
     plain       the tutorial's loop: ImageFolder, PIL transforms, a DataLoader with two workers, NCHW, eager float32, as PyTorch
-                comes; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4 (ants-bees: SGD)
-    featcache   ``finetune`` from a head that was fit before, its defaults
+                comes, all weights trained; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4
+                (ants-bees: SGD)
+    featcache   ``finetune`` from a head that was fit before, its defaults: by ``default`` the first stages stay as they are, unless
+                --unfreeze all
     ceiling     forward and backward passes of the network's convolutions and products with weights alone, in the precision and
-                the parts that featcache takes, on as many cores, on tensors that are there already; featcache may pass it where
-                3 x 3 convolutions in float32 take fewer multiplications than PyTorch's
+                the parts that featcache takes, on as many cores, on tensors that are there already, gradients of what the recipe
+                trains alone; featcache may pass it where 3 x 3 convolutions in float32 take fewer multiplications than PyTorch's
     load        featcache again, beside one process per core that computes without end (with --load)
 
 Images per second are of training alone, from the end of the first step on, evaluation left out. "start" is from the start of the
@@ -112,7 +115,7 @@ def featcache(job: dict[str, Any]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            changes = {"epochs": 1000, "patience": 0}
+            changes = {"epochs": 1000, "patience": 0, "unfreeze": job["unfreeze"]}
             output = Path(folder) / "model"
             options = {"init": job["init"], "recipe": job["recipe"], "precision": job["precision"]}
             finetune(job["images"], output, **options, changes=changes, progress=watch)
@@ -126,18 +129,19 @@ def products(model: Any, pixels: Any, dtype: Any) -> list[tuple[Any, Any, Any, A
 
     Returns:
         In their order: what computes it as featcache does, its weights, an input and a gradient of its result, both in ``dtype``.
+        What asks for gradients are weights that do in ``model``, and inputs that depend on such.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from featcache.finetuning.fused import _Convolution
 
-    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    trains = {parameter.data_ptr(): parameter.requires_grad for parameter in model.parameters()}
     found: list[tuple[Any, Any, Any, Any]] = []
 
     def note(layer: Any, weight: Any, x: Any, result: Any, **layout: Any) -> None:
         x, g = (torch.rand_like(t).to(dtype).contiguous(**layout) for t in (x, result))
-        found.append((layer, weight, x.requires_grad_(len(found) > 0), g))
+        found.append((layer, weight, x.requires_grad_(any(weight.requires_grad for _, weight, *_ in found)), g))
 
     class Noted(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,11 +150,11 @@ def products(model: Any, pixels: Any, dtype: Any) -> list[tuple[Any, Any, Any, A
                 x, weight, _, stride, padding, dilation, *_, groups = args
                 sizes = x.shape[1], len(weight), weight.shape[2:]
                 conv = torch.nn.Conv2d(*sizes, stride, padding, dilation, groups, bias=False)
-                layer = _Convolution(conv, (), ("none", [], ""))
+                layer = _Convolution(conv.requires_grad_(trains.get(weight.data_ptr(), True)), (), ("none", [], ""))
                 list(layer.refresh(dtype, {}))
                 note(layer, layer._weight, x, result, memory_format=torch.channels_last)
-            elif function in (ops.addmm.default, ops.mm.default) and args[-1].data_ptr() in parameters:
-                weight = args[-1].t().to(dtype, copy=True).requires_grad_()
+            elif function in (ops.addmm.default, ops.mm.default) and args[-1].data_ptr() in trains:
+                weight = args[-1].t().to(dtype, copy=True).requires_grad_(trains[args[-1].data_ptr()])
                 note(functools.partial(torch.nn.functional.linear, weight=weight), weight, args[-2], result)
             return result
 
@@ -163,7 +167,10 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     """Convolutions and products with weights alone."""
     import torch
 
+    from featcache.backbones.load import load_backbone
     from featcache.finetuning.micro_batches import images_at_once
+    from featcache.finetuning.network import unfreeze, with_new_head
+    from featcache.finetuning.recipes import choose_recipe
     from featcache.finetuning.trainer import choose_training_precision
     from featcache.system.device import choose_runtime, one_core_each
 
@@ -171,14 +178,19 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     whole = job["recipe"] != "default"
     precision = choose_training_precision(job["precision"], runtime.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = make_model(job["backbone"]).requires_grad_(True).eval()
+    recipe = choose_recipe(job["recipe"], 1000, unfreeze=job["unfreeze"])
+    backbone = load_backbone(job["backbone"], "none")
+    network = with_new_head(backbone, recipe, 2, seed=0)
+    unfreeze(network, recipe, epoch=0)
+    model = network.backbone.eval()
     images = RECIPES["ants-bees"] if whole else images_at_once(runtime, model)
-    layers = products(model, torch.rand(images, 3, 224, 224), dtype)
+    layers = products(model, torch.rand(images, 3, *backbone.preprocess.crop), dtype)
 
     def step(_: int) -> None:
         results = [layer(x) for layer, _, x, _ in layers]
         for (_, weight, x, g), y in reversed(list(zip(layers, results, strict=True))):
-            torch.autograd.grad(y, [t for t in (x, weight) if t.requires_grad], g)
+            if wanted := [t for t in (x, weight) if t.requires_grad]:
+                torch.autograd.grad(y, wanted, g)
 
     workers = 1 if whole else runtime.workers
     if whole:
@@ -238,6 +250,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--precision", default="auto", help="of featcache and the ceiling")
+    parser.add_argument("--unfreeze", help="of featcache and the ceiling; else the recipe's own")
     parser.add_argument("--load", action="store_true")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -258,6 +271,7 @@ def main() -> None:
                 "recipe": recipe,
                 "precision": options.precision,
                 "seconds": options.seconds,
+                "unfreeze": options.unfreeze,
                 "init": init,
             }
             rounds = [{side: measure(side, job) for side in sides} for _ in range(options.pairs)]

@@ -96,6 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "crop 0.08": crop(0.08),
     "crop 0.7": crop(0.7),
     "mirrored": {},  # on digits only: as the default does it
+    "all but the first stages": {"unfreeze": "most"},
     "last stage": {"unfreeze": "last-stage"},
     "gradual": {"unfreeze": "gradual", "patience": 0},
     "no average": {"ema": 0.0},

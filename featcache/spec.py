@@ -112,6 +112,14 @@ class PreprocessSpec:
         except (TypeError, AttributeError) as error:
             raise UsageError(f"not a preprocessing spec of this version: {error}") from error
 
+    def sizes_in_words(self) -> str:
+        """What of an image the backbone sees, in pixels, height first."""
+        whole, middle = self.resize, f"middle {self.crop[0]} x {self.crop[1]}"
+        if isinstance(whole, int):
+            return f"shorter side {whole}, {middle}"
+        squeezed = f"{whole[0]} x {whole[1]}, aspect ratio not kept"
+        return squeezed if whole == self.crop else f"{squeezed}, {middle}"
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Size (height, width) an image is resized to before the crop; torchvision's rounding."""
         if not isinstance(self.resize, int):

@@ -101,3 +101,8 @@ def test_the_ceiling_of_training_counts_every_product_with_weights(monkeypatch: 
         assert [tuple(weight.shape) for _, weight, _, _ in found] == shapes
         for layer, _, x, g in found:
             assert layer(x).shape == g.shape
+        asked = [(weight.requires_grad, x.requires_grad) for _, weight, x, _ in found]
+        assert asked == [(True, False), *[(True, True)] * (len(found) - 1)]
+    pads[0].requires_grad_(False)  # type: ignore[operator] # what stays as it is, and what lies below, needs no gradient
+    found = products(pads, torch.rand(2, 3, 32, 32), torch.float32)
+    assert [(weight.requires_grad, x.requires_grad) for _, weight, x, _ in found] == [(False, False), (True, False)]

@@ -31,6 +31,18 @@ def test_json_and_fingerprint() -> None:
     assert len({SPEC.fingerprint, OTHER.fingerprint}) == 2
 
 
+@pytest.mark.parametrize(
+    ("resize", "crop", "words"),
+    [
+        (256, (224, 224), "shorter side 256, middle 224 x 224"),
+        ((256, 300), (224, 200), "256 x 300, aspect ratio not kept, middle 224 x 200"),
+        ((224, 200), (224, 200), "224 x 200, aspect ratio not kept"),
+    ],
+)
+def test_what_is_seen_of_an_image_is_said(resize: Any, crop: tuple[int, int], words: str) -> None:
+    assert dataclasses.replace(PREPROCESS, resize=resize, crop=crop).sizes_in_words() == words
+
+
 def test_differences_are_named_field_by_field() -> None:
     assert SPEC.difference(SPEC) == ""
     other = dataclasses.replace(OTHER, storage="float32", weights_sha256="a" * 64)

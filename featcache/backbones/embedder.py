@@ -58,7 +58,8 @@ class Embedder:
         runtime = runtime or choose_runtime()
         if runtime.device.type == "cuda":
             start_decoding(runtime.workers, len(files.paths))
-        log.info("backbone %s: %d dimensions, weights %s", backbone.name, backbone.dim, backbone.weights)
+        about = backbone.name, backbone.dim, backbone.weights, backbone.preprocess.sizes_in_words()
+        log.info("backbone %s: %d dimensions, weights %s; %s", *about)
         sample = sample_pixels(files, backbone.preprocess, min(runtime.batch_size, SAMPLE), device=runtime.device)
         pixels = sample if len(sample) else np.zeros((1, *backbone.preprocess.crop, 3), np.uint8)
         encoder, choice = build_encoder(backbone, runtime, pixels, precision=precision)

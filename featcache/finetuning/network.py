@@ -26,6 +26,7 @@ from featcache.heads.layers import linear_layers, unit_length
 from featcache.images.preprocess import channel_constants, normalise
 
 _FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
+_FIRST_STAGES = 0.02  # of the backbone's parameters, at most: a ResNet's before layer2, MobileNetV2's before features.6
 _LENGTH = 32.0  # of embeddings as the head sees them, root mean square: that of 1,024 values of size 1
 Net = TypeVar("Net", bound=nn.Module)
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -328,13 +329,30 @@ def _trainable_stages(network: Network) -> list[list[nn.Parameter]]:
     return [stage for stage in kept if stage]
 
 
+def _stages_to_train(network: Network, recipe: Recipe) -> list[list[nn.Parameter]]:
+    """Those of ``_trainable_stages`` that train in any epoch of the recipe."""
+    parts = _trainable_stages(network)
+    left = {"head": len(parts), "last-stage": len(parts) - 1, "most": _n_first(parts), "all": 0, "gradual": 0}
+    return parts[left[recipe.unfreeze] :]
+
+
+def _n_first(parts: list[list[nn.Parameter]]) -> int:
+    """How many first stages hold few parameters in all.
+
+    They see the largest maps, so that their gradients are a quarter to a third of a step's work, and what they compute fits
+    any picture: those who train detectors leave them as they are as well (Girshick 2015, Fast R-CNN; Detectron2's ``FREEZE_AT``).
+    """
+    sizes = [sum(map(_size, stage)) for stage in parts]
+    return sum(size <= _FIRST_STAGES * sum(sizes) for size in itertools.accumulate(sizes))
+
+
 def unfreeze(network: Network, recipe: Recipe, *, epoch: int) -> None:
     """Set which parameters train during ``epoch`` (from 0), as the recipe says."""
-    parts = _trainable_stages(network)
-    opened = {"head": 0, "last-stage": 1, "all": len(parts), "gradual": _opened(len(parts), epoch, recipe.epochs or 1)}
+    parts = _stages_to_train(network, recipe)
+    opened = _opened(len(parts), epoch, recipe.epochs or 1) if recipe.unfreeze == "gradual" else len(parts)
     network.backbone.requires_grad_(False)
     network.head.requires_grad_(True)
-    for stage in parts[len(parts) - opened[recipe.unfreeze] :]:
+    for stage in parts[len(parts) - opened :]:
         for parameter in stage:
             parameter.requires_grad_(True)
 
@@ -391,12 +409,10 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
         for name, parameter in module.named_parameters(recurse=False)
         if name.endswith("weight")
     }
-    parts = _trainable_stages(network)
+    parts = _stages_to_train(network, recipe)
+    peak, decay = recipe.backbone_lr or 0.0, 1.0 if recipe.layer_decay is None else recipe.layer_decay
     rated = [(list(network.head.parameters()), recipe.lr)]
-    if recipe.unfreeze != "head":
-        opened = parts[-1:] if recipe.unfreeze == "last-stage" else parts
-        peak, decay = recipe.backbone_lr or 0.0, 1.0 if recipe.layer_decay is None else recipe.layer_decay
-        rated += [(stage, peak * decay**depth) for depth, stage in enumerate(opened[::-1])]
+    rated += [(stage, peak * decay**depth) for depth, stage in enumerate(parts[::-1])]
     groups = []
     for parameters, lr in rated:
         for decayed in (True, False):

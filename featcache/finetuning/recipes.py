@@ -67,8 +67,9 @@ class Recipe:
         about: for whom, or where it comes from.
         hidden: sizes of the hidden layers of a new, random head; None: start from the cached head (LP-FT).
         dropout: share dropped after each hidden layer, or one for all.
-        unfreeze: what trains besides the head: nothing (``head``), the ``last-stage``, ``all``, or all, opened stage by
-            stage from the top during the first half of the epochs (``gradual``; Howard and Ruder 2018).
+        unfreeze: what trains besides the head: nothing (``head``), the ``last-stage``, ``most``, which is all but the first
+            stages with together 2 % of the backbone's parameters at most, ``all``, or all, opened stage by stage from the top
+            during the first half of the epochs (``gradual``; Howard and Ruder 2018).
         batchnorm: ``frozen``: keep the statistics of pre-training; ``train``: follow the batches.
         backbone_dropout: whether dropout and drop path inside the backbone are on while it trains, as in its pre-training.
         drop_path: share of images for which training leaves out the last block, less and less further down (stochastic depth,
@@ -95,7 +96,7 @@ class Recipe:
     about: str
     hidden: tuple[int, ...] | None = None
     dropout: tuple[float, ...] = ()
-    unfreeze: Literal["head", "last-stage", "all", "gradual"] = "all"
+    unfreeze: Literal["head", "last-stage", "most", "all", "gradual"] = "all"
     batchnorm: Literal["frozen", "train"] = "frozen"
     backbone_dropout: bool = False
     drop_path: float = 0.0
@@ -173,6 +174,7 @@ _FLOWERS = Recipe(
 )
 _DEFAULT = Recipe(
     about="200 to 20,000 images, starting from the cached head",
+    unfreeze="most",
     optimizer="adamw",
     lr=3e-4,
     backbone_lr=None,
@@ -203,9 +205,10 @@ _ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "momentum": ("optimizer", ("sgd",)),
     **dict.fromkeys(("gamma", "step_epochs"), ("schedule", ("step",))),
     **dict.fromkeys(
-        ("backbone_lr", "batchnorm", "backbone_dropout", "drop_path"), ("unfreeze", ("last-stage", "all", "gradual"))
+        ("backbone_lr", "batchnorm", "backbone_dropout", "drop_path"),
+        ("unfreeze", ("last-stage", "most", "all", "gradual")),
     ),
-    "layer_decay": ("unfreeze", ("all", "gradual")),
+    "layer_decay": ("unfreeze", ("most", "all", "gradual")),
     "interpolate": ("hidden", (None,)),
 }
 RECIPES: dict[str, Recipe] = {
@@ -330,11 +333,14 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
             rates += ": its features are good already, and must not be washed out"
         if recipe.layer_decay != 1:
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
+    trains: str = recipe.unfreeze
+    if trains == "most":
+        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit any picture as they are"
     steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation))
     most = f"{'at most ' if n_train % steps else ''}{-(-n_train // steps)}"  # they are dealt evenly
     lines = [
         f"start: {start}",
-        f"trains: {recipe.unfreeze}; {recipe.optimizer}, {rates}",
+        f"trains: {trains}; {recipe.optimizer}, {rates}",
         f"{quantity(recipe.epochs or 0, 'epoch')} of {quantity(n_train, 'image')} in steps of {most}; "
         f"schedule {recipe.schedule}"
         + (f" after a warm-up over {recipe.warmup:.0%} of the steps" if recipe.warmup else ""),

@@ -290,7 +290,7 @@ def test_the_log_is_short_and_says_more_when_asked(
     photos, flags = trained / "photos", TINY_FLAGS[: TINY_FLAGS.index("--precision")]
     said = lines("extract", photos, "-o", tmp_path / "f.h5", *flags)
     assert said[0].startswith("device ")
-    assert said[1] == "backbone squeezenet1_1: 512 dimensions, weights random, seed 0"
+    assert said[1] == "backbone squeezenet1_1: 512 dimensions, weights random, seed 0; shorter side 40, middle 32 x 32"
     rest = [line for line in said[2:] if not line.startswith("decoder: JPEGs by Pillow; pip install")]
     told = re.fullmatch(
         r"precision float32: bf16 would change these embeddings by \d+\.\d % \(3.2 % is allowed\); -v shows more",

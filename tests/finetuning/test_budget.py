@@ -75,9 +75,11 @@ def test_what_is_no_budget_is_refused(text: Any) -> None:
         ("all", 100, {"all": 0.5}, None, ("all", 9), ["all, 9 epochs: an epoch takes 7s (10 steps of 0.5 s, val 2 s)"]),
         ("all", 100, {"all": 2}, None, ("all", 4), ["all, 4 epochs instead of 9: an epoch takes 22s", "93s are left"]),
         ("all", 100, {"all": 2}, 5, ("all", 3), ["an epoch takes 26s"]),  # two scores more
-        ("all", 100, {"all": 10, "last-stage": 3}, None, ("last-stage", 2), ["one epoch of all would take 102s"]),
+        ("all", 100, {"all": 10, "most": 7}, None, ("most", 1), ["one epoch of all would take 102s"]),
+        ("all", 100, {"all": 10, "most": 9, "last-stage": 3}, None, ("last-stage", 2), ["all would take 102s", "of most"]),
+        ("most", 100, {"most": 9, "last-stage": 3}, None, ("last-stage", 2), ["one epoch of most would take 92s"]),
         ("gradual", 100, {"all": 2}, None, ("gradual", 4), ["gradual, 4 epochs instead of 9"]),
-        ("gradual", 100, {"all": 10, "last-stage": 9, "head": 1}, None, ("head", 7), ["of gradual", "of last-stage"]),
+        ("gradual", 100, {"all": 10, "most": 9, "last-stage": 9, "head": 1}, None, ("head", 7), ["of gradual", "of last-stage"]),
         ("last-stage", 100, {"last-stage": 10, "head": 8}, None, ("head", 1), []),
         ("head", 100, {"head": 10}, None, ("head", 0), ["nothing is trained", "one epoch of head would take 102s"]),
         ("all", -1, {}, None, ("all", 0), ["nothing is trained and the cached head is kept: 0s of 10m are left to train"]),
@@ -110,7 +112,7 @@ class Timed(Clock):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tune: Tuner) -> None:  # noqa: F811
         super().__init__()
-        self.seconds: dict[str, float] = {"all": 10.0, "last-stage": 4.0, "head": 1.0}
+        self.seconds: dict[str, float] = {"all": 10.0, "most": 10.0, "last-stage": 4.0, "head": 1.0}
         self.tune, run_epoch = tune, Trainer.run_epoch
 
         def timed(trainer: Trainer, *, on_step: Any, stop: Any) -> Any:
@@ -142,7 +144,7 @@ def test_a_plan_trains_what_the_same_epochs_without_a_budget_would(timed: Timed,
     """Measuring takes two steps of 10 s; of 130 s 113.5 are for training: three epochs of 30 s."""
     started = timed.now
     report = timed.run("150s")
-    assert "budget 150s: all, 3 epochs instead of 9: an epoch takes 30s (3 steps of 10 s" in timed.tune.log.text
+    assert "budget 150s: most, 3 epochs instead of 9: an epoch takes 30s (3 steps of 10 s" in timed.tune.log.text
     assert (report.epochs, report.budget["out_of_time"], report.seconds) == (3, False, 20 + 90)
     assert report.budget["seconds"] == 113.5 and timed.now - started == 110
     assert_same_model(plain, timed.tune.ft)
@@ -171,7 +173,7 @@ def test_a_resumed_run_keeps_its_plan_and_its_budget(timed: Timed, plain: Path) 
         timed.run("10m", resume=True)
     run.write_text(json.dumps(facts))
     timed.now += 3600
-    timed.seconds["all"] = 1.0  # a plan of its own would have nine epochs
+    timed.seconds["most"] = 1.0  # a plan of its own would have nine epochs
     report = timed.run(150, resume=True)
     assert (report.epochs, {"out_of_time": False} | facts["budget"]) == (3, report.budget)
     assert_same_model(plain, timed.tune.ft)
@@ -218,7 +220,7 @@ def test_a_run_slower_than_planned_ends_with_the_best_so_far(timed: Timed) -> No
     """Planned are three epochs in 113.5 s; a step of 10 s and four of 30 s are more than that."""
 
     def slower(status: Status) -> None:
-        timed.seconds["all"] = 30.0
+        timed.seconds["most"] = 30.0
 
     report = timed.run("150s", progress=slower)
     assert [(row["epoch"], row["step"]) for row in history(timed.tune.ft)] == [("1", "3"), ("2", "5")]
@@ -276,7 +278,7 @@ def test_a_budget_used_up_before_all_is_embedded_costs_nothing_that_is_embedded(
 
 
 def test_what_a_plan_trains_is_what_is_counted(timed: Timed) -> None:
-    timed.seconds |= {"all": 100.0}
+    timed.seconds |= {"most": 100.0}
     planned = timed.run("150s")
     assert planned.budget["unfreeze"] == "last-stage"
     asked = timed.tune(changes=CHANGES | {"unfreeze": "last-stage", "epochs": 1}, overwrite=True)

@@ -313,6 +313,31 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "first_to_train"),
+    [
+        ("resnet18", "layer2.0.conv1.weight"),
+        ("resnet50", "layer2.0.conv1.weight"),
+        ("mobilenet_v2", "features.6.conv.0.0.weight"),
+        ("efficientnet_b0", "features.4.0.block.0.0.weight"),
+        ("convnext_tiny", "features.2.0.weight"),
+        ("vit_b_32", "class_token"),  # its patches' projection is 2.8 % of it
+    ],
+)
+def test_most_of_a_network_is_all_but_the_first_stages_of_few_weights(name: str, first_to_train: str) -> None:
+    recipe = choose_recipe("default", 200)
+    network = networks.with_new_head(load_backbone(name, "none"), recipe, 2, seed=0)
+    networks.unfreeze(network, recipe, epoch=0)
+    named = [(key, p) for key, p in network.backbone.named_parameters()]
+    trains = [key for key, p in named if p.requires_grad]
+    assert trains[0] == first_to_train
+    assert trains == [key for key, _ in named][-len(trains) :]  # and everything behind it
+    assert sum(p.numel() for _, p in named if not p.requires_grad) <= 0.02 * sum(p.numel() for _, p in named)
+    groups = networks.parameter_groups(network, recipe)
+    moved = {id(p) for group in groups for p in group["params"]} - {id(p) for p in network.head.parameters()}
+    assert moved == {id(p) for _, p in named if p.requires_grad}
+
+
+@pytest.mark.parametrize(
     ("name", "what", "batchnorm", "dropout", "moving"),
     [
         ("resnet18", "all", "frozen", False, 0),

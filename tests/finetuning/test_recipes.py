@@ -34,7 +34,7 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     given = find_recipe("default", {"backbone_lr": 1e-6, "layer_decay": 0.5})
     settled = [settle(given, 1000, batch_norms=kind) for kind in (True, False)]
     assert [(each.backbone_lr, each.layer_decay) for each in settled] == [(1e-6, 0.5)] * 2
-    assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "all", True)
+    assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "most", True)
 
 
 def test_few_images_make_more_steps_of_fewer_each() -> None:
@@ -207,7 +207,10 @@ def test_a_changed_recipe_says_what_it_is() -> None:
         ({"momentum": 0.5}, 'momentum changes nothing: it takes optimizer = "sgd", found "adamw"'),
         ({"gamma": 0.5}, 'gamma changes nothing: it takes schedule = "step", found "cosine"'),
         ({"unfreeze": "head", "backbone_lr": 0.1}, 'backbone_lr changes nothing: it takes unfreeze = "last-stage" or'),
-        ({"unfreeze": "last-stage", "layer_decay": 0.5}, 'takes unfreeze = "all" or "gradual", found "last-stage"'),
+        (
+            {"unfreeze": "last-stage", "layer_decay": 0.5},
+            'takes unfreeze = "most" or "all" or "gradual", found "last-stage"',
+        ),
         ({"unfreeze": "head", "drop_path": 0.1}, 'drop_path changes nothing: it takes unfreeze = "last-stage" or'),
         ({"hidden": 5, "interpolate": True}, ""),  # as it is in the recipe
         ({"momentum": 0.5, "optimizer": "sgd"}, ""),

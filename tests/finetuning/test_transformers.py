@@ -208,7 +208,8 @@ def test_training_through_every_pooling(name: str, pool: str | None, layers: int
     X = Encoder(backbone.module, backbone.preprocess, CPU.device, torch.float32)(np.stack(data.pictures))
     head = fitted_head("standardise", X)
     expected = -np.log(head.probabilities(X.astype(np.float64))[np.arange(4), data.labels]).mean()
-    recipe = choose_recipe("default", 4, augmentation=(), label_smoothing=0.0, optimizer="sgd", ema=0.0, epochs=2)
+    plain: dict[str, Any] = {"augmentation": (), "label_smoothing": 0.0, "optimizer": "sgd", "ema": 0.0, "epochs": 2}
+    recipe = choose_recipe("default", 4, unfreeze="all", **plain)
     trainer = Trainer(networks.assemble(backbone, head, X), data, recipe=recipe, job=JOB)
     assert trainer.run_epoch()[0] == pytest.approx(expected, abs=1e-3)
     parameters = dict(trainer.network.backbone.named_parameters())

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,7 +60,8 @@ class Network(nn.Module):
     Attributes:
         backbone: (N, 3, H, W) -> (N, D). head: (N, D) -> (N, C). mean, std: (1, 3, 1, 1), of the normalisation.
         size: (H, W) of the pixels.
-        idle: parameters of the backbone that no embedding depends on, as a pooler that ``--pool`` passes by; they never train.
+        used: name of each parameter of the backbone that embeddings depend on -> its place in the order of their first use. The others,
+            as those of a pooler that ``--pool`` passes by, never train.
     """
 
     mean: torch.Tensor
@@ -74,7 +75,7 @@ class Network(nn.Module):
         mean, std = channel_constants(backbone.preprocess, torch.device("cpu"))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-        self.idle = _idle(self.backbone, self.size)
+        self.used = _first_uses(self.backbone, self.size)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, H, W, 3) -> logits (N, C), on the device that pixels and network are on."""
@@ -198,8 +199,11 @@ def interpolate(start: Net, tuned: Net, *, alpha: float) -> Net:
 # ------------------------------------------------------------------------------------------- what of it trains
 
 
-def stages(module: nn.Module) -> list[list[nn.Parameter]]:
+def stages(module: nn.Module, used: Mapping[str, int] | None = None) -> list[list[nn.Parameter]]:
     """The backbone's parameters from input to output, in stages, found without knowing the architecture.
+
+    ``used``: as ``Network.used``; else parts are taken in the order in which they were registered, which OpenCLIP's last projection
+    comes first in.
 
     A transformer, and what is built like one (Swin, ConvNeXt): what comes before the first block, then each block, as the
     layer-wise rates of BEiT have it (Bao et al. 2022). What lies between two blocks belongs to the later one, as timm has it.
@@ -210,9 +214,20 @@ def stages(module: nn.Module) -> list[list[nn.Parameter]]:
 
     What follows the last block joins it where it is small, as a norm is.
     """
+    place = {id(module.get_parameter(name)): number for name, number in (used or {}).items()}
     if kinds := _block_kinds(module):
-        return _by_block(module, kinds)
-    return _join_small_end(_merge_small([_parameters(part) for part in _divide(module)]), total=_size(module))
+        return _by_block(_in_order(_around_blocks(module, kinds), place), kinds, total=_size(module))
+    parts = [_parameters(part) for part in _in_order(_divide(module), place)]
+    return _join_small_end(_merge_small(parts), total=_size(module))
+
+
+def _in_order(parts: Iterable[nn.Module | nn.Parameter], place: Mapping[int, int]) -> list[nn.Module | nn.Parameter]:
+    """Parts by the first use of any of their parameters, whose ``place`` by id is given; others behind what they stood behind."""
+    ranked, rank = list[tuple[int, nn.Module | nn.Parameter]](), -1
+    for part in parts:
+        rank = min((place[id(p)] for p in _parameters(part) if id(p) in place), default=rank)
+        ranked.append((rank, part))
+    return [part for _, part in sorted(ranked, key=lambda entry: entry[0])]
 
 
 def _block_kinds(module: nn.Module) -> set[type[nn.Module]]:
@@ -240,14 +255,15 @@ def _has_norm(block: nn.Module) -> bool:
     return any(isinstance(weight, nn.Parameter) and weight.ndim == 1 for weight in weights)
 
 
-def _by_block(module: nn.Module, kinds: set[type[nn.Module]]) -> list[list[nn.Parameter]]:
+def _by_block(
+    parts: list[nn.Module | nn.Parameter], kinds: set[type[nn.Module]], *, total: int
+) -> list[list[nn.Parameter]]:
     """What comes before the first block, each block with what lies before it, what follows the last."""
-    parts = list(_around_blocks(module, kinds))
     blocks = [k for k, part in enumerate(parts) if type(part) in kinds]
     cuts = itertools.pairwise([0, blocks[0], *(k + 1 for k in blocks)])
     found = [[parameter for part in parts[a:b] for parameter in _parameters(part)] for a, b in cuts if b > a]
     end = _merge_small([found[-1], *map(_parameters, parts[blocks[-1] + 1 :])])
-    return found[:-1] + _join_small_end(end, total=_size(module))
+    return found[:-1] + _join_small_end(end, total=total)
 
 
 def _around_blocks(module: nn.Module, kinds: set[type[nn.Module]]) -> Iterator[nn.Module | nn.Parameter]:
@@ -306,26 +322,30 @@ def _join_small_end(parts: list[list[nn.Parameter]], *, total: int) -> list[list
     return parts
 
 
-def _idle(backbone: nn.Module, size: tuple[int, int]) -> frozenset[str]:
-    """Names of the parameters that embeddings of (H, W) pixels do not depend on."""
+def _first_uses(backbone: nn.Module, size: tuple[int, int]) -> dict[str, int]:
+    """``Network.used`` for pixels of (H, W)."""
     names = {parameter: name for name, parameter in backbone.requires_grad_(True).named_parameters()}
     with torch.enable_grad():
         embedding = backbone(torch.zeros(1, 3, *size))
-    nodes, seen = [embedding.grad_fn], {None}  # of autograd's graph, whose leaves hold parameters
+    # Nodes of autograd's graph, whose leaves hold parameters; the others are numbered as they were called.
+    nodes, seen, first = [embedding.grad_fn], {None}, dict[str, int]()
     while nodes:
         if (node := nodes.pop()) not in seen:
             seen.add(node)
-            if isinstance(parameter := getattr(node, "variable", None), nn.Parameter):
-                names.pop(parameter, None)
+            for before, _ in node.next_functions:
+                if isinstance(parameter := getattr(before, "variable", None), nn.Parameter) and parameter in names:
+                    number, name = node._sequence_nr(), names[parameter]
+                    first[name] = min(number, first.get(name, number))
             nodes += [before for before, _ in node.next_functions]
     backbone.requires_grad_(False)
-    return frozenset(names.values())
+    return {name: place for place, name in enumerate(sorted(first, key=first.__getitem__))}
 
 
 def _trainable_stages(network: Network) -> list[list[nn.Parameter]]:
-    """``stages`` of the backbone, without what is idle."""
-    idle = {id(network.backbone.get_parameter(name)) for name in network.idle}
-    kept = ([parameter for parameter in stage if id(parameter) not in idle] for stage in stages(network.backbone))
+    """``stages`` of the backbone, of what embeddings depend on."""
+    used = {id(network.backbone.get_parameter(name)) for name in network.used}
+    found = stages(network.backbone, network.used)
+    kept = ([parameter for parameter in stage if id(parameter) in used] for stage in found)
     return [stage for stage in kept if stage]
 
 
@@ -339,7 +359,7 @@ def _stages_to_train(network: Network, recipe: Recipe) -> list[list[nn.Parameter
 def _n_first(parts: list[list[nn.Parameter]]) -> int:
     """How many first stages hold few parameters in all.
 
-    They see the largest maps, so that their gradients are a quarter to a third of a convolutional network's step, and what they
+    They see the largest maps, so that their gradients are a seventh to a third of a convolutional network's step, and what they
     compute fits any picture: those who train detectors leave them as they are (Girshick 2015, Fast R-CNN; Detectron2's
     ``FREEZE_AT``), and the first layer of a transformer is better left (Kumar et al. 2024, How to fine-tune vision models with SGD).
     """

@@ -294,6 +294,42 @@ def test_stages_are_the_architectures_own(name: str, first_of_last: str) -> None
     assert [names[id(parameter)] for part in parts for parameter in part] == list(names.values())
     assert names[id(parts[-1][0])] == first_of_last
     assert len(parts) >= 4
+    network = networks.with_new_head(load_backbone(name, "none"), Recipe(about="", hidden=()), 2, seed=0)
+    assert list(network.used) == list(
+        names.values()
+    )  # these networks use their parts in the order in which they register them
+    ordered = networks.stages(network.backbone, network.used)
+    assert [list(map(id, part)) for part in ordered] == [
+        list(map(id, part)) for part in networks.stages(network.backbone)
+    ]
+
+
+class Late(nn.Module):
+    """A projection that is registered first and used last, as OpenCLIP's, and a table that no embedding depends on."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.ones(512, 8))
+        self.unread = nn.Parameter(torch.ones(2, 2))
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) @ self.projection
+
+
+def test_what_is_used_last_is_in_the_last_stage_wherever_it_is_registered(tiny: Backbone) -> None:
+    backbone = dataclasses.replace(tiny, module=Late(tiny.module), dim=8)
+    recipe = choose_recipe("default", 200, hidden=())
+    network = networks.with_new_head(backbone, recipe, 2, seed=0)
+    names = {id(parameter): key for key, parameter in network.backbone.named_parameters()}
+    assert list(network.used) == [key for key in names.values() if key.startswith("body.")] + ["projection"]
+    parts = networks.stages(network.backbone, network.used)
+    assert names[id(parts[0][0])].startswith("body.") and "projection" in {names[id(p)] for p in parts[-1]}
+    networks.unfreeze(network, recipe, epoch=0)
+    parameters = dict(network.backbone.named_parameters())
+    assert parameters["projection"].requires_grad
+    assert not parameters["unread"].requires_grad
+    assert not parameters[next(iter(network.used))].requires_grad  # the first convolution
 
 
 def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:

@@ -1,7 +1,7 @@
 """How fast does fine-tuning train on a CPU: beside the plain loop, its own convolutions alone, and other processes?
 
     python benchmarks/finetune_cpu.py HYMENOPTERA [--weights FILE] [--backbones mobilenet_v2,resnet18] [--seconds 20] [--pairs 3]
-        [--unfreeze all]
+        [--unfreeze most]
 
 HYMENOPTERA holds train and val with class folders. For every backbone and for the recipes default and ants-bees, in a
 process of its own each, in turns, --pairs times:
@@ -9,8 +9,7 @@ process of its own each, in turns, --pairs times:
     plain       the tutorial's loop: ImageFolder, PIL transforms, a DataLoader with two workers, NCHW, eager float32, as PyTorch
                 comes, all weights trained; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4
                 (ants-bees: SGD)
-    featcache   ``finetune`` from a head that was fit before, its defaults: by ``default`` the first stages stay as they are, unless
-                --unfreeze all
+    featcache   ``finetune`` from a head that was fit before, its defaults; with --unfreeze most as ``default`` does from 500 images on
     ceiling     forward and backward passes of the network's convolutions and products with weights alone, in the precision and
                 the parts that featcache takes, on as many cores, on tensors that are there already, gradients of what the recipe
                 trains alone; featcache may pass it where 3 x 3 convolutions in float32 take fewer multiplications than PyTorch's
@@ -178,7 +177,8 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     whole = job["recipe"] != "default"
     precision = choose_training_precision(job["precision"], runtime.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    recipe = choose_recipe(job["recipe"], 1000, unfreeze=job["unfreeze"])
+    n_train = len(list((Path(job["images"]) / "train").glob("*/*")))
+    recipe = choose_recipe(job["recipe"], n_train, unfreeze=job["unfreeze"])
     backbone = load_backbone(job["backbone"], "none")
     network = with_new_head(backbone, recipe, 2, seed=0)
     unfreeze(network, recipe, epoch=0)

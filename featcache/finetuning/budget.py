@@ -161,7 +161,8 @@ def make_plan(
     """
     most, scores = recipe.epochs or 1, 1 + steps / (recipe.eval_every or math.inf)
     needs: list[tuple[str, float]] = []
-    depths = [recipe.unfreeze, *_DEPTHS[_DEPTHS.index(recipe.unfreeze if recipe.unfreeze in _DEPTHS else "all") + 1 :]]
+    asked = recipe.unfreeze or "all"
+    depths = [asked, *_DEPTHS[_DEPTHS.index(asked if asked in _DEPTHS else "all") + 1 :]]
     for unfreeze in depths:
         rest = left()
         if rest <= 0:
@@ -182,7 +183,7 @@ def make_plan(
     rest = max(0.0, left())
     why = "; ".join(f"one epoch of {name} would take {in_words(took)}" for name, took in needs)
     about = f"nothing is trained and the cached head is kept: {in_words(rest)} of {in_words(budget)} are left to train"
-    return Plan(budget, 0, recipe.unfreeze, 0.0, f"{about}, {why}" if why else about)
+    return Plan(budget, 0, asked, 0.0, f"{about}, {why}" if why else about)
 
 
 def seconds_per_step(trainer: Trainer, most: float, *, steps: int = _MEASURED) -> float:

@@ -353,7 +353,7 @@ def _stages_to_train(network: Network, recipe: Recipe) -> list[list[nn.Parameter
     """Those of ``_trainable_stages`` that train in any epoch of the recipe."""
     parts = _trainable_stages(network)
     left = {"head": len(parts), "last-stage": len(parts) - 1, "most": _n_first(parts), "all": 0, "gradual": 0}
-    return parts[left[recipe.unfreeze] :]
+    return parts[left[recipe.unfreeze or "all"] :]
 
 
 def _n_first(parts: list[list[nn.Parameter]]) -> int:

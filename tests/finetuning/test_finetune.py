@@ -159,10 +159,7 @@ def test_the_result_is_a_model_like_any_other(tune: Tuner, made: Path, tmp_path:
     model = load_model(tune.ft)
     assert model.classes == load_model(made / "m").classes
     assert (report.epochs, report.recipe) == (2, "default")
-    first = (
-        3 * 64 * 9 + 64 + (64 * 16 + 16) + (16 * 64 + 64) + (16 * 64 * 9 + 64)
-    )  # SqueezeNet's first convolution and fire: 1.8 %
-    assert report.parameters - first == report.trainable_parameters > 700_000
+    assert report.parameters == report.trainable_parameters > 700_000
     frozen = evaluate(made / "m", made / "f.h5", split="val")["accuracy"]
     assert report.val_accuracy >= report.head_val_accuracy == frozen
     scores = {split: evaluate(model, made / "photos", split=split) for split in ("val", "test")}

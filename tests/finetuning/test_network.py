@@ -319,7 +319,7 @@ class Late(nn.Module):
 
 def test_what_is_used_last_is_in_the_last_stage_wherever_it_is_registered(tiny: Backbone) -> None:
     backbone = dataclasses.replace(tiny, module=Late(tiny.module), dim=8)
-    recipe = choose_recipe("default", 200, hidden=())
+    recipe = choose_recipe("default", 500, hidden=())
     network = networks.with_new_head(backbone, recipe, 2, seed=0)
     names = {id(parameter): key for key, parameter in network.backbone.named_parameters()}
     assert list(network.used) == [key for key in names.values() if key.startswith("body.")] + ["projection"]
@@ -353,6 +353,7 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
     [
         ("resnet18", "layer2.0.conv1.weight"),
         ("resnet50", "layer2.0.conv1.weight"),
+        ("squeezenet1_1", "features.4.squeeze.weight"),
         ("mobilenet_v2", "features.6.conv.0.0.weight"),
         ("efficientnet_b0", "features.4.0.block.0.0.weight"),
         ("convnext_tiny", "features.2.0.weight"),
@@ -360,7 +361,7 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
     ],
 )
 def test_most_of_a_network_is_all_but_the_first_stages_of_few_weights(name: str, first_to_train: str) -> None:
-    recipe = choose_recipe("default", 200)
+    recipe = choose_recipe("default", 500)
     network = networks.with_new_head(load_backbone(name, "none"), recipe, 2, seed=0)
     networks.unfreeze(network, recipe, epoch=0)
     named = [(key, p) for key, p in network.backbone.named_parameters()]

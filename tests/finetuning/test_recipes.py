@@ -35,6 +35,8 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     settled = [settle(given, 1000, batch_norms=kind) for kind in (True, False)]
     assert [(each.backbone_lr, each.layer_decay) for each in settled] == [(1e-6, 0.5)] * 2
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "most", True)
+    assert [choose_recipe("default", n).unfreeze for n in (2, 499, 500)] == ["all", "all", "most"]
+    assert choose_recipe("default", 200, unfreeze="most").unfreeze == "most"
 
 
 def test_few_images_make_more_steps_of_fewer_each() -> None:

@@ -360,8 +360,9 @@ def _n_first(parts: list[list[nn.Parameter]]) -> int:
     """How many first stages hold few parameters in all.
 
     They see the largest maps, so that their gradients are a seventh to a third of a convolutional network's step, and what they
-    compute fits any picture: those who train detectors leave them as they are (Girshick 2015, Fast R-CNN; Detectron2's
+    compute fits most pictures: those who train detectors leave them as they are (Girshick 2015, Fast R-CNN; Detectron2's
     ``FREEZE_AT``), and the first layer of a transformer is better left (Kumar et al. 2024, How to fine-tune vision models with SGD).
+    Few images that are no photographs lose by it (benchmarks/LOG.md, "Which recipe").
     """
     sizes = [sum(map(_size, stage)) for stage in parts]
     return sum(size <= _FIRST_STAGES * sum(sizes) for size in itertools.accumulate(sizes))

@@ -313,9 +313,8 @@ def settle(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> Recipe:
     dropout = recipe.dropout * len(recipe.hidden or ()) if len(recipe.dropout) == 1 else recipe.dropout
     rate = _BACKBONE_LR[batch_norms] if recipe.backbone_lr is None else recipe.backbone_lr
     decay = _LAYER_DECAY[batch_norms] if recipe.layer_decay is None else recipe.layer_decay
-    unfreeze = recipe.unfreeze or (
-        "all" if n_train < 500 else "most"
-    )  # where images are few time is short, and each weight counts
+    # Few images of another kind than photographs lose by first stages that stay, 1,000 do not, and few take little time.
+    unfreeze = recipe.unfreeze or ("all" if n_train < 500 else "most")
     settled: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": min(batch, n_train),
@@ -343,7 +342,7 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
     trains: str = recipe.unfreeze or "all"
     if trains == "most":
-        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit any picture as they are"
+        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit most pictures as they are"
     steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation))
     most = f"{'at most ' if n_train % steps else ''}{-(-n_train // steps)}"  # they are dealt evenly
     lines = [

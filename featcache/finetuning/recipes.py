@@ -342,7 +342,7 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
     trains: str = recipe.unfreeze or "all"
     if trains == "most":
-        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit most pictures as they are"
+        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit most images as they are"
     steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation))
     most = f"{'at most ' if n_train % steps else ''}{-(-n_train // steps)}"  # they are dealt evenly
     lines = [

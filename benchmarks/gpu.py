@@ -234,7 +234,7 @@ class TimeIsUpError(Exception):
 
 
 def train_ours(arguments: argparse.Namespace, note: Note, *, unfreeze: str | None = None) -> None:
-    """Images/s of fine-tuning, of what the recipe unless told trains: of steps, and with what the careful loop leaves out after epochs."""
+    """Images/s of fine-tuning what the recipe trains, or ``unfreeze``: of steps, and with what the careful loop leaves out after epochs."""
     from featcache import finetune
 
     clock: list[tuple[float, int, int]] = []

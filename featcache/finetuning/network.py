@@ -202,8 +202,7 @@ def interpolate(start: Net, tuned: Net, *, alpha: float) -> Net:
 def stages(module: nn.Module, used: Mapping[str, int] | None = None) -> list[list[nn.Parameter]]:
     """The backbone's parameters from input to output, in stages, found without knowing the architecture.
 
-    ``used``: as ``Network.used``; else parts are taken in the order in which they were registered, which OpenCLIP's last projection
-    comes first in.
+    ``used``: as ``Network.used``; else parts are in the order of their registration, in which OpenCLIP's last projection comes first.
 
     A transformer, and what is built like one (Swin, ConvNeXt): what comes before the first block, then each block, as the
     layer-wise rates of BEiT have it (Bao et al. 2022). What lies between two blocks belongs to the later one, as timm has it.

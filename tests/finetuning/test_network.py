@@ -295,9 +295,8 @@ def test_stages_are_the_architectures_own(name: str, first_of_last: str) -> None
     assert names[id(parts[-1][0])] == first_of_last
     assert len(parts) >= 4
     network = networks.with_new_head(load_backbone(name, "none"), Recipe(about="", hidden=()), 2, seed=0)
-    assert list(network.used) == list(
-        names.values()
-    )  # these networks use their parts in the order in which they register them
+    # These networks use their parts in the order in which they register them.
+    assert list(network.used) == list(names.values())
     ordered = networks.stages(network.backbone, network.used)
     assert [list(map(id, part)) for part in ordered] == [
         list(map(id, part)) for part in networks.stages(network.backbone)

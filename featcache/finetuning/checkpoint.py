@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from featcache.finetuning.trainer import Trainer
 
 _RUN, _STATE = "run.json", "checkpoint.pt"
-FORMAT_VERSION = (
-    4  # 1: dropout in the backbone, the head's steps of another size; 2: other stages, no loss at first; 3: no steps
-)
+# 1: dropout in the backbone, the head's steps of another size; 2: other stages, no loss at first; 3: no steps; 4: stages, and so the
+# optimizer's parameters, in the order of registration.
+FORMAT_VERSION = 5
 _CHEAP = 0.2  # seconds
 log = logging.getLogger("featcache")
 

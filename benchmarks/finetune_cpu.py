@@ -9,7 +9,8 @@ process of its own each, in turns, --pairs times:
     plain       the tutorial's loop: ImageFolder, PIL transforms, a DataLoader with two workers, NCHW, eager float32, as PyTorch
                 comes, all weights trained; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4
                 (ants-bees: SGD)
-    featcache   ``finetune`` from a head that was fit before, its defaults; with --unfreeze most as ``default`` does from 500 images on
+    featcache   ``finetune`` from a head that was fit before, its defaults; with --unfreeze most as ``default`` does from 500 images on.
+                Where other weights train in the recipe's later epochs, the mean over its epochs of the rates of both
     ceiling     forward and backward passes of the network's convolutions and products with weights alone, in the precision and
                 the parts that featcache takes, on as many cores, on tensors that are there already, gradients of what the recipe
                 trains alone; featcache may pass it where 3 x 3 convolutions in float32 take fewer multiplications than PyTorch's
@@ -177,8 +178,7 @@ def ceiling(job: dict[str, Any]) -> dict[str, Any]:
     whole = job["recipe"] != "default"
     precision = choose_training_precision(job["precision"], runtime.device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    n_train = len(list((Path(job["images"]) / "train").glob("*/*")))
-    recipe = choose_recipe(job["recipe"], n_train, unfreeze=job["unfreeze"])
+    recipe = choose_recipe(job["recipe"], n_train(job), unfreeze=job["unfreeze"])
     backbone = load_backbone(job["backbone"], "none")
     network = with_new_head(backbone, recipe, 2, seed=0)
     unfreeze(network, recipe, epoch=0)
@@ -217,6 +217,25 @@ def prepare(images: str, backbone: str, weights: str, folder: Path) -> str:
     """
     subprocess.run([sys.executable, "-c", code], check=True)
     return str(folder / "head")
+
+
+def mean_rate(side: str, job: dict[str, Any]) -> dict[str, Any]:
+    """``measure``, of each phase of the recipe that ``side`` follows: images per second over all of its epochs; the first one's other facts."""
+    if side == "plain":
+        return measure(side, job)
+    from featcache.finetuning.recipes import choose_recipe
+
+    recipe = choose_recipe(job["recipe"], n_train(job), unfreeze=job["unfreeze"])
+    epochs = recipe.phases(recipe.epochs)
+    found = {depth: measure(side, job | {"unfreeze": depth}) for depth in epochs}
+    rate = recipe.epochs / sum(n / found[depth]["rate"] for depth, n in epochs.items())
+    phases = {depth: facts["rate"] for depth, facts in found.items()}
+    return next(iter(found.values())) | {"rate": rate, "phases": phases}
+
+
+def n_train(job: dict[str, Any]) -> int:
+    """Training images."""
+    return len(list((Path(job["images"]) / "train").glob("*/*")))
 
 
 def measure(side: str, job: dict[str, Any]) -> dict[str, Any]:
@@ -274,7 +293,7 @@ def main() -> None:
                 "unfreeze": options.unfreeze,
                 "init": init,
             }
-            rounds = [{side: measure(side, job) for side in sides} for _ in range(options.pairs)]
+            rounds = [{side: mean_rate(side, job) for side in sides} for _ in range(options.pairs)]
         rates = {side: statistics.median(one[side]["rate"] for one in rounds) for side in sides}
         ratios = {
             side: statistics.median(one["featcache"]["rate"] / one[side]["rate"] for one in rounds)

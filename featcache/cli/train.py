@@ -171,7 +171,8 @@ def finetune(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of the head, instead of the recipe's.")] = None,
     backbone_lr: Annotated[float | None, typer.Option(help="Of the backbone's last stage.")] = None,
     unfreeze: Annotated[
-        str | None, typer.Option(help="head, last-stage, most (all but the first stages), all or gradual.")
+        str | None,
+        typer.Option(help="head, last-stage, most (all but the first stages), all, all-then-most or gradual."),
     ] = None,
     patience: Annotated[
         int | None, typer.Option(min=0, help="Stop after so many epochs without a better score; 0: never.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from featcache.errors import ModelError, TrainingError, UsageError
 from featcache.finetuning.checkpoint import read_identity
-from featcache.finetuning.recipes import Job, Recipe
+from featcache.finetuning.recipes import Depth, Job, Recipe
 from featcache.finetuning.trainer import Stopped, Trainer
 from featcache.system.device import kept_random_state
 from featcache.system.display import quantity
@@ -27,7 +27,7 @@ _MOST_SECONDS = 365 * 24 * 3600.0
 _WARM, _MEASURED = 2, 6  # steps: the first ones allocate, and choose kernels
 _SHARE_MEASURED = 0.05  # of the time that is left, after which measuring ends early
 _SPARE = 0.05  # kept for saving; and as much of the rest for steps that take longer than the first ones
-_DEPTHS = ("all", "most", "last-stage", "head")
+_DEPTHS: tuple[Depth, ...] = ("all", "most", "last-stage", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,30 +160,39 @@ def make_plan(
         measure: seconds of a step by a recipe, in about so many seconds at most.
     """
     most, scores = recipe.epochs or 1, 1 + steps / (recipe.eval_every or math.inf)
-    needs: list[tuple[str, float]] = []
-    asked = recipe.unfreeze or "all"
-    depths = [asked, *_DEPTHS[_DEPTHS.index(asked if asked in _DEPTHS else "all") + 1 :]]
-    for unfreeze in depths:
-        rest = left()
+    step, needs, asked = dict[Depth, float](), list[tuple[str, float]](), recipe.unfreeze or "all"
+    for unfreeze in (asked, *_DEPTHS[_DEPTHS.index(asked if asked in _DEPTHS else "all") + 1 :]):
+        rest, tried = left(), dataclasses.replace(recipe, unfreeze=unfreeze)
         if rest <= 0:
             break
-        deepest = "all" if unfreeze == "gradual" else unfreeze  # its later epochs, the costly ones
-        step = measure(dataclasses.replace(recipe, unfreeze=deepest), _SHARE_MEASURED * rest)  # type: ignore[arg-type]
-        epoch, seconds = steps * step + scores * evaluation, (1 - _SPARE) * left() - step  # it ends with a whole step
-        epochs = min(most, int((1 - _SPARE) * seconds / epoch)) if epoch > 0 else most
+        for depth in tried.phases(most):
+            if depth not in step:
+                step[depth] = measure(dataclasses.replace(recipe, unfreeze=depth), _SHARE_MEASURED * rest)
+        epoch = {depth: steps * step[depth] + scores * evaluation for depth in tried.phases(most)}
+        slowest = next(iter(epoch))
+        seconds = (1 - _SPARE) * left() - step[slowest]  # it ends with a whole step
+        epochs = _most_epochs(tried, epoch, most=most, seconds=(1 - _SPARE) * seconds)
         if epochs > 0:
             fewer = f"{unfreeze}, {quantity(epochs, 'epoch')}" + (f" instead of {most}" if epochs < most else "")
+            of_it = f"{quantity(steps, 'step')} of {step[slowest]:.3g} s, val {evaluation:.3g} s"
+            later = [f", of {depth} {in_words(epoch[depth])}" for depth in tried.phases(epochs) if depth != slowest]
             about = (
-                f"{fewer}: an epoch takes {in_words(epoch)} ({quantity(steps, 'step')} of {step:.3g} s, val "
-                f"{evaluation:.3g} s), {in_words(max(0.0, seconds))} are left to train"
+                f"{fewer}: an epoch takes {in_words(epoch[slowest])} ({of_it}){''.join(later)}, "
+                f"{in_words(max(0.0, seconds))} are left to train"
             )
             why = "".join(f"; one epoch of {name} would take {in_words(took)}" for name, took in needs)
             return Plan(budget, epochs, unfreeze, seconds, about + why)
-        needs.append((unfreeze, epoch))
+        needs.append((unfreeze, epoch[slowest]))
     rest = max(0.0, left())
     why = "; ".join(f"one epoch of {name} would take {in_words(took)}" for name, took in needs)
     about = f"nothing is trained and the cached head is kept: {in_words(rest)} of {in_words(budget)} are left to train"
     return Plan(budget, 0, asked, 0.0, f"{about}, {why}" if why else about)
+
+
+def _most_epochs(recipe: Recipe, epoch: dict[Depth, float], *, most: int, seconds: float) -> int:
+    """How many fit, of which each phase of the recipe takes so many seconds each."""
+    took = {n: sum(epoch[depth] * of_it for depth, of_it in recipe.phases(n).items()) for n in range(most, 0, -1)}
+    return next((n for n, needed in took.items() if needed <= seconds), 0)
 
 
 def seconds_per_step(trainer: Trainer, most: float, *, steps: int = _MEASURED) -> float:

@@ -351,8 +351,8 @@ def _trainable_stages(network: Network) -> list[list[nn.Parameter]]:
 def _stages_to_train(network: Network, recipe: Recipe) -> list[list[nn.Parameter]]:
     """Those of ``_trainable_stages`` that train in any epoch of the recipe."""
     parts = _trainable_stages(network)
-    left = {"head": len(parts), "last-stage": len(parts) - 1, "most": _n_first(parts), "all": 0, "gradual": 0}
-    return parts[left[recipe.unfreeze or "all"] :]
+    left = {"head": len(parts), "last-stage": len(parts) - 1, "most": _n_first(parts)}
+    return parts[left.get(recipe.unfreeze or "all", 0) :]
 
 
 def _n_first(parts: list[list[nn.Parameter]]) -> int:
@@ -370,7 +370,11 @@ def _n_first(parts: list[list[nn.Parameter]]) -> int:
 def unfreeze(network: Network, recipe: Recipe, *, epoch: int) -> None:
     """Set which parameters train during ``epoch`` (from 0), as the recipe says."""
     parts = _stages_to_train(network, recipe)
-    opened = _opened(len(parts), epoch, recipe.epochs or 1) if recipe.unfreeze == "gradual" else len(parts)
+    epochs, opened = recipe.epochs or 1, len(parts)
+    if recipe.unfreeze == "gradual":
+        opened = _opened(len(parts), epoch, epochs)
+    elif recipe.unfreeze == "all-then-most" and epoch >= recipe.phases(epochs)["all"]:
+        opened -= _n_first(parts)
     network.backbone.requires_grad_(False)
     network.head.requires_grad_(True)
     for stage in parts[len(parts) - opened :]:

@@ -59,6 +59,9 @@ class Job:
     groups: dict[str, Any] | None = None
 
 
+Depth = Literal["head", "last-stage", "most", "all", "all-then-most", "gradual"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One way to train.
@@ -68,8 +71,9 @@ class Recipe:
         hidden: sizes of the hidden layers of a new, random head; None: start from the cached head (LP-FT).
         dropout: share dropped after each hidden layer, or one for all.
         unfreeze: what trains besides the head: nothing (``head``), the ``last-stage``, ``most``, which is all but the first
-            stages with together 2 % of the backbone's parameters at most, ``all``, or all, opened stage by stage from the top
-            during the first half of the epochs (``gradual``; Howard and Ruder 2018). None: by the number of images.
+            stages with together 2 % of the backbone's parameters at most, ``all``, all in the first third of the epochs and most
+            after that (``all-then-most``; layers that freeze from below: FreezeOut, Brock et al. 2017), or all, opened stage by
+            stage from the top during the first half of the epochs (``gradual``; Howard and Ruder 2018). None: by the number of images.
         batchnorm: ``frozen``: keep the statistics of pre-training; ``train``: follow the batches.
         backbone_dropout: whether dropout and drop path inside the backbone are on while it trains, as in its pre-training.
         drop_path: share of images for which training leaves out the last block, less and less further down (stochastic depth,
@@ -96,7 +100,7 @@ class Recipe:
     about: str
     hidden: tuple[int, ...] | None = None
     dropout: tuple[float, ...] = ()
-    unfreeze: Literal["head", "last-stage", "most", "all", "gradual"] | None = "all"
+    unfreeze: Depth | None = "all"
     batchnorm: Literal["frozen", "train"] = "frozen"
     backbone_dropout: bool = False
     drop_path: float = 0.0
@@ -137,6 +141,13 @@ class Recipe:
     def trains_batch_norms(self) -> bool:
         """Whether those of the backbone, if it has any, would follow the batches."""
         return self.batchnorm == "train" and self.unfreeze != "head"
+
+    def phases(self, epochs: int) -> dict[Depth, int]:
+        """What trains in how many of so many epochs, one phase after the other; of ``gradual`` what trains in the end."""
+        if self.unfreeze != "all-then-most":
+            return {self.unfreeze if self.unfreeze and self.unfreeze != "gradual" else "all": epochs}
+        full = max(1, round(_FULL_EPOCHS * epochs))
+        return {"all": full, "most": epochs - full} if epochs > full else {"all": full}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of everything that changes the numbers (all but ``about``)."""
@@ -189,6 +200,9 @@ _DEFAULT = Recipe(
     patience=5,
     interpolate=True,
 )
+# Of the epochs of ``all-then-most``, in which all weights train: a fifth is too few, and nothing is gained by more
+# (benchmarks/LOG.md, "Which recipe").
+_FULL_EPOCHS = 1 / 3
 # By whether there are batch norms: measured on a MobileNetV2, and on a vision transformer (below).
 _BACKBONE_LR = {True: 3e-4, False: 3e-5}
 _LAYER_DECAY = {True: 1.0, False: 0.9}
@@ -206,9 +220,9 @@ _ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("gamma", "step_epochs"), ("schedule", ("step",))),
     **dict.fromkeys(
         ("backbone_lr", "batchnorm", "backbone_dropout", "drop_path"),
-        ("unfreeze", ("last-stage", "most", "all", "gradual")),
+        ("unfreeze", ("last-stage", "most", "all", "all-then-most", "gradual")),
     ),
-    "layer_decay": ("unfreeze", ("most", "all", "gradual")),
+    "layer_decay": ("unfreeze", ("most", "all", "all-then-most", "gradual")),
     "interpolate": ("hidden", (None,)),
 }
 RECIPES: dict[str, Recipe] = {
@@ -313,8 +327,8 @@ def settle(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> Recipe:
     dropout = recipe.dropout * len(recipe.hidden or ()) if len(recipe.dropout) == 1 else recipe.dropout
     rate = _BACKBONE_LR[batch_norms] if recipe.backbone_lr is None else recipe.backbone_lr
     decay = _LAYER_DECAY[batch_norms] if recipe.layer_decay is None else recipe.layer_decay
-    # Few images of another kind than photographs lose by first stages that stay, 1,000 do not, and few take little time.
-    unfreeze = recipe.unfreeze or ("all" if n_train < 500 else "most")
+    # Few images of another kind than photographs lose by first stages that never move, 1,000 do not.
+    unfreeze = recipe.unfreeze or ("all-then-most" if n_train < 500 else "most")
     settled: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": min(batch, n_train),
@@ -341,8 +355,12 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
         if recipe.layer_decay != 1:
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
     trains: str = recipe.unfreeze or "all"
+    first_stages = "first stages, with 2 % of its weights at most, cost most to train and"
     if trains == "most":
-        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit most images as they are"
+        trains += f" of the backbone: its {first_stages} fit most images as they are"
+    elif trains == "all-then-most":
+        full = quantity(recipe.phases(recipe.epochs or 1)["all"], "epoch")
+        trains = f"all of the backbone for {full}, then most: its {first_stages} have learned by then (FreezeOut, Brock et al. 2017)"
     steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation))
     most = f"{'at most ' if n_train % steps else ''}{-(-n_train // steps)}"  # they are dealt evenly
     lines = [

@@ -146,7 +146,7 @@ def measure_training(backbone: Backbone, images: ImageList, runtime: Runtime, *,
     data = dataclasses.replace(
         found, kept=np.arange(2 * _BATCH), pictures=pictures, labels=repeated.astype(np.int64) % 2
     )
-    recipe = choose_recipe("default", len(data), batch_size=_BATCH, hidden=())
+    recipe = choose_recipe("default", len(data), batch_size=_BATCH, hidden=(), unfreeze="all")
     network = with_new_head(backbone, recipe, 2, seed=0).to(runtime.device)
     precision = choose_training_precision("auto", runtime.device)
     runtime = dataclasses.replace(runtime, batch_size=images_at_once(runtime, network.backbone))

@@ -28,6 +28,7 @@ CHANGES: dict[str, Any] = {
     "lr": 1e-4,
     "backbone_lr": 1e-5,
     "patience": 0,
+    "unfreeze": "all",
 }  # 3 steps an epoch
 
 
@@ -80,6 +81,10 @@ def test_what_is_no_budget_is_refused(text: Any) -> None:
         ("most", 100, {"most": 9, "last-stage": 3}, None, ("last-stage", 2), ["one epoch of most would take 92s"]),
         ("gradual", 100, {"all": 2}, None, ("gradual", 4), ["gradual, 4 epochs instead of 9"]),
         ("gradual", 100, {"all": 10, "most": 9, "last-stage": 9, "head": 1}, None, ("head", 7), ["of gradual", "of last-stage"]),
+        # A third of the epochs costs more. Two of 22 s and three of 12 are 80 of 88 s, four of 12 would be 92.
+        ("all-then-most", 100, {"all": 2, "most": 1}, None, ("all-then-most", 5), ["takes 22s (10 steps of 2 s, val 2 s), of most 12s"]),
+        ("all-then-most", 100, {"all": 7, "most": 6.9}, None, ("all-then-most", 1), ["an epoch takes 72s (10 steps of 7 s, val 2 s), 88s"]),
+        ("all-then-most", 100, {"all": 10, "most": 7}, None, ("most", 1), ["one epoch of all-then-most would take 102s"]),
         ("last-stage", 100, {"last-stage": 10, "head": 8}, None, ("head", 1), []),
         ("head", 100, {"head": 10}, None, ("head", 0), ["nothing is trained", "one epoch of head would take 102s"]),
         ("all", -1, {}, None, ("all", 0), ["nothing is trained and the cached head is kept: 0s of 10m are left to train"]),
@@ -112,12 +117,18 @@ class Timed(Clock):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tune: Tuner) -> None:  # noqa: F811
         super().__init__()
-        self.seconds: dict[str, float] = {"all": 10.0, "most": 10.0, "last-stage": 4.0, "head": 1.0}
+        self.seconds: dict[str, float] = {
+            "all": 10.0,
+            "most": 10.0,
+            "last-stage": 4.0,
+            "head": 1.0,
+        }
         self.tune, run_epoch = tune, Trainer.run_epoch
 
         def timed(trainer: Trainer, *, on_step: Any, stop: Any) -> Any:
             def after(status: Status) -> None:
-                self.now += self.seconds[trainer.recipe.unfreeze]
+                (first, n), *later = trainer.recipe.phases(trainer.recipe.epochs).items()
+                self.now += self.seconds[first if trainer.epoch < n else later[0][0]]
                 on_step(status)
 
             return run_epoch(trainer, on_step=after, stop=stop)
@@ -150,6 +161,21 @@ def test_a_plan_trains_what_the_same_epochs_without_a_budget_would(timed: Timed,
     assert_same_model(plain, timed.tune.ft)
     training = load_model(timed.tune.ft).manifest["training"]
     assert training["settings"]["epochs"] == 3 and training["budget"] == report.budget
+
+
+def test_a_plan_knows_that_later_epochs_train_less(timed: Timed) -> None:
+    """Measuring takes 20 and 10 s; of 130 s 104 are for training: one epoch of 30 s and three of 15, where three of 30 would fit."""
+    timed.seconds["most"] = 5.0
+    changes = CHANGES | {"unfreeze": "all-then-most"}
+    report = timed.run("150s", changes=changes)
+    assert (
+        "all-then-most, 4 epochs instead of 9: an epoch takes 30s (3 steps of 10 s, val 0 s), of most 15s, 104s are"
+        in timed.tune.log.text
+    )
+    assert (report.epochs, report.budget["unfreeze"], report.budget["out_of_time"]) == (4, "all-then-most", False)
+    assert report.seconds == 30 + 30 + 3 * 15
+    timed.tune(output=timed.tune.ft.parent / "plain", changes=changes | {"epochs": 4})
+    assert_same_model(timed.tune.ft.parent / "plain", timed.tune.ft)
 
 
 def test_a_resumed_run_keeps_its_plan_and_its_budget(timed: Timed, plain: Path) -> None:

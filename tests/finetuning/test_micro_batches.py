@@ -16,7 +16,7 @@ from torch import nn
 
 from featcache.backbones.load import load_backbone
 from featcache.finetuning.micro_batches import MicroBatches, OwnThread, in_order
-from featcache.finetuning.network import with_new_head
+from featcache.finetuning.network import unfreeze, with_new_head
 from featcache.finetuning.recipes import Recipe
 from featcache.finetuning.trainer import Stopped, Trainer, make_optimizer
 
@@ -117,6 +117,21 @@ def test_what_the_recipe_freezes_stays(unfreeze: str) -> None:
     trainer.run_epoch()
     assert any(moved()) == (unfreeze != "head")
     assert moved()[0] == (unfreeze == "gradual")
+
+
+def test_what_the_recipe_freezes_later_stays_from_then_on() -> None:
+    """With weight decay and what the optimizer remembers of gradients, neither of which moves it further."""
+    recipe = dataclasses.replace(RECIPE, unfreeze="all-then-most", epochs=5, weight_decay=0.1)
+    trainer = trained(recipe, workers=2, micro=2)
+    named, moved = dict(trainer.network.backbone.named_parameters()), []
+    for _ in range(3):  # the second to the fourth epoch, of which the second is the last one of all
+        before = {name: p.detach().clone() for name, p in named.items()}
+        trainer.run_epoch()
+        moved.append({name for name, p in named.items() if not torch.equal(p, before[name])})
+    unfreeze(trainer.network, dataclasses.replace(recipe, unfreeze="most"), epoch=0)
+    still = {name for name, p in named.items() if not p.requires_grad}
+    assert still & moved[0]
+    assert all(later and not still & later for later in moved[1:])
 
 
 def test_batch_norms_that_train_see_the_whole_batch() -> None:

@@ -345,6 +345,10 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
     assert opened[0] == 0
     assert opened == sorted(opened)
     assert opened[5:] == [n] * 5
+    without_first = trained("most", 0)
+    assert 0 < without_first < n
+    # The first third of the epochs.
+    assert [trained("all-then-most", epoch) for epoch in range(10)] == [n] * 3 + [without_first] * 7
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,21 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     settled = [settle(given, 1000, batch_norms=kind) for kind in (True, False)]
     assert [(each.backbone_lr, each.layer_decay) for each in settled] == [(1e-6, 0.5)] * 2
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "most", True)
-    assert [choose_recipe("default", n).unfreeze for n in (2, 499, 500)] == ["all", "all", "most"]
+    assert [choose_recipe("default", n).unfreeze for n in (2, 499, 500)] == ["all-then-most", "all-then-most", "most"]
     assert choose_recipe("default", 200, unfreeze="most").unfreeze == "most"
+
+
+def test_all_weights_train_in_the_first_third_of_the_epochs() -> None:
+    recipe = find_recipe("default", {"unfreeze": "all-then-most"})
+    full = {epochs: recipe.phases(epochs) for epochs in (1, 2, 3, 4, 5, 10, 15)}
+    assert {epochs: phases["all"] for epochs, phases in full.items()} == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 10: 3, 15: 5}
+    assert all(sum(phases.values()) == epochs for epochs, phases in full.items())
+    assert list(full[15]) == ["all", "most"] and list(full[1]) == ["all"]
+    assert find_recipe("gradual", {}).phases(7) == {"all": 7}
+    assert find_recipe("default", {"unfreeze": "last-stage"}).phases(7) == {"last-stage": 7}
+    assert "trains: all of the backbone for 5 epochs, then most: its first stages" in "\n".join(
+        explain(settle(recipe, 200), 200)
+    )
 
 
 def test_few_images_make_more_steps_of_fewer_each() -> None:
@@ -211,7 +224,7 @@ def test_a_changed_recipe_says_what_it_is() -> None:
         ({"unfreeze": "head", "backbone_lr": 0.1}, 'backbone_lr changes nothing: it takes unfreeze = "last-stage" or'),
         (
             {"unfreeze": "last-stage", "layer_decay": 0.5},
-            'takes unfreeze = "most" or "all" or "gradual", found "last-stage"',
+            'takes unfreeze = "most" or "all" or "all-then-most" or "gradual", found "last-stage"',
         ),
         ({"unfreeze": "head", "drop_path": 0.1}, 'drop_path changes nothing: it takes unfreeze = "last-stage" or'),
         ({"hidden": 5, "interpolate": True}, ""),  # as it is in the recipe

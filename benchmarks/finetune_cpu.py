@@ -220,7 +220,7 @@ def prepare(images: str, backbone: str, weights: str, folder: Path) -> str:
 
 
 def mean_rate(side: str, job: dict[str, Any]) -> dict[str, Any]:
-    """``measure``, of each phase of the recipe that ``side`` follows: images per second over all of its epochs; the first one's other facts."""
+    """``measure``, of each phase of the recipe: images per second over all epochs; other facts are those of the first phase."""
     if side == "plain":
         return measure(side, job)
     from featcache.finetuning.recipes import choose_recipe

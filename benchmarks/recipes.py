@@ -3,8 +3,8 @@
     python benchmarks/recipes.py HYMENOPTERA CATS_DOGS --weights FILE -o runs.jsonl [--sets digits ...] [--variants base 'rate*' ...]
         [--seeds 0 1 2] [--minutes M] [--table] [--backbone NAME --multiple 14 --precision bf16]
 
-Sets: scikit-learn's digits, 8 x 8 enlarged to 64 (far); ants and bees, cats and dogs at 96 pixels (near); so many training images
-per class as the name says. Val and test are the same images for all of a set's runs; the seed draws the training images and
+Sets: scikit-learn's digits, 8 x 8 enlarged to 64 (far); ants and bees, cats and dogs at 96 pixels (near), or so many as
+``ants-bees@224:80`` says; so many training images per class as the name says. Val and test are the same images for all of a set's runs; the seed draws the training images and
 everything random. MobileNetV2, unless told otherwise, in float32 on one thread. A variant is what it changes of ``BASE``, which is
 pinned here, whatever the default has become. The row to beat is the frozen head. Each finished run is a line of ``runs.jsonl`` and
 is not repeated, so that the script can be ended and started again at any time. ``--table``: only show what is there.
@@ -129,8 +129,11 @@ def write_digits(folder: Path) -> None:
             image.resize((64, 64), Image.Resampling.BICUBIC).convert("RGB").save(file)
 
 
-def photographs(source: Path, *, n_val: int, n_test: int) -> Set:
-    """Photographs of class folders: the folder's own held-out split is test, filled up to ``n_test`` per class; then val."""
+def photographs(source: Path, *, n_val: int, n_test: int, edge: int = 96) -> Set:
+    """Photographs of class folders: the folder's own held-out split is test, filled up to ``n_test`` per class; then val.
+
+    ``edge``: pixels that the network is shown, of a shorter side of 8/7 of it.
+    """
     images = list_images(source)
     images = images.take(np.flatnonzero((images.labels >= 0) & [not path.endswith(".gif") for path in images.paths]))
     splits, rng = images.splits.copy(), np.random.default_rng(0)
@@ -141,7 +144,7 @@ def photographs(source: Path, *, n_val: int, n_test: int) -> Set:
         more = max(0, n_test - int((mine & (splits == SPLITS.index("test"))).sum()))
         splits[pool[:more]] = SPLITS.index("test")
         splits[pool[more : more + n_val]] = SPLITS.index("val")
-    return Set(dataclasses.replace(images, splits=splits), 110, 96)
+    return Set(dataclasses.replace(images, splits=splits), round(edge * 8 / 7), edge)
 
 
 def subset(images: ImageList, per_class: int, seed: int) -> ImageList:
@@ -204,9 +207,10 @@ class Starts:
         if kind == "digits":
             write_digits(self.work / "digits")
             return Set(list_images(self.work / "digits"), 64, 64)
+        kind, _, edge = kind.partition("@")
         if kind == "ants-bees":
-            return photographs(self.arguments.hymenoptera, n_val=20, n_test=0)
-        return photographs(self.arguments.cats_dogs, n_val=50, n_test=200)
+            return photographs(self.arguments.hymenoptera, n_val=20, n_test=0, edge=int(edge or 96))
+        return photographs(self.arguments.cats_dogs, n_val=50, n_test=200, edge=int(edge or 96))
 
 
 def run(starts: Starts, name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
     python benchmarks/recipes.py HYMENOPTERA CATS_DOGS --weights FILE -o runs.jsonl [--sets digits ...] [--variants base 'rate*' ...]
         [--seeds 0 1 2] [--minutes M] [--table] [--backbone NAME --multiple 14 --precision bf16]
 
-Sets: scikit-learn's digits, 8 x 8 enlarged to 64 (far); ants and bees, cats and dogs at 96 pixels (near), or so many as
-``ants-bees@224:80`` says; so many training images per class as the name says. Val and test are the same images for all of a set's runs; the seed draws the training images and
-everything random. MobileNetV2, unless told otherwise, in float32 on one thread. A variant is what it changes of ``BASE``, which is
-pinned here, whatever the default has become. The row to beat is the frozen head. Each finished run is a line of ``runs.jsonl`` and
-is not repeated, so that the script can be ended and started again at any time. ``--table``: only show what is there.
+Sets: scikit-learn's digits, 8 x 8 enlarged to 64 (far); ants and bees, cats and dogs at 96 pixels (near), or as many as
+``ants-bees@224:80`` says; so many training images per class as the name says. Val and test are the same images for all of a set's
+runs; the seed draws the training images and everything random. MobileNetV2, unless told otherwise, in float32 on one thread. A
+variant is what it changes of ``BASE``, which is pinned here, whatever the default has become. The row to beat is the frozen head.
+Each finished run is a line of ``runs.jsonl`` and is not repeated, so that the script can be ended and started again at any time.
+``--table``: only show what is there.
 
 A transformer takes images of whole patches: ``--multiple 14`` enlarges both sizes to such (70 and 98), and ``--precision`` is that
 of training. ``dinov2_weights.py`` makes the weights that LOG.md's runs of a transformer had.

@@ -208,7 +208,8 @@ class Loop:
         if self._trainer.recipe.hidden is None:  # its score is asked for when all is over, too
             to_beat = self._to_beat()
             if (best["accuracy"], -best["loss"]) <= to_beat:
-                return f" (best epoch so far; the frozen head: {to_beat[0]:.2%})"
+                only = ", which only a smaller loss can beat" if to_beat[0] == 1 else ""
+                return f" (best epoch so far; the frozen head: {to_beat[0]:.2%}{only})"
         return " (best so far)"
 
     # ---------------------------------------------------------------------------------------------------- seconds

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _SIGNIFICANT = 0.05
 UNTRAINED = "nothing was trained beyond the cached head, for lack of time: the saved model is that head, unchanged"
-UNCHANGED = "nothing better than the cached head was found on val: the saved model is that head, unchanged"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -169,6 +168,14 @@ def _verdict(before: float, after: float, test: dict[str, Any], split: str, n: i
         return f"the difference is within noise ({counts}): the frozen head may serve you just as well"
     better = "better" if after > before else "worse"
     return f"the fine-tuned model is {better} than the frozen head ({counts})"
+
+
+def unchanged(val: dict[str, Any]) -> str:
+    """The verdict where the cached head was kept; ``val``: as ``compare`` gives it."""
+    text = "nothing better than the cached head was found on val: the saved model is that head, unchanged"
+    if val["head_accuracy"] < 1:
+        return text
+    return f"{text}; it is right on all of the {quantity(val['n'], 'image')}, of which only more could tell whether fine-tuning helps"
 
 
 def save_finetuned(

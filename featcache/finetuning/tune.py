@@ -41,7 +41,6 @@ from featcache.finetuning.network import (
 from featcache.finetuning.pixels import Pixels, decode_split
 from featcache.finetuning.recipes import Job, Recipe, explain, settle
 from featcache.finetuning.result import (
-    UNCHANGED,
     UNTRAINED,
     FinetuneReport,
     calibrate,
@@ -50,6 +49,7 @@ from featcache.finetuning.result import (
     in_words,
     save_finetuned,
     score,
+    unchanged,
 )
 from featcache.finetuning.trainer import OnStep, Trainer
 from featcache.heads.head import Array, Indices, softmax
@@ -422,7 +422,7 @@ def _report(
     """The report. Warns if a new head ended below the cached one."""
     val, test = comparison["val"], comparison.get("test")
     decisive = test or val
-    verdict = decisive["verdict"] if alpha != 0 else UNCHANGED if trainer.step else UNTRAINED
+    verdict = decisive["verdict"] if alpha != 0 else unchanged(val) if trainer.step else UNTRAINED
     if alpha is None and val["tuned_accuracy"] < val["head_accuracy"]:
         log.warning(
             "this recipe's own head ended below the cached head on val: use the cached head's model, or --recipe default"

@@ -112,6 +112,7 @@ def test_an_epoch_is_not_called_the_best_where_the_cached_head_is_as_good(caplog
     for beaten, words in (
         ((to_beat[0], to_beat[1] - 1e-3), " (best so far)"),
         (to_beat, f" (best epoch so far; the frozen head: {to_beat[0]:.2%})"),
+        ((1.0, -0.1), " (best epoch so far; the frozen head: 100.00%, which only a smaller loss can beat)"),
     ):
         caplog.clear()
         trainer = make_trainer(SIMPLE)

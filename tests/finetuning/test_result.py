@@ -8,7 +8,7 @@ import torch
 from scipy.stats import binomtest
 from torch import nn
 
-from featcache.finetuning.result import calibrate, choose, compare, in_words
+from featcache.finetuning.result import calibrate, choose, compare, in_words, unchanged
 
 Y = np.array([0, 1, 0, 1, 0, 1])
 
@@ -65,3 +65,9 @@ def test_a_clear_difference_is_called_by_its_sign() -> None:
     assert compare(y, good, bad, split="test")["verdict"].startswith("the fine-tuned model is worse")
     assert "optimistic" in compare(y, bad, good, split="val")["verdict"]
     assert "agree on every image" in compare(y, good, good, split="test")["verdict"]
+    perfect, other = (unchanged(compare(y, head, bad, split="val")) for head in (good, bad))
+    assert other == "nothing better than the cached head was found on val: the saved model is that head, unchanged"
+    assert (
+        perfect
+        == f"{other}; it is right on all of the {len(y)} images, of which only more could tell whether fine-tuning helps"
+    )

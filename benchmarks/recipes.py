@@ -98,7 +98,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "crop 0.7": crop(0.7),
     "mirrored": {},  # on digits only: as the default does it
     "all but the first stages": {"unfreeze": "most"},
-    "all, later but the first stages": {"unfreeze": "all-then-most"},
+    "freezeout": {"unfreeze": "freezeout"},
     "last stage": {"unfreeze": "last-stage"},
     "gradual": {"unfreeze": "gradual", "patience": 0},
     "no average": {"ema": 0.0},

@@ -172,7 +172,7 @@ def finetune(
     backbone_lr: Annotated[float | None, typer.Option(help="Of the backbone's last stage.")] = None,
     unfreeze: Annotated[
         str | None,
-        typer.Option(help="head, last-stage, most (all but the first stages), all, all-then-most or gradual."),
+        typer.Option(help="head, last-stage, half, most (all but the first stages), all, freezeout or gradual."),
     ] = None,
     patience: Annotated[
         int | None, typer.Option(min=0, help="Stop after so many epochs without a better score; 0: never.")

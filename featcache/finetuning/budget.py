@@ -27,7 +27,7 @@ _MOST_SECONDS = 365 * 24 * 3600.0
 _WARM, _MEASURED = 2, 6  # steps: the first ones allocate, and choose kernels
 _SHARE_MEASURED = 0.05  # of the time that is left, after which measuring ends early
 _SPARE = 0.05  # kept for saving; and as much of the rest for steps that take longer than the first ones
-_DEPTHS: tuple[Depth, ...] = ("all", "most", "last-stage", "head")
+_DEPTHS: tuple[Depth, ...] = ("all", "most", "half", "last-stage", "head")
 
 
 @dataclasses.dataclass(frozen=True)

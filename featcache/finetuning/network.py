@@ -26,7 +26,8 @@ from featcache.heads.layers import linear_layers, unit_length
 from featcache.images.preprocess import channel_constants, normalise
 
 _FEWEST_STAGES, _LARGEST_STAGE, _SMALLEST_END = 4, 0.8, 0.05
-_FIRST_STAGES = 0.02  # of the backbone's parameters, at most: a ResNet's before layer2, MobileNetV2's before features.6
+# Of the backbone's parameters, at most, in what is left as it is: 2 % are a ResNet's before layer2, MobileNetV2's before features.6.
+_LEFT = {"most": 0.02, "half": 0.5}
 _LENGTH = 32.0  # of embeddings as the head sees them, root mean square: that of 1,024 values of size 1
 Net = TypeVar("Net", bound=nn.Module)
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -351,20 +352,22 @@ def _trainable_stages(network: Network) -> list[list[nn.Parameter]]:
 def _stages_to_train(network: Network, recipe: Recipe) -> list[list[nn.Parameter]]:
     """Those of ``_trainable_stages`` that train in any epoch of the recipe."""
     parts = _trainable_stages(network)
-    left = {"head": len(parts), "last-stage": len(parts) - 1, "most": _n_first(parts)}
-    return parts[left.get(recipe.unfreeze or "all", 0) :]
+    return parts[_n_left(parts, recipe.unfreeze or "all") :]
 
 
-def _n_first(parts: list[list[nn.Parameter]]) -> int:
-    """How many first stages hold few parameters in all.
+def _n_left(parts: list[list[nn.Parameter]], unfreeze: str) -> int:
+    """How many stages, the first ones, are left as they are in all epochs.
 
-    They see the largest maps, so that their gradients are a seventh to a third of a convolutional network's step, and what they
-    compute fits most pictures: those who train detectors leave them as they are (Girshick 2015, Fast R-CNN; Detectron2's
-    ``FREEZE_AT``), and the first layer of a transformer is better left (Kumar et al. 2024, How to fine-tune vision models with SGD).
-    Few images that are no photographs lose by it (benchmarks/LOG.md, "Which recipe").
+    Those that hold few parameters see the largest maps, so that their gradients are a seventh to a third of a convolutional
+    network's step, and what they compute fits most pictures: those who train detectors leave them as they are (Girshick 2015, Fast
+    R-CNN; Detectron2's ``FREEZE_AT``), and the first layer of a transformer is better left (Kumar et al. 2024, How to fine-tune
+    vision models with SGD). Few images that are no photographs lose by it, unless they train at first (benchmarks/LOG.md, "Which
+    recipe").
     """
+    if unfreeze in ("head", "last-stage"):
+        return len(parts) - (unfreeze == "last-stage")
     sizes = [sum(map(_size, stage)) for stage in parts]
-    return sum(size <= _FIRST_STAGES * sum(sizes) for size in itertools.accumulate(sizes))
+    return sum(size <= _LEFT.get(unfreeze, 0.0) * sum(sizes) for size in itertools.accumulate(sizes))
 
 
 def unfreeze(network: Network, recipe: Recipe, *, epoch: int) -> None:
@@ -373,8 +376,9 @@ def unfreeze(network: Network, recipe: Recipe, *, epoch: int) -> None:
     epochs, opened = recipe.epochs or 1, len(parts)
     if recipe.unfreeze == "gradual":
         opened = _opened(len(parts), epoch, epochs)
-    elif recipe.unfreeze == "all-then-most" and epoch >= recipe.phases(epochs)["all"]:
-        opened -= _n_first(parts)
+    elif recipe.unfreeze == "freezeout":
+        depths = [depth for depth, n in recipe.phases(epochs).items() for _ in range(n)]
+        opened -= _n_left(parts, depths[epoch])
     network.backbone.requires_grad_(False)
     network.head.requires_grad_(True)
     for stage in parts[len(parts) - opened :]:

@@ -6,6 +6,7 @@ start, seed and precision decide the numbers of a run, the ``Job``; the recipe i
 
 import dataclasses
 import difflib
+import itertools
 import json
 import logging
 import time
@@ -59,7 +60,8 @@ class Job:
     groups: dict[str, Any] | None = None
 
 
-Depth = Literal["head", "last-stage", "most", "all", "all-then-most", "gradual"]
+Depth = Literal["head", "last-stage", "half", "most", "all"]
+_FREEZEOUT: tuple[Depth, ...] = ("all", "most", "half")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +73,10 @@ class Recipe:
         hidden: sizes of the hidden layers of a new, random head; None: start from the cached head (LP-FT).
         dropout: share dropped after each hidden layer, or one for all.
         unfreeze: what trains besides the head: nothing (``head``), the ``last-stage``, ``most``, which is all but the first
-            stages with together 2 % of the backbone's parameters at most, ``all``, all in the first third of the epochs and most
-            after that (``all-then-most``; layers that freeze from below: FreezeOut, Brock et al. 2017), or all, opened stage by
-            stage from the top during the first half of the epochs (``gradual``; Howard and Ruder 2018). None: by the number of images.
+            stages with together 2 % of the backbone's parameters at most, ``half``, which is all but those with half of them at
+            most, or ``all``. Or one after the other: ``freezeout``, which is all, most and half, each for a third of the epochs, as
+            the rate falls (stages that freeze from below: FreezeOut, Brock et al. 2017); ``gradual``, in which stages open from the
+            top during the first half of the epochs (Howard and Ruder 2018). None: by the number of images.
         batchnorm: ``frozen``: keep the statistics of pre-training; ``train``: follow the batches.
         backbone_dropout: whether dropout and drop path inside the backbone are on while it trains, as in its pre-training.
         drop_path: share of images for which training leaves out the last block, less and less further down (stochastic depth,
@@ -100,7 +103,7 @@ class Recipe:
     about: str
     hidden: tuple[int, ...] | None = None
     dropout: tuple[float, ...] = ()
-    unfreeze: Depth | None = "all"
+    unfreeze: Literal["head", "last-stage", "half", "most", "all", "freezeout", "gradual"] | None = "all"
     batchnorm: Literal["frozen", "train"] = "frozen"
     backbone_dropout: bool = False
     drop_path: float = 0.0
@@ -144,10 +147,13 @@ class Recipe:
 
     def phases(self, epochs: int) -> dict[Depth, int]:
         """What trains in how many of so many epochs, one phase after the other; of ``gradual`` what trains in the end."""
-        if self.unfreeze != "all-then-most":
-            return {self.unfreeze if self.unfreeze and self.unfreeze != "gradual" else "all": epochs}
-        full = max(1, round(_FULL_EPOCHS * epochs))
-        return {"all": full, "most": epochs - full} if epochs > full else {"all": full}
+        if self.unfreeze is None or self.unfreeze == "gradual":
+            return {"all": epochs}
+        if self.unfreeze != "freezeout":
+            return {self.unfreeze: epochs}
+        ends = [-(-k * epochs // len(_FREEZEOUT)) for k in range(len(_FREEZEOUT) + 1)]
+        each = zip(_FREEZEOUT, itertools.pairwise(ends), strict=True)
+        return {depth: end - start for depth, (start, end) in each if end > start}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of everything that changes the numbers (all but ``about``)."""
@@ -200,9 +206,6 @@ _DEFAULT = Recipe(
     patience=5,
     interpolate=True,
 )
-# Of the epochs of ``all-then-most``, in which all weights train: a fifth is too few, and nothing is gained by more
-# (benchmarks/LOG.md, "Which recipe").
-_FULL_EPOCHS = 1 / 3
 # By whether there are batch norms: measured on a MobileNetV2, and on a vision transformer (below).
 _BACKBONE_LR = {True: 3e-4, False: 3e-5}
 _LAYER_DECAY = {True: 1.0, False: 0.9}
@@ -220,9 +223,9 @@ _ONLY_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     **dict.fromkeys(("gamma", "step_epochs"), ("schedule", ("step",))),
     **dict.fromkeys(
         ("backbone_lr", "batchnorm", "backbone_dropout", "drop_path"),
-        ("unfreeze", ("last-stage", "most", "all", "all-then-most", "gradual")),
+        ("unfreeze", ("last-stage", "half", "most", "all", "freezeout", "gradual")),
     ),
-    "layer_decay": ("unfreeze", ("most", "all", "all-then-most", "gradual")),
+    "layer_decay": ("unfreeze", ("half", "most", "all", "freezeout", "gradual")),
     "interpolate": ("hidden", (None,)),
 }
 RECIPES: dict[str, Recipe] = {
@@ -328,7 +331,7 @@ def settle(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> Recipe:
     rate = _BACKBONE_LR[batch_norms] if recipe.backbone_lr is None else recipe.backbone_lr
     decay = _LAYER_DECAY[batch_norms] if recipe.layer_decay is None else recipe.layer_decay
     # Few images of another kind than photographs lose by first stages that never move, 1,000 do not.
-    unfreeze = recipe.unfreeze or ("all-then-most" if n_train < 500 else "most")
+    unfreeze = recipe.unfreeze or ("freezeout" if n_train < 500 else "most")
     settled: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": min(batch, n_train),
@@ -355,12 +358,19 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
         if recipe.layer_decay != 1:
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
     trains: str = recipe.unfreeze or "all"
-    first_stages = "first stages, with 2 % of its weights at most, cost most to train and"
     if trains == "most":
-        trains += f" of the backbone: its {first_stages} fit most images as they are"
-    elif trains == "all-then-most":
-        full = quantity(recipe.phases(recipe.epochs or 1)["all"], "epoch")
-        trains = f"all of the backbone for {full}, then most: its {first_stages} have learned by then (FreezeOut, Brock et al. 2017)"
+        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit most images as they are"
+    elif trains == "freezeout":
+        ends = itertools.accumulate(recipe.phases(recipe.epochs or 1).values())
+        trains = (
+            "all of the backbone"
+            + "".join(
+                f", from epoch {end + 1} on all but the stages with the first {share} of its weights"
+                for end, share in zip(ends, ("2 %", "half"), strict=False)
+                if end < (recipe.epochs or 1)
+            )
+            + ": the first ones cost most, and learn first (FreezeOut, Brock et al. 2017)"
+        )
     steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation))
     most = f"{'at most ' if n_train % steps else ''}{-(-n_train // steps)}"  # they are dealt evenly
     lines = [

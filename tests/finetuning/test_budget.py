@@ -77,14 +77,14 @@ def test_what_is_no_budget_is_refused(text: Any) -> None:
         ("all", 100, {"all": 2}, None, ("all", 4), ["all, 4 epochs instead of 9: an epoch takes 22s", "93s are left"]),
         ("all", 100, {"all": 2}, 5, ("all", 3), ["an epoch takes 26s"]),  # two scores more
         ("all", 100, {"all": 10, "most": 7}, None, ("most", 1), ["one epoch of all would take 102s"]),
-        ("all", 100, {"all": 10, "most": 9, "last-stage": 3}, None, ("last-stage", 2), ["all would take 102s", "of most"]),
-        ("most", 100, {"most": 9, "last-stage": 3}, None, ("last-stage", 2), ["one epoch of most would take 92s"]),
+        ("all", 100, {"all": 10, "most": 9, "half": 9, "last-stage": 3}, None, ("last-stage", 2), ["all would take 102s", "of half"]),
+        ("most", 100, {"most": 9, "half": 3}, None, ("half", 2), ["one epoch of most would take 92s"]),
         ("gradual", 100, {"all": 2}, None, ("gradual", 4), ["gradual, 4 epochs instead of 9"]),
-        ("gradual", 100, {"all": 10, "most": 9, "last-stage": 9, "head": 1}, None, ("head", 7), ["of gradual", "of last-stage"]),
-        # A third of the epochs costs more. Two of 22 s and three of 12 are 80 of 88 s, four of 12 would be 92.
-        ("all-then-most", 100, {"all": 2, "most": 1}, None, ("all-then-most", 5), ["takes 22s (10 steps of 2 s, val 2 s), of most 12s"]),
-        ("all-then-most", 100, {"all": 7, "most": 6.9}, None, ("all-then-most", 1), ["an epoch takes 72s (10 steps of 7 s, val 2 s), 88s"]),
-        ("all-then-most", 100, {"all": 10, "most": 7}, None, ("most", 1), ["one epoch of all-then-most would take 102s"]),
+        ("gradual", 100, {"all": 10, "most": 9, "half": 9, "last-stage": 9, "head": 1}, None, ("head", 7), ["of gradual", "of last-stage"]),
+        # Later thirds of the epochs cost less. Six are twice 22, 12 and 7 s, which is 82 of 88; seven would be 104.
+        ("freezeout", 100, {"all": 2, "most": 1, "half": 0.5}, None, ("freezeout", 6), ["2 s, val 2 s), of most 12s, of half 7s, 93s"]),
+        ("freezeout", 100, {"all": 7, "most": 6.9, "half": 6}, None, ("freezeout", 1), ["takes 72s (10 steps of 7 s, val 2 s), 88s"]),
+        ("freezeout", 100, {"all": 10, "most": 7, "half": 1}, None, ("most", 1), ["one epoch of freezeout would take 102s"]),
         ("last-stage", 100, {"last-stage": 10, "head": 8}, None, ("head", 1), []),
         ("head", 100, {"head": 10}, None, ("head", 0), ["nothing is trained", "one epoch of head would take 102s"]),
         ("all", -1, {}, None, ("all", 0), ["nothing is trained and the cached head is kept: 0s of 10m are left to train"]),
@@ -117,18 +117,13 @@ class Timed(Clock):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, tune: Tuner) -> None:  # noqa: F811
         super().__init__()
-        self.seconds: dict[str, float] = {
-            "all": 10.0,
-            "most": 10.0,
-            "last-stage": 4.0,
-            "head": 1.0,
-        }
+        self.seconds = {"all": 10.0, "most": 10.0, "half": 10.0, "last-stage": 4.0, "head": 1.0}
         self.tune, run_epoch = tune, Trainer.run_epoch
 
         def timed(trainer: Trainer, *, on_step: Any, stop: Any) -> Any:
             def after(status: Status) -> None:
-                (first, n), *later = trainer.recipe.phases(trainer.recipe.epochs).items()
-                self.now += self.seconds[first if trainer.epoch < n else later[0][0]]
+                phases = trainer.recipe.phases(trainer.recipe.epochs)
+                self.now += self.seconds[[depth for depth, n in phases.items() for _ in range(n)][trainer.epoch]]
                 on_step(status)
 
             return run_epoch(trainer, on_step=after, stop=stop)
@@ -164,16 +159,14 @@ def test_a_plan_trains_what_the_same_epochs_without_a_budget_would(timed: Timed,
 
 
 def test_a_plan_knows_that_later_epochs_train_less(timed: Timed) -> None:
-    """Measuring takes 20 and 10 s; of 130 s 104 are for training: one epoch of 30 s and three of 15, where three of 30 would fit."""
-    timed.seconds["most"] = 5.0
-    changes = CHANGES | {"unfreeze": "all-then-most"}
+    """Measuring takes 38 s; of 112 s 96.4 are for training: two epochs of 30 s, one of 15 and one of 12, where three of 30 would fit."""
+    timed.seconds |= {"most": 5.0, "half": 4.0}
+    changes = CHANGES | {"unfreeze": "freezeout"}
     report = timed.run("150s", changes=changes)
-    assert (
-        "all-then-most, 4 epochs instead of 9: an epoch takes 30s (3 steps of 10 s, val 0 s), of most 15s, 104s are"
-        in timed.tune.log.text
-    )
-    assert (report.epochs, report.budget["unfreeze"], report.budget["out_of_time"]) == (4, "all-then-most", False)
-    assert report.seconds == 30 + 30 + 3 * 15
+    told = "freezeout, 4 epochs instead of 9: an epoch takes 30s (3 steps of 10 s, val 0 s), of most 15s, of half 12s, 96.4s are"
+    assert told in timed.tune.log.text
+    assert (report.epochs, report.budget["unfreeze"], report.budget["out_of_time"]) == (4, "freezeout", False)
+    assert report.seconds == 38 + 2 * 30 + 15 + 12
     timed.tune(output=timed.tune.ft.parent / "plain", changes=changes | {"epochs": 4})
     assert_same_model(timed.tune.ft.parent / "plain", timed.tune.ft)
 
@@ -304,8 +297,8 @@ def test_a_budget_used_up_before_all_is_embedded_costs_nothing_that_is_embedded(
 
 
 def test_what_a_plan_trains_is_what_is_counted(timed: Timed) -> None:
-    timed.seconds |= {"all": 100.0, "most": 100.0}
-    planned = timed.run("500s")
+    timed.seconds |= {"all": 100.0, "most": 100.0, "half": 100.0}
+    planned = timed.run("750s")
     assert planned.budget["unfreeze"] == "last-stage"
     asked = timed.tune(changes=CHANGES | {"unfreeze": "last-stage", "epochs": 1}, overwrite=True)
     assert planned.trainable_parameters == asked.trainable_parameters < planned.parameters

@@ -121,17 +121,23 @@ def test_what_the_recipe_freezes_stays(unfreeze: str) -> None:
 
 def test_what_the_recipe_freezes_later_stays_from_then_on() -> None:
     """With weight decay and what the optimizer remembers of gradients, neither of which moves it further."""
-    recipe = dataclasses.replace(RECIPE, unfreeze="all-then-most", epochs=5, weight_decay=0.1)
+    recipe = dataclasses.replace(RECIPE, unfreeze="freezeout", epochs=5, weight_decay=0.1)
     trainer = trained(recipe, workers=2, micro=2)
     named, moved = dict(trainer.network.backbone.named_parameters()), []
-    for _ in range(3):  # the second to the fourth epoch, of which the second is the last one of all
+    for _ in range(
+        4
+    ):  # the second to the fifth epoch, of which the second is the last one of all, the fifth the one of half
         before = {name: p.detach().clone() for name, p in named.items()}
         trainer.run_epoch()
         moved.append({name for name, p in named.items() if not torch.equal(p, before[name])})
-    unfreeze(trainer.network, dataclasses.replace(recipe, unfreeze="most"), epoch=0)
-    still = {name for name, p in named.items() if not p.requires_grad}
-    assert still & moved[0]
-    assert all(later and not still & later for later in moved[1:])
+    still = {}
+    for depth in ("most", "half"):
+        unfreeze(trainer.network, dataclasses.replace(recipe, unfreeze=depth), epoch=0)  # type: ignore[arg-type]
+        still[depth] = {name for name, p in named.items() if not p.requires_grad}
+    assert still["most"] < still["half"] and still["most"] & moved[0]
+    assert [bool(later & still["most"]) for later in moved] == [True, False, False, False]
+    assert [bool(later & (still["half"] - still["most"])) for later in moved] == [True, True, True, False]
+    assert all(moved)
 
 
 def test_batch_norms_that_train_see_the_whole_batch() -> None:

@@ -347,8 +347,10 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
     assert opened[5:] == [n] * 5
     without_first = trained("most", 0)
     assert 0 < without_first < n
-    # The first third of the epochs.
-    assert [trained("all-then-most", epoch) for epoch in range(10)] == [n] * 3 + [without_first] * 7
+    half = trained("half", 0)
+    assert 0 < half < without_first
+    # A third of the epochs each, the longer ones first.
+    assert [trained("freezeout", epoch) for epoch in range(10)] == [n] * 4 + [without_first] * 3 + [half] * 3
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Recipes are data: complete, checked, and settled by the number of images."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -35,21 +36,27 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     settled = [settle(given, 1000, batch_norms=kind) for kind in (True, False)]
     assert [(each.backbone_lr, each.layer_decay) for each in settled] == [(1e-6, 0.5)] * 2
     assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "most", True)
-    assert [choose_recipe("default", n).unfreeze for n in (2, 499, 500)] == ["all-then-most", "all-then-most", "most"]
+    assert [choose_recipe("default", n).unfreeze for n in (2, 499, 500)] == ["freezeout", "freezeout", "most"]
     assert choose_recipe("default", 200, unfreeze="most").unfreeze == "most"
 
 
-def test_all_weights_train_in_the_first_third_of_the_epochs() -> None:
-    recipe = find_recipe("default", {"unfreeze": "all-then-most"})
-    full = {epochs: recipe.phases(epochs) for epochs in (1, 2, 3, 4, 5, 10, 15)}
-    assert {epochs: phases["all"] for epochs, phases in full.items()} == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 10: 3, 15: 5}
-    assert all(sum(phases.values()) == epochs for epochs, phases in full.items())
-    assert list(full[15]) == ["all", "most"] and list(full[1]) == ["all"]
+def test_stages_freeze_from_below_a_third_of_the_epochs_each() -> None:
+    recipe = find_recipe("default", {"unfreeze": "freezeout"})
+    phases = {epochs: recipe.phases(epochs) for epochs in range(1, 31)}
+    assert [phases[n] for n in (1, 2, 3)] == [{"all": 1}, {"all": 1, "most": 1}, {"all": 1, "most": 1, "half": 1}]
+    for epochs, found in phases.items():
+        # The definition: epoch e trains what the third that it begins in does.
+        expected = [("all", "most", "half")[3 * epoch // epochs] for epoch in range(epochs)]
+        assert [depth for depth, n in found.items() for _ in range(n)] == expected
     assert find_recipe("gradual", {}).phases(7) == {"all": 7}
     assert find_recipe("default", {"unfreeze": "last-stage"}).phases(7) == {"last-stage": 7}
-    assert "trains: all of the backbone for 5 epochs, then most: its first stages" in "\n".join(
-        explain(settle(recipe, 200), 200)
+    told = "\n".join(explain(settle(recipe, 200), 200))
+    assert (
+        "trains: all of the backbone, from epoch 6 on all but the stages with the first 2 % of its weights, "
+        "from epoch 11 on all but the stages with the first half of its weights" in told
     )
+    told = "\n".join(explain(settle(dataclasses.replace(recipe, epochs=2), 200), 200))
+    assert "from epoch 2 on" in told and "half" not in told
 
 
 def test_few_images_make_more_steps_of_fewer_each() -> None:
@@ -224,7 +231,7 @@ def test_a_changed_recipe_says_what_it_is() -> None:
         ({"unfreeze": "head", "backbone_lr": 0.1}, 'backbone_lr changes nothing: it takes unfreeze = "last-stage" or'),
         (
             {"unfreeze": "last-stage", "layer_decay": 0.5},
-            'takes unfreeze = "most" or "all" or "all-then-most" or "gradual", found "last-stage"',
+            'takes unfreeze = "half" or "most" or "all" or "freezeout" or "gradual", found "last-stage"',
         ),
         ({"unfreeze": "head", "drop_path": 0.1}, 'drop_path changes nothing: it takes unfreeze = "last-stage" or'),
         ({"hidden": 5, "interpolate": True}, ""),  # as it is in the recipe

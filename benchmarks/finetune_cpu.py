@@ -9,8 +9,8 @@ process of its own each, in turns, --pairs times:
     plain       the tutorial's loop: ImageFolder, PIL transforms, a DataLoader with two workers, NCHW, eager float32, as PyTorch
                 comes, all weights trained; batches of 32 (default: AdamW, gradient clipped, batch norms' statistics still) or of 4
                 (ants-bees: SGD)
-    featcache   ``finetune`` from a head that was fit before, its defaults; with --unfreeze most as ``default`` does from 500 images on.
-                Where other weights train in the recipe's later epochs, the mean over its epochs of the rates of both
+    featcache   ``finetune`` from a head that was fit before, its defaults, or so much of the network as --unfreeze says. Where other
+                weights train in later epochs, each rate is measured, and images/s are those of all epochs
     ceiling     forward and backward passes of the network's convolutions and products with weights alone, in the precision and
                 the parts that featcache takes, on as many cores, on tensors that are there already, gradients of what the recipe
                 trains alone; featcache may pass it where 3 x 3 convolutions in float32 take fewer multiplications than PyTorch's

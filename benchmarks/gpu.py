@@ -15,8 +15,8 @@ is used up, and is printed at once. In images/s:
     ours_gpu    the same with ``--decode gpu``, where torchcodec is installed
     plain       ImageFolder, preset transforms (PIL), DataLoader, 16 workers at most, batches of 64, float32, pinned memory
     careful     the same with channels_last, float16 by autocast, batches of 256, workers that stay, cuDNN's search
-    train       fine-tuning ResNet-50, crop and flip, batches of 64: train_ours, most weights, as the recipe has it, train_all,
-                all weights, and the careful loop, all weights, fused AdamW
+    train       fine-tuning ResNet-50, crop and flip, batches of 64: train_ours, most weights, as in the second third of the recipe's
+                epochs, train_all, all weights, as in the first, and the careful loop, all weights, fused AdamW
     heads       seconds of fitting heads and finding neighbours, on the CPU and on the GPU
     tests       pytest -m gpu
 
@@ -233,8 +233,8 @@ class TimeIsUpError(Exception):
     """Ends a fine-tuning."""
 
 
-def train_ours(arguments: argparse.Namespace, note: Note, *, unfreeze: str | None = None) -> None:
-    """Images/s of fine-tuning what the recipe trains, or ``unfreeze``: of steps, and with what the careful loop leaves out after epochs."""
+def train_ours(arguments: argparse.Namespace, note: Note, *, unfreeze: str = "most") -> None:
+    """Images/s of fine-tuning so much of the network: of steps, and with what the careful loop leaves out after epochs."""
     from featcache import finetune
 
     clock: list[tuple[float, int, int]] = []

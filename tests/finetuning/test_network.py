@@ -318,7 +318,7 @@ class Late(nn.Module):
 
 def test_what_is_used_last_is_in_the_last_stage_wherever_it_is_registered(tiny: Backbone) -> None:
     backbone = dataclasses.replace(tiny, module=Late(tiny.module), dim=8)
-    recipe = choose_recipe("default", 500, hidden=())
+    recipe = choose_recipe("default", 500, hidden=(), unfreeze="most")
     network = networks.with_new_head(backbone, recipe, 2, seed=0)
     names = {id(parameter): key for key, parameter in network.backbone.named_parameters()}
     assert list(network.used) == [key for key in names.values() if key.startswith("body.")] + ["projection"]
@@ -354,26 +354,30 @@ def test_what_trains_follows_the_recipe(tiny: Backbone) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "first_to_train"),
+    ("name", "of_most", "of_half"),
     [
-        ("resnet18", "layer2.0.conv1.weight"),
-        ("resnet50", "layer2.0.conv1.weight"),
-        ("squeezenet1_1", "features.4.squeeze.weight"),
-        ("mobilenet_v2", "features.6.conv.0.0.weight"),
-        ("efficientnet_b0", "features.4.0.block.0.0.weight"),
-        ("convnext_tiny", "features.2.0.weight"),
-        ("vit_b_32", "class_token"),  # its patches' projection is 2.8 % of it
+        ("resnet18", "layer2.0.conv1.weight", "layer4.0.conv1.weight"),
+        ("resnet50", "layer2.0.conv1.weight", "layer4.0.conv1.weight"),
+        ("squeezenet1_1", "features.4.squeeze.weight", "features.11.squeeze.weight"),
+        ("mobilenet_v2", "features.6.conv.0.0.weight", "features.16.conv.0.0.weight"),
+        ("efficientnet_b0", "features.4.0.block.0.0.weight", "features.6.0.block.0.0.weight"),
+        ("convnext_tiny", "features.2.0.weight", "features.6.0.weight"),
+        # Its patches' projection is 2.8 % of it.
+        ("vit_b_32", "class_token", "encoder.layers.encoder_layer_5.ln_1.weight"),
     ],
 )
-def test_most_of_a_network_is_all_but_the_first_stages_of_few_weights(name: str, first_to_train: str) -> None:
-    recipe = choose_recipe("default", 500)
+@pytest.mark.parametrize(("what", "share"), [("most", 0.02), ("half", 0.5)])
+def test_what_is_left_are_first_stages_of_few_weights(
+    name: str, of_most: str, of_half: str, what: str, share: float
+) -> None:
+    recipe = choose_recipe("default", 500, unfreeze=what)
     network = networks.with_new_head(load_backbone(name, "none"), recipe, 2, seed=0)
     networks.unfreeze(network, recipe, epoch=0)
     named = [(key, p) for key, p in network.backbone.named_parameters()]
     trains = [key for key, p in named if p.requires_grad]
-    assert trains[0] == first_to_train
+    assert trains[0] == (of_most if what == "most" else of_half)
     assert trains == [key for key, _ in named][-len(trains) :]  # and everything behind it
-    assert sum(p.numel() for _, p in named if not p.requires_grad) <= 0.02 * sum(p.numel() for _, p in named)
+    assert sum(p.numel() for _, p in named if not p.requires_grad) <= share * sum(p.numel() for _, p in named)
     groups = networks.parameter_groups(network, recipe)
     moved = {id(p) for group in groups for p in group["params"]} - {id(p) for p in network.head.parameters()}
     assert moved == {id(p) for _, p in named if p.requires_grad}

@@ -160,7 +160,7 @@ def make_plan(
         measure: seconds of a step by a recipe, in about so many seconds at most.
     """
     most, scores = recipe.epochs or 1, 1 + steps / (recipe.eval_every or math.inf)
-    step, needs, asked = dict[Depth, float](), list[tuple[str, float]](), recipe.unfreeze
+    step, needs, asked = dict[Depth, float](), list[tuple[str, float]](), recipe.unfreeze or "all"
     for unfreeze in (asked, *_DEPTHS[_DEPTHS.index(asked if asked in _DEPTHS else "all") + 1 :]):
         rest, tried = left(), dataclasses.replace(recipe, unfreeze=unfreeze)
         if rest <= 0:

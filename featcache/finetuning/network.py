@@ -352,7 +352,7 @@ def _trainable_stages(network: Network) -> list[list[nn.Parameter]]:
 def _stages_to_train(network: Network, recipe: Recipe) -> list[list[nn.Parameter]]:
     """Those of ``_trainable_stages`` that train in any epoch of the recipe."""
     parts = _trainable_stages(network)
-    return parts[_n_left(parts, recipe.unfreeze) :]
+    return parts[_n_left(parts, recipe.unfreeze or "all") :]
 
 
 def _n_left(parts: list[list[nn.Parameter]], unfreeze: str) -> int:

@@ -39,9 +39,15 @@ def converted(kind: Any, value: Any) -> Any:
     if _is_tuple(kind):
         words = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         return tuple(_number(word, whole=_is_whole(kind)) for word in words)
-    if kind is bool or kind is str or get_origin(kind) is Literal:
+    if kind is bool or kind is str or _choices(kind):
         return value
     return _number(value, whole=_is_whole(kind))
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """What a field of words may be, open or not; nothing, for other kinds."""
+    words = [each for each in (kind, *get_args(kind)) if get_origin(each) is Literal]
+    return get_args(words[0]) if words else ()
 
 
 def _is_tuple(kind: Any) -> bool:
@@ -68,9 +74,9 @@ def check(name: str, kind: Any, value: Any) -> None:
     """Raise UsageError unless ``value`` can be the field ``name`` of this type."""
     if value is None and type(None) in get_args(kind):
         return
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise UsageError(f"unknown {name} {value!r}; choose one of {', '.join(get_args(kind))}")
+    if choices := _choices(kind):
+        if value not in choices:
+            raise UsageError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
     elif kind is bool or kind is str:
         if not isinstance(value, kind):
             raise UsageError(f"{name} must be {'true or false' if kind is bool else 'a text'}, found {value!r}")

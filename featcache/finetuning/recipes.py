@@ -76,7 +76,7 @@ class Recipe:
             stages with together 2 % of the backbone's parameters at most, ``half``, which is all but those with half of them at
             most, or ``all``. Or one after the other: ``freezeout``, which is all, most and half, each for a third of the epochs, as
             the rate falls (stages that freeze from below: FreezeOut, Brock et al. 2017); ``gradual``, in which stages open from the
-            top during the first half of the epochs (Howard and Ruder 2018).
+            top during the first half of the epochs (Howard and Ruder 2018). None: by the number of images.
         batchnorm: ``frozen``: keep the statistics of pre-training; ``train``: follow the batches.
         backbone_dropout: whether dropout and drop path inside the backbone are on while it trains, as in its pre-training.
         drop_path: share of images for which training leaves out the last block, less and less further down (stochastic depth,
@@ -103,7 +103,7 @@ class Recipe:
     about: str
     hidden: tuple[int, ...] | None = None
     dropout: tuple[float, ...] = ()
-    unfreeze: Literal["head", "last-stage", "half", "most", "all", "freezeout", "gradual"] = "all"
+    unfreeze: Literal["head", "last-stage", "half", "most", "all", "freezeout", "gradual"] | None = "all"
     batchnorm: Literal["frozen", "train"] = "frozen"
     backbone_dropout: bool = False
     drop_path: float = 0.0
@@ -147,7 +147,7 @@ class Recipe:
 
     def phases(self, epochs: int) -> dict[Depth, int]:
         """What trains in how many of so many epochs, one phase after the other; of ``gradual`` what trains in the end."""
-        if self.unfreeze == "gradual":
+        if self.unfreeze is None or self.unfreeze == "gradual":
             return {"all": epochs}
         if self.unfreeze != "freezeout":
             return {self.unfreeze: epochs}
@@ -191,7 +191,7 @@ _FLOWERS = Recipe(
 )
 _DEFAULT = Recipe(
     about="200 to 20,000 images, starting from the cached head",
-    unfreeze="freezeout",
+    unfreeze=None,
     optimizer="adamw",
     lr=3e-4,
     backbone_lr=None,
@@ -318,7 +318,7 @@ def find_recipe(name: str, changes: dict[str, Any]) -> Recipe:
 def _warn_of_idle(recipe: Recipe, changed: Iterable[str]) -> None:
     """Say which changes do nothing in this recipe."""
     for field, (other, allowed) in _ONLY_WITH.items():
-        if field in changed and (value := getattr(recipe, other)) not in allowed:
+        if field in changed and (value := getattr(recipe, other)) not in (*allowed, None):
             wanted = " or ".join(map(as_toml, allowed))
             log.warning("%s changes nothing: it takes %s = %s, found %s", field, other, wanted, as_toml(value))
 
@@ -330,7 +330,14 @@ def settle(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> Recipe:
     dropout = recipe.dropout * len(recipe.hidden or ()) if len(recipe.dropout) == 1 else recipe.dropout
     rate = _BACKBONE_LR[batch_norms] if recipe.backbone_lr is None else recipe.backbone_lr
     decay = _LAYER_DECAY[batch_norms] if recipe.layer_decay is None else recipe.layer_decay
-    settled: dict[str, Any] = {"epochs": epochs, "batch_size": min(batch, n_train), "dropout": dropout}
+    # Few images of another kind than photographs lose by first stages that never move, 500 gain (benchmarks/LOG.md, "Which recipe").
+    unfreeze = recipe.unfreeze or ("freezeout" if n_train < 500 else "most")
+    settled: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": min(batch, n_train),
+        "dropout": dropout,
+        "unfreeze": unfreeze,
+    }
     if not (batch_norms and recipe.trains_batch_norms):
         settled["batchnorm"] = "frozen"  # nothing asks for whole batches then, and one image is enough for a step
     return dataclasses.replace(recipe, **settled, backbone_lr=rate, layer_decay=decay)
@@ -350,7 +357,7 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
             rates += ": its features are good already, and must not be washed out"
         if recipe.layer_decay != 1:
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
-    trains: str = recipe.unfreeze
+    trains: str = recipe.unfreeze or "all"
     if trains == "most":
         trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit most images as they are"
     elif trains == "freezeout":

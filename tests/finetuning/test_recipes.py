@@ -35,7 +35,9 @@ def test_the_default_starts_from_the_cached_head_at_the_rate_of_its_kind_of_netw
     given = find_recipe("default", {"backbone_lr": 1e-6, "layer_decay": 0.5})
     settled = [settle(given, 1000, batch_norms=kind) for kind in (True, False)]
     assert [(each.backbone_lr, each.layer_decay) for each in settled] == [(1e-6, 0.5)] * 2
-    assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "freezeout", True)
+    assert (recipe.batchnorm, recipe.unfreeze, recipe.interpolate) == ("frozen", "most", True)
+    assert [choose_recipe("default", n).unfreeze for n in (2, 499, 500)] == ["freezeout", "freezeout", "most"]
+    assert choose_recipe("default", 200, unfreeze="most").unfreeze == "most"
 
 
 def test_stages_freeze_from_below_a_third_of_the_epochs_each() -> None:

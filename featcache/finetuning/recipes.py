@@ -357,25 +357,11 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
             rates += ": its features are good already, and must not be washed out"
         if recipe.layer_decay != 1:
             rates += f"; times {recipe.layer_decay:g} per stage down, where they are most general"
-    trains: str = recipe.unfreeze or "all"
-    if trains == "most":
-        trains += " of the backbone: its first stages, with 2 % of its weights at most, cost most to train and fit most images as they are"
-    elif trains == "freezeout":
-        ends = itertools.accumulate(recipe.phases(recipe.epochs or 1).values())
-        trains = (
-            "all of the backbone"
-            + "".join(
-                f", from epoch {end + 1} on all but the stages with the first {share} of its weights"
-                for end, share in zip(ends, ("2 %", "half"), strict=False)
-                if end < (recipe.epochs or 1)
-            )
-            + ": the first ones cost most, and learn first (FreezeOut, Brock et al. 2017)"
-        )
     steps = -(-n_train // ((recipe.batch_size or 1) * recipe.accumulation))
     most = f"{'at most ' if n_train % steps else ''}{-(-n_train // steps)}"  # they are dealt evenly
     lines = [
         f"start: {start}",
-        f"trains: {trains}; {recipe.optimizer}, {rates}",
+        f"trains: {_trained_in_words(recipe)}; {recipe.optimizer}, {rates}",
         f"{quantity(recipe.epochs or 0, 'epoch')} of {quantity(n_train, 'image')} in steps of {most}; "
         f"schedule {recipe.schedule}"
         + (f" after a warm-up over {recipe.warmup:.0%} of the steps" if recipe.warmup else ""),
@@ -408,6 +394,26 @@ def explain(recipe: Recipe, n_train: int, *, batch_norms: bool = True) -> list[s
     if recipe == settle(_DEFAULT, n_train, batch_norms=batch_norms):
         lines.append(_MEASURED[batch_norms])
     return lines
+
+
+def _trained_in_words(recipe: Recipe) -> str:
+    """What of the backbone trains, and when."""
+    if recipe.unfreeze not in ("most", "half", "freezeout"):
+        return recipe.unfreeze or "all"
+    parts, first = list[str](), 1
+    for depth, n in recipe.phases(recipe.epochs or 1).items():
+        what = {
+            "most": "all but its first stages, with 2 % of its weights at most",
+            "half": "all but its first stages, with half of its weights at most",
+        }.get(depth, "all")
+        parts.append(f"from epoch {first} on {what}" if first > 1 else f"of the backbone {what}")
+        first += n
+    why = (
+        "learn first (FreezeOut, Brock et al. 2017)"
+        if recipe.unfreeze == "freezeout"
+        else "fit most images as they are"
+    )
+    return f"{', '.join(parts)}: the first stages cost most to train, and {why}"
 
 
 def step_in_words(step: Step) -> str:

@@ -71,6 +71,18 @@ def test_an_epoch_computes_what_the_cpu_computes(data: Any, optimizer: str) -> N
     )
 
 
+def test_what_freezes_later_stays_from_then_on(data: Any) -> None:
+    """Graphs of the epochs before hold gradients of it, which no step may take."""
+    trainer = make_trainer(data, CUDA, unfreeze="freezeout", epochs=6, weight_decay=0.1, micro_batch=8)
+    first = trainer.network.backbone.get_parameter(next(iter(trainer.network.used)))
+    moved = []
+    for _ in range(6):
+        before = first.detach().clone()
+        trainer.run_epoch()
+        moved.append(not torch.equal(first, before))
+    assert moved == [True, True, False, False, False, False]
+
+
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_evaluation_in_any_batches_computes_what_the_cpu_computes(batch_size: int) -> None:
     pixels = make_pixels(N, EDGE)

@@ -177,7 +177,8 @@ def test_other_parameters_that_train_make_other_graphs() -> None:
 
 
 def test_what_trained_before_has_no_gradient_of_another_graph() -> None:
-    cuda, (network, recipe) = Cuda(), made("mobilenet_v3_small", unfreeze="freezeout")
+    """Of this network no stage holds 2 %: all and most are one."""
+    cuda, (network, recipe) = Cuda(), made(unfreeze="freezeout")
     steps = GpuSteps(network, recipe, JOB, None, cuda=cuda)
     for epoch in range(3):
         unfreeze(network, recipe, epoch=epoch)
@@ -186,6 +187,6 @@ def test_what_trained_before_has_no_gradient_of_another_graph() -> None:
             with cuda:
                 steps.accumulate(batch, micro=8, scale=lambda loss: loss)
             assert [p.grad is not None for p in network.parameters()] == [p.requires_grad for p in network.parameters()]
-    assert len(cuda.graphs) == 3 and sum(p.requires_grad for p in network.parameters()) < len(
+    assert len(cuda.graphs) == 2 and sum(p.requires_grad for p in network.parameters()) < len(
         list(network.parameters())
     )

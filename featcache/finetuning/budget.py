@@ -27,7 +27,9 @@ _MOST_SECONDS = 365 * 24 * 3600.0
 _WARM, _MEASURED = 2, 6  # steps: the first ones allocate, and choose kernels
 _SHARE_MEASURED = 0.05  # of the time that is left, after which measuring ends early
 _SPARE = 0.05  # kept for saving; and as much of the rest for steps that take longer than the first ones
-_DEPTHS: tuple[Depth, ...] = ("all", "most", "half", "last-stage", "head")
+# What may train, and the least that a step of it takes, of one of all: less than was ever measured. Measuring takes steps as well.
+_LEAST: dict[Depth, float] = {"all": 1.0, "most": 0.5, "half": 0.3, "last-stage": 0.2, "head": 0.2}
+_DEPTHS = list(_LEAST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,17 +167,22 @@ def make_plan(
         rest, tried = left(), dataclasses.replace(recipe, unfreeze=unfreeze)
         if rest <= 0:
             break
-        for depth in tried.phases(most):
+        slowest, *faster = tried.phases(most)
+        if slowest not in step and steps * _LEAST[slowest] * step.get("all", 0.0) > rest:
+            continue
+        epoch, epochs = dict[Depth, float](), most
+        for depth in (slowest, *faster):
+            if depth != slowest and not 1 < epochs < most:
+                break  # later phases decide nothing
             if depth not in step:
                 step[depth] = measure(dataclasses.replace(recipe, unfreeze=depth), _SHARE_MEASURED * rest)
-        epoch = {depth: steps * step[depth] + scores * evaluation for depth in tried.phases(most)}
-        slowest = next(iter(epoch))
-        seconds = (1 - _SPARE) * left() - step[slowest]  # it ends with a whole step
-        epochs = _most_epochs(tried, epoch, most=most, seconds=(1 - _SPARE) * seconds)
+            epoch[depth] = steps * step[depth] + scores * evaluation
+            seconds = (1 - _SPARE) * left() - step[slowest]  # it ends with a whole step
+            epochs = _most_epochs(tried, epoch, most=most, seconds=(1 - _SPARE) * seconds)
         if epochs > 0:
             fewer = f"{unfreeze}, {quantity(epochs, 'epoch')}" + (f" instead of {most}" if epochs < most else "")
             of_it = f"{quantity(steps, 'step')} of {step[slowest]:.3g} s, val {evaluation:.3g} s"
-            later = [f", of {depth} {in_words(epoch[depth])}" for depth in tried.phases(epochs) if depth != slowest]
+            later = [f", of {depth} {in_words(epoch[depth])}" for depth in faster if depth in epoch]
             about = (
                 f"{fewer}: an epoch takes {in_words(epoch[slowest])} ({of_it}){''.join(later)}, "
                 f"{in_words(max(0.0, seconds))} are left to train"
@@ -190,9 +197,15 @@ def make_plan(
 
 
 def _most_epochs(recipe: Recipe, epoch: dict[Depth, float], *, most: int, seconds: float) -> int:
-    """How many fit, of which each phase of the recipe takes so many seconds each."""
-    took = {n: sum(epoch[depth] * of_it for depth, of_it in recipe.phases(n).items()) for n in range(most, 0, -1)}
-    return next((n for n, needed in took.items() if needed <= seconds), 0)
+    """How many fit, of which each phase of the recipe takes so many seconds each; one not measured yet as many as the one before."""
+    for n in range(most, 0, -1):
+        needed, each = 0.0, 0.0
+        for depth, of_it in recipe.phases(n).items():
+            each = epoch.get(depth, each)
+            needed += of_it * each
+        if needed <= seconds:
+            return n
+    return 0
 
 
 def seconds_per_step(trainer: Trainer, most: float, *, steps: int = _MEASURED) -> float:

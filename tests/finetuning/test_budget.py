@@ -83,8 +83,14 @@ def test_what_is_no_budget_is_refused(text: Any) -> None:
         ("gradual", 100, {"all": 10, "most": 9, "half": 9, "last-stage": 9, "head": 1}, None, ("head", 7), ["of gradual", "of last-stage"]),
         # Later thirds of the epochs cost less. Six are twice 22, 12 and 7 s, which is 82 of 88; seven would be 104.
         ("freezeout", 100, {"all": 2, "most": 1, "half": 0.5}, None, ("freezeout", 6), ["2 s, val 2 s), of most 12s, of half 7s, 93s"]),
-        ("freezeout", 100, {"all": 7, "most": 6.9, "half": 6}, None, ("freezeout", 1), ["takes 72s (10 steps of 7 s, val 2 s), 88s"]),
-        ("freezeout", 100, {"all": 10, "most": 7, "half": 1}, None, ("most", 1), ["one epoch of freezeout would take 102s"]),
+        # Where they decide nothing they are not measured.
+        ("freezeout", 100, {"all": 7}, None, ("freezeout", 1), ["takes 72s (10 steps of 7 s, val 2 s), 88s"]),
+        ("freezeout", 100, {"all": 0.5}, None, ("freezeout", 9), ["takes 7s (10 steps of 0.5 s, val 2 s), 94.5s"]),
+        ("freezeout", 100, {"all": 10, "most": 7}, None, ("most", 1), ["one epoch of freezeout would take 102s"]),
+        # Nor is what cannot fit: most takes half as long as all at least, half three tenths, the others a fifth.
+        ("all", 100, {"all": 21, "half": 7}, None, ("half", 1), ["one epoch of all would take 212s"]),
+        ("all", 100, {"all": 34, "last-stage": 7}, None, ("last-stage", 1), ["one epoch of all would take 342s"]),
+        ("all", 100, {"all": 51}, None, ("all", 0), ["nothing is trained", "one epoch of all would take 512s"]),
         ("last-stage", 100, {"last-stage": 10, "head": 8}, None, ("head", 1), []),
         ("head", 100, {"head": 10}, None, ("head", 0), ["nothing is trained", "one epoch of head would take 102s"]),
         ("all", -1, {}, None, ("all", 0), ["nothing is trained and the cached head is kept: 0s of 10m are left to train"]),
